@@ -1,0 +1,120 @@
+"""Every exception that zarrtrace raises on purpose.
+
+::
+
+    ZarrtraceError
+    ├── UsageError                  the request itself is wrong (exit code 2)
+    │   ├── ScenarioError           a scenario file or entry
+    │   └── ConfigError             options that fit neither the model nor each other
+    ├── CaptureError                the model or its SAEs
+    │   ├── ModelError              unknown, gated, or not capturable exactly
+    │   ├── SAEError                missing for a layer, or does not fit the model
+    │   └── NonFiniteError          NaN or infinity came out of the model
+    ├── StoreError                  what is on disk
+    │   ├── NotATraceError          exists, but is neither a run nor a trace
+    │   ├── FormatVersionError      written by a newer zarrtrace
+    │   ├── IncompleteError         layers or scenarios are missing
+    │   ├── IntegrityError          bytes are not the ones that were written
+    │   ├── ConfigMismatchError     resumed with another configuration
+    │   ├── LockedError             another process is writing the run
+    │   └── NoSpaceError            the disk is full
+    └── NPZError                    a folder in the documented NPZ layout
+
+Each message says what failed, why that usually happens and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class ZarrtraceError(Exception):
+    """Base of all errors that zarrtrace raises on purpose.
+
+    Parameters
+    ----------
+    what
+        What failed, with the name of the thing it failed on.
+    why
+        The usual cause, if one is known.
+    remedy
+        What to do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, why: str = "", remedy: str = "") -> None:
+        self.what, self.why, self.remedy = what, why, remedy
+        super().__init__("\n".join(part for part in (what, why, remedy) if part))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Errors cross process boundaries (Dask workers); keyword arguments need help to survive.
+        return _rebuild, (type(self), self.what, self.why, self.remedy)
+
+
+def _rebuild(kind: type[ZarrtraceError], what: str, why: str, remedy: str) -> ZarrtraceError:
+    return kind(what, why=why, remedy=remedy)
+
+
+class UsageError(ZarrtraceError):
+    """The request itself is wrong."""
+
+    exit_code = 2
+
+
+class ScenarioError(UsageError):
+    """A scenario file, or an entry of one, cannot be used."""
+
+
+class ConfigError(UsageError):
+    """Options do not fit the model, the SAEs or each other."""
+
+
+class CaptureError(ZarrtraceError):
+    """Something about the model or its SAEs."""
+
+
+class ModelError(CaptureError):
+    """The model cannot be loaded, or cannot be captured exactly."""
+
+
+class SAEError(CaptureError):
+    """An SAE is missing for a layer, or does not fit the model."""
+
+
+class NonFiniteError(CaptureError):
+    """The model produced NaN or infinity."""
+
+
+class StoreError(ZarrtraceError):
+    """Something about what is on disk."""
+
+
+class NotATraceError(StoreError):
+    """The path exists, but is neither a run nor a trace."""
+
+
+class FormatVersionError(StoreError):
+    """The store was written in a newer format version."""
+
+
+class IncompleteError(StoreError):
+    """Layers or scenarios are missing."""
+
+
+class IntegrityError(StoreError):
+    """Stored bytes are not the ones that were written."""
+
+
+class ConfigMismatchError(StoreError, UsageError):
+    """A run was resumed with another configuration."""
+
+
+class LockedError(StoreError):
+    """Another process is writing the run."""
+
+
+class NoSpaceError(StoreError):
+    """The disk is full."""
+
+
+class NPZError(ZarrtraceError):
+    """A folder in the documented NPZ layout cannot be read or written."""

@@ -1,0 +1,567 @@
+"""Scenarios: named prompts with named spans, from templates or from a user's file.
+
+A *span* is a set of character ranges of the prompt. It becomes token positions through the
+tokenizer's offset mapping (:func:`token_positions`), never by searching token text, so that it is
+exact when a number splits into several tokens or stands in the prompt twice.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from zarrtrace.errors import ScenarioError
+
+#: The span that every scenario has: its last token, where the model decides what to say next.
+DECISION = "decision"
+
+CharRange = tuple[int, int]
+
+_IDENTIFIER = r"[A-Za-z_][A-Za-z0-9_]*"
+_TEMPLATE_TOKEN = re.compile(
+    rf"\{{\{{|\}}\}}|\{{(?P<value>{_IDENTIFIER})\}}|\[\[(?P<mark>{_IDENTIFIER}):|(?P<close>\]\])|[{{}}]"
+)
+_SAFE_NAME = re.compile(r"[^\W_][\w.\-]*")
+_DEVICE_NAMES = frozenset(
+    {"con", "prn", "aux", "nul", "clock$"}
+    | {f"{port}{i}" for port in ("com", "lpt") for i in range(10)}
+)
+_RESERVED_NAMES = frozenset({"zarr.json", "index"}) | _DEVICE_NAMES
+_MAX_NAME = 100
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A named prompt with named spans.
+
+    Attributes
+    ----------
+    name
+        Unique within its suite and safe as a folder name (:func:`check_name`).
+    prompt
+        The text the model reads, without special tokens.
+    spans
+        Character ranges ``(start, end)`` of `prompt` by span name, half open.
+    tags
+        Groups the scenario belongs to, for example ``("risky",)``.
+    options
+        Named continuations whose probability matters, for example ``{"bet": "1"}``.
+    """
+
+    name: str
+    prompt: str
+    spans: Mapping[str, tuple[CharRange, ...]] = field(default_factory=dict)
+    tags: tuple[str, ...] = ()
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+# --- the file format ---------------------------------------------------------------------------
+
+_Text = Annotated[str, StringConstraints(min_length=1)]
+_SpanName = Annotated[str, StringConstraints(pattern=rf"^{_IDENTIFIER}$")]
+_Scalar = str | int | float
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TextSpan(_Strict):
+    """A span given by literal text of the prompt."""
+
+    text: _Text = Field(description="Literal text; it must occur in the prompt.")
+    occurrence: Annotated[int, Field(ge=1)] | Literal["last", "all"] | None = Field(
+        default=None, description="Which occurrence, counted from 1; needed if there are several."
+    )
+
+
+_Range = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
+SpanEntry = _Text | TextSpan | _Range | list[_Range]
+
+
+class ScenarioEntry(_Strict):
+    """One scenario of a file: a prompt, or a template with its values."""
+
+    name: str
+    prompt: _Text | None = Field(default=None, description="The prompt, word for word.")
+    template: _Text | None = Field(
+        default=None,
+        description="`{value}` takes a value, `[[span:text]]` marks a span, `{{` and `}}` are "
+        "braces.",
+    )
+    values: dict[str, _Scalar | list[_Scalar]] = Field(
+        default_factory=dict, description="Values of the template; a list is joined with ', '."
+    )
+    spans: dict[_SpanName, SpanEntry] = Field(
+        default_factory=dict,
+        description="Spans by literal text, by text and occurrence, or by character range(s) "
+        "[start, end).",
+    )
+    tags: list[_Text] = Field(default_factory=list)
+    options: dict[str, _Text] | None = Field(
+        default=None, description="Continuations whose probability matters, by name."
+    )
+
+
+class SuiteFile(_Strict):
+    """A file of scenarios, with defaults that its entries share."""
+
+    name: str | None = None
+    template: _Text | None = Field(default=None, description="Template of entries without one.")
+    defaults: dict[str, _Scalar | list[_Scalar]] = Field(default_factory=dict)
+    options: dict[str, _Text] = Field(default_factory=dict)
+    scenarios: list[ScenarioEntry] = Field(min_length=1)
+
+
+# --- reading a file ----------------------------------------------------------------------------
+
+
+def load_suite(path: str | Path) -> tuple[Scenario, ...]:
+    """Read scenarios from a YAML file (``.yaml``, ``.yml``) or a JSONL file (``.jsonl``).
+
+    Parameters
+    ----------
+    path
+        YAML holds a list under ``scenarios``; JSONL holds one such entry a line.
+
+    Raises
+    ------
+    ScenarioError
+        If the file cannot be read or is not valid; the message names file, line and reason.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ScenarioError(
+            f"{path}: no such scenario file", remedy="Give --scenarios a YAML or JSONL file."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ScenarioError(
+            f"{path}: cannot be read as UTF-8 text ({error})",
+            remedy="Save the file as UTF-8 and check its permissions.",
+        ) from error
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
+        suite, lines = _parse_jsonl(path, text)
+    elif suffix in (".yaml", ".yml"):
+        suite, lines = _parse_yaml(path, text)
+    else:
+        raise ScenarioError(
+            f"{path}: unknown kind of scenario file {suffix or '(no ending)'!r}",
+            remedy="Name it .yaml (a list under 'scenarios') or .jsonl (one scenario a line).",
+        )
+    return _build_all(path, suite, lines)
+
+
+def _parse_yaml(path: Path, text: str) -> tuple[SuiteFile, list[int]]:
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
+    try:
+        node = loader.get_single_node()
+        _refuse_odd_yaml(path, node)
+        data = loader.construct_document(node) if node is not None else None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark is not None else 1
+        reason = getattr(error, "problem", None) or str(error)
+        raise ScenarioError(
+            f"{path}:{line}: not valid YAML: {reason}",
+            remedy="Check quotes, colons and indentation around that line.",
+        ) from None
+    except (RecursionError, ValueError) as error:
+        raise ScenarioError(
+            f"{path}: not usable YAML: {type(error).__name__}",
+            why="It is nested far deeper than scenarios are, or holds a value that is none.",
+            remedy="See schema/README.md for the shape of a scenario file.",
+        ) from None
+    finally:
+        loader.dispose()
+    try:
+        suite = SuiteFile.model_validate(data)
+    except ValidationError as error:
+        raise _invalid(path, error, lambda loc: _line_of(node, loc)) from None
+    return suite, [_line_of(node, ("scenarios", i)) for i in range(len(suite.scenarios))]
+
+
+def _parse_jsonl(path: Path, text: str) -> tuple[SuiteFile, list[int]]:
+    entries, lines = [], []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entries.append(ScenarioEntry.model_validate(json.loads(line)))
+        except ValidationError as error:
+            raise _invalid(path, error, lambda _loc, number=number: number) from None
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ScenarioError(
+                f"{path}:{number}: not valid JSON: {error}",
+                remedy="Each line of a .jsonl file is one JSON object: a scenario.",
+            ) from None
+        lines.append(number)
+    if not entries:
+        raise ScenarioError(f"{path}: holds no scenario", remedy="Write one JSON object a line.")
+    return SuiteFile(scenarios=entries), lines
+
+
+def _refuse_odd_yaml(path: Path, root: yaml.Node | None) -> None:
+    """Refuse aliases (they can expand without bound) and keys that stand twice."""
+    seen: set[int] = set()
+    stack = [] if root is None else [root]
+    while stack:
+        node = stack.pop()
+        line = node.start_mark.line + 1
+        if id(node) in seen:
+            raise ScenarioError(
+                f"{path}:{line}: YAML anchors and aliases are not supported",
+                why="A few lines of them can expand to more than fits into memory.",
+                remedy="Use the file's own 'template' and 'defaults' for what entries share.",
+            )
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            keys: set[str] = set()
+            for key, value in node.value:
+                if isinstance(key.value, str) and key.value in keys:
+                    raise ScenarioError(
+                        f"{path}:{key.start_mark.line + 1}: key {key.value!r} stands twice",
+                        remedy="Keep one of the two.",
+                    )
+                keys.add(key.value if isinstance(key.value, str) else "")
+                stack += [key, value]
+        elif isinstance(node, yaml.SequenceNode):
+            stack += node.value
+
+
+def _line_of(node: yaml.Node | None, loc: Sequence[str | int]) -> int:
+    """Line of the innermost YAML node on the way along `loc`."""
+    if node is None:
+        return 1
+    for step in loc:
+        if isinstance(node, yaml.MappingNode):
+            children = [value for key, value in node.value if key.value == str(step)]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(step, int):
+            children = node.value[step : step + 1]
+        else:
+            break
+        if not children:
+            break
+        node = children[0]
+    return int(node.start_mark.line) + 1
+
+
+def _invalid(path: Path, error: ValidationError, line_of: Any) -> ScenarioError:
+    first = error.errors()[0]
+    loc = tuple(first["loc"])
+    where = ".".join(str(step) for step in loc) or "the file"
+    remedy = "See schema/scenarios.schema.json for what an entry may hold."
+    if first["type"] == "extra_forbidden":
+        known = [*ScenarioEntry.model_fields, *SuiteFile.model_fields, *TextSpan.model_fields]
+        close = difflib.get_close_matches(str(loc[-1]), known, n=1)
+        if close:
+            remedy = f"Did you mean {close[0]!r}? {remedy}"
+        reason = f"unknown field {loc[-1]!r}"
+    else:
+        reason = first["msg"]
+    return ScenarioError(f"{path}:{line_of(loc)}: {where}: {reason}", remedy=remedy)
+
+
+# --- from entries to scenarios -----------------------------------------------------------------
+
+
+def _build_all(path: Path, suite: SuiteFile, lines: Sequence[int]) -> tuple[Scenario, ...]:
+    scenarios: list[Scenario] = []
+    taken: dict[str, str] = {}
+    for entry, line in zip(suite.scenarios, lines, strict=True):
+        try:
+            scenario = _build(entry, suite)
+            key = name_key(scenario.name)
+            if key in taken:
+                raise ScenarioError(
+                    f"scenario name {scenario.name!r} is taken by {taken[key]!r}",
+                    why="Names that differ only in case or Unicode form are one folder on many "
+                    "file systems.",
+                    remedy="Rename one of the two.",
+                )
+        except ScenarioError as error:
+            raise ScenarioError(
+                f"{path}:{line}: {error.what}", why=error.why, remedy=error.remedy
+            ) from None
+        taken[key] = scenario.name
+        scenarios.append(scenario)
+    return tuple(scenarios)
+
+
+def _build(entry: ScenarioEntry, suite: SuiteFile) -> Scenario:
+    check_name(entry.name)
+    if entry.prompt is not None and (entry.template is not None or entry.values):
+        raise ScenarioError(
+            f"scenario {entry.name!r} has a prompt and a template or values",
+            remedy="Give either 'prompt', or 'template' and 'values'.",
+        )
+    spans: dict[str, tuple[CharRange, ...]] = {}
+    template = entry.template or suite.template
+    if entry.prompt is not None:
+        prompt = entry.prompt
+    elif template is not None:
+        unused = set(entry.values) - set(_value_names(template))
+        if unused:
+            raise ScenarioError(
+                f"scenario {entry.name!r}: value {min(unused)!r} is not in its template",
+                remedy=f"The template takes: {', '.join(_value_names(template)) or 'none'}.",
+            )
+        prompt, spans = render_template(template, {**suite.defaults, **entry.values})
+    else:
+        raise ScenarioError(
+            f"scenario {entry.name!r} has no prompt",
+            remedy="Give it 'prompt', or 'template' (its own or the file's) and 'values'.",
+        )
+    _check_text(entry.name, prompt)
+    for name, given in entry.spans.items():
+        if name == DECISION:
+            raise ScenarioError(
+                f"scenario {entry.name!r}: span {DECISION!r} is always the last token",
+                remedy="Give your span another name.",
+            )
+        spans[name] = (*spans.get(name, ()), *_find_span(entry.name, name, given, prompt))
+    return Scenario(
+        name=entry.name,
+        prompt=prompt,
+        spans={name: tuple(sorted(set(ranges))) for name, ranges in spans.items()},
+        tags=tuple(dict.fromkeys(entry.tags)),
+        options=suite.options if entry.options is None else entry.options,
+    )
+
+
+def _check_text(name: str, prompt: str) -> None:
+    if not prompt.strip():
+        raise ScenarioError(f"scenario {name!r}: its prompt is empty", remedy="Give it text.")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ScenarioError(
+            f"scenario {name!r}: its prompt is not valid Unicode at character {error.start}",
+            why="A lone surrogate usually comes from text that was cut inside an emoji.",
+            remedy="Remove that character.",
+        ) from None
+
+
+def check_name(name: str) -> str:
+    """Return `name` if it is safe as a folder and Zarr node name.
+
+    Raises
+    ------
+    ScenarioError
+        If it is empty, too long, reserved, or could leave its folder.
+    """
+    rule = (
+        "A name starts with a letter or digit and goes on with letters, digits, '_', '-' or '.', "
+        f"at most {_MAX_NAME} in all; it becomes a folder of the run."
+    )
+    problem = ""
+    if not name:
+        problem = "is empty"
+    elif len(name.encode("utf-8", "replace")) > _MAX_NAME:
+        problem = f"is longer than {_MAX_NAME} bytes"
+    elif not _SAFE_NAME.fullmatch(name) or name.endswith("."):
+        problem = "is not safe as a folder name"
+    elif unicodedata.normalize("NFC", name) != name:
+        problem = "is not in Unicode normal form NFC"
+    elif name.casefold() in _RESERVED_NAMES or name.casefold().split(".")[0] in _DEVICE_NAMES:
+        problem = "is reserved"
+    if problem:
+        shown = ascii(name if len(name) <= _MAX_NAME else f"{name[:_MAX_NAME]}...")
+        raise ScenarioError(f"scenario name {shown} {problem}", remedy=rule)
+    return name
+
+
+def name_key(name: str) -> str:
+    """Return what two names share if a file system may take them for one."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+
+
+def _value_names(template: str) -> list[str]:
+    found = (match["value"] for match in _TEMPLATE_TOKEN.finditer(template))
+    return list(dict.fromkeys(name for name in found if name))
+
+
+def render_template(
+    template: str, values: Mapping[str, object]
+) -> tuple[str, dict[str, tuple[CharRange, ...]]]:
+    """Fill a template and find its marked spans.
+
+    Parameters
+    ----------
+    template
+        ``{name}`` takes a value, ``[[span:text]]`` marks a span (values may stand inside, other
+        marks may not), ``{{`` and ``}}`` are braces. A span marked twice has two ranges.
+    values
+        Values by name; a list or tuple is joined with ``", "``. Values are text, never template.
+
+    Returns
+    -------
+    prompt, spans
+        The text, and the character ranges of each marked span in it.
+
+    Raises
+    ------
+    ScenarioError
+        If a value is missing, a mark is nested, empty or not closed, or a brace stands alone.
+    """
+    out: list[str] = []
+    length = at = 0
+    opened: tuple[str, int] | None = None
+    spans: dict[str, tuple[CharRange, ...]] = {}
+    for match in _TEMPLATE_TOKEN.finditer(template):
+        text = template[at : match.start()]
+        at = match.end()
+        token, start = match[0], length + len(text)
+        if match["value"]:
+            text += _render_value(match["value"], values)
+        elif match["mark"]:
+            if opened or match["mark"] == DECISION:
+                raise ScenarioError(
+                    f"the template opens span {match['mark']!r} "
+                    + (f"inside span {opened[0]!r}" if opened else "by mark"),
+                    remedy=f"Marks do not nest, and {DECISION!r} is always the last token.",
+                )
+            opened = (match["mark"], start)
+        elif match["close"]:
+            if opened is None:
+                text += token
+            else:
+                name, begin = opened
+                if begin == start:
+                    raise ScenarioError(f"span {name!r} is empty", remedy="Mark some text.")
+                spans[name] = (*spans.get(name, ()), (begin, start))
+                opened = None
+        elif token in ("{{", "}}"):
+            text += token[0]
+        else:
+            raise ScenarioError(
+                f"the template has a lone {token!r} at character {match.start()}",
+                remedy="Write '{{' or '}}' for a brace; '{name}' takes a value.",
+            )
+        out.append(text)
+        length += len(text)
+    if opened:
+        raise ScenarioError(
+            f"span {opened[0]!r} is never closed", remedy="Write [[name:text]] around its text."
+        )
+    out.append(template[at:])
+    return "".join(out), spans
+
+
+def _render_value(name: str, values: Mapping[str, object]) -> str:
+    if name not in values:
+        close = difflib.get_close_matches(name, values, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ScenarioError(
+            f"the template needs a value {name!r}",
+            remedy=f"Add it to 'values' or 'defaults'.{hint}",
+        )
+    value = values[name]
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _find_span(scenario: str, name: str, given: SpanEntry, prompt: str) -> list[CharRange]:
+    if isinstance(given, str):
+        given = TextSpan(text=given)
+    if isinstance(given, TextSpan):
+        found = [
+            (m.start(), m.start() + len(given.text))
+            for m in re.finditer(f"(?={re.escape(given.text)})", prompt)
+        ]
+        return _choose(scenario, name, given, found)
+    ranges = [given] if isinstance(given, tuple) else list(given)
+    for start, end in ranges:
+        if not start < end <= len(prompt):
+            raise ScenarioError(
+                f"scenario {scenario!r}: span {name!r} at [{start}, {end}) is not in its prompt",
+                why=f"The prompt has {len(prompt)} characters; a range is [start, end).",
+                remedy="Give start < end, both within the prompt.",
+            )
+    return ranges
+
+
+def _choose(
+    scenario: str, name: str, given: TextSpan, found: Sequence[CharRange]
+) -> list[CharRange]:
+    label = f"scenario {scenario!r}: span {name!r}"
+    if not found:
+        raise ScenarioError(
+            f"{label}: {given.text!r} is not in the prompt",
+            remedy="Spell it as the prompt does, white space included.",
+        )
+    if given.occurrence == "all":
+        return list(found)
+    if given.occurrence == "last":
+        return [found[-1]]
+    if given.occurrence is None:
+        if len(found) > 1:
+            raise ScenarioError(
+                f"{label}: {given.text!r} stands in the prompt {len(found)} times",
+                remedy=f"Say which: occurrence: 1 to {len(found)}, 'last' or 'all'.",
+            )
+        return [found[0]]
+    if given.occurrence > len(found):
+        raise ScenarioError(
+            f"{label}: occurrence {given.occurrence} of {given.text!r}, which stands there "
+            f"{len(found)} time(s)",
+            remedy=f"Give 1 to {len(found)}.",
+        )
+    return [found[given.occurrence - 1]]
+
+
+# --- from characters to tokens -----------------------------------------------------------------
+
+
+def token_positions(ranges: Iterable[CharRange], offsets: Sequence[CharRange]) -> list[int]:
+    """Positions of the tokens that share a character with any of `ranges`.
+
+    Parameters
+    ----------
+    ranges
+        Character ranges ``[start, end)`` of the prompt.
+    offsets
+        The tokenizer's offset mapping: one ``(start, end)`` a token; special tokens have an empty
+        range and belong to no span.
+
+    Returns
+    -------
+    list of int
+        Ascending token positions; several tokens that spell one character all belong to it.
+    """
+    ranges = list(ranges)
+    return [
+        position
+        for position, (start, end) in enumerate(offsets)
+        if start < end and any(start < stop and begin < end for begin, stop in ranges)
+    ]
+
+
+def span_positions(scenario: Scenario, offsets: Sequence[CharRange]) -> dict[str, list[int]]:
+    """Token positions of every span of `scenario`, ``decision`` (the last token) included.
+
+    Raises
+    ------
+    ScenarioError
+        If a span covers no token of the prompt.
+    """
+    positions = {name: token_positions(ranges, offsets) for name, ranges in scenario.spans.items()}
+    for name, found in positions.items():
+        if not found:
+            raise ScenarioError(
+                f"scenario {scenario.name!r}: span {name!r} covers no token",
+                why="It marks only characters that the tokenizer drops, such as white space.",
+                remedy="Mark a visible word.",
+            )
+    positions[DECISION] = [len(offsets) - 1]
+    return positions
