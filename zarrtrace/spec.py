@@ -1,0 +1,437 @@
+"""The on-disk format: names, dimensions, dtypes, chunks and attributes as frozen values.
+
+Nothing here touches a disk. :mod:`zarrtrace.store` writes what this module describes, and
+``schema/`` holds what this module generates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+
+if TYPE_CHECKING:
+    import numpy as np
+
+#: Version of the on-disk format that this code writes. Older versions stay readable.
+FORMAT_VERSION = 1
+
+#: The attribute of a Zarr group under which everything of ours lives.
+NAMESPACE = "zarrtrace"
+
+#: How many of a token's strongest features ``top_feature`` and ``top_activation`` index.
+TOP_FEATURES = 32
+#: How many continuations ``next_token`` holds at each position.
+NEXT_TOKENS = 10
+
+# Shards stay below this size, dense: one writer holds at most a few of them.
+_MAX_SHARD_BYTES = 256 * 2**20
+_MAX_KEYS_PER_CHUNK = 256
+_FEATURES_PER_CHUNK = 4096
+_TOKENS_PER_CHUNK = 256
+
+
+class Frozen(BaseModel):
+    """A value that never changes and refuses what it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+# --- attributes --------------------------------------------------------------------------------
+
+
+class SpanAttributes(Frozen):
+    """Where a span is."""
+
+    characters: tuple[tuple[NonNegativeInt, NonNegativeInt], ...] = Field(
+        description="Character ranges [start, end) of the prompt; empty if not known."
+    )
+    tokens: tuple[NonNegativeInt, ...] = Field(description="Token positions: labels of `query`.")
+
+
+class OptionAttributes(Frozen):
+    """A named continuation whose probability matters."""
+
+    text: str
+    token_id: NonNegativeInt = Field(description="Its first token.")
+
+
+class ModelAttributes(Frozen):
+    """The language model that was traced."""
+
+    id: str
+    revision: str | None = Field(description="Commit of the weights, if they came from a hub.")
+    architecture: str = Field(description="Class name in transformers.")
+    n_layers: PositiveInt
+    n_heads: PositiveInt = Field(description="Query heads.")
+    d_model: PositiveInt
+    dtype: str
+    attn_implementation: str
+    softmax_dtype: str = Field(description="Precision in which attention probabilities were made.")
+    tokenizer: str = Field(description="Class of the tokenizer.")
+    prepend_bos: bool
+
+
+class SAEAttributes(Frozen):
+    """The sparse autoencoder of one layer."""
+
+    layer: NonNegativeInt
+    variable: str = Field(default="features", description="The array its latents are in.")
+    release: str | None
+    id: str
+    hook_name: str
+    architecture: str
+    d_in: PositiveInt
+    d_sae: PositiveInt
+    dtype: str = Field(description="Precision of the encoder's arithmetic.")
+    decoder_norm_folded: bool
+
+
+class Stored(Frozen):
+    """What one array wrote for one layer: its files, taken together in the order of their keys."""
+
+    bytes: NonNegativeInt
+    blake2b: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+
+
+class TraceAttributes(Frozen):
+    """Everything a trace says of itself, under the attribute ``zarrtrace`` of its group."""
+
+    format_version: Literal[1] = 1
+    kind: Literal["trace"] = "trace"
+    scenario: str
+    prompt: str | None
+    tags: tuple[str, ...] = ()
+    spans: dict[str, SpanAttributes]
+    options: dict[str, OptionAttributes] = {}
+    model: ModelAttributes | None = Field(description="Null if imported from NPZ files.")
+    saes: tuple[SAEAttributes, ...] = ()
+    layers: tuple[NonNegativeInt, ...]
+    layers_without_sae: tuple[NonNegativeInt, ...] = ()
+    attention_dtype: Literal["float16", "float32"] | None = Field(
+        description="Null if attention was not asked for."
+    )
+    feature_dtype: Literal["float16", "float32"] | None = Field(
+        description="Null if features were not asked for."
+    )
+    versions: dict[str, str] = Field(description="Libraries the trace was made with.")
+    complete: bool = Field(default=False, description="Whether every layer is stored.")
+    stored: dict[str, dict[str, Stored]] = Field(
+        default_factory=dict,
+        description="Journal: what each array wrote, by layer, and under 'tokens' for the arrays "
+        "that have no layer. A layer that is not here is not stored.",
+    )
+
+    @property
+    def complete_layers(self) -> tuple[int, ...]:
+        """Layers whose every array is stored."""
+        return tuple(layer for layer in self.layers if str(layer) in self.stored)
+
+    @property
+    def missing_layers(self) -> tuple[int, ...]:
+        """Layers that were asked for and are not stored."""
+        return tuple(layer for layer in self.layers if str(layer) not in self.stored)
+
+
+class RunAttributes(Frozen):
+    """Everything a run says of itself, under the attribute ``zarrtrace`` of its group."""
+
+    format_version: Literal[1] = 1
+    kind: Literal["run"] = "run"
+    scenarios: tuple[str, ...] = Field(description="Names of the traces, in the suite's order.")
+    config: dict[str, Any] = Field(description="What was asked for; a resumed run must ask again.")
+    complete: bool = False
+
+
+# --- arrays ------------------------------------------------------------------------------------
+
+Codec = Literal["attention", "sparse", "plain"]
+
+
+class ArrayLayout(Frozen):
+    """How one array is laid out on disk."""
+
+    model_config = ConfigDict(allow_inf_nan=True)
+
+    dims: tuple[str, ...]
+    dtype: str
+    shape: tuple[NonNegativeInt, ...]
+    chunks: tuple[PositiveInt, ...]
+    shards: tuple[PositiveInt, ...] | None = None
+    codec: Codec = "plain"
+    fill_value: float | int | str = 0
+    attributes: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class TraceShape:
+    """The sizes that decide a trace's layout."""
+
+    layers: int
+    tokens: int
+    heads: int | None = None
+    features: Mapping[str, int] = field(default_factory=dict)
+    attention_dtype: str | None = None
+    feature_dtype: str | None = None
+    next_token: bool = True
+
+
+def trace_layout(shape: TraceShape) -> dict[str, ArrayLayout]:
+    """Layout of every array of a trace, coordinates last.
+
+    Parameters
+    ----------
+    shape
+        ``heads`` is None for a trace without attention; ``features`` holds the number of latents
+        by array name (``features``, ``features_<name>``) and is empty for one without.
+
+    Returns
+    -------
+    dict
+        :class:`ArrayLayout` by array name.
+    """
+    layers, tokens = shape.layers, shape.tokens
+    out: dict[str, ArrayLayout] = {}
+    if shape.heads is not None:
+        out |= _attention_layouts(layers, tokens, shape.heads, shape.attention_dtype or "float32")
+    for name, features in shape.features.items():
+        out |= _feature_layouts(name, layers, tokens, features, shape.feature_dtype or "float32")
+    if shape.next_token:
+        out |= _next_token_layouts(tokens)
+    return out | _coordinate_layouts(layers, tokens, shape.heads, shape.features)
+
+
+def _attention_layouts(layers: int, tokens: int, heads: int, dtype: str) -> dict[str, ArrayLayout]:
+    queries = min(tokens, 64)
+    keys = min(tokens, _MAX_KEYS_PER_CHUNK)
+    all_keys = _round_up(tokens, keys)
+    row_bytes = heads * all_keys * _itemsize(dtype)
+    return {
+        "attention": ArrayLayout(
+            dims=("layer", "head", "query", "key"),
+            dtype=dtype,
+            shape=(layers, heads, tokens, tokens),
+            chunks=(1, heads, queries, keys),
+            shards=(1, heads, _rows_per_shard(tokens, queries, row_bytes), all_keys),
+            codec="attention",
+            fill_value=math.nan,
+            attributes={
+                "long_name": "attention probability",
+                "description": "how much the query token attends to the key token, by query head",
+            },
+        ),
+        "attention_mean": ArrayLayout(
+            dims=("layer", "query", "key"),
+            dtype="float32",
+            shape=(layers, tokens, tokens),
+            chunks=(1, min(tokens, 1024), min(tokens, 1024)),
+            codec="attention",
+            fill_value=math.nan,
+            attributes={"long_name": "attention probability, mean over heads"},
+        ),
+    }
+
+
+def _feature_layouts(
+    name: str, layers: int, tokens: int, features: int, dtype: str
+) -> dict[str, ArrayLayout]:
+    rows = min(tokens, _TOKENS_PER_CHUNK)
+    width = min(features, _FEATURES_PER_CHUNK)
+    all_features = _round_up(features, width)
+    suffix = name.removeprefix("features")
+    return {
+        name: ArrayLayout(
+            dims=("layer", "query", f"feature{suffix}"),
+            dtype=dtype,
+            shape=(layers, tokens, features),
+            chunks=(1, rows, width),
+            shards=(
+                1,
+                _rows_per_shard(tokens, rows, all_features * _itemsize(dtype)),
+                all_features,
+            ),
+            codec="sparse",
+            fill_value=math.nan,
+            attributes={"long_name": "SAE feature activation"},
+        ),
+        f"top_feature{suffix}": ArrayLayout(
+            dims=("layer", "query", "feature_rank"),
+            dtype="uint32",
+            shape=(layers, tokens, min(TOP_FEATURES, features)),
+            chunks=(1, min(tokens, 4096), min(TOP_FEATURES, features)),
+            attributes={
+                "long_name": "strongest features of a token, strongest first",
+                "description": "valid where the activation of the same rank is above 0",
+            },
+        ),
+        f"top_activation{suffix}": ArrayLayout(
+            dims=("layer", "query", "feature_rank"),
+            dtype="float32",
+            shape=(layers, tokens, min(TOP_FEATURES, features)),
+            chunks=(1, min(tokens, 4096), min(TOP_FEATURES, features)),
+            fill_value=math.nan,
+            attributes={"long_name": "activations of the strongest features"},
+        ),
+    }
+
+
+def _next_token_layouts(tokens: int) -> dict[str, ArrayLayout]:
+    shape, chunks = (tokens, NEXT_TOKENS), (min(tokens, 4096), NEXT_TOKENS)
+    dims = ("query", "rank")
+    return {
+        "next_token": ArrayLayout(
+            dims=dims,
+            dtype="uint32",
+            shape=shape,
+            chunks=chunks,
+            attributes={"long_name": "most likely next tokens, most likely first"},
+        ),
+        "next_token_logprob": ArrayLayout(
+            dims=dims,
+            dtype="float32",
+            shape=shape,
+            chunks=chunks,
+            fill_value=math.nan,
+            attributes={"long_name": "natural logarithm of the next token's probability"},
+        ),
+    }
+
+
+def _coordinate_layouts(
+    layers: int, tokens: int, heads: int | None, features: Mapping[str, int]
+) -> dict[str, ArrayLayout]:
+    def index(dim: str, size: int, long_name: str) -> ArrayLayout:
+        return ArrayLayout(
+            dims=(dim,),
+            dtype="int64",
+            shape=(size,),
+            chunks=(max(size, 1),),
+            attributes={"long_name": long_name},
+        )
+
+    def text(dim: str) -> ArrayLayout:
+        return ArrayLayout(
+            dims=(dim,),
+            dtype="string",
+            shape=(tokens,),
+            chunks=(tokens,),
+            fill_value="",
+            attributes={"long_name": f"text of the {dim} token"},
+        )
+
+    out = {"layer": index("layer", layers, "index of the decoder block, from 0")}
+    if heads is not None:
+        out["head"] = index("head", heads, "query head")
+        out["key"] = index("key", tokens, "position of the token attended to")
+        out["key_token"] = text("key")
+    for name, size in features.items():
+        dim = f"feature{name.removeprefix('features')}"
+        out[dim] = index(dim, size, "index of the SAE's latent")
+    return out | {
+        "query": index("query", tokens, "position of the token that attends"),
+        "query_token": text("query"),
+        "token_id": ArrayLayout(
+            dims=("query",),
+            dtype="uint32",
+            shape=(tokens,),
+            chunks=(tokens,),
+            attributes={"long_name": "id of the query token in the model's vocabulary"},
+        ),
+    }
+
+
+#: Coordinates that are not an index; a group's ``coordinates`` attribute names those it has.
+LABELS = ("query_token", "key_token", "token_id")
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _rows_per_shard(rows: int, rows_per_chunk: int, row_bytes: int) -> int:
+    """Rows of a shard: all of them, or as many whole chunks as stay below the bound."""
+    fitting = max(1, _MAX_SHARD_BYTES // (row_bytes * rows_per_chunk)) * rows_per_chunk
+    return min(_round_up(rows, rows_per_chunk), fitting)
+
+
+def _itemsize(dtype: str) -> int:
+    return {"float16": 2, "float32": 4}[dtype]
+
+
+# --- what capture yields and the writer takes --------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FeatureRecord:
+    """SAE features of one layer.
+
+    Attributes
+    ----------
+    activations
+        ``(query, feature)``.
+    top_feature, top_activation
+        ``(query, feature_rank)``: the strongest features, strongest first.
+    """
+
+    activations: np.ndarray
+    top_feature: np.ndarray
+    top_activation: np.ndarray
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """Everything of one layer of one scenario.
+
+    Attributes
+    ----------
+    scenario
+        Name of the scenario.
+    layer
+        Index of the decoder block.
+    attention
+        ``(head, query, key)``, or None.
+    attention_mean
+        ``(query, key)`` float32, or None.
+    features
+        By array name; empty if there is no SAE on this layer.
+    """
+
+    scenario: str
+    layer: int
+    attention: np.ndarray | None = None
+    attention_mean: np.ndarray | None = None
+    features: Mapping[str, FeatureRecord] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TokensRecord:
+    """What the model says next, after the last layer of one scenario.
+
+    Attributes
+    ----------
+    scenario
+        Name of the scenario.
+    next_token, next_token_logprob
+        ``(query, rank)``: ids and natural log-probabilities, most likely first.
+    """
+
+    scenario: str
+    next_token: np.ndarray
+    next_token_logprob: np.ndarray
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenised prompt.
+
+    Attributes
+    ----------
+    ids, texts
+        Token ids and their texts, one a position.
+    """
+
+    ids: Sequence[int]
+    texts: Sequence[str]

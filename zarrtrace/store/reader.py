@@ -1,0 +1,183 @@
+"""Opening runs and traces, lazily and labelled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import xarray as xr
+import zarr
+
+from zarrtrace.errors import IncompleteError, IntegrityError, ScenarioError
+from zarrtrace.spec import LABELS, NAMESPACE, TraceAttributes
+from zarrtrace.store.attributes import incomplete, read_run_attributes, read_trace_attributes
+
+Missing = Literal["raise", "nan"]
+ChunkSpec = Mapping[str, Any] | Literal["auto"] | None
+
+
+def open_trace(
+    path: str | Path, *, chunks: ChunkSpec = None, missing: Missing = "raise"
+) -> xr.Dataset:
+    """Open one scenario's trace, lazily.
+
+    Parameters
+    ----------
+    path
+        Folder of the trace, inside a run or by itself.
+    chunks
+        None indexes lazily without dask, best for point reads. ``"auto"`` or ``{}`` gives dask
+        arrays with one task a shard (one layer); a mapping of dimensions to sizes, those.
+    missing
+        What to do if layers are missing: ``"raise"``, or ``"nan"`` to read them as NaN.
+
+    Returns
+    -------
+    xr.Dataset
+        ``attention (layer, head, query, key)``, ``features (layer, query, feature)`` and the rest
+        of ``schema/README.md``, with token texts as loaded coordinates.
+
+    Raises
+    ------
+    NotATraceError
+        If `path` is not a trace.
+    FormatVersionError
+        If a newer zarrtrace wrote it.
+    IncompleteError
+        If layers are missing.
+    IntegrityError
+        If files of a stored layer are gone or have another size.
+    """
+    path = Path(path)
+    attributes = read_trace_attributes(path)
+    if missing == "raise" and not attributes.complete:
+        raise incomplete(path, attributes)
+    check_sizes(path, attributes)
+    ds = xr.open_zarr(path, chunks=None, consolidated=attributes.complete, zarr_format=3)
+    if chunks is not None:
+        ds = _chunk(ds, chunks)
+    return _with_loaded_labels(ds)
+
+
+def open_run(
+    path: str | Path, *, chunks: ChunkSpec = None, missing: Missing = "raise"
+) -> xr.DataTree:
+    """Open a run, lazily: one child a scenario, in the suite's order.
+
+    Parameters
+    ----------
+    path
+        Folder of the run.
+    chunks, missing
+        As for :func:`open_trace`; with ``missing="nan"``, scenarios not begun are left out.
+
+    Returns
+    -------
+    xr.DataTree
+        Its children are traces; its ``attrs`` hold the run's own attributes.
+
+    Raises
+    ------
+    NotATraceError, FormatVersionError, IncompleteError, IntegrityError
+        As for :func:`open_trace`.
+    """
+    path = Path(path)
+    run = read_run_attributes(path)
+    absent = [name for name in run.scenarios if not (path / name / "zarr.json").exists()]
+    if absent and missing == "raise":
+        raise IncompleteError(
+            f"{path}: {len(absent)} of {len(run.scenarios)} scenarios are not there: "
+            + ", ".join(absent[:5]),
+            why="The extraction was interrupted, or is still going on.",
+            remedy="Run the same 'zarrtrace extract' again to go on, or open it with "
+            "missing='nan'.",
+        )
+    children = {
+        name: open_trace(path / name, chunks=chunks, missing=missing)
+        for name in run.scenarios
+        if name not in absent
+    }
+    root = xr.Dataset(attrs={NAMESPACE: run.model_dump(mode="json")})
+    return xr.DataTree.from_dict({"/": root, **children}, name=path.name)
+
+
+def span(ds: xr.Dataset, name: str) -> list[int]:
+    """Return the token positions of a span: labels of ``query`` and ``key``.
+
+    Parameters
+    ----------
+    ds
+        A trace.
+    name
+        A span of its scenario, or ``"decision"``.
+
+    Raises
+    ------
+    ScenarioError
+        If the trace has no such span.
+    """
+    spans = ds.attrs[NAMESPACE]["spans"]
+    if name not in spans:
+        raise ScenarioError(
+            f"{ds.attrs[NAMESPACE]['scenario']}: no span {name!r}",
+            remedy=f"It has: {', '.join(spans)}.",
+        )
+    return [int(position) for position in spans[name]["tokens"]]
+
+
+def check_sizes(path: Path, attributes: TraceAttributes) -> None:
+    """Refuse a trace in which files of a stored layer are gone or have another size."""
+    total = {
+        name: sum(entry[name].bytes for entry in attributes.stored.values() if name in entry)
+        for name in {name for entry in attributes.stored.values() for name in entry}
+    }
+    for name, expected in total.items():
+        found = sum(
+            file.stat().st_size for file in (path / name / "c").rglob("*") if file.is_file()
+        )
+        # A layer that is being written is there before the journal says so.
+        if found < expected or (attributes.complete and found != expected):
+            raise IntegrityError(
+                f"{path}: array {name!r} has {found} bytes on disk, not {expected}",
+                why="Files were lost, cut short or replaced, for example by an interrupted copy.",
+                remedy="'zarrtrace verify' names the layers; 'zarrtrace extract --repair' makes "
+                "them anew.",
+            )
+
+
+def _chunk(ds: xr.Dataset, chunks: ChunkSpec) -> xr.Dataset:
+    """Chunk every variable by whole shards: dask tasks never share one."""
+    if chunks and chunks != "auto":
+        return ds.chunk(chunks)
+    return ds.assign(
+        {
+            name: variable.chunk(
+                dict(
+                    zip(
+                        variable.dims,
+                        variable.encoding.get("shards") or variable.encoding["chunks"],
+                        strict=True,
+                    )
+                )
+            )
+            for name, variable in ds.data_vars.items()
+        }
+    )
+
+
+def _with_loaded_labels(ds: xr.Dataset) -> xr.Dataset:
+    # Lazy text would make where(ds.query_token == ...) read the disk each time; numpy's variable
+    # width strings are turned into objects, which every part of xarray handles.
+    loaded = {
+        name: ds[name].copy(data=np.asarray(ds[name].values, dtype=object))
+        for name in LABELS
+        if name in ds.coords and ds[name].dtype.kind not in "iu"
+    }
+    return ds.assign_coords(loaded)
+
+
+def array_of(path: str | Path, name: str) -> zarr.Array[Any]:
+    """Open one array of a trace with plain Zarr."""
+    return zarr.open_array(Path(path) / name, mode="r")
