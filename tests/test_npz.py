@@ -1,0 +1,893 @@
+"""Export to and import from the documented NPZ layout, judged by plain NumPy and zipfile."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from zarrtrace import npz
+from zarrtrace.errors import (
+    ConfigError,
+    ConfigMismatchError,
+    IncompleteError,
+    IntegrityError,
+    NoSpaceError,
+    NPZError,
+)
+from zarrtrace.npz import export_npz, import_npz
+from zarrtrace.spec import (
+    FeatureRecord,
+    LayerRecord,
+    SpanAttributes,
+    Tokens,
+    TraceAttributes,
+    TraceShape,
+)
+from zarrtrace.store import RunWriter, open_run, open_trace, read_run_attributes
+
+WHEN = datetime(2025, 10, 17, 12, 0, 0)
+STAMP = "20251017_120000"
+Values = dict[str, dict[int, dict[str, np.ndarray]]]
+
+
+# --- small runs and folders --------------------------------------------------------------------
+
+
+def npz_attention(
+    rng: np.random.Generator, heads: int, tokens: int, sharpness: float = 1
+) -> np.ndarray:
+    scores = rng.normal(scale=sharpness, size=(heads, tokens, tokens))
+    scores[:, ~np.tri(tokens, dtype=bool)] = -np.inf
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return (weights / weights.sum(-1, keepdims=True)).astype(np.float32)
+
+
+def npz_features(rng: np.random.Generator, tokens: int, features: int, active: int) -> np.ndarray:
+    out = np.zeros((tokens, features), np.float32)
+    for row in out:
+        row[rng.choice(features, active, replace=False)] = rng.gamma(2, size=active) + 0.3
+    return out
+
+
+def npz_values(
+    *,
+    scenarios: tuple[str, ...] = ("Risky_40", "Desperate_10"),
+    layers: tuple[int, ...] = (1, 2, 3),
+    keys: tuple[str, ...] = ("features", "attention"),
+    without_sae: tuple[int, ...] = (),
+    attention_dtype: str = "float32",
+    tokens: int = 9,
+) -> Values:
+    rng = np.random.default_rng(7)
+    out: Values = {}
+    for at, name in enumerate(scenarios):
+        size = tokens + at
+        out[name] = {
+            layer: {
+                "features": npz_features(rng, size, 48, 6),
+                "attention": npz_attention(rng, 4, size).astype(attention_dtype),
+            }
+            for layer in layers
+        }
+        for layer, arrays in out[name].items():
+            for key in tuple(arrays):
+                if key not in keys or (key == "features" and layer in without_sae):
+                    del arrays[key]
+    return out
+
+
+def npz_first(values: Values, key: str) -> np.ndarray | None:
+    arrays = (layer.get(key) for layers in values.values() for layer in layers.values())
+    return next((array for array in arrays if array is not None), None)
+
+
+def npz_tokens(values: Values, scenario: str) -> int:
+    arrays = next(array for array in values[scenario].values() if array)
+    return arrays["attention"].shape[1] if "attention" in arrays else arrays["features"].shape[0]
+
+
+def npz_write_run(path: Path, values: Values, *, stop_before: int | None = None) -> Path:
+    """Write a run with the store's own writer."""
+    layers = tuple(next(iter(values.values())))
+    attention, features = npz_first(values, "attention"), npz_first(values, "features")
+    with RunWriter(path, list(values), {}) as run:
+        for scenario, by_layer in values.items():
+            size = npz_tokens(values, scenario)
+            attributes = TraceAttributes(
+                scenario=scenario,
+                prompt="what it says",
+                spans={
+                    "goal": SpanAttributes(characters=((3, 5),), tokens=(3, 2)),
+                    "balance": SpanAttributes(characters=((0, 2),), tokens=(1,)),
+                    "decision": SpanAttributes(characters=(), tokens=(size - 1,)),
+                },
+                model=None,
+                layers=layers,
+                layers_without_sae=tuple(
+                    layer
+                    for layer in layers
+                    if features is not None and "features" not in by_layer[layer]
+                ),
+                attention_dtype=None if attention is None else attention.dtype.name,
+                feature_dtype=None if features is None else features.dtype.name,
+                versions={},
+            )
+            shape = TraceShape(
+                layers=len(layers),
+                tokens=size,
+                heads=None if attention is None else attention.shape[0],
+                features={} if features is None else {"features": features.shape[1]},
+                attention_dtype=attributes.attention_dtype,
+                feature_dtype=attributes.feature_dtype,
+                next_token=False,
+            )
+            tokens = Tokens(ids=range(size), texts=[f" té\n{at}" for at in range(size)])
+            trace = run.trace(attributes, shape, tokens)
+            for layer, arrays in by_layer.items():
+                if layer != stop_before:
+                    trace.append(npz_record(scenario, layer, arrays))
+            if stop_before is None:
+                trace.finish()
+        if stop_before is None:
+            run.finish()
+    return path
+
+
+def npz_record(scenario: str, layer: int, arrays: dict[str, np.ndarray]) -> LayerRecord:
+    attention, features = arrays.get("attention"), arrays.get("features")
+    record: dict[str, Any] = {}
+    if attention is not None:
+        record |= {"attention": attention, "attention_mean": attention.mean(0, dtype=np.float32)}
+    if features is not None:
+        top = np.zeros((features.shape[0], min(32, features.shape[1])))
+        found = FeatureRecord(features, top.astype(np.uint32), top.astype(np.float32))
+        record["features"] = {"features": found}
+    return LayerRecord(scenario=scenario, layer=layer, **record)
+
+
+def npz_old_folder(path: Path, values: Values, **changes: Any) -> Path:
+    """Write a folder as the user's own script does, with NumPy and json only."""
+    for scenario, by_layer in values.items():
+        (path / scenario).mkdir(parents=True)
+        for layer, arrays in by_layer.items():
+            np.savez_compressed(path / scenario / f"layer_{layer}.npz", **arrays)  # type: ignore
+    layers = list(next(iter(values.values())))
+    metadata = {
+        "timestamp": STAMP,
+        "n_scenarios": len(values),
+        "layer_range": [layers[0], layers[-1]],
+        "save_features": npz_first(values, "features") is not None,
+        "save_attention": npz_first(values, "attention") is not None,
+        "scenarios": [
+            {
+                "scenario": scenario,
+                "tokens": [f"t{at}" for at in range(npz_tokens(values, scenario))],
+                "token_ids": list(range(100, 100 + npz_tokens(values, scenario))),
+                "seq_len": npz_tokens(values, scenario),
+                "key_positions": {"goal": [5, 3], "balance": [2], "choices": []},
+            }
+            for scenario in values
+        ],
+        "model": "an extra field",
+        **changes,
+    }
+    (path / f"metadata_L{layers[0]}_{layers[-1]}_{STAMP}.json").write_text(json.dumps(metadata))
+    return path
+
+
+def npz_files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def npz_assert_holds(folder: Path, values: Values) -> None:
+    """Compare with what plain NumPy reads, bit for bit."""
+    names = {f"{s}/layer_{layer}.npz" for s, by_layer in values.items() for layer in by_layer}
+    assert {name for name in npz_files(folder) if name.endswith("npz")} == names
+    for scenario, by_layer in values.items():
+        for layer, arrays in by_layer.items():
+            with np.load(folder / scenario / f"layer_{layer}.npz", allow_pickle=False) as found:
+                assert sorted(found.files) == sorted(arrays)
+                for key, array in arrays.items():
+                    assert found[key].dtype == array.dtype
+                    assert found[key].tobytes() == array.tobytes()
+                    assert found[key].shape == array.shape
+
+
+# --- export ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"keys": ("attention",)},
+        {"keys": ("features",)},
+        {"without_sae": (2,)},
+        {"keys": ("features",), "without_sae": (2,)},
+        {"attention_dtype": "float16"},
+        {"layers": (0,), "scenarios": ("one",), "tokens": 6},
+    ],
+    ids=str,
+)
+def test_export_is_what_numpy_reads(tmp_path: Path, how: dict[str, Any]) -> None:
+    values = npz_values(**how)
+    run = npz_write_run(tmp_path / "run", values)
+    out = tmp_path / "new" / "out"
+    first, last = (layers := list(next(iter(values.values()))))[0], layers[-1]
+
+    assert export_npz(run, out, timestamp=WHEN) == out / f"metadata_L{first}_{last}_{STAMP}.json"
+
+    npz_assert_holds(out, values)
+
+
+def test_metadata_has_exactly_the_documented_fields(tmp_path: Path) -> None:
+    run = npz_write_run(tmp_path / "run", npz_values())
+    file = export_npz(run, tmp_path / "out", timestamp=WHEN)
+
+    found = json.loads(file.read_text("utf-8"))
+
+    assert list(found) == [
+        "timestamp",
+        "n_scenarios",
+        "layer_range",
+        "save_features",
+        "save_attention",
+        "scenarios",
+    ]
+    assert found | {"scenarios": 0} == {
+        "timestamp": STAMP,
+        "n_scenarios": 2,
+        "layer_range": [1, 3],
+        "save_features": True,
+        "save_attention": True,
+        "scenarios": 0,
+    }
+    assert found["scenarios"][0] == {
+        "scenario": "Risky_40",
+        "tokens": [f" té\n{at}" for at in range(9)],
+        "token_ids": list(range(9)),
+        "seq_len": 9,
+        "key_positions": {"goal": [3, 2], "balance": [1]},
+    }
+    assert [entry["scenario"] for entry in found["scenarios"]] == ["Risky_40", "Desperate_10"]
+
+
+def test_part_of_a_run(tmp_path: Path) -> None:
+    values = npz_values()
+    run = npz_write_run(tmp_path / "run", values)
+    calls: list[tuple[int, int]] = []
+
+    file = export_npz(
+        run,
+        tmp_path / "out",
+        scenarios=["Desperate_10"],
+        layers=[3, 1],
+        dtype="float16",
+        progress=lambda *call: calls.append(call),
+        timestamp=WHEN,
+    )
+
+    wanted = {
+        "Desperate_10": {
+            layer: {key: a.astype("f2") for key, a in values["Desperate_10"][layer].items()}
+            for layer in (1, 3)
+        }
+    }
+    npz_assert_holds(tmp_path / "out", wanted)
+    assert file.name == f"metadata_L1_3_{STAMP}.json"
+    assert calls == [(1, 2), (2, 2)]
+
+
+def test_one_trace(tmp_path: Path) -> None:
+    values = npz_values()
+    run = npz_write_run(tmp_path / "run", values)
+    export_npz(run / "Risky_40", tmp_path / "out", timestamp=WHEN)
+    npz_assert_holds(tmp_path / "out", {"Risky_40": values["Risky_40"]})
+
+
+def test_same_bytes_again_over_an_old_export_and_with_any_number_of_threads(tmp_path: Path) -> None:
+    run = npz_write_run(tmp_path / "run", npz_values())
+    export_npz(run, tmp_path / "out", timestamp=WHEN, workers=1)
+    before = npz_files(tmp_path / "out")
+    export_npz(run, tmp_path / "out", timestamp=WHEN, workers=5)
+    assert npz_files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("tokens", [5, 40, 121])
+@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("active", [1, 50, 200])
+@pytest.mark.parametrize("sharpness", [0.3, 1, 4])
+def test_files_are_no_larger_than_numpys(
+    tokens: int, precision: str, active: int, sharpness: float
+) -> None:
+    rng = np.random.default_rng(tokens + active)
+    arrays = {
+        "features": npz_features(rng, tokens, 1024, active),
+        "attention": npz_attention(rng, 8, tokens, sharpness),
+    }
+    for key, array in arrays.items():
+        if precision == "bfloat16":
+            array = (array.view(np.uint32) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+        array = array.astype("float16" if precision == "float16" else "float32")
+        ours, numpys = io.BytesIO(), io.BytesIO()
+        npz._write_npz(ours, [(key, array)])
+        np.savez_compressed(numpys, **{key: array})  # type: ignore[arg-type]
+        assert len(ours.getvalue()) <= len(numpys.getvalue()), key
+
+
+def test_archive_is_sound_also_beyond_4_gib(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    arrays = [("features", npz_features(rng, 9, 64, 5)), ("attention", npz_attention(rng, 2, 9))]
+    for limit in (0xFFFFFFFF, 1500, 1, 0):
+        monkeypatch.setattr(npz._Member, "_LIMIT", limit)
+        out = io.BytesIO()
+        npz._write_npz(out, arrays)
+        with zipfile.ZipFile(out) as archive:
+            assert archive.testzip() is None
+            assert {info.date_time for info in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+        out.seek(0)
+        with np.load(out, allow_pickle=False) as found:
+            for key, array in arrays:
+                np.testing.assert_array_equal(found[key], array)
+
+
+def test_unknown_scenario_and_layer_name_what_there_is(tmp_path: Path) -> None:
+    run = npz_write_run(tmp_path / "run", npz_values())
+    with pytest.raises(ConfigError, match=r"(?s)'nope'.*Risky_40, Desperate_10"):
+        export_npz(run, tmp_path / "out", scenarios=["nope"])
+    with pytest.raises(ConfigError, match=r"(?s)layer 9.*1, 2, 3"):
+        export_npz(run, tmp_path / "out", layers=[1, 9])
+    with pytest.raises(ConfigError, match="no layer"):
+        export_npz(run, tmp_path / "out", layers=[])
+    with pytest.raises(ConfigError, match="no scenario"):
+        export_npz(run, tmp_path / "out", scenarios=[])
+    with pytest.raises(ConfigError, match="float64"):
+        export_npz(run, tmp_path / "out", dtype="float64")  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_incomplete_runs_are_refused(tmp_path: Path) -> None:
+    run = npz_write_run(tmp_path / "run", npz_values(), stop_before=2)
+    with pytest.raises(IncompleteError, match="2"):
+        export_npz(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_layer_files_of_another_export_are_refused(tmp_path: Path) -> None:
+    run = npz_write_run(tmp_path / "run", npz_values())
+    export_npz(run, tmp_path / "out", timestamp=WHEN)
+    before = npz_files(tmp_path / "out")
+    with pytest.raises(NPZError, match=r"(?s)4 layer files.*layer_.*remove"):
+        export_npz(run, tmp_path / "out", layers=[1], timestamp=WHEN)
+    assert npz_files(tmp_path / "out") == before
+
+
+def test_too_large_for_float16(tmp_path: Path) -> None:
+    values = npz_values(scenarios=("a",), keys=("features",))
+    values["a"][2]["features"][0, 0] = 70000
+    run = npz_write_run(tmp_path / "run", values)
+    with pytest.raises(NPZError, match="too large for float16"):
+        export_npz(run, tmp_path / "out", dtype="float16")
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        (OSError(28, "No space left on device"), NoSpaceError),
+        (OSError(5, "Input/output error"), NPZError),
+        (MemoryError(), MemoryError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+)
+def test_failure_leaves_no_partial_file(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: BaseException,
+    error: type[BaseException],
+) -> None:
+    run = npz_write_run(tmp_path / "run", npz_values())
+    write, calls = npz._write_member, []
+
+    def failing(out: Any, name: str, array: np.ndarray) -> Any:
+        calls.append(name)
+        out.write(b"half")
+        if len(calls) == 4:
+            raise fault
+        return write(out, name, array)
+
+    monkeypatch.setattr(npz, "_write_member", failing)
+    with pytest.raises(error):
+        export_npz(run, tmp_path / "out", workers=1)
+    assert len(calls) == 4
+    assert list(npz_files(tmp_path / "out")) == ["Risky_40/layer_1.npz"]
+
+
+def test_damaged_store_is_named(tmp_path: Path) -> None:
+    run = npz_write_run(tmp_path / "run", npz_values(keys=("attention",)))
+    file = run / "Risky_40/attention/c/1/0/0/0"
+    content = bytearray(file.read_bytes())
+    content[40] ^= 255
+    file.write_bytes(content)
+    with pytest.raises(IntegrityError, match=r"(?s)Risky_40.*attention of layer 2.*verify"):
+        export_npz(run, tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.partial"))
+
+
+def test_output_that_is_a_file(tmp_path: Path) -> None:
+    run = npz_write_run(tmp_path / "run", npz_values())
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(NPZError, match="cannot be written"):
+        export_npz(run, tmp_path / "out")
+
+
+def test_jobs_under_way_are_bounded() -> None:
+    made = 0
+
+    def jobs() -> Iterator[Callable[[], None]]:
+        nonlocal made
+        for _ in range(40):
+            made += 1
+            yield lambda: None
+
+    done: list[int] = []
+    npz._run_jobs(jobs(), 40, 3, lambda at, _: done.append(made - at))
+    assert (made, len(done)) == (40, 40)
+    assert max(done) <= 4
+
+
+# --- round trips -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"keys": ("attention",)}, {"without_sae": (1, 3)}, {"attention_dtype": "float16"}],
+    ids=str,
+)
+def test_export_import_export_is_bit_identical(tmp_path: Path, how: dict[str, Any]) -> None:
+    run = npz_write_run(tmp_path / "run", npz_values(**how))
+    export_npz(run, tmp_path / "one", timestamp=WHEN)
+    import_npz(tmp_path / "one", tmp_path / "again")
+    export_npz(tmp_path / "again", tmp_path / "two", timestamp=WHEN)
+    assert npz_files(tmp_path / "one") == npz_files(tmp_path / "two")
+
+
+_FLOATS = {
+    "float16": st.floats(0, 60000, width=16),
+    "float32": st.floats(0, 2.0**100, width=32),
+}
+
+
+@st.composite
+def _npz_any_values(draw: st.DrawFn) -> Values:
+    tokens, heads, features = (draw(st.integers(1, high)) for high in (7, 5, 70))
+    dtypes = {key: draw(st.sampled_from(["float16", "float32"])) for key in ("a", "f")}
+    keys = draw(st.sampled_from([("attention",), ("features",), ("features", "attention")]))
+    layers = draw(st.integers(0, 40))
+    shapes = {"attention": (heads, tokens, tokens), "features": (tokens, features)}
+    return {
+        name: {
+            layer: {
+                key: draw(
+                    hnp.arrays(
+                        dtypes[key[0]],
+                        shapes[key],
+                        elements=_FLOATS[dtypes[key[0]]],
+                        fill=st.just(0),
+                    )
+                )
+                for key in keys
+            }
+            for layer in (layers, layers + 1)
+        }
+        for name in ("A", "b.c")[: draw(st.integers(1, 2))]
+    }
+
+
+@settings(max_examples=10, deadline=None)
+@given(values=_npz_any_values())
+def test_any_values_survive(values: Values) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name)
+        folder = npz_old_folder(path / "old", values, scenarios=npz_plain_metadata(values))
+        import_npz(folder, path / "run")
+        export_npz(path / "run", path / "one", timestamp=WHEN)
+        npz_assert_holds(path / "one", values)
+
+
+def npz_plain_metadata(values: Values) -> list[dict[str, Any]]:
+    return [
+        {
+            "scenario": name,
+            "tokens": ["\N{SLOT MACHINE}"] * npz_tokens(values, name),
+            "token_ids": [2**32 - 1] * npz_tokens(values, name),
+            "seq_len": npz_tokens(values, name),
+            "key_positions": {"z": [0], "a": [0, 0]},
+        }
+        for name in values
+    ]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    hnp.arrays(
+        st.sampled_from([np.float16, np.float32]),
+        hnp.array_shapes(min_dims=2, max_dims=2, max_side=80),
+        elements=st.sampled_from([-1.0, 0.0, 0.5, 1.0, 3.0]),
+    )
+)
+def test_strongest_features_are_those_of_a_stable_sort(values: np.ndarray) -> None:
+    found = npz._with_top(values)
+    order = np.argsort(-np.maximum(values, 0), axis=1, kind="stable")[:, :32]
+    np.testing.assert_array_equal(found.top_feature, order)
+    top = np.maximum(np.take_along_axis(values, order, axis=1), 0)
+    np.testing.assert_array_equal(found.top_activation, top)
+    assert found.top_activation.dtype == np.float32
+
+
+# --- import ------------------------------------------------------------------------------------
+
+
+def test_import_of_the_old_scripts_folder(tmp_path: Path) -> None:
+    values = npz_values(attention_dtype="float16")
+    folder = npz_old_folder(tmp_path / "old", values)
+    calls: list[tuple[int, int]] = []
+
+    import_npz(folder, tmp_path / "run", progress=lambda *call: calls.append(call))
+
+    run = open_run(tmp_path / "run")
+    assert list(run.children) == list(values)
+    ds = open_trace(tmp_path / "run/Desperate_10")
+    arrays = values["Desperate_10"][2]
+    layer = ds.sel(layer=2)
+    assert (ds.attention.dtype, ds.features.dtype) == (np.float16, np.float32)
+    np.testing.assert_array_equal(layer.attention, arrays["attention"])
+    np.testing.assert_array_equal(layer.features, arrays["features"])
+    np.testing.assert_array_equal(
+        layer.attention_mean, arrays["attention"].mean(0, dtype=np.float32)
+    )
+    np.testing.assert_array_equal(layer.top_feature[:, 0], arrays["features"].argmax(1))
+    assert list(ds.query_token.values) == [f"t{at}" for at in range(10)]
+    assert list(ds.token_id.values) == list(range(100, 110))
+    said = TraceAttributes.model_validate(ds.attrs["zarrtrace"])
+    assert {name: span.tokens for name, span in said.spans.items()} == {
+        "goal": (5, 3),
+        "balance": (2,),
+        "choices": (),
+        "decision": (9,),
+    }
+    assert (said.model, said.prompt, said.complete) == (None, None, True)
+    assert "next_token" not in ds
+    assert calls[-1] == (6, 6)
+    assert str(tmp_path) not in (tmp_path / "run/zarr.json").read_text()
+    assert read_run_attributes(tmp_path / "run").config["imported_from"] == "npz"
+
+
+def test_some_layers_only(tmp_path: Path) -> None:
+    values = npz_values(layers=(1, 2, 3, 4))
+    folder = npz_old_folder(tmp_path / "old", values)
+    (folder / "Risky_40/layer_2.npz").unlink()
+
+    import_npz(folder, tmp_path / "run", layers=[4, 1])
+    export_npz(tmp_path / "run", tmp_path / "out")
+
+    wanted = {name: {layer: by[layer] for layer in (1, 4)} for name, by in values.items()}
+    npz_assert_holds(tmp_path / "out", wanted)
+    with pytest.raises(ConfigError, match=r"(?s)layer 9.*1 to 4"):
+        import_npz(folder, tmp_path / "no", layers=[9])
+
+
+def test_the_newest_of_metadata_files_that_agree(tmp_path: Path) -> None:
+    values = npz_values()
+    run = npz_write_run(tmp_path / "run", values)
+    export_npz(run, tmp_path / "out", timestamp=WHEN)
+    export_npz(run, tmp_path / "out", timestamp=WHEN.replace(year=2026))
+    import_npz(tmp_path / "out", tmp_path / "again")
+    assert list(open_run(tmp_path / "again").children) == list(values)
+
+
+def test_the_metadata_file_can_be_said(tmp_path: Path) -> None:
+    folder = npz_old_folder(tmp_path / "old", npz_values())
+    file = next(folder.glob("metadata*"))
+    other = json.loads(file.read_text())
+    del other["scenarios"][0]
+    other["n_scenarios"] = 1
+    (folder / "metadata_L1_3_20300101_000000.json").write_text(json.dumps(other))
+    with pytest.raises(NPZError, match=r"(?s)different.*metadata=NAME"):
+        import_npz(folder, tmp_path / "run")
+    import_npz(folder, tmp_path / "run", metadata=file.name)
+    assert len(open_run(tmp_path / "run").children) == 2
+
+
+def test_import_goes_on_and_never_mixes_folders(tmp_path: Path) -> None:
+    values = npz_values(tokens=50)
+    folder = npz_old_folder(tmp_path / "old", values)
+    file = folder / "Desperate_10/layer_3.npz"
+    np.savez(file, **values["Desperate_10"][3])  # type: ignore[arg-type]
+    good = file.read_bytes()
+    at = good.index(b"attention.npy") + 20000
+    file.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+    with pytest.raises(NPZError, match=r"Desperate_10/layer_3\.npz"):
+        import_npz(folder, tmp_path / "run")
+    with pytest.raises(IncompleteError):
+        open_run(tmp_path / "run")
+
+    file.write_bytes(good)
+    import_npz(folder, tmp_path / "run")
+    import_npz(folder, tmp_path / "whole")
+    ours, whole = npz_files(tmp_path / "run"), npz_files(tmp_path / "whole")
+    assert ours == whole
+
+    other = npz_values(tokens=50)
+    other["Risky_40"][1]["features"] += 1
+    npz_old_folder(tmp_path / "other", other)
+    with pytest.raises(ConfigMismatchError, match="fingerprint"):
+        import_npz(tmp_path / "other", tmp_path / "run")
+    import_npz(tmp_path / "other", tmp_path / "run", overwrite=True)
+    export_npz(tmp_path / "run", tmp_path / "out")
+    npz_assert_holds(tmp_path / "out", other)
+
+
+# --- bad input ---------------------------------------------------------------------------------
+
+_BAD_FILE = "Risky_40/layer_2.npz"
+
+
+def npz_resave(folder: Path, **arrays: Any) -> None:
+    np.savez_compressed(folder / _BAD_FILE, **arrays)
+
+
+def npz_members(folder: Path) -> dict[str, np.ndarray]:
+    with np.load(folder / _BAD_FILE) as found:
+        return dict(found)
+
+
+def npz_edit(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    file = next(folder.glob("metadata*"))
+    metadata = json.loads(file.read_text())
+    edit(metadata)
+    file.write_text(json.dumps(metadata))
+
+
+def npz_zip(folder: Path, members: dict[str, bytes], compression: int = 8) -> None:
+    with zipfile.ZipFile(folder / _BAD_FILE, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+def npz_npy(array: np.ndarray, shape: tuple[int, ...] | None = None) -> bytes:
+    out = io.BytesIO()
+    header = {"descr": array.dtype.str, "fortran_order": False, "shape": shape or array.shape}
+    np.lib.format.write_array_header_1_0(out, header)
+    return out.getvalue() + array.tobytes()
+
+
+def _change(**changes: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], None]:
+    def act(folder: Path) -> None:
+        arrays = npz_members(folder)
+        npz_resave(folder, **{k: changes.get(k, lambda a: a)(a) for k, a in arrays.items()})
+
+    return act
+
+
+def _metadata(edit: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    return lambda folder: npz_edit(folder, edit)
+
+
+def _member(make: Callable[[np.ndarray], bytes]) -> Callable[[Path], None]:
+    """Replace the member of features by bytes."""
+
+    def act(folder: Path) -> None:
+        arrays = npz_members(folder)
+        npz_zip(
+            folder,
+            {
+                "features.npy": make(arrays["features"]),
+                "attention.npy": npz_npy(arrays["attention"]),
+            },
+        )
+
+    return act
+
+
+def _without(key: str) -> Callable[[Path], None]:
+    def act(folder: Path) -> None:
+        npz_resave(folder, **{k: a for k, a in npz_members(folder).items() if k != key})
+
+    return act
+
+
+def _patch_central(field: int, value: bytes) -> Callable[[Path], None]:
+    """Overwrite bytes of the first central directory entry."""
+
+    def act(folder: Path) -> None:
+        content = bytearray((folder / _BAD_FILE).read_bytes())
+        at = content.index(b"PK\1\2") + field
+        content[at : at + len(value)] = value
+        (folder / _BAD_FILE).write_bytes(content)
+
+    return act
+
+
+def _link_out(folder: Path) -> None:
+    file = folder / _BAD_FILE
+    outside = folder.parent / "outside.npz"
+    file.rename(outside)
+    file.symlink_to(outside)
+
+
+def _link_scenario(folder: Path) -> None:
+    (folder / "Risky_40").rename(folder.parent / "elsewhere")
+    (folder / "Risky_40").symlink_to(folder.parent / "elsewhere")
+
+
+def _write_metadata_text(text: bytes) -> Callable[[Path], None]:
+    return lambda folder: (next(folder.glob("metadata*")).write_bytes(text), None)[1]
+
+
+def _rename_scenario(name: str) -> Callable[[Path], None]:
+    return _metadata(lambda m: m["scenarios"][0].update(scenario=name))
+
+
+def _scenario(**changes: Any) -> Callable[[Path], None]:
+    return _metadata(lambda m: m["scenarios"][0].update(changes))
+
+
+_BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+    # one layer's file
+    "missing file": (lambda f: (f / _BAD_FILE).unlink(), r"1 layer files are missing.*layer_2"),
+    "empty file": (lambda f: (f / _BAD_FILE).write_bytes(b""), r"layer_2.*cannot be read"),
+    "not a zip": (lambda f: (f / _BAD_FILE).write_bytes(b"x" * 999), r"layer_2.*cannot be read"),
+    "cut short": (
+        lambda f: (f / _BAD_FILE).write_bytes((f / _BAD_FILE).read_bytes()[:-200]),
+        r"layer_2.*cannot be read",
+    ),
+    "folder for a file": (
+        lambda f: ((f / _BAD_FILE).unlink(), (f / _BAD_FILE).mkdir()),
+        r"missing.*layer_2",
+    ),
+    "pickled objects": (
+        _change(features=lambda a: np.array([[print, 1]], dtype=object)),
+        r"layer_2.*(dtype|cannot be read)",
+    ),
+    "integers": (_change(features=lambda a: a.astype(np.int32)), r"layer_2.*dtype int32"),
+    "float64": (_change(attention=lambda a: a.astype(np.float64)), r"layer_2.*float64"),
+    "big-endian": (_change(features=lambda a: a.astype(">f4")), r"layer_2.*dtype"),
+    "Fortran order": (_change(features=np.asfortranarray), r"layer_2.*Fortran"),
+    "another seq_len": (_change(features=lambda a: a[1:]), r"layer_2.*shape \(8, 48\)"),
+    "not square": (_change(attention=lambda a: a[:, :, 1:]), r"layer_2.*shape"),
+    "transposed": (_change(attention=lambda a: a[0]), r"layer_2.*shape"),
+    "no heads": (_change(attention=lambda a: a[:0]), r"layer_2.*shape \(0, 9, 9\)"),
+    "other features": (_change(features=lambda a: a[:, :40]), r"layer_2.*40 features.*48"),
+    "other heads": (_change(attention=lambda a: a[:2]), r"layer_2.*2 heads.*4"),
+    "other dtype": (_change(attention=lambda a: a.astype("f2")), r"layer_2.*float16.*float32"),
+    "NaN": (_change(features=lambda a: a * np.nan), r"layer_2.*NaN"),
+    "infinity": (_change(attention=lambda a: a + np.inf), r"layer_2.*infinity"),
+    "no attention": (_without("attention"), r"layer_2.*no 'attention'"),
+    "no features": (_without("features"), r"layer_2.*no 'features'"),
+    "unknown key": (lambda f: npz_resave(f, **npz_members(f), x=1), r"layer_2.*'x\.npy'"),
+    "unsafe member": (lambda f: npz_zip(f, {"../features.npy": b""}), r"layer_2.*'\.\./feat"),
+    "not npy": (_member(lambda a: b"hello world" * 99), r"layer_2.*cannot be read"),
+    "odd npy version": (_member(lambda a: b"\x93NUMPY\7\0" + b" " * 99), r"layer_2.*version"),
+    "header of code": (
+        _member(lambda a: b"\x93NUMPY\1\0\x14\0__import__('os').x()"),
+        r"layer_2.*cannot be read",
+    ),
+    "too few bytes": (_member(lambda a: npz_npy(a)[:-4]), r"layer_2.*do not fit its shape"),
+    "too many bytes": (_member(lambda a: npz_npy(a) + b"\0" * 2**24), r"layer_2.*do not fit"),
+    "bomb by shape": (_member(lambda a: npz_npy(a[:1, :1], (9, 10**15))), r"layer_2.*shape"),
+    "bomb by overflow": (_member(lambda a: npz_npy(a, (2**62, 2**62))), r"layer_2.*shape"),
+    "declared size": (_patch_central(24, b"\xff\xff\xff\x7f"), r"layer_2.*do not fit"),
+    "encrypted": (_patch_central(8, b"\1\0"), r"layer_2.*cannot be read"),
+    "odd compression": (_patch_central(10, b"\x63\0"), r"layer_2.*cannot be read"),
+    "link out": (_link_out, r"layer_2.*leads out"),
+    "linked folder": (_link_scenario, r"layer_1.*leads out"),
+    # the metadata file
+    "no metadata": (lambda f: next(f.glob("meta*")).unlink(), "no metadata file"),
+    "empty metadata": (_write_metadata_text(b""), r"metadata_L1_3.*JSON"),
+    "not JSON": (_write_metadata_text(b"{'a': 1}"), r"metadata_L1_3.*JSON"),
+    "not UTF-8": (_write_metadata_text(b'{"timestamp": "\xff"}'), r"metadata_L1_3"),
+    "a list": (_write_metadata_text(b"[]"), r"metadata_L1_3"),
+    "deep": (_write_metadata_text(b"[" * 100000), r"metadata_L1_3"),
+    "no scenarios": (_metadata(lambda m: m.pop("scenarios")), r"metadata_L1_3.*scenarios"),
+    "none of them": (_metadata(lambda m: m.update(scenarios=[], n_scenarios=0)), r"scenarios"),
+    "wrong count": (_metadata(lambda m: m.update(n_scenarios=5)), r"n_scenarios is 5"),
+    "layer_range text": (_metadata(lambda m: m.update(layer_range="1-3")), r"layer_range"),
+    "layer_range back": (_metadata(lambda m: m.update(layer_range=[3, 1])), r"layer_range"),
+    "endless layers": (_metadata(lambda m: m.update(layer_range=[0, 10**12])), r"layer_range"),
+    "more layers": (_metadata(lambda m: m.update(layer_range=[1, 4])), r"layer_4"),
+    "nothing saved": (
+        _metadata(lambda m: m.update(save_features=False, save_attention=False)),
+        r"neither",
+    ),
+    "not saved": (_metadata(lambda m: m.update(save_attention=False)), r"holds 'attention'"),
+    "no tokens": (_scenario(tokens=[], token_ids=[], seq_len=0), r"tokens"),
+    "lengths": (_scenario(seq_len=8), r"seq_len 8 differ"),
+    "tokens not text": (_scenario(tokens=[1] * 9), r"tokens\.0"),
+    "surrogate": (_scenario(tokens=["\ud800"] * 9), r"metadata_L1_3"),
+    "huge id": (_scenario(token_ids=[2**40] * 9), r"token_ids\.0"),
+    "position beyond": (_scenario(key_positions={"goal": [9]}), r"goal is beyond"),
+    "position negative": (_scenario(key_positions={"goal": [-1]}), r"key_positions\.goal"),
+    "positions a number": (_scenario(key_positions={"goal": 3}), r"key_positions\.goal"),
+    "other decision": (_scenario(key_positions={"decision": [3]}), r"decision is not the last"),
+    "unsafe name": (_rename_scenario("../x"), r"metadata_L1_3.*'\.\./x'.*not safe"),
+    "absolute name": (_rename_scenario("/etc"), r"not safe"),
+    "empty name": (_rename_scenario(""), r"is empty"),
+    "same name": (_rename_scenario("desperate_10"), r"stands twice"),
+}
+
+
+@pytest.mark.parametrize("name", _BAD)
+def test_bad_input_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    folder = npz_old_folder(tmp_path / "old", npz_values())
+    spoil, message = _BAD[name]
+    spoil(folder)
+    with pytest.raises(NPZError, match=f"(?s){message}") as caught:
+        import_npz(folder, tmp_path / "run")
+    assert caught.value.remedy
+    if name not in ("NaN", "infinity"):  # only reading the values shows these
+        assert not (tmp_path / "run").exists()
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(NPZError, match="no such folder"):
+        import_npz(tmp_path / "nope", tmp_path / "run")
+
+
+def test_features_in_no_file_at_all(tmp_path: Path) -> None:
+    values = npz_values(keys=("attention",))
+    folder = npz_old_folder(tmp_path / "old", values, save_features=True)
+    with pytest.raises(NPZError, match="no file has any"):
+        import_npz(folder, tmp_path / "run")
+
+
+def test_bytes_beyond_deflate(tmp_path: Path) -> None:
+    """A stored size that the compressed bytes cannot hold is refused unread."""
+    folder = npz_old_folder(tmp_path / "old", npz_values(keys=("features",)))
+    wide = np.zeros((9, 2**21), np.float32)
+    header = npz_npy(wide)[:128]
+    compressor = zlib.compressobj(9, zlib.DEFLATED, -15)
+    short = compressor.compress(header) + compressor.flush()
+    npz_zip(folder, {"features.npy": npz_npy(wide)})
+    content = bytearray((folder / _BAD_FILE).read_bytes())
+    at = content.index(b"PK\1\2")
+    content[at + 20 : at + 24] = len(short).to_bytes(4, "little")
+    (folder / _BAD_FILE).write_bytes(content)
+    with pytest.raises(NPZError, match=r"layer_2"):
+        import_npz(folder, tmp_path / "run")
+
+
+@contextmanager
+def _working_in(folder: Path) -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def test_relative_paths(tmp_path: Path) -> None:
+    npz_old_folder(tmp_path / "old", npz_values())
+    with _working_in(tmp_path):
+        import_npz("old", "run")
+        export_npz("run", "out", timestamp=WHEN)
+    npz_assert_holds(tmp_path / "out", npz_values())
