@@ -199,7 +199,7 @@ def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
             ),
         ]
     )
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BOS,
         eos_token=END,

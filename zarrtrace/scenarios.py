@@ -14,12 +14,16 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from zarrtrace.errors import ScenarioError
+from zarrtrace.spec import NAMESPACE
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 #: The span that every scenario has: its last token, where the model decides what to say next.
 DECISION = "decision"
@@ -565,3 +569,27 @@ def span_positions(scenario: Scenario, offsets: Sequence[CharRange]) -> dict[str
             )
     positions[DECISION] = [len(offsets) - 1]
     return positions
+
+
+def span(ds: xr.Dataset, name: str) -> list[int]:
+    """Return the token positions of a span: labels of ``query`` and ``key``.
+
+    Parameters
+    ----------
+    ds
+        A trace.
+    name
+        A span of its scenario, or ``"decision"``.
+
+    Raises
+    ------
+    ScenarioError
+        If the trace has no such span.
+    """
+    spans = ds.attrs[NAMESPACE]["spans"]
+    if name not in spans:
+        raise ScenarioError(
+            f"{ds.attrs[NAMESPACE]['scenario']}: no span {name!r}",
+            remedy=f"It has: {', '.join(spans)}.",
+        )
+    return [int(position) for position in spans[name]["tokens"]]

@@ -1,0 +1,327 @@
+"""Loading a language model and finding its pieces: blocks, attention modules, sizes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from zarrtrace.errors import ConfigError, ModelError
+from zarrtrace.spec import ModelAttributes
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A language model and where its pieces are.
+
+    Attributes
+    ----------
+    model, tokenizer
+        As transformers loads them; the model computes attention eagerly.
+    blocks
+        The decoder blocks, in order.
+    attentions
+        The module that makes a block's attention probabilities, by the block's index.
+    n_heads, d_model
+        Query heads and the width of the residual stream.
+    max_tokens
+        Longest prompt, or None if the model has no limit.
+    attributes
+        What a trace says of the model.
+    """
+
+    model: Any
+    tokenizer: Any
+    blocks: tuple[nn.Module, ...]
+    attentions: Mapping[int, nn.Module]
+    n_heads: int
+    d_model: int
+    max_tokens: int | None
+    attributes: ModelAttributes
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its input."""
+        device: torch.device = self.model.device
+        return device
+
+
+def load_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    device: str = "cpu",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    weights: bool = True,
+) -> LoadedModel:
+    """Load a causal language model and its tokenizer through transformers.
+
+    Parameters
+    ----------
+    name
+        A folder, or an id on the Hugging Face hub.
+    revision
+        Commit, tag or branch on the hub.
+    device
+        For example ``"cpu"`` or ``"cuda:0"``.
+    dtype
+        ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"`` for the checkpoint's own.
+    trust_remote_code
+        Whether code that comes with the model may run.
+    weights
+        False builds the model without its weights: enough to know all sizes, not to run it.
+
+    Raises
+    ------
+    ModelError
+        If there is no such model, no access to it, or it cannot be captured exactly.
+    ConfigError
+        If the device does not exist.
+    """
+    check_device(device)
+    source = _source(name)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ModelError(
+                f"{name}: an encoder-decoder model",
+                why="zarrtrace traces decoder-only models: one sequence, one attention a block.",
+                remedy="Choose a causal language model.",
+            )
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = _build(source, config, dtype, options, weights=weights)
+    except (OSError, ValueError, KeyError) as error:
+        raise _load_error(name, error) from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(
+            f"{name}: its tokenizer gives no character offsets",
+            why="Only 'fast' tokenizers do, and spans are found through them.",
+            remedy="Convert the tokenizer to tokenizer.json (transformers does it on saving).",
+        )
+    try:
+        model = model.eval().to(device if weights else "meta")
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"{name}: does not fit into the memory of {device}",
+            why="Its weights are larger than what is free there.",
+            remedy="Try --dtype bfloat16, or another --device.",
+        ) from error
+    blocks, attentions = find_pieces(model, name)
+    text_config = model.config.get_text_config()
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        blocks=blocks,
+        attentions=attentions,
+        n_heads=int(text_config.num_attention_heads),
+        d_model=int(text_config.hidden_size),
+        max_tokens=getattr(text_config, "max_position_embeddings", None),
+        attributes=ModelAttributes(
+            id=name,
+            revision=getattr(model.config, "_commit_hash", None) or revision,
+            architecture=type(model).__name__,
+            n_layers=len(blocks),
+            n_heads=int(text_config.num_attention_heads),
+            d_model=int(text_config.hidden_size),
+            dtype=str(model.dtype).removeprefix("torch."),
+            attn_implementation=text_config._attn_implementation,  # noqa: SLF001 -- no other way
+            softmax_dtype=_softmax_dtype(model, attentions),
+            tokenizer=type(tokenizer).__name__,
+            prepend_bos=False,  # the SAEs have a say in it, see `tokenize`
+        ),
+    )
+
+
+def renamed(model: LoadedModel, name: str, *, prepend_bos: bool) -> LoadedModel:
+    """Return the model under the name and with the BOS rule that its traces will say."""
+    attributes = model.attributes.model_copy(update={"id": name, "prepend_bos": prepend_bos})
+    return replace(model, attributes=attributes)
+
+
+def _build(
+    source: str, config: Any, dtype: str, options: Mapping[str, Any], *, weights: bool
+) -> Any:
+    wanted = getattr(config.get_text_config(), "dtype", None) if dtype == "auto" else DTYPES[dtype]
+    if weights:
+        return AutoModelForCausalLM.from_pretrained(
+            source, attn_implementation="eager", dtype=wanted or "auto", **options
+        )
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config,
+            attn_implementation="eager",
+            dtype=wanted,
+            trust_remote_code=options["trust_remote_code"],
+        )
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that this machine does not have.
+
+    Raises
+    ------
+    ConfigError
+    """
+    try:
+        wanted = torch.device(device)
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError) as error:
+        count = torch.cuda.device_count()
+        raise ConfigError(
+            f"--device {device}: not available ({str(error).splitlines()[0]})",
+            why=f"torch sees {count} GPU(s) here.",
+            remedy="Use --device cpu"
+            + (f", or --gpu 0 to {count - 1}." if count else ", or install a CUDA build of torch."),
+        ) from None
+
+
+def _source(name: str) -> str:
+    """Return `name`, refusing a folder that is none."""
+    path = Path(name)
+    if path.is_absolute() or name.startswith("."):
+        if not path.is_dir():
+            raise ModelError(f"{name}: no such folder", remedy="Check --model.")
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                f"{name}: holds no config.json",
+                why="It is not a model in Hugging Face's layout.",
+                remedy="Give the folder that save_pretrained wrote.",
+            )
+    return name
+
+
+def _load_error(name: str, error: Exception) -> ModelError:
+    """Say in our words why transformers could not load a model."""
+    if isinstance(error, ModelError):
+        return error
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+
+    def any_of(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    first_line = str(error).strip().partition("\n")[0]
+    if any_of(GatedRepoError) or "gated repo" in str(error):
+        return ModelError(
+            f"{name}: you have no access to this gated model",
+            why="Its owner asks you to accept a licence first.",
+            remedy=f"Accept it on https://huggingface.co/{name}, then log in: hf auth login.",
+        )
+    if any_of(RevisionNotFoundError):
+        return ModelError(
+            f"{name}: no such revision", remedy="Check --revision: a branch, tag or commit."
+        )
+    if any_of(RepositoryNotFoundError, HFValidationError):
+        return ModelError(
+            f"{name}: no such model",
+            why="It is neither a folder here nor an id on the Hugging Face hub.",
+            remedy="Check the spelling of --model; for a private model log in: hf auth login.",
+        )
+    if any_of(LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError):
+        return ModelError(
+            f"{name}: not in the local cache, and the Hugging Face hub cannot be reached",
+            why="There is no connection, or HF_HUB_OFFLINE is set.",
+            remedy="Connect, or copy the model into HF_HOME; check the spelling of --model, too.",
+        )
+    return ModelError(
+        f"{name}: transformers cannot load it: {first_line}",
+        why="Files are missing or damaged, or the architecture is newer than the installed "
+        "transformers.",
+        remedy="Check the folder or id; pip install --upgrade transformers.",
+    )
+
+
+def find_pieces(model: Any, name: str) -> tuple[tuple[nn.Module, ...], Mapping[int, nn.Module]]:
+    """Find decoder blocks and attention modules from what transformers declares of the class.
+
+    Raises
+    ------
+    ModelError
+        If the architecture does not declare them, or they are not where its declaration says.
+    """
+    base = getattr(model, model.base_model_prefix, model)
+    declared = getattr(base, "_can_record_outputs", None) or {}
+    block_class, attention_class = (
+        getattr(kind, "target_class", kind)
+        for kind in (declared.get("hidden_states"), declared.get("attentions"))
+    )
+    if block_class is None or attention_class is None:
+        raise ModelError(
+            f"{name}: {type(model).__name__} cannot be captured exactly",
+            why="transformers does not declare which of its modules are decoder blocks and "
+            "attention.",
+            remedy="Choose another architecture, or ask for this one on zarrtrace's tracker.",
+        )
+    blocks = tuple(module for module in base.modules() if isinstance(module, block_class))
+    attentions: dict[int, nn.Module] = {}
+    for index, block in enumerate(blocks):
+        for module in block.modules():
+            if isinstance(module, attention_class):
+                if index in attentions or getattr(module, "layer_idx", None) != index:
+                    raise ModelError(
+                        f"{name}: {type(model).__name__} cannot be captured exactly",
+                        why=f"Block {index} holds attention of layer "
+                        f"{getattr(module, 'layer_idx', None)}, or more than one.",
+                        remedy="Choose another architecture.",
+                    )
+                attentions[index] = module
+    return blocks, attentions
+
+
+class _FirstSoftmax(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Record the dtype of the first softmax that runs."""
+
+    dtype: torch.dtype | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self.dtype is None and "softmax" in str(func):
+            self.dtype = out.dtype
+        return out
+
+
+class _Enough(Exception):  # noqa: N818 -- control flow, not an error
+    """Ends a forward pass early."""
+
+
+def _softmax_dtype(model: Any, attentions: Mapping[int, nn.Module]) -> str:
+    """Find out in which precision the model makes attention probabilities."""
+    if not attentions or model.device.type == "meta":
+        return str(model.dtype).removeprefix("torch.")
+    first = attentions[min(attentions)]
+
+    def stop(*_: object) -> None:
+        raise _Enough
+
+    handle = first.register_forward_hook(stop)
+    mode = _FirstSoftmax()  # type: ignore[no-untyped-call]
+    try:
+        with torch.inference_mode(), mode, warnings.catch_warnings():
+            model(torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=False)
+    except _Enough:
+        pass
+    finally:
+        handle.remove()
+    return str(mode.dtype or model.dtype).removeprefix("torch.")

@@ -1,0 +1,127 @@
+"""From a scenario to the tokens that the model reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from zarrtrace.capture.model import LoadedModel
+from zarrtrace.errors import ConfigError
+from zarrtrace.scenarios import Scenario, span_positions
+from zarrtrace.spec import OptionAttributes, SpanAttributes, Tokens
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A scenario as the model reads it.
+
+    Attributes
+    ----------
+    scenario
+        Where it comes from.
+    tokens
+        Ids and texts, BOS included.
+    spans
+        Characters and token positions by name, ``decision`` included.
+    options
+        Named continuations with the id of their first token.
+    """
+
+    scenario: Scenario
+    tokens: Tokens
+    spans: dict[str, SpanAttributes]
+    options: dict[str, OptionAttributes]
+
+
+def tokenize(model: LoadedModel, scenario: Scenario, *, prepend_bos: bool) -> Prompt:
+    """Tokenise a scenario's prompt, with BOS exactly once or not at all.
+
+    Parameters
+    ----------
+    model
+        Its tokenizer and its longest input count.
+    scenario
+        The prompt and its spans.
+    prepend_bos
+        Whether the sequence starts with BOS, as the SAEs were trained.
+
+    Raises
+    ------
+    ConfigError
+        If the prompt is longer than the model's context: nothing is ever cut.
+    ScenarioError
+        If a span covers no token.
+    """
+    ids, offsets = _encode(model.tokenizer, scenario.prompt, prepend_bos=prepend_bos)
+    if model.max_tokens is not None and len(ids) > model.max_tokens:
+        raise ConfigError(
+            f"scenario {scenario.name!r}: its prompt has {len(ids)} tokens, the model's context "
+            f"has {model.max_tokens}",
+            why="A prompt is never cut silently: the decision would be another one.",
+            remedy="Shorten the prompt, or choose a model with a longer context.",
+        )
+    positions = span_positions(scenario, offsets)
+    return Prompt(
+        scenario=scenario,
+        tokens=Tokens(ids=ids, texts=[_text(model.tokenizer, token) for token in ids]),
+        spans={
+            name: SpanAttributes(
+                characters=tuple(scenario.spans.get(name, ())), tokens=tuple(found)
+            )
+            for name, found in positions.items()
+        },
+        options={
+            name: OptionAttributes(
+                text=text, token_id=_continuation(model.tokenizer, scenario.prompt, text)
+            )
+            for name, text in scenario.options.items()
+        },
+    )
+
+
+def _encode(
+    tokenizer: Any, text: str, *, prepend_bos: bool
+) -> tuple[list[int], list[tuple[int, int]]]:
+    encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
+    ids: list[int] = list(encoded["input_ids"])
+    offsets = [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
+    bos = tokenizer.bos_token_id
+    special = set(tokenizer.all_special_ids)
+    # An end-of-sequence token would make it, and not the prompt's last token, the decision.
+    while len(ids) > 1 and ids[-1] in special and offsets[-1] == (0, 0):
+        del ids[-1], offsets[-1]
+    leading = 0
+    while leading < len(ids) and ids[leading] == bos:
+        leading += 1
+    wanted = 1 if prepend_bos else 0
+    if not prepend_bos and leading and offsets[leading - 1] != (0, 0):
+        wanted = leading  # the prompt spells BOS out: it is text
+    elif prepend_bos and bos is None:
+        raise ConfigError(
+            "the SAEs expect a BOS token, and this tokenizer has none",
+            why="The SAEs are those of another model, or its tokenizer was changed.",
+            remedy="Use --no-prepend-bos, or the tokenizer that the SAEs were trained with.",
+        )
+    if leading < wanted:
+        return [bos, *ids], [(0, 0), *offsets]
+    return ids[leading - wanted :], offsets[leading - wanted :]
+
+
+def _text(tokenizer: Any, token: int) -> str:
+    """Text of one token, with the white space that it stands for."""
+    piece: str = tokenizer.convert_ids_to_tokens(token)
+    if "\N{LOWER ONE EIGHTH BLOCK}" in piece:  # SentencePiece's space; decode() would strip it
+        return piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ")
+    text: str = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    return text
+
+
+def _continuation(tokenizer: Any, prompt: str, text: str) -> int:
+    """Id of the first token of `text` as the prompt's continuation."""
+    before: Sequence[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    after: Sequence[int] = tokenizer(prompt + text, add_special_tokens=False)["input_ids"]
+    for old, new in zip(before, after, strict=False):
+        if old != new:  # the text changes how the prompt's end is cut: take it by itself
+            return int(tokenizer(text, add_special_tokens=False)["input_ids"][0])
+    return int(after[len(before)])
