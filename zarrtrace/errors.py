@@ -13,7 +13,7 @@
     ├── StoreError                  what is on disk
     │   ├── NotATraceError          exists, but is neither a run nor a trace
     │   ├── FormatVersionError      written by a newer zarrtrace
-    │   ├── IncompleteError         layers or scenarios are missing
+    │   ├── IncompleteError         layers or scenarios are missing (exit code 3)
     │   ├── IntegrityError          bytes are not the ones that were written
     │   ├── ConfigMismatchError     resumed with another configuration
     │   ├── LockedError             another process is writing the run
@@ -98,6 +98,8 @@ class FormatVersionError(StoreError):
 
 class IncompleteError(StoreError):
     """Layers or scenarios are missing."""
+
+    exit_code = 3
 
 
 class IntegrityError(StoreError):

@@ -361,6 +361,17 @@ def _itemsize(dtype: str) -> int:
     return {"float16": 2, "float32": 4}[dtype]
 
 
+def ranges(layers: Sequence[int]) -> str:
+    """Write layers for people: ``1, 2, 3, 7`` as ``1-3,7``."""
+    parts: list[list[int]] = []
+    for layer in layers:
+        if parts and layer == parts[-1][-1] + 1:
+            parts[-1][1:] = [layer]
+        else:
+            parts.append([layer])
+    return ",".join("-".join(map(str, part)) for part in parts)
+
+
 # --- what capture yields and the writer takes --------------------------------------------------
 
 

@@ -1,23 +1,20 @@
 """Running models: exact attention and SAE features, layer by layer.
 
 The only package that imports torch. It yields plain records of :mod:`zarrtrace.spec` and knows
-nothing of Zarr.
+nothing of Zarr. Its module `saes` imports sae-lens, which takes seconds: attention alone does
+without it.
 """
 
-from zarrtrace.capture.model import LoadedModel, load_model, renamed
+from zarrtrace.capture.model import LoadedModel, hide_progress, load_model, renamed
 from zarrtrace.capture.pipeline import Request, capture
 from zarrtrace.capture.prompts import Prompt, tokenize
-from zarrtrace.capture.saes import FolderSAEs, ReleaseSAEs, SAESource, check_width
 
 __all__ = [
-    "FolderSAEs",
     "LoadedModel",
     "Prompt",
-    "ReleaseSAEs",
     "Request",
-    "SAESource",
     "capture",
-    "check_width",
+    "hide_progress",
     "load_model",
     "renamed",
     "tokenize",

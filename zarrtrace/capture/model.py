@@ -17,9 +17,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils.tqdm import disable_progress_bars
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from zarrtrace.errors import ConfigError, ModelError
 from zarrtrace.spec import ModelAttributes
@@ -149,6 +151,12 @@ def load_model(
             prepend_bos=False,  # the SAEs have a say in it, see `tokenize`
         ),
     )
+
+
+def hide_progress() -> None:
+    """Keep transformers and the hub from drawing bars of their own."""
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()
 
 
 def renamed(model: LoadedModel, name: str, *, prepend_bos: bool) -> LoadedModel:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from zarrtrace.capture.hooks import parse_hook
 from zarrtrace.capture.lockstep import BlockState, Pass, taps
 from zarrtrace.capture.model import DTYPES, LoadedModel
 from zarrtrace.capture.prompts import Prompt
-from zarrtrace.capture.saes import Encoder, SAESource
 from zarrtrace.errors import ModelError
 from zarrtrace.spec import (
     NEXT_TOKENS,
@@ -25,6 +24,9 @@ from zarrtrace.spec import (
     SAEAttributes,
     TokensRecord,
 )
+
+if TYPE_CHECKING:
+    from zarrtrace.capture.saes import Encoder, SAESource
 
 # What all batches of a wave may hold between two blocks. A wave walks through the layers once, so
 # SAEs are loaded once a wave; on any but huge runs there is one.

@@ -29,7 +29,7 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 
 from zarrtrace.capture.hooks import HookPoint, parse_hook
 from zarrtrace.errors import ConfigError, SAEError
-from zarrtrace.spec import SAEAttributes
+from zarrtrace.spec import SAEAttributes, ranges
 
 # How ids and folders of releases name a layer: l12r_8x, layer_12/..., blocks.12.hook_resid_pre.
 _LAYER_IN_ID = re.compile(r"(?:^[lL]|(?:^|[/._-])(?:blocks?|layers?)[._-]?)(\d+)(?!\d)")
@@ -129,7 +129,7 @@ class FolderSAEs:
         if missing:
             raise SAEError(
                 f"{self._folder}: no SAE for layer {', '.join(map(str, missing))}",
-                why=f"It holds SAEs for layers {_ranges(sorted(by_layer))}.",
+                why=f"It holds SAEs for layers {ranges(sorted(by_layer))}.",
                 remedy="Give --layers that have one, fetch the others, or use --no-features.",
             )
         found = {}
@@ -243,8 +243,8 @@ class ReleaseSAEs:
                 by_layer.setdefault(int(match[1]), []).append(name)
         if not any(layer in by_layer for layer in layers):
             raise SAEError(
-                f"{self._release}: no SAE for layer {_ranges(layers)}",
-                why=f"The release has SAEs for layers {_ranges(sorted(by_layer)) or 'none'}.",
+                f"{self._release}: no SAE for layer {ranges(layers)}",
+                why=f"The release has SAEs for layers {ranges(sorted(by_layer)) or 'none'}.",
                 remedy="Give --layers that have one, or use --no-features.",
             )
         return {layer: self._only(layer, by_layer[layer]) for layer in layers if layer in by_layer}
@@ -412,17 +412,6 @@ def _shape_of(names: Sequence[str], layer: int) -> str:
     most = max(counts.values())
     winners = [form for form, count in counts.items() if count == most]
     return winners[0] if len(winners) == 1 else ""
-
-
-def _ranges(layers: Sequence[int]) -> str:
-    """Write ``1, 2, 3, 7`` as ``1-3, 7``."""
-    out: list[list[int]] = []
-    for layer in layers:
-        if out and layer == out[-1][-1] + 1:
-            out[-1][1:] = [layer]
-        else:
-            out.append([layer])
-    return ", ".join("-".join(map(str, part)) for part in out)
 
 
 def _natural(path: Path) -> list[Any]:

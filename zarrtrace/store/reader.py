@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 import zarr
 
-from zarrtrace.errors import IncompleteError, IntegrityError, ScenarioError
+from zarrtrace.errors import IncompleteError, IntegrityError
 from zarrtrace.spec import LABELS, NAMESPACE, TraceAttributes
 from zarrtrace.store.attributes import incomplete, read_run_attributes, read_trace_attributes
 
@@ -101,30 +101,6 @@ def open_run(
     }
     root = xr.Dataset(attrs={NAMESPACE: run.model_dump(mode="json")})
     return xr.DataTree.from_dict({"/": root, **children}, name=path.name)
-
-
-def span(ds: xr.Dataset, name: str) -> list[int]:
-    """Return the token positions of a span: labels of ``query`` and ``key``.
-
-    Parameters
-    ----------
-    ds
-        A trace.
-    name
-        A span of its scenario, or ``"decision"``.
-
-    Raises
-    ------
-    ScenarioError
-        If the trace has no such span.
-    """
-    spans = ds.attrs[NAMESPACE]["spans"]
-    if name not in spans:
-        raise ScenarioError(
-            f"{ds.attrs[NAMESPACE]['scenario']}: no span {name!r}",
-            remedy=f"It has: {', '.join(spans)}.",
-        )
-    return [int(position) for position in spans[name]["tokens"]]
 
 
 def check_sizes(path: Path, attributes: TraceAttributes) -> None:

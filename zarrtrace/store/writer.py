@@ -131,7 +131,7 @@ class RunWriter:
     def _unlock(self) -> None:
         # The lock file goes first: whoever waits for it must not hold a file that has no name.
         with contextlib.suppress(OSError):
-            os.unlink(_lock_path(self._final))
+            _lock_path(self._final).unlink()
         os.close(self._lock)
 
     def trace(self, attributes: TraceAttributes, shape: TraceShape, tokens: Tokens) -> TraceWriter:

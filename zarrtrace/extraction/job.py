@@ -1,44 +1,30 @@
-"""The main job: scenarios in, one labelled Zarr store each out.
-
-``for record in capture(...): writer.append(record)``, with compression and writing beside the
-computation, a bounded number of records between the two, and resume.
-"""
+"""From options to a job: everything a run needs, checked against each other."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
 import json
-import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
-
-from tqdm import tqdm
+from typing import Any, Literal
 
 from zarrtrace import demo
 from zarrtrace.errors import ConfigError, ScenarioError
 from zarrtrace.scenarios import Scenario, load_suite
 from zarrtrace.spec import (
-    LayerRecord,
     SAEAttributes,
-    TokensRecord,
     TraceAttributes,
     TraceShape,
+    ranges,
 )
-from zarrtrace.store import RunWriter, TraceWriter, kind_of
 
 #: The mission's layers: L1 to L31.
 DEFAULT_LAYERS = tuple(range(1, 32))
 #: What the embedded model is called in a trace.
 DEMO_MODEL = "zarrtrace-demo"
 
-_WRITERS = 2
-_RECORDS_IN_FLIGHT = 4
 _LIBRARIES = ("zarrtrace", "numpy", "sae-lens", "torch", "transformers", "zarr")
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -90,67 +76,6 @@ class Options:
     attention_dtype: StoredDtype | None = None
     feature_dtype: StoredDtype = "float32"
     prepend_bos: bool | None = None
-
-
-def extract(
-    output: str | Path,
-    options: Options | None = None,
-    *,
-    overwrite: bool = False,
-    progress: bool = False,
-) -> Path:
-    """Run a model over scenarios and store attention, features and continuations.
-
-    A run that exists is gone on with, if it was asked for alike.
-
-    Parameters
-    ----------
-    output
-        Folder of the run.
-    options
-        What to extract; by default the embedded model, SAEs and scenarios.
-    overwrite
-        Replace a run that exists, once the new one is finished.
-    progress
-        Whether to draw progress bars on stderr.
-
-    Returns
-    -------
-    Path
-        The run.
-
-    Raises
-    ------
-    ConfigError, ScenarioError
-        If options do not fit the model, the SAEs or each other.
-    ModelError, SAEError
-        If the model or an SAE cannot be used.
-    StoreError
-        If `output` cannot be written, or is another run.
-    """
-    output = Path(output)
-    if output.exists() and (output.is_file() or any(output.iterdir())):
-        kind_of(output)  # refuse a foreign folder before hours of work
-    job = prepare(options or Options())
-    with RunWriter(
-        output,
-        [prompt.scenario.name for prompt in job.prompts],
-        job.config,
-        overwrite=overwrite,
-    ) as run:
-        writers = [
-            run.trace(job.attributes(prompt), job.shape(prompt), prompt.tokens)
-            for prompt in job.prompts
-        ]
-        for writer in writers:
-            if not writer.missing_layers and not writer.needs_tokens:
-                writer.finish()  # an earlier process may have stopped just before it
-        _fill(job, writers, progress=progress)
-        run.finish()
-    return output
-
-
-# --- from options to a job ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -237,24 +162,19 @@ def prepare(options: Options, *, weights: bool = True) -> Job:
     """
     _check(options)
     scenarios = _scenarios(options)
-    capture = _capture_package()
-    model = capture.load_model(
-        options.model or str(demo.model_path()),
-        revision=options.revision,
-        device=options.device,
-        dtype=options.dtype,
-        trust_remote_code=options.trust_remote_code,
-        weights=weights,
-    )
+    capture = capture_package()
+    source = _sae_source(options) if options.features else None
+    # All that can be wrong is found out before the weights are read, which takes minutes.
+    model = _load_model(options, capture, weights=False)
     layers = _layers(options, model)
-    source = _sae_source(options, capture) if options.features else None
-    saes = {} if source is None else source.find(layers)
-    capture.check_width(saes, model.d_model)
+    saes = {} if source is None else _find_saes(source, layers, model)
     prepend_bos = _prepend_bos(options, model, source)
-    model = capture.renamed(model, options.model or DEMO_MODEL, prepend_bos=prepend_bos)
     prompts = tuple(
         capture.tokenize(model, scenario, prepend_bos=prepend_bos) for scenario in scenarios
     )
+    if weights:
+        model = _load_model(options, capture, weights=True)
+    model = capture.renamed(model, options.model or DEMO_MODEL, prepend_bos=prepend_bos)
     return Job(
         options=options,
         model=model,
@@ -266,7 +186,25 @@ def prepare(options: Options, *, weights: bool = True) -> Job:
     )
 
 
-def _capture_package() -> Any:
+def _load_model(options: Options, capture: Any, *, weights: bool) -> Any:
+    return capture.load_model(
+        options.model or str(demo.model_path()),
+        revision=options.revision,
+        device=options.device,
+        dtype=options.dtype,
+        trust_remote_code=options.trust_remote_code,
+        weights=weights,
+    )
+
+
+def capture_package() -> Any:
+    """Return :mod:`zarrtrace.capture`, which needs torch.
+
+    Raises
+    ------
+    ConfigError
+        If the extra ``extract`` is not installed.
+    """
     try:
         from zarrtrace import capture  # noqa: PLC0415 -- torch takes seconds
     except ModuleNotFoundError as error:
@@ -330,10 +268,20 @@ def _layers(options: Options, model: Any) -> tuple[int, ...]:
     return layers
 
 
-def _sae_source(options: Options, capture: Any) -> Any:
+def _sae_source(options: Options) -> Any:
+    from zarrtrace.capture.saes import FolderSAEs, ReleaseSAEs  # noqa: PLC0415 -- takes seconds
+
     if options.sae_release:
-        return capture.ReleaseSAEs(options.sae_release, options.sae_id)
-    return capture.FolderSAEs(options.sae_path or demo.sae_path())
+        return ReleaseSAEs(options.sae_release, options.sae_id)
+    return FolderSAEs(options.sae_path or demo.sae_path())
+
+
+def _find_saes(source: Any, layers: Sequence[int], model: Any) -> dict[int, SAEAttributes]:
+    from zarrtrace.capture.saes import check_width  # noqa: PLC0415
+
+    found: dict[int, SAEAttributes] = source.find(layers)
+    check_width(found, model.d_model)
+    return found
 
 
 def _prepend_bos(options: Options, model: Any, source: Any) -> bool:
@@ -359,13 +307,13 @@ def _config(
         "prepend_bos": attributes.prepend_bos,
         "device": model.device.type,
         "batch_size": options.batch_size,
-        "layers": list(layers),
+        "layers": ranges(layers),
         "attention": options.attention,
         "attention_dtype": options.attention_dtype,
         "features": options.features,
         "feature_dtype": options.feature_dtype,
         "sae_release": options.sae_release,
-        "saes": {str(layer): sae.id for layer, sae in saes.items()},
+        "saes": [sae.id for sae in saes.values()],
         "prompts": {scenario.name: _digest(scenario) for scenario in scenarios},
     }
 
@@ -378,129 +326,3 @@ def _digest(scenario: Scenario) -> str:
         sorted(scenario.options.items()),
     ]
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
-
-
-# --- running a job -----------------------------------------------------------------------------
-
-
-def _fill(job: Job, writers: Sequence[TraceWriter], *, progress: bool) -> None:
-    """Capture what is missing and hand it to the writers."""
-    capture = _capture_package()
-    by_name = {
-        prompt.scenario.name: writer for prompt, writer in zip(job.prompts, writers, strict=True)
-    }
-    requests = [
-        capture.Request(prompt, frozenset(writer.missing_layers), writer.needs_tokens)
-        for prompt, writer in zip(job.prompts, writers, strict=True)
-    ]
-    records: Iterator[LayerRecord | TokensRecord] = capture.capture(
-        job.model,
-        requests,
-        attention_dtype=job.attention_dtype,
-        saes=job.saes,
-        source=job.source,
-        batch_size=job.options.batch_size,
-    )
-    with _Progress(requests, shown=progress) as bars, _WriterPool(by_name, bars.stored) as pool:
-        for record in records:
-            pool.submit(record)
-
-
-class _WriterPool:
-    """Append records beside the computation; at most a few wait.
-
-    The first error of a writer ends the capture: :meth:`submit` raises it.
-    """
-
-    def __init__(self, writers: Mapping[str, TraceWriter], stored: Any) -> None:
-        self._writers, self._stored = writers, stored
-        self._pool = ThreadPoolExecutor(_WRITERS, thread_name_prefix="zarrtrace-write")
-        self._room = threading.Semaphore(_RECORDS_IN_FLIGHT)
-        self._failed: list[BaseException] = []
-        self._finished: set[str] = set()
-        self._mutex = threading.Lock()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def submit(self, record: LayerRecord | TokensRecord) -> None:
-        """Queue a record; waits while too many are queued."""
-        self._room.acquire()
-        self._raise_first()
-        self._pool.submit(self._append, record).add_done_callback(self._done)
-
-    def _append(self, record: LayerRecord | TokensRecord) -> None:
-        if self._failed:
-            return
-        writer = self._writers[record.scenario]
-        writer.append(record)
-        complete = self._is_last(record.scenario, writer)
-        if complete:
-            writer.finish()
-        self._stored(record, complete)
-
-    def _is_last(self, scenario: str, writer: TraceWriter) -> bool:
-        """Whether a trace has just got its last record; true once."""
-        with self._mutex:
-            if scenario in self._finished or writer.missing_layers or writer.needs_tokens:
-                return False
-            self._finished.add(scenario)
-            return True
-
-    def _done(self, future: Future[None]) -> None:
-        error = future.exception()
-        if error is not None:
-            self._failed.append(error)
-        self._room.release()
-
-    def _raise_first(self) -> None:
-        if self._failed:
-            raise self._failed[0]
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        # Records in hand are still stored when the capture fails or is interrupted.
-        self._pool.shutdown(wait=True)
-        if kind is None:
-            self._raise_first()
-
-
-class _Progress:
-    """Two bars on stderr: layers of all scenarios, and scenarios."""
-
-    def __init__(self, requests: Sequence[Any], *, shown: bool) -> None:
-        self._mutex = threading.Lock()
-        self._layers = tqdm(
-            total=sum(len(request.layers) for request in requests),
-            desc="layers",
-            unit="layer",
-            disable=not shown,
-            file=sys.stderr,
-        )
-        self._scenarios = tqdm(
-            total=len(requests),
-            initial=sum(request.done for request in requests),
-            desc="scenarios",
-            unit="scenario",
-            disable=not shown,
-            file=sys.stderr,
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def stored(self, record: LayerRecord | TokensRecord, complete: bool) -> None:  # noqa: FBT001
-        """Count a record."""
-        with self._mutex:
-            if isinstance(record, LayerRecord):
-                self._layers.update()
-            if complete:
-                self._scenarios.update()
-
-    def __exit__(self, *_: object) -> None:
-        self._scenarios.close()
-        self._layers.close()

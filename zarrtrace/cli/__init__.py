@@ -1,0 +1,91 @@
+"""The command ``zarrtrace``: each subcommand parses, calls and prints, and lives in its own module.
+
+Nothing but click is imported until a subcommand runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import click
+
+# Help of each subcommand beside its name: listing them must not import them.
+_COMMANDS = {
+    "extract": "Run a model over scenarios and store attention and SAE features.",
+    "info": "Show what a run holds, and whether it is complete.",
+    "verify": "Read every byte of a run and compare it with its checksums.",
+    "export": "Write a run as the documented layer_N.npz files.",
+    "import": "Turn a folder of layer_N.npz files into a run.",
+}
+
+
+class _Commands(click.Group):
+    def list_commands(self, _ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, _ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"zarrtrace.cli.{cmd_name}_").command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in _COMMANDS:
+            import difflib
+
+            close = difflib.get_close_matches(args[0], _COMMANDS, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            ctx.fail(f"No such command {args[0]!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, _ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+def _version(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> None:  # noqa: FBT001
+    if wanted:
+        import importlib.metadata
+
+        click.echo(f"zarrtrace {importlib.metadata.version('zarrtrace')}")
+        ctx.exit()
+
+
+@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version,
+    help="Show the version and exit.",
+)  # fmt: skip
+def group() -> None:
+    """Attention and SAE features of every layer and token, as labelled Zarr stores.
+
+    Exit codes: 0 ok, 1 failure, 2 usage, 3 partial (scenarios or layers missing), 130 interrupted.
+    """
+
+
+def main() -> None:
+    """Run the command line; the console script's entry point."""
+    from zarrtrace.errors import ZarrtraceError
+
+    try:
+        code = group(prog_name="zarrtrace", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except ZarrtraceError as error:
+        click.echo(f"zarrtrace: error: {error}", err=True)
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo(
+            "zarrtrace: interrupted; the same command goes on where this one stopped", err=True
+        )
+        code = 130
+    except BrokenPipeError:
+        # Whoever read our output has stopped; Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,161 @@
+"""``zarrtrace extract``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from zarrtrace.cli.shared import (
+    Layers,
+    json_option,
+    overwrite_option,
+    quiet_option,
+    show_progress,
+    size,
+    table,
+)
+
+if TYPE_CHECKING:
+    from zarrtrace.extraction import Estimate, Job, Options
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.command("extract")
+@click.option("--output", "-o", type=_PATH, required=True, help="Folder of the run.")
+@click.option("--model", help="Folder or Hugging Face id; the embedded model if left out.")
+@click.option("--revision", help="Commit, tag or branch of the model.")
+@click.option("--sae-release", help="Release that sae-lens knows, as llama_scope_lxr_8x.")
+@click.option("--sae-id", help="Ids within the release, as 'l{layer}r_8x'; found if left out.")
+@click.option("--sae-path", type=_PATH, help="Folder of SAEs saved by sae-lens.")
+@click.option("--layers", type=Layers(), help="Decoder blocks, from 0.  [default: 1-31]")
+@click.option("--layer-start", type=click.IntRange(0), help="First layer, instead of --layers.")
+@click.option("--layer-end", type=click.IntRange(0), help="Last layer, instead of --layers.")
+@click.option("--no-features", is_flag=True, help="Attention only; no SAEs are loaded.")
+@click.option("--no-attention", is_flag=True, help="Features only.")
+@click.option("--scenarios", type=_PATH, help="YAML or JSONL file; the ten embedded if left out.")
+@click.option("--scenario", multiple=True, help="Only this scenario; may be repeated.")
+@click.option("--device", help="As cpu or cuda:0.  [default: cpu]")
+@click.option("--gpu", type=click.IntRange(0), help="Number of a GPU, instead of --device.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    help="Precision of the model; auto is the checkpoint's.",
+)
+@click.option("--batch-size", type=click.IntRange(1), default=1, help="Scenarios a forward pass.")
+@click.option(
+    "--attention-dtype",
+    type=click.Choice(["float32", "float16"]),
+    help="Stored precision; lossless if left out.",
+)
+@click.option(
+    "--feature-dtype",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    help="Stored precision of features.",
+)
+@click.option("--prepend-bos/--no-prepend-bos", default=None, help="Override the SAEs' rule.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@overwrite_option
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@json_option
+@quiet_option
+def command(**given: Any) -> None:
+    """Run a model over scenarios and store attention and SAE features.
+
+    One labelled Zarr store a scenario, in the folder --output. A run that was interrupted is gone
+    on with by the same command.
+    """
+    from zarrtrace.extraction import estimate, extract, prepare
+
+    options = _options(given)
+    if given["dry_run"]:
+        job = prepare(options, weights=False)
+        click.echo(_plan(job, estimate(job), given["output"], as_json=given["as_json"]))
+        return
+    quiet = given["quiet"]
+    extract(
+        given["output"],
+        options,
+        overwrite=given["overwrite"],
+        progress=show_progress(quiet=quiet),
+    )
+    if not quiet:
+        from zarrtrace.cli.info_ import show
+
+        click.echo(show(given["output"], as_json=given["as_json"]))
+
+
+def _options(given: dict[str, Any]) -> Options:
+    from zarrtrace.extraction import Options
+
+    return Options(
+        model=given["model"],
+        revision=given["revision"],
+        trust_remote_code=given["trust_remote_code"],
+        sae_release=given["sae_release"],
+        sae_id=given["sae_id"],
+        sae_path=given["sae_path"],
+        layers=_layers(given),
+        features=not given["no_features"],
+        attention=not given["no_attention"],
+        scenarios=given["scenarios"],
+        only=given["scenario"],
+        device=_device(given),
+        dtype=given["dtype"],
+        batch_size=given["batch_size"],
+        attention_dtype=given["attention_dtype"],
+        feature_dtype=given["feature_dtype"],
+        prepend_bos=given["prepend_bos"],
+    )
+
+
+def _layers(given: dict[str, Any]) -> tuple[int, ...] | None:
+    start, end = given["layer_start"], given["layer_end"]
+    if start is None and end is None:
+        layers: tuple[int, ...] | None = given["layers"]
+        return layers
+    if given["layers"] is not None:
+        raise click.UsageError("Give either --layers, or --layer-start and --layer-end.")
+    start, end = 1 if start is None else start, 31 if end is None else end
+    if end < start:
+        raise click.UsageError(f"--layer-end {end} is before --layer-start {start}.")
+    return tuple(range(start, end + 1))
+
+
+def _device(given: dict[str, Any]) -> str:
+    if given["gpu"] is None:
+        return given["device"] or "cpu"
+    if given["device"] is not None:
+        raise click.UsageError("Give either --device or --gpu.")
+    return f"cuda:{given['gpu']}"
+
+
+def _plan(job: Job, need: Estimate, output: Path, *, as_json: bool) -> str:
+    if as_json:
+        import dataclasses
+        import json
+
+        plan = {"output": str(output), "config": dict(job.config), **dataclasses.asdict(need)}
+        return json.dumps(plan, indent=2)
+    rows = [[name, str(count)] for name, count in need.tokens.items()]
+    saes = f"{len(job.saes)} SAEs" if job.saes else "no SAEs"
+    model = job.model.attributes.id
+    lines = [
+        f"Would extract {len(rows)} scenarios × {len(job.layers)} layers of {model} with {saes}",
+        f"into {output}:",
+        "",
+        table(["scenario", "tokens"], rows),
+        "",
+        f"disk           about {size(need.disk_bytes)} (dense {size(need.dense_bytes)})",
+        f"host memory    about {size(need.host_bytes)}",
+        f"device memory  about {size(need.device_bytes)}"
+        if need.device_bytes
+        else "device memory  none: the model runs on the CPU",
+        "",
+        "Disk assumes 64 active features a token. Nothing was written.",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,47 @@
+"""``zarrtrace import``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from zarrtrace.cli.shared import Layers, bar, overwrite_option, quiet_option
+
+
+@click.command("import")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--output", "-o", type=click.Path(path_type=Path), required=True, help="Folder of the run."
+)
+@click.option("--layers", type=Layers(), help="Only these layers, as 20-31.")
+@click.option("--metadata", help="Name of the metadata JSON, if FOLDER holds several.")
+@click.option("--workers", type=click.IntRange(1), help="Threads; as many as cores if left out.")
+@overwrite_option
+@quiet_option
+def command(
+    folder: Path,
+    output: Path,
+    layers: tuple[int, ...] | None,
+    metadata: str | None,
+    workers: int | None,
+    overwrite: bool,  # noqa: FBT001 -- click passes flags so
+    quiet: bool,  # noqa: FBT001
+) -> None:
+    """Turn FOLDER, in the documented layer_N.npz layout, into a run."""
+    from zarrtrace.npz import import_npz
+
+    with bar("import", quiet=quiet) as progress:
+        import_npz(
+            folder,
+            output,
+            layers=layers,
+            metadata=metadata,
+            overwrite=overwrite,
+            workers=workers,
+            progress=progress,
+        )
+    if not quiet:
+        from zarrtrace.cli.info_ import show
+
+        click.echo(show(output))

@@ -1,0 +1,93 @@
+"""``zarrtrace info``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from zarrtrace.cli.shared import json_option, run_argument, size, table
+
+if TYPE_CHECKING:
+    from zarrtrace.store import RunSummary
+
+
+@click.command("info")
+@run_argument
+@json_option
+def command(run: str, as_json: bool) -> None:  # noqa: FBT001 -- click passes flags so
+    """Show what RUN holds: scenarios, shapes, layers, sizes, model, SAEs, completeness.
+
+    Exit code 3 if scenarios or layers are missing.
+    """
+    from zarrtrace.store import summarize
+
+    summary = summarize(run)
+    click.echo(_json(summary) if as_json else _text(summary))
+    if not summary.complete:
+        raise SystemExit(3)
+
+
+def show(run: str | Path, *, as_json: bool = False) -> str:
+    """Describe a run in words or JSON."""
+    from zarrtrace.store import summarize
+
+    summary = summarize(run)
+    return _json(summary) if as_json else _text(summary)
+
+
+def _json(summary: RunSummary) -> str:
+    return summary.model_dump_json(indent=2)
+
+
+def _text(summary: RunSummary) -> str:
+    from zarrtrace.spec import ranges
+
+    lines = [f"run          {summary.path} (format version {summary.format_version})"]
+    if summary.traces:
+        first = summary.traces[0]
+        lines += [
+            f"model        {first.model or 'not known (imported)'}",
+            f"SAEs         {_saes(summary)}",
+            f"arrays       {_arrays(summary)}",
+        ]
+    done = sum(trace.complete for trace in summary.traces)
+    total = len(summary.traces) + len(summary.scenarios_missing)
+    disk, dense = size(summary.bytes_on_disk), size(summary.bytes_dense)
+    lines += [
+        f"complete     {'yes' if summary.complete else 'NO'}, {done} of {total} scenarios",
+        f"size         {disk} on disk, {dense} dense, {summary.compression:.1f}×",
+        "",
+    ]
+    rows = [
+        [
+            trace.scenario,
+            str(trace.tokens),
+            ranges(trace.layers),
+            ranges(trace.missing_layers) or "none",
+            size(trace.bytes_on_disk),
+            f"{trace.bytes_dense / max(1, trace.bytes_on_disk):.1f}×",
+            ", ".join(trace.tags) or "-",
+        ]
+        for trace in summary.traces
+    ] + [[name, "-", "-", "all", "-", "-", "-"] for name in summary.scenarios_missing]
+    header = ["scenario", "tokens", "layers", "missing", "on disk", "ratio", "tags"]
+    return "\n".join([*lines, table(header, rows)])
+
+
+def _saes(summary: RunSummary) -> str:
+    ids = summary.traces[0].sae_ids
+    if not ids:
+        return "none"
+    release = summary.traces[0].sae_release
+    return f"{len(ids)}, {ids[0]} to {ids[-1]}" + (f" of {release}" if release else "")
+
+
+def _arrays(summary: RunSummary) -> str:
+    first = summary.traces[0]
+    return ", ".join(
+        f"{name} ({' × '.join(map(str, first.arrays[name]))})"
+        for name in ("attention", "features")
+        if name in first.arrays
+    )

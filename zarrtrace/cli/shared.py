@@ -1,0 +1,87 @@
+"""Options and output that several subcommands share."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import click
+
+
+class Layers(click.ParamType[tuple[int, ...]]):
+    """Indices of decoder blocks: ``1-31``, ``3``, ``1,5,20-31``."""
+
+    name = "LAYERS"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """Parse a list of numbers and ranges."""
+        if isinstance(value, tuple):
+            return value
+        layers: list[int] = []
+        for part in str(value).split(","):
+            first, dash, last = part.strip().partition("-")
+            if not first.isdecimal() or (dash and not last.isdecimal()):
+                self.fail(f"{value!r} is not a list of layers like 1-31 or 1,5,20-31", param, ctx)
+            start, stop = int(first), int(last or first)
+            if stop < start or stop >= 10_000:
+                self.fail(f"{part.strip()!r} is not a range of layers", param, ctx)
+            layers += range(start, stop + 1)
+        return tuple(sorted(set(layers)))
+
+
+run_argument = click.argument("run", type=click.Path(exists=False))
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress bars, no summary.")
+overwrite_option = click.option(
+    "--overwrite", is_flag=True, help="Replace a run that exists, once the new one is finished."
+)
+
+
+def show_progress(*, quiet: bool) -> bool:
+    """Whether bars make sense: not asked to be quiet, and stderr is a terminal."""
+    return not quiet and sys.stderr.isatty()
+
+
+@contextlib.contextmanager
+def bar(description: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function that draws how many of how many files are done."""
+    from tqdm import tqdm
+
+    with tqdm(desc=description, unit="file", disable=not show_progress(quiet=quiet)) as drawn:
+
+        def progress(done: int, total: int) -> None:
+            drawn.total = total
+            drawn.update(done - drawn.n)
+
+        yield progress
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Align columns; numbers to the right."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    right = [all(_numeric(row[i]) for row in rows) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if flush else cell.ljust(width)
+            for cell, width, flush in zip(line, widths, right, strict=True)
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _numeric(text: str) -> bool:
+    return text.replace(".", "").replace("×", "").replace("-", "").split(" ")[0].isdigit()
+
+
+def size(count: float) -> str:
+    """Write a number of bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -1,0 +1,39 @@
+"""``zarrtrace verify``."""
+
+from __future__ import annotations
+
+import click
+
+from zarrtrace.cli.shared import json_option, run_argument, table
+
+
+@click.command("verify")
+@run_argument
+@json_option
+def command(run: str, as_json: bool) -> None:  # noqa: FBT001 -- click passes flags so
+    """Read every byte of RUN and compare it with its checksums.
+
+    Names every damaged or missing layer. Exit code 1 if there is one.
+    """
+    from zarrtrace.store import verify
+
+    problems = verify(run)
+    if as_json:
+        import json
+
+        click.echo(json.dumps([problem.model_dump() for problem in problems], indent=2))
+    elif problems:
+        rows = [
+            [
+                problem.scenario,
+                problem.array or "-",
+                "-" if problem.layer is None else str(problem.layer),
+                problem.message,
+            ]
+            for problem in problems
+        ]
+        click.echo(table(["scenario", "array", "layer", "problem"], rows))
+    else:
+        click.echo(f"{run}: everything is there and as it was written")
+    if problems:
+        raise SystemExit(1)

@@ -1,0 +1,106 @@
+"""What a run will need, before it starts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from zarrtrace.extraction.job import Job
+from zarrtrace.spec import trace_layout
+
+# Bytes on disk, fitted to measured stores; schema/README.md has the tables. Attention is taken by
+# the precision in which the model computes, per element of the full square.
+_ATTENTION = {"float32": 1.85, "bfloat16": 0.8, "float16": 0.95}
+_ATTENTION_MEAN = 1.9
+_PER_ACTIVE_FEATURE = 8.5
+_PER_INDEXED_FEATURE = 6.5
+_PER_NEXT_TOKEN = 70
+_PER_TRACE = 100_000
+_ACTIVE_FEATURES = 64
+# Python, torch, transformers and sae-lens before the first tensor; buffers of codecs.
+_LIBRARIES_BYTES = 900 * 2**20
+_RECORDS_HELD = 7
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will need.
+
+    Attributes
+    ----------
+    tokens
+        Tokens by scenario.
+    dense_bytes
+        Size of all arrays without compression.
+    disk_bytes
+        Expected size on disk.
+    host_bytes, device_bytes
+        Expected peaks of memory; `device_bytes` is 0 if the model runs on the CPU.
+    """
+
+    tokens: dict[str, int]
+    dense_bytes: int
+    disk_bytes: int
+    host_bytes: int
+    device_bytes: int
+
+
+def estimate(job: Job) -> Estimate:
+    """Estimate what a job needs, assuming 64 active features a token.
+
+    Parameters
+    ----------
+    job
+        From :func:`zarrtrace.extraction.prepare`; weights are not needed.
+    """
+    dense, disk, record = 0, 0.0, 0
+    for prompt in job.prompts:
+        shape = job.shape(prompt)
+        sizes = {
+            name: math.prod(layout.shape) * _itemsize(layout.dtype)
+            for name, layout in trace_layout(shape).items()
+        }
+        dense += sum(sizes.values())
+        disk += _on_disk(job, len(prompt.tokens.ids))
+        record = max(record, sum(sizes.values()) // max(1, len(job.layers)))
+    weights = sum(p.numel() * p.element_size() for p in job.model.model.parameters())
+    encoder = max((4 * sae.d_in * sae.d_sae for sae in job.saes.values()), default=0)
+    longest = max(len(prompt.tokens.ids) for prompt in job.prompts)
+    # One encoder in use; the next is loaded whole, with its decoder.
+    computing = weights + 3 * encoder + _block_bytes(job, longest)
+    writing = _RECORDS_HELD * record
+    on_device = job.options.device != "cpu"
+    return Estimate(
+        tokens={prompt.scenario.name: len(prompt.tokens.ids) for prompt in job.prompts},
+        dense_bytes=dense,
+        disk_bytes=round(disk),
+        host_bytes=_LIBRARIES_BYTES + writing + (0 if on_device else computing),
+        device_bytes=computing if on_device else 0,
+    )
+
+
+def _on_disk(job: Job, tokens: int) -> float:
+    layers = len(job.layers)
+    size = float(_PER_TRACE + _PER_NEXT_TOKEN * tokens)
+    if job.attention_dtype is not None:
+        computed = job.model.attributes.dtype
+        precision = "float16" if job.attention_dtype == "float16" else computed
+        per_head = _ATTENTION[precision] * job.model.n_heads
+        size += layers * tokens**2 * (per_head + _ATTENTION_MEAN)
+    indexed = sum(min(32, sae.d_sae) for sae in job.saes.values())
+    active = sum(min(_ACTIVE_FEATURES, sae.d_sae) for sae in job.saes.values())
+    return size + tokens * (indexed * _PER_INDEXED_FEATURE + active * _PER_ACTIVE_FEATURE)
+
+
+def _block_bytes(job: Job, tokens: int) -> int:
+    """Activations of one block of one batch: attention three times over, features twice."""
+    itemsize = 4 if job.model.attributes.dtype == "float32" else 2
+    rows = tokens * job.options.batch_size
+    attention = 3 * job.model.n_heads * rows * tokens * itemsize
+    features = 2 * 4 * rows * max((sae.d_sae for sae in job.saes.values()), default=0)
+    return int(attention + features + 16 * rows * job.model.d_model * itemsize)
+
+
+def _itemsize(dtype: str) -> int:
+    known = {"float16": 2, "float32": 4, "uint32": 4, "int64": 8}
+    return known.get(dtype, 8)

@@ -1,0 +1,207 @@
+"""Running a job: capture beside compression and writing.
+
+``for record in capture(...): writer.append(record)``, with a bounded number of records between the
+two, and resume.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from zarrtrace.extraction.job import Job, Options, capture_package, prepare
+from zarrtrace.spec import LayerRecord, TokensRecord
+from zarrtrace.store import RunWriter, TraceWriter, kind_of
+
+_WRITERS = 2
+_RECORDS_IN_FLIGHT = 4
+
+
+def extract(
+    output: str | Path,
+    options: Options | None = None,
+    *,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Path:
+    """Run a model over scenarios and store attention, features and continuations.
+
+    A run that exists is gone on with, if it was asked for alike.
+
+    Parameters
+    ----------
+    output
+        Folder of the run.
+    options
+        What to extract; by default the embedded model, SAEs and scenarios.
+    overwrite
+        Replace a run that exists, once the new one is finished.
+    progress
+        Whether to draw progress bars on stderr.
+
+    Returns
+    -------
+    Path
+        The run.
+
+    Raises
+    ------
+    ConfigError, ScenarioError
+        If options do not fit the model, the SAEs or each other.
+    ModelError, SAEError
+        If the model or an SAE cannot be used.
+    StoreError
+        If `output` cannot be written, or is another run.
+    """
+    output = Path(output)
+    if output.exists() and (output.is_file() or any(output.iterdir())):
+        kind_of(output)  # refuse a foreign folder before hours of work
+    if not progress:
+        capture_package().hide_progress()
+    job = prepare(options or Options())
+    with RunWriter(
+        output,
+        [prompt.scenario.name for prompt in job.prompts],
+        job.config,
+        overwrite=overwrite,
+    ) as run:
+        writers = [
+            run.trace(job.attributes(prompt), job.shape(prompt), prompt.tokens)
+            for prompt in job.prompts
+        ]
+        for writer in writers:
+            if not writer.missing_layers and not writer.needs_tokens:
+                writer.finish()  # an earlier process may have stopped just before it
+        _fill(job, writers, progress=progress)
+        run.finish()
+    return output
+
+
+def _fill(job: Job, writers: Sequence[TraceWriter], *, progress: bool) -> None:
+    """Capture what is missing and hand it to the writers."""
+    capture = capture_package()
+    by_name = {
+        prompt.scenario.name: writer for prompt, writer in zip(job.prompts, writers, strict=True)
+    }
+    requests = [
+        capture.Request(prompt, frozenset(writer.missing_layers), writer.needs_tokens)
+        for prompt, writer in zip(job.prompts, writers, strict=True)
+    ]
+    records: Iterator[LayerRecord | TokensRecord] = capture.capture(
+        job.model,
+        requests,
+        attention_dtype=job.attention_dtype,
+        saes=job.saes,
+        source=job.source,
+        batch_size=job.options.batch_size,
+    )
+    with _Progress(requests, shown=progress) as bars, _WriterPool(by_name, bars.stored) as pool:
+        for record in records:
+            pool.submit(record)
+
+
+class _WriterPool:
+    """Append records beside the computation; at most a few wait.
+
+    The first error of a writer ends the capture: :meth:`submit` raises it.
+    """
+
+    def __init__(self, writers: Mapping[str, TraceWriter], stored: Any) -> None:
+        self._writers, self._stored = writers, stored
+        self._pool = ThreadPoolExecutor(_WRITERS, thread_name_prefix="zarrtrace-write")
+        self._room = threading.Semaphore(_RECORDS_IN_FLIGHT)
+        self._failed: list[BaseException] = []
+        self._finished: set[str] = set()
+        self._mutex = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def submit(self, record: LayerRecord | TokensRecord) -> None:
+        """Queue a record; waits while too many are queued."""
+        self._room.acquire()
+        self._raise_first()
+        self._pool.submit(self._append, record).add_done_callback(self._done)
+
+    def _append(self, record: LayerRecord | TokensRecord) -> None:
+        if self._failed:
+            return
+        writer = self._writers[record.scenario]
+        writer.append(record)
+        complete = self._is_last(record.scenario, writer)
+        if complete:
+            writer.finish()
+        self._stored(record, complete)
+
+    def _is_last(self, scenario: str, writer: TraceWriter) -> bool:
+        """Whether a trace has just got its last record; true once."""
+        with self._mutex:
+            if scenario in self._finished or writer.missing_layers or writer.needs_tokens:
+                return False
+            self._finished.add(scenario)
+            return True
+
+    def _done(self, future: Future[None]) -> None:
+        error = future.exception()
+        if error is not None:
+            self._failed.append(error)
+        self._room.release()
+
+    def _raise_first(self) -> None:
+        if self._failed:
+            raise self._failed[0]
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # Records in hand are still stored when the capture fails or is interrupted.
+        self._pool.shutdown(wait=True)
+        if kind is None:
+            self._raise_first()
+
+
+class _Progress:
+    """Two bars on stderr: layers of all scenarios, and scenarios."""
+
+    def __init__(self, requests: Sequence[Any], *, shown: bool) -> None:
+        self._mutex = threading.Lock()
+        self._layers = tqdm(
+            total=sum(len(request.layers) for request in requests),
+            desc="layers",
+            unit="layer",
+            disable=not shown,
+            file=sys.stderr,
+        )
+        self._scenarios = tqdm(
+            total=len(requests),
+            initial=sum(request.done for request in requests),
+            desc="scenarios",
+            unit="scenario",
+            disable=not shown,
+            file=sys.stderr,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def stored(self, record: LayerRecord | TokensRecord, complete: bool) -> None:  # noqa: FBT001
+        """Count a record."""
+        with self._mutex:
+            if isinstance(record, LayerRecord):
+                self._layers.update()
+            if complete:
+                self._scenarios.update()
+
+    def __exit__(self, *_: object) -> None:
+        self._scenarios.close()
+        self._layers.close()

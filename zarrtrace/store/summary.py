@@ -1,0 +1,136 @@
+"""A run at a glance: sizes, layers, completeness. Reads metadata only."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from zarrtrace.errors import IntegrityError
+from zarrtrace.spec import TraceAttributes
+from zarrtrace.store.attributes import kind_of, read_run_attributes, read_trace_attributes
+
+_ITEMSIZE = {"float16": 2, "float32": 4, "uint32": 4, "int64": 8, "bool": 1}
+
+
+class TraceSummary(BaseModel):
+    """One scenario's trace at a glance."""
+
+    scenario: str
+    complete: bool
+    layers: tuple[int, ...]
+    missing_layers: tuple[int, ...]
+    tokens: int
+    dims: dict[str, int]
+    arrays: dict[str, tuple[int, ...]]
+    bytes_on_disk: int
+    bytes_dense: int
+    tags: tuple[str, ...]
+    model: str | None
+    sae_release: str | None
+    sae_ids: tuple[str, ...]
+
+
+class RunSummary(BaseModel):
+    """A run at a glance; a trace that stands alone is a run of one."""
+
+    path: str
+    format_version: int
+    complete: bool
+    traces: tuple[TraceSummary, ...]
+    scenarios_missing: tuple[str, ...]
+    bytes_on_disk: int
+    bytes_dense: int
+
+    @property
+    def compression(self) -> float:
+        """How many dense bytes one byte on disk stands for."""
+        return self.bytes_dense / max(1, self.bytes_on_disk)
+
+
+def summarize(path: str | Path) -> RunSummary:
+    """Summarise a run, or a trace that stands alone.
+
+    Parameters
+    ----------
+    path
+        Its folder.
+
+    Raises
+    ------
+    NotATraceError, FormatVersionError, IntegrityError
+    """
+    path = Path(path)
+    names: tuple[str, ...]
+    if kind_of(path) == "trace":
+        names, complete, version = ("",), True, read_trace_attributes(path).format_version
+    else:
+        run = read_run_attributes(path)
+        names, complete, version = run.scenarios, run.complete, run.format_version
+    present = [name for name in names if (path / name / "zarr.json").is_file()]
+    traces = tuple(_trace(path / name) for name in present)
+    return RunSummary(
+        path=str(path),
+        format_version=version,
+        complete=complete and len(present) == len(names) and all(t.complete for t in traces),
+        traces=traces,
+        scenarios_missing=tuple(name for name in names if name not in present),
+        bytes_on_disk=sum(trace.bytes_on_disk for trace in traces),
+        bytes_dense=sum(trace.bytes_dense for trace in traces),
+    )
+
+
+def _trace(path: Path) -> TraceSummary:
+    attributes = read_trace_attributes(path)
+    dims: dict[str, int] = {}
+    arrays: dict[str, tuple[int, ...]] = {}
+    dense = 0
+    for file in sorted(path.glob("*/zarr.json")):
+        shape, names, dtype = _array(file)
+        dims |= dict(zip(names, shape, strict=True))
+        if len(shape) > 1:
+            arrays[file.parent.name] = shape
+            dense += math.prod(shape) * _ITEMSIZE.get(dtype, 8)
+    return TraceSummary(
+        scenario=attributes.scenario,
+        complete=attributes.complete,
+        layers=attributes.layers,
+        missing_layers=attributes.missing_layers,
+        tokens=dims.get("query", 0),
+        dims=dims,
+        arrays=arrays,
+        bytes_on_disk=_bytes_below(path),
+        bytes_dense=dense,
+        tags=attributes.tags,
+        model=None if attributes.model is None else attributes.model.id,
+        sae_release=_release(attributes),
+        sae_ids=tuple(sae.id for sae in attributes.saes),
+    )
+
+
+def _array(file: Path) -> tuple[tuple[int, ...], list[str], str]:
+    try:
+        metadata: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        shape = tuple(int(size) for size in metadata["shape"])
+        return shape, list(metadata["dimension_names"]), str(metadata["data_type"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(
+            f"{file}: damaged: {error}",
+            why="It is not the metadata that zarrtrace wrote.",
+            remedy="Run 'zarrtrace verify', then extract again.",
+        ) from error
+
+
+def _release(attributes: TraceAttributes) -> str | None:
+    return next((sae.release for sae in attributes.saes if sae.release), None)
+
+
+def _bytes_below(path: Path) -> int:
+    total = 0
+    for folder, _, files in os.walk(path):
+        total += sum((Path(folder) / name).stat().st_size for name in files)
+    return total
