@@ -23,9 +23,9 @@ def main(run: Path, exported: Path) -> None:
     attention = ds.attention[:, :, -1, balance].mean(("head", "key"))
     show(attention.layer.values, attention.values)
 
-    strongest = ds.top_feature[:, -1, 0].sel(layer=16).item()
-    print(f"\nds.features[:, -1].sel(feature={strongest}), by layer:")
-    trajectory = ds.features[:, -1].sel(feature=strongest)
+    feature = (ds.features[:, -1] > 0).sum("layer").argmax().item()
+    print(f"\nds.features[:, -1].sel(feature={feature}), by layer:")
+    trajectory = ds.features[:, -1].sel(feature=feature)
     show(trajectory.layer.values, trajectory.values)
 
     options = ds.attrs["zarrtrace"]["options"]

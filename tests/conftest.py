@@ -53,3 +53,11 @@ def shared_run(tmp_path_factory: pytest.TempPathFactory) -> fakes.FakeRun:
 def run(tmp_path: Path) -> fakes.FakeRun:
     """A complete run of the test's own."""
     return fakes.make_run(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Extract the main job, the embedded model over its ten scenarios, which no test may change."""
+    from zarrtrace.extraction import extract
+
+    return extract(tmp_path_factory.mktemp("demo") / "runs" / "demo")

@@ -28,10 +28,11 @@ TOP_FEATURES = 32
 NEXT_TOKENS = 10
 
 # Shards stay below this size, dense: one writer holds at most a few of them.
-_MAX_SHARD_BYTES = 256 * 2**20
+_MAX_SHARD_BYTES = 64 * 2**20
 _MAX_KEYS_PER_CHUNK = 256
 _FEATURES_PER_CHUNK = 4096
 _TOKENS_PER_CHUNK = 256
+_QUERIES_PER_CHUNK = 64
 
 
 class Frozen(BaseModel):
@@ -111,6 +112,15 @@ class TraceAttributes(Frozen):
     saes: tuple[SAEAttributes, ...] = ()
     layers: tuple[NonNegativeInt, ...]
     layers_without_sae: tuple[NonNegativeInt, ...] = ()
+    layers_without_attention: dict[str, str] = Field(
+        default_factory=dict,
+        description="Layers whose block has no attention matrix, with the reason. If there are "
+        "any, `attention` has a dimension `attention_layer` of its own.",
+    )
+    queries: tuple[NonNegativeInt, ...] | None = Field(
+        default=None,
+        description="Rows of `attention` that are stored; null for all. The others read as NaN.",
+    )
     attention_dtype: Literal["float16", "float32"] | None = Field(
         description="Null if attention was not asked for."
     )
@@ -121,9 +131,17 @@ class TraceAttributes(Frozen):
     complete: bool = Field(default=False, description="Whether every layer is stored.")
     stored: dict[str, dict[str, Stored]] = Field(
         default_factory=dict,
-        description="Journal: what each array wrote, by layer, and under 'tokens' for the arrays "
-        "that have no layer. A layer that is not here is not stored.",
+        description="Journal: what each array wrote, by layer; under 'tokens' for the next-token "
+        "arrays and under 'coordinates' for the one-dimensional ones. A layer that is not here is "
+        "not stored.",
     )
+
+    def index_of(self, layer: int, dim: str) -> int:
+        """Return where a layer is along the first dimension of an array."""
+        if dim != "attention_layer":
+            return self.layers.index(layer)
+        with_attention = [n for n in self.layers if str(n) not in self.layers_without_attention]
+        return with_attention.index(layer)
 
     @property
     def complete_layers(self) -> tuple[int, ...]:
@@ -162,7 +180,10 @@ class ArrayLayout(Frozen):
     chunks: tuple[PositiveInt, ...]
     shards: tuple[PositiveInt, ...] | None = None
     codec: Codec = "plain"
-    fill_value: float | int | str = 0
+    fill_value: bool | float | int | str = 0
+    skip_empty: bool = Field(
+        default=False, description="Whether chunks that equal the fill value are left out."
+    )
     attributes: dict[str, str] = {}
 
 
@@ -177,6 +198,10 @@ class TraceShape:
     attention_dtype: str | None = None
     feature_dtype: str | None = None
     next_token: bool = True
+    #: Layers that have attention; None for all.
+    attention_layers: int | None = None
+    #: Whether only some rows of attention are stored.
+    chosen_queries: bool = False
 
 
 def trace_layout(shape: TraceShape) -> dict[str, ArrayLayout]:
@@ -196,43 +221,66 @@ def trace_layout(shape: TraceShape) -> dict[str, ArrayLayout]:
     layers, tokens = shape.layers, shape.tokens
     out: dict[str, ArrayLayout] = {}
     if shape.heads is not None:
-        out |= _attention_layouts(layers, tokens, shape.heads, shape.attention_dtype or "float32")
+        out |= _attention_layouts(shape, shape.heads)
     for name, features in shape.features.items():
         out |= _feature_layouts(name, layers, tokens, features, shape.feature_dtype or "float32")
     if shape.next_token:
         out |= _next_token_layouts(tokens)
-    return out | _coordinate_layouts(layers, tokens, shape.heads, shape.features)
+    return out | _coordinate_layouts(shape)
 
 
-def _attention_layouts(layers: int, tokens: int, heads: int, dtype: str) -> dict[str, ArrayLayout]:
-    queries = min(tokens, 64)
+def _attention_layouts(shape: TraceShape, heads: int) -> dict[str, ArrayLayout]:
+    tokens, dtype = shape.tokens, shape.attention_dtype or "float32"
+    separate = shape.attention_layers is not None
+    layer = "attention_layer" if separate else "layer"
+    layers = shape.attention_layers if shape.attention_layers is not None else shape.layers
     keys = min(tokens, _MAX_KEYS_PER_CHUNK)
     all_keys = _round_up(tokens, keys)
-    row_bytes = heads * all_keys * _itemsize(dtype)
+    rows = attention_rows(tokens, heads, dtype)
+    chunks, shards = (1, heads, min(tokens, _QUERIES_PER_CHUNK), keys), (1, heads, rows, all_keys)
+    mean = (1, min(tokens, rows), min(tokens, 1024))
+    if shape.chosen_queries:  # one file a row: what is not chosen takes no space
+        chunks, mean = (1, heads, 1, tokens), (1, 1, tokens)
+    # Tiles above the diagonal are all zero; where there are any, they are not stored.
+    sparse = tokens > keys and not shape.chosen_queries
     return {
         "attention": ArrayLayout(
-            dims=("layer", "head", "query", "key"),
+            dims=(layer, "head", "query", "key"),
             dtype=dtype,
             shape=(layers, heads, tokens, tokens),
-            chunks=(1, heads, queries, keys),
-            shards=(1, heads, _rows_per_shard(tokens, queries, row_bytes), all_keys),
+            chunks=chunks,
+            shards=None if shape.chosen_queries else shards,
             codec="attention",
-            fill_value=math.nan,
+            fill_value=0.0 if sparse else math.nan,
+            skip_empty=sparse,
             attributes={
                 "long_name": "attention probability",
                 "description": "how much the query token attends to the key token, by query head",
             },
         ),
         "attention_mean": ArrayLayout(
-            dims=("layer", "query", "key"),
+            dims=(layer, "query", "key"),
             dtype="float32",
             shape=(layers, tokens, tokens),
-            chunks=(1, min(tokens, 1024), min(tokens, 1024)),
+            chunks=mean,
             codec="attention",
             fill_value=math.nan,
             attributes={"long_name": "attention probability, mean over heads"},
         ),
     }
+
+
+def attention_rows(tokens: int, heads: int, dtype: str) -> int:
+    """Return how many rows of attention one shard holds."""
+    queries = min(tokens, _QUERIES_PER_CHUNK)
+    all_keys = _round_up(tokens, min(tokens, _MAX_KEYS_PER_CHUNK))
+    return _rows_per_shard(tokens, queries, heads * all_keys * _itemsize(dtype))
+
+
+def feature_rows(tokens: int, features: int, dtype: str = "float32") -> int:
+    """Return how many tokens one shard of features holds."""
+    all_features = _round_up(features, min(features, _FEATURES_PER_CHUNK))
+    return _rows_per_shard(tokens, min(tokens, _TOKENS_PER_CHUNK), all_features * _itemsize(dtype))
 
 
 def _feature_layouts(
@@ -248,11 +296,7 @@ def _feature_layouts(
             dtype=dtype,
             shape=(layers, tokens, features),
             chunks=(1, rows, width),
-            shards=(
-                1,
-                _rows_per_shard(tokens, rows, all_features * _itemsize(dtype)),
-                all_features,
-            ),
+            shards=(1, feature_rows(tokens, features, dtype), all_features),
             codec="sparse",
             fill_value=math.nan,
             attributes={"long_name": "SAE feature activation"},
@@ -261,7 +305,11 @@ def _feature_layouts(
             dims=("layer", "query", "feature_rank"),
             dtype="uint32",
             shape=(layers, tokens, min(TOP_FEATURES, features)),
-            chunks=(1, min(tokens, 4096), min(TOP_FEATURES, features)),
+            chunks=(
+                1,
+                min(tokens, feature_rows(tokens, features, dtype)),
+                min(TOP_FEATURES, features),
+            ),
             attributes={
                 "long_name": "strongest features of a token, strongest first",
                 "description": "valid where the activation of the same rank is above 0",
@@ -271,7 +319,11 @@ def _feature_layouts(
             dims=("layer", "query", "feature_rank"),
             dtype="float32",
             shape=(layers, tokens, min(TOP_FEATURES, features)),
-            chunks=(1, min(tokens, 4096), min(TOP_FEATURES, features)),
+            chunks=(
+                1,
+                min(tokens, feature_rows(tokens, features, dtype)),
+                min(TOP_FEATURES, features),
+            ),
             fill_value=math.nan,
             attributes={"long_name": "activations of the strongest features"},
         ),
@@ -300,9 +352,9 @@ def _next_token_layouts(tokens: int) -> dict[str, ArrayLayout]:
     }
 
 
-def _coordinate_layouts(
-    layers: int, tokens: int, heads: int | None, features: Mapping[str, int]
-) -> dict[str, ArrayLayout]:
+def _coordinate_layouts(shape: TraceShape) -> dict[str, ArrayLayout]:
+    layers, tokens, heads = shape.layers, shape.tokens, shape.heads
+
     def index(dim: str, size: int, long_name: str) -> ArrayLayout:
         return ArrayLayout(
             dims=(dim,),
@@ -327,7 +379,20 @@ def _coordinate_layouts(
         out["head"] = index("head", heads, "query head")
         out["key"] = index("key", tokens, "position of the token attended to")
         out["key_token"] = text("key")
-    for name, size in features.items():
+    if heads is not None and shape.attention_layers is not None:
+        out["attention_layer"] = index(
+            "attention_layer", shape.attention_layers, "decoder block that has attention, from 0"
+        )
+    if heads is not None and shape.chosen_queries:
+        out["has_attention"] = ArrayLayout(
+            dims=("query",),
+            dtype="bool",
+            shape=(tokens,),
+            chunks=(tokens,),
+            fill_value=False,
+            attributes={"long_name": "whether this row of attention is stored"},
+        )
+    for name, size in shape.features.items():
         dim = f"feature{name.removeprefix('features')}"
         out[dim] = index(dim, size, "index of the SAE's latent")
     return out | {
@@ -344,7 +409,7 @@ def _coordinate_layouts(
 
 
 #: Coordinates that are not an index; a group's ``coordinates`` attribute names those it has.
-LABELS = ("query_token", "key_token", "token_id")
+LABELS = ("query_token", "key_token", "token_id", "has_attention")
 
 
 def _round_up(size: int, multiple: int) -> int:
@@ -394,7 +459,7 @@ class FeatureRecord:
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """Everything of one layer of one scenario.
+    """One layer of one scenario, or some rows of it.
 
     Attributes
     ----------
@@ -402,6 +467,8 @@ class LayerRecord:
         Name of the scenario.
     layer
         Index of the decoder block.
+    start
+        Number of the first row: a token position, or a place in the chosen queries.
     attention
         ``(head, query, key)``, or None.
     attention_mean
@@ -412,6 +479,7 @@ class LayerRecord:
 
     scenario: str
     layer: int
+    start: int = 0
     attention: np.ndarray | None = None
     attention_mean: np.ndarray | None = None
     features: Mapping[str, FeatureRecord] = field(default_factory=dict)

@@ -5,17 +5,23 @@ nothing of Zarr. Its module `saes` imports sae-lens, which takes seconds: attent
 without it.
 """
 
+from zarrtrace.capture.batches import Request, default_batch_size
+from zarrtrace.capture.checks import blocks_are_exact, check_additions, wants_blocks
 from zarrtrace.capture.model import LoadedModel, hide_progress, load_model, renamed
-from zarrtrace.capture.pipeline import Request, capture
+from zarrtrace.capture.pipeline import capture
 from zarrtrace.capture.prompts import Prompt, tokenize
 
 __all__ = [
     "LoadedModel",
     "Prompt",
     "Request",
+    "blocks_are_exact",
     "capture",
+    "check_additions",
+    "default_batch_size",
     "hide_progress",
     "load_model",
     "renamed",
     "tokenize",
+    "wants_blocks",
 ]

@@ -1,14 +1,14 @@
 """Forward passes that pause after each block, so that many batches share one SAE at a time.
 
-A pass runs the model's own ``forward`` in a greenlet. A hook on every block switches back to the
-caller with what the block made, and the caller lets the pass go on when all other batches have
-come to the same block. So each SAE is loaded once, whatever the number of scenarios, while
-between two blocks a batch holds no more than its residual stream.
+A pass runs the model's own ``forward`` in a greenlet. Hooks switch back to the caller with what a
+block made, and the caller lets the pass go on when all other batches have come to the same block.
+So each SAE is loaded once, whatever the number of scenarios, while between two blocks a batch
+holds no more than its residual stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,8 +16,13 @@ from typing import Any
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 
+from zarrtrace.capture.blocked import IMPLEMENTATION, AttentionRows, Sink, collecting
+from zarrtrace.capture.hooks import first_tensor, place
 from zarrtrace.capture.model import LoadedModel
 from zarrtrace.errors import ModelError
+
+# Above this, logits are made some rows at a time: a vocabulary is large.
+_LOGIT_ROWS = 512
 
 
 @dataclass
@@ -31,7 +36,7 @@ class BlockState:
     attention
         ``(sequence, head, query, key)``, or None.
     hooks
-        ``(sequence, token, d_model)`` by kind of hook point.
+        ``(sequence, token, d)`` by kind of hook point.
     """
 
     layer: int
@@ -39,8 +44,27 @@ class BlockState:
     hooks: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
+@dataclass
+class Logits:
+    """What the model would say next, for some rows.
+
+    Attributes
+    ----------
+    start
+        Token position of the first row.
+    values
+        ``(sequence, token, vocabulary)``.
+    """
+
+    start: int
+    values: torch.Tensor
+
+
+Step = AttentionRows | BlockState | Logits
+
+
 class Pass(greenlet):
-    """One batch's way through the model, block by block.
+    """One batch's way through the model, step by step.
 
     Parameters
     ----------
@@ -48,27 +72,59 @@ class Pass(greenlet):
         The model, with :func:`taps` on it.
     ids, mask
         ``(sequence, token)``: token ids, and 1 where a token is no padding.
+    blocked
+        None captures whole attention matrices. Else attention is computed by blocks of queries:
+        the layers whose rows are wanted, and which queries (None for all); one sequence only.
     """
 
-    def __init__(self, model: LoadedModel, ids: torch.Tensor, mask: torch.Tensor) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        *,
+        blocked: tuple[frozenset[int], tuple[int, ...] | None] | None = None,
+    ) -> None:
         super().__init__()
         self._model, self._ids, self._mask = model, ids, mask
         self.state = BlockState(0)
+        self._sink = None if blocked is None else Sink(self.give, *blocked)
 
-    def run(self) -> torch.Tensor:
+    @property
+    def whole(self) -> bool:
+        """Whether whole attention matrices are captured."""
+        return self._sink is None
+
+    def give(self, step: Step) -> None:
+        """Pause with a step; called from within the pass."""
+        assert self.parent is not None  # noqa: S101 -- a pass is only ever run by advance()
+        self.parent.switch(step)
+
+    def run(self) -> None:
         """Run the model; the greenlet's body."""
-        out: torch.Tensor = self._model.model(
-            input_ids=self._ids, attention_mask=self._mask, use_cache=False
-        ).logits
-        return out
+        model, inputs = self._model.model, {"attention_mask": self._mask, "use_cache": False}
+        tokens = self._ids.shape[1]
+        if tokens <= _LOGIT_ROWS:
+            self.give(Logits(0, model(input_ids=self._ids, **inputs).logits))
+            return
+        base = getattr(model, model.base_model_prefix)
+        made = base(input_ids=self._ids, **inputs)
+        for start in range(0, tokens, _LOGIT_ROWS):
+            rows = slice(start, start + _LOGIT_ROWS)
+            part = type(made)(last_hidden_state=made.last_hidden_state[:, rows])
+            with _returning(base, part):  # the model's own way from its last norm to logits
+                logits = model(input_ids=self._ids[:, rows], use_cache=False).logits
+            self.give(Logits(start, logits))
 
-    def advance(self) -> BlockState | torch.Tensor:
-        """Go on to the end of the next block, or to the logits ``(sequence, token, vocabulary)``.
-
-        Must be called under :func:`torch.inference_mode`, always from the same thread.
-        """
-        result: BlockState | torch.Tensor = self.switch()
-        return result
+    def advance(self) -> Step:
+        """Go on to the next step; must be called under :func:`torch.inference_mode`."""
+        step: Step
+        if self._sink is None:
+            step = self.switch()
+        else:
+            with collecting(self._sink), _implementation(self._model.model.config):
+                step = self.switch()
+        return step
 
     def stop(self) -> None:
         """End the pass where it is."""
@@ -77,7 +133,30 @@ class Pass(greenlet):
 
 
 @contextmanager
-def taps(model: LoadedModel, *, attention: bool, kinds: frozenset[str]) -> Iterator[None]:
+def _returning(module: Any, output: Any) -> Iterator[None]:
+    """Make a module return `output` instead of running."""
+    module.forward = lambda *_args, **_kwargs: output
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+@contextmanager
+def _implementation(config: Any) -> Iterator[None]:
+    """Let the model compute attention by blocks of queries."""
+    before = config._attn_implementation  # noqa: SLF001 -- no other way
+    config._attn_implementation = IMPLEMENTATION  # noqa: SLF001
+    try:
+        yield
+    finally:
+        config._attn_implementation = before  # noqa: SLF001
+
+
+@contextmanager
+def taps(
+    model: LoadedModel, *, attention: bool, kinds: Mapping[int, frozenset[str]]
+) -> Iterator[None]:
     """Put hooks on the model that feed the running :class:`Pass`; they go with the context.
 
     Parameters
@@ -85,17 +164,24 @@ def taps(model: LoadedModel, *, attention: bool, kinds: frozenset[str]) -> Itera
     attention
         Whether attention probabilities are wanted.
     kinds
-        Hook points that are wanted (:data:`zarrtrace.capture.hooks.KINDS`).
+        By layer, the hook points that are wanted (:data:`zarrtrace.capture.hooks.KINDS`).
     """
     with ExitStack() as stack:
         for layer, block in enumerate(model.blocks):
-            handles = [block.register_forward_hook(_after_block(layer, kinds))]
-            if "resid_pre" in kinds:
-                handles.append(block.register_forward_pre_hook(_before_block, with_kwargs=True))
+            handles = []
+            for kind in sorted(kinds.get(layer, ())):
+                module, side = place(block, model.attentions.get(layer), kind)
+                if side == "input":
+                    handles.append(
+                        module.register_forward_pre_hook(_before(kind), with_kwargs=True)
+                    )
+                else:
+                    handles.append(module.register_forward_hook(_after(kind)))
             if attention and layer in model.attentions:
                 handles.append(
                     model.attentions[layer].register_forward_hook(_after_attention(layer))
                 )
+            handles.append(block.register_forward_hook(_after_block(layer)))  # last: it pauses
             for handle in handles:
                 stack.callback(handle.remove)
         yield
@@ -106,16 +192,28 @@ def _current() -> Pass | None:
     return running if isinstance(running, Pass) else None
 
 
-def _before_block(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    running = _current()
-    if running:
-        running.state.hooks["resid_pre"] = args[0] if args else kwargs["hidden_states"]
+def _before(kind: str) -> Any:
+    def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        running = _current()
+        if running:
+            running.state.hooks[kind] = args[0] if args else kwargs["hidden_states"]
+
+    return hook
+
+
+def _after(kind: str) -> Any:
+    def hook(_module: Any, _args: Any, output: Any) -> None:
+        running = _current()
+        if running:
+            running.state.hooks[kind] = first_tensor(output)
+
+    return hook
 
 
 def _after_attention(layer: int) -> Any:
     def hook(module: Any, _args: Any, output: Any) -> None:
         running = _current()
-        if running is None:
+        if running is None or not running.whole:
             return
         weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
         if weights is None or weights.ndim != 4:
@@ -129,17 +227,13 @@ def _after_attention(layer: int) -> Any:
     return hook
 
 
-def _after_block(layer: int, kinds: frozenset[str]) -> Any:
-    def hook(_module: Any, _args: Any, output: Any) -> None:
+def _after_block(layer: int) -> Any:
+    def hook(_module: Any, _args: Any, _output: Any) -> None:
         running = _current()
         if running is None:
             return
         state, running.state = running.state, BlockState(layer + 1)
         state.layer = layer
-        if "resid_post" in kinds:
-            state.hooks["resid_post"] = output[0] if isinstance(output, tuple) else output
-        parent = running.parent
-        assert parent is not None  # noqa: S101 -- a pass is only ever run by advance()
-        parent.switch(state)
+        running.give(state)
 
     return hook

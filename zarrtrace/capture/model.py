@@ -41,8 +41,8 @@ class LoadedModel:
         The decoder blocks, in order.
     attentions
         The module that makes a block's attention probabilities, by the block's index.
-    n_heads, d_model
-        Query heads and the width of the residual stream.
+    n_heads, d_model, d_heads
+        Query heads, width of the residual stream, and of all heads' outputs side by side.
     max_tokens
         Longest prompt, or None if the model has no limit.
     attributes
@@ -55,6 +55,7 @@ class LoadedModel:
     attentions: Mapping[int, nn.Module]
     n_heads: int
     d_model: int
+    d_heads: int
     max_tokens: int | None
     attributes: ModelAttributes
 
@@ -136,6 +137,7 @@ def load_model(
         attentions=attentions,
         n_heads=int(text_config.num_attention_heads),
         d_model=int(text_config.hidden_size),
+        d_heads=_d_heads(text_config),
         max_tokens=getattr(text_config, "max_position_embeddings", None),
         attributes=ModelAttributes(
             id=name,
@@ -259,6 +261,11 @@ def _load_error(name: str, error: Exception) -> ModelError:
         "transformers.",
         remedy="Check the folder or id; pip install --upgrade transformers.",
     )
+
+
+def _d_heads(config: Any) -> int:
+    heads = int(config.num_attention_heads)
+    return heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
 def find_pieces(model: Any, name: str) -> tuple[tuple[nn.Module, ...], Mapping[int, nn.Module]]:

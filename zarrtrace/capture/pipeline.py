@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from zarrtrace.capture.batches import Batch, Request, batches, waves
+from zarrtrace.capture.blocked import AttentionRows
+from zarrtrace.capture.encoders import Encoders
 from zarrtrace.capture.hooks import parse_hook
-from zarrtrace.capture.lockstep import BlockState, Pass, taps
+from zarrtrace.capture.lockstep import BlockState, Logits, taps
 from zarrtrace.capture.model import DTYPES, LoadedModel
-from zarrtrace.capture.prompts import Prompt
+from zarrtrace.capture.rows import RowBuffer
 from zarrtrace.errors import ModelError
 from zarrtrace.spec import (
     NEXT_TOKENS,
@@ -23,39 +23,14 @@ from zarrtrace.spec import (
     LayerRecord,
     SAEAttributes,
     TokensRecord,
+    attention_rows,
+    feature_rows,
 )
 
 if TYPE_CHECKING:
     from zarrtrace.capture.saes import Encoder, SAESource
 
-# What all batches of a wave may hold between two blocks. A wave walks through the layers once, so
-# SAEs are loaded once a wave; on any but huge runs there is one.
-_WAVE_BYTES = {"cpu": 128 * 2**20, "cuda": 2**30}
-_LOGIT_ROWS = 256
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is still wanted of one prompt.
-
-    Attributes
-    ----------
-    prompt
-        The tokenised scenario.
-    layers
-        Layers whose records are wanted.
-    next_token
-        Whether its most likely continuations are wanted.
-    """
-
-    prompt: Prompt
-    layers: frozenset[int]
-    next_token: bool
-
-    @property
-    def done(self) -> bool:
-        """Whether nothing is wanted."""
-        return not self.layers and not self.next_token
+Record = LayerRecord | TokensRecord
 
 
 def capture(
@@ -63,10 +38,10 @@ def capture(
     requests: Sequence[Request],
     *,
     attention_dtype: str | None,
-    saes: Mapping[int, SAEAttributes] | None = None,
+    saes: Mapping[int, Sequence[SAEAttributes]] | None = None,
     source: SAESource | None = None,
     batch_size: int = 1,
-) -> Iterator[LayerRecord | TokensRecord]:
+) -> Iterator[Record]:
     """Run the model over prompts and yield what each block does, layer by layer.
 
     Parameters
@@ -79,14 +54,15 @@ def capture(
     attention_dtype
         ``"float32"`` or ``"float16"``; None for no attention.
     saes, source
-        The SAE of each layer that has one, and where to load it from; None for no features.
+        The SAEs of each layer that has some, and where to load them from; None for no features.
     batch_size
         Scenarios of similar length in one forward pass.
 
     Yields
     ------
     LayerRecord, TokensRecord
-        All scenarios of a layer, then the next layer; at the end the continuations.
+        All scenarios of a layer, then the next layer; at the end the continuations. A layer whose
+        arrays are large comes in several records, each of which fills whole shards.
 
     Raises
     ------
@@ -94,162 +70,35 @@ def capture(
         If the model or an SAE does not do what it should.
     """
     saes = saes or {}
-    kinds = frozenset(parse_hook(attributes.hook_name).kind for attributes in saes.values())
-    batches = [batch for batch in _batches(model, requests, batch_size) if not batch.done]
-    waves = list(_waves(model, batches))
+    kinds = {
+        layer: frozenset(parse_hook(attributes.hook_name).kind for attributes in found)
+        for layer, found in saes.items()
+    }
+    todo = [batch for batch in batches(model, requests, batch_size) if not batch.done]
+    in_step = list(waves(model, todo))
+    order = [layer for wave in in_step for layer in sorted(_layers(wave)) if layer in saes]
     with (
         taps(model, attention=attention_dtype is not None, kinds=kinds),
-        _Encoders(saes, source, model.device, _load_order(waves, saes)) as encoders,
+        Encoders(saes, source, model.device, order) as encoders,
     ):
-        for wave in waves:
+        for wave in in_step:
             yield from _run_wave(model, wave, attention_dtype, encoders)
 
 
-# --- batches and waves -------------------------------------------------------------------------
-
-
-class _Batch:
-    """Prompts that go through the model together, padded on the right."""
-
-    def __init__(self, model: LoadedModel, requests: Sequence[Request]) -> None:
-        self._model = model
-        self.requests = requests
-        self.lengths = [len(request.prompt.tokens.ids) for request in requests]
-        self.layers = frozenset[int]().union(*(request.layers for request in requests))
-        self.next_token = any(request.next_token for request in requests)
-        self.done = all(request.done for request in requests)
-        self.rows = len(requests) * max(self.lengths)
-        self._pass: Pass | None = None
-        self._mask = torch.empty(0)
-
-    def start(self) -> None:
-        """Put the batch on the device."""
-        shape = (len(self.requests), max(self.lengths))
-        ids = torch.zeros(shape, dtype=torch.long)
-        mask = torch.zeros(shape, dtype=torch.long)
-        for row, request in enumerate(self.requests):
-            ids[row, : self.lengths[row]] = torch.tensor(request.prompt.tokens.ids)
-            mask[row, : self.lengths[row]] = 1
-        device = self._model.device
-        self._mask = mask.to(device)
-        self._pass = Pass(self._model, ids.to(device), self._mask)
-
-    def advance(self) -> BlockState | torch.Tensor:
-        """Go on to the end of the next block, or to the logits."""
-        if self._pass is None:
-            self.start()
-        assert self._pass is not None  # noqa: S101 -- start() made it
-        return self._pass.advance()
-
-    def stop(self) -> None:
-        """End the pass where it is."""
-        if self._pass is not None:
-            self._pass.stop()
-            self._pass = None
-
-    def tokens(self, padded: torch.Tensor) -> torch.Tensor:
-        """Take the real tokens ``(token, d)`` of ``(sequence, token, d)``."""
-        return padded[0] if len(self.requests) == 1 else padded[self._mask.bool()]
-
-
-def _batches(model: LoadedModel, requests: Sequence[Request], batch_size: int) -> Iterator[_Batch]:
-    """Group scenarios of similar length; what is together depends on nothing but the suite."""
-    if batch_size == 1:
-        order = list(requests)
-    else:
-        order = sorted(requests, key=lambda request: len(request.prompt.tokens.ids))
-    for start in range(0, len(order), batch_size):
-        yield _Batch(model, order[start : start + batch_size])
-
-
-def _waves(model: LoadedModel, batches: Sequence[_Batch]) -> Iterator[list[_Batch]]:
-    """Cut the batches into groups whose residual streams and masks fit the budget."""
-    itemsize = torch.empty(0, dtype=model.model.dtype).element_size()
-    budget = _WAVE_BYTES.get(model.device.type, _WAVE_BYTES["cpu"])
-    wave: list[_Batch] = []
-    held = 0
-    for batch in batches:
-        cost = batch.rows * (2 * model.d_model + max(batch.lengths)) * itemsize
-        if wave and held + cost > budget:
-            yield wave
-            wave, held = [], 0
-        wave.append(batch)
-        held += cost
-    if wave:
-        yield wave
-
-
-def _load_order(
-    waves: Sequence[Sequence[_Batch]], saes: Mapping[int, SAEAttributes]
-) -> list[SAEAttributes]:
-    order = []
-    for wave in waves:
-        wanted = frozenset[int]().union(*(batch.layers for batch in wave))
-        order += [saes[layer] for layer in sorted(wanted) if layer in saes]
-    return order
-
-
-class _Encoders:
-    """Load encoders in a known order, the next one while this one computes."""
-
-    def __init__(
-        self,
-        saes: Mapping[int, SAEAttributes],
-        source: SAESource | None,
-        device: torch.device,
-        order: Sequence[SAEAttributes],
-    ) -> None:
-        self._saes, self._source, self._device = saes, source, device
-        self._order = iter(order)
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="zarrtrace-sae")
-        self._next: Future[Encoder] | None = None
-
-    def __enter__(self) -> Self:
-        self._prefetch()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def _prefetch(self) -> None:
-        attributes = next(self._order, None)
-        source = self._source
-        self._next = (
-            None
-            if attributes is None or source is None
-            else self._pool.submit(source.load, attributes, self._device)
-        )
-
-    def take(self, layer: int) -> Encoder | None:
-        """Return the encoder of the next layer in order; None if `layer` has none."""
-        if layer not in self._saes or self._next is None:
-            return None
-        encoder = self._next.result()
-        self._prefetch()
-        return encoder
-
-
-# --- one wave ----------------------------------------------------------------------------------
+def _layers(wave: Sequence[Batch]) -> frozenset[int]:
+    return frozenset[int]().union(*(batch.layers for batch in wave))
 
 
 def _run_wave(
-    model: LoadedModel,
-    wave: Sequence[_Batch],
-    attention_dtype: str | None,
-    encoders: _Encoders,
-) -> Iterator[LayerRecord | TokensRecord]:
-    wanted = frozenset[int]().union(*(batch.layers for batch in wave))
+    model: LoadedModel, wave: Sequence[Batch], attention_dtype: str | None, encoders: Encoders
+) -> Iterator[Record]:
+    wanted = _layers(wave)
     active = list(wave)
     try:
         for layer in range(len(model.blocks)):
-            encoder = encoders.take(layer) if layer in wanted else None
+            here = encoders.take(layer) if layer in wanted else []
             for batch in active:
-                yield from _layer_records(model, batch, layer, attention_dtype, encoder)
+                yield from _through_block(model, batch, layer, attention_dtype, here)
                 if not batch.next_token and layer == max(batch.layers):
                     batch.stop()
             active = [batch for batch in active if batch.next_token or layer < max(batch.layers)]
@@ -260,49 +109,114 @@ def _run_wave(
             batch.stop()
 
 
-# Lists and not generators: inference mode must not leak to whoever consumes the records.
-@torch.inference_mode()
-def _layer_records(
+def _through_block(
     model: LoadedModel,
-    batch: _Batch,
+    batch: Batch,
     layer: int,
     attention_dtype: str | None,
-    encoder: Encoder | None,
-) -> list[LayerRecord]:
-    """Let a batch go through one block and record what it did."""
-    state = batch.advance()
-    if not isinstance(state, BlockState) or state.layer != layer:
+    encoders: Sequence[Encoder],
+) -> Iterator[LayerRecord]:
+    """Let a batch go through one block and yield what it did."""
+    buffer = None
+    while True:
+        # Inference mode must not leak to whoever consumes the records.
+        with torch.inference_mode():
+            step = batch.advance()
+        if not isinstance(step, AttentionRows):
+            break
+        if attention_dtype is None:
+            continue
+        request = batch.requests[0]
+        if buffer is None:
+            rows = attention_rows(request.length, model.n_heads, attention_dtype)
+            buffer = RowBuffer(
+                model.n_heads, request.length, rows, request.queries, attention_dtype
+            )
+        for start, weights, mean in buffer.add(step):
+            yield LayerRecord(
+                scenario=request.prompt.scenario.name,
+                layer=layer,
+                start=start,
+                attention=weights,
+                attention_mean=mean,
+            )
+    if not isinstance(step, BlockState) or step.layer != layer:
         raise ModelError(
             f"{model.attributes.id}: its blocks do not run in order",
             why=f"Block {layer} was expected to run next.",
             remedy="This architecture cannot be captured exactly; choose another.",
         )
-    if layer not in batch.layers:
-        return []
-    features: list[FeatureRecord] = []
-    if encoder is not None:
-        encoded = encoder(batch.tokens(state.hooks[encoder.hook.kind]))
-        features = [_feature_record(part) for part in torch.split(encoded, batch.lengths)]
-    records = []
-    for row, request in enumerate(batch.requests):
-        if layer not in request.layers:
-            continue
-        attention = mean = None
-        if attention_dtype is not None and state.attention is not None:
-            length = batch.lengths[row]
-            weights = state.attention[row, :, :length, :length]
-            attention = _to_numpy(weights.to(DTYPES[attention_dtype]))
-            mean = _to_numpy(weights.mean(0, dtype=torch.float32))
-        records.append(
-            LayerRecord(
-                scenario=request.prompt.scenario.name,
-                layer=layer,
-                attention=attention,
-                attention_mean=mean,
-                features={"features": features[row]} if features else {},
+    if layer in batch.layers:
+        yield from _block_records(batch, step, attention_dtype, encoders)
+
+
+def _block_records(
+    batch: Batch, state: BlockState, attention_dtype: str | None, encoders: Sequence[Encoder]
+) -> Iterator[LayerRecord]:
+    """Yield attention matrices and features of one block, features some rows at a time if large."""
+    longest = max(batch.lengths)
+    large = [e for e in encoders if longest > feature_rows(longest, e.attributes.d_sae)]
+    if len(batch.requests) > 1:
+        large = []
+    yield from _whole_records(
+        batch, state, attention_dtype, [encoder for encoder in encoders if encoder not in large]
+    )
+    for encoder in large:
+        step = feature_rows(longest, encoder.attributes.d_sae)
+        for start in range(0, longest, step):
+            features = _encode(batch, state, [encoder], slice(start, start + step))
+            yield LayerRecord(
+                scenario=batch.requests[0].prompt.scenario.name,
+                layer=state.layer,
+                start=start,
+                features={name: records[0] for name, records in features.items()},
             )
-        )
-    return records
+
+
+def _whole_records(
+    batch: Batch, state: BlockState, attention_dtype: str | None, encoders: Sequence[Encoder]
+) -> list[LayerRecord]:
+    features = _encode(batch, state, encoders, slice(None))
+    out = []
+    for row, request in enumerate(batch.requests):
+        if state.layer in request.layers:
+            weights, mean = _whole_attention(batch, state, row, attention_dtype)
+            out.append(
+                LayerRecord(
+                    scenario=request.prompt.scenario.name,
+                    layer=state.layer,
+                    attention=weights,
+                    attention_mean=mean,
+                    features={name: records[row] for name, records in features.items()},
+                )
+            )
+    return out
+
+
+@torch.inference_mode()
+def _whole_attention(
+    batch: Batch, state: BlockState, row: int, dtype: str | None
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    if dtype is None or state.attention is None:
+        return None, None
+    length, queries = batch.lengths[row], batch.requests[row].queries
+    weights = state.attention[row, :, :length, :length]
+    if queries is not None:
+        weights = weights[:, list(queries)]
+    return _to_numpy(weights.to(DTYPES[dtype])), _to_numpy(weights.mean(0, dtype=torch.float32))
+
+
+@torch.inference_mode()
+def _encode(
+    batch: Batch, state: BlockState, encoders: Sequence[Encoder], rows: slice
+) -> dict[str, list[FeatureRecord]]:
+    """Encode all tokens of a batch at once, or some rows of its only prompt."""
+    out: dict[str, list[FeatureRecord]] = {}
+    for encoder in encoders:
+        encoded = encoder(batch.tokens(state.hooks[encoder.hook.kind])[rows])
+        parts = [encoded] if len(batch.lengths) == 1 else torch.split(encoded, batch.lengths)
+        out[encoder.attributes.variable] = [_feature_record(part) for part in parts]
+    return out
 
 
 def _feature_record(activations: torch.Tensor) -> FeatureRecord:
@@ -315,28 +229,30 @@ def _feature_record(activations: torch.Tensor) -> FeatureRecord:
     )
 
 
-@torch.inference_mode()
-def _tokens_records(batch: _Batch) -> list[TokensRecord]:
+def _tokens_records(batch: Batch) -> list[TokensRecord]:
     """Let a batch go to its end and record what the model would say next."""
-    logits = batch.advance()
-    assert isinstance(logits, torch.Tensor)  # noqa: S101 -- no block is left
-    records = []
-    for row, request in enumerate(batch.requests):
-        if not request.next_token:
-            continue
-        ids, logprobs = [], []
-        for part in torch.split(logits[row, : batch.lengths[row]], _LOGIT_ROWS):
-            top = part.float().log_softmax(-1).topk(NEXT_TOKENS)
-            ids.append(_to_numpy(top.indices.int()).astype(np.uint32))
-            logprobs.append(_to_numpy(top.values))
-        records.append(
-            TokensRecord(
-                scenario=request.prompt.scenario.name,
-                next_token=np.concatenate(ids),
-                next_token_logprob=np.concatenate(logprobs),
-            )
+    ids: list[list[np.ndarray]] = [[] for _ in batch.requests]
+    logprobs: list[list[np.ndarray]] = [[] for _ in batch.requests]
+    done = 0
+    while done < max(batch.lengths):
+        with torch.inference_mode():
+            step = batch.advance()
+            assert isinstance(step, Logits)  # noqa: S101 -- no block is left
+            for row, length in enumerate(batch.lengths):
+                rows = step.values[row, : max(0, length - step.start)]
+                top = rows.float().log_softmax(-1).topk(NEXT_TOKENS)
+                ids[row].append(_to_numpy(top.indices.int()).astype(np.uint32))
+                logprobs[row].append(_to_numpy(top.values))
+            done = step.start + step.values.shape[1]
+    return [
+        TokensRecord(
+            scenario=request.prompt.scenario.name,
+            next_token=np.concatenate(ids[row]),
+            next_token_logprob=np.concatenate(logprobs[row]),
         )
-    return records
+        for row, request in enumerate(batch.requests)
+        if request.next_token
+    ]
 
 
 def _to_numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -9,6 +9,7 @@ import click
 
 from zarrtrace.cli.shared import (
     Layers,
+    Queries,
     json_option,
     overwrite_option,
     quiet_option,
@@ -28,8 +29,13 @@ _PATH = click.Path(path_type=Path)
 @click.option("--model", help="Folder or Hugging Face id; the embedded model if left out.")
 @click.option("--revision", help="Commit, tag or branch of the model.")
 @click.option("--sae-release", help="Release that sae-lens knows, as llama_scope_lxr_8x.")
-@click.option("--sae-id", help="Ids within the release, as 'l{layer}r_8x'; found if left out.")
+@click.option(
+    "--sae-id",
+    multiple=True,
+    help="Ids within the release, as 'l{layer}r_8x'; repeated, one feature array each.",
+)
 @click.option("--sae-path", type=_PATH, help="Folder of SAEs saved by sae-lens.")
+@click.option("--fold-decoder-norm", is_flag=True, help="Scale features to decoder norm 1.")
 @click.option("--layers", type=Layers(), help="Decoder blocks, from 0.  [default: 1-31]")
 @click.option("--layer-start", type=click.IntRange(0), help="First layer, instead of --layers.")
 @click.option("--layer-end", type=click.IntRange(0), help="Last layer, instead of --layers.")
@@ -45,7 +51,18 @@ _PATH = click.Path(path_type=Path)
     default="auto",
     help="Precision of the model; auto is the checkpoint's.",
 )
-@click.option("--batch-size", type=click.IntRange(1), default=1, help="Scenarios a forward pass.")
+@click.option("--batch-size", type=click.IntRange(1), help="Scenarios a forward pass.")
+@click.option(
+    "--queries",
+    type=Queries(),
+    help="Rows of attention to store: last, spans, or positions as 0,5,-1.  [default: all]",
+)
+@click.option(
+    "--attention-capture",
+    type=click.Choice(["auto", "whole", "blocked"]),
+    default="auto",
+    help="Whole matrices, or blocks of queries where they are large.",
+)
 @click.option(
     "--attention-dtype",
     type=click.Choice(["float32", "float16"]),
@@ -97,8 +114,9 @@ def _options(given: dict[str, Any]) -> Options:
         revision=given["revision"],
         trust_remote_code=given["trust_remote_code"],
         sae_release=given["sae_release"],
-        sae_id=given["sae_id"],
+        sae_ids=given["sae_id"],
         sae_path=given["sae_path"],
+        fold_decoder_norm=given["fold_decoder_norm"],
         layers=_layers(given),
         features=not given["no_features"],
         attention=not given["no_attention"],
@@ -107,6 +125,8 @@ def _options(given: dict[str, Any]) -> Options:
         device=_device(given),
         dtype=given["dtype"],
         batch_size=given["batch_size"],
+        queries=given["queries"],
+        attention_capture=given["attention_capture"],
         attention_dtype=given["attention_dtype"],
         feature_dtype=given["feature_dtype"],
         prepend_bos=given["prepend_bos"],

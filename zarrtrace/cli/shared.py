@@ -33,6 +33,25 @@ class Layers(click.ParamType[tuple[int, ...]]):
         return tuple(sorted(set(layers)))
 
 
+class Queries(click.ParamType[str | tuple[int, ...]]):
+    """Rows of attention: ``last``, ``spans``, or token positions as ``0,5,-1``."""
+
+    name = "QUERIES"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | tuple[int, ...]:
+        """Parse a name or a list of positions."""
+        if isinstance(value, tuple):
+            return value
+        if value in ("last", "spans"):
+            return str(value)
+        parts = [part.strip() for part in str(value).split(",")]
+        if not all(part.removeprefix("-").isdecimal() for part in parts):
+            self.fail(f"{value!r} is not 'last', 'spans' or positions like 0,5,-1", param, ctx)
+        return tuple(map(int, parts))
+
+
 run_argument = click.argument("run", type=click.Path(exists=False))
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress bars, no summary.")

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from zarrtrace.extraction.job import Job
-from zarrtrace.spec import trace_layout
+from zarrtrace.spec import SAEAttributes, trace_layout
 
 # Bytes on disk, fitted to measured stores; schema/README.md has the tables. Attention is taken by
 # the precision in which the model computes, per element of the full square.
@@ -64,7 +64,7 @@ def estimate(job: Job) -> Estimate:
         disk += _on_disk(job, len(prompt.tokens.ids))
         record = max(record, sum(sizes.values()) // max(1, len(job.layers)))
     weights = sum(p.numel() * p.element_size() for p in job.model.model.parameters())
-    encoder = max((4 * sae.d_in * sae.d_sae for sae in job.saes.values()), default=0)
+    encoder = max((4 * sae.d_in * sae.d_sae for sae in _all(job)), default=0)
     longest = max(len(prompt.tokens.ids) for prompt in job.prompts)
     # One encoder in use; the next is loaded whole, with its decoder.
     computing = weights + 3 * encoder + _block_bytes(job, longest)
@@ -87,18 +87,22 @@ def _on_disk(job: Job, tokens: int) -> float:
         precision = "float16" if job.attention_dtype == "float16" else computed
         per_head = _ATTENTION[precision] * job.model.n_heads
         size += layers * tokens**2 * (per_head + _ATTENTION_MEAN)
-    indexed = sum(min(32, sae.d_sae) for sae in job.saes.values())
-    active = sum(min(_ACTIVE_FEATURES, sae.d_sae) for sae in job.saes.values())
+    indexed = sum(min(32, sae.d_sae) for sae in _all(job))
+    active = sum(min(_ACTIVE_FEATURES, sae.d_sae) for sae in _all(job))
     return size + tokens * (indexed * _PER_INDEXED_FEATURE + active * _PER_ACTIVE_FEATURE)
 
 
 def _block_bytes(job: Job, tokens: int) -> int:
     """Activations of one block of one batch: attention three times over, features twice."""
     itemsize = 4 if job.model.attributes.dtype == "float32" else 2
-    rows = tokens * job.options.batch_size
+    rows = tokens * job.batch_size
     attention = 3 * job.model.n_heads * rows * tokens * itemsize
-    features = 2 * 4 * rows * max((sae.d_sae for sae in job.saes.values()), default=0)
+    features = 2 * 4 * rows * max((sae.d_sae for sae in _all(job)), default=0)
     return int(attention + features + 16 * rows * job.model.d_model * itemsize)
+
+
+def _all(job: Job) -> list[SAEAttributes]:
+    return [sae for found in job.saes.values() for sae in found]
 
 
 def _itemsize(dtype: str) -> int:

@@ -27,6 +27,7 @@ DEMO_MODEL = "zarrtrace-demo"
 
 _LIBRARIES = ("zarrtrace", "numpy", "sae-lens", "torch", "transformers", "zarr")
 
+SAEs = dict[int, tuple[SAEAttributes, ...]]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 StoredDtype = Literal["float32", "float16"]
 
@@ -39,8 +40,10 @@ class Options:
     ----------
     model, revision, trust_remote_code
         The language model; None is the embedded one.
-    sae_release, sae_id, sae_path
-        The SAEs: a release that sae-lens knows with an optional pattern of ids, or a folder.
+    sae_release, sae_ids, sae_path
+        The SAEs: a release that sae-lens knows with optional patterns of ids, or a folder.
+    fold_decoder_norm
+        Whether activations are scaled to decoder directions of norm 1.
     layers
         Indices of decoder blocks; None is 1 to 31, the mission's.
     features, attention
@@ -49,8 +52,17 @@ class Options:
         File of scenarios; None is the embedded suite.
     only
         Names of scenarios; empty means all.
-    device, dtype, batch_size
+    device, dtype
         Where and how the model computes.
+    batch_size
+        Scenarios in one forward pass; None chooses from memory: 1 on a CPU.
+    queries
+        Rows of attention to store: ``"last"``, ``"spans"`` or token positions, negative ones from
+        the end; None for all.
+    attention_capture
+        ``"whole"`` takes attention as transformers' eager implementation makes it; ``"blocked"``
+        block of queries by block, so that no whole matrix is held; ``"auto"`` the latter only
+        where a matrix is large.
     attention_dtype
         None stores losslessly what the model computed.
     feature_dtype
@@ -63,8 +75,9 @@ class Options:
     revision: str | None = None
     trust_remote_code: bool = False
     sae_release: str | None = None
-    sae_id: str | None = None
+    sae_ids: tuple[str, ...] = ()
     sae_path: Path | None = None
+    fold_decoder_norm: bool = False
     layers: tuple[int, ...] | None = None
     features: bool = True
     attention: bool = True
@@ -72,7 +85,9 @@ class Options:
     only: tuple[str, ...] = ()
     device: str = "cpu"
     dtype: Dtype = "auto"
-    batch_size: int = 1
+    batch_size: int | None = None
+    queries: str | tuple[int, ...] | None = None
+    attention_capture: Literal["auto", "whole", "blocked"] = "auto"
     attention_dtype: StoredDtype | None = None
     feature_dtype: StoredDtype = "float32"
     prepend_bos: bool | None = None
@@ -93,7 +108,11 @@ class Job:
     layers
         Ascending indices of decoder blocks.
     source, saes
-        Where SAEs come from and which one each layer has; None and empty without features.
+        Where SAEs come from and which ones each layer has; None and empty without features.
+    blocked
+        Names of scenarios whose attention is computed by blocks of queries.
+    batch_size
+        Scenarios in one forward pass.
     config
         What a resumed run must agree with.
     """
@@ -103,8 +122,38 @@ class Job:
     prompts: tuple[Any, ...]
     layers: tuple[int, ...]
     source: Any
-    saes: Mapping[int, SAEAttributes]
+    saes: Mapping[int, tuple[SAEAttributes, ...]]
+    blocked: frozenset[str]
+    batch_size: int
     config: Mapping[str, Any]
+
+    def queries(self, prompt: Any) -> tuple[int, ...] | None:
+        """Token positions whose attention is stored; None for all.
+
+        Raises
+        ------
+        ConfigError
+            If one is not in the prompt.
+        """
+        wanted, tokens = self.options.queries, len(prompt.tokens.ids)
+        if wanted is None or not self.options.attention:
+            return None
+        if wanted == "last":
+            return (tokens - 1,)
+        if wanted == "spans":
+            return tuple(sorted({at for span in prompt.spans.values() for at in span.tokens}))
+        for position in wanted:
+            if not -tokens <= int(position) < tokens:
+                raise ConfigError(
+                    f"--queries {position}: scenario {prompt.scenario.name!r} has {tokens} tokens",
+                    remedy=f"Give positions from {-tokens} to {tokens - 1}.",
+                )
+        return tuple(sorted({int(position) % tokens for position in wanted}))
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Layers whose block has an attention matrix."""
+        return tuple(layer for layer in self.layers if layer in self.model.attentions)
 
     @property
     def attention_dtype(self) -> StoredDtype | None:
@@ -120,9 +169,13 @@ class Job:
             layers=len(self.layers),
             tokens=len(prompt.tokens.ids),
             heads=self.model.n_heads if self.options.attention else None,
-            features={sae.variable: sae.d_sae for sae in self.saes.values()},
+            features={sae.variable: sae.d_sae for found in self.saes.values() for sae in found},
             attention_dtype=self.attention_dtype,
             feature_dtype=self.options.feature_dtype if self.saes else None,
+            attention_layers=len(self.attention_layers)
+            if self.options.attention and len(self.attention_layers) < len(self.layers)
+            else None,
+            chosen_queries=self.queries(prompt) is not None,
         )
 
     def attributes(self, prompt: Any) -> TraceAttributes:
@@ -133,12 +186,23 @@ class Job:
             tags=tuple(prompt.scenario.tags),
             spans=prompt.spans,
             options=prompt.options,
-            model=self.model.attributes,
-            saes=tuple(self.saes.values()),
+            model=self.model.attributes.model_copy(
+                update={"attn_implementation": "blocked"}
+                if prompt.scenario.name in self.blocked
+                else {}
+            ),
+            saes=tuple(sae for found in self.saes.values() for sae in found),
             layers=self.layers,
             layers_without_sae=tuple(
                 layer for layer in self.layers if self.saes and layer not in self.saes
             ),
+            layers_without_attention={
+                str(layer): f"{type(self.model.blocks[layer]).__name__} mixes tokens without "
+                "attention probabilities"
+                for layer in self.layers
+                if self.options.attention and layer not in self.attention_layers
+            },
+            queries=self.queries(prompt),
             attention_dtype=self.attention_dtype,
             feature_dtype=self.options.feature_dtype if self.saes else None,
             versions={name: importlib.metadata.version(name) for name in _LIBRARIES},
@@ -174,6 +238,16 @@ def prepare(options: Options, *, weights: bool = True) -> Job:
     )
     if weights:
         model = _load_model(options, capture, weights=True)
+        capture.check_additions(model, _kinds(saes))
+    lengths = {prompt.scenario.name: len(prompt.tokens.ids) for prompt in prompts}
+    blocked = frozenset(
+        name
+        for name, length in lengths.items()
+        if options.attention and capture.wants_blocks(model, length, mode=options.attention_capture)
+    )
+    if blocked and not capture.blocks_are_exact(model):
+        blocked = frozenset[str]()
+    batch_size = options.batch_size or capture.default_batch_size(model, lengths.values())
     model = capture.renamed(model, options.model or DEMO_MODEL, prepend_bos=prepend_bos)
     return Job(
         options=options,
@@ -182,7 +256,9 @@ def prepare(options: Options, *, weights: bool = True) -> Job:
         layers=layers,
         source=source,
         saes=saes,
-        config=_config(options, model, layers, saes, scenarios),
+        blocked=blocked,
+        batch_size=batch_size,
+        config=_config(options, model, layers, saes, scenarios, batch_size),
     )
 
 
@@ -227,7 +303,7 @@ def _check(options: Options) -> None:
             "--sae-release and --sae-path both say where SAEs come from",
             remedy="Give one of the two.",
         )
-    if options.sae_id and not options.sae_release:
+    if options.sae_ids and not options.sae_release:
         raise ConfigError(
             "--sae-id chooses from a release, and none is given", remedy="Add --sae-release."
         )
@@ -237,7 +313,7 @@ def _check(options: Options) -> None:
             why="Features need SAEs that were trained on this model.",
             remedy="Add --sae-release or --sae-path, or use --no-features.",
         )
-    if options.batch_size < 1:
+    if options.batch_size is not None and options.batch_size < 1:
         raise ConfigError(f"--batch-size {options.batch_size}", remedy="Give 1 or more.")
 
 
@@ -272,16 +348,25 @@ def _sae_source(options: Options) -> Any:
     from zarrtrace.capture.saes import FolderSAEs, ReleaseSAEs  # noqa: PLC0415 -- takes seconds
 
     if options.sae_release:
-        return ReleaseSAEs(options.sae_release, options.sae_id)
-    return FolderSAEs(options.sae_path or demo.sae_path())
+        return ReleaseSAEs(
+            options.sae_release, options.sae_ids, fold_decoder_norm=options.fold_decoder_norm
+        )
+    return FolderSAEs(
+        options.sae_path or demo.sae_path(), fold_decoder_norm=options.fold_decoder_norm
+    )
 
 
-def _find_saes(source: Any, layers: Sequence[int], model: Any) -> dict[int, SAEAttributes]:
-    from zarrtrace.capture.saes import check_width  # noqa: PLC0415
+def _find_saes(source: Any, layers: Sequence[int], model: Any) -> SAEs:
+    from zarrtrace.capture.saes import check_fit  # noqa: PLC0415
 
-    found: dict[int, SAEAttributes] = source.find(layers)
-    check_width(found, model.d_model)
+    found: SAEs = source.find(layers)
+    check_fit(found, model)
     return found
+
+
+def _kinds(saes: SAEs) -> set[tuple[int, str]]:
+    """Layers and hook points that SAEs read."""
+    return {(sae.layer, sae.hook_name) for found in saes.values() for sae in found}
 
 
 def _prepend_bos(options: Options, model: Any, source: Any) -> bool:
@@ -295,25 +380,29 @@ def _config(
     options: Options,
     model: Any,
     layers: Sequence[int],
-    saes: Mapping[int, SAEAttributes],
+    saes: SAEs,
     scenarios: Sequence[Scenario],
+    batch_size: int,
 ) -> dict[str, Any]:
     """Everything that decides what is stored, as JSON."""
-    attributes = model.attributes
+    attributes, queries = model.attributes, options.queries
     return {
         "model": attributes.id,
         "revision": attributes.revision,
         "dtype": attributes.dtype,
         "prepend_bos": attributes.prepend_bos,
         "device": model.device.type,
-        "batch_size": options.batch_size,
+        "batch_size": batch_size,
+        "queries": list(queries) if isinstance(queries, tuple) else queries,
+        "attention_capture": options.attention_capture,
         "layers": ranges(layers),
         "attention": options.attention,
         "attention_dtype": options.attention_dtype,
         "features": options.features,
         "feature_dtype": options.feature_dtype,
         "sae_release": options.sae_release,
-        "saes": [sae.id for sae in saes.values()],
+        "saes": [sae.id for found in saes.values() for sae in found],
+        "fold_decoder_norm": options.fold_decoder_norm,
         "prompts": {scenario.name: _digest(scenario) for scenario in scenarios},
     }
 

@@ -10,6 +10,8 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,10 +20,11 @@ from tqdm import tqdm
 
 from zarrtrace.extraction.job import Job, Options, capture_package, prepare
 from zarrtrace.spec import LayerRecord, TokensRecord
-from zarrtrace.store import RunWriter, TraceWriter, kind_of
+from zarrtrace.store import RunWriter, TraceWriter, kind_of, read_run_attributes
 
 _WRITERS = 2
-_RECORDS_IN_FLIGHT = 4
+# Bytes of records that wait or are being written; one record may be larger.
+_BYTES_IN_FLIGHT = 96 * 2**20
 
 
 def extract(
@@ -65,7 +68,7 @@ def extract(
         kind_of(output)  # refuse a foreign folder before hours of work
     if not progress:
         capture_package().hide_progress()
-    job = prepare(options or Options())
+    job = prepare(_as_before(output, options or Options(), overwrite=overwrite))
     with RunWriter(
         output,
         [prompt.scenario.name for prompt in job.prompts],
@@ -91,7 +94,13 @@ def _fill(job: Job, writers: Sequence[TraceWriter], *, progress: bool) -> None:
         prompt.scenario.name: writer for prompt, writer in zip(job.prompts, writers, strict=True)
     }
     requests = [
-        capture.Request(prompt, frozenset(writer.missing_layers), writer.needs_tokens)
+        capture.Request(
+            prompt,
+            frozenset(writer.missing_layers),
+            writer.needs_tokens,
+            blocked=prompt.scenario.name in job.blocked,
+            queries=job.queries(prompt),
+        )
         for prompt, writer in zip(job.prompts, writers, strict=True)
     ]
     records: Iterator[LayerRecord | TokensRecord] = capture.capture(
@@ -100,11 +109,18 @@ def _fill(job: Job, writers: Sequence[TraceWriter], *, progress: bool) -> None:
         attention_dtype=job.attention_dtype,
         saes=job.saes,
         source=job.source,
-        batch_size=job.options.batch_size,
+        batch_size=job.batch_size,
     )
     with _Progress(requests, shown=progress) as bars, _WriterPool(by_name, bars.stored) as pool:
         for record in records:
             pool.submit(record)
+
+
+def _as_before(output: Path, options: Options, *, overwrite: bool) -> Options:
+    """Take the batch size that an interrupted run chose from memory: results depend on it."""
+    if options.batch_size is not None or overwrite or not (output / "zarr.json").is_file():
+        return options
+    return replace(options, batch_size=read_run_attributes(output).config.get("batch_size"))
 
 
 class _WriterPool:
@@ -116,7 +132,8 @@ class _WriterPool:
     def __init__(self, writers: Mapping[str, TraceWriter], stored: Any) -> None:
         self._writers, self._stored = writers, stored
         self._pool = ThreadPoolExecutor(_WRITERS, thread_name_prefix="zarrtrace-write")
-        self._room = threading.Semaphore(_RECORDS_IN_FLIGHT)
+        self._held = 0
+        self._room = threading.Condition()
         self._failed: list[BaseException] = []
         self._finished: set[str] = set()
         self._mutex = threading.Lock()
@@ -126,9 +143,12 @@ class _WriterPool:
 
     def submit(self, record: LayerRecord | TokensRecord) -> None:
         """Queue a record; waits while too many are queued."""
-        self._room.acquire()
+        size = _bytes_of(record)
+        with self._room:
+            self._room.wait_for(lambda: not self._held or self._held + size <= _BYTES_IN_FLIGHT)
+            self._held += size
         self._raise_first()
-        self._pool.submit(self._append, record).add_done_callback(self._done)
+        self._pool.submit(self._append, record).add_done_callback(partial(self._done, size))
 
     def _append(self, record: LayerRecord | TokensRecord) -> None:
         if self._failed:
@@ -148,11 +168,13 @@ class _WriterPool:
             self._finished.add(scenario)
             return True
 
-    def _done(self, future: Future[None]) -> None:
+    def _done(self, size: int, future: Future[None]) -> None:
         error = future.exception()
         if error is not None:
             self._failed.append(error)
-        self._room.release()
+        with self._room:
+            self._held -= size
+            self._room.notify()
 
     def _raise_first(self) -> None:
         if self._failed:
@@ -168,6 +190,14 @@ class _WriterPool:
         self._pool.shutdown(wait=True)
         if kind is None:
             self._raise_first()
+
+
+def _bytes_of(record: LayerRecord | TokensRecord) -> int:
+    if isinstance(record, TokensRecord):
+        return record.next_token.nbytes + record.next_token_logprob.nbytes
+    arrays = [record.attention, record.attention_mean]
+    arrays += [features.activations for features in record.features.values()]
+    return sum(array.nbytes for array in arrays if array is not None)
 
 
 class _Progress:

@@ -2,16 +2,69 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
-import zarr
 from pydantic import ValidationError
 
-from zarrtrace.errors import FormatVersionError, IncompleteError, IntegrityError, NotATraceError
+from zarrtrace.errors import (
+    FormatVersionError,
+    IncompleteError,
+    IntegrityError,
+    NotATraceError,
+    ScenarioError,
+)
+from zarrtrace.scenarios import check_name
 from zarrtrace.spec import FORMAT_VERSION, NAMESPACE, RunAttributes, TraceAttributes
 
 _Attributes = TypeVar("_Attributes", RunAttributes, TraceAttributes)
+
+
+class ArrayOnDisk(NamedTuple):
+    """What an array's ``zarr.json`` says of it."""
+
+    shape: tuple[int, ...]
+    dims: tuple[str, ...]
+    dtype: str
+    #: Shape of what one file holds: a shard, or a chunk if there are no shards.
+    file_shape: tuple[int, ...]
+
+
+def read_array(path: Path) -> ArrayOnDisk:
+    """Read an array's metadata; Zarr itself would take a hundred times as long.
+
+    Raises
+    ------
+    IntegrityError
+        If it is gone or damaged.
+    """
+    try:
+        found: dict[str, Any] = json.loads((path / "zarr.json").read_bytes())
+        return ArrayOnDisk(
+            shape=tuple(map(int, found["shape"])),
+            dims=tuple(found["dimension_names"]),
+            dtype=str(found["data_type"]),
+            file_shape=tuple(map(int, found["chunk_grid"]["configuration"]["chunk_shape"])),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(
+            f"{path / 'zarr.json'}: gone or damaged: {error}",
+            why="It is not the metadata that zarrtrace wrote.",
+            remedy="Run 'zarrtrace verify', then extract again.",
+        ) from error
+
+
+def files_of(
+    name: str, shape: Sequence[int], file_shape: Sequence[int], at: int | None
+) -> list[str]:
+    """Return the keys of the files that hold an array, or its layer `at`, in order."""
+    grid = [range(-(-size // step)) for size, step in zip(shape, file_shape, strict=True)]
+    if at is not None:
+        grid[0] = range(at, at + 1)
+    return [f"{name}/c/{'/'.join(map(str, place))}" for place in itertools.product(*grid)]
 
 
 def read_run_attributes(path: str | Path) -> RunAttributes:
@@ -52,11 +105,11 @@ def _namespace(path: Path, wanted: str) -> dict[str, Any]:
             f"{path}: no such folder", remedy=f"Give the folder of a {wanted}; check the path."
         )
     try:
-        attributes = zarr.open_group(path, mode="r", use_consolidated=False).attrs
-        found = attributes.get(NAMESPACE)
-    except (zarr.errors.NodeNotFoundError, NotADirectoryError):
+        metadata = json.loads((path / "zarr.json").read_bytes())
+        found = metadata["attributes"].get(NAMESPACE)
+    except (FileNotFoundError, NotADirectoryError):
         found = None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IntegrityError(
             f"{path}/zarr.json: damaged: {error}",
             why="It is not the metadata that zarrtrace wrote.",
@@ -86,7 +139,16 @@ def _parse(model: type[_Attributes], path: Path, wanted: str) -> _Attributes:
             remedy="A run holds one trace a scenario; give the other folder.",
         )
     try:
-        return model.model_validate(found)
+        attributes = model.model_validate(found)
+        # They become folders: a file from elsewhere must not lead out of the run.
+        for name in found["scenarios"] if wanted == "run" else (found["scenario"],):
+            check_name(name)
+    except ScenarioError as error:
+        raise IntegrityError(
+            f"{path}/zarr.json: {error.what}",
+            why="zarrtrace writes no such name.",
+            remedy="Do not use this file; ask where it comes from.",
+        ) from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -95,6 +157,7 @@ def _parse(model: type[_Attributes], path: Path, wanted: str) -> _Attributes:
             why="The attributes are not what zarrtrace writes.",
             remedy="Extract the scenario again, or restore the file from a copy.",
         ) from None
+    return attributes
 
 
 def incomplete(path: Path, attributes: TraceAttributes) -> IncompleteError:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,13 @@ import zarr
 
 from zarrtrace.errors import IncompleteError, IntegrityError
 from zarrtrace.spec import LABELS, NAMESPACE, TraceAttributes
-from zarrtrace.store.attributes import incomplete, read_run_attributes, read_trace_attributes
+from zarrtrace.store.attributes import (
+    files_of,
+    incomplete,
+    read_array,
+    read_run_attributes,
+    read_trace_attributes,
+)
 
 Missing = Literal["raise", "nan"]
 ChunkSpec = Mapping[str, Any] | Literal["auto"] | None
@@ -31,7 +38,8 @@ def open_trace(
         None indexes lazily without dask, best for point reads. ``"auto"`` or ``{}`` gives dask
         arrays with one task a shard (one layer); a mapping of dimensions to sizes, those.
     missing
-        What to do if layers are missing: ``"raise"``, or ``"nan"`` to read them as NaN.
+        What to do if layers are missing: ``"raise"``, or ``"nan"`` to read them as NaN; arrays
+        of a trace that lacks layers are dask arrays.
 
     Returns
     -------
@@ -55,9 +63,14 @@ def open_trace(
     if missing == "raise" and not attributes.complete:
         raise incomplete(path, attributes)
     check_sizes(path, attributes)
-    ds = xr.open_zarr(path, chunks=None, consolidated=attributes.complete, zarr_format=3)
+    try:
+        ds = xr.open_zarr(path, chunks=None, consolidated=attributes.complete, zarr_format=3)
+    except ValueError:  # consolidated metadata is an extra: someone may have removed it
+        ds = xr.open_zarr(path, chunks=None, consolidated=False, zarr_format=3)
     if chunks is not None:
         ds = _chunk(ds, chunks)
+    if attributes.missing_layers:
+        ds = _without(ds, attributes.missing_layers)
     return _with_loaded_labels(ds)
 
 
@@ -104,23 +117,42 @@ def open_run(
 
 
 def check_sizes(path: Path, attributes: TraceAttributes) -> None:
-    """Refuse a trace in which files of a stored layer are gone or have another size."""
-    total = {
-        name: sum(entry[name].bytes for entry in attributes.stored.values() if name in entry)
+    """Refuse a trace in which files of a stored layer are gone or have another size.
+
+    Raises
+    ------
+    IntegrityError
+    """
+    root = str(path)
+    arrays = {
+        name: read_array(path / name)
         for name in {name for entry in attributes.stored.values() for name in entry}
     }
-    for name, expected in total.items():
-        found = sum(
-            file.stat().st_size for file in (path / name / "c").rglob("*") if file.is_file()
-        )
-        # A layer that is being written is there before the journal says so.
-        if found < expected or (attributes.complete and found != expected):
-            raise IntegrityError(
-                f"{path}: array {name!r} has {found} bytes on disk, not {expected}",
-                why="Files were lost, cut short or replaced, for example by an interrupted copy.",
-                remedy="'zarrtrace verify' names the layers; 'zarrtrace extract --repair' makes "
-                "them anew.",
-            )
+    for key, entry in attributes.stored.items():
+        for name, stored in entry.items():
+            array = arrays[name]
+            at = attributes.index_of(int(key), array.dims[0]) if key.isdigit() else None
+            found = _bytes_of(root, files_of(name, array.shape, array.file_shape, at))
+            if found != stored.bytes:
+                of = f"layer {key}" if key.isdigit() else key
+                raise IntegrityError(
+                    f"{path}: array {name!r} has {found} bytes on disk for {of}, "
+                    f"not {stored.bytes}",
+                    why="Files were lost, cut short or replaced, for example by an interrupted "
+                    "copy.",
+                    remedy="'zarrtrace verify' names everything damaged; the 'zarrtrace extract' "
+                    "that made the run makes it anew.",
+                )
+
+
+def _bytes_of(root: str, files: Sequence[str]) -> int:
+    total = 0
+    for file in files:
+        try:
+            total += os.stat(f"{root}/{file}").st_size  # noqa: PTH116  thousands a run: no Path
+        except FileNotFoundError:
+            continue
+    return total
 
 
 def _chunk(ds: xr.Dataset, chunks: ChunkSpec) -> xr.Dataset:
@@ -143,13 +175,23 @@ def _chunk(ds: xr.Dataset, chunks: ChunkSpec) -> xr.Dataset:
     )
 
 
+def _without(ds: xr.Dataset, layers: Sequence[int]) -> xr.Dataset:
+    """Read layers as NaN, whatever files a killed writer left and whatever the fill value is."""
+    found = {}
+    for name, variable in (ds if ds.chunks else _chunk(ds, "auto")).data_vars.items():
+        dim = str(variable.dims[0])
+        if variable.dtype.kind == "f" and dim in ("layer", "attention_layer"):
+            found[name] = variable.where(~ds[dim].isin(layers))
+    return ds.assign(found)
+
+
 def _with_loaded_labels(ds: xr.Dataset) -> xr.Dataset:
     # Lazy text would make where(ds.query_token == ...) read the disk each time; numpy's variable
     # width strings are turned into objects, which every part of xarray handles.
     loaded = {
         name: ds[name].copy(data=np.asarray(ds[name].values, dtype=object))
         for name in LABELS
-        if name in ds.coords and ds[name].dtype.kind not in "iu"
+        if name in ds.coords and ds[name].dtype.kind not in "iub"
     }
     return ds.assign_coords(loaded)
 

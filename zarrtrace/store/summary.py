@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel
 
-from zarrtrace.errors import IntegrityError
 from zarrtrace.spec import TraceAttributes
-from zarrtrace.store.attributes import kind_of, read_run_attributes, read_trace_attributes
+from zarrtrace.store.attributes import (
+    kind_of,
+    read_array,
+    read_run_attributes,
+    read_trace_attributes,
+)
 
 _ITEMSIZE = {"float16": 2, "float32": 4, "uint32": 4, "int64": 8, "bool": 1}
 
@@ -90,11 +92,11 @@ def _trace(path: Path) -> TraceSummary:
     arrays: dict[str, tuple[int, ...]] = {}
     dense = 0
     for file in sorted(path.glob("*/zarr.json")):
-        shape, names, dtype = _array(file)
-        dims |= dict(zip(names, shape, strict=True))
-        if len(shape) > 1:
-            arrays[file.parent.name] = shape
-            dense += math.prod(shape) * _ITEMSIZE.get(dtype, 8)
+        array = read_array(file.parent)
+        dims |= dict(zip(array.dims, array.shape, strict=True))
+        if len(array.shape) > 1:
+            arrays[file.parent.name] = array.shape
+            dense += math.prod(array.shape) * _ITEMSIZE.get(array.dtype, 8)
     return TraceSummary(
         scenario=attributes.scenario,
         complete=attributes.complete,
@@ -112,25 +114,13 @@ def _trace(path: Path) -> TraceSummary:
     )
 
 
-def _array(file: Path) -> tuple[tuple[int, ...], list[str], str]:
-    try:
-        metadata: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        shape = tuple(int(size) for size in metadata["shape"])
-        return shape, list(metadata["dimension_names"]), str(metadata["data_type"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(
-            f"{file}: damaged: {error}",
-            why="It is not the metadata that zarrtrace wrote.",
-            remedy="Run 'zarrtrace verify', then extract again.",
-        ) from error
-
-
 def _release(attributes: TraceAttributes) -> str | None:
     return next((sae.release for sae in attributes.saes if sae.release), None)
 
 
-def _bytes_below(path: Path) -> int:
-    total = 0
-    for folder, _, files in os.walk(path):
-        total += sum((Path(folder) / name).stat().st_size for name in files)
-    return total
+def _bytes_below(path: str | Path) -> int:
+    with os.scandir(path) as entries:
+        return sum(
+            _bytes_below(entry.path) if entry.is_dir() else entry.stat().st_size
+            for entry in entries
+        )

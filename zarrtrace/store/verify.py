@@ -10,8 +10,14 @@ from pydantic import BaseModel
 
 from zarrtrace.errors import StoreError
 from zarrtrace.spec import Stored, TraceAttributes
-from zarrtrace.store.attributes import kind_of, read_run_attributes, read_trace_attributes
-from zarrtrace.store.writer import fingerprint
+from zarrtrace.store.attributes import (
+    files_of,
+    kind_of,
+    read_array,
+    read_run_attributes,
+    read_trace_attributes,
+)
+from zarrtrace.store.files import fingerprint
 
 
 class Problem(BaseModel):
@@ -70,14 +76,12 @@ def _trace(path: Path, scenario: str) -> Iterator[Problem]:
 def _compare(
     path: Path, array: str, attributes: TraceAttributes, layer: int | None, stored: Stored
 ) -> str:
-    folder = path / array / "c"
-    if layer is not None:
-        folder /= str(attributes.layers.index(layer))
-    files = sorted(
-        (file.relative_to(path) for file in folder.rglob("*") if file.is_file()),
-        key=lambda file: [int(part) for part in file.parts[2:]],
-    )
-    found = fingerprint(path, [file.as_posix() for file in files])
+    try:
+        metadata = read_array(path / array)
+    except StoreError as error:
+        return error.what
+    at = None if layer is None else attributes.index_of(layer, metadata.dims[0])
+    found = fingerprint(path, files_of(array, metadata.shape, metadata.file_shape, at))
     if found == stored:
         return ""
     if found.bytes != stored.bytes:

@@ -7,16 +7,11 @@ has one writer at a time, and a trace that is not complete says which layers it 
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
-import hashlib
-import itertools
-import os
+import json
 import shutil
 import threading
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,13 +21,7 @@ import zarr
 from zarr.abc.codec import BytesBytesCodec
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ZstdCodec
 
-from zarrtrace.errors import (
-    ConfigMismatchError,
-    IncompleteError,
-    LockedError,
-    NoSpaceError,
-    StoreError,
-)
+from zarrtrace.errors import ConfigMismatchError, IncompleteError, StoreError
 from zarrtrace.scenarios import check_name
 from zarrtrace.spec import (
     LABELS,
@@ -47,10 +36,24 @@ from zarrtrace.spec import (
     TraceShape,
     trace_layout,
 )
-from zarrtrace.store.attributes import incomplete, read_run_attributes, read_trace_attributes
+from zarrtrace.store.attributes import (
+    files_of,
+    incomplete,
+    read_run_attributes,
+    read_trace_attributes,
+)
+from zarrtrace.store.files import (
+    clear_errors,
+    fingerprint,
+    fsync,
+    lock,
+    remove_partial_files,
+    unlock,
+)
 
-#: The journal's key for the arrays that have no layer.
+#: The journal's keys for arrays that have no layer: what comes next, and the coordinates.
 TOKENS = "tokens"
+COORDINATES = "coordinates"
 
 
 class RunWriter:
@@ -93,9 +96,9 @@ class RunWriter:
         self.path = self._final
 
     def __enter__(self) -> Self:
-        with _clear_errors(self._final):
+        with clear_errors(self._final):
             self._final.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self._final)
+            self._lock = lock(self._final)
             try:
                 self._open()
             except BaseException:
@@ -112,15 +115,20 @@ class RunWriter:
         self._unlock()
 
     def _open(self) -> None:
+        just_replaced = self._end_earlier_swap()
+        remove_partial_files(self._final.glob("*.partial"))
         exists = self._final.is_dir() and any(self._final.iterdir())
         if exists or self._final.is_file():
             previous = read_run_attributes(self._final)
+            same = not _differing(previous, self._attributes)
             if not self._overwrite:
                 _refuse_other_config(self._final, previous, self._attributes)
+            if not self._overwrite or (just_replaced and same):
                 return
-            self.path = self._final.with_name(f".{self._final.name}.new")
-            if self.path.exists():
-                shutil.rmtree(self.path)
+            self.path = self._new
+            if self._can_go_on(self._new):
+                return
+            shutil.rmtree(self._new, ignore_errors=True)
         zarr.create_group(
             self.path,
             zarr_format=3,
@@ -128,11 +136,39 @@ class RunWriter:
             overwrite=True,
         )
 
+    @property
+    def _new(self) -> Path:
+        return self._final.with_name(f".{self._final.name}.new")
+
+    @property
+    def _old(self) -> Path:
+        return self._final.with_name(f".{self._final.name}.old")
+
+    def _can_go_on(self, path: Path) -> bool:
+        """Whether an earlier writer, stopped while it replaced a run, was asked for the same."""
+        try:
+            return not _differing(read_run_attributes(path), self._attributes)
+        except StoreError:
+            return False
+
+    def _end_earlier_swap(self) -> bool:
+        """Bring to its end what a writer killed in :meth:`_swap` began; say if it did."""
+        began = self._old.exists() and not self._final.exists()
+        if began:
+            (self._new if self._new.exists() else self._old).rename(self._final)
+        shutil.rmtree(self._old, ignore_errors=True)
+        return began
+
+    def _swap(self) -> None:
+        """Put the finished new run where the old one is; whole at any moment, if renamed."""
+        shutil.rmtree(self._old, ignore_errors=True)
+        self._final.rename(self._old)
+        self._new.rename(self._final)
+        self.path = self._final
+        shutil.rmtree(self._old)
+
     def _unlock(self) -> None:
-        # The lock file goes first: whoever waits for it must not hold a file that has no name.
-        with contextlib.suppress(OSError):
-            _lock_path(self._final).unlink()
-        os.close(self._lock)
+        unlock(self._final, self._lock)
 
     def trace(self, attributes: TraceAttributes, shape: TraceShape, tokens: Tokens) -> TraceWriter:
         """Return the writer of one scenario's trace, which may hold layers already."""
@@ -158,18 +194,14 @@ class RunWriter:
                 f"are not complete: {', '.join(missing[:5])}",
                 remedy="Run the same command again; it goes on where this one stopped.",
             )
-        with _clear_errors(self._final):
+        with clear_errors(self._final):
             group = zarr.open_group(self.path, mode="r+", use_consolidated=False)
             complete = self._attributes.model_copy(update={"complete": True})
             group.attrs[NAMESPACE] = complete.model_dump(mode="json")
             _consolidate(self.path)
+            fsync(self.path / "zarr.json")
             if self.path != self._final:
-                old = self._final.with_name(f".{self._final.name}.old")
-                shutil.rmtree(old, ignore_errors=True)
-                self._final.rename(old)
-                self.path.rename(self._final)
-                self.path = self._final
-                shutil.rmtree(old)
+                self._swap()
 
 
 class TraceWriter:
@@ -195,12 +227,14 @@ class TraceWriter:
     ) -> None:
         self.path = Path(path)
         self._layout = trace_layout(shape)
-        self._index = {layer: i for i, layer in enumerate(attributes.layers)}
+        self._attributes = attributes
+        self._rows: Counter[tuple[str, str]] = Counter()  # written so far, by layer and array
         self._mutex = threading.Lock()
-        with _clear_errors(self.path):
+        with clear_errors(self.path):
             earlier = self._journal_of_earlier_writer()
             self._attributes = attributes.model_copy(update={"stored": earlier, "complete": False})
-            if earlier:
+            if COORDINATES in earlier:
+                remove_partial_files(self.path.rglob("*.partial"))
                 self._group = zarr.open_group(self.path, mode="r+", use_consolidated=False)
             else:
                 self._create(tokens)
@@ -211,23 +245,31 @@ class TraceWriter:
 
     def _journal_of_earlier_writer(self) -> dict[str, dict[str, Stored]]:
         """Entries of an existing journal whose files are still what they were."""
-        if not (self.path / "zarr.json").exists():
+        if not all((self.path / name / "zarr.json").exists() for name in ("", *self._layout)):
             return {}
         attributes = read_trace_attributes(self.path)
         return {
             key: entry
             for key, entry in attributes.stored.items()
-            if all(
-                fingerprint(self.path, files_of(name, self._layout[name], self._at(key))) == stored
-                for name, stored in entry.items()
-                if name in self._layout
-            )
+            if all(self._fingerprint(key, name) == stored for name, stored in entry.items())
         }
 
-    def _at(self, key: str) -> int | None:
-        return None if key == TOKENS else self._index[int(key)]
+    def _at(self, key: str, name: str) -> int | None:
+        """Return where a layer is in an array; None for the journal's other keys."""
+        if not key.isdigit():
+            return None
+        return self._attributes.index_of(int(key), self._layout[name].dims[0])
+
+    def _fingerprint(self, key: str, name: str) -> Stored:
+        return fingerprint(self.path, self._files(key, name))
+
+    def _files(self, key: str, name: str) -> list[str]:
+        layout = self._layout[name]
+        file_shape = layout.shards or layout.chunks
+        return files_of(name, layout.shape, file_shape, self._at(key, name))
 
     def _create(self, tokens: Tokens) -> None:
+        self._attributes = self._attributes.model_copy(update={"stored": {}})
         if self.path.exists():
             shutil.rmtree(self.path)
         self._group = zarr.create_group(
@@ -241,13 +283,26 @@ class TraceWriter:
         )
         values: dict[str, Any] = {
             "layer": np.asarray(self._attributes.layers),
+            "attention_layer": np.asarray(
+                [
+                    layer
+                    for layer in self._attributes.layers
+                    if str(layer) not in self._attributes.layers_without_attention
+                ]
+            ),
             "token_id": np.asarray(tokens.ids, dtype=np.uint32),
+            "has_attention": np.isin(
+                np.arange(len(tokens.ids)), np.asarray(self._attributes.queries or (), np.int64)
+            ),
         }
         values["query_token"] = values["key_token"] = np.asarray(tokens.texts, dtype=object)
         for name, layout in self._layout.items():
             array = create_array(self._group, name, layout)
             if len(layout.dims) == 1:
                 array[:] = values.get(name, np.arange(layout.shape[0]))
+        coordinates = [name for name, layout in self._layout.items() if len(layout.dims) == 1]
+        entry = {name: self._fingerprint(COORDINATES, name) for name in coordinates}
+        self._write_attributes(stored={COORDINATES: entry})
 
     @property
     def missing_layers(self) -> tuple[int, ...]:
@@ -260,7 +315,7 @@ class TraceWriter:
         return "next_token" in self._layout and TOKENS not in self._attributes.stored
 
     def append(self, record: LayerRecord | TokensRecord) -> None:
-        """Store one record; it counts once this returns.
+        """Store one record; a layer counts once all its rows are there.
 
         Raises
         ------
@@ -269,39 +324,112 @@ class TraceWriter:
         NoSpaceError
             If the disk is full.
         """
-        with _clear_errors(self.path):
+        with clear_errors(self.path):
             if isinstance(record, TokensRecord):
-                self._commit(
-                    TOKENS,
+                self._append_tokens(
                     {
                         "next_token": record.next_token,
                         "next_token_logprob": record.next_token_logprob,
-                    },
+                    }
                 )
-            elif record.layer in self._index:
-                self._commit(str(record.layer), _arrays_of(record))
+            elif record.layer in self._attributes.layers:
+                self._append_rows(record)
             else:
                 raise StoreError(
                     f"{self.path}: layer {record.layer} is not one of this trace's layers",
                     remedy="Create the trace with all the layers that it will hold.",
                 )
 
-    def _commit(self, key: str, values: Mapping[str, np.ndarray]) -> None:
-        at = self._at(key)
-        entry = {}
-        for name, value in values.items():
-            array, layout = self._arrays[name], self._layout[name]
-            expected = layout.shape if at is None else layout.shape[1:]
-            if value.shape != expected:
+    def _append_rows(self, record: LayerRecord) -> None:
+        """Store some rows of a layer; it counts when the last rows of its last array are there."""
+        key, expected = str(record.layer), self._expected(record.layer)
+        for name, value in _arrays_of(record).items():
+            if name not in expected:
                 raise StoreError(
-                    f"{self.path}: {name} of {key} has shape {value.shape}, not {expected}",
+                    f"{self.path}: the record of layer {record.layer} holds {name}, which it "
+                    "should not",
+                    remedy="Create the trace with all the arrays that it will hold.",
+                )
+            self._write_rows(key, name, record.start, value)
+            with self._mutex:
+                self._rows[key, name] += value.shape[self._row_axis(name) - 1]
+        with self._mutex:
+            whole = all(self._rows[key, name] == rows for name, rows in expected.items())
+        if whole:
+            self._journal(key, list(expected))
+
+    def _expected(self, layer: int) -> dict[str, int]:
+        """Return the rows of each array that a layer has."""
+        attributes = self._attributes
+        no_attention = str(layer) in attributes.layers_without_attention
+        variables = {sae.variable for sae in attributes.saes if sae.layer == layer}
+        expected: dict[str, int] = {}
+        for name, layout in self._layout.items():
+            if name in ("attention", "attention_mean"):
+                if not no_attention:
+                    expected[name] = (
+                        layout.shape[-1] if attributes.queries is None else len(attributes.queries)
+                    )
+            elif len(layout.dims) > 1 and layout.dims[0] == "layer":
+                suffix = name.removeprefix("features").removeprefix("top_feature")
+                variable = f"features{suffix.removeprefix('top_activation')}"
+                has_sae = variable in variables if attributes.saes else True
+                if has_sae and layer not in attributes.layers_without_sae:
+                    expected[name] = layout.shape[1]
+        return expected
+
+    def _row_axis(self, name: str) -> int:
+        return self._layout[name].dims.index("query")
+
+    def _write_rows(self, key: str, name: str, start: int, value: np.ndarray) -> None:
+        array, layout, axis = self._arrays[name], self._layout[name], self._row_axis(name)
+        at = self._at(key, name)
+        assert at is not None  # noqa: S101 -- the arrays of a layer have one
+        chosen = self._attributes.queries if name in ("attention", "attention_mean") else None
+        stop = start + value.shape[axis - 1] if value.ndim == len(layout.shape) - 1 else -1
+        fits = (
+            value.ndim == len(layout.shape) - 1
+            and stop <= (layout.shape[axis] if chosen is None else len(chosen))
+            and (*value.shape[: axis - 1], *value.shape[axis:])
+            == (*layout.shape[1:axis], *layout.shape[axis + 1 :])
+        )
+        if not fits:
+            raise StoreError(
+                f"{self.path}: {name} of layer {key} has shape {value.shape} from row {start} on; "
+                f"the array's is {layout.shape[1:]}",
+                remedy="Give every record the sizes that the trace was created with.",
+            )
+        if chosen is not None:
+            for row, query in enumerate(chosen[start:stop]):
+                array[at, ..., query, :] = value[..., row, :]
+            return
+        # Zarr would read what is there, and it may be damaged.
+        step = (layout.shards or layout.chunks)[axis]
+        for file in self._files(key, name):
+            if start // step <= int(file.split("/")[2 + axis]) < -(-stop // step):
+                (self.path / file).unlink(missing_ok=True)
+        array[at, ..., start:stop, :] = value
+
+    def _append_tokens(self, values: Mapping[str, np.ndarray]) -> None:
+        for name, value in values.items():
+            if value.shape != self._layout[name].shape:
+                raise StoreError(
+                    f"{self.path}: {name} has shape {value.shape}, not {self._layout[name].shape}",
                     remedy="Give every record the sizes that the trace was created with.",
                 )
-            array[... if at is None else at] = value
-            entry[name] = fingerprint(self.path, files_of(name, layout, at))
+            for file in self._files(TOKENS, name):
+                (self.path / file).unlink(missing_ok=True)
+            self._arrays[name][...] = value
+        self._journal(TOKENS, list(values))
+
+    def _journal(self, key: str, names: Sequence[str]) -> None:
+        """Say that the arrays of a layer, or of the tokens, are stored."""
+        entry = {name: self._fingerprint(key, name) for name in names}
         with self._mutex:
+            for name in names:
+                del self._rows[key, name]
             stored = {**self._attributes.stored, key: entry}
-            order = [*map(str, self._attributes.layers), TOKENS]
+            order = [*map(str, self._attributes.layers), TOKENS, COORDINATES]
             self._write_attributes(
                 stored={key: stored[key] for key in order if key in stored},
             )
@@ -320,11 +448,12 @@ class TraceWriter:
         """
         if self.missing_layers or self.needs_tokens:
             raise incomplete(self.path, self._attributes)
-        with _clear_errors(self.path):
+        with clear_errors(self.path):
             for file in sorted(self.path.rglob("*")):
-                _fsync(file)
+                fsync(file)
             self._write_attributes(complete=True)
             _consolidate(self.path)
+            fsync(self.path / "zarr.json")
 
     def __enter__(self) -> Self:
         return self
@@ -354,7 +483,7 @@ def create_array(group: zarr.Group, name: str, layout: ArrayLayout) -> zarr.Arra
         serializer="auto" if text else BytesCodec(endian="little"),
         compressors=_compressors(layout),
         # A chunk that equals the fill value must exist all the same: a missing one is a fault.
-        config={"write_empty_chunks": True},
+        config={"write_empty_chunks": not layout.skip_empty},
     )
 
 
@@ -377,98 +506,38 @@ def _arrays_of(record: LayerRecord) -> dict[str, np.ndarray]:
     return values
 
 
-def files_of(name: str, layout: ArrayLayout, at: int | None) -> list[str]:
-    """Return the keys of the files that hold an array, or its layer `at`, in order."""
-    grid = [
-        range(-(-size // step))
-        for size, step in zip(layout.shape, layout.shards or layout.chunks, strict=True)
-    ]
-    if at is not None:
-        grid[0] = range(at, at + 1)
-    return [f"{name}/c/{'/'.join(map(str, place))}" for place in itertools.product(*grid)]
-
-
-def fingerprint(trace: Path, files: Sequence[str]) -> Stored:
-    """Return size and hash of some files of a trace, taken together."""
-    digest, size = hashlib.blake2b(digest_size=8), 0
-    for file in files:
-        with contextlib.suppress(FileNotFoundError):
-            content = (trace / file).read_bytes()
-            digest.update(content)
-            size += len(content)
-    return Stored(bytes=size, blake2b=digest.hexdigest())
-
-
 def _consolidate(path: Path) -> None:
-    with warnings.catch_warnings():
-        # It is an extra that readers may ignore: everything works without it, too.
-        warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
-        zarr.consolidate_metadata(path, zarr_format=3)
+    """Copy the metadata of all nodes below a group into its own: an extra that readers may ignore.
+
+    What zarr.consolidate_metadata writes, but that warns, and warnings cannot be silenced in one
+    thread alone.
+    """
+    inline = {"kind": "inline", "must_understand": False}
+    nodes: dict[str, Any] = {}
+    for file in sorted([*path.glob("*/zarr.json"), *path.glob("*/*/zarr.json")]):
+        node = json.loads(file.read_bytes())
+        if node["node_type"] == "group":
+            node["consolidated_metadata"] = {**inline, "metadata": {}}
+        nodes[file.parent.relative_to(path).as_posix()] = node
+    group = json.loads((path / "zarr.json").read_bytes())
+    group["consolidated_metadata"] = {**inline, "metadata": nodes}
+    partial = path / "zarr.json.partial"
+    partial.write_text(json.dumps(group, indent=2, allow_nan=False), encoding="utf-8")
+    partial.replace(path / "zarr.json")
 
 
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-# --- one writer at a time ----------------------------------------------------------------------
-
-
-def _lock_path(run: Path) -> Path:
-    return run.with_name(f".{run.name}.lock")
-
-
-def _lock(run: Path) -> int:
-    """Take the run's lock; the kernel drops it when its owner dies."""
-    path = _lock_path(run)
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise LockedError(
-                f"{run}: another process is writing this run",
-                why="An extraction into the same folder is still going on.",
-                remedy="Wait until it ends, or choose another --output.",
-            ) from None
-        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
-            return handle
-        os.close(handle)  # its owner removed it between our open and our lock
-
-
-@contextlib.contextmanager
-def _clear_errors(path: Path) -> Iterator[None]:
-    """Turn what the disk says into errors that help."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpaceError(
-                f"{path}: no space left on the disk",
-                why="--dry-run says how much a run needs.",
-                remedy="Make room and run the same command again: it goes on where it stopped.",
-            ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise StoreError(
-                f"{path}: cannot be written ({error.strerror})",
-                remedy="Choose an --output that you may write to.",
-            ) from error
-        raise
-
-
-def _refuse_other_config(path: Path, old: RunAttributes, new: RunAttributes) -> None:
+def _differing(old: RunAttributes, new: RunAttributes) -> list[str]:
     before = {**old.config, "scenarios": list(old.scenarios)}
     after = {**new.config, "scenarios": list(new.scenarios)}
-    differing = [
+    return [
         f"  {key}: {before.get(key)!r} there, {after.get(key)!r} now"
         for key in sorted({*before, *after})
         if before.get(key) != after.get(key)
     ]
-    if differing:
+
+
+def _refuse_other_config(path: Path, old: RunAttributes, new: RunAttributes) -> None:
+    if differing := _differing(old, new):
         raise ConfigMismatchError(
             f"{path}: this run was started with another configuration:\n" + "\n".join(differing),
             remedy="Repeat the old options to go on, choose another --output, or replace the run "

@@ -1,0 +1,279 @@
+"""Features along layers, on pathways and at spans, against plain NumPy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fakes
+import numpy as np
+import pytest
+import synthetic
+import xarray as xr
+
+from zarrtrace.analysis.features import feature_trajectory, pathway_features
+from zarrtrace.analysis.specificity import position_specific_features
+from zarrtrace.errors import ConfigError, ScenarioError
+from zarrtrace.store import open_run
+
+
+@pytest.fixture(scope="module")
+def run() -> xr.DataTree:
+    return synthetic.random_run()
+
+
+def spans_of(ds: xr.Dataset) -> dict[str, list[int]]:
+    return {name: span["tokens"] for name, span in ds.attrs["zarrtrace"]["spans"].items()}
+
+
+class TestTrajectory:
+    def test_one_feature_at_the_last_token(self, run: xr.DataTree) -> None:
+        found = feature_trajectory(run, 14)
+        assert found.dims == ("scenario", "layer")
+        for name, child in run.children.items():
+            expected = child["features"].to_numpy()[:, -1, 14]
+            np.testing.assert_array_equal(found.sel(scenario=name), expected)
+
+    def test_many_features_and_places(self, run: xr.DataTree) -> None:
+        found = feature_trajectory(run, [3, 14, 0], at=["balance", "decision", -2])
+        assert found.dims == ("scenario", "layer", "place", "feature")
+        for name, child in run.children.items():
+            dense = child["features"].to_numpy()[..., [3, 14, 0]]
+            np.testing.assert_allclose(
+                found.sel(scenario=name, place="balance"), dense[:, [3, 4]].mean(1), rtol=1e-6
+            )
+            np.testing.assert_array_equal(found.sel(scenario=name, place="-2"), dense[:, -2])
+
+    def test_a_trace_keeps_each_token_with_its_text(self, run: xr.DataTree) -> None:
+        ds = run["S0"].to_dataset()
+        found = feature_trajectory(ds, [1, 2], at="balance", reduce="none")
+        assert found.dims == ("layer", "query", "feature")
+        assert found["query_token"].to_numpy().tolist() == [" $", "90"]
+        np.testing.assert_array_equal(found, ds["features"].to_numpy()[:, 3:5, 1:3])
+
+    def test_maximum_over_a_span(self, run: xr.DataTree) -> None:
+        ds = run["S0"].to_dataset()
+        found = feature_trajectory(ds, 5, at="balance", reduce="max")
+        np.testing.assert_array_equal(found, ds["features"].to_numpy()[:, 3:5, 5].max(1))
+
+    def test_lazy_equals_eager_and_computes_nothing(self, run: xr.DataTree) -> None:
+        found = feature_trajectory(synthetic.lazy(run), [1, 2], at=["balance", "goal"])
+        assert found.chunks is not None
+        xr.testing.assert_identical(
+            found.compute(), feature_trajectory(run, [1, 2], at=["balance", "goal"])
+        )
+
+    def test_a_scenario_without_the_span_or_a_layer_is_nan(self, run: xr.DataTree) -> None:
+        changed = synthetic.change(
+            run,
+            S1=synthetic.without_span(run["S1"].to_dataset(), "goal"),
+            S2=synthetic.without_layer(run["S2"].to_dataset(), 2),
+            S3=run["S3"].to_dataset().sel(layer=[1, 2]),
+        )
+        found = feature_trajectory(changed, 4, at="goal")
+        assert np.isnan(found.sel(scenario="S1")).all()
+        assert np.isnan(found.sel(scenario="S2", layer=2))
+        assert np.isnan(found.sel(scenario="S3", layer=3))
+        assert not np.isnan(found.sel(scenario="S0")).any()
+
+    @pytest.mark.parametrize(
+        ("features", "at", "error", "message"),
+        [
+            (24, "decision", ConfigError, "no feature 24"),
+            ([], "decision", ConfigError, "no features were given"),
+            (0, "nowhere", ScenarioError, "nowhere"),
+            (0, 99, ScenarioError, "99"),
+        ],
+    )
+    def test_refusals(
+        self,
+        run: xr.DataTree,
+        features: int | list[int],
+        at: str | int,
+        error: type[Exception],
+        message: str,
+    ) -> None:
+        with pytest.raises(error, match=message):
+            feature_trajectory(run, features, at=at)
+
+    def test_each_token_of_several_places_is_refused(self, run: xr.DataTree) -> None:
+        with pytest.raises(ConfigError, match="one place"):
+            feature_trajectory(run, 0, at=["balance", "goal"], reduce="none")
+
+    def test_a_run_without_features_is_refused_by_name(self) -> None:
+        with pytest.raises(ConfigError, match="S0: the trace has no 'features'"):
+            feature_trajectory(synthetic.random_run(2, features=None), 0)
+
+    def test_results_say_where_they_come_from(self, run: xr.DataTree, tmp_path: Path) -> None:
+        found = feature_trajectory(run, [1], at=["balance", "goal"])
+        assert found.attrs["analysis"] == "feature_trajectory"
+        assert found.attrs["model"] == "fake/model"
+        assert '"features": [1]' in found.attrs["parameters"]
+        found.to_netcdf(tmp_path / "out.nc", engine="scipy")
+
+
+def pathway_by_hand(ds: xr.Dataset, source: list[int], target: list[int], top: int) -> list[dict]:
+    dense, attention = ds["features"].to_numpy(), ds["attention"].to_numpy()
+    out = []
+    for layer in range(len(dense)):
+        mean = attention[layer].mean(0)
+        scores = {}
+        for f in range(dense.shape[-1]):
+            if dense[layer, target, f].max() > 0:
+                scores[f] = np.mean(
+                    [sum(mean[q, k] * dense[layer, k, f] for k in source) for q in target]
+                )
+        best = sorted((f for f in scores if scores[f] > 0), key=lambda f: (-scores[f], f))
+        out.append({f: scores[f] for f in best[:top]})
+    return out
+
+
+class TestPathway:
+    @pytest.mark.parametrize("target", ["decision", "goal"])
+    def test_against_loops(self, run: xr.DataTree, target: str) -> None:
+        found = pathway_features(run, "balance", target, top=4)
+        assert found["score"].dims == ("scenario", "layer", "rank")
+        for name, child in run.children.items():
+            ds = child.to_dataset()
+            spans = spans_of(ds)
+            expected = pathway_by_hand(ds, spans["balance"], spans[target], 4)
+            for layer, by_feature in enumerate(expected):
+                row = found.sel(scenario=name).isel(layer=layer)
+                n = len(by_feature)
+                assert row["feature"].to_numpy()[:n].tolist() == list(by_feature)
+                assert (row["feature"].to_numpy()[n:] == -1).all()
+                np.testing.assert_allclose(row["score"][:n], list(by_feature.values()), rtol=1e-5)
+                assert np.isnan(row["score"][n:]).all()
+
+    def test_a_planted_pathway_comes_first(self) -> None:
+        ds = synthetic.trace("S", seed=4)
+        ds["features"][1, [3, 4, 11], 7] = 50
+        found = pathway_features(synthetic.with_index(ds), "balance", top=3)
+        assert found["feature"].isel(layer=1, rank=0) == 7
+        np.testing.assert_allclose(found["source_activation"].isel(layer=1, rank=0), 50)
+        np.testing.assert_allclose(found["target_activation"].isel(layer=1, rank=0), 50)
+
+    def test_lazy_equals_eager(self, run: xr.DataTree) -> None:
+        found = pathway_features(synthetic.lazy(run), "balance")
+        assert all(variable.chunks for variable in found.data_vars.values())
+        xr.testing.assert_identical(found.compute(), pathway_features(run, "balance"))
+
+    def test_scenarios_without_the_span_are_empty(self, run: xr.DataTree) -> None:
+        changed = synthetic.change(
+            run,
+            S1=synthetic.without_span(run["S1"].to_dataset(), "balance"),
+            S2=synthetic.without_layer(run["S2"].to_dataset(), 2),
+        )
+        found = pathway_features(changed, "balance")
+        assert (found["feature"].sel(scenario="S1") == -1).all()
+        assert (found["feature"].sel(scenario="S2", layer=2) == -1).all()
+        assert (found["feature"].sel(scenario="S2", layer=1)[0] >= 0).all()
+
+    @pytest.mark.parametrize(("lacking", "name"), [("heads", "attention_mean"), ("features",) * 2])
+    def test_needs_both_halves(self, lacking: str, name: str) -> None:
+        with pytest.raises(ConfigError, match=f"no '{name}'"):
+            pathway_features(synthetic.random_run(2, **{lacking: None}), "balance")
+
+    def test_top_is_at_least_one(self, run: xr.DataTree) -> None:
+        with pytest.raises(ConfigError, match="top=0"):
+            pathway_features(run, "balance", top=0)
+
+
+class TestPositionSpecific:
+    def test_against_loops(self, run: xr.DataTree) -> None:
+        found = position_specific_features(run, ["balance", "decision"], threshold=0.5, top=24)
+        for span in ("balance", "decision"):
+            at, elsewhere = [], []
+            for child in run.children.values():
+                dense = child["features"].to_numpy() > 0.5
+                tokens = spans_of(child.to_dataset())[span]
+                at.append(dense[:, tokens])
+                elsewhere.append(np.delete(dense, tokens, axis=1))
+            inside, outside = np.concatenate(at, 1), np.concatenate(elsewhere, 1)
+            score = inside.mean(1) - outside.mean(1)
+            recall, total = inside.mean(1), inside.sum(1) + outside.sum(1)
+            for layer in range(3):
+                row = found.sel(span=span).isel(layer=layer)
+                kept = row["feature"].to_numpy()
+                kept = kept[kept >= 0]
+                assert len(kept) == (score[layer] > 1e-12).sum()
+                n = len(kept)
+                np.testing.assert_allclose(row["score"][:n], np.sort(score[layer])[::-1][:n])
+                np.testing.assert_allclose(row["rate_at"][:n], recall[layer, kept])
+                np.testing.assert_allclose(
+                    row["precision"][:n], inside.sum(1)[layer, kept] / total[layer, kept]
+                )
+                times = sum(block[layer][:, kept].any(0).astype(int) for block in at)
+                np.testing.assert_array_equal(row["scenarios"][:n], times)
+
+    def test_a_planted_feature_comes_first(self, run: xr.DataTree) -> None:
+        traces = []
+        for child in run.children.values():
+            ds = child.to_dataset().copy(deep=True)
+            ds["features"][2, :, 9] = 0
+            ds["features"][2, [3, 4], 9] = 1
+            traces.append(ds)
+        best = position_specific_features(synthetic.run(traces)).sel(
+            span="balance", layer=3, rank=1
+        )
+        assert (best["feature"], best["score"], best["precision"]) == (9, 1, 1)
+        assert best["scenarios"] == 6
+
+    def test_lazy_equals_eager(self, run: xr.DataTree) -> None:
+        xr.testing.assert_identical(
+            position_specific_features(synthetic.lazy(run)), position_specific_features(run)
+        )
+
+    def test_what_is_missing_counts_nowhere(self, run: xr.DataTree) -> None:
+        rest = synthetic.run([child.to_dataset() for child in list(run.children.values())[1:]])
+        absent = synthetic.change(run, S0=synthetic.without_span(run["S0"].to_dataset(), "balance"))
+        xr.testing.assert_equal(
+            position_specific_features(absent, ["balance"]),
+            position_specific_features(rest, ["balance"]),
+        )
+        gap = synthetic.change(run, S0=synthetic.without_layer(run["S0"].to_dataset(), 2))
+        xr.testing.assert_equal(
+            position_specific_features(gap, ["balance"]).sel(layer=2),
+            position_specific_features(rest, ["balance"]).sel(layer=2),
+        )
+        fewer = synthetic.change(run, S0=run["S0"].to_dataset().sel(layer=[1, 3]))
+        xr.testing.assert_equal(
+            position_specific_features(fewer, ["balance"]),
+            position_specific_features(gap, ["balance"]),
+        )
+
+    def test_repeats_can_be_asked_for(self, run: xr.DataTree) -> None:
+        found = position_specific_features(run, ["decision"], min_scenarios=4)
+        assert (found["scenarios"].where(found["feature"] >= 0, 4) >= 4).all()
+
+    def test_attention_only_is_refused(self) -> None:
+        with pytest.raises(ConfigError, match="attention only"):
+            position_specific_features(synthetic.random_run(2, features=None))
+
+
+class TestReadsOnlyWhatItNeeds:
+    """Every chunk is a file of the store: opened files count the chunks read."""
+
+    def chunks(self, opened: list[str], path: Path) -> set[str]:
+        inside = [Path(file).relative_to(path) for file in opened if str(path) in file]
+        return {str(file) for file in inside if "c" in file.parts}
+
+    @pytest.mark.parametrize("chunks", [None, "auto"])
+    def test_one_layer_of_a_trajectory(
+        self, shared_run: fakes.FakeRun, opened_files: list[str], chunks: str | None
+    ) -> None:
+        run = open_run(shared_run.path, chunks=chunks)  # type: ignore[arg-type]
+        opened_files.clear()
+        found = feature_trajectory(run["Safe_1"].to_dataset().sel(layer=[2]), 3)
+        if chunks:
+            assert self.chunks(opened_files, shared_run.path) == set()
+        found.load()
+        assert self.chunks(opened_files, shared_run.path) == {"Safe_1/features/c/1/0/0"}
+
+    def test_pathways_leave_the_attention_of_heads_alone(
+        self, shared_run: fakes.FakeRun, opened_files: list[str]
+    ) -> None:
+        run = open_run(shared_run.path, chunks="auto")
+        opened_files.clear()
+        pathway_features(run, "balance").load()
+        read = {chunk.split("/")[1] for chunk in self.chunks(opened_files, shared_run.path)}
+        assert read == {"features", "attention_mean"}

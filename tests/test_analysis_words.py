@@ -1,0 +1,429 @@
+"""Words, their features and the decision, against pandas and SciPy."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+from typing import ClassVar
+
+import fakes
+import numpy as np
+import pandas as pd
+import pytest
+import synthetic
+import xarray as xr
+from scipy import stats
+
+from zarrtrace.analysis.contrasts import contrast
+from zarrtrace.analysis.crossreferences import crossreference
+from zarrtrace.analysis.decisions import decision, relate
+from zarrtrace.analysis.features import feature_trajectory, pathway_features
+from zarrtrace.analysis.specificity import position_specific_features
+from zarrtrace.analysis.words import read_table, word_associations
+from zarrtrace.errors import ConfigError, ScenarioError
+from zarrtrace.store import open_run
+
+
+@pytest.fixture(scope="module")
+def run() -> xr.DataTree:
+    return synthetic.random_run()
+
+
+def associations_by_pandas(run: xr.DataTree, *, strip: bool = False) -> pd.DataFrame:
+    frames = []
+    for child in run.children.values():
+        frame = child["features"].to_series().rename("activation").reset_index()
+        texts = child["query_token"].to_numpy()
+        frame["word"] = [texts[q].strip() if strip else texts[q] for q in frame["query"]]
+        frames.append(frame)
+    groups = pd.concat(frames).groupby(["layer", "feature", "word"])["activation"]
+    found = groups.agg(
+        score="mean", max_activation="max", count=lambda x: (x > 0).sum(), occurrences="size"
+    )
+    return found[found["count"] > 0]
+
+
+class TestWordAssociations:
+    @pytest.mark.parametrize("strip", [False, True])
+    def test_against_pandas(self, run: xr.DataTree, strip: bool) -> None:
+        # 24 features a token: the index of 32 holds all of them.
+        found = word_associations(run, top=100, strip=strip).to_dataframe()
+        found = found.set_index(["layer", "feature", "word"]).sort_index()
+        expected = associations_by_pandas(run, strip=strip).sort_index()
+        assert list(found.index) == list(expected.index)
+        for column in ("score", "max_activation", "count", "occurrences"):
+            np.testing.assert_allclose(found[column], expected[column], rtol=1e-5)
+
+    def test_best_words_come_first(self, run: xr.DataTree) -> None:
+        found = word_associations(run, top=3).to_dataframe()
+        expected = associations_by_pandas(run)["score"]
+        for (layer, feature), rows in found.groupby(["layer", "feature"], sort=False):
+            best = expected.loc[layer, feature].sort_values(ascending=False)[:3]
+            np.testing.assert_allclose(rows["score"], best, rtol=1e-5)
+        assert found[["layer", "feature"]].apply(tuple, axis=1).is_monotonic_increasing
+
+    def test_rare_words_can_be_left_out(self, run: xr.DataTree) -> None:
+        found = word_associations(run, top=100, min_count=3)
+        assert found.sizes["row"] == (associations_by_pandas(run)["count"] >= 3).sum()
+
+    def test_only_the_index_is_known(self) -> None:
+        ds = synthetic.trace("S", features=64, active=0.9)
+        found = word_associations(ds, top=100).to_dataframe()
+        firing = ds["top_activation"].to_numpy() > 0
+        assert found["count"].sum() == firing.sum()
+        assert firing.sum() < (ds["features"].to_numpy() > 0).sum()
+
+    def test_a_planted_word(self, run: xr.DataTree) -> None:
+        traces = []
+        for child in run.children.values():
+            ds = child.to_dataset().copy(deep=True)
+            at = ds["query_token"].to_numpy() == " stop"
+            ds["features"][2, :, 20] = np.where(at, 9, 0)
+            traces.append(synthetic.with_index(ds))
+        found = word_associations(synthetic.run(traces)).to_dataframe()
+        rows = found[(found["layer"] == 3) & (found["feature"] == 20)]
+        assert rows["word"].tolist() == [" stop"]
+        assert rows["score"].tolist() == [9]
+
+    def test_lazy_equals_eager(self, run: xr.DataTree) -> None:
+        xr.testing.assert_identical(word_associations(synthetic.lazy(run)), word_associations(run))
+
+    def test_missing_layers_count_nowhere(self, run: xr.DataTree) -> None:
+        rest = synthetic.run([child.to_dataset() for child in list(run.children.values())[1:]])
+        expected = word_associations(rest).to_dataframe().query("layer == 2")
+        for first in (
+            synthetic.without_layer(run["S0"].to_dataset(), 2),
+            run["S0"].to_dataset().sel(layer=[1, 3]),
+        ):
+            found = word_associations(synthetic.change(run, S0=first)).to_dataframe()
+            pd.testing.assert_frame_equal(
+                found.query("layer == 2").reset_index(drop=True), expected.reset_index(drop=True)
+            )
+
+    def test_reads_the_index_only(self, shared_run: fakes.FakeRun, opened_files: list[str]) -> None:
+        run = open_run(shared_run.path)
+        opened_files.clear()
+        word_associations(run)
+        read = {file.removeprefix(f"{shared_run.path}/") for file in opened_files if "/c/" in file}
+        assert {file.split("/")[1] for file in read} == {"top_feature", "top_activation"}
+        assert len(read) == 2 * 3 * 2  # scenarios × layers × arrays: each chunk once
+
+    def test_refusals(self, run: xr.DataTree) -> None:
+        with pytest.raises(ConfigError, match="no 'top_feature'"):
+            word_associations(synthetic.random_run(2, features=None))
+        with pytest.raises(ConfigError, match="top=0"):
+            word_associations(run, top=0)
+
+
+TABLE = pd.DataFrame({"layer": 1, "feature": [1, 2], "word": ["null", " Ω"], "score": [1.5, 2.0]})
+
+
+class TestTable:
+    @pytest.mark.parametrize("ending", ["csv", "tsv", "parquet"])
+    def test_files(self, tmp_path: Path, ending: str) -> None:
+        path = tmp_path / f"table.{ending}"
+        if ending == "parquet":
+            TABLE.to_parquet(path)
+        else:
+            TABLE.to_csv(path, index=False, sep="\t" if ending == "tsv" else ",")
+        found = read_table(path)
+        assert found["word"].tolist() == ["null", " Ω"]
+        assert found["score"].tolist() == [1.5, 2.0]
+
+    def test_own_table(self, run: xr.DataTree) -> None:
+        own = word_associations(run)
+        assert len(read_table(own)) == own.sizes["row"]
+
+    @pytest.mark.parametrize(
+        ("table", "message"),
+        [
+            (TABLE.drop(columns="word"), "no column 'word'"),
+            (TABLE.assign(layer=[1.5, 2]), "whole number"),
+            (TABLE.assign(score="high"), "does not fit"),
+            (xr.Dataset(), "no column"),
+            ("nowhere.csv", "cannot be read"),
+            ("table.xlsx", "unknown kind"),
+        ],
+    )
+    def test_refusals(self, table: pd.DataFrame, message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            read_table(table)
+
+
+def measures_by_hand(run: xr.DataTree, layer: int, feature: int, span: str) -> tuple[float, float]:
+    """Both measures of one feature, by SciPy, a scenario at a time."""
+    follows, place = [], []
+    for child in run.children.values():
+        x = child["features"].sel(layer=layer, feature=feature).to_numpy().astype(float)
+        attention = child["attention_mean"].sel(layer=layer).to_numpy().astype(float)
+        at = child.attrs["zarrtrace"]["spans"][span]["tokens"]
+        after = slice(max(at) + 1, None)
+        if np.ptp(x[after]) > 0 and len(x[after]) >= 3:
+            follows.append(stats.spearmanr(x[after], attention[after, at].mean(1)).statistic)
+        if np.ptp(x) > 0:
+            place.append((x[at].mean() - np.delete(x, at).mean()) / x.std())
+    mean = [np.mean(values) if values else np.nan for values in (follows, place)]
+    return mean[0], mean[1]
+
+
+def table_of(words: dict[int, str], layers: tuple[int, ...] = (1, 2, 3)) -> pd.DataFrame:
+    rows = [(layer, f, word, 1.0) for layer in layers for f, word in words.items()]
+    return pd.DataFrame(rows, columns=["layer", "feature", "word", "score"])
+
+
+class TestCrossreference:
+    words: ClassVar = {f: " Balance" if f < 4 else "stop" if f < 8 else "round" for f in range(14)}
+
+    def test_against_scipy(self, run: xr.DataTree) -> None:
+        found = crossreference(
+            run, table_of(self.words), {"balance": "balance", "stop": "decision"}
+        )
+        assert found["mean"].dims == ("measure", "pair", "layer")
+        assert found["span"].to_numpy().tolist() == ["balance", "decision"]
+        assert np.isnan(found["mean"].sel(measure="attention", pair="stop @ decision")).all()
+        for layer in (1, 2, 3):
+            values = np.array([measures_by_hand(run, layer, f, "balance") for f in range(14)])
+            for which, measure in enumerate(("attention", "place")):
+                cell = found.sel(measure=measure, pair="balance @ balance", layer=layer)
+                x = values[:, which]
+                own, others = x[:4], x[4:]
+                assert float(cell["mean"]) == pytest.approx(own.mean())
+                assert float(cell["mean_others"]) == pytest.approx(others.mean())
+                pooled = np.sqrt((3 * own.var(ddof=1) + 9 * others.var(ddof=1)) / 12)
+                assert float(cell["cohens_d"]) == pytest.approx(
+                    (own.mean() - others.mean()) / pooled
+                )
+                observed = abs(own.mean() - others.mean())
+                every = [
+                    abs(x[list(m)].mean() - np.delete(x, m).mean())
+                    for m in combinations(range(14), 4)
+                ]
+                expected = np.mean(np.array(every) >= observed - 1e-12)
+                assert float(cell["p_permutation"]) == pytest.approx(expected)
+                assert (cell["n_features"], cell["n_others"]) == (4, 10)
+
+    def test_planted_features_are_found(self, run: xr.DataTree) -> None:
+        traces = []
+        for child in run.children.values():
+            ds = child.to_dataset().copy(deep=True)
+            to_balance = ds["attention_mean"].to_numpy()[1][:, 3:5].mean(1)
+            for f in range(4):
+                ds["features"][1, 5:, f] = to_balance[5:]
+                ds["features"][1, :, 4 + f] = 0
+                ds["features"][1, -1, 4 + f] = 5
+            traces.append(ds)
+        found = crossreference(synthetic.run(traces), table_of(self.words))
+        assert found["pair"].to_numpy().tolist() == ["balance @ balance", "stop @ decision"]
+        attention = found.sel(measure="attention", pair="balance @ balance")
+        assert float(attention["mean"].sel(layer=2)) == pytest.approx(1)
+        assert float(attention["q_permutation"].sel(layer=2)) < 0.05
+        place = found.sel(measure="place", pair="stop @ decision")
+        assert float(place["cohens_d"].sel(layer=2)) > 2
+        assert float(place["q_permutation"].sel(layer=2)) < 0.05
+
+    def test_noise_keeps_its_level(self) -> None:
+        words = {f: "balance" if f < 10 else "other" for f in range(40)}
+        below = []
+        for seed in range(8):
+            noise = synthetic.random_run(2, features=40, layers=range(6), seed=seed)
+            found = crossreference(
+                noise, table_of(words, tuple(range(6))), {"balance": "balance"}, n_permutations=199
+            )
+            below.append((found["p_permutation"] <= 0.05).to_numpy().ravel())
+        total = np.concatenate(below)
+        assert total.sum() <= stats.binom.ppf(0.999, total.size, 0.05)
+
+    def test_only_the_best_words_of_a_feature_are_its_own(self, run: xr.DataTree) -> None:
+        weak = table_of(dict.fromkeys(range(14), "balance")).assign(score=0.5)
+        both = pd.concat([table_of(self.words), weak])
+        pair = {"balance": "balance"}
+        one = crossreference(run, both, pair)
+        assert (one["n_features"] == 4).all()
+        assert (crossreference(run, both, pair, top=2)["n_others"] == 0).all()
+
+    def test_lazy_equals_eager_and_own_tables_work(self, run: xr.DataTree) -> None:
+        table = word_associations(run)
+        xr.testing.assert_identical(
+            crossreference(synthetic.lazy(run), table), crossreference(run, table)
+        )
+
+    def test_missing_layers_and_spans_leave_scenarios_out(self, run: xr.DataTree) -> None:
+        rest = synthetic.run([child.to_dataset() for child in list(run.children.values())[1:]])
+        pair = {"balance": "balance"}
+        expected = crossreference(rest, table_of(self.words), pair)["mean"]
+        for first in (
+            synthetic.without_layer(run["S0"].to_dataset(), 2),
+            synthetic.without_span(run["S0"].to_dataset(), "balance"),
+            run["S0"].to_dataset().sel(layer=[1, 3]),
+        ):
+            found = crossreference(synthetic.change(run, S0=first), table_of(self.words), pair)
+            xr.testing.assert_allclose(found["mean"].sel(layer=2), expected.sel(layer=2))
+
+    def test_refusals(self, run: xr.DataTree) -> None:
+        table = table_of(self.words)
+        with pytest.raises(ConfigError, match="goes with the word 'casino'"):
+            crossreference(run, table, {"casino": "balance"})
+        with pytest.raises(ConfigError, match="'balance' or 'goal' or 'bet' or 'stop'"):
+            crossreference(run, table_of({1: "x", 2: "y"}))
+        with pytest.raises(ScenarioError, match="nowhere"):
+            crossreference(run, table, {"stop": "nowhere"})
+        with pytest.raises(ConfigError, match="names feature 99"):
+            crossreference(run, table_of({**self.words, 99: "far"}))
+        for half in ("features", "heads"):
+            with pytest.raises(ConfigError, match="the trace has no"):
+                crossreference(synthetic.random_run(2, **{half: None}), table)
+
+
+class TestDecision:
+    def test_against_the_stored_ten(self, run: xr.DataTree) -> None:
+        found = decision(run, vocabulary=128)
+        stored = 0
+        for name, child in run.children.items():
+            p = np.exp(child["next_token_logprob"].to_numpy()[-1].astype(float))
+            ids = child["next_token"].to_numpy()[-1].tolist()
+            here = found.sel(scenario=name)
+            rest = 1 - p.sum()
+            assert float(here["entropy"]) == pytest.approx(stats.entropy([*p, rest]))
+            even = stats.entropy([*p, *[rest / 118] * 118])
+            assert float(here["entropy_upper"]) == pytest.approx(even)
+            assert float(here["remainder"]) == pytest.approx(rest)
+            assert (here["top_token"], here["top_probability"]) == (ids[0], pytest.approx(p[0]))
+            for option, token in (("bet", 3), ("stop", 7)):
+                value = float(here["probability"].sel(option=option))
+                bound = float(here["upper_bound"].sel(option=option))
+                if token in ids:
+                    stored += 1
+                    assert value == bound == pytest.approx(p[ids.index(token)])
+                else:
+                    assert np.isnan(value)
+                    assert bound == pytest.approx(min(p[-1], rest))
+        assert 0 < stored < 12
+
+    def test_shares_of_the_options(self) -> None:
+        ds = synthetic.trace("S", options={"bet": 3, "stop": 7})
+        ids, p = ds["next_token"].to_numpy(), ds["next_token_logprob"].to_numpy()
+        ids[-1] = np.arange(10)
+        p[-1] = np.log([0.5, 0.1, 0.09, 0.06, 0.05, 0.04, 0.03, 0.02, 0.01, 0.01])
+        found = decision(ds)
+        np.testing.assert_allclose(found["share"], [0.75, 0.25], rtol=1e-6)
+        assert found["scenario"] == "S"
+        ids[-1, 7] = 29
+        assert np.isnan(decision(ds)["share"]).all()
+
+    def test_options_that_some_lack(self, run: xr.DataTree) -> None:
+        other = synthetic.trace("S0", options={"fold": 9})
+        ids = other["next_token"].to_numpy()
+        ids[-1] = np.arange(10)
+        found = decision(synthetic.change(run, S0=other))
+        assert found["option"].to_numpy().tolist() == ["fold", "bet", "stop"]
+        assert float(found["share"].sel(scenario="S0", option="fold")) == 1
+        assert np.isnan(found["upper_bound"].sel(scenario="S0", option="bet"))
+
+    def test_lazy_equals_eager(self, run: xr.DataTree) -> None:
+        found = decision(synthetic.lazy(run))
+        assert found["entropy"].chunks is not None
+        xr.testing.assert_identical(found.compute(), decision(run))
+
+    def test_reads_the_last_token_only(
+        self, shared_run: fakes.FakeRun, opened_files: list[str]
+    ) -> None:
+        run = open_run(shared_run.path)
+        opened_files.clear()
+        decision(run).load()
+        read = [file for file in opened_files if "/c/" in file]
+        assert {file.removeprefix(f"{shared_run.path}/").split("/")[1] for file in read} == {
+            "next_token",
+            "next_token_logprob",
+        }
+
+    def test_refusals(self, run: xr.DataTree) -> None:
+        ds = synthetic.trace("S")
+        with pytest.raises(ConfigError, match="S: the trace has no 'next_token'"):
+            decision(ds.drop_vars("next_token"))
+        with pytest.raises(ConfigError, match="no scenario has options"):
+            decision(synthetic.with_attributes(ds, options={}))
+        with pytest.raises(ConfigError, match="vocabulary=10"):
+            decision(run, vocabulary=10)
+
+
+class TestRelate:
+    scenarios: ClassVar = [f"S{i}" for i in range(9)]
+
+    def outcome(self) -> xr.DataArray:
+        values = np.random.default_rng(0).random(9)
+        return xr.DataArray(values, dims="scenario", coords={"scenario": self.scenarios})
+
+    def quantity(self) -> xr.DataArray:
+        values = np.random.default_rng(1).random((2, 9, 40))
+        return xr.DataArray(
+            values,
+            dims=("source", "scenario", "layer"),
+            coords={"source": ["balance", "goal"], "scenario": self.scenarios, "layer": range(40)},
+        )
+
+    def test_against_scipy(self) -> None:
+        outcome, quantity = self.outcome(), self.quantity()
+        found = relate(outcome, quantity)
+        assert found["rho"].dims == ("source", "layer")
+        for source, layer in (("balance", 0), ("goal", 7)):
+            expected = stats.spearmanr(outcome, quantity.sel(source=source, layer=layer))
+            cell = found.sel(source=source, layer=layer)
+            assert float(cell["rho"]) == pytest.approx(expected.statistic)
+            assert float(cell["p_permutation"]) == pytest.approx(expected.pvalue, abs=0.03)
+        np.testing.assert_allclose(
+            found["q_permutation"].to_numpy().ravel(),
+            stats.false_discovery_control(found["p_permutation"].to_numpy().ravel()),
+        )
+
+    def test_order_of_scenarios_does_not_matter(self) -> None:
+        outcome, quantity = self.outcome(), self.quantity()
+        shuffled = quantity.isel(scenario=[3, 1, 0, 2, 8, 7, 6, 5, 4])
+        xr.testing.assert_allclose(
+            relate(outcome, shuffled)["rho"], relate(outcome, quantity)["rho"]
+        )
+
+    def test_planted_and_noise(self) -> None:
+        outcome, quantity = self.outcome(), self.quantity()
+        quantity[0, :, 5] = np.exp(outcome)
+        found = relate(outcome, quantity)
+        assert float(found["rho"].sel(source="balance", layer=5)) == pytest.approx(1)
+        assert float(found["q_permutation"].sel(source="balance", layer=5)) < 0.05
+        assert int((found["q_permutation"] < 0.05).sum()) == 1
+
+    def test_missing_values_leave_scenarios_out(self) -> None:
+        outcome, quantity = self.outcome(), self.quantity()
+        outcome[0] = np.nan
+        quantity[0, 1, 3] = np.nan
+        quantity[1, 1:8, 3] = np.nan
+        found = relate(outcome, quantity)
+        assert (found["n_scenarios"].sel(layer=3) == [7, 1]).all()
+        assert np.isnan(found["rho"].sel(source="goal", layer=3))
+        expected = stats.spearmanr(outcome[2:], quantity[0, 2:, 3]).statistic
+        assert float(found["rho"].sel(source="balance", layer=3)) == pytest.approx(expected)
+
+    def test_refusals(self) -> None:
+        outcome, quantity = self.outcome(), self.quantity()
+        with pytest.raises(ConfigError, match="quantity has no dimension 'scenario'"):
+            relate(outcome, quantity.isel(scenario=0))
+        with pytest.raises(ConfigError, match="the outcome has dimensions"):
+            relate(quantity, quantity)
+        with pytest.raises(ConfigError, match="only 2 scenarios"):
+            relate(outcome[:2], quantity)
+
+
+def test_layers_without_an_sae_or_not_stored_yet(tmp_path: Path) -> None:
+    names = ("Safe_1", "Safe_2", "Risky_1", "Risky_2")
+    no_sae = open_run(fakes.make_run(tmp_path, name="a", scenarios=names, without_sae=(2,)).path)
+    dropped = open_run(
+        fakes.make_run(tmp_path, name="b", scenarios=names, drop=dict.fromkeys(names, (2,))).path,
+        missing="nan",
+    )
+    for run in (no_sae, dropped):
+        assert set(word_associations(run)["layer"].to_numpy()) == {1, 3}
+        assert set(contrast(run, "risky", "safe")["layer"].to_numpy()) == {1, 3}
+        assert (position_specific_features(run)["feature"].sel(layer=2) == -1).all()
+        assert (pathway_features(run, "balance")["feature"].sel(layer=2) == -1).all()
+        assert np.isnan(feature_trajectory(run, 1).sel(layer=2)).all()
+        table = table_of({f: "x" if f < 8 else "y" for f in range(16)})
+        found = crossreference(run, table, {"x": "balance"})
+        assert (found["n_features"].sel(layer=2) == 0).all()

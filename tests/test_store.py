@@ -1,0 +1,784 @@
+"""Runs and traces on disk: other readers see the same, laziness, completeness, damage, locks."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import dask
+import fakes
+import numpy as np
+import pytest
+import strategies
+import tensorstore
+import xarray as xr
+import zarr
+from hypothesis import given, settings
+
+import zarrtrace as zt
+from zarrtrace.errors import (
+    ConfigMismatchError,
+    FormatVersionError,
+    IncompleteError,
+    IntegrityError,
+    LockedError,
+    NoSpaceError,
+    NotATraceError,
+    ScenarioError,
+    StoreError,
+)
+from zarrtrace.spec import NAMESPACE, LayerRecord, TokensRecord, TraceAttributes
+from zarrtrace.store import RunWriter, open_run, open_trace, summarize, verify
+
+
+def assert_equals(ds: xr.Dataset, truth: fakes.Truth) -> None:
+    """Compare every array that was written with what is read."""
+    assert set(truth) == {*ds.data_vars, *ds.coords}
+    for name, expected in truth.items():
+        found = ds[name].values
+        if expected.dtype != object:
+            assert found.dtype == expected.dtype, name
+        np.testing.assert_array_equal(found, expected, err_msg=name)
+
+
+def edit_attributes(node: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    metadata = json.loads((node / "zarr.json").read_text())
+    change(metadata["attributes"][NAMESPACE])
+    (node / "zarr.json").write_text(json.dumps(metadata))
+
+
+def shard(trace: Path, array: str, at: int = 0) -> Path:
+    """Return the first file of an array's layer."""
+    path = trace / array / "c" / str(at)
+    return path if path.is_file() else min(p for p in path.rglob("*") if p.is_file())
+
+
+def in_subprocess(code: str, *arguments: object, cwd: Path | None = None) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# --- the same data for every reader ------------------------------------------------------------
+
+
+def test_open_trace_reads_what_was_written(shared_run: fakes.FakeRun) -> None:
+    for scenario, truth in shared_run.truth.items():
+        assert_equals(zt.open_trace(shared_run.path / scenario), truth)
+
+
+def test_open_run_reads_what_was_written(shared_run: fakes.FakeRun) -> None:
+    tree = zt.open_run(shared_run.path)
+    assert list(tree.children) == list(shared_run.truth)
+    assert tree.attrs[NAMESPACE]["complete"] is True
+    for scenario, truth in shared_run.truth.items():
+        assert_equals(tree[scenario].to_dataset(), truth)
+
+
+PLAIN_XARRAY = """
+    import sys
+    import numpy as np
+    import xarray as xr
+
+    run, name, truth = sys.argv[1:]
+    truth = np.load(truth)
+    ds = xr.open_zarr(f"{run}/{name}")
+    tree = xr.open_datatree(run, engine="zarr")
+    for found in (ds, tree[name].to_dataset()):
+        assert set(found.variables) == set(truth.files), set(found.variables) ^ set(truth.files)
+        for array in truth.files:
+            np.testing.assert_array_equal(
+                found[array].values.astype(truth[array].dtype), truth[array], err_msg=array
+            )
+        assert found.attention.dims == ("layer", "head", "query", "key")
+        assert found.features.dims == ("layer", "query", "feature")
+        assert {"query_token", "key_token", "token_id"} <= set(found.coords)
+        at = found.load().where(found.query_token == " balance", drop=True)
+        assert at["query"].values.tolist() == [1], at["query"].values
+        np.testing.assert_array_equal(at.features.values, truth["features"][:, 1:2])
+        at = found.attention.sel(layer=2, key=found.key_token == "90")
+        np.testing.assert_array_equal(at.values, truth["attention"][1][..., 2:3])
+    assert "zarrtrace" not in sys.modules
+    print("zarrtrace" in sys.modules, len(truth.files))
+"""
+
+
+def test_plain_xarray_reads_the_same(shared_run: fakes.FakeRun, tmp_path: Path) -> None:
+    """In a process that never imports zarrtrace."""
+    name, truth = next(iter(shared_run.truth.items()))
+    plain = {key: v.astype(str) if v.dtype == object else v for key, v in truth.items()}
+    np.savez(tmp_path / "truth.npz", **plain)  # type: ignore[arg-type]
+    out = in_subprocess(PLAIN_XARRAY, shared_run.path, name, tmp_path / "truth.npz", cwd=tmp_path)
+    assert out.split() == ["False", str(len(truth))]
+
+
+def read_with_tensorstore(path: Path) -> np.ndarray:
+    store = tensorstore.open(
+        {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/"}}, read=True
+    ).result()
+    found: np.ndarray = store.read().result()
+    return found
+
+
+def test_tensorstore_reads_the_same_numbers(shared_run: fakes.FakeRun) -> None:
+    for scenario, truth in shared_run.truth.items():
+        for name, expected in truth.items():
+            if expected.dtype == object:
+                continue  # this tensorstore has no driver for the string data type
+            found = read_with_tensorstore(shared_run.path / scenario / name)
+            assert found.dtype == expected.dtype
+            np.testing.assert_array_equal(found, expected, err_msg=name)
+
+
+def test_text_is_standard_string_data(shared_run: fakes.FakeRun) -> None:
+    """As the Zarr string extension says: variable-length UTF-8, no fixed-width text."""
+    metadata = json.loads((shared_run.trace / "query_token" / "zarr.json").read_text())
+    assert metadata["data_type"] == "string"
+    assert [codec["name"] for codec in metadata["codecs"]] == ["vlen-utf8", "zstd"]
+
+
+def test_only_codecs_that_every_reader_has(shared_run: fakes.FakeRun) -> None:
+    def names(codecs: list[dict[str, Any]]) -> set[str]:
+        inner = [c["configuration"] for c in codecs if c["name"] == "sharding_indexed"]
+        return {c["name"] for c in codecs}.union(
+            *(names(i["codecs"]) | names(i["index_codecs"]) for i in inner)
+        )
+
+    for file in shared_run.trace.glob("*/zarr.json"):
+        metadata = json.loads(file.read_text())
+        known = {"bytes", "transpose", "sharding_indexed", "crc32c", "zstd", "blosc", "gzip"}
+        if metadata["data_type"] == "string":
+            known.add("vlen-utf8")
+        assert names(metadata["codecs"]) <= known
+
+
+@settings(max_examples=12)
+@given(strategies.trace_sizes)
+def test_round_trip_of_any_sizes(
+    tmp_path_factory: pytest.TempPathFactory, sizes: dict[str, Any]
+) -> None:
+    path = tmp_path_factory.mktemp("any") / "trace"
+    records = list(fakes.make_records(**sizes))
+    with fakes.make_trace_writer(path, **sizes) as writer:
+        for record in reversed(records):  # any order
+            writer.append(record)
+    truth = fakes.truth_of(records, sizes["layers"], fakes.make_tokens(sizes["tokens"]))
+    assert_equals(zt.open_trace(path), truth)
+    assert_equals(xr.open_zarr(path), truth)
+    for name in {"attention", "features"} & set(truth):
+        np.testing.assert_array_equal(read_with_tensorstore(path / name), truth[name])
+    assert verify(path) == []
+
+
+def test_many_shards_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers beyond the size of a shard are cut into blocks of queries."""
+    monkeypatch.setattr("zarrtrace.spec._MAX_SHARD_BYTES", 2**17)
+    run = fakes.make_run(tmp_path, tokens=300, features=64, scenarios=("a",))
+    assert len(list((run.trace / "attention" / "c" / "0").rglob("*/*"))) > 3
+    assert_equals(zt.open_trace(run.trace), run.truth["a"])
+    assert verify(run.path) == []
+    shard(run.trace, "attention", 2).unlink()
+    with pytest.raises(IntegrityError, match=r"'attention' .* for layer 3"):
+        zt.open_trace(run.trace)
+
+
+def test_two_writes_give_the_same_bytes(tmp_path: Path) -> None:
+    one = fakes.make_run(tmp_path, name="one")
+    two = fakes.make_run(tmp_path, name="two")
+    assert fakes.files_in(one.path) == fakes.files_in(two.path)
+
+
+# --- lazily ------------------------------------------------------------------------------------
+
+
+def shards_in(opened: list[str], array: str) -> set[str]:
+    return {
+        path.split(f"/{array}/c/")[1].split("/")[0] for path in opened if f"/{array}/c/" in path
+    }
+
+
+def test_opening_reads_no_data(shared_run: fakes.FakeRun, opened_files: list[str]) -> None:
+    for chunks in (None, "auto"):
+        ds = zt.open_trace(shared_run.trace, chunks=chunks)
+        for name in ds.data_vars:
+            assert shards_in(opened_files, str(name)) == set(), name
+
+
+def test_a_slice_reads_only_its_shards(shared_run: fakes.FakeRun, opened_files: list[str]) -> None:
+    ds = zt.open_trace(shared_run.trace)
+    opened_files.clear()
+    ds.attention.sel(layer=2).isel(query=-1).load()
+    assert shards_in(opened_files, "attention") == {"1"}
+    assert shards_in(opened_files, "features") == set()
+    ds.features.isel(layer=[0, 2], feature=5).load()
+    assert shards_in(opened_files, "features") == {"0", "2"}
+    assert shards_in(opened_files, "attention") == {"1"}
+
+
+def test_token_texts_are_loaded(shared_run: fakes.FakeRun, opened_files: list[str]) -> None:
+    ds = zt.open_trace(shared_run.trace)
+    opened_files.clear()
+    text = " balance"
+    assert np.flatnonzero(ds.query_token == text).tolist() == [1]
+    assert opened_files == []
+
+
+def test_one_feature_reads_little(tmp_path: Path) -> None:
+    """Of a shard, only its index and the chunks that hold the feature."""
+    run = fakes.make_run(tmp_path, layers=(1,), features=4 * 4096, tokens=40, active=0.5)
+    file = shard(run.trace, "features")
+    ds = zt.open_trace(run.trace)
+    read = 0
+    original = Path.open
+
+    # Zarr reads ranges of a file with seek and read on what Path.open gives.
+    class Counting:
+        def __init__(self, handle: Any) -> None:
+            self.handle = handle
+
+        def __enter__(self) -> Counting:
+            self.handle.__enter__()
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            self.handle.__exit__(*error)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.handle, name)
+
+        def read(self, *arguments: int) -> bytes:
+            nonlocal read
+            found: bytes = self.handle.read(*arguments)
+            read += len(found)
+            return found
+
+    def opening(path: Path, *arguments: Any, **options: Any) -> Any:
+        handle = original(path, *arguments, **options)
+        return Counting(handle) if path == file else handle
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "open", opening)
+        values = ds.features.sel(feature=5000).values
+    np.testing.assert_array_equal(values, run.truth["Safe_1"]["features"][..., 5000])
+    assert 0 < read < 0.4 * file.stat().st_size
+
+
+@pytest.mark.parametrize("chunks", ["auto", {}])
+def test_dask_chunks_are_whole_shards(shared_run: fakes.FakeRun, chunks: Any) -> None:
+    ds = zt.open_trace(shared_run.trace, chunks=chunks)
+    for name in ("attention", "features", "top_feature"):
+        array = ds[name]
+        stored = zarr.open_array(shared_run.trace / name, mode="r")
+        step = stored.shards or stored.chunks
+        assert dask.is_dask_collection(array)
+        assert array.chunks is not None
+        for sizes, whole in zip(array.chunks, step, strict=True):
+            assert all(size % whole == 0 for size in sizes[:-1]), name
+    np.testing.assert_array_equal(ds.attention.compute(), shared_run.truth["Safe_1"]["attention"])
+
+
+def test_chunks_may_be_given(shared_run: fakes.FakeRun) -> None:
+    ds = zt.open_trace(shared_run.trace, chunks={"layer": 2})
+    assert ds.attention.chunks is not None
+    assert ds.attention.chunks[0] == (2, 1)
+    tree = zt.open_run(shared_run.path, chunks="auto")
+    assert all(dask.is_dask_collection(tree[name].attention) for name in shared_run.truth)
+
+
+# --- completeness and damage -------------------------------------------------------------------
+
+
+@pytest.fixture
+def partial(tmp_path: Path) -> fakes.FakeRun:
+    """A run whose first trace lacks layer 2."""
+    return fakes.make_run(tmp_path, drop={"Safe_1": (2,)})
+
+
+def test_an_incomplete_trace_is_refused_by_name(partial: fakes.FakeRun) -> None:
+    with pytest.raises(IncompleteError, match=r"1 of 3 layers missing \(2\)") as caught:
+        zt.open_trace(partial.trace)
+    assert caught.value.exit_code == 3
+    with pytest.raises(IncompleteError, match="Safe_1"):
+        zt.open_run(partial.path)
+    (problem,) = verify(partial.path)
+    assert (problem.scenario, problem.layer, problem.message) == ("Safe_1", 2, "not stored")
+    summary = summarize(partial.path)
+    assert not summary.complete
+    assert [trace.missing_layers for trace in summary.traces] == [(2,), ()]
+
+
+def test_missing_layers_can_be_read_as_nan(partial: fakes.FakeRun) -> None:
+    ds = zt.open_trace(partial.trace, missing="nan")
+    assert np.isnan(ds.features.sel(layer=2)).all()
+    assert_equals(ds, partial.truth["Safe_1"])
+    assert_equals(
+        zt.open_run(partial.path, missing="nan")["Safe_1"].to_dataset(), partial.truth["Safe_1"]
+    )
+
+
+@pytest.mark.parametrize("chunks", [None, "auto"])
+def test_missing_layers_of_long_prompts_are_nan_too(tmp_path: Path, chunks: Any) -> None:
+    """Above 256 tokens, attention leaves out chunks of zeros: its fill value is 0."""
+    sizes = {"tokens": 300, "scenarios": ("a",), "features": 4}
+    run = fakes.make_run(tmp_path, drop={"a": (2,)}, **sizes)  # type: ignore[arg-type]
+    ds = zt.open_trace(run.trace, missing="nan", chunks=chunks)
+    assert_equals(ds, run.truth["a"])
+    assert np.isnan(ds.attention.sel(layer=2, query=7, key=3)).all()
+    done = fakes.make_run(tmp_path, **sizes)  # type: ignore[arg-type]
+    assert_equals(zt.open_trace(done.trace, chunks=chunks), done.truth["a"])
+
+
+def test_absent_scenarios(run: fakes.FakeRun) -> None:
+    shutil.rmtree(run.path / "Risky_2")
+    with pytest.raises(IncompleteError, match="1 of 2 scenarios are not there: Risky_2"):
+        zt.open_run(run.path)
+    assert list(zt.open_run(run.path, missing="nan").children) == ["Safe_1"]
+    assert [p.scenario for p in verify(run.path)] == ["Risky_2"]
+    assert summarize(run.path).scenarios_missing == ("Risky_2",)
+
+
+def cut_short(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, cut_short, empty])
+@pytest.mark.parametrize("array", ["attention", "features", "top_feature", "attention_mean"])
+def test_lost_bytes_are_noticed_on_opening(
+    run: fakes.FakeRun, array: str, damage: Callable[[Path], None]
+) -> None:
+    damage(shard(run.trace, array, 1))
+    for opening in (lambda: zt.open_trace(run.trace), lambda: zt.open_run(run.path)):
+        with pytest.raises(IntegrityError, match=f"array '{array}' .* for layer 2"):
+            opening()
+    (problem,) = verify(run.path)
+    assert (problem.scenario, problem.array, problem.layer) == ("Safe_1", array, 2)
+
+
+@pytest.mark.parametrize("array", ["query_token", "layer", "token_id", "next_token"])
+def test_lost_coordinates_are_noticed_on_opening(run: fakes.FakeRun, array: str) -> None:
+    """Plain Zarr would read them as empty text and zeros."""
+    shard(run.trace, array).unlink()
+    with pytest.raises(IntegrityError, match=f"array '{array}'"):
+        zt.open_trace(run.trace)
+    assert [problem.array for problem in verify(run.path)] == [array]
+
+
+@pytest.mark.parametrize("array", ["attention", "attention_mean", "features", "next_token"])
+def test_a_flipped_bit_never_reads_as_another_number(run: fakes.FakeRun, array: str) -> None:
+    file = shard(run.trace, array)
+    good, truth = file.read_bytes(), run.truth["Safe_1"][array]
+    refused: list[bool] = []
+    for at in range(0, len(good), max(1, len(good) // 40)):
+        bad = bytearray(good)
+        bad[at] ^= 1 << (at % 8)
+        file.write_bytes(bad)
+        (problem,) = verify(run.path)
+        assert (problem.array, problem.message) == (
+            array,
+            "its bytes are not the ones that were written",
+        )
+        try:
+            found = zt.open_trace(run.trace)[array].values
+        except Exception:  # noqa: BLE001  whatever Zarr and its codecs raise
+            refused.append(True)
+        else:
+            np.testing.assert_array_equal(found, truth)  # a bit that means nothing
+            refused.append(False)
+    assert np.mean(refused) > 0.9
+
+
+def test_damaged_metadata_is_named(run: fakes.FakeRun) -> None:
+    metadata = run.trace / "features" / "zarr.json"
+    good = metadata.read_text()
+    metadata.write_text(good[:50])
+    with pytest.raises(IntegrityError, match=r"features/zarr\.json: gone or damaged"):
+        zt.open_trace(run.trace)
+    assert {problem.array for problem in verify(run.path)} == {"features"}
+    metadata.write_text(good)
+    edit_attributes(run.trace, lambda found: found.pop("layers"))
+    with pytest.raises(IntegrityError, match=r"attribute zarrtrace\.layers: Field required"):
+        zt.open_trace(run.trace)
+    (problem,) = verify(run.path)
+    assert "layers" in problem.message
+    (run.trace / "zarr.json").write_text("{")
+    with pytest.raises(IntegrityError, match=r"zarr\.json: damaged"):
+        zt.open_run(run.path)
+
+
+def test_left_overs_of_a_kill_do_no_harm(run: fakes.FakeRun) -> None:
+    """Zarr writes ``0.<hex>.partial`` and renames it; a kill leaves it."""
+    file = shard(run.trace, "features")
+    left = [file.with_name("0.c0ffee.partial"), run.trace / "zarr.c0ffee.partial"]
+    for path in left:
+        path.write_bytes(b"half")
+    assert_equals(zt.open_trace(run.trace), run.truth["Safe_1"])
+    assert verify(run.path) == []
+    again = fakes.make_run(run.path.parent)
+    assert not any(path.exists() for path in left)
+    assert_equals(zt.open_trace(again.trace), run.truth["Safe_1"])
+
+
+def test_works_without_consolidated_metadata(run: fakes.FakeRun) -> None:
+    for node in (run.path, *(run.path / name for name in run.truth)):
+        metadata = json.loads((node / "zarr.json").read_text())
+        assert metadata.pop("consolidated_metadata")["kind"] == "inline"
+        (node / "zarr.json").write_text(json.dumps(metadata))
+    tree = zt.open_run(run.path)
+    for scenario, truth in run.truth.items():
+        assert_equals(tree[scenario].to_dataset(), truth)
+        assert_equals(xr.open_zarr(run.path / scenario, consolidated=False), truth)
+    assert verify(run.path) == []
+
+
+# --- what is not ours --------------------------------------------------------------------------
+
+
+def test_what_is_no_run_is_refused_and_untouched(tmp_path: Path) -> None:
+    folder = tmp_path / "thesis"
+    folder.mkdir()
+    (folder / "chapter.tex").write_text("x")
+    zarr.create_group(tmp_path / "other.zarr", zarr_format=3, attributes={"a": 1})
+    file = tmp_path / "file"
+    file.write_text("x")
+    before = fakes.files_in(tmp_path)
+    for path in (folder, tmp_path / "other.zarr", file):
+        for opening in (open_run, open_trace, verify, summarize):
+            with pytest.raises(NotATraceError, match="exists, but is not a zarrtrace"):
+                opening(path)
+        for overwrite in (False, True):
+            with (
+                pytest.raises(NotATraceError),
+                RunWriter(path, ["a"], {}, overwrite=overwrite),
+            ):
+                pass
+    with pytest.raises(NotATraceError, match="no such folder"):
+        open_run(tmp_path / "none")
+    assert fakes.files_in(tmp_path) == before
+
+
+def test_a_run_is_not_a_trace(shared_run: fakes.FakeRun) -> None:
+    with pytest.raises(NotATraceError, match="is a run, not a trace"):
+        open_trace(shared_run.path)
+    with pytest.raises(NotATraceError, match="is a trace, not a run"):
+        open_run(shared_run.trace)
+
+
+def test_a_newer_format_version_is_refused(run: fakes.FakeRun) -> None:
+    for node in (run.path, run.trace):
+        edit_attributes(node, lambda found: found.update(format_version=99, surprise=True))
+    for opening, path in ((open_run, run.path), (open_trace, run.trace), (summarize, run.path)):
+        with pytest.raises(FormatVersionError, match=r"(?s)version 99.*newer.*pip install") as e:
+            opening(path)
+        assert e.value.exit_code == 1
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "", "zarr.json", "a/b"])
+def test_unsafe_names_never_become_folders(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ScenarioError, match="scenario name"):
+        RunWriter(tmp_path / "run", [name], {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_read_from_a_run_are_checked(run: fakes.FakeRun) -> None:
+    """A run from elsewhere must not make us read outside of it."""
+    edit_attributes(run.path, lambda found: found.update(scenarios=["../elsewhere"]))
+    for opening in (open_run, verify, summarize):
+        with pytest.raises(IntegrityError, match="scenario name"):
+            opening(run.path)
+
+
+# --- writing -----------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    tmp_path: Path, shared_run: fakes.FakeRun
+) -> None:
+    drop = {"Safe_1": (2, 3), "Risky_2": (1, 2, 3)}
+    begun = fakes.make_run(tmp_path, drop=drop)
+    writer_saw: list[tuple[int, ...]] = []
+    with RunWriter(begun.path, fakes.SCENARIOS, fakes.CONFIG) as again:
+        for name in fakes.SCENARIOS:
+            writer = again.trace(fakes._attributes_for(name, {}), fakes.make_shape(), tokens())
+            writer_saw.append(writer.missing_layers)
+            assert not writer.needs_tokens
+    assert writer_saw == [(2, 3), (1, 2, 3)]
+    done = fakes.make_run(tmp_path)
+    assert fakes.files_in(done.path) == fakes.files_in(shared_run.path)
+
+
+def tokens() -> Any:
+    return fakes.make_tokens(7)
+
+
+def test_damaged_layers_are_written_anew(run: fakes.FakeRun, shared_run: fakes.FakeRun) -> None:
+    shard(run.trace, "attention", 2).unlink()
+    cut_short(shard(run.trace, "features", 0))
+    writer = fakes.make_trace_writer(run.trace)
+    assert writer.missing_layers == (1, 3)
+    again = fakes.make_run(run.path.parent)
+    assert fakes.files_in(again.path) == fakes.files_in(shared_run.path)
+
+
+@pytest.mark.parametrize("lost", ["query_token/c/0", "features/zarr.json", "zarr.json"])
+def test_a_trace_without_its_frame_is_written_anew(
+    run: fakes.FakeRun, shared_run: fakes.FakeRun, lost: str
+) -> None:
+    (run.trace / lost).unlink()
+    assert fakes.make_trace_writer(run.trace).missing_layers == fakes.LAYERS
+    again = fakes.make_run(run.path.parent)
+    assert fakes.files_in(again.path) == fakes.files_in(shared_run.path)
+
+
+def test_the_journal_says_what_is_on_disk(partial: fakes.FakeRun) -> None:
+    metadata = json.loads((partial.trace / "zarr.json").read_text())
+    found = TraceAttributes.model_validate(metadata["attributes"][NAMESPACE])
+    assert found.complete_layers == (1, 3)
+    assert list(found.stored) == ["1", "3", "tokens", "coordinates"]
+    assert found.stored["1"]["attention"].bytes == shard(partial.trace, "attention").stat().st_size
+
+
+def test_the_journal_is_computed_as_the_format_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Done again from ``schema/README.md``, with several files a layer."""
+    monkeypatch.setattr("zarrtrace.spec._MAX_SHARD_BYTES", 2**15)
+    trace = fakes.make_run(tmp_path, tokens=200, scenarios=("a",), layers=(4, 7)).trace
+    stored = json.loads((trace / "zarr.json").read_text())["attributes"][NAMESPACE]["stored"]
+    several = 0
+    for key, entry in stored.items():
+        for array, found in entry.items():
+            chunks = {
+                tuple(map(int, file.relative_to(trace / array / "c").parts)): file.read_bytes()
+                for file in (trace / array / "c").rglob("*")
+                if file.is_file()
+            }
+            own = [
+                chunks[at]
+                for at in sorted(chunks)
+                if not key.isdigit() or at[0] == ["4", "7"].index(key)
+            ]
+            digest = hashlib.blake2b(b"".join(own), digest_size=8).hexdigest()
+            assert found == {"bytes": sum(map(len, own)), "blake2b": digest}
+            several += len(own) > 1
+    assert several
+
+
+def test_a_run_is_not_finished_without_its_layers(tmp_path: Path) -> None:
+    with RunWriter(tmp_path / "run", fakes.SCENARIOS, {}) as run:
+        with pytest.raises(IncompleteError, match="2 of 2 scenarios are not complete: Safe_1"):
+            run.finish()
+        writer = run.trace(fakes._attributes_for("Safe_1", {}), fakes.make_shape(), tokens())
+        with pytest.raises(IncompleteError, match="3 of 3 layers missing"):
+            writer.finish()
+
+
+def test_wrong_records_are_refused(tmp_path: Path) -> None:
+    writer = fakes.make_trace_writer(tmp_path / "trace")
+    good = next(iter(fakes.make_records()))
+    assert isinstance(good, LayerRecord)
+    for record, message in [
+        (next(iter(fakes.make_records(layers=(9,)))), "layer 9 is not one of"),
+        (next(iter(fakes.make_records(tokens=6))), r"attention of layer 1 has shape \(2, 6, 6\)"),
+        (replace(good, features={"features_x": good.features["features"]}), "holds features_x"),
+        (TokensRecord("Safe_1", np.zeros((7, 3)), np.zeros((7, 3))), "next_token"),
+    ]:
+        with pytest.raises(StoreError, match=message):
+            writer.append(record)
+    assert writer.missing_layers == fakes.LAYERS
+
+
+def test_a_layer_counts_when_its_last_array_is_there(tmp_path: Path) -> None:
+    writer = fakes.make_trace_writer(tmp_path / "trace")
+    good = next(iter(fakes.make_records()))
+    assert isinstance(good, LayerRecord)
+    writer.append(replace(good, features={}))
+    assert writer.missing_layers == fakes.LAYERS
+    writer.append(replace(good, attention=None, attention_mean=None))
+    assert writer.missing_layers == (2, 3)
+
+
+def test_layers_without_an_sae(tmp_path: Path) -> None:
+    run = fakes.make_run(tmp_path, without_sae=(2,))
+    ds = zt.open_trace(run.trace)
+    assert_equals(ds, run.truth["Safe_1"])
+    assert np.isnan(ds.features.sel(layer=2)).all()
+    assert not np.isnan(ds.attention).any()
+
+
+def test_another_configuration_is_refused_by_name(run: fakes.FakeRun) -> None:
+    before = fakes.files_in(run.path)
+    other = {**fakes.CONFIG, "layers": [1, 2], "batch_size": 4}
+    with pytest.raises(ConfigMismatchError) as caught, RunWriter(run.path, ["b"], other):
+        pass
+    message = str(caught.value)
+    assert "layers: [1, 2, 3] there, [1, 2] now" in message
+    assert "batch_size: None there, 4 now" in message
+    assert "scenarios: ['Safe_1', 'Risky_2'] there, ['b'] now" in message
+    assert "model" not in message
+    assert caught.value.exit_code == 2
+    assert fakes.files_in(run.path) == before
+
+
+LOCK = """
+    import sys
+    from zarrtrace.errors import LockedError
+    from zarrtrace.store import RunWriter
+
+    try:
+        with RunWriter(sys.argv[1], ["a"], {}):
+            print("writing")
+    except LockedError as error:
+        print(f"locked: {error.what}")
+"""
+
+
+def test_a_second_process_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with RunWriter(path, ["a"], {}):
+        before = fakes.files_in(path)
+        assert in_subprocess(LOCK, path) == (
+            f"locked: {path}: another process is writing this run\n"
+        )
+        with pytest.raises(LockedError), RunWriter(path, ["a"], {}):
+            pass
+        assert fakes.files_in(path) == before
+    assert in_subprocess(LOCK, path) == "writing\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_lock_ends_with_its_process(tmp_path: Path) -> None:
+    code = """
+        import os, sys
+        from zarrtrace.store import RunWriter
+
+        RunWriter(sys.argv[1], ["a"], {}).__enter__()
+        os._exit(0)
+    """
+    in_subprocess(code, tmp_path / "run")
+    assert (tmp_path / ".run.lock").exists()
+    with RunWriter(tmp_path / "run", ["a"], {}):
+        pass
+    assert not (tmp_path / ".run.lock").exists()
+
+
+# --- replacing a run ---------------------------------------------------------------------------
+
+
+def test_overwrite_replaces_only_when_finished(run: fakes.FakeRun) -> None:
+    folder, before = run.path.parent, fakes.files_in(run.path)
+    fakes.make_run(folder, seed=5, overwrite=True, finish=False)
+    assert fakes.files_in(run.path) == before
+    new = fakes.make_run(folder, seed=5, overwrite=True)
+    assert_equals(zt.open_trace(new.trace), new.truth["Safe_1"])
+    assert fakes.files_in(new.path) != before
+    assert [p.name for p in folder.iterdir()] == ["run"]
+
+
+def test_overwrite_goes_on_where_it_stopped(run: fakes.FakeRun) -> None:
+    drop = {"Safe_1": (3,), "Risky_2": (1, 2)}
+    fakes.make_run(run.path.parent, seed=5, overwrite=True, drop=drop)
+    with RunWriter(run.path, fakes.SCENARIOS, fakes.CONFIG, overwrite=True) as again:
+        attributes = fakes._attributes_for("Safe_1", {})
+        assert again.trace(attributes, fakes.make_shape(), tokens()).missing_layers == (3,)
+    other = {**fakes.CONFIG, "layers": "1-3"}
+    with RunWriter(run.path, fakes.SCENARIOS, other, overwrite=True) as again:
+        missing = again.trace(attributes, fakes.make_shape(), tokens()).missing_layers
+        assert missing == fakes.LAYERS
+
+
+@pytest.mark.parametrize("stop_at", range(4))
+def test_a_kill_while_replacing_loses_no_run(
+    run: fakes.FakeRun, monkeypatch: pytest.MonkeyPatch, stop_at: int
+) -> None:
+    """Stop at every rename and removal of the swap; the next writer ends it."""
+
+    class KilledError(BaseException):
+        pass
+
+    steps = iter(range(100))
+
+    def stopping(original: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*arguments: Any, **options: Any) -> Any:
+            if next(steps) == stop_at:
+                raise KilledError
+            return original(*arguments, **options)
+
+        return step
+
+    folder = run.path.parent
+    fakes.make_run(folder, seed=5, overwrite=True, finish=False)
+    with RunWriter(run.path, fakes.SCENARIOS, fakes.CONFIG, overwrite=True) as again:
+        monkeypatch.setattr(again, "_unlock", lambda: os.close(again._lock))  # as a kill does
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "rmtree", stopping(shutil.rmtree))
+            patch.setattr(Path, "rename", stopping(Path.rename))
+            with pytest.raises(KilledError):
+                again.finish()
+    new = fakes.make_run(folder, seed=5, overwrite=True)
+    assert_equals(zt.open_trace(new.trace), new.truth["Safe_1"])
+    assert {p.name for p in folder.iterdir()} == {"run"}
+
+
+# --- the disk ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "message"),
+    [
+        (errno.ENOSPC, NoSpaceError, "(?s)no space left.*same command again"),
+        (errno.EDQUOT, NoSpaceError, "no space left"),
+        (errno.EACCES, StoreError, "cannot be written"),
+        (errno.EIO, OSError, "Input/output error"),
+    ],
+)
+def test_what_the_disk_says(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    kind: type[Exception],
+    message: str,
+) -> None:
+    records = list(fakes.make_records())
+    writer = fakes.make_trace_writer(tmp_path / "trace")
+    writer.append(records[0])
+    original = os.replace
+
+    def full(source: Any, target: Any) -> None:
+        if "features" in str(target):
+            raise OSError(number, os.strerror(number))
+        original(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(kind, match=message):
+            writer.append(records[1])
+    assert writer.missing_layers == (2, 3)
+    # Once there is room, the same trace goes on.
+    again = fakes.make_trace_writer(tmp_path / "trace")
+    assert again.missing_layers == (2, 3)
+    with again:
+        for record in records[1:]:
+            again.append(record)
+    assert_equals(
+        zt.open_trace(tmp_path / "trace"), fakes.truth_of(records, fakes.LAYERS, tokens())
+    )

@@ -1,0 +1,431 @@
+"""What separates one group of scenarios from another."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from zarrtrace.analysis.resampling import (
+    DEFAULT_PERMUTATIONS,
+    TwoGroups,
+    corrected,
+    familywise,
+    same_rows,
+    two_groups,
+)
+from zarrtrace.analysis.selecting import (
+    Place,
+    as_places,
+    described,
+    has_span,
+    label,
+    positions,
+    require,
+    require_places,
+    span_names,
+    tags,
+    traces,
+)
+from zarrtrace.errors import ScenarioError
+from zarrtrace.scenarios import DECISION
+
+Group = str | Sequence[str]
+
+_STATISTICS = ("mean_a", "mean_b", "cohens_d", "t", "p_welch", "p_permutation")
+_METHOD = (
+    "difference of group means over scenarios; Cohen's d by the pooled standard deviation (Cohen "
+    "1988); Welch's t (1947); two-sided permutation p-value of the absolute difference of means "
+    "(Phipson & Smyth 2010); q by Benjamini & Hochberg (1995) over all tests of this call; "
+    "p_familywise by the permutation distribution of the largest standardised difference "
+    "(Westfall & Young 1993)"
+)
+
+
+def contrast(
+    data: xr.DataTree,
+    group_a: Group,
+    group_b: Group,
+    at: Place | Sequence[Place] | None = None,
+    *,
+    what: Literal["features", "attention"] = "features",
+    target: Place = DECISION,
+    heads: Literal["mean", "each"] = "mean",
+    min_scenarios: int = 1,
+    n_permutations: int = DEFAULT_PERMUTATIONS,
+    seed: int = 0,
+) -> xr.Dataset:
+    """Compare two groups of scenarios: which features, or which attention, separate them.
+
+    A scenario is one observation: activations are averaged over the tokens of a place, attention
+    over its pairs of tokens.
+
+    Parameters
+    ----------
+    data
+        A run.
+    group_a, group_b
+        A tag, or names of scenarios; at least two a group, none in both.
+    at
+        For features: the places to compare, ``"decision"`` if None. For attention: the places
+        attended to, every span but `target` if None.
+    what
+        ``"features"`` by layer and place, or ``"attention"`` from `target` to each place by layer.
+    target
+        For attention: the tokens that attend.
+    heads
+        For attention: the mean over heads, or each one.
+    min_scenarios
+        Test only features active in at least so many of the scenarios, whichever their group; a
+        feature that is active in none cannot differ and is never tested.
+    n_permutations
+        Permutations to draw where there are more than 10,000 groupings; below that, every one is
+        tried and the p-value is exact (252 for 5 against 5).
+    seed
+        Of the permutations drawn.
+
+    Returns
+    -------
+    xr.Dataset
+        ``mean_a``, ``mean_b``, ``difference`` (a − b), ``cohens_d``, ``t``, ``p_welch``,
+        ``q_welch``, ``p_permutation``, ``q_permutation``, ``p_familywise``, ``n_a``, ``n_b``.
+        For features along ``row``, with coordinates ``place``, ``layer``, ``feature``: a table of
+        those tested, smallest p and largest effect first. For attention ``(source, layer)`` or
+        ``(source, layer, head)``. A scenario that lacks a span or a layer does not count there;
+        what has fewer than two scenarios a group is left out (attention: NaN) and named in
+        ``attrs["not_tested"]``. Infinite d: neither group varies; then t is NaN.
+        Computed at the call, scenario by scenario, keeping active features only.
+
+        ``attrs`` state the limits of small groups: ``smallest_p`` (5 against 5: 2/252 = 0.0079),
+        ``n_tests``, ``smallest_q_alone`` (the least q that a feature can reach if no other one
+        does as well) and ``needed_at_smallest_p`` (how many must reach the smallest p together for
+        q ≤ 0.05). `p_familywise` has no such floor but `smallest_p` itself.
+
+    Raises
+    ------
+    ScenarioError
+        If a group names no scenario, is too small, overlaps the other, or no scenario has a span.
+    ConfigError
+        If a trace lacks the array.
+    """
+    runs = traces(data)
+    names_a, names_b = _members(runs, group_a), _members(runs, group_b)
+    _check_groups(names_a, names_b)
+    chosen = {name: runs[name] for name in (*names_a, *names_b)}
+    in_a = np.array([name in names_a for name in chosen])
+    if at is None:
+        at = DECISION if what == "features" else _other_spans(data, target)
+    places = as_places(at)[0]
+    require_places(data, places if what == "features" else [*places, target])
+    plan = _Plan(in_a, n_permutations, seed)
+    if what == "features":
+        out = _feature_contrast(chosen, places, plan, min_scenarios)
+    else:
+        out = _attention_contrast(chosen, places, target, heads, plan)
+    out = described(
+        out,
+        data,
+        "contrast",
+        _METHOD,
+        what=what,
+        group_a=list(names_a),
+        group_b=list(names_b),
+        at=[label(place) for place in places],
+        **({"target": label(target), "heads": heads} if what == "attention" else {}),
+        **({"min_scenarios": min_scenarios} if what == "features" else {}),
+        n_permutations=n_permutations,
+        seed=seed,
+    )
+    return out.assign_attrs(_limits(out, plan))
+
+
+@dataclass
+class _Plan:
+    """Groups, permutations, and the family of tests they make."""
+
+    in_a: np.ndarray
+    n_permutations: int
+    seed: int
+    smallest_p: float = 1.0
+    exact: bool = True
+    not_tested: tuple[str, ...] = ()
+
+    def testable(self, rows: np.ndarray) -> bool:
+        """Tell whether both groups keep two of these scenarios."""
+        return bool((rows & self.in_a).sum() >= 2 and (rows & ~self.in_a).sum() >= 2)
+
+    def test(self, values: np.ndarray, rows: np.ndarray) -> TwoGroups:
+        """Compare the groups over the scenarios `rows`."""
+        found = two_groups(
+            values, self.in_a[rows], n_permutations=self.n_permutations, seed=self.seed
+        )
+        self.smallest_p = min(self.smallest_p, found.smallest_p)
+        self.exact &= found.exact
+        return found
+
+    def sizes(self, rows: np.ndarray) -> tuple[int, int]:
+        """Return how many scenarios each group has."""
+        return int((rows & self.in_a).sum()), int((rows & ~self.in_a).sum())
+
+
+# --- groups ------------------------------------------------------------------------------------
+
+
+def _members(runs: dict[str, xr.Dataset], group: Group) -> tuple[str, ...]:
+    if isinstance(group, str):
+        found = tuple(name for name, ds in runs.items() if group in tags(ds))
+        if not found:
+            known = sorted({tag for ds in runs.values() for tag in tags(ds)})
+            raise ScenarioError(
+                f"no scenario has the tag {group!r}",
+                why="A group is a tag, or a list of names of scenarios.",
+                remedy=f"Tags there are: {', '.join(known) or 'none'}.",
+            )
+        return found
+    absent = [name for name in group if name not in runs]
+    if absent:
+        close = difflib.get_close_matches(absent[0], runs, n=1)
+        raise ScenarioError(
+            f"the run has no scenario {absent[0]!r}",
+            remedy=f"Did you mean {close[0]!r}?" if close else f"It has: {', '.join(runs)}.",
+        )
+    return tuple(dict.fromkeys(group))
+
+
+def _check_groups(a: Sequence[str], b: Sequence[str]) -> None:
+    both = [name for name in a if name in b]
+    if both:
+        raise ScenarioError(
+            f"scenario {both[0]!r} is in both groups", remedy="Leave it out of one of them."
+        )
+    for name, group in (("A", a), ("B", b)):
+        if len(group) < 2:
+            raise ScenarioError(
+                f"group {name} has {len(group)} scenario(s): {', '.join(group) or 'none'}",
+                why="A variance needs at least two.",
+                remedy="Extract more scenarios, or choose a larger group.",
+            )
+
+
+def _other_spans(data: xr.DataTree, target: Place) -> list[Place]:
+    return [name for name in span_names(data) if name != target]
+
+
+# --- features ----------------------------------------------------------------------------------
+
+# Active features of one place and layer of a scenario: their indices and mean activations.
+_Active = tuple[np.ndarray, np.ndarray]
+
+
+def _feature_contrast(
+    chosen: dict[str, xr.Dataset], places: Sequence[Place], plan: _Plan, min_scenarios: int
+) -> xr.Dataset:
+    stored = [_active(ds, places) for ds in chosen.values()]
+    tables: list[pd.DataFrame] = []
+    extremes: dict[bytes, tuple[list[int], list[TwoGroups]]] = {}
+    for key in sorted(set().union(*stored)):
+        rows = np.array([key in found for found in stored])
+        if not plan.testable(rows):
+            plan.not_tested += (f"layer {key[1]} at {label(places[key[0]])}",)
+            continue
+        present = [found[key] for found in stored if key in found]
+        features, values = _side_by_side(present, min_scenarios)
+        if not len(features):
+            continue
+        found = plan.test(values, rows)
+        numbers, kept = extremes.setdefault(rows.tobytes(), ([], []))
+        numbers.append(len(tables))
+        kept.append(found)
+        tables.append(_rows_of(found, key, features, plan.sizes(rows)))
+    if not tables:
+        raise ScenarioError(
+            "nothing to compare: no feature is active at "
+            + " or ".join(label(place) for place in places)
+            + " in layers that two scenarios of each group have",
+            why="; ".join(plan.not_tested[:3]),
+            remedy="Choose other places or groups, or complete the run.",
+        )
+    for numbers, kept in extremes.values():
+        largest = np.max([found.extreme for found in kept], axis=0)
+        for number, found in zip(numbers, kept, strict=True):
+            # Sets of scenarios that differ are corrected for by Bonferroni.
+            p = familywise(found.standardised, largest) * len(extremes)
+            tables[number]["p_familywise"] = np.minimum(p, 1)
+    table = pd.concat(tables, ignore_index=True)
+    table["place"] = np.array([label(place) for place in places], dtype=object)[table["place"]]
+    table["q_welch"] = corrected(table["p_welch"].to_numpy())
+    table["q_permutation"] = corrected(table["p_permutation"].to_numpy())
+    strength = table["cohens_d"].abs().to_numpy()
+    order = np.lexsort((-strength, table["p_permutation"].to_numpy()))
+    table = table.iloc[order].reset_index(drop=True).rename_axis("row")
+    out = xr.Dataset.from_dataframe(table).set_coords(["place", "layer", "feature"])
+    return out.assign_coords(place=("row", table["place"].to_numpy(dtype=object)))
+
+
+def _active(ds: xr.Dataset, places: Sequence[Place]) -> dict[tuple[int, int], _Active]:
+    """Active features by (number of the place, layer); what is missing has no key."""
+    require(ds, "features")
+    here = [
+        (number, positions(ds, place))
+        for number, place in enumerate(places)
+        if not isinstance(place, str) or has_span(ds, place)
+    ]
+    if not here:
+        return {}
+    rows = sorted({position for _, tokens in here for position in tokens})
+    block = ds["features"].sel(query=rows)
+    out: dict[tuple[int, int], _Active] = {}
+    # Dask reads layers in parallel, so it is asked for all at once; otherwise one is in memory.
+    whole = None if block.chunks is None else np.asarray(block)
+    for at, layer in enumerate(np.asarray(ds["layer"]).tolist()):
+        tokens_by_feature = np.asarray(block.isel(layer=at)) if whole is None else whole[at]
+        if np.isnan(tokens_by_feature[0, 0]):
+            continue
+        for number, tokens in here:
+            mean = tokens_by_feature[np.searchsorted(rows, tokens)].mean(0, dtype=np.float64)
+            active = np.flatnonzero(mean)
+            out[number, layer] = active.astype(np.int32), mean[active]
+    return out
+
+
+def _side_by_side(present: Sequence[_Active], min_scenarios: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return features active in enough scenarios ``(m,)`` and their values ``(n, m)``."""
+    features, counts = np.unique(
+        np.concatenate([indices for indices, _ in present]), return_counts=True
+    )
+    features = features[counts >= min_scenarios]
+    values = np.zeros((len(present), len(features)))
+    for row, (indices, activations) in zip(values, present, strict=True):
+        kept = np.isin(indices, features)
+        row[np.searchsorted(features, indices[kept])] = activations[kept]
+    return features, values
+
+
+def _rows_of(
+    found: TwoGroups, key: tuple[int, int], features: np.ndarray, sizes: tuple[int, int]
+) -> pd.DataFrame:
+    statistics = {name: getattr(found, name) for name in _STATISTICS}
+    return pd.DataFrame(
+        {
+            "place": key[0],
+            "layer": key[1],
+            "feature": features.astype(np.int64),
+            **statistics,
+            "difference": found.mean_a - found.mean_b,
+            "n_a": sizes[0],
+            "n_b": sizes[1],
+        }
+    )
+
+
+# --- attention ---------------------------------------------------------------------------------
+
+
+def _attention_contrast(
+    chosen: dict[str, xr.Dataset],
+    places: Sequence[Place],
+    target: Place,
+    heads: Literal["mean", "each"],
+    plan: _Plan,
+) -> xr.Dataset:
+    whole = xr.concat(
+        [_attention(ds, places, target, heads) for ds in chosen.values()],
+        dim="scenario",
+        join="outer",
+        coords="minimal",
+        compat="override",
+    )
+    whole = whole.transpose("scenario", ...)
+    values = np.asarray(whole).reshape(len(chosen), -1).astype(np.float64)
+    dims, shape = whole.dims[1:], whole.shape[1:]
+    columns = {
+        name: np.full(values.shape[1], np.nan)
+        for name in (*_STATISTICS, "p_familywise", "n_a", "n_b")
+    }
+    sets = list(same_rows(~np.isnan(values)))
+    tested = [(rows, which) for rows, which in sets if plan.testable(rows)]
+    for rows, which in sets:
+        columns["n_a"][which], columns["n_b"][which] = plan.sizes(rows)
+    for rows, which in tested:
+        found = plan.test(values[np.ix_(rows, which)], rows)
+        for name in _STATISTICS:
+            columns[name][which] = getattr(found, name)
+        p = familywise(found.standardised, found.extreme) * len(tested)
+        columns["p_familywise"][which] = np.minimum(p, 1)
+    if not tested:
+        raise ScenarioError(
+            "nothing to compare: no attention that two scenarios of each group have",
+            why=f"Spans {', '.join(map(label, places))} or layers are missing in too many.",
+            remedy="Choose other places or groups, or complete the run.",
+        )
+    columns["difference"] = columns["mean_a"] - columns["mean_b"]
+    columns["q_welch"] = corrected(columns["p_welch"])
+    columns["q_permutation"] = corrected(columns["p_permutation"])
+    out = xr.Dataset(
+        {name: (dims, column.reshape(shape)) for name, column in columns.items()},
+        coords={str(dim): whole[dim] for dim in dims},
+    )
+    for name in ("n_a", "n_b"):
+        out[name] = out[name].astype(np.int64)
+    gone = out["n_a"].where(out["n_b"] >= 2, 0) < 2
+    gone = gone.any("head") if "head" in gone.dims else gone
+    plan.not_tested = tuple(
+        f"layer {layer} to {source}" for source, layer in gone.to_series()[lambda flag: flag].index
+    )
+    return out
+
+
+def _attention(ds: xr.Dataset, places: Sequence[Place], target: Place, heads: str) -> xr.DataArray:
+    """Mean attention from the target to each place ``(source, layer[, head])``, loaded."""
+    name = "attention_mean" if heads == "mean" else "attention"
+    require(ds, name)
+    stays = ["layer"] if heads == "mean" else ["layer", "head"]
+    bare = ds[name].drop_vars(["query_token", "key_token", "token_id"], errors="ignore")
+    absent = xr.full_like(bare.isel(query=0, key=0, drop=True), np.nan, dtype=np.float64)
+    reachable = not isinstance(target, str) or has_span(ds, target)
+    found = [
+        bare.sel(query=positions(ds, target), key=positions(ds, place)).mean(
+            ["query", "key"], dtype=np.float64, skipna=False
+        )
+        if reachable and (not isinstance(place, str) or has_span(ds, place))
+        else absent
+        for place in places
+    ]
+    source = xr.DataArray([label(place) for place in places], dims="source", name="source")
+    together = xr.concat(found, dim=source, coords="minimal", compat="override")
+    return together.transpose("source", *stays).load()
+
+
+# --- limits ------------------------------------------------------------------------------------
+
+
+def _limits(out: xr.Dataset, plan: _Plan) -> dict[str, str | int | float]:
+    """State what groups of this size can show at best."""
+    n_tests = int(np.isfinite(out["p_permutation"]).sum())
+    na, nb = int(plan.in_a.sum()), int((~plan.in_a).sum())
+    alone = min(1.0, plan.smallest_p * n_tests)
+    needed = max(1, math.ceil(plan.smallest_p * n_tests / 0.05 - 1e-9))
+    groupings = f"all {math.comb(na + nb, na)}" if plan.exact else f"{plan.n_permutations} drawn"
+    sentence = (
+        f"{na} against {nb} scenarios, {groupings} permutations: no p_permutation or p_familywise "
+        f"below {plan.smallest_p:.4g}. Of {n_tests} tests, one alone at that p has "
+        f"q_permutation = {alone:.3g}; {needed} must reach it together for q <= 0.05. Welch's p "
+        "has no such floor but assumes normal values, which sparse activations are not."
+    )
+    return {
+        "n_a": na,
+        "n_b": nb,
+        "n_tests": n_tests,
+        "permutations": groupings,
+        "smallest_p": plan.smallest_p,
+        "smallest_q_alone": alone,
+        "needed_at_smallest_p": needed,
+        "not_tested": "; ".join(plan.not_tested),
+        "limits": sentence,
+    }

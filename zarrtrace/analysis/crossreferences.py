@@ -1,0 +1,241 @@
+"""Whether features that go with a word sit where attention goes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from zarrtrace.analysis.resampling import corrected, spearman, two_groups
+from zarrtrace.analysis.selecting import (
+    Data,
+    described,
+    has_span,
+    positions,
+    require,
+    require_places,
+    span_names,
+    traces,
+)
+from zarrtrace.analysis.words import Table, all_layers, load, read_table
+from zarrtrace.errors import ConfigError
+from zarrtrace.scenarios import DECISION
+from zarrtrace.spec import NAMESPACE
+
+MEASURES = ("attention", "place")
+
+# Scenarios whose layer is in memory at once (a layer of 121 × 32768 is 16 MB).
+_AT_ONCE = 8
+
+
+def crossreference(
+    data: Data,
+    table: Table,
+    pairs: Mapping[str, str] | Sequence[tuple[str, str]] | None = None,
+    *,
+    top: int = 1,
+    n_permutations: int = 999,
+    seed: int = 0,
+) -> xr.Dataset:
+    """Whether features that go with a word sit where attention goes, and at the word's place.
+
+    For every feature of the table, layer by layer, two measures, each averaged over the scenarios
+    in which the feature fires:
+
+    - ``"attention"``: over the tokens after the span, Spearman's correlation of the feature's
+      activation with the token's attention to the span (mean over heads, mean over the span's
+      tokens). Undefined if fewer than three tokens follow, so always for ``"decision"``.
+    - ``"place"``: its mean activation at the span minus its mean at all other tokens, divided by
+      the standard deviation over all tokens.
+
+    Then the features that go with the word are compared with the table's other features of that
+    layer; the permutation test deals the same number of features out at random.
+
+    Parameters
+    ----------
+    data
+        A trace or a run with ``features`` and ``attention_mean``.
+    table
+        Features and their words, see :func:`read_table`. Words are compared without surrounding
+        white space and case. From the same run, ``"place"`` is true by construction for words
+        that the span itself holds: take a table made from other text to test it.
+    pairs
+        Which word to look for at which span: ``{"balance": "balance", "stop": "decision"}``.
+        If None: every span by its own name, and every option (bet, stop) at the decision, where
+        the table has the word.
+    top
+        A feature goes with its `top` best-scored words that have a score above 0.
+    n_permutations, seed
+        As for :func:`contrast`.
+
+    Returns
+    -------
+    xr.Dataset
+        ``(measure, pair, layer)``, with coordinates ``word`` and ``span`` along ``pair``:
+        ``mean`` of the measure over the word's features, ``mean_others``, ``cohens_d``,
+        ``p_permutation``, ``q_permutation`` (Benjamini & Hochberg 1995, over all of the result),
+        ``n_features``, ``n_others`` (those that fire). NaN where either has fewer than two.
+        Computed at the call, layer by layer, from ``features`` whole.
+
+    Raises
+    ------
+    ConfigError
+        If a trace lacks features or attention, the table is not one, or has none of the words.
+    ScenarioError
+        If no scenario has a span of `pairs`.
+    """
+    frame = read_table(table)
+    runs = traces(data)
+    for ds in runs.values():
+        require(ds, "features", "attention_mean")
+    frame = _own_words(frame, top)
+    wanted = _pairs(data, frame, pairs)
+    require_places(data, [span for _, span in wanted])
+    layers = all_layers(runs.values())
+    shape = (len(MEASURES), len(wanted), len(layers))
+    names = ("mean", "mean_others", "cohens_d", "p_permutation")
+    out = {name: np.full(shape, np.nan) for name in names}
+    sizes = {name: np.zeros(shape, np.int64) for name in ("n_features", "n_others")}
+    for at, layer in enumerate(layers):
+        here = frame[frame["layer"] == layer]
+        features = np.unique(here["feature"].to_numpy())
+        measured = _measure(runs, layer, features, sorted({span for _, span in wanted}))
+        for number, (word, span) in enumerate(wanted):
+            own = np.isin(features, here["feature"][here["word"] == word].to_numpy())
+            values = measured[span]
+            for which in range(len(MEASURES)):
+                fires = ~np.isnan(values[:, which])
+                cell = which, number, at
+                sizes["n_features"][cell] = (own & fires).sum()
+                sizes["n_others"][cell] = (~own & fires).sum()
+                if min(sizes["n_features"][cell], sizes["n_others"][cell]) < 2:
+                    continue
+                found = two_groups(
+                    values[fires, which, None],
+                    own[fires],
+                    n_permutations=n_permutations,
+                    seed=seed,
+                )
+                statistics = (found.mean_a, found.mean_b, found.cohens_d, found.p_permutation)
+                for name, value in zip(names, statistics, strict=True):
+                    out[name][cell] = value[0]
+    out["q_permutation"] = corrected(out["p_permutation"])
+    dims = ("measure", "pair", "layer")
+    result = xr.Dataset(
+        {name: (dims, value) for name, value in {**out, **sizes}.items()},
+        coords={
+            "measure": list(MEASURES),
+            "pair": [f"{word} @ {span}" for word, span in wanted],
+            "word": ("pair", [word for word, _ in wanted]),
+            "span": ("pair", [span for _, span in wanted]),
+            "layer": layers,
+        },
+    )
+    return described(
+        result,
+        data,
+        "crossreference",
+        "features of a word against the table's other features: Spearman correlation of activation "
+        "with attention to the span over the tokens after it, and standardised difference of "
+        "activation at the span and elsewhere; two-sided permutation of features (Phipson & Smyth "
+        "2010), q by Benjamini & Hochberg (1995)",
+        pairs=[list(pair) for pair in wanted],
+        top=top,
+        n_permutations=n_permutations,
+        seed=seed,
+    )
+
+
+def _plain(word: str) -> str:
+    return word.strip().casefold()
+
+
+def _own_words(frame: pd.DataFrame, top: int) -> pd.DataFrame:
+    """Keep each feature's best words, in plain form."""
+    frame = frame.assign(word=frame["word"].map(_plain))
+    best = frame.sort_values(["layer", "feature", "score"], ascending=[True, True, False])
+    best = best.drop_duplicates(["layer", "feature", "word"])
+    rank = best.groupby(["layer", "feature"]).cumcount()
+    # Features without a word of their own stay: they are what the others are compared with.
+    return best.assign(word=best["word"].where((rank < top) & (best["score"] > 0)))
+
+
+def _pairs(
+    data: Data, frame: pd.DataFrame, given: Mapping[str, str] | Sequence[tuple[str, str]] | None
+) -> list[tuple[str, str]]:
+    words = set(frame["word"].dropna())
+    if given is not None:
+        asked = list(given.items()) if isinstance(given, Mapping) else list(given)
+        found = [(_plain(word), span) for word, span in asked]
+        absent = [word for word, _ in found if word not in words]
+    else:
+        options = [
+            n for ds in traces(data).values() for n in ds.attrs[NAMESPACE].get("options", ())
+        ]
+        asked = [(name, name) for name in span_names(data) if name != DECISION]
+        asked += [(name, DECISION) for name in dict.fromkeys(options)]
+        found = [(_plain(word), span) for word, span in asked if _plain(word) in words]
+        absent = [] if found else [word for word, _ in asked]
+    if absent or not found:
+        raise ConfigError(
+            "no feature of the table goes with the word " + " or ".join(map(repr, absent)),
+            why=f"The table has words for {frame['feature'].nunique()} features.",
+            remedy="Give pairs={word: span} with words of the table, or a larger `top`.",
+        )
+    return found
+
+
+def _measure(
+    runs: Mapping[str, xr.Dataset], layer: int, features: np.ndarray, spans: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Return both measures of every feature ``(feature, measure)``, by span."""
+    having = [ds for ds in runs.values() if layer in ds.indexes["layer"]]
+    activations = load([ds["features"].sel(layer=layer) for ds in having], _AT_ONCE)
+    total = {span: np.zeros((len(features), len(MEASURES))) for span in spans}
+    seen = {span: np.zeros((len(features), len(MEASURES))) for span in spans}
+    for ds, block in zip(having, activations, strict=True):
+        if np.isnan(block[0, 0]) or not len(features):
+            continue
+        if features[-1] >= block.shape[1] or features[0] < 0:
+            raise ConfigError(
+                f"the table names feature {features[-1]} of layer {layer}",
+                why=f"The SAE of that layer has {block.shape[1]} latents, counted from 0.",
+                remedy="Take a table that was made with the same SAEs.",
+            )
+        firing = np.flatnonzero(np.any(block > 0, axis=0)[features])
+        values = block[:, features[firing]].astype(np.float64)
+        for span in spans:
+            if not has_span(ds, span):
+                continue
+            tokens = np.isin(np.asarray(ds["query"]), positions(ds, span))
+            found = np.column_stack(
+                [_follows_attention(ds, layer, tokens, values), _at_place(tokens, values)]
+            )
+            defined = ~np.isnan(found)
+            total[span][firing] += np.where(defined, found, 0)
+            seen[span][firing] += defined
+    with np.errstate(invalid="ignore"):
+        return {span: total[span] / seen[span] for span in spans}
+
+
+def _follows_attention(
+    ds: xr.Dataset, layer: int, tokens: np.ndarray, values: np.ndarray
+) -> np.ndarray:
+    """Rank correlation, over the tokens after the span, with attention to it ``(feature,)``."""
+    after = np.arange(len(tokens)) > np.flatnonzero(tokens)[-1]
+    if after.sum() < 3:
+        return np.full(values.shape[1], np.nan)
+    attention = ds["attention_mean"].sel(layer=layer).isel(query=after, key=tokens)
+    return spearman(np.asarray(attention).mean(1, dtype=np.float64), values[after])
+
+
+def _at_place(tokens: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Standardised difference between the span and elsewhere ``(feature,)``."""
+    if tokens.all():
+        return np.full(values.shape[1], np.nan)
+    difference = values[tokens].mean(0) - values[~tokens].mean(0)
+    spread = values.std(0)
+    out = np.full(values.shape[1], np.nan)
+    return np.asarray(np.divide(difference, spread, out=out, where=spread > 0))

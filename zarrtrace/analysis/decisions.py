@@ -1,0 +1,236 @@
+"""What the model is about to choose, and what goes with it over scenarios."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import xarray as xr
+
+from zarrtrace.analysis.resampling import (
+    DEFAULT_PERMUTATIONS,
+    corrected,
+    correlations,
+    same_rows,
+)
+from zarrtrace.analysis.selecting import (
+    Data,
+    described,
+    per_scenario,
+    positions,
+    require,
+    traces,
+)
+from zarrtrace.errors import ConfigError
+from zarrtrace.scenarios import DECISION
+from zarrtrace.spec import NAMESPACE
+
+
+def decision(data: Data, *, vocabulary: int | None = None) -> xr.Dataset:
+    """Next-token distribution at the decision: the probability of each option, and entropy.
+
+    Parameters
+    ----------
+    data
+        A trace or a run with ``next_token``.
+    vocabulary
+        Size of the model's vocabulary, for the upper bound of the entropy.
+
+    Returns
+    -------
+    xr.Dataset
+        By ``scenario`` (a scalar coordinate for a trace), lazy if `data` is:
+
+        ``probability (option)``
+            Of the option's first token; NaN if it is not among the ten that are stored.
+        ``upper_bound (option)``
+            `probability`, or the most it can be if not stored: the tenth probability, or what the
+            ten leave if that is less.
+        ``share (option)``
+            `probability` divided by that of all options together; NaN if one is not stored.
+        ``entropy``
+            In nats, of the ten stored and everything else taken as one outcome. That is a lower
+            bound of the distribution's entropy.
+        ``entropy_upper``
+            Its upper bound, everything else spread evenly; only if `vocabulary` is given.
+        ``remainder``
+            Probability that the ten stored ones leave.
+        ``top_token``, ``top_probability``
+            The most likely continuation.
+
+        Options that a scenario does not have are NaN.
+
+    Raises
+    ------
+    ConfigError
+        If a trace has no next-token probabilities, or no scenario has options.
+    """
+    options = {
+        name: None for ds in traces(data).values() for name in ds.attrs[NAMESPACE]["options"]
+    }
+    if not options:
+        raise ConfigError(
+            "no scenario has options",
+            why="Options are the continuations whose probability matters: {bet: '1', stop: '2'}.",
+            remedy="Name them under 'options' in the scenarios file and extract again.",
+        )
+
+    def of(ds: xr.Dataset) -> xr.Dataset:
+        return _distribution(ds, list(options), vocabulary)
+
+    out = per_scenario(data, of)
+    return described(
+        out,
+        data,
+        "decision",
+        "stored next-token probabilities at the last token; entropy in nats, a lower bound: all "
+        "that is not stored counts as one outcome",
+        options=list(options),
+        vocabulary=vocabulary,
+    )
+
+
+def _distribution(ds: xr.Dataset, options: list[str], vocabulary: int | None) -> xr.Dataset:
+    require(ds, "next_token", "next_token_logprob")
+    (last,) = positions(ds, DECISION)
+    texts = ["query", "query_token", "token_id"]
+    here = ds[["next_token", "next_token_logprob"]].sel(query=last)
+    here = here.drop_vars(texts, errors="ignore")
+    ids = here["next_token"].astype(np.int64)
+    probability = xr.apply_ufunc(
+        np.exp, here["next_token_logprob"].astype(np.float64), dask="allowed"
+    )
+    remainder = (1 - probability.sum("rank", skipna=False)).clip(0, 1)
+    own = ds.attrs[NAMESPACE]["options"]
+    wanted = xr.DataArray(
+        [own[name]["token_id"] if name in own else -1 for name in options],
+        dims="option",
+        coords={"option": options},
+    )
+    chosen = probability.where(ids == wanted).max("rank").transpose("option")
+    # Stored ones are the most likely: no other can exceed the last of them, nor what they leave.
+    tenth = probability.isel(rank=-1, drop=True)
+    bound = tenth.where(tenth < remainder, remainder)
+    of_options = chosen.where(wanted >= 0, 0).sum("option", skipna=False)
+    entropy = _surprise(probability).sum("rank", skipna=False) + _surprise(remainder)
+    out = xr.Dataset(
+        {
+            "probability": chosen,
+            "upper_bound": chosen.fillna(bound).where(wanted >= 0),
+            "share": chosen / of_options,
+            "entropy": entropy.assign_attrs(units="nat"),
+            "remainder": remainder,
+            "top_token": ids.isel(rank=0, drop=True),
+            "top_probability": probability.isel(rank=0, drop=True),
+        }
+    )
+    if vocabulary is not None:
+        rest = vocabulary - ids.sizes["rank"]
+        if rest < 1:
+            raise ConfigError(
+                f"vocabulary={vocabulary} is not the size of a vocabulary",
+                why=f"{ids.sizes['rank']} continuations are stored.",
+                remedy="Give the model's vocab_size.",
+            )
+        out["entropy_upper"] = entropy + remainder * math.log(rest)
+    return out
+
+
+def _surprise(probability: xr.DataArray) -> xr.DataArray:
+    """−p log p, 0 at 0."""
+    positive = probability.where(probability != 0, 1)
+    logarithm: xr.DataArray = xr.apply_ufunc(np.log, positive, dask="allowed")
+    return -probability * logarithm
+
+
+def relate(
+    outcome: xr.DataArray,
+    quantity: xr.DataArray,
+    *,
+    n_permutations: int = DEFAULT_PERMUTATIONS,
+    seed: int = 0,
+) -> xr.Dataset:
+    """How a quantity goes with an outcome over scenarios: rank correlation, everywhere at once.
+
+    Parameters
+    ----------
+    outcome
+        ``(scenario)``, for example ``decision(run).probability.sel(option="bet")``.
+    quantity
+        ``(scenario, …)``, for example ``attention_to(run, "balance")`` or a feature trajectory.
+    n_permutations, seed
+        Permutations to draw where there are more than 10,000 orders (more than 7 scenarios).
+
+    Returns
+    -------
+    xr.Dataset
+        ``rho`` (Spearman 1904), ``p_permutation`` (two-sided), ``q_permutation`` (Benjamini &
+        Hochberg 1995, over all of the result) and ``n_scenarios``, with the other dimensions of
+        `quantity`. Only scenarios in which both are known count; NaN with fewer than three, or
+        where one does not vary. ``attrs["smallest_p"]`` is the least p that can be reached.
+        Computed at the call.
+
+    Raises
+    ------
+    ConfigError
+        If one of them has no dimension ``scenario``, or they share fewer than three.
+    """
+    for name, array in (("outcome", outcome), ("quantity", quantity)):
+        if "scenario" not in array.dims:
+            raise ConfigError(
+                f"the {name} has no dimension 'scenario'",
+                why=f"It has: {', '.join(map(str, array.dims)) or 'none'}.",
+                remedy="Compute it from a whole run, and choose one option.",
+            )
+    if outcome.ndim != 1:
+        raise ConfigError(
+            f"the outcome has dimensions {', '.join(map(str, outcome.dims))}",
+            remedy="Choose one value a scenario, for example .sel(option='bet').",
+        )
+    outcome = outcome.dropna("scenario")
+    outcome, quantity = xr.align(
+        outcome, quantity, join="inner", exclude=set(quantity.dims[1:]) - {"scenario"}
+    )
+    if outcome.size < 3:
+        raise ConfigError(
+            f"only {outcome.size} scenarios have both",
+            why="A rank correlation needs at least three.",
+            remedy="Extract more scenarios, or choose another option.",
+        )
+    quantity = quantity.transpose("scenario", ...)
+    dims, shape = quantity.dims[1:], quantity.shape[1:]
+    values = np.asarray(quantity, dtype=np.float64).reshape(outcome.size, -1)
+    known = np.asarray(outcome, dtype=np.float64)
+    rho, p = np.full((2, values.shape[1]), np.nan)
+    number = np.zeros(values.shape[1], np.int64)
+    smallest = 1.0
+    for rows, columns in same_rows(np.isfinite(values)):
+        number[columns] = rows.sum()
+        if rows.sum() < 3:
+            continue
+        rho[columns], p[columns], least = correlations(
+            known[rows],
+            values[np.ix_(rows, columns)],
+            n_permutations=n_permutations,
+            seed=seed,
+        )
+        smallest = min(smallest, least)
+    out = xr.Dataset(
+        {
+            "rho": (dims, rho.reshape(shape)),
+            "p_permutation": (dims, p.reshape(shape)),
+            "q_permutation": (dims, corrected(p).reshape(shape)),
+            "n_scenarios": (dims, number.reshape(shape)),
+        },
+        coords={
+            name: coord for name, coord in quantity.coords.items() if "scenario" not in coord.dims
+        },
+    )
+    return out.assign_attrs(
+        analysis="relate",
+        method="Spearman's rank correlation over scenarios (1904), two-sided permutation p-value "
+        "(Phipson & Smyth 2010), q by Benjamini & Hochberg (1995)",
+        n_scenarios=int(outcome.size),
+        n_tests=int(np.isfinite(p).sum()),
+        smallest_p=smallest,
+    )

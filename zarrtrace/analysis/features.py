@@ -1,0 +1,262 @@
+"""Where SAE features are active: along layers, and on pathways that attention takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import xarray as xr
+
+from zarrtrace.analysis.selecting import (
+    Data,
+    Place,
+    as_places,
+    described,
+    is_run,
+    label,
+    per_scenario,
+    positions,
+    present,
+    require,
+    require_places,
+)
+from zarrtrace.errors import ConfigError
+from zarrtrace.scenarios import DECISION
+
+#: How the tokens of a place become one number.
+Reduce = Literal["mean", "max", "none"]
+
+
+def feature_trajectory(
+    data: Data,
+    features: int | Sequence[int],
+    at: Place | Sequence[Place] = DECISION,
+    *,
+    reduce: Reduce = "mean",
+) -> xr.DataArray:
+    """Activation of given features, layer by layer.
+
+    Latent 14826 of one layer's SAE and latent 14826 of another's are two unrelated features: a
+    trajectory follows an index through dictionaries that were trained apart.
+
+    Parameters
+    ----------
+    data
+        A trace or a run with ``features``.
+    features
+        One latent index, or several.
+    at
+        A place, or several: a span's name, a position (negative from the end) or positions.
+    reduce
+        What to make of a place's tokens: their ``"mean"``, their ``"max"``, or ``"none"``: keep
+        each one (then `at` is a single place).
+
+    Returns
+    -------
+    xr.DataArray
+        ``(scenario, layer, place, feature)`` float32, in the SAE's units; without ``scenario`` for
+        a trace, without ``place`` or ``feature`` if a single one was given. With ``reduce="none"``
+        ``query`` stands in place of ``place`` (token texts beside it for a trace: scenarios of a
+        run differ in them). NaN where a scenario lacks the span or the layer. Lazy if `data` is;
+        reads only the chunks that hold these features and tokens.
+
+    Raises
+    ------
+    ConfigError
+        If a trace has no features, or no such feature.
+    ScenarioError
+        If no scenario has the span, or a position is outside the prompt.
+
+    Notes
+    -----
+    With one feature at the last token this is ``features[-1, 14826]`` by layer.
+    """
+    places, several = as_places(at)
+    if reduce == "none" and len(places) != 1:
+        raise ConfigError(
+            "reduce='none' takes one place",
+            why="Tokens of several places are not one axis.",
+            remedy="Give one span (or list of positions) at a time.",
+        )
+    require_places(data, places)
+    one_feature = isinstance(features, int | np.integer)
+    wanted = [int(features)] if one_feature else [int(f) for f in features]  # type: ignore[union-attr,arg-type]
+
+    def of(ds: xr.Dataset) -> xr.DataArray | None:
+        require(ds, "features")
+        chosen = _choose_features(ds, wanted)
+        here = present(ds, places)
+        if not here:
+            return None
+        if reduce == "none":
+            tokens = chosen.sel(query=positions(ds, here[0]))
+            texts = ["query_token", "token_id"] if is_run(data) else []
+            return tokens.drop_vars(texts, errors="ignore")
+        reduced: list[xr.DataArray] = [
+            getattr(chosen.sel(query=positions(ds, place)), reduce)("query", skipna=False)
+            for place in here
+        ]
+        along = xr.DataArray([label(place) for place in here], dims="place", name="place")
+        return xr.concat(reduced, dim=along, coords="minimal", compat="override").transpose(
+            "layer", "place", "feature"
+        )
+
+    out = per_scenario(data, of).rename("activation")
+    if "place" in out.dims:
+        out = out.reindex(place=[label(place) for place in places])
+        out = out if several else out.isel(place=0)
+    if one_feature:
+        out = out.isel(feature=0)
+    out = out.assign_attrs(long_name="SAE feature activation")
+    return described(
+        out,
+        data,
+        "feature_trajectory",
+        "activation of one latent index by layer"
+        + ("" if reduce == "none" else f", {reduce} over the place's tokens"),
+        features=wanted,
+        at=[label(place) for place in places],
+        reduce=reduce,
+    )
+
+
+def _choose_features(ds: xr.Dataset, wanted: Sequence[int]) -> xr.DataArray:
+    index = ds.indexes["feature"]
+    absent = [feature for feature in wanted if feature not in index]
+    if absent or not wanted:
+        raise ConfigError(
+            f"no feature {absent[0]}" if absent else "no features were given",
+            why=f"The SAE has latents {index.min()} to {index.max()}.",
+            remedy="Give indices of these.",
+        )
+    return ds["features"].sel(feature=list(wanted))
+
+
+def pathway_features(
+    data: Data,
+    source: Place,
+    target: Place = DECISION,
+    *,
+    top: int = 10,
+) -> xr.Dataset:
+    """Features active both at a source and at a target that attends to it, strongest first.
+
+    A feature's score at one layer is the activation that attention can carry: over the tokens q of
+    the target, the mean of ``Σ_k attention[q, k] · activation[k, f]`` with k over the tokens of the
+    source and attention the mean over heads. Features that are not active at the target score
+    nothing. Attention of block N reads the output of block N−1, while its SAE sees the output of
+    block N: the score compares places within one layer, it does not trace a cause.
+
+    Parameters
+    ----------
+    data
+        A trace or a run with ``features`` and ``attention_mean``.
+    source, target
+        Spans or positions: attention goes from the target (query) to the source (key).
+    top
+        How many features to keep by layer.
+
+    Returns
+    -------
+    xr.Dataset
+        ``feature`` (int64, −1 where fewer are active), ``score``, ``source_activation``,
+        ``target_activation`` (means over tokens; NaN where fewer), ``(scenario, layer, rank)``; and
+        ``attention (scenario, layer)``, the mean from target to source. Without ``scenario`` for a
+        trace. Ties go to the lower index. Lazy if `data` is; reads the rows of the two places only:
+        the stored index of 32 features a token would miss weaker ones.
+
+    Raises
+    ------
+    ConfigError
+        If a trace lacks features or attention, or `top` is below 1.
+    ScenarioError
+        If no scenario has both spans.
+
+    Notes
+    -----
+    Scoring by activation × attention follows the attribution of attention-mediated paths in
+    Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits", without the
+    OV circuit, which a trace does not hold.
+    """
+    at_least_one(top)
+    require_places(data, [source, target])
+
+    def of(ds: xr.Dataset) -> xr.Dataset | None:
+        require(ds, "features", "attention_mean")
+        if len(present(ds, [source, target])) < 2:
+            return None
+        src, dst = positions(ds, source), positions(ds, target)
+        activations = ds["features"].drop_vars(["query_token", "token_id"], errors="ignore")
+        attention = ds["attention_mean"].sel(query=dst, key=src)
+        attention = attention.drop_vars(
+            ["query_token", "key_token", "token_id", "query", "key"], errors="ignore"
+        )
+        at_source = activations.sel(query=src).drop_vars("query").rename(query="key")
+        at_target = activations.sel(query=dst).drop_vars("query")
+        feature, *scores = xr.apply_ufunc(
+            _strongest_on_pathway,
+            whole(at_source, "key", "feature"),
+            whole(at_target, "query", "feature"),
+            whole(attention, "query", "key"),
+            kwargs={"top": top},
+            input_core_dims=[["key", "feature"], ["query", "feature"], ["query", "key"]],
+            output_core_dims=[["rank"]] * 4,
+            output_dtypes=[np.int64, np.float64, np.float64, np.float64],
+            dask="parallelized",
+            dask_gufunc_kwargs={"output_sizes": {"rank": top}},
+            keep_attrs=False,
+        )
+        names = ("score", "source_activation", "target_activation")
+        out = xr.Dataset({"feature": feature, **dict(zip(names, scores, strict=True))})
+        out["attention"] = attention.mean(["query", "key"])
+        return out.assign_coords(rank=np.arange(1, top + 1))
+
+    out = per_scenario(data, of)
+    out["feature"] = out["feature"].fillna(-1).astype(np.int64)
+    return described(
+        out,
+        data,
+        "pathway_features",
+        "activation at the source weighted by the target's attention to it (mean over heads), for "
+        "features active at both",
+        source=label(source),
+        target=label(target),
+        top=top,
+    )
+
+
+def _strongest_on_pathway(
+    source: np.ndarray, target: np.ndarray, attention: np.ndarray, top: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """``(…, k, f), (…, q, f), (…, q, k)`` → four arrays ``(…, top)``."""
+    at_source = source.mean(-2, dtype=np.float64)
+    at_target = target.mean(-2, dtype=np.float64)
+    carried = np.einsum("...qk,...kf->...f", attention, source, dtype=np.float64)
+    carried = np.where(at_target > 0, carried / attention.shape[-2], 0)
+    shape = (*carried.shape[:-1], top)
+    feature = np.full(shape, -1, np.int64)
+    values = np.full((3, *shape), np.nan)
+    for where in np.ndindex(shape[:-1]):
+        order = strongest(carried[where], top)
+        feature[where][: len(order)] = order
+        for value, of in zip(values, (carried, at_source, at_target), strict=True):
+            value[where][: len(order)] = of[where][order]
+    return feature, values[0], values[1], values[2]
+
+
+def whole(array: xr.DataArray, *dims: str) -> xr.DataArray:
+    """Let dask blocks span `dims`, which one step of the computation needs whole."""
+    return array if array.chunks is None else array.chunk(dict.fromkeys(dims, -1))
+
+
+def strongest(scores: np.ndarray, top: int) -> np.ndarray:
+    """Indices of the `top` scores above 0, strongest first, ties to the lower index."""
+    candidates = np.flatnonzero(scores > 0)
+    return candidates[np.argsort(-scores[candidates], kind="stable")[:top]]
+
+
+def at_least_one(top: int) -> None:
+    """Refuse to keep nothing."""
+    if top < 1:
+        raise ConfigError(f"top={top} keeps nothing", remedy="Give a number of at least 1.")

@@ -1,0 +1,315 @@
+"""What the analyses share: traces of a run, places in a prompt, results over scenarios."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from zarrtrace.errors import ConfigError, ScenarioError
+from zarrtrace.scenarios import DECISION, span
+from zarrtrace.spec import NAMESPACE
+
+#: A trace or a whole run.
+Data = xr.Dataset | xr.DataTree
+#: A span's name, a token position (negative from the end) or several positions.
+Place = str | int | Sequence[int]
+
+_Labelled = TypeVar("_Labelled", xr.DataArray, xr.Dataset)
+
+_WHY_ABSENT = {
+    "attention": "It was extracted with --no-attention (features only).",
+    "attention_mean": "It was extracted with --no-attention (features only).",
+    "features": "It was extracted with --no-features (attention only).",
+    "top_feature": "It was extracted with --no-features (attention only).",
+    "top_activation": "It was extracted with --no-features (attention only).",
+    "next_token": "It was imported from NPZ files, which do not hold next-token probabilities.",
+    "next_token_logprob": "It was imported from NPZ files, which do not hold next-token "
+    "probabilities.",
+}
+
+
+# --- traces ------------------------------------------------------------------------------------
+
+
+def traces(data: Data) -> dict[str, xr.Dataset]:
+    """Return the traces of a run by scenario, in the run's order; a trace is a run of one.
+
+    Parameters
+    ----------
+    data
+        A trace (Dataset, or a DataTree node that holds one) or a run (DataTree).
+
+    Raises
+    ------
+    ConfigError
+        If it is neither.
+    """
+    if isinstance(data, xr.Dataset):
+        return {_attributes(data)["scenario"]: data}
+    if data.attrs.get(NAMESPACE, {}).get("kind") == "trace":
+        return traces(data.to_dataset())
+    children = {name: child.to_dataset() for name, child in data.children.items()}
+    order = [
+        name for name in data.attrs.get(NAMESPACE, {}).get("scenarios", ()) if name in children
+    ]
+    found = {
+        name: children[name]
+        for name in dict.fromkeys([*order, *children])
+        if NAMESPACE in children[name].attrs
+    }
+    if not found:
+        raise ConfigError(
+            "this DataTree holds no traces",
+            why="Its children lack the attribute 'zarrtrace'.",
+            remedy="Give what zarrtrace.open_run or zarrtrace.open_trace returned.",
+        )
+    return found
+
+
+def is_run(data: Data) -> bool:
+    """Tell whether `data` is a run, not a single trace."""
+    return isinstance(data, xr.DataTree) and data.attrs.get(NAMESPACE, {}).get("kind") != "trace"
+
+
+def tags(ds: xr.Dataset) -> tuple[str, ...]:
+    """Return the tags of a trace's scenario."""
+    return tuple(_attributes(ds).get("tags", ()))
+
+
+def scenario_of(ds: xr.Dataset) -> str:
+    """Return the name of a trace's scenario."""
+    return str(_attributes(ds)["scenario"])
+
+
+def _attributes(ds: xr.Dataset) -> Mapping[str, Any]:
+    found = ds.attrs.get(NAMESPACE)
+    if not isinstance(found, Mapping):
+        raise ConfigError(
+            "this Dataset is not a trace",
+            why="It lacks the attribute 'zarrtrace', which holds the scenario and its spans; some "
+            "xarray operations drop attributes.",
+            remedy="Give what zarrtrace.open_trace returned, or select with isel/sel, which keep "
+            "them.",
+        )
+    return found
+
+
+def require(ds: xr.Dataset, *names: str) -> None:
+    """Refuse a trace that lacks one of the arrays `names`.
+
+    Raises
+    ------
+    ConfigError
+        Naming the scenario, the array, and why a trace has none.
+    """
+    for name in names:
+        if name not in ds:
+            raise ConfigError(
+                f"{scenario_of(ds)}: the trace has no {name!r}",
+                why=_WHY_ABSENT.get(name, "The trace does not hold it."),
+                remedy=f"It has: {', '.join(map(str, ds.data_vars)) or 'no arrays'}. Extract the "
+                "scenario again with what is missing.",
+            )
+
+
+# --- places ------------------------------------------------------------------------------------
+
+
+def has_span(ds: xr.Dataset, name: str) -> bool:
+    """Tell whether a trace has the span `name`."""
+    return name in _attributes(ds)["spans"]
+
+
+def span_names(data: Data) -> list[str]:
+    """Return the spans of any scenario, in order of first use, ``decision`` last."""
+    found = dict.fromkeys(n for ds in traces(data).values() for n in _attributes(ds)["spans"])
+    return [n for n in found if n != DECISION] + ([DECISION] if DECISION in found else [])
+
+
+def positions(ds: xr.Dataset, place: Place) -> list[int]:
+    """Return the token positions (labels of ``query`` and ``key``) of a place.
+
+    Parameters
+    ----------
+    ds
+        A trace, or a part of one.
+    place
+        A span's name, a position (negative from the end), or several.
+
+    Raises
+    ------
+    ScenarioError
+        If the trace has no such span or no such position.
+    """
+    if isinstance(place, str):
+        _attributes(ds)
+        found = span(ds, place)
+    else:
+        tokens = query_labels(ds)
+        given = [int(place)] if isinstance(place, int | np.integer) else [int(i) for i in place]
+        found = [int(tokens[i]) if -len(tokens) <= i < 0 else i for i in given]
+    have = set(query_labels(ds).tolist())
+    outside = [position for position in found if position not in have]
+    if outside or not found:
+        raise ScenarioError(
+            f"{scenario_of(ds)}: {label(place)!r} covers "
+            + (f"token {outside[0]}, which is not there" if outside else "no token"),
+            why=f"The trace has {len(have)} tokens, positions {min(have)} to {max(have)}."
+            if have
+            else "The trace has no tokens.",
+            remedy="Give a span or positions of these tokens.",
+        )
+    return found
+
+
+def query_labels(ds: xr.Dataset) -> np.ndarray:
+    """Return the token positions that a trace (or a part of one) has."""
+    return np.asarray(ds["query"].values)
+
+
+def label(place: Place) -> str:
+    """Return what a place is called in results."""
+    if isinstance(place, str):
+        return place
+    if isinstance(place, int | np.integer):
+        return str(int(place))
+    return ",".join(str(int(i)) for i in place)
+
+
+def as_places(given: Place | Sequence[Place]) -> tuple[list[Place], bool]:
+    """Return the places `given`, and whether they were a list of places.
+
+    Several integers are one place; a sequence with a name in it is several.
+    """
+    if isinstance(given, str | int | np.integer):
+        return [given], False
+    items = list(given)
+    if items and all(isinstance(item, int | np.integer) for item in items):
+        return [[int(item) for item in items]], False  # type: ignore[call-overload]
+    return items, True
+
+
+def present(ds: xr.Dataset, places: Iterable[Place]) -> list[Place]:
+    """Return those of `places` that a trace has: only span names can be absent."""
+    return [place for place in places if not isinstance(place, str) or has_span(ds, place)]
+
+
+def require_places(data: Data, places: Iterable[Place]) -> None:
+    """Refuse a span that no scenario has.
+
+    Raises
+    ------
+    ScenarioError
+        Naming the span and those that exist.
+    """
+    known = span_names(data)
+    for place in places:
+        if isinstance(place, str) and place not in known:
+            raise ScenarioError(
+                f"no scenario has a span {place!r}",
+                why="Spans are named in the scenarios file.",
+                remedy=f"There are: {', '.join(known)}.",
+            )
+
+
+# --- results -----------------------------------------------------------------------------------
+
+
+def per_scenario(
+    data: Data, function: Callable[[xr.Dataset], _Labelled | None], dim: str = "scenario"
+) -> _Labelled:
+    """Apply `function` to every trace and put the results side by side.
+
+    Parameters
+    ----------
+    data
+        A run, or a trace: its result has `dim` as a scalar coordinate only.
+    function
+        Takes a trace; returns None where the scenario has nothing to say (a span is absent).
+    dim
+        Name of the new dimension.
+
+    Returns
+    -------
+    xr.DataArray or xr.Dataset
+        Results along `dim`; what a scenario lacks (layers, tokens, spans) is NaN.
+
+    Raises
+    ------
+    ScenarioError
+        If no scenario has anything to say.
+    """
+    results = {name: function(ds) for name, ds in traces(data).items()}
+    found = {name: result for name, result in results.items() if result is not None}
+    if not found:
+        raise ScenarioError(
+            f"none of the {len(results)} scenarios has what was asked for",
+            remedy=f"Spans there are: {', '.join(span_names(data))}.",
+        )
+    if not is_run(data):
+        name, result = next(iter(found.items()))
+        return result.assign_coords({dim: name})
+    index = pd.Index(list(found), name=dim)
+    together: _Labelled = xr.concat(
+        [result.drop_vars(dim, errors="ignore") for result in found.values()],
+        dim=index,
+        join="outer",
+        # Token texts differ between scenarios: they get the new dimension too.
+        coords="different",
+        compat="equals",
+        combine_attrs="drop_conflicts",
+    )
+    return together.reindex({dim: list(results)})
+
+
+def described(
+    result: _Labelled, data: Data, analysis: str, method: str, /, **parameters: Any
+) -> _Labelled:
+    """Return `result` with attributes that say what was computed, from what and how.
+
+    Parameters
+    ----------
+    result
+        What was computed.
+    data
+        What it was computed from.
+    analysis
+        Name of the function.
+    method
+        Definition and source, a sentence.
+    parameters
+        What it was called with; JSON values.
+    """
+    attributes = {
+        "analysis": analysis,
+        "method": method,
+        "parameters": json.dumps(parameters, default=_plain),
+        **provenance(data),
+    }
+    return result.assign_attrs(attributes)
+
+
+def provenance(data: Data) -> dict[str, str]:
+    """Return model, SAE release and versions that a result came from, as text."""
+    models: dict[str, None] = {}
+    releases: dict[str, None] = {}
+    versions: dict[str, None] = {}
+    for ds in traces(data).values():
+        attributes = _attributes(ds)
+        if attributes.get("model"):
+            models[str(attributes["model"]["id"])] = None
+        releases |= {str(s["release"]): None for s in attributes.get("saes", ()) if s["release"]}
+        versions |= {
+            str(v): None for k, v in attributes.get("versions", {}).items() if k == "zarrtrace"
+        }
+    named = {"model": models, "sae_release": releases, "zarrtrace_version": versions}
+    return {key: ", ".join(values) for key, values in named.items() if values}
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else list(value)

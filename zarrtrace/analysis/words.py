@@ -1,0 +1,251 @@
+"""Which words activate which features: from a run, or from the user's table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import dask
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from zarrtrace.analysis.selecting import (
+    Data,
+    described,
+    require,
+    traces,
+)
+from zarrtrace.errors import ConfigError
+
+#: A feature–word table: own, the user's, or a CSV or Parquet file of it.
+Table = xr.Dataset | pd.DataFrame | str | Path
+
+COLUMNS = ("layer", "feature", "word", "score")
+
+
+def word_associations(
+    data: Data, *, top: int = 10, min_count: int = 1, strip: bool = False
+) -> xr.Dataset:
+    """Tokens that activate each feature most, over all scenarios.
+
+    The score of a word (a token's text) for a feature is its activation, averaged over all
+    occurrences of the word in the run; an occurrence at which the feature is silent counts as 0.
+
+    Parameters
+    ----------
+    data
+        A trace or a run with ``top_feature`` and ``top_activation``.
+    top
+        How many words to keep for each feature.
+    min_count
+        Keep only words at which the feature fires at least so many times.
+    strip
+        Whether to take ``" balance"`` and ``"balance"`` as one word; otherwise a word is the
+        token's text as it is. A token of nothing but white space stays as it is.
+
+    Returns
+    -------
+    xr.Dataset
+        A table along ``row``, by layer and feature, best word first: coordinates ``layer``,
+        ``feature``, ``word``; ``score`` and ``max_activation`` float32 in the SAE's units,
+        ``count`` (occurrences at which the feature fires) and ``occurrences`` of the word.
+        Computed at the call, layer by layer. It reads the stored index of each token's 32
+        strongest features only: an activation that is not among its token's 32 strongest counts
+        as 0, and a feature that never is has no row.
+
+    Raises
+    ------
+    ConfigError
+        If a trace has no features.
+    """
+    if top < 1:
+        raise ConfigError(f"top={top} keeps nothing", remedy="Give a number of at least 1.")
+    runs = traces(data)
+    vocabulary: dict[str, int] = {}
+    word_ids = []
+    for ds in runs.values():
+        require(ds, "top_feature", "top_activation")
+        texts = [_word(str(text), strip=strip) for text in np.asarray(ds["query_token"])]
+        word_ids.append(np.array([vocabulary.setdefault(t, len(vocabulary)) for t in texts]))
+    parts = [
+        _associations_of_layer(runs, word_ids, len(vocabulary), layer, top, min_count)
+        for layer in all_layers(runs.values())
+    ]
+    table = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    words = np.array(list(vocabulary), dtype=object)
+    out = xr.Dataset(
+        {
+            name: ("row", table[name])
+            for name in ("score", "max_activation", "count", "occurrences")
+        },
+        coords={
+            "row": np.arange(len(table["score"])),
+            "layer": ("row", table["layer"]),
+            "feature": ("row", table["feature"]),
+            "word": ("row", words[table["word"]]),
+        },
+    )
+    return described(
+        out,
+        data,
+        "word_associations",
+        "mean activation over all occurrences of the word; activations below a token's 32 "
+        "strongest count as 0",
+        top=top,
+        min_count=min_count,
+        strip=strip,
+    )
+
+
+def _word(text: str, *, strip: bool) -> str:
+    return (text.strip() or text) if strip else text
+
+
+def all_layers(runs: Iterable[xr.Dataset]) -> list[int]:
+    """Return the layers that any of the traces has."""
+    return sorted({int(layer) for ds in runs for layer in np.asarray(ds["layer"])})
+
+
+def _associations_of_layer(
+    runs: Mapping[str, xr.Dataset],
+    word_ids: Sequence[np.ndarray],
+    n_words: int,
+    layer: int,
+    top: int,
+    min_count: int,
+) -> dict[str, np.ndarray]:
+    having = [
+        (ds, words)
+        for ds, words in zip(runs.values(), word_ids, strict=True)
+        if layer in ds.indexes["layer"]
+    ]
+    arrays = [
+        ds[name].sel(layer=layer) for ds, _ in having for name in ("top_feature", "top_activation")
+    ]
+    loaded = list(load(arrays, len(arrays)))
+    occurrences = np.zeros(n_words, np.int64)
+    keys, values = [], []
+    for (_, words), feature, activation in zip(having, loaded[::2], loaded[1::2], strict=True):
+        if np.isnan(activation).all():
+            continue  # no SAE on this layer, or not stored: nothing was seen here
+        occurrences += np.bincount(words, minlength=n_words)
+        active = activation > 0
+        pair = feature.astype(np.int64) * n_words + words[:, None]
+        keys.append(pair[active])
+        values.append(activation[active].astype(np.float64))
+    key = np.concatenate([*keys, np.empty(0, np.int64)])
+    value = np.concatenate([*values, np.empty(0)])
+    order = np.argsort(key, kind="stable")
+    key, value = key[order], value[order]
+    starts = np.flatnonzero(np.diff(key, prepend=-1))
+    count = np.diff(np.append(starts, len(key)))
+    found = pd.DataFrame(
+        {
+            "layer": np.int64(layer),
+            "feature": key[starts] // n_words,
+            "word": key[starts] % n_words,
+            "score": np.add.reduceat(value, starts) if len(starts) else np.empty(0),
+            "max_activation": np.maximum.reduceat(value, starts) if len(starts) else np.empty(0),
+            "count": count,
+        }
+    )
+    found["occurrences"] = occurrences[found["word"]]
+    found["score"] /= found["occurrences"]
+    found = found[found["count"] >= min_count]
+    found = found.sort_values(["feature", "score", "word"], ascending=[True, False, True])
+    found = found[found.groupby("feature").cumcount() < top]
+    kept = {str(name): column.to_numpy() for name, column in found.items()}
+    for name in ("score", "max_activation"):
+        kept[name] = kept[name].astype(np.float32)
+    return kept
+
+
+def load(arrays: Sequence[xr.DataArray], at_once: int) -> Iterator[np.ndarray]:
+    """Yield values in order; dask-backed ones are computed together, `at_once` of them."""
+    for start in range(0, len(arrays), at_once):
+        batch = [
+            array.data if array.chunks is not None else array
+            for array in arrays[start : start + at_once]
+        ]
+        for value in dask.compute(*batch, traverse=False):
+            yield np.asarray(value)
+
+
+# --- the user's table --------------------------------------------------------------------------
+
+
+def read_table(table: Table) -> pd.DataFrame:
+    """Read a feature–word table.
+
+    Parameters
+    ----------
+    table
+        What :func:`word_associations` returned, a DataFrame, or the path of a CSV or Parquet file,
+        with columns ``layer``, ``feature``, ``word`` and ``score`` (others are left out).
+
+    Returns
+    -------
+    pd.DataFrame
+        These four columns; layer and feature int64, word str, score float64.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be read, a column is missing, or a value is none of its column's.
+    """
+    name = str(table) if isinstance(table, str | Path) else "the feature–word table"
+    if isinstance(table, str | Path):
+        frame = _read_file(Path(table))
+    elif isinstance(table, xr.Dataset):
+        frame = table.to_dataframe().reset_index() if table.sizes else pd.DataFrame()
+    else:
+        frame = table
+    absent = [column for column in COLUMNS if column not in frame.columns]
+    if absent:
+        raise ConfigError(
+            f"{name} has no column {absent[0]!r}",
+            why=f"It has: {', '.join(map(str, frame.columns)) or 'none'}.",
+            remedy="Name its columns layer, feature, word and score.",
+        )
+    try:
+        return pd.DataFrame(
+            {
+                "layer": _whole_numbers(frame["layer"]),
+                "feature": _whole_numbers(frame["feature"]),
+                "word": frame["word"].astype(str),
+                "score": frame["score"].astype(np.float64),
+            }
+        ).reset_index(drop=True)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{name}: a value does not fit its column ({error})",
+            why="layer and feature are whole numbers, score is a number.",
+            remedy="Correct or leave out those rows.",
+        ) from None
+
+
+def _whole_numbers(column: pd.Series[int]) -> pd.Series[int]:
+    numbers = column.astype(np.float64)
+    if not (numbers == np.floor(numbers)).all():
+        raise ValueError(f"{column.name} has a value that is not a whole number")
+    return numbers.astype(np.int64)
+
+
+def _read_file(path: Path) -> pd.DataFrame:
+    try:
+        if path.suffix.lower() in (".parquet", ".pq"):
+            return pd.read_parquet(path)
+        if path.suffix.lower() in (".csv", ".tsv"):
+            separator = "\t" if path.suffix.lower() == ".tsv" else ","
+            # Words such as "null" and "NA" are words.
+            return pd.read_csv(path, sep=separator, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path}: cannot be read as a table ({error})",
+            remedy="Give a CSV or Parquet file with columns layer, feature, word and score.",
+        ) from error
+    raise ConfigError(
+        f"{path}: unknown kind of table {path.suffix or '(no ending)'!r}",
+        remedy="Give a .csv, .tsv or .parquet file.",
+    )

@@ -1,0 +1,153 @@
+"""Which prompts go through the model together, and which batches walk in step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from zarrtrace.capture.lockstep import Pass, Step
+from zarrtrace.capture.model import LoadedModel
+from zarrtrace.capture.prompts import Prompt
+
+# What all batches of a wave may hold between two blocks. A wave walks through the layers once, so
+# SAEs are loaded once a wave; on any but huge runs there is one.
+_WAVE_BYTES = {"cpu": 128 * 2**20, "cuda": 2**30}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is still wanted of one prompt.
+
+    Attributes
+    ----------
+    prompt
+        The tokenised scenario.
+    layers
+        Layers whose records are wanted.
+    next_token
+        Whether its most likely continuations are wanted.
+    blocked
+        Whether attention is computed by blocks of queries (:mod:`zarrtrace.capture.blocked`).
+    queries
+        Token positions whose attention is wanted; None for all.
+    """
+
+    prompt: Prompt
+    layers: frozenset[int]
+    next_token: bool
+    blocked: bool = False
+    queries: tuple[int, ...] | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is wanted."""
+        return not self.layers and not self.next_token
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt.tokens.ids)
+
+
+class Batch:
+    """Prompts that go through the model together, padded on the right.
+
+    Parameters
+    ----------
+    model
+        The model, with taps on it.
+    requests
+        Its sequences.
+    """
+
+    def __init__(self, model: LoadedModel, requests: Sequence[Request]) -> None:
+        self._model = model
+        self.requests = requests
+        self.lengths = [request.length for request in requests]
+        self.layers = frozenset[int]().union(*(request.layers for request in requests))
+        self.next_token = any(request.next_token for request in requests)
+        self.done = all(request.done for request in requests)
+        self._pass: Pass | None = None
+        self._mask = torch.empty(0)
+
+    def held_bytes(self) -> int:
+        """Size of what the batch holds between two blocks: residual stream and mask."""
+        itemsize = torch.empty(0, dtype=self._model.model.dtype).element_size()
+        longest = max(self.lengths)
+        mask = 0 if self.requests[0].blocked else longest
+        return len(self.requests) * longest * (2 * self._model.d_model + mask) * itemsize
+
+    def advance(self) -> Step:
+        """Go on to the next step."""
+        if self._pass is None:
+            self._pass = self._start()
+        return self._pass.advance()
+
+    def _start(self) -> Pass:
+        shape = (len(self.requests), max(self.lengths))
+        ids = torch.zeros(shape, dtype=torch.long)
+        mask = torch.zeros(shape, dtype=torch.long)
+        for row, request in enumerate(self.requests):
+            ids[row, : self.lengths[row]] = torch.tensor(request.prompt.tokens.ids)
+            mask[row, : self.lengths[row]] = 1
+        device = self._model.device
+        self._mask = mask.to(device)
+        first = self.requests[0]
+        blocked = (first.layers, first.queries) if first.blocked else None
+        return Pass(self._model, ids.to(device), self._mask, blocked=blocked)
+
+    def stop(self) -> None:
+        """End the pass where it is."""
+        if self._pass is not None:
+            self._pass.stop()
+            self._pass = None
+
+    def tokens(self, padded: torch.Tensor) -> torch.Tensor:
+        """Take the real tokens ``(token, d)`` of ``(sequence, token, d)``."""
+        return padded[0] if len(self.requests) == 1 else padded[self._mask.bool()]
+
+
+def batches(model: LoadedModel, requests: Sequence[Request], size: int) -> list[Batch]:
+    """Group scenarios of similar length; what is together depends on nothing but the suite.
+
+    Prompts whose attention is computed by blocks of queries are alone.
+    """
+    alone = [request for request in requests if request.blocked]
+    together = [request for request in requests if not request.blocked]
+    if size > 1:
+        together.sort(key=lambda request: request.length)
+    groups = [together[start : start + size] for start in range(0, len(together), size)]
+    return [Batch(model, group) for group in [*groups, *([request] for request in alone)]]
+
+
+def default_batch_size(model: LoadedModel, lengths: Iterable[int]) -> int:
+    """Choose how many prompts go through the model together: 1 on a CPU.
+
+    On a GPU as many as keep three attention matrices of a block and one layer of 32,768 features
+    within a tenth of its free memory, 16 at most.
+    """
+    if model.device.type != "cuda":
+        return 1
+    longest = max(lengths)
+    itemsize = torch.empty(0, dtype=model.model.dtype).element_size()
+    each = longest * (3 * model.n_heads * longest * itemsize + 2 * 4 * 32_768)
+    free, _ = torch.cuda.mem_get_info(model.device)
+    return max(1, min(16, free // 10 // each))
+
+
+def waves(model: LoadedModel, found: Sequence[Batch]) -> Iterator[list[Batch]]:
+    """Cut batches into groups that together stay within what may be held between two blocks."""
+    budget = _WAVE_BYTES.get(model.device.type, _WAVE_BYTES["cpu"])
+    wave: list[Batch] = []
+    held = 0
+    for batch in found:
+        cost = batch.held_bytes()
+        if wave and held + cost > budget:
+            yield wave
+            wave, held = [], 0
+        wave.append(batch)
+        held += cost
+    if wave:
+        yield wave

@@ -1,0 +1,229 @@
+"""Attention block of queries by block, so that no whole (head, query, key) matrix is ever held.
+
+Each block runs the architecture's own eager function on some rows of the query, with the rows of
+the mask that transformers itself makes for them: scaling, windows, soft caps and sinks are the
+architecture's, and a row of a softmax does not depend on the others. What differs from the whole
+matrix is the rounding of a smaller matrix product.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+#: The name under which transformers finds this implementation.
+IMPLEMENTATION = "zarrtrace_blocked"
+
+# Scores of one block, in bytes; eager functions hold about three times that.
+_BLOCK_BYTES = 32 * 2**20
+_ROWS = 64
+
+
+@dataclass
+class AttentionRows:
+    """Attention probabilities of some queries.
+
+    Attributes
+    ----------
+    layer
+        Index of the block.
+    queries
+        Token positions of the rows, ascending.
+    weights
+        ``(head, query, key)``; keys behind the last query are left out, they are 0.
+    """
+
+    layer: int
+    queries: range | tuple[int, ...]
+    weights: torch.Tensor
+
+
+@dataclass
+class Sink:
+    """Where attention rows go while a pass runs, and which of them are wanted.
+
+    Attributes
+    ----------
+    take
+        Called with each :class:`AttentionRows`, in order.
+    layers
+        Layers whose rows are wanted.
+    queries
+        Token positions; None for all.
+    """
+
+    take: Callable[[AttentionRows], None]
+    layers: frozenset[int]
+    queries: tuple[int, ...] | None
+
+
+_sinks: list[Sink] = []
+
+
+@contextmanager
+def collecting(sink: Sink) -> Iterator[None]:
+    """Send attention rows to `sink` while the context is open."""
+    _sinks.append(sink)
+    try:
+        yield
+    finally:
+        _sinks.remove(sink)
+
+
+class _Mask:
+    """The rows of a mask that are asked for, made by transformers' own functions."""
+
+    def __init__(self, **arguments: Any) -> None:
+        arguments.pop("allow_is_causal_skip", None)
+        self._q_offset: int = arguments.pop("q_offset", 0)
+        self._kv_offset: int = arguments.pop("kv_offset", 0)
+        arguments.pop("q_length")
+        arguments.pop("kv_length")
+        self._added = partial(eager_mask, **arguments)
+        arguments.pop("dtype", None)
+        self._boolean = partial(sdpa_mask, allow_is_causal_skip=False, **arguments)
+
+    def added(self, start: int, stop: int) -> torch.Tensor:
+        """``(sequence, 1, query, key)``: 0, or the lowest number where a query may not look."""
+        mask: torch.Tensor = self._added(**self._rows(start, stop))
+        return mask
+
+    def boolean(self, start: int, stop: int) -> torch.Tensor:
+        """``(sequence, 1, query, key)``: whether a query may look."""
+        mask: torch.Tensor = self._boolean(**self._rows(start, stop))
+        return mask
+
+    def _rows(self, start: int, stop: int) -> dict[str, int]:
+        # Keys behind the last query are hidden from all of them.
+        return {
+            "q_length": stop - start,
+            "q_offset": self._q_offset + start,
+            "kv_length": stop,
+            "kv_offset": self._kv_offset,
+        }
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: _Mask,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Compute attention as transformers' attention functions do, sending weights to the sink."""
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    sink = next((sink for sink in _sinks if layer in sink.layers), None)
+    eager = partial(_eager(module), module, **kwargs)
+    tokens, heads = query.shape[2], query.shape[1]
+    if (sink is None or sink.queries is not None) and _plain(kwargs):
+        if sink is not None:
+            _chosen_rows(sink, layer, eager, query, key, value, attention_mask)
+        return _fast(query, key, value, attention_mask, kwargs.get("scaling")), None
+    out = []
+    for rows in _blocks(tokens, heads, key.shape[2]):
+        keys = slice(0, rows.stop)
+        part, weights = eager(
+            query[:, :, rows.start : rows.stop],
+            key[:, :, keys],
+            value[:, :, keys],
+            attention_mask.added(rows.start, rows.stop),
+        )
+        out.append(part)
+        if sink is not None:
+            _send(sink, layer, rows, weights)
+        del weights
+    return torch.cat(out, dim=1), None
+
+
+def _send(sink: Sink, layer: int, rows: range, weights: torch.Tensor) -> None:
+    if sink.queries is None:
+        sink.take(AttentionRows(layer, rows, weights[0]))
+        return
+    wanted = tuple(query for query in sink.queries if query in rows)
+    if wanted:
+        at = [query - rows.start for query in wanted]
+        sink.take(AttentionRows(layer, wanted, weights[0][:, at]))
+
+
+def _chosen_rows(
+    sink: Sink,
+    layer: int,
+    eager: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: _Mask,
+) -> None:
+    """Compute probabilities of the chosen queries alone."""
+    for position in sink.queries or ():
+        stop = position + 1
+        _, weights = eager(
+            query[:, :, position:stop],
+            key[:, :, :stop],
+            value[:, :, :stop],
+            mask.added(position, stop),
+        )
+        sink.take(AttentionRows(layer, (position,), weights[0]))
+
+
+def _fast(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: _Mask,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Torch's fused attention, block by block so that its mask stays small."""
+    out = [
+        torch.nn.functional.scaled_dot_product_attention(
+            query[:, :, rows.start : rows.stop],
+            key[:, :, : rows.stop],
+            value[:, :, : rows.stop],
+            attn_mask=mask.boolean(rows.start, rows.stop),
+            scale=scaling,
+            enable_gqa=key.shape[1] != query.shape[1],
+        )
+        for rows in _blocks(query.shape[2], 1, key.shape[2])
+    ]
+    return torch.cat(out, dim=2).transpose(1, 2).contiguous()
+
+
+def _plain(kwargs: dict[str, Any]) -> bool:
+    """Whether torch's fused attention computes the same: no soft cap and no sinks."""
+    return kwargs.get("softcap") is None and kwargs.get("s_aux") is None
+
+
+def _eager(module: nn.Module) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    found: Callable[..., tuple[torch.Tensor, torch.Tensor]] = sys.modules[
+        type(module).__module__
+    ].eager_attention_forward
+    return found
+
+
+def _blocks(tokens: int, heads: int, keys: int) -> Iterator[range]:
+    step = max(_ROWS, _BLOCK_BYTES // (heads * keys * 4) // _ROWS * _ROWS)
+    for start in range(0, tokens, step):
+        yield range(start, min(start + step, tokens))
+
+
+def supports(attentions: Sequence[nn.Module]) -> bool:
+    """Whether these attention modules find their function through transformers' interface."""
+    return all(
+        hasattr(sys.modules[type(module).__module__], "eager_attention_forward")
+        and hasattr(module, "layer_idx")
+        for module in attentions
+    )
+
+
+AttentionInterface.register(IMPLEMENTATION, _attention)
+AttentionMaskInterface.register(IMPLEMENTATION, _Mask)

@@ -1,0 +1,92 @@
+"""Files as the writer needs them: fingerprints, one writer at a time, errors that help."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from zarrtrace.errors import LockedError, NoSpaceError, StoreError
+from zarrtrace.spec import Stored
+
+
+def fingerprint(trace: Path, files: Sequence[str]) -> Stored:
+    """Return size and hash of some files of a trace, taken together."""
+    digest, size = hashlib.blake2b(digest_size=8), 0
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):
+            content = (trace / file).read_bytes()
+            digest.update(content)
+            size += len(content)
+    return Stored(bytes=size, blake2b=digest.hexdigest())
+
+
+def remove_partial_files(files: Iterable[Path]) -> None:
+    """Remove what Zarr was writing when an earlier writer was killed."""
+    for file in list(files):
+        file.unlink(missing_ok=True)
+
+
+def fsync(path: Path) -> None:
+    """Have the disk hold what was written to a file or folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _lock_path(run: Path) -> Path:
+    return run.with_name(f".{run.name}.lock")
+
+
+def lock(run: Path) -> int:
+    """Take the run's lock; the kernel drops it when its owner dies."""
+    path = _lock_path(run)
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise LockedError(
+                f"{run}: another process is writing this run",
+                why="An extraction into the same folder is still going on.",
+                remedy="Wait until it ends, or choose another --output.",
+            ) from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), path.stat()):
+                return handle
+        os.close(handle)  # its owner removed it between our open and our lock
+
+
+def unlock(run: Path, handle: int) -> None:
+    """Give the run's lock back."""
+    # The lock file goes first: whoever waits for it must not hold a file that has no name.
+    with contextlib.suppress(OSError):
+        _lock_path(run).unlink()
+    os.close(handle)
+
+
+@contextlib.contextmanager
+def clear_errors(path: Path) -> Iterator[None]:
+    """Turn what the disk says into errors that help."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpaceError(
+                f"{path}: no space left on the disk",
+                why="--dry-run says how much a run needs.",
+                remedy="Make room and run the same command again: it goes on where it stopped.",
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise StoreError(
+                f"{path}: cannot be written ({error.strerror})",
+                remedy="Choose an --output that you may write to.",
+            ) from error
+        raise
