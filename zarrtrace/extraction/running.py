@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from zarrtrace.extraction.job import Job, Options, capture_package, prepare
 from zarrtrace.spec import LayerRecord, TokensRecord
-from zarrtrace.store import RunWriter, TraceWriter, kind_of, read_run_attributes
+from zarrtrace.store import RunWriter, TraceWriter, read_run_attributes, refuse_foreign
 
 _WRITERS = 2
 # Bytes of records that wait or are being written; one record may be larger.
@@ -64,8 +64,7 @@ def extract(
         If `output` cannot be written, or is another run.
     """
     output = Path(output)
-    if output.exists() and (output.is_file() or any(output.iterdir())):
-        kind_of(output)  # refuse a foreign folder before hours of work
+    refuse_foreign(output)  # before hours of work
     if not progress:
         capture_package().hide_progress()
     job = prepare(_as_before(output, options or Options(), overwrite=overwrite))

@@ -1,10 +1,41 @@
 """Runs and traces on disk: the only package that touches Zarr."""
 
-from zarrtrace.store.attributes import kind_of, read_run_attributes, read_trace_attributes
-from zarrtrace.store.reader import array_of, check_sizes, open_run, open_trace
-from zarrtrace.store.summary import RunSummary, TraceSummary, summarize
-from zarrtrace.store.verify import Problem, verify
-from zarrtrace.store.writer import TOKENS, RunWriter, TraceWriter
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zarrtrace.store.attributes import (
+        kind_of,
+        read_run_attributes,
+        read_trace_attributes,
+        refuse_foreign,
+    )
+    from zarrtrace.store.reader import array_of, check_sizes, open_run, open_trace
+    from zarrtrace.store.summary import RunSummary, TraceSummary, summarize
+    from zarrtrace.store.verification import Problem, verify
+    from zarrtrace.store.writer import TOKENS, RunWriter, TraceWriter
+
+# Resolved on first use: a summary needs neither Zarr nor xarray, which take half a second.
+_HOME = {
+    "Problem": "verification",
+    "RunSummary": "summary",
+    "RunWriter": "writer",
+    "TOKENS": "writer",
+    "TraceSummary": "summary",
+    "TraceWriter": "writer",
+    "array_of": "reader",
+    "check_sizes": "reader",
+    "kind_of": "attributes",
+    "open_run": "reader",
+    "open_trace": "reader",
+    "read_run_attributes": "attributes",
+    "read_trace_attributes": "attributes",
+    "refuse_foreign": "attributes",
+    "summarize": "summary",
+    "verify": "verification",
+}
 
 __all__ = [
     "TOKENS",
@@ -20,6 +51,13 @@ __all__ = [
     "open_trace",
     "read_run_attributes",
     "read_trace_attributes",
+    "refuse_foreign",
     "summarize",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'zarrtrace.store' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"zarrtrace.store.{_HOME[name]}"), name)

@@ -87,6 +87,19 @@ def read_trace_attributes(path: str | Path) -> TraceAttributes:
     return _parse(TraceAttributes, Path(path), "trace")
 
 
+def refuse_foreign(path: Path) -> None:
+    """Refuse to write where something is that is no run; what a killed writer left is none.
+
+    Raises
+    ------
+    NotATraceError
+    """
+    if path.is_file() or (
+        path.is_dir() and any(not file.name.endswith(".partial") for file in path.iterdir())
+    ):
+        kind_of(path)
+
+
 def kind_of(path: str | Path) -> Literal["run", "trace"]:
     """Tell whether a folder is a run or a trace.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -228,7 +228,8 @@ class TraceWriter:
         self.path = Path(path)
         self._layout = trace_layout(shape)
         self._attributes = attributes
-        self._rows: Counter[tuple[str, str]] = Counter()  # written so far, by layer and array
+        # Written so far, by layer and array: how many rows from which row on.
+        self._rows: defaultdict[tuple[str, str], dict[int, int]] = defaultdict(dict)
         self._mutex = threading.Lock()
         with clear_errors(self.path):
             earlier = self._journal_of_earlier_writer()
@@ -352,9 +353,11 @@ class TraceWriter:
                 )
             self._write_rows(key, name, record.start, value)
             with self._mutex:
-                self._rows[key, name] += value.shape[self._row_axis(name) - 1]
+                self._rows[key, name][record.start] = value.shape[self._row_axis(name) - 1]
         with self._mutex:
-            whole = all(self._rows[key, name] == rows for name, rows in expected.items())
+            whole = all(
+                sum(self._rows[key, name].values()) == rows for name, rows in expected.items()
+            )
         if whole:
             self._journal(key, list(expected))
 
@@ -399,12 +402,18 @@ class TraceWriter:
                 f"the array's is {layout.shape[1:]}",
                 remedy="Give every record the sizes that the trace was created with.",
             )
+        step = (layout.shards or layout.chunks)[axis]
+        if chosen is None and start % step:
+            raise StoreError(
+                f"{self.path}: rows of {name} start at {start}, in the middle of a file",
+                why="Two records would write one file, and one of them would be lost.",
+                remedy=f"Start records at multiples of {step} rows.",
+            )
         if chosen is not None:
             for row, query in enumerate(chosen[start:stop]):
                 array[at, ..., query, :] = value[..., row, :]
             return
         # Zarr would read what is there, and it may be damaged.
-        step = (layout.shards or layout.chunks)[axis]
         for file in self._files(key, name):
             if start // step <= int(file.split("/")[2 + axis]) < -(-stop // step):
                 (self.path / file).unlink(missing_ok=True)
@@ -427,7 +436,7 @@ class TraceWriter:
         entry = {name: self._fingerprint(key, name) for name in names}
         with self._mutex:
             for name in names:
-                del self._rows[key, name]
+                self._rows.pop((key, name), None)
             stored = {**self._attributes.stored, key: entry}
             order = [*map(str, self._attributes.layers), TOKENS, COORDINATES]
             self._write_attributes(
