@@ -27,6 +27,9 @@ TOP_FEATURES = 32
 #: How many continuations ``next_token`` holds at each position.
 NEXT_TOKENS = 10
 
+#: Compression level of attention.
+ATTENTION_LEVEL = 3
+
 # Shards stay below this size, dense: one writer holds at most a few of them.
 _MAX_SHARD_BYTES = 64 * 2**20
 _MAX_KEYS_PER_CHUNK = 256

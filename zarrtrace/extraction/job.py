@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -281,6 +282,10 @@ def capture_package() -> Any:
     ConfigError
         If the extra ``extract`` is not installed.
     """
+    # Torch's threads spin while they wait for each other, and take the cores from the writers;
+    # read once, when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
     try:
         from zarrtrace import capture  # noqa: PLC0415 -- torch takes seconds
     except ModuleNotFoundError as error:

@@ -6,6 +6,8 @@ two, and resume.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -130,7 +132,9 @@ class _WriterPool:
 
     def __init__(self, writers: Mapping[str, TraceWriter], stored: Any) -> None:
         self._writers, self._stored = writers, stored
-        self._pool = ThreadPoolExecutor(_WRITERS, thread_name_prefix="zarrtrace-write")
+        self._pool = ThreadPoolExecutor(
+            _WRITERS, thread_name_prefix="zarrtrace-write", initializer=_give_way
+        )
         self._held = 0
         self._room = threading.Condition()
         self._failed: list[BaseException] = []
@@ -189,6 +193,12 @@ class _WriterPool:
         self._pool.shutdown(wait=True)
         if kind is None:
             self._raise_first()
+
+
+def _give_way() -> None:
+    """Let the threads that compute go first; torch's wait for each other many times a layer."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def _bytes_of(record: LayerRecord | TokensRecord) -> int:

@@ -14,17 +14,18 @@ if TYPE_CHECKING:
     )
     from zarrtrace.store.reader import array_of, check_sizes, open_run, open_trace
     from zarrtrace.store.summary import RunSummary, TraceSummary, summarize
+    from zarrtrace.store.trace_writer import TOKENS, TraceWriter
     from zarrtrace.store.verification import Problem, verify
-    from zarrtrace.store.writer import TOKENS, RunWriter, TraceWriter
+    from zarrtrace.store.writer import RunWriter
 
 # Resolved on first use: a summary needs neither Zarr nor xarray, which take half a second.
 _HOME = {
     "Problem": "verification",
     "RunSummary": "summary",
     "RunWriter": "writer",
-    "TOKENS": "writer",
+    "TOKENS": "trace_writer",
     "TraceSummary": "summary",
-    "TraceWriter": "writer",
+    "TraceWriter": "trace_writer",
     "array_of": "reader",
     "check_sizes": "reader",
     "kind_of": "attributes",

@@ -16,12 +16,21 @@ from zarrtrace.spec import Stored
 
 def fingerprint(trace: Path, files: Sequence[str]) -> Stored:
     """Return size and hash of some files of a trace, taken together."""
+
+    def contents() -> Iterator[bytes]:
+        for file in files:
+            with contextlib.suppress(FileNotFoundError):
+                yield (trace / file).read_bytes()
+
+    return fingerprint_of(contents())
+
+
+def fingerprint_of(contents: Iterable[bytes]) -> Stored:
+    """Return size and hash of some files' contents, taken together."""
     digest, size = hashlib.blake2b(digest_size=8), 0
-    for file in files:
-        with contextlib.suppress(FileNotFoundError):
-            content = (trace / file).read_bytes()
-            digest.update(content)
-            size += len(content)
+    for content in contents:
+        digest.update(content)
+        size += len(content)
     return Stored(bytes=size, blake2b=digest.hexdigest())
 
 

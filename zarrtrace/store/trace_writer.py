@@ -1,0 +1,331 @@
+"""Writing traces.
+
+What plain Zarr leaves open is settled here: a layer counts as stored only once the trace's journal
+(its attribute ``zarrtrace.stored``) holds the size and hash of what each array wrote for it, and a
+trace that is not complete says which layers it lacks.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import zarr
+
+from zarrtrace.errors import StoreError
+from zarrtrace.spec import (
+    LayerRecord,
+    Stored,
+    Tokens,
+    TokensRecord,
+    TraceAttributes,
+    TraceShape,
+    trace_layout,
+)
+from zarrtrace.store.attributes import files_of, incomplete, read_trace_attributes
+from zarrtrace.store.files import (
+    clear_errors,
+    fingerprint,
+    fingerprint_of,
+    fsync,
+    remove_partial_files,
+)
+from zarrtrace.store.nodes import consolidate, create_trace, write_attributes
+from zarrtrace.store.shards import write_block
+
+#: The journal's keys for arrays that have no layer: what comes next, and the coordinates.
+TOKENS = "tokens"
+COORDINATES = "coordinates"
+
+
+class TraceWriter:
+    """Write one trace layer by layer, in any order, from any thread.
+
+    Use it as a context manager, or call :meth:`finish` after the last record. A trace that exists
+    is gone on with: :attr:`missing_layers` says what is still to come.
+
+    Parameters
+    ----------
+    path
+        Folder of the trace; created if need be.
+    attributes
+        What the trace says of itself; the journal is the writer's own.
+    shape
+        Sizes and dtypes of its arrays.
+    tokens
+        The prompt's tokens.
+    """
+
+    def __init__(
+        self, path: str | Path, attributes: TraceAttributes, shape: TraceShape, tokens: Tokens
+    ) -> None:
+        self.path = Path(path)
+        self._layout = trace_layout(shape)
+        self._attributes = attributes
+        # Written so far, by layer and array: how many rows from which row on.
+        self._rows: defaultdict[tuple[str, str], dict[int, int]] = defaultdict(dict)
+        # What was written for a layer in one file need not be read again to be journalled.
+        self._fingerprints: dict[tuple[str, str], Stored] = {}
+        self._mutex = threading.Lock()
+        with clear_errors(self.path):
+            earlier = self._journal_of_earlier_writer()
+            self._attributes = attributes.model_copy(update={"stored": earlier, "complete": False})
+            if COORDINATES in earlier:
+                remove_partial_files(self.path.rglob("*.partial"))
+            else:
+                self._create(tokens)
+
+    def _journal_of_earlier_writer(self) -> dict[str, dict[str, Stored]]:
+        """Entries of an existing journal whose files are still what they were."""
+        if not all((self.path / name / "zarr.json").exists() for name in ("", *self._layout)):
+            return {}
+        attributes = read_trace_attributes(self.path)
+        return {
+            key: entry
+            for key, entry in attributes.stored.items()
+            if all(self._fingerprint(key, name) == stored for name, stored in entry.items())
+        }
+
+    def _at(self, key: str, name: str) -> int | None:
+        """Return where a layer is in an array; None for the journal's other keys."""
+        if not key.isdigit():
+            return None
+        return self._attributes.index_of(int(key), self._layout[name].dims[0])
+
+    def _fingerprint(self, key: str, name: str) -> Stored:
+        return fingerprint(self.path, self._files(key, name))
+
+    def _files(self, key: str, name: str) -> list[str]:
+        layout = self._layout[name]
+        file_shape = layout.shards or layout.chunks
+        return files_of(name, layout.shape, file_shape, self._at(key, name))
+
+    def _create(self, tokens: Tokens) -> None:
+        self._attributes = self._attributes.model_copy(update={"stored": {}})
+        if self.path.exists():
+            shutil.rmtree(self.path)
+        create_trace(self.path, self._attributes.model_dump(mode="json"), self._layout)
+        values: dict[str, Any] = {
+            "layer": np.asarray(self._attributes.layers),
+            "attention_layer": np.asarray(
+                [
+                    layer
+                    for layer in self._attributes.layers
+                    if str(layer) not in self._attributes.layers_without_attention
+                ]
+            ),
+            "token_id": np.asarray(tokens.ids, dtype=np.uint32),
+            "has_attention": np.isin(
+                np.arange(len(tokens.ids)), np.asarray(self._attributes.queries or (), np.int64)
+            ),
+        }
+        values["query_token"] = values["key_token"] = np.asarray(tokens.texts, dtype=object)
+        for name, layout in self._layout.items():
+            if len(layout.dims) == 1:
+                array = zarr.open_array(self.path / name, mode="r+")
+                array[:] = values.get(name, np.arange(layout.shape[0]))
+        coordinates = [name for name, layout in self._layout.items() if len(layout.dims) == 1]
+        entry = {name: self._fingerprint(COORDINATES, name) for name in coordinates}
+        self._write_attributes(stored={COORDINATES: entry})
+
+    @property
+    def missing_layers(self) -> tuple[int, ...]:
+        """Layers that are still to be appended."""
+        return self._attributes.missing_layers
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether the next-token arrays are still to be appended."""
+        return "next_token" in self._layout and TOKENS not in self._attributes.stored
+
+    def append(self, record: LayerRecord | TokensRecord) -> None:
+        """Store one record; a layer counts once all its rows are there.
+
+        Raises
+        ------
+        StoreError
+            If the record's layer or shape is not the trace's.
+        NoSpaceError
+            If the disk is full.
+        """
+        with clear_errors(self.path):
+            if isinstance(record, TokensRecord):
+                self._append_tokens(
+                    {
+                        "next_token": record.next_token,
+                        "next_token_logprob": record.next_token_logprob,
+                    }
+                )
+            elif record.layer in self._attributes.layers:
+                self._append_rows(record)
+            else:
+                raise StoreError(
+                    f"{self.path}: layer {record.layer} is not one of this trace's layers",
+                    remedy="Create the trace with all the layers that it will hold.",
+                )
+
+    def _append_rows(self, record: LayerRecord) -> None:
+        """Store some rows of a layer; it counts when the last rows of its last array are there."""
+        key, expected = str(record.layer), self._expected(record.layer)
+        for name, value in _arrays_of(record).items():
+            if name not in expected:
+                raise StoreError(
+                    f"{self.path}: the record of layer {record.layer} holds {name}, which it "
+                    "should not",
+                    remedy="Create the trace with all the arrays that it will hold.",
+                )
+            self._write_rows(key, name, record.start, value)
+            with self._mutex:
+                self._rows[key, name][record.start] = value.shape[self._row_axis(name) - 1]
+        with self._mutex:
+            whole = all(
+                sum(self._rows[key, name].values()) == rows for name, rows in expected.items()
+            )
+        if whole:
+            self._journal(key, list(expected))
+
+    def _expected(self, layer: int) -> dict[str, int]:
+        """Return the rows of each array that a layer has."""
+        attributes = self._attributes
+        no_attention = str(layer) in attributes.layers_without_attention
+        variables = {sae.variable for sae in attributes.saes if sae.layer == layer}
+        expected: dict[str, int] = {}
+        for name, layout in self._layout.items():
+            if name in ("attention", "attention_mean"):
+                if not no_attention:
+                    expected[name] = (
+                        layout.shape[-1] if attributes.queries is None else len(attributes.queries)
+                    )
+            elif len(layout.dims) > 1 and layout.dims[0] == "layer":
+                suffix = name.removeprefix("features").removeprefix("top_feature")
+                variable = f"features{suffix.removeprefix('top_activation')}"
+                has_sae = variable in variables if attributes.saes else True
+                if has_sae and layer not in attributes.layers_without_sae:
+                    expected[name] = layout.shape[1]
+        return expected
+
+    def _row_axis(self, name: str) -> int:
+        return self._layout[name].dims.index("query")
+
+    def _write_rows(self, key: str, name: str, start: int, value: np.ndarray) -> None:
+        layout, axis = self._layout[name], self._row_axis(name)
+        at = self._at(key, name)
+        assert at is not None  # noqa: S101 -- the arrays of a layer have one
+        chosen = self._attributes.queries if name in ("attention", "attention_mean") else None
+        stop = start + value.shape[axis - 1] if value.ndim == len(layout.shape) - 1 else -1
+        fits = (
+            value.ndim == len(layout.shape) - 1
+            and stop <= (layout.shape[axis] if chosen is None else len(chosen))
+            and (*value.shape[: axis - 1], *value.shape[axis:])
+            == (*layout.shape[1:axis], *layout.shape[axis + 1 :])
+        )
+        if not fits:
+            raise StoreError(
+                f"{self.path}: {name} of layer {key} has shape {value.shape} from row {start} on; "
+                f"the array's is {layout.shape[1:]}",
+                remedy="Give every record the sizes that the trace was created with.",
+            )
+        step = (layout.shards or layout.chunks)[axis]
+        if chosen is None and start % step:
+            raise StoreError(
+                f"{self.path}: rows of {name} start at {start}, in the middle of a file",
+                why="Two records would write one file, and one of them would be lost.",
+                remedy=f"Start records at multiples of {step} rows.",
+            )
+        if chosen is not None:
+            for row, query in enumerate(chosen[start:stop]):
+                one = value[(slice(None),) * (axis - 1) + (slice(row, row + 1),)]
+                self._write_block(key, name, self._corner(name, at, query), one)
+            return
+        self._write_block(key, name, self._corner(name, at, start), value)
+
+    def _corner(self, name: str, at: int, row: int) -> tuple[int, ...]:
+        """Return the index of a block's first element."""
+        axis = self._row_axis(name)
+        return tuple(
+            at if i == 0 else row if i == axis else 0 for i in range(len(self._layout[name].dims))
+        )
+
+    def _write_block(self, key: str, name: str, corner: tuple[int, ...], value: np.ndarray) -> None:
+        block = value[np.newaxis] if key != TOKENS else value
+        written = write_block(self.path / name, self._layout[name], corner, block)
+        if len(written) == 1 and len(self._files(key, name)) == 1:
+            self._fingerprints[key, name] = fingerprint_of(written.values())
+
+    def _append_tokens(self, values: Mapping[str, np.ndarray]) -> None:
+        for name, value in values.items():
+            if value.shape != self._layout[name].shape:
+                raise StoreError(
+                    f"{self.path}: {name} has shape {value.shape}, not {self._layout[name].shape}",
+                    remedy="Give every record the sizes that the trace was created with.",
+                )
+            self._write_block(TOKENS, name, (0,) * value.ndim, value)
+        self._journal(TOKENS, list(values))
+
+    def _journal(self, key: str, names: Sequence[str]) -> None:
+        """Say that the arrays of a layer, or of the tokens, are stored."""
+        entry = {
+            name: self._fingerprints.pop((key, name))
+            if (key, name) in self._fingerprints
+            else self._fingerprint(key, name)
+            for name in names
+        }
+        with self._mutex:
+            for name in names:
+                self._rows.pop((key, name), None)
+            stored = {**self._attributes.stored, key: entry}
+            order = [*map(str, self._attributes.layers), TOKENS, COORDINATES]
+            self._write_attributes(
+                stored={key: stored[key] for key in order if key in stored},
+            )
+
+    def _write_attributes(self, **update: Any) -> None:
+        self._attributes = self._attributes.model_copy(update=update)
+        write_attributes(self.path, self._attributes.model_dump(mode="json"))
+
+    def finish(self) -> None:
+        """Mark the trace complete: everything is on the disk, and its metadata consolidated.
+
+        Raises
+        ------
+        IncompleteError
+            If a layer was not appended.
+        """
+        if self.missing_layers or self.needs_tokens:
+            raise incomplete(self.path, self._attributes)
+        with clear_errors(self.path):
+            for file in sorted(self.path.rglob("*")):
+                fsync(file)
+            self._write_attributes(complete=True)
+            consolidate(self.path)
+            fsync(self.path / "zarr.json")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.finish()
+
+
+def _arrays_of(record: LayerRecord) -> dict[str, np.ndarray]:
+    values: dict[str, np.ndarray] = {}
+    if record.attention is not None and record.attention_mean is not None:
+        values = {"attention": record.attention, "attention_mean": record.attention_mean}
+    for name, features in record.features.items():
+        suffix = name.removeprefix("features")
+        values[name] = features.activations
+        values[f"top_feature{suffix}"] = features.top_feature
+        values[f"top_activation{suffix}"] = features.top_activation
+    return values
