@@ -61,7 +61,7 @@ def features(rng: np.random.Generator, active: int) -> np.ndarray:
 CASES: dict[str, Callable[[np.random.Generator], Arrays]] = {
     "features float32, 50 active": lambda rng: {"features": features(rng, 50)},
     "features bfloat16 values, 50 active": lambda rng: {"features": as_bfloat16(features(rng, 50))},
-    "features float32, 1500 active": lambda rng: {"features": features(rng, 1500)},
+    "features float32, 1000 active": lambda rng: {"features": features(rng, 1000)},
     "attention float32": lambda rng: {"attention": attention(rng)},
     "attention bfloat16 values": lambda rng: {"attention": as_bfloat16(attention(rng))},
     "attention float16": lambda rng: {"attention": attention(rng).astype(np.float16)},

@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
+import subprocess
+import sys
 import tempfile
 import zipfile
 import zlib
@@ -20,7 +23,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from zarrtrace import npz
 from zarrtrace.errors import (
     ConfigError,
     ConfigMismatchError,
@@ -29,7 +31,7 @@ from zarrtrace.errors import (
     NoSpaceError,
     NPZError,
 )
-from zarrtrace.npz import export_npz, import_npz
+from zarrtrace.npz import archive, export_npz, exporting, import_npz, importing
 from zarrtrace.spec import (
     FeatureRecord,
     LayerRecord,
@@ -70,6 +72,8 @@ def npz_values(
     layers: tuple[int, ...] = (1, 2, 3),
     keys: tuple[str, ...] = ("features", "attention"),
     without_sae: tuple[int, ...] = (),
+    without_attention: tuple[int, ...] = (),
+    queries: tuple[int, ...] | None = None,
     attention_dtype: str = "float32",
     tokens: int = 9,
 ) -> Values:
@@ -84,9 +88,12 @@ def npz_values(
             }
             for layer in layers
         }
+        absent = {"features": without_sae, "attention": without_attention}
         for layer, arrays in out[name].items():
+            if queries is not None:
+                arrays["attention"][:, [at for at in range(size) if at not in queries]] = np.nan
             for key in tuple(arrays):
-                if key not in keys or (key == "features" and layer in without_sae):
+                if key not in keys or layer in absent[key]:
                     del arrays[key]
     return out
 
@@ -101,6 +108,14 @@ def npz_tokens(values: Values, scenario: str) -> int:
     return arrays["attention"].shape[1] if "attention" in arrays else arrays["features"].shape[0]
 
 
+def npz_queries(by_layer: dict[int, dict[str, np.ndarray]]) -> tuple[int, ...] | None:
+    """Rows of attention that are not NaN; None for all."""
+    found = npz_first({"": by_layer}, "attention")
+    if found is None or not np.isnan(found).any():
+        return None
+    return tuple(np.flatnonzero(~np.isnan(found[0, :, 0])).tolist())
+
+
 def npz_write_run(path: Path, values: Values, *, stop_before: int | None = None) -> Path:
     """Write a run with the store's own writer."""
     layers = tuple(next(iter(values.values())))
@@ -108,6 +123,12 @@ def npz_write_run(path: Path, values: Values, *, stop_before: int | None = None)
     with RunWriter(path, list(values), {}) as run:
         for scenario, by_layer in values.items():
             size = npz_tokens(values, scenario)
+            missing = {
+                key: [layer for layer in layers if key not in by_layer[layer]]
+                for key, array in (("attention", attention), ("features", features))
+                if array is not None
+            }
+            queries = npz_queries(by_layer)
             attributes = TraceAttributes(
                 scenario=scenario,
                 prompt="what it says",
@@ -118,11 +139,11 @@ def npz_write_run(path: Path, values: Values, *, stop_before: int | None = None)
                 },
                 model=None,
                 layers=layers,
-                layers_without_sae=tuple(
-                    layer
-                    for layer in layers
-                    if features is not None and "features" not in by_layer[layer]
-                ),
+                layers_without_sae=tuple(missing.get("features", ())),
+                layers_without_attention={
+                    str(layer): "recurrent" for layer in missing.get("attention", ())
+                },
+                queries=queries,
                 attention_dtype=None if attention is None else attention.dtype.name,
                 feature_dtype=None if features is None else features.dtype.name,
                 versions={},
@@ -135,6 +156,10 @@ def npz_write_run(path: Path, values: Values, *, stop_before: int | None = None)
                 attention_dtype=attributes.attention_dtype,
                 feature_dtype=attributes.feature_dtype,
                 next_token=False,
+                attention_layers=len(layers) - len(missing["attention"])
+                if missing.get("attention")
+                else None,
+                chosen_queries=queries is not None,
             )
             tokens = Tokens(ids=range(size), texts=[f" té\n{at}" for at in range(size)])
             trace = run.trace(attributes, shape, tokens)
@@ -150,6 +175,9 @@ def npz_write_run(path: Path, values: Values, *, stop_before: int | None = None)
 
 def npz_record(scenario: str, layer: int, arrays: dict[str, np.ndarray]) -> LayerRecord:
     attention, features = arrays.get("attention"), arrays.get("features")
+    queries = npz_queries({layer: arrays})
+    if attention is not None and queries is not None:
+        attention = attention[:, queries]
     record: dict[str, Any] = {}
     if attention is not None:
         record |= {"attention": attention, "attention_mean": attention.mean(0, dtype=np.float32)}
@@ -165,7 +193,7 @@ def npz_old_folder(path: Path, values: Values, **changes: Any) -> Path:
     for scenario, by_layer in values.items():
         (path / scenario).mkdir(parents=True)
         for layer, arrays in by_layer.items():
-            np.savez_compressed(path / scenario / f"layer_{layer}.npz", **arrays)  # type: ignore
+            np.savez_compressed(path / scenario / f"layer_{layer}.npz", **arrays)  # type: ignore[arg-type]
     layers = list(next(iter(values.values())))
     metadata = {
         "timestamp": STAMP,
@@ -204,44 +232,56 @@ def npz_assert_holds(folder: Path, values: Values) -> None:
     assert {name for name in npz_files(folder) if name.endswith("npz")} == names
     for scenario, by_layer in values.items():
         for layer, arrays in by_layer.items():
-            with np.load(folder / scenario / f"layer_{layer}.npz", allow_pickle=False) as found:
-                assert sorted(found.files) == sorted(arrays)
-                for key, array in arrays.items():
-                    assert found[key].dtype == array.dtype
-                    assert found[key].tobytes() == array.tobytes()
-                    assert found[key].shape == array.shape
+            npz_assert_file(folder / scenario / f"layer_{layer}.npz", arrays)
+
+
+def npz_assert_file(file: Path, arrays: dict[str, np.ndarray]) -> None:
+    with np.load(file, allow_pickle=False) as found:
+        assert sorted(found.files) == sorted(arrays)
+        for key, array in arrays.items():
+            assert (found[key].dtype, found[key].shape) == (array.dtype, array.shape)
+            assert found[key].tobytes() == array.tobytes()
+
+
+@pytest.fixture(scope="module")
+def default_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the default values, which no test may change."""
+    return npz_write_run(tmp_path_factory.mktemp("npz") / "run", npz_values())
 
 
 # --- export ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        {},
-        {"keys": ("attention",)},
-        {"keys": ("features",)},
-        {"without_sae": (2,)},
-        {"keys": ("features",), "without_sae": (2,)},
-        {"attention_dtype": "float16"},
-        {"layers": (0,), "scenarios": ("one",), "tokens": 6},
-    ],
-    ids=str,
-)
-def test_export_is_what_numpy_reads(tmp_path: Path, how: dict[str, Any]) -> None:
-    values = npz_values(**how)
+_KINDS: list[dict[str, Any]] = [
+    {},
+    {"keys": ("attention",)},
+    {"keys": ("features",), "without_sae": (2,)},
+    {"without_sae": (1, 3), "attention_dtype": "float16"},
+    {"without_attention": (1, 3)},
+    {"queries": (0, 4, 8), "without_sae": (1,)},
+    {"layers": (0,), "tokens": 6},
+]
+
+
+@pytest.mark.parametrize("how", _KINDS, ids=str)
+def test_export_import_export_is_bit_identical(tmp_path: Path, how: dict[str, Any]) -> None:
+    values = npz_values(**{"scenarios": ("one",), **how})
     run = npz_write_run(tmp_path / "run", values)
     out = tmp_path / "new" / "out"
-    first, last = (layers := list(next(iter(values.values()))))[0], layers[-1]
+    layers = list(values["one"])
 
-    assert export_npz(run, out, timestamp=WHEN) == out / f"metadata_L{first}_{last}_{STAMP}.json"
+    written = export_npz(run, out, timestamp=WHEN)
 
+    assert written == out / f"metadata_L{layers[0]}_{layers[-1]}_{STAMP}.json"
     npz_assert_holds(out, values)
 
+    import_npz(out, tmp_path / "again")
+    export_npz(tmp_path / "again", tmp_path / "two", timestamp=WHEN)
+    assert npz_files(out) == npz_files(tmp_path / "two")
 
-def test_metadata_has_exactly_the_documented_fields(tmp_path: Path) -> None:
-    run = npz_write_run(tmp_path / "run", npz_values())
-    file = export_npz(run, tmp_path / "out", timestamp=WHEN)
+
+def test_metadata_has_exactly_the_documented_fields(tmp_path: Path, default_run: Path) -> None:
+    file = export_npz(default_run, tmp_path / "out", timestamp=WHEN)
 
     found = json.loads(file.read_text("utf-8"))
 
@@ -271,13 +311,12 @@ def test_metadata_has_exactly_the_documented_fields(tmp_path: Path) -> None:
     assert [entry["scenario"] for entry in found["scenarios"]] == ["Risky_40", "Desperate_10"]
 
 
-def test_part_of_a_run(tmp_path: Path) -> None:
+def test_part_of_a_run(tmp_path: Path, default_run: Path) -> None:
     values = npz_values()
-    run = npz_write_run(tmp_path / "run", values)
     calls: list[tuple[int, int]] = []
 
     file = export_npz(
-        run,
+        default_run,
         tmp_path / "out",
         scenarios=["Desperate_10"],
         layers=[3, 1],
@@ -297,71 +336,74 @@ def test_part_of_a_run(tmp_path: Path) -> None:
     assert calls == [(1, 2), (2, 2)]
 
 
-def test_one_trace(tmp_path: Path) -> None:
+def test_one_trace(tmp_path: Path, default_run: Path) -> None:
     values = npz_values()
-    run = npz_write_run(tmp_path / "run", values)
-    export_npz(run / "Risky_40", tmp_path / "out", timestamp=WHEN)
+    export_npz(default_run / "Risky_40", tmp_path / "out", timestamp=WHEN)
     npz_assert_holds(tmp_path / "out", {"Risky_40": values["Risky_40"]})
 
 
-def test_same_bytes_again_over_an_old_export_and_with_any_number_of_threads(tmp_path: Path) -> None:
-    run = npz_write_run(tmp_path / "run", npz_values())
-    export_npz(run, tmp_path / "out", timestamp=WHEN, workers=1)
+def test_same_bytes_again_over_an_old_export_and_with_any_number_of_threads(
+    tmp_path: Path, default_run: Path
+) -> None:
+    export_npz(default_run, tmp_path / "out", timestamp=WHEN, workers=1)
     before = npz_files(tmp_path / "out")
-    export_npz(run, tmp_path / "out", timestamp=WHEN, workers=5)
+    export_npz(default_run, tmp_path / "out", timestamp=WHEN, workers=5)
     assert npz_files(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize("tokens", [5, 40, 121])
 @pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("active", [1, 50, 200])
-@pytest.mark.parametrize("sharpness", [0.3, 1, 4])
-def test_files_are_no_larger_than_numpys(
-    tokens: int, precision: str, active: int, sharpness: float
-) -> None:
-    rng = np.random.default_rng(tokens + active)
-    arrays = {
-        "features": npz_features(rng, tokens, 1024, active),
-        "attention": npz_attention(rng, 8, tokens, sharpness),
-    }
-    for key, array in arrays.items():
-        if precision == "bfloat16":
-            array = (array.view(np.uint32) & 0xFFFF0000).astype(np.uint32).view(np.float32)
-        array = array.astype("float16" if precision == "float16" else "float32")
-        ours, numpys = io.BytesIO(), io.BytesIO()
-        npz._write_npz(ours, [(key, array)])
-        np.savez_compressed(numpys, **{key: array})  # type: ignore[arg-type]
-        assert len(ours.getvalue()) <= len(numpys.getvalue()), key
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(f"attention {tokens} {sharpness}" for tokens in (5, 40, 121) for sharpness in (0.3, 4)),
+        *(f"features {tokens} {active}" for tokens in (5, 121) for active in (1, 50, 200)),
+    ],
+)
+def test_files_are_no_larger_than_numpys(case: str, precision: str) -> None:
+    key, tokens, how = case.split()
+    rng = np.random.default_rng(1)
+    if key == "attention":
+        values = npz_attention(rng, 8, int(tokens), float(how))
+    else:
+        values = npz_features(rng, int(tokens), 1024, int(how))
+    if precision == "bfloat16":
+        array = (values.view(np.uint32) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+    else:
+        array = values.astype(precision)
+    ours, numpys = io.BytesIO(), io.BytesIO()
+    archive.write_npz(ours, [(key, array)])
+    np.savez_compressed(numpys, **{key: array})  # type: ignore[arg-type]
+    assert len(ours.getvalue()) <= len(numpys.getvalue())
 
 
-def test_archive_is_sound_also_beyond_4_gib(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limit", [2**31 - 1, 1500, 0])
+def test_archive_is_sound_also_beyond_2_gib(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     rng = np.random.default_rng(0)
     arrays = [("features", npz_features(rng, 9, 64, 5)), ("attention", npz_attention(rng, 2, 9))]
-    for limit in (0xFFFFFFFF, 1500, 1, 0):
-        monkeypatch.setattr(npz._Member, "_LIMIT", limit)
-        out = io.BytesIO()
-        npz._write_npz(out, arrays)
-        with zipfile.ZipFile(out) as archive:
-            assert archive.testzip() is None
-            assert {info.date_time for info in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
-        out.seek(0)
-        with np.load(out, allow_pickle=False) as found:
-            for key, array in arrays:
-                np.testing.assert_array_equal(found[key], array)
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", limit)  # what lies above takes ZIP64 fields
+    out = io.BytesIO()
+    archive.write_npz(out, arrays)
+    with zipfile.ZipFile(out) as found:
+        assert found.testzip() is None
+        assert {info.date_time for info in found.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+    out.seek(0)
+    with np.load(out, allow_pickle=False) as loaded:
+        assert loaded.files == ["features", "attention"]
+        for key, array in arrays:
+            np.testing.assert_array_equal(loaded[key], array)
 
 
-def test_unknown_scenario_and_layer_name_what_there_is(tmp_path: Path) -> None:
-    run = npz_write_run(tmp_path / "run", npz_values())
+def test_unknown_scenario_and_layer_name_what_there_is(tmp_path: Path, default_run: Path) -> None:
     with pytest.raises(ConfigError, match=r"(?s)'nope'.*Risky_40, Desperate_10"):
-        export_npz(run, tmp_path / "out", scenarios=["nope"])
+        export_npz(default_run, tmp_path / "out", scenarios=["nope"])
     with pytest.raises(ConfigError, match=r"(?s)layer 9.*1, 2, 3"):
-        export_npz(run, tmp_path / "out", layers=[1, 9])
+        export_npz(default_run, tmp_path / "out", layers=[1, 9])
     with pytest.raises(ConfigError, match="no layer"):
-        export_npz(run, tmp_path / "out", layers=[])
+        export_npz(default_run, tmp_path / "out", layers=[])
     with pytest.raises(ConfigError, match="no scenario"):
-        export_npz(run, tmp_path / "out", scenarios=[])
+        export_npz(default_run, tmp_path / "out", scenarios=[])
     with pytest.raises(ConfigError, match="float64"):
-        export_npz(run, tmp_path / "out", dtype="float64")  # type: ignore[arg-type]
+        export_npz(default_run, tmp_path / "out", dtype="float64")  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 
 
@@ -372,13 +414,19 @@ def test_incomplete_runs_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_layer_files_of_another_export_are_refused(tmp_path: Path) -> None:
-    run = npz_write_run(tmp_path / "run", npz_values())
-    export_npz(run, tmp_path / "out", timestamp=WHEN)
+def test_layer_files_of_another_export_are_refused(tmp_path: Path, default_run: Path) -> None:
+    export_npz(default_run, tmp_path / "out", timestamp=WHEN)
     before = npz_files(tmp_path / "out")
     with pytest.raises(NPZError, match=r"(?s)4 layer files.*layer_.*remove"):
-        export_npz(run, tmp_path / "out", layers=[1], timestamp=WHEN)
+        export_npz(default_run, tmp_path / "out", layers=[1], timestamp=WHEN)
     assert npz_files(tmp_path / "out") == before
+
+
+def test_layers_with_nothing_to_export_are_refused(tmp_path: Path) -> None:
+    values = npz_values(scenarios=("a",), keys=("features",), without_sae=(2,))
+    run = npz_write_run(tmp_path / "run", values)
+    with pytest.raises(ConfigError, match="neither attention nor features"):
+        export_npz(run, tmp_path / "out", layers=[2])
 
 
 def test_too_large_for_float16(tmp_path: Path) -> None:
@@ -400,25 +448,59 @@ def test_too_large_for_float16(tmp_path: Path) -> None:
 )
 def test_failure_leaves_no_partial_file(
     tmp_path: Path,
+    default_run: Path,
     monkeypatch: pytest.MonkeyPatch,
     fault: BaseException,
     error: type[BaseException],
 ) -> None:
-    run = npz_write_run(tmp_path / "run", npz_values())
-    write, calls = npz._write_member, []
+    write, calls = exporting.write_npz, []
 
-    def failing(out: Any, name: str, array: np.ndarray) -> Any:
-        calls.append(name)
+    def failing(out: Any, arrays: Any) -> None:
+        calls.append(1)
         out.write(b"half")
-        if len(calls) == 4:
+        if len(calls) > 1:
             raise fault
-        return write(out, name, array)
+        out.seek(0)
+        write(out, arrays)
 
-    monkeypatch.setattr(npz, "_write_member", failing)
+    monkeypatch.setattr(exporting, "write_npz", failing)
     with pytest.raises(error):
-        export_npz(run, tmp_path / "out", workers=1)
-    assert len(calls) == 4
+        export_npz(default_run, tmp_path / "out", workers=1)
     assert list(npz_files(tmp_path / "out")) == ["Risky_40/layer_1.npz"]
+
+
+_KILLED = """
+import os, signal, sys
+from zarrtrace.npz import archive, export_npz
+
+def compressor(array, pieces, calls=[]):
+    calls.append(1)
+    if len(calls) < 6:
+        return best(array, pieces)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+best, archive._best_compressor = archive._best_compressor, compressor
+export_npz(sys.argv[1], sys.argv[2], workers=2)
+"""
+
+
+def test_killed_export_leaves_whole_files_only(tmp_path: Path, default_run: Path) -> None:
+    values = npz_values()
+    out = tmp_path / "out"
+    process = subprocess.run([sys.executable, "-c", _KILLED, default_run, out], check=False)
+    assert process.returncode == -signal.SIGKILL
+
+    left = npz_files(out)
+    assert any(name.endswith(".partial") for name in left)
+    assert not any(name.startswith("metadata") for name in left)
+    for name in (name for name in left if name.endswith(".npz")):
+        scenario, layer = name.removesuffix(".npz").split("/layer_")
+        npz_assert_file(out / name, values[scenario][int(layer)])
+
+    export_npz(default_run, out, timestamp=WHEN)
+    npz_assert_holds(out, values)
+    export_npz(default_run, tmp_path / "whole", timestamp=WHEN)
+    assert npz_files(out) == npz_files(tmp_path / "whole")
 
 
 def test_damaged_store_is_named(tmp_path: Path) -> None:
@@ -432,42 +514,13 @@ def test_damaged_store_is_named(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").rglob("*.partial"))
 
 
-def test_output_that_is_a_file(tmp_path: Path) -> None:
-    run = npz_write_run(tmp_path / "run", npz_values())
+def test_output_that_is_a_file(tmp_path: Path, default_run: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(NPZError, match="cannot be written"):
-        export_npz(run, tmp_path / "out")
-
-
-def test_jobs_under_way_are_bounded() -> None:
-    made = 0
-
-    def jobs() -> Iterator[Callable[[], None]]:
-        nonlocal made
-        for _ in range(40):
-            made += 1
-            yield lambda: None
-
-    done: list[int] = []
-    npz._run_jobs(jobs(), 40, 3, lambda at, _: done.append(made - at))
-    assert (made, len(done)) == (40, 40)
-    assert max(done) <= 4
+        export_npz(default_run, tmp_path / "out")
 
 
 # --- round trips -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "how",
-    [{}, {"keys": ("attention",)}, {"without_sae": (1, 3)}, {"attention_dtype": "float16"}],
-    ids=str,
-)
-def test_export_import_export_is_bit_identical(tmp_path: Path, how: dict[str, Any]) -> None:
-    run = npz_write_run(tmp_path / "run", npz_values(**how))
-    export_npz(run, tmp_path / "one", timestamp=WHEN)
-    import_npz(tmp_path / "one", tmp_path / "again")
-    export_npz(tmp_path / "again", tmp_path / "two", timestamp=WHEN)
-    assert npz_files(tmp_path / "one") == npz_files(tmp_path / "two")
 
 
 _FLOATS = {
@@ -502,15 +555,18 @@ def _npz_any_values(draw: st.DrawFn) -> Values:
     }
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(values=_npz_any_values())
-def test_any_values_survive(values: Values) -> None:
+def test_any_values_survive_every_round_trip(values: Values) -> None:
     with tempfile.TemporaryDirectory() as name:
         path = Path(name)
         folder = npz_old_folder(path / "old", values, scenarios=npz_plain_metadata(values))
         import_npz(folder, path / "run")
         export_npz(path / "run", path / "one", timestamp=WHEN)
         npz_assert_holds(path / "one", values)
+        import_npz(path / "one", path / "again")
+        export_npz(path / "again", path / "two", timestamp=WHEN)
+        assert npz_files(path / "one") == npz_files(path / "two")
 
 
 def npz_plain_metadata(values: Values) -> list[dict[str, Any]]:
@@ -526,7 +582,6 @@ def npz_plain_metadata(values: Values) -> list[dict[str, Any]]:
     ]
 
 
-@settings(max_examples=30, deadline=None)
 @given(
     hnp.arrays(
         st.sampled_from([np.float16, np.float32]),
@@ -535,7 +590,7 @@ def npz_plain_metadata(values: Values) -> list[dict[str, Any]]:
     )
 )
 def test_strongest_features_are_those_of_a_stable_sort(values: np.ndarray) -> None:
-    found = npz._with_top(values)
+    found = importing.with_strongest(values)
     order = np.argsort(-np.maximum(values, 0), axis=1, kind="stable")[:, :32]
     np.testing.assert_array_equal(found.top_feature, order)
     top = np.maximum(np.take_along_axis(values, order, axis=1), 0)
@@ -595,11 +650,10 @@ def test_some_layers_only(tmp_path: Path) -> None:
         import_npz(folder, tmp_path / "no", layers=[9])
 
 
-def test_the_newest_of_metadata_files_that_agree(tmp_path: Path) -> None:
+def test_the_newest_of_metadata_files_that_agree(tmp_path: Path, default_run: Path) -> None:
     values = npz_values()
-    run = npz_write_run(tmp_path / "run", values)
-    export_npz(run, tmp_path / "out", timestamp=WHEN)
-    export_npz(run, tmp_path / "out", timestamp=WHEN.replace(year=2026))
+    export_npz(default_run, tmp_path / "out", timestamp=WHEN)
+    export_npz(default_run, tmp_path / "out", timestamp=WHEN.replace(year=2026))
     import_npz(tmp_path / "out", tmp_path / "again")
     assert list(open_run(tmp_path / "again").children) == list(values)
 
@@ -739,6 +793,16 @@ def _link_scenario(folder: Path) -> None:
     (folder / "Risky_40").symlink_to(folder.parent / "elsewhere")
 
 
+def _odd_row(folder: Path) -> None:
+    """Leave one row of attention out, but not in this layer."""
+    for layer in (1, 3):
+        file = folder / "Risky_40" / f"layer_{layer}.npz"
+        with np.load(file) as found:
+            arrays = dict(found)
+        arrays["attention"][:, 4] = np.nan
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
 def _write_metadata_text(text: bytes) -> Callable[[Path], None]:
     return lambda folder: (next(folder.glob("metadata*")).write_bytes(text), None)[1]
 
@@ -755,11 +819,6 @@ _BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     # one layer's file
     "missing file": (lambda f: (f / _BAD_FILE).unlink(), r"1 layer files are missing.*layer_2"),
     "empty file": (lambda f: (f / _BAD_FILE).write_bytes(b""), r"layer_2.*cannot be read"),
-    "not a zip": (lambda f: (f / _BAD_FILE).write_bytes(b"x" * 999), r"layer_2.*cannot be read"),
-    "cut short": (
-        lambda f: (f / _BAD_FILE).write_bytes((f / _BAD_FILE).read_bytes()[:-200]),
-        r"layer_2.*cannot be read",
-    ),
     "folder for a file": (
         lambda f: ((f / _BAD_FILE).unlink(), (f / _BAD_FILE).mkdir()),
         r"missing.*layer_2",
@@ -769,16 +828,15 @@ _BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         r"layer_2.*(dtype|cannot be read)",
     ),
     "integers": (_change(features=lambda a: a.astype(np.int32)), r"layer_2.*dtype int32"),
-    "float64": (_change(attention=lambda a: a.astype(np.float64)), r"layer_2.*float64"),
     "big-endian": (_change(features=lambda a: a.astype(">f4")), r"layer_2.*dtype"),
     "Fortran order": (_change(features=np.asfortranarray), r"layer_2.*Fortran"),
     "another seq_len": (_change(features=lambda a: a[1:]), r"layer_2.*shape \(8, 48\)"),
     "not square": (_change(attention=lambda a: a[:, :, 1:]), r"layer_2.*shape"),
-    "transposed": (_change(attention=lambda a: a[0]), r"layer_2.*shape"),
     "no heads": (_change(attention=lambda a: a[:0]), r"layer_2.*shape \(0, 9, 9\)"),
     "other features": (_change(features=lambda a: a[:, :40]), r"layer_2.*40 features.*48"),
     "other heads": (_change(attention=lambda a: a[:2]), r"layer_2.*2 heads.*4"),
     "other dtype": (_change(attention=lambda a: a.astype("f2")), r"layer_2.*float16.*float32"),
+    "odd row": (_odd_row, r"layer_2.*other rows"),
     "NaN": (_change(features=lambda a: a * np.nan), r"layer_2.*NaN"),
     "infinity": (_change(attention=lambda a: a + np.inf), r"layer_2.*infinity"),
     "no attention": (_without("attention"), r"layer_2.*no 'attention'"),
@@ -797,15 +855,12 @@ _BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "bomb by overflow": (_member(lambda a: npz_npy(a, (2**62, 2**62))), r"layer_2.*shape"),
     "declared size": (_patch_central(24, b"\xff\xff\xff\x7f"), r"layer_2.*do not fit"),
     "encrypted": (_patch_central(8, b"\1\0"), r"layer_2.*cannot be read"),
-    "odd compression": (_patch_central(10, b"\x63\0"), r"layer_2.*cannot be read"),
     "link out": (_link_out, r"layer_2.*leads out"),
     "linked folder": (_link_scenario, r"layer_1.*leads out"),
     # the metadata file
     "no metadata": (lambda f: next(f.glob("meta*")).unlink(), "no metadata file"),
-    "empty metadata": (_write_metadata_text(b""), r"metadata_L1_3.*JSON"),
     "not JSON": (_write_metadata_text(b"{'a': 1}"), r"metadata_L1_3.*JSON"),
     "not UTF-8": (_write_metadata_text(b'{"timestamp": "\xff"}'), r"metadata_L1_3"),
-    "a list": (_write_metadata_text(b"[]"), r"metadata_L1_3"),
     "deep": (_write_metadata_text(b"[" * 100000), r"metadata_L1_3"),
     "no scenarios": (_metadata(lambda m: m.pop("scenarios")), r"metadata_L1_3.*scenarios"),
     "none of them": (_metadata(lambda m: m.update(scenarios=[], n_scenarios=0)), r"scenarios"),
@@ -813,7 +868,6 @@ _BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "layer_range text": (_metadata(lambda m: m.update(layer_range="1-3")), r"layer_range"),
     "layer_range back": (_metadata(lambda m: m.update(layer_range=[3, 1])), r"layer_range"),
     "endless layers": (_metadata(lambda m: m.update(layer_range=[0, 10**12])), r"layer_range"),
-    "more layers": (_metadata(lambda m: m.update(layer_range=[1, 4])), r"layer_4"),
     "nothing saved": (
         _metadata(lambda m: m.update(save_features=False, save_attention=False)),
         r"neither",
@@ -829,7 +883,6 @@ _BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "positions a number": (_scenario(key_positions={"goal": 3}), r"key_positions\.goal"),
     "other decision": (_scenario(key_positions={"decision": [3]}), r"decision is not the last"),
     "unsafe name": (_rename_scenario("../x"), r"metadata_L1_3.*'\.\./x'.*not safe"),
-    "absolute name": (_rename_scenario("/etc"), r"not safe"),
     "empty name": (_rename_scenario(""), r"is empty"),
     "same name": (_rename_scenario("desperate_10"), r"stands twice"),
 }
@@ -843,7 +896,7 @@ def test_bad_input_is_refused_by_name(tmp_path: Path, name: str) -> None:
     with pytest.raises(NPZError, match=f"(?s){message}") as caught:
         import_npz(folder, tmp_path / "run")
     assert caught.value.remedy
-    if name not in ("NaN", "infinity"):  # only reading the values shows these
+    if name not in ("NaN", "infinity", "odd row"):  # only reading the values shows these
         assert not (tmp_path / "run").exists()
 
 
@@ -855,7 +908,7 @@ def test_missing_folder(tmp_path: Path) -> None:
 def test_features_in_no_file_at_all(tmp_path: Path) -> None:
     values = npz_values(keys=("attention",))
     folder = npz_old_folder(tmp_path / "old", values, save_features=True)
-    with pytest.raises(NPZError, match="no file has any"):
+    with pytest.raises(NPZError, match=r"has no 'features'(?s:.*)no file has any"):
         import_npz(folder, tmp_path / "run")
 
 

@@ -23,9 +23,10 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 #: The name under which transformers finds this implementation.
 IMPLEMENTATION = "zarrtrace_blocked"
 
-# Scores of one block, in bytes; eager functions hold about three times that.
-_BLOCK_BYTES = 32 * 2**20
-_ROWS = 64
+# Scores of one block, in bytes; eager functions hold about four times that. No larger: blocks
+# grow with their keys, and the allocator keeps what it freed of each size.
+_BLOCK_BYTES = 8 * 2**20
+_ROWS = 16
 
 
 @dataclass

@@ -21,6 +21,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from zarrtrace.errors import ConfigError, ModelError
@@ -141,7 +142,7 @@ def load_model(
         max_tokens=getattr(text_config, "max_position_embeddings", None),
         attributes=ModelAttributes(
             id=name,
-            revision=getattr(model.config, "_commit_hash", None) or revision,
+            revision=_commit(source, options) or revision,
             architecture=type(model).__name__,
             n_layers=len(blocks),
             n_heads=int(text_config.num_attention_heads),
@@ -261,6 +262,15 @@ def _load_error(name: str, error: Exception) -> ModelError:
         "transformers.",
         remedy="Check the folder or id; pip install --upgrade transformers.",
     )
+
+
+def _commit(source: str, options: Mapping[str, Any]) -> str | None:
+    """Return the commit of a model from the hub, None for a folder."""
+    if Path(source).is_dir():
+        return None
+    file = cached_file(source, "config.json", revision=options["revision"])
+    parent = Path(file).parent  # .../snapshots/<commit>
+    return parent.name if parent.parent.name == "snapshots" else None
 
 
 def _d_heads(config: Any) -> int:

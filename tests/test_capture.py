@@ -1,0 +1,227 @@
+"""Capture against transformers and sae-lens, bit for bit, on the embedded model."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sae_lens import SAE
+
+from zarrtrace import demo
+from zarrtrace.capture import LoadedModel, Prompt, Request, capture, load_model, tokenize
+from zarrtrace.capture.saes import FolderSAEs
+from zarrtrace.scenarios import Scenario, load_suite
+from zarrtrace.spec import LayerRecord, SAEAttributes, TokensRecord
+
+pytestmark = pytest.mark.torch
+
+LAYERS = tuple(range(32))
+# Rounding of float32 matrix products of another shape.
+TOLERANCE = 2e-5
+
+
+@pytest.fixture(scope="module")
+def model() -> LoadedModel:
+    return load_model(str(demo.model_path()))
+
+
+@pytest.fixture(scope="module")
+def prompts(model: LoadedModel) -> list[Prompt]:
+    suite = load_suite(demo.suite_path())
+    return [tokenize(model, scenario, prepend_bos=True) for scenario in suite[:4]]
+
+
+class CountedSAEs(FolderSAEs):
+    """Counts how often each SAE is loaded."""
+
+    def __init__(self) -> None:
+        super().__init__(demo.sae_path())
+        self.loads: Counter[int] = Counter()
+
+    def load(self, attributes: SAEAttributes, device: torch.device) -> Any:
+        self.loads[attributes.layer] += 1
+        return super().load(attributes, device)
+
+
+def requests(prompts: Sequence[Prompt], layers: Sequence[int] = LAYERS) -> list[Request]:
+    return [Request(prompt, frozenset(layers), next_token=True) for prompt in prompts]
+
+
+def run(
+    model: LoadedModel, wanted: Sequence[Request], **options: Any
+) -> Iterator[LayerRecord | TokensRecord]:
+    source = options.pop("source", None) or FolderSAEs(demo.sae_path())
+    saes = source.find(LAYERS)
+    return capture(model, wanted, attention_dtype="float32", saes=saes, source=source, **options)
+
+
+def by_key(records: Any) -> dict[tuple[str, int], Any]:
+    return {
+        (record.scenario, record.layer if isinstance(record, LayerRecord) else -1): record
+        for record in records
+    }
+
+
+def arrays_of(record: LayerRecord | TokensRecord) -> list[np.ndarray]:
+    if isinstance(record, TokensRecord):
+        return [record.next_token, record.next_token_logprob]
+    features = record.features["features"]
+    assert record.attention is not None
+    assert record.attention_mean is not None
+    return [
+        record.attention,
+        record.attention_mean,
+        features.activations,
+        features.top_feature,
+        features.top_activation,
+    ]
+
+
+@torch.no_grad()
+def reference(model: LoadedModel, prompt: Prompt) -> tuple[Any, dict[int, torch.Tensor]]:
+    """Return what transformers says of a prompt, and the output of each block."""
+    outputs: dict[int, torch.Tensor] = {}
+    handles = [
+        block.register_forward_hook(
+            lambda _module, _args, output, i=i: outputs.__setitem__(
+                i, output[0] if isinstance(output, tuple) else output
+            )
+        )
+        for i, block in enumerate(model.blocks)
+    ]
+    made = model.model(
+        **model.tokenizer(prompt.scenario.prompt, return_tensors="pt"),
+        output_attentions=True,
+        output_hidden_states=True,
+    )
+    for handle in handles:
+        handle.remove()
+    return made, outputs
+
+
+def test_everything_is_what_the_libraries_compute(
+    model: LoadedModel, prompts: list[Prompt]
+) -> None:
+    found = by_key(run(model, requests(prompts[:2])))
+    for prompt in prompts[:2]:
+        name = prompt.scenario.name
+        made, outputs = reference(model, prompt)
+        assert not torch.equal(outputs[31], made.hidden_states[-1])  # that is behind the last norm
+        for layer in LAYERS:
+            record = found[name, layer]
+            attention = made.attentions[layer][0]
+            np.testing.assert_array_equal(record.attention, attention)
+            np.testing.assert_array_equal(record.attention_mean, attention.mean(0))
+            sae = SAE.load_from_disk(demo.sae_path() / f"blocks.{layer}.hook_resid_post")
+            with torch.no_grad():
+                encoded = sae.encode(outputs[layer])[0]
+            features = record.features["features"]
+            np.testing.assert_array_equal(features.activations, encoded)
+            np.testing.assert_array_equal(features.top_activation, encoded.topk(32).values)
+            picked = np.take_along_axis(features.activations, features.top_feature, axis=1)
+            fires = features.top_activation > 0
+            np.testing.assert_array_equal(picked[fires], features.top_activation[fires])
+        likeliest = made.logits[0].log_softmax(-1).topk(10)
+        np.testing.assert_array_equal(found[name, -1].next_token, likeliest.indices)
+        np.testing.assert_array_equal(found[name, -1].next_token_logprob, likeliest.values)
+
+
+def test_no_token_sees_what_follows(model: LoadedModel, prompts: list[Prompt]) -> None:
+    for record in run(model, requests(prompts[:1])):
+        if isinstance(record, LayerRecord):
+            assert record.attention is not None
+            assert not np.triu(record.attention, 1).any()
+            np.testing.assert_allclose(record.attention.sum(-1), 1, rtol=1e-5)
+
+
+def test_a_batch_changes_nothing_but_rounding(model: LoadedModel, prompts: list[Prompt]) -> None:
+    lengths = {len(prompt.tokens.ids) for prompt in prompts}
+    assert len(lengths) > 1
+    alone = by_key(run(model, requests(prompts, (0, 15, 31))))
+    together = by_key(run(model, requests(prompts, (0, 15, 31)), batch_size=3))
+    assert alone.keys() == together.keys()
+    for key, record in alone.items():
+        pairs = zip(arrays_of(record), arrays_of(together[key]), strict=True)
+        for expected, found in pairs:
+            assert expected.shape == found.shape
+            if expected.dtype.kind == "f":
+                np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_resumed_capture_gives_the_same_bits(
+    model: LoadedModel, prompts: list[Prompt], batch_size: int
+) -> None:
+    whole = by_key(run(model, requests(prompts, (2, 9, 30)), batch_size=batch_size))
+    rest = [
+        Request(prompts[0], frozenset(), next_token=False),
+        Request(prompts[1], frozenset({9, 30}), next_token=True),
+        Request(prompts[2], frozenset(), next_token=True),
+        Request(prompts[3], frozenset({30}), next_token=False),
+    ]
+    again = by_key(run(model, rest, batch_size=batch_size))
+    names = [prompt.scenario.name for prompt in prompts]
+    expected = {(names[1], 9), (names[1], 30), (names[1], -1), (names[2], -1), (names[3], 30)}
+    assert again.keys() == expected
+    for key, record in again.items():
+        for one, other in zip(arrays_of(whole[key]), arrays_of(record), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_each_sae_is_loaded_once(model: LoadedModel, prompts: list[Prompt]) -> None:
+    source = CountedSAEs()
+    wanted = [*requests(prompts[:3], (1, 2, 3, 4))]
+    for _ in run(model, wanted, source=source):
+        pass
+    assert source.loads == {1: 1, 2: 1, 3: 1, 4: 1}
+
+
+def test_records_do_not_pile_up(model: LoadedModel, prompts: list[Prompt]) -> None:
+    most = 0
+    for _ in run(model, requests(prompts[:3])):
+        alive = sum(type(thing) is LayerRecord for thing in gc.get_objects())
+        most = max(most, alive)
+    assert most <= 4  # one batch of one layer, and the one in hand
+
+
+def test_hooks_go_with_the_capture(model: LoadedModel, prompts: list[Prompt]) -> None:
+    next(run(model, requests(prompts[:1])))
+    gc.collect()
+    assert not any(module._forward_hooks for module in model.model.modules())
+    assert not any(module._forward_pre_hooks for module in model.model.modules())
+
+
+def test_inference_mode_does_not_leak(model: LoadedModel, prompts: list[Prompt]) -> None:
+    for _ in run(model, requests(prompts[:1], (1,))):
+        assert not torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize(
+    ("text", "prepend", "starts"),
+    [
+        ("Bet now", True, ["<|begin_of_text|>", "B"]),
+        ("<|begin_of_text|>Bet now", True, ["<|begin_of_text|>", "B"]),
+        ("Bet now", False, ["B"]),
+    ],
+)
+def test_bos_exactly_once_or_not_at_all(
+    model: LoadedModel, text: str, prepend: bool, starts: list[str]
+) -> None:
+    prompt = tokenize(model, Scenario("a", text), prepend_bos=prepend)
+    found = [token[:1] if not token.startswith("<") else token for token in prompt.tokens.texts]
+    assert found[: len(starts)] == starts
+    assert list(prompt.tokens.texts).count("<|begin_of_text|>") == int(prepend)
+
+
+def test_attributes_say_what_computed(model: LoadedModel) -> None:
+    attributes = model.attributes
+    assert (attributes.n_layers, attributes.n_heads, attributes.d_model) == (32, 8, 64)
+    assert attributes.architecture == "LlamaForCausalLM"
+    assert (attributes.dtype, attributes.softmax_dtype) == ("float32", "float32")
+    halved = load_model(str(demo.model_path()), dtype="bfloat16").attributes
+    assert (halved.dtype, halved.softmax_dtype) == ("bfloat16", "float32")

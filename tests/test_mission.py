@@ -1,0 +1,136 @@
+"""The commands of the README, word for word and offline, against transformers and sae-lens."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import hub_cache
+import numpy as np
+import pytest
+
+import zarrtrace as zt
+from zarrtrace.store import verify
+
+pytestmark = pytest.mark.torch
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+LLAMA = (
+    "zarrtrace extract --model meta-llama/Llama-3.1-8B --sae-release llama_scope_lxr_8x "
+    "--layers 1-31 -o runs/llama"
+)
+GPT2 = "zarrtrace extract --model gpt2 --sae-release gpt2-small-res-jb --layers 0-11 -o runs/gpt2"
+
+# What the two libraries make of one prompt, by hooks of its own, in a process of its own: the
+# hub's client reads its settings when it is imported.
+REFERENCE = """
+import json, sys
+import numpy as np, torch
+from sae_lens import SAE
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model_id, release, pattern, prompt, out, bos, side = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(model_id, attn_implementation="eager").eval()
+tokenizer = AutoTokenizer.from_pretrained(model_id)
+ids = tokenizer(prompt)["input_ids"]
+if bos == "add":
+    assert ids[0] != tokenizer.bos_token_id
+    ids = [tokenizer.bos_token_id, *ids]
+blocks = getattr(model.base_model, "layers", None) or model.base_model.h
+stream = {}
+def before(i):
+    return lambda module, args: stream.__setitem__(("pre", i), args[0])
+def after(i):
+    return lambda module, args, output: stream.__setitem__(
+        ("post", i), output[0] if isinstance(output, tuple) else output)
+for i, block in enumerate(blocks):
+    block.register_forward_pre_hook(before(i))
+    block.register_forward_hook(after(i))
+arrays = {"ids": np.array(ids)}
+with torch.no_grad():
+    made = model(torch.tensor([ids]), output_attentions=True)
+    for i in range(1 if side == "post" else 0, len(blocks)):
+        sae = SAE.from_pretrained(release, pattern.format(layer=i))
+        arrays[f"features_{i}"] = sae.encode(stream[side, i])[0].numpy()
+        arrays[f"attention_{i}"] = made.attentions[i][0].numpy()
+    top = made.logits[0].log_softmax(-1).topk(10)
+    arrays["next_token"], arrays["logprob"] = top.indices.numpy(), top.values.numpy()
+np.savez(out, **arrays)
+"""
+
+
+def run(command: list[str], home: Path, cwd: Path) -> None:
+    environment = {
+        **os.environ,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def check(trace: Path, reference: Path, layers: range) -> None:
+    ds = zt.open_trace(trace)
+    with np.load(reference) as expected:
+        np.testing.assert_array_equal(ds.token_id, expected["ids"])
+        for layer in layers:
+            here = ds.sel(layer=layer)
+            np.testing.assert_array_equal(here.attention, expected[f"attention_{layer}"])
+            np.testing.assert_array_equal(here.features, expected[f"features_{layer}"])
+            assert (here.features > 0).any()
+        np.testing.assert_array_equal(ds.next_token, expected["next_token"])
+        np.testing.assert_array_equal(ds.next_token_logprob, expected["logprob"])
+
+
+def test_llama_with_llama_scope(tmp_path: Path) -> None:
+    assert f"$ {LLAMA}\n" in README
+    home = tmp_path / "home"
+    hub_cache.make_llama(tmp_path / "model")
+    hub_cache.make_llama_scope(tmp_path / "saes")
+    hub_cache.add_repo(home, "meta-llama/Llama-3.1-8B", tmp_path / "model")
+    hub_cache.add_repo(home, "fnlp/Llama3_1-8B-Base-LXR-8x", tmp_path / "saes")
+    run(shlex.split(LLAMA), home, tmp_path)
+    assert verify(tmp_path / "runs/llama") == []
+    trace = tmp_path / "runs/llama/Very_risky_25"
+    attributes = json.loads((trace / "zarr.json").read_text())["attributes"]["zarrtrace"]
+    assert attributes["model"]["revision"] is not None
+    assert [sae["id"] for sae in attributes["saes"]] == [f"l{n}r_8x" for n in range(1, 32)]
+    reference = [
+        *(sys.executable, "-c", REFERENCE, "meta-llama/Llama-3.1-8B", "llama_scope_lxr_8x"),
+        *("l{layer}r_8x", attributes["prompt"], str(tmp_path / "reference.npz"), "as is", "post"),
+    ]
+    run(reference, home, tmp_path)
+    check(trace, tmp_path / "reference.npz", range(1, 32))
+
+
+def test_gpt2(tmp_path: Path) -> None:
+    assert f"$ {GPT2}\n" in README
+    home = tmp_path / "home"
+    hub_cache.make_gpt2(tmp_path / "model")
+    hub_cache.make_gpt2_saes(tmp_path / "saes")
+    hub_cache.add_repo(home, "gpt2", tmp_path / "model")
+    hub_cache.add_repo(home, "jbloom/GPT2-Small-SAEs-Reformatted", tmp_path / "saes")
+    run(shlex.split(GPT2), home, tmp_path)
+    trace = tmp_path / "runs/gpt2/Risky_40"
+    attributes = json.loads((trace / "zarr.json").read_text())["attributes"]["zarrtrace"]
+    ds = zt.open_trace(trace)
+    assert list(ds.query_token.values).count("<|begin_of_text|>") == 1
+    # the release has a second SAE for the last block: it gets an array of its own
+    by_variable = {sae["variable"]: sae["hook_name"] for sae in attributes["saes"]}
+    assert by_variable["features_resid_post"] == "blocks.11.hook_resid_post"
+    assert bool(np.isnan(ds.features_resid_post.sel(layer=3)).all())
+    assert bool((ds.features_resid_post.sel(layer=11) > 0).any())
+    reference = [
+        *(sys.executable, "-c", REFERENCE, "gpt2", "gpt2-small-res-jb"),
+        *("blocks.{layer}.hook_resid_pre", attributes["prompt"]),
+        *(str(tmp_path / "reference.npz"), "add", "pre"),
+    ]
+    run(reference, home, tmp_path)
+    check(trace, tmp_path / "reference.npz", range(12))

@@ -1,0 +1,228 @@
+"""From a run to a folder in the documented layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from zarrtrace.errors import ConfigError, IntegrityError, NPZError
+from zarrtrace.npz.archive import write_npz
+from zarrtrace.npz.files import Progress, replacing, run_jobs, writing
+from zarrtrace.npz.metadata import KEYS, Metadata, ScenarioMetadata, write_metadata
+from zarrtrace.scenarios import DECISION
+from zarrtrace.spec import NAMESPACE, TraceAttributes
+from zarrtrace.store import array_of, kind_of, open_run, open_trace
+
+DType = Literal["float16", "float32"]
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """What export needs to know of one trace; `arrays` by key."""
+
+    path: Path
+    attributes: TraceAttributes
+    metadata: ScenarioMetadata
+    arrays: Mapping[str, Any]
+    layer_dims: Mapping[str, str]
+
+    def keys(self, layer: int) -> list[str]:
+        return [key for key in self.arrays if key in self.attributes.stored[str(layer)]]
+
+
+def export_npz(
+    run: str | Path,
+    output: str | Path,
+    *,
+    scenarios: Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
+    dtype: DType | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    timestamp: datetime | None = None,
+) -> Path:
+    """Write a run, or one trace, in the documented NPZ layout.
+
+    Values are the store's, bit for bit, and the same call writes the same bytes. Arrays that the
+    layout has no place for (means, indices, next tokens, further feature arrays) are left out.
+
+    Parameters
+    ----------
+    run
+        Folder of a complete run or trace.
+    output
+        Folder to write into; files of the same name are replaced, each at once.
+    scenarios, layers
+        What to export; by default everything.
+    dtype
+        Convert both arrays; by default each keeps its own.
+    workers
+        Threads, by default one a CPU. Each holds one array of one layer at a time.
+    progress
+        Called with the number of files done and of all files.
+    timestamp
+        For the metadata file's name and field; by default now.
+
+    Returns
+    -------
+    Path
+        The metadata file, which is written last.
+
+    Raises
+    ------
+    IncompleteError
+        If layers or scenarios of the run are missing.
+    ConfigError
+        If a scenario or layer is not in the run, or it has neither attention nor features.
+    NPZError
+        If `output` holds layer files that this export would not write, or cannot be written.
+    """
+    if dtype not in (None, "float16", "float32"):
+        raise ConfigError(f"dtype {dtype!r} is unknown", remedy="Give 'float16' or 'float32'.")
+    output = Path(output)
+    traces = _traces(Path(run), scenarios)
+    chosen = _choose_layers(traces, layers)
+    metadata = _metadata(traces, chosen, timestamp or datetime.now())
+    jobs = {
+        output / trace.metadata.scenario / f"layer_{layer}.npz": (trace, layer)
+        for trace in traces
+        for layer in chosen
+    }
+    _refuse_stale(output, jobs)
+    with writing(output):
+        for trace in traces:
+            (output / trace.metadata.scenario).mkdir(parents=True, exist_ok=True)
+    run_jobs(
+        [partial(_export_layer, file, *job, dtype) for file, job in jobs.items()],
+        workers,
+        progress,
+    )
+    return write_metadata(output, metadata)
+
+
+def _traces(path: Path, names: Sequence[str] | None) -> list[_Trace]:
+    if kind_of(path) == "run":
+        tree = open_run(path)
+        folders = {name: path / name for name in tree.children}
+        datasets = {name: node.to_dataset() for name, node in tree.children.items()}
+    else:
+        ds = open_trace(path)
+        name = str(ds.attrs[NAMESPACE]["scenario"])
+        folders, datasets = {name: path}, {name: ds}
+    unknown = [name for name in names or () if name not in folders]
+    if unknown or (names is not None and not names):
+        raise ConfigError(
+            f"{path}: no scenario {unknown[0]!r}" if unknown else "no scenario was asked for",
+            remedy=f"It has: {', '.join(folders)}.",
+        )
+    return [
+        _trace(folders[name], datasets[name]) for name in folders if names is None or name in names
+    ]
+
+
+def _trace(path: Path, ds: Any) -> _Trace:
+    attributes = TraceAttributes.model_validate(ds.attrs[NAMESPACE])
+    tokens = [str(text) for text in ds["query_token"].values]
+    keys = [key for key in KEYS if key in ds.data_vars]
+    return _Trace(
+        path=path,
+        attributes=attributes,
+        metadata=ScenarioMetadata(
+            scenario=attributes.scenario,
+            tokens=tokens,
+            token_ids=[int(token) for token in ds["token_id"].values],
+            seq_len=len(tokens),
+            key_positions={
+                name: list(span.tokens)
+                for name, span in attributes.spans.items()
+                if name != DECISION
+            },
+        ),
+        arrays={key: array_of(path, key) for key in keys},
+        layer_dims={key: str(ds[key].dims[0]) for key in keys},
+    )
+
+
+def _choose_layers(traces: Sequence[_Trace], wanted: Sequence[int] | None) -> list[int]:
+    """Layers to export, ascending; every trace must have them all."""
+    chosen = set(wanted if wanted is not None else traces[0].attributes.layers)
+    for trace in traces:
+        there = trace.attributes.layers
+        # Without a wish, traces that hold different layers would lose some of them silently.
+        absent = chosen - set(there) or (set() if wanted is not None else set(there) - chosen)
+        if absent or not chosen:
+            raise ConfigError(
+                f"{trace.path}: layer {min(absent)} is not in every trace"
+                if absent
+                else "no layer was asked for",
+                remedy=f"{trace.metadata.scenario} has layers {', '.join(map(str, there))}.",
+            )
+    return sorted(chosen)
+
+
+def _metadata(traces: Sequence[_Trace], layers: Sequence[int], when: datetime) -> Metadata:
+    saved = {key for trace in traces for layer in layers for key in trace.keys(layer)}
+    if not saved:
+        raise ConfigError(
+            f"{traces[0].path}: there is neither attention nor features to export",
+            why="The layout has no place for other arrays, and layers without an SAE have none.",
+            remedy="Choose other layers, or read the trace with zarrtrace.open_trace.",
+        )
+    return Metadata(
+        timestamp=when.strftime("%Y%m%d_%H%M%S"),
+        n_scenarios=len(traces),
+        layer_range=[layers[0], layers[-1]],
+        save_features="features" in saved,
+        save_attention="attention" in saved,
+        scenarios=[trace.metadata for trace in traces],
+    )
+
+
+def _refuse_stale(output: Path, planned: Mapping[Path, object]) -> None:
+    with writing(output):
+        stale = sorted(file for file in output.glob("*/layer_*.npz") if file not in planned)
+    if stale:
+        raise NPZError(
+            f"{output}: has {len(stale)} layer files that this export would not write, "
+            f"such as {stale[0].relative_to(output)}",
+            why="They are another export's, and would look like part of this one.",
+            remedy="Choose another folder, or remove those files first.",
+        )
+
+
+def _export_layer(file: Path, trace: _Trace, layer: int, dtype: DType | None) -> None:
+    with replacing(file) as out:
+        write_npz(
+            out,
+            ((key, _convert(file, _load(trace, key, layer), dtype)) for key in trace.keys(layer)),
+        )
+
+
+def _load(trace: _Trace, key: str, layer: int) -> Any:
+    try:
+        return trace.arrays[key][trace.attributes.index_of(layer, trace.layer_dims[key])]
+    except (OSError, ValueError, RuntimeError) as error:
+        raise IntegrityError(
+            f"{trace.path}: {key} of layer {layer} cannot be read: {error}",
+            why="Its bytes are not the ones that were written.",
+            remedy="'zarrtrace verify' names everything damaged; the 'zarrtrace extract' that made "
+            "the run makes it anew.",
+        ) from error
+
+
+def _convert(file: Path, values: Any, dtype: DType | None) -> np.ndarray:
+    try:
+        with np.errstate(over="raise"):
+            return np.ascontiguousarray(values, dtype=dtype)
+    except FloatingPointError:
+        raise NPZError(
+            f"{file}: a value is too large for {dtype}",
+            why="float16 ends at 65504.",
+            remedy="Export as float32.",
+        ) from None

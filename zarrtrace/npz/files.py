@@ -1,0 +1,112 @@
+"""Files that appear whole, errors that help, and jobs on threads."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import IO
+
+from zarrtrace.errors import NoSpaceError, NPZError
+
+Progress = Callable[[int, int], None]
+
+
+@contextlib.contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Turn what a hostile or broken file makes Python raise into an error that helps."""
+    try:
+        yield
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        OverflowError,
+        struct.error,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        raise NPZError(
+            f"{file}: cannot be read: {error}",
+            why="It is cut short, damaged, encrypted, or not an NPZ file of plain numbers.",
+            remedy="Restore it from a copy, or write it again.",
+        ) from error
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the disk says into errors that help."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpaceError(
+                f"{path}: no space left on the disk",
+                why="NPZ files take about as much room as the run they come from.",
+                remedy="Make room and export again, or choose another folder.",
+            ) from error
+        raise NPZError(
+            f"{path}: cannot be written: {error.strerror or error}",
+            remedy="Choose a folder that you may write to.",
+        ) from error
+
+
+@contextlib.contextmanager
+def replacing(file: Path) -> Iterator[IO[bytes]]:
+    """Open a file that appears under its name only once it is whole."""
+    partial = file.with_name(f"{file.name}.partial")
+    with writing(file):
+        try:
+            with partial.open("wb") as out:
+                yield out
+            partial.replace(file)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise
+
+
+def check_inside(folder: Path, file: Path) -> None:
+    """Refuse a file that a symbolic link leads out of the folder.
+
+    Raises
+    ------
+    NPZError
+    """
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise NPZError(
+            f"{file}: leads out of {folder}",
+            why="It is, or is behind, a symbolic link.",
+            remedy="Put the file itself there.",
+        )
+
+
+def run_jobs(
+    jobs: Iterable[Callable[[], None]], workers: int | None, progress: Progress | None
+) -> None:
+    """Run jobs on threads, by default one a CPU; after an error, begin no further job."""
+    with ThreadPoolExecutor(workers or _cpus()) as pool:
+        futures = [pool.submit(job) for job in jobs]
+        try:
+            for done, future in enumerate(as_completed(futures), 1):
+                future.result()
+                if progress is not None:
+                    progress(done, len(futures))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _cpus() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        return os.cpu_count() or 1
