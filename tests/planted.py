@@ -1,17 +1,19 @@
-"""Synthetic runs in memory, as the store gives them, with effects planted on purpose."""
+"""Runs in memory, as the store gives them, whose attention is noise with planted effects."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import dask
+import dask.array as da
 import fakes
 import numpy as np
 import xarray as xr
 
-from zarrtrace.spec import NAMESPACE, TOP_FEATURES, RunAttributes, SpanAttributes
+from zarrtrace.spec import NAMESPACE, RunAttributes, SpanAttributes
 
-#: What every planted scenario of the usual length has.
+#: The spans of every scenario, besides the decision: its last token.
 SPANS = {
     "probability": (4, 5),
     "goal": (9, 10),
@@ -20,14 +22,12 @@ SPANS = {
 }
 TOKENS = 28
 HEADS = 4
-FEATURES = 24
-LAYERS = tuple(range(1, 7))
-RISKY = tuple(f"Risky_{i}" for i in range(5))
-SAFE = tuple(f"Safe_{i}" for i in range(5))
-SCENARIOS = (*RISKY, *SAFE)
+LAYERS = (1, 2, 3, 4, 5, 6)
+BANDS = {"local": (1, 2), "task": (3, 4), "decision": (5, 6)}
+SCENARIOS = tuple(f"{kind}_{i}" for kind in ("Risky", "Safe") for i in range(5))
 
-#: Changes the scores before the softmax, or the activations, in place: (name, layer, array).
-Plant = Callable[[str, int, np.ndarray], None]
+#: Changes the scores of a layer, ``(head, query, key)``, before the softmax: (layer, scores).
+Plant = Callable[[int, np.ndarray], None]
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
@@ -39,132 +39,61 @@ def softmax(scores: np.ndarray) -> np.ndarray:
 
 
 def make_trace(
-    scenario: str = RISKY[0],
+    scenario: str = SCENARIOS[0],
     *,
     layers: Sequence[int] = LAYERS,
     tokens: int = TOKENS,
-    heads: int = HEADS,
-    features: int = FEATURES,
     spans: Mapping[str, Sequence[int]] = SPANS,
     seed: int = 0,
-    attention: bool = True,
     missing: Sequence[int] = (),
     dtype: str = "float32",
-    plant_attention: Plant | None = None,
-    plant_features: Plant | None = None,
-    texts: Sequence[str] | None = None,
+    plants: Sequence[Plant] = (),
+    token_ids: Sequence[int] | None = None,
 ) -> xr.Dataset:
-    """Return one trace, loaded: noise, and what the plants put into it.
+    """Return one trace, loaded.
 
     Parameters
     ----------
-    features
-        0 for an attention-only trace.
-    attention
-        False for a features-only trace.
     missing
         Layers that read as NaN, as from ``open_trace(missing="nan")``.
-    texts
-        Token texts; one of its own for every position unless given.
+    token_ids
+        No token repeats unless given.
     """
     rng = np.random.default_rng(seed)
-    names = list(texts) if texts is not None else [f" t{i}" for i in range(tokens)]
-    data: dict[str, Any] = {}
-    if attention:
-        weights = np.empty((len(layers), heads, tokens, tokens), dtype)
-        for i, layer in enumerate(layers):
-            scores = rng.normal(0, 1, (heads, tokens, tokens))
-            if plant_attention:
-                plant_attention(scenario, layer, scores)
-            weights[i] = np.nan if layer in missing else softmax(scores)
-        data["attention"] = (("layer", "head", "query", "key"), weights)
-        mean = weights.mean(1, dtype=np.float32)
-        data["attention_mean"] = (("layer", "query", "key"), mean)
-    if features:
-        data |= _features(scenario, layers, tokens, features, rng, missing, plant_features)
-    data |= _next_tokens(scenario, tokens, rng)
-    return xr.Dataset(
-        data,
-        coords={
-            "layer": list(layers),
-            "query": np.arange(tokens),
-            "query_token": ("query", np.asarray(names, object)),
-            "token_id": ("query", _ids_of(names)),
-            **({"head": np.arange(heads), "key": np.arange(tokens)} if attention else {}),
-            **({"key_token": ("key", np.asarray(names, object))} if attention else {}),
-            **({"feature": np.arange(features)} if features else {}),
-        },
-        attrs={
-            NAMESPACE: fakes.make_trace_attributes(
-                scenario,
-                layers=tuple(layers),
-                heads=heads if attention else 0,
-                features=features,
-                spans={
-                    name: SpanAttributes(characters=(), tokens=tuple(found))
-                    for name, found in {**spans, "decision": (tokens - 1,)}.items()
-                },
-                options=fakes_options(),
-            ).model_dump(mode="json")
+    weights = np.empty((len(layers), HEADS, tokens, tokens), dtype)
+    for i, layer in enumerate(layers):
+        scores = rng.normal(0, 1, (HEADS, tokens, tokens))
+        for plant in plants:
+            plant(layer, scores)
+        weights[i] = np.nan if layer in missing else softmax(scores)
+    texts = np.asarray([f" t{i}" for i in range(tokens)], object)
+    ids = np.arange(tokens) if token_ids is None else np.asarray(token_ids)
+    attributes = fakes.make_trace_attributes(
+        scenario,
+        layers=tuple(layers),
+        heads=HEADS,
+        features=0,
+        spans={
+            name: SpanAttributes(characters=(), tokens=tuple(found))
+            for name, found in {**spans, "decision": (tokens - 1,)}.items()
         },
     )
-
-
-def fakes_options() -> dict[str, Any]:
-    """Return the options of every planted scenario: token 1 is a bet, token 2 a stop."""
-    return {
-        "bet": {"text": "1", "token_id": 1},
-        "stop": {"text": "2", "token_id": 2},
-    }
-
-
-def _features(
-    scenario: str,
-    layers: Sequence[int],
-    tokens: int,
-    features: int,
-    rng: np.random.Generator,
-    missing: Sequence[int],
-    plant: Plant | None,
-) -> dict[str, Any]:
-    values = rng.exponential(1.0, (len(layers), tokens, features)).astype(np.float32)
-    values[rng.random(values.shape) > 0.3] = 0
-    for i, layer in enumerate(layers):
-        if plant:
-            plant(scenario, layer, values[i])
-        if layer in missing:
-            values[i] = np.nan
-    rank = min(TOP_FEATURES, features)
-    top = np.argsort(-values, axis=-1, kind="stable")[..., :rank]
-    return {
-        "features": (("layer", "query", "feature"), values),
-        "top_feature": (("layer", "query", "feature_rank"), top.astype(np.uint32)),
-        "top_activation": (
-            ("layer", "query", "feature_rank"),
-            np.take_along_axis(values, top, axis=-1),
-        ),
-    }
-
-
-def _next_tokens(scenario: str, tokens: int, rng: np.random.Generator) -> dict[str, Any]:
-    """Return continuations: the ten most likely hold the options; risky scenarios bet more."""
-    scores = rng.normal(0, 0.3, (tokens, 12))
-    scores[:, 1] += 2.0 if "Risky" in scenario else 1.0
-    scores[:, 2] += 1.0 if "Risky" in scenario else 2.0
-    logprob = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
-    order = np.argsort(-logprob, axis=-1, kind="stable")[:, :10]
-    return {
-        "next_token": (("query", "rank"), order.astype(np.uint32)),
-        "next_token_logprob": (
-            ("query", "rank"),
-            np.take_along_axis(logprob, order, -1).astype(np.float32),
-        ),
-    }
-
-
-def _ids_of(texts: Sequence[str]) -> np.ndarray:
-    ids = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    return np.asarray([ids[text] for text in texts], np.uint32)
+    return xr.Dataset(
+        {
+            "attention": (("layer", "head", "query", "key"), weights),
+            "attention_mean": (("layer", "query", "key"), weights.mean(1, dtype=np.float32)),
+        },
+        coords={
+            "layer": list(layers),
+            "head": np.arange(HEADS),
+            "query": np.arange(tokens),
+            "key": np.arange(tokens),
+            "query_token": ("query", texts),
+            "key_token": ("key", texts),
+            "token_id": ("query", ids.astype(np.uint32)),
+        },
+        attrs={NAMESPACE: attributes.model_dump(mode="json")},
+    )
 
 
 def make_run(
@@ -174,59 +103,90 @@ def make_run(
     changes: Mapping[str, Mapping[str, Any]] | None = None,
     **common: Any,
 ) -> xr.DataTree:
-    """Return a run of planted traces, loaded; `changes` hold arguments of single scenarios."""
+    """Return a run of traces, loaded; `changes` hold arguments of single scenarios."""
     changes = changes or {}
-    children = {
-        name: make_trace(
-            name, **{"seed": seed * 10_000 + number, **common, **changes.get(name, {})}
-        )
-        for number, name in enumerate(scenarios)
-    }
-    root = xr.Dataset(
-        attrs={
-            NAMESPACE: RunAttributes(
-                scenarios=tuple(scenarios), config={}, complete=True
-            ).model_dump(mode="json")
+    return as_run(
+        {
+            name: make_trace(
+                name, **{"seed": seed * 1000 + number, **common, **changes.get(name, {})}
+            )
+            for number, name in enumerate(scenarios)
         }
     )
-    return xr.DataTree.from_dict({"/": root, **children}, name="run")
+
+
+def as_run(traces: Mapping[str, xr.Dataset]) -> xr.DataTree:
+    """Return traces as a run."""
+    attributes = RunAttributes(scenarios=tuple(traces), config={}, complete=True)
+    root = xr.Dataset(attrs={NAMESPACE: attributes.model_dump(mode="json")})
+    return xr.DataTree.from_dict({"/": root, **traces}, name="run")
 
 
 def attend(
-    target: Sequence[int],
-    source: Sequence[int],
-    layers: Sequence[int],
-    *,
-    by: float = 4.0,
-    heads: Sequence[int] | None = None,
-    scenarios: Sequence[str] | None = None,
+    queries: Sequence[int], keys: Sequence[int], layers: Sequence[int], *, by: float = 3.0
 ) -> Plant:
-    """Return a plant that raises the scores from `target` queries to `source` keys by `by`."""
+    """Return a plant that raises the scores from `queries` to `keys`."""
 
-    def plant(scenario: str, layer: int, scores: np.ndarray) -> None:
-        if layer in layers and (scenarios is None or scenario in scenarios):
-            which = range(scores.shape[0]) if heads is None else heads
-            scores[np.ix_(list(which), list(target), list(source))] += by
-
-    return plant
-
-
-def both(*plants: Plant) -> Plant:
-    """Return a plant that does what all of `plants` do."""
-
-    def plant(scenario: str, layer: int, values: np.ndarray) -> None:
-        for one in plants:
-            one(scenario, layer, values)
+    def plant(layer: int, scores: np.ndarray) -> None:
+        if layer in layers:
+            scores[:, np.asarray(queries)[:, None], np.asarray(keys)] += by
 
     return plant
 
 
-def chunked(data: xr.DataTree | xr.Dataset) -> Any:
-    """Return the same data backed by dask, one task a layer as the store chunks it."""
-    if isinstance(data, xr.Dataset):
-        return data.chunk({"layer": 1})
-    out = {
-        name: node.to_dataset() if node is data else node.to_dataset().chunk({"layer": 1})
-        for name, node in [("/", data), *data.children.items()]
+def attend_near(layers: Sequence[int], *, by: float = 2.0) -> Plant:
+    """Return a plant that raises the scores of the five nearest tokens."""
+
+    def plant(layer: int, scores: np.ndarray) -> None:
+        if layer in layers:
+            at = np.arange(scores.shape[-1])
+            scores[:, np.abs(at[:, None] - at) <= 5] += by
+
+    return plant
+
+
+def chunked(data: Any, **chunks: int) -> Any:
+    """Return the same data on dask, one block a layer as the store chunks it, and `chunks`."""
+    if isinstance(data, xr.DataTree):
+        return as_run(
+            {n: chunked(child.to_dataset(), **chunks) for n, child in data.children.items()}
+        )
+    return data.assign(
+        {
+            name: array.chunk({d: n for d, n in {"layer": 1, **chunks}.items() if d in array.dims})
+            for name, array in data.data_vars.items()
+        }
+    )
+
+
+class CountingArray:
+    """An array that counts the values read from it."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self._values = values
+        self.shape, self.dtype, self.ndim = values.shape, values.dtype, values.ndim
+        self.read = 0
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        found = np.asarray(self._values[key])
+        self.read += found.size
+        return found
+
+
+def counting(ds: xr.Dataset) -> tuple[xr.Dataset, dict[str, CountingArray]]:
+    """Return a trace on dask, one block a layer, and what counts the reading of its arrays."""
+    counters = {str(name): CountingArray(array.values) for name, array in ds.data_vars.items()}
+    lazy = {
+        name: (ds[name].dims, da.from_array(counter, chunks=(1, *counter.shape[1:])))
+        for name, counter in counters.items()
     }
-    return xr.DataTree.from_dict(out, name=data.name)
+    return ds.assign(lazy), counters
+
+
+def _refuse(*_: Any, **__: Any) -> Any:
+    raise AssertionError("something was computed")
+
+
+def nothing_computed() -> Any:
+    """Return a context in which any computation by dask fails."""
+    return dask.config.set(scheduler=_refuse)

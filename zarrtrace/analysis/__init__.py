@@ -14,8 +14,8 @@ if TYPE_CHECKING:
         attention_locality,
         attention_to,
         head_roles,
-        layer_bands,
     )
+    from zarrtrace.analysis.bands import layer_bands
     from zarrtrace.analysis.contrasts import contrast
     from zarrtrace.analysis.critical import critical_layers
     from zarrtrace.analysis.crossreferences import crossreference
@@ -38,7 +38,7 @@ _HOME = {
     "decision": "decisions",
     "feature_trajectory": "features",
     "head_roles": "attention",
-    "layer_bands": "attention",
+    "layer_bands": "bands",
     "pathway_features": "features",
     "position_specific_features": "specificity",
     "read_table": "words",

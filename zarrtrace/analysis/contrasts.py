@@ -23,12 +23,14 @@ from zarrtrace.analysis.resampling import (
 from zarrtrace.analysis.selecting import (
     Place,
     as_places,
+    attention,
     described,
     has_span,
     label,
     positions,
     require,
     require_places,
+    rows_and_columns,
     span_names,
     tags,
     traces,
@@ -381,16 +383,16 @@ def _attention_contrast(
     return out
 
 
-def _attention(ds: xr.Dataset, places: Sequence[Place], target: Place, heads: str) -> xr.DataArray:
+def _attention(
+    ds: xr.Dataset, places: Sequence[Place], target: Place, heads: Literal["mean", "each"]
+) -> xr.DataArray:
     """Mean attention from the target to each place ``(source, layer[, head])``, loaded."""
-    name = "attention_mean" if heads == "mean" else "attention"
-    require(ds, name)
     stays = ["layer"] if heads == "mean" else ["layer", "head"]
-    bare = ds[name].drop_vars(["query_token", "key_token", "token_id"], errors="ignore")
+    bare = attention(ds, heads)
     absent = xr.full_like(bare.isel(query=0, key=0, drop=True), np.nan, dtype=np.float64)
     reachable = not isinstance(target, str) or has_span(ds, target)
     found = [
-        bare.sel(query=positions(ds, target), key=positions(ds, place)).mean(
+        rows_and_columns(bare, positions(ds, target), positions(ds, place)).mean(
             ["query", "key"], dtype=np.float64, skipna=False
         )
         if reachable and (not isinstance(place, str) or has_span(ds, place))

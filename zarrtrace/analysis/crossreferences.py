@@ -11,6 +11,7 @@ import xarray as xr
 from zarrtrace.analysis.resampling import corrected, spearman, two_groups
 from zarrtrace.analysis.selecting import (
     Data,
+    attention,
     described,
     has_span,
     positions,
@@ -227,8 +228,11 @@ def _follows_attention(
     after = np.arange(len(tokens)) > np.flatnonzero(tokens)[-1]
     if after.sum() < 3:
         return np.full(values.shape[1], np.nan)
-    attention = ds["attention_mean"].sel(layer=layer).isel(query=after, key=tokens)
-    return spearman(np.asarray(attention).mean(1, dtype=np.float64), values[after])
+    stored = attention(ds, "mean")
+    if layer not in stored["layer"]:
+        return np.full(values.shape[1], np.nan)
+    weights = stored.sel(layer=layer).isel(query=after, key=tokens)
+    return spearman(np.asarray(weights).mean(1, dtype=np.float64), values[after])
 
 
 def _at_place(tokens: np.ndarray, values: np.ndarray) -> np.ndarray:

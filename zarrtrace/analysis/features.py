@@ -12,6 +12,7 @@ from zarrtrace.analysis.selecting import (
     Data,
     Place,
     as_places,
+    attention,
     described,
     is_run,
     label,
@@ -20,6 +21,8 @@ from zarrtrace.analysis.selecting import (
     present,
     require,
     require_places,
+    rows_and_columns,
+    whole,
 )
 from zarrtrace.errors import ConfigError
 from zarrtrace.scenarios import DECISION
@@ -188,17 +191,14 @@ def pathway_features(
             return None
         src, dst = positions(ds, source), positions(ds, target)
         activations = ds["features"].drop_vars(["query_token", "token_id"], errors="ignore")
-        attention = ds["attention_mean"].sel(query=dst, key=src)
-        attention = attention.drop_vars(
-            ["query_token", "key_token", "token_id", "query", "key"], errors="ignore"
-        )
+        weights = rows_and_columns(attention(ds, "mean"), dst, src).drop_vars(["query", "key"])
         at_source = activations.sel(query=src).drop_vars("query").rename(query="key")
         at_target = activations.sel(query=dst).drop_vars("query")
         feature, *scores = xr.apply_ufunc(
             _strongest_on_pathway,
             whole(at_source, "key", "feature"),
             whole(at_target, "query", "feature"),
-            whole(attention, "query", "key"),
+            whole(weights, "query", "key"),
             kwargs={"top": top},
             input_core_dims=[["key", "feature"], ["query", "feature"], ["query", "key"]],
             output_core_dims=[["rank"]] * 4,
@@ -209,7 +209,7 @@ def pathway_features(
         )
         names = ("score", "source_activation", "target_activation")
         out = xr.Dataset({"feature": feature, **dict(zip(names, scores, strict=True))})
-        out["attention"] = attention.mean(["query", "key"])
+        out["attention"] = weights.mean(["query", "key"])
         return out.assign_coords(rank=np.arange(1, top + 1))
 
     out = per_scenario(data, of)
@@ -243,11 +243,6 @@ def _strongest_on_pathway(
         for value, of in zip(values, (carried, at_source, at_target), strict=True):
             value[where][: len(order)] = of[where][order]
     return feature, values[0], values[1], values[2]
-
-
-def whole(array: xr.DataArray, *dims: str) -> xr.DataArray:
-    """Let dask blocks span `dims`, which one step of the computation needs whole."""
-    return array if array.chunks is None else array.chunk(dict.fromkeys(dims, -1))
 
 
 def strongest(scores: np.ndarray, top: int) -> np.ndarray:

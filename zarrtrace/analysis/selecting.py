@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -188,10 +188,10 @@ def as_places(given: Place | Sequence[Place]) -> tuple[list[Place], bool]:
     """
     if isinstance(given, str | int | np.integer):
         return [given], False
-    items = list(given)
-    if items and all(isinstance(item, int | np.integer) for item in items):
-        return [[int(item) for item in items]], False  # type: ignore[call-overload]
-    return items, True
+    whole = [item for item in given if isinstance(item, int | np.integer)]
+    if whole and len(whole) == len(given):
+        return [[int(item) for item in whole]], False
+    return list(given), True
 
 
 def present(ds: xr.Dataset, places: Iterable[Place]) -> list[Place]:
@@ -215,6 +215,77 @@ def require_places(data: Data, places: Iterable[Place]) -> None:
                 why="Spans are named in the scenarios file.",
                 remedy=f"There are: {', '.join(known)}.",
             )
+
+
+# --- attention ---------------------------------------------------------------------------------
+
+
+def attention(ds: xr.Dataset, heads: Literal["mean", "each"]) -> xr.DataArray:
+    """Return a trace's attention ``(layer[, head], query, key)``, without token texts, unloaded.
+
+    Parameters
+    ----------
+    ds
+        A trace.
+    heads
+        ``"mean"`` takes the stored mean over heads, a fraction of the reading.
+
+    Raises
+    ------
+    ConfigError
+        If the trace has no attention, or `heads` is something else.
+    """
+    if heads not in ("mean", "each"):
+        raise ConfigError(f"heads={heads!r} is neither 'mean' nor 'each'", remedy="Give one.")
+    name = "attention_mean" if heads == "mean" else "attention"
+    require(ds, name)
+    # Traces of models with blocks that have no attention matrix give attention its own dimension.
+    own = "attention_layer"
+    out = ds[name].rename({own: "layer"} if own in ds[name].dims else {})
+    return out.reset_coords(drop=True)
+
+
+def rows_and_columns(
+    array: xr.DataArray, queries: Sequence[int] | np.ndarray, keys: Sequence[int] | np.ndarray
+) -> xr.DataArray:
+    """Return attention of some queries to some keys, reading no other rows than these and between.
+
+    A list of positions alone would make dask read whole blocks before it chooses among them;
+    slices go down to the reading.
+    """
+    query, key = np.asarray(queries), np.asarray(keys)
+    near = array.sel(query=slice(query.min(), query.max()), key=slice(key.min(), key.max()))
+    return near.sel(query=query, key=key)
+
+
+def stored_queries(ds: xr.Dataset) -> np.ndarray:
+    """Return the positions whose rows of attention are stored: all, unless queries were chosen."""
+    chosen = _attributes(ds).get("queries")
+    tokens = query_labels(ds)
+    return tokens if chosen is None else tokens[np.isin(tokens, list(chosen))]
+
+
+def require_queries(ds: xr.Dataset, wanted: Iterable[int]) -> None:
+    """Refuse rows of attention that were not stored.
+
+    Raises
+    ------
+    ConfigError
+        Naming the scenario and a row.
+    """
+    absent = sorted(set(wanted) - set(stored_queries(ds).tolist()))
+    if absent:
+        raise ConfigError(
+            f"{scenario_of(ds)}: attention of token {absent[0]} is not stored"
+            + (f" (nor of {len(absent) - 1} others)" if len(absent) > 1 else ""),
+            why="The scenario was extracted with chosen queries only.",
+            remedy="Choose among the stored queries, or extract the scenario with all of them.",
+        )
+
+
+def whole(array: xr.DataArray, *dims: str) -> xr.DataArray:
+    """Let dask blocks span `dims`, which one step of the computation needs whole."""
+    return array if array.chunks is None else array.chunk(dict.fromkeys(dims, -1))
 
 
 # --- results -----------------------------------------------------------------------------------
@@ -254,7 +325,8 @@ def per_scenario(
     if not is_run(data):
         name, result = next(iter(found.items()))
         return result.assign_coords({dim: name})
-    index = pd.Index(list(found), name=dim)
+    # Text as objects: what pandas makes of it by default depends on its version.
+    index = pd.Index(list(found), dtype=object, name=dim)
     together: _Labelled = xr.concat(
         [result.drop_vars(dim, errors="ignore") for result in found.values()],
         dim=index,
@@ -264,7 +336,7 @@ def per_scenario(
         compat="equals",
         combine_attrs="drop_conflicts",
     )
-    return together.reindex({dim: list(results)})
+    return together.reindex({dim: pd.Index(list(results), dtype=object)})
 
 
 def described(

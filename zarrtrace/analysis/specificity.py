@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import xarray as xr
 
-from zarrtrace.analysis.features import at_least_one, strongest, whole
+from zarrtrace.analysis.features import at_least_one, strongest
 from zarrtrace.analysis.selecting import (
     Data,
     described,
@@ -17,6 +17,7 @@ from zarrtrace.analysis.selecting import (
     require_places,
     span_names,
     traces,
+    whole,
 )
 
 
@@ -161,13 +162,13 @@ def _add_up(
             if name == "layer":
                 continue
             tail = (width,) if value.ndim == 3 else ()
-            whole = total.setdefault(
+            sums = total.setdefault(
                 name, np.zeros((len(value), len(layers), *tail), dtype=np.int64)
             )
             if value.ndim == 3:
-                whole[:, at, : value.shape[-1]] += value
+                sums[:, at, : value.shape[-1]] += value
             else:
-                whole[:, at] += value
+                sums[:, at] += value
     return total
 
 

@@ -18,6 +18,8 @@ _COMMANDS = {
     "verify": "Read every byte of a run and compare it with its checksums.",
     "export": "Write a run as the documented layer_N.npz files.",
     "import": "Turn a folder of layer_N.npz files into a run.",
+    "analyze": "Answer a question from a run: attention, features, groups, the decision.",
+    "figures": "Draw a run's figures, with a page that shows them.",
 }
 
 

@@ -1,0 +1,157 @@
+"""Rollout and flow, against matrix products and an independent maximum flow."""
+
+from __future__ import annotations
+
+from collections import deque
+from itertools import pairwise
+
+import numpy as np
+import planted
+import pytest
+import xarray as xr
+
+from zarrtrace import analysis
+from zarrtrace.analysis import flow
+from zarrtrace.errors import ConfigError
+
+SPANS = {"goal": (2,), "balance": (4, 5)}
+
+
+def residual(attention: np.ndarray, share: float) -> np.ndarray:
+    mixed = share * np.eye(len(attention)) + (1 - share) * attention.astype(np.float64)
+    return mixed / mixed.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.9])
+def test_rollout_is_the_product_of_the_layers(share):
+    ds = planted.make_trace()
+    found = analysis.attention_rollout(ds, ["balance", "goal"], residual=share)
+    product = np.eye(planted.TOKENS)
+    for i, layer in enumerate(planted.LAYERS):
+        product = residual(ds.attention_mean.values[i], share) @ product
+        for span in ("balance", "goal"):
+            expected = sum(product[-1, key] for key in planted.SPANS[span])
+            assert float(found.sel(source=span, layer=layer)) == pytest.approx(expected)
+
+
+def test_rollout_from_all_tokens_is_whole():
+    found = analysis.attention_rollout(planted.make_trace(), list(range(planted.TOKENS)))
+    np.testing.assert_allclose(found, 1)
+
+
+def test_rollout_to_a_span_is_the_mean_over_its_tokens():
+    ds = planted.make_trace()
+    each = [analysis.attention_rollout(ds, "goal", t) for t in planted.SPANS["balance"]]
+    together = analysis.attention_rollout(ds, "goal", "balance")
+    np.testing.assert_allclose(together, np.mean(each, axis=0))
+
+
+def shortest_path(rest: dict[int, dict[int, float]], start: int, end: int) -> list[int]:
+    """Return the nodes from `start` to `end` with room on every edge; empty if there are none."""
+    before, queue = {start: start}, deque([start])
+    while queue and end not in before:
+        node = queue.popleft()
+        for follower, capacity in rest[node].items():
+            if capacity > 1e-12 and follower not in before:
+                before[follower] = node
+                queue.append(follower)
+    path = [end] if end in before else []
+    while path and path[-1] != start:
+        path.append(before[path[-1]])
+    return path[::-1]
+
+
+def edmonds_karp(layers: list[np.ndarray], sources: tuple[int, ...], target: int) -> float:
+    """Maximum flow on real capacities, by shortest augmenting paths."""
+    tokens = len(layers[0])
+    start, end = -1, len(layers) * tokens + target
+    rest: dict[int, dict[int, float]] = {start: {}}
+    for number, layer in enumerate(layers):
+        for query, key in zip(*np.tril_indices(tokens), strict=True):
+            a, b = number * tokens + int(key), (number + 1) * tokens + int(query)
+            rest.setdefault(a, {})[b] = layer[query, key]
+            rest.setdefault(b, {}).setdefault(a, 0.0)
+    for token in sources:
+        rest[start][token] = 10.0
+        rest[token][start] = 0.0
+    total = 0.0
+    while path := shortest_path(rest, start, end):
+        pairs = list(pairwise(path))
+        amount = min(rest[a][b] for a, b in pairs)
+        for a, b in pairs:
+            rest[a][b] -= amount
+            rest[b][a] += amount
+        total += amount
+    return total
+
+
+def test_flow_is_the_maximum_flow():
+    ds = planted.make_trace(tokens=8, spans=SPANS, layers=(3, 4, 5, 6))
+    found = analysis.attention_flow(ds, ["goal", "balance"])
+    layers = [residual(matrix, 0.5) for matrix in ds.attention_mean.values]
+    for top in range(1, 5):
+        for span, tokens in SPANS.items():
+            expected = edmonds_karp(layers[:top], tokens, 7)
+            assert float(found.sel(source=span).isel(layer=top - 1)) == pytest.approx(
+                expected, abs=1e-6
+            )
+
+
+def test_flow_bounds_rollout_and_finds_the_pathway():
+    pathway = planted.attend([planted.TOKENS - 1], planted.SPANS["balance"], [6], by=5)
+    ds, noise = planted.make_trace(plants=[pathway]), planted.make_trace()
+    rolled, flowed = analysis.attention_rollout(ds), analysis.attention_flow(ds)
+    assert (flowed >= rolled - 1e-6).all()  # what rolls through is a flow
+    assert (flowed <= 1 + 1e-6).all()
+    gained = rolled - analysis.attention_rollout(noise)
+    assert gained.sel(layer=6).idxmax("source") == "balance"
+    assert float(gained.sel(layer=6, source="balance")) > 0.01
+    assert float(abs(gained.sel(layer=slice(1, 5))).max()) == 0
+
+
+def test_scenarios_without_a_span_or_with_other_lengths():
+    run = planted.make_run(
+        planted.SCENARIOS[:2], changes={"Risky_1": {"tokens": 8, "spans": SPANS}}
+    )
+    found = analysis.attention_rollout(run, ["balance", "choices"])
+    assert found.sel(scenario="Risky_1", source="choices").isnull().all()
+    assert found.sel(scenario="Risky_1", source="balance").notnull().all()
+    alone = analysis.attention_rollout(run["Risky_1"].to_dataset(), "balance")
+    np.testing.assert_allclose(found.sel(scenario="Risky_1", source="balance"), alone)
+
+
+@pytest.mark.parametrize("function", [analysis.attention_rollout, analysis.attention_flow])
+def test_gaps_are_refused_by_name(function):
+    missing = planted.make_trace("Risky_7", missing=[3])
+    with pytest.raises(ConfigError, match="Risky_7: attention of layer 3 is missing"):
+        function(missing)
+    with pytest.raises(ConfigError, match="Risky_7: attention of layer 3 is missing"):
+        function(planted.chunked(missing)).compute(scheduler="synchronous")
+    with pytest.raises(ConfigError, match="attention of layer 2 is missing"):
+        function(planted.make_trace(layers=(1, 3)))
+    with pytest.raises(ConfigError, match="not square"):
+        function(planted.make_trace().isel(query=slice(5, None)))
+    with pytest.raises(ConfigError, match="not within 0 to 1"):
+        function(planted.make_trace(), residual=1.5)
+    with pytest.raises(ConfigError, match="no source"):
+        function(planted.make_trace(spans={}))
+
+
+def test_too_large_a_graph_is_refused(monkeypatch):
+    monkeypatch.setattr(flow, "_MOST_EDGES", 2000)
+    with pytest.raises(ConfigError, match=r"2,436 edges.*\n.*\n.*attention_rollout"):
+        analysis.attention_flow(planted.make_trace())
+
+
+def test_rollout_holds_one_layer_at_a_time():
+    ds, counters = planted.counting(planted.make_trace())
+    analysis.attention_rollout(ds).isel(layer=1).compute(scheduler="synchronous")
+    assert counters["attention_mean"].read == 2 * planted.TOKENS**2  # nothing above it
+    assert counters["attention"].read == 0
+
+
+def test_the_result_is_labelled():
+    found = analysis.attention_flow(planted.make_trace(), "goal")
+    assert isinstance(found, xr.DataArray)
+    assert found.name == "flow"
+    assert "Abnar" in found.attrs["method"]

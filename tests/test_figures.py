@@ -1,0 +1,573 @@
+"""Figures: what is on the axes equals the data, and files say where they come from."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import fakes
+import matplotlib as mpl
+import numpy as np
+import planted
+import pytest
+import synthetic
+import xarray as xr
+from click.testing import CliRunner
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from PIL import Image
+
+from zarrtrace import analysis, figures
+from zarrtrace.cli.figures_ import command
+from zarrtrace.errors import ConfigError, ScenarioError
+from zarrtrace.figures import labels, page
+from zarrtrace.spec import NAMESPACE
+
+HOSTILE = ["<s>", " <b>x</b>", "🎰", "你好", "\u202ertl", "$x^2$", "$10", "\n", "\t", "", "e\u0301"]
+
+
+RISKY, SAFE = planted.SCENARIOS[:5], planted.SCENARIOS[5:]
+FEATURES = 24
+
+
+def make_trace(name: str = RISKY[0], *, seed: int = 0, **options: Any) -> xr.Dataset:
+    """Return a trace; a risky one attends to the balance in layer 3 and has more of feature 5."""
+    risky = name in RISKY
+    plant = planted.attend([planted.TOKENS - 1], planted.SPANS["balance"], [3])
+    found = planted.make_trace(name, seed=seed, plants=[plant] if risky else [], **options)
+    rng = np.random.default_rng(seed)
+    shape = (found.sizes["layer"], found.sizes["query"], FEATURES)
+    values = rng.exponential(1, shape).astype(np.float32) * (rng.random(shape) < 0.3)
+    if risky:
+        values[3, -1, 5] += 20
+    found["features"] = (("layer", "query", "feature"), values)
+    return synthetic.with_index(found.assign_coords(feature=np.arange(FEATURES)))
+
+
+@pytest.fixture(scope="module")
+def run() -> xr.DataTree:
+    """Scenarios in two groups; one is shorter."""
+    lengths = {"Safe_1": 25}
+    return planted.as_run(
+        {
+            name: make_trace(name, seed=number, tokens=lengths.get(name, planted.TOKENS))
+            for number, name in enumerate(planted.SCENARIOS)
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def ds(run: xr.DataTree) -> xr.Dataset:
+    return run["Risky_0"].to_dataset()
+
+
+def image(ax: Any) -> np.ma.MaskedArray:
+    (found,) = ax.get_images()
+    return np.ma.asarray(found.get_array())
+
+
+def panels(figure: Figure) -> list[Any]:
+    return [ax for ax in figure.axes if ax.get_images()]
+
+
+def drawn_by(figure: Figure) -> None:
+    """Draw, so that warnings (missing glyphs) become errors."""
+    figure.savefig("/dev/null", format="png", dpi=40)
+
+
+# --- attention ---------------------------------------------------------------------------------
+
+
+def test_attention_map_shows_the_weights_query_down_key_right(ds: xr.Dataset) -> None:
+    ax = figures.attention_map(ds, 3)
+    weights = ds["attention_mean"].sel(layer=3).to_numpy()
+    visible = np.tril(np.ones_like(weights, bool))
+    np.testing.assert_array_equal(image(ax).filled(-1), np.where(visible, weights, -1))
+    left, right, bottom, top = ax.get_images()[0].get_extent()
+    assert (left, top) == (-0.5, -0.5)  # origin in the upper left corner
+    assert bottom == right == planted.TOKENS - 0.5
+    assert ax.yaxis_inverted()
+    assert not ax.xaxis_inverted()
+    assert "key" in ax.get_xlabel()
+    assert "query" in ax.get_ylabel()
+
+
+def test_attention_map_of_a_head_in_given_axes(ds: xr.Dataset) -> None:
+    figure = Figure()
+    ax = figure.add_subplot()
+    assert figures.attention_map(ds, 2, head=1, ax=ax) is ax
+    weights = ds["attention"].sel(layer=2, head=1).to_numpy()
+    assert np.ma.allclose(image(ax), weights, rtol=0, atol=0)
+
+
+def test_small_multiples_have_every_layer_on_one_scale(ds: xr.Dataset) -> None:
+    figure = figures.attention_layers(ds)
+    axes = panels(figure)
+    assert [ax.get_title() for ax in axes] == [f"L{layer}" for layer in planted.LAYERS]
+    for ax, layer in zip(axes, planted.LAYERS, strict=True):
+        assert np.ma.allclose(image(ax), ds["attention_mean"].sel(layer=layer), rtol=0, atol=0)
+    norms = {id(ax.get_images()[0].norm) for ax in axes}
+    assert len(norms) == 1
+    norm = axes[0].get_images()[0].norm
+    visible = ds["attention_mean"].to_numpy()[:, np.tril(np.ones((28, 28), bool))]
+    assert norm.vmin == 0
+    assert norm.vmax == pytest.approx(np.quantile(visible, 0.995))
+
+
+def test_heads_of_one_layer(ds: xr.Dataset) -> None:
+    axes = panels(figures.attention_heads(ds, 4))
+    for head, ax in enumerate(axes):
+        assert ax.get_title() == f"head {head}"
+        assert np.ma.allclose(image(ax), ds["attention"].sel(layer=4, head=head), rtol=0, atol=0)
+    assert len(axes) == planted.HEADS
+
+
+def test_rows_and_layers_that_are_not_stored_are_masked() -> None:
+    ds = make_trace(missing=[2])
+    gone, kept = panels(figures.attention_layers(ds, layers=[2, 3]))
+    assert image(gone).mask.all()
+    assert not image(kept).mask.all()
+    assert "not stored" in {text.get_text() for text in gone.texts}
+
+
+def test_layers_of_a_hybrid_model(ds: xr.Dataset) -> None:
+    hybrid = ds.drop_vars(["features", "top_feature", "top_activation"]).sel(layer=[2, 4])
+    hybrid = hybrid.rename(layer="attention_layer")
+    assert [ax.get_title() for ax in panels(figures.attention_layers(hybrid))] == ["L2", "L4"]
+
+
+# --- by layer ----------------------------------------------------------------------------------
+
+
+def test_pathways_have_a_line_a_scenario_and_means_of_groups(run: xr.DataTree) -> None:
+    attention = analysis.attention_to(run)
+    groups = page.default_groups(run)
+    figure = figures.pathway_strength(attention, groups=groups)
+    sources = attention["source"].values.tolist()
+    assert len(figure.axes) == len(sources)
+    assert len({ax.get_ylim() for ax in figure.axes}) == 1
+    for ax, source in zip(figure.axes, sources, strict=True):
+        own = {line.get_gid(): line for line in ax.lines if line.get_gid()}
+        assert set(own) == set(planted.SCENARIOS)
+        for name, line in own.items():
+            expected = attention.sel(scenario=name, source=source)
+            np.testing.assert_array_equal(line.get_ydata(), expected)
+            np.testing.assert_array_equal(line.get_xdata(), planted.LAYERS)
+        thick = {line.get_label(): line for line in ax.lines if line.get_gid() is None}
+        for group, members in groups.items():
+            mean = attention.sel(source=source, scenario=members).mean("scenario")
+            np.testing.assert_allclose(thick[group].get_ydata(), mean)
+
+
+def test_pathways_refuse_heads(run: xr.DataTree) -> None:
+    with pytest.raises(ConfigError, match="head"):
+        figures.pathway_strength(analysis.attention_to(run, heads="each"))
+
+
+def test_locality_shows_mean_and_range_of_heads(run: xr.DataTree) -> None:
+    found = analysis.attention_locality(run)
+    figure = figures.locality(found)
+    for ax, name in zip(figure.axes, analysis.attention.LOCALITY, strict=True):
+        values = found[name].mean("scenario")
+        np.testing.assert_allclose(ax.lines[-1].get_ydata(), values.mean("head"))
+        (band,) = ax.collections
+        vertices = band.get_paths()[0].vertices[:, 1]
+        assert vertices.max() == pytest.approx(float(values.max()))
+
+
+def test_bands_say_what_was_found() -> None:
+    run = planted.make_run(planted.SCENARIOS[:5], layers=(2, 5, 12, 15, 22, 25))
+    found = analysis.layer_bands(run)
+    figure = figures.bands(found)
+    for ax, name in zip(figure.axes, found["hypothesis"].values, strict=True):
+        one = found.sel(hypothesis=name)
+        assert ("does not hold" in ax.get_title()) is not bool(one["supported"])
+        means = [line for line in ax.collections if isinstance(line, LineCollection)]
+        heights = [line.get_segments()[0][0][1] for line in means]
+        np.testing.assert_allclose(heights, one["band_mean"])
+
+
+def test_flow_diagram_draws_attention_between_spans(ds: xr.Dataset) -> None:
+    figure = figures.flow_diagram(ds)
+    ax, rollout = figure.axes
+    names = ["probability", "goal", "balance", "choices", "decision"]
+    share = analysis.attention_to(ds, [0, *names], names, reduce="sum")
+    others = share.where(share["source"] != share["target"], 0)
+    widest = float(others.max())
+    edges = {found.get_gid(): found for found in ax.collections}
+    balance = edges["from balance"]
+    ends = {
+        tuple(map(tuple, line)): width
+        for line, width in zip(balance.get_segments(), balance.get_linewidths(), strict=True)
+    }
+    expected = float(share.sel(source="balance", target="decision", layer=3)) / widest
+    assert ends[(3.0, 2.0), (5.0, 3.0)] == pytest.approx(7 * expected)
+    shown = int((others.sel(source="balance") >= 0.15 * widest).sum())
+    assert len(ends) == shown
+    lines = {line.get_label().split(" ")[0]: line for line in rollout.lines}
+    expected_rollout = analysis.attention_rollout(ds, "goal") / 2
+    np.testing.assert_allclose(lines["goal"].get_xdata(), expected_rollout)
+    np.testing.assert_array_equal(lines["goal"].get_ydata(), planted.LAYERS)
+
+
+def test_flow_diagram_without_a_layer_says_so() -> None:
+    figure = figures.flow_diagram(make_trace(missing=[2]))
+    (text,) = figure.axes[1].texts
+    assert "not drawn" in text.get_text()
+
+
+# --- contrasts ---------------------------------------------------------------------------------
+
+
+def test_difference_map_is_centred_on_zero(run: xr.DataTree) -> None:
+    found = analysis.contrast(run, "risky", "safe", what="attention")
+    found["q_permutation"] = xr.where(np.abs(found["cohens_d"]) > 3, 0.01, 1.0)
+    ax = figures.difference_map(found, names=("risky", "safe"))
+    np.testing.assert_array_equal(image(ax), found["difference"].transpose("source", "layer"))
+    norm = ax.get_images()[0].norm
+    assert norm(0.0) == 0.5
+    assert norm.vmax == -norm.vmin == float(np.abs(found["difference"]).max())
+    dots = ax.lines[0].get_xydata()
+    rows, columns = np.nonzero((found["q_permutation"] <= 0.05).transpose("source", "layer").values)
+    np.testing.assert_array_equal(dots, np.stack([columns, rows], axis=1))
+    assert len(dots) > 0
+
+
+def test_difference_by_head(run: xr.DataTree) -> None:
+    found = analysis.contrast(run, "risky", "safe", what="attention", heads="each")
+    axes = panels(figures.difference_heads(found))
+    largest = float(np.abs(found["difference"]).max())
+    for ax, source in zip(axes, found["source"].values, strict=True):
+        expected = found["difference"].sel(source=source).transpose("layer", "head")
+        np.testing.assert_array_equal(image(ax), expected)
+        assert ax.get_images()[0].norm.vmax == largest
+
+
+def test_contrasts_are_not_mixed_up(run: xr.DataTree) -> None:
+    attention = analysis.contrast(run, "risky", "safe", what="attention")
+    with pytest.raises(ConfigError, match="source, layer, head"):
+        figures.difference_heads(attention)
+    with pytest.raises(ConfigError, match="volcano"):
+        figures.volcano(attention)
+
+
+@pytest.mark.parametrize("p", ["p_welch", "p_permutation"])
+def test_volcano_shows_every_feature(run: xr.DataTree, p: Any) -> None:
+    found = analysis.contrast(run, "risky", "safe")
+    ax = figures.volcano(found, p=p, names=("risky", "safe"))
+    points = np.concatenate([line.get_xydata() for line in ax.lines[:3]])
+    known = np.isfinite(found[p].values)
+    expected = np.stack([found["difference"], -np.log10(found[p])], axis=1)[known]
+    np.testing.assert_allclose(
+        points[np.lexsort(points.T)], expected[np.lexsort(expected.T)], atol=1e-12
+    )
+    assert ax.get_xlim()[0] == -ax.get_xlim()[1]
+    if p == "p_welch":
+        assert "L4·5" in {text.get_text() for text in ax.texts}
+
+
+def test_critical_chart(run: xr.DataTree) -> None:
+    found = analysis.critical_layers(run)
+    ax = figures.critical_chart(found)
+    effect = found["cohens_d"].transpose("source", "layer")
+    np.testing.assert_array_equal(image(ax), effect)
+    assert ax.get_images()[0].norm(0.0) == 0.5
+    assert len(ax.lines[0].get_xdata()) == int(found["critical"].sum())
+
+
+# --- features ----------------------------------------------------------------------------------
+
+
+def test_feature_timeline(ds: xr.Dataset) -> None:
+    ax = figures.feature_timeline(ds, 5)
+    np.testing.assert_array_equal(image(ax), ds["features"].sel(feature=5))
+    assert ax.yaxis_inverted()
+    assert ax.get_xticklabels()[0].get_text() == "·t0"
+    strongest = figures.feature_timeline(ds)
+    np.testing.assert_array_equal(image(strongest), ds["features"].max("feature"))
+    with pytest.raises(ConfigError, match="no feature 24"):
+        figures.feature_timeline(ds, 24)
+
+
+def test_trajectory(run: xr.DataTree) -> None:
+    found = analysis.feature_trajectory(run, 5)
+    ax = figures.trajectory(found)
+    own = {line.get_gid(): line.get_ydata() for line in ax.lines if line.get_gid()}
+    np.testing.assert_array_equal(own["Risky_2"], found.sel(scenario="Risky_2"))
+    with pytest.raises(ConfigError, match="feature"):
+        figures.trajectory(analysis.feature_trajectory(run, [5, 6]))
+
+
+def test_integrated_view(run: xr.DataTree, ds: xr.Dataset) -> None:
+    words = analysis.word_associations(run)
+    figure = figures.integrated_view(ds, words=words, count=8)
+    above, below = panels(figure)
+    expected = ds["attention_mean"].isel(query=-1).transpose("layer", "key")
+    assert np.ma.allclose(image(above), expected, rtol=0, atol=0)
+    names = [label.get_text() for label in below.get_yticklabels()]
+    assert len(names) == 8
+    drawn = {text.get_text() for text in below.texts}
+    for row, name in zip(image(below), names, strict=True):
+        layer, feature = map(int, name.removeprefix("L").split(" · "))
+        values = ds["features"].sel(layer=layer, feature=feature)
+        np.testing.assert_allclose(row, values / values.max())
+        known = words.where((words.layer == layer) & (words.feature == feature), drop=True)
+        best = known["word"].values[:3]
+        assert "  ".join(labels.token_label(word) for word in best) in drawn
+
+
+# --- labels ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        (" balance", "·balance"),
+        (".\n", ".↵"),
+        ("\t", "⇥"),
+        ("", '""'),
+        ("🎰", "<U+1F3B0>"),
+        ("\u202eabc", "<U+202E>abc"),
+        (" Ω", "·Ω"),
+        ("antidisestablishment", "antidisestabl…"),
+    ],
+)
+def test_token_label(text: str, label: str) -> None:
+    assert labels.token_label(text) == label
+
+
+def test_labels_are_thinned_and_the_important_ones_stay() -> None:
+    assert labels.thinned(10, inches=7, size=6) == list(range(10))
+    shown = labels.thinned(500, inches=5, size=6, keep=[251, 252])
+    assert 251 in shown
+    assert 252 not in shown
+    gaps = np.diff(shown)
+    assert gaps.min() * 5 * 72 / 500 >= 6
+    assert len(shown) > 25
+
+
+def test_every_label_is_readable_text(ds: xr.Dataset) -> None:
+    ax = figures.attention_map(ds, 1)
+    drawn_by(ax.figure)
+    boxes = [label.get_window_extent() for label in ax.get_xticklabels()]
+    for before, after in itertools.pairwise(boxes):
+        assert before.x1 <= after.x0 + 1
+
+
+def hostile_trace() -> xr.Dataset:
+    texts = [HOSTILE[i % len(HOSTILE)] for i in range(planted.TOKENS)]
+    coords = {"query_token": ("query", texts), "key_token": ("key", texts)}
+    found = make_trace().assign_coords(coords)
+    name = "<script>alert(1)</script> 🎰 $a$ $b$"
+    return found.assign_attrs({NAMESPACE: {**found.attrs[NAMESPACE], "scenario": name}})
+
+
+def test_hostile_text_is_drawn_as_text_without_warnings() -> None:
+    ds = hostile_trace()
+    words = analysis.word_associations(ds)
+    for figure in (
+        figures.attention_map(ds, 1).figure,
+        figures.attention_layers(ds),
+        figures.attention_heads(ds, 1),
+        figures.feature_timeline(ds).figure,
+        figures.integrated_view(ds, words=words),
+        figures.flow_diagram(ds),
+    ):
+        drawn_by(figure)
+        shown = [text for text in figure.findobj(mpl.text.Text) if "$" in text.get_text()]
+        assert not any(text.get_parse_math() for text in shown)
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def test_metadata_is_in_the_files(ds: xr.Dataset, run: xr.DataTree, tmp_path: Path) -> None:
+    attributes = dict(ds.attrs[NAMESPACE])
+    attributes["saes"] = [{"release": "llama_scope_lxr_8x"}]
+    ds = ds.assign_attrs({NAMESPACE: attributes})
+    figure = figures.feature_timeline(ds).figure
+    png = figures.save(figure, tmp_path / "a.png", ds, title="Timeline", dpi=50)
+    with Image.open(png) as opened:
+        text = opened.text  # type: ignore[attr-defined]
+    assert text["Title"] == "Timeline"
+    assert text["zarrtrace:model"] == "fake/model"
+    assert text["zarrtrace:sae_release"] == "llama_scope_lxr_8x"
+    assert text["zarrtrace:scenario"] == "Risky_0"
+    assert text["zarrtrace:zarrtrace_version"] == "0"
+    assert text["Software"] == f"zarrtrace {text['zarrtrace:figures_version']}"
+    pdf = figures.save(figure, tmp_path / "a.pdf", ds, title="Timeline", dpi=50).read_bytes()
+    assert b"llama_scope_lxr_8x" in pdf
+    assert b"/Title (Timeline)" in pdf
+    assert b"CreationDate" not in pdf
+    found = figures.metadata_of(analysis.attention_to(run, "balance"))
+    assert found["analysis"] == "attention_to"
+    assert json.loads(found["parameters"])["source"] == ["balance"]
+    assert found["scenario"].split(", ") == list(planted.SCENARIOS)
+    with pytest.raises(ConfigError, match="svg"):
+        figures.save(figure, tmp_path / "a.svg", ds)
+
+
+def test_png_has_the_dots_it_should(ds: xr.Dataset, tmp_path: Path) -> None:
+    figure = figures.attention_layers(ds)
+    with Image.open(figures.save(figure, tmp_path / "a.png", ds, dpi=100)) as opened:
+        assert opened.info["dpi"] == pytest.approx((100, 100), abs=0.1)
+        assert abs(opened.width - 100 * figure.get_size_inches()[0]) < 60
+
+
+def test_settings_of_the_caller_stay(ds: xr.Dataset) -> None:
+    before = dict(mpl.rcParams)
+    figures.attention_layers(ds)
+    assert dict(mpl.rcParams) == before
+
+
+def test_pyplot_is_never_imported() -> None:
+    code = (
+        "import sys, zarrtrace.figures as f\n"
+        "assert 'matplotlib' not in sys.modules, 'lazy'\n"
+        "f.attention_layers, f.draw_run, f.volcano, f.integrated_view, f.flow_diagram\n"
+        "assert 'matplotlib.figure' in sys.modules\n"
+        "sys.exit('matplotlib.pyplot' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- the set -----------------------------------------------------------------------------------
+
+
+class _Page(HTMLParser):
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.files: list[str] = []
+        self.text = ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        found = dict(attrs)
+        link = found.get("src") or found.get("href") or "#"
+        if not link.startswith("#"):
+            self.files.append(link)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_set_of_a_run(tmp_path: Path) -> None:
+    names = ("Risky_1", "Risky_2", "Safe_1", "Safe_2")
+    run = fakes.make_run(tmp_path, scenarios=names, tokens=[8, 9, 9, 10])
+    done: list[tuple[int, int]] = []
+    output = tmp_path / "out"
+    index = figures.draw_run(
+        run.path,
+        output,
+        scenarios=["Risky_2"],
+        formats=["png"],
+        dpi=40,
+        progress=lambda *at: done.append(at),
+    )
+    shown = _Page(index)
+    files = {file.name for file in output.iterdir()} - {"index.html"}
+    assert set(shown.files) == files
+    for key in ("integrated", "layers", "heads", "flow", "timeline"):
+        assert f"Risky_2_{key}.png" in files
+    for key in ("pathways", "critical", "difference", "heads", "volcano", "locality"):
+        assert f"run_{key}.png" in files
+    assert not any(file.startswith("Risky_1") for file in files)
+    assert done[-1] == (13, 13)
+    # Layers 1 to 3 have no task band.
+    assert "Not drawn" in shown.text
+    assert "Hypothesised bands" in shown.text
+    assert "'task'" in shown.text
+
+
+@pytest.mark.parametrize(
+    ("sizes", "drawn", "not_drawn"),
+    [
+        ({"features": 0}, {"S_layers", "S_heads", "S_flow"}, {"S_timeline", "S_integrated"}),
+        ({"attention": False}, {"S_timeline"}, {"S_layers", "S_heads", "S_flow", "run_pathways"}),
+    ],
+)
+def test_runs_with_half_of_it_and_one_group(
+    tmp_path: Path, sizes: dict[str, Any], drawn: set[str], not_drawn: set[str]
+) -> None:
+    run = fakes.make_run(tmp_path, scenarios=("S",), **sizes)
+    index = figures.draw_run(run.path, tmp_path / "out", formats=["png"], dpi=40)
+    files = {file.stem for file in (tmp_path / "out").glob("*.png")}
+    assert drawn <= files
+    assert not not_drawn & files
+    text = _Page(index).text
+    assert "no two groups of scenarios" in text
+    assert "no-features" in text or "no-attention" in text
+
+
+def test_the_page_escapes_everything() -> None:
+    name = "<script>alert('x')</script>\"&"
+    task = page._Task("layers", name, "a b&c")
+    bad = page._Task("flow", name, "x")
+    run = xr.DataTree.from_dict({"/": xr.Dataset(), "t": hostile_trace()}, name="<i>run")
+    run.attrs[NAMESPACE] = {"kind": "run", "scenarios": ["t"]}
+    html = page._page(
+        run, [name], [page._Result(task, ("a b&c.png",)), page._Result(bad, why_not="<b>no</b>")]
+    )
+    assert "<script" not in html
+    assert "<b>no" not in html
+    assert "<i>run" not in html
+    assert 'src="a%20b%26c.png"' in html
+    assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;&quot;&amp;" in html
+
+
+def test_names_of_files_are_harmless_and_differ() -> None:
+    stems = page._stems(["../a", "a", "A", "run", "你好", "b<c"])
+    assert stems == ["a", "a_2", "A_3", "run_2", "scenario", "b_c"]
+
+
+def test_groups(run: xr.DataTree) -> None:
+    assert page.default_groups(run) == {
+        "risky": list(RISKY),
+        "safe": list(SAFE),
+    }
+    assert page.default_groups(planted.make_run(RISKY)) == {}
+
+
+def test_strongest_layer(ds: xr.Dataset) -> None:
+    assert page.strongest_layer(ds) == 3
+
+
+def test_unknown_scenario_and_format(shared_run: fakes.FakeRun, tmp_path: Path) -> None:
+    with pytest.raises(ScenarioError, match="Nobody"):
+        figures.draw_run(shared_run.path, tmp_path / "out", scenarios=["Nobody"])
+    with pytest.raises(ConfigError, match="svg"):
+        figures.draw_run(shared_run.path, tmp_path / "out", formats=["svg"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_processes_draw_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = fakes.make_run(tmp_path, scenarios=("Risky_1",))
+    monkeypatch.setattr(page, "_WORTH_A_WORKER", 1)
+    monkeypatch.setattr(page, "_OF_RUN", page._OF_RUN[:1])
+    monkeypatch.setattr(page, "_OF_SCENARIO", page._OF_SCENARIO[-2:])
+    for workers in (1, 2):
+        figures.draw_run(
+            run.path, tmp_path / str(workers), formats=["png"], dpi=40, workers=workers
+        )
+    assert fakes.files_in(tmp_path / "1") == fakes.files_in(tmp_path / "2")
+
+
+def test_command(
+    shared_run: fakes.FakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "_OF_RUN", page._OF_RUN[:1])
+    output = tmp_path / "out"
+    arguments = [str(shared_run.path), "-o", str(output), "--scenario", "Safe_1"]
+    options = ["--format", "pdf", "--dpi", "40", "--quiet"]
+    result = CliRunner().invoke(command, [*arguments, *options], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert result.output.strip() == str(output / "index.html")
+    assert {file.suffix for file in output.iterdir()} == {".html", ".pdf"}
+    assert CliRunner().invoke(command, [*arguments, "--format", "svg"]).exit_code == 2

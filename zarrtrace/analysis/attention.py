@@ -1,0 +1,397 @@
+"""Where attention goes: between spans, near or far, and what single heads do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import xarray as xr
+
+from zarrtrace.analysis.selecting import (
+    Data,
+    Place,
+    as_places,
+    attention,
+    described,
+    label,
+    per_scenario,
+    positions,
+    present,
+    query_labels,
+    require_places,
+    require_queries,
+    rows_and_columns,
+    scenario_of,
+    span_names,
+    stored_queries,
+    whole,
+)
+from zarrtrace.errors import ConfigError
+from zarrtrace.scenarios import DECISION
+
+Heads = Literal["mean", "each"]
+
+#: The measures of :func:`attention_locality`.
+LOCALITY = ("distance", "entropy", "window_share", "first_share")
+#: The scores of :func:`head_roles`.
+ROLES = ("previous_token", "first_token", "duplicate_token", "induction")
+
+
+# --- between spans -----------------------------------------------------------------------------
+
+
+def attention_to(
+    data: Data,
+    source: Place | Sequence[Place] | None = None,
+    target: Place | Sequence[Place] = DECISION,
+    *,
+    heads: Heads = "mean",
+    reduce: Literal["mean", "sum"] = "mean",
+) -> xr.DataArray:
+    """Attention that a target pays to a source, by layer: the pathway source → target.
+
+    Parameters
+    ----------
+    data
+        A trace or a run.
+    source
+        Whose tokens are attended to (keys): a span, a position, several positions, or a list of
+        spans; None takes every span but the target's own.
+    target
+        Whose tokens attend (queries), given alike.
+    heads
+        ``"mean"`` over heads (from ``attention_mean``), or ``"each"``.
+    reduce
+        Over the source's tokens: ``"mean"`` is attention for one token of it, so that spans of
+        different length compare; ``"sum"`` is the share of the target's attention that the whole
+        span gets.
+
+    Returns
+    -------
+    xr.DataArray
+        float64 ``([scenario,] [source,] [target,] layer[, head])``; `source` and `target` are
+        dimensions if several were asked for. Always the mean over the target's tokens. NaN where
+        a layer, or a span in a scenario, is missing; 0 where every key comes after every query.
+
+    Raises
+    ------
+    ConfigError
+        If there is no attention, or the target's rows were not stored.
+    ScenarioError
+        If no scenario has a span.
+
+    Notes
+    -----
+    ``attention[:, target][:, source].mean()`` of each layer's ``(query, key)`` matrix; only these
+    rows and columns are read.
+    """
+    targets, several_targets = as_places(target)
+    names = [label(place) for place in targets]
+    if source is None:
+        source = [name for name in span_names(data) if name not in {*names, DECISION}]
+    sources, several_sources = as_places(source)
+    _check_places(data, sources, targets)
+
+    def of(ds: xr.Dataset) -> xr.DataArray | None:
+        array = attention(ds, heads)
+        keys, queries = present(ds, sources), present(ds, targets)
+        return _between(ds, array, keys, queries, reduce) if keys and queries else None
+
+    out = per_scenario(data, of).rename("attention")
+    # In the order asked for, and with the spans that a single trace lacks.
+    out = out.reindex(source=[label(place) for place in sources], target=names)
+    out = out.transpose("scenario", "source", "target", ..., missing_dims="ignore")
+    out = out if several_sources else out.isel(source=0)
+    out = out if several_targets else out.isel(target=0)
+    out = out.assign_attrs(long_name="attention probability", units="1")
+    return described(
+        out,
+        data,
+        "attention_to",
+        f"mean over the target's tokens of the {reduce} over the source's tokens of attention",
+        source=[label(place) for place in sources],
+        target=names,
+        heads=heads,
+        reduce=reduce,
+    )
+
+
+def _check_places(data: Data, sources: Sequence[Place], targets: Sequence[Place]) -> None:
+    if not sources or not targets:
+        raise ConfigError(
+            "attention from nothing or to nothing",
+            why="The scenarios have no spans besides the decision, or the list is empty.",
+            remedy="Give a source and a target.",
+        )
+    require_places(data, [*sources, *targets])
+
+
+def _between(
+    ds: xr.Dataset,
+    array: xr.DataArray,
+    sources: Sequence[Place],
+    targets: Sequence[Place],
+    reduce: str,
+) -> xr.DataArray:
+    """Return ``(source, target, layer[, head])`` of one trace."""
+    if reduce not in ("mean", "sum"):
+        raise ConfigError(f"reduce={reduce!r} is neither 'mean' nor 'sum'", remedy="Give one.")
+    queries = {label(place): positions(ds, place) for place in targets}
+    keys = {label(place): positions(ds, place) for place in sources}
+    require_queries(ds, {q for found in queries.values() for q in found})
+    rows, columns = _weights(queries, average=True), _weights(keys, average=reduce == "mean")
+    return weighted(array, rows, columns).transpose("source", "target", ...)
+
+
+class Weights(NamedTuple):
+    """How much each token counts for each of several places.
+
+    Attributes
+    ----------
+    names
+        Of the places.
+    positions
+        Token positions, each once.
+    values
+        ``(place, position)``.
+    """
+
+    names: list[str]
+    positions: np.ndarray
+    values: np.ndarray
+
+
+def _weights(places: dict[str, list[int]], *, average: bool) -> Weights:
+    """Return weights that take the mean or the sum over each place's tokens."""
+    every = np.unique([position for found in places.values() for position in found])
+    values = np.array([np.isin(every, found) for found in places.values()], dtype=np.float64)
+    return Weights(
+        list(places), every, values / values.sum(1, keepdims=True) if average else values
+    )
+
+
+def weighted(array: xr.DataArray, rows: Weights, columns: Weights) -> xr.DataArray:
+    """Return sums of attention that are weighted over queries and over keys.
+
+    Parameters
+    ----------
+    array
+        ``(layer[, head], query, key)``.
+    rows, columns
+        Of the targets' queries and of the sources' keys.
+
+    Returns
+    -------
+    xr.DataArray
+        float64 ``(layer[, head], source, target)``.
+    """
+    out: xr.DataArray = xr.apply_ufunc(
+        _weighted,
+        whole(rows_and_columns(array, rows.positions, columns.positions), "query", "key"),
+        kwargs={"rows": rows.values, "columns": columns.values},
+        input_core_dims=[["query", "key"]],
+        output_core_dims=[["source", "target"]],
+        output_dtypes=[np.float64],
+        dask="parallelized",
+        dask_gufunc_kwargs={
+            "output_sizes": {"source": len(columns.names), "target": len(rows.names)}
+        },
+        keep_attrs=False,
+    )
+    return out.assign_coords(source=columns.names, target=rows.names)
+
+
+def _weighted(block: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """``(…, q, k), (t, q), (s, k)`` → ``(…, s, t)``."""
+    out = np.einsum("tq,...qk,sk->...st", rows, block.astype(np.float64), columns, optimize=True)
+    return np.asarray(out)
+
+
+# --- near or far -------------------------------------------------------------------------------
+
+
+def attention_locality(
+    data: Data, *, heads: Heads = "each", window: int = 5, exclude_first: bool = False
+) -> xr.Dataset:
+    """How local attention is, by layer and head.
+
+    Parameters
+    ----------
+    data
+        A trace or a run.
+    heads
+        ``"each"``, or ``"mean"`` for the measures of the mean over heads (from
+        ``attention_mean``; its entropy is not the mean of the heads' entropies).
+    window
+        Tokens; a key is near if it is at most so far back.
+    exclude_first
+        Leave the first token out of what is attended to. It often takes most of the attention
+        without meaning anything (an attention sink; Xiao et al. 2024), which hides the rest.
+
+    Returns
+    -------
+    xr.Dataset
+        ``([scenario,] layer[, head])`` float64, each the mean over queries, the first token left
+        out because it can only attend to itself; rows are normalised to sum to 1 first.
+
+        - ``distance``: mean distance back to the key, in tokens.
+        - ``entropy``: Shannon's, in nats (Clark et al. 2019).
+        - ``window_share``: share of attention on keys at most `window` tokens back, the query
+          itself included; over queries further than `window` from the first token only, as the
+          others have no keys outside.
+        - ``first_share``: share of attention on the first token; with `exclude_first`, what it
+          took before it was left out.
+
+        NaN for missing layers.
+
+    Raises
+    ------
+    ConfigError
+        If there is no attention, or the window is negative.
+    """
+    if window < 0:
+        raise ConfigError(f"window={window} is negative", remedy="Give 0 or more tokens.")
+
+    def of(ds: xr.Dataset) -> xr.Dataset:
+        rows = stored_queries(ds)
+        array = attention(ds, heads).sel(query=rows)
+        at = xr.DataArray(rows, dims="query", coords={"query": rows})
+        found: xr.DataArray = xr.apply_ufunc(
+            _locality_of_rows,
+            whole(array, "key"),
+            at,
+            kwargs={"keys": query_labels(ds), "window": window, "exclude_first": exclude_first},
+            input_core_dims=[["key"], []],
+            output_core_dims=[["measure"]],
+            output_dtypes=[np.float64],
+            dask="parallelized",
+            dask_gufunc_kwargs={"output_sizes": {"measure": len(LOCALITY)}},
+            keep_attrs=False,
+        )
+        return (
+            found.mean("query", skipna=True)
+            .assign_coords(measure=list(LOCALITY))
+            .to_dataset("measure")
+        )
+
+    out = per_scenario(data, of)
+    for name, units in zip(LOCALITY, ("tokens", "nats", "1", "1"), strict=True):
+        out[name].attrs["units"] = units
+    return described(
+        out,
+        data,
+        "attention_locality",
+        "mean over queries of distance, Shannon entropy, share within a window, share on the "
+        "first token",
+        heads=heads,
+        window=window,
+        exclude_first=exclude_first,
+    )
+
+
+def _locality_of_rows(
+    block: np.ndarray, at: np.ndarray, keys: np.ndarray, *, window: int, exclude_first: bool
+) -> np.ndarray:
+    """``(…, q, k)`` and the queries' positions → ``(…, q, measure)``, NaN where undefined."""
+    at = np.asarray(at).reshape(-1)
+    first = 1 if exclude_first else 0
+    distance = at[:, None] - keys
+    near = ((distance >= 0) & (distance <= window))[:, first:]
+    has_far = at - keys[0] > window
+    moments = np.stack([np.ones(len(keys)), keys], axis=-1)[first:]
+    out = np.empty((*block.shape[:-1], len(LOCALITY)))
+    for place in np.ndindex(block.shape[:-2]):  # one head at a time: temporaries stay small
+        rows = block[place].astype(np.float64)
+        kept = rows[:, first:]
+        mass, moment = (kept @ moments).T
+        with np.errstate(divide="ignore", invalid="ignore"):
+            logs = np.log(kept, out=np.zeros_like(kept), where=kept > 0)
+            # The entropy of kept / mass, without dividing every value.
+            entropy = np.log(mass) - np.einsum("qk,qk->q", kept, logs) / mass
+            inside = np.where(has_far, np.einsum("qk,qk->q", kept, near) / mass, np.nan)
+            values = (at - moment / mass, entropy, inside, rows[:, 0] / rows.sum(-1))
+        out[place] = np.stack(values, axis=-1)
+    out[..., at == keys[0], :] = np.nan
+    return out
+
+
+# --- what heads do -----------------------------------------------------------------------------
+
+
+def head_roles(data: Data) -> xr.DataArray:
+    """Score every head for four roles.
+
+    Parameters
+    ----------
+    data
+        A trace or a run.
+
+    Returns
+    -------
+    xr.DataArray
+        ``([scenario,] role, layer, head)`` float64 from 0 to 1: the mean, over the queries where
+        the role has something to attend to, of the attention that goes there.
+
+        - ``previous_token``: the token before the query.
+        - ``first_token``: the first token, over all other queries (an attention sink).
+        - ``duplicate_token``: earlier occurrences of the query's own token.
+        - ``induction``: the tokens right after earlier occurrences of the query's own token, the
+          query itself left out.
+
+        NaN for missing layers, and for the last two where no token repeats.
+
+    Raises
+    ------
+    ConfigError
+        If there is no attention.
+
+    Notes
+    -----
+    The patterns are those of Olsson et al. (2022), *In-context Learning and Induction Heads*, and
+    of TransformerLens's ``head_detector`` (with ``duplicate_token_head`` and ``induction_head``).
+    They are usually measured on repeated random tokens; on natural prompts, where few tokens
+    repeat, the last two say what a head does *here*, not what it is.
+    """
+
+    def of(ds: xr.Dataset) -> xr.DataArray:
+        rows = stored_queries(ds)
+        patterns = _patterns(ds).sel(query=rows)
+        patterns = patterns.sel(query=patterns.any(["role", "key"]))
+        counts = patterns.any("key").sum("query")
+        array = attention(ds, "each").sel(query=patterns["query"].values)
+        together: xr.DataArray = xr.dot(
+            array.astype(np.float64), patterns.astype(np.float64), dim=["query", "key"]
+        )
+        return (together / counts.where(counts > 0)).transpose("role", "layer", "head")
+
+    out = per_scenario(data, of).rename("score")
+    return described(
+        out.assign_attrs(long_name="share of attention that fits the role", units="1"),
+        data,
+        "head_roles",
+        "mean attention to the previous token, the first token, earlier copies of the token, and "
+        "the tokens after these (Olsson et al. 2022)",
+    )
+
+
+def _patterns(ds: xr.Dataset) -> xr.DataArray:
+    """Return which keys fit each role, ``(role, query, key)`` bool."""
+    if "token_id" not in ds.coords:
+        raise ConfigError(
+            f"{scenario_of(ds)}: the trace has no token ids",
+            why="Repeated tokens are found by their ids.",
+            remedy="Keep the coordinate 'token_id'.",
+        )
+    ids, at = np.asarray(ds["token_id"].values), query_labels(ds)
+    query, key = at[:, None], at[None, :]
+    earlier = (ids[:, None] == ids[None, :]) & (key < query)
+    after = np.zeros_like(earlier)
+    after[:, 1:] = earlier[:, :-1]
+    return xr.DataArray(
+        np.stack(
+            [key == query - 1, (key == at[0]) & (query > key), earlier, after & (key < query)]
+        ),
+        dims=("role", "query", "key"),
+        coords={"role": list(ROLES), "query": at, "key": at},
+    )

@@ -1,0 +1,336 @@
+"""How what stands at a span can reach the decision through all layers up to one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import dask
+import dask.array as da
+import numpy as np
+import xarray as xr
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import maximum_flow
+
+from zarrtrace.analysis.selecting import (
+    Data,
+    Place,
+    as_places,
+    attention,
+    described,
+    label,
+    per_scenario,
+    positions,
+    present,
+    query_labels,
+    require_places,
+    require_queries,
+    scenario_of,
+    span_names,
+)
+from zarrtrace.errors import ConfigError
+from zarrtrace.scenarios import DECISION
+
+# Capacities are whole numbers for scipy; 2**28 keeps sums into a node within 32 bits.
+_UNIT = 2**28
+# A graph of so many edges takes about 1 GB while its flow is sought.
+_MOST_EDGES = 20_000_000
+
+
+def attention_rollout(
+    data: Data,
+    source: Place | Sequence[Place] | None = None,
+    target: Place = DECISION,
+    *,
+    residual: float = 0.5,
+) -> xr.DataArray:
+    """Attention rollout: the share of the target that comes from each source's input tokens.
+
+    Parameters
+    ----------
+    data
+        A trace or a run.
+    source
+        Spans, or positions, whose tokens are at the bottom; None takes every span but the
+        decision.
+    target
+        Whose tokens are at the top: the mean over them.
+    residual
+        Weight of the residual connection, which carries a token on to itself.
+
+    Returns
+    -------
+    xr.DataArray
+        float64 ``([scenario,] [source,] layer)``, from 0 to 1: rolled out from the input of the
+        trace's first layer up to the output of each layer; summed over the source's tokens.
+
+    Raises
+    ------
+    ConfigError
+        If there is no attention, a layer in between or a row of attention is missing, or
+        `residual` is not within 0 to 1.
+    ScenarioError
+        If no scenario has a span.
+
+    Notes
+    -----
+    Abnar & Zuidema (2020), *Quantifying Attention Flow in Transformers*: with A the mean over
+    heads, Ã = `residual`·I + (1 − `residual`)·A with rows normalised, the product of Ã over the
+    layers. It is built by applying one layer after the other to the sources' indicator vectors,
+    which gives the same numbers and holds one layer at a time. If the trace does not begin with
+    layer 0, neither does the rollout.
+    """
+    if not 0 <= residual <= 1:
+        raise ConfigError(f"residual={residual} is not within 0 to 1", remedy="The usual is 0.5.")
+
+    def of(layers: _Layers, keys: list[list[int]], queries: list[int]) -> list[Any]:
+        values = np.zeros((layers.tokens, len(keys)))
+        for column, found in enumerate(keys):
+            values[found, column] = 1
+        state: Any = values
+        out = []
+        for layer in layers:
+            state = _call(_roll, layer, state, residual)
+            out.append(_call(_mean_rows, state, queries))
+        return out
+
+    return _through_layers(
+        data,
+        source,
+        target,
+        of,
+        "attention_rollout",
+        "product over layers of residual·I + (1 − residual)·attention, mean over heads, rows "
+        "normalised (Abnar & Zuidema 2020); summed over the source's tokens",
+        residual=residual,
+    )
+
+
+def _roll(layer: np.ndarray, state: np.ndarray, residual: float) -> np.ndarray:
+    return np.asarray(_with_residual(layer, residual) @ state)
+
+
+def _mean_rows(state: np.ndarray, rows: list[int]) -> np.ndarray:
+    return np.asarray(state[rows].mean(0))
+
+
+def attention_flow(
+    data: Data,
+    source: Place | Sequence[Place] | None = None,
+    target: Place = DECISION,
+    *,
+    residual: float = 0.5,
+) -> xr.DataArray:
+    """Attention flow: the most that can flow from each source's tokens to the target.
+
+    Parameters
+    ----------
+    data
+        A trace or a run.
+    source, target, residual
+        As for :func:`attention_rollout`.
+
+    Returns
+    -------
+    xr.DataArray
+        float64 ``([scenario,] [source,] layer)``: the maximum flow from the source's tokens at
+        the input of the trace's first layer to the target's tokens at the output of each layer,
+        for one target token (from 0 to 1).
+
+    Raises
+    ------
+    ConfigError
+        As for :func:`attention_rollout`, and if the graph of a scenario would have more than
+        20 million edges (about 1100 tokens at 31 layers), which takes over 1 GB.
+
+    Notes
+    -----
+    Abnar & Zuidema (2020): tokens at each layer are nodes, Ã of :func:`attention_rollout` are the
+    capacities. All tokens of a source feed one flow, and all tokens of the target take it.
+    Capacities are rounded to 2⁻²⁸ for ``scipy.sparse.csgraph.maximum_flow`` (Dinic's algorithm).
+    Time grows with the square of the number of layers.
+    """
+    if not 0 <= residual <= 1:
+        raise ConfigError(f"residual={residual} is not within 0 to 1", remedy="The usual is 0.5.")
+
+    def of(layers: _Layers, keys: list[list[int]], queries: list[int]) -> list[Any]:
+        tokens = layers.tokens
+        edges = len(layers) * tokens * (tokens + 1) // 2
+        if edges > _MOST_EDGES:
+            raise ConfigError(
+                f"attention flow through {len(layers)} layers of {tokens} tokens needs a graph of "
+                f"{edges:,} edges, more than {_MOST_EDGES:,}",
+                why="Maximum flow has to hold all layers at once.",
+                remedy="Take fewer layers (ds.sel(layer=...)), or attention_rollout.",
+            )
+        whole: list[Any] = [_call(_capacities, layer, residual) for layer in layers]
+        table = _call(_flows, whole, keys, queries)
+        return [_call(_row, table, number) for number in range(len(layers))]
+
+    return _through_layers(
+        data,
+        source,
+        target,
+        of,
+        "attention_flow",
+        "maximum flow through the graph of tokens by layer with capacities residual·I + "
+        "(1 − residual)·attention, mean over heads (Abnar & Zuidema 2020)",
+        residual=residual,
+    )
+
+
+def _row(table: np.ndarray, number: int) -> np.ndarray:
+    return np.asarray(table[number])
+
+
+def _capacities(layer: np.ndarray, residual: float) -> np.ndarray:
+    """Return the capacities ``(query, key)`` of one layer as whole numbers."""
+    return np.asarray(np.rint(_with_residual(layer, residual) * _UNIT).astype(np.int32))
+
+
+def _flows(layers: list[np.ndarray], keys: list[list[int]], queries: list[int]) -> np.ndarray:
+    """Return the maximum flows ``(layer, source)`` for one target token."""
+    tokens = layers[0].shape[0]
+    query, key = np.tril_indices(tokens)
+    out = np.empty((len(layers), len(keys)))
+    lower = [number * tokens + key for number in range(len(layers))]
+    upper = [(number + 1) * tokens + query for number in range(len(layers))]
+    capacity = [layer[query, key] for layer in layers]
+    for top in range(1, len(layers) + 1):
+        sink = (top + 1) * tokens
+        ends = top * tokens + np.asarray(queries)
+        for column, found in enumerate(keys):
+            # One more node feeds all tokens of the source, and one takes from all targets.
+            start = np.concatenate([*lower[:top], np.full(len(found), sink + 1), ends])
+            end = np.concatenate([*upper[:top], found, np.full(len(ends), sink)])
+            values = np.concatenate(
+                [*capacity[:top], np.full(len(found) + len(ends), _UNIT * 2 - 1)]
+            )
+            graph = csr_array((values.astype(np.int32), (start, end)), shape=(sink + 2, sink + 2))
+            graph.eliminate_zeros()
+            flow = maximum_flow(graph, sink + 1, sink).flow_value
+            out[top - 1, column] = flow / _UNIT / len(queries)
+    return out
+
+
+# --- both --------------------------------------------------------------------------------------
+
+
+def _call(function: Callable[..., np.ndarray], *arguments: Any) -> Any:
+    """Call now, or later if an argument is lazy."""
+    lazy = dask.is_dask_collection(arguments[0]) or (
+        isinstance(arguments[0], list) and dask.is_dask_collection(arguments[0][0])
+    )
+    return dask.delayed(function, pure=True)(*arguments) if lazy else function(*arguments)
+
+
+def _with_residual(layer: np.ndarray, residual: float) -> np.ndarray:
+    mixed = (1 - residual) * np.asarray(layer, dtype=np.float64)
+    mixed[np.diag_indices_from(mixed)] += residual
+    out: np.ndarray = mixed / mixed.sum(-1, keepdims=True)
+    return out
+
+
+class _Layers(Sequence[Any]):
+    """The matrices ``(query, key)`` of a trace's layers, read one at a time (or lazily)."""
+
+    def __init__(self, ds: xr.Dataset, array: xr.DataArray) -> None:
+        self._scenario = scenario_of(ds)
+        self._array = array.transpose("layer", "query", "key")
+        self.tokens = array.sizes["query"]
+
+    def __len__(self) -> int:
+        return self._array.sizes["layer"]
+
+    def __getitem__(self, number: Any) -> Any:
+        one = self._array.isel(layer=number)
+        layer = int(one["layer"])
+        if one.chunks is None:
+            return _present(one.values, self._scenario, layer)
+        # One task takes the blocks of a layer together, and hands on what it has checked.
+        return dask.delayed(_present, pure=True)(one.data, self._scenario, layer)
+
+
+#: Takes the layers, each source's rows and the target's; gives a row ``(source,)`` by layer.
+_Through = Callable[[_Layers, list[list[int]], list[int]], list[Any]]
+
+
+def _through_layers(
+    data: Data,
+    source: Place | Sequence[Place] | None,
+    target: Place,
+    through: _Through,
+    analysis: str,
+    method: str,
+    **parameters: float,
+) -> xr.DataArray:
+    if source is None:
+        source = [n for n in span_names(data) if n not in {label(target), DECISION}]
+    sources, several = as_places(source)
+    if not sources:
+        raise ConfigError("no source to start from", remedy="Give a span or positions.")
+    require_places(data, [*sources, target])
+
+    def of(ds: xr.Dataset) -> xr.DataArray | None:
+        array = attention(ds, "mean")
+        here = present(ds, sources)
+        if not here or not present(ds, [target]):
+            return None
+        _check_whole(ds, array)
+        keys = [_rows(ds, place) for place in here]
+        rows = through(_Layers(ds, array), keys, _rows(ds, target))
+        return xr.DataArray(
+            _stack(rows, len(here)),
+            dims=("layer", "source"),
+            coords={"layer": array["layer"].values, "source": [label(p) for p in here]},
+        ).transpose("source", "layer")
+
+    out = per_scenario(data, of).rename(analysis.removeprefix("attention_"))
+    out = out.reindex(source=[label(place) for place in sources])
+    out = out.transpose("scenario", "source", "layer", missing_dims="ignore")
+    out = out if several else out.isel(source=0)
+    return described(
+        out.assign_attrs(units="1"),
+        data,
+        analysis,
+        method,
+        source=[label(place) for place in sources],
+        target=label(target),
+        **parameters,
+    )
+
+
+def _present(values: np.ndarray, scenario: str, layer: int) -> np.ndarray:
+    if np.isnan(values).any():
+        raise ConfigError(
+            f"{scenario}: attention of layer {layer} is missing",
+            why="The trace is not complete, and a flow through all layers needs each of them.",
+            remedy="Complete the run with 'zarrtrace extract', or select the layers above it.",
+        )
+    return values
+
+
+def _check_whole(ds: xr.Dataset, array: xr.DataArray) -> None:
+    """Refuse a trace with gaps: what passes through a layer that is not there is not known."""
+    require_queries(ds, query_labels(ds).tolist())
+    layers = array["layer"].values.tolist()
+    gaps = sorted(set(range(layers[0], layers[-1] + 1)) - set(layers)) if layers else [0]
+    if gaps or array.sizes["query"] != array.sizes["key"]:
+        raise ConfigError(
+            f"{scenario_of(ds)}: attention of layer {gaps[0]} is missing"
+            if gaps
+            else f"{scenario_of(ds)}: attention is not square",
+            why="A flow through all layers needs each of them, with all tokens.",
+            remedy="Select layers without a gap, and all tokens.",
+        )
+
+
+def _rows(ds: xr.Dataset, place: Place) -> list[int]:
+    where = {int(at): row for row, at in enumerate(query_labels(ds))}
+    return sorted({where[position] for position in positions(ds, place)})
+
+
+def _stack(rows: list[Any], width: int) -> Any:
+    if dask.is_dask_collection(rows[0]):
+        return da.stack([da.from_delayed(row, (width,), np.float64) for row in rows])
+    return np.stack(rows)

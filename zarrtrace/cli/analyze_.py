@@ -1,0 +1,317 @@
+"""``zarrtrace analyze``: one subcommand an analysis."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from zarrtrace.cli.shared import quiet_option, run_argument, show_progress
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+
+_ROWS_SHOWN = 60
+_ENDINGS = (".csv", ".parquet", ".nc", ".json")
+
+
+class Place(click.ParamType[str | int]):
+    """A span's name or a token position."""
+
+    name = "PLACE"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | int:
+        """Parse a number as one."""
+        del param, ctx
+        text = str(value)
+        return int(text) if text.removeprefix("-").isdecimal() else text
+
+
+def _option(*names: str, **settings: Any) -> Callable[..., Any]:
+    return click.option(*names, **settings)
+
+
+_SOURCES = _option("--source", type=Place(), multiple=True, help="Span or position; repeatable.")
+_TARGET = _option("--target", type=Place(), default="decision", show_default=True)
+_AT = _option("--at", type=Place(), multiple=True, help="Span or position; repeatable.")
+_SPANS = _option("--span", "spans", multiple=True, help="Only these spans; repeatable.")
+_HEADS = _option("--heads", type=click.Choice(["mean", "each"]), default="mean", show_default=True)
+_TOP = _option("--top", type=click.IntRange(1), default=10, show_default=True)
+_SEED = _option("--seed", type=int, default=0, show_default=True)
+_PERMUTATIONS = _option(
+    "--permutations", "n_permutations", type=click.IntRange(1), default=9999, show_default=True
+)
+_FEATURES = _option("--feature", "features", type=click.IntRange(0), multiple=True, required=True)
+_WINDOW = _option("--window", type=click.IntRange(0), default=5, show_default=True, help="Tokens.")
+
+# Function, help and options of each analysis.
+_ANALYSES: dict[str, tuple[str, str, tuple[Callable[..., Any], ...]]] = {
+    "attention-to": (
+        "attention_to",
+        "Attention from one place to others, by layer.",
+        (
+            _SOURCES,
+            _TARGET,
+            _HEADS,
+            _option("--reduce", type=click.Choice(["mean", "sum"]), default="mean"),
+        ),
+    ),
+    "feature-trajectory": (
+        "feature_trajectory",
+        "Features at a place, by layer.",
+        (_FEATURES, _AT),
+    ),
+    "pathway-features": (
+        "pathway_features",
+        "Features active at a span and at the decision, by activation × attention.",
+        (_option("--source", type=Place(), required=True), _TARGET, _TOP),
+    ),
+    "attention-locality": (
+        "attention_locality",
+        "Distance, entropy, share nearby and on the first token.",
+        (_HEADS, _WINDOW, _option("--exclude-first", is_flag=True)),
+    ),
+    "layer-bands": (
+        "layer_bands",
+        "Test that attention is local, then about the task, then about the decision.",
+        (_WINDOW, _option("--resamples", type=click.IntRange(99), default=9999), _SEED),
+    ),
+    "critical-layers": (
+        "critical_layers",
+        "Layers whose attention to a span stands out against control tokens.",
+        (_SPANS, _TARGET, _PERMUTATIONS, _SEED),
+    ),
+    "attention-rollout": (
+        "attention_rollout",
+        "Attention rollout from spans to the decision.",
+        (_SOURCES, _TARGET),
+    ),
+    "attention-flow": (
+        "attention_flow",
+        "Maximum flow of attention from spans to the decision.",
+        (_SOURCES, _TARGET),
+    ),
+    "contrast": (
+        "contrast",
+        "What separates two groups of scenarios.",
+        (
+            _option("--group-a", default="risky", show_default=True, help="A tag."),
+            _option("--group-b", default="safe", show_default=True, help="A tag."),
+            _AT,
+            _option("--what", type=click.Choice(["features", "attention"]), default="features"),
+            _TARGET,
+            _HEADS,
+            _PERMUTATIONS,
+            _SEED,
+        ),
+    ),
+    "position-specific-features": (
+        "position_specific_features",
+        "Features that fire at one kind of span and not elsewhere.",
+        (_SPANS, _TOP, _option("--threshold", type=float, default=0.0)),
+    ),
+    "word-associations": (
+        "word_associations",
+        "Tokens that activate each feature most.",
+        (
+            _TOP,
+            _option("--min-count", type=click.IntRange(1), default=1),
+            _option("--strip", is_flag=True, help="Take ' bet' and 'bet' for one word."),
+        ),
+    ),
+    "crossreference": (
+        "crossreference",
+        "Do features that go with a word fire where attention goes to it?",
+        (
+            _option("--table", help="CSV or Parquet: layer, feature, word, score; else own words."),
+            _SEED,
+        ),
+    ),
+    "head-roles": (
+        "head_roles",
+        "Previous-token, first-token, duplicate-token and induction scores of heads.",
+        (),
+    ),
+    "decision": (
+        "decision",
+        "What the model would say next: the probability of each option, and entropy.",
+        (),
+    ),
+    "relate": (
+        "relate",
+        "How attention to a span goes with an option's probability over scenarios.",
+        (
+            _option("--option", required=True, help="Name of an option, as bet."),
+            _option("--source", type=Place(), required=True),
+            _TARGET,
+            _PERMUTATIONS,
+            _SEED,
+        ),
+    ),
+}
+
+
+@click.group("analyze")
+def command() -> None:
+    """Answer a question from a run.
+
+    Prints a table, or writes CSV, Parquet, NetCDF or JSON by the ending of --output.
+    """
+
+
+def _add(name: str, function: str, text: str, options: Sequence[Callable[..., Any]]) -> None:
+    def run_analysis(**given: Any) -> None:
+        _run(function, given)
+
+    run_analysis.__doc__ = text
+    wrapped: Callable[..., Any] = run_analysis
+    for option in reversed(
+        (
+            run_argument,
+            *options,
+            _option("--output", "-o", type=click.Path(path_type=Path), help="File to write."),
+            _option("--scheduler", default="threads", help="threads, processes or tcp://HOST:PORT"),
+            _option("--workers", type=click.IntRange(1), help="Threads or processes."),
+            quiet_option,
+        )
+    ):
+        wrapped = option(wrapped)
+    command.command(name, help=text)(wrapped)
+
+
+for _name, (_function, _text, _options) in _ANALYSES.items():
+    _add(_name, _function, _text, _options)
+
+
+def _run(function: str, given: dict[str, Any]) -> None:
+    run, output = given.pop("run"), given.pop("output")
+    quiet, scheduler, workers = given.pop("quiet"), given.pop("scheduler"), given.pop("workers")
+    if output is not None and output.suffix not in _ENDINGS:
+        raise click.UsageError(f"--output must end in one of {', '.join(_ENDINGS)}.")
+    with _computing(scheduler, workers, progress=show_progress(quiet=quiet)):
+        result = _compute(function, _open(run), given).compute()
+    if output is None:
+        click.echo(_table(result))
+    else:
+        _write(result, output)
+
+
+def _open(run: str) -> Any:
+    from zarrtrace.store import kind_of, open_run, open_trace
+
+    reader = open_trace if kind_of(run) == "trace" else open_run
+    return reader(run, chunks="auto")
+
+
+def _compute(function: str, data: Any, given: dict[str, Any]) -> Any:
+    """Call an analysis; what was not given is left to its defaults."""
+    from zarrtrace import analysis
+
+    arguments = {name: _plain(value) for name, value in given.items() if value not in (None, ())}
+    if function == "relate":
+        option = arguments.pop("option")
+        places = {name: arguments.pop(name) for name in ("source", "target")}
+        probability = analysis.decision(data)["probability"].sel(option=option)
+        return analysis.relate(probability, analysis.attention_to(data, **places), **arguments)
+    if function == "crossreference" and "table" not in arguments:
+        arguments["table"] = analysis.word_associations(data)
+    return getattr(analysis, function)(data, **arguments)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+@contextlib.contextmanager
+def _computing(scheduler: str, workers: int | None, *, progress: bool) -> Iterator[None]:
+    """Have dask compute where it was asked to."""
+    import dask
+    from dask.diagnostics import ProgressBar
+
+    if "://" in scheduler:
+        from distributed import Client
+
+        with Client(scheduler):  # type: ignore[no-untyped-call]
+            yield
+        return
+    if scheduler not in ("threads", "processes", "synchronous"):
+        raise click.UsageError(f"--scheduler {scheduler}: give threads, processes or an address.")
+    bar = ProgressBar(out=sys.stderr) if progress else contextlib.nullcontext()
+    with dask.config.set(scheduler=scheduler, num_workers=workers), bar:
+        yield
+
+
+def _frame(result: xr.DataArray | xr.Dataset) -> pd.DataFrame:
+    """One row a combination of labels; rows without any value are left out."""
+    import xarray as xr
+
+    if isinstance(result, xr.DataArray):
+        result = result.to_dataset(name=result.name or "value")
+    frame = result.to_dataframe().dropna(how="all", subset=list(result.data_vars)).reset_index()
+    return frame.drop(columns=[name for name in ("row", "index") if name in frame])
+
+
+def _parts(result: xr.DataArray | xr.Dataset) -> list[Any]:
+    """Split a result into variables of the same dimensions, the smallest table first."""
+    by_dims: dict[frozenset[Any], list[Any]] = {}
+    if not hasattr(result, "data_vars"):
+        return [result]
+    for name, variable in result.data_vars.items():
+        by_dims.setdefault(frozenset(variable.dims), []).append(name)
+    parts = [result[names] for names in by_dims.values()]
+    return sorted(parts, key=lambda part: max(v.size for v in part.data_vars.values()))
+
+
+def _table(result: xr.DataArray | xr.Dataset) -> str:
+    lines: list[str] = []
+    for part in _parts(result):
+        frame = _frame(part)
+        shown = frame.head(_ROWS_SHOWN).to_string(index=False, float_format="{:.4g}".format)
+        lines += ["", shown] if lines else [shown]
+        if len(frame) > _ROWS_SHOWN:
+            more = len(frame) - _ROWS_SHOWN
+            lines.append(f"... {more} more rows; --output FILE writes all of them")
+    for name in ("findings", "limits"):
+        if result.attrs.get(name):
+            found = result.attrs[name]
+            lines += ["", *([found] if isinstance(found, str) else map(str, found))]
+    return "\n".join(lines)
+
+
+def _write(result: xr.DataArray | xr.Dataset, output: Path) -> None:
+    if output.suffix == ".nc":
+        _netcdf(result).to_netcdf(output, engine="h5netcdf")
+        return
+    frame = _frame(result)
+    if output.suffix == ".csv":
+        frame.to_csv(output, index=False)
+    elif output.suffix == ".parquet":
+        frame.to_parquet(output, index=False)
+    else:
+        import json
+
+        content = {
+            "attrs": result.attrs,
+            "rows": json.loads(frame.to_json(orient="records", double_precision=15)),
+        }
+        output.write_text(json.dumps(content, indent=2, default=str), encoding="utf-8")
+
+
+def _netcdf(result: xr.DataArray | xr.Dataset) -> xr.DataArray | xr.Dataset:
+    """Return the result with attributes that NetCDF can hold: text and numbers."""
+    import json
+
+    out = result.copy()
+    out.attrs = {
+        name: value if isinstance(value, str | int | float) else json.dumps(value, default=str)
+        for name, value in result.attrs.items()
+        if value is not None
+    }
+    return out

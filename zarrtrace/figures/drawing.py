@@ -1,0 +1,429 @@
+"""What all figures share: style, colours, spans beside an axis, and saving with metadata."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, ParamSpec, TypeVar
+
+import matplotlib as mpl
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.collections import PatchCollection
+from matplotlib.colorbar import Colorbar
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from zarrtrace.analysis.bands import BANDS
+from zarrtrace.analysis.selecting import Data, positions, provenance, span_names
+from zarrtrace.errors import ConfigError
+from zarrtrace.figures.labels import drawable, label_tokens, thinned
+from zarrtrace.spec import NAMESPACE
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+#: Width of a figure over both columns of a page, in inches.
+PAGE_WIDTH = 7.2
+#: Sequential and diverging colour maps that colour-blind readers can use.
+SEQUENTIAL = "YlGnBu"
+DIVERGING = "RdBu_r"
+#: Okabe & Ito (2008): eight colours that colour-blind readers tell apart; black is for means.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
+#: Of groups of scenarios, in their order, and of scenarios in none.
+GROUP_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+NO_GROUP = "#999999"
+NOT_STORED = "#e6e6e6"
+_PRINT_DPI = 300
+_PAD = 0.04  # inches around a saved figure
+_STYLE: dict[Any, Any] = {
+    "font.size": 7,
+    "axes.titlesize": 7.5,
+    "axes.labelsize": 7,
+    "xtick.labelsize": 6,
+    "ytick.labelsize": 6,
+    "legend.fontsize": 6,
+    "legend.frameon": False,
+    "figure.titlesize": 8.5,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.5,
+    "ytick.major.width": 0.5,
+    "xtick.major.size": 2,
+    "ytick.major.size": 2,
+    "lines.linewidth": 1,
+    "image.origin": "upper",
+    "pdf.fonttype": 42,  # TrueType: text in a PDF stays text, and journals ask for it
+    "text.parse_math": False,  # "$90 or $10" is money
+    "text.usetex": False,
+}
+
+
+def styled(function: Callable[P, R]) -> Callable[P, R]:
+    """Draw in the package's style and leave the caller's settings as they were."""
+
+    @functools.wraps(function)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> R:
+        with mpl.rc_context(_STYLE):
+            return function(*args, **kwargs)
+
+    return drawn
+
+
+def blank(width: float, height: float) -> Figure:
+    """Return an empty figure of a size in inches that pyplot knows nothing of."""
+    return Figure(figsize=(width, height))
+
+
+def axes_or_new(
+    ax: Axes | None,
+    width: float,
+    height: float,
+    *,
+    margins: tuple[float, float, float, float] = (0.55, 0.2, 0.45, 0.3),
+) -> Axes:
+    """Return `ax`, or the axes of a new figure.
+
+    Parameters
+    ----------
+    ax
+        What the caller gave.
+    width, height
+        Size of the new figure, in inches.
+    margins
+        Left, right, bottom and top, in inches.
+    """
+    if ax is not None:
+        return ax
+    left, right, bottom, top = margins
+    return blank(width, height).add_axes(
+        (left / width, bottom / height, (width - left - right) / width,
+         (height - bottom - top) / height)
+    )  # fmt: skip
+
+
+def axes_at(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
+    """Add axes at a place in inches from the figure's upper left corner."""
+    w, h = figure.get_size_inches()
+    return figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
+
+
+def size_of(ax: Axes) -> tuple[float, float]:
+    """Return width and height of axes in inches, before their aspect shrinks them."""
+    figure = ax.get_figure(root=True)
+    if figure is None:
+        raise ConfigError("the axes given are in no figure", remedy="Give axes of a figure.")
+    width, height = figure.get_size_inches()
+    box = ax.get_position()
+    return float(box.width * width), float(box.height * height)
+
+
+def colour_bar(
+    ax: Axes,
+    mappable: Any,
+    label: str,
+    *,
+    cax: Axes | None = None,
+    extend: Literal["neither", "max"] = "neither",
+    orientation: Literal["vertical", "horizontal"] = "vertical",
+) -> Colorbar:
+    """Add a colour bar with a label, in axes of its own if given."""
+    figure = ax.get_figure(root=True)
+    if figure is None:
+        raise ConfigError("the axes given are in no figure", remedy="Give axes of a figure.")
+    if cax is None:
+        cax = ax.inset_axes((1.015, 0.0, 0.02, 1.0))
+    bar = figure.colorbar(mappable, cax=cax, extend=extend, orientation=orientation)
+    bar.locator = MaxNLocator(nbins=4)
+    bar.update_ticks()
+    bar.set_label(label, fontsize=6.5)
+    bar.outline.set_linewidth(0.4)
+    bar.ax.tick_params(labelsize=6, width=0.4, length=2)
+    return bar
+
+
+def interpolation(ax: Axes, cells: int) -> str:
+    """Return ``"nearest"`` where every cell of an image gets a dot of a print, else ``"auto"``.
+
+    Sharp cells are right, and files of them small; with more cells than dots some would vanish.
+    """
+    return "nearest" if cells <= min(size_of(ax)) * _PRINT_DPI else "auto"
+
+
+# --- spans -------------------------------------------------------------------------------------
+
+
+def span_colours(names: Iterable[str]) -> dict[str, str]:
+    """Return a colour for each span; the same names in the same order get the same ones."""
+    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+
+
+def cells_of_spans(ds: xr.Dataset) -> dict[str, list[int]]:
+    """Return which cells of an image over tokens each span of a trace covers."""
+    where = {int(label): i for i, label in enumerate(np.asarray(ds["query"]))}
+    spans = ds.attrs[NAMESPACE]["spans"]
+    return {
+        name: [where[i] for i in positions(ds, name)]
+        for name in span_names(ds)
+        if set(spans[name]["tokens"]) <= set(where) and spans[name]["tokens"]
+    }
+
+
+def runs_of(cells: Sequence[int]) -> list[tuple[int, int]]:
+    """Return stretches ``(first, last)`` of neighbouring cells."""
+    stretches: list[tuple[int, int]] = []
+    for cell in sorted(cells):
+        if stretches and cell == stretches[-1][1] + 1:
+            stretches[-1] = (stretches[-1][0], cell)
+        else:
+            stretches.append((cell, cell))
+    return stretches
+
+
+def mark_spans(
+    ax: Axes,
+    spans: Mapping[str, Sequence[int]],
+    *,
+    side: Literal["top", "left"] = "top",
+    names: bool = True,
+    thickness: float = 0.05,
+) -> None:
+    """Draw a coloured strip outside the axes for every span, with its name.
+
+    Parameters
+    ----------
+    ax
+        An image with one cell a token.
+    spans
+        Cells of each span.
+    side
+        Along which side.
+    names
+        Whether to write the names.
+    thickness
+        Of the strip, in inches.
+    """
+    colours = span_colours(spans)
+    width, height = size_of(ax)
+    thick = thickness / (height if side == "top" else width)
+    transform = ax.get_xaxis_transform() if side == "top" else ax.get_yaxis_transform()
+    patches, filled = [], []
+    for name, cells in spans.items():
+        for first, last in runs_of(cells):
+            length = last - first + 1
+            corner = (first - 0.5, 1 + thick / 2) if side == "top" else (-1.5 * thick, first - 0.5)
+            size = (length, thick) if side == "top" else (thick, length)
+            patches.append(Rectangle(corner, *size))
+            filled.append(colours[name])
+        if names and side == "top":
+            ax.text(
+                (min(cells) + max(cells)) / 2, 1 + 2 * thick, drawable(name),
+                transform=transform, color=colours[name], fontsize=6, rotation=45,
+                ha="left", va="bottom", rotation_mode="anchor", fontweight="bold",
+            )  # fmt: skip
+    # One artist for all of them: small multiples have many.
+    ax.add_collection(
+        PatchCollection(patches, transform=transform, clip_on=False, lw=0, facecolor=filled),
+        autolim=False,
+    )
+
+
+def label_token_axis(
+    ax: Axes,
+    ds: xr.Dataset,
+    spans: Mapping[str, Sequence[int]],
+    *,
+    side: Literal["x", "y"] = "x",
+    size: float = 5.5,
+) -> None:
+    """Label one axis of an image with the token texts of a trace, spans in their colours."""
+    colours = span_colours(spans)
+    by_cell = {cell: colours[name] for name, cells in spans.items() for cell in cells}
+    width, height = size_of(ax)
+    texts = [str(text) for text in np.asarray(ds["query_token"])]
+    label_tokens(
+        ax.xaxis if side == "x" else ax.yaxis,
+        texts,
+        inches=width if side == "x" else height,
+        keep=[cell for cells in spans.values() for first, _ in runs_of(cells) for cell in [first]],
+        colours=by_cell,
+        size=size,
+        rotation=90 if side == "x" else 0,
+    )
+    (ax.xaxis if side == "x" else ax.yaxis).set_tick_params(length=1.2, pad=1)
+
+
+def label_layers(ax: Axes, layers: Sequence[int], *, side: Literal["x", "y"] = "y") -> None:
+    """Label one axis of an image with layers L1, L2, …, thinned when crowded."""
+    width, height = size_of(ax)
+    # Names side by side need more room than names one below the other.
+    inches, size = (width, 12) if side == "x" else (height, 6)
+    shown = thinned(len(layers), inches, size)
+    axis = ax.xaxis if side == "x" else ax.yaxis
+    axis.set_ticks(shown, labels=[f"L{layers[i]}" for i in shown])
+
+
+def shade_bands(ax: Axes, layers: Sequence[int], *, names: bool = True) -> None:
+    """Shade the hypothesised bands of layers, on an x axis of layer numbers."""
+    first, last = min(layers), max(layers)
+    for number, (name, (start, stop)) in enumerate(BANDS.items()):
+        low, high = max(first, start) - 0.5, min(last, stop) + 0.5
+        if low >= high:
+            continue
+        ax.axvspan(low, high, color=("#f3f3f3", "#e6e6e6")[number % 2], lw=0, zorder=0)
+        if names:
+            ax.text(
+                (low + high) / 2, 0.985, f"{name}?", transform=ax.get_xaxis_transform(),
+                ha="center", va="top", fontsize=5.5, color="#555555",
+            )  # fmt: skip
+    ax.set_xlim(first - 0.5, last + 0.5)
+
+
+# --- lines by layer ----------------------------------------------------------------------------
+
+Groups = Mapping[str, Sequence[str]]
+
+
+def lines_by_layer(ax: Axes, values: xr.DataArray, groups: Groups | None) -> list[Any]:
+    """Draw every scenario as a thin line, and the mean of each group (or of all) as a thick one.
+
+    Parameters
+    ----------
+    ax
+        Where to draw.
+    values
+        ``([scenario,] layer)``.
+    groups
+        Names of scenarios by group; those in none are grey.
+
+    Returns
+    -------
+    list
+        The thick lines, labelled, for a legend.
+    """
+    layers = np.asarray(values["layer"])
+    if "scenario" not in values.dims:
+        return list(ax.plot(layers, values, color=COLOURS[0], label=str(values["scenario"].item())))
+    values = values.transpose("scenario", "layer")
+    names = [str(name) for name in np.asarray(values["scenario"])]
+    groups = groups or {f"mean of {len(names)} scenarios": names}
+    for name, row in zip(names, np.asarray(values), strict=True):
+        colour = group_colour(name, groups)
+        ax.plot(layers, row, lw=0.5, alpha=0.55, color=colour, gid=name)
+    thick = []
+    for group, members in groups.items():
+        mean = values.sel(scenario=[n for n in names if n in members]).mean("scenario")
+        colour = group_colour(members[0], groups)
+        thick += ax.plot(layers, mean, lw=1.6, color=colour, label=drawable(group))
+    if not set(names) <= {name for members in groups.values() for name in members}:
+        thick.append(Line2D([], [], lw=0.5, color=NO_GROUP, label="other scenarios"))
+    return thick
+
+
+def group_colour(scenario: str, groups: Groups) -> str:
+    """Return the colour of the group that a scenario is in."""
+    for number, members in enumerate(groups.values()):
+        if scenario in members:
+            return GROUP_COLOURS[number % len(GROUP_COLOURS)]
+    return NO_GROUP
+
+
+def layer_axis(ax: Axes, layers: Sequence[int]) -> None:
+    """Count layers in whole numbers along x."""
+    ax.set_xlim(min(layers) - 0.5, max(layers) + 0.5)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    ax.set_xlabel("layer")
+
+
+# --- saving ------------------------------------------------------------------------------------
+
+
+def metadata_of(data: Data | xr.DataArray) -> dict[str, str]:
+    """Return model, SAE release, scenarios and versions of what a figure shows.
+
+    Parameters
+    ----------
+    data
+        A trace, a run, or the result of an analysis.
+    """
+    if not isinstance(data, xr.DataArray) and "analysis" not in data.attrs:
+        found = provenance(data)
+        attributes = data.attrs.get(NAMESPACE, {})
+        names = [attributes["scenario"]] if "scenario" in attributes else attributes["scenarios"]
+    else:
+        keys = ("analysis", "parameters", "model", "sae_release", "zarrtrace_version")
+        found = {key: str(data.attrs[key]) for key in keys if key in data.attrs}
+        names = np.atleast_1d(data["scenario"]).tolist() if "scenario" in data.coords else []
+    out = {**found, "scenario": ", ".join(map(str, names))}
+    out["figures_version"] = importlib.metadata.version("zarrtrace")
+    return {key: value for key, value in out.items() if value}
+
+
+@styled
+def save(
+    figure: Figure,
+    path: str | Path,
+    data: Data | xr.DataArray,
+    *,
+    title: str = "",
+    dpi: float = 300,
+) -> Path:
+    """Write a figure, with where it comes from in the file's metadata.
+
+    Parameters
+    ----------
+    figure
+        What a function of this package returned.
+    path
+        File to write; its ending, ``.png`` or ``.pdf``, says what.
+    data
+        The trace, run or result that the figure shows.
+    title
+        Of the figure, for the metadata.
+    dpi
+        Dots per inch: of a PNG, and of the images within a PDF.
+
+    Returns
+    -------
+    Path
+        `path`. A PNG has text chunks ``Title``, ``Software`` and ``zarrtrace:…`` for model, SAE
+        release, scenario and versions; a PDF has the same as JSON in its ``Keywords``. Neither has
+        a date: the same data give the same file.
+
+    Raises
+    ------
+    ConfigError
+        If the ending is neither.
+    """
+    path = Path(path)
+    found = metadata_of(data)
+    software = f"zarrtrace {found['figures_version']}"
+    if path.suffix == ".png":
+        metadata: dict[str, str | None] = {
+            "Title": title,
+            "Software": software,
+            **{f"zarrtrace:{key}": value for key, value in found.items()},
+        }
+        # Level 6, the default, takes four times as long for a tenth of the size.
+        options: dict[str, Any] = {"pil_kwargs": {"compress_level": 3}}
+    elif path.suffix == ".pdf":
+        keywords = json.dumps(found, ensure_ascii=False)
+        metadata = {
+            "Title": title, "Creator": software, "Subject": found.get("model", ""),
+            "Keywords": keywords, "CreationDate": None,
+        }  # fmt: skip
+        options = {}
+    else:
+        raise ConfigError(
+            f"{path}: cannot write a figure as {path.suffix or 'a file without ending'!r}",
+            remedy="Use .png or .pdf.",
+        )
+    # bbox_inches="tight" would draw everything twice to find this out.
+    box = figure.get_tightbbox().padded(_PAD)
+    figure.savefig(path, dpi=dpi, metadata=metadata, bbox_inches=box, **options)
+    return path

@@ -1,0 +1,439 @@
+"""All figures of a run, and a page that shows them."""
+
+from __future__ import annotations
+
+import functools
+import html
+import multiprocessing
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import xarray as xr
+from matplotlib.figure import Figure
+
+from zarrtrace import analysis
+from zarrtrace.analysis.selecting import Data, require, span_names, tags, traces
+from zarrtrace.errors import ConfigError, ScenarioError, ZarrtraceError
+from zarrtrace.figures import contrasts, features, flow, heatmaps
+from zarrtrace.figures.drawing import metadata_of, save
+from zarrtrace.scenarios import DECISION
+from zarrtrace.store import open_run
+
+#: Writes ``done, total``.
+Progress = Callable[[int, int], None]
+
+FORMATS = ("png", "pdf")
+# Below so many figures a worker, starting it takes longer than it saves.
+_WORTH_A_WORKER = 12
+
+
+def draw_run(
+    path: str | Path,
+    output: str | Path,
+    *,
+    scenarios: Sequence[str] | None = None,
+    formats: Sequence[str] = FORMATS,
+    dpi: float = 300,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> Path:
+    """Draw the whole set of figures of a run, and a page ``index.html`` that shows them.
+
+    Parameters
+    ----------
+    path
+        Folder of the run.
+    output
+        Folder to write to; made if it is not there. Files of the same name are replaced.
+    scenarios
+        Scenarios to draw one by one; all of them if None. Figures over scenarios always take all.
+    formats
+        Of ``"png"`` and ``"pdf"``.
+    dpi
+        Dots per inch of the PNGs, and of the images within the PDFs.
+    workers
+        Processes to draw in; small runs are drawn in this one.
+    progress
+        Is told how many of how many figures are done.
+
+    Returns
+    -------
+    Path
+        The page. It names what could not be drawn, and why.
+
+    Raises
+    ------
+    ScenarioError
+        If the run has no such scenario.
+    ConfigError
+        If a format is neither.
+    NotATraceError, FormatVersionError, IncompleteError, IntegrityError
+        As for :func:`zarrtrace.open_run`.
+    """
+    output = Path(output)
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown or not formats:
+        raise ConfigError(
+            f"cannot write figures as {unknown[0]!r}" if unknown else "no format was given",
+            remedy=f"There are: {', '.join(FORMATS)}.",
+        )
+    run = open_run(path)
+    names = _chosen(run, scenarios)
+    output.mkdir(parents=True, exist_ok=True)
+    stems = _stems(names)
+    tasks = [_Task(drawing.key, None, f"run_{drawing.key}") for drawing in _OF_RUN]
+    tasks += [
+        _Task(drawing.key, name, f"{stem}_{drawing.key}")
+        for name, stem in zip(names, stems, strict=True)
+        for drawing in _OF_SCENARIO
+    ]
+    draw = functools.partial(
+        _draw, str(path), str(output), formats=tuple(dict.fromkeys(formats)), dpi=dpi
+    )
+    results = []
+    for result in _in_processes(draw, tasks, min(workers, len(tasks) // _WORTH_A_WORKER)):
+        results.append(result)
+        if progress:
+            progress(len(results), len(tasks))
+    page = output / "index.html"
+    page.write_text(_page(run, names, results), encoding="utf-8")
+    return page
+
+
+def default_groups(data: Data) -> dict[str, list[str]]:
+    """Return the two groups of scenarios to compare, by tag.
+
+    ``risky`` and ``safe`` if both have scenarios, otherwise the two tags that most scenarios have,
+    each without the scenarios that have both; nothing if there are not two such groups.
+    """
+    members: dict[str, list[str]] = {}
+    for name, ds in traces(data).items():
+        for tag in tags(ds):
+            members.setdefault(tag, []).append(name)
+    pair = ["risky", "safe"]
+    if not set(pair) <= set(members):
+        pair = sorted(members, key=lambda tag: -len(members[tag]))[:2]
+    if len(pair) < 2:
+        return {}
+    both = set(members[pair[0]]) & set(members[pair[1]])
+    groups = {tag: [name for name in members[tag] if name not in both] for tag in pair}
+    return groups if all(groups.values()) else {}
+
+
+def strongest_layer(ds: xr.Dataset) -> int:
+    """Return the layer in which the decision attends most to the spans."""
+    spans = [name for name in span_names(ds) if name != DECISION]
+    if not spans:
+        require(ds, "attention_mean")
+        return int(np.asarray(ds["layer"])[-1])
+    strength = analysis.attention_to(ds, spans, reduce="sum").sum("source")
+    return int(strength.fillna(0).idxmax("layer"))
+
+
+# --- what there is to draw ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Task:
+    key: str
+    scenario: str | None
+    stem: str
+
+
+@dataclass(frozen=True)
+class _Result:
+    task: _Task
+    files: tuple[str, ...] = ()
+    why_not: str = ""
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """A figure of the set: `make` takes the run (and the trace) and returns what it shows."""
+
+    key: str
+    title: str
+    caption: str
+    make: Callable[..., tuple[Figure, Any]]
+
+
+def _figure(ax: Any) -> Figure:
+    found = ax.get_figure(root=True)
+    assert isinstance(found, Figure)  # noqa: S101 -- it was just made
+    return found
+
+
+def _two_groups(run: xr.DataTree) -> tuple[str, str]:
+    groups = default_groups(run)
+    if not groups:
+        raise ScenarioError(
+            "the run has no two groups of scenarios to compare",
+            why="Groups are tags, and fewer than two tags have scenarios of their own.",
+        )
+    first, second = groups
+    return first, second
+
+
+def _contrast(run: xr.DataTree, **options: Any) -> xr.Dataset:
+    groups = [default_groups(run)[name] for name in _two_groups(run)]
+    return analysis.contrast(run, *groups, **options)
+
+
+def _pathways(run: xr.DataTree) -> tuple[Figure, Any]:
+    result = analysis.attention_to(run)
+    return flow.pathway_strength(result, groups=default_groups(run) or None), result
+
+
+def _critical(run: xr.DataTree) -> tuple[Figure, Any]:
+    result = analysis.critical_layers(run)
+    return _figure(contrasts.critical_chart(result)), result
+
+
+def _difference(run: xr.DataTree) -> tuple[Figure, Any]:
+    result = _contrast(run, what="attention")
+    return _figure(contrasts.difference_map(result, names=_two_groups(run))), result
+
+
+def _difference_heads(run: xr.DataTree) -> tuple[Figure, Any]:
+    result = _contrast(run, what="attention", heads="each")
+    return contrasts.difference_heads(result, names=_two_groups(run)), result
+
+
+def _volcano(run: xr.DataTree) -> tuple[Figure, Any]:
+    result = _contrast(run)
+    return _figure(contrasts.volcano(result, names=_two_groups(run))), result
+
+
+def _trajectory(run: xr.DataTree) -> tuple[Figure, Any]:
+    feature = int(_contrast(run)["feature"][0])
+    result = analysis.feature_trajectory(run, feature)
+    return _figure(features.trajectory(result, groups=default_groups(run))), result
+
+
+def _locality(run: xr.DataTree) -> tuple[Figure, Any]:
+    result = analysis.attention_locality(run)
+    return flow.locality(result), result
+
+
+def _bands(run: xr.DataTree) -> tuple[Figure, Any]:
+    result = analysis.layer_bands(run)
+    return flow.bands(result, groups=default_groups(run) or None), result
+
+
+_OF_RUN = (
+    _Drawing("pathways", "Pathways to the decision",
+             "Attention of the decision to one token of each span, by layer, mean over heads. "
+             "Thin: scenarios; thick: means of groups.", _pathways),
+    _Drawing("critical", "Critical layers",
+             "Where attention to a span stands out against the tokens beside it "
+             "(Cohen's d over scenarios, sign-flip permutation test, Benjamini–Hochberg).",
+             _critical),
+    _Drawing("bands", "Hypothesised bands",
+             "Whether attention is local, then about the task, then about the decision. Dashed: "
+             "means of bands; below the name, how much the hypothesised band exceeds the others, "
+             "with its 95 % interval over scenarios.", _bands),
+    _Drawing("locality", "Locality of attention",
+             "How far back attention reaches, by layer: mean over heads and scenarios, and the "
+             "range of heads. Shaded: the hypothesised bands of layers.", _locality),
+    _Drawing("difference", "Difference map",
+             "Attention of the decision to the spans, one group less the other.", _difference),
+    _Drawing("heads", "Difference by head",
+             "As the difference map, for every head.", _difference_heads),
+    _Drawing("volcano", "Features that separate the groups",
+             "Every feature active at the decision. Names are layer · latent index. Welch's "
+             "p-values assume normal activations; see zarrtrace analyze contrast for "
+             "permutation p-values.", _volcano),
+    _Drawing("trajectory", "Trajectory of the strongest such feature",
+             "Activation at the decision of one latent index in every layer. The same index is "
+             "another feature in another layer's SAE.", _trajectory),
+)  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1)
+def _words(path: str) -> xr.Dataset:
+    return analysis.word_associations(_open(path), strip=True)
+
+
+def _integrated(path: str, ds: xr.Dataset) -> tuple[Figure, Any]:
+    require(ds, "attention_mean", "features")
+    return features.integrated_view(ds, words=_words(path)), ds
+
+
+_OF_SCENARIO = (
+    _Drawing("integrated", "Features, words and tokens",
+             "Above: attention of the decision to every token. Below: features active at a span "
+             "and at the decision, strongest on the pathway, with the words that activate them "
+             "most over the whole run.", _integrated),
+    _Drawing("layers", "Attention by layer",
+             "Mean over heads; query downwards, key to the right; one scale for all layers.",
+             lambda _, ds: (heatmaps.attention_layers(ds), ds)),
+    _Drawing("heads", "Heads of one layer",
+             "The layer in which the decision attends most to the spans.",
+             lambda _, ds: (heatmaps.attention_heads(ds, strongest_layer(ds)), ds)),
+    _Drawing("flow", "Attention flow",
+             "Share of attention from span to span, layers upwards; right: rollout (Abnar & "
+             "Zuidema 2020). Shares below 15 % of the largest are left out.",
+             lambda _, ds: (flow.flow_diagram(ds), ds)),
+    _Drawing("timeline", "Feature timeline",
+             "Activation of each token's strongest feature, by layer.",
+             lambda _, ds: (_figure(features.feature_timeline(ds)), ds)),
+)  # fmt: skip
+_BY_KEY = {(of_run, drawing.key): drawing
+           for of_run, drawings in ((True, _OF_RUN), (False, _OF_SCENARIO))
+           for drawing in drawings}  # fmt: skip
+
+
+# --- drawing -----------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)
+def _open(path: str) -> xr.DataTree:
+    # Once a process; traces of a run are small beside what drawing them takes.
+    return open_run(path)
+
+
+def _draw(path: str, output: str, task: _Task, *, formats: tuple[str, ...], dpi: float) -> _Result:
+    drawing = _BY_KEY[task.scenario is None, task.key]
+    try:
+        run = _open(path)
+        if task.scenario is None:
+            figure, shown = drawing.make(run)
+            title = drawing.title
+        else:
+            figure, shown = drawing.make(path, traces(run)[task.scenario])
+            title = f"{task.scenario}: {drawing.title}"
+        files = [f"{task.stem}.{ending}" for ending in formats]
+        for file in files:
+            save(figure, Path(output) / file, shown, title=title, dpi=dpi)
+    except ZarrtraceError as error:
+        return _Result(task, why_not=" ".join(part for part in (error.what, error.why) if part))
+    return _Result(task, tuple(files))
+
+
+def _in_processes(
+    draw: Callable[[_Task], _Result], tasks: Sequence[_Task], workers: int
+) -> Iterator[_Result]:
+    if workers < 2:
+        yield from map(draw, tasks)
+        return
+    # Not forked: Zarr and dask keep threads, which do not survive it.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        yield from pool.map(draw, tasks)
+
+
+def _chosen(run: xr.DataTree, scenarios: Sequence[str] | None) -> list[str]:
+    known = list(traces(run))
+    for name in scenarios or ():
+        if name not in known:
+            raise ScenarioError(
+                f"the run has no scenario {name!r}", remedy=f"It has: {', '.join(known)}."
+            )
+    return known if scenarios is None else [name for name in known if name in scenarios]
+
+
+def _stems(names: Iterable[str]) -> list[str]:
+    """Return names of files: nothing in them but letters, digits, dots and dashes, no two alike."""
+    stems: list[str] = []
+    for name in names:
+        stem = re.sub(r"[^\w-]+", "_", name, flags=re.ASCII).strip("_") or "scenario"
+        taken = {other.lower() for other in (*stems, "run")}
+        number, candidate = 2, stem
+        while candidate.lower() in taken:
+            number, candidate = number + 1, f"{stem}_{number}"
+        stems.append(candidate)
+    return stems
+
+
+# --- the page ----------------------------------------------------------------------------------
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
+       color: #1a1a1a; background: #fff; }
+h2 { margin-top: 3rem; border-bottom: 1px solid #ccc; }
+figure { margin: 1.5rem 0 2.5rem; }
+figure img { max-width: 100%; height: auto; }
+figcaption { color: #444; font-size: 0.9rem; }
+dt { font-weight: 600; } dd { margin: 0 0 0.3rem; }
+nav a { margin-right: 1em; }
+"""
+_POLICY = "script-src 'none'; object-src 'none'; base-uri 'none'"
+_NAMES = {"model": "Model", "sae_release": "SAE release", "zarrtrace_version": "Extracted with "
+          "zarrtrace", "figures_version": "Drawn with zarrtrace"}  # fmt: skip
+
+
+def _page(run: xr.DataTree, names: Sequence[str], results: Sequence[_Result]) -> str:
+    """Return the page; every text from the run is escaped."""
+    by_scenario: dict[str | None, list[_Result]] = {None: [], **{name: [] for name in names}}
+    for result in results:
+        by_scenario[result.task.scenario].append(result)
+    metadata = metadata_of(run)
+    facts = "".join(
+        f"<dt>{html.escape(label)}</dt><dd>{html.escape(metadata[key])}</dd>"
+        for key, label in _NAMES.items()
+        if key in metadata
+    )
+    links = "".join(
+        f'<a href="#s{number}">{html.escape(name)}</a>' for number, name in enumerate(names)
+    )
+    parts = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+        '<meta name="viewport" content="width=device-width">',
+        f"<title>Figures of {html.escape(run.name or 'a run')}</title>",
+        f"<style>{_STYLE}</style></head><body>",
+        f"<h1>Figures of {html.escape(run.name or 'a run')}</h1>",
+        f"<dl>{facts}</dl><nav>{links}</nav>",
+        "<h2>Over all scenarios</h2>",
+        *map(_item, by_scenario[None]),
+    ]
+    for number, name in enumerate(names):
+        parts.append(f'<h2 id="s{number}">{html.escape(name)}</h2>')
+        parts += map(_item, by_scenario[name])
+    parts += [_not_drawn(results), "</body></html>", ""]
+    return "\n".join(part for part in parts if part)
+
+
+def _item(result: _Result) -> str:
+    if result.why_not:
+        return ""
+    drawing = _BY_KEY[result.task.scenario is None, result.task.key]
+    links = " · ".join(
+        f'<a href="{quote(file)}">{html.escape(Path(file).suffix[1:].upper())}</a>'
+        for file in result.files
+    )
+    image = next((file for file in result.files if file.endswith(".png")), None)
+    shown = (
+        f'<img src="{quote(image)}" loading="lazy" alt="{html.escape(drawing.title)}">'
+        if image
+        else ""
+    )
+    return (
+        f"<figure><h3>{html.escape(drawing.title)}</h3>{shown}"
+        f"<figcaption>{html.escape(drawing.caption)} {links}</figcaption></figure>"
+    )
+
+
+def _not_drawn(results: Sequence[_Result]) -> str:
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for result in results:
+        if result.why_not:
+            title = _BY_KEY[result.task.scenario is None, result.task.key].title
+            # The reason names the scenario; without it, scenarios with the same one are together.
+            own = result.why_not.removeprefix(f"{result.task.scenario}: ")
+            reasons.setdefault((title, own), []).append(result.task.scenario or "all scenarios")
+    if not reasons:
+        return ""
+    items = "".join(
+        f"<li><b>{html.escape(title)}</b> ({html.escape(', '.join(where))}): "
+        f"{html.escape(why)}</li>"
+        for (title, why), where in reasons.items()
+    )
+    return f"<h2>Not drawn</h2><ul>{items}</ul>"
