@@ -192,7 +192,7 @@ def test_records_do_not_pile_up(model: LoadedModel, prompts: list[Prompt]) -> No
 def test_hooks_go_with_the_capture(model: LoadedModel, prompts: list[Prompt]) -> None:
     def hooks() -> int:
         modules = list(model.model.modules())
-        return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
 
     before = hooks()  # transformers may have left some of its own
     records = run(model, requests(prompts[:1]))

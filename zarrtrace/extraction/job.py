@@ -250,7 +250,7 @@ def prepare(options: Options, *, weights: bool = True) -> Job:
         blocked = frozenset[str]()
     batch_size = options.batch_size or capture.default_batch_size(model, lengths.values())
     model = capture.renamed(model, options.model or DEMO_MODEL, prepend_bos=prepend_bos)
-    return Job(
+    job = Job(
         options=options,
         model=model,
         prompts=prompts,
@@ -261,6 +261,9 @@ def prepare(options: Options, *, weights: bool = True) -> Job:
         batch_size=batch_size,
         config=_config(options, model, layers, saes, scenarios, batch_size),
     )
+    for prompt in prompts:
+        job.queries(prompt)  # refuses positions that a prompt does not have
+    return job
 
 
 def _load_model(options: Options, capture: Any, *, weights: bool) -> Any:

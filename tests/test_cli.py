@@ -1,0 +1,197 @@
+"""The command line: what goes to stdout and stderr, and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import fakes
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+
+COMMAND = [sys.executable, "-m", "zarrtrace"]
+
+
+def call(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, check=False, cwd=cwd
+    )
+
+
+def test_help_lists_every_command() -> None:
+    done = call("--help")
+    assert done.returncode == 0
+    for name in ("extract", "info", "verify", "export", "import", "analyze", "figures"):
+        assert f"\n  {name} " in done.stdout
+        assert call(name, "--help").returncode == 0
+
+
+def test_version() -> None:
+    assert call("--version").stdout.startswith("zarrtrace 0.")
+
+
+def test_a_misspelt_command_is_recognised() -> None:
+    done = call("extrct")
+    assert done.returncode == 2
+    assert "Did you mean 'extract'?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--layers", "x"], "1,5,20-31"),
+        (["--layers", "5-2"], "not a range"),
+        (["--layers", "1-99999999"], "not a range"),
+        (["--layers", "1", "--layer-start", "2"], "either --layers"),
+        (["--layer-start", "5", "--layer-end", "2"], "before --layer-start"),
+        (["--gpu", "0", "--device", "cpu"], "either --device or --gpu"),
+        (["--queries", "first"], "0,5,-1"),
+        (["--dtype", "int8"], "'int8'"),
+    ],
+)
+def test_options_that_make_no_sense(tmp_path: Path, arguments: list[str], said: str) -> None:
+    done = call("extract", "-o", tmp_path / "run", *arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert not done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_info(shared_run: fakes.FakeRun) -> None:
+    text = call("info", shared_run.path)
+    assert text.returncode == 0
+    assert "complete     yes, 2 of 2 scenarios" in text.stdout
+    assert "attention (3 × 2 × 7 × 7)" in text.stdout
+    found = json.loads(call("info", shared_run.path, "--json").stdout)
+    assert [trace["scenario"] for trace in found["traces"]] == list(fakes.SCENARIOS)
+    on_disk = sum(file.stat().st_size for file in shared_run.path.rglob("*") if file.is_file())
+    run_itself = (shared_run.path / "zarr.json").stat().st_size
+    assert found["bytes_on_disk"] == on_disk - run_itself
+    assert found["traces"][0]["arrays"]["attention"] == [3, 2, 7, 7]
+
+
+def test_info_of_a_partial_run(tmp_path: Path) -> None:
+    run = fakes.make_run(tmp_path, drop={"Safe_1": (2,)})
+    done = call("info", run.path)
+    assert done.returncode == 3
+    assert "complete     NO, 1 of 2 scenarios" in done.stdout
+
+
+def test_verify(run: fakes.FakeRun) -> None:
+    assert call("verify", run.path).returncode == 0
+    file = next(file for file in (run.trace / "features" / "c" / "1").rglob("*") if file.is_file())
+    content = bytearray(file.read_bytes())
+    content[3] ^= 1
+    file.write_bytes(content)
+    done = call("verify", run.path)
+    assert done.returncode == 1
+    assert "Safe_1" in done.stdout
+    assert "features" in done.stdout
+    (problem,) = json.loads(call("verify", run.path, "--json").stdout)
+    assert (problem["scenario"], problem["array"], problem["layer"]) == ("Safe_1", "features", 2)
+
+
+def test_export_and_import(shared_run: fakes.FakeRun, tmp_path: Path) -> None:
+    done = call("export", shared_run.path, "-o", tmp_path / "npz", "--layers", "2-3")
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).is_file()
+    with np.load(tmp_path / "npz" / "Safe_1" / "layer_3.npz", allow_pickle=False) as arrays:
+        np.testing.assert_array_equal(arrays["features"], shared_run.truth["Safe_1"]["features"][2])
+    done = call("import", tmp_path / "npz", "-o", tmp_path / "back")
+    assert done.returncode == 0, done.stderr
+    assert "2-3" in done.stdout
+
+
+def test_errors_have_no_traceback(tmp_path: Path) -> None:
+    for command in (
+        ["info"],
+        ["verify"],
+        ["export", "-o", tmp_path / "x"],
+        ["analyze", "decision"],
+    ):
+        done = call(*command, tmp_path)
+        assert done.returncode == 1
+        assert done.stderr.startswith("zarrtrace: error: ")
+        assert "Traceback" not in done.stderr
+        assert not done.stdout
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet", "nc", "json"])
+def test_analyze_writes_by_ending(shared_run: fakes.FakeRun, tmp_path: Path, ending: str) -> None:
+    file = tmp_path / f"out.{ending}"
+    done = call("analyze", "attention-to", shared_run.path, "--source", "balance", "-o", file)
+    assert done.returncode == 0, done.stderr
+    if ending == "nc":
+        with xr.open_dataset(file, engine="h5netcdf") as ds:
+            values = ds.attention.sel(scenario="Safe_1").to_numpy().ravel()
+    else:
+        frame = {
+            "csv": pd.read_csv,
+            "parquet": pd.read_parquet,
+            "json": lambda path: pd.DataFrame(json.loads(path.read_text())["rows"]),
+        }[ending](file)
+        values = frame[frame.scenario == "Safe_1"].sort_values("layer").attention.to_numpy()
+    truth = shared_run.truth["Safe_1"]["attention"]
+    expected = truth[:, :, -1, 1:3].mean((1, 2), dtype=np.float64)
+    np.testing.assert_allclose(values, expected, rtol=1e-5)
+
+
+def test_analyze_prints_a_table(shared_run: fakes.FakeRun) -> None:
+    done = call("analyze", "decision", shared_run.path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[:2] == ["scenario", "option"] or "scenario" in done.stdout
+    assert call("analyze", "decision", shared_run.path, "-o", "x.xls").returncode == 2
+
+
+def test_a_closed_pipe_is_no_error_message(shared_run: fakes.FakeRun) -> None:
+    command = " ".join([*COMMAND, "info", str(shared_run.path), "--json", "| head -1"])
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stdout == "{\n"
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.torch
+def test_bars_only_on_a_terminal(tmp_path: Path) -> None:
+    arguments = ["extract", "--layers", "1-2", "--scenario", "Risky_40", "--no-features"]
+    piped = call(*arguments, "-o", tmp_path / "a")
+    assert piped.returncode == 0
+    assert piped.stderr == ""
+    assert "complete     yes" in piped.stdout
+    leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, 100))
+    with subprocess.Popen(
+        [*COMMAND, *arguments, "-o", str(tmp_path / "b")],
+        stdout=subprocess.DEVNULL,
+        stderr=follower,
+    ) as process:
+        process.wait()
+        os.close(follower)
+        shown = os.read(leader, 100_000).decode()
+    os.close(leader)
+    assert "layers" in shown
+    assert "scenarios" in shown
+
+
+@pytest.mark.torch
+def test_an_interrupt_says_where_to_go_on(tmp_path: Path) -> None:
+    arguments = ["extract", "-o", str(tmp_path / "run"), "--no-features"]
+    with subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "run" / "Big_success_280" / "attention" / "c").exists():
+            time.sleep(0.02)
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate()
+    assert process.returncode == 130
+    assert "goes on where this one stopped" in stderr
+    assert "Traceback" not in stderr
+    assert call(*arguments).returncode == 0
+    assert call("verify", tmp_path / "run").returncode == 0
