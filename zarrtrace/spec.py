@@ -127,6 +127,9 @@ class TraceAttributes(Frozen):
     attention_dtype: Literal["float16", "float32"] | None = Field(
         description="Null if attention was not asked for."
     )
+    attention_keepbits: Annotated[int, Field(ge=1, le=23)] | None = Field(
+        default=None, description="Bits of the mantissa that `attention` keeps; null for all."
+    )
     feature_dtype: Literal["float16", "float32"] | None = Field(
         description="Null if features were not asked for."
     )

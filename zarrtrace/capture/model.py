@@ -113,7 +113,13 @@ def load_model(
             )
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model = _build(source, config, dtype, options, weights=weights)
-    except (OSError, ValueError, KeyError) as error:
+    except ImportError as error:
+        raise ModelError(
+            f"{name}: transformers needs another package to load it: {error}",
+            why="Quantised models, and some architectures, compute with packages of their own.",
+            remedy="Install what it names, or choose a model that is not quantised.",
+        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise _load_error(name, error) from error
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(

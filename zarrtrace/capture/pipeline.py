@@ -223,10 +223,22 @@ def _feature_record(activations: torch.Tensor) -> FeatureRecord:
     """Index the strongest features of each token; where fewer fire, the index is 0."""
     top = activations.topk(min(TOP_FEATURES, activations.shape[-1]))
     return FeatureRecord(
-        activations=_to_numpy(activations),
+        activations=_sparse_to_numpy(activations),
         top_feature=_to_numpy(top.indices.where(top.values > 0, 0).int()).astype(np.uint32),
         top_activation=_to_numpy(top.values.float()),
     )
+
+
+def _sparse_to_numpy(activations: torch.Tensor) -> np.ndarray:
+    """Copy features to the host: from a GPU what is not 0 alone, for nearly all of it is."""
+    if activations.device.type == "cpu":
+        return _to_numpy(activations)
+    flat = activations.flatten()
+    at = flat.nonzero().squeeze(1)
+    values = _to_numpy(flat[at])
+    dense = np.zeros(activations.shape, values.dtype)
+    dense.reshape(-1)[_to_numpy(at)] = values
+    return dense
 
 
 def _tokens_records(batch: Batch) -> list[TokensRecord]:

@@ -69,6 +69,11 @@ _PATH = click.Path(path_type=Path)
     help="Stored precision; lossless if left out.",
 )
 @click.option(
+    "--attention-keepbits",
+    type=click.IntRange(1, 23),
+    help="Round stored attention to so many bits; lossless if left out.",
+)
+@click.option(
     "--feature-dtype",
     type=click.Choice(["float32", "float16"]),
     default="float32",
@@ -128,6 +133,7 @@ def _options(given: dict[str, Any]) -> Options:
         queries=given["queries"],
         attention_capture=given["attention_capture"],
         attention_dtype=given["attention_dtype"],
+        attention_keepbits=given["attention_keepbits"],
         feature_dtype=given["feature_dtype"],
         prepend_bos=given["prepend_bos"],
     )

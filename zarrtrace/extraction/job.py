@@ -66,6 +66,8 @@ class Options:
         where a matrix is large.
     attention_dtype
         None stores losslessly what the model computed.
+    attention_keepbits
+        Bits of the mantissa of attention to keep, 1 to 23 (10 for float16); None for all.
     feature_dtype
         Precision in which features are stored.
     prepend_bos
@@ -90,6 +92,7 @@ class Options:
     queries: str | tuple[int, ...] | None = None
     attention_capture: Literal["auto", "whole", "blocked"] = "auto"
     attention_dtype: StoredDtype | None = None
+    attention_keepbits: int | None = None
     feature_dtype: StoredDtype = "float32"
     prepend_bos: bool | None = None
 
@@ -205,6 +208,7 @@ class Job:
             },
             queries=self.queries(prompt),
             attention_dtype=self.attention_dtype,
+            attention_keepbits=self.options.attention_keepbits,
             feature_dtype=self.options.feature_dtype if self.saes else None,
             versions={name: importlib.metadata.version(name) for name in _LIBRARIES},
         )
@@ -244,7 +248,7 @@ def prepare(options: Options, *, weights: bool = True) -> Job:
     blocked = frozenset(
         name
         for name, length in lengths.items()
-        if options.attention and capture.wants_blocks(model, length, mode=options.attention_capture)
+        if capture.wants_blocks(model, length, mode=options.attention_capture)
     )
     if blocked and not capture.blocks_are_exact(model):
         blocked = frozenset[str]()
@@ -320,6 +324,13 @@ def _check(options: Options) -> None:
             f"no SAEs given for {options.model}",
             why="Features need SAEs that were trained on this model.",
             remedy="Add --sae-release or --sae-path, or use --no-features.",
+        )
+    bits = 10 if options.attention_dtype == "float16" else 23
+    if options.attention_keepbits is not None and not 1 <= options.attention_keepbits <= bits:
+        raise ConfigError(
+            f"--attention-keepbits {options.attention_keepbits}",
+            why=f"The mantissa of what is stored has {bits} bits.",
+            remedy=f"Give 1 to {bits}.",
         )
     if options.batch_size is not None and options.batch_size < 1:
         raise ConfigError(f"--batch-size {options.batch_size}", remedy="Give 1 or more.")
@@ -406,6 +417,7 @@ def _config(
         "layers": ranges(layers),
         "attention": options.attention,
         "attention_dtype": options.attention_dtype,
+        "attention_keepbits": options.attention_keepbits,
         "features": options.features,
         "feature_dtype": options.feature_dtype,
         "sae_release": options.sae_release,

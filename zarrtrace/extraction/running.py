@@ -18,15 +18,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from numcodecs import BitRound
 from tqdm import tqdm
 
 from zarrtrace.extraction.job import Job, Options, capture_package, prepare
+from zarrtrace.extraction.memory import release_freed
 from zarrtrace.spec import LayerRecord, TokensRecord
 from zarrtrace.store import RunWriter, TraceWriter, read_run_attributes, refuse_foreign
 
 _WRITERS = 2
 # Bytes of records that wait or are being written; one record may be larger.
 _BYTES_IN_FLIGHT = 96 * 2**20
+# After records of this size, memory that was freed is given back.
+_LARGE_RECORD = 32 * 2**20
 
 
 def extract(
@@ -114,7 +118,17 @@ def _fill(job: Job, writers: Sequence[TraceWriter], *, progress: bool) -> None:
     )
     with _Progress(requests, shown=progress) as bars, _WriterPool(by_name, bars.stored) as pool:
         for record in records:
-            pool.submit(record)
+            pool.submit(_rounded(record, job.options.attention_keepbits))
+
+
+def _rounded(
+    record: LayerRecord | TokensRecord, keepbits: int | None
+) -> LayerRecord | TokensRecord:
+    """Round attention to some bits of its mantissa; zeros behind them compress well."""
+    if keepbits is None or isinstance(record, TokensRecord) or record.attention is None:
+        return record
+    rounded = BitRound(keepbits).encode(record.attention)
+    return replace(record, attention=rounded.view(record.attention.dtype))
 
 
 def _as_before(output: Path, options: Options, *, overwrite: bool) -> Options:
@@ -175,6 +189,8 @@ class _WriterPool:
         error = future.exception()
         if error is not None:
             self._failed.append(error)
+        if size >= _LARGE_RECORD:
+            release_freed()
         with self._room:
             self._held -= size
             self._room.notify()
