@@ -77,6 +77,7 @@ class ModelAttributes(Frozen):
     softmax_dtype: str = Field(description="Precision in which attention probabilities were made.")
     tokenizer: str = Field(description="Class of the tokenizer.")
     prepend_bos: bool
+    quantization: str | None = Field(default=None, description="Method, if weights are quantised.")
 
 
 class SAEAttributes(Frozen):

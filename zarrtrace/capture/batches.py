@@ -60,10 +60,14 @@ class Batch:
         The model, with taps on it.
     requests
         Its sequences.
+    attention
+        Whether attention probabilities are wanted.
     """
 
-    def __init__(self, model: LoadedModel, requests: Sequence[Request]) -> None:
-        self._model = model
+    def __init__(
+        self, model: LoadedModel, requests: Sequence[Request], *, attention: bool = True
+    ) -> None:
+        self._model, self._attention = model, attention
         self.requests = requests
         self.lengths = [request.length for request in requests]
         self.layers = frozenset[int]().union(*(request.layers for request in requests))
@@ -95,7 +99,8 @@ class Batch:
         device = self._model.device
         self._mask = mask.to(device)
         first = self.requests[0]
-        blocked = (first.layers, first.queries) if first.blocked else None
+        rows_of = first.layers if self._attention else frozenset[int]()
+        blocked = (rows_of, first.queries) if first.blocked else None
         return Pass(self._model, ids.to(device), self._mask, blocked=blocked)
 
     def stop(self) -> None:
@@ -109,7 +114,9 @@ class Batch:
         return padded[0] if len(self.requests) == 1 else padded[self._mask.bool()]
 
 
-def batches(model: LoadedModel, requests: Sequence[Request], size: int) -> list[Batch]:
+def batches(
+    model: LoadedModel, requests: Sequence[Request], size: int, *, attention: bool = True
+) -> list[Batch]:
     """Group scenarios of similar length; what is together depends on nothing but the suite.
 
     Prompts whose attention is computed by blocks of queries are alone.
@@ -119,7 +126,8 @@ def batches(model: LoadedModel, requests: Sequence[Request], size: int) -> list[
     if size > 1:
         together.sort(key=lambda request: request.length)
     groups = [together[start : start + size] for start in range(0, len(together), size)]
-    return [Batch(model, group) for group in [*groups, *([request] for request in alone)]]
+    groups += [[request] for request in alone]
+    return [Batch(model, group, attention=attention) for group in groups]
 
 
 def default_batch_size(model: LoadedModel, lengths: Iterable[int]) -> int:

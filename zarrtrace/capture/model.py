@@ -157,6 +157,7 @@ def load_model(
             attn_implementation=text_config._attn_implementation,  # noqa: SLF001 -- no other way
             softmax_dtype=_softmax_dtype(model, attentions),
             tokenizer=type(tokenizer).__name__,
+            quantization=_quantization(model.config),
             prepend_bos=False,  # the SAEs have a say in it, see `tokenize`
         ),
     )
@@ -268,6 +269,12 @@ def _load_error(name: str, error: Exception) -> ModelError:
         "transformers.",
         remedy="Check the folder or id; pip install --upgrade transformers.",
     )
+
+
+def _quantization(config: Any) -> str | None:
+    found = getattr(config, "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    return str(method or getattr(found, "quant_method", "unknown")) if found else None
 
 
 def _commit(source: str, options: Mapping[str, Any]) -> str | None:

@@ -74,11 +74,13 @@ def capture(
         layer: frozenset(parse_hook(attributes.hook_name).kind for attributes in found)
         for layer, found in saes.items()
     }
-    todo = [batch for batch in batches(model, requests, batch_size) if not batch.done]
+    wanted = attention_dtype is not None
+    made = batches(model, requests, batch_size, attention=wanted)
+    todo = [batch for batch in made if not batch.done]
     in_step = list(waves(model, todo))
     order = [layer for wave in in_step for layer in sorted(_layers(wave)) if layer in saes]
     with (
-        taps(model, attention=attention_dtype is not None, kinds=kinds),
+        taps(model, attention=wanted, kinds=kinds),
         Encoders(saes, source, model.device, order) as encoders,
     ):
         for wave in in_step:

@@ -1,0 +1,195 @@
+#!/usr/bin/env python3
+"""Measure extraction from long prompts: peak memory and time against the length.
+
+The model is a random Llama of 4 layers with 4 heads each, on the CPU, in float32. Each
+measurement is a process of its own. Its baseline is what the process holds once everything is
+imported and the model loaded; the peak is the highest resident set of the whole process.
+
+``whole`` is what transformers does with ``output_attentions=True``: nothing is stored, and its
+figure for lengths that were not run grows as the square. ``blocked`` and ``last`` are whole
+extractions, with compression and writing: all rows of attention, and only the last one.
+
+Run it with nothing else on the machine; 16,384 tokens take some 8 GB of disk:
+``python scripts/bench_long.py [--tokens N ...] [--scratch FOLDER] [--json FILE]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+LAYERS, HEADS = 4, 4
+TOKENS = (2048, 4096, 8192, 16384)
+# What transformers keeps of attention is 2 x 4 x 4 x T^2 bytes at its peak: 4.3 GB at 8,192 tokens.
+MOST_WHOLE = 4096
+MIB = 2**20
+
+
+def make_model(folder: Path) -> None:
+    """Save a random Llama with the embedded model's tokenizer."""
+    import torch  # noqa: PLC0415 -- this process measures nothing
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
+
+    from zarrtrace import demo  # noqa: PLC0415
+    from zarrtrace.capture import hide_progress  # noqa: PLC0415
+
+    hide_progress()
+    tokenizer = AutoTokenizer.from_pretrained(demo.model_path())
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=2,
+        max_position_embeddings=max(TOKENS),
+        initializer_range=0.2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.model_max_length = max(TOKENS)
+    tokenizer.save_pretrained(folder)
+
+
+def make_suite(file: Path, tokenizer: Any, tokens: int) -> None:
+    """Write a suite of one prompt that has exactly `tokens` tokens, BOS included."""
+    words = sorted(
+        piece.replace("\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}", " ")
+        for piece in tokenizer.get_vocab()
+        if len(piece) > 4 and piece[1:].isalpha() and not piece[0].isascii()
+    )
+    chosen = random.Random(0).choices(words, k=tokens - 1)
+    prompt = "".join(chosen)
+    found = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    if found != tokens - 1:
+        raise SystemExit(f"the prompt has {found + 1} tokens, not {tokens}")
+    file.write_text(
+        json.dumps({"name": "long", "scenarios": [{"name": "long", "prompt": prompt}]}),
+        encoding="utf-8",
+    )
+
+
+def measure(way: str, tokens: int, work: Path) -> dict[str, Any]:
+    """Measure one way in this process."""
+    import torch  # noqa: PLC0415 -- only a measured process imports it
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
+
+    from zarrtrace.capture import hide_progress  # noqa: PLC0415
+    from zarrtrace.extraction import Options, extract  # noqa: PLC0415
+
+    hide_progress()
+    model_path, suite = str(work / "model"), work / f"{way}{tokens}.yaml"
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    make_suite(suite, tokenizer, tokens)
+    options = Options(
+        model=model_path,
+        features=False,
+        layers=tuple(range(LAYERS)),
+        scenarios=suite,
+        attention_capture="blocked",
+        queries="last" if way == "last" else None,
+    )
+    model = AutoModelForCausalLM.from_pretrained(model_path, attn_implementation="eager")
+    prompt = json.loads(suite.read_text(encoding="utf-8"))["scenarios"][0]["prompt"]
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        model(ids[:, :16], output_attentions=True)
+    baseline = resident()
+    start, cpu_start = time.perf_counter(), time.process_time()
+    if way == "whole":
+        with torch.inference_mode():
+            made = model(ids, output_attentions=True, use_cache=False)
+        result = sum(weights.nbytes for weights in made.attentions)
+    else:
+        result = stored_bytes(extract(work / f"{way}{tokens}", options))
+    return {
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": time.process_time() - cpu_start,
+        "baseline_bytes": baseline,
+        "beyond_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - baseline,
+        "result_bytes": result,
+    }
+
+
+def resident() -> int:
+    """Bytes of this process in memory now (Linux)."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def stored_bytes(folder: Path) -> int:
+    """Size of all files of a run."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def in_process(way: str, tokens: int, work: Path) -> dict[str, Any]:
+    """Measure one way in a fresh process, and delete what it stored."""
+    command = [sys.executable, __file__, "--measure", way, "--tokens", str(tokens)]
+    with tempfile.TemporaryDirectory(dir=work) as scratch:
+        (Path(scratch) / "model").symlink_to(work / "model")
+        out = subprocess.run(
+            [*command, "--scratch", scratch], check=True, stdout=subprocess.PIPE, text=True
+        ).stdout
+    result: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return result
+
+
+def main() -> None:
+    """Measure every way at every length and print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--most-whole", type=int, default=MOST_WHOLE, help="longest eager run")
+    parser.add_argument("--scratch", type=Path, help="folder for what is stored, then deleted")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--measure", choices=["whole", "blocked", "last"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        found = measure(options.measure, options.tokens[0], options.scratch)
+        print(json.dumps(found))
+        return
+    results: dict[str, dict[int, Any]] = {"whole": {}, "blocked": {}, "last": {}}
+    print("| tokens | way | s | CPU s | CPU s a million pairs | MiB beyond the model | MB made |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
+        work = Path(folder)
+        make_model(work / "model")
+        for tokens in options.tokens:
+            for way, done in results.items():
+                if way == "whole" and tokens > options.most_whole:
+                    done[tokens] = extrapolated(done, tokens)
+                    shown = "(from the last one)"
+                else:
+                    done[tokens] = in_process(way, tokens, work)
+                    shown = f"{done[tokens]['seconds']:.1f}"
+                row = done[tokens]
+                print(
+                    f"| {tokens:,} | {way} | {shown} | {row['cpu_seconds']:.1f} "
+                    f"| {row['cpu_seconds'] / tokens**2 * 1e6:.2f} "
+                    f"| {row['beyond_bytes'] / MIB:,.0f} | {row['result_bytes'] / 1e6:,.1f} |",
+                    flush=True,
+                )
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def extrapolated(done: dict[int, dict[str, Any]], tokens: int) -> dict[str, Any]:
+    """Let the longest measured run grow as the square."""
+    longest = max(length for length in done if "extrapolated" not in done[length])
+    growth = (tokens / longest) ** 2
+    found = {name: value * growth for name, value in done[longest].items()}
+    return {**found, "baseline_bytes": done[longest]["baseline_bytes"], "extrapolated": True}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""Long prompts: nothing as large as a whole matrix is ever made, and work grows as the square."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import architectures
+import numpy as np
+import pytest
+import xarray as xr
+from architectures import Activations, Models
+from sae_lens import SAE, StandardSAEConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from zarrtrace import spec
+from zarrtrace.capture import blocked, capture, checks, lockstep
+from zarrtrace.errors import IncompleteError
+from zarrtrace.extraction import Options, extract, memory, running
+from zarrtrace.store import open_trace, verify
+
+pytestmark = pytest.mark.torch
+
+TOKENS = 400
+SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_long.py"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return Models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make blocks, shards and pieces of logits as small against 400 tokens as they are in truth."""
+    monkeypatch.setattr(blocked, "_BLOCK_BYTES", 4 * 4 * TOKENS * 16)
+    monkeypatch.setattr(spec, "_MAX_SHARD_BYTES", 4 * 4 * TOKENS * 64)
+    monkeypatch.setattr(lockstep, "_LOGIT_ROWS", 64)
+
+
+class Largest(TorchDispatchMode):
+    """Record the most elements that any operator's result has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            stored = getattr(tensor, "untyped_storage", None)
+            if stored is not None:  # of a view, what it looks at; expanded dimensions are free
+                self.elements = max(self.elements, stored().nbytes() // tensor.element_size())
+        return out
+
+
+def _largest(models: Models, name: str, **options: Any) -> int:
+    """Return the largest result, in elements, and the largest record of a capture."""
+    request = architectures.request(architectures.random_ids(TOKENS), **options)
+    largest = Largest()
+    with largest:
+        for record in capture(models(name), [request], attention_dtype="float32"):
+            attention = getattr(record, "attention", None)
+            if attention is not None:
+                largest.elements = max(largest.elements, attention.size)
+    return largest.elements
+
+
+@pytest.mark.parametrize("queries", [None, (0, 200, 399)])
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "Gemma 2", "gpt-oss"])
+def test_no_whole_matrix_is_ever_made(
+    models: Models, small_blocks: None, name: str, queries: tuple[int, ...] | None
+) -> None:
+    whole = 4 * TOKENS**2
+    assert _largest(models, name) >= whole  # or this test could not fail
+    assert _largest(models, name, blocked=True, queries=queries) <= whole // 4
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma 2"])
+def test_work_grows_as_the_square_and_no_worse(
+    models: Models, small_blocks: None, name: str
+) -> None:
+    flops = []
+    for tokens in (200, 400, 800):
+        request = architectures.request(architectures.random_ids(tokens), blocked=True)
+        with FlopCounterMode(display=False) as counter:
+            list(capture(models(name), [request], attention_dtype="float32"))
+        flops.append(counter.get_total_flops())
+    assert flops[1] / flops[0] <= 4
+    assert flops[2] / flops[1] <= 4
+
+
+def test_blocks_do_no_more_work_than_whole_matrices(models: Models, small_blocks: None) -> None:
+    """Keys behind a block's last query are left out: about half the work of attention."""
+    counted = []
+    for way in (False, True):
+        request = architectures.request(architectures.random_ids(TOKENS), blocked=way)
+        with FlopCounterMode(display=False) as counter:
+            list(capture(models("Llama"), [request], attention_dtype="float32"))
+        counted.append(counter.get_total_flops())
+    assert counted[1] < counted[0]
+
+
+def _suite(folder: Path) -> Path:
+    file = folder / "suite.yaml"
+    prompt = "Last spins: lost $30, lost $60. You now hold $140, and the goal is $200. " * 8
+    file.write_text(json.dumps({"scenarios": [{"name": "long", "prompt": prompt.strip()}]}))
+    return file
+
+
+def _options(models: Models, folder: Path, **changes: Any) -> Options:
+    for layer in (1, 2):
+        config = StandardSAEConfig(d_in=32, d_sae=48)
+        config.metadata.hook_name = f"blocks.{layer}.hook_resid_post"
+        if not (folder / "saes" / str(layer)).exists():
+            SAE.from_dict(config.to_dict()).save_model(folder / "saes" / str(layer))
+    return Options(
+        model=str(models.path("Llama")),
+        layers=(1, 2),
+        sae_path=folder / "saes",
+        scenarios=_suite(folder),
+        **changes,
+    )
+
+
+def test_layers_in_several_records_are_the_same_layers(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = _options(models, tmp_path)
+    whole = open_trace(extract(tmp_path / "whole", options) / "long")
+    monkeypatch.setattr(spec, "_MAX_SHARD_BYTES", 1)
+    monkeypatch.setattr(spec, "_TOKENS_PER_CHUNK", 64)
+    monkeypatch.setattr(lockstep, "_LOGIT_ROWS", 64)
+    blocks = _options(models, tmp_path, attention_capture="blocked")
+    run = extract(tmp_path / "rows", blocks)
+    assert verify(run) == []
+    rows = open_trace(run / "long")
+    assert len(list((run / "long" / "features" / "c" / "0").iterdir())) > 3
+    assert np.array_equal(rows.next_token, whole.next_token)
+    for name in ("attention", "attention_mean", "features", "next_token_logprob"):
+        scale = max(1.0, float(abs(whole[name]).max()))
+        np.testing.assert_allclose(rows[name], whole[name], rtol=0, atol=2e-5 * scale)
+
+
+def test_a_run_stopped_between_two_records_of_a_layer_goes_on(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spec, "_MAX_SHARD_BYTES", 1)
+    options = _options(models, tmp_path, attention_capture="blocked")
+    expected = open_trace(extract(tmp_path / "expected", options) / "long")
+    real = running._WriterPool.submit
+    submitted = []
+
+    def stop_later(self: Any, record: Any) -> None:
+        submitted.append(record)
+        if len(submitted) == 3:
+            raise KeyboardInterrupt
+        real(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running._WriterPool, "submit", stop_later)
+        with pytest.raises(KeyboardInterrupt):
+            extract(tmp_path / "run", options)
+    with pytest.raises(IncompleteError, match="not complete"):
+        open_trace(tmp_path / "run" / "long")
+    run = extract(tmp_path / "run", options)
+    assert verify(run) == []
+    xr.testing.assert_identical(open_trace(run / "long").drop_attrs(), expected.drop_attrs())
+
+
+def test_features_of_long_prompts_come_from_blocks_too(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without attention to store, eager attention would still make its whole matrices."""
+    options = _options(models, tmp_path, attention=False)
+    whole = open_trace(extract(tmp_path / "whole", options) / "long")
+    monkeypatch.setattr(checks, "_WHOLE_BYTES", 1000)
+    found = open_trace(extract(tmp_path / "blocks", options) / "long")
+    implementations = [
+        ds.attrs["zarrtrace"]["model"]["attn_implementation"] for ds in (whole, found)
+    ]
+    assert implementations == ["eager", "blocked"]
+    scale = float(whole.features.max())
+    np.testing.assert_allclose(found.features, whole.features, rtol=0, atol=2e-5 * scale)
+
+
+def test_features_alone_need_no_attention_matrix(models: Models, small_blocks: None) -> None:
+    source = Activations()
+    request = architectures.request(architectures.random_ids(TOKENS), blocked=True)
+    largest = Largest()
+    with largest:
+        records = list(
+            capture(
+                models("Llama"),
+                [request],
+                attention_dtype=None,
+                saes=source.find(range(4)),
+                source=source,
+            )
+        )
+    assert all(getattr(record, "attention", None) is None for record in records)
+    assert largest.elements <= TOKENS**2
+
+
+def test_freed_memory_is_given_back_where_the_c_library_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class NoSuchFunction:
+        pass
+
+    memory.release_freed()
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _name: NoSuchFunction())
+    memory._malloc_trim.cache_clear()
+    memory.release_freed()
+    assert memory._malloc_trim() is None
+    memory._malloc_trim.cache_clear()
+
+
+# --- the benchmark ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    loader = importlib.util.spec_from_file_location("bench_long", SCRIPT)
+    assert loader is not None
+    assert loader.loader is not None
+    module = importlib.util.module_from_spec(loader)
+    loader.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("way", ["whole", "blocked", "last"])
+def test_the_benchmark_measures_every_way(bench: ModuleType, tmp_path: Path, way: str) -> None:
+    bench.make_model(tmp_path / "model")
+    found = bench.measure(way, 300, tmp_path)
+    assert found["seconds"] > 0
+    assert found["baseline_bytes"] > 0
+    if way == "whole":
+        assert found["result_bytes"] == 4 * 4 * 4 * 300**2
+    else:
+        ds = open_trace(tmp_path / f"{way}300" / "long")
+        assert ds.sizes["query"] == 300
+        assert ds.attrs["zarrtrace"]["model"]["attn_implementation"] == "blocked"
+
+
+def test_the_benchmark_lets_figures_grow_as_the_square(bench: ModuleType) -> None:
+    row = {"seconds": 1.0, "baseline_bytes": 5, "beyond_bytes": 10, "result_bytes": 100}
+    found = bench.extrapolated({100: row}, 300)
+    assert found["beyond_bytes"] == 90
+    assert found["baseline_bytes"] == 5
+    assert bench.extrapolated({100: row, 300: found}, 500)["beyond_bytes"] == 250

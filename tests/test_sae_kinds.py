@@ -1,0 +1,580 @@
+"""Every SAE architecture and hook point against sae-lens's own encoding of hooked activations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import architectures
+import numpy as np
+import pytest
+import torch
+from architectures import Models
+from sae_lens import (
+    SAE,
+    BatchTopKTrainingSAE,
+    BatchTopKTrainingSAEConfig,
+    GatedSAEConfig,
+    JumpReLUSAEConfig,
+    JumpReLUTranscoderConfig,
+    MatryoshkaBatchTopKTrainingSAE,
+    MatryoshkaBatchTopKTrainingSAEConfig,
+    StandardSAEConfig,
+    TopKSAEConfig,
+    TranscoderConfig,
+)
+from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+from transformers import AutoModelForCausalLM
+
+from zarrtrace.capture import saes
+from zarrtrace.capture.hooks import place
+from zarrtrace.capture.saes import ReleaseSAEs
+from zarrtrace.errors import ConfigError, SAEError
+from zarrtrace.extraction import Options, extract
+from zarrtrace.store import open_trace, verify
+
+pytestmark = pytest.mark.torch
+
+D_SAE = 64
+SUITE = {"scenarios": [{"name": "short", "prompt": "You now hold $90. Your choice:"}]}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return Models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("suite") / "suite.yaml"
+    file.write_text(json.dumps(SUITE), encoding="utf-8")
+    return file
+
+
+# --- random SAEs, saved by sae-lens -------------------------------------------------------------
+
+Make = Callable[[Path, str, int], None]
+
+
+def _randomise(sae: Any) -> None:
+    """Give every weight a random value, thresholds and running estimates a positive one."""
+    generator = torch.Generator().manual_seed(7)
+    for name, weight in [*sae.named_parameters(), *sae.named_buffers()]:
+        values = torch.randn(weight.shape, generator=generator, dtype=torch.float32)
+        positive = any(part in name for part in ("threshold", "log_"))
+        weight.data = (values.abs() if positive else values).to(weight.dtype)
+
+
+def _with_hook(config: Any, hook: str) -> Any:
+    config.metadata.hook_name = hook
+    return config
+
+
+def _saver(kind: Any, **options: Any) -> Make:
+    def save(folder: Path, hook: str, width: int) -> None:
+        config = _with_hook(kind(d_in=width, d_sae=D_SAE, **options), hook)
+        sae = SAE.from_dict(config.to_dict())
+        _randomise(sae)
+        sae.save_model(folder)
+
+    return save
+
+
+def _training_saver(kind: Any, config_kind: Any, **options: Any) -> Make:
+    """Save as sae-lens does after training: BatchTopK and matryoshka SAEs become JumpReLU ones."""
+
+    def save(folder: Path, hook: str, width: int) -> None:
+        sae = kind(_with_hook(config_kind(d_in=width, d_sae=D_SAE, k=6, **options), hook))
+        _randomise(sae)
+        sae.save_inference_model(folder)
+
+    return save
+
+
+KINDS: dict[str, Make] = {
+    "standard": _saver(StandardSAEConfig),
+    "standard, input centred": _saver(StandardSAEConfig, apply_b_dec_to_input=True),
+    "standard, layer norm": _saver(StandardSAEConfig, normalize_activations="layer_norm"),
+    "jumprelu": _saver(JumpReLUSAEConfig),
+    "topk": _saver(TopKSAEConfig, k=6),
+    "topk, by decoder norm": _saver(TopKSAEConfig, k=6, rescale_acts_by_decoder_norm=True),
+    "batchtopk": _training_saver(BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig),
+    "gated": _saver(GatedSAEConfig),
+    "matryoshka": _training_saver(
+        MatryoshkaBatchTopKTrainingSAE,
+        MatryoshkaBatchTopKTrainingSAEConfig,
+        matryoshka_widths=[16, 32, D_SAE],
+    ),
+}
+TRANSCODERS: dict[str, Make] = {
+    "transcoder": _saver(TranscoderConfig, d_out=32, apply_b_dec_to_input=False),
+    "jumprelu transcoder": _saver(JumpReLUTranscoderConfig, d_out=32, apply_b_dec_to_input=False),
+}
+HOOKS = {
+    "resid_pre": "hook_resid_pre",
+    "resid_post": "hook_resid_post",
+    "attn_out": "hook_attn_out",
+    "mlp_out": "hook_mlp_out",
+    "hook_z": "attn.hook_z",
+    "mlp_in": "mlp.hook_in",
+}
+
+#: By architecture, where a hook point is: a module of the block and the side of it. None is the
+#: block itself. Written out by hand, against the architectures' source.
+Places = dict[str, tuple[str | None, str]]
+_RESIDUAL: Places = {"resid_pre": (None, "input"), "resid_post": (None, "output")}
+_PRE_NORM: Places = {
+    **_RESIDUAL,
+    "attn_out": ("self_attn", "output"),
+    "mlp_out": ("mlp", "output"),
+    "hook_z": ("self_attn.o_proj", "input"),
+    "mlp_in": ("mlp", "input"),
+}
+_POST_NORM: Places = {
+    **_PRE_NORM,
+    "attn_out": ("post_attention_layernorm", "output"),
+    "mlp_out": ("post_feedforward_layernorm", "output"),
+}
+PLACES: dict[str, Places] = {
+    "Llama": _PRE_NORM,
+    "GPT-2": {
+        **_PRE_NORM,
+        "attn_out": ("attn", "output"),
+        "hook_z": ("attn.c_proj", "input"),
+    },
+    "GPT-NeoX": {
+        **_PRE_NORM,
+        "attn_out": ("attention", "output"),
+        "hook_z": ("attention.dense", "input"),
+    },
+    "Mistral": _PRE_NORM,
+    "Gemma 2": _POST_NORM,
+    "Gemma 3": _POST_NORM,
+    "Qwen 2": _PRE_NORM,
+    "Qwen 3": _PRE_NORM,
+    "Phi-3": _PRE_NORM,
+    "OLMo 2": _POST_NORM,
+    "gpt-oss": _PRE_NORM,
+}
+LAYER = 2
+
+
+def _hooked(
+    name: str, path: Path, ids: list[int], where: tuple[str | None, str], layer: int = LAYER
+) -> torch.Tensor:
+    """Return ``(token, d)`` at a place of a block, by a hook of our own on a fresh model."""
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+    block = architectures.blocks_of(name, model)[layer]
+    module = block if where[0] is None else block.get_submodule(where[0])
+    found: list[torch.Tensor] = []
+    if where[1] == "input":
+
+        def before(_module: Any, args: Any, kwargs: Any) -> None:
+            found.append(args[0] if args else kwargs["hidden_states"])
+
+        module.register_forward_pre_hook(before, with_kwargs=True)
+    else:
+
+        def after(_module: Any, _args: Any, output: Any) -> None:
+            found.append(output[0] if isinstance(output, tuple) else output)
+
+        module.register_forward_hook(after)
+    with torch.no_grad():
+        model(torch.tensor([ids]), use_cache=False)
+    return found[0][0]
+
+
+def _options(path: Path, suite: Path, **changes: Any) -> Options:
+    chosen = {"attention": False, "layers": (LAYER,), "scenarios": suite, **changes}
+    return Options(model=str(path), **chosen)
+
+
+def _width(kind: str, name: str) -> int:
+    return 64 if kind == "hook_z" and name == "Qwen 3" else 32
+
+
+def _check(
+    models: Models, suite: Path, tmp_path: Path, name: str, kind: str, make: Make, **options: Any
+) -> Any:
+    """Extract with one SAE and compare with sae-lens; return what the trace says of it."""
+    path, folder = models.path(name), tmp_path / "saes" / "one"
+    make(folder, f"blocks.{LAYER}.{HOOKS[kind]}", _width(kind, name))
+    run = extract(tmp_path / "run", _options(path, suite, sae_path=tmp_path / "saes", **options))
+    assert verify(run) == []
+    ds = open_trace(run / "short")
+    activations = _hooked(name, path, ds.token_id.values.tolist(), PLACES[name][kind])
+    sae = SAE.load_from_disk(folder)
+    if options.get("fold_decoder_norm"):
+        sae.fold_W_dec_norm()
+    if kind == "hook_z":
+        sae.turn_off_forward_pass_hook_z_reshaping()
+    expected = sae.encode(activations).detach().numpy()
+    assert (expected > 0).any()
+    assert np.array_equal(ds.features.values[0], expected)
+    (attributes,) = ds.attrs["zarrtrace"]["saes"]
+    assert attributes["hook_name"] == f"blocks.{LAYER}.{HOOKS[kind]}"
+    assert attributes["d_in"] == activations.shape[-1]
+    assert attributes["architecture"] == sae.cfg.architecture()
+    return attributes
+
+
+@pytest.mark.parametrize("kind", [kind for kind in HOOKS if kind != "mlp_in"])
+@pytest.mark.parametrize("sae", list(KINDS))
+def test_every_architecture_of_sae_at_every_hook_point(
+    models: Models, suite: Path, tmp_path: Path, sae: str, kind: str
+) -> None:
+    _check(models, suite, tmp_path, "Llama", kind, KINDS[sae])
+
+
+@pytest.mark.parametrize("sae", list(TRANSCODERS))
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "Gemma 2"])
+def test_transcoders_read_the_input_of_the_mlp(
+    models: Models, suite: Path, tmp_path: Path, name: str, sae: str
+) -> None:
+    _check(models, suite, tmp_path, name, "mlp_in", TRANSCODERS[sae])
+
+
+@pytest.mark.parametrize("kind", list(HOOKS))
+@pytest.mark.parametrize("name", [name for name in PLACES if name != "Llama"])
+def test_every_hook_point_of_every_model(
+    models: Models, suite: Path, tmp_path: Path, name: str, kind: str
+) -> None:
+    make = TRANSCODERS["transcoder"] if kind == "mlp_in" else KINDS["standard"]
+    _check(models, suite, tmp_path, name, kind, make)
+
+
+def test_hybrids_have_residual_and_mlp_hook_points_on_all_layers(models: Models) -> None:
+    model = models("Qwen3-Next")
+    for layer, block in enumerate(model.blocks):
+        attention = model.attentions.get(layer)
+        for kind in ("resid_pre", "resid_post", "mlp_out", "mlp_in"):
+            place(block, attention, kind)
+        for kind in ("attn_out", "hook_z"):
+            if attention is None:
+                with pytest.raises(SAEError, match="has no place for hook point"):
+                    place(block, attention, kind)
+            else:
+                place(block, attention, kind)
+
+
+# --- decoder norms ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sae", ["standard", "jumprelu", "gated", "topk, by decoder norm"])
+@pytest.mark.parametrize("fold", [False, True])
+def test_decoder_norms_are_folded_as_sae_lens_folds_them(
+    models: Models, suite: Path, tmp_path: Path, sae: str, fold: bool
+) -> None:
+    attributes = _check(
+        models, suite, tmp_path, "Llama", "resid_post", KINDS[sae], fold_decoder_norm=fold
+    )
+    assert attributes["decoder_norm_folded"] is fold
+
+
+def test_topk_saes_whose_choice_would_change_are_not_folded(
+    models: Models, suite: Path, tmp_path: Path
+) -> None:
+    KINDS["topk"](tmp_path / "saes", f"blocks.{LAYER}.hook_resid_post", 32)
+    options = _options(
+        models.path("Llama"), suite, sae_path=tmp_path / "saes", fold_decoder_norm=True
+    )
+    with pytest.raises(SAEError, match="its decoder norm cannot be folded") as caught:
+        extract(tmp_path / "run", options)
+    assert "--fold-decoder-norm" in caught.value.remedy
+
+
+# --- several SAEs on a layer --------------------------------------------------------------------
+
+
+def test_several_saes_on_one_layer_give_several_arrays(
+    models: Models, suite: Path, tmp_path: Path
+) -> None:
+    path, folder = models.path("Gemma 2"), tmp_path / "saes"
+    for layer in (1, 2):
+        KINDS["jumprelu"](folder / f"res{layer}", f"blocks.{layer}.hook_resid_post", 32)
+    KINDS["standard"](folder / "mlp", "blocks.2.hook_mlp_out", 32)
+    KINDS["topk"](folder / "z", "blocks.1.attn.hook_z", 32)
+    run = extract(tmp_path / "run", _options(path, suite, layers=(1, 2), sae_path=folder))
+    assert verify(run) == []
+    ds = open_trace(run / "short")
+    ids = ds.token_id.values.tolist()
+    names = {(sae["layer"], sae["variable"]) for sae in ds.attrs["zarrtrace"]["saes"]}
+    assert names == {
+        (1, "features"),
+        (2, "features"),
+        (2, "features_mlp_out"),
+        (1, "features_hook_z"),
+    }
+    for variable, layer, kind, saved in (
+        ("features", 1, "resid_post", "res1"),
+        ("features", 2, "resid_post", "res2"),
+        ("features_mlp_out", 2, "mlp_out", "mlp"),
+        ("features_hook_z", 1, "hook_z", "z"),
+    ):
+        suffix = variable.removeprefix("features")
+        assert ds[variable].dims == ("layer", "query", f"feature{suffix}")
+        activations = _hooked("Gemma 2", path, ids, PLACES["Gemma 2"][kind], layer)
+        sae = SAE.load_from_disk(folder / saved)
+        if kind == "hook_z":
+            sae.turn_off_forward_pass_hook_z_reshaping()
+        expected = sae.encode(activations).detach().numpy()
+        assert np.array_equal(ds[variable].sel(layer=layer).values, expected)
+        strongest = ds[f"top_activation{suffix}"].sel(layer=layer).values
+        assert np.array_equal(strongest, -np.sort(-expected, axis=1)[:, :32])
+    assert np.isnan(ds.features_mlp_out.sel(layer=1)).all()
+    assert np.isnan(ds.features_hook_z.sel(layer=2)).all()
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+def _refused(models: Models, suite: Path, tmp_path: Path, name: str = "Llama", **more: Any) -> str:
+    options = _options(models.path(name), suite, sae_path=tmp_path / "saes", **more)
+    with pytest.raises(SAEError) as caught:
+        extract(tmp_path / "run", options)
+    assert caught.value.why
+    assert caught.value.remedy
+    assert not (tmp_path / "run").exists()
+    return caught.value.what
+
+
+def test_another_width_is_refused(models: Models, suite: Path, tmp_path: Path) -> None:
+    KINDS["standard"](tmp_path / "saes", f"blocks.{LAYER}.hook_resid_post", 48)
+    what = _refused(models, suite, tmp_path)
+    assert "reads 48 dimensions" in what
+    assert "resid_post of the model has 32" in what
+
+
+def test_heads_are_as_wide_as_all_of_them(models: Models, suite: Path, tmp_path: Path) -> None:
+    """Qwen 3's four heads of 16 are wider than its residual stream of 32."""
+    KINDS["standard"](tmp_path / "saes", f"blocks.{LAYER}.attn.hook_z", 32)
+    assert "hook_z of the model has 64" in _refused(models, suite, tmp_path, "Qwen 3")
+
+
+@pytest.mark.parametrize(
+    "hook", ["blocks.2.ln2.hook_normalized", "blocks.2.attn.hook_q", "hook_embed", "layers.2"]
+)
+def test_a_hook_point_that_cannot_be_mapped_is_refused(
+    models: Models, suite: Path, tmp_path: Path, hook: str
+) -> None:
+    KINDS["standard"](tmp_path / "saes", hook, 32)
+    assert f"hook point '{hook}' cannot be read" in _refused(models, suite, tmp_path)
+
+
+def test_an_input_scale_that_is_not_folded_is_refused(
+    models: Models, suite: Path, tmp_path: Path
+) -> None:
+    make = _saver(StandardSAEConfig, normalize_activations="expected_average_only_in")
+    make(tmp_path / "saes", f"blocks.{LAYER}.hook_resid_post", 32)
+    assert "its input scale is not folded" in _refused(models, suite, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["attn_out", "mlp_out"])
+def test_models_that_scale_what_they_add_are_refused_there(
+    suite: Path, tmp_path: Path, kind: str
+) -> None:
+    from transformers import AutoTokenizer, GraniteConfig
+
+    from zarrtrace import demo
+
+    def save(folder: Path, scale: float) -> Path:
+        torch.manual_seed(0)
+        config = GraniteConfig(
+            vocab_size=480,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            residual_multiplier=scale,
+            initializer_range=0.3,
+        )
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(demo.model_path()).save_pretrained(folder)
+        return folder
+
+    KINDS["standard"](tmp_path / "saes", f"blocks.{LAYER}.{HOOKS[kind]}", 32)
+    scaled = _options(save(tmp_path / "scaled", 0.22), suite, sae_path=tmp_path / "saes")
+    with pytest.raises(SAEError, match="block 2 adds something else than the outputs"):
+        extract(tmp_path / "run", scaled)
+    plain = _options(save(tmp_path / "plain", 1.0), suite, sae_path=tmp_path / "saes")
+    extract(tmp_path / "run", plain)
+    KINDS["standard"](tmp_path / "res", f"blocks.{LAYER}.hook_resid_post", 32)
+    residual = _options(tmp_path / "scaled", suite, sae_path=tmp_path / "res")
+    extract(tmp_path / "other", residual)
+
+
+# --- registered releases: ids from sae-lens's own table -----------------------------------------
+
+
+def _config_of(hook: str, **more: Any) -> dict[str, Any]:
+    return {"architecture": "jumprelu", "d_in": 32, "d_sae": 64, "hook_name": hook, **more}
+
+
+@pytest.fixture
+def hook_of_id(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str], str]], list[str]]:
+    """Replace the download of configurations: a function says which hook point an id reads."""
+
+    def replace(hook: Callable[[str], str]) -> list[str]:
+        asked: list[str] = []
+
+        def load(_release: str, sae_id: str, **_: Any) -> dict[str, Any]:
+            asked.append(sae_id)
+            return _config_of(hook(sae_id))
+
+        monkeypatch.setattr(saes, "load_sae_config_from_huggingface", load)
+        return asked
+
+    return replace
+
+
+def _number(sae_id: str) -> int:
+    return int(next(part for part in _pieces(sae_id) if part.isdigit()))
+
+
+def _pieces(sae_id: str) -> list[str]:
+    return "".join(c if c.isdigit() else " " for c in sae_id).split()
+
+
+HookOfId = Callable[[Callable[[str], str]], list[str]]
+
+
+@pytest.mark.parametrize(
+    ("release", "form", "site", "layers"),
+    [
+        ("llama_scope_lxr_8x", "l{}r_8x", "hook_resid_post", 32),
+        ("llama_scope_lxr_32x", "l{}r_32x", "hook_resid_post", 32),
+        ("llama_scope_lxm_8x", "l{}m_8x", "hook_mlp_out", 32),
+        ("llama_scope_lxa_8x", "l{}a_8x", "hook_attn_out", 32),
+        ("gpt2-small-res-jb", "blocks.{}.hook_resid_pre", "hook_resid_pre", 12),
+        ("gpt2-small-mlp-out-v5-32k", "blocks.{}.hook_mlp_out", "hook_mlp_out", 12),
+        ("gpt2-small-hook-z-kk", "blocks.{}.hook_z", "attn.hook_z", 12),
+    ],
+)
+def test_ids_of_releases_with_one_sae_a_layer(
+    hook_of_id: HookOfId, release: str, form: str, site: str, layers: int
+) -> None:
+    asked = hook_of_id(lambda name: f"blocks.{_number(name)}.{site}")
+    found = ReleaseSAEs(release).find(range(layers))
+    assert {layer: [sae.id for sae in of] for layer, of in found.items()} == {
+        layer: [form.format(layer)] for layer in range(layers)
+    }
+    assert set(asked) <= set(get_pretrained_saes_directory()[release].saes_map)
+    assert {sae.variable for of in found.values() for sae in of} == {"features"}
+
+
+def test_a_release_with_two_hook_points_on_a_layer(hook_of_id: HookOfId) -> None:
+    """gpt2-small-res-jb ends with the output of block 11, Pythia's begin with the input of 0."""
+    hook_of_id(lambda name: name)
+    found = ReleaseSAEs("gpt2-small-res-jb").find([10, 11])
+    names = {layer: {sae.variable: sae.id for sae in of} for layer, of in found.items()}
+    assert names == {
+        10: {"features": "blocks.10.hook_resid_pre"},
+        11: {
+            "features": "blocks.11.hook_resid_pre",
+            "features_resid_post": "blocks.11.hook_resid_post",
+        },
+    }
+    found = ReleaseSAEs("pythia-70m-deduped-res-sm").find(range(6))
+    names = {layer: {sae.variable: sae.id for sae in of} for layer, of in found.items()}
+    assert names[0] == {
+        "features": "blocks.0.hook_resid_post",
+        "features_resid_pre": "blocks.0.hook_resid_pre",
+    }
+    assert [names[n]["features"] for n in range(6)] == [
+        f"blocks.{n}.hook_resid_post" for n in range(6)
+    ]
+
+
+def test_gemma_scope(hook_of_id: HookOfId) -> None:
+    asked = hook_of_id(lambda name: f"blocks.{_number(name)}.hook_resid_post")
+    with pytest.raises(SAEError, match=r"gemma-scope-2b-pt-res: .* SAEs for layer 3: ") as caught:
+        ReleaseSAEs("gemma-scope-2b-pt-res").find([3, 4])
+    assert "--sae-id" in caught.value.remedy
+    assert not asked  # nothing is fetched to find out
+    pattern = "layer_{layer}/width_16k/canonical"
+    found = ReleaseSAEs("gemma-scope-2b-pt-res-canonical", [pattern]).find(range(26))
+    assert [sae.id for of in found.values() for sae in of] == [
+        pattern.replace("{layer}", str(layer)) for layer in range(26)
+    ]
+
+
+def test_several_patterns_give_several_arrays(hook_of_id: HookOfId) -> None:
+    hook_of_id(lambda name: f"blocks.{_number(name)}.hook_resid_post")
+    patterns = ["layer_{layer}/width_16k/canonical", "layer_{layer}/width_65k/canonical"]
+    found = ReleaseSAEs("gemma-scope-2b-pt-res-canonical", patterns).find([5])
+    assert [(sae.variable, sae.id) for sae in found[5]] == [
+        ("features", "layer_5/width_16k/canonical"),
+        ("features_resid_post", "layer_5/width_65k/canonical"),
+    ]
+
+
+def test_wrong_releases_and_patterns_are_refused(hook_of_id: HookOfId) -> None:
+    hook_of_id(lambda name: f"blocks.{_number(name)}.hook_resid_post")
+    with pytest.raises(SAEError, match="no such SAE release") as caught:
+        ReleaseSAEs("llama_scope_lxr_8")
+    assert "llama_scope_lxr_8x" in caught.value.remedy
+    with pytest.raises(ConfigError, match="names one SAE for all layers"):
+        ReleaseSAEs("llama_scope_lxr_8x", ["l1r_8x"])
+    with pytest.raises(SAEError, match="no SAE 'l1r_9x' for layer 1"):
+        ReleaseSAEs("llama_scope_lxr_8x", ["l{layer}r_9x"]).find([1])
+    with pytest.raises(SAEError, match="no SAE for layer 40"):
+        ReleaseSAEs("llama_scope_lxr_8x").find([40])
+
+
+def test_a_number_that_is_not_the_block_is_refused(hook_of_id: HookOfId) -> None:
+    """Off by one, as in hidden_states[N]: the id says another layer than the hook point."""
+    hook_of_id(lambda name: f"blocks.{_number(name) + 1}.hook_resid_post")
+    with pytest.raises(SAEError, match=r"reads blocks\.2\.hook_resid_post, not layer 1"):
+        ReleaseSAEs("llama_scope_lxr_8x").find([1])
+
+
+def test_a_release_without_a_norm_to_fold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = _config_of("blocks.1.hook_resid_pre", normalize_activations="expected_average_only_in")
+    monkeypatch.setattr(saes, "load_sae_config_from_huggingface", lambda *_: config)
+    with pytest.raises(SAEError, match="its input scale is not known"):
+        ReleaseSAEs("gpt2-small-res-jb").find([1])
+    config["hook_name"] = "blocks.1.hook_resid_post"
+    assert list(ReleaseSAEs("llama_scope_lxr_8x").find([1])) == [1]
+
+
+def test_layers_without_an_sae_are_listed_and_have_no_features(
+    models: Models, suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A release for a model of 2 blocks, on one of 4: two layers are left without features."""
+    release = "gpt2-small-res-jb"
+    table = get_pretrained_saes_directory()[release].saes_map
+    monkeypatch.setattr(
+        saes,
+        "get_pretrained_saes_directory",
+        lambda: {release: type("Release", (), {"saes_map": dict(list(table.items())[:2])})},
+    )
+    for layer in (0, 1):
+        hook = f"blocks.{layer}.hook_resid_pre"
+        KINDS["standard"](tmp_path / "saes" / hook, hook, 32)
+
+    def config_of(_release: str, sae_id: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((tmp_path / "saes" / sae_id / "cfg.json").read_text())
+        return found
+
+    def load(_release: str, sae_id: str, **_: Any) -> Any:
+        return SAE.load_from_disk(tmp_path / "saes" / sae_id)
+
+    monkeypatch.setattr(saes, "load_sae_config_from_huggingface", config_of)
+    monkeypatch.setattr(saes.SAE, "from_pretrained", load)
+    path = models.path("GPT-2")
+    options = _options(path, suite, attention=True, layers=(0, 1, 2, 3), sae_release=release)
+    run = extract(tmp_path / "run", options)
+    assert verify(run) == []
+    ds = open_trace(run / "short")
+    assert ds.attrs["zarrtrace"]["layers_without_sae"] == [2, 3]
+    assert [sae["release"] for sae in ds.attrs["zarrtrace"]["saes"]] == [release] * 2
+    assert np.isnan(ds.features.sel(layer=[2, 3])).all()
+    assert np.isfinite(ds.attention).all()
+    ids = ds.token_id.values.tolist()
+    for layer in (0, 1):
+        activations = _hooked("GPT-2", path, ids, (None, "input"), layer)
+        sae = SAE.load_from_disk(tmp_path / "saes" / f"blocks.{layer}.hook_resid_pre")
+        expected = sae.encode(activations).detach().numpy()
+        assert np.array_equal(ds.features.sel(layer=layer).values, expected)
