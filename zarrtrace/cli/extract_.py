@@ -103,7 +103,7 @@ def command(**given: Any) -> None:
         given["output"],
         options,
         overwrite=given["overwrite"],
-        progress=show_progress(quiet=quiet),
+        progress=None if quiet else "bars" if show_progress(quiet=quiet) else "lines",
     )
     if not quiet:
         from zarrtrace.cli.info_ import show

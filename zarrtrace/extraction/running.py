@@ -10,13 +10,14 @@ import contextlib
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from numcodecs import BitRound
 from tqdm import tqdm
@@ -29,6 +30,7 @@ from zarrtrace.store import RunWriter, TraceWriter, read_run_attributes, refuse_
 _WRITERS = 2
 # Bytes of records that wait or are being written; one record may be larger.
 _BYTES_IN_FLIGHT = 96 * 2**20
+_SECONDS_A_LINE = 30
 # After records of this size, memory that was freed is given back.
 _LARGE_RECORD = 32 * 2**20
 
@@ -38,7 +40,7 @@ def extract(
     options: Options | None = None,
     *,
     overwrite: bool = False,
-    progress: bool = False,
+    progress: Literal["bars", "lines"] | None = None,
 ) -> Path:
     """Run a model over scenarios and store attention, features and continuations.
 
@@ -53,7 +55,7 @@ def extract(
     overwrite
         Replace a run that exists, once the new one is finished.
     progress
-        Whether to draw progress bars on stderr.
+        ``"bars"`` draws two on stderr, ``"lines"`` writes one twice a minute, for logs.
 
     Returns
     -------
@@ -71,7 +73,7 @@ def extract(
     """
     output = Path(output)
     refuse_foreign(output)  # before hours of work
-    if not progress:
+    if progress != "bars":
         capture_package().hide_progress()
     job = prepare(_as_before(output, options or Options(), overwrite=overwrite))
     with RunWriter(
@@ -92,7 +94,9 @@ def extract(
     return output
 
 
-def _fill(job: Job, writers: Sequence[TraceWriter], *, progress: bool) -> None:
+def _fill(
+    job: Job, writers: Sequence[TraceWriter], *, progress: Literal["bars", "lines"] | None
+) -> None:
     """Capture what is missing and hand it to the writers."""
     capture = capture_package()
     by_name = {
@@ -116,7 +120,7 @@ def _fill(job: Job, writers: Sequence[TraceWriter], *, progress: bool) -> None:
         source=job.source,
         batch_size=job.batch_size,
     )
-    with _Progress(requests, shown=progress) as bars, _WriterPool(by_name, bars.stored) as pool:
+    with _Progress(requests, progress) as bars, _WriterPool(by_name, bars.stored) as pool:
         for record in records:
             pool.submit(_rounded(record, job.options.attention_keepbits))
 
@@ -175,7 +179,7 @@ class _WriterPool:
         complete = self._is_last(record.scenario, writer)
         if complete:
             writer.finish()
-        self._stored(record, complete)
+        self._stored(record.scenario, len(writer.missing_layers), complete)
 
     def _is_last(self, scenario: str, writer: TraceWriter) -> bool:
         """Whether a trace has just got its last record; true once."""
@@ -226,36 +230,44 @@ def _bytes_of(record: LayerRecord | TokensRecord) -> int:
 
 
 class _Progress:
-    """Two bars on stderr: layers of all scenarios, and scenarios."""
+    """Layers of all scenarios, and scenarios, on stderr: two bars, or a line now and then."""
 
-    def __init__(self, requests: Sequence[Any], *, shown: bool) -> None:
+    def __init__(self, requests: Sequence[Any], shown: Literal["bars", "lines"] | None) -> None:
         self._mutex = threading.Lock()
+        self._lines, self._said = shown == "lines", time.monotonic()
+        self._missing = {request.prompt.scenario.name: len(request.layers) for request in requests}
+        layers, done = sum(self._missing.values()), sum(request.done for request in requests)
+        self._counts = [0, layers, done, len(requests)]
+        hidden = shown != "bars"
         self._layers = tqdm(
-            total=sum(len(request.layers) for request in requests),
-            desc="layers",
-            unit="layer",
-            disable=not shown,
-            file=sys.stderr,
+            total=layers, desc="layers", unit="layer", disable=hidden, file=sys.stderr
         )
         self._scenarios = tqdm(
             total=len(requests),
-            initial=sum(request.done for request in requests),
+            initial=done,
             desc="scenarios",
             unit="scenario",
-            disable=not shown,
+            disable=hidden,
             file=sys.stderr,
         )
 
     def __enter__(self) -> Self:
         return self
 
-    def stored(self, record: LayerRecord | TokensRecord, complete: bool) -> None:  # noqa: FBT001
-        """Count a record."""
+    def stored(self, scenario: str, missing: int, complete: bool) -> None:  # noqa: FBT001
+        """Count what a record has completed; `missing` layers are left of its scenario."""
         with self._mutex:
-            if isinstance(record, LayerRecord):
-                self._layers.update()
-            if complete:
-                self._scenarios.update()
+            new = max(0, self._missing[scenario] - missing)
+            self._missing[scenario] -= new
+            self._counts[0] += new
+            self._counts[2] += complete
+            self._layers.update(new)
+            self._scenarios.update(int(complete))
+            if self._lines and time.monotonic() - self._said > _SECONDS_A_LINE:
+                self._said = time.monotonic()
+                sys.stderr.write(
+                    "zarrtrace: {} of {} layers, {} of {} scenarios\n".format(*self._counts)
+                )
 
     def __exit__(self, *_: object) -> None:
         self._scenarios.close()
