@@ -183,7 +183,7 @@ def test_each_sae_is_loaded_once(model: LoadedModel, prompts: list[Prompt]) -> N
 
 def test_records_do_not_pile_up(model: LoadedModel, prompts: list[Prompt]) -> None:
     most = 0
-    for _ in run(model, requests(prompts[:3])):
+    for _ in run(model, requests(prompts[:3], range(6))):
         alive = sum(type(thing) is LayerRecord for thing in gc.get_objects())
         most = max(most, alive)
     assert most <= 4  # one batch of one layer, and the one in hand
