@@ -36,11 +36,11 @@ MIB = 2**20
 
 def make_model(folder: Path) -> None:
     """Save a random Llama with the embedded model's tokenizer."""
-    import torch  # noqa: PLC0415 -- this process measures nothing
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from zarrtrace import demo  # noqa: PLC0415
-    from zarrtrace.capture import hide_progress  # noqa: PLC0415
+    from zarrtrace import demo
+    from zarrtrace.capture import hide_progress
 
     hide_progress()
     tokenizer = AutoTokenizer.from_pretrained(demo.model_path())
@@ -82,11 +82,11 @@ def make_suite(file: Path, tokenizer: Any, tokens: int) -> None:
 
 def measure(way: str, tokens: int, work: Path) -> dict[str, Any]:
     """Measure one way in this process."""
-    import torch  # noqa: PLC0415 -- only a measured process imports it
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from zarrtrace.capture import hide_progress  # noqa: PLC0415
-    from zarrtrace.extraction import Options, extract  # noqa: PLC0415
+    from zarrtrace.capture import hide_progress
+    from zarrtrace.extraction import Options, extract
 
     hide_progress()
     model_path, suite = str(work / "model"), work / f"{way}{tokens}.yaml"

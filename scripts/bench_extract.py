@@ -1,0 +1,220 @@
+"""Compare extraction with the old way and with the floor, on the `proxy` model.
+
+Every contender runs in a process of its own, in turns; the clock starts when libraries and model
+are loaded. The floor is the bare forward passes, one matrix product a layer and prompt, and
+writing as many bytes as zarrtrace leaves on the disk.
+
+    python scripts/bench_extract.py [--active 50] [--repeats 3] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# As zarrtrace itself sets them; the same for all.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+import numpy as np
+import psutil
+import torch
+
+from zarrtrace import demo
+from zarrtrace.scenarios import load_suite
+
+LAYERS = tuple(range(1, 32))
+#: The old way is slow: it is timed on so many scenarios and scaled to ten.
+OLD_SCENARIOS = 2
+
+
+def prompts(count: int) -> dict[str, str]:
+    """Return the suite's prompts, repeated under other names if more are asked for."""
+    suite = load_suite(demo.suite_path())
+    return {f"{suite[i % len(suite)].name}_{i}": suite[i % len(suite)].prompt for i in range(count)}
+
+
+def size_of(folder: Path) -> int:
+    """Return the bytes of all files below a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+class Peak:
+    """The most memory this process holds while the context is open, above what it held before."""
+
+    def __enter__(self) -> Peak:
+        self._process, self._stop = psutil.Process(), threading.Event()
+        self._before, self.bytes = self._process.memory_info().rss, 0
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.01):
+            self.bytes = max(self.bytes, self._process.memory_info().rss - self._before)
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+# --- contenders, each in its own process ------------------------------------------------------
+
+
+def zarrtrace_way(folder: Path, count: int, *, features: bool) -> dict[str, float]:
+    """Extract with zarrtrace."""
+    from zarrtrace.capture import hide_progress
+    from zarrtrace.extraction import Options, prepare, running
+
+    suite = folder / f"suite{count}.jsonl"
+    lines = [json.dumps({"name": name, "prompt": text}) for name, text in prompts(count).items()]
+    suite.write_text("\n".join(lines))
+    options = Options(
+        model=str(folder / "model"),
+        sae_path=folder / "saes" if features else None,
+        features=features,
+        scenarios=suite,
+        layers=LAYERS,
+    )
+    hide_progress()
+    job = prepare(options)
+    # The model is loaded: the clock starts here.
+    setattr(running, "prepare", lambda *_, **__: job)  # noqa: B010
+    output = folder / "run"
+    shutil.rmtree(output, ignore_errors=True)
+    with Peak() as peak:
+        start = time.perf_counter()
+        running.extract(output, options)
+        seconds = time.perf_counter() - start
+    return {"seconds": seconds, "bytes": size_of(output), "peak": peak.bytes}
+
+
+def _load(folder: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager")
+    return model.eval(), AutoTokenizer.from_pretrained(folder / "model")
+
+
+def old_way(folder: Path, count: int, *, features: bool) -> dict[str, float]:
+    """Extract as the user's script does, SAEs loaded beforehand."""
+    import old_way as script
+    from sae_lens import SAE
+
+    model, tokenizer = _load(folder)
+    saes = None
+    if features:
+        names = {layer: f"blocks.{layer}.hook_resid_post" for layer in LAYERS}
+        saes = {layer: SAE.load_from_disk(folder / "saes" / name) for layer, name in names.items()}
+    output = folder / "old"
+    shutil.rmtree(output, ignore_errors=True)
+    some = dict(list(prompts(count).items())[:OLD_SCENARIOS])
+    with Peak() as peak:
+        start = time.perf_counter()
+        script.extract(model, tokenizer, saes, some, LAYERS, output)
+        seconds = (time.perf_counter() - start) * count / len(some)
+    return {"seconds": seconds, "bytes": size_of(output) * count / len(some), "peak": peak.bytes}
+
+
+@torch.inference_mode()
+def floor(folder: Path, count: int, *, features: bool) -> dict[str, float]:
+    """Do what cannot be left out."""
+    model, tokenizer = _load(folder)
+    tokens = [tokenizer(text, return_tensors="pt") for text in prompts(count).values()]
+    content = np.random.default_rng(0).bytes(int(os.environ["ZARRTRACE_BENCH_BYTES"]))
+    encoder = torch.randn(model.config.hidden_size, 32_768)
+    start = time.perf_counter()
+    for inputs in tokens:
+        model(**inputs, use_cache=False)
+    if features:
+        for inputs in tokens:
+            hidden = torch.ones(inputs["input_ids"].shape[1], model.config.hidden_size)
+            for _ in LAYERS:
+                hidden @ encoder
+    (folder / "floor.bin").write_bytes(content)
+    return {"seconds": time.perf_counter() - start, "bytes": len(content), "peak": 0}
+
+
+CONTENDERS: dict[str, Callable[..., dict[str, float]]] = {
+    "zarrtrace": zarrtrace_way,
+    "old way": old_way,
+    "floor": floor,
+}
+
+
+# --- the comparison ---------------------------------------------------------------------------
+
+
+def in_process(folder: Path, who: str, mode: str, count: int, size: float = 0) -> dict[str, float]:
+    """Run one contender in a fresh process."""
+    command = [sys.executable, __file__, "--one", str(folder), who, mode, str(count)]
+    environment = {**os.environ, "ZARRTRACE_BENCH_BYTES": str(int(size))}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def compare(folder: Path, mode: str, repeats: int) -> dict[str, dict[str, float]]:
+    """Return medians of each contender's figures."""
+    found: dict[str, list[dict[str, float]]] = {who: [] for who in CONTENDERS}
+    for _ in range(repeats):
+        for who, runs in found.items():
+            size = found["zarrtrace"][0]["bytes"] if found["zarrtrace"] else 0
+            runs.append(in_process(folder, who, mode, 10, size))
+    return {
+        who: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        for who, runs in found.items()
+    }
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--active", type=int, default=50)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--modes", nargs="+", default=["full", "attention"])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        folder, who, mode, count = given.one
+        print(json.dumps(CONTENDERS[who](Path(folder), int(count), features=mode == "full")))
+        return
+    from proxy import build
+
+    folder = Path(tempfile.mkdtemp(prefix="zarrtrace-bench-"))
+    try:
+        build(folder, given.active)
+        results = {mode: compare(folder, mode, given.repeats) for mode in given.modes}
+        print(f"proxy, 10 scenarios, {given.active} active features a token; medians\n")
+        print("| mode | zarrtrace s | old way / zarrtrace | zarrtrace / floor | MB | peak MB |")
+        print("|---|---|---|---|---|---|")
+        for mode, found in results.items():
+            ours, old, least = (found[who]["seconds"] for who in CONTENDERS)
+            megabytes = found["zarrtrace"]["bytes"] / 1e6
+            peak = found["zarrtrace"]["peak"] / 1e6
+            print(
+                f"| {mode} | {ours:.1f} | {old / ours:.1f}x | {ours / least:.2f}x | "
+                f"{megabytes:.0f} | {peak:.0f} |"
+            )
+        if given.json:
+            given.json.write_text(json.dumps(results, indent=2))
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
