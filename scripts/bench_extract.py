@@ -28,7 +28,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import numpy as np
-import psutil
 import torch
 
 from zarrtrace import demo
@@ -50,19 +49,25 @@ def size_of(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
+def resident() -> int:
+    """Return the bytes of memory that this process holds."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 class Peak:
     """The most memory this process holds while the context is open, above what it held before."""
 
     def __enter__(self) -> Peak:
-        self._process, self._stop = psutil.Process(), threading.Event()
-        self._before, self.bytes = self._process.memory_info().rss, 0
+        self._stop = threading.Event()
+        self._before, self.bytes = resident(), 0
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
         return self
 
     def _watch(self) -> None:
         while not self._stop.wait(0.01):
-            self.bytes = max(self.bytes, self._process.memory_info().rss - self._before)
+            self.bytes = max(self.bytes, resident() - self._before)
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
