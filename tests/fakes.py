@@ -33,10 +33,14 @@ CONFIG: dict[str, Any] = {"model": "fake/model", "layers": [1, 2, 3]}
 
 
 class FakeRun(NamedTuple):
-    """A run on disk, and what must be read from it: arrays by name, by scenario."""
+    """A run on disk, what must be read from it (arrays by name, by scenario), and what was written.
+
+    `written` names scenario and layer of each record that the run lacked.
+    """
 
     path: Path
     truth: dict[str, Truth]
+    written: list[tuple[str, int]]
 
     @property
     def trace(self) -> Path:
@@ -286,6 +290,7 @@ def make_run(
     finish: bool = True,
     drop: Mapping[str, Sequence[int]] | None = None,
     overwrite: bool = False,
+    repair: bool = False,
 ) -> FakeRun:
     """Write a run of synthetic scenarios through the real writers.
 
@@ -301,8 +306,9 @@ def make_run(
     path = tmp_path / name
     drop = drop or {}
     truth: dict[str, Truth] = {}
+    written: list[tuple[str, int]] = []
     lengths = [tokens] * len(scenarios) if isinstance(tokens, int) else list(tokens)
-    with RunWriter(path, scenarios, config, overwrite=overwrite) as run:
+    with RunWriter(path, scenarios, config, overwrite=overwrite, repair=repair) as run:
         for number, (scenario, length) in enumerate(zip(scenarios, lengths, strict=True)):
             sizes: dict[str, Any] = {
                 "layers": tuple(layers),
@@ -329,12 +335,13 @@ def make_run(
                         writer.append(record)
                 elif record.layer in writer.missing_layers:
                     writer.append(record)
+                    written.append((scenario, record.layer))
             if not writer.missing_layers:
                 writer.finish()
             truth[scenario] = truth_of(kept, layers, make_tokens(length))
         if finish and not drop:
             run.finish()
-    return FakeRun(path, truth)
+    return FakeRun(path, truth, written)
 
 
 def files_in(folder: Path) -> dict[str, bytes]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -166,32 +168,64 @@ def test_bars_only_on_a_terminal(tmp_path: Path) -> None:
     assert piped.returncode == 0
     assert piped.stderr == ""
     assert "complete     yes" in piped.stdout
-    leader, follower = pty.openpty()
-    termios.tcsetwinsize(follower, (24, 100))
-    with subprocess.Popen(
-        [*COMMAND, *arguments, "-o", str(tmp_path / "b")],
-        stdout=subprocess.DEVNULL,
-        stderr=follower,
-    ) as process:
-        process.wait()
-        os.close(follower)
-        shown = os.read(leader, 100_000).decode()
-    os.close(leader)
+    shown = on_a_terminal(*arguments, "-o", tmp_path / "b")
     assert "layers" in shown
     assert "scenarios" in shown
 
 
+def on_a_terminal(*arguments: str | Path) -> str:
+    """Run the command line with a terminal for its stderr; return what it showed there."""
+    leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, 100))
+    shown = b""
+    with subprocess.Popen(
+        [*COMMAND, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=follower
+    ):
+        os.close(follower)
+        # Read while it runs: a terminal nobody reads blocks who writes to it after 4 kB.
+        with contextlib.suppress(OSError):  # what Linux says of a terminal that was closed
+            while read := os.read(leader, 4096):
+                shown += read
+    os.close(leader)
+    return shown.decode()
+
+
 @pytest.mark.torch
-def test_an_interrupt_says_where_to_go_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_says_where_to_go_on(tmp_path: Path, number: int, code: int) -> None:
     arguments = ["extract", "-o", str(tmp_path / "run"), "--no-features"]
-    with subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, text=True) as process:
-        while not (tmp_path / "run" / "Big_success_280" / "attention" / "c").exists():
+    with subprocess.Popen(
+        [*COMMAND, *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        # Who runs tests in a script's background has SIGINT ignored, and the child inherits it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+    ) as process:
+        while not (tmp_path / "run" / "Bankruptcy_90_all_in" / "attention" / "c").exists():
             time.sleep(0.02)
             assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate()
-    assert process.returncode == 130
-    assert "goes on where this one stopped" in stderr
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert re.search(r"stopped after \d+ of 310 layers, .*; the same command goes on there", stderr)
+    assert signal.Signals(number).name in stderr
     assert "Traceback" not in stderr
     assert call(*arguments).returncode == 0
     assert call("verify", tmp_path / "run").returncode == 0
+
+
+def test_an_ignored_interrupt_stays_ignored() -> None:
+    code = """
+import os, signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+from zarrtrace.cli.interruption import interruptible
+with interruptible() as came:
+    os.kill(os.getpid(), signal.SIGINT)
+    assert came == []
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except KeyboardInterrupt:
+        assert came == [signal.SIGTERM]
+assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

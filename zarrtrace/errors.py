@@ -54,6 +54,15 @@ def _rebuild(kind: type[ZarrtraceError], what: str, why: str, remedy: str) -> Za
     return kind(what, why=why, remedy=remedy)
 
 
+def readable(count: float) -> str:
+    """Write a number of bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
 class UsageError(ZarrtraceError):
     """The request itself is wrong."""
 

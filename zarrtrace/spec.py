@@ -95,11 +95,19 @@ class SAEAttributes(Frozen):
     decoder_norm_folded: bool
 
 
+Blake2b = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+
+_SEAL = (
+    "BLAKE2b (8 bytes) of the other attributes here, as JSON with sorted keys, no spaces and ASCII "
+    "alone; null if whoever wrote them did not say."
+)
+
+
 class Stored(Frozen):
     """What one array wrote for one layer: its files, taken together in the order of their keys."""
 
     bytes: NonNegativeInt
-    blake2b: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+    blake2b: Blake2b
 
 
 class TraceAttributes(Frozen):
@@ -139,9 +147,15 @@ class TraceAttributes(Frozen):
     stored: dict[str, dict[str, Stored]] = Field(
         default_factory=dict,
         description="Journal: what each array wrote, by layer; under 'tokens' for the next-token "
-        "arrays and under 'coordinates' for the one-dimensional ones. A layer that is not here is "
-        "not stored.",
+        "arrays, under 'coordinates' for the one-dimensional ones and under 'metadata' for each "
+        "array's zarr.json. A layer that is not here is not stored.",
     )
+    nonfinite: tuple[str, ...] = Field(
+        default=(),
+        description="Keys of `stored` whose arrays hold NaN or infinity because the model computed "
+        "them.",
+    )
+    blake2b: Blake2b | None = Field(default=None, description=_SEAL)
 
     def index_of(self, layer: int, dim: str) -> int:
         """Return where a layer is along the first dimension of an array."""
@@ -169,6 +183,7 @@ class RunAttributes(Frozen):
     scenarios: tuple[str, ...] = Field(description="Names of the traces, in the suite's order.")
     config: dict[str, Any] = Field(description="What was asked for; a resumed run must ask again.")
     complete: bool = False
+    blake2b: Blake2b | None = Field(default=None, description=_SEAL)
 
 
 # --- arrays ------------------------------------------------------------------------------------
@@ -457,11 +472,14 @@ class FeatureRecord:
         ``(query, feature)``.
     top_feature, top_activation
         ``(query, feature_rank)``: the strongest features, strongest first.
+    nonfinite
+        Whether the model computed NaN or infinity where the SAE reads.
     """
 
     activations: np.ndarray
     top_feature: np.ndarray
     top_activation: np.ndarray
+    nonfinite: bool = False
 
 
 @dataclass(frozen=True)
@@ -491,6 +509,13 @@ class LayerRecord:
     attention_mean: np.ndarray | None = None
     features: Mapping[str, FeatureRecord] = field(default_factory=dict)
 
+    @property
+    def nonfinite(self) -> tuple[str, ...]:
+        """Arrays in which the model computed NaN or infinity."""
+        names = tuple(name for name, features in self.features.items() if features.nonfinite)
+        mean = self.attention_mean  # one NaN in any head shows in the mean, and in its sum
+        return names if mean is None or math.isfinite(mean.sum()) else ("attention", *names)
+
 
 @dataclass(frozen=True)
 class TokensRecord:
@@ -507,6 +532,11 @@ class TokensRecord:
     scenario: str
     next_token: np.ndarray
     next_token_logprob: np.ndarray
+
+    @property
+    def nonfinite(self) -> tuple[str, ...]:
+        """Arrays in which the model computed NaN or infinity."""
+        return () if math.isfinite(self.next_token_logprob.sum()) else ("next_token_logprob",)
 
 
 @dataclass(frozen=True)

@@ -215,19 +215,25 @@ def _encode(
     """Encode all tokens of a batch at once, or some rows of its only prompt."""
     out: dict[str, list[FeatureRecord]] = {}
     for encoder in encoders:
-        encoded = encoder(batch.tokens(state.hooks[encoder.hook.kind])[rows])
-        parts = [encoded] if len(batch.lengths) == 1 else torch.split(encoded, batch.lengths)
-        out[encoder.attributes.variable] = [_feature_record(part) for part in parts]
+        inputs = batch.tokens(state.hooks[encoder.hook.kind])[rows]
+        encoded, sound = encoder(inputs), inputs.isfinite().all(-1)
+        lengths = [len(sound)] if len(batch.lengths) == 1 else batch.lengths
+        parts = zip(torch.split(encoded, lengths), torch.split(sound, lengths), strict=True)
+        out[encoder.attributes.variable] = [_feature_record(*part) for part in parts]
     return out
 
 
-def _feature_record(activations: torch.Tensor) -> FeatureRecord:
-    """Index the strongest features of each token; where fewer fire, the index is 0."""
+def _feature_record(activations: torch.Tensor, sound: torch.Tensor) -> FeatureRecord:
+    """Index the strongest features of each token; where fewer fire, the index is 0.
+
+    `sound` says of each token whether what was encoded is finite: thresholds turn NaN into 0.
+    """
     top = activations.topk(min(TOP_FEATURES, activations.shape[-1]))
     return FeatureRecord(
         activations=_sparse_to_numpy(activations),
         top_feature=_to_numpy(top.indices.where(top.values > 0, 0).int()).astype(np.uint32),
         top_activation=_to_numpy(top.values.float()),
+        nonfinite=not (sound.all() and top.values.isfinite().all()),
     )
 
 

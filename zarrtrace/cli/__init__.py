@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 
 import click
@@ -65,29 +66,38 @@ def _version(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> N
 def group() -> None:
     """Attention and SAE features of every layer and token, as labelled Zarr stores.
 
-    Exit codes: 0 ok, 1 failure, 2 usage, 3 partial (scenarios or layers missing), 130 interrupted.
+    Exit codes: 0 ok, 1 failure, 2 usage, 3 partial (scenarios or layers missing), 130 interrupted,
+    143 terminated.
     """
 
 
 def main() -> None:
     """Run the command line; the console script's entry point."""
+    from zarrtrace.cli.interruption import interruptible
+
+    with interruptible() as signals:
+        code = _run(signals)
+    sys.exit(code)
+
+
+def _run(signals: list[int]) -> int:
+    """Run a subcommand; return the exit code. `signals` are those that came meanwhile."""
     from zarrtrace.errors import ZarrtraceError
 
     try:
         code = group(prog_name="zarrtrace", standalone_mode=False)
     except click.ClickException as error:
         error.show()
-        code = error.exit_code
+        return error.exit_code
     except ZarrtraceError as error:
         click.echo(f"zarrtrace: error: {error}", err=True)
-        code = error.exit_code
+        return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo(
-            "zarrtrace: interrupted; the same command goes on where this one stopped", err=True
-        )
-        code = 130
+        number = signals[0] if signals else signal.SIGINT
+        click.echo(f"zarrtrace: stopped by {signal.Signals(number).name}", err=True)
+        return 128 + number
     except BrokenPipeError:
         # Whoever read our output has stopped; Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
-    sys.exit(code if isinstance(code, int) else 0)
+        return 1
+    return code if isinstance(code, int) else 0

@@ -14,9 +14,9 @@ from zarrtrace.cli.shared import (
     overwrite_option,
     quiet_option,
     show_progress,
-    size,
     table,
 )
+from zarrtrace.errors import readable
 
 if TYPE_CHECKING:
     from zarrtrace.extraction import Estimate, Job, Options
@@ -82,6 +82,8 @@ _PATH = click.Path(path_type=Path)
 @click.option("--prepend-bos/--no-prepend-bos", default=None, help="Override the SAEs' rule.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 @overwrite_option
+@click.option("--repair", is_flag=True, help="Read every byte that is there; redo what is damaged.")
+@click.option("--allow-nonfinite", is_flag=True, help="Store NaN and infinity, and say where.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @json_option
 @quiet_option
@@ -93,18 +95,27 @@ def command(**given: Any) -> None:
     """
     from zarrtrace.extraction import estimate, extract, prepare
 
+    if given["overwrite"] and given["repair"]:
+        raise click.UsageError("Give either --overwrite or --repair.")
     options = _options(given)
     if given["dry_run"]:
         job = prepare(options, weights=False)
         click.echo(_plan(job, estimate(job), given["output"], as_json=given["as_json"]))
         return
     quiet = given["quiet"]
-    extract(
-        given["output"],
-        options,
-        overwrite=given["overwrite"],
-        progress=None if quiet else "bars" if show_progress(quiet=quiet) else "lines",
-    )
+    try:
+        extract(
+            given["output"],
+            options,
+            overwrite=given["overwrite"],
+            repair=given["repair"],
+            allow_nonfinite=given["allow_nonfinite"],
+            progress=None if quiet else "bars" if show_progress(quiet=quiet) else "lines",
+        )
+    except KeyboardInterrupt as stop:
+        where = str(stop) or "nothing was computed yet"
+        click.echo(f"zarrtrace: {where}; the same command goes on there", err=True)
+        raise
     if not quiet:
         from zarrtrace.cli.info_ import show
 
@@ -176,9 +187,9 @@ def _plan(job: Job, need: Estimate, output: Path, *, as_json: bool) -> str:
         "",
         table(["scenario", "tokens"], rows),
         "",
-        f"disk           about {size(need.disk_bytes)} (dense {size(need.dense_bytes)})",
-        f"host memory    about {size(need.host_bytes)}",
-        f"device memory  about {size(need.device_bytes)}"
+        f"disk           about {readable(need.disk_bytes)} (dense {readable(need.dense_bytes)})",
+        f"host memory    about {readable(need.host_bytes)}",
+        f"device memory  about {readable(need.device_bytes)}"
         if need.device_bytes
         else "device memory  none: the model runs on the CPU",
         "",

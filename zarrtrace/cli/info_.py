@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from zarrtrace.cli.shared import json_option, run_argument, size, table
+from zarrtrace.cli.shared import json_option, run_argument, table
+from zarrtrace.errors import readable
 
 if TYPE_CHECKING:
     from zarrtrace.store import RunSummary
@@ -54,7 +55,7 @@ def _text(summary: RunSummary) -> str:
         ]
     done = sum(trace.complete for trace in summary.traces)
     total = len(summary.traces) + len(summary.scenarios_missing)
-    disk, dense = size(summary.bytes_on_disk), size(summary.bytes_dense)
+    disk, dense = readable(summary.bytes_on_disk), readable(summary.bytes_dense)
     lines += [
         f"complete     {'yes' if summary.complete else 'NO'}, {done} of {total} scenarios",
         f"size         {disk} on disk, {dense} dense, {summary.compression:.1f}×",
@@ -66,7 +67,7 @@ def _text(summary: RunSummary) -> str:
             str(trace.tokens),
             ranges(trace.layers),
             ranges(trace.missing_layers) or "none",
-            size(trace.bytes_on_disk),
+            readable(trace.bytes_on_disk),
             f"{trace.bytes_dense / max(1, trace.bytes_on_disk):.1f}×",
             ", ".join(trace.tags) or "-",
         ]

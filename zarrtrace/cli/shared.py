@@ -95,12 +95,3 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _numeric(text: str) -> bool:
     return text.replace(".", "").replace("×", "").replace("-", "").split(" ")[0].isdigit()
-
-
-def size(count: float) -> str:
-    """Write a number of bytes for people."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

@@ -25,14 +25,15 @@ def command(run: str, as_json: bool) -> None:  # noqa: FBT001 -- click passes fl
     elif problems:
         rows = [
             [
-                problem.scenario,
+                problem.scenario or "(the run)",
                 problem.array or "-",
                 "-" if problem.layer is None else str(problem.layer),
+                problem.chunk or "-",
                 problem.message,
             ]
             for problem in problems
         ]
-        click.echo(table(["scenario", "array", "layer", "problem"], rows))
+        click.echo(table(["scenario", "array", "layer", "chunk", "problem"], rows))
     else:
         click.echo(f"{run}: everything is there and as it was written")
     if problems:

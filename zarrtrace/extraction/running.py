@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
 import threading
 import time
@@ -22,14 +23,17 @@ from typing import Any, Literal, Self
 from numcodecs import BitRound
 from tqdm import tqdm
 
+from zarrtrace.errors import IntegrityError, NonFiniteError, NoSpaceError, readable
+from zarrtrace.extraction.estimate import estimate
 from zarrtrace.extraction.job import Job, Options, capture_package, prepare
 from zarrtrace.extraction.memory import release_freed
 from zarrtrace.spec import LayerRecord, TokensRecord
 from zarrtrace.store import RunWriter, TraceWriter, read_run_attributes, refuse_foreign
 
 _WRITERS = 2
-# Bytes of records that wait or are being written; one record may be larger.
-_BYTES_IN_FLIGHT = 96 * 2**20
+# Bytes of records that wait or are being written, by writer; one record may be larger.
+_BYTES_A_WRITER = 48 * 2**20
+_MOST_WRITERS = 14
 _SECONDS_A_LINE = 30
 # After records of this size, memory that was freed is given back.
 _LARGE_RECORD = 32 * 2**20
@@ -40,6 +44,8 @@ def extract(
     options: Options | None = None,
     *,
     overwrite: bool = False,
+    repair: bool = False,
+    allow_nonfinite: bool = False,
     progress: Literal["bars", "lines"] | None = None,
 ) -> Path:
     """Run a model over scenarios and store attention, features and continuations.
@@ -54,6 +60,10 @@ def extract(
         What to extract; by default the embedded model, SAEs and scenarios.
     overwrite
         Replace a run that exists, once the new one is finished.
+    repair
+        Read every byte of a run that exists, and make anew what is damaged.
+    allow_nonfinite
+        Store NaN and infinity that the model computes, and say where in the trace's attributes.
     progress
         ``"bars"`` draws two on stderr, ``"lines"`` writes one twice a minute, for logs.
 
@@ -68,20 +78,22 @@ def extract(
         If options do not fit the model, the SAEs or each other.
     ModelError, SAEError
         If the model or an SAE cannot be used.
+    NonFiniteError
+        If the model computes NaN or infinity, and `allow_nonfinite` is false.
     StoreError
         If `output` cannot be written, or is another run.
     """
     output = Path(output)
-    refuse_foreign(output)  # before hours of work
+    if not repair:
+        refuse_foreign(output)  # before hours of work
     if progress != "bars":
         capture_package().hide_progress()
     job = prepare(_as_before(output, options or Options(), overwrite=overwrite))
-    with RunWriter(
-        output,
-        [prompt.scenario.name for prompt in job.prompts],
-        job.config,
-        overwrite=overwrite,
-    ) as run:
+    names = [prompt.scenario.name for prompt in job.prompts]
+    with (
+        _saying_how_much_room(output, job),
+        RunWriter(output, names, job.config, overwrite=overwrite, repair=repair) as run,
+    ):
         writers = [
             run.trace(job.attributes(prompt), job.shape(prompt), prompt.tokens)
             for prompt in job.prompts
@@ -89,13 +101,31 @@ def extract(
         for writer in writers:
             if not writer.missing_layers and not writer.needs_tokens:
                 writer.finish()  # an earlier process may have stopped just before it
-        _fill(job, writers, progress=progress)
+        _fill(job, writers, allow_nonfinite=allow_nonfinite, progress=progress)
         run.finish()
     return output
 
 
+@contextlib.contextmanager
+def _saying_how_much_room(output: Path, job: Job) -> Iterator[None]:
+    try:
+        yield
+    except NoSpaceError as error:
+        needed = readable(estimate(job).disk_bytes)
+        free = readable(shutil.disk_usage(output.parent).free)
+        raise NoSpaceError(
+            error.what,
+            why=f"The run needs about {needed} in all; {free} are free now.",
+            remedy=error.remedy,
+        ) from error
+
+
 def _fill(
-    job: Job, writers: Sequence[TraceWriter], *, progress: Literal["bars", "lines"] | None
+    job: Job,
+    writers: Sequence[TraceWriter],
+    *,
+    allow_nonfinite: bool,
+    progress: Literal["bars", "lines"] | None,
 ) -> None:
     """Capture what is missing and hand it to the writers."""
     capture = capture_package()
@@ -120,9 +150,28 @@ def _fill(
         source=job.source,
         batch_size=job.batch_size,
     )
-    with _Progress(requests, progress) as bars, _WriterPool(by_name, bars.stored) as pool:
-        for record in records:
-            pool.submit(_rounded(record, job.options.attention_keepbits))
+    with _Progress(requests, progress) as bars:
+        try:
+            with _WriterPool(by_name, bars.stored, _writers(job)) as pool:
+                for record in records:
+                    if not allow_nonfinite:
+                        _refuse_nonfinite(record, job)
+                    pool.submit(_rounded(record, job.options.attention_keepbits))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped after {bars}") from None
+
+
+def _refuse_nonfinite(record: LayerRecord | TokensRecord, job: Job) -> None:
+    if not record.nonfinite:
+        return
+    where = f"layer {record.layer}" if isinstance(record, LayerRecord) else "the last layer"
+    raise NonFiniteError(
+        f"{record.scenario}: the model computed NaN or infinity in {where} "
+        f"({', '.join(record.nonfinite)})",
+        why=f"The model runs in {job.model.attributes.dtype}; float16 ends at 65,504, which some "
+        "models exceed. Damaged weights do this, too.",
+        remedy="Use --dtype bfloat16 or float32, or store such values with --allow-nonfinite.",
+    )
 
 
 def _rounded(
@@ -139,7 +188,9 @@ def _as_before(output: Path, options: Options, *, overwrite: bool) -> Options:
     """Take the batch size that an interrupted run chose from memory: results depend on it."""
     if options.batch_size is not None or overwrite or not (output / "zarr.json").is_file():
         return options
-    return replace(options, batch_size=read_run_attributes(output).config.get("batch_size"))
+    with contextlib.suppress(IntegrityError):  # said, or repaired, when the run is opened
+        return replace(options, batch_size=read_run_attributes(output).config.get("batch_size"))
+    return options
 
 
 class _WriterPool:
@@ -148,11 +199,12 @@ class _WriterPool:
     The first error of a writer ends the capture: :meth:`submit` raises it.
     """
 
-    def __init__(self, writers: Mapping[str, TraceWriter], stored: Any) -> None:
+    def __init__(self, writers: Mapping[str, TraceWriter], stored: Any, threads: int) -> None:
         self._writers, self._stored = writers, stored
         self._pool = ThreadPoolExecutor(
-            _WRITERS, thread_name_prefix="zarrtrace-write", initializer=_give_way
+            threads, thread_name_prefix="zarrtrace-write", initializer=_give_way
         )
+        self._limit = threads * _BYTES_A_WRITER
         self._held = 0
         self._room = threading.Condition()
         self._failed: list[BaseException] = []
@@ -166,7 +218,7 @@ class _WriterPool:
         """Queue a record; waits while too many are queued."""
         size = _bytes_of(record)
         with self._room:
-            self._room.wait_for(lambda: not self._held or self._held + size <= _BYTES_IN_FLIGHT)
+            self._room.wait_for(lambda: not self._held or self._held + size <= self._limit)
             self._held += size
         self._raise_first()
         self._pool.submit(self._append, record).add_done_callback(partial(self._done, size))
@@ -213,6 +265,13 @@ class _WriterPool:
         self._pool.shutdown(wait=True)
         if kind is None:
             self._raise_first()
+
+
+def _writers(job: Job) -> int:
+    """Choose how many threads write: two beside a CPU that computes, else all cores but one."""
+    if job.model.device.type == "cpu":
+        return _WRITERS
+    return max(_WRITERS, min(_MOST_WRITERS, (os.cpu_count() or 1) - 1))
 
 
 def _give_way() -> None:
@@ -265,9 +324,11 @@ class _Progress:
             self._scenarios.update(int(complete))
             if self._lines and time.monotonic() - self._said > _SECONDS_A_LINE:
                 self._said = time.monotonic()
-                sys.stderr.write(
-                    "zarrtrace: {} of {} layers, {} of {} scenarios\n".format(*self._counts)
-                )
+                sys.stderr.write(f"zarrtrace: {self}\n")
+
+    def __str__(self) -> str:
+        """Say how far the run is; layers are those that this process was to store."""
+        return "{} of {} layers, {} of {} scenarios".format(*self._counts)
 
     def __exit__(self, *_: object) -> None:
         self._scenarios.close()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zarrtrace.store.attributes import (
+        TOKENS,
         kind_of,
         read_run_attributes,
         read_trace_attributes,
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     )
     from zarrtrace.store.reader import array_of, check_sizes, open_run, open_trace
     from zarrtrace.store.summary import RunSummary, TraceSummary, summarize
-    from zarrtrace.store.trace_writer import TOKENS, TraceWriter
+    from zarrtrace.store.trace_writer import TraceWriter
     from zarrtrace.store.verification import Problem, verify
     from zarrtrace.store.writer import RunWriter
 
@@ -23,7 +24,7 @@ _HOME = {
     "Problem": "verification",
     "RunSummary": "summary",
     "RunWriter": "writer",
-    "TOKENS": "trace_writer",
+    "TOKENS": "attributes",
     "TraceSummary": "summary",
     "TraceWriter": "trace_writer",
     "array_of": "reader",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -19,6 +20,15 @@ from zarrtrace.errors import (
 )
 from zarrtrace.scenarios import check_name
 from zarrtrace.spec import FORMAT_VERSION, NAMESPACE, RunAttributes, TraceAttributes
+
+#: The journal's keys that are no layers: what comes next, coordinates, each array's zarr.json.
+TOKENS, COORDINATES, METADATA = "tokens", "coordinates", "metadata"
+
+#: What to do about a damaged file.
+REPAIR = (
+    "'zarrtrace verify' names everything damaged; the 'zarrtrace extract' that made the run, with "
+    "--repair, makes it anew."
+)
 
 _Attributes = TypeVar("_Attributes", RunAttributes, TraceAttributes)
 
@@ -53,7 +63,7 @@ def read_array(path: Path) -> ArrayOnDisk:
         raise IntegrityError(
             f"{path / 'zarr.json'}: gone or damaged: {error}",
             why="It is not the metadata that zarrtrace wrote.",
-            remedy="Run 'zarrtrace verify', then extract again.",
+            remedy=REPAIR,
         ) from error
 
 
@@ -65,6 +75,21 @@ def files_of(
     if at is not None:
         grid[0] = range(at, at + 1)
     return [f"{name}/c/{'/'.join(map(str, place))}" for place in itertools.product(*grid)]
+
+
+def files_of_entry(
+    attributes: TraceAttributes,
+    key: str,
+    name: str,
+    dims: Sequence[str],
+    shape: Sequence[int],
+    file_shape: Sequence[int],
+) -> list[str]:
+    """Return the files that the journal's entry `key` of an array speaks of, in order."""
+    if key == METADATA:
+        return [f"{name}/zarr.json"]
+    at = attributes.index_of(int(key), dims[0]) if key.isdigit() else None
+    return files_of(name, shape, file_shape, at)
 
 
 def read_run_attributes(path: str | Path) -> RunAttributes:
@@ -112,26 +137,60 @@ def kind_of(path: str | Path) -> Literal["run", "trace"]:
     return "run" if kind == "run" else "trace"
 
 
+def sealed(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return attributes with their hash, for what they say has no checksum otherwise."""
+    return {**attributes, "blake2b": _seal(attributes)}
+
+
+def seal_broken(attributes: Mapping[str, Any]) -> bool:
+    """Tell whether attributes are not the ones that were sealed; what has no seal is trusted."""
+    return attributes.get("blake2b") not in (None, _seal(attributes))
+
+
+def _seal(attributes: Mapping[str, Any]) -> str:
+    content = {key: value for key, value in attributes.items() if key != "blake2b"}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def read_group(path: Path) -> dict[str, Any]:
+    """Read a group's metadata.
+
+    Raises
+    ------
+    NotATraceError
+        If there is none.
+    IntegrityError
+        If it is damaged.
+    """
+    try:
+        found = json.loads((path / "zarr.json").read_bytes())
+        found["attributes"].get(NAMESPACE)
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotATraceError(
+            f"{path}: exists, but is not a zarrtrace run or trace",
+            why="It has no zarr.json.",
+            remedy="Choose another path; nothing there was changed.",
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise IntegrityError(
+            f"{path}/zarr.json: damaged: {error}",
+            why="It is not the metadata that zarrtrace wrote.",
+            remedy=REPAIR,
+        ) from error
+    return dict(found)
+
+
 def _namespace(path: Path, wanted: str) -> dict[str, Any]:
     if not path.exists():
         raise NotATraceError(
             f"{path}: no such folder", remedy=f"Give the folder of a {wanted}; check the path."
         )
-    try:
-        metadata = json.loads((path / "zarr.json").read_bytes())
-        found = metadata["attributes"].get(NAMESPACE)
-    except (FileNotFoundError, NotADirectoryError):
-        found = None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise IntegrityError(
-            f"{path}/zarr.json: damaged: {error}",
-            why="It is not the metadata that zarrtrace wrote.",
-            remedy="Run 'zarrtrace verify', then extract again.",
-        ) from error
+    found = read_group(path)["attributes"].get(NAMESPACE)
     if not isinstance(found, dict):
         raise NotATraceError(
             f"{path}: exists, but is not a zarrtrace {wanted}",
-            why="Its zarr.json is missing or lacks the attribute 'zarrtrace'.",
+            why="Its zarr.json lacks the attribute 'zarrtrace'.",
             remedy="Choose another path; nothing there was changed.",
         )
     version = found.get("format_version")
@@ -168,7 +227,7 @@ def _parse(model: type[_Attributes], path: Path, wanted: str) -> _Attributes:
         raise IntegrityError(
             f"{path}/zarr.json: attribute {NAMESPACE}.{where}: {first['msg']}",
             why="The attributes are not what zarrtrace writes.",
-            remedy="Extract the scenario again, or restore the file from a copy.",
+            remedy=REPAIR,
         ) from None
     return attributes
 

@@ -34,6 +34,29 @@ def fingerprint_of(contents: Iterable[bytes]) -> Stored:
     return Stored(bytes=size, blake2b=digest.hexdigest())
 
 
+def size_of(trace: str | Path, files: Sequence[str]) -> int:
+    """Return the bytes of some files of a trace, taken together; one that is gone has none."""
+    total, root = 0, str(trace)
+    for file in files:
+        try:
+            total += os.stat(f"{root}/{file}").st_size  # noqa: PTH116  thousands a run: no Path
+        except FileNotFoundError:
+            continue
+    return total
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all."""
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(file)
+    except OSError:
+        with contextlib.suppress(OSError):  # on a full disk, room for the next attempt
+            partial.unlink()
+        raise
+
+
 def remove_partial_files(files: Iterable[Path]) -> None:
     """Remove what Zarr was writing when an earlier writer was killed."""
     for file in list(files):

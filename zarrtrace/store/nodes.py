@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from zarr.abc.codec import BytesBytesCodec
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ZstdCodec
 
 from zarrtrace.spec import ATTENTION_LEVEL, LABELS, NAMESPACE, ArrayLayout
+from zarrtrace.store.attributes import sealed
+from zarrtrace.store.files import write_whole
 
 
 def create_trace(path: Path, attributes: dict[str, Any], layout: dict[str, ArrayLayout]) -> None:
@@ -19,13 +22,18 @@ def create_trace(path: Path, attributes: dict[str, Any], layout: dict[str, Array
         path,
         zarr_format=3,
         attributes={
-            NAMESPACE: attributes,
-            # xarray's convention for coordinates that are no index
-            "coordinates": " ".join(name for name in LABELS if name in layout),
+            NAMESPACE: sealed(attributes),
+            "coordinates": labels_of(layout),
         },
     )
     for name, array in layout.items():
         create_array(group, name, array)
+
+
+def labels_of(arrays: Iterable[str]) -> str:
+    """Name the coordinates that are no index, as xarray's convention for Zarr wants it."""
+    there = set(arrays)
+    return " ".join(name for name in LABELS if name in there)
 
 
 def create_array(group: zarr.Group, name: str, layout: ArrayLayout) -> zarr.Array[Any]:
@@ -58,7 +66,7 @@ def write_attributes(path: Path, attributes: dict[str, Any]) -> None:
     """Replace what a group says of itself, at once; its consolidated metadata goes."""
     group = json.loads((path / "zarr.json").read_bytes())
     group.pop("consolidated_metadata", None)
-    group["attributes"][NAMESPACE] = attributes
+    group["attributes"][NAMESPACE] = sealed(attributes)
     _write(path, group)
 
 
@@ -68,6 +76,13 @@ def consolidate(path: Path) -> None:
     What zarr.consolidate_metadata writes, but that warns, and warnings cannot be silenced in one
     thread alone.
     """
+    group = json.loads((path / "zarr.json").read_bytes())
+    group["consolidated_metadata"] = consolidated(path)
+    _write(path, group)
+
+
+def consolidated(path: Path) -> dict[str, Any]:
+    """Return the metadata of all nodes below a group as its consolidated metadata holds it."""
     inline = {"kind": "inline", "must_understand": False}
     nodes: dict[str, Any] = {}
     for file in sorted([*path.glob("*/zarr.json"), *path.glob("*/*/zarr.json")]):
@@ -75,12 +90,16 @@ def consolidate(path: Path) -> None:
         if node["node_type"] == "group":
             node["consolidated_metadata"] = {**inline, "metadata": {}}
         nodes[file.parent.relative_to(path).as_posix()] = node
-    group = json.loads((path / "zarr.json").read_bytes())
-    group["consolidated_metadata"] = {**inline, "metadata": nodes}
-    _write(path, group)
+    return {**inline, "metadata": nodes}
+
+
+def create_run(path: Path, attributes: dict[str, Any]) -> None:
+    """Write the group of a run; traces below it stay."""
+    path.mkdir(parents=True, exist_ok=True)
+    group = {"zarr_format": 3, "node_type": "group"}
+    _write(path, {**group, "attributes": {NAMESPACE: sealed(attributes)}})
 
 
 def _write(path: Path, group: dict[str, Any]) -> None:
-    partial = path / "zarr.json.partial"
-    partial.write_text(json.dumps(group, indent=2, allow_nan=False), encoding="utf-8")
-    partial.replace(path / "zarr.json")
+    text = json.dumps(group, indent=2, allow_nan=False)
+    write_whole(path / "zarr.json", text.encode())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,12 +13,15 @@ import zarr
 from zarrtrace.errors import IncompleteError, IntegrityError
 from zarrtrace.spec import LABELS, NAMESPACE, TraceAttributes
 from zarrtrace.store.attributes import (
-    files_of,
+    METADATA,
+    REPAIR,
+    files_of_entry,
     incomplete,
     read_array,
     read_run_attributes,
     read_trace_attributes,
 )
+from zarrtrace.store.files import fingerprint, size_of
 
 Missing = Literal["raise", "nan"]
 ChunkSpec = Mapping[str, Any] | Literal["auto"] | None
@@ -123,16 +125,22 @@ def check_sizes(path: Path, attributes: TraceAttributes) -> None:
     ------
     IntegrityError
     """
-    root = str(path)
     arrays = {
         name: read_array(path / name)
         for name in {name for entry in attributes.stored.values() for name in entry}
     }
+    for name, stored in attributes.stored.get(METADATA, {}).items():
+        if fingerprint(path, [f"{name}/zarr.json"]) != stored:
+            raise IntegrityError(
+                f"{path / name}/zarr.json: not the metadata that was written",
+                why="The file was damaged, or edited by hand.",
+                remedy=REPAIR,
+            )
     for key, entry in attributes.stored.items():
         for name, stored in entry.items():
             array = arrays[name]
-            at = attributes.index_of(int(key), array.dims[0]) if key.isdigit() else None
-            found = _bytes_of(root, files_of(name, array.shape, array.file_shape, at))
+            files = files_of_entry(attributes, key, name, array.dims, array.shape, array.file_shape)
+            found = size_of(path, files)
             if found != stored.bytes:
                 of = f"layer {key}" if key.isdigit() else key
                 raise IntegrityError(
@@ -140,19 +148,8 @@ def check_sizes(path: Path, attributes: TraceAttributes) -> None:
                     f"not {stored.bytes}",
                     why="Files were lost, cut short or replaced, for example by an interrupted "
                     "copy.",
-                    remedy="'zarrtrace verify' names everything damaged; the 'zarrtrace extract' "
-                    "that made the run makes it anew.",
+                    remedy=REPAIR,
                 )
-
-
-def _bytes_of(root: str, files: Sequence[str]) -> int:
-    total = 0
-    for file in files:
-        try:
-            total += os.stat(f"{root}/{file}").st_size  # noqa: PTH116  thousands a run: no Path
-        except FileNotFoundError:
-            continue
-    return total
 
 
 def _chunk(ds: xr.Dataset, chunks: ChunkSpec) -> xr.Dataset:

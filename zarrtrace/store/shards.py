@@ -17,6 +17,7 @@ import numpy as np
 from numcodecs import Blosc, Zstd
 
 from zarrtrace.spec import ATTENTION_LEVEL, ArrayLayout
+from zarrtrace.store.files import write_whole
 
 _MISSING = 2**64 - 1
 _ZSTD = Zstd(level=1, checksum=True)
@@ -53,9 +54,7 @@ def write_block(
         content = _encode_file(values, layout)
         file = array / key
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f"{file.name}.partial")
-        partial.write_bytes(content)
-        partial.replace(file)
+        write_whole(file, content)
         written[key] = content
     return written
 

@@ -7,7 +7,6 @@ trace that is not complete says which layers it lacks.
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import zarr
 
 from zarrtrace.errors import StoreError
 from zarrtrace.spec import (
@@ -28,20 +26,11 @@ from zarrtrace.spec import (
     TraceShape,
     trace_layout,
 )
-from zarrtrace.store.attributes import files_of, incomplete, read_trace_attributes
-from zarrtrace.store.files import (
-    clear_errors,
-    fingerprint,
-    fingerprint_of,
-    fsync,
-    remove_partial_files,
-)
-from zarrtrace.store.nodes import consolidate, create_trace, write_attributes
+from zarrtrace.store.attributes import COORDINATES, METADATA, TOKENS, files_of_entry, incomplete
+from zarrtrace.store.files import clear_errors, fingerprint, fingerprint_of, fsync
+from zarrtrace.store.nodes import consolidate, write_attributes
+from zarrtrace.store.resuming import resume
 from zarrtrace.store.shards import write_block
-
-#: The journal's keys for arrays that have no layer: what comes next, and the coordinates.
-TOKENS = "tokens"
-COORDINATES = "coordinates"
 
 
 class TraceWriter:
@@ -60,37 +49,34 @@ class TraceWriter:
         Sizes and dtypes of its arrays.
     tokens
         The prompt's tokens.
+    repair
+        Whether to read every byte of a trace that exists, and to take damaged layers for missing.
+
+    Raises
+    ------
+    IntegrityError
+        If the trace's metadata or coordinates are damaged, and `repair` is false.
     """
 
     def __init__(
-        self, path: str | Path, attributes: TraceAttributes, shape: TraceShape, tokens: Tokens
+        self,
+        path: str | Path,
+        attributes: TraceAttributes,
+        shape: TraceShape,
+        tokens: Tokens,
+        *,
+        repair: bool = False,
     ) -> None:
         self.path = Path(path)
         self._layout = trace_layout(shape)
-        self._attributes = attributes
         # Written so far, by layer and array: how many rows from which row on.
         self._rows: defaultdict[tuple[str, str], dict[int, int]] = defaultdict(dict)
         # What was written for a layer in one file need not be read again to be journalled.
         self._fingerprints: dict[tuple[str, str], Stored] = {}
+        self._nonfinite: set[str] = set()
         self._mutex = threading.Lock()
         with clear_errors(self.path):
-            earlier = self._journal_of_earlier_writer()
-            self._attributes = attributes.model_copy(update={"stored": earlier, "complete": False})
-            if COORDINATES in earlier:
-                remove_partial_files(self.path.rglob("*.partial"))
-            else:
-                self._create(tokens)
-
-    def _journal_of_earlier_writer(self) -> dict[str, dict[str, Stored]]:
-        """Entries of an existing journal whose files are still what they were."""
-        if not all((self.path / name / "zarr.json").exists() for name in ("", *self._layout)):
-            return {}
-        attributes = read_trace_attributes(self.path)
-        return {
-            key: entry
-            for key, entry in attributes.stored.items()
-            if all(self._fingerprint(key, name) == stored for name, stored in entry.items())
-        }
+            self._attributes = resume(self.path, attributes, self._layout, tokens, repair=repair)
 
     def _at(self, key: str, name: str) -> int | None:
         """Return where a layer is in an array; None for the journal's other keys."""
@@ -104,35 +90,7 @@ class TraceWriter:
     def _files(self, key: str, name: str) -> list[str]:
         layout = self._layout[name]
         file_shape = layout.shards or layout.chunks
-        return files_of(name, layout.shape, file_shape, self._at(key, name))
-
-    def _create(self, tokens: Tokens) -> None:
-        self._attributes = self._attributes.model_copy(update={"stored": {}})
-        if self.path.exists():
-            shutil.rmtree(self.path)
-        create_trace(self.path, self._attributes.model_dump(mode="json"), self._layout)
-        values: dict[str, Any] = {
-            "layer": np.asarray(self._attributes.layers),
-            "attention_layer": np.asarray(
-                [
-                    layer
-                    for layer in self._attributes.layers
-                    if str(layer) not in self._attributes.layers_without_attention
-                ]
-            ),
-            "token_id": np.asarray(tokens.ids, dtype=np.uint32),
-            "has_attention": np.isin(
-                np.arange(len(tokens.ids)), np.asarray(self._attributes.queries or (), np.int64)
-            ),
-        }
-        values["query_token"] = values["key_token"] = np.asarray(tokens.texts, dtype=object)
-        for name, layout in self._layout.items():
-            if len(layout.dims) == 1:
-                array = zarr.open_array(self.path / name, mode="r+")
-                array[:] = values.get(name, np.arange(layout.shape[0]))
-        coordinates = [name for name, layout in self._layout.items() if len(layout.dims) == 1]
-        entry = {name: self._fingerprint(COORDINATES, name) for name in coordinates}
-        self._write_attributes(stored={COORDINATES: entry})
+        return files_of_entry(self._attributes, key, name, layout.dims, layout.shape, file_shape)
 
     @property
     def missing_layers(self) -> tuple[int, ...]:
@@ -155,6 +113,9 @@ class TraceWriter:
             If the disk is full.
         """
         with clear_errors(self.path):
+            if record.nonfinite:
+                key = TOKENS if isinstance(record, TokensRecord) else str(record.layer)
+                self._nonfinite.add(key)
             if isinstance(record, TokensRecord):
                 self._append_tokens(
                     {
@@ -280,9 +241,11 @@ class TraceWriter:
             for name in names:
                 self._rows.pop((key, name), None)
             stored = {**self._attributes.stored, key: entry}
-            order = [*map(str, self._attributes.layers), TOKENS, COORDINATES]
+            order = [*map(str, self._attributes.layers), TOKENS, COORDINATES, METADATA]
+            nonfinite = self._nonfinite | {*self._attributes.nonfinite}
             self._write_attributes(
                 stored={key: stored[key] for key in order if key in stored},
+                nonfinite=tuple(key for key in order if key in nonfinite and key in stored),
             )
 
     def _write_attributes(self, **update: Any) -> None:

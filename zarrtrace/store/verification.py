@@ -2,30 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import zarr
 from pydantic import BaseModel
 
 from zarrtrace.errors import StoreError
-from zarrtrace.spec import Stored, TraceAttributes
+from zarrtrace.spec import NAMESPACE, Stored, TraceAttributes
 from zarrtrace.store.attributes import (
-    files_of,
+    METADATA,
+    ArrayOnDisk,
+    files_of_entry,
     kind_of,
     read_array,
+    read_group,
     read_run_attributes,
     read_trace_attributes,
+    seal_broken,
 )
 from zarrtrace.store.files import fingerprint
+from zarrtrace.store.nodes import consolidated, labels_of
 
 
 class Problem(BaseModel):
-    """Something that is wrong with a run, and where."""
+    """Something that is wrong with a run, and where.
 
-    scenario: str
+    Attributes
+    ----------
+    scenario
+        None if it is the run's own metadata.
+    array, layer
+        None if it is about all of them.
+    chunk
+        Key of the damaged file in its array, as ``c/3/0/0``; None if it cannot be told.
+    message
+        What is wrong.
+    """
+
+    scenario: str | None
     array: str | None = None
     layer: int | None = None
+    chunk: str | None = None
     message: str
 
 
@@ -48,10 +68,13 @@ def verify(path: str | Path) -> list[Problem]:
         If the run's own attributes cannot be read.
     """
     path = Path(path)
-    names = [""] if kind_of(path) == "trace" else list(read_run_attributes(path).scenarios)
+    if kind_of(path) == "trace":
+        return list(_trace(path, path.name))
+    names = read_run_attributes(path).scenarios
     with ThreadPoolExecutor(4, thread_name_prefix="zarrtrace-verify") as pool:
-        found = pool.map(lambda name: list(_trace(path / name, name or path.name)), names)
-        return [problem for problems in found for problem in problems]
+        found = pool.map(lambda name: list(_trace(path / name, name)), names)
+        problems = [*_group(path, None), *itertools.chain.from_iterable(found)]
+    return problems or list(_copy(path, None))
 
 
 def _trace(path: Path, scenario: str) -> Iterator[Problem]:
@@ -63,27 +86,110 @@ def _trace(path: Path, scenario: str) -> Iterator[Problem]:
     except StoreError as error:
         yield Problem(scenario=scenario, message=error.what)
         return
+    problems = [*_group(path, scenario), *_journalled(path, scenario, attributes)]
+    yield from problems or _copy(path, scenario)
+
+
+def _journalled(path: Path, scenario: str, attributes: TraceAttributes) -> Iterator[Problem]:
+    """Compare files with the journal."""
     for missing in attributes.missing_layers:
         yield Problem(scenario=scenario, layer=missing, message="not stored")
     for key, entry in attributes.stored.items():
         layer = int(key) if key.isdigit() else None
         for array, stored in entry.items():
-            message = _compare(path, array, attributes, layer, stored)
-            if message:
-                yield Problem(scenario=scenario, array=array, layer=layer, message=message)
+            for chunk, message in _compare(path, array, attributes, key, stored):
+                yield Problem(
+                    scenario=scenario, array=array, layer=layer, chunk=chunk, message=message
+                )
+
+
+def _group(path: Path, scenario: str | None) -> Iterator[Problem]:
+    """Check a group's own metadata."""
+    group = read_group(path)
+    if seal_broken(group["attributes"][NAMESPACE]):
+        yield Problem(
+            scenario=scenario, message="its attributes are not the ones that were written"
+        )
+    labels = group["attributes"].get("coordinates")
+    if scenario is not None and labels != labels_of(file.name for file in path.iterdir()):
+        yield Problem(scenario=scenario, message="its attribute 'coordinates' was changed")
+    if (group.get("zarr_format"), group.get("node_type")) != (3, "group"):
+        yield Problem(scenario=scenario, message="its zarr.json is not that of a Zarr v3 group")
+
+
+def _copy(path: Path, scenario: str | None) -> Iterator[Problem]:
+    """Compare a group's consolidated metadata with the metadata below it, which is sound."""
+    if read_group(path).get("consolidated_metadata") not in (None, consolidated(path)):
+        yield Problem(
+            scenario=scenario,
+            message="its consolidated metadata differs from the metadata that it copies",
+        )
 
 
 def _compare(
-    path: Path, array: str, attributes: TraceAttributes, layer: int | None, stored: Stored
-) -> str:
+    path: Path, array: str, attributes: TraceAttributes, key: str, stored: Stored
+) -> Iterator[tuple[str | None, str]]:
+    """Yield what is wrong with one entry of the journal, and the file where it can be told."""
     try:
         metadata = read_array(path / array)
     except StoreError as error:
-        return error.what
-    at = None if layer is None else attributes.index_of(layer, metadata.dims[0])
-    found = fingerprint(path, files_of(array, metadata.shape, metadata.file_shape, at))
+        if key == METADATA or METADATA not in attributes.stored:
+            yield None, error.what
+        return
+    files = files_of_entry(
+        attributes, key, array, metadata.dims, metadata.shape, metadata.file_shape
+    )
+    found = fingerprint(path, files)
     if found == stored:
-        return ""
-    if found.bytes != stored.bytes:
-        return f"{found.bytes} bytes on disk, {stored.bytes} were written"
-    return "its bytes are not the ones that were written"
+        return
+    if key == METADATA:
+        yield None, "its zarr.json is not the one that was written"
+        return
+    damaged = list(_damaged(path, array, files, metadata))
+    if damaged:
+        yield from damaged
+    elif found.bytes != stored.bytes:
+        yield None, f"{found.bytes} bytes on disk, {stored.bytes} were written"
+    else:
+        yield None, "its bytes are not the ones that were written"
+
+
+def _damaged(
+    path: Path, array: str, files: Sequence[str], metadata: ArrayOnDisk
+) -> Iterator[tuple[str, str]]:
+    """Yield files that are gone, or with chunks that cannot be decoded."""
+    try:
+        opened = zarr.open_array(path / array, mode="r")
+    except Exception as error:  # noqa: BLE001  what Zarr raises depends on what is broken
+        yield "zarr.json", f"Zarr cannot open the array: {error}"
+        return
+    for file in files:
+        chunk = file.removeprefix(f"{array}/")
+        if not (path / file).is_file():
+            yield chunk, "gone"
+            continue
+        place = [int(part) for part in chunk.split("/")[1:]]
+        corner = [at * size for at, size in zip(place, metadata.file_shape, strict=True)]
+        inner = []
+        for box in _inner(corner, metadata.file_shape, opened.chunks, metadata.shape):
+            try:
+                opened[box]
+            except Exception:  # noqa: BLE001  codecs raise what they like
+                inner.append("/".join(str(one.start) for one in box))
+        if inner:
+            first = ", ".join(inner[:3]) + (", …" if len(inner) > 3 else "")
+            yield chunk, f"{len(inner)} inner chunks cannot be decoded, first elements {first}"
+
+
+def _inner(
+    corner: Sequence[int], file_shape: Sequence[int], step: Sequence[int], shape: Sequence[int]
+) -> Iterator[tuple[slice, ...]]:
+    """Yield the parts of a file, in the shape of its inner chunks."""
+    ranges = [
+        range(start, min(start + size, end), by)
+        for start, size, by, end in zip(corner, file_shape, step, shape, strict=True)
+    ]
+    for starts in itertools.product(*ranges):
+        yield tuple(
+            slice(at, min(at + by, end)) for at, by, end in zip(starts, step, shape, strict=True)
+        )

@@ -8,14 +8,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import zarr
-
-from zarrtrace.errors import ConfigMismatchError, IncompleteError, StoreError
+from zarrtrace.errors import (
+    ConfigMismatchError,
+    IncompleteError,
+    IntegrityError,
+    NotATraceError,
+    StoreError,
+)
 from zarrtrace.scenarios import check_name
 from zarrtrace.spec import NAMESPACE, RunAttributes, Tokens, TraceAttributes, TraceShape
-from zarrtrace.store.attributes import read_run_attributes, read_trace_attributes
+from zarrtrace.store.attributes import (
+    REPAIR,
+    read_group,
+    read_run_attributes,
+    read_trace_attributes,
+    seal_broken,
+)
 from zarrtrace.store.files import clear_errors, fsync, lock, remove_partial_files, unlock
-from zarrtrace.store.nodes import consolidate, write_attributes
+from zarrtrace.store.nodes import consolidate, create_run, write_attributes
 from zarrtrace.store.trace_writer import TraceWriter
 
 
@@ -32,11 +42,15 @@ class RunWriter:
         What was asked for, JSON values only. A run that exists must have been asked for alike.
     overwrite
         Replace a run that exists, once the new one is finished.
+    repair
+        Read every byte of a run that exists, and make anew what is damaged.
 
     Raises
     ------
     NotATraceError
         If `path` exists and is not a run.
+    IntegrityError
+        If the run's metadata is damaged, and `repair` is false.
     ConfigMismatchError
         If the run was started with another configuration.
     LockedError
@@ -50,12 +64,13 @@ class RunWriter:
         config: Mapping[str, Any],
         *,
         overwrite: bool = False,
+        repair: bool = False,
     ) -> None:
         self._final = Path(path).absolute()
         self._attributes = RunAttributes(
             scenarios=tuple(check_name(name) for name in scenarios), config=dict(config)
         )
-        self._overwrite = overwrite
+        self._overwrite, self._repair = overwrite, repair
         self.path = self._final
 
     def __enter__(self) -> Self:
@@ -82,7 +97,7 @@ class RunWriter:
         remove_partial_files(self._final.glob("*.partial"))
         exists = self._final.is_dir() and any(self._final.iterdir())
         if exists or self._final.is_file():
-            previous = read_run_attributes(self._final)
+            previous = self._previous()
             same = not _differing(previous, self._attributes)
             if not self._overwrite:
                 _refuse_other_config(self._final, previous, self._attributes)
@@ -92,12 +107,31 @@ class RunWriter:
             if self._can_go_on(self._new):
                 return
             shutil.rmtree(self._new, ignore_errors=True)
-        zarr.create_group(
-            self.path,
-            zarr_format=3,
-            attributes={NAMESPACE: self._attributes.model_dump(mode="json")},
-            overwrite=True,
-        )
+        create_run(self.path, self._attributes.model_dump(mode="json"))
+
+    def _previous(self) -> RunAttributes:
+        """Return what the run there says of itself; repaired if its metadata is damaged."""
+        try:
+            previous = read_run_attributes(self._final)
+            broken = seal_broken(read_group(self._final)["attributes"][NAMESPACE])
+        except (IntegrityError, NotATraceError):
+            if not self._repair or not self._has_traces():
+                raise
+            broken = True
+        if not broken:
+            return previous
+        if not self._repair:
+            raise IntegrityError(
+                f"{self._final}/zarr.json: its attributes are not the ones that were written",
+                why="The file was damaged, or edited by hand.",
+                remedy=REPAIR,
+            )
+        create_run(self._final, self._attributes.model_dump(mode="json"))
+        return self._attributes
+
+    def _has_traces(self) -> bool:
+        names = self._attributes.scenarios
+        return any((self._final / name / "zarr.json").is_file() for name in names)
 
     @property
     def _new(self) -> Path:
@@ -135,7 +169,8 @@ class RunWriter:
 
     def trace(self, attributes: TraceAttributes, shape: TraceShape, tokens: Tokens) -> TraceWriter:
         """Return the writer of one scenario's trace, which may hold layers already."""
-        return TraceWriter(self.path / attributes.scenario, attributes, shape, tokens)
+        path = self.path / attributes.scenario
+        return TraceWriter(path, attributes, shape, tokens, repair=self._repair)
 
     def finish(self) -> None:
         """Mark the run complete if its traces are, and consolidate its metadata.

@@ -1,0 +1,461 @@
+"""Faults, each injected for real: kills, full disks, damaged files, failing workers, NaN."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fakes
+import numpy as np
+import pytest
+
+import zarrtrace as zt
+from zarrtrace import demo
+from zarrtrace.errors import IntegrityError, NonFiniteError, StoreError
+from zarrtrace.store import TraceWriter, open_trace, read_trace_attributes, verify
+
+# --- bit rot -----------------------------------------------------------------------------------
+
+
+def flip(file: Path, seed: int) -> None:
+    content = bytearray(file.read_bytes())
+    chosen = random.Random(seed)
+    content[chosen.randrange(len(content))] ^= 1 << chosen.randrange(8)
+    file.write_bytes(content)
+
+
+def cut(file: Path, _seed: int) -> None:
+    file.write_bytes(file.read_bytes()[:-5])
+
+
+def empty(file: Path, _seed: int) -> None:
+    file.write_bytes(b"")
+
+
+def delete(file: Path, _seed: int) -> None:
+    file.unlink()
+
+
+# File below the run, and how many layers have to be computed again once it is damaged.
+FILES = {
+    "Safe_1/attention/c/1/0/0/0": 1,
+    "Safe_1/attention_mean/c/1/0/0": 1,
+    "Safe_1/features/c/1/0/0": 1,
+    "Safe_1/top_feature/c/1/0/0": 1,
+    "Safe_1/next_token/c/0/0": 0,
+    "Safe_1/query_token/c/0": 0,
+    "Safe_1/layer/c/0": 0,
+    "Safe_1/features/zarr.json": 0,
+    "Safe_1/query_token/zarr.json": 0,
+    "Safe_1/zarr.json": 3,
+    "zarr.json": 0,
+}
+
+
+def means_the_same(before: bytes, file: Path) -> bool:
+    """Whether JSON still says what it said: a flipped bit can turn one blank into another."""
+    try:
+        return file.name == "zarr.json" and json.loads(before) == json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return False
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize(
+    ("damage", "seed"),
+    [(flip, 0), (flip, 1), (flip, 2), (flip, 3), (cut, 0), (empty, 0), (delete, 0)],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_damage_is_found_never_read_and_repaired(
+    run: fakes.FakeRun,
+    shared_run: fakes.FakeRun,
+    file: str,
+    damage: Callable[[Path, int], None],
+    seed: int,
+) -> None:
+    path = run.path / file
+    before = path.read_bytes()
+    damage(path, seed)
+    if means_the_same(before, path):
+        assert verify(run.path) == []
+        return
+    assert_found(run.path, file)
+    assert_never_read(run)
+    again = fakes.make_run(run.path.parent, repair=True)
+    assert verify(again.path) == []
+    assert fakes.files_in(again.path) == fakes.files_in(shared_run.path)
+    assert len(again.written) <= FILES[file]
+
+
+def assert_found(run: Path, file: str) -> None:
+    if file == "zarr.json":
+        try:
+            problems = verify(run)
+        except StoreError:  # the run's own metadata: nothing else can be checked
+            return
+    else:
+        problems = verify(run)
+    assert problems
+    *folders, _ = Path(file).parts
+    scenario, array = (*folders[:2], None, None)[:2]
+    assert {problem.scenario for problem in problems} == {scenario}
+    if array is not None:
+        assert {problem.array for problem in problems} == {array}
+        if array in ("attention", "attention_mean", "features") and "/c/" in file:
+            assert {problem.layer for problem in problems} == {2}
+
+
+def assert_never_read(run: fakes.FakeRun) -> None:
+    """Whatever can still be read equals what was written."""
+    for name, values in run.truth["Safe_1"].items():
+        try:
+            found = zt.open_trace(run.path / "Safe_1")[name].values
+        except Exception:  # noqa: BLE001, S112  whatever Zarr and its codecs raise
+            continue
+        np.testing.assert_array_equal(found, values, err_msg=name)
+
+
+def test_damaged_consolidated_metadata_is_found(run: fakes.FakeRun) -> None:
+    for folder, scenario in ((run.trace, "Safe_1"), (run.path, None)):
+        file = folder / "zarr.json"
+        good = file.read_text()
+        metadata = json.loads(good)
+        nodes = metadata["consolidated_metadata"]["metadata"]
+        nodes[next(name for name in nodes if name.endswith("attention"))]["fill_value"] = 0.5
+        file.write_text(json.dumps(metadata))
+        problems = verify(run.path)
+        assert "consolidated metadata differs" in problems[0].message
+        assert problems[0].scenario == scenario
+        file.write_text(good)
+    assert verify(run.path) == []
+
+
+def test_damaged_metadata_without_repair_is_refused(run: fakes.FakeRun) -> None:
+    before = fakes.files_in(run.path)
+    fakes.make_run(run.path.parent)
+    assert fakes.files_in(run.path) == before
+    for file in ("zarr.json", "Safe_1/zarr.json"):
+        path = run.path / file
+        good = path.read_text()
+        path.write_text(good.replace('"Safe_1"', '"Safe_2"', 1))
+        damaged = fakes.files_in(run.path)
+        with pytest.raises(StoreError) as error:
+            fakes.make_run(run.path.parent)
+        assert "--repair" in error.value.remedy
+        assert fakes.files_in(run.path) == damaged
+        path.write_text(good)
+
+
+def test_repair_does_not_mix_two_configurations(run: fakes.FakeRun) -> None:
+    """With its manifest gone, a run cannot refuse; its traces still say what they are."""
+    (run.path / "zarr.json").unlink()
+    again = fakes.make_run(run.path.parent, repair=True, attention_dtype="float16")
+    assert len(again.written) == 6
+    assert zt.open_trace(again.trace).attention.dtype == np.float16
+
+
+def test_repair_leaves_foreign_folders_alone(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("precious")
+    with pytest.raises(StoreError, match="not a zarrtrace run"):
+        fakes.make_run(tmp_path, repair=True)
+    assert fakes.files_in(tmp_path / "run") == {"thesis.txt": b"precious"}
+
+
+@pytest.mark.torch
+def test_extract_repairs(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "zarrtrace", "extract", "-o", str(tmp_path / "run")]
+    command += ["--layers", "1-3", "--no-features", "--scenario", "Risky_40", "-q"]
+
+    def call(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *more], capture_output=True, text=True, check=False)
+
+    assert call().returncode == 0
+    good = fakes.files_in(tmp_path / "run")
+    flip(tmp_path / "run/Risky_40/attention/c/1/0/0/0", 5)
+    flip(tmp_path / "run/Risky_40/token_id/c/0", 5)
+    untouched = tmp_path / "run/Risky_40/attention/c/0/0/0/0"
+    written = untouched.stat().st_mtime_ns
+    refused = call()
+    assert refused.returncode == 1
+    assert "--repair" in refused.stderr
+    assert call("--repair").returncode == 0
+    assert fakes.files_in(tmp_path / "run") == good
+    assert untouched.stat().st_mtime_ns == written
+    assert call("--repair", "--overwrite").returncode == 2
+
+
+# --- a worker fails ----------------------------------------------------------------------------
+
+
+def options(**changes: Any) -> Any:
+    from zarrtrace.extraction import Options
+
+    return Options(**{"layers": (1, 2, 3), "features": False, "only": ("Risky_40",), **changes})
+
+
+@pytest.mark.torch
+def test_a_failing_writer_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from zarrtrace.extraction import extract
+
+    original, seen = TraceWriter.append, []
+
+    def append(self: TraceWriter, record: Any) -> None:
+        seen.append(record)
+        if len(seen) == 2:
+            raise RuntimeError("the codec broke")
+        original(self, record)
+
+    monkeypatch.setattr(TraceWriter, "append", append)
+    with pytest.raises(RuntimeError, match="the codec broke"):
+        extract(tmp_path / "run", options(layers=tuple(range(32))))
+    assert len(seen) < 12  # what was in flight, not all 32
+    attributes = read_trace_attributes(tmp_path / "run" / "Risky_40")
+    assert not attributes.complete
+    assert len(attributes.complete_layers) == len(seen) - 1
+    monkeypatch.undo()
+    extract(tmp_path / "run", options(layers=tuple(range(32))))
+    assert verify(tmp_path / "run") == []
+
+
+@pytest.mark.torch
+def test_a_failing_sae_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from zarrtrace.capture.saes import FolderSAEs
+    from zarrtrace.extraction import extract
+
+    original = FolderSAEs.load
+
+    def load(self: FolderSAEs, attributes: Any, device: Any) -> Any:
+        if attributes.layer == 2:
+            raise ConnectionError("the hub went away")
+        return original(self, attributes, device)
+
+    monkeypatch.setattr(FolderSAEs, "load", load)
+    with pytest.raises(ConnectionError, match="the hub went away"):
+        extract(tmp_path / "run", options(features=True))
+    attributes = read_trace_attributes(tmp_path / "run" / "Risky_40")
+    assert attributes.complete_layers == (1,)
+
+
+# --- NaN and infinity --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def overflowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model with an MLP of block 2 whose output is infinite."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("overflowing") / "model"
+    shutil.copytree(demo.model_path(), folder)
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.2.mlp.down_proj.weight"].mul_(1e38)
+    save_file(weights, file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.torch
+def test_nonfinite_values_are_named(tmp_path: Path, overflowing: Path) -> None:
+    from zarrtrace.extraction import extract
+
+    asked = options(model=str(overflowing), sae_path=demo.sae_path(), features=True)
+    with pytest.raises(NonFiniteError) as error:
+        extract(tmp_path / "run", asked)
+    assert "Risky_40: the model computed NaN or infinity in layer 2 (features)" in str(error.value)
+    assert "--allow-nonfinite" in error.value.remedy
+    assert read_trace_attributes(tmp_path / "run/Risky_40").complete_layers == (1,)
+    extract(tmp_path / "run", asked, allow_nonfinite=True)
+    attributes = read_trace_attributes(tmp_path / "run/Risky_40")
+    assert attributes.complete
+    assert attributes.nonfinite == ("2", "3", "tokens")
+    assert verify(tmp_path / "run") == []
+    stored = open_trace(tmp_path / "run/Risky_40")
+    assert np.isnan(stored.attention.sel(layer=3)).any()
+    assert np.isfinite(stored.attention.sel(layer=2)).all()
+
+
+# --- no space left -----------------------------------------------------------------------------
+
+SMALL_DISK = r"""
+import json, subprocess, sys
+disk, *command = sys.argv[1:]
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "none", disk], check=True)
+command = [sys.executable, "-m", "zarrtrace", *command]
+first = subprocess.run(command, capture_output=True, text=True)
+subprocess.run(["mount", "-o", "remount,size=60m", disk], check=True)
+second = subprocess.run(command, capture_output=True, text=True)
+verified = subprocess.run([sys.executable, "-m", "zarrtrace", "verify", f"{disk}/run"])
+leftover = subprocess.run(["find", disk, "-name", "*.partial"], capture_output=True, text=True)
+print(json.dumps([first.returncode, first.stderr, second.returncode, second.stderr,
+                  verified.returncode, leftover.stdout]))
+"""
+
+
+@pytest.mark.torch
+def test_a_full_disk(tmp_path: Path) -> None:
+    """A small tmpfs fills in the middle; with more room, the same command goes on."""
+    command = ["extract", "-o", str(tmp_path / "run"), "--layers", "1-31", "--no-features"]
+    command += ["--scenario", "Risky_40", "-q"]
+    # Mounting needs root, or a user namespace of one's own.
+    namespace = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]
+    done = subprocess.run(
+        [*namespace, sys.executable, "-c", SMALL_DISK, str(tmp_path), *command],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    code, error, again, error_again, verified, partial = json.loads(done.stdout.splitlines()[-1])
+    assert code == 1
+    assert "no space left on the disk" in error
+    assert "The run needs about" in error
+    assert "Traceback" not in error
+    assert (again, error_again) == (0, "")
+    assert verified == 0
+    assert partial == ""
+
+
+# --- kill -9 -----------------------------------------------------------------------------------
+
+# Imports once and forks for every attempt, before torch or Zarr have started a thread.
+KILLER = r"""
+import json, os, random, shutil, signal, sys, time
+from pathlib import Path
+
+import numpy as np
+import zarr, xarray
+from zarrtrace.extraction import Options, extract
+from zarrtrace.extraction.job import capture_package
+from zarrtrace.store import open_run, read_trace_attributes, verify
+
+capture_package().hide_progress()
+import zarrtrace.capture.saes
+
+folder, seed, kills = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+OPTIONS = Options(layers=(1, 2, 3, 4), only=("Risky_40", "Safe_140_near_goal"))
+
+
+def start(body):
+    child = os.fork()
+    if child == 0:
+        try:
+            body()
+            os._exit(0)
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+    return child
+
+
+def end(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def must(body):
+    assert end(start(body)) == 0
+
+
+def journalled():
+    "Files of layers that are stored, and when they were written."
+    found = {}
+    for trace in (run / name for name in OPTIONS.only):
+        try:
+            attributes = read_trace_attributes(trace)
+        except Exception:
+            continue
+        for layer in attributes.complete_layers:
+            at = attributes.layers.index(layer)
+            for file in trace.glob(f"*/c/{at}/**/*"):
+                if file.is_file() and len(attributes.stored) and not file.name.endswith(".partial"):
+                    found[file] = file.stat().st_mtime_ns
+    return found
+
+
+def readable():
+    "What a reader sees: complete layers or honest gaps."
+    if not (run / "zarr.json").exists():
+        return
+    seen, whole = open_run(run, missing="nan"), open_run(truth)
+    for name, node in seen.children.items():
+        stored = read_trace_attributes(run / name).complete_layers
+        for array in ("attention", "features", "top_activation"):
+            for layer in node["layer"].values:
+                value = node[array].sel(layer=layer).values
+                if layer in stored:
+                    np.testing.assert_array_equal(value, whole[name][array].sel(layer=layer).values)
+                else:
+                    assert np.isnan(value).all()
+
+
+run, truth = folder / "run", folder / "truth"
+began = time.monotonic()
+must(lambda: extract(truth, OPTIONS))
+duration = time.monotonic() - began
+moments = random.Random(seed)
+log, before = [], {}
+while len(log) < kills:
+    child = start(lambda: extract(run, OPTIONS))
+    moment = moments.uniform(0, duration)
+    time.sleep(moment)
+    os.kill(child, signal.SIGKILL)
+    code = end(child)
+    now = journalled()
+    assert {file: now.get(file) for file in before} == before, "a stored layer was written again"
+    before = now
+    must(readable)
+    if code == -signal.SIGKILL:
+        log.append((round(moment, 3), len(now)))
+    else:
+        assert code == 0
+        shutil.rmtree(run)  # it came to its end: from the beginning
+        before = {}
+must(lambda: extract(run, OPTIONS))
+assert {file: journalled().get(file) for file in before} == before
+
+
+def equal():
+    assert verify(run) == []
+    content = [
+        {str(f.relative_to(at)): f.read_bytes() for f in at.rglob("*") if f.is_file()}
+        for at in (run, truth)
+    ]
+    assert content[0].keys() == content[1].keys(), content[0].keys() ^ content[1].keys()
+    assert content[0] == content[1]
+
+
+must(equal)
+assert sorted(f.name for f in folder.iterdir()) == ["run", "truth"], list(folder.iterdir())
+print(json.dumps(log))
+"""
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("seed", [11, 12])
+def test_kill_9(tmp_path: Path, seed: int) -> None:
+    """At 20 random moments each; what is there afterwards equals an uninterrupted run."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, str(tmp_path), str(seed), "20"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"seed {seed}: {done.stderr}"
+    log = json.loads(done.stdout)
+    assert len(log) == 20
+    assert len({files for _, files in log}) > 3, "every kill hit the same moment"
+
+
+def test_integrity_errors_name_the_remedy(run: fakes.FakeRun) -> None:
+    delete(run.path / "Safe_1/features/c/1/0/0", 0)
+    with pytest.raises(IntegrityError) as error:
+        zt.open_run(run.path)
+    assert "--repair" in error.value.remedy

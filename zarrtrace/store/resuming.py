@@ -1,0 +1,184 @@
+"""What an earlier writer left of a trace: kept, completed, or made whole again."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from zarrtrace.errors import IntegrityError, NotATraceError
+from zarrtrace.spec import NAMESPACE, ArrayLayout, Stored, Tokens, TraceAttributes
+from zarrtrace.store.attributes import (
+    COORDINATES,
+    METADATA,
+    REPAIR,
+    files_of_entry,
+    read_group,
+    read_trace_attributes,
+    seal_broken,
+)
+from zarrtrace.store.files import fingerprint, remove_partial_files, size_of, write_whole
+from zarrtrace.store.nodes import create_trace, write_attributes
+
+Layout = Mapping[str, ArrayLayout]
+
+
+def resume(
+    path: Path, attributes: TraceAttributes, layout: Layout, tokens: Tokens, *, repair: bool
+) -> TraceAttributes:
+    """Make a trace ready for what it lacks, and return its attributes with its journal.
+
+    Parameters
+    ----------
+    path
+        Its folder; created if need be.
+    attributes, layout, tokens
+        What it should be; the journal comes from the disk.
+    repair
+        Whether to read every byte, and to make anew what is not as it was written. Otherwise a
+        complete trace is trusted if its files have their sizes.
+
+    Raises
+    ------
+    IntegrityError
+        If metadata or coordinates are damaged, and `repair` is false.
+    """
+    fresh = attributes.model_copy(update={"stored": {}, "nonfinite": (), "complete": False})
+    earlier = _earlier(path, fresh, repair=repair)
+    if earlier is None or COORDINATES not in earlier.stored:
+        return _create(path, fresh, layout, tokens)
+    remove_partial_files(path.rglob("*.partial"))
+    found = dict(earlier.stored)
+    if repair:
+        found |= _restore(path, fresh, layout, tokens)
+    kept = {
+        key: entry
+        for key, entry in found.items()
+        if all(
+            name in layout and _intact(path, earlier, layout[name], key, name, stored, deep=repair)
+            for name, stored in entry.items()
+        )
+    }
+    for key in (METADATA, COORDINATES):
+        if key in found and key not in kept:
+            raise IntegrityError(
+                f"{path}: {key} of its arrays are not what was written",
+                why="Files were lost or changed since.",
+                remedy=REPAIR,
+            )
+    nonfinite = tuple(key for key in earlier.nonfinite if key in kept)
+    return fresh.model_copy(update={"stored": kept, "nonfinite": nonfinite})
+
+
+def _earlier(path: Path, fresh: TraceAttributes, *, repair: bool) -> TraceAttributes | None:
+    """What the trace on disk says of itself; None if it has to be made anew."""
+    if not (path / "zarr.json").exists():
+        return None
+    try:
+        earlier = read_trace_attributes(path)
+    except (IntegrityError, NotATraceError):
+        if repair:
+            return None
+        raise
+    if seal_broken(read_group(path)["attributes"][NAMESPACE]):
+        if repair:
+            return earlier  # its journal is checked against the files, entry by entry
+        raise IntegrityError(
+            f"{path}/zarr.json: its attributes are not the ones that were written",
+            why="The file was damaged, or edited by hand.",
+            remedy=REPAIR,
+        )
+    # A run whose own attributes were damaged can no longer refuse another configuration.
+    return None if repair and _identity(earlier) != _identity(fresh) else earlier
+
+
+def _identity(attributes: TraceAttributes) -> dict[str, Any]:
+    """What a trace is of: not how far it is, nor the libraries that made it."""
+    changing = {"stored", "nonfinite", "complete", "blake2b", "versions"}
+    return attributes.model_dump(exclude=changing)
+
+
+def _intact(
+    path: Path,
+    attributes: TraceAttributes,
+    layout: ArrayLayout,
+    key: str,
+    name: str,
+    stored: Stored,
+    *,
+    deep: bool,
+) -> bool:
+    files = files_of_entry(
+        attributes, key, name, layout.dims, layout.shape, layout.shards or layout.chunks
+    )
+    # What a complete trace holds was on the disk before it was called complete.
+    if key.isdigit() and attributes.complete and not deep:
+        return size_of(path, files) == stored.bytes
+    return fingerprint(path, files) == stored
+
+
+def _create(
+    path: Path, attributes: TraceAttributes, layout: Layout, tokens: Tokens
+) -> TraceAttributes:
+    if path.exists():
+        shutil.rmtree(path)
+    create_trace(path, attributes.model_dump(mode="json"), dict(layout))
+    _write_coordinates(path, attributes, layout, tokens)
+    created = attributes.model_copy(update={"stored": _journal(path, attributes, layout)})
+    write_attributes(path, created.model_dump(mode="json"))
+    return created
+
+
+def _restore(
+    path: Path, attributes: TraceAttributes, layout: Layout, tokens: Tokens
+) -> dict[str, dict[str, Stored]]:
+    """Write metadata and coordinates anew: they need no model. Return their journal."""
+    with tempfile.TemporaryDirectory() as folder:
+        pattern = Path(folder) / path.name
+        create_trace(pattern, attributes.model_dump(mode="json"), dict(layout))
+        for name in layout:
+            (path / name).mkdir(exist_ok=True)
+            write_whole(path / name / "zarr.json", (pattern / name / "zarr.json").read_bytes())
+        write_whole(path / "zarr.json", (pattern / "zarr.json").read_bytes())
+    _write_coordinates(path, attributes, layout, tokens)
+    return _journal(path, attributes, layout)
+
+
+def _journal(
+    path: Path, attributes: TraceAttributes, layout: Layout
+) -> dict[str, dict[str, Stored]]:
+    coordinates = {
+        name: fingerprint(
+            path, files_of_entry(attributes, COORDINATES, name, one.dims, one.shape, one.chunks)
+        )
+        for name, one in layout.items()
+        if len(one.dims) == 1
+    }
+    metadata = {name: fingerprint(path, [f"{name}/zarr.json"]) for name in layout}
+    return {COORDINATES: coordinates, METADATA: metadata}
+
+
+def _write_coordinates(
+    path: Path, attributes: TraceAttributes, layout: Layout, tokens: Tokens
+) -> None:
+    without = attributes.layers_without_attention
+    values: dict[str, Any] = {
+        "layer": np.asarray(attributes.layers),
+        "attention_layer": np.asarray(
+            [layer for layer in attributes.layers if str(layer) not in without]
+        ),
+        "token_id": np.asarray(tokens.ids, dtype=np.uint32),
+        "has_attention": np.isin(
+            np.arange(len(tokens.ids)), np.asarray(attributes.queries or (), np.int64)
+        ),
+    }
+    values["query_token"] = values["key_token"] = np.asarray(tokens.texts, dtype=object)
+    for name, one in layout.items():
+        if len(one.dims) == 1:
+            array = zarr.open_array(path / name, mode="r+")
+            array[:] = values.get(name, np.arange(one.shape[0]))
