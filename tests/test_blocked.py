@@ -410,6 +410,7 @@ def test_blocked_capture_equals_whole_for_any_blocks_and_queries(
         patch.setattr(blocked, "_ROWS", rows)
         patch.setattr(spec, "_MAX_SHARD_BYTES", 1)
         patch.setattr(spec, "_QUERIES_PER_CHUNK", shard_rows)
+        patch.setattr(spec, "_QUERIES_PER_SHORT_CHUNK", shard_rows)
         requests = [
             architectures.request(ids, layers=layers, blocked=way, queries=queries)
             for way in (False, True)

@@ -24,6 +24,7 @@ import tensorstore
 import xarray as xr
 import zarr
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import zarrtrace as zt
 from zarrtrace.errors import (
@@ -245,35 +246,16 @@ def test_one_feature_reads_little(tmp_path: Path) -> None:
     file = shard(run.trace, "features")
     ds = zt.open_trace(run.trace)
     read = 0
-    original = Path.open
+    original = os.pread
 
-    # Zarr reads ranges of a file with seek and read on what Path.open gives.
-    class Counting:
-        def __init__(self, handle: Any) -> None:
-            self.handle = handle
-
-        def __enter__(self) -> Counting:
-            self.handle.__enter__()
-            return self
-
-        def __exit__(self, *error: object) -> None:
-            self.handle.__exit__(*error)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.handle, name)
-
-        def read(self, *arguments: int) -> bytes:
-            nonlocal read
-            found: bytes = self.handle.read(*arguments)
-            read += len(found)
-            return found
-
-    def opening(path: Path, *arguments: Any, **options: Any) -> Any:
-        handle = original(path, *arguments, **options)
-        return Counting(handle) if path == file else handle
+    def counting(handle: int, length: int, offset: int) -> bytes:
+        nonlocal read
+        found = original(handle, length, offset)
+        read += len(found)
+        return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Path, "open", opening)
+        patch.setattr(os, "pread", counting)
         values = ds.features.sel(feature=5000).values
     np.testing.assert_array_equal(values, run.truth["Safe_1"]["features"][..., 5000])
     assert 0 < read < 0.4 * file.stat().st_size
@@ -788,3 +770,64 @@ def test_what_the_disk_says(
     assert_equals(
         zt.open_trace(tmp_path / "trace"), fakes.truth_of(records, fakes.LAYERS, tokens())
     )
+
+
+# --- reading chunks ----------------------------------------------------------------------------
+
+
+@given(data=st.data())
+def test_any_selection_equals_numpy(shared_long: fakes.FakeRun, data: st.DataObject) -> None:
+    """Integers, slices and arrays of positions, counted from either end, in every dimension."""
+    name = data.draw(st.sampled_from(["attention", "features", "attention_mean", "query_token"]))
+    truth = shared_long.truth["Safe_1"][name]
+
+    def index(size: int) -> st.SearchStrategy[Any]:
+        one = st.integers(-size, size - 1)
+        # xarray itself fails at slices that go backwards and hold nothing.
+        slices = st.slices(size).filter(
+            lambda one: (one.step or 1) > 0 or len(range(*one.indices(size))) > 0
+        )
+        return one | slices | st.lists(one, max_size=5).map(_as_index)
+
+    key = tuple(data.draw(index(size)) for size in truth.shape)
+    ds = zt.open_trace(shared_long.trace)
+    found = ds[name].isel(dict(zip(ds[name].dims, key, strict=True)))
+    expected = truth
+    for axis, one in reversed(list(enumerate(key))):  # from the last: integers drop dimensions
+        expected = expected[(slice(None),) * axis + (one,)]
+    np.testing.assert_array_equal(found.values, expected)
+
+
+def _as_index(values: list[int]) -> np.ndarray:
+    return np.asarray(values, dtype=np.int64)
+
+
+@pytest.fixture(scope="module")
+def shared_long(tmp_path_factory: pytest.TempPathFactory) -> fakes.FakeRun:
+    """Several shards a layer, and empty chunks above the diagonal."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("zarrtrace.spec._MAX_SHARD_BYTES", 2**16)
+        patch.setattr("zarrtrace.spec._MAX_KEYS_PER_CHUNK", 16)
+        patch.setattr("zarrtrace.spec._QUERIES_PER_CHUNK", 8)
+        patch.setattr("zarrtrace.spec._FEATURES_PER_CHUNK", 64)
+        folder = tmp_path_factory.mktemp("long")
+        return fakes.make_run(folder, scenarios=("Safe_1",), tokens=50, features=200)
+
+
+def test_what_we_read_is_what_zarr_reads(shared_long: fakes.FakeRun) -> None:
+    ours = zt.open_trace(shared_long.trace)
+    xr.testing.assert_identical(ours, xr.open_zarr(shared_long.trace, consolidated=False))
+    assert (shared_long.trace / "attention" / "c" / "0").is_dir()
+
+
+def test_other_codecs_are_left_to_zarr(run: fakes.FakeRun) -> None:
+    """Someone may have written an array anew with codecs of their own."""
+    values = run.truth["Safe_1"]["attention_mean"]
+    zarr.create_array(
+        run.trace / "extra",
+        data=values,
+        chunks=(1, 3, 3),
+        compressors=[zarr.codecs.GzipCodec()],
+        dimension_names=("layer", "query", "key"),
+    )
+    np.testing.assert_array_equal(zt.open_trace(run.trace)["extra"], values)

@@ -34,8 +34,10 @@ ATTENTION_LEVEL = 3
 _MAX_SHARD_BYTES = 64 * 2**20
 _MAX_KEYS_PER_CHUNK = 256
 _FEATURES_PER_CHUNK = 4096
-_TOKENS_PER_CHUNK = 256
+_TOKENS_PER_CHUNK = 64
+# Of a short prompt one row is often read; of a long one, chunks must not be too many.
 _QUERIES_PER_CHUNK = 64
+_QUERIES_PER_SHORT_CHUNK = 16
 
 
 class Frozen(BaseModel):
@@ -259,7 +261,7 @@ def _attention_layouts(shape: TraceShape, heads: int) -> dict[str, ArrayLayout]:
     keys = min(tokens, _MAX_KEYS_PER_CHUNK)
     all_keys = _round_up(tokens, keys)
     rows = attention_rows(tokens, heads, dtype)
-    chunks, shards = (1, heads, min(tokens, _QUERIES_PER_CHUNK), keys), (1, heads, rows, all_keys)
+    chunks, shards = (1, heads, _queries_per_chunk(tokens), keys), (1, heads, rows, all_keys)
     mean = (1, min(tokens, rows), min(tokens, 1024))
     if shape.chosen_queries:  # one file a row: what is not chosen takes no space
         chunks, mean = (1, heads, 1, tokens), (1, 1, tokens)
@@ -294,9 +296,14 @@ def _attention_layouts(shape: TraceShape, heads: int) -> dict[str, ArrayLayout]:
 
 def attention_rows(tokens: int, heads: int, dtype: str) -> int:
     """Return how many rows of attention one shard holds."""
-    queries = min(tokens, _QUERIES_PER_CHUNK)
+    queries = _queries_per_chunk(tokens)
     all_keys = _round_up(tokens, min(tokens, _MAX_KEYS_PER_CHUNK))
     return _rows_per_shard(tokens, queries, heads * all_keys * _itemsize(dtype))
+
+
+def _queries_per_chunk(tokens: int) -> int:
+    short = tokens <= _MAX_KEYS_PER_CHUNK
+    return min(tokens, _QUERIES_PER_SHORT_CHUNK if short else _QUERIES_PER_CHUNK)
 
 
 def feature_rows(tokens: int, features: int, dtype: str = "float32") -> int:
@@ -324,7 +331,7 @@ def _feature_layouts(
             attributes={"long_name": "SAE feature activation"},
         ),
         f"top_feature{suffix}": ArrayLayout(
-            dims=("layer", "query", "feature_rank"),
+            dims=("layer", "query", f"feature_rank{suffix}"),
             dtype="uint32",
             shape=(layers, tokens, min(TOP_FEATURES, features)),
             chunks=(
@@ -338,7 +345,7 @@ def _feature_layouts(
             },
         ),
         f"top_activation{suffix}": ArrayLayout(
-            dims=("layer", "query", "feature_rank"),
+            dims=("layer", "query", f"feature_rank{suffix}"),
             dtype="float32",
             shape=(layers, tokens, min(TOP_FEATURES, features)),
             chunks=(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -30,6 +32,11 @@ REPAIR = (
     "--repair, makes it anew."
 )
 
+# What no trace exceeds; beyond it, metadata would only make us ask for memory or for files.
+_MAX_LABELS, _MAX_FILES = 2**24, 2**22
+# What arrays are called: names become folders.
+_ARRAY_NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)
+
 _Attributes = TypeVar("_Attributes", RunAttributes, TraceAttributes)
 
 
@@ -52,19 +59,44 @@ def read_array(path: Path) -> ArrayOnDisk:
         If it is gone or damaged.
     """
     try:
-        found: dict[str, Any] = json.loads((path / "zarr.json").read_bytes())
-        return ArrayOnDisk(
+        found: dict[str, Any] = _read_json(path / "zarr.json")
+        array = ArrayOnDisk(
             shape=tuple(map(int, found["shape"])),
             dims=tuple(found["dimension_names"]),
             dtype=str(found["data_type"]),
             file_shape=tuple(map(int, found["chunk_grid"]["configuration"]["chunk_shape"])),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        _check_plausible(array)
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise IntegrityError(
             f"{path / 'zarr.json'}: gone or damaged: {error}",
             why="It is not the metadata that zarrtrace wrote.",
             remedy=REPAIR,
         ) from error
+    return array
+
+
+def _read_json(file: Path) -> Any:
+    """Read a JSON file; a pipe in its place would be waited for forever."""
+    if file.exists() and not file.is_file():
+        raise ValueError("not a file")
+    return json.loads(file.read_bytes())
+
+
+def _check_plausible(array: ArrayOnDisk) -> None:
+    """Refuse sizes that no trace has, before anything is counted, read or asked memory for."""
+    shape, steps = array.shape, array.file_shape
+    if len(shape) != len(array.dims) or len(set(array.dims)) < len(array.dims):
+        raise ValueError(f"dimensions {array.dims} do not fit shape {shape}")
+    if not all(isinstance(dim, str) for dim in array.dims):
+        raise ValueError("dimension_names are not text")
+    if not shape or min(shape) < 0:
+        raise ValueError(f"no array has shape {shape}")
+    if len(steps) != len(shape) or min(steps) < 1:
+        raise ValueError(f"chunk_shape {steps} does not fit shape {shape}")
+    files = math.prod(-(-size // step) for size, step in zip(shape, steps, strict=True))
+    if files > _MAX_FILES or (len(shape) == 1 and shape[0] > _MAX_LABELS):
+        raise ValueError(f"no array of a trace has shape {shape} in chunks of {steps}")
 
 
 def files_of(
@@ -164,15 +196,17 @@ def read_group(path: Path) -> dict[str, Any]:
         If it is damaged.
     """
     try:
-        found = json.loads((path / "zarr.json").read_bytes())
+        found = _read_json(path / "zarr.json")
         found["attributes"].get(NAMESPACE)
+        if not isinstance(found["attributes"].get("coordinates", ""), str):
+            raise TypeError("attribute coordinates is not text")
     except (FileNotFoundError, NotADirectoryError):
         raise NotATraceError(
             f"{path}: exists, but is not a zarrtrace run or trace",
             why="It has no zarr.json.",
             remedy="Choose another path; nothing there was changed.",
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IntegrityError(
             f"{path}/zarr.json: damaged: {error}",
             why="It is not the metadata that zarrtrace wrote.",
@@ -215,6 +249,8 @@ def _parse(model: type[_Attributes], path: Path, wanted: str) -> _Attributes:
         # They become folders: a file from elsewhere must not lead out of the run.
         for name in found["scenarios"] if wanted == "run" else (found["scenario"],):
             check_name(name)
+        if isinstance(attributes, TraceAttributes):
+            _check_journal(path, attributes)
     except ScenarioError as error:
         raise IntegrityError(
             f"{path}/zarr.json: {error.what}",
@@ -230,6 +266,24 @@ def _parse(model: type[_Attributes], path: Path, wanted: str) -> _Attributes:
             remedy=REPAIR,
         ) from None
     return attributes
+
+
+def _check_journal(path: Path, attributes: TraceAttributes) -> None:
+    """Refuse entries of layers that are none of the trace's, and names that are no array's."""
+    known = {TOKENS, COORDINATES, METADATA, *map(str, attributes.layers)}
+    odd = [key for key in attributes.stored if key not in known]
+    odd += [
+        name
+        for entry in attributes.stored.values()
+        for name in entry
+        if not _ARRAY_NAME.fullmatch(name)
+    ]
+    if odd:
+        raise IntegrityError(
+            f"{path}/zarr.json: attribute {NAMESPACE}.stored: unknown {odd[0]!r}",
+            why="The journal names layers and arrays of its trace, and nothing else.",
+            remedy="Do not use this file; ask where it comes from.",
+        )
 
 
 def incomplete(path: Path, attributes: TraceAttributes) -> IncompleteError:

@@ -116,6 +116,11 @@ def clear_errors(path: Path) -> Iterator[None]:
                 why="--dry-run says how much a run needs.",
                 remedy="Make room and run the same command again: it goes on where it stopped.",
             ) from error
+        if error.errno in (errno.EEXIST, errno.ENOTDIR):
+            raise StoreError(
+                f"{path}: cannot be written: a file is where a folder should be",
+                remedy="Choose another --output.",
+            ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise StoreError(
                 f"{path}: cannot be written ({error.strerror})",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,18 +11,21 @@ import numpy as np
 import xarray as xr
 import zarr
 
-from zarrtrace.errors import IncompleteError, IntegrityError
+from zarrtrace.errors import IncompleteError, IntegrityError, ZarrtraceError
 from zarrtrace.spec import LABELS, NAMESPACE, TraceAttributes
 from zarrtrace.store.attributes import (
+    COORDINATES,
     METADATA,
     REPAIR,
     files_of_entry,
     incomplete,
     read_array,
+    read_group,
     read_run_attributes,
     read_trace_attributes,
 )
 from zarrtrace.store.files import fingerprint, size_of
+from zarrtrace.store.lazy import as_lazy, stored_array
 
 Missing = Literal["raise", "nan"]
 ChunkSpec = Mapping[str, Any] | Literal["auto"] | None
@@ -64,16 +68,17 @@ def open_trace(
     attributes = read_trace_attributes(path)
     if missing == "raise" and not attributes.complete:
         raise incomplete(path, attributes)
+    if COORDINATES not in attributes.stored:
+        raise incomplete(path, attributes)  # its arrays are being created
     check_sizes(path, attributes)
-    try:
-        ds = xr.open_zarr(path, chunks=None, consolidated=attributes.complete, zarr_format=3)
-    except ValueError:  # consolidated metadata is an extra: someone may have removed it
-        ds = xr.open_zarr(path, chunks=None, consolidated=False, zarr_format=3)
+    with _damage_explained(path):
+        ds = _with_loaded_labels(_open(path))
+    _check_spans(path, attributes, ds.sizes.get("query", 0))
     if chunks is not None:
         ds = _chunk(ds, chunks)
     if attributes.missing_layers:
         ds = _without(ds, attributes.missing_layers)
-    return _with_loaded_labels(ds)
+    return ds
 
 
 def open_run(
@@ -100,7 +105,7 @@ def open_run(
     """
     path = Path(path)
     run = read_run_attributes(path)
-    absent = [name for name in run.scenarios if not (path / name / "zarr.json").exists()]
+    absent = [name for name in run.scenarios if not _begun(path / name, whole=run.complete)]
     if absent and missing == "raise":
         raise IncompleteError(
             f"{path}: {len(absent)} of {len(run.scenarios)} scenarios are not there: "
@@ -116,6 +121,66 @@ def open_run(
     }
     root = xr.Dataset(attrs={NAMESPACE: run.model_dump(mode="json")})
     return xr.DataTree.from_dict({"/": root, **children}, name=path.name)
+
+
+def _check_spans(path: Path, attributes: TraceAttributes, tokens: int) -> None:
+    for name, span in attributes.spans.items():
+        if any(at >= tokens for at in span.tokens):
+            raise IntegrityError(
+                f"{path}: span {name!r} has positions beyond the prompt's {tokens} tokens",
+                why="The attributes are not what zarrtrace writes.",
+                remedy=REPAIR,
+            )
+
+
+def _begun(path: Path, *, whole: bool) -> bool:
+    """Tell whether a trace's arrays and coordinates are there; layers may be missing."""
+    if not (path / "zarr.json").exists():
+        return False
+    return whole or COORDINATES in read_trace_attributes(path).stored
+
+
+@contextlib.contextmanager
+def _damage_explained(path: Path) -> Iterator[None]:
+    """Turn what damaged metadata makes Zarr and xarray raise into an error that helps."""
+    try:
+        yield
+    except ZarrtraceError:
+        raise
+    except Exception as error:  # what they raise depends on what is broken
+        raise IntegrityError(
+            f"{path}: cannot be opened: {str(error).partition(chr(10))[0] or type(error).__name__}",
+            why="The metadata of its arrays is not what zarrtrace writes.",
+            remedy=REPAIR,
+        ) from error
+
+
+def _open(path: Path) -> xr.Dataset:
+    """Open all arrays, none of them read but the coordinates of dimensions."""
+    labels = set(read_group(path)["attributes"].get("coordinates", "").split())
+    variables: dict[str, xr.Variable] = {}
+    coordinates: dict[str, xr.Variable] = {}
+    for file in sorted(path.glob("*/zarr.json")):
+        read_array(file.parent)  # refuses what is damaged
+        name, opened = file.parent.name, stored_array(file.parent)
+        if opened is None:
+            with _damage_explained(file):
+                array_of(path, name)  # names the array that cannot be opened
+            plain: xr.Dataset = xr.open_zarr(path, chunks=None, consolidated=False, zarr_format=3)
+            return plain
+        array, metadata = opened
+        dims = metadata["dimension_names"]
+        variable = xr.Variable(
+            dims,
+            as_lazy(array),
+            attrs=metadata["attributes"],
+            encoding={"chunks": array.chunks, "shards": array.shards},
+        )
+        (coordinates if dims == [name] or name in labels else variables)[name] = variable
+    attributes = {
+        key: value for key, value in read_group(path)["attributes"].items() if key != "coordinates"
+    }
+    return xr.Dataset(variables, coordinates, attributes)
 
 
 def check_sizes(path: Path, attributes: TraceAttributes) -> None:
@@ -195,4 +260,6 @@ def _with_loaded_labels(ds: xr.Dataset) -> xr.Dataset:
 
 def array_of(path: str | Path, name: str) -> zarr.Array[Any]:
     """Open one array of a trace with plain Zarr."""
-    return zarr.open_array(Path(path) / name, mode="r")
+    path = Path(path) / name
+    with _damage_explained(path):
+        return zarr.open_array(path, mode="r")
