@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from huggingface_hub.errors import GatedRepoError
 
 from zarrtrace import demo
@@ -19,11 +21,13 @@ from zarrtrace.errors import (
     ConfigError,
     ConfigMismatchError,
     FormatVersionError,
+    IntegrityError,
     ModelError,
     NoSpaceError,
     NotATraceError,
     SAEError,
     ScenarioError,
+    StoreError,
     ZarrtraceError,
 )
 from zarrtrace.extraction import Options, extract, prepare
@@ -249,3 +253,38 @@ def test_no_space_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     extract(tmp_path / "run", small())
     assert len(open_run(tmp_path / "run")["Risky_40"].layer) == 2
+
+
+def test_a_pickled_model_is_not_read(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(demo.model_path(), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save({"weights": Evil(tmp_path / "was here")}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError) as error:
+        prepare(Options(model=str(folder), features=False))
+    assert "a pickle that holds more than tensors" in message(error)
+    assert not (tmp_path / "was here").exists()
+
+
+class Evil:
+    """Would run code when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch /tmp/zarrtrace-was-here",)
+
+
+def test_a_file_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(StoreError) as error:
+        extract(tmp_path / "file" / "run", small())
+    assert "a file is where a folder should be" in message(error)
+
+
+def test_spans_beyond_the_prompt(tmp_path: Path) -> None:
+    extract(tmp_path / "run", small())
+    file = tmp_path / "run" / "Risky_40" / "zarr.json"
+    content = json.loads(file.read_text())
+    content["attributes"]["zarrtrace"]["spans"]["goal"]["tokens"] = [3, 5000]
+    file.write_text(json.dumps(content))
+    with pytest.raises(IntegrityError) as error:
+        open_run(tmp_path / "run")
+    assert "span 'goal' has positions beyond the prompt's" in message(error)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import stat
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from zarrtrace.errors import ScenarioError
+from zarrtrace.errors import ScenarioError, readable
 from zarrtrace.spec import NAMESPACE
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ _TEMPLATE_TOKEN = re.compile(
 )
 # How pydantic names the members of a union within an error's location.
 _UNION_MEMBER = re.compile(r"constrained-|literal\[|list\[|tuple\[|TextSpan$|(?:str|int|float)$")
+_YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _SAFE_NAME = re.compile(r"[^\W_][\w.\-]*")
 _DEVICE_NAMES = frozenset(
     {"con", "prn", "aux", "nul", "clock$"}
@@ -43,6 +45,10 @@ _DEVICE_NAMES = frozenset(
 )
 _RESERVED_NAMES = frozenset({"zarr.json", "index"}) | _DEVICE_NAMES
 _MAX_NAME = 100
+_MAX_FILE_BYTES = 2**28
+_MAX_PROMPT = 2**22
+# Scenarios need 6. libyaml builds deeper ones by recursion that overflows the stack.
+_MAX_YAML_DEPTH = 50
 
 
 @dataclass(frozen=True)
@@ -147,12 +153,13 @@ def load_suite(path: str | Path) -> tuple[Scenario, ...]:
     """
     path = Path(path)
     try:
+        _refuse_odd_file(path)
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ScenarioError(
             f"{path}: no such scenario file", remedy="Give --scenarios a YAML or JSONL file."
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ScenarioError(
             f"{path}: cannot be read as UTF-8 text ({error})",
             remedy="Save the file as UTF-8 and check its permissions.",
@@ -170,9 +177,29 @@ def load_suite(path: str | Path) -> tuple[Scenario, ...]:
     return _build_all(path, suite, lines)
 
 
+def _refuse_odd_file(path: Path) -> None:
+    """Refuse what would never end, or not fit into memory, before it is read."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ScenarioError(
+            f"{path}: cannot be read: not a regular file",
+            why="It is a folder, a pipe or a device.",
+            remedy="Give --scenarios a YAML or JSONL file.",
+        )
+    if status.st_size > _MAX_FILE_BYTES:
+        raise ScenarioError(
+            f"{path}: larger than {readable(_MAX_FILE_BYTES)}",
+            why="No file of scenarios is that large; it is probably another file.",
+            remedy="Check --scenarios, or split the file.",
+        )
+
+
 def _parse_yaml(path: Path, text: str) -> tuple[SuiteFile, list[int]]:
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
+    loader: Any = None
     try:
+        # The reader of its first characters complains at once.
+        loader = _YAML_LOADER(text)
+        _refuse_deep_yaml(path, text)
         node = loader.get_single_node()
         _refuse_odd_yaml(path, node)
         data = loader.construct_document(node) if node is not None else None
@@ -185,14 +212,16 @@ def _parse_yaml(path: Path, text: str) -> tuple[SuiteFile, list[int]]:
             f"{path}:{line}: not valid YAML: {reason}",
             remedy="Check quotes, colons and indentation around that line.",
         ) from None
-    except (RecursionError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # What PyYAML's constructors make of, for example, !!int without digits.
         raise ScenarioError(
             f"{path}: not usable YAML: {type(error).__name__}",
-            why="It is nested far deeper than scenarios are, or holds a value that is none.",
+            why="It holds a date, number or tag that is none.",
             remedy="See schema/README.md for the shape of a scenario file.",
         ) from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     try:
         suite = SuiteFile.model_validate(data)
     except ValidationError as error:
@@ -213,7 +242,7 @@ def _parse_jsonl(path: Path, text: str) -> tuple[SuiteFile, list[int]]:
             raise ScenarioError(f"{path}:{number}: {error.what}", remedy=error.remedy) from None
         except ValidationError as error:
             raise _invalid(path, error, lambda _loc, number=number: number) from None
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # JSON, or an integer that is too long
             raise ScenarioError(
                 f"{path}:{number}: not valid JSON: {error}",
                 remedy="Each line of a .jsonl file is one JSON object: a scenario.",
@@ -231,6 +260,21 @@ def _refuse_double_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ScenarioError(f"key {key!r} stands twice", remedy="Keep one of the two.")
         entry[key] = value
     return entry
+
+
+def _refuse_deep_yaml(path: Path, text: str) -> None:
+    depth = 0
+    for event in yaml.parse(text, Loader=_YAML_LOADER):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > _MAX_YAML_DEPTH:
+            raise ScenarioError(
+                f"{path}: not usable YAML: nested too deep",
+                why=f"Scenarios need 6 levels; more than {_MAX_YAML_DEPTH} are not read.",
+                remedy="See schema/README.md for the shape of a scenario file.",
+            )
 
 
 def _refuse_odd_yaml(path: Path, root: yaml.Node | None) -> None:
@@ -368,6 +412,12 @@ def _build(entry: ScenarioEntry, suite: SuiteFile) -> Scenario:
 def _check_text(name: str, prompt: str) -> None:
     if not prompt.strip():
         raise ScenarioError(f"scenario {name!r}: its prompt is empty", remedy="Give it text.")
+    if len(prompt) > _MAX_PROMPT:
+        raise ScenarioError(
+            f"scenario {name!r}: its prompt has {len(prompt):,} characters",
+            why=f"Up to {_MAX_PROMPT:,} are read, about a million tokens.",
+            remedy="Shorten it, or split it into several scenarios.",
+        )
 
 
 def check_name(name: str) -> str:
@@ -485,7 +535,12 @@ def _render_value(name: str, values: Mapping[str, object]) -> str:
             remedy=f"Add it to 'values' or 'defaults'.{hint}",
         )
     value = values[name]
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    try:
+        return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        raise ScenarioError(
+            f"value {name!r} is a number with too many digits", remedy="Write it as text."
+        ) from None
 
 
 def _find_span(scenario: str, name: str, given: SpanEntry, prompt: str) -> list[CharRange]:

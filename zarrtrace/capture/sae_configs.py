@@ -13,13 +13,32 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from pydantic import ValidationError
 from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
+from safetensors import SafetensorError
 
 from zarrtrace.errors import SAEError
 from zarrtrace.spec import SAEAttributes
 
 # How ids and folders of releases name a layer: l12r_8x, layer_12/..., blocks.12.hook_resid_pre.
 _LAYER_IN_ID = re.compile(r"(?:^[lL]|(?:^|[/._-])(?:blocks?|layers?)[._-]?)(\d+)(?!\d)")
+
+
+#: What loading a damaged SAE raises.
+LOADING_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+)
+# A hook point's name is shorter; the number in a longer one may be no number that Python reads.
+_MAX_HOOK_NAME = 200
 
 
 def layer_in_id(name: str) -> int | None:
@@ -31,10 +50,11 @@ def layer_in_id(name: str) -> int | None:
 def read_config(file: Path) -> dict[str, Any]:
     """Read an SAE's ``cfg.json`` with sae-lens's defaults filled in."""
     try:
-        config: dict[str, Any] = handle_config_defaulting(
-            json.loads(file.read_text(encoding="utf-8"))
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found.get("metadata", {}), dict):
+            raise TypeError("its metadata is not an object")
+        config: dict[str, Any] = handle_config_defaulting(found)
+    except (*LOADING_ERRORS, RecursionError) as error:
         raise unreadable(str(file), error) from error
     return config
 
@@ -47,7 +67,7 @@ def metadata_of(config: dict[str, Any], key: str) -> Any:
 def hook_name_of(config: dict[str, Any], name: str) -> str:
     """Return the name of the hook point that an SAE reads."""
     hook_name = metadata_of(config, "hook_name")
-    if not isinstance(hook_name, str):
+    if not isinstance(hook_name, str) or len(hook_name) > _MAX_HOOK_NAME:
         raise SAEError(
             f"SAE {name}: does not say which hook point it reads",
             why="Its configuration lacks hook_name.",
@@ -79,7 +99,11 @@ def sae_attributes(
             dtype="float32",
             decoder_norm_folded=fold,
         )
-    except (KeyError, ValueError) as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise unreadable(name, ValueError(f"its {where}: {first['msg']}")) from error
+    except KeyError as error:
         raise unreadable(name, error) from error
 
 
@@ -144,8 +168,8 @@ def form_of(name: str) -> str:
 
 def prepend_bos_of(configs: Iterable[dict[str, Any]]) -> bool | None:
     """Whether SAEs were trained behind a BOS token; None if none says."""
-    said = {metadata_of(config, "prepend_bos") for config in configs} - {None}
-    return None if not said else True in said
+    said = [metadata_of(config, "prepend_bos") for config in configs]
+    return None if not any(isinstance(one, bool) for one in said) else True in said
 
 
 def natural(path: Path) -> list[Any]:

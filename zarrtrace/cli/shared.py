@@ -24,7 +24,8 @@ class Layers(click.ParamType[tuple[int, ...]]):
         layers: list[int] = []
         for part in str(value).split(","):
             first, dash, last = part.strip().partition("-")
-            if not first.isdecimal() or (dash and not last.isdecimal()):
+            # Lengths first: Python refuses to read thousands of digits.
+            if not _number(first) or (dash and not _number(last)):
                 self.fail(f"{value!r} is not a list of layers like 1-31 or 1,5,20-31", param, ctx)
             start, stop = int(first), int(last or first)
             if stop < start or stop >= 10_000:
@@ -47,9 +48,13 @@ class Queries(click.ParamType[str | tuple[int, ...]]):
         if value in ("last", "spans"):
             return str(value)
         parts = [part.strip() for part in str(value).split(",")]
-        if not all(part.removeprefix("-").isdecimal() for part in parts):
+        if not all(_number(part.removeprefix("-")) for part in parts):
             self.fail(f"{value!r} is not 'last', 'spans' or positions like 0,5,-1", param, ctx)
         return tuple(map(int, parts))
+
+
+def _number(text: str) -> bool:
+    return text.isdecimal() and len(text) < 10
 
 
 run_argument = click.argument("run", type=click.Path(exists=False))

@@ -135,6 +135,14 @@ def keys_of(file: Path, archive: zipfile.ZipFile) -> tuple[str, ...]:
             why="A file of this layout holds 'features' and 'attention' and nothing else.",
             remedy="Write the file again with these two keys.",
         )
+    methods = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+    if any(info.compress_type not in methods for info in archive.infolist()):
+        # A few kilobytes of bzip2 become gigabytes before anyone can look at their header.
+        raise NPZError(
+            f"{file}: compressed in another way than NumPy compresses",
+            why="np.savez and np.savez_compressed store or deflate.",
+            remedy="Write the file again with np.savez_compressed.",
+        )
     return tuple(key for key in KEYS if f"{key}.npy" in names)
 
 
@@ -174,8 +182,7 @@ def _npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]
     version = np.lib.format.read_magic(stream)
     if version == (1, 0):
         return np.lib.format.read_array_header_1_0(stream)
-    if version == (2, 0):
-        return np.lib.format.read_array_header_2_0(stream)
+    # Later versions are for longer headers than plain numbers have; they may claim gigabytes.
     raise ValueError(f"npy format version {version} is not supported")
 
 

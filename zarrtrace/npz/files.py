@@ -5,15 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import struct
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import IO
 
-from zarrtrace.errors import NoSpaceError, NPZError
+from zarrtrace.errors import NoSpaceError, NPZError, ZarrtraceError
 
 Progress = Callable[[int, int], None]
 
@@ -23,17 +20,9 @@ def reading(file: Path) -> Iterator[None]:
     """Turn what a hostile or broken file makes Python raise into an error that helps."""
     try:
         yield
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        NotImplementedError,
-        RuntimeError,
-        OverflowError,
-        struct.error,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+    except ZarrtraceError:
+        raise
+    except Exception as error:  # what NumPy and zipfile raise depends on what is broken
         raise NPZError(
             f"{file}: cannot be read: {error}",
             why="It is cut short, damaged, encrypted, or not an NPZ file of plain numbers.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,9 @@ from zarrtrace.errors import ConfigError, NPZError
 from zarrtrace.npz.archive import Header, keys_of, read_header
 from zarrtrace.npz.files import check_inside, reading
 from zarrtrace.npz.metadata import Metadata, ScenarioMetadata, find_metadata
+
+# Counting further would take long where a metadata file claims millions.
+_ENOUGH_MISSING = 10_000
 
 
 @dataclass(frozen=True)
@@ -80,15 +84,17 @@ def look_at(path: Path, metadata_name: str | None, layers: Sequence[int] | None)
 
 
 def _check_presence(folder: Folder) -> None:
-    missing = [
+    absent = (
         f"{scenario.scenario}/layer_{layer}.npz"
         for scenario in folder.metadata.scenarios
         for layer in folder.layers
         if not folder.file(scenario, layer).is_file()
-    ]
+    )
+    missing = list(itertools.islice(absent, _ENOUGH_MISSING))
     if missing:
+        count = f"{len(missing)}{' or more' if len(missing) == _ENOUGH_MISSING else ''}"
         raise NPZError(
-            f"{folder.path}: {len(missing)} layer files are missing: {', '.join(missing[:8])}"
+            f"{folder.path}: {count} layer files are missing: {', '.join(missing[:8])}"
             + (", ..." if len(missing) > 8 else ""),
             why="Their writer was interrupted, or the copy of the folder is not whole.",
             remedy="Restore them, or say which layers to import (layers=...).",

@@ -128,6 +128,8 @@ def _read(folder: Path, file: Path) -> Metadata:
     check_inside(folder, file)
     remedy = "Restore the file from where it was written, or write the folder again."
     with reading(file):
+        if not file.is_file():
+            raise NPZError(f"{file}: not a regular file", remedy=remedy)
         if file.stat().st_size > _MAX_BYTES:
             raise NPZError(f"{file}: larger than any metadata file", remedy=remedy)
         content = file.read_bytes()

@@ -1,0 +1,149 @@
+"""What is fuzzed: readers of files that strangers may write, each fed with bytes or JSON."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import fakes
+import numpy as np
+from hypothesis import strategies as st
+
+from zarrtrace.errors import ZarrtraceError
+from zarrtrace.npz import import_npz
+from zarrtrace.scenarios import load_suite
+from zarrtrace.store import open_run, summarize, verify
+from zarrtrace.store.attributes import sealed
+
+#: Any JSON, with numbers and texts that readers stumble over.
+anything: st.SearchStrategy[Any] = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.sampled_from([-1, 0, 10**18, 10**30, "", "../x", "1", "\ud800", "layer", "bytes"]),
+        st.floats(),
+        st.text(max_size=5),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+#: Fields of a scenario, right and wrong.
+entries = st.dictionaries(
+    st.sampled_from(["name", "prompt", "template", "values", "spans", "tags", "options", "promt"]),
+    st.one_of(anything, st.sampled_from(["a", "{x}", "[[goal:a]] b", {"goal": "a"}, ["risky"]])),
+)
+
+#: Pieces of YAML, glued together.
+yaml_text = st.lists(
+    st.one_of(
+        st.sampled_from(
+            ["scenarios:\n", "- name: a\n", "  prompt: x\n", "  spans: {goal: x}\n", "[", "{",
+             "&a ", "*a", "!!int ", "!!timestamp ", "!!binary ", "? ", "|\n", "'", '"', "\t",
+             "---\n", "<<: "]
+        ),
+        st.text(max_size=6),
+    ),
+    max_size=12,
+).map("".join)  # fmt: skip
+
+
+@contextmanager
+def only_our_errors() -> Iterator[None]:
+    """Let through any exception but our own."""
+    with warnings.catch_warnings(), suppress(ZarrtraceError):
+        warnings.simplefilter("ignore")  # NumPy's about odd headers
+        yield
+
+
+class Targets:
+    """Readers, with files to spoil below a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._run = fakes.make_run(folder, name="good").path
+        self._layout = folder / "npz"
+        make_layout(self._layout)
+
+    def suite(self, content: bytes, ending: str) -> None:
+        """Read a scenario file."""
+        file = self._folder / f"suite{ending}"
+        file.write_bytes(content)
+        with only_our_errors():
+            load_suite(file)
+
+    def store(self, name: str, change: Callable[[Any], Any]) -> None:
+        """Open, summarise and verify a run of which one file's JSON was changed."""
+        with tempfile.TemporaryDirectory(dir=self._folder) as made:
+            run = Path(made) / "run"
+            shutil.copytree(self._run, run)
+            file = run / name
+            found = change(json.loads(file.read_bytes()))
+            file.write_text(json.dumps(found), encoding="utf-8")
+            for read in (open_run, summarize, verify):
+                with only_our_errors():
+                    read(run)
+
+    def layer(self, content: bytes, *, whole: bool) -> None:
+        """Import a folder in which a layer's file, or the array in it, is other bytes."""
+        file = self._layout / "a" / "layer_2.npz"
+        if whole:
+            file.write_bytes(content)
+        else:
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+                archive.writestr("features.npy", content)
+        self._import()
+
+    def metadata(self, change: Callable[[Any], Any]) -> None:
+        """Import a folder whose metadata file was changed."""
+        make_layout(self._layout)
+        file = self._layout / "metadata_L1_2.json"
+        file.write_text(json.dumps(change(json.loads(file.read_bytes()))), encoding="utf-8")
+        self._import()
+
+    def _import(self) -> None:
+        with tempfile.TemporaryDirectory(dir=self._folder) as made, only_our_errors():
+            import_npz(self._layout, Path(made) / "run", workers=1)
+
+
+def make_layout(layout: Path) -> None:
+    """Write a small folder in the documented NPZ layout."""
+    (layout / "a").mkdir(parents=True, exist_ok=True)
+    for layer in (1, 2):
+        np.savez_compressed(
+            layout / "a" / f"layer_{layer}.npz", features=np.ones((3, 4), np.float32)
+        )
+    metadata = {
+        "timestamp": "20250101_000000",
+        "n_scenarios": 1,
+        "layer_range": [1, 2],
+        "save_features": True,
+        "save_attention": False,
+        "scenarios": [
+            {"scenario": "a", "tokens": ["x", "y", "z"], "token_ids": [1, 2, 3], "seq_len": 3,
+             "key_positions": {"goal": [1]}}
+        ],
+    }  # fmt: skip
+    (layout / "metadata_L1_2.json").write_text(json.dumps(metadata), encoding="utf-8")
+
+
+def changed(found: Any, way: list[int], value: Any) -> Any:
+    """Follow numbers down into JSON, replace what is there; a trace's seal fits again."""
+    if not way or not isinstance(found, dict | list) or not found:
+        return value
+    keys = list(found) if isinstance(found, dict) else list(range(len(found)))
+    key = keys[way[0] % len(keys)]
+    found[key] = changed(found[key], way[1:], value)
+    if isinstance(found, dict) and isinstance(found.get("zarrtrace"), dict):
+        found["zarrtrace"] = sealed(found["zarrtrace"])
+    return found

@@ -1,0 +1,835 @@
+"""What a careless or hostile user can hand over: one clear message, and nothing left behind.
+
+Each case makes its input below a folder of its own and calls the command line in this process.
+Whatever the case: exit code 1 or 2, a message that names the file and a remedy, no traceback,
+nothing on stdout, nothing written, little time and memory. What is checked elsewhere by calling
+functions (lines of scenario files, layer files of NPZ folders) is not repeated here.
+"""
+
+from __future__ import annotations
+
+import bz2
+import hashlib
+import http.server
+import io
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fakes
+import numpy as np
+import pytest
+
+from zarrtrace import demo
+from zarrtrace.cli import main
+from zarrtrace.store.attributes import sealed
+
+_SECONDS = 15
+_BYTES = 600 * 2**20
+
+Change = Callable[[Any], object]
+
+
+class Case(NamedTuple):
+    """What to hand over, and what must be said."""
+
+    #: Makes the input below a folder; returns the command line.
+    arrange: Callable[[Path], list[str]]
+    #: What the message must mention.
+    said: tuple[str, ...]
+    code: int = 2
+    #: Whether it needs torch, transformers and sae-lens.
+    torch: bool = False
+
+
+class Outcome(NamedTuple):
+    code: int
+    stdout: str
+    stderr: str
+
+
+def call(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> Outcome:
+    """Call the command line in this process."""
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["zarrtrace", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    captured = capsys.readouterr()
+    return Outcome(int(ended.value.code or 0), captured.out, captured.err)
+
+
+def contents(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return every file's kind and size by its path."""
+    found = {}
+    for file in sorted(folder.rglob("*")):
+        status = file.lstat()
+        found[str(file)] = (status.st_mode, 0 if file.is_dir() else status.st_size)
+    return found
+
+
+@contextmanager
+def little_time_and_memory() -> Iterator[None]:
+    """Fail if much of either is used."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def held(field: str) -> int:
+        lines = status.read_text(encoding="ascii").splitlines()
+        return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+
+    measured = reset.exists()  # Linux
+    if measured:
+        reset.write_text("5", encoding="ascii")  # the peak starts anew
+        before = held("VmRSS")
+    start = time.monotonic()
+    yield
+    assert time.monotonic() - start < _SECONDS
+    if measured:
+        assert held("VmHWM") - before < _BYTES
+
+
+# --- scenario files ----------------------------------------------------------------------------
+
+
+def suite(text: str | bytes, name: str = "suite.yaml") -> Callable[[Path], list[str]]:
+    """Hand over a scenario file."""
+
+    def arrange(folder: Path) -> list[str]:
+        content = text.encode() if isinstance(text, str) else text
+        (folder / name).write_bytes(content)
+        return extract(folder, "--scenarios", str(folder / name))
+
+    return arrange
+
+
+def extract(folder: Path, *arguments: str) -> list[str]:
+    return ["extract", "-o", str(folder / "run"), "--no-features", "--layers", "1", *arguments]
+
+
+def entries(*changes: dict[str, Any]) -> Callable[[Path], list[str]]:
+    """Hand over a JSONL file."""
+    lines = [json.dumps({"name": f"a{i}", "prompt": "x", **c}) for i, c in enumerate(changes)]
+    return suite("\n".join(lines), "suite.jsonl")
+
+
+def _fifo(folder: Path) -> list[str]:
+    os.mkfifo(folder / "suite.yaml")
+    return extract(folder, "--scenarios", str(folder / "suite.yaml"))
+
+
+def _huge_file(folder: Path) -> list[str]:
+    with (folder / "suite.yaml").open("wb") as out:
+        out.truncate(2**34)  # sparse: 16 GB that take no room
+    return extract(folder, "--scenarios", str(folder / "suite.yaml"))
+
+
+_SUITES: dict[str, Case] = {
+    "tab for indentation": Case(suite("scenarios:\n\t- name: a\n"), ("suite.yaml:2", "YAML")),
+    "nested 100,000 deep": Case(suite("[" * 100_000), ("suite.yaml", "nested")),
+    "mappings nested deep": Case(suite("{a: " * 50_000), ("suite.yaml", "nested")),
+    "date that is none": Case(suite("scenarios: 2001-99-99\n"), ("suite.yaml",)),
+    "tag without a number": Case(suite("scenarios: !!int ''\n"), ("suite.yaml",)),
+    "tag without a date": Case(suite("scenarios: !!timestamp x\n"), ("suite.yaml",)),
+    "tag without a truth": Case(suite("scenarios: !!bool perhaps\n"), ("suite.yaml",)),
+    "tag of Python": Case(suite("scenarios: !!python/name:os.system\n"), ("suite.yaml:1",)),
+    "integer of 9,000 digits": Case(suite("scenarios: " + "9" * 9000), ("suite.yaml",)),
+    "hexadecimal integer that has 9,000 digits": Case(
+        suite(
+            "template: '{a}'\nscenarios:\n- name: x\n  values: {a: 0x" + "f" * 9000 + "}\n",
+        ),
+        ("suite.yaml:3", "'a'"),
+    ),
+    "JSON integer of 9,000 digits": Case(
+        suite('{"name": ' + "9" * 9000 + "}", "suite.jsonl"), ("suite.jsonl:1",)
+    ),
+    "two documents": Case(suite("scenarios: []\n---\nscenarios: []\n"), ("suite.yaml:2",)),
+    "not UTF-8": Case(suite(b"scenarios:\n- name: \xff\n"), ("suite.yaml", "UTF-8")),
+    "bytes of an archive": Case(suite(b"PK\x03\x04" + bytes(99)), ("suite.yaml",)),
+    "control characters": Case(suite("scenarios:\n- name: a\x00\n"), ("suite.yaml",)),
+    "unknown field": Case(
+        entries({"promt": "x"}), ("suite.jsonl:1", "unknown field 'promt'", "'prompt'?")
+    ),
+    "unknown field of a span": Case(
+        entries({"spans": {"goal": {"text": "x", "ocurrence": 1}}}), ("suite.jsonl:1", "ocurrence")
+    ),
+    "lone surrogate in a prompt": Case(entries({"prompt": "a\ud800"}), ("suite.jsonl:1",)),
+    "lone surrogate in a YAML escape": Case(
+        suite('scenarios:\n- name: a\n  prompt: "\\ud800"\n'), ("suite.yaml",)
+    ),
+    "lone surrogate in a name": Case(entries({"name": "\ud800"}), ("suite.jsonl:1",)),
+    "lone surrogate in a field": Case(entries({"\ud800": 1}), ("suite.jsonl:1",)),
+    "lone surrogate in an option": Case(entries({"options": {"a": "\udfff"}}), ("suite.jsonl:1",)),
+    "names that differ in case": Case(
+        entries({"name": "Same"}, {"name": "sAME"}), ("suite.jsonl:2", "Rename")
+    ),
+    "names that differ in Unicode form": Case(
+        entries({"name": "ﬁrst"}, {"name": "first"}), ("suite.jsonl:2", "Rename")
+    ),
+    "name that is not in normal form": Case(
+        entries({"name": "e\u0301t\u00e9"}), ("suite.jsonl:1", "not safe")
+    ),
+    "name that leaves its folder": Case(entries({"name": "a/../../b"}), ("suite.jsonl:1", "safe")),
+    "name of 10 MB": Case(entries({"name": "a" * 10**7}), ("suite.jsonl:1", "longer than")),
+    "span beyond the prompt": Case(
+        entries({"spans": {"goal": [0, 99]}}), ("suite.jsonl:1", "goal", "1 characters")
+    ),
+    "span that ends before it begins": Case(
+        entries({"prompt": "abc", "spans": {"goal": [2, 1]}}), ("suite.jsonl:1", "start < end")
+    ),
+    "span of text that stands twice": Case(
+        entries({"prompt": "9 of 9", "spans": {"goal": "9"}}), ("suite.jsonl:1", "2 times")
+    ),
+    "span of absurd numbers": Case(
+        entries({"spans": {"goal": [0, 10**30]}}), ("suite.jsonl:1", "goal")
+    ),
+    "span that is called decision": Case(
+        entries({"spans": {"decision": "x"}}), ("suite.jsonl:1", "always the last token")
+    ),
+    "marks that overlap": Case(
+        entries({"prompt": None, "template": "[[a:x [[b:y]] z]]"}), ("suite.jsonl:1", "nest")
+    ),
+    "pipe": Case(_fifo, ("suite.yaml", "file")),
+    "endless device": Case(
+        lambda folder: extract(folder, "--scenarios", "/dev/zero"), ("/dev/zero",)
+    ),
+    "16 GB": Case(_huge_file, ("suite.yaml", "larger")),
+    "prompt of 10 MB": Case(
+        entries({"prompt": "Stop the loss. " * 700_000}), ("a0", "characters"), torch=True
+    ),
+}
+
+# --- command lines -----------------------------------------------------------------------------
+
+
+def line(*arguments: str) -> Callable[[Path], list[str]]:
+    """Hand over arguments; FOLDER stands for the case's own."""
+    return lambda folder: [argument.replace("FOLDER", str(folder)) for argument in arguments]
+
+
+_LINES: dict[str, Case] = {
+    "unknown command": Case(line("exract"), ("Did you mean 'extract'?",)),
+    "unknown option": Case(line("extract", "--laywers", "1"), ("--layers",)),
+    "no output": Case(line("extract"), ("--output",)),
+    "layer that is no number": Case(
+        line("extract", "-o", "FOLDER/run", "--layers", "first"), ("'first'", "1-31")
+    ),
+    "layers in the wrong order": Case(
+        line("extract", "-o", "FOLDER/run", "--layers", "9-3"), ("'9-3'",)
+    ),
+    "negative layer": Case(line("extract", "-o", "FOLDER/run", "--layers=-1"), ("'-1'",)),
+    "absurd layer": Case(
+        line("extract", "-o", "FOLDER/run", "--layers", "1-1000000000000"), ("1000000000000",)
+    ),
+    "superscript layer": Case(line("extract", "-o", "FOLDER/run", "--layers", "²"), ("'²'",)),
+    "layers twice": Case(
+        line("extract", "-o", "FOLDER/run", "--layers", "1", "--layer-start", "1"),
+        ("either --layers",),
+    ),
+    "unknown precision": Case(
+        line("extract", "-o", "FOLDER/run", "--dtype", "int4"), ("float32", "bfloat16")
+    ),
+    "batch of nothing": Case(line("extract", "-o", "FOLDER/run", "--batch-size", "0"), ("x>=1",)),
+    "resolution in words": Case(
+        line("figures", "FOLDER", "-o", "FOLDER/figures", "--dpi", "fine"), ("'fine'", "--dpi")
+    ),
+    "table of an unknown kind": Case(
+        line("analyze", "decision", "FOLDER", "-o", "FOLDER/x.xls"), (".csv",)
+    ),
+    "run that is not there": Case(line("info", "FOLDER/nope"), ("nope", "path"), code=1),
+    "folder that is no run": Case(line("verify", "FOLDER"), ("not a zarrtrace",), code=1),
+    "layer beyond the model": Case(
+        line("extract", "-o", "FOLDER/run", "--layers", "1,32"), ("--layers 32", "31"), torch=True
+    ),
+    "row of attention that no prompt has": Case(
+        line("extract", "-o", "FOLDER/run", "--layers", "1", "--queries", "100000"),
+        ("--queries 100000", "tokens"),
+        torch=True,
+    ),
+    "device of an unknown kind": Case(
+        line("extract", "-o", "FOLDER/run", "--device", "toaster"),
+        ("--device toaster",),
+        torch=True,
+    ),
+}
+
+# --- stores ------------------------------------------------------------------------------------
+
+
+def store(change: Callable[[Path], object], *command: str) -> Callable[[Path], list[str]]:
+    """Hand over a run of which something was changed; `change` gets a trace's folder."""
+
+    def arrange(folder: Path) -> list[str]:
+        run = fakes.make_run(folder)
+        change(run.trace)
+        if command:
+            return [argument.replace("FOLDER", str(folder)) for argument in command]
+        return ["export", str(run.path), "-o", str(folder / "npz")]
+
+    return arrange
+
+
+def rewrite(file: Path, change: Change) -> None:
+    """Change a JSON file."""
+    found = json.loads(file.read_bytes())
+    change(found)
+    file.write_text(json.dumps(found), encoding="utf-8")
+
+
+def attributes(change: Change, *, of_run: bool = False) -> Callable[[Path], None]:
+    """Change attributes as an attacker would: the seal fits again."""
+
+    def act(trace: Path) -> None:
+        def both(group: dict[str, Any]) -> None:
+            found = group["attributes"]["zarrtrace"]
+            change(found)
+            group["attributes"]["zarrtrace"] = sealed(found)
+
+        rewrite((trace.parent if of_run else trace) / "zarr.json", both)
+
+    return act
+
+
+def array(name: str, change: Change) -> Callable[[Path], None]:
+    """Change an array's metadata, and the journal so that it fits."""
+
+    def act(trace: Path) -> None:
+        file = trace / name / "zarr.json"
+        rewrite(file, change)
+        content = file.read_bytes()
+        entry = {
+            "bytes": len(content),
+            "blake2b": hashlib.blake2b(content, digest_size=8).hexdigest(),
+        }
+        attributes(lambda found: found["stored"]["metadata"].update({name: entry}))(trace)
+
+    return act
+
+
+def raw(content: bytes, file: str = "zarr.json") -> Callable[[Path], int]:
+    """Replace a file of the trace."""
+    return lambda trace: (trace / file).write_bytes(content)
+
+
+def _set(*path: Any) -> Change:
+    """Set what stands at `path[:-1]` in nested JSON to `path[-1]`."""
+
+    def act(found: Any) -> None:
+        *way, key, value = path
+        for step in way:
+            found = found[step]
+        found[key] = value
+
+    return act
+
+
+def _grid(shape: Any) -> Change:
+    return _set("chunk_grid", "configuration", "chunk_shape", shape)
+
+
+def _pipe_for_metadata(trace: Path) -> None:
+    (trace / "features" / "zarr.json").unlink()
+    os.mkfifo(trace / "features" / "zarr.json")
+
+
+def _folder_for_metadata(trace: Path) -> None:
+    (trace / "zarr.json").unlink()
+    (trace / "zarr.json").mkdir()
+
+
+def _unsaid_array(trace: Path) -> None:
+    """Add an array that the journal does not know."""
+    (trace / "extra").mkdir()
+    (trace / "extra" / "zarr.json").write_text('{"shape": [3], "node_type": "array"}')
+
+
+_STORES: dict[str, Case] = {
+    name: case._replace(code=1)
+    for name, case in {
+        "shape of 10^18": Case(
+            store(array("query", _set("shape", [10**18]))), ("query/zarr.json", "shape")
+        ),
+        "shape of 10^9, no chunks": Case(
+            store(
+                lambda trace: (
+                    shutil.rmtree(trace / "query" / "c"),
+                    array("query", lambda m: (_set("shape", [10**9])(m), _grid([10**9])(m)))(trace),
+                    attributes(_set("stored", "coordinates", "query", "bytes", 0))(trace),
+                )
+            ),
+            ("query/zarr.json", "shape"),
+        ),
+        "more files than there can be": Case(
+            store(array("features", _set("shape", [3, 10**18, 16]))),
+            ("features/zarr.json", "shape"),
+        ),
+        "negative shape": Case(
+            store(array("features", _set("shape", [3, -7, 16]))), ("features/zarr.json", "shape")
+        ),
+        "chunks of nothing": Case(
+            store(array("features", _grid([1, 0, 16]))), ("features/zarr.json", "chunk")
+        ),
+        "negative chunks": Case(
+            store(array("features", _grid([-1, -7, -16]))), ("features/zarr.json", "chunk")
+        ),
+        "chunks of fewer dimensions": Case(
+            store(array("features", _grid([1]))), ("features/zarr.json", "chunk")
+        ),
+        "infinite shape": Case(
+            store(array("features", _set("shape", [float("inf"), 7, 16]))), ("features/zarr.json",)
+        ),
+        "shape in words": Case(
+            store(array("features", _set("shape", "large"))), ("features/zarr.json",)
+        ),
+        "other dimensions": Case(
+            store(array("features", _set("dimension_names", ["layer", "query", "query"]))),
+            ("features",),
+        ),
+        "no dimensions": Case(
+            store(array("features", _set("dimension_names", None))), ("features/zarr.json",)
+        ),
+        "dimensions that are no text": Case(
+            store(array("features", _set("dimension_names", [["a"], {}, 3]))),
+            ("features/zarr.json",),
+        ),
+        "unknown codec": Case(
+            store(array("features", _set("codecs", 0, {"name": "from_the_future"}))), ("features",)
+        ),
+        "codecs that are none": Case(store(array("features", _set("codecs", 7))), ("features",)),
+        "unknown type of numbers": Case(
+            store(array("features", _set("data_type", "quaternion"))), ("features",)
+        ),
+        "pickled objects": Case(
+            store(array("features", _set("data_type", {"name": "object"}))), ("features",)
+        ),
+        "array nested deep": Case(
+            store(raw(b"[" * 100_000, "features/zarr.json")), ("features/zarr.json",)
+        ),
+        "array that is a list": Case(
+            store(array("features", lambda _: None), "export", "FOLDER/run/nope", "-o", "FOLDER/o"),
+            ("nope",),
+        ),
+        "array the journal does not know": Case(store(_unsaid_array), ("extra",)),
+        "pipe for metadata": Case(store(_pipe_for_metadata), ("features/zarr.json",)),
+        "folder for metadata": Case(store(_folder_for_metadata), ("zarr.json",)),
+        "group nested deep": Case(store(raw(b'{"a":' * 100_000)), ("zarr.json",)),
+        "group that is a list": Case(store(raw(b"[1, 2]")), ("zarr.json",)),
+        "group of bytes": Case(store(raw(b"\xff\xfe\x00")), ("zarr.json",)),
+        "group without attributes": Case(store(raw(b'{"attributes": null}')), ("zarr.json",)),
+        "number of 9,000 digits": Case(
+            store(raw(b'{"attributes": ' + b"9" * 9000 + b"}")), ("zarr.json",)
+        ),
+        "coordinates that are a number": Case(
+            store(lambda t: rewrite(t / "zarr.json", _set("attributes", "coordinates", 3))),
+            ("zarr.json", "coordinates"),
+        ),
+        "unknown attribute": Case(
+            store(attributes(_set("scenaro", "x"))), ("zarr.json", "zarrtrace.scenaro")
+        ),
+        "attribute of another type": Case(
+            store(attributes(_set("layers", "1-3"))), ("zarr.json", "zarrtrace.layers")
+        ),
+        "negative layers": Case(store(attributes(_set("layers", [-1]))), ("zarrtrace.layers.0",)),
+        "layer the trace does not have": Case(
+            store(attributes(lambda a: a["stored"].update({"99": a["stored"]["1"]}))),
+            ("zarr.json", "99"),
+        ),
+        "layer in superscript": Case(
+            store(attributes(lambda a: a["stored"].update({"²": a["stored"]["1"]}))),
+            ("zarr.json", "²"),
+        ),
+        "array outside the trace": Case(
+            store(
+                attributes(
+                    lambda a: a["stored"]["1"].update({"../../x": a["stored"]["1"]["features"]})
+                )
+            ),
+            ("zarr.json", "../../x"),
+        ),
+        "scenario outside the run": Case(
+            store(attributes(_set("scenarios", ["../../etc"]), of_run=True)),
+            ("run/zarr.json", "../../etc"),
+        ),
+        "format of the future": Case(
+            store(attributes(_set("format_version", 10**30))), ("Safe_1", "upgrade")
+        ),
+        "kind that is none": Case(store(attributes(_set("kind", ["run"]))), ("Safe_1",)),
+    }.items()
+}
+
+# --- NPZ folders -------------------------------------------------------------------------------
+
+
+def npz(change: Callable[[Path], object]) -> Callable[[Path], list[str]]:
+    """Hand over a folder of NPZ files of which something was changed."""
+
+    def arrange(folder: Path) -> list[str]:
+        layout = folder / "npz"
+        (layout / "a").mkdir(parents=True)
+        features = np.arange(12, dtype=np.float32).reshape(3, 4)
+        for layer in (1, 2):
+            np.savez_compressed(layout / "a" / f"layer_{layer}.npz", features=features)
+        scenario = {
+            "scenario": "a",
+            "tokens": ["x", "y", "z"],
+            "token_ids": [1, 2, 3],
+            "seq_len": 3,
+            "key_positions": {"goal": [1]},
+        }
+        metadata = {
+            "timestamp": "20250101_000000",
+            "n_scenarios": 1,
+            "layer_range": [1, 2],
+            "save_features": True,
+            "save_attention": False,
+            "scenarios": [scenario],
+        }
+        (layout / "metadata_L1_2.json").write_text(json.dumps(metadata))
+        change(layout)
+        return ["import", str(layout), "-o", str(folder / "run")]
+
+    return arrange
+
+
+def member(content: bytes, compression: int = zipfile.ZIP_DEFLATED) -> Callable[[Path], None]:
+    """Replace a layer's array by bytes."""
+
+    def act(layout: Path) -> None:
+        with zipfile.ZipFile(layout / "a" / "layer_2.npz", "w", compression) as archive:
+            archive.writestr("features.npy", content)
+
+    return act
+
+
+def npy(header: bytes, version: bytes = b"\x01\x00") -> bytes:
+    """Return an array whose header is what is given."""
+    size = len(header).to_bytes(2 if version == b"\x01\x00" else 4, "little")
+    return b"\x93NUMPY" + version + size + header + bytes(48)
+
+
+def _burst_of_bzip2(layout: Path) -> None:
+    """Replace an array by a gigabyte of zeros: its first kilobyte holds them all."""
+    compressor = bz2.BZ2Compressor()
+    piece = bytes(2**24)
+    out = io.BytesIO()
+    for _ in range(64):
+        out.write(compressor.compress(piece))
+    out.write(compressor.flush())
+    file = layout / "a" / "layer_2.npz"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("features.npy", out.getvalue())
+    content = bytearray(file.read_bytes())
+    content[8:10] = b"\x0c\0"  # bzip2, in both headers
+    at = content.index(b"PK\1\2") + 10
+    content[at : at + 2] = b"\x0c\0"
+    file.write_bytes(content)
+
+
+def _long_header(layout: Path) -> None:
+    """Let a header of format 2 claim a gigabyte, all of it spaces that compress well."""
+    header = (2**30).to_bytes(4, "little")
+    with (
+        zipfile.ZipFile(layout / "a" / "layer_2.npz", "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("features.npy", "w", force_zip64=True) as out,
+    ):
+        out.write(b"\x93NUMPY\x02\x00" + header)
+        for _ in range(64):
+            out.write(b" " * 2**24)
+
+
+def _metadata(change: Change) -> Callable[[Path], None]:
+    return lambda layout: rewrite(layout / "metadata_L1_2.json", change)
+
+
+def _pipe_for_the_layout(layout: Path) -> None:
+    (layout / "metadata_L1_2.json").unlink()
+    os.mkfifo(layout / "metadata_L1_2.json")
+
+
+def _link_to_metadata(layout: Path) -> None:
+    file = layout / "metadata_L1_2.json"
+    file.rename(layout.parent / "elsewhere.json")
+    file.symlink_to(layout.parent / "elsewhere.json")
+
+
+def _many_scenarios(found: dict[str, Any]) -> None:
+    (first,) = found["scenarios"]
+    found["scenarios"] = [{**first, "scenario": f"a{i}"} for i in range(20_000)]
+    found["n_scenarios"] = 20_000
+    found["layer_range"] = [0, 9_000]
+
+
+_NPZ: dict[str, Case] = {
+    name: Case(npz(change), said, code=1)
+    for name, (change, said) in {
+        "header nested deep": (member(npy(b"(" * 9000)), ("layer_2.npz",)),
+        "header that never ends": (member(npy(b"{'descr': '''")), ("layer_2.npz",)),
+        "header that calls": (member(npy(b"print('gotcha')")), ("layer_2.npz",)),
+        "header of odd keys": (member(npy(b"{1: 2, None: 3}")), ("layer_2.npz",)),
+        "header with an odd type": (
+            member(npy(b"{'descr': [('a', 'O')], 'fortran_order': False, 'shape': (3, 4)}")),
+            ("layer_2.npz",),
+        ),
+        "header with a type that is none": (
+            member(npy(b"{'descr': {}, 'fortran_order': False, 'shape': (3, 4)}")),
+            ("layer_2.npz",),
+        ),
+        "header of bytes": (member(npy(bytes(range(128, 256)))), ("layer_2.npz",)),
+        "negative shape": (
+            member(npy(b"{'descr': '<f4', 'fortran_order': False, 'shape': (3, -4)}")),
+            ("layer_2.npz", "shape"),
+        ),
+        "header of a gigabyte": (_long_header, ("layer_2.npz",)),
+        "burst of bzip2": (_burst_of_bzip2, ("layer_2.npz",)),
+        "bzip2": (member(npy(b"{}"), zipfile.ZIP_BZIP2), ("layer_2.npz", "compress")),
+        "lzma": (member(npy(b"{}"), zipfile.ZIP_LZMA), ("layer_2.npz", "compress")),
+        "archive of random bytes": (
+            lambda f: (f / "a" / "layer_2.npz").write_bytes(np.random.default_rng(0).bytes(999)),
+            ("layer_2.npz",),
+        ),
+        "plain .npy": (
+            lambda f: (f / "a" / "layer_2.npz").write_bytes(npy(b"{}")),
+            ("layer_2.npz",),
+        ),
+        "metadata that is a pipe": (_pipe_for_the_layout, ("metadata_L1_2.json",)),
+        "metadata behind a link": (_link_to_metadata, ("metadata_L1_2.json", "leads out")),
+        "metadata that is a folder": (
+            lambda f: ((f / "metadata_L1_2.json").unlink(), (f / "metadata_L1_2.json").mkdir()),
+            ("metadata_L1_2.json",),
+        ),
+        "180 million files": (_metadata(_many_scenarios), ("missing", "layer_0.npz")),
+        "layers of a billion": (
+            _metadata(_set("layer_range", [0, 10**9])),
+            ("metadata_L1_2.json", "layer_range"),
+        ),
+        "scenario of the device kind": (
+            _metadata(_set("scenarios", 0, "scenario", "con")),
+            ("metadata_L1_2.json", "'con'"),
+        ),
+    }.items()
+}
+
+# --- SAE and model folders ---------------------------------------------------------------------
+
+_SAE = "blocks.1.hook_resid_post"
+
+
+def sae(change: Callable[[Path], object]) -> Callable[[Path], list[str]]:
+    """Hand over a folder with an SAE of which something was changed."""
+
+    def arrange(folder: Path) -> list[str]:
+        shutil.copytree(demo.sae_path() / _SAE, folder / "saes" / _SAE)
+        change(folder / "saes" / _SAE)
+        chosen = ["--layers", "1", "--scenario", "Risky_40"]
+        return ["extract", "-o", str(folder / "run"), "--sae-path", str(folder / "saes"), *chosen]
+
+    return arrange
+
+
+def config(change: Change) -> Callable[[Path], None]:
+    return lambda folder: rewrite(folder / "cfg.json", change)
+
+
+def weights(content: bytes) -> Callable[[Path], int]:
+    return lambda folder: (folder / "sae_weights.safetensors").write_bytes(content)
+
+
+_SAES: dict[str, Case] = {
+    name: Case(sae(change), said, code=1, torch=True)
+    for name, (change, said) in {
+        "configuration that is a list": (raw(b"[]", "cfg.json"), ("cfg.json",)),
+        "configuration nested deep": (raw(b"[" * 100_000, "cfg.json"), ("cfg.json",)),
+        "configuration not UTF-8": (raw(b"\xff", "cfg.json"), ("cfg.json",)),
+        "metadata that is text": (config(_set("metadata", "none")), (_SAE, "metadata")),
+        "hook point of 9,000 digits": (
+            config(_set("metadata", "hook_name", f"blocks.{'9' * 9000}.hook_resid_post")),
+            ("hook",),
+        ),
+        "features of 10^18": (config(_set("d_sae", 10**18)), (_SAE, "d_sae")),
+        "negative width": (config(_set("d_sae", -1)), (_SAE, "d_sae")),
+        "width in words": (config(_set("d_in", "wide")), (_SAE, "d_in")),
+        "unknown architecture": (config(_set("architecture", "from_the_future")), (_SAE,)),
+        "weights that are pickled": (weights(b"\x80\x04\x95" + bytes(99)), (_SAE,)),
+        "weights cut short": (
+            lambda f: os.truncate(f / "sae_weights.safetensors", 1000),
+            (_SAE,),
+        ),
+        "weights that claim more": (
+            weights((2**62).to_bytes(8, "little") + b"{}"),
+            (_SAE,),
+        ),
+        "no weights": (weights(b""), (_SAE,)),
+    }.items()
+}
+
+
+def model(change: Callable[[Path], object]) -> Callable[[Path], list[str]]:
+    """Hand over a model's folder of which something was changed."""
+
+    def arrange(folder: Path) -> list[str]:
+        shutil.copytree(demo.model_path(), folder / "model")
+        change(folder / "model")
+        return extract(folder, "--model", str(folder / "model"), "--scenario", "Risky_40")
+
+    return arrange
+
+
+def _code_of_its_own(folder: Path) -> None:
+    """Have the configuration ask for code in the folder."""
+    (folder / "own.py").write_text(
+        f"from pathlib import Path\nPath({str(folder.parent / 'ran')!r}).touch()\n"
+    )
+    rewrite(
+        folder / "config.json",
+        lambda c: (
+            c.update(auto_map={"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}),
+            c.update(model_type="own"),
+        ),
+    )
+
+
+_MODELS: dict[str, Case] = {
+    name: Case(model(change), ("model", *said), code=1, torch=True)
+    for name, (change, said) in {
+        "configuration that is no JSON": (raw(b"{", "config.json"), ("config.json",)),
+        "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ()),
+        "code of its own": (_code_of_its_own, ()),
+    }.items()
+}
+
+# --- the table ---------------------------------------------------------------------------------
+
+CASES = {
+    f"{kind}: {name}": case
+    for kind, cases in {
+        "scenarios": _SUITES,
+        "line": _LINES,
+        "store": _STORES,
+        "npz": _NPZ,
+        "sae": _SAES,
+        "model": _MODELS,
+    }.items()
+    for name, case in cases.items()
+}
+
+
+def test_the_table_is_long() -> None:
+    assert len(CASES) >= 60
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=[pytest.mark.torch] if case.torch else [])
+        for name, case in CASES.items()
+    ],
+)
+def test_one_clear_message(
+    case: Case,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = case.arrange(tmp_path)
+    before = contents(tmp_path)
+    with little_time_and_memory():
+        done = call(monkeypatch, capsys, arguments)
+    assert done.code == case.code, done.stderr
+    for words in case.said:
+        assert words in done.stderr
+    what, *more = done.stderr.strip().splitlines()
+    if done.stderr.startswith("Usage: "):
+        assert more[-1].startswith("Error: ")
+    else:
+        assert what.startswith("zarrtrace: error: ")
+        assert 1 <= len(more) <= 2  # why, and the remedy
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr) < 4000
+    assert not done.stdout
+    assert contents(tmp_path) == before
+
+
+# --- secrets -----------------------------------------------------------------------------------
+
+_TOKEN = "hf_ThisIsASecretOfNobodyAtAll0123456789"  # noqa: S105 -- none
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    """A model hub that refuses everybody, and repeats what it was given."""
+
+    given: list[str]
+
+    def do_HEAD(self) -> None:
+        secret = self.headers.get("Authorization", "")
+        self.given.append(secret)
+        self.send_response(403)
+        self.send_header("X-Error-Message", f"{secret} may not read this")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_HEAD  # noqa: N815 -- http.server's name
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Hub]]:
+    """A hub on this machine that asks for a token, which the environment holds."""
+    _Hub.given = []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setenv("HF_TOKEN", _TOKEN)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        monkeypatch.setattr(
+            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+            address + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        yield _Hub
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.torch
+def test_a_token_never_stands_in_an_error(
+    hub: type[_Hub],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = extract(tmp_path, "--model", "nobody/secret-model")
+    done = call(monkeypatch, capsys, arguments)
+    assert any(_TOKEN in given for given in hub.given)  # it was sent, and came back
+    assert done.code == 1
+    assert _TOKEN not in done.stderr + done.stdout
+    assert not contents(tmp_path)
+
+
+@pytest.mark.torch
+def test_a_token_never_stands_in_a_store_or_a_log(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", _TOKEN)
+    monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", _TOKEN)
+    caplog.set_level("DEBUG")
+    arguments = ["extract", "-o", str(tmp_path / "run"), "--layers", "1", "--scenario", "Risky_40"]
+    done = call(monkeypatch, capsys, arguments)
+    assert done.code == 0
+    assert _TOKEN not in done.stdout + done.stderr + caplog.text
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert files
+    assert not [file for file in files if _TOKEN.encode() in file.read_bytes()]

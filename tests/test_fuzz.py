@@ -1,0 +1,51 @@
+"""Readers of strangers' files raise our own errors only; ``scripts/fuzz.py`` goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import fuzzing
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+ways = st.lists(st.integers(0, 20), min_size=1, max_size=7)
+FILES = ["zarr.json", "Safe_1/zarr.json", "Safe_1/features/zarr.json", "Safe_1/query/zarr.json"]
+
+
+@pytest.fixture(scope="module")
+def targets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[fuzzing.Targets]:
+    return fuzzing.Targets(tmp_path_factory.mktemp("fuzz"))
+
+
+@given(fuzzing.yaml_text)
+def test_yaml(targets: fuzzing.Targets, text: str) -> None:
+    targets.suite(text.encode("utf-8", "surrogatepass"), ".yaml")
+
+
+@given(st.lists(fuzzing.entries, min_size=1, max_size=3))
+def test_entries(targets: fuzzing.Targets, entries: list[Any]) -> None:
+    targets.suite("\n".join(map(json.dumps, entries)).encode(), ".jsonl")
+    targets.suite(json.dumps({"scenarios": entries}).encode(), ".yaml")
+
+
+@settings(max_examples=40)
+@given(st.sampled_from(FILES), ways, fuzzing.anything)
+def test_metadata_and_attributes(
+    targets: fuzzing.Targets, name: str, way: list[int], value: Any
+) -> None:
+    targets.store(name, lambda found: fuzzing.changed(found, way, value))
+
+
+@settings(max_examples=50)
+@given(st.binary(max_size=200), st.booleans())
+def test_npz(targets: fuzzing.Targets, content: bytes, whole: bool) -> None:
+    targets.layer(content if whole else b"\x93NUMPY\x01\x00" + content, whole=whole)
+
+
+@settings(max_examples=50)
+@given(ways, fuzzing.anything)
+def test_npz_metadata(targets: fuzzing.Targets, way: list[int], value: Any) -> None:
+    targets.metadata(lambda found: fuzzing.changed(found, way, value))
