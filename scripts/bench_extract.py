@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,9 @@ def _load(folder: Path) -> tuple[Any, Any]:
     return model.eval(), AutoTokenizer.from_pretrained(folder / "model")
 
 
-def old_way(folder: Path, count: int, *, features: bool) -> dict[str, float]:
+def old_way(
+    folder: Path, count: int, *, features: bool, dtype: torch.dtype = torch.float16
+) -> dict[str, float]:
     """Extract as the user's script does, SAEs loaded beforehand."""
     import old_way as script
     from sae_lens import SAE
@@ -127,7 +130,7 @@ def old_way(folder: Path, count: int, *, features: bool) -> dict[str, float]:
     some = dict(list(prompts(count).items())[:OLD_SCENARIOS])
     with Peak() as peak:
         start = time.perf_counter()
-        script.extract(model, tokenizer, saes, some, LAYERS, output)
+        script.extract(model, tokenizer, saes, some, LAYERS, output, attention_dtype=dtype)
         seconds = (time.perf_counter() - start) * count / len(some)
     return {"seconds": seconds, "bytes": size_of(output) * count / len(some), "peak": peak.bytes}
 
@@ -154,6 +157,7 @@ def floor(folder: Path, count: int, *, features: bool) -> dict[str, float]:
 CONTENDERS: dict[str, Callable[..., dict[str, float]]] = {
     "zarrtrace": zarrtrace_way,
     "old way": old_way,
+    "old way, lossless": partial(old_way, dtype=torch.float32),
     "floor": floor,
 }
 
@@ -205,15 +209,16 @@ def main() -> None:
         build(folder, given.active)
         results = {mode: compare(folder, mode, given.repeats) for mode in given.modes}
         print(f"proxy, 10 scenarios, {given.active} active features a token; medians\n")
-        print("| mode | zarrtrace s | old way / zarrtrace | zarrtrace / floor | MB | peak MB |")
-        print("|---|---|---|---|---|---|")
+        print("| mode | zarrtrace s | old way, float16 attention | old way, same values | ", end="")
+        print("zarrtrace / floor | MB | MB of NPZ, same values | peak MB |\n" + "|---" * 8 + "|")
         for mode, found in results.items():
-            ours, old, least = (found[who]["seconds"] for who in CONTENDERS)
+            ours, old, same, least = (found[who]["seconds"] for who in CONTENDERS)
+            npz = found["old way, lossless"]["bytes"] / 1e6
             megabytes = found["zarrtrace"]["bytes"] / 1e6
             peak = found["zarrtrace"]["peak"] / 1e6
             print(
-                f"| {mode} | {ours:.1f} | {old / ours:.1f}x | {ours / least:.2f}x | "
-                f"{megabytes:.0f} | {peak:.0f} |"
+                f"| {mode} | {ours:.1f} | {old / ours:.1f}x | {same / ours:.1f}x | "
+                f"{ours / least:.2f}x | {megabytes:.0f} | {npz:.0f} | {peak:.0f} |"
             )
         if given.json:
             given.json.write_text(json.dumps(results, indent=2))

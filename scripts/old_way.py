@@ -23,15 +23,21 @@ def extract(
     prompts: Mapping[str, str],
     layers: Sequence[int],
     output: Path,
+    *,
+    attention_dtype: torch.dtype = torch.float16,
 ) -> None:
-    """Write ``<output>/<name>/layer_N.npz``; no features without `saes`."""
+    """Write ``<output>/<name>/layer_N.npz``; no features without `saes`.
+
+    The script rounds attention to float16; in the model's own dtype nothing is lost.
+    """
     for name, prompt in prompts.items():
         folder = output / name
         folder.mkdir(parents=True, exist_ok=True)
         inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
         made = model(**inputs, output_hidden_states=True, output_attentions=True)
         for layer in layers:
-            arrays = {"attention": made.attentions[layer - 1][0].to(torch.float16).cpu().numpy()}
+            attention = made.attentions[layer - 1][0].to(attention_dtype)
+            arrays = {"attention": attention.cpu().numpy()}
             if saes is not None:
                 hidden = made.hidden_states[layer][0].float()
                 rows = [saes[layer].encode(token.unsqueeze(0))[0] for token in hidden]

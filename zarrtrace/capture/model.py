@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,16 +19,32 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils.tqdm import disable_progress_bars
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from zarrtrace.capture.streaming import BlockStream
 from zarrtrace.errors import ConfigError, ModelError
 from zarrtrace.spec import ModelAttributes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+# What transformers raises for files that are missing, damaged or of another kind.
+_LOADING_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+)
 
 
 @dataclass(frozen=True)
@@ -75,6 +92,7 @@ def load_model(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     weights: bool = True,
+    low_memory: bool = False,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer through transformers.
 
@@ -92,6 +110,8 @@ def load_model(
         Whether code that comes with the model may run.
     weights
         False builds the model without its weights: enough to know all sizes, not to run it.
+    low_memory
+        Whether decoder blocks stay in host memory and come to the device one at a time.
 
     Raises
     ------
@@ -112,14 +132,21 @@ def load_model(
                 remedy="Choose a causal language model.",
             )
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = _build(source, config, dtype, options, weights=weights)
+        to = "meta" if not weights else "cpu" if low_memory else device
+        model = _build(source, config, dtype, options, to)
     except ImportError as error:
         raise ModelError(
             f"{name}: transformers needs another package to load it: {error}",
             why="Quantised models, and some architectures, compute with packages of their own.",
             remedy="Install what it names, or choose a model that is not quantised.",
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"{name}: does not fit into the memory of {device}",
+            why="Its weights are larger than what is free there.",
+            remedy="Try --low-memory, --dtype bfloat16, or another --device.",
+        ) from error
+    except _LOADING_ERRORS as error:
         raise _load_error(name, error) from error
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(
@@ -127,15 +154,9 @@ def load_model(
             why="Only 'fast' tokenizers do, and spans are found through them.",
             remedy="Convert the tokenizer to tokenizer.json (transformers does it on saving).",
         )
-    try:
-        model = model.eval().to(device if weights else "meta")
-    except torch.OutOfMemoryError as error:
-        raise ModelError(
-            f"{name}: does not fit into the memory of {device}",
-            why="Its weights are larger than what is free there.",
-            remedy="Try --dtype bfloat16, or another --device.",
-        ) from error
     blocks, attentions = find_pieces(model, name)
+    if weights and low_memory:
+        BlockStream(model, blocks, torch.device(device))
     text_config = model.config.get_text_config()
     return LoadedModel(
         model=model,
@@ -175,21 +196,24 @@ def renamed(model: LoadedModel, name: str, *, prepend_bos: bool) -> LoadedModel:
     return replace(model, attributes=attributes)
 
 
-def _build(
-    source: str, config: Any, dtype: str, options: Mapping[str, Any], *, weights: bool
-) -> Any:
+def _build(source: str, config: Any, dtype: str, options: Mapping[str, Any], device: str) -> Any:
+    """Build the model on a device, its weights read straight to it; on "meta" without them."""
     wanted = getattr(config.get_text_config(), "dtype", None) if dtype == "auto" else DTYPES[dtype]
-    if weights:
-        return AutoModelForCausalLM.from_pretrained(
-            source, attn_implementation="eager", dtype=wanted or "auto", **options
-        )
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            config,
-            attn_implementation="eager",
-            dtype=wanted,
-            trust_remote_code=options["trust_remote_code"],
-        )
+    if device == "meta":
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(
+                config,
+                attn_implementation="eager",
+                dtype=wanted,
+                trust_remote_code=options["trust_remote_code"],
+            )
+        return model.eval().to(device)
+    # On the CPU, weights are the files' own pages; a map would read them into memory.
+    place = {} if device == "cpu" else {"device_map": {"": device}}
+    model = AutoModelForCausalLM.from_pretrained(
+        source, attn_implementation="eager", dtype=wanted or "auto", **place, **options
+    )
+    return model.eval()
 
 
 def check_device(device: str) -> None:
@@ -227,7 +251,7 @@ def _source(name: str) -> str:
     return name
 
 
-def _load_error(name: str, error: Exception) -> ModelError:
+def _load_error(name: str, error: Exception) -> ModelError:  # noqa: PLR0911 -- one a cause
     """Say in our words why transformers could not load a model."""
     if isinstance(error, ModelError):
         return error
@@ -246,6 +270,18 @@ def _load_error(name: str, error: Exception) -> ModelError:
             f"{name}: you have no access to this gated model",
             why="Its owner asks you to accept a licence first.",
             remedy=f"Accept it on https://huggingface.co/{name}, then log in: hf auth login.",
+        )
+    if "trust_remote_code" in str(error):
+        return ModelError(
+            f"{name}: comes with code of its own, which is not run unasked",
+            why="Its configuration names classes that transformers does not have.",
+            remedy="Read that code; if you trust it, add --trust-remote-code.",
+        )
+    if any_of(pickle.UnpicklingError):
+        return ModelError(
+            f"{name}: its weights are a pickle that holds more than tensors",
+            why="Reading it could run code.",
+            remedy="Use a copy of the model in safetensors.",
         )
     if any_of(RevisionNotFoundError):
         return ModelError(

@@ -23,10 +23,18 @@ from sae_lens.loading.pretrained_saes_directory import (
     get_norm_scaling_factor,
     get_pretrained_saes_directory,
 )
+from sae_lens.registry import get_sae_class
+from safetensors import safe_open
 
+from zarrtrace.capture.encoder_files import (
+    encoder_stretches,
+    load_encoder,
+    reads_encoder_alone,
+)
 from zarrtrace.capture.hooks import KINDS, HookPoint, parse_hook, place
 from zarrtrace.capture.model import LoadedModel
 from zarrtrace.capture.sae_configs import (
+    LOADING_ERRORS,
     cannot_fold,
     form_of,
     hook_name_of,
@@ -84,6 +92,10 @@ class SAESource(Protocol):
 
     def load(self, attributes: SAEAttributes, device: torch.device) -> Encoder:
         """Load one encoder."""
+        ...
+
+    def stretches(self, saes: Sequence[SAEAttributes]) -> list[tuple[Path, int, int]]:
+        """Say which bytes of which files :meth:`load` will read: a file, from, to."""
         ...
 
     @property
@@ -164,17 +176,39 @@ class FolderSAEs:
             )
         config = self._configs[names[0]]
         refuse_unfolded(f"{self._folder / names[0]}", config)
+        self._check_weights(self._folder / names[0], config)
         return sae_attributes(layer, variable, None, names[0], config, fold=self._fold)
 
-    def load(self, attributes: SAEAttributes, device: torch.device) -> Encoder:
-        """Load one encoder from its folder."""
-        path = self._folder / attributes.id
+    @staticmethod
+    def _check_weights(path: Path, config: dict[str, Any]) -> None:
+        """Compare weights with their configuration, before hours of work; reads a header only."""
         if not (path / "sae_weights.safetensors").is_file():
             raise SAEError(
                 f"{path}: sae_weights.safetensors is missing",
                 why="The download or copy was not finished.",
                 remedy="Fetch the SAE again.",
             )
+        try:
+            get_sae_class(config["architecture"])
+            with safe_open(path / "sae_weights.safetensors", framework="pt") as tensors:
+                shape = tensors.get_slice("W_enc").get_shape()
+        except LOADING_ERRORS as error:
+            raise unreadable(str(path), error) from error
+        if shape[-1] != config.get("d_sae"):
+            raise SAEError(
+                f"{path}: d_sae is {config.get('d_sae')} by cfg.json, {shape[-1]} in its weights",
+                why="Files of two SAEs are mixed, or one was edited.",
+                remedy="Fetch the SAE again.",
+            )
+
+    def stretches(self, saes: Sequence[SAEAttributes]) -> list[tuple[Path, int, int]]:
+        """Say what :meth:`load` will read: whole files."""
+        files = [self._folder / sae.id / "sae_weights.safetensors" for sae in saes]
+        return [(file, 0, file.stat().st_size) for file in files if file.is_file()]
+
+    def load(self, attributes: SAEAttributes, device: torch.device) -> Encoder:
+        """Load one encoder from its folder."""
+        path = self._folder / attributes.id
         try:
             sae = SAE.load_from_disk(
                 path,
@@ -184,7 +218,7 @@ class FolderSAEs:
             )
         except NotImplementedError as error:
             raise cannot_fold(str(path), error) from error
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except LOADING_ERRORS as error:
             raise unreadable(str(path), error) from error
         return Encoder(sae, attributes)
 
@@ -229,6 +263,7 @@ class ReleaseSAEs:
                 )
         self._release, self._patterns, self._fold = release, tuple(sae_ids), fold_decoder_norm
         self._ids = list(table[release].saes_map)
+        self._encoder_alone = reads_encoder_alone(release) and not fold_decoder_norm
         self._configs: dict[str, dict[str, Any]] = {}
 
     @property
@@ -338,10 +373,16 @@ class ReleaseSAEs:
             self._configs[name] = config
         return self._configs[name]
 
+    def stretches(self, saes: Sequence[SAEAttributes]) -> list[tuple[Path, int, int]]:
+        """Say what :meth:`load` will read, if it knows."""
+        return encoder_stretches(self._release, saes) if self._encoder_alone else []
+
     def load(self, attributes: SAEAttributes, device: torch.device) -> Encoder:
         """Load one encoder from the hub's cache, fetching it if need be."""
         what = f"{self._release}/{attributes.id}"
         try:
+            if self._encoder_alone:
+                return Encoder(load_encoder(self._release, attributes, device), attributes)
             sae = SAE.from_pretrained(
                 self._release,
                 attributes.id,
@@ -351,7 +392,7 @@ class ReleaseSAEs:
             )
         except NotImplementedError as error:
             raise cannot_fold(what, error) from error
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except LOADING_ERRORS as error:
             raise unreadable(what, error) from error
         return Encoder(sae, attributes)
 

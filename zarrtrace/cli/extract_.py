@@ -51,6 +51,7 @@ _PATH = click.Path(path_type=Path)
     default="auto",
     help="Precision of the model; auto is the checkpoint's.",
 )
+@click.option("--low-memory", is_flag=True, help="Keep one decoder block at a time on the GPU.")
 @click.option("--batch-size", type=click.IntRange(1), help="Scenarios a forward pass.")
 @click.option(
     "--queries",
@@ -147,6 +148,7 @@ def _options(given: dict[str, Any]) -> Options:
         attention_keepbits=given["attention_keepbits"],
         feature_dtype=given["feature_dtype"],
         prepend_bos=given["prepend_bos"],
+        low_memory=given["low_memory"],
     )
 
 

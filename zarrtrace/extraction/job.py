@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from zarrtrace import demo
 from zarrtrace.errors import ConfigError, ScenarioError
+from zarrtrace.extraction.reading_ahead import ReadAhead, weight_files
 from zarrtrace.scenarios import Scenario, load_suite
 from zarrtrace.spec import (
     SAEAttributes,
@@ -72,6 +73,8 @@ class Options:
         Precision in which features are stored.
     prepend_bos
         None does as the SAEs were trained, else if the tokenizer has a BOS token.
+    low_memory
+        Whether decoder blocks stay in host memory and come to the device one at a time.
     """
 
     model: str | None = None
@@ -95,6 +98,7 @@ class Options:
     attention_keepbits: int | None = None
     feature_dtype: StoredDtype = "float32"
     prepend_bos: bool | None = None
+    low_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -231,12 +235,17 @@ def prepare(options: Options, *, weights: bool = True) -> Job:
     """
     _check(options)
     scenarios = _scenarios(options)
+    ahead = ReadAhead() if weights and options.model and options.device != "cpu" else None
+    if ahead and options.model:
+        ahead.add(weight_files(options.model, options.revision))
     capture = capture_package()
     source = _sae_source(options) if options.features else None
     # All that can be wrong is found out before the weights are read, which takes minutes.
     model = _load_model(options, capture, weights=False)
     layers = _layers(options, model)
     saes = {} if source is None else _find_saes(source, layers, model)
+    if ahead and source is not None:
+        ahead.add(source.stretches([sae for found in saes.values() for sae in found]))
     prepend_bos = _prepend_bos(options, model, source)
     prompts = tuple(
         capture.tokenize(model, scenario, prepend_bos=prepend_bos) for scenario in scenarios
@@ -278,6 +287,7 @@ def _load_model(options: Options, capture: Any, *, weights: bool) -> Any:
         dtype=options.dtype,
         trust_remote_code=options.trust_remote_code,
         weights=weights,
+        low_memory=options.low_memory,
     )
 
 

@@ -12,7 +12,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -142,7 +142,7 @@ def _fill(
         )
         for prompt, writer in zip(job.prompts, writers, strict=True)
     ]
-    records: Iterator[LayerRecord | TokensRecord] = capture.capture(
+    records: Generator[LayerRecord | TokensRecord, None, None] = capture.capture(
         job.model,
         requests,
         attention_dtype=job.attention_dtype,
@@ -152,7 +152,11 @@ def _fill(
     )
     with _Progress(requests, progress) as bars:
         try:
-            with _WriterPool(by_name, bars.stored, _writers(job)) as pool:
+            # Closed here: a pass that is dropped in another thread cannot be ended there.
+            with (
+                _WriterPool(by_name, bars.stored, _writers(job)) as pool,
+                contextlib.closing(records),
+            ):
                 for record in records:
                     if not allow_nonfinite:
                         _refuse_nonfinite(record, job)

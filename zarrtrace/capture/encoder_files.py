@@ -1,0 +1,113 @@
+"""Reading the encoder out of an SAE's file and leaving the decoder, half of it, unread.
+
+sae-lens reads whole files. What it makes of Llama Scope's is done here with its own functions but
+for the decoder; tests compare the two bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from sae_lens.loading.pretrained_sae_loaders import (
+    get_conversion_loader_name,
+    get_llama_scope_config_from_hf,
+    handle_config_defaulting,
+)
+from sae_lens.loading.pretrained_saes_directory import (
+    get_config_overrides,
+    get_norm_scaling_factor,
+    get_repo_id_and_folder_name,
+)
+from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
+from safetensors import safe_open
+
+from zarrtrace.spec import SAEAttributes
+
+_FILE = "checkpoints/final.safetensors"
+_ENCODER = "encoder.weight"
+
+
+def encoder_stretches(release: str, saes: Iterable[SAEAttributes]) -> list[tuple[Path, int, int]]:
+    """Say which bytes of which files :func:`load_encoder` will read, of those that are here.
+
+    Parameters
+    ----------
+    release, saes
+        As for :func:`load_encoder`.
+
+    Returns
+    -------
+    list
+        A file, and the bytes of it from ... to ... that hold the encoder's matrix.
+    """
+    out = []
+    for sae in saes:
+        repository, folder = get_repo_id_and_folder_name(release, sae.id)
+        found = try_to_load_from_cache(repository, f"{folder}/{_FILE}")
+        if isinstance(found, str):
+            file = Path(found)
+            with file.open("rb") as content:
+                size = int.from_bytes(content.read(8), "little")
+                start, stop = json.loads(content.read(size))[_ENCODER]["data_offsets"]
+            out.append((file, 8 + size + start, 8 + size + stop))
+    return out
+
+
+def reads_encoder_alone(release: str) -> bool:
+    """Whether a release's files are laid out so that :func:`load_encoder` can read them."""
+    return bool(get_conversion_loader_name(release) == "llama_scope")
+
+
+def load_encoder(release: str, attributes: SAEAttributes, device: torch.device) -> JumpReLUSAE:
+    """Load one of Llama Scope's SAEs without its decoder, from the hub's cache or the hub.
+
+    Parameters
+    ----------
+    release, attributes
+        Which one; its decoder's norm must not be asked to be folded.
+    device
+        Where it computes.
+
+    Returns
+    -------
+    JumpReLUSAE
+        Its ``encode`` gives what that of ``SAE.from_pretrained`` gives; ``W_dec`` is empty.
+    """
+    repository, folder = get_repo_id_and_folder_name(release, attributes.id)
+    overrides = {
+        **get_config_overrides(release, attributes.id),
+        "device": str(device),
+        "dtype": attributes.dtype,
+    }
+    config = get_llama_scope_config_from_hf(
+        repository, folder, str(device), cfg_overrides=overrides
+    )
+    scale = get_norm_scaling_factor(release, attributes.id)
+    file = hf_hub_download(repository, f"{folder}/{_FILE}")
+    dtype: torch.dtype = getattr(torch, attributes.dtype)
+    with safe_open(file, framework="pt", device=str(device)) as tensors:
+        encoder, encoder_bias, decoder_bias = (
+            tensors.get_tensor(name).to(dtype)
+            for name in (_ENCODER, "encoder.bias", "decoder.bias")
+        )
+    sae = JumpReLUSAE(
+        JumpReLUSAEConfig.from_dict(handle_config_defaulting({**config, "device": "meta"}))
+    )
+    sae.cfg.device = str(device)
+    state = {
+        "W_enc": encoder.T,
+        "b_enc": encoder_bias,
+        "b_dec": decoder_bias,
+        "W_dec": torch.empty(0, dtype=dtype, device=device),
+        "threshold": torch.ones(encoder.shape[0], dtype=dtype, device=device)
+        * config["jump_relu_threshold"],
+    }
+    for name, value in state.items():
+        setattr(sae, name, torch.nn.Parameter(value, requires_grad=False))
+    if config["normalize_activations"] == "expected_average_only_in":
+        sae.fold_activation_norm_scaling_factor(scale)
+    return sae

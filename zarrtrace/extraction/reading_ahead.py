@@ -1,0 +1,117 @@
+"""Filling the system's file cache with weights while libraries are still being imported.
+
+Importing torch and sae-lens takes seconds in which the disk would idle, and afterwards weights are
+copied to a GPU tensor by tensor, which asks the disk for little at a time. Several threads that
+read the files in order keep it busy; what they read is thrown away, the system keeps the pages.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from queue import Empty, Queue
+
+_THREADS = 4
+_BYTES = 8 * 2**20
+# Importing sae-lens, between the model's files and the SAEs', takes longer than reading them.
+_SECONDS_IDLE = 60
+
+#: A file, and the bytes of it from ... to ... that are needed.
+Stretch = tuple[Path, int, int]
+
+
+class ReadAhead:
+    """Reads files into the system's cache, in threads that end with the process.
+
+    Parameters
+    ----------
+    limit
+        Share of the memory that is available which they may fill. What goes beyond is not read:
+        it would be gone again before it is used.
+    """
+
+    def __init__(self, *, limit: float = 0.5) -> None:
+        self._room = limit * _available()
+        self._parts: Queue[tuple[Path, int]] = Queue()
+        self._threads: list[threading.Thread] = []
+
+    def add(self, stretches: Iterable[Stretch]) -> None:
+        """Read stretches of files, after those that were added before."""
+        for file, start, stop in stretches:
+            if stop - start > self._room:
+                break
+            self._room -= stop - start
+            for at in range(start, stop, _BYTES):
+                self._parts.put((file, at))
+        if not self._threads and not self._parts.empty():
+            self._threads = [
+                threading.Thread(target=self._work, name="zarrtrace-ahead", daemon=True)
+                for _ in range(_THREADS)
+            ]
+            for thread in self._threads:
+                thread.start()
+
+    def _work(self) -> None:
+        while True:
+            try:
+                file, start = self._parts.get(timeout=_SECONDS_IDLE)
+            except Empty:
+                return
+            # Whoever needs the file will say what is wrong with it.
+            with suppress(OSError):
+                self._read(file, start)
+
+    def _read(self, file: Path, start: int) -> None:
+        with file.open("rb", buffering=0) as content:
+            content.seek(start)
+            content.read(_BYTES)
+
+
+def weight_files(model: str, revision: str | None = None) -> list[Stretch]:
+    """Find a model's safetensors on this machine, without importing anything large.
+
+    Parameters
+    ----------
+    model
+        A folder, or an id on the Hugging Face hub.
+    revision
+        Commit, tag or branch on the hub.
+
+    Returns
+    -------
+    list
+        Empty if it is not here.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+        hub = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+        repository = hub / f"models--{model.replace('/', '--')}"
+        name = revision or "main"
+        reference = repository / "refs" / name
+        try:
+            commit = reference.read_text(encoding="ascii").strip()
+        except (OSError, ValueError):
+            commit = name
+        folder = repository / "snapshots" / commit
+    return [(file, 0, file.stat().st_size) for file in sorted(folder.glob("*.safetensors"))]
+
+
+def _available() -> int:
+    """Bytes of memory that the system could give; 0 where it does not say."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + _cached()
+    except (AttributeError, ValueError, OSError):
+        return 0
+
+
+def _cached() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    found = (line.split()[1] for line in lines if line.startswith("Cached:"))
+    return 1024 * int(next(found, 0))
