@@ -21,6 +21,8 @@ _COMMANDS = {
     "import": "Turn a folder of layer_N.npz files into a run.",
     "analyze": "Answer a question from a run: attention, features, groups, the decision.",
     "figures": "Draw a run's figures, with a page that shows them.",
+    "view": "Look at a run in the browser.",
+    "bundle": "Write a run with its viewer, for any web host or as one HTML file.",
 }
 
 

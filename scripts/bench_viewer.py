@@ -1,0 +1,219 @@
+"""Time the viewer in headless Chromium against the live server, on stores of real shape.
+
+Every figure is the median of 20, from the event until everything chosen is drawn and laid out. The
+server's cache is emptied before each first view and each layer, which is one that the page has not
+read ahead: these times include reading and decoding the store.
+
+    python scripts/bench_viewer.py [--repeats 20] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench_read import ACTIVE, FEATURES, attention, features
+from playwright.sync_api import sync_playwright
+
+from zarrtrace.spec import (
+    FeatureRecord,
+    LayerRecord,
+    SpanAttributes,
+    Tokens,
+    TokensRecord,
+    TraceAttributes,
+    TraceShape,
+)
+from zarrtrace.store import TraceWriter
+from zarrtrace.viewer import Server
+
+TOP = 32
+#: The mission's shape, and a long prompt: tokens, layers, heads.
+SHAPES = {"121 tokens, 31 layers": (121, 31, 32), "4,096 tokens, 3 layers": (4_096, 3, 8)}
+#: Limits in ms, for the first shape.
+LIMITS = {"first view": 1_000, "another layer": 100, "another head": 30, "hover": 16}
+
+_FIRST = """
+window.drawn = new Promise(done => {
+    const look = () => document.body?.dataset.state === "ready" ? done(performance.now())
+        : setTimeout(look, 0);
+    document.addEventListener("DOMContentLoaded", look);
+});
+"""
+# Dispatches an event and waits until all that it chose is drawn and laid out.
+_TIMED = """async ([selector, kind, name, init]) => {
+    const task = () => new Promise(done => {
+        const channel = new MessageChannel();
+        channel.port1.onmessage = done;
+        channel.port2.postMessage(0);
+    });
+    const target = document.querySelector(selector);
+    const before = performance.now();
+    target.dispatchEvent(new window[kind](name, {bubbles: true, cancelable: true, ...init}));
+    do { await task(); } while (document.body.dataset.state !== "ready");
+    document.body.getBoundingClientRect();
+    return performance.now() - before;
+}"""
+
+
+def build(folder: Path, tokens: int, layers: int, heads: int) -> None:
+    """Write a trace of random attention and features."""
+    rng = np.random.default_rng(0)
+    attributes = TraceAttributes(
+        scenario="bench",
+        prompt=None,
+        spans={
+            "balance": SpanAttributes(characters=(), tokens=(51, 52, 53)),
+            "decision": SpanAttributes(characters=(), tokens=(tokens - 1,)),
+        },
+        model=None,
+        layers=tuple(range(1, layers + 1)),
+        attention_dtype="float32",
+        feature_dtype="float32",
+        versions={},
+    )
+    shape = TraceShape(
+        layers=layers,
+        tokens=tokens,
+        heads=heads,
+        features={"features": FEATURES},
+        attention_dtype="float32",
+        feature_dtype="float32",
+        next_token=True,
+    )
+    labels = Tokens(ids=range(tokens), texts=[f" word{at}" for at in range(tokens)])
+    with TraceWriter(folder, attributes, shape, labels) as trace:
+        for layer in attributes.layers:
+            weights = _weights(rng, tokens, heads)
+            trace.append(
+                LayerRecord(
+                    scenario="bench",
+                    layer=layer,
+                    attention=weights,
+                    attention_mean=weights.mean(0),
+                    features={"features": _with_index(features(rng, tokens))},
+                )
+            )
+        logs = -np.sort(rng.exponential(3, (tokens, 10))).astype(np.float32)
+        ids = rng.integers(0, 128_000, (tokens, 10), dtype=np.uint32)
+        trace.append(TokensRecord(scenario="bench", next_token=ids, next_token_logprob=logs))
+        trace.finish()
+
+
+def _weights(rng: np.random.Generator, tokens: int, heads: int) -> np.ndarray:
+    if tokens <= 256:
+        return attention(rng, tokens)
+    found = np.empty((heads, tokens, tokens), np.float32)
+    for head in range(heads):
+        weights = np.exp(2 * rng.standard_normal((tokens, tokens), np.float32))
+        weights *= np.tri(tokens, dtype=np.float32)
+        found[head] = weights / weights.sum(-1, keepdims=True)
+    return found
+
+
+def _with_index(dense: np.ndarray) -> FeatureRecord:
+    top = np.argpartition(-dense, TOP, axis=-1)[:, :TOP]
+    values = np.take_along_axis(dense, top, axis=-1)
+    order = np.argsort(-values, axis=-1)
+    return FeatureRecord(
+        activations=dense,
+        top_feature=np.take_along_axis(top, order, axis=-1).astype(np.uint32),
+        top_activation=np.take_along_axis(values, order, axis=-1),
+    )
+
+
+def measure(browser: Any, server: Server, tokens: int, layers: int, repeats: int) -> dict[str, Any]:
+    """Return medians in ms, and megabytes that the first view takes from the server."""
+    times: dict[str, list[float]] = {}
+    received = 0
+    for _ in range(repeats):
+        server.forget()
+        context = browser.new_context(viewport={"width": 1400, "height": 1000})
+        page = context.new_page()
+        page.add_init_script(_FIRST)
+        page.goto(server.url)
+        times.setdefault("first view", []).append(page.evaluate("() => window.drawn"))
+        received = sum(
+            page.evaluate(
+                "() => performance.getEntriesByType('resource').map(e => e.encodedBodySize)"
+            )
+        )
+        context.close()
+
+    def timed(page: Any, name: str, *event: Any) -> None:
+        page.wait_for_timeout(30)
+        times.setdefault(name, []).append(page.evaluate(_TIMED, event))
+
+    context = browser.new_context(viewport={"width": 1400, "height": 1000})
+    for at in range(repeats):
+        server.forget()
+        page = context.new_page()
+        page.goto(f"{server.url}#layer=1")
+        page.wait_for_selector("body[data-state=ready]")
+        page.evaluate(
+            f"() => {{ document.querySelector('#layer').value = {2 + at % (layers - 2)}; }}"
+        )
+        timed(page, "another layer", "#layer", "InputEvent", "input", {})
+        page.close()
+    page = context.new_page()
+    page.goto(server.url)
+    page.wait_for_selector("body[data-state=ready]")
+    page.wait_for_timeout(1000)
+    for _ in range(repeats):
+        timed(page, "another head", "body", "KeyboardEvent", "keydown", {"key": "ArrowRight"})
+        if page.locator("#head").input_value() == page.locator("#head").get_attribute("max"):
+            page.locator("#head").fill("-1")
+    first = int(page.locator(".token").first.get_attribute("data-position"))
+    shown = page.locator(".token").count()
+    for at in range(repeats):
+        token = f'.token[data-position="{first + (7 * at) % shown}"]'
+        timed(page, "hover", token, "PointerEvent", "pointerover", {})
+    if tokens > shown:
+        page.goto(f"{server.url}#token={tokens - 1}&head=1")
+        page.wait_for_selector("body[data-state=ready]")
+        for at in range(repeats):
+            number = at % (tokens // 256)
+            page.evaluate(f"() => {{ document.querySelector('#windows input').value = {number}; }}")
+            timed(page, "another window", "#windows input", "InputEvent", "input", {})
+    context.close()
+    medians = {name: round(statistics.median(found), 1) for name, found in times.items()}
+    return medians | {"MB for the first view": round(received / 1e6, 2)}
+
+
+def main() -> None:
+    """Build, measure, print a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    found: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
+        )
+        for name, (tokens, layers, heads) in SHAPES.items():
+            path = Path(folder) / "bench"
+            build(path, tokens, layers, heads)
+            with Server(path) as server:
+                found[name] = measure(browser, server, tokens, layers, options.repeats)
+            shutil.rmtree(path)
+        browser.close()
+    print(f"{ACTIVE} active features a token, {FEATURES:,} in all; median of {options.repeats}\n")
+    print(f"| ms | limit | {' | '.join(found)} |\n|---|---|{'---|' * len(found)}")
+    for what in dict.fromkeys(key for one in found.values() for key in one):
+        cells = " | ".join(str(one.get(what, "–")) for one in found.values())
+        print(f"| {what} | {LIMITS.get(what, '–')} | {cells} |")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,435 @@
+"""The viewer's files: what a bundle holds, and the server that makes the same on demand."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import fakes
+import numpy as np
+import pytest
+import zarr
+from click.testing import CliRunner
+
+import zarrtrace as zt
+from zarrtrace.analysis import contrast, word_associations
+from zarrtrace.cli import bundle_
+from zarrtrace.errors import ConfigError, IncompleteError
+from zarrtrace.store import RunWriter
+from zarrtrace.viewer import Layout, Server, plan, write_bundle
+from zarrtrace.viewer.bundle import single_page
+from zarrtrace.viewer.neuronpedia import source_of
+
+GROUPS = ("Safe_1", "Risky_2", "Safe_3", "Risky_4")
+
+
+def get(url: str, path: str, *, host: str | None = None, method: str = "GET"):
+    """Ask for a path exactly as written."""
+    at = urlsplit(url)
+    connection = http.client.HTTPConnection(at.hostname, at.port, timeout=30)
+    connection.putrequest(method, path, skip_host=True)
+    connection.putheader("Host", host or at.netloc)
+    connection.endheaders()
+    response = connection.getresponse()
+    body = response.read()
+    connection.close()
+    return response.status, dict(response.getheaders()), body
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> fakes.FakeRun:
+    return fakes.make_run(
+        tmp_path_factory.mktemp("whole"), scenarios=GROUPS, tokens=[7, 9, 7, 8], active=0.6
+    )
+
+
+@pytest.fixture(scope="module")
+def server(whole: fakes.FakeRun) -> Iterator[Server]:
+    with Server(whole.path) as found:
+        yield found
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"scenarios": GROUPS, "tokens": [7, 9, 7, 8], "active": 0.6},
+        {"tokens": 300, "layers": (0, 2), "scenarios": ("Long",)},
+        {"attention": False},
+        {"features": 0},
+        {"attention_dtype": "float16", "feature_dtype": "float16", "without_sae": (2,)},
+        {"drop": {"Risky_2": (2,)}},
+    ],
+    ids=["groups", "long", "no attention", "no features", "float16", "incomplete"],
+)
+def test_live_server_and_bundle_are_equal_byte_for_byte(tmp_path: Path, sizes: dict) -> None:
+    run = fakes.make_run(tmp_path, **sizes)
+    layout, expected = plan(run.path, tmp_path / "bundle")
+    written = write_bundle(layout, tmp_path / "bundle")
+    files = fakes.files_in(tmp_path / "bundle")
+    assert written == sum(map(len, files.values()))
+    assert sorted(files) == sorted(layout.files())
+    assert abs(expected.files - len(files)) <= 1
+    assert expected.bytes == pytest.approx(written, rel=0.5)
+    with Server(run.path) as live:
+        for name, content in files.items():
+            assert get(live.url, f"/{name}")[::2] == (200, content), name
+
+
+def test_two_saes_of_a_layer_are_both_there(tmp_path: Path) -> None:
+    sizes = {"features": {"features": 40, "features_mlp": 48}}
+    records = list(fakes.make_records(**sizes))
+    with RunWriter(tmp_path / "run", ["Safe_1"], fakes.CONFIG) as run:
+        attributes = fakes.make_trace_attributes("Safe_1", saes=())
+        writer = run.trace(attributes, fakes.make_shape(**sizes), fakes.make_tokens(7))
+        for record in records:
+            writer.append(record)
+        writer.finish()
+        run.finish()
+    write_bundle(Layout(tmp_path / "run"), tmp_path / "bundle")
+    truth = fakes.truth_of(records, fakes.LAYERS, fakes.make_tokens(7))
+    group = zarr.open_group(tmp_path / "bundle/data/Safe_1", mode="r")
+    for name in ("features", "features_mlp", "top_feature_mlp", "top_activation_mlp"):
+        np.testing.assert_array_equal(group[name][:], truth[name], err_msg=name)
+
+
+def test_plain_zarr_reads_a_bundle(tmp_path: Path) -> None:
+    run = fakes.make_run(tmp_path, scenarios=("Long",), tokens=300, features=40)
+    write_bundle(Layout(run.path), tmp_path / "bundle")
+    group = zarr.open_group(tmp_path / "bundle/data", mode="r")
+    truth = run.truth["Long"]
+    names = [name for name in truth if truth[name].ndim > 1]
+    assert {"attention", "attention_mean", "features", "next_token"} <= set(names)
+    for name in names:
+        assert group[f"Long/{name}"].shards is None
+        np.testing.assert_array_equal(group[f"Long/{name}"][:], truth[name], err_msg=name)
+
+
+def test_float16_is_exact_as_float32(tmp_path: Path) -> None:
+    run = fakes.make_run(tmp_path, attention_dtype="float16", feature_dtype="float16")
+    write_bundle(Layout(run.path), tmp_path / "bundle")
+    for name in ("attention", "features"):
+        found = zarr.open_array(tmp_path / "bundle/data/Safe_1" / name, mode="r")
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found[:], run.truth["Safe_1"][name].astype(np.float32))
+
+
+def test_chunks_are_gzip_without_time(whole: fakes.FakeRun) -> None:
+    layout = Layout(whole.path)
+    first = layout.read("data/Safe_1/attention/c/0/0/0/0")
+    assert first[4:8] == b"\0\0\0\0"
+    values = np.frombuffer(gzip.decompress(first), "<f4").reshape(2, 7, 7)
+    np.testing.assert_array_equal(values, whole.truth["Safe_1"]["attention"][0])
+    assert layout.read("data/Safe_1/attention/c/0/0/0/0") == first
+
+
+def test_index_says_what_the_run_says(whole: fakes.FakeRun, server: Server) -> None:
+    index = json.loads(get(server.url, "/index.json")[2])
+    ds = zt.open_trace(whole.path / "Risky_2")
+    found = next(one for one in index["scenarios"] if one["name"] == "Risky_2")
+    assert found["tokens"] == ds.query_token.values.tolist()
+    assert found["token_ids"] == ds.token_id.values.tolist()
+    assert found["spans"]["balance"] == zt.span(ds, "balance")
+    assert found["layers"] == ds.layer.values.tolist()
+    assert found["tags"] == ["risky"]
+    assert index["vocabulary"]["3"] == "1"  # the option's text
+    for name, array in found["arrays"].items():
+        assert array["shape"] == list(ds[name].shape)
+        assert array["dims"] == list(ds[name].dims)
+
+
+def test_words_equal_the_analysis(whole: fakes.FakeRun) -> None:
+    layout = Layout(whole.path)
+    arrays = {name: _run_array(layout, name) for name in ("word", "word_score", "word_count")}
+    words = json.loads(layout.index)["run"]["word"]["words"]
+    table = word_associations(zt.open_run(whole.path), top=5).to_dataframe()
+    for (layer, feature), rows in table.groupby(["layer", "feature"]):
+        at = (fakes.LAYERS.index(layer), feature)
+        known = arrays["word_count"][at] > 0
+        assert [words[i] for i in arrays["word"][at][known]] == rows["word"].tolist()
+        np.testing.assert_array_equal(arrays["word_score"][at][known], rows["score"])
+        np.testing.assert_array_equal(arrays["word_count"][at][known], rows["count"])
+    assert (arrays["word_count"] > 0).sum() == len(table)
+
+
+def test_contrasts_equal_the_analysis(whole: fakes.FakeRun) -> None:
+    layout = Layout(whole.path)
+    found = _run_array(layout, "contrast")
+    info = json.loads(layout.index)["run"]["contrast"]
+    assert info["pairs"] == [["safe", "risky"]]
+    table = contrast(zt.open_run(whole.path), "safe", "risky").to_dataframe()
+    assert len(table) > 10
+    assert np.isfinite(found[..., 0]).sum() == len(table)
+    for row in table.reset_index().itertuples():
+        values = found[0, fakes.LAYERS.index(row.layer), row.feature]
+        expected = [getattr(row, name) for name in info["statistics"]]
+        np.testing.assert_array_equal(values, np.asarray(expected, np.float32))
+
+
+def _run_array(layout: Layout, name: str) -> np.ndarray:
+    array = layout.arrays[f"@run/{name}"]
+    out = np.empty(array.shape, array.dtype)
+    for place in array.grid():
+        file = f"data/@run/{name}/c/{'/'.join(map(str, place))}"
+        chunk = np.frombuffer(gzip.decompress(layout.read(file)), np.dtype(array.dtype))
+        box = tuple(
+            slice(at * step, min(n, (at + 1) * step))
+            for at, step, n in zip(place, array.chunks, array.shape, strict=True)
+        )
+        part = chunk.reshape(array.chunks)
+        out[box] = part[tuple(slice(s.stop - s.start) for s in box)]
+    return out
+
+
+def test_eight_bits_round_to_the_nearest_step(whole: fakes.FakeRun) -> None:
+    array = Layout(whole.path, eight_bit=True).arrays["Safe_1/attention"]
+    codes = np.frombuffer(array.chunk((0, 0, 0, 0)), np.uint8).reshape(2, 7, 7)
+    exact = whole.truth["Safe_1"]["attention"][0]
+    assert np.abs(codes * array.attributes["scale"] - exact).max() <= 0.5 / 254 + 1e-7
+    assert array.attributes["bits"] == 8
+
+
+def test_eight_bits_keep_missing_values(tmp_path: Path) -> None:
+    run = fakes.make_run(tmp_path, drop={"Risky_2": (2,)})
+    array = Layout(run.path, eight_bit=True).arrays["Risky_2/attention"]
+    assert set(array.chunk((1, 0, 0, 0))) == {array.attributes["missing"]}
+
+
+# --- choosing, limits, single file -----------------------------------------------------------
+
+
+def test_scenarios_and_layers_are_chosen(whole: fakes.FakeRun) -> None:
+    layout = Layout(whole.path, scenarios=["Risky_4", "Safe_1"], layers=[1, 3])
+    index = json.loads(layout.index)
+    assert [one["name"] for one in index["scenarios"]] == ["Safe_1", "Risky_4"]
+    values = np.frombuffer(
+        gzip.decompress(layout.read("data/Safe_1/attention/c/1/0/0/0")), np.float32
+    )
+    np.testing.assert_array_equal(values, whole.truth["Safe_1"]["attention"][2].ravel())
+    assert index["scenarios"][0]["arrays"]["attention"]["layers"] == [1, 3]
+
+
+@pytest.mark.parametrize("what", [{"scenarios": ["Nowhere"]}, {"layers": [77]}])
+def test_unknown_choices_are_refused(whole: fakes.FakeRun, what: dict) -> None:
+    with pytest.raises(ConfigError, match=r"Nowhere|77"):
+        Layout(whole.path, **what)
+
+
+def test_a_trace_alone_is_a_run_of_one(whole: fakes.FakeRun) -> None:
+    index = json.loads(Layout(whole.path / "Safe_1").index)
+    assert [one["name"] for one in index["scenarios"]] == ["Safe_1"]
+
+
+def test_a_run_without_scenarios_says_so(tmp_path: Path) -> None:
+    run = fakes.make_run(tmp_path, drop=dict.fromkeys(fakes.SCENARIOS, fakes.LAYERS))
+    for name in fakes.SCENARIOS:
+        (run.path / name / "zarr.json").unlink()
+    with pytest.raises(IncompleteError, match="no scenario"):
+        Layout(run.path)
+
+
+def test_limit_is_kept_and_leaves_nothing(whole: fakes.FakeRun, tmp_path: Path) -> None:
+    for output in (tmp_path / "out/bundle", tmp_path / "out/page.html"):
+        with pytest.raises(ConfigError, match="above the limit"):
+            write_bundle(Layout(whole.path), output, max_bytes=10_000)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_what_is_there_is_kept(whole: fakes.FakeRun, tmp_path: Path) -> None:
+    layout = Layout(whole.path, scenarios=["Safe_1"])
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("x")
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match="exists"):
+            write_bundle(layout, precious, overwrite=overwrite)
+    for output in (tmp_path / "bundle", tmp_path / "page.html"):
+        write_bundle(layout, output)
+        with pytest.raises(ConfigError, match="overwrite"):
+            write_bundle(layout, output)
+        write_bundle(layout, output, overwrite=True)
+    assert (precious / "file").read_text() == "x"
+
+
+def test_no_name_ends_the_element_of_a_single_page() -> None:
+    page = single_page({"data/</script><img src=x>/c/0": "AAAA"}).decode()
+    assert "</script><img" not in page
+    assert "'self'" not in page.split("</head>")[0]
+
+
+def test_a_single_file_holds_the_same_bytes(whole: fakes.FakeRun, tmp_path: Path) -> None:
+    layout = Layout(whole.path)
+    written = write_bundle(layout, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert written == len(page.encode())
+    found = re.search(r'<script type="application/json" id="bundle-files">(.*?)</script>', page)
+    held = {name: base64.b64decode(content) for name, content in json.loads(found[1]).items()}
+    needed = [name for name in layout.files() if "/c/" in name or name == "index.json"]
+    assert sorted(held) == sorted(needed)
+    for name in needed:
+        assert held[name] == layout.read(name), name
+    assert not re.search(r"<(script|link|img)[^>]*(src|href)=[\"'](?!data:)", page)
+
+
+def test_large_single_files_are_rounded(
+    whole: fakes.FakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zarrtrace.viewer.bundle._EIGHT_BIT_FROM", 1000)
+    layout, expected = plan(whole.path, tmp_path / "page.html")
+    assert layout.eight_bit
+    assert expected.eight_bit
+    assert not plan(whole.path, tmp_path / "folder")[1].eight_bit
+
+
+# --- the server --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/nothing",
+        "/data",
+        "/data/",
+        "/data/Safe_1",
+        "/data/Safe_1/attention/",
+        "/data/Safe_1/attention/c/0/0/0/1",
+        "/data/Safe_1/attention/c/00/0/0/0",
+        "/data/Safe_1/attention/c/" + "9" * 5000 + "/0/0/0",
+        "/data/Safe_1/attention/c/-1/0/0/0",
+        "/data/Safe_1/attention/c/%D9%A1/0/0/0",
+        "/data/Safe_1/attention/c/0/0/0",
+        "/data/Nobody/attention/zarr.json",
+        "/../zarr.json",
+        "/%2e%2e/%2e%2e/etc/passwd",
+        "/data/..%2f..%2fzarr.json",
+        "/data/Safe_1/../../zarr.json",
+        "//etc/passwd",
+        "/data/Safe_1/attention%00/zarr.json",
+        "/data/Safe_1/%ff/zarr.json",
+        "/page/main.js",
+        "/layout.py",
+    ],
+)
+def test_unknown_paths_are_not_found(server: Server, path: str) -> None:
+    assert get(server.url, path)[0] == 404
+
+
+def test_the_page_and_its_headers(server: Server, whole: fakes.FakeRun) -> None:
+    status, headers, body = get(server.url, "/")
+    assert status == 200
+    assert body == get(server.url, "/index.html?query=ignored")[2]
+    assert "default-src 'none'" in headers["Content-Security-Policy"]
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert not any(name.lower().startswith("access-control") for name in headers)
+    status, headers, body = get(server.url, "/index.json", method="HEAD")
+    assert (status, body) == (200, b"")
+    assert int(headers["Content-Length"]) == len(Layout(whole.path).index)
+    assert get(server.url, "/", method="POST")[0] == 501
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1", "localhost:1"])
+def test_another_host_name_is_refused(server: Server, host: str) -> None:
+    assert get(server.url, "/index.json", host=host)[0] == 403
+
+
+def test_localhost_is_this_machine(server: Server) -> None:
+    assert get(server.url, "/", host=f"localhost:{server.port}")[0] == 200
+
+
+def test_others_need_the_token(whole: fakes.FakeRun) -> None:
+    with Server(whole.path, host="0.0.0.0") as wide:  # noqa: S104
+        secret = urlsplit(wide.url).path
+        assert len(secret) > 20
+        at = f"http://127.0.0.1:{wide.port}/"
+        for path in ("/", "/index.json", "/data/Safe_1/attention/zarr.json", secret[:-2] + "/"):
+            assert get(at, path)[0] == 404
+        assert get(at, secret)[0] == 200
+        assert get(at, secret + "index.json", host="anything:1")[0] == 200
+
+
+def test_a_taken_port_is_named(server: Server, whole: fakes.FakeRun) -> None:
+    with pytest.raises(ConfigError, match=f"port {server.port}"):
+        Server(whole.path, port=server.port)
+
+
+def test_damage_stays_where_it_is(run: fakes.FakeRun) -> None:
+    # Attention of layer 1 is one file: flip a byte in the middle, keep its size.
+    shard = run.path / "Safe_1/attention/c/0/0/0/0"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 3] ^= 0xFF
+    shard.write_bytes(content)
+    with Server(run.path) as live:
+        status, _, body = get(live.url, "/data/Safe_1/attention/c/0/0/0/0")
+        assert status == 500
+        assert b"cannot be read" in body
+        assert get(live.url, "/data/Safe_1/attention/c/1/0/0/0")[0] == 200
+
+
+# --- commands ----------------------------------------------------------------------------------
+
+
+def test_bundle_command(whole: fakes.FakeRun, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    arguments = [str(whole.path), "-o", str(output), "--scenarios", "Safe_1", "--layers", "1-2"]
+    found = CliRunner().invoke(bundle_.command, arguments, catch_exceptions=False)
+    assert found.exit_code == 0
+    assert found.stdout == f"{output}\n"
+    assert found.stderr.startswith("about ")
+    assert [p.name for p in (output / "data").iterdir() if p.name[0] not in "@z"] == ["Safe_1"]
+    with pytest.raises(ConfigError, match="above the limit"):
+        CliRunner().invoke(
+            bundle_.command,
+            [str(whole.path), "-o", str(tmp_path / "b"), "--max-size", "1.5kB"],
+            catch_exceptions=False,
+        )
+    bad = CliRunner().invoke(bundle_.command, [*arguments, "--max-size", "much"])
+    assert bad.exit_code == 2
+
+
+def test_view_command_stops_on_interrupt(whole: fakes.FakeRun) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "zarrtrace", "view", str(whole.path), "--no-browser"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    try:
+        url = process.stdout.readline().strip()
+        assert get(url, "/index.json")[0] == 200
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert error == "Ctrl-C stops.\n"
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", urlsplit(url).port)) != 0
+
+
+@pytest.mark.parametrize(
+    ("release", "sae", "expected"),
+    [
+        ("llama_scope_lxr_8x", "l14r_8x", "llama3.1-8b/14-llamascope-res-32k"),
+        ("gpt2-small-res-jb", "blocks.8.hook_resid_pre", "gpt2-small/8-res-jb"),
+        (
+            "gemma-scope-2b-pt-res-canonical",
+            "layer_20/width_16k/canonical",
+            "gemma-2-2b/20-gemmascope-res-16k",
+        ),
+        (None, "l14r_8x", None),
+        ("someone/else", "l14r_8x", None),
+    ],
+)
+def test_neuronpedia(release: str | None, sae: str, expected: str | None) -> None:
+    assert source_of(release, sae) == expected

@@ -1,0 +1,701 @@
+"""The viewer's page in Chromium: what it shows is what the store holds."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import fakes
+import numpy as np
+import pytest
+import xarray as xr
+
+import zarrtrace as zt
+from zarrtrace.analysis import contrast, word_associations
+from zarrtrace.spec import Tokens
+from zarrtrace.store import RunWriter
+from zarrtrace.viewer import Layout, Server, write_bundle
+
+GROUPS = ("Safe_1", "Risky_2", "Safe_3", "Risky_4")
+LENGTHS = (7, 9, 7, 8)
+HOSTILE = [
+    "<script>window.hacked = 1</script>",
+    "<img src=x onerror='window.hacked = 1'>",
+    "\"quotes' &amp; </bdi>",
+    "\u202eright to left\u202c שלום",
+    "🎰👩‍👩‍👧",
+    "a\0b",
+    "x" * 10_000,
+    "${1}{{1}}",
+    "\n",
+]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium; a test run that must have it says so in ZARRTRACE_REQUIRE_BROWSER."""
+    required = os.environ.get("ZARRTRACE_REQUIRE_BROWSER") == "1"
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        if required:
+            raise
+        pytest.skip("needs playwright: pip install 'zarrtrace[test]'")
+    if not CHROMIUM:
+        message = "needs a browser: apt-get install chromium"
+        pytest.fail(message) if required else pytest.skip(message)
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield started
+        started.close()
+
+
+Open = Callable[..., Any]
+
+
+@pytest.fixture
+def look(browser: Any) -> Iterator[Open]:
+    """Open pages; nothing may go wrong in them, nor may they ask another host for anything."""
+    wrong: list[str] = []
+    contexts = []
+
+    def look(
+        url: str, *, damaged: bool = False, width: int = 1280, script: str = "", **choice: Any
+    ) -> Any:
+        context = browser.new_context(viewport={"width": width, "height": 900})
+        contexts.append(context)
+        if script:
+            context.add_init_script(script)
+        page = context.new_page()
+        page.set_default_timeout(15_000)
+        page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
+        if not damaged:  # the browser itself reports an answer 404 or 500
+            page.on("console", lambda m: m.type in ("error", "warning") and wrong.append(m.text))
+        own = (url.split("#", maxsplit=1)[0].rsplit("/", 1)[0] + "/", "data:", "blob:")
+        page.on("request", lambda r: r.url.startswith(own) or wrong.append(f"asked {r.url}"))
+        page.goto(f"{url}#{urlencode(choice)}" if choice else url)
+        ready(page)
+        return page
+
+    yield look
+    for context in contexts:
+        context.close()
+    assert wrong == []
+
+
+def ready(page: Any) -> None:
+    """Wait until everything chosen is drawn."""
+    page.wait_for_selector("body:not([data-state=busy])")
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_args: object) -> None:
+        """Say nothing."""
+
+
+class _Host(ThreadingHTTPServer):
+    def handle_error(self, *_args: object) -> None:
+        """Say nothing: a browser that closes a page drops its connections."""
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[Callable[[Path], str]]:
+    """Put a folder on a static host that knows no byte ranges."""
+    started = []
+
+    def host(folder: Path) -> str:
+        handler = functools.partial(_Quiet, directory=str(folder))
+        server = _Host(("127.0.0.1", 0), handler)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}).start()
+        started.append(server)
+        return f"http://127.0.0.1:{server.server_address[1]}/"
+
+    yield host
+    for server in started:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> fakes.FakeRun:
+    return fakes.make_run(
+        tmp_path_factory.mktemp("whole"), scenarios=GROUPS, tokens=LENGTHS, active=0.6
+    )
+
+
+@pytest.fixture(scope="module")
+def addresses(
+    whole: fakes.FakeRun,
+    tmp_path_factory: pytest.TempPathFactory,
+    host: Callable[[Path], str],
+) -> Iterator[dict[str, str]]:
+    """The same run three ways: live, on a static host, in one file."""
+    made = tmp_path_factory.mktemp("made")
+    write_bundle(Layout(whole.path), made / "folder")
+    write_bundle(Layout(whole.path), made / "page.html")
+    with Server(whole.path) as live:
+        yield {
+            "server": live.url,
+            "folder": host(made / "folder"),
+            "file": (made / "page.html").as_uri(),
+        }
+
+
+# --- reading the page ----------------------------------------------------------------------------
+
+
+def rows(page: Any, selector: str, key: str) -> list[tuple[int, float]]:
+    """Return key and value of a list's rows."""
+    found: list[list[Any]] = page.eval_on_selector_all(
+        f"{selector} li[data-{key}]",
+        f"items => items.map(i => [i.getAttribute('data-{key}'), i.querySelector('data').value])",
+    )
+    return [(int(at), float(value)) for at, value in found]
+
+
+def value(page: Any, selector: str) -> float:
+    return float(page.locator(f"{selector} data").first.get_attribute("value"))
+
+
+def exactly(found: float, stored: Any) -> None:
+    """A number on the page has all the digits of the stored one."""
+    np.testing.assert_array_equal(np.float32(found), np.float32(stored))
+
+
+def messages(page: Any) -> list[str]:
+    return [m.inner_text() for m in page.locator(".message").all() if m.is_visible()]
+
+
+# --- values --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["server", "folder", "file"])
+def test_what_is_shown_is_what_is_stored(
+    way: str, addresses: dict[str, str], whole: fakes.FakeRun, look: Open
+) -> None:
+    truth = whole.truth["Risky_2"]
+    feature = int(truth["top_feature"][1, 6, 0])
+    page = look(addresses[way], scenario="Risky_2", layer=2, head=1, token=6, feature=feature)
+    assert messages(page) == []
+    assert page.locator(".token").count() == 9
+
+    # What the token attends to, and what attends to it.
+    attention = truth["attention"][1, 1]
+    shown = rows(page, "#attends-to", "position")
+    assert [at for at, _ in shown] == np.argsort(-attention[6], kind="stable")[:6].tolist()
+    for at, weight in shown:
+        exactly(weight, attention[6, at])
+    for at, weight in rows(page, "#attended-by", "position"):
+        exactly(weight, attention[at, 6])
+
+    # Any cell of the large matrix, by keyboard.
+    page.locator("#large").focus()
+    start = page.locator("#cell").inner_text()
+    query, key = 6, int(start.split("→")[1].split()[0])
+    assert key == attention[6].argmax()
+    for press, down, right in (("ArrowUp", -1, 0), ("ArrowLeft", 0, -1), ("ArrowDown", 1, 0)):
+        page.keyboard.press(press)
+        query, key = query + down, max(0, key + right)
+        exactly(value(page, "#cell"), attention[query, key])
+
+    # Next tokens, strongest features.
+    nexts = rows(page, "#next", "token-id")
+    assert [at for at, _ in nexts] == truth["next_token"][6].tolist()
+    np.testing.assert_allclose(
+        [p for _, p in nexts], np.exp(truth["next_token_logprob"][6].astype(float)), rtol=1e-6
+    )
+    strongest = rows(page, "#top-features", "feature")
+    active = (truth["top_activation"][1, 6] > 0).sum()
+    assert [at for at, _ in strongest] == truth["top_feature"][1, 6][: min(active, 12)].tolist()
+    for at, activation in strongest:
+        exactly(activation, truth["features"][1, 6, at])
+
+    # The feature's timeline, by keyboard over all of it.
+    page.locator("#timeline").focus()
+    exactly(value(page, "#timeline-cell"), truth["features"][1, 6, feature])
+    page.keyboard.press("ArrowUp")
+    for token in (5, 4, 3):
+        page.keyboard.press("ArrowLeft")
+        exactly(value(page, "#timeline-cell"), truth["features"][0, token, feature])
+
+    # The flow into the token: attention to the span over layers.
+    for span in ("balance", "decision"):
+        positions = zt.span(zt.open_trace(whole.path / "Risky_2"), span)
+        found = value(page, f'#flow-legend [data-span="{span}"]')
+        np.testing.assert_allclose(found, truth["attention_mean"][1, 6, positions].sum(), rtol=1e-6)
+
+
+def test_pictures_are_of_their_own_matrix(
+    addresses: dict[str, str], whole: fakes.FakeRun, look: Open
+) -> None:
+    page = look(addresses["server"], scenario="Safe_1", layer=3, head=0, theme="light")
+    pixels = page.evaluate(
+        """() => [...document.querySelectorAll("#large, #heads canvas, #layers canvas")].map(c =>
+            [...c.getContext("2d").getImageData(0, 0, c.width, c.height).data])"""
+    )
+    truth = whole.truth["Safe_1"]
+    matrices = [truth["attention"][2, 0], *truth["attention"][2], *truth["attention_mean"]]
+    assert len(pixels) == len(matrices)
+    for found, matrix in zip(pixels, matrices, strict=True):
+        # Darker is more: the order of brightness is the order of the values.
+        red = np.asarray(found).reshape(7, 7, 4)[..., 0]
+        order = np.argsort(matrix, axis=None)
+        assert (np.diff(red.ravel()[order].astype(int)) <= 0).all()
+        assert (red[np.triu_indices(7, 1)] == 255).all()
+
+
+@pytest.mark.parametrize("way", ["server", "file"])
+def test_words_and_contrasts_are_the_analyses(
+    way: str, addresses: dict[str, str], whole: fakes.FakeRun, look: Open
+) -> None:
+    run = zt.open_run(whole.path)
+    table = contrast(run, "safe", "risky").to_dataframe().reset_index()
+    row = table.iloc[0]
+    layer, feature = int(row.layer), int(row.feature)
+    page = look(addresses[way], layer=layer, feature=feature)
+    cells = page.locator("#contrasts tr[data-pair] data").all()
+    names = ("mean_a", "mean_b", "difference", "cohens_d", "p_permutation", "q_permutation")
+    for cell, name in zip(cells, names, strict=True):
+        exactly(float(cell.get_attribute("value").replace("NaN", "nan")), row[name])
+    words = word_associations(run, top=5).to_dataframe()
+    expected = words[(words["layer"] == layer) & (words["feature"] == feature)]
+    assert len(expected)
+    shown = page.locator("#words li").all()
+    assert len(shown) == len(expected)
+    for line, (_, known) in zip(shown, expected.iterrows(), strict=True):
+        exactly(float(line.locator("data").get_attribute("value")), known["score"])
+        assert f"×{known['count']}" in line.inner_text()
+
+
+def test_two_scenarios_and_their_difference(
+    addresses: dict[str, str], whole: fakes.FakeRun, look: Open
+) -> None:
+    url = addresses["folder"]
+    page = look(url, **{"scenario": "Safe_1", "with": "Safe_3", "layer": 1, "head": 1, "token": 6})
+    a, b = (whole.truth[name]["attention"][0, 1, 6] for name in ("Safe_1", "Safe_3"))
+    found = page.eval_on_selector_all(
+        "#compare-rows tr",
+        "all => all.map(r => [r.dataset.a, ...[...r.querySelectorAll('data')].map(d => d.value)])",
+    )
+    assert len(found) == 7
+    for at, left, right, difference in found:
+        key = int(at.split("-")[0])
+        exactly(float(left), a[key])
+        exactly(float(right), b[key])
+        np.testing.assert_allclose(float(difference), a[key] - b[key], atol=1e-7)
+    sizes = [abs(float(row[3])) for row in found]
+    assert sizes == sorted(sizes, reverse=True)
+    assert page.locator("#compare-pair").inner_text() == "Safe_1 − Safe_3"
+
+
+def test_scenarios_of_other_length_are_aligned_by_span(
+    addresses: dict[str, str], whole: fakes.FakeRun, look: Open
+) -> None:
+    # 9 and 7 tokens; the spans are tokens 1 and 2, and the last: 3–7 against 3–5 between them.
+    page = look(
+        addresses["server"],
+        **{"scenario": "Risky_2", "with": "Safe_1", "layer": 1, "head": 0, "token": 8},
+    )
+    a = whole.truth["Risky_2"]["attention"][0, 0, 8]
+    b = whole.truth["Safe_1"]["attention"][0, 0, 6]
+    found = page.eval_on_selector_all(
+        "#compare-rows tr",
+        "all => all.map(r => [r.dataset.a, r.dataset.b, r.cells[2].textContent,"
+        " ...[...r.querySelectorAll('data')].map(d => d.value)])",
+    )
+    by_keys = {row[0]: row for row in found}
+    assert by_keys["1-2"][1:3] == ["1-2", "balance"]
+    assert by_keys["8-9"][1:3] == ["6-7", "decision"]
+    assert len(found) == 7
+    for left, right, _, x, y, _ in found:
+        keys_a, keys_b = (slice(*map(int, keys.split("-"))) for keys in (left, right))
+        np.testing.assert_allclose(float(x), a[keys_a].sum(), rtol=1e-6)
+        np.testing.assert_allclose(float(y), b[keys_b].sum(), rtol=1e-6)
+
+
+def test_a_public_release_is_linked_and_not_asked(
+    whole: fakes.FakeRun, tmp_path: Path, host: Callable[[Path], str], look: Open
+) -> None:
+    write_bundle(Layout(whole.path, scenarios=["Safe_1"]), tmp_path / "out")
+    index = tmp_path / "out/index.json"
+    found = json.loads(index.read_text())
+    index.write_text(json.dumps({**found, "sources": {"features": {"2": "gpt2-small/2-res-jb"}}}))
+    page = look(host(tmp_path / "out"), layer=2, feature=5)
+    link = page.locator("#feature-name a")
+    assert link.get_attribute("href") == "https://www.neuronpedia.org/gpt2-small/2-res-jb/5"
+    assert link.get_attribute("rel") == "noopener noreferrer"
+    page.keyboard.press("ArrowDown")
+    ready(page)
+    assert link.count() == 0
+
+
+def test_missing_layers_are_named(tmp_path: Path, look: Open) -> None:
+    run = fakes.make_run(tmp_path, drop={"Risky_2": (2,)})
+    with Server(run.path) as live:
+        page = look(live.url, scenario="Risky_2", layer=2, head=0)
+        assert messages(page) == ["Not stored: layers 2."]
+        page.keyboard.press("ArrowDown")
+        ready(page)
+        exactly(
+            rows(page, "#attends-to", "position")[0][1],
+            run.truth["Risky_2"]["attention"][2, 0, 6].max(),
+        )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [({"attention": False}, "no attention"), ({"features": 0}, "no features")],
+)
+def test_what_a_run_lacks_is_said(tmp_path: Path, sizes: dict, message: str, look: Open) -> None:
+    run = fakes.make_run(tmp_path, **sizes)
+    with Server(run.path) as live:
+        page = look(live.url)
+        assert any(message in found for found in messages(page))
+        assert len(rows(page, "#next", "token-id")) == 10
+
+
+def test_a_long_prompt_is_shown_in_windows(tmp_path: Path, look: Open) -> None:
+    run = fakes.make_run(tmp_path, scenarios=("Long",), tokens=700, layers=(0,), features=40)
+    truth = run.truth["Long"]
+    with Server(run.path) as live:
+        page = look(live.url, layer=0, head=1, token=600)
+        assert page.locator(".token").count() == 700 - 512
+        row = truth["attention"][0, 1, 600]
+        shown = rows(page, "#attends-to", "position")
+        assert [at for at, _ in shown] == (512 + np.argsort(-row[512:], kind="stable")[:6]).tolist()
+        page.locator("#windows input").focus()
+        page.keyboard.press("Home")
+        ready(page)
+        assert page.locator(".token").first.get_attribute("data-position") == "0"
+        for at, weight in rows(page, "#attends-to", "position"):
+            assert at < 256
+            exactly(weight, row[at])
+        # Choosing a token of this window shows its own row.
+        page.locator('.token[data-position="9"]').click()
+        ready(page)
+        for at, weight in rows(page, "#attends-to", "position"):
+            exactly(weight, truth["attention"][0, 1, 9, at])
+
+
+# --- hostile content -----------------------------------------------------------------------------
+
+
+def hostile_run(path: Path) -> xr.Dataset:
+    attributes = fakes.make_trace_attributes("Safe_1", tags=tuple(HOSTILE[:3]))
+    labels = Tokens(ids=range(len(HOSTILE)), texts=HOSTILE)
+    with RunWriter(path, ["Safe_1"], fakes.CONFIG) as run:
+        writer = run.trace(attributes, fakes.make_shape(tokens=len(HOSTILE)), labels)
+        for record in fakes.make_records(tokens=len(HOSTILE), active=0.6):
+            writer.append(record)
+        writer.finish()
+        run.finish()
+    return zt.open_trace(path / "Safe_1")
+
+
+def test_texts_are_texts(tmp_path: Path, host: Callable[[Path], str], look: Open) -> None:
+    """Tokens, tags and names of another's bundle are shown as they are."""
+    ds = hostile_run(tmp_path / "run")
+    feature = int(ds.top_feature.sel(layer=1)[-1, 0])
+    write_bundle(Layout(tmp_path / "run"), tmp_path / "out")
+    index = json.loads((tmp_path / "out/index.json").read_text())
+    index |= {"title": HOSTILE[1], "model": HOSTILE[0]}
+    other = index["scenarios"][0]
+    # Names that no run of ours can have, but a file from elsewhere can.
+    index["scenarios"] = [{**other, "name": name} for name in HOSTILE[:8]]
+    for one in index["scenarios"]:
+        one["spans"] = {HOSTILE[0]: [1], HOSTILE[1]: [2], "__proto__": [3]}
+        one["options"] = {HOSTILE[1]: 3}
+    (tmp_path / "out/index.json").write_text(json.dumps(index))
+    url = host(tmp_path / "out")
+    with Server(tmp_path / "run") as live:
+        for address, names in (
+            (live.url, ["Safe_1"]),
+            (url, [HOSTILE[0], HOSTILE[3], HOSTILE[5], HOSTILE[6]]),
+        ):
+            for name in names:
+                page = look(address, scenario=name, layer=1, head=0, feature=feature)
+                shown = page.locator(".token").all_text_contents()
+                assert shown[:8] == HOSTILE[:8]
+                options = page.eval_on_selector_all("#scenario option", "o => o.map(x => x.value)")
+                assert name in options
+                assert page.locator("#scenario").input_value() == name
+                assert page.evaluate("window.hacked") is None
+                assert page.locator("script").count() == 1
+                assert page.locator("img, iframe, object").count() == 0
+                assert page.evaluate("document.documentElement.scrollWidth") <= 1280
+
+
+# --- damage --------------------------------------------------------------------------------------
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+def swap(path: Path) -> None:
+    path.write_bytes(gzip.compress(b"another size"))
+
+
+@pytest.mark.parametrize("damage", [cut, flip, swap, Path.unlink])
+def test_a_damaged_chunk_is_said_and_the_rest_is_shown(
+    damage: Callable[[Path], None],
+    whole: fakes.FakeRun,
+    tmp_path: Path,
+    host: Callable[[Path], str],
+    look: Open,
+) -> None:
+    write_bundle(Layout(whole.path, scenarios=["Safe_1"]), tmp_path / "out")
+    damage(tmp_path / "out/data/Safe_1/attention/c/0/0/0/0")
+    page = look(host(tmp_path / "out"), damaged=True, layer=1, head=0, token=6)
+    said = messages(page)
+    assert said
+    assert all("data/Safe_1/attention/c/0/0/0/0 " in message for message in said)
+    truth = whole.truth["Safe_1"]
+    assert rows(page, "#top-features", "feature")[0][0] == truth["top_feature"][0, 6, 0]
+    page.keyboard.press("ArrowDown")
+    ready(page)
+    assert messages(page) == []
+    exactly(rows(page, "#attends-to", "position")[0][1], truth["attention"][1, 0, 6].max())
+
+
+def test_damage_in_the_store_is_said(tmp_path: Path, look: Open) -> None:
+    run = fakes.make_run(tmp_path)
+    flip(run.path / "Safe_1/attention/c/0/0/0/0")
+    with Server(run.path) as live:
+        page = look(live.url, damaged=True, layer=1, head=0, token=6)
+        assert any("cannot be read" in message for message in messages(page))
+        assert rows(page, "#next", "token-id")
+        page.keyboard.press("ArrowDown")
+        ready(page)
+        assert messages(page) == []
+
+
+def test_a_page_without_its_index_says_so(
+    tmp_path: Path, whole: fakes.FakeRun, host: Callable[[Path], str], look: Open
+) -> None:
+    write_bundle(Layout(whole.path, scenarios=["Safe_1"]), tmp_path / "out")
+    index = tmp_path / "out/index.json"
+    index.write_text(index.read_text().replace('"version":1', '"version":99'))
+    url = host(tmp_path / "out")
+    assert messages(look(url)) == ["This page reads layout 1, index.json is 99."]
+    index.unlink()
+    assert messages(look(url, damaged=True)) == ["index.json is missing (404)."]
+
+
+# --- choosing ------------------------------------------------------------------------------------
+
+
+def fragment(page: Any, expected: str) -> str:
+    """Return the address's fragment once it holds `expected`: it follows a moment after."""
+    page.wait_for_function("text => location.hash.includes(text)", arg=expected)
+    return str(page.evaluate("location.hash"))
+
+
+@pytest.mark.parametrize("way", ["server", "file"])
+def test_what_is_chosen_is_in_the_address(way: str, addresses: dict[str, str], look: Open) -> None:
+    page = look(addresses[way])
+    page.locator("#other").select_option("Risky_4")
+    page.locator("#heads button").nth(1).click()
+    page.locator("#layers button").nth(0).click()
+    page.locator("#heads button").nth(1).click()
+    page.locator('.token[data-position="5"]').click()
+    page.locator("#top-features button").nth(1).click()
+    page.locator("#theme").click()
+    ready(page)
+    feature = page.locator("#top-features .chosen").get_attribute("data-feature")
+    expected = {"scenario": "Safe_1", "with": "Risky_4", "layer": 1, "head": 1, "token": 5}
+    whole = urlencode({**expected, "feature": feature, "theme": "dark"})
+    there = fragment(page, whole)
+    assert there == "#" + whole
+    page.mouse.move(0, 0)
+    page.locator("body").evaluate("() => document.activeElement.blur()")
+    again = look(addresses[way] + there)
+    for selector in ("#attends-to", "#next", "#top-features", "#cell", "#compare-rows", "#words"):
+        assert again.locator(selector).inner_text() == page.locator(selector).inner_text()
+    assert fragment(again, there) == there
+    # Another scenario is a step back.
+    page.locator("#scenario").select_option("Safe_3")
+    ready(page)
+    page.go_back()
+    page.wait_for_function("() => document.querySelector('#scenario').value === 'Safe_1'")
+    assert fragment(page, there) == there
+
+
+def test_any_address_shows_something(addresses: dict[str, str], look: Open) -> None:
+    for junk in ("#layer=99&head=-7&token=1e9&feature=99999999", "#scenario=%00&with=%ff&sae=<b>"):
+        page = look(addresses["server"] + junk)
+        assert messages(page) == []
+        assert rows(page, "#attends-to", "position")
+
+
+def test_everything_can_be_done_by_keyboard(
+    addresses: dict[str, str], whole: fakes.FakeRun, look: Open
+) -> None:
+    page = look(addresses["server"], scenario="Safe_1", layer=2)
+    press = page.keyboard.press
+    for key in ("ArrowUp", "ArrowUp", "ArrowRight", "ArrowRight", "ArrowLeft"):
+        press(key)
+    ready(page)
+    assert fragment(page, "layer=1&head=0")
+    assert page.locator("#layer-shown").inner_text() == "L1"
+    # Every control is reached by Tab, in order, and the tokens are one stop.
+    stops = []
+    for _ in range(30):
+        press("Tab")
+        stops.append(
+            page.evaluate("(e => e.id || e.className + e.textContent)(document.activeElement)")
+        )
+    for one in ("scenario", "other", "layer", "head", "theme", "large", "feature-number"):
+        assert one in stops
+    assert sum(stop.startswith("token") for stop in stops) == 1
+    page.locator("#layer").focus()
+    press("ArrowRight")
+    ready(page)
+    assert fragment(page, "layer=2")
+    page.locator('.token[tabindex="0"]').focus()
+    for key in ("Home", "ArrowRight", "ArrowRight", "ArrowRight"):
+        press(key)
+    truth = whole.truth["Safe_1"]["attention"][1, 0]
+    page.wait_for_function(
+        "() => document.querySelector('#active-token').textContent.startsWith('3')"
+    )
+    for at, weight in rows(page, "#attended-by", "position"):
+        exactly(weight, truth[at, 3])
+    press("Enter")
+    ready(page)
+    assert fragment(page, "token=3")
+    page.locator("#feature-number").focus()
+    page.keyboard.type("4")
+    press("Enter")
+    ready(page)
+    assert fragment(page, "feature=4")
+    assert page.locator("#feature-detail").is_visible()
+
+
+def test_hovering_shows_the_token(
+    addresses: dict[str, str], whole: fakes.FakeRun, look: Open
+) -> None:
+    page = look(addresses["server"], scenario="Safe_1", layer=2, head=1)
+    page.locator('.token[data-position="4"]').hover()
+    truth = whole.truth["Safe_1"]
+    page.wait_for_selector(f'#next li[data-token-id="{truth["next_token"][4, 0]}"]')
+    for at, weight in rows(page, "#attends-to", "position"):
+        exactly(weight, truth["attention"][1, 1, 4, at])
+    coloured = page.eval_on_selector_all(
+        ".token", "all => all.map(t => t.style.backgroundColor !== '')"
+    )
+    assert all(coloured)
+    spans = page.locator(".token.in-span").evaluate_all("all => all.map(t => t.title)")
+    assert spans == ["balance", "balance", "decision"]
+
+
+_CLIPBOARD = """
+Object.defineProperty(navigator, "clipboard", {value: {write: async ([item]) => {
+    const blob = await item.getType("image/png");
+    window.copied = [blob.size, await blob.slice(1, 4).text()];
+}}});
+"""
+_NO_CLIPBOARD = _CLIPBOARD.replace("const blob", "throw new Error('no'); const blob")
+
+
+def test_a_picture_is_copied_or_saved(addresses: dict[str, str], look: Open) -> None:
+    page = look(addresses["server"], script=_CLIPBOARD, feature=3)
+    for panel in page.locator("[data-picture]").all():
+        if not panel.is_visible():
+            continue
+        page.evaluate("window.copied = null")
+        panel.locator(".copy").click()
+        page.wait_for_function("() => window.copied")
+        size, kind = page.evaluate("window.copied")
+        assert kind == "PNG"
+        assert size > 2000
+    page = look(addresses["server"], script=_NO_CLIPBOARD)
+    with page.expect_download() as saved:
+        page.locator("#large-panel .copy").click()
+    assert Path(saved.value.path()).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("width", [360, 768, 2560])
+def test_it_fits(width: int, addresses: dict[str, str], look: Open) -> None:
+    page = look(addresses["server"], width=width, feature=3, **{"with": "Risky_2"})
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_has_contrast(theme: str, addresses: dict[str, str], look: Open) -> None:
+    """WCAG 2 AA: 4.5 for text, on every colour that a token or a bar can have behind it."""
+    page = look(addresses["server"], theme=theme, feature=3, layer=2, token=0)
+    ratios = page.evaluate(_CONTRAST)
+    assert len(ratios) > 40
+    assert [found for found in ratios if found[1] < 4.5] == []
+
+
+_CONTRAST = """() => {
+    const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+    const over = (below, colour) => {
+        canvas.fillStyle = `rgb(${below})`; canvas.fillRect(0, 0, 1, 1);
+        canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+        return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
+    };
+    const light = rgb => rgb.map(c => c / 255).map(c => c <= 0.03928 ? c / 12.92 :
+        ((c + 0.055) / 1.055) ** 2.4).reduce((sum, c, i) =>
+            sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+    const out = [];
+    for (const at of document.querySelectorAll("body *")) {
+        if (![...at.childNodes].some(n => n.nodeType === 3 && n.data.trim())) continue;
+        if (!at.checkVisibility() || at.disabled) continue;
+        if (at.closest("option, script, noscript")) continue;
+        let back = [255, 255, 255];
+        const line = [];
+        for (let e = at; e; e = e.parentElement) line.unshift(e);
+        for (const e of line) {
+            const style = getComputedStyle(e);
+            back = over(back, style.backgroundColor);
+            const bar = /rgba?\\([^)]*\\)/.exec(style.backgroundImage);
+            if (bar) back = over(back, bar[0]);
+        }
+        const [x, y] = [light(over(back, getComputedStyle(at).color)), light(back)];
+        out.push([at.outerHTML.slice(0, 80), (Math.max(x, y) + 0.05) / (Math.min(x, y) + 0.05)]);
+    }
+    return out;
+}"""
+
+
+def test_the_systems_theme_is_followed(addresses: dict[str, str], look: Open) -> None:
+    page = look(addresses["server"])
+    for scheme in ("dark", "light"):
+        page.emulate_media(color_scheme=scheme)
+        page.wait_for_function(f"() => document.documentElement.dataset.theme === '{scheme}'")
+
+
+def test_rounded_attention_is_labelled(whole: fakes.FakeRun, tmp_path: Path, look: Open) -> None:
+    write_bundle(Layout(whole.path, eight_bit=True), tmp_path / "page.html")
+    page = look((tmp_path / "page.html").as_uri(), scenario="Safe_1", layer=1, head=0, token=6)
+    assert "rounded to 8 bits" in page.locator("#bits").inner_text()
+    for at, weight in rows(page, "#attends-to", "position"):
+        stored = whole.truth["Safe_1"]["attention"][0, 0, 6, at]
+        assert abs(weight - stored) <= 0.5 / 254 + 1e-6

@@ -1,0 +1,77 @@
+"""``zarrtrace bundle``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from zarrtrace.cli.shared import Layers, bar, quiet_option, run_argument
+from zarrtrace.errors import readable
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes: ``500MB``, ``1.5 GB``."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parse a number with a unit."""
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?)b?\s*", str(value).lower())
+        if not found:
+            self.fail(f"{value!r} is not a size like 500MB or 1.5GB", param, ctx)
+        return int(float(found[1]) * _UNITS[found[2]])
+
+
+@click.command("bundle")
+@run_argument
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder to write, or a file ending in .html for one self-contained page.",
+)
+@click.option("--scenarios", help="Only these, separated by commas.")
+@click.option("--layers", type=Layers(), help="Only these layers, as 20-31.")
+@click.option("--max-size", type=Size(), help="Refuse to write more, as 500MB.")
+@click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
+@quiet_option
+def command(
+    run: str,
+    output: Path,
+    scenarios: str | None,
+    layers: tuple[int, ...] | None,
+    max_size: int | None,
+    overwrite: bool,  # noqa: FBT001 -- click passes flags so
+    quiet: bool,  # noqa: FBT001
+) -> None:
+    """Write RUN with its viewer: a folder that any web host serves, or one HTML file.
+
+    Says the size first, then writes and prints the path.
+    """
+    from zarrtrace.viewer.bundle import plan, refuse_larger, write_bundle
+
+    names = [name.strip() for name in scenarios.split(",")] if scenarios else None
+    layout, expected = plan(run, output, scenarios=names, layers=layers)
+    rounded = "; attention rounded to 8 bits" if expected.eight_bit else ""
+    if not quiet:
+        click.echo(
+            f"about {readable(expected.bytes)} in {expected.files} file"
+            f"{'' if expected.files == 1 else 's'}{rounded}",
+            err=True,
+        )
+    refuse_larger(expected.bytes, max_size)
+    with bar("bundle", quiet=quiet) as progress:
+        written = write_bundle(
+            layout, output, max_bytes=max_size, overwrite=overwrite, progress=progress
+        )
+    if not quiet:
+        click.echo(f"{readable(written)} written", err=True)
+    click.echo(str(output))

@@ -1,0 +1,41 @@
+"""``zarrtrace view``."""
+
+from __future__ import annotations
+
+import click
+
+from zarrtrace.cli.shared import quiet_option, run_argument
+
+
+@click.command("view")
+@run_argument
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; if others can reach it, the page's address holds a secret.",
+)
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="A free one if left out.")
+@click.option("--no-browser", is_flag=True, help="Only print the address.")
+@quiet_option
+def command(run: str, host: str, port: int, no_browser: bool, quiet: bool) -> None:  # noqa: FBT001 -- click passes flags so
+    """Look at RUN in the browser, from this machine, until Ctrl-C.
+
+    Prints the page's address.
+    """
+    import contextlib
+    import webbrowser
+
+    from zarrtrace.viewer.server import serve
+
+    server = serve(run, host=host, port=port)
+    click.echo(server.url)
+    if not quiet:
+        click.echo("Ctrl-C stops.", err=True)
+    if not no_browser:
+        webbrowser.open(server.url)
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run()
+    finally:
+        server.close()

@@ -1,0 +1,258 @@
+"""Writing a bundle: a folder for any static host, or one HTML file."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from zarrtrace.errors import ConfigError, NoSpaceError
+from zarrtrace.viewer.layout import PAGE_FILES, Layout, page_file, sample
+
+#: A larger single file is refused: browsers hold all of it in memory, base64 and all.
+MAX_HTML_BYTES = 150 * 10**6
+#: Above this, attention in a single file is rounded to 8 bits.
+_EIGHT_BIT_FROM = 40 * 10**6
+
+Progress = Callable[[int, int], None]
+
+
+class Estimate(NamedTuple):
+    """What a bundle will be.
+
+    Attributes
+    ----------
+    bytes
+        Expected size: a few chunks of each array are compressed, the others taken alike.
+    files
+        Number of files; 1 for a single HTML file.
+    eight_bit
+        Whether attention will be rounded to 8 bits.
+    """
+
+    bytes: int
+    files: int
+    eight_bit: bool
+
+
+def estimate(layout: Layout, output: str | Path) -> Estimate:
+    """Say how large a bundle will be, before writing it; see :class:`Estimate`."""
+    total, files = 0, 0
+    for path, array in layout.arrays.items():
+        places = sample(array)
+        read = sum(len(layout.read(f"data/{path}/c/{'/'.join(map(str, at))}")) for at in places)
+        count = sum(1 for _ in array.grid())
+        total += read * count // max(1, len(places))
+        files += count + 1
+    total += len(layout.index) + sum(len(page_file(name)) for name in PAGE_FILES)
+    if _is_html(output):
+        return Estimate(total * 4 // 3, 1, layout.eight_bit)
+    return Estimate(total, files + len(PAGE_FILES) + 2 + len(layout.traces), layout.eight_bit)
+
+
+def plan(
+    run: str | Path,
+    output: str | Path,
+    *,
+    scenarios: Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
+) -> tuple[Layout, Estimate]:
+    """Choose what a bundle holds: attention in a large single file is rounded to 8 bits."""
+    layout = Layout(run, scenarios=scenarios, layers=layers)
+    found = estimate(layout, output)
+    if _is_html(output) and found.bytes > _EIGHT_BIT_FROM:
+        layout = Layout(run, scenarios=scenarios, layers=layers, eight_bit=True)
+        found = estimate(layout, output)
+    return layout, found
+
+
+def write_bundle(
+    layout: Layout,
+    output: str | Path,
+    *,
+    max_bytes: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> int:
+    """Write a bundle.
+
+    Parameters
+    ----------
+    layout
+        What to write, of :func:`plan`.
+    output
+        A folder, or a file ending in ``.html``. It appears when it is whole.
+    max_bytes
+        Refuse to write more; for a single file :data:`MAX_HTML_BYTES` if None.
+    overwrite
+        Whether to replace a bundle that is there.
+    progress
+        Called with the numbers of files done and of all.
+
+    Returns
+    -------
+    int
+        Bytes written.
+
+    Raises
+    ------
+    ConfigError
+        If `output` exists (and is no bundle, or `overwrite` is not set) or the limit is passed.
+    NoSpaceError
+        If the disk is full.
+    """
+    output = Path(output)
+    _check_output(output, overwrite=overwrite)
+    limit = MAX_HTML_BYTES if max_bytes is None and _is_html(output) else max_bytes
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as made:
+        try:
+            if _is_html(output):
+                written = _write_html(layout, Path(made) / "page", limit, progress)
+                (Path(made) / "page").replace(output)
+            else:
+                written = _write_folder(layout, Path(made) / "bundle", limit, progress)
+                if output.exists():
+                    shutil.rmtree(output)
+                (Path(made) / "bundle").replace(output)
+        except OSError as error:
+            raise NoSpaceError(
+                f"{output}: cannot be written: {error}", remedy="Free space, or write elsewhere."
+            ) from error
+    return written
+
+
+def refuse_larger(size: int, limit: int | None) -> None:
+    """Refuse a size above a limit.
+
+    Raises
+    ------
+    ConfigError
+    """
+    if limit is not None and size > limit:
+        raise ConfigError(
+            f"the bundle would take {size / 1e6:.1f} MB or more, above the limit of "
+            f"{limit / 1e6:.1f} MB",
+            why="Attention of every head takes most of it.",
+            remedy="Choose fewer --scenarios or --layers, raise --max-size, or write a folder "
+            "in place of a single file.",
+        )
+
+
+def _is_html(output: str | Path) -> bool:
+    return Path(output).suffix.lower() in (".html", ".htm")
+
+
+def _check_output(output: Path, *, overwrite: bool) -> None:
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    ours = output.is_file() if _is_html(output) else (output / "index.json").is_file()
+    if not overwrite or not ours:
+        raise ConfigError(
+            f"{output} exists" + ("" if ours else ", and is no bundle"),
+            remedy="Choose another path" + (", or give --overwrite." if ours else "."),
+        )
+
+
+def _contents(layout: Layout, progress: Progress | None) -> Iterator[tuple[str, bytes]]:
+    files = list(layout.files())
+    for done, file in enumerate(files, 1):
+        yield file, layout.read(file)
+        if progress:
+            progress(done, len(files))
+
+
+def _write_folder(
+    layout: Layout, folder: Path, limit: int | None, progress: Progress | None
+) -> int:
+    total = 0
+    for file, content in _contents(layout, progress):
+        total += len(content)
+        refuse_larger(total, limit)
+        path = folder / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return total
+
+
+def _write_html(layout: Layout, path: Path, limit: int | None, progress: Progress | None) -> int:
+    total = 0
+    files: dict[str, str] = {}
+    for file, content in _contents(layout, progress):
+        if file.startswith("data/") and file.endswith("zarr.json"):
+            continue  # the page reads index.json
+        if file not in PAGE_FILES:
+            files[file] = base64.b64encode(content).decode()
+            total += len(files[file])
+            refuse_larger(total, limit)
+    page = single_page(files)
+    refuse_larger(len(page), limit)
+    path.write_bytes(page)
+    return len(page)
+
+
+def single_page(files: dict[str, str]) -> bytes:
+    """Return the page with its style, its modules and `files` (base64 by name) inside."""
+    page = page_file("index.html").decode()
+    style, script = page_file("style.css").decode(), one_script()
+    # JSON of base64 and names: '<' is escaped, so that no name ends the element.
+    data = json.dumps(files, separators=(",", ":")).replace("<", "\\u003c")
+    policy = (
+        "default-src 'none'; "
+        f"script-src {_hash(script)}; style-src {_hash(style)}; img-src data: blob:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    page = re.sub(
+        r'(http-equiv="Content-Security-Policy" content=")[^"]*',
+        lambda found: found[1] + policy,
+        page,
+    )
+    page = page.replace(
+        '<link rel="stylesheet" href="style.css">', f"<style>{style}</style>"
+    ).replace(
+        '<script type="module" src="main.js"></script>',
+        f'<script type="application/json" id="bundle-files">{data}</script>\n'
+        f'<script type="module">{script}</script>',
+    )
+    return page.encode()
+
+
+def one_script() -> str:
+    """Join the page's modules into one, each in a scope of its own, in order of their imports."""
+    done: dict[str, str] = {}
+
+    def add(name: str) -> None:
+        if name in done:
+            return
+        source = page_file(name).decode()
+        imports = re.findall(r'^import \{([^}]*)\} from "\./([\w.]+)";\n', source, re.MULTILINE)
+        for _, module in imports:
+            add(module)
+        body = re.sub(r'^import \{[^}]*\} from "[^"]*";\n', "", source, flags=re.MULTILINE)
+        names = re.findall(r"^export (?:async )?(?:function|const|class) (\w+)", body, re.MULTILINE)
+        body = re.sub(r"^export (?=async|function|const|class)", "", body, flags=re.MULTILINE)
+        taken = "".join(
+            f"const {{ {imported.strip()} }} = {_variable(module)};\n"
+            for imported, module in imports
+        )
+        done[name] = (
+            f"const {_variable(name)} = (() => {{\n{taken}{body}\n"
+            f"return {{ {', '.join(names)} }};\n}})();\n"
+        )
+
+    add("main.js")
+    return "".join(done.values())
+
+
+def _variable(module: str) -> str:
+    return "module_" + module.removesuffix(".js")
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

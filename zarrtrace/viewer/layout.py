@@ -1,0 +1,292 @@
+"""The bundle's layout: every file of it, made from a run on demand.
+
+A bundle is the page, ``index.json`` and, under ``data/``, unsharded Zarr v3 arrays whose chunks
+are gzip: a browser unpacks them without a library, and a host needs no byte ranges. Chunks are
+sized so that what the page shows at once is one small request.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+import threading
+import zlib
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from zarrtrace.errors import ConfigError, IncompleteError
+from zarrtrace.spec import NAMESPACE
+from zarrtrace.store import kind_of, open_run, open_trace
+from zarrtrace.viewer.arrays import BundleArray, run_arrays, trace_arrays
+from zarrtrace.viewer.neuronpedia import source_of
+
+#: Version of the bundle's layout; the page refuses another.
+BUNDLE_VERSION = 1
+
+#: The page's own files, by the name they have in a bundle.
+PAGE_FILES = (
+    "index.html",
+    "style.css",
+    "main.js",
+    "types.js",
+    "store.js",
+    "state.js",
+    "draw.js",
+    "align.js",
+    "prompt.js",
+    "attention.js",
+    "features.js",
+    "compare.js",
+)
+
+_GZIP_LEVEL = 1
+
+
+class Layout:
+    """The files of a bundle of one run; the same bytes for every producer.
+
+    Parameters
+    ----------
+    path
+        A run, or a trace that stands alone.
+    scenarios
+        Only these, in the run's order; all if None.
+    layers
+        Only these decoder blocks; all if None.
+    eight_bit
+        Whether attention is rounded to 8 bits, which the page says.
+
+    Raises
+    ------
+    NotATraceError, FormatVersionError, IntegrityError
+        As for :func:`zarrtrace.open_run`.
+    ConfigError
+        If a scenario or layer asked for is not in the run.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        scenarios: Sequence[str] | None = None,
+        layers: Sequence[int] | None = None,
+        eight_bit: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self.eight_bit = eight_bit
+        self.traces = _only_layers(_only_scenarios(_open(self.path), scenarios), layers)
+        self._lock = threading.Lock()
+
+    @cached_property
+    def arrays(self) -> dict[str, BundleArray]:
+        """Every array by its folder below ``data/``."""
+        found = {
+            f"{scenario}/{array.name}": array
+            for scenario, ds in self.traces.items()
+            for array in trace_arrays(ds, eight_bit=self.eight_bit)
+        }
+        return found | {f"@run/{array.name}": array for array in self._run_arrays}
+
+    @cached_property
+    def _run_arrays(self) -> list[BundleArray]:
+        return run_arrays(self.traces)
+
+    @cached_property
+    def index(self) -> bytes:
+        """``index.json``: what the page knows before it reads a chunk."""
+        first = next(iter(self.traces.values()))
+        model = first.attrs[NAMESPACE].get("model") or {}
+        run: dict[str, Any] = {
+            "version": BUNDLE_VERSION,
+            "title": self.path.resolve().name,
+            "model": model.get("id"),
+            "vocabulary": _vocabulary(self.traces),
+            "scenarios": [self._scenario(name, ds) for name, ds in self.traces.items()],
+            "sources": _sources(self.traces),
+            "run": {
+                array.name: array.described(f"@run/{array.name}") for array in self._run_arrays
+            },
+        }
+        return json.dumps(run, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode()
+
+    def _scenario(self, name: str, ds: xr.Dataset) -> dict[str, Any]:
+        attributes = ds.attrs[NAMESPACE]
+        layers = [int(layer) for layer in np.asarray(ds["layer"])]
+        stored = set(attributes["stored"])
+        return {
+            "name": name,
+            "tags": list(attributes["tags"]),
+            "tokens": [str(text) for text in np.asarray(ds["query_token"])],
+            "token_ids": [int(token) for token in np.asarray(ds["token_id"])]
+            if "token_id" in ds.coords
+            else [],
+            "spans": {span: found["tokens"] for span, found in attributes["spans"].items()},
+            "options": {
+                option: found["token_id"] for option, found in attributes["options"].items()
+            },
+            "layers": layers,
+            "missing": [layer for layer in layers if str(layer) not in stored],
+            "arrays": {
+                array.name: array.described(path)
+                for path, array in self.arrays.items()
+                if path.startswith(f"{name}/")
+            },
+        }
+
+    def files(self) -> Iterator[str]:
+        """Yield the path of every file, the page first."""
+        yield from PAGE_FILES
+        yield "index.json"
+        yield "data/zarr.json"
+        for scenario in (*self.traces, *(["@run"] if self._run_arrays else [])):
+            yield f"data/{scenario}/zarr.json"
+        for path, array in self.arrays.items():
+            yield f"data/{path}/zarr.json"
+            for place in array.grid():
+                yield f"data/{path}/c/{'/'.join(map(str, place))}"
+
+    def read(self, file: str) -> bytes:
+        """Make one file.
+
+        Raises
+        ------
+        KeyError
+            If the bundle has no such file.
+        """
+        if file in PAGE_FILES:
+            return page_file(file)
+        if file == "index.json":
+            with self._lock:
+                return self.index
+        folder, _, rest = file.partition("/")
+        if folder != "data":
+            raise KeyError(file)
+        groups = ("", *(f"{name}/" for name in (*self.traces, "@run")))
+        if rest in {f"{group}zarr.json" for group in groups}:
+            return _as_json({"zarr_format": 3, "node_type": "group", "attributes": {}})
+        parts = rest.split("/")
+        array = self.arrays["/".join(parts[:2])]
+        if parts[2:] == ["zarr.json"]:
+            return _as_json(array.metadata(_GZIP_LEVEL))
+        if parts[2:3] != ["c"] or not all(re.fullmatch(r"[0-9]{1,9}", p) for p in parts[3:]):
+            raise KeyError(file)
+        place = tuple(map(int, parts[3:]))
+        if [str(number) for number in place] != parts[3:] or not array.has(place):
+            raise KeyError(file)
+        return _gzip(array.chunk(place))
+
+
+def page_file(name: str) -> bytes:
+    """Return a file of the page."""
+    return resources.files("zarrtrace.viewer").joinpath("page", name).read_bytes()
+
+
+def _gzip(content: bytes) -> bytes:
+    # A live server compresses while someone waits. Floats hold few repeats but the zeros: looking
+    # for runs only takes half the time of zlib's level 1 and makes attention no larger.
+    packer = zlib.compressobj(_GZIP_LEVEL, zlib.DEFLATED, 16 + zlib.MAX_WBITS, 9, zlib.Z_RLE)
+    return packer.compress(content) + packer.flush()
+
+
+def _as_json(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, indent=2, sort_keys=True).encode()
+
+
+def _open(path: Path) -> dict[str, xr.Dataset]:
+    if kind_of(path) == "trace":
+        ds = open_trace(path, missing="nan")
+        return {ds.attrs[NAMESPACE]["scenario"]: ds}
+    run = open_run(path, missing="nan")
+    found = {
+        name: run[name].to_dataset()
+        for name in run.attrs[NAMESPACE]["scenarios"]
+        if name in run.children
+    }
+    if not found:
+        raise IncompleteError(
+            f"{path}: no scenario is stored yet",
+            why="The extraction was interrupted, or is still going on.",
+            remedy="Run the same 'zarrtrace extract' again to go on.",
+        )
+    return found
+
+
+def _only_scenarios(
+    traces: dict[str, xr.Dataset], names: Sequence[str] | None
+) -> dict[str, xr.Dataset]:
+    if names is None:
+        return traces
+    absent = [name for name in names if name not in traces]
+    if absent:
+        raise ConfigError(
+            f"the run has no scenario {absent[0]!r}", remedy=f"It has: {', '.join(traces)}."
+        )
+    return {name: ds for name, ds in traces.items() if name in names}
+
+
+def _only_layers(
+    traces: dict[str, xr.Dataset], layers: Sequence[int] | None
+) -> dict[str, xr.Dataset]:
+    if layers is None:
+        return traces
+    found = {}
+    for name, ds in traces.items():
+        absent = sorted(set(layers) - {int(layer) for layer in np.asarray(ds["layer"])})
+        if absent:
+            raise ConfigError(
+                f"{name} has no layer {absent[0]}",
+                remedy="'zarrtrace info' shows which layers a run has.",
+            )
+        chosen = {
+            dim: np.isin(np.asarray(ds[dim]), layers)
+            for dim in ("layer", "attention_layer")
+            if dim in ds.dims
+        }
+        found[name] = ds.isel({dim: np.flatnonzero(kept) for dim, kept in chosen.items()})
+    return found
+
+
+def _vocabulary(traces: dict[str, xr.Dataset]) -> dict[str, str]:
+    """Texts of token ids, as far as the run knows them: from its prompts and options."""
+    found: dict[int, str] = {}
+    for ds in traces.values():
+        for option in ds.attrs[NAMESPACE]["options"].values():
+            found.setdefault(int(option["token_id"]), str(option["text"]))
+    for ds in traces.values():
+        if "token_id" in ds.coords:
+            ids, texts = np.asarray(ds["token_id"]), np.asarray(ds["query_token"])
+            found |= {int(i): str(text) for i, text in zip(ids, texts, strict=True)}
+    return {str(number): found[number] for number in sorted(found)}
+
+
+def _sources(traces: dict[str, xr.Dataset]) -> dict[str, dict[str, str]]:
+    """Where Neuronpedia shows an SAE's features, by array and layer."""
+    out: dict[str, dict[str, str]] = {}
+    for ds in traces.values():
+        for sae in ds.attrs[NAMESPACE]["saes"]:
+            source = source_of(sae["release"], sae["id"])
+            if source:
+                out.setdefault(sae.get("variable", "features"), {})[str(sae["layer"])] = source
+    return out
+
+
+def dense_bytes(array: BundleArray) -> int:
+    """Return the size of an array's chunks, not compressed."""
+    itemsize = np.dtype(array.dtype).itemsize
+    return itemsize * math.prod(array.chunks) * sum(1 for _ in array.grid())
+
+
+def sample(array: BundleArray) -> list[tuple[int, ...]]:
+    """Return some places of an array's chunks, spread evenly over them."""
+    # Not first, middle and last: those of a triangular matrix are not like the others.
+    places = list(itertools.islice(array.grid(), 100_000))
+    step = len(places) / min(len(places), 16)
+    return [places[int((i + 0.5) * step)] for i in range(min(len(places), 16))]

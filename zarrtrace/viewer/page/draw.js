@@ -1,0 +1,235 @@
+/** Colours, heatmaps, lines, and pictures to copy. */
+
+/** @typedef {import("./types.js").View} View */
+
+/** Colours of spans; each is told apart from its neighbours also by people who see few colours. */
+const LIGHT_SPANS = ["#0072b2", "#b35900", "#00795c", "#a3437b", "#6b5bb5", "#7a6400"];
+const DARK_SPANS = ["#6cb8ee", "#f0a04b", "#4ccfa6", "#ee9cc8", "#b3a6ff", "#e3cf57"];
+
+/** @type {Record<string, number[][]>} */
+const STOPS = {
+  light: [[255, 255, 255], [219, 233, 246], [137, 190, 220], [48, 121, 182], [8, 48, 107], [3, 18, 48]],
+  dark: [[17, 22, 31], [28, 47, 84], [35, 98, 158], [56, 168, 190], [178, 226, 160], [255, 250, 205]],
+  lightDifference: [[5, 48, 97], [67, 147, 195], [255, 255, 255], [214, 96, 77], [103, 0, 31]],
+  darkDifference: [[150, 205, 255], [50, 110, 180], [17, 22, 31], [190, 80, 50], [255, 190, 150]],
+};
+
+/** @type {Map<string, Uint32Array>} */
+const tables = new Map();
+
+/** @returns {"light" | "dark"} */
+export function theme() {
+  return document.documentElement.dataset.theme === "dark" ? "dark" : "light";
+}
+
+/** @param {number} at */
+export function spanColour(at) {
+  const colours = theme() === "dark" ? DARK_SPANS : LIGHT_SPANS;
+  return colours[at % colours.length];
+}
+
+/** @param {string} name @returns {Uint32Array} 256 colours as ImageData holds them */
+function table(name) {
+  const known = tables.get(name);
+  if (known) return known;
+  const stops = STOPS[name];
+  const out = new Uint32Array(257);
+  for (let i = 0; i < 256; i++) {
+    const at = (i / 255) * (stops.length - 1);
+    const low = Math.min(stops.length - 2, Math.floor(at));
+    const [r, g, b] = stops[low].map((c, k) => Math.round(c + (stops[low + 1][k] - c) * (at - low)));
+    out[i] = (255 << 24) | (b << 16) | (g << 8) | r;
+  }
+  out[256] = name.startsWith("dark") ? 0xff3a3230 : 0xffe4dedc; // no value
+  tables.set(name, out);
+  return out;
+}
+
+/**
+ * Draw a matrix, one pixel a value; CSS scales it up. Square-root scale: small weights matter.
+ * @param {HTMLCanvasElement} canvas
+ * @param {Float32Array} data
+ * @param {number} from index of the first value
+ * @param {number} rows
+ * @param {number} columns
+ * @param {{max?: number, difference?: boolean}} [options]
+ */
+export function heat(canvas, data, from, rows, columns, { max = 1, difference = false } = {}) {
+  if (canvas.width !== columns || canvas.height !== rows) {
+    canvas.width = columns;
+    canvas.height = rows;
+  }
+  const context = /** @type {CanvasRenderingContext2D} */ (canvas.getContext("2d"));
+  const image = context.createImageData(columns, rows);
+  const pixels = new Uint32Array(image.data.buffer);
+  const colours = table(difference ? `${theme()}Difference` : theme());
+  const scale = max > 0 ? 1 / max : 0;
+  for (let i = 0; i < pixels.length; i++) {
+    const value = data[from + i] * scale;
+    if (Number.isNaN(value)) pixels[i] = colours[256];
+    else if (difference) {
+      const root = Math.sqrt(Math.min(1, Math.abs(value)));
+      pixels[i] = colours[Math.round(127.5 + 127.5 * (value < 0 ? -root : root))];
+    } else pixels[i] = colours[Math.round(255 * Math.sqrt(Math.max(0, Math.min(1, value))))];
+  }
+  context.putImageData(image, 0, 0);
+}
+
+/**
+ * Draw lines over layers.
+ * @param {HTMLCanvasElement} canvas
+ * @param {{name: string, colour: string, values: number[]}[]} lines
+ * @param {number[]} layers
+ * @param {number} chosen the layer to mark
+ */
+export function lines(canvas, lines, layers, chosen) {
+  const ratio = window.devicePixelRatio || 1;
+  const width = canvas.clientWidth || 300, height = canvas.clientHeight || 160;
+  canvas.width = width * ratio;
+  canvas.height = height * ratio;
+  const context = /** @type {CanvasRenderingContext2D} */ (canvas.getContext("2d"));
+  context.scale(ratio, ratio);
+  const style = getComputedStyle(canvas);
+  const left = 38, right = 10, top = 8, bottom = 20;
+  const max = Math.max(1e-6, ...lines.flatMap((line) => line.values.filter(Number.isFinite)));
+  const x = (/** @type {number} */ i) =>
+    left + ((width - left - right) * i) / Math.max(1, layers.length - 1);
+  const y = (/** @type {number} */ v) => height - bottom - ((height - top - bottom) * v) / max;
+  context.font = `11px ${style.fontFamily}`;
+  context.fillStyle = context.strokeStyle = style.color;
+  context.globalAlpha = 0.75;
+  context.textAlign = "right";
+  for (const part of [0, 0.5, 1]) {
+    context.fillText((max * part).toPrecision(2), left - 5, y(max * part) + 4);
+    context.globalAlpha = 0.15;
+    context.fillRect(left, y(max * part), width - left - right, 1);
+    context.globalAlpha = 0.75;
+  }
+  context.textAlign = "center";
+  const every = Math.max(1, Math.ceil(layers.length / Math.max(2, Math.floor(width / 48))));
+  layers.forEach((layer, i) => {
+    if (i % every === 0) context.fillText(`L${layer}`, x(i), height - 5);
+  });
+  const at = layers.indexOf(chosen);
+  if (at >= 0) {
+    context.globalAlpha = 0.35;
+    context.fillRect(x(at) - 0.5, top, 1, height - top - bottom);
+  }
+  context.globalAlpha = 1;
+  for (const line of lines) {
+    context.strokeStyle = line.colour;
+    context.lineWidth = 2;
+    context.beginPath();
+    let down = false;
+    line.values.forEach((value, i) => {
+      if (!Number.isFinite(value)) down = false;
+      else if (down) context.lineTo(x(i), y(value));
+      else {
+        context.moveTo(x(i), y(value));
+        down = true;
+      }
+    });
+    context.stroke();
+  }
+}
+
+/**
+ * Make an element; text is always text.
+ * @template {keyof HTMLElementTagNameMap} K
+ * @param {K} tag
+ * @param {Record<string, string>} [attributes]
+ * @param {(Node | string)[]} children
+ * @returns {HTMLElementTagNameMap[K]}
+ */
+export function element(tag, attributes = {}, ...children) {
+  const out = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) out.setAttribute(name, value);
+  out.append(...children);
+  return out;
+}
+
+/** A number as people read it, and exactly for programs. @param {number} value @param {number} [digits] */
+export function number(value, digits = 3) {
+  const text = Number.isFinite(value)
+    ? Math.abs(value) >= 1e-3 || value === 0 ? String(Number(value.toPrecision(digits))) : value.toExponential(1)
+    : "–";
+  return element("data", { value: String(value) }, text.replace(/^-/, "−"));
+}
+
+/** A token's text where white space must show. @param {string} text */
+export function visible(text) {
+  if (text === "") return "∅";
+  return /^\s+$/.test(text)
+    ? text.replace(/\r?\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "␣")
+    : text;
+}
+
+/** A token's text in an element of its own direction. @param {string} text */
+export function tokenText(text) {
+  return element("bdi", { class: "token-text" }, visible(text));
+}
+
+/** Replace what a panel shows by a message. @param {HTMLElement} panel @param {unknown} error */
+export function fail(panel, error) {
+  const note = panel.querySelector(".message");
+  if (note instanceof HTMLElement) {
+    note.textContent = error ? String(error instanceof Error ? error.message : error) : "";
+    note.hidden = !error;
+  }
+  panel.classList.toggle("failed", Boolean(error));
+}
+
+/**
+ * Paint the canvases and labels of a panel as they stand on the page.
+ * @param {HTMLElement} panel
+ * @returns {HTMLCanvasElement}
+ */
+export function picture(panel) {
+  const scale = 2;
+  const box = panel.getBoundingClientRect();
+  const out = element("canvas");
+  out.width = Math.ceil(box.width * scale);
+  out.height = Math.ceil(box.height * scale);
+  const context = /** @type {CanvasRenderingContext2D} */ (out.getContext("2d"));
+  context.scale(scale, scale);
+  context.fillStyle = getComputedStyle(panel).backgroundColor;
+  context.fillRect(0, 0, box.width, box.height);
+  context.imageSmoothingEnabled = false;
+  for (const canvas of panel.querySelectorAll("canvas")) {
+    const at = canvas.getBoundingClientRect();
+    if (at.width && canvas.width) {
+      context.drawImage(canvas, at.left - box.left, at.top - box.top, at.width, at.height);
+    }
+  }
+  context.textBaseline = "middle";
+  for (const label of panel.querySelectorAll("[data-label]")) {
+    const at = label.getBoundingClientRect();
+    if (!at.width) continue;
+    const style = getComputedStyle(label);
+    context.font = `${style.fontWeight} ${style.fontSize} ${style.fontFamily}`;
+    context.fillStyle = style.color;
+    context.fillText(label.textContent || "", at.left - box.left, (at.top + at.bottom) / 2 - box.top);
+  }
+  return out;
+}
+
+/**
+ * Copy a panel as PNG; where the clipboard is closed to pages, save it.
+ * @param {HTMLElement} panel
+ * @returns {Promise<"copied" | "saved">}
+ */
+export async function copyPicture(panel) {
+  const canvas = picture(panel);
+  const blob = await new Promise(
+    (/** @type {(blob: Blob) => void} */ done, reject) =>
+      canvas.toBlob((made) => (made ? done(made) : reject(new Error("no picture"))), "image/png"));
+  try {
+    await navigator.clipboard.write([new ClipboardItem({ "image/png": blob })]);
+    return "copied";
+  } catch {
+    const link = element("a", { download: `${panel.id}.png`, href: URL.createObjectURL(blob) });
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+    return "saved";
+  }
+}

@@ -1,0 +1,189 @@
+/** A token's strongest features; one feature over layers and tokens, its words, its contrasts. */
+
+import { element, fail, heat, number, tokenText } from "./draw.js";
+import { activeToken } from "./prompt.js";
+import { choose, index, saesOf, scenario, view } from "./state.js";
+import { ofFeature, ofToken, placeOf, timeline } from "./store.js";
+
+const $ = (/** @type {string} */ id) => /** @type {HTMLElement} */ (document.getElementById(id));
+const search = /** @type {HTMLInputElement} */ ($("feature-number"));
+const canvas = /** @type {HTMLCanvasElement} */ ($("timeline"));
+const SHOWN = 12;
+/** @type {{data: Float32Array, layers: number, tokens: number} | null} */
+let drawn = null;
+
+/** @param {number} feature @returns {HTMLElement | null} */
+function link(feature) {
+  const source = (index.sources[view.sae] || {})[String(view.layer)];
+  if (!source) return null;
+  const href = `https://www.neuronpedia.org/${source.split("/").map(encodeURIComponent).join("/")}/${feature}`;
+  return element("a", { href, target: "_blank", rel: "noopener noreferrer" }, "Neuronpedia");
+}
+
+/** The strongest features of the active token. @param {number} token */
+export async function showTop(token) {
+  const panel = $("features-panel"), out = $("top-features");
+  const at = scenario(), layer = view.layer;
+  const suffix = view.sae.slice("features".length);
+  const ids = at.arrays[`top_feature${suffix}`], strengths = at.arrays[`top_activation${suffix}`];
+  const place = placeOf(ids, layer);
+  if (!ids || place < 0) {
+    fail(panel, "This run holds no features.");
+    return;
+  }
+  try {
+    const [found, strength] = await Promise.all([ofToken(ids, token, place), ofToken(strengths, token, place)]);
+    if (token !== activeToken() || layer !== view.layer || at !== scenario()) return;
+    fail(panel, null);
+    const active = Array.from(found, (feature, i) => ({ feature, value: strength[i] })).filter((f) => f.value > 0);
+    const most = Math.max(1e-9, ...active.map((f) => f.value));
+    out.replaceChildren(
+      ...active.slice(0, SHOWN).map(({ feature, value }) => {
+        const name = element("button", { type: "button", class: "feature" }, String(feature));
+        name.addEventListener("click", () => choose({ feature }));
+        const row = element("li", { "data-feature": String(feature) }, name, number(value));
+        row.style.setProperty("--share", `${(100 * value) / most}%`);
+        row.classList.toggle("chosen", feature === view.feature);
+        return row;
+      }),
+    );
+    if (!active.length) {
+      out.append(element("li", { class: "none" },
+        Number.isNaN(strength[0]) ? "no SAE on this layer" : "no feature is active"));
+    }
+  } catch (error) {
+    fail(panel, error);
+  }
+}
+
+/** One feature: timeline, words, contrasts. */
+export async function showFeature() {
+  const panel = $("feature-panel");
+  const at = scenario(), feature = view.feature, array = at.arrays[view.sae];
+  const saes = saesOf(at);
+  const choice = /** @type {HTMLSelectElement} */ ($("sae"));
+  /** @type {HTMLElement} */ (choice.parentElement).hidden = saes.length < 2;
+  choice.replaceChildren(...saes.map((name) => element("option", { value: name }, name)));
+  choice.value = view.sae;
+  search.disabled = !array;
+  if (array) search.max = String(array.shape[2] - 1);
+  if (document.activeElement !== search) search.value = feature < 0 ? "" : String(feature);
+  $("feature-detail").hidden = feature < 0 || !array;
+  $("feature-hint").hidden = !$("feature-detail").hidden;
+  if (feature < 0 || !array) {
+    fail(panel, null);
+    return;
+  }
+  $("feature-name").replaceChildren(`feature ${feature} `, ...[link(feature)].filter((l) => l !== null));
+  await Promise.all([drawTimeline(), showWords(), showContrasts()]);
+}
+
+async function drawTimeline() {
+  const panel = $("feature-panel");
+  const at = scenario(), feature = view.feature, array = at.arrays[view.sae];
+  try {
+    const first = view.window;
+    const found = await timeline(array, feature, first);
+    if (feature !== view.feature || at !== scenario() || first !== view.window || array !== at.arrays[view.sae]) return;
+    fail(panel, null);
+    drawn = found;
+    const max = found.data.reduce((most, v) => (v > most ? v : most), 0);
+    heat(canvas, found.data, 0, found.layers, found.tokens, { max });
+    const layers = array.layers || [];
+    $("timeline-axis").replaceChildren(
+      element("span", { "data-label": "" }, `L${layers[0]} (top) – L${layers[layers.length - 1]}`),
+      element("span", { "data-label": "" }, `tokens ${view.window} → ${view.window + found.tokens - 1}`),
+      element("span", { "data-label": "" }, "strongest "), number(max));
+    pointAt(Math.max(0, placeOf(array, view.layer)), view.token - view.window);
+  } catch (error) {
+    drawn = null;
+    fail(panel, error);
+  }
+}
+
+let pointed = [0, 0];
+
+/** @param {number} row @param {number} token */
+function pointAt(row, token) {
+  if (!drawn) return;
+  row = Math.max(0, Math.min(drawn.layers - 1, row));
+  token = Math.max(0, Math.min(drawn.tokens - 1, token));
+  pointed = [row, token];
+  const at = scenario();
+  const layer = (at.arrays[view.sae].layers || [])[row];
+  $("timeline-cell").replaceChildren(
+    `L${layer}, ${view.window + token} `, tokenText(at.tokens[view.window + token]), ": ",
+    number(drawn.data[row * drawn.tokens + token], 4));
+}
+
+/** Words that drive the feature on this layer. */
+async function showWords() {
+  const out = $("words");
+  const { word, word_score: score, word_count: count } = index.run;
+  const place = placeOf(word, view.layer), feature = view.feature;
+  $("words-part").hidden = place < 0 || view.sae !== "features";
+  if ($("words-part").hidden) return;
+  try {
+    const [ids, scores, counts] = await Promise.all(
+      [word, score, count].map((array) => ofFeature(array, [place], feature)));
+    if (feature !== view.feature) return;
+    const rows = Array.from(ids, (id, i) => ({ text: (word.words || [])[id], score: scores[i], count: counts[i] }))
+      .filter((row) => row.count > 0);
+    const most = Math.max(1e-9, ...rows.map((row) => row.score));
+    out.replaceChildren(...rows.map((row) => {
+      const line = element("li", {}, tokenText(row.text),
+        element("span", { class: "position" }, `×${row.count}`), number(row.score));
+      line.style.setProperty("--share", `${(100 * row.score) / most}%`);
+      return line;
+    }));
+    if (!rows.length) out.append(element("li", { class: "none" }, "among no token's 32 strongest"));
+  } catch (error) {
+    out.replaceChildren(element("li", { class: "none" }, String(error instanceof Error ? error.message : error)));
+  }
+}
+
+/** The feature between groups of scenarios, at the decision. */
+async function showContrasts() {
+  const out = $("contrasts");
+  const array = index.run.contrast, feature = view.feature;
+  const place = placeOf(array, view.layer);
+  $("contrasts-part").hidden = place < 0 || view.sae !== "features";
+  if ($("contrasts-part").hidden) return;
+  try {
+    const pairs = array.pairs || [];
+    const found = await Promise.all(pairs.map((_, pair) => ofFeature(array, [pair, place], feature)));
+    if (feature !== view.feature) return;
+    out.replaceChildren(...found.map((values, pair) =>
+      element("tr", { "data-pair": pairs[pair].join("−") },
+        element("th", { scope: "row" }, pairs[pair].join(" − ")),
+        ...Array.from(values, (value) => element("td", {}, number(value))))));
+  } catch (error) {
+    out.replaceChildren(element("tr", {}, element("td", {}, String(error instanceof Error ? error.message : error))));
+  }
+}
+
+search.addEventListener("change", () => {
+  const feature = search.value.trim() === "" ? -1 : Number(search.value);
+  if (Number.isInteger(feature)) choose({ feature });
+});
+$("sae").addEventListener("change", (event) =>
+  choose({ sae: /** @type {HTMLSelectElement} */ (event.target).value }));
+canvas.addEventListener("pointermove", (event) => {
+  if (!drawn) return;
+  const box = canvas.getBoundingClientRect();
+  pointAt(Math.floor(((event.clientY - box.top) / box.height) * drawn.layers),
+    Math.floor(((event.clientX - box.left) / box.width) * drawn.tokens));
+});
+canvas.addEventListener("click", () => {
+  const layers = scenario().arrays[view.sae].layers || [];
+  choose({ layer: layers[pointed[0]], token: view.window + pointed[1] });
+});
+canvas.addEventListener("keydown", (event) => {
+  const step = /** @type {Record<string, number[]>} */ ({
+    ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] })[event.key];
+  if (step) pointAt(pointed[0] + step[0], pointed[1] + step[1]);
+  else if (event.key === "Enter") canvas.click();
+  else return;
+  event.preventDefault();
+  event.stopPropagation();
+});

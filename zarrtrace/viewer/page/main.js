@@ -1,0 +1,177 @@
+/** Puts the panels together: what changes, what is drawn again. */
+
+import { headsBlock, chosenBlock, meansBlock, showChosen, showHeads, showLarge, showLayers } from "./attention.js";
+import { showCompare } from "./compare.js";
+import { copyPicture, element, fail } from "./draw.js";
+import { showFeature, showTop } from "./features.js";
+import { activeToken, build, failPrompt, onActive, show, showNext } from "./prompt.js";
+import { choose, headsOf, index, onChange, scenario, setIndex, start, view } from "./state.js";
+import { openIndex, windowOf } from "./store.js";
+
+const $ = (/** @type {string} */ id) => /** @type {HTMLElement} */ (document.getElementById(id));
+const input = (/** @type {string} */ id) => /** @type {HTMLInputElement} */ ($(id));
+const select = (/** @type {string} */ id) => /** @type {HTMLSelectElement} */ ($(id));
+
+const ALL = ["scenario", "other", "layer", "head", "token", "window", "feature", "sae", "theme"];
+let pending = 0;
+
+/** Attention for the prompt's colours. */
+async function showPrompt() {
+  const at = scenario();
+  const wanted = () => JSON.stringify([view.scenario, view.layer, view.head, view.token, view.window]);
+  const key = wanted();
+  try {
+    const row = windowOf(view.token, at.tokens.length);
+    const [rows, across, down] = await Promise.all([
+      chosenBlock(at, view.window, view.window),
+      row === view.window ? null : chosenBlock(at, row, view.window),
+      row === view.window ? null : chosenBlock(at, view.window, row),
+    ]);
+    if (key !== wanted()) return;
+    failPrompt(null);
+    // The chosen token is in another window: either it looks back here, or this window looks at it.
+    const other = row > view.window ? across : down;
+    show(rows && { rows: rows.of, columns: (other || rows).of, at: rows.at });
+  } catch (error) {
+    if (key !== wanted()) return;
+    show(null);
+    failPrompt(error);
+  }
+}
+
+/** Read neighbours of the chosen layer, so that the next step is there at once. */
+function readAhead() {
+  const at = scenario(), place = at.layers.indexOf(view.layer);
+  const row = windowOf(view.token, at.tokens.length);
+  for (const layer of [at.layers[place + 1], at.layers[place - 1]]) {
+    if (layer !== undefined && at === scenario()) headsBlock(at, layer, row, view.window).catch(() => {});
+  }
+}
+
+/** @type {number | undefined} */
+let soon;
+
+/** @param {Set<string>} changed */
+async function render(changed) {
+  const some = (/** @type {string[]} */ ...names) => names.some((name) => changed.has(name));
+  pending++;
+  document.body.dataset.state = "busy";
+  if (some("theme")) applyTheme();
+  controls(changed);
+  if (some("scenario", "window", "theme")) build();
+  const work = [];
+  if (some("scenario", "layer", "head", "token", "window", "theme")) work.push(showLarge(), showPrompt());
+  if (some("scenario", "layer", "window", "theme") || (some("token") && scenario().tokens.length > 256)) work.push(showHeads());
+  if (some("scenario", "token", "window", "theme", "layer")) work.push(showLayers());
+  if (some("head")) showChosen();
+  if (some("scenario", "token")) work.push(showNext(activeToken()));
+  if (some("scenario", "token", "layer", "sae", "feature")) work.push(showTop(activeToken()));
+  if (some("scenario", "layer", "window", "feature", "sae", "theme")) work.push(showFeature());
+  if (view.other ? some("scenario", "other", "layer", "head", "token", "window", "theme") : some("other", "theme")) work.push(showCompare());
+  await Promise.all(work);
+  if (--pending) return;
+  document.body.dataset.state = "ready";
+  clearTimeout(soon);
+  soon = setTimeout(readAhead, 60);
+}
+
+/** Set the controls to what is chosen. @param {Set<string>} changed */
+function controls(changed) {
+  const at = scenario();
+  if (changed.has("scenario")) {
+    select("scenario").value = at.name;
+    $("tags").textContent = at.tags.join(", ");
+    input("layer").max = String(at.layers.length - 1);
+    input("head").max = String(headsOf(at) - 1);
+    input("head").disabled = !headsOf(at);
+    for (const option of select("other").options) option.disabled = option.value === at.name;
+    const missing = at.missing.length ? `Not stored: layers ${at.missing.join(", ")}.` : "";
+    fail($("top"), missing);
+  }
+  select("other").value = view.other;
+  input("layer").value = String(at.layers.indexOf(view.layer));
+  $("layer-shown").textContent = `L${view.layer}`;
+  input("layer").setAttribute("aria-valuetext", `layer ${view.layer}`);
+  input("head").value = String(view.head);
+  $("head-shown").textContent = view.head < 0 ? "mean" : `H${view.head}`;
+  input("head").setAttribute("aria-valuetext", view.head < 0 ? "mean of heads" : `head ${view.head}`);
+}
+
+function applyTheme() {
+  const dark = view.theme ? view.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  document.documentElement.dataset.theme = dark ? "dark" : "light";
+  $("theme").textContent = dark ? "Light" : "Dark";
+}
+
+/** @param {KeyboardEvent} event */
+function keys(event) {
+  const target = /** @type {HTMLElement} */ (event.target);
+  if (event.ctrlKey || event.metaKey || event.altKey || target.closest("input, select, textarea, [role=option]")) return;
+  const at = scenario(), layer = at.layers.indexOf(view.layer);
+  const go = /** @type {Record<string, () => void>} */ ({
+    ArrowUp: () => choose({ layer: at.layers[Math.max(0, layer - 1)] }),
+    ArrowDown: () => choose({ layer: at.layers[Math.min(at.layers.length - 1, layer + 1)] }),
+    ArrowLeft: () => choose({ head: view.head - 1 }),
+    ArrowRight: () => choose({ head: view.head + 1 }),
+  })[event.key];
+  if (!go) return;
+  event.preventDefault();
+  go();
+}
+
+function wire() {
+  const options = () => index.scenarios.map((one) =>
+    element("option", { value: one.name }, one.tags.length ? `${one.name} (${one.tags.join(", ")})` : one.name));
+  select("scenario").replaceChildren(...options());
+  select("other").replaceChildren(element("option", { value: "" }, "nothing"), ...options());
+  select("scenario").addEventListener("change", () => {
+    const name = select("scenario").value, tokens = scenario(name).tokens.length;
+    // The last token is each scenario's decision; any other position is another word there.
+    choose({ scenario: name, token: tokens - 1, window: windowOf(tokens - 1, tokens) });
+  });
+  select("other").addEventListener("change", () => choose({ other: select("other").value }));
+  input("layer").addEventListener("input", () => choose({ layer: scenario().layers[Number(input("layer").value)] }));
+  input("head").addEventListener("input", () => choose({ head: Number(input("head").value) }));
+  $("theme").addEventListener("click", () =>
+    choose({ theme: document.documentElement.dataset.theme === "dark" ? "light" : "dark" }));
+  document.addEventListener("keydown", keys);
+  for (const panel of document.querySelectorAll("[data-picture]")) {
+    const button = element("button", { type: "button", class: "copy", title: "Copy as PNG" }, "PNG");
+    button.addEventListener("click", async () => {
+      button.textContent = await copyPicture(/** @type {HTMLElement} */ (panel));
+      setTimeout(() => { button.textContent = "PNG"; }, 1500);
+    });
+    panel.querySelector("header")?.append(button);
+  }
+  onActive((token) => {
+    showNext(token);
+    showTop(token);
+  });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => render(new Set(["theme"])));
+  let width = innerWidth;
+  addEventListener("resize", () => {
+    if (width !== innerWidth) render(new Set(["layer"]));
+    width = innerWidth;
+  });
+}
+
+async function begin() {
+  try {
+    setIndex(await openIndex());
+  } catch (error) {
+    fail($("top"), error);
+    document.body.dataset.state = "failed";
+    return;
+  }
+  document.title = `${index.title} – zarrtrace`;
+  $("run").textContent = index.model ? `${index.title} · ${index.model}` : index.title;
+  start();
+  wire();
+  onChange(render);
+  // The heads come later than the means: ask for both before drawing.
+  const at = scenario();
+  meansBlock(at, windowOf(view.token, at.tokens.length), view.window).catch(() => {});
+  await render(new Set(ALL));
+}
+
+begin();

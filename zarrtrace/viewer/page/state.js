@@ -1,0 +1,144 @@
+/** What is chosen, kept in the address so that a link shows the same view. */
+
+import { windowOf } from "./store.js";
+
+/** @typedef {import("./types.js").View} View */
+/** @typedef {import("./types.js").Index} Index */
+/** @typedef {import("./types.js").Scenario} Scenario */
+
+/** @type {View} */
+export const view = {
+  scenario: "", other: "", layer: 0, head: -1, token: 0, window: 0, feature: -1,
+  sae: "features", theme: "",
+};
+
+/** What index.json says. @type {Index} */
+export const index = /** @type {any} */ ({});
+/** @type {((changed: Set<string>) => void)[]} */
+const listeners = [];
+
+/** @param {Index} found */
+export function setIndex(found) {
+  Object.assign(index, found);
+}
+
+/** @param {string} [name] @returns {Scenario} */
+export function scenario(name = view.scenario) {
+  return index.scenarios.find((one) => one.name === name) || index.scenarios[0];
+}
+
+/** Number of query heads, 0 if there is no attention. @param {Scenario} of */
+export function headsOf(of) {
+  return of.arrays.attention ? of.arrays.attention.shape[1] : 0;
+}
+
+/** Arrays of features, by name. @param {Scenario} of */
+export function saesOf(of) {
+  return Object.keys(of.arrays).filter((name) => name.startsWith("features"));
+}
+
+/** @param {string | null} text @param {number} otherwise */
+function whole(text, otherwise) {
+  return text !== null && /^-?\d{1,9}$/.test(text) ? Number(text) : otherwise;
+}
+
+/** @param {number} value @param {number} low @param {number} high */
+const clamp = (value, low, high) => Math.max(low, Math.min(high, value));
+
+/** Make a view fit the run: an address may hold anything. */
+function settle() {
+  const at = scenario();
+  view.scenario = at.name;
+  if (view.other === at.name || !index.scenarios.some((s) => s.name === view.other)) view.other = "";
+  if (!at.layers.includes(view.layer)) {
+    view.layer = at.layers.reduce(
+      (best, layer) => (Math.abs(layer - view.layer) < Math.abs(best - view.layer) ? layer : best),
+      at.layers[0] ?? 0,
+    );
+  }
+  view.head = clamp(view.head, -1, headsOf(at) - 1);
+  view.token = clamp(view.token, 0, at.tokens.length - 1);
+  view.window = windowOf(clamp(view.window, 0, at.tokens.length - 1), at.tokens.length);
+  const saes = saesOf(at);
+  if (!saes.includes(view.sae)) view.sae = saes[0] || "features";
+  const features = at.arrays[view.sae] ? at.arrays[view.sae].shape[2] : 0;
+  view.feature = clamp(view.feature, -1, features - 1);
+  if (!["light", "dark"].includes(view.theme)) view.theme = "";
+}
+
+/** Take the view from the address. */
+function read() {
+  const found = new URLSearchParams(location.hash.slice(1));
+  view.scenario = found.get("scenario") || "";
+  const at = scenario();
+  view.other = found.get("with") || "";
+  view.layer = whole(found.get("layer"), at.layers[Math.floor(at.layers.length / 2)] ?? 0);
+  view.head = whole(found.get("head"), -1);
+  view.token = whole(found.get("token"), at.tokens.length - 1);
+  view.window = whole(found.get("window"), view.token);
+  view.feature = whole(found.get("feature"), -1);
+  view.sae = found.get("sae") || "features";
+  view.theme = found.get("theme") || "";
+  settle();
+}
+
+/** @returns {string} */
+function address() {
+  const at = scenario();
+  const out = new URLSearchParams({ scenario: view.scenario });
+  if (view.other) out.set("with", view.other);
+  out.set("layer", String(view.layer));
+  if (view.head >= 0) out.set("head", String(view.head));
+  out.set("token", String(view.token));
+  if (windowOf(view.token, at.tokens.length) !== view.window) out.set("window", String(view.window));
+  if (view.feature >= 0) out.set("feature", String(view.feature));
+  if (view.sae !== "features") out.set("sae", view.sae);
+  if (view.theme) out.set("theme", view.theme);
+  return `#${out}`;
+}
+
+/** @type {ReturnType<typeof setTimeout> | undefined} */
+let later;
+
+/** @param {View} before */
+function tell(before) {
+  const changed = new Set(
+    Object.keys(view).filter((key) => /** @type {any} */ (before)[key] !== /** @type {any} */ (view)[key]),
+  );
+  if (changed.size) listeners.forEach((listener) => listener(changed));
+}
+
+/**
+ * Choose something.
+ * @param {Partial<View>} change
+ */
+export function choose(change) {
+  const before = { ...view };
+  Object.assign(view, change);
+  settle();
+  // A new scenario is a step that "back" undoes; moving about within one is not.
+  const step = before.scenario !== view.scenario || before.other !== view.other;
+  clearTimeout(later);
+  if (step) history.pushState(null, "", address());
+  // Browsers refuse an address that changes all the time, as under a held arrow key.
+  else later = setTimeout(() => history.replaceState(null, "", address()), 80);
+  tell(before);
+}
+
+/** @param {(changed: Set<string>) => void} listener */
+export function onChange(listener) {
+  listeners.push(listener);
+}
+
+/** Begin: from the address, and with it from now on. */
+export function start() {
+  read();
+  const follow = () => {
+    clearTimeout(later);
+    const before = { ...view };
+    read();
+    tell(before);
+  };
+  addEventListener("hashchange", follow);
+  addEventListener("popstate", follow);
+}

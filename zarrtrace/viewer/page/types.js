@@ -1,0 +1,57 @@
+/**
+ * Types that the modules share; see schema/README.md for what they mean.
+ *
+ * @typedef {Object} ArrayInfo
+ * @property {string} path folder below data/
+ * @property {string[]} dims
+ * @property {number[]} shape
+ * @property {number[]} chunks
+ * @property {"float32" | "uint32" | "uint8"} dtype
+ * @property {number[]} [layers] decoder blocks along the layer dimension
+ * @property {number} [scale] 8-bit attention: value of one step
+ * @property {number} [missing] 8-bit attention: code of a missing value
+ * @property {number} [bits]
+ * @property {string[]} [words]
+ * @property {string[][]} [pairs]
+ * @property {string[]} [statistics]
+ *
+ * @typedef {Object} Scenario
+ * @property {string} name
+ * @property {string[]} tags
+ * @property {string[]} tokens
+ * @property {number[]} token_ids
+ * @property {Record<string, number[]>} spans
+ * @property {Record<string, number>} options
+ * @property {number[]} layers
+ * @property {number[]} missing
+ * @property {Record<string, ArrayInfo>} arrays
+ *
+ * @typedef {Object} Index
+ * @property {number} version
+ * @property {string} title
+ * @property {string | null} model
+ * @property {Record<string, string>} vocabulary
+ * @property {Scenario[]} scenarios
+ * @property {Record<string, Record<string, string>>} sources
+ * @property {Record<string, ArrayInfo>} run
+ *
+ * @typedef {Object} View what is chosen; all of it is in the address
+ * @property {string} scenario
+ * @property {string} other scenario to compare with, or ""
+ * @property {number} layer
+ * @property {number} head -1 for the mean of heads
+ * @property {number} token
+ * @property {number} window first token of the window of a long prompt
+ * @property {number} feature -1 for none
+ * @property {string} sae array of features
+ * @property {string} theme "light", "dark" or "" for the system's
+ *
+ * @typedef {Object} Block values of several matrices, for a window of queries and one of keys
+ * @property {Float32Array} data (count, rows, columns)
+ * @property {number} count
+ * @property {number} rows
+ * @property {number} columns
+ * @property {number} firstRow token position of the first row
+ * @property {number} firstColumn
+ */
+export {};
