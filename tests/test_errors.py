@@ -266,10 +266,13 @@ def test_a_pickled_model_is_not_read(tmp_path: Path) -> None:
 
 
 class Evil:
-    """Would run code when it is unpickled."""
+    """Runs code when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, ("touch /tmp/zarrtrace-was-here",)
+        return os.mkdir, (str(self.file),)
 
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:
