@@ -83,6 +83,10 @@ class StoredArray(BackendArray):
         support = indexing.IndexingSupport.OUTER
         return indexing.explicit_indexing_adapter(key, self.shape, support, self._read)
 
+    def load(self) -> np.ndarray:
+        """Read all of it."""
+        return self._read((slice(None),) * len(self.shape))
+
     def _read(self, key: tuple[Any, ...]) -> np.ndarray:
         key = tuple(_counted(one, size) for one, size in zip(key, self.shape, strict=True))
         parts = [

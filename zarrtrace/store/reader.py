@@ -72,7 +72,7 @@ def open_trace(
         raise incomplete(path, attributes)  # its arrays are being created
     check_sizes(path, attributes)
     with _damage_explained(path):
-        ds = _with_loaded_labels(_open(path))
+        ds = _open(path)
     _check_spans(path, attributes, ds.sizes.get("query", 0))
     if chunks is not None:
         ds = _chunk(ds, chunks)
@@ -167,12 +167,13 @@ def _open(path: Path) -> xr.Dataset:
             with _damage_explained(file):
                 array_of(path, name)  # names the array that cannot be opened
             plain: xr.Dataset = xr.open_zarr(path, chunks=None, consolidated=False, zarr_format=3)
-            return plain
+            return _with_loaded_labels(plain)
         array, metadata = opened
         dims = metadata["dimension_names"]
         variable = xr.Variable(
             dims,
-            as_lazy(array),
+            # Lazy text would make where(ds.query_token == ...) read the disk each time.
+            array.load() if array.dtype == object else as_lazy(array),
             attrs=metadata["attributes"],
             encoding={"chunks": array.chunks, "shards": array.shards},
         )
@@ -248,8 +249,7 @@ def _without(ds: xr.Dataset, layers: Sequence[int]) -> xr.Dataset:
 
 
 def _with_loaded_labels(ds: xr.Dataset) -> xr.Dataset:
-    # Lazy text would make where(ds.query_token == ...) read the disk each time; numpy's variable
-    # width strings are turned into objects, which every part of xarray handles.
+    # NumPy's strings of variable width are turned into objects, which every part of xarray handles.
     loaded = {
         name: ds[name].copy(data=np.asarray(ds[name].values, dtype=object))
         for name in LABELS
