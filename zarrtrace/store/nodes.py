@@ -63,11 +63,14 @@ def _compressors(layout: ArrayLayout) -> list[BytesBytesCodec]:
 
 
 def write_attributes(path: Path, attributes: dict[str, Any]) -> None:
-    """Replace what a group says of itself, at once; its consolidated metadata goes."""
+    """Replace what a group says of itself, at once; its consolidated metadata goes.
+
+    Once a layer: on one line, for which Python has a faster encoder, until :func:`consolidate`.
+    """
     group = json.loads((path / "zarr.json").read_bytes())
     group.pop("consolidated_metadata", None)
     group["attributes"][NAMESPACE] = sealed(attributes)
-    _write(path, group)
+    _write(path, group, indent=None)
 
 
 def consolidate(path: Path) -> None:
@@ -100,6 +103,6 @@ def create_run(path: Path, attributes: dict[str, Any]) -> None:
     _write(path, {**group, "attributes": {NAMESPACE: sealed(attributes)}})
 
 
-def _write(path: Path, group: dict[str, Any]) -> None:
-    text = json.dumps(group, indent=2, allow_nan=False)
+def _write(path: Path, group: dict[str, Any], indent: int | None = 2) -> None:
+    text = json.dumps(group, indent=indent, allow_nan=False)
     write_whole(path / "zarr.json", text.encode())
