@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,25 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("zarrtrace")
+
+#: Where torch is not installed, modules that import it at their top.
+collect_ignore = (
+    [
+        file.name
+        for file in Path(__file__).parent.glob("test_*.py")
+        if "\npytestmark = pytest.mark.torch" in file.read_text(encoding="utf-8")
+    ]
+    if importlib.util.find_spec("torch") is None
+    else []
+)
+
+
+def pytest_report_header() -> list[str]:
+    """Say what is not run."""
+    return [f"no torch here, not collected: {', '.join(sorted(collect_ignore))}"][
+        : len(collect_ignore)
+    ]
+
 
 _watchers: list[list[str]] = []
 

@@ -218,7 +218,7 @@ class Job:
         )
 
 
-def prepare(options: Options, *, weights: bool = True) -> Job:
+def prepare(options: Options, *, weights: bool = True, progress: bool = True) -> Job:
     """Check options against the model, the SAEs and each other.
 
     Parameters
@@ -227,6 +227,8 @@ def prepare(options: Options, *, weights: bool = True) -> Job:
         What to extract.
     weights
         False leaves out the model's weights; enough to estimate a run.
+    progress
+        Whether transformers may draw a bar while it loads weights.
 
     Raises
     ------
@@ -239,6 +241,8 @@ def prepare(options: Options, *, weights: bool = True) -> Job:
     if ahead and options.model:
         ahead.add(weight_files(options.model, options.revision))
     capture = capture_package()
+    if not progress:
+        capture.hide_progress()
     source = _sae_source(options) if options.features else None
     # All that can be wrong is found out before the weights are read, which takes minutes.
     model = _load_model(options, capture, weights=False)

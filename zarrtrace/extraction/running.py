@@ -86,9 +86,8 @@ def extract(
     output = Path(output)
     if not repair:
         refuse_foreign(output)  # before hours of work
-    if progress != "bars":
-        capture_package().hide_progress()
-    job = prepare(_as_before(output, options or Options(), overwrite=overwrite))
+    asked = _as_before(output, options or Options(), overwrite=overwrite)
+    job = prepare(asked, progress=progress == "bars")
     names = [prompt.scenario.name for prompt in job.prompts]
     with (
         _saying_how_much_room(output, job),
