@@ -32,7 +32,7 @@ from zarrtrace import demo
 from zarrtrace.cli import main
 from zarrtrace.store.attributes import sealed
 
-_SECONDS = 15
+_SECONDS = 60
 _BYTES = 600 * 2**20
 
 Change = Callable[[Any], object]

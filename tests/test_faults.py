@@ -447,6 +447,7 @@ print(json.dumps(log))
 
 
 @pytest.mark.torch
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", [11, 12])
 def test_kill_9(tmp_path: Path, seed: int) -> None:
     """At random moments, 40 in CI; what is there afterwards equals an uninterrupted run."""
