@@ -347,6 +347,7 @@ import zarrtrace.capture.saes
 
 folder, seed, kills = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 OPTIONS = Options(layers=tuple(range(1, 9)), only=("Risky_40", "Safe_140_near_goal"))
+LAYERED = ("attention", "attention_mean", "features", "top_feature", "top_activation")
 
 
 def start(body):
@@ -380,9 +381,10 @@ def journalled():
             continue
         for layer in attributes.complete_layers:
             at = attributes.layers.index(layer)
-            for file in trace.glob(f"*/c/{at}/**/*"):
-                if file.is_file() and len(attributes.stored) and not file.name.endswith(".partial"):
-                    found[file] = file.stat().st_mtime_ns
+            for array in LAYERED:  # the journal speaks of next_token for itself
+                for file in trace.glob(f"{array}/c/{at}/**/*"):
+                    if file.is_file() and not file.name.endswith(".partial"):
+                        found[file] = file.stat().st_mtime_ns
     return found
 
 
