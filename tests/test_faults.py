@@ -70,7 +70,7 @@ def means_the_same(before: bytes, file: Path) -> bool:
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize(
     ("damage", "seed"),
-    [(flip, 0), (flip, 1), (flip, 2), (flip, 3), (cut, 0), (empty, 0), (delete, 0)],
+    [(flip, 0), (flip, 1), (cut, 0), (empty, 0), (delete, 0)],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_damage_is_found_never_read_and_repaired(
@@ -290,18 +290,36 @@ def test_nonfinite_values_are_named(tmp_path: Path, overflowing: Path) -> None:
 
 # --- no space left -----------------------------------------------------------------------------
 
+# Imports once and forks for both attempts.
 SMALL_DISK = r"""
-import json, subprocess, sys
+import json, os, subprocess, sys
+from zarrtrace.cli import main
+from zarrtrace.extraction.job import capture_package
+
+capture_package()
 disk, *command = sys.argv[1:]
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "none", disk], check=True)
-command = [sys.executable, "-m", "zarrtrace", *command]
-first = subprocess.run(command, capture_output=True, text=True)
+
+
+def call(*arguments):
+    said, end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(end, 2)
+        sys.argv = ["zarrtrace", *arguments]
+        main()  # ends the process
+    os.close(end)
+    with open(said) as stream:
+        text = stream.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), text
+
+
+first = call(*command)
 subprocess.run(["mount", "-o", "remount,size=60m", disk], check=True)
-second = subprocess.run(command, capture_output=True, text=True)
-verified = subprocess.run([sys.executable, "-m", "zarrtrace", "verify", f"{disk}/run"])
+second = call(*command)
+verified, _ = call("verify", f"{disk}/run")
 leftover = subprocess.run(["find", disk, "-name", "*.partial"], capture_output=True, text=True)
-print(json.dumps([first.returncode, first.stderr, second.returncode, second.stderr,
-                  verified.returncode, leftover.stdout]))
+print(json.dumps([*first, *second, verified, leftover.stdout]))
 """
 
 

@@ -403,6 +403,8 @@ def test_view_command_stops_on_interrupt(whole: fakes.FakeRun) -> None:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        # Who runs tests in a script's background has SIGINT ignored, and the child inherits it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )  # fmt: skip
     try:
         url = process.stdout.readline().strip()

@@ -42,6 +42,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 ARGUMENTS = [
     "--no-sandbox",
     "--disable-gpu",
+    "--disable-dev-shm-usage",  # containers have 64 MB there, and a page that needs more dies
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
