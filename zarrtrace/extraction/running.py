@@ -35,8 +35,9 @@ _WRITERS = 2
 _BYTES_A_WRITER = 48 * 2**20
 _MOST_WRITERS = 14
 _SECONDS_A_LINE = 30
-# After records of this size, memory that was freed is given back.
+# After a record of this size, or so many bytes of small ones, memory that was freed is given back.
 _LARGE_RECORD = 32 * 2**20
+_SMALL_RECORDS = 256 * 2**20
 
 
 def extract(
@@ -208,7 +209,7 @@ class _WriterPool:
             threads, thread_name_prefix="zarrtrace-write", initializer=_give_way
         )
         self._limit = threads * _BYTES_A_WRITER
-        self._held = 0
+        self._held = self._freed = 0
         self._room = threading.Condition()
         self._failed: list[BaseException] = []
         self._finished: set[str] = set()
@@ -248,11 +249,15 @@ class _WriterPool:
         error = future.exception()
         if error is not None:
             self._failed.append(error)
-        if size >= _LARGE_RECORD:
-            release_freed()
         with self._room:
             self._held -= size
+            self._freed += size
+            release = size >= _LARGE_RECORD or self._freed >= _SMALL_RECORDS
+            if release:
+                self._freed = 0
             self._room.notify()
+        if release:
+            release_freed()
 
     def _raise_first(self) -> None:
         if self._failed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +63,18 @@ def _compressors(layout: ArrayLayout) -> list[BytesBytesCodec]:
 
 
 def write_attributes(path: Path, attributes: dict[str, Any]) -> None:
-    """Replace what a group says of itself, at once; its consolidated metadata goes.
+    """Replace what a group says of itself, at once; its consolidated metadata goes."""
+    update_attributes(path, lambda _: attributes)
+
+
+def update_attributes(path: Path, update: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Change what a group says of itself, at once; its consolidated metadata goes.
 
     Once a layer: on one line, for which Python has a faster encoder, until :func:`consolidate`.
     """
     group = json.loads((path / "zarr.json").read_bytes())
     group.pop("consolidated_metadata", None)
-    group["attributes"][NAMESPACE] = sealed(attributes)
+    group["attributes"][NAMESPACE] = sealed(update(group["attributes"][NAMESPACE]))
     _write(path, group, indent=None)
 
 

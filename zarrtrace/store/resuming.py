@@ -31,7 +31,7 @@ Layout = Mapping[str, ArrayLayout]
 def resume(
     path: Path, attributes: TraceAttributes, layout: Layout, tokens: Tokens, *, repair: bool
 ) -> TraceAttributes:
-    """Make a trace ready for what it lacks, and return its attributes with its journal.
+    """Make a trace ready for what it lacks, and return its attributes: those on the disk.
 
     Parameters
     ----------
@@ -72,7 +72,13 @@ def resume(
                 remedy=REPAIR,
             )
     nonfinite = tuple(key for key in earlier.nonfinite if key in kept)
-    return fresh.model_copy(update={"stored": kept, "nonfinite": nonfinite})
+    complete = earlier.complete and kept.keys() == earlier.stored.keys()
+    resumed = fresh.model_copy(
+        update={"stored": kept, "nonfinite": nonfinite, "complete": complete}
+    )
+    if repair or resumed != earlier.model_copy(update={"blake2b": None}):
+        write_attributes(path, resumed.model_dump(mode="json"))
+    return resumed
 
 
 def _earlier(path: Path, fresh: TraceAttributes, *, repair: bool) -> TraceAttributes | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,9 +27,16 @@ from zarrtrace.spec import (
     TraceShape,
     trace_layout,
 )
-from zarrtrace.store.attributes import COORDINATES, METADATA, TOKENS, files_of_entry, incomplete
+from zarrtrace.store.attributes import (
+    COORDINATES,
+    METADATA,
+    TOKENS,
+    files_of_entry,
+    incomplete,
+    read_trace_attributes,
+)
 from zarrtrace.store.files import clear_errors, fingerprint, fingerprint_of, fsync
-from zarrtrace.store.nodes import consolidate, write_attributes
+from zarrtrace.store.nodes import consolidate, update_attributes
 from zarrtrace.store.resuming import resume
 from zarrtrace.store.shards import write_block
 
@@ -76,7 +84,10 @@ class TraceWriter:
         self._nonfinite: set[str] = set()
         self._mutex = threading.Lock()
         with clear_errors(self.path):
-            self._attributes = resume(self.path, attributes, self._layout, tokens, repair=repair)
+            found = resume(self.path, attributes, self._layout, tokens, repair=repair)
+        # The journal itself stays on the disk: over many scenarios it would fill the memory.
+        self._stored = set(found.stored)
+        self._attributes = found.model_copy(update={"stored": {}})
 
     def _at(self, key: str, name: str) -> int | None:
         """Return where a layer is in an array; None for the journal's other keys."""
@@ -95,12 +106,12 @@ class TraceWriter:
     @property
     def missing_layers(self) -> tuple[int, ...]:
         """Layers that are still to be appended."""
-        return self._attributes.missing_layers
+        return tuple(n for n in self._attributes.layers if str(n) not in self._stored)
 
     @property
     def needs_tokens(self) -> bool:
         """Whether the next-token arrays are still to be appended."""
-        return "next_token" in self._layout and TOKENS not in self._attributes.stored
+        return "next_token" in self._layout and TOKENS not in self._stored
 
     def append(self, record: LayerRecord | TokensRecord) -> None:
         """Store one record; a layer counts once all its rows are there.
@@ -240,17 +251,24 @@ class TraceWriter:
         with self._mutex:
             for name in names:
                 self._rows.pop((key, name), None)
-            stored = {**self._attributes.stored, key: entry}
-            order = [*map(str, self._attributes.layers), TOKENS, COORDINATES, METADATA]
-            nonfinite = self._nonfinite | {*self._attributes.nonfinite}
-            self._write_attributes(
-                stored={key: stored[key] for key in order if key in stored},
-                nonfinite=tuple(key for key in order if key in nonfinite and key in stored),
-            )
+            update_attributes(self.path, partial(self._with_entry, key, entry))
+            self._stored.add(key)
 
-    def _write_attributes(self, **update: Any) -> None:
-        self._attributes = self._attributes.model_copy(update=update)
-        write_attributes(self.path, self._attributes.model_dump(mode="json"))
+    def _with_entry(
+        self, key: str, entry: Mapping[str, Stored], attributes: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return the attributes on the disk with one more entry in the journal."""
+        order = [*map(str, self._attributes.layers), TOKENS, COORDINATES, METADATA]
+        stored = {
+            **attributes["stored"],
+            key: {name: one.model_dump(mode="json") for name, one in entry.items()},
+        }
+        nonfinite = self._nonfinite | {*attributes["nonfinite"]}
+        return {
+            **attributes,
+            "stored": {at: stored[at] for at in order if at in stored},
+            "nonfinite": [at for at in order if at in nonfinite and at in stored],
+        }
 
     def finish(self) -> None:
         """Mark the trace complete: everything is on the disk, and its metadata consolidated.
@@ -261,11 +279,11 @@ class TraceWriter:
             If a layer was not appended.
         """
         if self.missing_layers or self.needs_tokens:
-            raise incomplete(self.path, self._attributes)
+            raise incomplete(self.path, read_trace_attributes(self.path))
         with clear_errors(self.path):
             for file in sorted(self.path.rglob("*")):
                 fsync(file)
-            self._write_attributes(complete=True)
+            update_attributes(self.path, lambda attributes: {**attributes, "complete": True})
             consolidate(self.path)
             fsync(self.path / "zarr.json")
 
