@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import fakes
 import numpy as np
 import pytest
+from numcodecs import Zstd
 
 from zarrtrace import demo
 from zarrtrace.cli import main
@@ -254,6 +255,10 @@ _LINES: dict[str, Case] = {
         ("--queries 100000", "tokens"),
         torch=True,
     ),
+    "port beyond the last": Case(
+        line("view", "FOLDER", "--no-browser", "--port", "99999"),
+        ("99999", "--port"),
+    ),
     "device of an unknown kind": Case(
         line("extract", "-o", "FOLDER/run", "--device", "toaster"),
         ("--device toaster",),
@@ -351,6 +356,25 @@ def _unsaid_array(trace: Path) -> None:
     (trace / "extra" / "zarr.json").write_text('{"shape": [3], "node_type": "array"}')
 
 
+def chunk(name: str, content: Callable[[], bytes]) -> Callable[[Path], None]:
+    """Replace an array's first chunk, and the journal so that it fits."""
+
+    def act(trace: Path) -> None:
+        file = next(file for file in sorted((trace / name / "c").rglob("*")) if file.is_file())
+        file.write_bytes(content())
+        entry = {
+            "bytes": file.stat().st_size,
+            "blake2b": hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest(),
+        }
+        attributes(lambda found: found["stored"]["coordinates"].update({name: entry}))(trace)
+
+    return act
+
+
+def _zstd_bomb() -> bytes:
+    return bytes(Zstd(level=1, checksum=True).encode(bytes(2**30)))
+
+
 _STORES: dict[str, Case] = {
     name: case._replace(code=1)
     for name, case in {
@@ -416,6 +440,12 @@ _STORES: dict[str, Case] = {
         "array that is a list": Case(
             store(array("features", lambda _: None), "export", "FOLDER/run/nope", "-o", "FOLDER/o"),
             ("nope",),
+        ),
+        "gigabyte of text in a chunk": Case(store(chunk("query_token", _zstd_bomb)), ("claims",)),
+        "gigabyte of numbers in a chunk": Case(store(chunk("token_id", _zstd_bomb)), ("claims",)),
+        "chunk that claims an exabyte": Case(
+            store(chunk("token_id", lambda: b"(\xb5/\xfd\xe4" + b"\xff" * 7 + b"\x0f" + bytes(9))),
+            ("claims",),
         ),
         "array the journal does not know": Case(store(_unsaid_array), ("extra",)),
         "pipe for metadata": Case(store(_pipe_for_metadata), ("features/zarr.json",)),
@@ -654,6 +684,10 @@ _SAES: dict[str, Case] = {
             ("hook",),
         ),
         "features of 10^18": (config(_set("d_sae", 10**18)), (_SAE, "d_sae")),
+        "prepend_bos in words": (
+            config(lambda c: c["metadata"].update(prepend_bos=["yes"])),
+            (_SAE, "prepend_bos", "true or false"),
+        ),
         "negative width": (config(_set("d_sae", -1)), (_SAE, "d_sae")),
         "width in words": (config(_set("d_in", "wide")), (_SAE, "d_in")),
         "unknown architecture": (config(_set("architecture", "from_the_future")), (_SAE,)),

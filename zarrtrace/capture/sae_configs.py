@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,10 +166,23 @@ def form_of(name: str) -> str:
     return f"{name[: match.start(1)]}{{layer}}{name[match.end(1) :]}" if match else name
 
 
-def prepend_bos_of(configs: Iterable[dict[str, Any]]) -> bool | None:
-    """Whether SAEs were trained behind a BOS token; None if none says."""
-    said = [metadata_of(config, "prepend_bos") for config in configs]
-    return None if not any(isinstance(one, bool) for one in said) else True in said
+def prepend_bos_of(configs: Mapping[str, dict[str, Any]]) -> bool | None:
+    """Whether SAEs, by name, were trained behind a BOS token; None if none says.
+
+    Raises
+    ------
+    SAEError
+        If one says it in something else than true or false.
+    """
+    said = {name: metadata_of(config, "prepend_bos") for name, config in configs.items()}
+    for name, one in said.items():
+        if not isinstance(one, bool | None):
+            raise SAEError(
+                f"SAE {name}: its configuration says prepend_bos: {str(one)[:60]!r}",
+                why="Whether prompts begin with a BOS token changes every activation.",
+                remedy="Set metadata.prepend_bos in its cfg.json to true or false.",
+            )
+    return None if set(said.values()) <= {None} else True in said.values()
 
 
 def natural(path: Path) -> list[Any]:

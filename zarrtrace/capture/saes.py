@@ -137,7 +137,7 @@ class FolderSAEs:
     @property
     def prepend_bos(self) -> bool | None:
         """Whether the SAEs were trained behind a BOS token."""
-        return prepend_bos_of(self._configs.values())
+        return prepend_bos_of(self._configs)
 
     def find(self, layers: Sequence[int]) -> Found:
         """Return the SAEs of each layer.
@@ -269,7 +269,7 @@ class ReleaseSAEs:
     @property
     def prepend_bos(self) -> bool | None:
         """Whether the SAEs were trained behind a BOS token; known after :meth:`find`."""
-        return prepend_bos_of(self._configs.values())
+        return prepend_bos_of(self._configs)
 
     def find(self, layers: Sequence[int]) -> Found:
         """Return the SAEs of each layer; layers for which the release has none are left out.

@@ -28,7 +28,10 @@ from zarrtrace.store.attributes import REPAIR
 
 _MISSING = 2**64 - 1
 _TEXT = [{"name": "vlen-utf8", "configuration": {}}, {"name": "vlen-utf8"}]
-Decode = Callable[[bytes], bytes]
+#: What no chunk exceeds, nor the text of one; what claims more is refused unread.
+_MAX_CHUNK, _MAX_TEXT = 2**31, 2**28
+#: Gets the bytes and, but for text, how many must come out.
+Decode = Callable[[bytes, int | None], bytes]
 
 #: Along one dimension: the number of a chunk, where its part goes, and which part of it.
 Part = tuple[int, slice | np.ndarray, slice | np.ndarray]
@@ -133,8 +136,9 @@ class StoredArray(BackendArray):
             content = file.read(None if self.shards is None else (inside, grid))
             if content is None:
                 return None
+            size = None if self._text else self.dtype.itemsize * math.prod(self.chunks)
             for decode in self._decoders:
-                content = decode(content)
+                content = decode(content, size)
             if self._text:
                 text: np.ndarray = VLenUTF8().decode(content)
                 return text
@@ -204,7 +208,7 @@ class _Shard:
         return np.frombuffer(_checked(content), "<u8").reshape(chunks, 2)
 
 
-def _checked(content: bytes) -> bytes:
+def _checked(content: bytes, _size: int | None = None) -> bytes:
     """Return what a checksum at the end protects.
 
     Raises
@@ -218,11 +222,37 @@ def _checked(content: bytes) -> bytes:
     return content
 
 
-_DECODERS: dict[str, Decode] = {
-    "blosc": blosc.decompress,
-    "crc32c": _checked,
-    "zstd": Zstd().decode,  # verifies the checksum that frames carry
-}
+def _from_blosc(content: bytes, size: int | None) -> bytes:
+    # C-Blosc's header: four bytes of versions and flags, then the size of what is inside.
+    _check_claim(int.from_bytes(content[4:8], "little"), size)
+    decoded: bytes = blosc.decompress(content)
+    return decoded
+
+
+def _from_zstd(content: bytes, size: int | None) -> bytes:
+    _check_claim(_zstd_claims(content), size)
+    decoded: bytes = Zstd().decode(content)  # verifies the checksum that frames carry
+    return decoded
+
+
+def _zstd_claims(content: bytes) -> int:
+    """Return how many bytes a Zstandard frame says it holds (RFC 8878, 3.1.1.1)."""
+    descriptor = content[4]
+    width = (descriptor >> 5 & 1, 2, 4, 8)[descriptor >> 6]
+    start = 5 + (not descriptor & 32) + (0, 1, 2, 4)[descriptor & 3]
+    if not width:
+        raise ValueError("it does not say how much it holds")
+    return int.from_bytes(content[start : start + width], "little") + (256 if width == 2 else 0)
+
+
+def _check_claim(claimed: int, size: int | None) -> None:
+    """Refuse what claims to hold more, or less, than a chunk."""
+    if (claimed > _MAX_TEXT) if size is None else (claimed != size or size > _MAX_CHUNK):
+        wanted = "text" if size is None else f"{size} bytes"
+        raise ValueError(f"it claims to hold {claimed} bytes, not {wanted}")
+
+
+_DECODERS: dict[str, Decode] = {"blosc": _from_blosc, "crc32c": _checked, "zstd": _from_zstd}
 
 
 @cache
