@@ -13,6 +13,7 @@ import sys
 import termios
 import time
 import unittest.mock
+from dataclasses import replace
 from pathlib import Path
 
 import fakes
@@ -21,6 +22,7 @@ import pandas as pd
 import pytest
 import xarray as xr
 
+import zarrtrace as zt
 from zarrtrace.cli import main
 
 COMMAND = [sys.executable, "-m", "zarrtrace"]
@@ -172,6 +174,39 @@ def test_a_closed_pipe_is_no_error_message(shared_run: fakes.FakeRun) -> None:
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.stdout == "{\n"
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.torch
+def test_a_dry_run_says_what_a_run_needs(
+    tmp_path: Path, demo_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["extract", "-o", tmp_path / "run", "--dry-run"]
+    assert call_here(*arguments) == 0
+    assert "Nothing was written." in capsys.readouterr().out
+    assert call_here(*arguments, "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert list(tmp_path.iterdir()) == []
+    run = zt.open_run(demo_run)
+    assert plan["tokens"] == {name: ds.sizes["query"] for name, ds in run.children.items()}
+    stored = sum(file.stat().st_size for file in demo_run.rglob("*") if file.is_file())
+    assert 0.5 < plan["disk_bytes"] / stored < 2
+    dense = sum(array.nbytes for ds in run.children.values() for array in ds.data_vars.values())
+    assert plan["dense_bytes"] == pytest.approx(dense, rel=0.01)  # coordinates come on top
+    assert plan["device_bytes"] == 0
+
+
+@pytest.mark.torch
+def test_low_memory_needs_two_blocks_on_the_device() -> None:
+    from zarrtrace.extraction import Options, estimate, prepare
+
+    job = prepare(Options(layers=(1,), features=False), weights=False)
+
+    def needs(*, low_memory: bool) -> int:
+        options = replace(job.options, device="cuda:0", low_memory=low_memory)
+        return estimate(replace(job, options=options)).device_bytes
+
+    sizes = [sum(p.numel() * p.element_size() for p in b.parameters()) for b in job.model.blocks]
+    assert needs(low_memory=False) - needs(low_memory=True) == sum(sizes) - 2 * max(sizes)
 
 
 @pytest.mark.torch

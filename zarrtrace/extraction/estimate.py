@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from zarrtrace.extraction.job import Job
 from zarrtrace.spec import SAEAttributes, trace_layout
@@ -63,13 +64,16 @@ def estimate(job: Job) -> Estimate:
         dense += sum(sizes.values())
         disk += _on_disk(job, len(prompt.tokens.ids))
         record = max(record, sum(sizes.values()) // max(1, len(job.layers)))
-    weights = sum(p.numel() * p.element_size() for p in job.model.model.parameters())
+    on_device = job.options.device != "cpu"
+    weights = _bytes_of(job.model.model)
+    if on_device and job.options.low_memory:
+        blocks = [_bytes_of(block) for block in job.model.blocks]
+        weights += 2 * max(blocks) - sum(blocks)  # the one that computes and the one that comes
     encoder = max((4 * sae.d_in * sae.d_sae for sae in _all(job)), default=0)
     longest = max(len(prompt.tokens.ids) for prompt in job.prompts)
     # One encoder in use; the next is loaded whole, with its decoder.
     computing = weights + 3 * encoder + _block_bytes(job, longest)
     writing = _RECORDS_HELD * record
-    on_device = job.options.device != "cpu"
     return Estimate(
         tokens={prompt.scenario.name: len(prompt.tokens.ids) for prompt in job.prompts},
         dense_bytes=dense,
@@ -77,6 +81,10 @@ def estimate(job: Job) -> Estimate:
         host_bytes=_LIBRARIES_BYTES + writing + (0 if on_device else computing),
         device_bytes=computing if on_device else 0,
     )
+
+
+def _bytes_of(module: Any) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def _on_disk(job: Job, tokens: int) -> float:
