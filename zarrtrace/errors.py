@@ -10,6 +10,7 @@
     │   ├── ModelError              unknown, gated, or not capturable exactly
     │   ├── SAEError                missing for a layer, or does not fit the model
     │   └── NonFiniteError          NaN or infinity came out of the model
+    ├── ClusterError                a Dask cluster cannot be reached, or loses its workers
     ├── StoreError                  what is on disk
     │   ├── NotATraceError          exists, but is neither a run nor a trace
     │   ├── FormatVersionError      written by a newer zarrtrace
@@ -91,6 +92,10 @@ class SAEError(CaptureError):
 
 class NonFiniteError(CaptureError):
     """The model produced NaN or infinity."""
+
+
+class ClusterError(ZarrtraceError):
+    """A Dask cluster cannot be reached, is not set up alike, or loses its workers."""
 
 
 class StoreError(ZarrtraceError):

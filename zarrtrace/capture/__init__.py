@@ -5,13 +5,15 @@ nothing of Zarr. Its module `saes` imports sae-lens, which takes seconds: attent
 without it.
 """
 
-from zarrtrace.capture.batches import Request, default_batch_size
+from zarrtrace.capture.batches import Request, default_batch_size, grouped
 from zarrtrace.capture.checks import blocks_are_exact, check_additions, wants_blocks
-from zarrtrace.capture.model import LoadedModel, hide_progress, load_model, renamed
+from zarrtrace.capture.encoders import KeptEncoders
+from zarrtrace.capture.model import LoadedModel, gpu_count, hide_progress, load_model, renamed
 from zarrtrace.capture.pipeline import capture
 from zarrtrace.capture.prompts import Prompt, tokenize
 
 __all__ = [
+    "KeptEncoders",
     "LoadedModel",
     "Prompt",
     "Request",
@@ -19,6 +21,8 @@ __all__ = [
     "capture",
     "check_additions",
     "default_batch_size",
+    "gpu_count",
+    "grouped",
     "hide_progress",
     "load_model",
     "renamed",

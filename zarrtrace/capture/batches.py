@@ -117,17 +117,38 @@ class Batch:
 def batches(
     model: LoadedModel, requests: Sequence[Request], size: int, *, attention: bool = True
 ) -> list[Batch]:
+    """Make the batches of some requests, as :func:`grouped` puts them together."""
+    lengths, alone = [one.length for one in requests], [one.blocked for one in requests]
+    return [
+        Batch(model, [requests[at] for at in group], attention=attention)
+        for group in grouped(lengths, alone, size)
+    ]
+
+
+def grouped(lengths: Sequence[int], alone: Sequence[bool], size: int) -> list[list[int]]:
     """Group scenarios of similar length; what is together depends on nothing but the suite.
 
-    Prompts whose attention is computed by blocks of queries are alone.
+    Some groups that follow each other, given without the others, are grouped as here.
+
+    Parameters
+    ----------
+    lengths
+        Tokens of each scenario.
+    alone
+        Which ones must be alone: those whose attention is computed by blocks of queries.
+    size
+        Scenarios in a group.
+
+    Returns
+    -------
+    list of list
+        Their indices.
     """
-    alone = [request for request in requests if request.blocked]
-    together = [request for request in requests if not request.blocked]
+    together = [at for at, single in enumerate(alone) if not single]
     if size > 1:
-        together.sort(key=lambda request: request.length)
+        together.sort(key=lambda at: lengths[at])
     groups = [together[start : start + size] for start in range(0, len(together), size)]
-    groups += [[request] for request in alone]
-    return [Batch(model, group, attention=attention) for group in groups]
+    return groups + [[at] for at, single in enumerate(alone) if single]
 
 
 def default_batch_size(model: LoadedModel, lengths: Iterable[int]) -> int:
@@ -138,7 +159,7 @@ def default_batch_size(model: LoadedModel, lengths: Iterable[int]) -> int:
     """
     if model.device.type != "cuda":
         return 1
-    longest = max(lengths)
+    longest = max(lengths, default=1)
     itemsize = torch.empty(0, dtype=model.model.dtype).element_size()
     each = longest * (3 * model.n_heads * longest * itemsize + 2 * 4 * 32_768)
     free, _ = torch.cuda.mem_get_info(model.device)

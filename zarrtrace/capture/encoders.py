@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -12,7 +14,10 @@ import torch
 from zarrtrace.spec import SAEAttributes
 
 if TYPE_CHECKING:
-    from zarrtrace.capture.saes import Encoder, SAESource
+    from zarrtrace.capture.saes import Encoder, Found, SAESource
+
+# Encoders are kept while this share of the memory of their device stays free.
+_ROOM = 0.25
 
 
 class Encoders:
@@ -71,3 +76,52 @@ class Encoders:
         loaded = self._next.result()
         self._prefetch()
         return loaded
+
+
+class KeptEncoders:
+    """A source of SAEs that keeps those it has loaded, for a process that extracts many times.
+
+    Parameters
+    ----------
+    source
+        Where they come from. What no longer fits into a device's memory is loaded each time.
+    """
+
+    def __init__(self, source: SAESource) -> None:
+        self._source = source
+        self._kept: dict[tuple[str, str, str], Encoder] = {}
+
+    @property
+    def prepend_bos(self) -> bool | None:
+        """Whether the SAEs were trained behind a BOS token."""
+        return self._source.prepend_bos
+
+    def find(self, layers: Sequence[int]) -> Found:
+        """Return the SAEs of each layer."""
+        return self._source.find(layers)
+
+    def stretches(self, saes: Sequence[SAEAttributes]) -> list[tuple[Path, int, int]]:
+        """Say which bytes of which files are needed."""
+        return self._source.stretches(saes)
+
+    def load(self, attributes: SAEAttributes, device: torch.device) -> Encoder:
+        """Return one encoder, loaded if need be."""
+        key = (attributes.id, attributes.variable, str(device))
+        if key in self._kept:
+            return self._kept[key]
+        encoder = self._source.load(attributes, device)
+        if _free_share(device) > _ROOM:
+            self._kept[key] = encoder
+        return encoder
+
+
+def _free_share(device: torch.device) -> float:
+    """Return how much of a device's memory is free; 0 where the system does not say."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return free / total
+    with suppress(OSError, KeyError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        sizes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+        return sizes["MemAvailable"] / sizes["MemTotal"]
+    return 0.0

@@ -216,6 +216,11 @@ def _build(source: str, config: Any, dtype: str, options: Mapping[str, Any], dev
     return model.eval()
 
 
+def gpu_count() -> int:
+    """Count the GPUs that this process may use: ``CUDA_VISIBLE_DEVICES`` holds here, too."""
+    return torch.cuda.device_count()
+
+
 def check_device(device: str) -> None:
     """Refuse a device that this machine does not have.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zarrtrace.cli.shared import quiet_option, run_argument, show_progress
+from zarrtrace.cli.shared import missing_for_cluster, quiet_option, run_argument, show_progress
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -236,9 +236,11 @@ def _computing(scheduler: str, workers: int | None, *, progress: bool) -> Iterat
     from dask.diagnostics import ProgressBar
 
     if "://" in scheduler:
-        from distributed import Client
-
-        with Client(scheduler):  # type: ignore[no-untyped-call]
+        try:
+            from distributed import Client
+        except ModuleNotFoundError as error:
+            raise missing_for_cluster(error) from error
+        with Client(scheduler):
             yield
         return
     if scheduler not in ("threads", "processes", "synchronous"):

@@ -11,6 +11,7 @@ from zarrtrace.cli.shared import (
     Layers,
     Queries,
     json_option,
+    missing_for_cluster,
     overwrite_option,
     quiet_option,
     show_progress,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from zarrtrace.extraction import Estimate, Job, Options
 
 _PATH = click.Path(path_type=Path)
+_CLUSTER = ("workers", "scheduler", "scheduler_file")
 
 
 @click.command("extract")
@@ -85,6 +87,9 @@ _PATH = click.Path(path_type=Path)
 @overwrite_option
 @click.option("--repair", is_flag=True, help="Read every byte that is there; redo what is damaged.")
 @click.option("--allow-nonfinite", is_flag=True, help="Store NaN and infinity, and say where.")
+@click.option("--workers", type=click.IntRange(1), help="Start so many processes, one a GPU.")
+@click.option("--scheduler", help="Use the Dask cluster at this address, as tcp://host:8786.")
+@click.option("--scheduler-file", type=_PATH, help="File in which its scheduler wrote the address.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @json_option
 @quiet_option
@@ -94,10 +99,12 @@ def command(**given: Any) -> None:
     One labelled Zarr store a scenario, in the folder --output. A run that was interrupted is gone
     on with by the same command.
     """
-    from zarrtrace.extraction import estimate, extract, prepare
+    from zarrtrace.extraction import estimate, prepare
 
     if given["overwrite"] and given["repair"]:
         raise click.UsageError("Give either --overwrite or --repair.")
+    if sum(given[name] is not None for name in _CLUSTER) > 1:
+        raise click.UsageError("Give one of --workers, --scheduler and --scheduler-file.")
     options = _options(given)
     if given["dry_run"]:
         job = prepare(options, weights=False)
@@ -105,14 +112,7 @@ def command(**given: Any) -> None:
         return
     quiet = given["quiet"]
     try:
-        extract(
-            given["output"],
-            options,
-            overwrite=given["overwrite"],
-            repair=given["repair"],
-            allow_nonfinite=given["allow_nonfinite"],
-            progress=None if quiet else "bars" if show_progress(quiet=quiet) else "lines",
-        )
+        _extract(given, options)
     except KeyboardInterrupt as stop:
         where = str(stop) or "nothing was computed yet"
         click.echo(f"zarrtrace: {where}; the same command goes on there", err=True)
@@ -121,6 +121,30 @@ def command(**given: Any) -> None:
         from zarrtrace.cli.info_ import show
 
         click.echo(show(given["output"], as_json=given["as_json"]))
+
+
+def _extract(given: dict[str, Any], options: Options) -> None:
+    """Extract here, or on a cluster."""
+    from zarrtrace.extraction import extract
+
+    quiet = given["quiet"]
+    how: dict[str, Any] = {
+        "overwrite": given["overwrite"],
+        "repair": given["repair"],
+        "allow_nonfinite": given["allow_nonfinite"],
+        "progress": None if quiet else "bars" if show_progress(quiet=quiet) else "lines",
+    }
+    where = {name: given[name] for name in _CLUSTER}
+    if all(value is None for value in where.values()):
+        extract(given["output"], options, **how)
+        return
+    try:
+        from zarrtrace.extraction.cluster import extract_on_cluster
+        from zarrtrace.extraction.connecting import connected
+    except ModuleNotFoundError as error:
+        raise missing_for_cluster(error) from error
+    with connected(**where, device=options.device) as client:
+        extract_on_cluster(client, given["output"], options, **how)
 
 
 def _options(given: dict[str, Any]) -> Options:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from zarrtrace.errors import ConfigError
 
 
 class Layers(click.ParamType[tuple[int, ...]]):
@@ -63,6 +66,17 @@ quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress bar
 overwrite_option = click.option(
     "--overwrite", is_flag=True, help="Replace a run that exists, once the new one is finished."
 )
+
+
+def missing_for_cluster(error: ModuleNotFoundError) -> ConfigError:
+    """Say what a Dask cluster needs."""
+    from zarrtrace.errors import ConfigError
+
+    return ConfigError(
+        f"a cluster needs {error.name}, which is not installed",
+        why="Everything works in one process without it, so it is an extra.",
+        remedy="pip install 'zarrtrace[cluster]'",
+    )
 
 
 def show_progress(*, quiet: bool) -> bool:

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -130,7 +131,7 @@ class Job:
     prompts: tuple[Any, ...]
     layers: tuple[int, ...]
     source: Any
-    saes: Mapping[int, tuple[SAEAttributes, ...]]
+    saes: SAEs
     blocked: frozenset[str]
     batch_size: int
     config: Mapping[str, Any]
@@ -214,17 +215,35 @@ class Job:
             attention_dtype=self.attention_dtype,
             attention_keepbits=self.options.attention_keepbits,
             feature_dtype=self.options.feature_dtype if self.saes else None,
-            versions={name: importlib.metadata.version(name) for name in _LIBRARIES},
+            versions=library_versions(),
         )
 
 
-def prepare(options: Options, *, weights: bool = True, progress: bool = True) -> Job:
+@cache
+def _versions() -> tuple[tuple[str, str], ...]:
+    return tuple((name, importlib.metadata.version(name)) for name in _LIBRARIES)
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that decide what is stored."""
+    return dict(_versions())
+
+
+def prepare(
+    options: Options,
+    *,
+    scenarios: Sequence[Scenario] | None = None,
+    weights: bool = True,
+    progress: bool = True,
+) -> Job:
     """Check options against the model, the SAEs and each other.
 
     Parameters
     ----------
     options
         What to extract.
+    scenarios
+        The scenarios; None reads those that the options name.
     weights
         False leaves out the model's weights; enough to estimate a run.
     progress
@@ -235,8 +254,8 @@ def prepare(options: Options, *, weights: bool = True, progress: bool = True) ->
     ConfigError, ScenarioError, ModelError, SAEError
         As for :func:`extract`.
     """
-    _check(options)
-    scenarios = _scenarios(options)
+    if scenarios is None:
+        scenarios = find_scenarios(options)
     ahead = ReadAhead() if weights and options.model and options.device != "cpu" else None
     if ahead and options.model:
         ahead.add(weight_files(options.model, options.revision))
@@ -257,16 +276,36 @@ def prepare(options: Options, *, weights: bool = True, progress: bool = True) ->
     if weights:
         model = _load_model(options, capture, weights=True)
         capture.check_additions(model, _kinds(saes))
-    lengths = {prompt.scenario.name: len(prompt.tokens.ids) for prompt in prompts}
-    blocked = frozenset(
-        name
-        for name, length in lengths.items()
-        if capture.wants_blocks(model, length, mode=options.attention_capture)
+    return _assembled(options, model, layers, source, saes, prompts, prepend_bos=prepend_bos)
+
+
+def with_scenarios(job: Job, scenarios: Sequence[Scenario]) -> Job:
+    """Return a job for other scenarios, with the model and the SAEs that it has."""
+    capture, bos = capture_package(), job.model.attributes.prepend_bos
+    prompts = tuple(
+        capture.tokenize(job.model, scenario, prepend_bos=bos) for scenario in scenarios
     )
-    if blocked and not capture.blocks_are_exact(model):
-        blocked = frozenset[str]()
-    batch_size = options.batch_size or capture.default_batch_size(model, lengths.values())
+    return _assembled(
+        job.options, job.model, job.layers, job.source, job.saes, prompts, prepend_bos=bos
+    )
+
+
+def _assembled(
+    options: Options,
+    model: Any,
+    layers: tuple[int, ...],
+    source: Any,
+    saes: SAEs,
+    prompts: tuple[Any, ...],
+    *,
+    prepend_bos: bool,
+) -> Job:
+    capture = capture_package()
+    lengths = [len(prompt.tokens.ids) for prompt in prompts]
+    batch_size = options.batch_size or capture.default_batch_size(model, lengths)
+    blocked = _blocked(options, model, prompts)
     model = capture.renamed(model, options.model or DEMO_MODEL, prepend_bos=prepend_bos)
+    scenarios = [prompt.scenario for prompt in prompts]
     job = Job(
         options=options,
         model=model,
@@ -281,6 +320,17 @@ def prepare(options: Options, *, weights: bool = True, progress: bool = True) ->
     for prompt in prompts:
         job.queries(prompt)  # refuses positions that a prompt does not have
     return job
+
+
+def _blocked(options: Options, model: Any, prompts: Sequence[Any]) -> frozenset[str]:
+    """Name the scenarios whose attention is computed by blocks of queries."""
+    capture = capture_package()
+    blocked = frozenset(
+        prompt.scenario.name
+        for prompt in prompts
+        if capture.wants_blocks(model, len(prompt.tokens.ids), mode=options.attention_capture)
+    )
+    return blocked if blocked and capture.blocks_are_exact(model) else frozenset()
 
 
 def _load_model(options: Options, capture: Any, *, weights: bool) -> Any:
@@ -350,7 +400,15 @@ def _check(options: Options) -> None:
         raise ConfigError(f"--batch-size {options.batch_size}", remedy="Give 1 or more.")
 
 
-def _scenarios(options: Options) -> tuple[Scenario, ...]:
+def find_scenarios(options: Options) -> tuple[Scenario, ...]:
+    """Read the scenarios that options name; the options are checked by themselves before.
+
+    Raises
+    ------
+    ConfigError, ScenarioError
+        If options contradict each other, or a scenario cannot be used.
+    """
+    _check(options)
     scenarios = load_suite(options.scenarios or demo.suite_path())
     names = [scenario.name for scenario in scenarios]
     for name in options.only:

@@ -9,24 +9,22 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import sys
 import threading
-import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Self
 
 from numcodecs import BitRound
-from tqdm import tqdm
 
 from zarrtrace.errors import IntegrityError, NonFiniteError, NoSpaceError, readable
 from zarrtrace.extraction.estimate import estimate
 from zarrtrace.extraction.job import Job, Options, capture_package, prepare
 from zarrtrace.extraction.memory import release_freed
+from zarrtrace.extraction.progress import Progress, Shown, Watch
 from zarrtrace.spec import LayerRecord, TokensRecord
 from zarrtrace.store import RunWriter, TraceWriter, read_run_attributes, refuse_foreign
 
@@ -34,7 +32,6 @@ _WRITERS = 2
 # Bytes of records that wait or are being written, by writer; one record may be larger.
 _BYTES_A_WRITER = 48 * 2**20
 _MOST_WRITERS = 14
-_SECONDS_A_LINE = 30
 # After a record of this size, or so many bytes of small ones, memory that was freed is given back.
 _LARGE_RECORD = 32 * 2**20
 _SMALL_RECORDS = 256 * 2**20
@@ -47,7 +44,7 @@ def extract(
     overwrite: bool = False,
     repair: bool = False,
     allow_nonfinite: bool = False,
-    progress: Literal["bars", "lines"] | None = None,
+    progress: Shown = None,
 ) -> Path:
     """Run a model over scenarios and store attention, features and continuations.
 
@@ -87,60 +84,88 @@ def extract(
     output = Path(output)
     if not repair:
         refuse_foreign(output)  # before hours of work
-    asked = _as_before(output, options or Options(), overwrite=overwrite)
-    job = prepare(asked, progress=progress == "bars")
-    names = [prompt.scenario.name for prompt in job.prompts]
+    job = prepare(
+        as_before(output, options or Options(), overwrite=overwrite), progress=progress == "bars"
+    )
+    layers = {prompt.scenario.name: len(job.layers) for prompt in job.prompts}
     with (
-        _saying_how_much_room(output, job),
-        RunWriter(output, names, job.config, overwrite=overwrite, repair=repair) as run,
+        saying_how_much_room(output, estimate(job).disk_bytes),
+        RunWriter(output, list(layers), job.config, overwrite=overwrite, repair=repair) as run,
+        Progress(layers, progress) as bars,
     ):
-        writers = [
-            run.trace(job.attributes(prompt), job.shape(prompt), prompt.tokens)
-            for prompt in job.prompts
-        ]
-        for writer in writers:
-            if not writer.missing_layers and not writer.needs_tokens:
-                writer.finish()  # an earlier process may have stopped just before it
-        _fill(job, writers, allow_nonfinite=allow_nonfinite, progress=progress)
+        fill(run.path, job, bars, repair=repair, allow_nonfinite=allow_nonfinite)
         run.finish()
     return output
 
 
 @contextlib.contextmanager
-def _saying_how_much_room(output: Path, job: Job) -> Iterator[None]:
+def saying_how_much_room(output: Path, needed: int) -> Iterator[None]:
+    """Add to the error of a full disk how many bytes the run needs."""
     try:
         yield
     except NoSpaceError as error:
-        needed = readable(estimate(job).disk_bytes)
         free = readable(shutil.disk_usage(output.parent).free)
         raise NoSpaceError(
             error.what,
-            why=f"The run needs about {needed} in all; {free} are free now.",
+            why=f"The run needs about {readable(needed)} in all; {free} are free now.",
             remedy=error.remedy,
         ) from error
 
 
-def _fill(
+def fill(
+    folder: Path,
     job: Job,
-    writers: Sequence[TraceWriter],
+    watch: Watch,
     *,
-    allow_nonfinite: bool,
-    progress: Literal["bars", "lines"] | None,
+    repair: bool = False,
+    allow_nonfinite: bool = False,
+    threads: int | None = None,
 ) -> None:
-    """Capture what is missing and hand it to the writers."""
-    capture = capture_package()
-    by_name = {
-        prompt.scenario.name: writer for prompt, writer in zip(job.prompts, writers, strict=True)
+    """Capture what the traces of a job's prompts lack, and store it.
+
+    Parameters
+    ----------
+    folder
+        The run, which exists; whoever calls has seen to it that nobody else writes these traces.
+    job
+        Its prompts are computed in batches made of all of them, done or not.
+    watch
+        Is told of what was found and stored.
+    repair, allow_nonfinite
+        As for :func:`extract`.
+    threads
+        How many compress and write; None chooses.
+
+    Raises
+    ------
+    ModelError, SAEError, NonFiniteError, StoreError
+        As for :func:`extract`.
+    """
+    writers = {
+        prompt.scenario.name: TraceWriter(
+            folder / prompt.scenario.name,
+            job.attributes(prompt),
+            job.shape(prompt),
+            prompt.tokens,
+            repair=repair,
+        )
+        for prompt in job.prompts
     }
+    for name, writer in writers.items():
+        complete = not writer.missing_layers and not writer.needs_tokens
+        if complete:
+            writer.finish()  # an earlier process may have stopped just before it
+        watch.found(name, len(writer.missing_layers), complete=complete)
+    capture = capture_package()
     requests = [
         capture.Request(
             prompt,
-            frozenset(writer.missing_layers),
-            writer.needs_tokens,
+            frozenset(writers[prompt.scenario.name].missing_layers),
+            writers[prompt.scenario.name].needs_tokens,
             blocked=prompt.scenario.name in job.blocked,
             queries=job.queries(prompt),
         )
-        for prompt, writer in zip(job.prompts, writers, strict=True)
+        for prompt in job.prompts
     ]
     records: Generator[LayerRecord | TokensRecord, None, None] = capture.capture(
         job.model,
@@ -150,19 +175,16 @@ def _fill(
         source=job.source,
         batch_size=job.batch_size,
     )
-    with _Progress(requests, progress) as bars:
-        try:
-            # Closed here: a pass that is dropped in another thread cannot be ended there.
-            with (
-                _WriterPool(by_name, bars.stored, _writers(job)) as pool,
-                contextlib.closing(records),
-            ):
-                for record in records:
-                    if not allow_nonfinite:
-                        _refuse_nonfinite(record, job)
-                    pool.submit(_rounded(record, job.options.attention_keepbits))
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"stopped after {bars}") from None
+    # Closed here: a pass that is dropped in another thread cannot be ended there.
+    with (
+        _WriterPool(writers, watch, threads or _writers(job)) as pool,
+        contextlib.closing(records),
+    ):
+        for record in records:
+            watch.check()
+            if not allow_nonfinite:
+                _refuse_nonfinite(record, job)
+            pool.submit(_rounded(record, job.options.attention_keepbits))
 
 
 def _refuse_nonfinite(record: LayerRecord | TokensRecord, job: Job) -> None:
@@ -188,7 +210,7 @@ def _rounded(
     return replace(record, attention=rounded.view(record.attention.dtype))
 
 
-def _as_before(output: Path, options: Options, *, overwrite: bool) -> Options:
+def as_before(output: Path, options: Options, *, overwrite: bool) -> Options:
     """Take the batch size that an interrupted run chose from memory: results depend on it."""
     if options.batch_size is not None or overwrite or not (output / "zarr.json").is_file():
         return options
@@ -203,8 +225,8 @@ class _WriterPool:
     The first error of a writer ends the capture: :meth:`submit` raises it.
     """
 
-    def __init__(self, writers: Mapping[str, TraceWriter], stored: Any, threads: int) -> None:
-        self._writers, self._stored = writers, stored
+    def __init__(self, writers: Mapping[str, TraceWriter], watch: Watch, threads: int) -> None:
+        self._writers, self._watch = writers, watch
         self._pool = ThreadPoolExecutor(
             threads, thread_name_prefix="zarrtrace-write", initializer=_give_way
         )
@@ -235,7 +257,7 @@ class _WriterPool:
         complete = self._is_last(record.scenario, writer)
         if complete:
             writer.finish()
-        self._stored(record.scenario, len(writer.missing_layers), complete)
+        self._watch.stored(record.scenario, len(writer.missing_layers), complete=complete)
 
     def _is_last(self, scenario: str, writer: TraceWriter) -> bool:
         """Whether a trace has just got its last record; true once."""
@@ -294,50 +316,3 @@ def _bytes_of(record: LayerRecord | TokensRecord) -> int:
     arrays = [record.attention, record.attention_mean]
     arrays += [features.activations for features in record.features.values()]
     return sum(array.nbytes for array in arrays if array is not None)
-
-
-class _Progress:
-    """Layers of all scenarios, and scenarios, on stderr: two bars, or a line now and then."""
-
-    def __init__(self, requests: Sequence[Any], shown: Literal["bars", "lines"] | None) -> None:
-        self._mutex = threading.Lock()
-        self._lines, self._said = shown == "lines", time.monotonic()
-        self._missing = {request.prompt.scenario.name: len(request.layers) for request in requests}
-        layers, done = sum(self._missing.values()), sum(request.done for request in requests)
-        self._counts = [0, layers, done, len(requests)]
-        hidden = shown != "bars"
-        self._layers = tqdm(
-            total=layers, desc="layers", unit="layer", disable=hidden, file=sys.stderr
-        )
-        self._scenarios = tqdm(
-            total=len(requests),
-            initial=done,
-            desc="scenarios",
-            unit="scenario",
-            disable=hidden,
-            file=sys.stderr,
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def stored(self, scenario: str, missing: int, complete: bool) -> None:  # noqa: FBT001
-        """Count what a record has completed; `missing` layers are left of its scenario."""
-        with self._mutex:
-            new = max(0, self._missing[scenario] - missing)
-            self._missing[scenario] -= new
-            self._counts[0] += new
-            self._counts[2] += complete
-            self._layers.update(new)
-            self._scenarios.update(int(complete))
-            if self._lines and time.monotonic() - self._said > _SECONDS_A_LINE:
-                self._said = time.monotonic()
-                sys.stderr.write(f"zarrtrace: {self}\n")
-
-    def __str__(self) -> str:
-        """Say how far the run is; layers are those that this process was to store."""
-        return "{} of {} layers, {} of {} scenarios".format(*self._counts)
-
-    def __exit__(self, *_: object) -> None:
-        self._scenarios.close()
-        self._layers.close()

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         read_trace_attributes,
         refuse_foreign,
     )
+    from zarrtrace.store.files import only_writer, trace_locks
     from zarrtrace.store.reader import array_of, check_sizes, open_run, open_trace
     from zarrtrace.store.summary import RunSummary, TraceSummary, summarize
     from zarrtrace.store.trace_writer import TraceWriter
@@ -30,12 +31,14 @@ _HOME = {
     "array_of": "reader",
     "check_sizes": "reader",
     "kind_of": "attributes",
+    "only_writer": "files",
     "open_run": "reader",
     "open_trace": "reader",
     "read_run_attributes": "attributes",
     "read_trace_attributes": "attributes",
     "refuse_foreign": "attributes",
     "summarize": "summary",
+    "trace_locks": "files",
     "verify": "verification",
 }
 
@@ -49,12 +52,14 @@ __all__ = [
     "array_of",
     "check_sizes",
     "kind_of",
+    "only_writer",
     "open_run",
     "open_trace",
     "read_run_attributes",
     "read_trace_attributes",
     "refuse_foreign",
     "summarize",
+    "trace_locks",
     "verify",
 ]
 

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -102,6 +103,55 @@ def unlock(run: Path, handle: int) -> None:
     with contextlib.suppress(OSError):
         _lock_path(run).unlink()
     os.close(handle)
+
+
+def trace_locks(run: Path) -> Path:
+    """Return the folder of the locks of a run's traces; beside it, for its readers list it."""
+    return run.with_name(f".{run.name}.locks")
+
+
+@contextlib.contextmanager
+def only_writer(run: Path, scenarios: Iterable[str], *, seconds: float) -> Iterator[None]:
+    """Hold the locks of some traces, for writers that are not the owner of the run's lock.
+
+    A worker that was given up may be alive; whoever does its work again waits for it.
+
+    Parameters
+    ----------
+    run, scenarios
+        The traces; everybody must name them in the same order.
+    seconds
+        How long to wait for another writer.
+
+    Raises
+    ------
+    LockedError
+        If another process still writes one of them.
+    """
+    folder = trace_locks(run)
+    folder.mkdir(exist_ok=True)
+    until = time.monotonic() + seconds
+    with contextlib.ExitStack() as stack:
+        for scenario in scenarios:
+            handle = os.open(folder / scenario, os.O_RDWR | os.O_CREAT, 0o644)
+            stack.callback(os.close, handle)
+            while not _taken(handle):
+                if time.monotonic() > until:
+                    raise LockedError(
+                        f"{run / scenario}: another process is still writing this trace",
+                        why="A worker that no longer answers has not ended.",
+                        remedy="End it, and run the same command again.",
+                    )
+                time.sleep(0.1)
+        yield
+
+
+def _taken(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -1,0 +1,335 @@
+"""Extraction on a Dask cluster: real processes, compared with one process file by file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fakes
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zarrtrace import demo
+from zarrtrace.cli import main
+from zarrtrace.errors import ClusterError, ConfigError, NonFiniteError, ZarrtraceError
+from zarrtrace.extraction import Options, extract
+from zarrtrace.extraction.progress import Progress
+from zarrtrace.store import RunWriter, read_run_attributes, verify
+
+pytest.importorskip("distributed")
+
+from zarrtrace.extraction import worker
+from zarrtrace.extraction.cluster import extract_on_cluster
+from zarrtrace.extraction.connecting import connected
+
+pytestmark = pytest.mark.torch
+
+NAMES = ("Desperate_10", "Safe_130_one_win", "Risky_40", "Initial_100_first_round", "Medium_60")
+
+
+def options(**changes: Any) -> Options:
+    return Options(**{"layers": (1, 2, 3), "only": NAMES, **changes})
+
+
+ASKED = ["--no-features", *(part for name in NAMES for part in ("--scenario", name))]
+#: Without SAEs, whose library takes seconds to import; long enough to be ended in the middle.
+ATTENTION = options(layers=tuple(range(1, 32)), features=False)
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Any]:
+    """Two processes that are kept for all tests here."""
+    with connected(workers=2) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What one process stores."""
+    return fakes.files_in(extract(tmp_path_factory.mktemp("single") / "run", options()))
+
+
+@pytest.fixture(scope="module")
+def single_attention(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What one process stores without features."""
+    return fakes.files_in(extract(tmp_path_factory.mktemp("single") / "run", ATTENTION))
+
+
+def assert_same(run: Path, expected: dict[str, bytes]) -> None:
+    found = fakes.files_in(run)
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if found[name] != expected[name]] == []
+    assert sorted(path.name for path in run.parent.iterdir()) == [run.name]  # no lock is left
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
+    until = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    return found
+
+
+@given(
+    prompts=st.lists(st.tuples(st.integers(1, 9), st.booleans()), max_size=20),
+    size=st.integers(1, 5),
+    cut=st.tuples(st.integers(0, 20), st.integers(0, 20)),
+)
+def test_groups_that_follow_each_other_stay_the_same(
+    prompts: list[tuple[int, bool]], size: int, cut: tuple[int, int]
+) -> None:
+    from zarrtrace.capture import grouped
+
+    def groups_of(indices: list[int]) -> list[list[int]]:
+        lengths, alone = ([prompts[at][field] for at in indices] for field in (0, 1))
+        return [[indices[at] for at in group] for group in grouped(lengths, alone, size)]
+
+    some = groups_of(list(range(len(prompts))))[min(cut) : max(cut)]
+    assert groups_of([at for group in some for at in group]) == some
+
+
+def test_equals_one_process(
+    client: Any, single: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = options()
+    assert extract_on_cluster(client, tmp_path / "run", asked, progress="bars") == tmp_path / "run"
+    assert_same(tmp_path / "run", single)
+    bars = capsys.readouterr().err
+    assert "15/15" in bars
+    assert "5/5" in bars
+    # Each worker wrote some of it, each has the model; again, nothing is to be done.
+    assert len(set(client.run(os.getpid).values())) == 2
+    extract_on_cluster(client, tmp_path / "run", asked)
+    assert_same(tmp_path / "run", single)
+
+
+def test_batches_are_those_of_one_process(
+    client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = options(batch_size=2, layers=(1, 30), queries="spans", sae_path=Path("saes"))
+    monkeypatch.chdir(demo.sae_path().parent)  # workers run elsewhere
+    (tmp_path / "one").mkdir()
+    expected = fakes.files_in(extract(tmp_path / "one/run", asked))
+    (tmp_path / "two").mkdir()
+    extract_on_cluster(client, tmp_path / "two/run", asked)
+    assert_same(tmp_path / "two/run", expected)
+
+
+def test_a_killed_worker_is_replaced(
+    client: Any,
+    tmp_path: Path,
+    single_attention: dict[str, bytes],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    killed: list[int] = []
+
+    def kill() -> None:
+        wait_for(lambda: any((tmp_path / "run").glob("*/attention/c/3/0/0/0")))
+        busy = [address for address, tasks in client.processing().items() if tasks]
+        pid = client.run(os.getpid, workers=busy[:1])[busy[0]]
+        assert not read_run_attributes(tmp_path / "run").complete
+        os.kill(pid, signal.SIGKILL)
+        killed.append(pid)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    extract_on_cluster(client, tmp_path / "run", ATTENTION, progress="bars")
+    killer.join()
+    assert killed
+    assert_same(tmp_path / "run", single_attention)
+    bars = capsys.readouterr().err
+    assert "155/155" in bars
+    assert "5/5" in bars
+    wait_for(lambda: len(client.nthreads()) == 2)
+    assert killed[0] not in client.run(os.getpid).values()
+
+
+def test_errors_of_workers_arrive_as_they_are(client: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        extract_on_cluster(client, tmp_path / "run", options(queries=(117,)))
+    assert refused.value.what.startswith("--queries 117: scenario ")
+    assert refused.value.remedy.startswith("Give positions from -1")
+    with pytest.raises(ConfigError, match="--device cuda;"):
+        extract_on_cluster(client, tmp_path / "run", options(device="cuda:1"))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_worker_that_computes_nonsense_ends_the_run(client: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(demo.model_path(), tmp_path / "model")
+    weights = load_file(tmp_path / "model/model.safetensors")
+    weights["model.layers.2.mlp.down_proj.weight"].mul_(1e38)
+    save_file(weights, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    asked = options(model=str(tmp_path / "model"), features=False)
+    with pytest.raises(NonFiniteError) as error:
+        extract_on_cluster(client, tmp_path / "runs/run", asked)
+    assert "the model computed NaN or infinity in" in error.value.what
+    assert "--allow-nonfinite" in error.value.remedy
+    with RunWriter(
+        tmp_path / "runs/run", NAMES, read_run_attributes(tmp_path / "runs/run").config
+    ):  # the lock was given back
+        assert not read_run_attributes(tmp_path / "runs/run").complete
+    extract_on_cluster(client, tmp_path / "runs/run", asked, allow_nonfinite=True)
+    assert verify(tmp_path / "runs/run") == []
+
+
+def test_a_signal_stops_workers_too(
+    client: Any, tmp_path: Path, single_attention: dict[str, bytes]
+) -> None:
+    command = [sys.executable, "-m", "zarrtrace", "extract", "-o", str(tmp_path / "run")]
+    command += ["--scheduler", client.scheduler.address, *ASKED]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: any((tmp_path / "run").glob("*/attention/c/3/0/0/0")))
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "of 155 layers" in said
+    assert "the same command goes on there" in said
+    assert "Traceback" not in said
+    before = fakes.files_in(tmp_path / "run")
+    assert not read_run_attributes(tmp_path / "run").complete
+    assert before == fakes.files_in(tmp_path / "run")  # nobody writes any more
+    extract_on_cluster(client, tmp_path / "run", ATTENTION)
+    assert_same(tmp_path / "run", single_attention)
+
+
+def test_another_environment_is_refused(
+    client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = client.submit
+
+    def submit(function: Any, *arguments: Any, **how: Any) -> Any:
+        if function is worker.extract_some:
+            order, scenarios = arguments
+            order = worker.replace(order, **changes)
+            return real(function, order, scenarios, **how)
+        return real(function, *arguments, **how)
+
+    monkeypatch.setattr(client, "submit", submit)
+    changes: dict[str, Any] = {"folder": Path("/nowhere/run")}
+    with pytest.raises(ClusterError, match="does not see /nowhere/run"):
+        extract_on_cluster(client, tmp_path / "run", options())
+    changes = {"versions": {"torch": "0.1"}}
+    with pytest.raises(ClusterError, match=r"has other libraries: torch \S+ instead of 0.1"):
+        extract_on_cluster(client, tmp_path / "run", options())
+
+
+def end_on(name: str) -> Any:
+    """Stand in for a worker's task: one scenario ends the process that has it."""
+
+    def extract_some(_order: Any, scenarios: Any) -> dict[str, tuple[int, bool]]:
+        if any(scenario.name == name for scenario in scenarios):
+            os._exit(1)
+        return {scenario.name: (0, True) for scenario in scenarios}
+
+    return extract_some
+
+
+def test_a_scenario_that_ends_its_workers_is_named(
+    client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import cloudpickle
+
+    def be_strict(dask_scheduler: Any) -> None:
+        dask_scheduler.allowed_failures = 0
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    client.run_on_scheduler(be_strict)
+    monkeypatch.setattr(worker, "extract_some", end_on("Medium_60"))
+    monkeypatch.setattr("zarrtrace.extraction.cluster._TASKS_A_WORKER", 1)
+    with pytest.raises(ClusterError, match="every worker that computes Medium_60 ends"):
+        extract_on_cluster(client, tmp_path / "run", options())
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+def test_processes_of_their_own(
+    single_attention: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scheduler and two workers, started as on several machines."""
+    file = tmp_path / "scheduler.json"
+    own = [sys.executable, "-m"]
+    common = ["--scheduler-file", str(file), "--host", "127.0.0.1", "--no-dashboard"]
+    commands = [[*own, "distributed.cli.dask_scheduler", *common, "--port", "0"]]
+    commands += 2 * [[*own, "distributed.cli.dask_worker", *common, "--nthreads", "1"]]
+    processes = [
+        subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) for command in commands
+    ]
+    try:
+        wait_for(file.is_file)
+        (tmp_path / "runs").mkdir()
+        ask = ["zarrtrace", "extract", "-o", "runs/run", "-q", *ASKED]
+        address = json.loads(file.read_text())["address"]
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [*ask, "--scheduler", address])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0
+        assert_same(tmp_path / "runs/run", single_attention)
+        monkeypatch.setattr(sys, "argv", [*ask, "--scheduler-file", str(file)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait(30)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["--scheduler", "tcp://127.0.0.1:9", "--workers", "2"], "Give one of --workers"),
+        (["--scheduler", "tcp://127.0.0.1:9"], "no scheduler answers"),
+        (["--scheduler", "nonsense://x"], "no scheduler answers"),
+        (["--scheduler-file", "absent.json"], "--scheduler-file absent.json: no such file"),
+        (["--workers", "2", "--device", "cuda"], "--workers 2: 0 GPUs are visible"),
+    ],
+)
+def test_clusters_that_are_none(
+    asked: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("zarrtrace.extraction.connecting._SECONDS", 0.5)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(sys, "argv", ["zarrtrace", "extract", "-o", str(tmp_path / "run"), *asked])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code in (1, 2)
+    assert said in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_progress_counts_what_a_dead_worker_stored(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress({"a": 3, "b": 3}, "bars") as progress:
+        progress.found("a", 1, complete=False)  # two of an earlier run
+        progress.stored("a", 0, complete=True)
+        progress.stored("a", 0, complete=True)
+        progress.found("b", 3, complete=False)
+        progress.found("b", 1, complete=False)  # two of the dead worker
+        assert str(progress) == "3 of 4 layers, 1 of 2 scenarios"
+        progress.stored("b", 0, complete=True)
+        assert str(progress) == "4 of 4 layers, 2 of 2 scenarios"
+    assert "4/4" in capsys.readouterr().err
+
+
+def test_cluster_errors_survive_the_wire() -> None:
+    import pickle
+
+    error = pickle.loads(pickle.dumps(ClusterError("a", why="b", remedy="c")))  # noqa: S301
+    assert isinstance(error, ZarrtraceError)
+    assert (error.what, error.why, error.remedy) == ("a", "b", "c")

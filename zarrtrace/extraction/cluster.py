@@ -1,0 +1,322 @@
+"""Extracting on a Dask cluster: the client's side.
+
+The client holds the run's lock, makes its manifest and, at the end, its consolidated metadata.
+In between, tasks of some scenarios each go to the workers
+(:mod:`zarrtrace.extraction.worker`). Which scenarios share a forward pass is settled for the whole
+run, as a single process does it; how many such batches make a task depends on the cluster, and
+changes nothing in what is stored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import shutil
+import time
+import uuid
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distributed import Client, Future, KilledWorker
+
+from zarrtrace.errors import ClusterError, ConfigError
+from zarrtrace.extraction import worker
+from zarrtrace.extraction.job import Options, find_scenarios
+from zarrtrace.extraction.progress import Progress, Shown
+from zarrtrace.extraction.running import as_before, saying_how_much_room
+from zarrtrace.extraction.worker import Measured, Order, Settled, Setup
+from zarrtrace.scenarios import Scenario
+from zarrtrace.store import RunWriter, refuse_foreign, trace_locks
+
+_SECONDS_FOR_A_WORKER = 60
+# Larger tasks would be lost with a worker, and leave others idle at the end.
+_SCENARIOS_A_TASK = 32
+_TOKENS_A_TASK = 8192
+_TASKS_A_WORKER = 4
+_SCENARIOS_A_MEASUREMENT = 1000
+_SECONDS_BETWEEN_CHECKS = 2
+# Tasks that are with a worker: the one that runs, and the one after it.
+_AHEAD = 2
+
+Group = tuple[Scenario, ...]
+
+
+def extract_on_cluster(
+    client: Client,
+    output: str | Path,
+    options: Options | None = None,
+    *,
+    overwrite: bool = False,
+    repair: bool = False,
+    allow_nonfinite: bool = False,
+    progress: Shown = None,
+) -> Path:
+    """Do what :func:`zarrtrace.extraction.extract` does, on the workers of a Dask cluster.
+
+    What is stored is the same, bit for bit, where workers compute as this machine would. If a
+    worker dies, another one goes on with its scenarios.
+
+    Parameters
+    ----------
+    client
+        Connected to the cluster, whose workers have one thread each and see the same files.
+    output, options, overwrite, repair, allow_nonfinite, progress
+        As for :func:`zarrtrace.extraction.extract`. On GPUs the device is ``"cuda"``: the first
+        one that a worker sees.
+
+    Returns
+    -------
+    Path
+        The run.
+
+    Raises
+    ------
+    ClusterError
+        If no worker is there, workers differ, or scenarios end each worker that computes them.
+    ZarrtraceError
+        As for :func:`zarrtrace.extraction.extract`, from whichever worker it comes.
+    """
+    output = Path(output)
+    if not repair:
+        refuse_foreign(output)
+    asked = as_before(output, options or Options(), overwrite=overwrite)
+    if asked.device.startswith("cuda:"):
+        raise ConfigError(
+            f"--device {asked.device} on a cluster",
+            why="Every worker computes on the first GPU that it sees.",
+            remedy="Use --device cuda; CUDA_VISIBLE_DEVICES says which GPUs a worker sees.",
+        )
+    scenarios = {scenario.name: scenario for scenario in find_scenarios(asked)}
+    plan = _plan(client, Setup(asked, Path.cwd()), tuple(scenarios.values()))
+    with (
+        saying_how_much_room(output, plan.disk_bytes),
+        RunWriter(output, list(scenarios), plan.config, overwrite=overwrite, repair=repair) as run,
+        Progress(dict.fromkeys(scenarios, plan.settled.layers), progress) as bars,
+    ):
+        order = Order(
+            run=f"zarrtrace-{uuid.uuid4().hex}",
+            setup=plan.setup,
+            folder=run.path,
+            batch_size=plan.settled.batch_size,
+            repair=repair,
+            allow_nonfinite=allow_nonfinite,
+            versions=plan.settled.versions,
+        )
+        with _listening(client, order.run, bars):
+            _Tasks(client, order, bars).run(plan.tasks(_count(client)))
+        shutil.rmtree(trace_locks(run.path), ignore_errors=True)
+        run.finish()
+    return output
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is known of a run before it starts."""
+
+    setup: Setup
+    scenarios: tuple[Scenario, ...]
+    tokens: Mapping[str, int]
+    disk_bytes: int
+    settled: Settled
+    config: Mapping[str, Any]
+
+    def tasks(self, workers: int) -> list[tuple[Group, ...]]:
+        """Pack groups into tasks of similar length, the longest first."""
+        groups = [tuple(self.scenarios[at] for at in group) for group in self.settled.groups]
+        lengths = [sum(self.tokens[one.name] for one in group) for group in groups]
+        if self.settled.batch_size == 1:  # else they are in order already, and must stay in it
+            order = sorted(range(len(groups)), key=lambda at: lengths[at])
+            groups, lengths = [groups[at] for at in order], [lengths[at] for at in order]
+        most = min(_TOKENS_A_TASK, sum(lengths) / (_TASKS_A_WORKER * workers))
+        tasks: list[list[Group]] = []
+        tokens = 0.0
+        for group, length in zip(groups, lengths, strict=True):
+            held = sum(map(len, tasks[-1])) if tasks else 0
+            if not tasks or tokens + length > most or held + len(group) > _SCENARIOS_A_TASK:
+                tasks.append([])
+                tokens = 0
+            tasks[-1].append(group)
+            tokens += length
+        return [tuple(task) for task in reversed(tasks)]
+
+
+def _plan(client: Client, setup: Setup, scenarios: tuple[Scenario, ...]) -> _Plan:
+    """Have the workers load the model, each tokenise a part of the scenarios, and one decide."""
+    try:
+        client.wait_for_workers(1, timeout=_SECONDS_FOR_A_WORKER)
+    except TimeoutError as error:
+        raise ClusterError(
+            f"{client.scheduler.address}: no worker there",
+            why="The scheduler answers, but nobody has joined it.",
+            remedy="Start workers, as in: dask worker ADDRESS --nthreads 1",
+        ) from error
+    count = min(len(scenarios), max(_count(client), len(scenarios) // _SCENARIOS_A_MEASUREMENT))
+    parts = [scenarios[at::count] for at in range(count)]
+    measured = _results(
+        client, [client.submit(worker.measure, setup, part, pure=False) for part in parts]
+    )
+    tokens, blocked, digests, disk_bytes = _merged(measured)
+    lengths = [tokens[scenario.name] for scenario in scenarios]
+    alone = [scenario.name in blocked for scenario in scenarios]
+    [settled] = _results(client, [client.submit(worker.settle, setup, lengths, alone, pure=False)])
+    digests = {scenario.name: digests[scenario.name] for scenario in scenarios}
+    config = {**settled.config, "prompts": digests}
+    return _Plan(setup, scenarios, tokens, disk_bytes, settled, config)
+
+
+def _merged(
+    measured: Sequence[Measured],
+) -> tuple[dict[str, int], set[str], dict[str, str], int]:
+    tokens: dict[str, int] = {}
+    blocked: set[str] = set()
+    digests: dict[str, str] = {}
+    for part in measured:
+        tokens |= part.tokens
+        blocked |= part.blocked
+        digests |= part.digests
+    return tokens, blocked, digests, sum(part.disk_bytes for part in measured)
+
+
+def _results(client: Client, futures: Sequence[Future]) -> list[Any]:
+    try:
+        return client.gather(list(futures))  # type: ignore[no-any-return]
+    except KilledWorker as error:
+        raise ClusterError(
+            "workers end while they load the model",
+            why="Most often it is larger than their memory, or than their --memory-limit.",
+            remedy="Give workers more memory, or use --low-memory; their logs say more.",
+        ) from error
+    except ModuleNotFoundError as error:
+        raise ClusterError(
+            f"a worker lacks {error.name}",
+            remedy="pip install 'zarrtrace[extract,cluster]' in the environment of every worker.",
+        ) from error
+    finally:
+        client.cancel(list(futures))
+
+
+def _count(client: Client) -> int:
+    """How many workers there are now."""
+    return max(1, len(client.nthreads()))
+
+
+@contextlib.contextmanager
+def _listening(client: Client, run: str, bars: Progress) -> Iterator[None]:
+    """Draw what workers report."""
+
+    def handle(event: tuple[float, Mapping[str, Mapping[str, Sequence[Any]]]]) -> None:
+        news = event[1]
+        for name, (missing, complete) in news["found"].items():
+            bars.found(name, missing, complete=complete)
+        for name, (missing, complete) in news["stored"].items():
+            bars.stored(name, missing, complete=complete)
+
+    client.subscribe_topic(run, handle)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(Exception):  # the scheduler may be gone
+            client.unsubscribe_topic(run)
+
+
+class _Tasks:
+    """Keeps each worker busy, with a task more at hand, until all are done."""
+
+    def __init__(self, client: Client, order: Order, bars: Progress) -> None:
+        self._client, self._order, self._bars = client, order, bars
+        self._waiting: deque[tuple[Group, ...]] = deque()
+        self._going: dict[str, tuple[Future, tuple[Group, ...]]] = {}
+        self._ended: queue.SimpleQueue[Future] = queue.SimpleQueue()
+        self._seen = time.monotonic()
+
+    def run(self, tasks: Sequence[tuple[Group, ...]]) -> None:
+        """Have all tasks done; whatever ends this early ends them, too."""
+        self._waiting.extend(tasks)
+        try:
+            while self._waiting or self._going:
+                self._submit()
+                try:
+                    future = self._ended.get(timeout=_SECONDS_BETWEEN_CHECKS)
+                except queue.Empty:
+                    self._check_cluster()
+                else:
+                    self._take(future)
+        except BaseException:
+            self._stop()
+            raise
+
+    def _submit(self) -> None:
+        room = _AHEAD * _count(self._client) - len(self._going)
+        while self._waiting and room > 0:
+            task = self._waiting.popleft()
+            scenarios = tuple(scenario for group in task for scenario in group)
+            future = self._client.submit(worker.extract_some, self._order, scenarios, pure=False)
+            self._going[future.key] = (future, task)
+            future.add_done_callback(self._ended.put)
+            room -= 1
+
+    def _take(self, future: Future) -> None:
+        _, task = self._going.pop(future.key)
+        if future.status == "cancelled":
+            raise _lost(self._client)
+        error = future.exception()
+        if isinstance(error, KilledWorker):
+            self._again_or_refuse(task, error)
+        elif error is not None:
+            raise error
+        else:
+            for name, (missing, complete) in future.result().items():
+                self._bars.stored(name, missing, complete=complete)
+
+    def _again_or_refuse(self, task: tuple[Group, ...], error: KilledWorker) -> None:
+        """Have the parts of a task done one by one, to find the one that ends its workers."""
+        if len(task) > 1:
+            self._waiting.extendleft((group,) for group in task)
+            return
+        names = ", ".join(scenario.name for scenario in task[0])
+        raise ClusterError(
+            f"every worker that computes {names} ends",
+            why="Most often its memory does not suffice: the system, or the worker's nanny at its "
+            "--memory-limit, ends it then. Workers' logs say more.",
+            remedy="Give workers more memory, or use --batch-size 1, --queries or --low-memory; "
+            "what is done stays.",
+        ) from error
+
+    def _check_cluster(self) -> None:
+        """Refuse to wait for workers that do not come."""
+        try:
+            there = bool(self._client.nthreads())
+        except (OSError, TimeoutError) as error:
+            raise _lost(self._client) from error
+        if there:
+            self._seen = time.monotonic()
+        elif time.monotonic() - self._seen > _SECONDS_FOR_A_WORKER:
+            raise ClusterError(
+                f"{self._client.scheduler.address}: all workers are gone",
+                why="They ended, and nothing has started others.",
+                remedy="Start workers, and run the same command again: it goes on where it is.",
+            )
+
+    def _stop(self) -> None:
+        """End what workers still do, before the run's lock is given back."""
+        with contextlib.suppress(Exception):  # whatever a broken cluster raises; traces have locks
+            self._client.cancel([future for future, _ in self._going.values()], force=True)
+            while any(self._still_at_it().values()):
+                time.sleep(0.1)
+
+    def _still_at_it(self) -> Mapping[str, bool]:
+        found: Mapping[str, bool] = self._client.run(
+            worker.stop, self._order.run, on_error="ignore"
+        )
+        return found
+
+
+def _lost(client: Client) -> ClusterError:
+    return ClusterError(
+        f"{client.scheduler.address}: the connection to the scheduler was lost",
+        why="It ended, or the network did.",
+        remedy="Run the same command again when it is back: it goes on where it is.",
+    )

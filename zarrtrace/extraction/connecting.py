@@ -1,0 +1,144 @@
+"""Finding a Dask cluster, or starting one on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dask
+from distributed import Client, Nanny, Scheduler, SpecCluster
+
+from zarrtrace.errors import ClusterError, ConfigError
+from zarrtrace.extraction.job import capture_package
+
+_SECONDS = 30
+
+
+@contextlib.contextmanager
+def connected(
+    *,
+    scheduler: str | None = None,
+    scheduler_file: Path | None = None,
+    workers: int | None = None,
+    device: str = "cpu",
+) -> Iterator[Client]:
+    """Yield a client of a cluster that runs, or of one that lives as long as the context.
+
+    Parameters
+    ----------
+    scheduler, scheduler_file
+        Its address, or the file in which it wrote its address.
+    workers
+        How many processes to start on this machine instead; on GPUs, one process a GPU.
+    device
+        ``"cuda"`` gives each of these its GPU.
+
+    Raises
+    ------
+    ClusterError
+        If no scheduler answers.
+    ConfigError
+        If the file is not there, or there are more workers than GPUs.
+    """
+    if workers is not None:
+        with _local_cluster(workers, device) as cluster, _client(cluster) as client:
+            yield client
+        return
+    if scheduler_file is not None and not scheduler_file.is_file():
+        raise ConfigError(
+            f"--scheduler-file {scheduler_file}: no such file",
+            why="The scheduler writes it when it starts: dask scheduler --scheduler-file FILE.",
+            remedy="Start the scheduler first, and check the path.",
+        )
+    where = {"scheduler_file": str(scheduler_file)} if scheduler_file else {"address": scheduler}
+    with _client(**where) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def _client(address: Any = None, **where: Any) -> Iterator[Client]:
+    try:
+        client = Client(address, timeout=_SECONDS, set_as_default=False, **where)
+    except (OSError, ValueError) as error:  # a TimeoutError is an OSError
+        raise ClusterError(
+            f"no scheduler answers: {error}",
+            why="It is not running there, or a firewall is between.",
+            remedy="Check the address that `dask scheduler` printed, as tcp://10.0.0.1:8786.",
+        ) from error
+    with client:
+        yield client
+
+
+@contextlib.contextmanager
+def _local_cluster(workers: int, device: str) -> Iterator[Any]:
+    """Processes of this machine; one that dies is replaced."""
+    before = dict(os.environ)
+    try:
+        with _started(workers, device) as cluster:
+            yield cluster
+    finally:
+        # Dask changes the environment of the process that starts workers.
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _started(workers: int, device: str) -> Any:
+    gpus = _gpus(workers) if device.startswith("cuda") else None
+    if gpus is not None and importlib.util.find_spec("dask_cuda") is not None:
+        from dask_cuda import LocalCUDACluster  # noqa: PLC0415 -- an option
+
+        return LocalCUDACluster(
+            CUDA_VISIBLE_DEVICES=gpus,
+            threads_per_worker=1,
+            memory_limit=None,
+            preload=["zarrtrace.extraction.worker"],
+            dashboard_address=None,
+        )
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, _cores() // workers)))
+    same = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    own = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] if gpus else [{}] * workers
+    network = {"host": "127.0.0.1", "protocol": "tcp://"}
+    options = {
+        **network,
+        "nthreads": 1,
+        "memory_limit": 0,
+        "dashboard": False,
+        "preload": ["zarrtrace.extraction.worker"],
+        "silence_logs": logging.CRITICAL,
+    }
+    with dask.config.set({"distributed.worker.daemon": True}):
+        return SpecCluster(
+            scheduler={"cls": Scheduler, "options": {**network, "port": 0, "dashboard": False}},
+            workers={
+                at: {"cls": Nanny, "options": {**options, "env": {**same, **env}}}
+                for at, env in enumerate(own)
+            },
+            silence_logs=logging.CRITICAL,
+        )
+
+
+def _gpus(workers: int) -> list[str]:
+    """Name one visible GPU for each worker."""
+    count = capture_package().gpu_count()
+    if workers > count:
+        raise ConfigError(
+            f"--workers {workers}: {count} GPUs are visible",
+            why="Each worker has a GPU of its own.",
+            remedy=f"Give --workers {count} or fewer." if count else "Use --device cpu.",
+        )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(at) for at in range(count)]
+    return [name.strip() for name in names[:workers]]
+
+
+def _cores() -> int:
+    """Count the cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS
+        return os.cpu_count() or 1

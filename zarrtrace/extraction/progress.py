@@ -1,0 +1,122 @@
+"""How far a run is: on stderr, from this process or from many."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Literal, Protocol, Self
+
+from tqdm import tqdm
+
+_SECONDS_A_LINE = 30
+
+#: Two bars, or a line now and then, for logs; None for nothing.
+Shown = Literal["bars", "lines"] | None
+
+
+class Watch(Protocol):
+    """Who is told how an extraction goes on, from any thread, and may end it."""
+
+    def found(self, scenario: str, missing: int, *, complete: bool) -> None:
+        """Take note of how many layers a scenario lacks before anything is computed."""
+        ...
+
+    def stored(self, scenario: str, missing: int, *, complete: bool) -> None:
+        """Take note of how many layers a scenario still lacks."""
+        ...
+
+    def check(self) -> None:
+        """Raise if the extraction should end; called between two records."""
+        ...
+
+
+class Progress:
+    """Layers of all scenarios, and scenarios, on stderr: two bars, or a line now and then.
+
+    A context manager; an interruption that leaves it says how far the run was.
+
+    Parameters
+    ----------
+    layers
+        By scenario, how many layers it has.
+    shown
+        In which form.
+    """
+
+    def __init__(self, layers: Mapping[str, int], shown: Shown) -> None:
+        self._mutex = threading.Lock()
+        self._lines, self._said = shown == "lines", time.monotonic()
+        self._missing = dict(layers)
+        self._found: set[str] = set()
+        self._complete: set[str] = set()
+        self._stored, self._layers = 0, sum(layers.values())
+        hidden = shown != "bars"
+        self._layer_bar = tqdm(
+            total=self._layers, desc="layers", unit="layer", disable=hidden, file=sys.stderr
+        )
+        self._scenario_bar = tqdm(
+            total=len(layers), desc="scenarios", unit="scenario", disable=hidden, file=sys.stderr
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def found(self, scenario: str, missing: int, *, complete: bool) -> None:
+        """Count out what an earlier process has stored.
+
+        A scenario that is found again was begun by a worker that died: what it stored counts.
+        """
+        with self._mutex:
+            if scenario in self._found:
+                self._count(scenario, missing, complete=complete)
+                return
+            self._found.add(scenario)
+            self._layers -= self._missing[scenario] - missing
+            self._missing[scenario] = missing
+            self._layer_bar.total = self._layers
+            if complete:
+                self._complete.add(scenario)
+                self._scenario_bar.initial += 1
+                self._scenario_bar.update()
+            self._layer_bar.refresh()
+
+    def stored(self, scenario: str, missing: int, *, complete: bool) -> None:
+        """Count what a record has completed."""
+        with self._mutex:
+            self._count(scenario, missing, complete=complete)
+
+    def _count(self, scenario: str, missing: int, *, complete: bool) -> None:
+        new = max(0, self._missing[scenario] - missing)
+        self._missing[scenario] -= new
+        self._stored += new
+        self._layer_bar.update(new)
+        if complete and scenario not in self._complete:
+            self._complete.add(scenario)
+            self._scenario_bar.update()
+        if self._lines and time.monotonic() - self._said > _SECONDS_A_LINE:
+            self._said = time.monotonic()
+            sys.stderr.write(f"zarrtrace: {self}\n")
+
+    def check(self) -> None:
+        """Nothing: who watches a bar stops a run with a signal."""
+
+    def __str__(self) -> str:
+        """Say how far the run is; layers are those that this command was to store."""
+        return (
+            f"{self._stored} of {self._layers} layers, {len(self._complete)} of "
+            f"{len(self._missing)} scenarios"
+        )
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._scenario_bar.close()
+        self._layer_bar.close()
+        if kind is KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped after {self}") from None

@@ -1,0 +1,308 @@
+"""What runs in the processes of a Dask cluster: they keep the model, and fill traces.
+
+A worker writes traces and nothing else of a run; its manifest is the client's
+(:mod:`zarrtrace.extraction.cluster`). Hooks sit on the model, so that one process extracts one
+thing at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from distributed import get_worker
+
+from zarrtrace.errors import ClusterError
+from zarrtrace.extraction.estimate import estimate
+from zarrtrace.extraction.job import (
+    Job,
+    Options,
+    capture_package,
+    library_versions,
+    prepare,
+    with_scenarios,
+)
+from zarrtrace.extraction.running import fill
+from zarrtrace.scenarios import Scenario
+from zarrtrace.store import only_writer
+
+_SECONDS_A_REPORT = 0.5
+# How long a worker that was given up may go on with what another one was told to do again.
+_SECONDS_GIVEN_UP = 600
+
+#: Layers that a scenario lacks, and whether its trace is complete.
+State = tuple[int, bool]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a worker loads once and keeps.
+
+    Attributes
+    ----------
+    options
+        What to extract; the client has read the scenarios.
+    base
+        Where the client runs: relative paths begin there.
+    """
+
+    options: Options
+    base: Path
+
+
+@dataclass(frozen=True)
+class Order:
+    """What all tasks of a run share.
+
+    Attributes
+    ----------
+    run
+        Name of this client's work, under which workers report.
+    setup
+        What to load.
+    folder
+        The run, which the client has created and holds the lock of.
+    batch_size
+        Scenarios in one forward pass.
+    repair, allow_nonfinite
+        As for :func:`zarrtrace.extraction.extract`.
+    versions
+        Libraries that all workers must have alike.
+    """
+
+    run: str
+    setup: Setup
+    folder: Path
+    batch_size: int
+    repair: bool
+    allow_nonfinite: bool
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model's tokenizer makes of some scenarios.
+
+    Attributes
+    ----------
+    tokens
+        Length of each.
+    blocked
+        Those whose attention is computed by blocks of queries.
+    digests
+        What a resumed run compares.
+    disk_bytes
+        Expected size of their traces.
+    """
+
+    tokens: Mapping[str, int]
+    blocked: frozenset[str]
+    digests: Mapping[str, str]
+    disk_bytes: int
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What holds for all scenarios of a run.
+
+    Attributes
+    ----------
+    config
+        What a resumed run must agree with; without the scenarios.
+    batch_size
+        Scenarios in one forward pass.
+    groups
+        Indices of the scenarios that go through the model together.
+    layers
+        How many each scenario has.
+    versions
+        Of the libraries that decide what is stored.
+    """
+
+    config: Mapping[str, Any]
+    batch_size: int
+    groups: Sequence[Sequence[int]]
+    layers: int
+    versions: Mapping[str, str]
+
+
+class _Stopped(Exception):  # noqa: N818 -- a request, not an error
+    """The client asked this worker to stop."""
+
+
+_alone = threading.Lock()
+_kept: dict[Setup, Job] = {}
+# Options of which the model and its SAEs know nothing.
+_NOT_LOADED: dict[str, Any] = {
+    "scenarios": None,
+    "only": (),
+    "batch_size": None,
+    "queries": None,
+    "attention": True,
+    "attention_capture": "auto",
+    "attention_dtype": None,
+    "attention_keepbits": None,
+    "feature_dtype": "float32",
+}
+_active: list[str] = []
+_stopped: set[str] = set()
+
+
+def measure(setup: Setup, scenarios: Sequence[Scenario]) -> Measured:
+    """Load what `setup` names, if it is not loaded yet, and tokenise scenarios."""
+    with _alone:
+        job = _job(setup, scenarios)
+    return Measured(
+        tokens={prompt.scenario.name: len(prompt.tokens.ids) for prompt in job.prompts},
+        blocked=job.blocked,
+        digests=job.config["prompts"],
+        disk_bytes=estimate(job).disk_bytes,
+    )
+
+
+def settle(setup: Setup, lengths: Sequence[int], alone: Sequence[bool]) -> Settled:
+    """Choose the batch size, and group scenarios as a single process does."""
+    capture = capture_package()
+    with _alone:
+        job = _job(setup, ())
+        size = setup.options.batch_size or capture.default_batch_size(job.model, lengths)
+    return Settled(
+        config={**job.config, "batch_size": size},
+        batch_size=size,
+        groups=capture.grouped(lengths, alone, size),
+        layers=len(job.layers),
+        versions=library_versions(),
+    )
+
+
+def extract_some(order: Order, scenarios: Sequence[Scenario]) -> dict[str, State]:
+    """Fill the traces of whole groups of scenarios; returns how each is."""
+    _check(order)
+    names = [scenario.name for scenario in scenarios]
+    reports = _Reports(order.run)
+    with contextlib.suppress(_Stopped), _going(order.run), _alone, reports:
+        reports.check()
+        with only_writer(order.folder, names, seconds=_SECONDS_GIVEN_UP):
+            job = _job(order.setup, scenarios, order.batch_size)
+            fill(
+                order.folder,
+                job,
+                reports,
+                repair=order.repair,
+                allow_nonfinite=order.allow_nonfinite,
+            )
+    return reports.states
+
+
+def stop(run: str) -> bool:
+    """End what this worker does for a run, after the record in hand; say if it is still at it."""
+    _stopped.add(run)
+    return run in _active
+
+
+def dask_setup(_worker: Any) -> None:
+    """Leave Ctrl-C to the client, which a terminal sends it to as well; called by Dask."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _job(setup: Setup, scenarios: Sequence[Scenario], batch_size: int | None = None) -> Job:
+    """Return the job for some scenarios, with the model that is kept."""
+    loaded = replace(setup, options=replace(setup.options, **_NOT_LOADED))
+    if loaded not in _kept:
+        _kept.clear()  # two models may not fit into the memory of a device
+        job = prepare(_resolved(setup), scenarios=scenarios, progress=False)
+        source = job.source and capture_package().KeptEncoders(job.source)
+        _kept[loaded] = replace(job, source=source)
+    options = replace(setup.options, batch_size=batch_size or setup.options.batch_size)
+    return with_scenarios(replace(_kept[loaded], options=options), scenarios)
+
+
+def _resolved(setup: Setup) -> Options:
+    """Make paths absolute: a worker may run in another folder than the client."""
+    model, saes = setup.options.model, setup.options.sae_path
+    if model and (setup.base / model).is_dir():
+        model = str(setup.base / model)
+    return replace(setup.options, model=model, sae_path=saes and setup.base / saes)
+
+
+def _check(order: Order) -> None:
+    """Refuse work that this worker would do otherwise than the others, or elsewhere."""
+    here = library_versions()
+    differing = [
+        f"{name} {here[name]} instead of {version}"
+        for name, version in order.versions.items()
+        if here[name] != version
+    ]
+    where = get_worker().address
+    if differing:
+        raise ClusterError(
+            f"worker {where} has other libraries: {', '.join(differing)}",
+            why="A run must not depend on which worker made which part of it.",
+            remedy="Install the same versions in the environments of all workers.",
+        )
+    if not (order.folder / "zarr.json").is_file():
+        raise ClusterError(
+            f"worker {where} does not see {order.folder}",
+            why="Workers write traces themselves, into the folder that the client made.",
+            remedy="Give an --output on a file system that all machines mount at the same place.",
+        )
+
+
+@contextlib.contextmanager
+def _going(run: str) -> Iterator[None]:
+    _active.append(run)
+    try:
+        yield
+    finally:
+        _active.remove(run)
+
+
+class _Reports:
+    """Tells the client how far the scenarios of a task are, twice a second; a context manager."""
+
+    def __init__(self, run: str) -> None:
+        self._run, self._worker = run, get_worker()
+        self._mutex = threading.Lock()
+        self._found: dict[str, State] = {}
+        self._news: dict[str, State] = {}
+        self._sent = time.monotonic()
+        self.states: dict[str, State] = {}
+
+    def found(self, scenario: str, missing: int, *, complete: bool) -> None:
+        with self._mutex:
+            self._found[scenario] = self.states[scenario] = (missing, complete)
+            self._send_sometimes()
+
+    def stored(self, scenario: str, missing: int, *, complete: bool) -> None:
+        with self._mutex:
+            before = self.states[scenario]
+            state = (min(before[0], missing), complete or before[1])
+            self._news[scenario] = self.states[scenario] = state
+            self._send_sometimes()
+
+    def check(self) -> None:
+        if self._run in _stopped:
+            raise _Stopped
+
+    def _send_sometimes(self) -> None:
+        if time.monotonic() - self._sent > _SECONDS_A_REPORT:
+            self._send()
+
+    def _send(self) -> None:
+        self._sent = time.monotonic()
+        self._worker.log_event(self._run, {"found": self._found, "stored": self._news})
+        self._found, self._news = {}, {}
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        with self._mutex:
+            self._send()
