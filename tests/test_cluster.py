@@ -314,17 +314,21 @@ def test_clusters_that_are_none(
     assert not any(tmp_path.iterdir())
 
 
-def test_progress_counts_what_a_dead_worker_stored(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress({"a": 3, "b": 3}, "bars") as progress:
+@pytest.mark.parametrize("shown", ["bars", "lines", None])
+def test_progress_counts_what_a_dead_worker_stored(
+    shown: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Progress({"a": 3, "b": 3, "c": 3}, shown) as progress:
+        progress.found("c", 0, complete=True)
         progress.found("a", 1, complete=False)  # two of an earlier run
         progress.stored("a", 0, complete=True)
         progress.stored("a", 0, complete=True)
         progress.found("b", 3, complete=False)
         progress.found("b", 1, complete=False)  # two of the dead worker
-        assert str(progress) == "3 of 4 layers, 1 of 2 scenarios"
+        assert str(progress) == "3 of 4 layers, 2 of 3 scenarios"
         progress.stored("b", 0, complete=True)
-        assert str(progress) == "4 of 4 layers, 2 of 2 scenarios"
-    assert "4/4" in capsys.readouterr().err
+        assert str(progress) == "4 of 4 layers, 3 of 3 scenarios"
+    assert ("4/4" in capsys.readouterr().err) == (shown == "bars")
 
 
 def test_cluster_errors_survive_the_wire() -> None:

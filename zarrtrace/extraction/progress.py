@@ -79,7 +79,8 @@ class Progress:
             self._layer_bar.total = self._layers
             if complete:
                 self._complete.add(scenario)
-                self._scenario_bar.initial += 1
+                if not self._scenario_bar.disable:
+                    self._scenario_bar.initial += 1  # no part of the rate
                 self._scenario_bar.update()
             self._layer_bar.refresh()
 

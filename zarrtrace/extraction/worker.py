@@ -290,6 +290,9 @@ class _Reports:
     def check(self) -> None:
         if self._run in _stopped:
             raise _Stopped
+        if self._found:  # at once: else layers of a worker that dies would seem an earlier run's
+            with self._mutex:
+                self._send()
 
     def _send_sometimes(self) -> None:
         if time.monotonic() - self._sent > _SECONDS_A_REPORT:

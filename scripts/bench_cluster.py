@@ -1,0 +1,216 @@
+"""Time extraction on a local cluster: what a second worker brings, and what the first one costs.
+
+The embedded model with attention and features. Contenders take turns; libraries and model are
+loaded before the clock starts. "one core" pins a whole process, with the threads that compress and
+write, to one core, as a cluster would be that leaves no core free; without it, the writers of one
+process use the second core already. The last lines are the costs that `scripts/plan_cluster.py`
+takes: of a task and of a report at the scheduler, of tokenising, and of finishing the manifest.
+
+    python scripts/bench_cluster.py [--scenarios 20] [--repeats 3] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+# One thread computes in each process; they are read when torch is loaded.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import distributed
+
+from zarrtrace import demo
+from zarrtrace.extraction import Options, prepare
+from zarrtrace.extraction.cluster import extract_on_cluster
+from zarrtrace.extraction.connecting import connected
+from zarrtrace.extraction.progress import Progress
+from zarrtrace.extraction.running import fill
+from zarrtrace.scenarios import load_suite
+from zarrtrace.store import RunWriter
+
+_TASKS, _REPORTS, _CHEAP = 2000, 5000, 400
+
+
+def cpu_seconds() -> float:
+    """Return the CPU seconds of this process so far."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def pin(cores: set[int]) -> None:
+    """Let every thread of this process, and those that it will start, use these cores alone."""
+    for thread in Path("/proc/self/task").iterdir():
+        os.sched_setaffinity(int(thread.name), cores)
+
+
+def write_suite(file: Path, count: int) -> None:
+    """Write the embedded scenarios, repeated under other names."""
+    suite = load_suite(demo.suite_path())
+    lines = [
+        json.dumps({"name": f"s{at:05d}", "prompt": suite[at % len(suite)].prompt})
+        for at in range(count)
+    ]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def timed(work: Callable[[], None], cpu: Callable[[], float]) -> tuple[float, float]:
+    """Return wall and CPU seconds of some work."""
+    before, start = cpu(), time.perf_counter()
+    work()
+    return time.perf_counter() - start, cpu() - before
+
+
+class Bench:
+    """Contenders over one suite."""
+
+    def __init__(self, folder: Path, options: Options) -> None:
+        self.folder, self.options = folder, options
+        self.job = prepare(options, progress=False)
+        self.cores = sorted(os.sched_getaffinity(0))
+
+    def single(self) -> None:
+        """Extract in this process, the model loaded."""
+        layers = {prompt.scenario.name: len(self.job.layers) for prompt in self.job.prompts}
+        with (
+            RunWriter(self._run(), list(layers), self.job.config) as run,
+            Progress(layers, None) as bars,
+        ):
+            fill(run.path, self.job, bars)
+            run.finish()
+
+    def on(self, client: Any) -> Callable[[], None]:
+        """Extract on a cluster."""
+        return lambda: void(extract_on_cluster(client, self._run(), self.options))
+
+    def cpu_of(self, client: Any) -> float:
+        """Return the CPU seconds of all workers, this client and its scheduler."""
+        return float(sum(client.run(cpu_seconds).values())) + cpu_seconds()
+
+    def _run(self) -> Path:
+        shutil.rmtree(self.folder / "run", ignore_errors=True)
+        return self.folder / "run"
+
+
+def void(_value: object) -> None:
+    """Drop a value."""
+
+
+def contest(bench: Bench, repeats: int) -> dict[str, list[tuple[float, float]]]:
+    """Let one process, one worker and two workers take turns, pinned and free."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    with connected(workers=1) as one, connected(workers=2) as two:
+        clusters = {"1 worker": one, "2 workers": two}
+        for client in clusters.values():
+            bench.on(client)()  # loads the model
+        for _ in range(repeats):
+            for pinned in (True, False):
+                cores = bench.cores[:1] if pinned else bench.cores
+                pin(set(cores))
+                name = "one core a process" if pinned else "free"
+                result = timed(bench.single, cpu_seconds)
+                found.setdefault(f"1 process, {name}", []).append(result)
+                for kind, client in clusters.items():
+                    for at, address in enumerate(client.nthreads()):
+                        own = {bench.cores[at % len(bench.cores)]} if pinned else set(cores)
+                        client.run(pin, own, workers=[address])
+                    result = timed(bench.on(client), lambda: bench.cpu_of(client))  # noqa: B023
+                    found.setdefault(f"{kind}, {name}", []).append(result)
+    pin(set(bench.cores))
+    return found
+
+
+def nothing(at: int) -> int:
+    """Stand for a task."""
+    return at
+
+
+def report(topic: str, count: int) -> None:
+    """Send reports as a worker of 32 scenarios does."""
+    worker = distributed.get_worker()
+    states = {f"s{at:05d}": (7, False) for at in range(32)}
+    for _ in range(count):
+        worker.log_event(topic, {"found": {}, "stored": states})
+
+
+def costs(bench: Bench) -> dict[str, float]:
+    """Measure what is done once a task, a report or a scenario by scheduler and client alone."""
+    found = {}
+    with connected(workers=1) as client:
+        client.gather(client.submit(nothing, 0, pure=False))
+        start = time.perf_counter()
+        going = [client.submit(nothing, at, pure=False) for at in range(_TASKS)]
+        client.gather(going)
+        found["task_ms"] = 1e3 * (time.perf_counter() - start) / _TASKS
+        heard: list[Any] = []
+        client.subscribe_topic("bench", heard.append)
+        start = time.perf_counter()
+        client.submit(report, "bench", _REPORTS, pure=False).result()
+        while len(heard) < _REPORTS:
+            time.sleep(0.01)
+        found["report_ms"] = 1e3 * (time.perf_counter() - start) / _REPORTS
+    file = bench.folder / "many.jsonl"
+    write_suite(file, _CHEAP)
+    start = time.perf_counter()
+    cheap = prepare(Options(scenarios=file, layers=(1,), features=False), progress=False)
+    found["tokenise_ms"] = 1e3 * (time.perf_counter() - start) / _CHEAP
+    names = [prompt.scenario.name for prompt in cheap.prompts]
+    path = bench.folder / "cheap"
+    with RunWriter(path, names, cheap.config) as run:
+        fill(run.path, cheap, Progress(dict.fromkeys(names, 1), None))
+        start = time.perf_counter()
+        run.finish()
+        found["finish_ms"] = 1e3 * (time.perf_counter() - start) / _CHEAP
+    found["files"] = sum(1 for file in (bench.folder / "run/s00000").rglob("*") if file.is_file())
+    return found
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--scenarios", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="write the figures here, too")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_suite(folder / "suite.jsonl", given.scenarios)
+        bench = Bench(folder, Options(scenarios=folder / "suite.jsonl"))
+        bench.single()  # warms up
+        found = contest(bench, given.repeats)
+        cost = costs(bench)
+    middle: Mapping[str, tuple[float, float]] = {
+        name: (statistics.median(w for w, _ in each), statistics.median(c for _, c in each))
+        for name, each in found.items()
+    }
+    print(f"{given.scenarios} scenarios, medians of {given.repeats}; load {os.getloadavg()[0]:.1f}")
+    print("| | wall s | CPU s |\n|---|---|---|")
+    for name, (wall, cpu) in middle.items():
+        print(f"| {name} | {wall:.2f} | {cpu:.2f} |")
+    for how in ("one core a process", "free"):
+        # Ratios within a turn: what else the machine does changes between turns.
+        turns = zip(*(found[f"{kind}, {how}"] for kind in KINDS), strict=True)
+        ratios = [(two[0], one[0], plain[0], one[1], plain[1]) for plain, one, two in turns]
+        speed = statistics.median(one / two for two, one, *_ in ratios)
+        wall = statistics.median(one / plain - 1 for _, one, plain, *_ in ratios)
+        cpu = statistics.median(one / plain - 1 for *_, one, plain in ratios)
+        print(f"{how}: 2 workers {speed:.2f}x 1 worker; 1 worker costs {wall:+.1%} wall, "
+              f"{cpu:+.1%} CPU over 1 process")  # fmt: skip
+    print("  ".join(f"{name} {value:.3g}" for name, value in cost.items()))
+    if given.json:
+        given.json.write_text(json.dumps({"runs": found, "costs": cost}, indent=2) + "\n")
+
+
+KINDS = ("1 process", "1 worker", "2 workers")
+
+if __name__ == "__main__":
+    main()
