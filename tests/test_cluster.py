@@ -21,10 +21,16 @@ from hypothesis import strategies as st
 
 from zarrtrace import demo
 from zarrtrace.cli import main
-from zarrtrace.errors import ClusterError, ConfigError, NonFiniteError, ZarrtraceError
+from zarrtrace.errors import (
+    ClusterError,
+    ConfigError,
+    LockedError,
+    NonFiniteError,
+    ZarrtraceError,
+)
 from zarrtrace.extraction import Options, extract
 from zarrtrace.extraction.progress import Progress
-from zarrtrace.store import RunWriter, read_run_attributes, verify
+from zarrtrace.store import RunWriter, only_writer, read_run_attributes, verify, wait_for_writers
 
 pytest.importorskip("distributed")
 
@@ -329,6 +335,22 @@ def test_progress_counts_what_a_dead_worker_stored(
         progress.stored("b", 0, complete=True)
         assert str(progress) == "4 of 4 layers, 3 of 3 scenarios"
     assert ("4/4" in capsys.readouterr().err) == (shown == "bars")
+
+
+def test_a_worker_that_is_left_over_is_waited_for(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with only_writer(run, ["a", "b"], seconds=0):
+        for wait in (
+            lambda: only_writer(run, ["b"], seconds=0.2).__enter__(),
+            lambda: wait_for_writers(run, seconds=0.2),
+        ):
+            with pytest.raises(LockedError, match="is still writing this trace"):
+                wait()
+        with only_writer(run, ["c"], seconds=0):
+            pass
+    wait_for_writers(run, seconds=0)
+    assert not any(tmp_path.iterdir())
+    wait_for_writers(run, seconds=0)
 
 
 def test_cluster_errors_survive_the_wire() -> None:

@@ -26,7 +26,16 @@ from zarrtrace.extraction.job import Job, Options, capture_package, prepare
 from zarrtrace.extraction.memory import release_freed
 from zarrtrace.extraction.progress import Progress, Shown, Watch
 from zarrtrace.spec import LayerRecord, TokensRecord
-from zarrtrace.store import RunWriter, TraceWriter, read_run_attributes, refuse_foreign
+from zarrtrace.store import (
+    RunWriter,
+    TraceWriter,
+    read_run_attributes,
+    refuse_foreign,
+    wait_for_writers,
+)
+
+#: How long to wait for a worker that was given up, and still writes what is to be done again.
+SECONDS_GIVEN_UP = 600
 
 _WRITERS = 2
 # Bytes of records that wait or are being written, by writer; one record may be larger.
@@ -93,6 +102,7 @@ def extract(
         RunWriter(output, list(layers), job.config, overwrite=overwrite, repair=repair) as run,
         Progress(layers, progress) as bars,
     ):
+        wait_for_writers(run.path, seconds=SECONDS_GIVEN_UP)
         fill(run.path, job, bars, repair=repair, allow_nonfinite=allow_nonfinite)
         run.finish()
     return output

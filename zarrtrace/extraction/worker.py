@@ -28,13 +28,11 @@ from zarrtrace.extraction.job import (
     prepare,
     with_scenarios,
 )
-from zarrtrace.extraction.running import fill
+from zarrtrace.extraction.running import SECONDS_GIVEN_UP, fill
 from zarrtrace.scenarios import Scenario
 from zarrtrace.store import only_writer
 
 _SECONDS_A_REPORT = 0.5
-# How long a worker that was given up may go on with what another one was told to do again.
-_SECONDS_GIVEN_UP = 600
 
 #: Layers that a scenario lacks, and whether its trace is complete.
 State = tuple[int, bool]
@@ -188,7 +186,7 @@ def extract_some(order: Order, scenarios: Sequence[Scenario]) -> dict[str, State
     reports = _Reports(order.run)
     with contextlib.suppress(_Stopped), _going(order.run), _alone, reports:
         reports.check()
-        with only_writer(order.folder, names, seconds=_SECONDS_GIVEN_UP):
+        with only_writer(order.folder, names, seconds=SECONDS_GIVEN_UP):
             job = _job(order.setup, scenarios, order.batch_size)
             fill(
                 order.folder,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
         read_trace_attributes,
         refuse_foreign,
     )
-    from zarrtrace.store.files import only_writer, trace_locks
+    from zarrtrace.store.files import only_writer, trace_locks, wait_for_writers
     from zarrtrace.store.reader import array_of, check_sizes, open_run, open_trace
     from zarrtrace.store.summary import RunSummary, TraceSummary, summarize
     from zarrtrace.store.trace_writer import TraceWriter
@@ -40,6 +40,7 @@ _HOME = {
     "summarize": "summary",
     "trace_locks": "files",
     "verify": "verification",
+    "wait_for_writers": "files",
 }
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "summarize",
     "trace_locks",
     "verify",
+    "wait_for_writers",
 ]
 
 

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -133,17 +134,43 @@ def only_writer(run: Path, scenarios: Iterable[str], *, seconds: float) -> Itera
     until = time.monotonic() + seconds
     with contextlib.ExitStack() as stack:
         for scenario in scenarios:
-            handle = os.open(folder / scenario, os.O_RDWR | os.O_CREAT, 0o644)
-            stack.callback(os.close, handle)
-            while not _taken(handle):
-                if time.monotonic() > until:
-                    raise LockedError(
-                        f"{run / scenario}: another process is still writing this trace",
-                        why="A worker that no longer answers has not ended.",
-                        remedy="End it, and run the same command again.",
-                    )
-                time.sleep(0.1)
+            stack.enter_context(_locked(folder / scenario, run, until))
         yield
+
+
+def wait_for_writers(run: Path, *, seconds: float) -> None:
+    """Wait until no worker of a client that is gone writes a trace; for the run's lock's owner.
+
+    Raises
+    ------
+    LockedError
+        If one still does after so many seconds.
+    """
+    folder = trace_locks(run)
+    if not folder.is_dir():
+        return
+    until = time.monotonic() + seconds
+    for file in sorted(folder.iterdir()):
+        with _locked(file, run, until):
+            pass
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(file: Path, run: Path, until: float) -> Iterator[None]:
+    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        while not _taken(handle):
+            if time.monotonic() > until:
+                raise LockedError(
+                    f"{run / file.name}: another process is still writing this trace",
+                    why="A worker whose client or scheduler is gone has not ended.",
+                    remedy="End it, and run the same command again.",
+                )
+            time.sleep(0.1)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _taken(handle: int) -> bool:
