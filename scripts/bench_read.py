@@ -1,7 +1,8 @@
 """Compare reading from a store with reading NPZ files, one a layer, as the user's scripts do.
 
 Both start with closed files. NumPy reads ``layer_N.npz`` layer after layer; zarrtrace opens the
-trace and selects. The floor reads and decompresses exactly the chunks that hold the answer.
+trace and selects. Plain Zarr opens the array alone, without labels, and reads the same chunks, with
+its own codec pipeline and with that of zarrs.
 
     python scripts/bench_read.py [--repeats 5] [--json FILE]
 """
@@ -14,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +113,20 @@ def npz(folder: Path, layers: int, key: str, at: Any) -> np.ndarray:
     return np.stack([np.load(file)[key][at] for file in files(folder, layers)])
 
 
-def zarr_chunks(folder: Path, key: str, at: Any) -> np.ndarray:
-    """Read the same with plain Zarr from an array that is open: its chunks, and no labels."""
-    opened: Any = zarr.open_array(folder / "bench" / key, mode="r")
-    found: np.ndarray = opened.oindex[at]
-    return found
+#: Codec pipelines of zarr-python.
+PIPELINES = {
+    "zarr": "zarr.core.codec_pipeline.BatchedCodecPipeline",
+    "zarrs": "zarrs.ZarrsCodecPipeline",
+}
+
+
+def plain_zarr(folder: Path, parts: dict[str, Any], pipeline: str) -> list[np.ndarray]:
+    """Read parts of arrays with Zarr alone."""
+    with zarr.config.set({"codec_pipeline.path": PIPELINES[pipeline]}):
+        opened: dict[str, Any] = {
+            key: zarr.open_array(folder / "bench" / key, mode="r") for key in parts
+        }
+        return [opened[key][at] for key, at in parts.items()]
 
 
 QUESTIONS: dict[str, tuple[Callable[[Any], Any], str, Any, Any]] = {
@@ -123,19 +134,19 @@ QUESTIONS: dict[str, tuple[Callable[[Any], Any], str, Any, Any]] = {
         lambda ds: ds.attention.isel(query=-1, key=BALANCE),
         "attention",
         (slice(None), -1, BALANCE),
-        lambda tokens: (slice(None), slice(None), [tokens - 1], BALANCE),
+        lambda tokens: (slice(None), slice(None), slice(tokens - 1, tokens), slice(51, 54)),
     ),
     "one feature, all layers and tokens": (
         lambda ds: ds.features.sel(feature=FEATURE),
         "features",
         (slice(None), FEATURE),
-        lambda _tokens: (slice(None), slice(None), [FEATURE]),
+        lambda _tokens: (slice(None), slice(None), slice(FEATURE, FEATURE + 1)),
     ),
     "last token, all features, all layers": (
         lambda ds: ds.features.isel(query=-1),
         "features",
         (-1,),
-        lambda tokens: (slice(None), [tokens - 1], slice(None)),
+        lambda tokens: (slice(None), slice(tokens - 1, tokens), slice(None)),
     ),
 }
 
@@ -175,20 +186,32 @@ def measure(folder: Path, tokens: int, layers: int, repeats: int) -> dict[str, d
 
         np.testing.assert_array_equal(new(), npz(folder, layers, key, at))
         few = 2 if tokens > 1000 else repeats
-        chosen = chunks(tokens)
-        out[name] = {
-            "npz": median(lambda key=key, at=at: npz(folder, layers, key, at), few),  # type: ignore[misc]
-            "zarrtrace": median(new, repeats),
-            "floor": median(
-                lambda key=key, at=chosen: zarr_chunks(folder, key, at),  # type: ignore[misc]
-                repeats,
-            ),
-        }
-    old, whole = whole_layer(folder)
-    opening = median(lambda: zt.open_trace(folder / "bench"), repeats)
-    layer = {"npz": median(old, repeats), "zarrtrace": median(whole, repeats), "floor": opening}
-    out["one whole layer, features and attention"] = layer
+        old = partial(npz, folder, layers, key, at)
+        out[name] = _times(folder, old, new, {key: chunks(tokens)}, few, repeats)
+    old_layer, new_layer = whole_layer(folder)
+    parts = {"attention": 2, "features": 2}
+    out["one whole layer, features and attention"] = _times(
+        folder, old_layer, new_layer, parts, repeats, repeats
+    )
     return out
+
+
+def _times(
+    folder: Path,
+    old: Callable[[], Any],
+    new: Callable[[], Any],
+    parts: dict[str, Any],
+    few: int,
+    repeats: int,
+) -> dict[str, float]:
+    return {
+        "npz": median(old, few),
+        "zarrtrace": median(new, repeats),
+        **{
+            pipeline: median(partial(plain_zarr, folder, parts, pipeline), repeats)
+            for pipeline in PIPELINES
+        },
+    }
 
 
 def main() -> None:
@@ -198,8 +221,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     results = {}
-    print("| shape | what | NPZ ms | zarrtrace ms | times faster | Zarr alone ms |")
-    print("|---|---|---|---|---|---|", flush=True)
+    print("| shape | what | NPZ ms | zarrtrace ms | times faster | Zarr ms | with zarrs |")
+    print("|---" * 7 + "|", flush=True)
     for tokens, layers in SHAPES:
         with tempfile.TemporaryDirectory() as work:
             build(Path(work), tokens, layers)
@@ -209,7 +232,7 @@ def main() -> None:
             print(
                 f"| {layers} layers, {tokens} tokens | {name} | {row['npz'] * 1e3:.0f} | "
                 f"{row['zarrtrace'] * 1e3:.1f} | {row['npz'] / row['zarrtrace']:.1f} | "
-                f"{row['floor'] * 1e3:.1f} |",
+                f"{row['zarr'] * 1e3:.1f} | {row['zarrs'] * 1e3:.1f} |",
                 flush=True,
             )
     if given.json:
