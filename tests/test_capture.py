@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections import Counter
 from collections.abc import Generator, Sequence
 from typing import Any
@@ -190,6 +191,27 @@ def test_records_do_not_pile_up(model: LoadedModel, prompts: list[Prompt]) -> No
     for _ in run(model, requests(prompts[:3], range(6))):
         most = max(most, alive())
     assert most - before <= 4  # one batch of one layer, and the one in hand
+
+
+def test_paused_passes_hold_no_attention(model: LoadedModel, prompts: list[Prompt]) -> None:
+    """All scenarios of a layer are paused at once: what each still held would add up."""
+    made: list[weakref.ref[torch.Tensor]] = []
+    handles = [
+        attention.register_forward_hook(
+            lambda _module, _args, output: made.append(weakref.ref(output[1]))
+        )
+        for attention in model.attentions.values()
+    ]
+    alive = []
+    try:
+        for record in run(model, requests(prompts * 3)):
+            alive.append(sum(held() is not None for held in made))
+            del record
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert len(made) > 6
+    assert max(alive) <= 2
 
 
 def test_hooks_go_with_the_capture(model: LoadedModel, prompts: list[Prompt]) -> None:

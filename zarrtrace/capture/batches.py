@@ -77,11 +77,15 @@ class Batch:
         self._mask = torch.empty(0)
 
     def held_bytes(self) -> int:
-        """Size of what the batch holds between two blocks: residual stream and mask."""
+        """Size of what the batch holds between two blocks.
+
+        That is the mask, and the residual stream three times: the embeddings, and the input and
+        output of the block behind which it pauses.
+        """
         itemsize = torch.empty(0, dtype=self._model.model.dtype).element_size()
         longest = max(self.lengths)
         mask = 0 if self.requests[0].blocked else longest
-        return len(self.requests) * longest * (2 * self._model.d_model + mask) * itemsize
+        return len(self.requests) * longest * (3 * self._model.d_model + mask) * itemsize
 
     def advance(self) -> Step:
         """Go on to the next step."""

@@ -43,6 +43,11 @@ class BlockState:
     attention: torch.Tensor | None = None
     hooks: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    def clear(self) -> None:
+        """Let go of the tensors, once used: the pass that pauses with a state keeps it."""
+        self.attention = None
+        self.hooks.clear()
+
 
 @dataclass
 class Logits:

@@ -150,6 +150,7 @@ def _through_block(
         )
     if layer in batch.layers:
         yield from _block_records(batch, step, attention_dtype, encoders)
+    step.clear()
 
 
 def _block_records(
