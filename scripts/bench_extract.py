@@ -78,7 +78,9 @@ class Peak:
 # --- contenders, each in its own process ------------------------------------------------------
 
 
-def zarrtrace_way(folder: Path, count: int, *, features: bool) -> dict[str, float]:
+def zarrtrace_way(
+    folder: Path, count: int, *, features: bool, attention: bool = True
+) -> dict[str, float]:
     """Extract with zarrtrace."""
     from zarrtrace.capture import hide_progress
     from zarrtrace.extraction import Options, prepare, running
@@ -90,6 +92,7 @@ def zarrtrace_way(folder: Path, count: int, *, features: bool) -> dict[str, floa
         model=str(folder / "model"),
         sae_path=folder / "saes" if features else None,
         features=features,
+        attention=attention,
         scenarios=suite,
         layers=LAYERS,
     )
@@ -100,10 +103,11 @@ def zarrtrace_way(folder: Path, count: int, *, features: bool) -> dict[str, floa
     output = folder / "run"
     shutil.rmtree(output, ignore_errors=True)
     with Peak() as peak:
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         running.extract(output, options)
-        seconds = time.perf_counter() - start
-    return {"seconds": seconds, "bytes": size_of(output), "peak": peak.bytes}
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    size = size_of(output)
+    return {"seconds": seconds, "cpu_seconds": cpu, "bytes": size, "peak": peak.bytes}
 
 
 def _load(folder: Path) -> tuple[Any, Any]:
@@ -200,7 +204,12 @@ def main() -> None:
     given = parser.parse_args()
     if given.one:
         folder, who, mode, count = given.one
-        print(json.dumps(CONTENDERS[who](Path(folder), int(count), features=mode == "full")))
+        # Features alone are asked of zarrtrace only (bench_peers.py).
+        wanted = {"attention": False} if mode == "features" else {}
+        contender = CONTENDERS[who]
+        print(
+            json.dumps(contender(Path(folder), int(count), features=mode != "attention", **wanted))
+        )
         return
     from proxy import build
 
