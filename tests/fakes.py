@@ -268,6 +268,7 @@ def _attributes_for(scenario: str, sizes: Mapping[str, Any]) -> TraceAttributes:
         },
         attention_dtype=sizes.get("attention_dtype", "float32") if heads else None,
         feature_dtype=sizes.get("feature_dtype", "float32") if features else None,
+        **({"saes": ()} if len(features) > 1 else {}),  # every layer has every array
     )
 
 

@@ -24,6 +24,7 @@ _HOME = {
     "extract": "zarrtrace.extraction",
     "figures": "zarrtrace.figures",
     "import_npz": "zarrtrace.npz",
+    "index": "zarrtrace.index",
     "load_suite": "zarrtrace.scenarios",
     "open_run": "zarrtrace.store",
     "open_trace": "zarrtrace.store",

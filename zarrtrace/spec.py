@@ -27,6 +27,11 @@ TOP_FEATURES = 32
 #: How many continuations ``next_token`` holds at each position.
 NEXT_TOKENS = 10
 
+#: The group of a run that indexes its features; no scenario may be called so.
+INDEX = "index"
+#: How many tokens the index keeps of each feature.
+INDEX_TOKENS = 20
+
 #: Compression level of attention.
 ATTENTION_LEVEL = 3
 
@@ -35,6 +40,9 @@ _MAX_SHARD_BYTES = 64 * 2**20
 _MAX_KEYS_PER_CHUNK = 256
 _FEATURES_PER_CHUNK = 4096
 _TOKENS_PER_CHUNK = 64
+# One feature is looked up: what is decoded for it stays small.
+_FEATURES_PER_INDEX_CHUNK = 1024
+_SCENARIOS_PER_CHUNK = 1024
 # Of a short prompt one row is often read; of a long one, chunks must not be too many.
 _QUERIES_PER_CHUNK = 64
 _QUERIES_PER_SHORT_CHUNK = 16
@@ -185,6 +193,24 @@ class RunAttributes(Frozen):
     scenarios: tuple[str, ...] = Field(description="Names of the traces, in the suite's order.")
     config: dict[str, Any] = Field(description="What was asked for; a resumed run must ask again.")
     complete: bool = False
+    blake2b: Blake2b | None = Field(default=None, description=_SEAL)
+
+
+class IndexAttributes(Frozen):
+    """Everything a run's index says of itself, under the attribute ``zarrtrace`` of its group."""
+
+    format_version: Literal[1] = 1
+    kind: Literal["index"] = "index"
+    layers: tuple[NonNegativeInt, ...] = Field(description="Index of the dimension `layer`.")
+    features: dict[str, PositiveInt] = Field(
+        description="Number of latents by array of the traces that is indexed."
+    )
+    scenarios: NonNegativeInt = Field(description="How many the run has.")
+    indexed: NonNegativeInt = Field(description="How many of them are in the index.")
+    stored: dict[str, dict[str, Stored]] = Field(
+        description="What each array wrote, by layer; under 'coordinates' for those without "
+        "layers and under 'metadata' for each array's zarr.json."
+    )
     blake2b: Blake2b | None = Field(default=None, description=_SEAL)
 
 
@@ -434,6 +460,99 @@ def _coordinate_layouts(shape: TraceShape) -> dict[str, ArrayLayout]:
             chunks=(tokens,),
             attributes={"long_name": "id of the query token in the model's vocabulary"},
         ),
+    }
+
+
+def index_layout(
+    layers: int, features: Mapping[str, int], scenarios: int
+) -> dict[str, ArrayLayout]:
+    """Layout of every array of a run's index, those without features last.
+
+    Parameters
+    ----------
+    layers, scenarios
+        Their numbers.
+    features
+        Number of latents by array of the traces (``features``, ``features_<name>``).
+
+    Returns
+    -------
+    dict
+        :class:`ArrayLayout` by array name.
+    """
+    out: dict[str, ArrayLayout] = {}
+    for name, size in features.items():
+        out |= _index_layouts(name.removeprefix("features"), layers, size)
+
+    def by_scenario(dtype: str, long_name: str) -> ArrayLayout:
+        return ArrayLayout(
+            dims=("scenario",),
+            dtype=dtype,
+            shape=(scenarios,),
+            chunks=(min(max(scenarios, 1), _SCENARIOS_PER_CHUNK),),
+            fill_value="" if dtype == "string" else 0,
+            attributes={"long_name": long_name},
+        )
+
+    def labels(dim: str, size: int, long_name: str) -> ArrayLayout:
+        return ArrayLayout(
+            dims=(dim,),
+            dtype="int64",
+            shape=(size,),
+            chunks=(max(size, 1),),
+            attributes={"long_name": long_name},
+        )
+
+    for name, size in features.items():
+        dim = f"feature{name.removeprefix('features')}"
+        out[dim] = labels(dim, size, "index of the SAE's latent")
+    return out | {
+        "layer": labels("layer", layers, "index of the decoder block, from 0"),
+        "scenario": by_scenario("string", "name of the scenario, in the run's order"),
+        "digest": by_scenario("uint64", "of the scenario's features; 0 if they are not indexed"),
+    }
+
+
+def _index_layouts(suffix: str, layers: int, size: int) -> dict[str, ArrayLayout]:
+    """Layouts of what is known of each feature."""
+    dims = ("layer", f"feature{suffix}")
+    width = min(size, _FEATURES_PER_INDEX_CHUNK)
+    whole = _round_up(size, width)
+
+    def layout(dtype: str, long_name: str, dim: str = "", more: int = 0) -> ArrayLayout:
+        tail = (more,) if dim else ()
+        return ArrayLayout(
+            dims=(*dims, dim) if dim else dims,
+            dtype=dtype,
+            shape=(layers, size, *tail),
+            chunks=(1, width, *tail),
+            shards=(1, whole, *tail),
+            fill_value=math.nan if dtype == "float32" else 0,
+            attributes={"long_name": long_name},
+        )
+
+    rank = ("token_rank", INDEX_TOKENS)
+    tokens = ArrayLayout(
+        dims=dims[:1],
+        dtype="int64",
+        shape=(layers,),
+        chunks=(1,),
+        attributes={"long_name": "number of tokens that were seen"},
+    )
+    return {
+        f"maximum{suffix}": layout("float32", "largest activation"),
+        f"mean{suffix}": layout("float32", "mean activation over all tokens"),
+        f"frequency{suffix}": layout("float32", "fraction of tokens at which the feature fires"),
+        f"token_activation{suffix}": layout(
+            "float32", "activations at the strongest tokens, strongest first", *rank
+        ),
+        f"token_scenario{suffix}": layout("uint32", "numbers of their scenarios", *rank),
+        f"token_position{suffix}": layout("uint32", "their positions in the prompt", *rank),
+        f"active{suffix}": layout("int64", "number of tokens at which the feature fires"),
+        f"total{suffix}": layout(
+            "int64", "sum of activations, in units of 2**-18 and of 2**-50", "part", 2
+        ),
+        f"tokens{suffix}": tokens,
     }
 
 

@@ -20,9 +20,12 @@ _COMMANDS = {
     "export": "Write a run as the documented layer_N.npz files.",
     "import": "Turn a folder of layer_N.npz files into a run.",
     "analyze": "Answer a question from a run: attention, features, groups, the decision.",
+    "index": "Index a run's features: their strongest tokens over all scenarios.",
+    "find": "Say which prompts drive a feature, from a run's index.",
     "figures": "Draw a run's figures, with a page that shows them.",
     "view": "Look at a run in the browser.",
     "bundle": "Write a run with its viewer, for any web host or as one HTML file.",
+    "card": "Make a run a Hugging Face dataset folder.",
 }
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from zarrtrace.cli.shared import missing_for_cluster, quiet_option, run_argument, show_progress
+from zarrtrace.cli.shared import (
+    computing,
+    quiet_option,
+    run_argument,
+    scheduler_option,
+    show_progress,
+    workers_option,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -177,8 +182,8 @@ def _add(name: str, function: str, text: str, options: Sequence[Callable[..., An
             run_argument,
             *options,
             _option("--output", "-o", type=click.Path(path_type=Path), help="File to write."),
-            _option("--scheduler", default="threads", help="threads, processes or tcp://HOST:PORT"),
-            _option("--workers", type=click.IntRange(1), help="Threads or processes."),
+            scheduler_option,
+            workers_option,
             quiet_option,
         )
     ):
@@ -195,7 +200,7 @@ def _run(function: str, given: dict[str, Any]) -> None:
     quiet, scheduler, workers = given.pop("quiet"), given.pop("scheduler"), given.pop("workers")
     if output is not None and output.suffix not in _ENDINGS:
         raise click.UsageError(f"--output must end in one of {', '.join(_ENDINGS)}.")
-    with _computing(scheduler, workers, progress=show_progress(quiet=quiet)):
+    with computing(scheduler, workers, progress=show_progress(quiet=quiet)):
         result = _compute(function, _open(run), given).compute()
     if output is None:
         click.echo(_table(result))
@@ -227,27 +232,6 @@ def _compute(function: str, data: Any, given: dict[str, Any]) -> Any:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-@contextlib.contextmanager
-def _computing(scheduler: str, workers: int | None, *, progress: bool) -> Iterator[None]:
-    """Have dask compute where it was asked to."""
-    import dask
-    from dask.diagnostics import ProgressBar
-
-    if "://" in scheduler:
-        try:
-            from distributed import Client
-        except ModuleNotFoundError as error:
-            raise missing_for_cluster(error) from error
-        with Client(scheduler):
-            yield
-        return
-    if scheduler not in ("threads", "processes", "synchronous"):
-        raise click.UsageError(f"--scheduler {scheduler}: give threads, processes or an address.")
-    bar = ProgressBar(out=sys.stderr) if progress else contextlib.nullcontext()
-    with dask.config.set(scheduler=scheduler, num_workers=workers), bar:
-        yield
 
 
 def _frame(result: xr.DataArray | xr.Dataset) -> pd.DataFrame:

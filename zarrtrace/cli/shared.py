@@ -66,6 +66,10 @@ quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress bar
 overwrite_option = click.option(
     "--overwrite", is_flag=True, help="Replace a run that exists, once the new one is finished."
 )
+scheduler_option = click.option(
+    "--scheduler", default="threads", help="threads, processes or tcp://HOST:PORT"
+)
+workers_option = click.option("--workers", type=click.IntRange(1), help="Threads or processes.")
 
 
 def missing_for_cluster(error: ModuleNotFoundError) -> ConfigError:
@@ -96,6 +100,27 @@ def bar(description: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]
             drawn.update(done - drawn.n)
 
         yield progress
+
+
+@contextlib.contextmanager
+def computing(scheduler: str, workers: int | None, *, progress: bool) -> Iterator[None]:
+    """Have dask compute where it was asked to."""
+    import dask
+    from dask.diagnostics import ProgressBar
+
+    if "://" in scheduler:
+        try:
+            from distributed import Client
+        except ModuleNotFoundError as error:
+            raise missing_for_cluster(error) from error
+        with Client(scheduler):
+            yield
+        return
+    if scheduler not in ("threads", "processes", "synchronous"):
+        raise click.UsageError(f"--scheduler {scheduler}: give threads, processes or an address.")
+    bar = ProgressBar(out=sys.stderr) if progress else contextlib.nullcontext()
+    with dask.config.set(scheduler=scheduler, num_workers=workers), bar:
+        yield
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

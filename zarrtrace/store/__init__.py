@@ -15,6 +15,16 @@ if TYPE_CHECKING:
     )
     from zarrtrace.store.files import only_writer, trace_locks, wait_for_writers
     from zarrtrace.store.reader import array_of, check_sizes, open_run, open_trace
+    from zarrtrace.store.run_index import (
+        IndexableTrace,
+        IndexWriter,
+        RunIndex,
+        indexable_traces,
+        locked,
+        read_features,
+        read_token_texts,
+        write_index_layer,
+    )
     from zarrtrace.store.summary import RunSummary, TraceSummary, summarize
     from zarrtrace.store.trace_writer import TraceWriter
     from zarrtrace.store.verification import Problem, verify
@@ -22,7 +32,10 @@ if TYPE_CHECKING:
 
 # Resolved on first use: a summary needs neither Zarr nor xarray, which take half a second.
 _HOME = {
+    "IndexWriter": "run_index",
+    "IndexableTrace": "run_index",
     "Problem": "verification",
+    "RunIndex": "run_index",
     "RunSummary": "summary",
     "RunWriter": "writer",
     "TOKENS": "attributes",
@@ -30,10 +43,14 @@ _HOME = {
     "TraceWriter": "trace_writer",
     "array_of": "reader",
     "check_sizes": "reader",
+    "indexable_traces": "run_index",
     "kind_of": "attributes",
     "only_writer": "files",
+    "locked": "run_index",
     "open_run": "reader",
     "open_trace": "reader",
+    "read_features": "run_index",
+    "read_token_texts": "run_index",
     "read_run_attributes": "attributes",
     "read_trace_attributes": "attributes",
     "refuse_foreign": "attributes",
@@ -41,28 +58,37 @@ _HOME = {
     "trace_locks": "files",
     "verify": "verification",
     "wait_for_writers": "files",
+    "write_index_layer": "run_index",
 }
 
 __all__ = [
     "TOKENS",
+    "IndexWriter",
+    "IndexableTrace",
     "Problem",
+    "RunIndex",
     "RunSummary",
     "RunWriter",
     "TraceSummary",
     "TraceWriter",
     "array_of",
     "check_sizes",
+    "indexable_traces",
     "kind_of",
     "only_writer",
+    "locked",
     "open_run",
     "open_trace",
+    "read_features",
     "read_run_attributes",
+    "read_token_texts",
     "read_trace_attributes",
     "refuse_foreign",
     "summarize",
     "trace_locks",
     "verify",
     "wait_for_writers",
+    "write_index_layer",
 ]
 
 

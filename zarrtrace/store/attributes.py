@@ -21,7 +21,13 @@ from zarrtrace.errors import (
     ScenarioError,
 )
 from zarrtrace.scenarios import check_name
-from zarrtrace.spec import FORMAT_VERSION, NAMESPACE, RunAttributes, TraceAttributes
+from zarrtrace.spec import (
+    FORMAT_VERSION,
+    NAMESPACE,
+    IndexAttributes,
+    RunAttributes,
+    TraceAttributes,
+)
 
 #: The journal's keys that are no layers: what comes next, coordinates, each array's zarr.json.
 TOKENS, COORDINATES, METADATA = "tokens", "coordinates", "metadata"
@@ -37,7 +43,7 @@ _MAX_LABELS, _MAX_FILES = 2**24, 2**22
 # What arrays are called: names become folders.
 _ARRAY_NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)
 
-_Attributes = TypeVar("_Attributes", RunAttributes, TraceAttributes)
+_Attributes = TypeVar("_Attributes", IndexAttributes, RunAttributes, TraceAttributes)
 
 
 class ArrayOnDisk(NamedTuple):
@@ -144,6 +150,16 @@ def read_trace_attributes(path: str | Path) -> TraceAttributes:
     return _parse(TraceAttributes, Path(path), "trace")
 
 
+def read_index_attributes(path: str | Path) -> IndexAttributes:
+    """Read what a run's index says of itself.
+
+    Raises
+    ------
+    NotATraceError, FormatVersionError, IntegrityError
+    """
+    return _parse(IndexAttributes, Path(path), "index")
+
+
 def refuse_foreign(path: Path) -> None:
     """Refuse to write where something is that is no run; what a killed writer left is none.
 
@@ -247,10 +263,14 @@ def _parse(model: type[_Attributes], path: Path, wanted: str) -> _Attributes:
     try:
         attributes = model.model_validate(found)
         # They become folders: a file from elsewhere must not lead out of the run.
-        for name in found["scenarios"] if wanted == "run" else (found["scenario"],):
-            check_name(name)
-        if isinstance(attributes, TraceAttributes):
-            _check_journal(path, attributes)
+        if isinstance(attributes, RunAttributes):
+            for name in attributes.scenarios:
+                check_name(name)
+        elif isinstance(attributes, TraceAttributes):
+            check_name(attributes.scenario)
+            _check_journal(path, attributes, [TOKENS, COORDINATES, METADATA])
+        else:
+            _check_journal(path, attributes, [COORDINATES, METADATA])
     except ScenarioError as error:
         raise IntegrityError(
             f"{path}/zarr.json: {error.what}",
@@ -268,9 +288,11 @@ def _parse(model: type[_Attributes], path: Path, wanted: str) -> _Attributes:
     return attributes
 
 
-def _check_journal(path: Path, attributes: TraceAttributes) -> None:
+def _check_journal(
+    path: Path, attributes: TraceAttributes | IndexAttributes, others: Sequence[str]
+) -> None:
     """Refuse entries of layers that are none of the trace's, and names that are no array's."""
-    known = {TOKENS, COORDINATES, METADATA, *map(str, attributes.layers)}
+    known = {*others, *map(str, attributes.layers)}
     odd = [key for key in attributes.stored if key not in known]
     odd += [
         name

@@ -11,7 +11,7 @@ import zarr
 from zarr.abc.codec import BytesBytesCodec
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ZstdCodec
 
-from zarrtrace.spec import ATTENTION_LEVEL, LABELS, NAMESPACE, ArrayLayout
+from zarrtrace.spec import ATTENTION_LEVEL, INDEX, LABELS, NAMESPACE, ArrayLayout
 from zarrtrace.store.attributes import sealed
 from zarrtrace.store.files import write_whole
 
@@ -94,6 +94,8 @@ def consolidated(path: Path) -> dict[str, Any]:
     inline = {"kind": "inline", "must_understand": False}
     nodes: dict[str, Any] = {}
     for file in sorted([*path.glob("*/zarr.json"), *path.glob("*/*/zarr.json")]):
+        if file.relative_to(path).parts[0] == INDEX:
+            continue  # it changes after the run is finished
         node = json.loads(file.read_bytes())
         if node["node_type"] == "group":
             node["consolidated_metadata"] = {**inline, "metadata": {}}

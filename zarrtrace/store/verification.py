@@ -7,24 +7,30 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import zarr
 from pydantic import BaseModel
 
 from zarrtrace.errors import StoreError
-from zarrtrace.spec import NAMESPACE, Stored, TraceAttributes
+from zarrtrace.spec import INDEX, NAMESPACE, Stored, TraceAttributes
 from zarrtrace.store.attributes import (
     METADATA,
     ArrayOnDisk,
+    files_of,
     files_of_entry,
     kind_of,
     read_array,
     read_group,
+    read_index_attributes,
     read_run_attributes,
     read_trace_attributes,
     seal_broken,
 )
 from zarrtrace.store.files import fingerprint
 from zarrtrace.store.nodes import consolidated, labels_of
+from zarrtrace.store.run_index import digest_of
+
+_OTHER_ATTRIBUTES = "its attributes are not the ones that were written"
 
 
 class Problem(BaseModel):
@@ -74,7 +80,60 @@ def verify(path: str | Path) -> list[Problem]:
     with ThreadPoolExecutor(4, thread_name_prefix="zarrtrace-verify") as pool:
         found = pool.map(lambda name: list(_trace(path / name, name)), names)
         problems = [*_group(path, None), *itertools.chain.from_iterable(found)]
-    return problems or list(_copy(path, None))
+    problems = problems or list(_copy(path, None))
+    return [*problems, *_index(path, names)]
+
+
+def _index(run: Path, names: Sequence[str]) -> Iterator[Problem]:
+    """Compare the run's index, if it has one, with its journal and with the traces."""
+    path = run / INDEX
+    if not path.is_dir():
+        return
+    try:
+        attributes = read_index_attributes(path)
+        layout = {name: read_array(path / name) for name in attributes.stored.get(METADATA, {})}
+    except StoreError as error:
+        yield Problem(scenario=None, array=INDEX, message=error.what)
+        return
+    if seal_broken(read_group(path)["attributes"][NAMESPACE]):
+        yield Problem(scenario=None, array=INDEX, message=_OTHER_ATTRIBUTES)
+    sound = True
+    for key, entry in attributes.stored.items():
+        at = attributes.layers.index(int(key)) if key.isdigit() else None
+        for name, stored in entry.items():
+            files = [f"{name}/zarr.json"]
+            if key != METADATA:
+                files = files_of(name, layout[name].shape, layout[name].file_shape, at)
+            if fingerprint(path, files) != stored:
+                sound = False
+                yield Problem(
+                    scenario=None,
+                    array=f"{INDEX}/{name}",
+                    layer=int(key) if key.isdigit() else None,
+                    message="its bytes are not the ones that were written",
+                )
+    if sound:
+        yield from _stale(run, path, names)
+
+
+def _stale(run: Path, path: Path, names: Sequence[str]) -> Iterator[Problem]:
+    """Name the scenarios whose features are not those that the index was made from."""
+    listed = zarr.open_array(path / "scenario", mode="r")[:]
+    digests = zarr.open_array(path / "digest", mode="r")[:]
+    if [str(name) for name in np.asarray(listed)] != list(names):
+        yield Problem(
+            scenario=None, array=INDEX, message="is of other scenarios: 'zarrtrace index' again"
+        )
+        return
+    for name, digest in zip(names, np.asarray(digests).tolist(), strict=True):
+        try:
+            same = digest in (0, digest_of(read_trace_attributes(run / name)))
+        except StoreError:
+            continue  # said of the trace itself
+        if not same:
+            yield Problem(
+                scenario=name, array=INDEX, message="has changed since: 'zarrtrace index' again"
+            )
 
 
 def _trace(path: Path, scenario: str) -> Iterator[Problem]:
@@ -107,9 +166,7 @@ def _group(path: Path, scenario: str | None) -> Iterator[Problem]:
     """Check a group's own metadata."""
     group = read_group(path)
     if seal_broken(group["attributes"][NAMESPACE]):
-        yield Problem(
-            scenario=scenario, message="its attributes are not the ones that were written"
-        )
+        yield Problem(scenario=scenario, message=_OTHER_ATTRIBUTES)
     labels = group["attributes"].get("coordinates")
     if scenario is not None and labels != labels_of(file.name for file in path.iterdir()):
         yield Problem(scenario=scenario, message="its attribute 'coordinates' was changed")

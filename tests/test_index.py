@@ -1,0 +1,264 @@
+"""The index of a run: exact, independent of order, found in one small chunk an array."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import fakes
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import zarrtrace as zt
+from zarrtrace.errors import ConfigError, IntegrityError, LockedError, StoreError
+from zarrtrace.index import build_index, find_feature
+from zarrtrace.index.counting import FeatureCounts
+from zarrtrace.spec import index_layout
+from zarrtrace.store import kind_of, locked, summarize, verify
+
+NAMES = ("Safe_1", "Risky_2", "Medium_3", "Late_4")
+SIZES: dict[str, Any] = {
+    "scenarios": NAMES,
+    "tokens": (7, 13, 5, 9),
+    "features": {"features": 16, "features_mlp": 40},
+    "active": 0.4,
+}
+
+
+def expected(run: fakes.FakeRun, array: str, layer: int) -> dict[str, np.ndarray]:
+    """Return maximum, mean, frequency and strongest tokens by NumPy alone."""
+    blocks = [truth[array][layer] for truth in run.truth.values()]
+    every = np.concatenate(blocks).astype(np.float64)
+    scenario = np.repeat(np.arange(len(blocks)), [len(block) for block in blocks])
+    position = np.concatenate([np.arange(len(block)) for block in blocks])
+    order = np.argsort(-every, axis=0, kind="stable")[:20].T
+    strongest = np.take_along_axis(every.T, order, 1)
+    order[strongest == 0] = 0  # scenario 0, position 0
+    pad = ((0, 0), (0, max(0, 20 - order.shape[1])))
+    return {
+        "maximum": every.max(0),
+        "mean": every.mean(0),
+        "frequency": (every > 0).mean(0),
+        "token_activation": np.pad(strongest, pad),
+        "token_scenario": np.pad(scenario[order], pad),
+        "token_position": np.pad(position[order], pad),
+    }
+
+
+def assert_index_is_right(run: fakes.FakeRun, arrays: tuple[str, ...]) -> None:
+    ds = xr.open_zarr(run.path / "index", consolidated=False)  # plain xarray reads it
+    for array in arrays:
+        suffix = array.removeprefix("features")
+        for number, layer in enumerate(fakes.LAYERS):
+            for name, value in expected(run, array, number).items():
+                found = ds[f"{name}{suffix}"].sel(layer=layer).values
+                if name in ("mean", "frequency"):
+                    np.testing.assert_allclose(found, value, rtol=1e-7)
+                else:
+                    np.testing.assert_array_equal(found, value)
+
+
+def test_an_index_is_what_numpy_finds(tmp_path: Path) -> None:
+    run = fakes.make_run(tmp_path, **SIZES)
+    done = build_index(run.path)
+    assert done == ("built", 4, 4, 4)
+    assert_index_is_right(run, ("features", "features_mlp"))
+    assert build_index(run.path) == ("unchanged", 0, 4, 4)
+
+
+def test_layers_without_an_sae_count_no_tokens(tmp_path: Path) -> None:
+    run = fakes.make_run(tmp_path, without_sae=(2,))
+    build_index(run.path)
+    ds = xr.open_zarr(run.path / "index", consolidated=False)
+    assert ds["layer"].values.tolist() == [1, 3]
+    assert ds["tokens"].values.tolist() == [14, 14]
+
+
+def test_an_index_that_grew_equals_one_built_at_once(tmp_path: Path) -> None:
+    part = fakes.make_run(tmp_path, name="run", drop={"Risky_2": (2,), "Late_4": (1,)}, **SIZES)
+    assert build_index(part.path) == ("built", 2, 2, 4)
+    run = fakes.make_run(tmp_path, name="run", **SIZES)
+    assert build_index(run.path) == ("updated", 2, 4, 4)
+    grown = fakes.files_in(run.path / "index")
+    assert build_index(run.path, rebuild=True) == ("built", 4, 4, 4)
+    assert fakes.files_in(run.path / "index") == grown
+    assert_index_is_right(run, ("features", "features_mlp"))
+
+
+def test_a_changed_scenario_is_counted_anew(run: fakes.FakeRun, tmp_path: Path) -> None:
+    build_index(run.path)
+    other = fakes.make_run(tmp_path, name="other", scenarios=("Safe_1",), seed=5)
+    shutil.rmtree(run.path / "Safe_1")
+    shutil.copytree(other.path / "Safe_1", run.path / "Safe_1")
+    (problem,) = (one for one in verify(run.path) if one.array == "index")
+    assert problem.scenario == "Safe_1"
+    assert build_index(run.path) == ("built", 2, 2, 2)
+    now = run._replace(truth={**run.truth, "Safe_1": other.truth["Safe_1"]})
+    assert_index_is_right(now, ("features",))
+
+
+def test_readers_take_the_index_for_no_scenario(run: fakes.FakeRun) -> None:
+    before, metadata = summarize(run.path), (run.path / "zarr.json").read_bytes()
+    build_index(run.path)
+    assert summarize(run.path) == before
+    assert (run.path / "zarr.json").read_bytes() == metadata
+    assert list(zt.open_run(run.path).children) == list(fakes.SCENARIOS)
+    assert verify(run.path) == []
+    assert kind_of(run.path) == "run"
+    with xr.open_datatree(run.path, engine="zarr") as tree:
+        assert set(tree.children) == set(fakes.SCENARIOS)
+    with xr.open_datatree(run.path, engine="zarr", consolidated=False) as tree:
+        assert set(tree.children) == {*fakes.SCENARIOS, "index"}
+    # A run that is finished again keeps its index and its metadata.
+    fakes.make_run(run.path.parent)
+    assert (run.path / "zarr.json").read_bytes() == metadata
+    assert build_index(run.path).how == "unchanged"
+
+
+def test_find(tmp_path: Path) -> None:
+    run = fakes.make_run(tmp_path, **SIZES)
+    build_index(run.path)
+    truth = expected(run, "features_mlp", 1)
+    found = find_feature(run.path, 2, 31, array="features_mlp", top=3)
+    assert (found.indexed, found.scenarios) == (4, 4)
+    assert found.maximum == truth["maximum"][31]
+    assert [one.activation for one in found.tokens] == truth["token_activation"][31, :3].tolist()
+    for rank, one in enumerate(found.tokens):
+        scenario = NAMES[truth["token_scenario"][31, rank]]
+        texts = run.truth[scenario]["query_token"]
+        at = truth["token_position"][31, rank]
+        assert (one.scenario, one.position, one.token) == (scenario, at, texts[at])
+        assert one.before == "".join(texts[max(0, at - 6) : at])
+        assert one.after == "".join(texts[at + 1 : at + 4])
+
+
+def test_find_reads_little(tmp_path: Path, opened_files: list[str]) -> None:
+    run = fakes.make_run(tmp_path, layers=(1,), features=5000, heads=None, tokens=3)
+    build_index(run.path)
+    opened_files.clear()
+    feature = int(np.argmax(run.truth["Safe_1"]["features"][0].max(0)))
+    assert find_feature(run.path, 1, feature, top=1).tokens
+    chunks = [name for name in opened_files if "/index/" in name and "/c/" in name]
+    assert len(chunks) == len(set(chunks)) == 7  # six arrays, and the name of one scenario
+    assert not [name for name in opened_files if name.endswith("run/zarr.json")]
+    for layout in index_layout(31, {"features": 32_768}, 10**6).values():
+        assert np.prod(layout.chunks) <= 1024 * 32
+
+
+def test_equal_activations_go_by_order_of_the_run() -> None:
+    counts = FeatureCounts(2)
+    same = np.array([[1.0, 0.0]] * 15, np.float32)
+    for scenario in (4, 1, 3):
+        counts.add(scenario, same)
+    found = counts.arrays()
+    assert found["token_scenario"][0].tolist() == [1] * 15 + [3] * 5
+    assert found["token_position"][0].tolist() == [*range(15), *range(5)]
+    assert found["maximum"].tolist() == [1, 0]
+
+
+@settings(max_examples=15)
+@given(st.data())
+def test_order_and_grouping_do_not_matter(data: st.DataObject) -> None:
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    scale = data.draw(st.sampled_from([1e-6, 1.0, 1e9]))
+    blocks = [
+        np.round(rng.standard_cauchy((rng.integers(1, 30), 3)) * 4).astype(np.float32) / 3 * scale
+        for _ in range(5)
+    ]
+    if data.draw(st.booleans()):
+        blocks[2][0] = [np.nan, np.inf, -np.inf]
+    once = FeatureCounts(3)
+    for number, block in enumerate(blocks):
+        once.add(number, block)
+    groups = [FeatureCounts(3), FeatureCounts(3)]
+    for number in data.draw(st.permutations(range(5))):
+        groups[data.draw(st.integers(0, 1))].add(number, blocks[number])
+    first = FeatureCounts.of_arrays(groups[0].arrays())  # as it comes from the disk
+    first.merge(pickle.loads(pickle.dumps(groups[1])))  # noqa: S301 -- our own, as dask sends it
+    for name, value in first.arrays().items():
+        np.testing.assert_array_equal(value, once.arrays()[name])
+    every = np.nan_to_num(np.concatenate(blocks).astype(np.float64), posinf=0, neginf=0, nan=0)
+    mean = np.clip(every, 0, 2.0**34).mean(0)
+    np.testing.assert_allclose(once.arrays()["mean"], mean, rtol=1e-6, atol=1e-14)
+
+
+def test_damage_is_found(run: fakes.FakeRun) -> None:
+    build_index(run.path)
+    file = run.path / "index" / "token_activation" / "c" / "1" / "0" / "0"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    (problem,) = verify(run.path)
+    assert (problem.array, problem.layer) == ("index/token_activation", 2)
+    file.unlink()
+    with pytest.raises(IntegrityError, match="layer 2"):
+        find_feature(run.path, 2, 0)
+    assert find_feature(run.path, 1, 0).indexed == 2
+    assert build_index(run.path).how == "built"  # and not updated from damaged numbers
+    assert verify(run.path) == []
+
+
+def test_lost_features_are_not_counted_as_silent(run: fakes.FakeRun) -> None:
+    next((run.trace / "features" / "c" / "1").rglob("0")).rename(run.path.parent / "gone")
+    shutil.rmtree(run.trace / "features" / "c" / "1")
+    with pytest.raises(IntegrityError, match="0 bytes on disk for layer 2"):
+        build_index(run.path)
+    assert not (run.path / "index").exists()
+
+
+def test_a_killed_writer_leaves_nothing_that_counts(run: fakes.FakeRun) -> None:
+    build_index(run.path)
+    (run.path.parent / ".run.index.1a2b3c4d" / "maximum").mkdir(parents=True)
+    (run.path / "index").rename(run.path.parent / ".run.index.old")  # between two renames
+    assert build_index(run.path).how == "unchanged"
+    assert build_index(run.path, rebuild=True).how == "built"
+    assert [file.name for file in run.path.parent.iterdir()] == ["run"]
+    with locked(run.path), pytest.raises(LockedError):
+        build_index(run.path)
+
+
+def test_what_cannot_be_indexed_or_found(run: fakes.FakeRun, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="no index") as caught:
+        find_feature(run.path, 1, 0)
+    assert "zarrtrace index" in caught.value.remedy
+    build_index(run.path)
+    for wrong in ({"layer": 9}, {"feature": 16}, {"array": "features_x"}, {"top": 21}):
+        with pytest.raises(ConfigError):
+            find_feature(run.path, **{"layer": 1, "feature": 0, **wrong})
+    bare = fakes.make_run(tmp_path, name="bare", features=0)
+    with pytest.raises(ConfigError, match="no scenario has features"):
+        build_index(bare.path)
+
+
+def test_a_foreign_name_leads_nowhere(run: fakes.FakeRun) -> None:
+    build_index(run.path)
+    zarr.open_array(run.path / "index" / "scenario", mode="r+")[:] = ["../../x", "../y"]
+    with pytest.raises(ConfigError, match="not safe"):
+        find_feature(run.path, 1, int(np.argmax(run.truth["Safe_1"]["features"][0].max(0))))
+
+
+def test_command_line(tmp_path: Path) -> None:
+    run = fakes.make_run(tmp_path, drop={"Risky_2": (2,)})
+    command = [sys.executable, "-m", "zarrtrace"]
+
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+
+    made = call("index", str(run.path), "--scheduler", "synchronous")
+    assert (made.returncode, made.stderr) == (3, "")
+    assert "1 of 2 in it" in made.stdout
+    feature = int(np.argmax(run.truth["Safe_1"]["features"][1].max(0)))
+    found = call("find", str(run.path), "--layer", "2", "--feature", str(feature), "--json")
+    use = json.loads(found.stdout)
+    assert use["tokens"][0]["activation"] == run.truth["Safe_1"]["features"][1].max()
+    shown = call("find", str(run.path), "--layer", "2", "--feature", str(feature))
+    assert "1 of 2 scenarios are indexed" in shown.stdout
+    assert f"»{use['tokens'][0]['token']}«" in shown.stdout.replace("\\n", "\n")

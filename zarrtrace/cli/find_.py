@@ -1,0 +1,77 @@
+"""``zarrtrace find``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from zarrtrace.cli.shared import json_option, run_argument, table
+
+if TYPE_CHECKING:
+    from zarrtrace.index import FeatureUse
+
+
+@click.command("find")
+@run_argument
+@click.option("--layer", type=click.IntRange(0), required=True, help="Index of the block.")
+@click.option("--feature", type=click.IntRange(0), required=True, help="Index of the latent.")
+@click.option("--top", type=click.IntRange(1, 20), default=20, show_default=True, help="Tokens.")
+@click.option(
+    "--array", default="features", show_default=True, help="features, or features_<name>."
+)
+@json_option
+def command(
+    run: str,
+    layer: int,
+    feature: int,
+    top: int,
+    array: str,
+    as_json: bool,  # noqa: FBT001 -- click passes flags so
+) -> None:
+    """Say which prompts of RUN drive a feature: its strongest tokens over all scenarios.
+
+    Needs the index that 'zarrtrace index' makes.
+    """
+    from zarrtrace.index import find_feature
+
+    found = find_feature(run, layer, feature, top=top, array=array)
+    if as_json:
+        import dataclasses
+        import json
+
+        click.echo(json.dumps(dataclasses.asdict(found), indent=2, ensure_ascii=False))
+    else:
+        click.echo(_text(found))
+
+
+def _text(found: FeatureUse) -> str:
+    known = f"maximum {found.maximum:.4g}, mean {found.mean:.4g}"
+    fires = f"fires at {found.frequency:.2%} of tokens"
+    lines = [f"feature {found.feature} of layer {found.layer}: {known}, {fires}"]
+    if found.indexed < found.scenarios:
+        lines.append(
+            f"{found.indexed} of {found.scenarios} scenarios are indexed; 'zarrtrace index' adds "
+            "those that were completed since"
+        )
+    if not found.tokens:
+        return "\n".join(lines)
+    rows = [
+        [
+            f"{one.activation:.4f}",
+            one.scenario,
+            str(one.position),
+            f"{_plain(one.before)}»{_plain(one.token)}«{_plain(one.after)}",
+        ]
+        for one in found.tokens
+    ]
+    return "\n".join(
+        [*lines, "", table(["activation", "scenario", "position", "»token« in context"], rows)]
+    )
+
+
+def _plain(text: str) -> str:
+    """Return text on one line, without what a terminal would obey."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )

@@ -1,0 +1,46 @@
+"""``zarrtrace index``."""
+
+from __future__ import annotations
+
+import click
+
+from zarrtrace.cli.shared import (
+    computing,
+    quiet_option,
+    run_argument,
+    scheduler_option,
+    show_progress,
+    workers_option,
+)
+
+
+@click.command("index")
+@run_argument
+@click.option("--rebuild", is_flag=True, help="Read all scenarios again.")
+@scheduler_option
+@workers_option
+@quiet_option
+def command(
+    run: str,
+    rebuild: bool,  # noqa: FBT001 -- click passes flags so
+    scheduler: str,
+    workers: int | None,
+    quiet: bool,  # noqa: FBT001
+) -> None:
+    """Index the features of RUN, or add the scenarios that are not in its index.
+
+    For each layer and feature: maximum, mean, frequency, and the 20 strongest tokens of all
+    scenarios. 'zarrtrace find' answers from it in milliseconds. Exit code 3 if scenarios of the run
+    are not complete, and so not in the index.
+    """
+    from zarrtrace.index import build_index
+
+    with computing(scheduler, workers, progress=show_progress(quiet=quiet)):
+        made = build_index(run, rebuild=rebuild)
+    if not quiet:
+        click.echo(
+            f"{run}: index {made.how}, {made.added} scenarios read, {made.indexed} of "
+            f"{made.scenarios} in it"
+        )
+    if made.indexed < made.scenarios:
+        raise SystemExit(3)

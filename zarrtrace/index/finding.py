@@ -1,0 +1,163 @@
+"""Looking one feature up in a run's index: one small chunk an array, on runs of any size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from zarrtrace.errors import ConfigError, ScenarioError
+from zarrtrace.scenarios import check_name
+from zarrtrace.spec import INDEX_TOKENS
+from zarrtrace.store import RunIndex, read_token_texts
+
+_BEFORE, _AFTER = 6, 3
+
+
+@dataclass(frozen=True)
+class TokenUse:
+    """One token at which a feature fires.
+
+    Attributes
+    ----------
+    activation
+        In the SAE's units.
+    scenario, position
+        Where it is.
+    token
+        Its text.
+    before, after
+        The text around it: six tokens and three.
+    """
+
+    activation: float
+    scenario: str
+    position: int
+    token: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class FeatureUse:
+    """What a run's index says of one feature.
+
+    Attributes
+    ----------
+    layer, feature, array
+        Which: ``array`` is ``features`` or ``features_<name>``.
+    maximum, mean
+        Activation over all tokens, in the SAE's units; a token at which it is silent counts as 0.
+    frequency
+        Fraction of tokens at which it fires.
+    tokens
+        Its strongest tokens, strongest first; of equals, the first in the run.
+    indexed, scenarios
+        How many scenarios are in the index, and how many the run has.
+    """
+
+    layer: int
+    feature: int
+    array: str
+    maximum: float
+    mean: float
+    frequency: float
+    tokens: tuple[TokenUse, ...]
+    indexed: int
+    scenarios: int
+
+
+def find_feature(
+    run: str | Path, layer: int, feature: int, *, top: int = INDEX_TOKENS, array: str = "features"
+) -> FeatureUse:
+    """Say which tokens drive a feature, from the run's index.
+
+    Parameters
+    ----------
+    run
+        Folder of the run.
+    layer, feature
+        Block and latent.
+    top
+        How many tokens, at most 20.
+    array
+        ``features``, or ``features_<name>`` for further SAEs on a layer.
+
+    Raises
+    ------
+    StoreError
+        If the run has no index.
+    ConfigError
+        If the index has no such array, layer or feature, or holds fewer tokens.
+    """
+    if not 1 <= top <= INDEX_TOKENS:
+        raise ConfigError(f"top={top}: the index holds {INDEX_TOKENS} tokens", remedy="Give fewer.")
+    index = RunIndex(run)
+    known = index.attributes
+    if array not in known.features:
+        raise ConfigError(
+            f"{run}: the index has no {array!r}", remedy=f"It has: {', '.join(known.features)}."
+        )
+    if layer not in known.layers or not 0 <= feature < known.features[array]:
+        raise ConfigError(
+            f"{run}: the index has no feature {feature} of layer {layer}",
+            why=f"It has layers {known.layers[0]} to {known.layers[-1]} and features 0 to "
+            f"{known.features[array] - 1}.",
+            remedy="Give one of these.",
+        )
+    index.check(layer)
+    suffix, at = array.removeprefix("features"), known.layers.index(layer)
+
+    def value(name: str, *rest: slice) -> list[float]:
+        found: list[float] = index.read(f"{name}{suffix}", at, feature, *rest).tolist()
+        return found
+
+    strongest = zip(
+        *(value(f"token_{name}", slice(0, top)) for name in ("activation", "scenario", "position")),
+        strict=True,
+    )
+    maximum, mean, frequency = (
+        float(index.read(f"{name}{suffix}", at, feature))
+        for name in ("maximum", "mean", "frequency")
+    )
+    return FeatureUse(
+        layer=layer,
+        feature=feature,
+        array=array,
+        maximum=maximum,
+        mean=mean,
+        frequency=frequency,
+        tokens=_tokens(Path(run), index, [one for one in strongest if one[0] > 0]),
+        indexed=known.indexed,
+        scenarios=known.scenarios,
+    )
+
+
+def _tokens(
+    run: Path, index: RunIndex, strongest: list[tuple[float, float, float]]
+) -> tuple[TokenUse, ...]:
+    """Add names and texts to activations, numbers of scenarios and positions."""
+    numbers = sorted({int(number) for _, number, _ in strongest})
+    names = {number: _name(run, index, number) for number in numbers}
+    texts = {number: read_token_texts(run / name) for number, name in names.items()}
+    out = []
+    for activation, number, position in strongest:
+        words, here = texts[int(number)], int(position)
+        out.append(
+            TokenUse(
+                activation=activation,
+                scenario=names[int(number)],
+                position=here,
+                token=words[here],
+                before="".join(words[max(0, here - _BEFORE) : here]),
+                after="".join(words[here + 1 : here + 1 + _AFTER]),
+            )
+        )
+    return tuple(out)
+
+
+def _name(run: Path, index: RunIndex, number: int) -> str:
+    # It becomes a path: a file from elsewhere must not lead out of the run.
+    try:
+        return check_name(str(index.read("scenario", number)))
+    except ScenarioError as error:
+        raise ConfigError(f"{run}: the index names {error.what}", remedy="Do not use it.") from None

@@ -1,0 +1,400 @@
+"""The index of a run on disk: written beside the run, put in place when it is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import zarr
+from xarray.core import indexing
+
+from zarrtrace.errors import IntegrityError, StoreError
+from zarrtrace.spec import (
+    INDEX,
+    IndexAttributes,
+    Stored,
+    TraceAttributes,
+    index_layout,
+)
+from zarrtrace.store.attributes import (
+    COORDINATES,
+    METADATA,
+    REPAIR,
+    files_of,
+    read_array,
+    read_index_attributes,
+    read_run_attributes,
+    read_trace_attributes,
+)
+from zarrtrace.store.files import clear_errors, fingerprint, fsync, lock, size_of, unlock
+from zarrtrace.store.lazy import stored_array
+from zarrtrace.store.nodes import create_array, write_attributes
+from zarrtrace.store.shards import write_block
+
+
+class IndexableTrace(NamedTuple):
+    """A scenario whose features can be indexed.
+
+    Attributes
+    ----------
+    number
+        Its place in the run.
+    path
+        Folder of its trace.
+    digest
+        Of its features' journal: another one means other features.
+    features
+        Number of latents by array.
+    layers
+        Its layers, in order: where they are in its arrays.
+    stored
+        Bytes of each layer's features, by layer and array; what is not there has none.
+    """
+
+    number: int
+    path: Path
+    digest: int
+    features: dict[str, int]
+    layers: tuple[int, ...]
+    stored: dict[int, dict[str, int]]
+
+
+def indexable_traces(run: str | Path) -> Iterator[IndexableTrace]:
+    """Yield the complete traces of a run that have features.
+
+    Raises
+    ------
+    NotATraceError, FormatVersionError, IntegrityError
+        If the run, or one of its traces, cannot be read.
+    """
+    run = Path(run)
+    for number, name in enumerate(read_run_attributes(run).scenarios):
+        path = run / name
+        if not (path / "zarr.json").is_file():
+            continue
+        attributes = read_trace_attributes(path)
+        found = _features_of(attributes)
+        if not attributes.complete or not found:
+            continue
+        arrays = {array for entry in found.values() for array in entry}
+        yield IndexableTrace(
+            number=number,
+            path=path,
+            digest=digest_of(attributes),
+            features={array: read_array(path / array).shape[-1] for array in sorted(arrays)},
+            layers=attributes.layers,
+            stored={
+                layer: {array: stored.bytes for array, stored in entry.items()}
+                for layer, entry in found.items()
+            },
+        )
+
+
+def digest_of(attributes: TraceAttributes) -> int:
+    """Return a number that stands for the features of a trace; never 0."""
+    content = {
+        layer: {array: stored.blake2b for array, stored in entry.items()}
+        for layer, entry in _features_of(attributes).items()
+    }
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16) or 1
+
+
+def _features_of(attributes: TraceAttributes) -> dict[int, dict[str, Stored]]:
+    found = {
+        int(key): {name: one for name, one in entry.items() if name.startswith("features")}
+        for key, entry in attributes.stored.items()
+        if key.isdigit()
+    }
+    return {layer: entry for layer, entry in found.items() if entry}
+
+
+def read_features(trace: IndexableTrace, array: str, layer: int) -> np.ndarray | None:
+    """Return the activations ``(query, feature)`` of one layer; None if the trace has none.
+
+    Raises
+    ------
+    IntegrityError
+        If files are gone, cut short or damaged.
+    """
+    written = trace.stored.get(layer, {}).get(array)
+    if written is None:
+        return None
+    at, path = trace.layers.index(layer), trace.path / array
+    metadata = read_array(path)
+    found = size_of(trace.path, files_of(array, metadata.shape, metadata.file_shape, at))
+    if found != written:
+        raise IntegrityError(
+            f"{path}: {found} bytes on disk for layer {layer}, not {written}",
+            why="Files were lost, cut short or replaced.",
+            remedy=REPAIR,
+        )
+    opened = stored_array(path)
+    if opened is None:
+        values = zarr.open_array(path, mode="r")[at]
+    else:
+        values = opened[0][indexing.BasicIndexer((at, slice(None), slice(None)))]
+    return np.asarray(values)
+
+
+def read_token_texts(trace: Path) -> list[str]:
+    """Return the texts of a trace's tokens.
+
+    Raises
+    ------
+    IntegrityError
+        If they are gone or damaged.
+    """
+    path = trace / "query_token"
+    (size,) = read_array(path).shape
+    opened = stored_array(path)
+    texts = zarr.open_array(path, mode="r")[:] if opened is None else opened[0].load()
+    found = [str(text) for text in np.asarray(texts)]
+    if not size or not any(found):
+        raise IntegrityError(
+            f"{path}: holds no text", why="Its file was lost or cut short.", remedy=REPAIR
+        )
+    return found
+
+
+class RunIndex:
+    """The index of a run, to read: one small chunk an array and feature.
+
+    Parameters
+    ----------
+    run
+        Folder of the run.
+
+    Raises
+    ------
+    StoreError
+        If the run has no index.
+    FormatVersionError, IntegrityError
+        If it cannot be read.
+    """
+
+    def __init__(self, run: str | Path) -> None:
+        self.path = Path(run) / INDEX
+        if not (self.path / "zarr.json").is_file():
+            read_run_attributes(run)  # says what is wrong if it is no run
+            raise StoreError(
+                f"{run}: has no index of its features",
+                why="Extraction does not make one.",
+                remedy=f"Run 'zarrtrace index {run}' once; later calls add what is new.",
+            )
+        self.attributes = read_index_attributes(self.path)
+        self._arrays: dict[str, Any] = {}
+
+    def read(self, array: str, *key: int | slice) -> Any:
+        """Return a part of one of its arrays."""
+        if array not in self._arrays:
+            opened = stored_array(self.path / array)
+            if opened is None:
+                raise IntegrityError(
+                    f"{self.path / array}: is not encoded as zarrtrace does",
+                    remedy="Build the index again: 'zarrtrace index --rebuild'.",
+                )
+            self._arrays[array] = opened[0]
+        return self._arrays[array][indexing.BasicIndexer(key)]
+
+    def check(self, *layers: int) -> None:
+        """Refuse an index in which files of these layers are gone or have another size.
+
+        Raises
+        ------
+        IntegrityError
+        """
+        for layer in layers:
+            at = self.attributes.layers.index(layer)
+            for name, stored in self.attributes.stored[str(layer)].items():
+                array = read_array(self.path / name)
+                found = size_of(self.path, files_of(name, array.shape, array.file_shape, at))
+                if found != stored.bytes:
+                    raise IntegrityError(
+                        f"{self.path / name}: {found} bytes on disk for layer {layer}, not "
+                        f"{stored.bytes}",
+                        why="Files were lost, cut short or replaced.",
+                        remedy="Build the index again: 'zarrtrace index --rebuild'.",
+                    )
+
+    def layer(self, array: str, layer: int) -> dict[str, np.ndarray]:
+        """Return all that is known of one layer of an array of features, by name."""
+        suffix = array.removeprefix("features")
+        entry, at = self.attributes.stored[str(layer)], self.attributes.layers.index(layer)
+        out = {}
+        for name in _names(suffix):
+            if name in entry:
+                rest = len(read_array(self.path / name).shape) - 1
+                out[name.removesuffix(suffix)] = self.read(name, at, *[slice(None)] * rest)
+        return out
+
+
+def _names(suffix: str) -> list[str]:
+    """Return the arrays with layers that belong to one array of features."""
+    layout = index_layout(1, {f"features{suffix}": 1}, 1)
+    return [name for name, one in layout.items() if one.dims[0] == "layer" and name != "layer"]
+
+
+class IndexWriter:
+    """Write the index of a run: layers in any order and from any process, then :meth:`finish`.
+
+    A context manager, to be used while the run is :func:`locked`. The index that was there stays
+    until the new one is whole.
+
+    Parameters
+    ----------
+    run
+        Folder of the run.
+    layers, features
+        What it holds: layers in order, latents by array.
+    """
+
+    def __init__(self, run: str | Path, layers: Sequence[int], features: Mapping[str, int]) -> None:
+        self._run = Path(run).absolute()
+        # Of its own: tasks of an attempt that failed may still be writing to theirs.
+        self.path = self._run.with_name(f"{_beside(self._run)}{secrets.token_hex(4)}")
+        self._layers, self._features = tuple(layers), dict(features)
+        self._names = read_run_attributes(self._run).scenarios
+        self.scenarios = len(self._names)
+        self._layout = index_layout(len(layers), features, len(self._names))
+
+    def __enter__(self) -> Self:
+        with clear_errors(self._run):
+            for left in self._run.parent.iterdir():
+                if left.name.startswith(_beside(self._run)):
+                    shutil.rmtree(left, ignore_errors=True)
+            group = zarr.create_group(self.path, zarr_format=3)
+            for name, one in self._layout.items():
+                create_array(group, name, one)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def finish(
+        self, digests: Sequence[int], stored: Mapping[str, Mapping[str, Stored]]
+    ) -> IndexAttributes:
+        """Put the index in its place.
+
+        Parameters
+        ----------
+        digests
+            Of each scenario of the run; 0 for those that are not in it.
+        stored
+            What :func:`write_index_layer` returned, by layer.
+        """
+        with clear_errors(self._run):
+            values = {
+                "layer": np.asarray(self._layers, np.int64),
+                "scenario": np.asarray(self._names, dtype=object),
+                "digest": np.asarray(digests, np.uint64),
+            }
+            coordinates = [name for name, one in self._layout.items() if len(one.dims) == 1]
+            coordinates = [name for name in coordinates if not name.startswith("tokens")]
+            for name in coordinates:
+                array = zarr.open_array(self.path / name, mode="r+")
+                array[:] = values.get(name, np.arange(self._layout[name].shape[0]))
+            attributes = IndexAttributes(
+                layers=self._layers,
+                features=self._features,
+                scenarios=len(self._names),
+                indexed=sum(digest != 0 for digest in digests),
+                stored={
+                    **{str(layer): dict(stored[str(layer)]) for layer in self._layers},
+                    COORDINATES: {name: self._fingerprint(name, None) for name in coordinates},
+                    METADATA: {
+                        name: fingerprint(self.path, [f"{name}/zarr.json"]) for name in self._layout
+                    },
+                },
+            )
+            write_attributes(self.path, attributes.model_dump(mode="json"))
+            for file in sorted([self.path, *self.path.rglob("*")]):
+                fsync(file)
+            self._put_in_place()
+        return attributes
+
+    def _put_in_place(self) -> None:
+        index, old = self._run / INDEX, _old(self._run)
+        if index.exists():
+            index.rename(old)
+        self.path.rename(index)
+        fsync(self._run)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _fingerprint(self, name: str, at: int | None) -> Stored:
+        one = self._layout[name]
+        return fingerprint(self.path, files_of(name, one.shape, one.shards or one.chunks, at))
+
+
+def write_index_layer(
+    path: Path,
+    layers: Sequence[int],
+    features: Mapping[str, int],
+    layer: int,
+    arrays: Mapping[str, np.ndarray],
+) -> dict[str, Stored]:
+    """Write some arrays of one layer of an index that is being made; return its journal entry.
+
+    Parameters
+    ----------
+    path
+        Folder of the new index: :attr:`IndexWriter.path`.
+    layers, features
+        What the index holds.
+    layer
+        Which of its layers.
+    arrays
+        Values by name, without the dimension of layers.
+    """
+    layout, at = index_layout(len(layers), features, 1), list(layers).index(layer)
+    out = {}
+    with clear_errors(path):
+        for name, value in arrays.items():
+            one = layout[name]
+            corner = (at, *[0] * value.ndim)
+            write_block(path / name, one, corner, value[np.newaxis])
+            files = files_of(name, one.shape, one.shards or one.chunks, at)
+            out[name] = fingerprint(path, files)
+    return out
+
+
+def _beside(run: Path) -> str:
+    """Return how the names of folders begin in which an index of a run is being made."""
+    return f".{run.name}.index."
+
+
+def _old(run: Path) -> Path:
+    return run.with_name(f"{_beside(run)}old")
+
+
+@contextlib.contextmanager
+def locked(run: str | Path) -> Iterator[None]:
+    """Hold a run's lock, for its index to be written.
+
+    Raises
+    ------
+    LockedError
+        If another process is writing the run or its index.
+    """
+    run = Path(run).absolute()
+    with clear_errors(run):
+        handle = lock(run)
+    try:
+        if _old(run).exists() and not (run / INDEX).exists():
+            _old(run).rename(run / INDEX)  # a writer was killed between two renames
+        yield
+    finally:
+        unlock(run, handle)
