@@ -1,0 +1,74 @@
+"""A run is read by zarrita.js under Node: what it reads is what NumPy wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NoReturn
+
+import fakes
+import numpy as np
+import pytest
+
+from zarrtrace.index import build_index
+
+ZARRITA = "0.7.5"
+HERE = Path(__file__).parent
+ARRAYS = ("attention", "attention_mean", "features", "top_feature", "query_token", "token_id")
+
+
+def not_run(why: str) -> NoReturn:
+    if os.environ.get("ZARRTRACE_REQUIRE_NODE"):
+        pytest.fail(why)
+    pytest.skip(f"zarrita.js has not read a run: {why}")
+
+
+def install() -> None:
+    """Put zarrita.js into tests/node_modules, which git ignores."""
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        not_run("node and npm are not installed")
+    package = HERE / "node_modules" / "zarrita" / "package.json"
+    if package.exists() and json.loads(package.read_text())["version"] == ZARRITA:
+        return
+    done = subprocess.run(
+        ["npm", "install", "--prefix", HERE, "--no-save", "--no-package-lock", "--no-audit",
+         "--no-fund", f"zarrita@{ZARRITA}"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        not_run(f"npm could not install it: {done.stderr[-300:]}")
+
+
+def test_zarrita_reads_what_numpy_wrote(tmp_path: Path) -> None:
+    install()
+    # The second is long enough for several chunks a shard, some of them left out.
+    run = fakes.make_run(tmp_path, tokens=(7, 300), layers=(1, 2), features=16)
+    build_index(run.path)
+    paths = [f"{scenario}/{name}" for scenario in run.truth for name in ARRAYS]
+    of_index = ["index/scenario", "index/maximum", "index/token_activation", "index/active"]
+    done = subprocess.run(
+        ["node", HERE / "read_run.mjs", run.path, *paths, *of_index],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert not done.stderr
+    found = json.loads(done.stdout)
+    assert found["scenarios"] == list(run.truth)
+    for scenario, truth in run.truth.items():
+        for name in ARRAYS:
+            read = found["arrays"][f"{scenario}/{name}"]
+            values = np.array(read["values"], dtype=truth[name].dtype).reshape(read["shape"])
+            np.testing.assert_array_equal(values, truth[name])
+        assert found["arrays"][f"{scenario}/attention"]["dims"] == ["layer", "head", "query", "key"]
+    assert found["arrays"]["index/scenario"]["values"] == list(run.truth)
+    every = np.concatenate([truth["features"] for truth in run.truth.values()], axis=1)
+    strongest = -np.sort(-every, axis=1)[:, :20].swapaxes(1, 2)
+    for name, values in (
+        ("maximum", every.max(1)),
+        ("token_activation", strongest),
+        ("active", (every > 0).sum(1)),
+    ):
+        read = found["arrays"][f"index/{name}"]
+        np.testing.assert_array_equal(np.reshape(read["values"], read["shape"]), values)

@@ -1,0 +1,205 @@
+"""The dataset card that makes a run a Hugging Face dataset folder: its ``README.md``.
+
+Keys of the metadata are those of https://huggingface.co/docs/hub/datasets-cards. The Hub's table
+viewer reads Parquet, CSV and JSON and would take Zarr's metadata for a table, so the card turns it
+off; for the same reason it has no ``configs`` and no ``dataset_info``, which describe tables.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from zarrtrace.errors import StoreError, readable
+from zarrtrace.spec import INDEX, ranges
+from zarrtrace.store import RunSummary, TraceSummary, summarize
+from zarrtrace.store.files import write_whole
+
+_MARK = re.compile(r"<!-- zarrtrace card ([0-9a-f]{16}) -->\n\Z")
+_SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"))
+_LARGER = "1M<n<10M"
+_SCENARIOS_SHOWN = 50
+
+_ARRAYS = {
+    "attention": "attention probability, lossless unless the attributes say otherwise",
+    "attention_mean": "its mean over heads",
+    "features": "SAE feature activations, dense; 0 where a feature is silent",
+    "top_feature": "the strongest features of each token",
+    "top_activation": "their activations",
+    "next_token": "the most likely next tokens",
+    "next_token_logprob": "natural logarithms of their probabilities",
+}
+
+
+def write_card(run: str | Path, *, license: str | None = None, title: str | None = None) -> Path:  # noqa: A002
+    """Write the dataset card of a run, ``README.md`` in its folder; nothing is uploaded.
+
+    Parameters
+    ----------
+    run
+        Folder of the run.
+    license
+        Identifier as the Hub lists them, for example ``cc-by-4.0``. Without one the card names
+        none: whoever publishes the run has to choose.
+    title
+        Heading of the card; the folder's name if None.
+
+    Returns
+    -------
+    Path
+        The card.
+
+    Raises
+    ------
+    StoreError
+        If there is a README that this function did not write, or that was edited since.
+    NotATraceError, FormatVersionError, IntegrityError
+        If the run cannot be read.
+    """
+    run = Path(run)
+    summary = summarize(run)
+    card = run / "README.md"
+    if card.exists() and not _ours(card.read_text(encoding="utf-8", errors="replace")):
+        raise StoreError(
+            f"{card}: exists, and is not a card as zarrtrace wrote it",
+            why="It was written by someone else, or edited since.",
+            remedy="Move it away to have a new one made.",
+        )
+    name = title or run.resolve().name
+    metadata = _metadata(summary, license, name)
+    front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
+    text = f"---\n{front}---\n\n{_body(summary, name, indexed=(run / INDEX).is_dir())}\n"
+    write_whole(card, f"{text}<!-- zarrtrace card {_digest(text)} -->\n".encode())
+    return card
+
+
+def _ours(text: str) -> bool:
+    found = _MARK.search(text)
+    return found is not None and found[1] == _digest(text[: found.start()])
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _metadata(summary: RunSummary, license_id: str | None, name: str) -> dict[str, Any]:
+    models = sorted({trace.model for trace in summary.traces if trace.model})
+    count = len(summary.traces)
+    size = next((label for limit, label in _SIZES if count < limit), _LARGER)
+    return {
+        **({"license": license_id} if license_id else {}),
+        "pretty_name": name,
+        "size_categories": [size],
+        "annotations_creators": ["machine-generated"],
+        "tags": [
+            "zarr",
+            "xarray",
+            "interpretability",
+            "attention",
+            *(["sparse-autoencoder"] if any(trace.sae_ids for trace in summary.traces) else []),
+            *models,
+        ],
+        "viewer": False,
+    }
+
+
+def _body(summary: RunSummary, name: str, *, indexed: bool) -> str:
+    traces = summary.traces
+    tokens = sum(trace.tokens for trace in traces)
+    lines = [
+        f"# {_escaped(name)}",
+        "",
+        (
+            "Attention and SAE features of a language model, for every layer and token of "
+            f"{len(traces)} prompts ({tokens:,} tokens): a Zarr v3 hierarchy, one group a prompt, "
+            f"with labelled dimensions. {readable(summary.bytes_on_disk)}, "
+            f"{readable(summary.bytes_dense)} dense. Written by zarrtrace, format version "
+            f"{summary.format_version}."
+        ),
+        "",
+    ]
+    if summary.scenarios_missing or not summary.complete:
+        lines += ["**Not complete:** scenarios or layers are missing.", ""]
+    lines += [*_sources(traces), "## Opening", "", *_opening(traces), ""]
+    lines += ["## Arrays of a prompt", "", *_arrays(traces), ""]
+    if indexed:
+        lines += [
+            (
+                f"`{INDEX}/` holds, by layer and feature, maximum, mean and frequency over all prompts "
+                "and the 20 strongest tokens."
+            ),
+            "",
+        ]
+    return "\n".join([*lines, "## Prompts", "", *_prompts(traces)])
+
+
+def _sources(traces: tuple[TraceSummary, ...]) -> list[str]:
+    models = Counter(trace.model for trace in traces if trace.model)
+    releases = Counter(trace.sae_release for trace in traces if trace.sae_release)
+    layers = sorted({layer for trace in traces for layer in trace.layers})
+    out = [f"- Model: {', '.join(f'`{model}`' for model in models) or 'not known'}"]
+    if releases:
+        out.append(f"- SAEs: {', '.join(f'`{release}`' for release in releases)}")
+    return [*out, f"- Layers: {ranges(layers)} (decoder blocks, counted from 0)", ""]
+
+
+def _opening(traces: tuple[TraceSummary, ...]) -> list[str]:
+    first = traces[0].scenario if traces else "SCENARIO"
+    return [
+        "```python",
+        "import xarray as xr",
+        "",
+        'folder = "."  # or huggingface_hub.snapshot_download("OWNER/NAME", repo_type="dataset")',
+        f'ds = xr.open_zarr(f"{{folder}}/{first}")  # one prompt',
+        'run = xr.open_datatree(folder, engine="zarr")  # all of them',
+        "```",
+        "",
+        (
+            "Any other Zarr v3 reader works too, such as tensorstore or zarrita.js. With zarrtrace, "
+            "`zarrtrace.open_run(folder)` also refuses files that are missing or cut short, and "
+            "`zarrtrace verify` compares every byte with its checksum."
+        ),
+    ]
+
+
+def _arrays(traces: tuple[TraceSummary, ...]) -> list[str]:
+    if not traces:
+        return ["None yet."]
+    first = traces[0]
+    out = [
+        f"Sizes are those of `{first.scenario}`; prompts differ in their number of tokens.",
+        "",
+        "| array | shape | |",
+        "|---|---|---|",
+    ]
+    for name, shape in first.arrays.items():
+        base = re.sub(r"^(features|top_feature|top_activation)_.*", r"\1", name)
+        out.append(f"| `{name}` | {' × '.join(map(str, shape))} | {_ARRAYS.get(base, '')} |")
+    return [
+        *out,
+        "",
+        (
+            "`query_token`, `key_token` and `token_id` label the positions. The attributes of each "
+            "group hold the prompt, spans, tags, model, SAEs and a journal of checksums."
+        ),
+    ]
+
+
+def _prompts(traces: tuple[TraceSummary, ...]) -> list[str]:
+    out = ["| name | tokens | tags |", "|---|---|---|"]
+    for trace in traces[:_SCENARIOS_SHOWN]:
+        tags = ", ".join(_escaped(tag) for tag in trace.tags)
+        out.append(f"| {_escaped(trace.scenario)} | {trace.tokens} | {tags} |")
+    more = len(traces) - _SCENARIOS_SHOWN
+    return [*out, *(["", f"And {more} more."] if more > 0 else [])]
+
+
+def _escaped(text: str) -> str:
+    """Return text that Markdown shows as it is, on one line."""
+    plain = " ".join(text.split())
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|~-])", r"\\\1", plain)

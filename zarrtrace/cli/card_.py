@@ -1,0 +1,21 @@
+"""``zarrtrace card``."""
+
+from __future__ import annotations
+
+import click
+
+from zarrtrace.cli.shared import run_argument
+
+
+@click.command("card")
+@run_argument
+@click.option("--license", "license_id", help="Identifier as the Hub lists them: cc-by-4.0, mit.")
+@click.option("--title", help="Heading; the folder's name if left out.")
+def command(run: str, license_id: str | None, title: str | None) -> None:
+    """Make RUN a Hugging Face dataset folder: write README.md with the dataset card.
+
+    Uploads nothing. Refuses to replace a README that it did not write. Prints its name.
+    """
+    from zarrtrace.card import write_card
+
+    click.echo(str(write_card(run, license=license_id, title=title)))
