@@ -130,8 +130,8 @@ def _body(summary: RunSummary, name: str, *, indexed: bool) -> str:
     if indexed:
         lines += [
             (
-                f"`{INDEX}/` holds, by layer and feature, maximum, mean and frequency over all prompts "
-                "and the 20 strongest tokens."
+                f"`{INDEX}/` holds, by layer and feature, maximum, mean and frequency over all "
+                "prompts and the 20 strongest tokens."
             ),
             "",
         ]
@@ -160,9 +160,9 @@ def _opening(traces: tuple[TraceSummary, ...]) -> list[str]:
         "```",
         "",
         (
-            "Any other Zarr v3 reader works too, such as tensorstore or zarrita.js. With zarrtrace, "
-            "`zarrtrace.open_run(folder)` also refuses files that are missing or cut short, and "
-            "`zarrtrace verify` compares every byte with its checksum."
+            "Any other Zarr v3 reader works too, such as tensorstore or zarrita.js. With "
+            "zarrtrace, `zarrtrace.open_run(folder)` also refuses files that are missing or cut "
+            "short, and `zarrtrace verify` compares every byte with its checksum."
         ),
     ]
 

@@ -18,6 +18,7 @@ from zarrtrace.scenarios import ScenarioEntry, SuiteFile
 from zarrtrace.spec import (
     NAMESPACE,
     FeatureRecord,
+    IndexAttributes,
     LayerRecord,
     ModelAttributes,
     OptionAttributes,
@@ -37,6 +38,7 @@ _SCHEMAS: dict[str, type[BaseModel]] = {
     "scenario-entry.schema.json": ScenarioEntry,
     "trace.schema.json": TraceAttributes,
     "run.schema.json": RunAttributes,
+    "index.schema.json": IndexAttributes,
 }
 _LAYERS, _TOKENS, _HEADS, _FEATURES = (1, 2), ("<s>", "Stop", "?"), 2, 8
 

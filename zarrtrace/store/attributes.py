@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -64,8 +64,19 @@ def read_array(path: Path) -> ArrayOnDisk:
     IntegrityError
         If it is gone or damaged.
     """
+    return parse_array(path, lambda: _read_json(path / "zarr.json"))
+
+
+def parse_array(path: Path, metadata: Callable[[], Any]) -> ArrayOnDisk:
+    """Take from an array's metadata what it says of the array.
+
+    Raises
+    ------
+    IntegrityError
+        If it is gone or damaged.
+    """
     try:
-        found: dict[str, Any] = _read_json(path / "zarr.json")
+        found: dict[str, Any] = metadata()
         array = ArrayOnDisk(
             shape=tuple(map(int, found["shape"])),
             dims=tuple(found["dimension_names"]),
@@ -150,6 +161,16 @@ def read_trace_attributes(path: str | Path) -> TraceAttributes:
     return _parse(TraceAttributes, Path(path), "trace")
 
 
+def trace_attributes_of(path: Path, group: Mapping[str, Any]) -> TraceAttributes:
+    """Take what a trace says of itself from its group's metadata, which has been read.
+
+    Raises
+    ------
+    NotATraceError, FormatVersionError, IntegrityError
+    """
+    return _parse(TraceAttributes, path, "trace", group)
+
+
 def read_index_attributes(path: str | Path) -> IndexAttributes:
     """Read what a run's index says of itself.
 
@@ -231,12 +252,12 @@ def read_group(path: Path) -> dict[str, Any]:
     return dict(found)
 
 
-def _namespace(path: Path, wanted: str) -> dict[str, Any]:
-    if not path.exists():
+def _namespace(path: Path, wanted: str, group: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    if group is None and not path.exists():
         raise NotATraceError(
             f"{path}: no such folder", remedy=f"Give the folder of a {wanted}; check the path."
         )
-    found = read_group(path)["attributes"].get(NAMESPACE)
+    found = (group or read_group(path))["attributes"].get(NAMESPACE)
     if not isinstance(found, dict):
         raise NotATraceError(
             f"{path}: exists, but is not a zarrtrace {wanted}",
@@ -253,8 +274,10 @@ def _namespace(path: Path, wanted: str) -> dict[str, Any]:
     return found
 
 
-def _parse(model: type[_Attributes], path: Path, wanted: str) -> _Attributes:
-    found = _namespace(path, wanted)
+def _parse(
+    model: type[_Attributes], path: Path, wanted: str, group: Mapping[str, Any] | None = None
+) -> _Attributes:
+    found = _namespace(path, wanted, group)
     if found.get("kind") != wanted:
         raise NotATraceError(
             f"{path}: is a {found.get('kind')}, not a {wanted}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,9 +24,11 @@ from zarrtrace.store.attributes import (
     read_group,
     read_run_attributes,
     read_trace_attributes,
+    trace_attributes_of,
 )
 from zarrtrace.store.files import fingerprint, size_of
 from zarrtrace.store.lazy import as_lazy, stored_array
+from zarrtrace.store.opening import Shared, open_consolidated
 
 Missing = Literal["raise", "nan"]
 ChunkSpec = Mapping[str, Any] | Literal["auto"] | None
@@ -101,7 +104,8 @@ def open_run(
     Raises
     ------
     NotATraceError, FormatVersionError, IncompleteError, IntegrityError
-        As for :func:`open_trace`.
+        As for :func:`open_trace`; but of a complete trace, files that are gone or have another
+        size are found when the array is first read.
     """
     path = Path(path)
     run = read_run_attributes(path)
@@ -114,13 +118,40 @@ def open_run(
             remedy="Run the same 'zarrtrace extract' again to go on, or open it with "
             "missing='nan'.",
         )
-    children = {
-        name: open_trace(path / name, chunks=chunks, missing=missing)
-        for name in run.scenarios
-        if name not in absent
-    }
-    root = xr.Dataset(attrs={NAMESPACE: run.model_dump(mode="json")})
-    return xr.DataTree.from_dict({"/": root, **children}, name=path.name)
+    left_out, shared = set(absent), Shared()
+    tree = xr.DataTree(xr.Dataset(attrs={NAMESPACE: run.model_dump(mode="json")}), name=path.name)
+    with _no_collecting():
+        tree.children = {  # given to DataTree() they would be copied
+            name: xr.DataTree(_one_of_many(path / name, chunks, missing, shared))
+            for name in run.scenarios
+            if name not in left_out
+        }
+    return tree
+
+
+@contextlib.contextmanager
+def _no_collecting() -> Iterator[None]:
+    """Pause the garbage collector: it would look at everything that is opened again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _one_of_many(path: Path, chunks: ChunkSpec, missing: Missing, shared: Shared) -> xr.Dataset:
+    """Open a trace as :func:`open_trace` does, but check its files when they are read."""
+    group = read_group(path)
+    attributes = trace_attributes_of(path, group)
+    with _damage_explained(path):
+        blocks = chunks is not None and chunks in ("auto", {})
+        ds = open_consolidated(path, group, attributes, shared, blocks=blocks)
+    if ds is None:
+        return open_trace(path, chunks=chunks, missing=missing)
+    _check_spans(path, attributes, ds.sizes.get("query", 0))
+    return ds if chunks is None or blocks else ds.chunk(chunks)
 
 
 def _check_spans(path: Path, attributes: TraceAttributes, tokens: int) -> None:

@@ -1,0 +1,205 @@
+"""Opening many traces: metadata from one file each, coordinates once, files checked when read.
+
+What :func:`zarrtrace.store.open_trace` looks at takes milliseconds a trace (README.md has the
+figures), which a run of thousands cannot afford. Here the arrays' metadata comes from the
+consolidated metadata of the trace, which is dropped whenever the trace is written to; that files
+have their sizes, and each array its own metadata, is checked when the array is first read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xarray as xr
+from xarray.core.indexes import PandasIndex
+
+from zarrtrace.errors import IntegrityError
+from zarrtrace.spec import Stored, TraceAttributes
+from zarrtrace.store.attributes import (
+    COORDINATES,
+    METADATA,
+    REPAIR,
+    ArrayOnDisk,
+    files_of,
+    parse_array,
+)
+from zarrtrace.store.files import fingerprint, size_of
+from zarrtrace.store.lazy import StoredArray, as_lazy
+
+# Loaded coordinates by name and the hash of their content: most are alike in all traces.
+Shared = dict[tuple[str, Stored], tuple[xr.Variable, PandasIndex | None]]
+
+
+class Written(NamedTuple):
+    """What the journal says of one array.
+
+    Attributes
+    ----------
+    trace, name
+        Folder of the trace, and the array's name.
+    shape, file_shape
+        Of the array, and of what one file holds.
+    metadata
+        Of its zarr.json.
+    bytes
+        By the journal's key: which of its files (those of a layer by its place, or None for all),
+        and their size.
+    """
+
+    trace: str
+    name: str
+    shape: tuple[int, ...]
+    file_shape: tuple[int, ...]
+    metadata: Stored
+    bytes: dict[str, tuple[int | None, int]]
+
+    def check(self) -> None:
+        """Refuse an array whose files are gone, have another size, or whose metadata was changed.
+
+        Raises
+        ------
+        IntegrityError
+        """
+        if fingerprint(Path(self.trace), [f"{self.name}/zarr.json"]) != self.metadata:
+            raise IntegrityError(
+                f"{self.trace}/{self.name}/zarr.json: not the metadata that was written",
+                why="The file was damaged, or edited by hand.",
+                remedy=REPAIR,
+            )
+        for key, (at, written) in self.bytes.items():
+            found = size_of(self.trace, files_of(self.name, self.shape, self.file_shape, at))
+            if found != written:
+                of = f"layer {key}" if key.isdigit() else key
+                raise IntegrityError(
+                    f"{self.trace}: array {self.name!r} has {found} bytes on disk for {of}, "
+                    f"not {written}",
+                    why="Files were lost, cut short or replaced, for example by an interrupted "
+                    "copy.",
+                    remedy=REPAIR,
+                )
+
+
+class CheckedArray(StoredArray):
+    """An array of a trace whose files are checked before it is first read."""
+
+    def __init__(self, path: Path, metadata: dict[str, Any], written: Written) -> None:
+        super().__init__(path, metadata)
+        self.written = written
+        self._unchecked = True
+
+    def _read(self, key: tuple[Any, ...]) -> np.ndarray:
+        if self._unchecked:  # by several threads at once: each may look
+            self.written.check()
+            self._unchecked = False
+        return super()._read(key)
+
+
+def open_consolidated(
+    path: Path,
+    group: dict[str, Any],
+    attributes: TraceAttributes,
+    shared: Shared,
+    *,
+    blocks: bool,
+) -> xr.Dataset | None:
+    """Open a complete trace from its consolidated metadata; None if it cannot be done so.
+
+    Parameters
+    ----------
+    path
+        Folder of the trace.
+    group
+        Its zarr.json.
+    attributes
+        What it says of itself.
+    shared
+        Coordinates that were loaded before; added to.
+    blocks
+        Whether to give dask arrays, a file a block.
+    """
+    nodes = (group.get("consolidated_metadata") or {}).get("metadata", {})
+    journal = attributes.stored.get(METADATA, {})
+    if not attributes.complete or set(nodes) != set(journal) or not nodes:
+        return None
+    labels = set(group["attributes"].get("coordinates", "").split())
+    variables: dict[str, xr.Variable] = {}
+    coordinates: dict[str, xr.Variable] = {}
+    indexes: dict[str, PandasIndex] = {}
+    for name, metadata in sorted(nodes.items()):
+        found = parse_array(path / name, lambda metadata=metadata: metadata)  # type: ignore[misc]
+        try:
+            array = CheckedArray(
+                path / name, metadata, _written(path, name, found, attributes, journal[name])
+            )
+        except (ValueError, KeyError, TypeError):
+            return None  # in another encoding than ours
+        is_index = found.dims == (name,)
+        if is_index or array.dtype == object:
+            variable, index = _coordinate(name, array, found, metadata, attributes, shared)
+            coordinates[name] = variable
+            if index is not None:
+                indexes[name] = index
+            continue
+        variable = _variable(array, found, metadata)
+        if name in labels:
+            coordinates[name] = variable
+        else:
+            variables[name] = _blocks(variable, array, attributes) if blocks else variable
+    rest = {k: v for k, v in group["attributes"].items() if k != "coordinates"}
+    return xr.Dataset(variables, xr.Coordinates(coordinates, indexes), rest)
+
+
+def _written(
+    path: Path, name: str, found: ArrayOnDisk, attributes: TraceAttributes, metadata: Stored
+) -> Written:
+    sizes: dict[str, tuple[int | None, int]] = {}
+    for key, entry in attributes.stored.items():
+        if name in entry and key != METADATA:
+            at = attributes.index_of(int(key), found.dims[0]) if key.isdigit() else None
+            sizes[key] = at, entry[name].bytes
+    return Written(str(path), name, found.shape, found.file_shape, metadata, sizes)
+
+
+def _variable(array: CheckedArray, found: ArrayOnDisk, metadata: dict[str, Any]) -> xr.Variable:
+    encoding = {"chunks": array.chunks, "shards": array.shards}
+    return xr.Variable(found.dims, as_lazy(array), metadata["attributes"], encoding)
+
+
+def _blocks(variable: xr.Variable, array: CheckedArray, attributes: TraceAttributes) -> xr.Variable:
+    """Return a variable on dask, in blocks of whole files: tasks never share one.
+
+    Blocks are named by what the journal says of their content: dask would pickle the array for a
+    name.
+    """
+    name, trace = array.written.name, array.written.trace
+    content = [entry[name].blake2b for entry in attributes.stored.values() if name in entry]
+    token = hashlib.blake2b("".join([trace, name, *content]).encode(), digest_size=16).hexdigest()
+    chunks = dict(zip(variable.dims, array.file_shape, strict=True))
+    return variable.chunk(chunks, name=f"{name}-{token}")
+
+
+def _coordinate(
+    name: str,
+    array: CheckedArray,
+    found: ArrayOnDisk,
+    metadata: dict[str, Any],
+    attributes: TraceAttributes,
+    shared: Shared,
+) -> tuple[xr.Variable, PandasIndex | None]:
+    """Load an index or texts; those whose content another trace has are taken from there."""
+    stored = attributes.stored[COORDINATES][name]
+    key = (name, stored)
+    if key not in shared:
+        values = array.load()
+        variable = xr.Variable(found.dims, values, metadata["attributes"])
+        index = None
+        if found.dims == (name,):
+            index = PandasIndex(values, name)
+            variable = index.create_variables({name: variable})[name]
+        shared[key] = variable, index
+        return variable, index
+    variable, index = shared[key]
+    return (variable if index is not None else variable.copy(deep=True)), index
