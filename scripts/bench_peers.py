@@ -52,15 +52,17 @@ ATTENTION_DIFFERENCE, FEATURE_DIFFERENCE, FIRING_DIFFERENCE = 1e-4, 1e-3, 1e-3
 
 def make_environment() -> Path:
     """Install zarrtrace and its peers into an environment beside this repository's; once."""
-    python, done = ENVIRONMENT / "bin" / "python", ENVIRONMENT / "installed"
-    if not done.exists():
+    python, installed = ENVIRONMENT / "bin" / "python", ENVIRONMENT / "installed"
+    constraints = ROOT / "scripts" / "constraints.txt"
+    wanted = constraints.read_text(encoding="utf-8")
+    if not installed.exists() or installed.read_text(encoding="utf-8") != wanted:
         print(f"making {ENVIRONMENT.name}", file=sys.stderr)
         venv.create(ENVIRONMENT, with_pip=True, clear=True)
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        pins = ["--constraint", str(ROOT / "scripts" / "constraints.txt")]
+        pins = ["--constraint", str(constraints)]
         subprocess.run([*pip, *pins, "-e", f"{ROOT}[extract]", "nnsight", *DELPHI], check=True)
         subprocess.run([*pip, "--no-deps", "eai-delphi"], check=True)
-        done.touch()
+        installed.write_text(wanted, encoding="utf-8")
     return python
 
 
