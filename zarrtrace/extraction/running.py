@@ -43,7 +43,7 @@ _BYTES_A_WRITER = 48 * 2**20
 _MOST_WRITERS = 14
 # After a record of this size, or so many bytes of small ones, memory that was freed is given back.
 _LARGE_RECORD = 32 * 2**20
-_SMALL_RECORDS = 256 * 2**20
+_SMALL_RECORDS = 64 * 2**20
 
 
 def extract(

@@ -74,7 +74,7 @@ def update_attributes(path: Path, update: Callable[[dict[str, Any]], dict[str, A
     """
     group = json.loads((path / "zarr.json").read_bytes())
     group.pop("consolidated_metadata", None)
-    group["attributes"][NAMESPACE] = sealed(update(group["attributes"][NAMESPACE]))
+    group["attributes"][NAMESPACE] = sealed(update(group["attributes"].get(NAMESPACE, {})))
     _write(path, group, indent=None)
 
 
