@@ -17,7 +17,7 @@ from zarrtrace.npz.files import Progress, replacing, run_jobs, writing
 from zarrtrace.npz.metadata import KEYS, Metadata, ScenarioMetadata, write_metadata
 from zarrtrace.scenarios import DECISION
 from zarrtrace.spec import NAMESPACE, TraceAttributes
-from zarrtrace.store import array_of, check_sizes, kind_of, open_run, open_trace
+from zarrtrace.store import array_of, kind_of, open_run, open_trace
 
 DType = Literal["float16", "float32"]
 
@@ -108,9 +108,9 @@ def export_npz(
 
 def _traces(path: Path, names: Sequence[str] | None) -> list[_Trace]:
     if kind_of(path) == "run":
-        tree = open_run(path)
-        folders = {name: path / name for name in tree.children}
-        datasets = {name: node.to_dataset() for name, node in tree.children.items()}
+        folders = {name: path / name for name in open_run(path).children}
+        # Every byte will be read: all files are looked at before the first is written.
+        datasets = {name: open_trace(folder) for name, folder in folders.items()}
     else:
         ds = open_trace(path)
         name = str(ds.attrs[NAMESPACE]["scenario"])
@@ -128,7 +128,6 @@ def _traces(path: Path, names: Sequence[str] | None) -> list[_Trace]:
 
 def _trace(path: Path, ds: Any) -> _Trace:
     attributes = TraceAttributes.model_validate(ds.attrs[NAMESPACE])
-    check_sizes(path, attributes)  # a run's files are looked at when they are read
     tokens = [str(text) for text in ds["query_token"].values]
     keys = [key for key in KEYS if key in ds.data_vars]
     return _Trace(
