@@ -1,7 +1,7 @@
 """Run every analysis over many scenarios on a cluster of two worker processes.
 
-Says how long opening takes, how many tasks each graph has, how long it runs, and the most memory that
-a worker held. The run is that of scripts/bench_index.py: 64 tokens, 4 layers, 4,096 features.
+Says how long opening takes, how many tasks each graph has, how long it runs, and the most memory
+that a worker held. The run is that of scripts/bench_index.py: 64 tokens, 4 layers, 4,096 features.
 
     python scripts/bench_distributed.py [--scenarios 1000] [--run FOLDER] [--only NAME ...]
 """

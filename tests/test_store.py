@@ -326,6 +326,28 @@ def test_missing_layers_of_long_prompts_are_nan_too(tmp_path: Path, chunks: Any)
     assert_equals(zt.open_trace(done.trace, chunks=chunks), done.truth["a"])
 
 
+@pytest.mark.parametrize("chunks", [None, "auto"])
+def test_a_run_opens_as_its_traces_do(tmp_path: Path, opened_files: list[str], chunks: Any) -> None:
+    run = fakes.make_run(tmp_path, tokens=(7, 9), features={"features": 16, "features_mlp": 8})
+    opened_files.clear()
+    tree = zt.open_run(run.path, chunks=chunks)
+    # The group's metadata, texts of two dimensions and their two indices, each with its own.
+    assert len([file for file in opened_files if "/Risky_2/" in file]) == 1 + 4 * 2
+    for name, child in tree.children.items():
+        alone = zt.open_trace(run.path / name, chunks=chunks)
+        xr.testing.assert_identical(child.to_dataset(), alone)
+        for array, variable in alone.data_vars.items():
+            assert child[array].chunks == variable.chunks
+            assert child[array].encoding == variable.encoding
+        assert_equals(child.to_dataset(), run.truth[name])
+
+
+def test_traces_do_not_share_texts(run: fakes.FakeRun) -> None:
+    tree = zt.open_run(run.path)
+    tree["Safe_1"]["query_token"].values[0] = "changed"
+    assert tree["Risky_2"]["query_token"].values[0] == "<s>"
+
+
 def test_absent_scenarios(run: fakes.FakeRun) -> None:
     shutil.rmtree(run.path / "Risky_2")
     with pytest.raises(IncompleteError, match="1 of 2 scenarios are not there: Risky_2"):
