@@ -488,6 +488,10 @@ def test_kill_9(tmp_path: Path, seed: int) -> None:
 
 def test_integrity_errors_name_the_remedy(run: fakes.FakeRun) -> None:
     delete(run.path / "Safe_1/features/c/1/0/0", 0)
-    with pytest.raises(IntegrityError) as error:
-        zt.open_run(run.path)
-    assert "--repair" in error.value.remedy
+    for reading in (
+        lambda: zt.open_trace(run.path / "Safe_1"),
+        zt.open_run(run.path)["Safe_1"]["features"].load,
+    ):
+        with pytest.raises(IntegrityError) as error:
+            reading()
+        assert "--repair" in error.value.remedy

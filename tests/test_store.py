@@ -342,6 +342,22 @@ def test_a_run_opens_as_its_traces_do(tmp_path: Path, opened_files: list[str], c
         assert_equals(child.to_dataset(), run.truth[name])
 
 
+@pytest.mark.parametrize("damage", [Path.write_text, None])
+def test_a_run_refuses_an_array_with_other_metadata(
+    run: fakes.FakeRun, damage: Callable[[Path, str], None] | None
+) -> None:
+    file = run.trace / "features" / "zarr.json"
+    content = file.read_text(encoding="utf-8")
+    if damage is None:
+        file.unlink()
+        os.mkfifo(file)  # waited for forever if it were read
+    else:
+        damage(file, content.replace("16", "17", 1))
+    opened = zt.open_run(run.path)["Safe_1"]
+    with pytest.raises(IntegrityError, match=r"features/zarr\.json: not the metadata"):
+        opened["features"].load()
+
+
 def test_traces_do_not_share_texts(run: fakes.FakeRun) -> None:
     tree = zt.open_run(run.path)
     tree["Safe_1"]["query_token"].values[0] = "changed"
