@@ -130,7 +130,8 @@ class _Plan:
         if self.settled.batch_size == 1:  # else they are in order already, and must stay in it
             order = sorted(range(len(groups)), key=lambda at: lengths[at])
             groups, lengths = [groups[at] for at in order], [lengths[at] for at in order]
-        most = min(_TOKENS_A_TASK, sum(lengths) / (_TASKS_A_WORKER * workers))
+        parts = _TASKS_A_WORKER * workers if workers > 1 else 1
+        most = min(_TOKENS_A_TASK, sum(lengths) / parts)
         tasks: list[list[Group]] = []
         tokens = 0.0
         for group, length in zip(groups, lengths, strict=True):

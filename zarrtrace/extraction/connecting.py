@@ -99,27 +99,39 @@ def _started(workers: int, device: str) -> Any:
             preload=["zarrtrace.extraction.worker"],
             dashboard_address=None,
         )
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, _cores() // workers)))
-    same = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    own = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] if gpus else [{}] * workers
-    network = {"host": "127.0.0.1", "protocol": "tcp://"}
-    options = {
+    network = {"host": "127.0.0.1", "protocol": "tcp://", "dashboard": False}
+    network["dashboard_address"] = "127.0.0.1:0"  # of the server that answers health checks
+    worker = {
         **network,
         "nthreads": 1,
         "memory_limit": 0,
-        "dashboard": False,
         "preload": ["zarrtrace.extraction.worker"],
         "silence_logs": logging.CRITICAL,
     }
-    with dask.config.set({"distributed.worker.daemon": True}):
+    own = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] if gpus else [{}] * workers
+    with dask.config.set(_settings(workers)):
         return SpecCluster(
-            scheduler={"cls": Scheduler, "options": {**network, "port": 0, "dashboard": False}},
+            scheduler={"cls": Scheduler, "options": {**network, "port": 0}},
             workers={
-                at: {"cls": Nanny, "options": {**options, "env": {**same, **env}}}
-                for at, env in enumerate(own)
+                at: {"cls": Nanny, "options": {**worker, "env": env}} for at, env in enumerate(own)
             },
             silence_logs=logging.CRITICAL,
         )
+
+
+def _settings(workers: int) -> dict[str, Any]:
+    """Dask's settings for processes that compute with torch."""
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, _cores() // workers)))
+    return {
+        # Without Dask's MALLOC_TRIM_THRESHOLD_, which has the C library give back freed memory at
+        # once: page faults for every large array.
+        "distributed.nanny.pre-spawn-environ": {
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+        },
+        # It takes the interpreter's lock a hundred times a second.
+        "distributed.worker.profile.enabled": False,
+    }
 
 
 def _gpus(workers: int) -> list[str]:
