@@ -100,8 +100,8 @@ def main() -> None:
                 taken = time.perf_counter() - start, time.process_time() - used
             print(f"open_run, chunks={chunks}: {taken[0]:.2f} s, {taken[1]:.2f} s of CPU")
         print(f"{len(run.children)} scenarios")
-        cluster = LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0")  # type: ignore[no-untyped-call]
-        with cluster, Client(cluster):  # type: ignore[no-untyped-call]
+        cluster = LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0")
+        with cluster, Client(cluster):
             print("| analysis | tasks | graph s | compute s | worker MiB |")
             print("|---|---|---|---|---|", flush=True)
             for name in given.only:
