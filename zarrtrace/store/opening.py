@@ -29,8 +29,8 @@ from zarrtrace.store.attributes import (
 from zarrtrace.store.files import fingerprint_of, size_of
 from zarrtrace.store.lazy import StoredArray, as_lazy
 
-# Loaded coordinates by name and the hash of their content: most are alike in all traces.
-Shared = dict[tuple[str, Stored], tuple[xr.Variable, PandasIndex | None]]
+# Indexes by name and the hash of their content: most are alike in all traces.
+Shared = dict[tuple[str, Stored], tuple[xr.Variable, PandasIndex]]
 
 
 class Written(NamedTuple):
@@ -118,7 +118,7 @@ def open_consolidated(
     attributes
         What it says of itself.
     shared
-        Coordinates that were loaded before; added to.
+        Indexes that were loaded before; added to. Texts are read when they are first asked for.
     blocks
         Whether to give dask arrays, a file a block.
     """
@@ -138,12 +138,11 @@ def open_consolidated(
             )
         except (ValueError, KeyError, TypeError):
             return None  # in another encoding than ours
-        is_index = found.dims == (name,)
-        if is_index or array.dtype == object:
-            variable, index = _coordinate(name, array, found, metadata, attributes, shared)
-            coordinates[name] = variable
-            if index is not None:
-                indexes[name] = index
+        if found.dims == (name,):
+            stored = attributes.stored[COORDINATES][name]
+            if (name, stored) not in shared:
+                shared[name, stored] = _index(name, array, metadata)
+            coordinates[name], indexes[name] = shared[name, stored]
             continue
         variable = _variable(array, found, metadata)
         if name in labels:
@@ -183,25 +182,10 @@ def _blocks(variable: xr.Variable, array: CheckedArray, attributes: TraceAttribu
     return variable.chunk(chunks, name=f"{name}-{token}")
 
 
-def _coordinate(
-    name: str,
-    array: CheckedArray,
-    found: ArrayOnDisk,
-    metadata: dict[str, Any],
-    attributes: TraceAttributes,
-    shared: Shared,
-) -> tuple[xr.Variable, PandasIndex | None]:
-    """Load an index or texts; those whose content another trace has are taken from there."""
-    stored = attributes.stored[COORDINATES][name]
-    key = (name, stored)
-    if key not in shared:
-        values = array.load()
-        variable = xr.Variable(found.dims, values, metadata["attributes"])
-        index = None
-        if found.dims == (name,):
-            index = PandasIndex(values, name)
-            variable = index.create_variables({name: variable})[name]
-        shared[key] = variable, index
-        return variable, index
-    variable, index = shared[key]
-    return (variable if index is not None else variable.copy(deep=True)), index
+def _index(
+    name: str, array: CheckedArray, metadata: dict[str, Any]
+) -> tuple[xr.Variable, PandasIndex]:
+    """Load the index of a dimension."""
+    index = PandasIndex(array.load(), name)
+    variable = xr.Variable((name,), index.index, metadata["attributes"])
+    return index.create_variables({name: variable})[name], index
