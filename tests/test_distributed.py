@@ -18,7 +18,7 @@ from zarrtrace import analysis
 from zarrtrace.errors import IntegrityError
 from zarrtrace.index import build_index
 
-NAMES = tuple(f"{kind}_{i}" for i in range(3) for kind in ("Risky", "Safe"))
+NAMES = tuple(f"{kind}_{i}" for i in range(2) for kind in ("Risky", "Safe"))
 
 ANALYSES: dict[str, Callable[[Any], Any]] = {
     "attention_to": lambda run: analysis.attention_to(run, ["balance", 0]),
@@ -62,7 +62,7 @@ def client() -> Iterator[Client]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> fakes.FakeRun:
     return fakes.make_run(
-        tmp_path_factory.mktemp("distributed"), scenarios=NAMES, tokens=(18, 20, 22) * 2, active=0.4
+        tmp_path_factory.mktemp("distributed"), scenarios=NAMES, tokens=(18, 20) * 2, active=0.4
     )
 
 
