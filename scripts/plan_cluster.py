@@ -68,11 +68,11 @@ class Costs:
     bucket_gbps: float = 100.0
     bucket_puts: float = 3500.0
     partitions: int = 1
-    task_ms: float = 1.0
-    report_ms: float = 0.2
+    task_ms: float = 1.7
+    report_ms: float = 0.05
     reports_a_second: float = 2.0
-    tokenise_ms: float = 2.0
-    finish_ms: float = 3.0
+    tokenise_ms: float = 0.65
+    finish_ms: float = 2.0
     jitter: float = 0.1
 
 
