@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any
+
+# Of malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def release_freed() -> None:
@@ -26,3 +30,15 @@ def _malloc_trim() -> Callable[[int], Any] | None:
     except (AttributeError, OSError, TypeError):  # macOS, musl, Windows
         return None
     return found
+
+
+def keep_freed() -> None:
+    """Undo Dask's ``MALLOC_TRIM_THRESHOLD_`` in a worker; does nothing where it is not glibc.
+
+    Every large array would be mapped anew, page by page. These are the thresholds that glibc comes
+    to by itself where nothing is set.
+    """
+    if "MALLOC_TRIM_THRESHOLD_" in os.environ and _malloc_trim() is not None:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 64 * 2**20)

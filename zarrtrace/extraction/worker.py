@@ -28,6 +28,7 @@ from zarrtrace.extraction.job import (
     prepare,
     with_scenarios,
 )
+from zarrtrace.extraction.memory import keep_freed
 from zarrtrace.extraction.running import SECONDS_GIVEN_UP, fill
 from zarrtrace.scenarios import Scenario
 from zarrtrace.store import only_writer
@@ -214,6 +215,7 @@ def _job(setup: Setup, scenarios: Sequence[Scenario], batch_size: int | None = N
     """Return the job for some scenarios, with the model that is kept."""
     loaded = replace(setup, options=replace(setup.options, **_NOT_LOADED))
     if loaded not in _kept:
+        keep_freed()
         _kept.clear()  # two models may not fit into the memory of a device
         job = prepare(_resolved(setup), scenarios=scenarios, progress=False)
         source = job.source and capture_package().KeptEncoders(job.source)
