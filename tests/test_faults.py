@@ -441,7 +441,7 @@ while len(log) < kills:
     before = now
     must(readable)
     if code == -signal.SIGKILL:
-        if log and len(now) == log[-1][1]:
+        if log and not now and not log[-1][1]:
             duration *= 1.2  # the machine has become slower: no kill would come late enough
         log.append((round(moment, 3), len(now)))
     else:
