@@ -268,11 +268,15 @@ def test_processes_of_their_own(
     common = ["--scheduler-file", str(file), "--host", "127.0.0.1", "--no-dashboard"]
     commands = [[*own, "distributed.cli.dask_scheduler", *common, "--port", "0"]]
     commands += 2 * [[*own, "distributed.cli.dask_worker", *common, "--nthreads", "1"]]
-    processes = [
-        subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) for command in commands
-    ]
+
+    def start(command: list[str]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+
+    scheduler, *workers = commands
+    processes = [start(scheduler)]
     try:
-        wait_for(file.is_file)
+        wait_for(lambda: file.is_file() and file.read_bytes().endswith(b"}"))
+        processes += map(start, workers)
         (tmp_path / "runs").mkdir()
         ask = ["zarrtrace", "extract", "-o", "runs/run", "-q", *ASKED]
         address = json.loads(file.read_text())["address"]
