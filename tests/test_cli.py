@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import pty
@@ -29,19 +30,18 @@ COMMAND = [sys.executable, "-m", "zarrtrace"]
 
 
 def call(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, check=False, cwd=cwd
-    )
-
-
-def call_here(*arguments: str | Path) -> int | str | None:
-    """Call the command line in this process, which has torch already; return its exit code."""
+    """Run the command line in this process, which has torch already; others start it anew."""
+    out, err = io.StringIO(), io.StringIO()
     with (
         unittest.mock.patch.object(sys, "argv", ["zarrtrace", *map(str, arguments)]),
+        contextlib.chdir(cwd or Path.cwd()),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
         pytest.raises(SystemExit) as ended,
     ):
         main()
-    return ended.value.code
+    code = int(ended.value.code or 0)
+    return subprocess.CompletedProcess(sys.argv, code, out.getvalue(), err.getvalue())
 
 
 def test_help_lists_every_command() -> None:
@@ -177,14 +177,10 @@ def test_a_closed_pipe_is_no_error_message(shared_run: fakes.FakeRun) -> None:
 
 
 @pytest.mark.torch
-def test_a_dry_run_says_what_a_run_needs(
-    tmp_path: Path, demo_run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_says_what_a_run_needs(tmp_path: Path, demo_run: Path) -> None:
     arguments = ["extract", "-o", tmp_path / "run", "--dry-run"]
-    assert call_here(*arguments) == 0
-    assert "Nothing was written." in capsys.readouterr().out
-    assert call_here(*arguments, "--json") == 0
-    plan = json.loads(capsys.readouterr().out)
+    assert "Nothing was written." in call(*arguments).stdout
+    plan = json.loads(call(*arguments, "--json").stdout)
     assert list(tmp_path.iterdir()) == []
     run = zt.open_run(demo_run)
     assert plan["tokens"] == {name: ds.sizes["query"] for name, ds in run.children.items()}
@@ -210,13 +206,12 @@ def test_low_memory_needs_two_blocks_on_the_device() -> None:
 
 
 @pytest.mark.torch
-def test_bars_only_on_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bars_only_on_a_terminal(tmp_path: Path) -> None:
     arguments = ["extract", "--layers", "1-2", "--scenario", "Risky_40", "--no-features"]
-    piped = call_here(*arguments, "-o", tmp_path / "a")
-    captured = capsys.readouterr()
-    assert piped == 0
-    assert captured.err == ""
-    assert "complete     yes" in captured.out
+    piped = call(*arguments, "-o", tmp_path / "a")
+    assert piped.returncode == 0
+    assert piped.stderr == ""
+    assert "complete     yes" in piped.stdout
     shown = on_a_terminal(*arguments, "-o", tmp_path / "b")
     assert "layers" in shown
     assert "scenarios" in shown
@@ -262,8 +257,8 @@ def test_a_signal_says_where_to_go_on(tmp_path: Path, number: int, code: int) ->
     assert signal.Signals(number).name in stderr
     assert "Traceback" not in stderr
     if number == signal.SIGINT:
-        assert call_here(*arguments) == 0
-        assert call_here("verify", tmp_path / "run") == 0
+        assert call(*arguments).returncode == 0
+        assert call("verify", tmp_path / "run").returncode == 0
 
 
 def test_an_ignored_interrupt_stays_ignored() -> None:

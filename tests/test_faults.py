@@ -473,7 +473,7 @@ print(json.dumps(log))
 @pytest.mark.parametrize("seed", [11, 12])
 def test_kill_9(tmp_path: Path, seed: int) -> None:
     """At random moments, 40 in CI; what is there afterwards equals an uninterrupted run."""
-    kills = int(os.environ.get("ZARRTRACE_KILLS", "12")) // 2
+    kills = int(os.environ.get("ZARRTRACE_KILLS", "8")) // 2
     done = subprocess.run(
         [sys.executable, "-c", KILLER, str(tmp_path), str(seed), str(kills)],
         capture_output=True,
