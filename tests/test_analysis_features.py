@@ -263,7 +263,7 @@ class TestReadsOnlyWhatItNeeds:
     ) -> None:
         run = open_run(shared_run.path, chunks=chunks)  # type: ignore[arg-type]
         opened_files.clear()
-        found = feature_trajectory(run["Safe_1"].to_dataset().sel(layer=[2]), 3)
+        found = feature_trajectory(run["Safe_1"].to_dataset().sel(layer=slice(2, 2)), 3)
         if chunks:
             assert self.chunks(opened_files, shared_run.path) == set()
         found.load()

@@ -17,6 +17,7 @@ import zarrtrace as zt
 from zarrtrace import analysis
 from zarrtrace.errors import IntegrityError
 from zarrtrace.index import build_index
+from zarrtrace.store import opening
 
 NAMES = tuple(f"{kind}_{i}" for i in range(2) for kind in ("Risky", "Safe"))
 
@@ -98,6 +99,20 @@ def test_blocks_are_files(run: fakes.FakeRun) -> None:
                 file = array.encoding["shards"] or array.encoding["chunks"]
                 for sizes, of_file in zip(array.chunks, file, strict=True):
                     assert all(size == of_file for size in sizes[:-1])
+
+
+@pytest.mark.parametrize(("layers", "wanted"), [(1, (1, 1, 1)), (2, (2, 1)), (3, (3,))])
+def test_blocks_are_several_small_files(
+    run: fakes.FakeRun, monkeypatch: pytest.MonkeyPatch, layers: int, wanted: tuple[int, ...]
+) -> None:
+    ds = zt.open_trace(run.path / NAMES[0])
+    monkeypatch.setattr(opening, "_BLOCK_BYTES", layers * ds["features"][0].nbytes + 1)
+    for opened in (
+        zt.open_trace(run.path / NAMES[0], chunks="auto"),
+        zt.open_run(run.path, chunks="auto")[NAMES[0]],
+    ):
+        assert opened["features"].chunksizes["layer"] == wanted
+        assert opened["next_token"].chunks is not None
 
 
 def test_an_array_that_is_sent_is_small(run: fakes.FakeRun) -> None:

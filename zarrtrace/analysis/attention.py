@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -21,10 +22,10 @@ from zarrtrace.analysis.selecting import (
     query_labels,
     require_places,
     require_queries,
-    rows_and_columns,
     scenario_of,
     span_names,
     stored_queries,
+    taken,
     whole,
 )
 from zarrtrace.errors import ConfigError
@@ -36,6 +37,10 @@ Heads = Literal["mean", "each"]
 LOCALITY = ("distance", "entropy", "window_share", "first_share")
 #: The scores of :func:`head_roles`.
 ROLES = ("previous_token", "first_token", "duplicate_token", "induction")
+
+
+# Attention probabilities that are looked at together in float64, one megabyte of them.
+_SLAB = 2**17
 
 
 # --- between spans -----------------------------------------------------------------------------
@@ -188,7 +193,7 @@ def weighted(array: xr.DataArray, rows: Weights, columns: Weights) -> xr.DataArr
     """
     out: xr.DataArray = xr.apply_ufunc(
         _weighted,
-        whole(rows_and_columns(array, rows.positions, columns.positions), "query", "key"),
+        whole(taken(array, query=rows.positions, key=columns.positions), "query", "key"),
         kwargs={"rows": rows.values, "columns": columns.values},
         input_core_dims=[["query", "key"]],
         output_core_dims=[["source", "target"]],
@@ -255,7 +260,7 @@ def attention_locality(
 
     def of(ds: xr.Dataset) -> xr.Dataset:
         rows = stored_queries(ds)
-        array = attention(ds, heads).sel(query=rows)
+        array = taken(attention(ds, heads), query=rows)
         at = xr.DataArray(rows, dims="query", coords={"query": rows})
         found: xr.DataArray = xr.apply_ufunc(
             _locality_of_rows,
@@ -301,17 +306,20 @@ def _locality_of_rows(
     has_far = at - keys[0] > window
     moments = np.stack([np.ones(len(keys)), keys], axis=-1)[first:]
     out = np.empty((*block.shape[:-1], len(LOCALITY)))
-    for place in np.ndindex(block.shape[:-2]):  # one head at a time: temporaries stay small
-        rows = block[place].astype(np.float64)
-        kept = rows[:, first:]
-        mass, moment = (kept @ moments).T
+    matrices, found = block.reshape(-1, *block.shape[-2:]), out.reshape(-1, *out.shape[-2:])
+    # Some heads at a time: temporaries stay small, and threads rarely wait for Python's lock.
+    step = max(1, _SLAB // max(1, math.prod(block.shape[-2:])))
+    for start in range(0, len(matrices), step):
+        rows = matrices[start : start + step].astype(np.float64)
+        kept = rows[..., first:]
+        mass, moment = np.moveaxis(kept @ moments, -1, 0)
         with np.errstate(divide="ignore", invalid="ignore"):
             logs = np.log(kept, out=np.zeros_like(kept), where=kept > 0)
             # The entropy of kept / mass, without dividing every value.
-            entropy = np.log(mass) - np.einsum("qk,qk->q", kept, logs) / mass
-            inside = np.where(has_far, np.einsum("qk,qk->q", kept, near) / mass, np.nan)
-            values = (at - moment / mass, entropy, inside, rows[:, 0] / rows.sum(-1))
-        out[place] = np.stack(values, axis=-1)
+            entropy = np.log(mass) - np.einsum("hqk,hqk->hq", kept, logs) / mass
+            inside = np.where(has_far, np.einsum("hqk,qk->hq", kept, near) / mass, np.nan)
+            values = (at - moment / mass, entropy, inside, rows[..., 0] / rows.sum(-1))
+        found[start : start + step] = np.stack(values, axis=-1)
     out[..., at == keys[0], :] = np.nan
     return out
 
@@ -359,7 +367,7 @@ def head_roles(data: Data) -> xr.DataArray:
         patterns = _patterns(ds).sel(query=rows)
         patterns = patterns.sel(query=patterns.any(["role", "key"]))
         counts = patterns.any("key").sum("query")
-        array = attention(ds, "each").sel(query=patterns["query"].values)
+        array = taken(attention(ds, "each"), query=patterns["query"].values)
         together: xr.DataArray = xr.dot(
             array.astype(np.float64), patterns.astype(np.float64), dim=["query", "key"]
         )

@@ -20,9 +20,9 @@ from zarrtrace.analysis.selecting import (
     per_scenario,
     positions,
     require_places,
-    rows_and_columns,
     span_names,
     stored_queries,
+    taken,
     traces,
 )
 from zarrtrace.errors import ConfigError
@@ -233,7 +233,7 @@ def _to_task(ds: xr.Dataset, task_spans: Sequence[str]) -> xr.DataArray | None:
     queries = [q for q in stored_queries(ds).tolist() if keys and q > keys[-1] and q not in decided]
     if not queries:
         return None
-    chosen = rows_and_columns(attention(ds, "mean"), queries, keys)
+    chosen = taken(attention(ds, "mean"), query=queries, key=keys)
     return chosen.sum("key", skipna=False, dtype=np.float64).mean("query", skipna=False)
 
 

@@ -30,9 +30,9 @@ from zarrtrace.analysis.selecting import (
     positions,
     require,
     require_places,
-    rows_and_columns,
     span_names,
     tags,
+    taken,
     traces,
 )
 from zarrtrace.errors import ScenarioError
@@ -281,7 +281,7 @@ def _active(ds: xr.Dataset, places: Sequence[Place]) -> dict[tuple[int, int], _A
     if not here:
         return {}
     rows = sorted({position for _, tokens in here for position in tokens})
-    block = ds["features"].sel(query=rows)
+    block = taken(ds["features"], query=rows)
     out: dict[tuple[int, int], _Active] = {}
     # Dask reads layers in parallel, so it is asked for all at once; otherwise one is in memory.
     whole = None if block.chunks is None else np.asarray(block)
@@ -392,7 +392,7 @@ def _attention(
     absent = xr.full_like(bare.isel(query=0, key=0, drop=True), np.nan, dtype=np.float64)
     reachable = not isinstance(target, str) or has_span(ds, target)
     found = [
-        rows_and_columns(bare, positions(ds, target), positions(ds, place)).mean(
+        taken(bare, query=positions(ds, target), key=positions(ds, place)).mean(
             ["query", "key"], dtype=np.float64, skipna=False
         )
         if reachable and (not isinstance(place, str) or has_span(ds, place))

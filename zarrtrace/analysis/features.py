@@ -21,7 +21,7 @@ from zarrtrace.analysis.selecting import (
     present,
     require,
     require_places,
-    rows_and_columns,
+    taken,
     whole,
 )
 from zarrtrace.errors import ConfigError
@@ -88,10 +88,11 @@ def feature_trajectory(
 
     def of(ds: xr.Dataset) -> xr.DataArray | None:
         require(ds, "features")
-        chosen = _choose_features(ds, wanted)
         here = present(ds, places)
         if not here:
             return None
+        rows = np.unique([position for place in here for position in positions(ds, place)])
+        chosen = _choose_features(ds, wanted, rows)
         if reduce == "none":
             tokens = chosen.sel(query=positions(ds, here[0]))
             texts = ["query_token", "token_id"] if is_run(data) else []
@@ -124,7 +125,9 @@ def feature_trajectory(
     )
 
 
-def _choose_features(ds: xr.Dataset, wanted: Sequence[int]) -> xr.DataArray:
+def _choose_features(
+    ds: xr.Dataset, wanted: Sequence[int], rows: Sequence[int] | np.ndarray
+) -> xr.DataArray:
     index = ds.indexes["feature"]
     absent = [feature for feature in wanted if feature not in index]
     if absent or not wanted:
@@ -133,7 +136,7 @@ def _choose_features(ds: xr.Dataset, wanted: Sequence[int]) -> xr.DataArray:
             why=f"The SAE has latents {index.min()} to {index.max()}.",
             remedy="Give indices of these.",
         )
-    return ds["features"].sel(feature=list(wanted))
+    return taken(ds["features"], feature=wanted, query=rows)
 
 
 def pathway_features(
@@ -191,9 +194,10 @@ def pathway_features(
             return None
         src, dst = positions(ds, source), positions(ds, target)
         activations = ds["features"].drop_vars(["query_token", "token_id"], errors="ignore")
-        weights = rows_and_columns(attention(ds, "mean"), dst, src).drop_vars(["query", "key"])
-        at_source = activations.sel(query=src).drop_vars("query").rename(query="key")
-        at_target = activations.sel(query=dst).drop_vars("query")
+        weights = taken(attention(ds, "mean"), query=dst, key=src).drop_vars(["query", "key"])
+        of_both = taken(activations, query=np.unique([*src, *dst]))
+        at_source = of_both.sel(query=src).drop_vars("query").rename(query="key")
+        at_target = of_both.sel(query=dst).drop_vars("query")
         feature, *scores = xr.apply_ufunc(
             _strongest_on_pathway,
             whole(at_source, "key", "feature"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import dask
@@ -83,15 +83,15 @@ def attention_rollout(
     if not 0 <= residual <= 1:
         raise ConfigError(f"residual={residual} is not within 0 to 1", remedy="The usual is 0.5.")
 
-    def of(layers: _Layers, keys: list[list[int]], queries: list[int]) -> list[Any]:
-        values = np.zeros((layers.tokens, len(keys)))
+    def of(layers: _Layers, keys: list[list[int]], queries: list[int]) -> _Found:
+        state: Any = np.zeros((layers.tokens, len(keys)))
         for column, found in enumerate(keys):
-            values[found, column] = 1
-        state: Any = values
+            state[found, column] = 1
         out = []
-        for layer in layers:
-            state = _call(_roll, layer, state, residual)
-            out.append(_call(_mean_rows, state, queries))
+        for number, stretch in layers:
+            states = _call(_roll, stretch, state, residual)
+            state = _call(_last, states)
+            out.append((number, _call(_mean_rows, states, queries)))
         return out
 
     return _through_layers(
@@ -106,12 +106,20 @@ def attention_rollout(
     )
 
 
-def _roll(layer: np.ndarray, state: np.ndarray, residual: float) -> np.ndarray:
-    return np.asarray(_with_residual(layer, residual) @ state)
+def _roll(layers: np.ndarray, state: np.ndarray, residual: float) -> np.ndarray:
+    """Return the state after each layer ``(layer, token, source)``."""
+    states = np.empty((len(layers), *state.shape))
+    for number, layer in enumerate(layers):
+        states[number] = state = _with_residual(layer, residual) @ state
+    return states
 
 
-def _mean_rows(state: np.ndarray, rows: list[int]) -> np.ndarray:
-    return np.asarray(state[rows].mean(0))
+def _last(states: np.ndarray) -> np.ndarray:
+    return np.asarray(states[-1])
+
+
+def _mean_rows(states: np.ndarray, rows: list[int]) -> np.ndarray:
+    return np.asarray(states[:, rows].mean(1))
 
 
 def attention_flow(
@@ -153,19 +161,18 @@ def attention_flow(
     if not 0 <= residual <= 1:
         raise ConfigError(f"residual={residual} is not within 0 to 1", remedy="The usual is 0.5.")
 
-    def of(layers: _Layers, keys: list[list[int]], queries: list[int]) -> list[Any]:
+    def of(layers: _Layers, keys: list[list[int]], queries: list[int]) -> _Found:
         tokens = layers.tokens
-        edges = len(layers) * tokens * (tokens + 1) // 2
+        edges = layers.count * tokens * (tokens + 1) // 2
         if edges > _MOST_EDGES:
             raise ConfigError(
-                f"attention flow through {len(layers)} layers of {tokens} tokens needs a graph of "
+                f"attention flow through {layers.count} layers of {tokens} tokens needs a graph of "
                 f"{edges:,} edges, more than {_MOST_EDGES:,}",
                 why="Maximum flow has to hold all layers at once.",
                 remedy="Take fewer layers (ds.sel(layer=...)), or attention_rollout.",
             )
-        whole: list[Any] = [_call(_capacities, layer, residual) for layer in layers]
-        table = _call(_flows, whole, keys, queries)
-        return [_call(_row, table, number) for number in range(len(layers))]
+        whole: list[Any] = [_call(_capacities, stretch, residual) for _, stretch in layers]
+        return [(layers.count, _call(_flows, whole, keys, queries))]
 
     return _through_layers(
         data,
@@ -179,18 +186,17 @@ def attention_flow(
     )
 
 
-def _row(table: np.ndarray, number: int) -> np.ndarray:
-    return np.asarray(table[number])
+def _capacities(layers: np.ndarray, residual: float) -> np.ndarray:
+    """Return the capacities ``(layer, query, key)`` as whole numbers."""
+    return np.stack(
+        [np.rint(_with_residual(layer, residual) * _UNIT).astype(np.int32) for layer in layers]
+    )
 
 
-def _capacities(layer: np.ndarray, residual: float) -> np.ndarray:
-    """Return the capacities ``(query, key)`` of one layer as whole numbers."""
-    return np.asarray(np.rint(_with_residual(layer, residual) * _UNIT).astype(np.int32))
-
-
-def _flows(layers: list[np.ndarray], keys: list[list[int]], queries: list[int]) -> np.ndarray:
+def _flows(stretches: list[np.ndarray], keys: list[list[int]], queries: list[int]) -> np.ndarray:
     """Return the maximum flows ``(layer, source)`` for one target token."""
-    tokens = layers[0].shape[0]
+    layers = [layer for stretch in stretches for layer in stretch]
+    tokens = len(layers[0])
     query, key = np.tril_indices(tokens)
     out = np.empty((len(layers), len(keys)))
     lower = [number * tokens + key for number in range(len(layers))]
@@ -231,28 +237,36 @@ def _with_residual(layer: np.ndarray, residual: float) -> np.ndarray:
     return out
 
 
-class _Layers(Sequence[Any]):
-    """The matrices ``(query, key)`` of a trace's layers, read one at a time (or lazily)."""
+class _Layers(Iterable[tuple[int, Any]]):
+    """The matrices of a trace's layers in stretches ``(layer, query, key)``, from the first on.
+
+    Each comes with its number of layers. What is on dask comes lazily, a block at a time; else one
+    layer at a time is read.
+    """
 
     def __init__(self, ds: xr.Dataset, array: xr.DataArray) -> None:
         self._scenario = scenario_of(ds)
         self._array = array.transpose("layer", "query", "key")
-        self.tokens = array.sizes["query"]
+        self.tokens, self.count = array.sizes["query"], array.sizes["layer"]
 
-    def __len__(self) -> int:
-        return self._array.sizes["layer"]
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        lazy = self._array.chunks is not None
+        sizes = self._array.chunksizes["layer"] if lazy else (1,) * self.count
+        for start, size in zip(np.cumsum((0, *sizes)), sizes, strict=False):
+            stretch = self._array.isel(layer=slice(start, start + size))
+            layers = stretch["layer"].values.tolist()
+            if lazy:
+                # One task takes blocks together, and hands on what it has checked.
+                checked = dask.delayed(_present, pure=True)(stretch.data, self._scenario, layers)
+            else:
+                checked = _present(stretch.values, self._scenario, layers)
+            yield size, checked
 
-    def __getitem__(self, number: Any) -> Any:
-        one = self._array.isel(layer=number)
-        layer = int(one["layer"])
-        if one.chunks is None:
-            return _present(one.values, self._scenario, layer)
-        # One task takes the blocks of a layer together, and hands on what it has checked.
-        return dask.delayed(_present, pure=True)(one.data, self._scenario, layer)
 
-
-#: Takes the layers, each source's rows and the target's; gives a row ``(source,)`` by layer.
-_Through = Callable[[_Layers, list[list[int]], list[int]], list[Any]]
+#: Stretches ``(layer, source)``, each with its number of layers.
+_Found = list[tuple[int, Any]]
+#: Takes the layers, each source's rows and the target's.
+_Through = Callable[[_Layers, list[list[int]], list[int]], _Found]
 
 
 def _through_layers(
@@ -280,7 +294,7 @@ def _through_layers(
         keys = [_rows(ds, place) for place in here]
         rows = through(_Layers(ds, array), keys, _rows(ds, target))
         return xr.DataArray(
-            _stack(rows, len(here)),
+            _together(rows, len(here)),
             dims=("layer", "source"),
             coords={"layer": array["layer"].values, "source": [label(p) for p in here]},
         ).transpose("source", "layer")
@@ -300,10 +314,11 @@ def _through_layers(
     )
 
 
-def _present(values: np.ndarray, scenario: str, layer: int) -> np.ndarray:
-    if np.isnan(values).any():
+def _present(values: np.ndarray, scenario: str, layers: list[int]) -> np.ndarray:
+    missing = np.isnan(values).any((1, 2))
+    if missing.any():
         raise ConfigError(
-            f"{scenario}: attention of layer {layer} is missing",
+            f"{scenario}: attention of layer {layers[int(missing.argmax())]} is missing",
             why="The trace is not complete, and a flow through all layers needs each of them.",
             remedy="Complete the run with 'zarrtrace extract', or select the layers above it.",
         )
@@ -330,7 +345,11 @@ def _rows(ds: xr.Dataset, place: Place) -> list[int]:
     return sorted({where[position] for position in positions(ds, place)})
 
 
-def _stack(rows: list[Any], width: int) -> Any:
-    if dask.is_dask_collection(rows[0]):
-        return da.stack([da.from_delayed(row, (width,), np.float64) for row in rows])
-    return np.stack(rows)
+def _together(stretches: list[tuple[int, Any]], width: int) -> Any:
+    """Put stretches of layers, each with their number, together ``(layer, source)``."""
+    found = [stretch for _, stretch in stretches]
+    if not dask.is_dask_collection(found[0]):
+        return np.concatenate(found)
+    return da.concatenate(
+        [da.from_delayed(rows, (layers, width), np.float64) for layers, rows in stretches]
+    )

@@ -245,17 +245,25 @@ def attention(ds: xr.Dataset, heads: Literal["mean", "each"]) -> xr.DataArray:
     return out.reset_coords(drop=True)
 
 
-def rows_and_columns(
-    array: xr.DataArray, queries: Sequence[int] | np.ndarray, keys: Sequence[int] | np.ndarray
-) -> xr.DataArray:
-    """Return attention of some queries to some keys, reading no other rows than these and between.
+def taken(array: xr.DataArray, **labels: Sequence[int] | np.ndarray) -> xr.DataArray:
+    """Return an array at some labels of its dimensions, reading no others but those between.
 
-    A list of positions alone would make dask read whole blocks before it chooses among them;
-    slices go down to the reading.
+    A list of labels alone would make dask read whole blocks before it chooses among them; slices
+    go down to the reading, unless something else uses the same blocks: take all that is needed of
+    an array at once.
     """
-    query, key = np.asarray(queries), np.asarray(keys)
-    near = array.sel(query=slice(query.min(), query.max()), key=slice(key.min(), key.max()))
-    return near.sel(query=query, key=key)
+    places = {}
+    for dim, wanted in labels.items():
+        at = array.indexes[dim].get_indexer(np.asarray(wanted))
+        if (at < 0).any():
+            raise KeyError(f"{dim} {np.asarray(wanted)[at < 0][0]}")
+        places[dim] = at
+    between = {dim: slice(at.min(), at.max() + 1) for dim, at in places.items() if len(at)}
+    array = array.isel(between)
+    for dim, at in places.items():
+        if len(at) != array.sizes[dim] or (np.diff(at) != 1).any():
+            array = array.isel({dim: at - at.min() if len(at) else at})
+    return array
 
 
 def stored_queries(ds: xr.Dataset) -> np.ndarray:

@@ -9,6 +9,8 @@ have their sizes, and each array its own metadata, is checked when the array is 
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +30,9 @@ from zarrtrace.store.attributes import (
 )
 from zarrtrace.store.files import fingerprint_of, size_of
 from zarrtrace.store.lazy import StoredArray, as_lazy
+
+# What a block of dask's may hold at most, unless one file holds more.
+_BLOCK_BYTES = 32 * 2**20
 
 # Indexes by name and the hash of their content: most are alike in all traces.
 Shared = dict[tuple[str, Stored], tuple[xr.Variable, PandasIndex]]
@@ -120,7 +125,7 @@ def open_consolidated(
     shared
         Indexes that were loaded before; added to. Texts are read when they are first asked for.
     blocks
-        Whether to give dask arrays, a file a block.
+        Whether to give dask arrays, whole files a block.
     """
     nodes = (group.get("consolidated_metadata") or {}).get("metadata", {})
     journal = attributes.stored.get(METADATA, {})
@@ -178,8 +183,22 @@ def _blocks(variable: xr.Variable, array: CheckedArray, attributes: TraceAttribu
     name, trace = array.written.name, array.written.trace
     content = [entry[name].blake2b for entry in attributes.stored.values() if name in entry]
     token = hashlib.blake2b("".join([trace, name, *content]).encode(), digest_size=16).hexdigest()
-    chunks = dict(zip(variable.dims, array.file_shape, strict=True))
+    chunks = whole_files(variable, array.file_shape)
     return variable.chunk(chunks, name=f"{name}-{token}")
+
+
+def whole_files(variable: xr.Variable, file_shape: Sequence[int]) -> dict[Hashable, int]:
+    """Choose dask's chunks: whole files, so that tasks never share one, of several small layers.
+
+    Dask spends about a millisecond a task, as much as reading a row of a layer takes.
+    """
+    chunks = dict(zip(variable.dims, file_shape, strict=True))
+    first = variable.dims[0]
+    if first in ("layer", "attention_layer"):
+        whole = zip(variable.shape[1:], file_shape[1:], strict=True)
+        files = math.prod(min(size, step) for size, step in whole) * variable.dtype.itemsize
+        chunks[first] = max(1, _BLOCK_BYTES // max(files, 1))
+    return chunks
 
 
 def _index(

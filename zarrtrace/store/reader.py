@@ -28,7 +28,7 @@ from zarrtrace.store.attributes import (
 )
 from zarrtrace.store.files import fingerprint, size_of
 from zarrtrace.store.lazy import as_lazy, stored_array
-from zarrtrace.store.opening import Shared, open_consolidated
+from zarrtrace.store.opening import Shared, open_consolidated, whole_files
 
 Missing = Literal["raise", "nan"]
 ChunkSpec = Mapping[str, Any] | Literal["auto"] | None
@@ -45,7 +45,8 @@ def open_trace(
         Folder of the trace, inside a run or by itself.
     chunks
         None indexes lazily without dask, best for point reads. ``"auto"`` or ``{}`` gives dask
-        arrays with one task a shard (one layer); a mapping of dimensions to sizes, those.
+        arrays in blocks of whole files, of several layers where they are small; a mapping of
+        dimensions to sizes, those.
     missing
         What to do if layers are missing: ``"raise"``, or ``"nan"`` to read them as NaN; arrays
         of a trace that lacks layers are dask arrays.
@@ -256,12 +257,9 @@ def _chunk(ds: xr.Dataset, chunks: ChunkSpec) -> xr.Dataset:
     return ds.assign(
         {
             name: variable.chunk(
-                dict(
-                    zip(
-                        variable.dims,
-                        variable.encoding.get("shards") or variable.encoding["chunks"],
-                        strict=True,
-                    )
+                whole_files(
+                    variable.variable,
+                    variable.encoding.get("shards") or variable.encoding["chunks"],
                 )
             )
             for name, variable in ds.data_vars.items()
