@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from processes import running, said_after
 
 import zarrtrace as zt
 from zarrtrace.cli import main
@@ -240,18 +241,11 @@ def test_a_signal_says_where_to_go_on(tmp_path: Path, number: int, code: int) ->
     names = ("Risky_40", "Bankruptcy_90_all_in", "Safe_140_near_goal")
     arguments = ["extract", "-o", str(tmp_path / "run"), "--no-features"]
     arguments += [part for name in names for part in ("--scenario", name)]
-    with subprocess.Popen(
-        [*COMMAND, *arguments],
-        stderr=subprocess.PIPE,
-        text=True,
-        # Who runs tests in a script's background has SIGINT ignored, and the child inherits it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
-    ) as process:
+    with running(*arguments) as process:
         while not (tmp_path / "run" / "Bankruptcy_90_all_in" / "attention" / "c").exists():
             time.sleep(0.02)
             assert process.poll() is None
-        process.send_signal(number)
-        _, stderr = process.communicate(timeout=60)
+        stderr = said_after(process, number)
     assert process.returncode == code
     assert re.search(r"stopped after \d+ of 93 layers, .*; the same command goes on there", stderr)
     assert signal.Signals(number).name in stderr

@@ -18,6 +18,7 @@ import fakes
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import running, said_after
 
 from zarrtrace import demo
 from zarrtrace.cli import main
@@ -193,12 +194,10 @@ def test_a_worker_that_computes_nonsense_ends_the_run(client: Any, tmp_path: Pat
 def test_a_signal_stops_workers_too(
     client: Any, tmp_path: Path, single_attention: dict[str, bytes]
 ) -> None:
-    command = [sys.executable, "-m", "zarrtrace", "extract", "-o", str(tmp_path / "run")]
-    command += ["--scheduler", client.scheduler.address, *ASKED]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: any((tmp_path / "run").glob("*/attention/c/3/0/0/0")))
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    command = ["extract", "-o", tmp_path / "run", "--scheduler", client.scheduler.address, *ASKED]
+    with running(*command) as process:
+        wait_for(lambda: any((tmp_path / "run").glob("*/attention/c/3/0/0/0")))
+        said = said_after(process)
     assert process.returncode == 130
     assert "of 155 layers" in said
     assert "the same command goes on there" in said

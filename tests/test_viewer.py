@@ -6,12 +6,8 @@ import base64
 import gzip
 import http.client
 import json
-import os
 import re
-import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -21,6 +17,7 @@ import numpy as np
 import pytest
 import zarr
 from click.testing import CliRunner
+from processes import running, said_after
 
 import zarrtrace as zt
 from zarrtrace.analysis import contrast, word_associations
@@ -397,22 +394,10 @@ def test_bundle_command(whole: fakes.FakeRun, tmp_path: Path) -> None:
 
 
 def test_view_command_stops_on_interrupt(whole: fakes.FakeRun) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "zarrtrace", "view", str(whole.path), "--no-browser"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        # Who runs tests in a script's background has SIGINT ignored, and the child inherits it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
-    )  # fmt: skip
-    try:
+    with running("view", whole.path, "--no-browser") as process:
         url = process.stdout.readline().strip()
         assert get(url, "/index.json")[0] == 200
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=30)
-    finally:
-        process.kill()
+        error = said_after(process)
     assert process.returncode == 0
     assert error == "Ctrl-C stops.\n"
     with socket.socket() as probe:

@@ -22,6 +22,7 @@ from numcodecs import BitRound
 
 from zarrtrace.errors import IntegrityError, NonFiniteError, NoSpaceError, readable
 from zarrtrace.extraction.estimate import estimate
+from zarrtrace.extraction.interrupts import held_back
 from zarrtrace.extraction.job import Job, Options, capture_package, prepare
 from zarrtrace.extraction.memory import release_freed
 from zarrtrace.extraction.progress import Progress, Shown, Watch
@@ -187,6 +188,7 @@ def fill(
     )
     # Closed here: a pass that is dropped in another thread cannot be ended there.
     with (
+        held_back() as interrupted,
         _WriterPool(writers, watch, threads or _writers(job)) as pool,
         contextlib.closing(records),
     ):
@@ -195,6 +197,7 @@ def fill(
             if not allow_nonfinite:
                 _refuse_nonfinite(record, job)
             pool.submit(_rounded(record, job.options.attention_keepbits))
+            interrupted()
 
 
 def _refuse_nonfinite(record: LayerRecord | TokensRecord, job: Job) -> None:
