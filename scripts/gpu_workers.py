@@ -70,7 +70,6 @@ def _wrap_all(clocks: Clocks) -> None:
     clocks.wrap(batches.Batch, "advance", "forward", device=True)
     clocks.wrap(pipeline, "_encode", "encoding and indexing", device=True)
     clocks.wrap(pipeline, "_whole_attention", "attention on the device", device=True)
-    clocks.wrap(pipeline, "_sparse_to_numpy", "transfer", device=True)
     clocks.wrap(pipeline, "_to_numpy", "transfer", device=True)
     clocks.wrap(encoders.Encoders, "_load", "loading SAEs (a thread of its own)")
     clocks.wrap(encoders.Encoders, "take", "waiting for SAEs")

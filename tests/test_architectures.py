@@ -80,7 +80,7 @@ def test_attention_blocks_and_continuations_are_transformers_own(
     assert list(layers) == [0, 1, 2, 3]
     for layer, record in layers.items():
         blocks = expected.blocks[layer].float().numpy()
-        assert np.array_equal(record.features["features"].activations, blocks)
+        assert np.array_equal(np.asarray(record.features["features"].activations), blocks)
         if layer not in expected.attention:
             assert record.attention is None
             assert record.attention_mean is None

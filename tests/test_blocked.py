@@ -377,7 +377,7 @@ def test_whole_capture_is_exact_for_any_length_and_layers(
     found = architectures.gather(records)
     assert list(found) == layers
     for layer, record in found.items():
-        blocks = record.features["features"].activations
+        blocks = np.asarray(record.features["features"].activations)
         assert np.array_equal(blocks, expected.blocks[layer].numpy())
         if layer in expected.attention:
             assert record.attention is not None
@@ -486,11 +486,11 @@ def test_what_is_stored_of_a_prompt_does_not_depend_on_its_batch(
         assert list(found) == list(expected) == layers
         for layer, record in expected.items():
             other = found[layer]
-            activations = other.features["features"].activations
+            activations = np.asarray(other.features["features"].activations)
             assert activations.shape == (tokens, 32)
             assert np.isfinite(activations).all()
             if dtype == "float32":
-                _close(activations, record.features["features"].activations)
+                _close(activations, np.asarray(record.features["features"].activations))
             if record.attention is None:
                 assert other.attention is None
                 continue

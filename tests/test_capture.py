@@ -77,7 +77,7 @@ def arrays_of(record: LayerRecord | TokensRecord) -> list[np.ndarray]:
     return [
         record.attention,
         record.attention_mean,
-        features.activations,
+        np.asarray(features.activations),
         features.top_feature,
         features.top_activation,
     ]
@@ -122,9 +122,11 @@ def test_everything_is_what_the_libraries_compute(
             with torch.no_grad():
                 encoded = sae.encode(outputs[layer])[0]
             features = record.features["features"]
-            np.testing.assert_array_equal(features.activations, encoded)
+            np.testing.assert_array_equal(np.asarray(features.activations), encoded)
             np.testing.assert_array_equal(features.top_activation, encoded.topk(32).values)
-            picked = np.take_along_axis(features.activations, features.top_feature, axis=1)
+            picked = np.take_along_axis(
+                np.asarray(features.activations), features.top_feature, axis=1
+            )
             fires = features.top_activation > 0
             np.testing.assert_array_equal(picked[fires], features.top_activation[fires])
         likeliest = made.logits[0].log_softmax(-1).topk(10)

@@ -9,12 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
-
-if TYPE_CHECKING:
-    import numpy as np
 
 #: Version of the on-disk format that this code writes. Older versions stay readable.
 FORMAT_VERSION = 1
@@ -589,20 +587,55 @@ def ranges(layers: Sequence[int]) -> str:
 
 
 @dataclass(frozen=True)
+class Nonzeros:
+    """What is not 0 of an array ``(query, feature)``: a hundredth of it, and often less.
+
+    Attributes
+    ----------
+    shape
+        Of the array.
+    at
+        Places in the array, rows one after another ``(n,)`` int64, ascending.
+    values
+        What is there ``(n,)``.
+    """
+
+    shape: tuple[int, int]
+    at: np.ndarray
+    values: np.ndarray
+
+    @property
+    def ndim(self) -> int:
+        """How many dimensions the array has."""
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held."""
+        return self.at.nbytes + self.values.nbytes
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:  # noqa: FBT001 -- NumPy's protocol
+        """Return the array."""
+        dense = np.zeros(self.shape, dtype or self.values.dtype)
+        dense.reshape(-1)[self.at] = self.values
+        return dense
+
+
+@dataclass(frozen=True)
 class FeatureRecord:
     """SAE features of one layer.
 
     Attributes
     ----------
     activations
-        ``(query, feature)``.
+        ``(query, feature)``, whole or what is not 0 of it.
     top_feature, top_activation
         ``(query, feature_rank)``: the strongest features, strongest first.
     nonfinite
         Whether the model computed NaN or infinity where the SAE reads.
     """
 
-    activations: np.ndarray
+    activations: np.ndarray | Nonzeros
     top_feature: np.ndarray
     top_activation: np.ndarray
     nonfinite: bool = False

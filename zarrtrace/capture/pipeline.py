@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +22,7 @@ from zarrtrace.spec import (
     TOP_FEATURES,
     FeatureRecord,
     LayerRecord,
+    Nonzeros,
     SAEAttributes,
     TokensRecord,
     attention_rows,
@@ -219,35 +221,63 @@ def _encode(
         inputs = batch.tokens(state.hooks[encoder.hook.kind])[rows]
         encoded, sound = encoder(inputs), inputs.isfinite().all(-1)
         lengths = [len(sound)] if len(batch.lengths) == 1 else batch.lengths
-        parts = zip(torch.split(encoded, lengths), torch.split(sound, lengths), strict=True)
-        out[encoder.attributes.variable] = [_feature_record(*part) for part in parts]
+        out[encoder.attributes.variable] = _feature_records(encoded, sound, lengths)
     return out
 
 
-def _feature_record(activations: torch.Tensor, sound: torch.Tensor) -> FeatureRecord:
-    """Index the strongest features of each token; where fewer fire, the index is 0.
+def _feature_records(
+    activations: torch.Tensor, sound: torch.Tensor, lengths: Sequence[int]
+) -> list[FeatureRecord]:
+    """Take what is not 0 and the strongest features of each token, for each prompt of a batch.
 
-    `sound` says of each token whether what was encoded is finite: thresholds turn NaN into 0.
+    All prompts are copied to the host together: over a GPU's bus, waiting is what takes time.
+
+    Parameters
+    ----------
+    activations
+        ``(token, feature)``, the prompts one after another.
+    sound
+        Of each token, whether what was encoded is finite: thresholds turn NaN into 0.
+    lengths
+        Tokens of each prompt.
     """
-    top = activations.topk(min(TOP_FEATURES, activations.shape[-1]))
-    return FeatureRecord(
-        activations=_sparse_to_numpy(activations),
-        top_feature=_to_numpy(top.indices.where(top.values > 0, 0).int()).astype(np.uint32),
-        top_activation=_to_numpy(top.values.float()),
-        nonfinite=not (sound.all() and top.values.isfinite().all()),
-    )
+    width = activations.shape[-1]
+    top = activations.topk(min(TOP_FEATURES, width))
+    sound = sound & top.values.isfinite().all(-1)
+    # Where fewer features fire, the index is 0.
+    of_token = (top.indices.where(top.values > 0, 0).int(), top.values.float(), sound)
+    feature, activation, finite = (_to_numpy(part) for part in of_token)
+    of_prompts = _dense if activations.device.type == "cpu" else _nonzeros
+    out = []
+    for values, stop in zip(of_prompts(activations, lengths), np.cumsum(lengths), strict=True):
+        rows = slice(stop - values.shape[0], stop)
+        out.append(
+            FeatureRecord(
+                activations=values,
+                top_feature=feature[rows].astype(np.uint32),
+                top_activation=activation[rows],
+                nonfinite=not finite[rows].all(),
+            )
+        )
+    return out
 
 
-def _sparse_to_numpy(activations: torch.Tensor) -> np.ndarray:
-    """Copy features to the host: from a GPU what is not 0 alone, for nearly all of it is."""
-    if activations.device.type == "cpu":
-        return _to_numpy(activations)
-    flat = activations.flatten()
-    at = flat.nonzero().squeeze(1)
-    values = _to_numpy(flat[at])
-    dense = np.zeros(activations.shape, values.dtype)
-    dense.reshape(-1)[_to_numpy(at)] = values
-    return dense
+def _dense(activations: torch.Tensor, lengths: Sequence[int]) -> list[np.ndarray | Nonzeros]:
+    """Return the features of each prompt, where they are."""
+    return [_to_numpy(part) for part in torch.split(activations, list(lengths))]
+
+
+def _nonzeros(activations: torch.Tensor, lengths: Sequence[int]) -> list[np.ndarray | Nonzeros]:
+    """Copy to the host what is not 0 of the features of each prompt, for nearly all of it is."""
+    width, flat = activations.shape[-1], activations.flatten()
+    found = flat.nonzero().squeeze(1)
+    at, values = _to_numpy(found), _to_numpy(flat[found])
+    starts = np.cumsum([0, *lengths]) * width
+    places = np.searchsorted(at, starts)
+    return [
+        Nonzeros((length, width), at[first:last] - start, values[first:last])
+        for length, start, (first, last) in zip(lengths, starts, pairwise(places), strict=False)
+    ]
 
 
 def _tokens_records(batch: Batch) -> list[TokensRecord]:

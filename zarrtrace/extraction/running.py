@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from numcodecs import BitRound
 
@@ -326,6 +326,6 @@ def _give_way() -> None:
 def _bytes_of(record: LayerRecord | TokensRecord) -> int:
     if isinstance(record, TokensRecord):
         return record.next_token.nbytes + record.next_token_logprob.nbytes
-    arrays = [record.attention, record.attention_mean]
+    arrays: list[Any] = [record.attention, record.attention_mean]
     arrays += [features.activations for features in record.features.values()]
     return sum(array.nbytes for array in arrays if array is not None)

@@ -20,6 +20,7 @@ import numpy as np
 from zarrtrace.errors import StoreError
 from zarrtrace.spec import (
     LayerRecord,
+    Nonzeros,
     Stored,
     Tokens,
     TokensRecord,
@@ -38,7 +39,7 @@ from zarrtrace.store.attributes import (
 from zarrtrace.store.files import clear_errors, fingerprint, fingerprint_of, fsync
 from zarrtrace.store.nodes import consolidate, update_attributes
 from zarrtrace.store.resuming import resume
-from zarrtrace.store.shards import write_block
+from zarrtrace.store.shards import write_block, write_nonzeros
 
 
 class TraceWriter:
@@ -185,7 +186,7 @@ class TraceWriter:
     def _row_axis(self, name: str) -> int:
         return self._layout[name].dims.index("query")
 
-    def _write_rows(self, key: str, name: str, start: int, value: np.ndarray) -> None:
+    def _write_rows(self, key: str, name: str, start: int, value: np.ndarray | Nonzeros) -> None:
         layout, axis = self._layout[name], self._row_axis(name)
         at = self._at(key, name)
         assert at is not None  # noqa: S101 -- the arrays of a layer have one
@@ -210,7 +211,7 @@ class TraceWriter:
                 why="Two records would write one file, and one of them would be lost.",
                 remedy=f"Start records at multiples of {step} rows.",
             )
-        if chosen is not None:
+        if chosen is not None and not isinstance(value, Nonzeros):
             for row, query in enumerate(chosen[start:stop]):
                 one = value[(slice(None),) * (axis - 1) + (slice(row, row + 1),)]
                 self._write_block(key, name, self._corner(name, at, query), one)
@@ -224,9 +225,15 @@ class TraceWriter:
             at if i == 0 else row if i == axis else 0 for i in range(len(self._layout[name].dims))
         )
 
-    def _write_block(self, key: str, name: str, corner: tuple[int, ...], value: np.ndarray) -> None:
-        block = value[np.newaxis] if key != TOKENS else value
-        written = write_block(self.path / name, self._layout[name], corner, block)
+    def _write_block(
+        self, key: str, name: str, corner: tuple[int, ...], value: np.ndarray | Nonzeros
+    ) -> None:
+        file, layout = self.path / name, self._layout[name]
+        if isinstance(value, Nonzeros):
+            layer, row, feature = corner
+            written = write_nonzeros(file, layout, (layer, row, feature), value)
+        else:
+            written = write_block(file, layout, corner, value[None] if key != TOKENS else value)
         if len(written) == 1 and len(self._files(key, name)) == 1:
             self._fingerprints[key, name] = fingerprint_of(written.values())
 
@@ -300,8 +307,8 @@ class TraceWriter:
             self.finish()
 
 
-def _arrays_of(record: LayerRecord) -> dict[str, np.ndarray]:
-    values: dict[str, np.ndarray] = {}
+def _arrays_of(record: LayerRecord) -> dict[str, np.ndarray | Nonzeros]:
+    values: dict[str, np.ndarray | Nonzeros] = {}
     if record.attention is not None and record.attention_mean is not None:
         values = {"attention": record.attention, "attention_mean": record.attention_mean}
     for name, features in record.features.items():
