@@ -75,7 +75,7 @@ def _wrap_all(clocks: Clocks) -> None:
     clocks.wrap(encoders.Encoders, "take", "waiting for SAEs")
     clocks.wrap(getattr(running, "_WriterPool"), "submit", "waiting for writers")  # noqa: B009
     clocks.wrap(TraceWriter, "append", "writers, the rest (their threads)")
-    clocks.wrap(shards, "_encode_file", "compression (writers' threads)")
+    clocks.wrap(shards, "_encode_chunk", "compression (writers' threads)")
     clocks.wrap(shards, "write_whole", "writing (writers' threads)")
 
 
