@@ -21,7 +21,7 @@ from processes import running, said_after
 
 import zarrtrace as zt
 from zarrtrace.analysis import contrast, word_associations
-from zarrtrace.cli import bundle_
+from zarrtrace.cli import bundle_, view_
 from zarrtrace.errors import ConfigError, IncompleteError
 from zarrtrace.store import RunWriter
 from zarrtrace.viewer import Layout, Server, plan, write_bundle
@@ -402,6 +402,21 @@ def test_view_command_stops_on_interrupt(whole: fakes.FakeRun) -> None:
     assert error == "Ctrl-C stops.\n"
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", urlsplit(url).port)) != 0
+
+
+@pytest.mark.parametrize(("arguments", "opened"), [([], 1), (["--no-browser"], 0)])
+def test_view_command_opens_the_page(
+    whole: fakes.FakeRun, arguments: list[str], opened: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_self: Server) -> None:
+        raise KeyboardInterrupt
+
+    asked: list[str] = []
+    monkeypatch.setattr("webbrowser.open", asked.append)
+    monkeypatch.setattr(Server, "run", interrupted)
+    found = CliRunner().invoke(view_.command, [str(whole.path), *arguments], catch_exceptions=False)
+    assert found.exit_code == 0
+    assert asked == [found.stdout.strip()] * opened
 
 
 @pytest.mark.parametrize(

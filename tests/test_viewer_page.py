@@ -201,7 +201,7 @@ def test_what_is_shown_is_what_is_stored(
     # What the token attends to, and what attends to it.
     attention = truth["attention"][1, 1]
     shown = rows(page, "#attends-to", "position")
-    assert [at for at, _ in shown] == np.argsort(-attention[6], kind="stable")[:6].tolist()
+    assert [at for at, _ in shown] == np.argsort(-attention[6, :7], kind="stable").tolist()
     for at, weight in shown:
         exactly(weight, attention[6, at])
     for at, weight in rows(page, "#attended-by", "position"):
@@ -242,6 +242,37 @@ def test_what_is_shown_is_what_is_stored(
         positions = zt.span(zt.open_trace(whole.path / "Risky_2"), span)
         found = value(page, f'#flow-legend [data-span="{span}"]')
         np.testing.assert_allclose(found, truth["attention_mean"][1, 6, positions].sum(), rtol=1e-6)
+    # Any layer and key of it; Enter turns to the layer.
+    page.locator("#flow").focus()
+    key = int(truth["attention_mean"][1, 6].argmax())
+    exactly(value(page, "#flow-cell"), truth["attention_mean"][1, 6, key])
+    page.keyboard.press("ArrowUp")
+    exactly(value(page, "#flow-cell"), truth["attention_mean"][0, 6, key])
+    page.keyboard.press("Enter")
+    ready(page)
+    assert page.locator("#layer-shown").inner_text() == "L1"
+
+
+def test_axes_say_which_token_and_layer(addresses: dict[str, str], look: Open) -> None:
+    page = look(addresses["server"], scenario="Risky_2", layer=2, feature=3, theme="light")
+    for ruler in ("large-keys", "large-queries", "flow-keys", "timeline-tokens"):
+        ticks = page.locator(f"#{ruler} .tick").all_text_contents()
+        assert ticks == [str(token) for token in range(0, 9, 2)]
+        # Spans (tokens 1 and 2, and the last) in colour, all others not.
+        alpha = page.evaluate(_ALPHA, f"#{ruler} canvas")
+        assert [at for at, a in enumerate(alpha) if a] == [1, 2, 8]
+    assert page.locator("#flow-keys .name").all_text_contents() == ["balance", "decision"]
+    for ruler in ("flow-layers", "timeline-layers"):
+        assert page.locator(f"#{ruler} .tick").all_text_contents() == ["L1", "L2", "L3"]
+        assert page.locator(f"#{ruler} .chosen").inner_text() == "L2"
+    assert page.locator("#large-scale data").all_text_contents() == ["0", "0.25", "1"]
+
+
+_ALPHA = """selector => {
+    const c = document.querySelector(selector);
+    const data = c.getContext("2d").getImageData(0, 0, c.width, c.height).data;
+    return [...data].filter((_, i) => i % 4 === 3);
+}"""
 
 
 def test_pictures_are_of_their_own_matrix(
@@ -305,6 +336,31 @@ def test_two_scenarios_and_their_difference(
     sizes = [abs(float(row[3])) for row in found]
     assert sizes == sorted(sizes, reverse=True)
     assert page.locator("#compare-pair").inner_text() == "Safe_1 − Safe_3"
+    # Every cell, by keyboard, from the largest difference of the chosen token on.
+    page.locator("#compare-difference").focus()
+    key = int(np.abs(a - b).argmax())
+    for press, query in (("", 6), ("ArrowUp", 5)):
+        if press:
+            page.keyboard.press(press)
+        shown = [d.get_attribute("value") for d in page.locator("#compare-cell data").all()]
+        matrices = [whole.truth[name]["attention"][0, 1] for name in ("Safe_1", "Safe_3")]
+        for text, matrix in zip(shown, matrices, strict=False):
+            exactly(float(text), matrix[query, key])
+    # And what the model says next in both.
+    found = page.eval_on_selector_all(
+        "#compare-next tr",
+        "all => all.map(r => [r.dataset.tokenId,"
+        " ...[...r.querySelectorAll('data')].map(d => d.value)])",
+    )
+    assert len(found) == 8
+    likely = [
+        dict(zip(t["next_token"][6], np.exp(t["next_token_logprob"][6].astype(float)), strict=True))
+        for t in (whole.truth["Safe_1"], whole.truth["Safe_3"])
+    ]
+    for token, *shown in found:
+        for text, known in zip(shown, likely, strict=False):
+            expected = known.get(int(token), np.nan)
+            np.testing.assert_allclose(float(text.replace("NaN", "nan")), expected, rtol=1e-6)
 
 
 def test_scenarios_of_other_length_are_aligned_by_span(
@@ -381,7 +437,9 @@ def test_a_long_prompt_is_shown_in_windows(tmp_path: Path, look: Open) -> None:
         assert page.locator(".token").count() == 700 - 512
         row = truth["attention"][0, 1, 600]
         shown = rows(page, "#attends-to", "position")
-        assert [at for at, _ in shown] == (512 + np.argsort(-row[512:], kind="stable")[:6]).tolist()
+        assert [at for at, _ in shown] == (
+            512 + np.argsort(-row[512:], kind="stable")[:10]
+        ).tolist()
         page.locator("#windows input").focus()
         page.keyboard.press("Home")
         ready(page)
@@ -394,6 +452,41 @@ def test_a_long_prompt_is_shown_in_windows(tmp_path: Path, look: Open) -> None:
         ready(page)
         for at, weight in rows(page, "#attends-to", "position"):
             exactly(weight, truth["attention"][0, 1, 9, at])
+        # No more than a window of a matrix is ever drawn.
+        drawn = ".panel:not([hidden]) :is(.square, .strip, .grid canvas)"
+        sizes = page.eval_on_selector_all(drawn, "c => c.map(x => x.width)")
+        assert max(sizes) <= 256
+        # A slider that has the focus keeps it, so that the next key goes to it, too.
+        page.locator("#windows input").focus()
+        for key in ("ArrowRight", "ArrowRight"):
+            page.keyboard.press(key)
+            ready(page)
+        assert page.locator(".token").first.get_attribute("data-position") == "512"
+
+
+def test_a_long_prompt_has_an_overview(tmp_path: Path, look: Open) -> None:
+    run = fakes.make_run(tmp_path, scenarios=("Long",), tokens=700, layers=(0, 1), features=40)
+    truth = run.truth["Long"]
+    with Server(run.path) as live:
+        for head, row in (
+            (1, truth["attention"][1, 1, 600]),
+            (-1, truth["attention_mean"][1, 600]),
+        ):
+            page = look(live.url, layer=1, head=head, token=600)
+            page.wait_for_selector("#overview:not(.stale)")
+            found = page.eval_on_selector_all(
+                "#overview-keys button",
+                "all => all.map(b => [b.dataset.position, b.querySelector('data').value])",
+            )
+            assert [int(at) for at, _ in found] == np.argsort(-row, kind="stable")[:6].tolist()
+            for at, weight in found:
+                exactly(float(weight), row[int(at)])
+        at = min(int(position) for position, _ in found)
+        page.locator(f'#overview-keys [data-position="{at}"]').click()
+        ready(page)
+        assert page.locator(f'.token[data-position="{at}"]').count() == 1
+        page.keyboard.press("ArrowUp")
+        assert page.locator("#overview-keys").is_hidden()
 
 
 # --- hostile content -----------------------------------------------------------------------------
@@ -595,6 +688,59 @@ def test_everything_can_be_done_by_keyboard(
     ready(page)
     assert fragment(page, "feature=4")
     assert page.locator("#feature-detail").is_visible()
+    # What is pressed keeps the focus, though all around it is drawn anew.
+    for selector in ("#top-features button", "#spans button", "#heads button", "#layers button"):
+        page.locator(selector).last.focus()
+        press("Enter")
+        ready(page)
+        assert page.evaluate("s => document.activeElement.matches(s)", selector), selector
+    page.locator("#feature-close").focus()
+    press("Enter")
+    ready(page)
+    assert page.locator("#feature-panel").is_hidden()
+    assert page.evaluate("document.activeElement.id") == "feature-number"
+
+
+def test_an_unknown_feature_is_refused(addresses: dict[str, str], look: Open) -> None:
+    page = look(addresses["server"], feature=4)
+    page.locator("#feature-number").fill("9999")
+    page.keyboard.press("Enter")
+    said = page.evaluate("document.querySelector('#feature-number').validationMessage")
+    assert said.startswith("This SAE has the features 0 to ")
+    assert fragment(page, "feature=4")
+    assert page.locator("#feature-name").inner_text().startswith("Feature 4")
+
+
+def test_a_screen_reader_finds_its_way(addresses: dict[str, str], look: Open) -> None:
+    page = look(addresses["server"], feature=3, layer=2, head=0, token=5, **{"with": "Risky_2"})
+    for role, least in (("banner", 1), ("main", 1), ("region", 9), ("listbox", 1)):
+        assert page.get_by_role(role).count() >= least, role
+    unnamed = page.evaluate(
+        """() => [...document.querySelectorAll("section, canvas, select, input, [tabindex]")]
+            .filter(e => e.checkVisibility() && !e.closest("[aria-hidden=true]") &&
+                e.getAttribute("role") !== "option" && !e.getAttribute("aria-label") &&
+                !e.getAttribute("aria-labelledby") && !e.closest("label"))
+            .map(e => e.outerHTML.slice(0, 80))"""
+    )
+    assert [one for one in unnamed if "option" not in one] == []
+    assert page.locator("#status").inner_text().startswith("L2, head 0, token 5 ")
+    page.locator("#layer").focus()
+    page.keyboard.press("ArrowRight")
+    ready(page)
+    assert page.locator("#status").inner_text().startswith("L3, head 0, token 5 ")
+    page.emulate_media(media="print")
+    assert page.locator("#large").is_visible()
+    assert page.locator("#theme").is_hidden()
+
+
+def test_a_server_that_was_stopped_is_said(addresses: dict[str, str], look: Open) -> None:
+    page = look(addresses["server"], damaged=True, scenario="Safe_1", layer=1)
+    page.route("**/data/**", lambda route: route.abort("connectionrefused"))
+    page.locator("#scenario").select_option("Safe_3")
+    ready(page)
+    assert any("nothing answers" in message for message in messages(page))
+    # Nothing of the other scenario is left that could be taken for this one's.
+    assert not page.locator("#heads button").first.is_visible()
 
 
 def test_hovering_shows_the_token(
@@ -644,6 +790,10 @@ def test_a_picture_is_copied_or_saved(addresses: dict[str, str], look: Open) -> 
 def test_it_fits(width: int, addresses: dict[str, str], look: Open) -> None:
     page = look(addresses["server"], width=width, feature=3, **{"with": "Risky_2"})
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    widths = page.eval_on_selector_all(".panel", "all => all.map(p => p.offsetWidth)")
+    assert min(widths) >= 280
+    narrow = page.eval_on_selector_all(".multiple canvas", "all => all.map(c => c.offsetWidth)")
+    assert min(narrow) >= 40
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

@@ -40,6 +40,8 @@ PAGE_FILES = (
     "store.js",
     "state.js",
     "draw.js",
+    "plot.js",
+    "overview.js",
     "align.js",
     "prompt.js",
     "attention.js",

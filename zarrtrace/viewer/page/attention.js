@@ -1,14 +1,16 @@
 /** Heads of a layer, layers, one large, and the flow into the chosen token. */
 
-import { element, fail, heat, lines, number, spanColour, theme, tokenText } from "./draw.js";
+import { element, fail, heat, lines, named, number, spanColour, theme } from "./draw.js";
+import { cells, layerRuler, scale, single, tokenRuler } from "./plot.js";
 import { choose, headsOf, scenario, view } from "./state.js";
-import { block, placeOf, windowOf } from "./store.js";
+import { block, placeOf, WINDOW, windowOf } from "./store.js";
 
 /** @typedef {import("./types.js").Block} Block */
 /** @typedef {import("./types.js").Scenario} Scenario */
 
 const $ = (/** @type {string} */ id) => /** @type {HTMLElement} */ (document.getElementById(id));
 const large = /** @type {HTMLCanvasElement} */ ($("large"));
+const flowCanvas = /** @type {HTMLCanvasElement} */ ($("flow"));
 const cross = $("cross");
 /** @type {Block | null} */
 let largeBlock = null;
@@ -16,6 +18,8 @@ let largeAt = 0;
 /** Means that are drawn, and in which colours. @type {Float32Array | null} */
 let drawnMeans = null;
 let drawnTheme = "";
+/** The flow that is drawn, (layer, key). @type {{data: Float32Array, layers: number[], firstKey: number, keys: number} | null} */
+let flow = null;
 
 /**
  * All heads of a layer, or null if the layer has none.
@@ -59,7 +63,6 @@ export async function chosenBlock(of, row, column) {
 function multiples(grid, labels, picked) {
   if (grid.dataset.labels !== labels.join()) {
     grid.dataset.labels = labels.join();
-    grid.classList.toggle("few", labels.length <= 16);
     grid.replaceChildren(
       ...labels.map((label, at) => {
         const one = element("button", { type: "button", class: "multiple", "aria-label": label },
@@ -70,6 +73,49 @@ function multiples(grid, labels, picked) {
     );
   }
   return [...grid.querySelectorAll("canvas")];
+}
+
+/**
+ * Make the small pictures as large as the height beside them allows.
+ * @param {HTMLElement} grid @param {HTMLElement} beside the last element of the panel next to it
+ */
+function fit(grid, beside) {
+  const box = grid.getBoundingClientRect(), count = grid.children.length;
+  const top = (/** @type {HTMLElement} */ of) => /** @type {HTMLElement} */ (of.closest(".panel")).offsetTop;
+  const height = beside.getBoundingClientRect().bottom - box.top;
+  const label = 24, gap = 6;
+  let columns = Math.max(2, Math.floor(box.width / (count > 16 ? 72 : 110)));
+  if (top(grid) === top(beside) && height > 100) {
+    columns = 1;
+    const size = () => (box.width + gap) / columns - gap + label;
+    while (columns < count && Math.ceil(count / columns) * (size() + gap) - gap > height) columns++;
+  }
+  grid.style.setProperty("--columns", String(columns));
+}
+
+/** Fit the grids to the page as it is laid out. */
+export function fitGrids() {
+  fit($("heads"), $("cell"));
+  fit($("layers"), $("flow-legend"));
+}
+
+/** Greatest value of the blocks that were drawn last. @type {WeakMap<Float32Array, number>} */
+const greatest = new WeakMap();
+
+/**
+ * What the strongest colour stands for: 1, but in a window of a long prompt its greatest value,
+ * for far from the diagonal all values are small.
+ * @param {Scenario} at @param {Block} of
+ */
+function most(at, of) {
+  if (at.tokens.length <= WINDOW) return 1;
+  let found = greatest.get(of.data);
+  if (found === undefined) {
+    found = 0;
+    for (let i = 0; i < of.data.length; i++) if (of.data[i] > found) found = of.data[i];
+    greatest.set(of.data, found);
+  }
+  return found || 1;
 }
 
 /** @param {HTMLElement} grid @param {number} at */
@@ -91,7 +137,8 @@ export async function showHeads() {
     const names = Array.from({ length: headsOf(at) }, (_, head) => `H${head}`);
     const canvases = multiples(grid, names, (head) => choose({ head: head === view.head ? -1 : head }));
     const size = found.rows * found.columns;
-    canvases.forEach((canvas, head) => heat(canvas, found.data, head * size, found.rows, found.columns));
+    const max = most(at, found);
+    canvases.forEach((canvas, head) => heat(canvas, found.data, head * size, found.rows, found.columns, { max }));
     mark(grid, view.head);
     const bits = at.arrays.attention.bits;
     $("bits").textContent = bits ? `attention rounded to ${bits} bits (±${(0.5 / 254).toFixed(3)})` : "";
@@ -120,13 +167,15 @@ export async function showLayers() {
     const canvases = multiples(grid, layers.map((layer) => `L${layer}`), (i) => choose({ layer: layers[i], head: -1 }));
     const size = found.rows * found.columns;
     if (drawnMeans !== found.data || drawnTheme !== theme()) {
-      canvases.forEach((canvas, i) => heat(canvas, found.data, i * size, found.rows, found.columns));
+      const max = most(at, found);
+      canvases.forEach((canvas, i) => heat(canvas, found.data, i * size, found.rows, found.columns, { max }));
     }
     drawnMeans = found.data;
     drawnTheme = theme();
     showChosen();
     showFlow(at, found, layers);
   } catch (error) {
+    flow = null;
     fail(panel, error);
     fail($("flow-panel"), error);
   }
@@ -134,22 +183,26 @@ export async function showLayers() {
 
 /** @param {Scenario} at @param {Block} found @param {number[]} layers */
 function showFlow(at, found, layers) {
-  const row = view.token - found.firstRow;
-  const flow = new Float32Array(layers.length * found.columns);
+  const row = view.token - found.firstRow, keys = found.columns;
+  const data = new Float32Array(layers.length * keys);
   layers.forEach((_, i) => {
-    const from = (i * found.rows + row) * found.columns;
-    flow.set(found.data.subarray(from, from + found.columns), i * found.columns);
+    const from = (i * found.rows + row) * keys;
+    data.set(found.data.subarray(from, from + keys), i * keys);
   });
-  heat(/** @type {HTMLCanvasElement} */ ($("flow")), flow, 0, layers.length, found.columns);
-  $("flow-axis").replaceChildren(
-    element("span", { "data-label": "" }, `L${layers[0]} (top) – L${layers[layers.length - 1]}`),
-    element("span", { "data-label": "" }, `key ${found.firstColumn} → ${found.firstColumn + found.columns - 1}`),
-  );
+  flow = { data, layers, firstKey: found.firstColumn, keys };
+  // Spread over many keys, its values are small: colours go up to the largest.
+  const max = data.reduce((most, v) => (v > most ? v : most), 0);
+  heat(flowCanvas, data, 0, layers.length, keys, { max });
+  $("flow-token").replaceChildren(...named(at, view.token));
+  tokenRuler("flow-keys", at, single(found.firstColumn, keys));
+  layerRuler("flow-layers", layers, view.layer);
+  scale("flow-scale", { max });
   const drawn = Object.entries(at.spans).map(([name, positions], i) => ({
     name, colour: spanColour(i),
+    // A span that is not in the window has no value here, which is another thing than 0.
     values: layers.map((_, layer) => positions.reduce((sum, key) => {
       const column = key - found.firstColumn;
-      return column < 0 || column >= found.columns ? sum : sum + flow[layer * found.columns + column];
+      return column < 0 || column >= keys ? NaN : sum + data[layer * keys + column];
     }, 0)),
   }));
   lines(/** @type {HTMLCanvasElement} */ ($("flow-lines")), drawn, layers, view.layer);
@@ -160,7 +213,20 @@ function showFlow(at, found, layers) {
     key.style.setProperty("--span", line.colour);
     return key;
   }));
+  let strongest = 0;
+  for (let key = 1; key < keys; key++) {
+    if (data[chosen * keys + key] > data[chosen * keys + strongest]) strongest = key;
+  }
+  pointFlow(Math.max(0, chosen), strongest);
 }
+
+const pointFlow = cells(flowCanvas, () => (flow ? [flow.layers.length, flow.keys] : [0, 0]),
+  (row, column) => {
+    const { data, layers, firstKey, keys } = /** @type {NonNullable<typeof flow>} */ (flow);
+    $("flow-cell").replaceChildren(`L${layers[row]}: `, ...named(scenario(), view.token), " → ",
+      ...named(scenario(), firstKey + column), " = ", number(data[row * keys + column], 4));
+  },
+  (row) => flow && choose({ layer: flow.layers[row] }));
 
 /** Draw the chosen matrix large. */
 export async function showLarge() {
@@ -175,60 +241,36 @@ export async function showLarge() {
     fail(panel, null);
     largeBlock = found.of;
     largeAt = found.at;
-    heat(large, found.of.data, found.at * found.of.rows * found.of.columns, found.of.rows, found.of.columns);
-    $("large-title").textContent = `L${view.layer}, ${view.head < 0 ? "mean of heads" : `head ${view.head}`}`;
-    point(view.token, strongestKey(found.of, found.at, view.token));
+    const { data, firstRow, rows, firstColumn, columns } = found.of;
+    const max = most(at, found.of);
+    heat(large, data, found.at * rows * columns, rows, columns, { max });
+    tokenRuler("large-queries", at, single(firstRow, rows));
+    tokenRuler("large-keys", at, single(firstColumn, columns));
+    scale("large-scale", { max });
+    point(view.token - firstRow, strongestKey(found.of, found.at, view.token - firstRow));
   } catch (error) {
     largeBlock = null;
     fail(panel, error);
   }
 }
 
-/** @param {Block} of @param {number} at which matrix @param {number} query */
-function strongestKey(of, at, query) {
-  const from = (at * of.rows + query - of.firstRow) * of.columns;
+/** @param {Block} of @param {number} at which matrix @param {number} row */
+function strongestKey(of, at, row) {
+  const from = (at * of.rows + row) * of.columns;
   let best = 0;
   for (let key = 1; key < of.columns; key++) if (of.data[from + key] > of.data[from + best]) best = key;
-  return of.firstColumn + best;
+  return best;
 }
 
-let pointed = [0, 0];
-
-/** Show one cell. @param {number} query @param {number} key */
-function point(query, key) {
-  if (!largeBlock) return;
-  const { firstRow, rows, firstColumn, columns, data } = largeBlock;
-  query = Math.max(firstRow, Math.min(firstRow + rows - 1, query));
-  key = Math.max(firstColumn, Math.min(firstColumn + columns - 1, key));
-  pointed = [query, key];
-  const value = data[(largeAt * rows + query - firstRow) * columns + key - firstColumn];
-  const texts = scenario().tokens;
-  $("cell").replaceChildren(
-    `${query} `, tokenText(texts[query]), " → ", `${key} `, tokenText(texts[key]), ": ", number(value, 4));
-  cross.style.setProperty("--x", `${(100 * (key - firstColumn)) / columns}%`);
-  cross.style.setProperty("--y", `${(100 * (query - firstRow)) / rows}%`);
-  cross.style.setProperty("--w", `${100 / columns}%`);
-  cross.style.setProperty("--h", `${100 / rows}%`);
-}
-
-/** @param {PointerEvent | MouseEvent} event @returns {[number, number]} */
-function cellAt(event) {
-  const box = large.getBoundingClientRect();
-  const of = /** @type {Block} */ (largeBlock);
-  return [
-    of.firstRow + Math.floor(((event.clientY - box.top) / box.height) * of.rows),
-    of.firstColumn + Math.floor(((event.clientX - box.left) / box.width) * of.columns),
-  ];
-}
-
-large.addEventListener("pointermove", (event) => largeBlock && point(...cellAt(event)));
-large.addEventListener("click", (event) => largeBlock && choose({ token: cellAt(event)[0] }));
-large.addEventListener("keydown", (event) => {
-  const step = /** @type {Record<string, number[]>} */ ({
-    ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] })[event.key];
-  if (step) point(pointed[0] + step[0], pointed[1] + step[1]);
-  else if (event.key === "Enter") choose({ token: pointed[0] });
-  else return;
-  event.preventDefault();
-  event.stopPropagation();
-});
+const point = cells(large, () => (largeBlock ? [largeBlock.rows, largeBlock.columns] : [0, 0]),
+  (row, column) => {
+    const { firstRow, rows, firstColumn, columns, data } = /** @type {Block} */ (largeBlock);
+    const at = scenario();
+    $("cell").replaceChildren(...named(at, firstRow + row), " → ", ...named(at, firstColumn + column),
+      " = ", number(data[(largeAt * rows + row) * columns + column], 4));
+    cross.style.setProperty("--x", `${(100 * column) / columns}%`);
+    cross.style.setProperty("--y", `${(100 * row) / rows}%`);
+    cross.style.setProperty("--w", `${100 / columns}%`);
+    cross.style.setProperty("--h", `${100 / rows}%`);
+  },
+  (row) => largeBlock && choose({ token: largeBlock.firstRow + row }));

@@ -91,7 +91,7 @@ export function lines(canvas, lines, layers, chosen) {
   context.scale(ratio, ratio);
   const style = getComputedStyle(canvas);
   const left = 38, right = 10, top = 8, bottom = 20;
-  const max = Math.max(1e-6, ...lines.flatMap((line) => line.values.filter(Number.isFinite)));
+  const max = Math.max(0, ...lines.flatMap((line) => line.values.filter(Number.isFinite))) || 1;
   const x = (/** @type {number} */ i) =>
     left + ((width - left - right) * i) / Math.max(1, layers.length - 1);
   const y = (/** @type {number} */ v) => height - bottom - ((height - top - bottom) * v) / max;
@@ -100,7 +100,7 @@ export function lines(canvas, lines, layers, chosen) {
   context.globalAlpha = 0.75;
   context.textAlign = "right";
   for (const part of [0, 0.5, 1]) {
-    context.fillText((max * part).toPrecision(2), left - 5, y(max * part) + 4);
+    context.fillText(number(max * part, 2).textContent || "", left - 5, y(max * part) + 4);
     context.globalAlpha = 0.15;
     context.fillRect(left, y(max * part), width - left - right, 1);
     context.globalAlpha = 0.75;
@@ -169,6 +169,11 @@ export function tokenText(text) {
   return element("bdi", { class: "token-text" }, visible(text));
 }
 
+/** A token by its position and text. @param {{tokens: string[]}} of @param {number} token @returns {[string, HTMLElement]} */
+export function named(of, token) {
+  return [`${token} `, tokenText(of.tokens[token])];
+}
+
 /** Replace what a panel shows by a message. @param {HTMLElement} panel @param {unknown} error */
 export function fail(panel, error) {
   const note = panel.querySelector(".message");
@@ -182,18 +187,19 @@ export function fail(panel, error) {
 /**
  * Paint the canvases and labels of a panel as they stand on the page.
  * @param {HTMLElement} panel
+ * @param {string} caption what the picture is of, written below
  * @returns {HTMLCanvasElement}
  */
-export function picture(panel) {
-  const scale = 2;
+export function picture(panel, caption) {
+  const scale = 2, foot = 26;
   const box = panel.getBoundingClientRect();
   const out = element("canvas");
   out.width = Math.ceil(box.width * scale);
-  out.height = Math.ceil(box.height * scale);
+  out.height = Math.ceil((box.height + foot) * scale);
   const context = /** @type {CanvasRenderingContext2D} */ (out.getContext("2d"));
   context.scale(scale, scale);
   context.fillStyle = getComputedStyle(panel).backgroundColor;
-  context.fillRect(0, 0, box.width, box.height);
+  context.fillRect(0, 0, box.width, box.height + foot);
   context.imageSmoothingEnabled = false;
   for (const canvas of panel.querySelectorAll("canvas")) {
     const at = canvas.getBoundingClientRect();
@@ -208,18 +214,23 @@ export function picture(panel) {
     const style = getComputedStyle(label);
     context.font = `${style.fontWeight} ${style.fontSize} ${style.fontFamily}`;
     context.fillStyle = style.color;
-    context.fillText(label.textContent || "", at.left - box.left, (at.top + at.bottom) / 2 - box.top);
+    context.fillText(label.textContent || "", at.left - box.left, (at.top + at.bottom) / 2 - box.top, at.width);
   }
+  const style = getComputedStyle(panel);
+  context.font = `12px ${style.fontFamily}`;
+  context.fillStyle = style.color;
+  context.fillText(caption, 14, box.height + foot / 2 - 4, box.width - 28);
   return out;
 }
 
 /**
  * Copy a panel as PNG; where the clipboard is closed to pages, save it.
  * @param {HTMLElement} panel
+ * @param {string} caption
  * @returns {Promise<"copied" | "saved">}
  */
-export async function copyPicture(panel) {
-  const canvas = picture(panel);
+export async function copyPicture(panel, caption) {
+  const canvas = picture(panel, caption);
   const blob = await new Promise(
     (/** @type {(blob: Blob) => void} */ done, reject) =>
       canvas.toBlob((made) => (made ? done(made) : reject(new Error("no picture"))), "image/png"));

@@ -1,6 +1,7 @@
 /** A token's strongest features; one feature over layers and tokens, its words, its contrasts. */
 
-import { element, fail, heat, number, tokenText } from "./draw.js";
+import { element, fail, heat, named, number, tokenText } from "./draw.js";
+import { cells, layerRuler, scale, single, tokenRuler } from "./plot.js";
 import { activeToken } from "./prompt.js";
 import { choose, index, saesOf, scenario, view } from "./state.js";
 import { ofFeature, ofToken, placeOf, timeline } from "./store.js";
@@ -17,7 +18,7 @@ function link(feature) {
   const source = (index.sources[view.sae] || {})[String(view.layer)];
   if (!source) return null;
   const href = `https://www.neuronpedia.org/${source.split("/").map(encodeURIComponent).join("/")}/${feature}`;
-  return element("a", { href, target: "_blank", rel: "noopener noreferrer" }, "Neuronpedia");
+  return element("a", { href, target: "_blank", rel: "noopener noreferrer" }, `L${view.layer} on Neuronpedia`);
 }
 
 /** The strongest features of the active token. @param {number} token */
@@ -37,6 +38,14 @@ export async function showTop(token) {
     fail(panel, null);
     const active = Array.from(found, (feature, i) => ({ feature, value: strength[i] })).filter((f) => f.value > 0);
     const most = Math.max(1e-9, ...active.map((f) => f.value));
+    const key = JSON.stringify([at.name, layer, token, view.sae]);
+    if (out.dataset.shown === key) { // the button that was pressed keeps the focus
+      for (const row of out.children) {
+        row.classList.toggle("chosen", row.getAttribute("data-feature") === String(view.feature));
+      }
+      return;
+    }
+    out.dataset.shown = key;
     out.replaceChildren(
       ...active.slice(0, SHOWN).map(({ feature, value }) => {
         const name = element("button", { type: "button", class: "feature" }, String(feature));
@@ -68,13 +77,13 @@ export async function showFeature() {
   search.disabled = !array;
   if (array) search.max = String(array.shape[2] - 1);
   if (document.activeElement !== search) search.value = feature < 0 ? "" : String(feature);
-  $("feature-detail").hidden = feature < 0 || !array;
-  $("feature-hint").hidden = !$("feature-detail").hidden;
+  search.setCustomValidity("");
+  panel.hidden = feature < 0 || !array;
   if (feature < 0 || !array) {
     fail(panel, null);
     return;
   }
-  $("feature-name").replaceChildren(`feature ${feature} `, ...[link(feature)].filter((l) => l !== null));
+  $("feature-name").replaceChildren(`Feature ${feature} `, ...[link(feature)].filter((l) => l !== null));
   await Promise.all([drawTimeline(), showWords(), showContrasts()]);
 }
 
@@ -89,32 +98,27 @@ async function drawTimeline() {
     drawn = found;
     const max = found.data.reduce((most, v) => (v > most ? v : most), 0);
     heat(canvas, found.data, 0, found.layers, found.tokens, { max });
-    const layers = array.layers || [];
-    $("timeline-axis").replaceChildren(
-      element("span", { "data-label": "" }, `L${layers[0]} (top) – L${layers[layers.length - 1]}`),
-      element("span", { "data-label": "" }, `tokens ${view.window} → ${view.window + found.tokens - 1}`),
-      element("span", { "data-label": "" }, "strongest "), number(max));
-    pointAt(Math.max(0, placeOf(array, view.layer)), view.token - view.window);
+    tokenRuler("timeline-tokens", at, single(first, found.tokens));
+    layerRuler("timeline-layers", array.layers || [], view.layer);
+    scale("timeline-scale", { max });
+    pointAt(Math.max(0, placeOf(array, view.layer)), view.token - first);
   } catch (error) {
     drawn = null;
     fail(panel, error);
   }
 }
 
-let pointed = [0, 0];
-
-/** @param {number} row @param {number} token */
-function pointAt(row, token) {
-  if (!drawn) return;
-  row = Math.max(0, Math.min(drawn.layers - 1, row));
-  token = Math.max(0, Math.min(drawn.tokens - 1, token));
-  pointed = [row, token];
-  const at = scenario();
-  const layer = (at.arrays[view.sae].layers || [])[row];
-  $("timeline-cell").replaceChildren(
-    `L${layer}, ${view.window + token} `, tokenText(at.tokens[view.window + token]), ": ",
-    number(drawn.data[row * drawn.tokens + token], 4));
-}
+const pointAt = cells(canvas, () => (drawn ? [drawn.layers, drawn.tokens] : [0, 0]),
+  (row, token) => {
+    const { data, tokens } = /** @type {NonNullable<typeof drawn>} */ (drawn);
+    const at = scenario(), layer = (at.arrays[view.sae].layers || [])[row];
+    $("timeline-cell").replaceChildren(`L${layer}, `, ...named(at, view.window + token), " = ",
+      number(data[row * tokens + token], 4));
+  },
+  (row, token) => {
+    const layers = scenario().arrays[view.sae].layers || [];
+    choose({ layer: layers[row], token: view.window + token });
+  });
 
 /** Words that drive the feature on this layer. */
 async function showWords() {
@@ -153,7 +157,9 @@ async function showContrasts() {
     const pairs = array.pairs || [];
     const found = await Promise.all(pairs.map((_, pair) => ofFeature(array, [pair, place], feature)));
     if (feature !== view.feature) return;
-    out.replaceChildren(...found.map((values, pair) =>
+    const silent = found.every((values) => values.every(Number.isNaN));
+    out.replaceChildren(...silent ? [element("tr", {}, element("td", { colspan: "7" }, "silent in all of them"))]
+      : found.map((values, pair) =>
       element("tr", { "data-pair": pairs[pair].join("−") },
         element("th", { scope: "row" }, pairs[pair].join(" − ")),
         ...Array.from(values, (value) => element("td", {}, number(value))))));
@@ -164,26 +170,16 @@ async function showContrasts() {
 
 search.addEventListener("change", () => {
   const feature = search.value.trim() === "" ? -1 : Number(search.value);
-  if (Number.isInteger(feature)) choose({ feature });
+  const most = Number(search.max);
+  const known = Number.isInteger(feature) && feature >= -1 && feature <= most;
+  search.setCustomValidity(known ? "" : `This SAE has the features 0 to ${most}.`);
+  if (known) choose({ feature });
+  else search.reportValidity();
+});
+search.addEventListener("input", () => search.setCustomValidity(""));
+$("feature-close").addEventListener("click", () => {
+  choose({ feature: -1 });
+  search.focus();
 });
 $("sae").addEventListener("change", (event) =>
   choose({ sae: /** @type {HTMLSelectElement} */ (event.target).value }));
-canvas.addEventListener("pointermove", (event) => {
-  if (!drawn) return;
-  const box = canvas.getBoundingClientRect();
-  pointAt(Math.floor(((event.clientY - box.top) / box.height) * drawn.layers),
-    Math.floor(((event.clientX - box.left) / box.width) * drawn.tokens));
-});
-canvas.addEventListener("click", () => {
-  const layers = scenario().arrays[view.sae].layers || [];
-  choose({ layer: layers[pointed[0]], token: view.window + pointed[1] });
-});
-canvas.addEventListener("keydown", (event) => {
-  const step = /** @type {Record<string, number[]>} */ ({
-    ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] })[event.key];
-  if (step) pointAt(pointed[0] + step[0], pointed[1] + step[1]);
-  else if (event.key === "Enter") canvas.click();
-  else return;
-  event.preventDefault();
-  event.stopPropagation();
-});

@@ -1,9 +1,10 @@
 /** Puts the panels together: what changes, what is drawn again. */
 
-import { headsBlock, chosenBlock, meansBlock, showChosen, showHeads, showLarge, showLayers } from "./attention.js";
+import { chosenBlock, fitGrids, headsBlock, meansBlock, showChosen, showHeads, showLarge, showLayers } from "./attention.js";
 import { showCompare } from "./compare.js";
-import { copyPicture, element, fail } from "./draw.js";
+import { copyPicture, element, fail, visible } from "./draw.js";
 import { showFeature, showTop } from "./features.js";
+import { clearOverview, showOverview } from "./overview.js";
 import { activeToken, build, failPrompt, onActive, show, showNext } from "./prompt.js";
 import { choose, headsOf, index, onChange, scenario, setIndex, start, view } from "./state.js";
 import { openIndex, windowOf } from "./store.js";
@@ -58,6 +59,7 @@ async function render(changed) {
   document.body.dataset.state = "busy";
   if (some("theme")) applyTheme();
   controls(changed);
+  clearOverview();
   if (some("scenario", "window", "theme")) build();
   const work = [];
   if (some("scenario", "layer", "head", "token", "window", "theme")) work.push(showLarge(), showPrompt());
@@ -70,9 +72,23 @@ async function render(changed) {
   if (view.other ? some("scenario", "other", "layer", "head", "token", "window", "theme") : some("other", "theme")) work.push(showCompare());
   await Promise.all(work);
   if (--pending) return;
+  if (some("scenario", "feature", "other", "theme")) fitGrids();
   document.body.dataset.state = "ready";
+  // For who does not see what has changed.
+  const [layer, head, token] = said();
+  $("status").textContent = `${layer}, ${head}, ${token}`;
   clearTimeout(soon);
-  soon = setTimeout(readAhead, 60);
+  soon = setTimeout(() => {
+    readAhead();
+    soon = setTimeout(showOverview, 240);
+  }, 60);
+}
+
+/** What is chosen, in words: layer, head and token. */
+function said() {
+  const at = scenario();
+  return [`L${view.layer}`, view.head < 0 ? "mean of heads" : `head ${view.head}`,
+    `token ${view.token} ${visible(at.tokens[view.token]).slice(0, 40)}`];
 }
 
 /** Set the controls to what is chosen. @param {Set<string>} changed */
@@ -94,7 +110,11 @@ function controls(changed) {
   input("layer").setAttribute("aria-valuetext", `layer ${view.layer}`);
   input("head").value = String(view.head);
   $("head-shown").textContent = view.head < 0 ? "mean" : `H${view.head}`;
-  input("head").setAttribute("aria-valuetext", view.head < 0 ? "mean of heads" : `head ${view.head}`);
+  const [layer, head] = said();
+  input("head").setAttribute("aria-valuetext", head);
+  for (const name of document.querySelectorAll(".layer-name")) name.textContent = layer;
+  for (const name of document.querySelectorAll(".matrix-name")) name.textContent = `${layer}, ${head}`;
+  $("readout-of").textContent = `${layer}, ${head}`;
 }
 
 function applyTheme() {
@@ -136,12 +156,15 @@ function wire() {
     choose({ theme: document.documentElement.dataset.theme === "dark" ? "light" : "dark" }));
   document.addEventListener("keydown", keys);
   for (const panel of document.querySelectorAll("[data-picture]")) {
-    const button = element("button", { type: "button", class: "copy", title: "Copy as PNG" }, "PNG");
+    const button = element("button", { type: "button", class: "copy", title: "Copy this picture, or save it" }, "Copy PNG");
     button.addEventListener("click", async () => {
-      button.textContent = await copyPicture(/** @type {HTMLElement} */ (panel));
-      setTimeout(() => { button.textContent = "PNG"; }, 1500);
+      const pair = view.other && panel.id === "compare-panel" ? [view.other] : [];
+      const caption = [index.title, view.scenario, ...pair, ...said()].join(" · ");
+      const done = await copyPicture(/** @type {HTMLElement} */ (panel), caption).catch(() => "too large");
+      button.textContent = $("status").textContent = done;
+      setTimeout(() => { button.textContent = "Copy PNG"; }, 1500);
     });
-    panel.querySelector("header")?.append(button);
+    panel.querySelector("h2")?.after(button);
   }
   onActive((token) => {
     showNext(token);

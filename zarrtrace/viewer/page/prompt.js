@@ -1,10 +1,11 @@
 /** The prompt as tokens: what the active one attends to, what attends to it, what comes next. */
 
-import { element, fail, number, spanColour, tokenText, visible } from "./draw.js";
+import { element, fail, named, number, spanColour, theme, tokenText, visible } from "./draw.js";
 import { choose, index, scenario, view } from "./state.js";
 import { ofToken, WINDOW, windowOf } from "./store.js";
 
 /** @typedef {import("./types.js").Block} Block */
+/** @typedef {import("./types.js").Scenario} Scenario */
 
 const panel = /** @type {HTMLElement} */ (document.getElementById("prompt"));
 const list = /** @type {HTMLElement} */ (document.getElementById("tokens"));
@@ -13,6 +14,8 @@ const pager = /** @type {HTMLElement} */ (document.getElementById("windows"));
 
 /** @type {HTMLElement[]} */
 let tokens = [];
+/** Their background colours. @type {string[]} */
+let colours = [];
 let hovered = -1;
 /** @type {{rows: Block, columns: Block, at: number} | null} */
 let shown = null;
@@ -44,6 +47,7 @@ export function build() {
   const names = Object.keys(at.spans);
   hovered = -1;
   tokens = [];
+  colours = [];
   list.replaceChildren();
   for (let position = first; position < last; position++) {
     const text = at.tokens[position];
@@ -52,43 +56,52 @@ export function build() {
       "data-position": String(position), "aria-selected": String(position === view.token),
       dir: "auto",
     });
+    if (/^\s*$/.test(text)) token.setAttribute("aria-label", visible(text));
     token.textContent = visible(text);
     const of = names.filter((name) => at.spans[name].includes(position));
     if (of.length) {
       token.style.setProperty("--span", spanColour(names.indexOf(of[0])));
       token.classList.add("in-span");
       token.title = of.join(", ");
+      token.setAttribute("aria-description", of.join(", "));
     }
     tokens.push(token);
     list.append(token);
     if (/\n$/.test(text)) list.append(element("br"));
   }
   if (!tokens.some((token) => token.tabIndex === 0) && tokens.length) tokens[0].tabIndex = 0;
-  legend.replaceChildren(
-    ...names.map((name, i) => {
-      const key = element("button", { type: "button", class: "span-key" }, name);
-      key.style.setProperty("--span", spanColour(i));
-      key.addEventListener("click", () => {
-        const token = at.spans[name][at.spans[name].length - 1];
-        if (token !== undefined) choose({ token, window: windowOf(token, at.tokens.length) });
-      });
-      return key;
-    }),
-  );
+  buildLegend(at, names);
   buildPager(at.tokens.length);
 }
+
+/** @param {Scenario} at @param {string[]} names of its spans */
+function buildLegend(at, names) {
+  const key = JSON.stringify([at.name, theme()]);
+  if (legend.dataset.shown === key) return; // a button that has the focus keeps it
+  legend.dataset.shown = key;
+  legend.replaceChildren(...names.map((name, i) => {
+    const one = element("button", { type: "button", class: "span-key" }, name);
+    one.style.setProperty("--span", spanColour(i));
+    one.addEventListener("click", () => {
+      const token = at.spans[name][at.spans[name].length - 1];
+      if (token !== undefined) choose({ token, window: windowOf(token, at.tokens.length) });
+    });
+    return one;
+  }));
+}
+
+const pages = element("input", { type: "range", min: "0", "aria-label": "window of tokens" });
+const range = element("output");
+pages.addEventListener("input", () => choose({ window: Number(pages.value) * WINDOW }));
+pager.append("tokens ", range, pages);
 
 /** @param {number} count */
 function buildPager(count) {
   pager.hidden = count <= WINDOW;
-  if (pager.hidden) return;
-  const input = element("input", {
-    type: "range", min: "0", max: String(Math.ceil(count / WINDOW) - 1),
-    value: String(view.window / WINDOW), "aria-label": "window of tokens",
-  });
-  input.addEventListener("input", () => choose({ window: Number(input.value) * WINDOW }));
-  const last = Math.min(count, view.window + WINDOW) - 1;
-  pager.replaceChildren("tokens ", element("output", {}, `${view.window}–${last} of ${count}`), input);
+  pages.max = String(Math.ceil(count / WINDOW) - 1);
+  pages.value = String(view.window / WINDOW);
+  range.textContent = `${view.window}–${Math.min(count, view.window + WINDOW) - 1} of ${count}`;
+  pages.setAttribute("aria-valuetext", range.textContent);
 }
 
 /**
@@ -114,6 +127,19 @@ function weight(of, at, query, key) {
   return of.data[(at * of.rows + row) * of.columns + column];
 }
 
+/** Colours of a theme by attention, from none to all, so that hovering parses nothing. @type {Record<string, string[]>} */
+const shades = {};
+
+/** @param {"to" | "from"} way @param {number} weight */
+function shade(way, weight) {
+  const found = (shades[`${theme()} ${way}`] ??= (() => {
+    const style = getComputedStyle(document.documentElement);
+    const [colour, most] = [style.getPropertyValue(`--${way}`), Number(style.getPropertyValue("--most"))];
+    return Array.from({ length: 257 }, (_, i) => `rgb(${colour} / ${((most * i) / 256).toFixed(3)})`);
+  })());
+  return found[Math.round(256 * Math.sqrt(Math.min(1, weight)))];
+}
+
 /** Colour every token by its attention from and to the active one. */
 function paint() {
   const at = activeToken();
@@ -121,29 +147,29 @@ function paint() {
   const to = [];
   /** @type {[number, number][]} */
   const from = [];
-  tokens.forEach((token) => {
-    const position = Number(token.dataset.position);
+  tokens.forEach((token, i) => {
+    const position = view.window + i;
     let colour = "";
     if (shown) {
-      const out = shownWeight(at, position);
-      if (position <= at && out > 0) {
-        colour = `rgb(var(--to) / calc(var(--most) * ${Math.sqrt(out).toFixed(3)}))`;
+      const out = position <= at ? shownWeight(at, position) : 0;
+      if (out > 0) {
+        colour = shade("to", out);
         to.push([position, out]);
       }
-      const back = shownWeight(position, at);
-      if (position >= at && back > 0) {
-        if (position > at) colour = `rgb(var(--from) / calc(var(--most) * ${Math.sqrt(back).toFixed(3)}))`;
+      const back = position >= at ? shownWeight(position, at) : 0;
+      if (back > 0) {
+        if (position > at) colour = shade("from", back);
         from.push([position, back]);
       }
     }
-    token.style.backgroundColor = colour;
-    token.classList.toggle("active", position === at);
+    if (colours[i] !== colour) token.style.backgroundColor = colours[i] = colour;
+    if (token.classList.contains("active") !== (position === at)) token.classList.toggle("active");
   });
   readout("attends-to", to);
   readout("attended-by", from);
-  const name = /** @type {HTMLElement} */ (document.getElementById("active-token"));
-  const text = scenario().tokens[at];
-  name.replaceChildren(`${at} `, tokenText(text));
+  for (const id of ["active-token", "features-of"]) {
+    document.getElementById(id)?.replaceChildren(...named(scenario(), at));
+  }
 }
 
 /** @param {number} query @param {number} key */
@@ -159,7 +185,7 @@ function readout(id, weights) {
   weights.sort((x, y) => y[1] - x[1]);
   const texts = scenario().tokens;
   out.replaceChildren(
-    ...weights.slice(0, 6).map(([position, value]) => {
+    ...weights.slice(0, 10).map(([position, value]) => {
       const row = element("li", { "data-position": String(position) },
         element("span", { class: "position" }, String(position)), tokenText(texts[position]), number(value));
       row.style.setProperty("--share", `${(100 * Math.min(1, value)).toFixed(1)}%`);
@@ -169,30 +195,41 @@ function readout(id, weights) {
   if (!weights.length) out.append(element("li", { class: "none" }, shown ? "nothing in this window" : "no attention stored"));
 }
 
+/**
+ * The likeliest continuations after a token: probabilities by token id, likeliest first.
+ * @param {Scenario} of @param {number} token
+ * @returns {Promise<Map<number, number> | null>} null if the run holds none
+ */
+export async function continuations(of, token) {
+  const ids = of.arrays.next_token, logs = of.arrays.next_token_logprob;
+  if (!ids || !logs) return null;
+  const [id, log] = await Promise.all([ofToken(ids, token), ofToken(logs, token)]);
+  return new Map(Array.from(id, (number_, i) => [number_, Math.exp(log[i])]));
+}
+
+/** A token id as text, with the option it stands for. @param {Scenario} of @param {number} id */
+export function nameOfToken(of, id) {
+  const known = index.vocabulary[String(id)];
+  const label = known === undefined
+    ? element("span", { class: "unknown", title: "token id; its text is in no prompt of this run" }, `#${id}`)
+    : tokenText(known);
+  const option = Object.keys(of.options).find((name) => of.options[name] === id) || "";
+  return [label, element("span", { class: "option" }, option)];
+}
+
 /** What the model says next after the active token. @param {number} token */
 export async function showNext(token) {
   const at = scenario();
   const out = /** @type {HTMLElement} */ (document.getElementById("next"));
   const box = /** @type {HTMLElement} */ (document.getElementById("next-token"));
-  const ids = at.arrays.next_token, logs = at.arrays.next_token_logprob;
-  if (!ids || !logs) {
-    fail(box, "This run holds no next-token probabilities.");
-    return;
-  }
   try {
-    const [id, log] = await Promise.all([ofToken(ids, token), ofToken(logs, token)]);
+    const found = await continuations(at, token);
     if (token !== activeToken() || at !== scenario()) return;
+    if (!found) throw new Error("This run holds no next-token probabilities.");
     fail(box, null);
-    const options = new Map(Object.entries(at.options).map(([name, number]) => [number, name]));
     out.replaceChildren(
-      ...Array.from(id, (number_, i) => {
-        const p = Math.exp(log[i]);
-        const known = index.vocabulary[String(number_)];
-        const label = known === undefined
-          ? element("span", { class: "unknown", title: "token id; its text is in no prompt of this run" }, `#${number_}`)
-          : tokenText(known);
-        const row = element("li", { "data-token-id": String(number_) }, label,
-          element("span", { class: "option" }, options.get(number_) || ""), number(p));
+      ...Array.from(found, ([id, p]) => {
+        const row = element("li", { "data-token-id": String(id) }, ...nameOfToken(at, id), number(p));
         row.style.setProperty("--share", `${(100 * p).toFixed(1)}%`);
         return row;
       }),

@@ -39,7 +39,13 @@ async function file(path) {
     if (!(path in inline)) throw new DamagedError(`${path} is not in this file.`);
     return new Response(fromBase64(inline[path]));
   }
-  const response = await fetch(path.split("/").map(encodeURIComponent).join("/"));
+  /** @type {Response} */
+  let response;
+  try {
+    response = await fetch(path.split("/").map(encodeURIComponent).join("/"));
+  } catch {
+    throw new DamagedError(`${path} cannot be fetched: nothing answers. Was "zarrtrace view" stopped?`);
+  }
   if (!response.ok) {
     const said = response.status === 500 ? (await response.text()).trim() : "";
     throw new DamagedError(said || `${path} is missing (${response.status}).`);
@@ -123,6 +129,10 @@ export function chunk(array, place) {
   return found;
 }
 
+/** Windows of long prompts that were put together last. @type {Map<string, Promise<Block>>} */
+const windows = new Map();
+const KEPT_WINDOWS = 8;
+
 /**
  * Return matrices over (query, key) for the windows that begin at two tokens.
  * @param {ArrayInfo} array its last two dimensions are query and key
@@ -131,7 +141,25 @@ export function chunk(array, place) {
  * @param {number} firstColumn
  * @returns {Promise<Block>}
  */
-export async function block(array, lead, firstRow, firstColumn) {
+export function block(array, lead, firstRow, firstColumn) {
+  if (array.shape[array.shape.length - 1] <= WINDOW) return assemble(array, lead, firstRow, firstColumn);
+  const key = [array.path, ...lead, firstRow, firstColumn].join("/");
+  const found = windows.get(key) || assemble(array, lead, firstRow, firstColumn);
+  windows.delete(key); // last used goes to the end
+  windows.set(key, found);
+  found.catch(() => windows.delete(key));
+  for (const old of windows.keys()) {
+    if (windows.size <= KEPT_WINDOWS) break;
+    windows.delete(old);
+  }
+  return found;
+}
+
+/**
+ * @param {ArrayInfo} array @param {number[]} lead @param {number} firstRow @param {number} firstColumn
+ * @returns {Promise<Block>}
+ */
+async function assemble(array, lead, firstRow, firstColumn) {
   const [tokens, keys] = array.shape.slice(-2);
   const [stepRows, stepColumns] = array.chunks.slice(-2);
   const count = array.chunks.slice(0, -2).reduce((a, b) => a * b, 1);

@@ -1,0 +1,139 @@
+/** What stands around a matrix: the cell that is pointed at, its axes, the scale of its colours. */
+
+import { element, heat, number, spanColour, theme } from "./draw.js";
+
+/** @typedef {import("./types.js").Scenario} Scenario */
+
+const STEPS = /** @type {Record<string, number[]>} */ ({
+  ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] });
+
+/**
+ * Let a matrix be pointed at, by the pointer or by arrow keys; a click or Enter picks.
+ * @param {HTMLCanvasElement} canvas
+ * @param {() => [number, number]} size rows and columns, 0 if nothing is drawn
+ * @param {(row: number, column: number) => void} show
+ * @param {(row: number, column: number) => void} pick
+ * @returns {(row: number, column: number) => void} points at a cell
+ */
+export function cells(canvas, size, show, pick) {
+  /** @type {[number, number]} */
+  let at = [0, 0];
+  const point = (/** @type {number} */ row, /** @type {number} */ column) => {
+    const [rows, columns] = size();
+    if (!rows || !columns) return false;
+    at = [Math.max(0, Math.min(rows - 1, row)), Math.max(0, Math.min(columns - 1, column))];
+    show(...at);
+    return true;
+  };
+  const under = (/** @type {MouseEvent} */ event) => {
+    const box = canvas.getBoundingClientRect(), [rows, columns] = size();
+    return point(Math.floor(((event.clientY - box.top) / box.height) * rows),
+      Math.floor(((event.clientX - box.left) / box.width) * columns));
+  };
+  canvas.addEventListener("pointermove", under);
+  canvas.addEventListener("click", (event) => under(event) && pick(...at));
+  canvas.addEventListener("keydown", (event) => {
+    const step = STEPS[event.key];
+    if (step) point(at[0] + step[0], at[1] + step[1]);
+    else if (event.key === "Enter") pick(...at);
+    else return;
+    event.preventDefault();
+    event.stopPropagation();
+  });
+  return point;
+}
+
+/**
+ * A mark on an axis, in per cent of its length.
+ * @param {string} kind @param {string} text @param {number} at
+ */
+function mark(kind, text, at) {
+  const out = element("span", { class: kind, "data-label": "" }, text);
+  out.style.setProperty("--at", `${(100 * at).toFixed(2)}%`);
+  return out;
+}
+
+/**
+ * An axis of tokens: their positions, and the spans in their colours.
+ * @param {string} id element of class "ruler"
+ * @param {Scenario} of
+ * @param {[number, number][]} units [start, end) of the tokens at each place
+ * @param {boolean} [numbered] whether to write positions
+ */
+export function tokenRuler(id, of, units, numbered = true) {
+  const out = /** @type {HTMLElement} */ (document.getElementById(id));
+  const names = Object.keys(of.spans), count = units.length;
+  const key = [theme(), of.name, count, units[0], units[count - 1], numbered].join();
+  if (out.dataset.shown === key) return;
+  out.dataset.shown = key;
+  const down = out.classList.contains("down");
+  const band = element("canvas", { "aria-hidden": "true" });
+  [band.width, band.height] = down ? [1, count] : [count, 1];
+  const context = /** @type {CanvasRenderingContext2D} */ (band.getContext("2d"));
+  /** @type {HTMLElement[]} */
+  const marks = [];
+  const every = [1, 2, 5, 10, 20, 50, 100].find((step) => count / step <= 7) || 200;
+  if (numbered) {
+    units.forEach(([start], i) => {
+      if (start % every === 0) marks.push(mark("tick", String(start), (i + 0.5) / count));
+    });
+  }
+  let free = 0, freeIfNarrow = 0;
+  names.forEach((name, n) => {
+    const at = units.flatMap(([start, end], i) => (of.spans[name].some((t) => t >= start && t < end) ? [i] : []));
+    context.fillStyle = spanColour(n);
+    for (const i of at) context.fillRect(down ? 0 : i, down ? i : 0, 1, 1);
+    const middle = (at[0] + at[at.length - 1] + 1) / 2 / count;
+    // Names that would run into each other are left to the colours.
+    if (down || !at.length || middle < free) return;
+    free = middle + 0.08;
+    const label = mark("name", name, middle);
+    if (middle < freeIfNarrow) label.classList.add("tight");
+    else freeIfNarrow = middle + 0.2;
+    label.style.color = spanColour(n);
+    if (middle > 0.92) label.classList.add("last");
+    marks.push(label);
+  });
+  out.replaceChildren(band, ...marks);
+}
+
+/** An axis of layers, from the top down. @param {string} id @param {number[]} layers @param {number} chosen */
+export function layerRuler(id, layers, chosen) {
+  const out = /** @type {HTMLElement} */ (document.getElementById(id));
+  const every = Math.ceil(layers.length / 8), place = layers.indexOf(chosen);
+  const shown = layers.map((_, i) => i === place || (i % every === 0 && Math.abs(i - place) >= every));
+  out.replaceChildren(...layers.flatMap((layer, i) => {
+    if (!shown[i]) return [];
+    const tick = mark("tick", `L${layer}`, (i + 0.5) / layers.length);
+    tick.classList.toggle("chosen", i === place);
+    return [tick];
+  }));
+}
+
+/**
+ * The scale of a matrix's colours, which go with the square root of the value.
+ * @param {string} id @param {{max?: number, difference?: boolean}} [options] as for heat()
+ */
+export function scale(id, { max = 1, difference = false } = {}) {
+  const out = /** @type {HTMLElement} */ (document.getElementById(id));
+  const key = [theme(), max, difference].join();
+  if (out.dataset.shown === key) return;
+  out.dataset.shown = key;
+  const bar = element("canvas", { "aria-hidden": "true" });
+  const values = Float32Array.from({ length: 128 }, (_, i) => {
+    const share = difference ? i / 63.5 - 1 : i / 127;
+    return max * share * Math.abs(share);
+  });
+  heat(bar, values, 0, 1, 128, { max, difference });
+  const labels = difference ? [-max, 0, max] : [0, max / 4, max];
+  out.replaceChildren(bar, ...labels.map((value) => {
+    const label = number(value, 2);
+    label.setAttribute("data-label", "");
+    return label;
+  }));
+}
+
+/** Each token of a window by itself. @param {number} first @param {number} count @returns {[number, number][]} */
+export function single(first, count) {
+  return Array.from({ length: count }, (_, i) => [first + i, first + i + 1]);
+}
