@@ -728,6 +728,11 @@ def test_a_screen_reader_finds_its_way(addresses: dict[str, str], look: Open) ->
     page.keyboard.press("ArrowRight")
     ready(page)
     assert page.locator("#status").inner_text().startswith("L3, head 0, token 5 ")
+    # Only the cells of the matrix that has the focus are read out.
+    live = "all => all.filter(e => e.ariaLive).map(e => e.id)"
+    assert page.eval_on_selector_all(".readout", live) == []
+    page.locator("#flow").focus()
+    assert page.eval_on_selector_all(".readout", live) == ["flow-cell"]
     page.emulate_media(media="print")
     assert page.locator("#large").is_visible()
     assert page.locator("#theme").is_hidden()

@@ -208,8 +208,9 @@ function showFlow(at, found, layers) {
   lines(/** @type {HTMLCanvasElement} */ ($("flow-lines")), drawn, layers, view.layer);
   const chosen = layers.indexOf(view.layer);
   $("flow-legend").replaceChildren(...drawn.map((line) => {
-    const key = element("li", { "data-span": line.name },
-      element("span", { "data-label": "" }, line.name), number(line.values[chosen]));
+    const value = number(line.values[chosen]);
+    value.setAttribute("data-label", "");
+    const key = element("li", { "data-span": line.name }, element("span", { "data-label": "" }, line.name), value);
     key.style.setProperty("--span", line.colour);
     return key;
   }));

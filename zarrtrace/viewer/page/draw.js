@@ -193,22 +193,26 @@ export function fail(panel, error) {
 export function picture(panel, caption) {
   const scale = 2, foot = 26;
   const box = panel.getBoundingClientRect();
+  const shown = [...panel.querySelectorAll("canvas, [data-label]")].filter((one) => one.checkVisibility());
+  const height = Math.max(...shown.map((one) => one.getBoundingClientRect().bottom)) - box.top;
   const out = element("canvas");
   out.width = Math.ceil(box.width * scale);
-  out.height = Math.ceil((box.height + foot) * scale);
+  out.height = Math.ceil((height + foot) * scale);
   const context = /** @type {CanvasRenderingContext2D} */ (out.getContext("2d"));
   context.scale(scale, scale);
   context.fillStyle = getComputedStyle(panel).backgroundColor;
-  context.fillRect(0, 0, box.width, box.height + foot);
+  context.fillRect(0, 0, box.width, height + foot);
   context.imageSmoothingEnabled = false;
-  for (const canvas of panel.querySelectorAll("canvas")) {
+  for (const canvas of shown) {
+    if (!(canvas instanceof HTMLCanvasElement)) continue;
     const at = canvas.getBoundingClientRect();
     if (at.width && canvas.width) {
       context.drawImage(canvas, at.left - box.left, at.top - box.top, at.width, at.height);
     }
   }
   context.textBaseline = "middle";
-  for (const label of panel.querySelectorAll("[data-label]")) {
+  for (const label of shown) {
+    if (label instanceof HTMLCanvasElement) continue;
     const at = label.getBoundingClientRect();
     if (!at.width) continue;
     const style = getComputedStyle(label);
@@ -219,7 +223,7 @@ export function picture(panel, caption) {
   const style = getComputedStyle(panel);
   context.font = `12px ${style.fontFamily}`;
   context.fillStyle = style.color;
-  context.fillText(caption, 14, box.height + foot / 2 - 4, box.width - 28);
+  context.fillText(caption, 14, height + foot / 2, box.width - 28);
   return out;
 }
 

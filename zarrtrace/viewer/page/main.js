@@ -15,6 +15,8 @@ const select = (/** @type {string} */ id) => /** @type {HTMLSelectElement} */ ($
 
 const ALL = ["scenario", "other", "layer", "head", "token", "window", "feature", "sae", "theme"];
 let pending = 0;
+/** Whether the grids of small pictures have to be fitted to the page again. */
+let loose = false;
 
 /** Attention for the prompt's colours. */
 async function showPrompt() {
@@ -71,8 +73,10 @@ async function render(changed) {
   if (some("scenario", "layer", "window", "feature", "sae", "theme")) work.push(showFeature());
   if (view.other ? some("scenario", "other", "layer", "head", "token", "window", "theme") : some("other", "theme")) work.push(showCompare());
   await Promise.all(work);
+  loose ||= some("scenario", "theme");
   if (--pending) return;
-  if (some("scenario", "feature", "other", "theme")) fitGrids();
+  if (loose) fitGrids();
+  loose = false;
   document.body.dataset.state = "ready";
   // For who does not see what has changed.
   const [layer, head, token] = said();
@@ -173,7 +177,10 @@ function wire() {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => render(new Set(["theme"])));
   let width = innerWidth;
   addEventListener("resize", () => {
-    if (width !== innerWidth) render(new Set(["layer"]));
+    if (width !== innerWidth) {
+      loose = true;
+      render(new Set(["layer"]));
+    }
     width = innerWidth;
   });
 }

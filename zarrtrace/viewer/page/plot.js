@@ -30,6 +30,10 @@ export function cells(canvas, size, show, pick) {
     return point(Math.floor(((event.clientY - box.top) / box.height) * rows),
       Math.floor(((event.clientX - box.left) / box.width) * columns));
   };
+  // The cell is read out while the matrix has the focus, not whenever something is drawn anew.
+  const cell = document.getElementById(canvas.getAttribute("aria-describedby") || "");
+  canvas.addEventListener("focus", () => cell?.setAttribute("aria-live", "polite"));
+  canvas.addEventListener("blur", () => cell?.removeAttribute("aria-live"));
   canvas.addEventListener("pointermove", under);
   canvas.addEventListener("click", (event) => under(event) && pick(...at));
   canvas.addEventListener("keydown", (event) => {

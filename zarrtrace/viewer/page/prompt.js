@@ -135,9 +135,9 @@ function shade(way, weight) {
   const found = (shades[`${theme()} ${way}`] ??= (() => {
     const style = getComputedStyle(document.documentElement);
     const [colour, most] = [style.getPropertyValue(`--${way}`), Number(style.getPropertyValue("--most"))];
-    return Array.from({ length: 257 }, (_, i) => `rgb(${colour} / ${((most * i) / 256).toFixed(3)})`);
+    return Array.from({ length: 65 }, (_, i) => `rgb(${colour} / ${((most * i) / 64).toFixed(3)})`);
   })());
-  return found[Math.round(256 * Math.sqrt(Math.min(1, weight)))];
+  return found[Math.round(64 * Math.sqrt(Math.min(1, weight)))];
 }
 
 /** Colour every token by its attention from and to the active one. */
