@@ -22,13 +22,22 @@ from zarrtrace.scenarios import load_suite
 from zarrtrace.store import open_run, summarize, verify
 from zarrtrace.store.attributes import sealed
 
-#: Any JSON, with numbers and texts that readers stumble over.
+#: Metadata of a run and of a trace that is fuzzed.
+FILES = ["zarr.json", "Safe_1/zarr.json", "Safe_1/features/zarr.json", "Safe_1/query/zarr.json"]
+
+#: Metadata of a folder in the documented NPZ layout.
+METADATA = "metadata_L1_2.json"
+
+#: Numbers and texts that readers stumble over.
+AWKWARD = [None, True, -1, 0, 10**18, 10**30, "", "../x", "1", "\ud800", "layer", "bytes"]
+
+#: Any JSON.
 anything: st.SearchStrategy[Any] = st.recursive(
     st.one_of(
         st.none(),
         st.booleans(),
         st.integers(),
-        st.sampled_from([-1, 0, 10**18, 10**30, "", "../x", "1", "\ud800", "layer", "bytes"]),
+        st.sampled_from(AWKWARD),
         st.floats(),
         st.text(max_size=5),
     ),
@@ -82,14 +91,37 @@ class Targets:
         with only_our_errors():
             load_suite(file)
 
+    def seeds(self) -> list[bytes]:
+        """Return good files: YAML, JSONL, an NPZ file, an array in it, metadata, stores."""
+        make_layout(self._layout)
+        layer = self._layout / "a" / "layer_1.npz"
+        with zipfile.ZipFile(layer) as archive:
+            array = archive.read("features.npy")
+        entry = {"name": "a", "prompt": "$5 of $9", "spans": {"goal": {"text": "$9"}}}
+        suite = (
+            'template: "[[goal:{x}]] y"\noptions: {bet: "1"}\nscenarios:\n'
+            "- name: a\n  values: {x: 5}\n  tags: [risky]\n"
+        )
+        return [
+            suite.encode(),
+            json.dumps(entry).encode(),
+            layer.read_bytes(),
+            array,
+            (self._layout / METADATA).read_bytes(),
+            *((self._run / name).read_bytes() for name in FILES),
+        ]
+
     def store(self, name: str, change: Callable[[Any], Any]) -> None:
-        """Open, summarise and verify a run of which one file's JSON was changed."""
+        """Read a run of which one file's JSON was changed."""
+        found = change(json.loads((self._run / name).read_bytes()))
+        self.store_bytes(name, json.dumps(found).encode())
+
+    def store_bytes(self, name: str, content: bytes) -> None:
+        """Open, summarise and verify a run in which one file is other bytes."""
         with tempfile.TemporaryDirectory(dir=self._folder) as made:
             run = Path(made) / "run"
             shutil.copytree(self._run, run)
-            file = run / name
-            found = change(json.loads(file.read_bytes()))
-            file.write_text(json.dumps(found), encoding="utf-8")
+            (run / name).write_bytes(content)
             for read in (open_run, summarize, verify):
                 with only_our_errors():
                     read(run)
@@ -107,8 +139,13 @@ class Targets:
     def metadata(self, change: Callable[[Any], Any]) -> None:
         """Import a folder whose metadata file was changed."""
         make_layout(self._layout)
-        file = self._layout / "metadata_L1_2.json"
-        file.write_text(json.dumps(change(json.loads(file.read_bytes()))), encoding="utf-8")
+        found = change(json.loads((self._layout / METADATA).read_bytes()))
+        self.metadata_bytes(json.dumps(found).encode())
+
+    def metadata_bytes(self, content: bytes) -> None:
+        """Import a folder whose metadata file is other bytes."""
+        make_layout(self._layout)
+        (self._layout / METADATA).write_bytes(content)
         self._import()
 
     def _import(self) -> None:
@@ -134,7 +171,7 @@ def make_layout(layout: Path) -> None:
              "key_positions": {"goal": [1]}}
         ],
     }  # fmt: skip
-    (layout / "metadata_L1_2.json").write_text(json.dumps(metadata), encoding="utf-8")
+    (layout / METADATA).write_text(json.dumps(metadata), encoding="utf-8")
 
 
 def changed(found: Any, way: list[int], value: Any) -> Any:

@@ -349,23 +349,66 @@ def test_a_full_disk(tmp_path: Path) -> None:
 
 # --- kill -9 -----------------------------------------------------------------------------------
 
-# Imports once and forks for every attempt, before torch or Zarr have started a thread.
+# Imports once and forks for every attempt, before torch or Zarr have started a thread. What the
+# extraction is doing stands in memory that it shares with the killer.
 KILLER = r"""
-import json, os, random, shutil, signal, sys, time
+import json, mmap, os, random, shutil, signal, sys, threading, time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import zarr, xarray
-from zarrtrace.extraction import Options, extract
+from zarrtrace.errors import NotATraceError
+from zarrtrace.extraction import Options, extract, job
 from zarrtrace.extraction.job import capture_package
-from zarrtrace.store import open_run, read_trace_attributes, verify
+from zarrtrace.store import RunWriter, TraceWriter, open_run, read_trace_attributes, verify
 
-capture_package().hide_progress()
+capture = capture_package()
+capture.hide_progress()
 import zarrtrace.capture.saes
 
 folder, seed, kills = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 OPTIONS = Options(layers=tuple(range(1, 9)), only=("Risky_40", "Safe_140_near_goal"))
 LAYERED = ("attention", "attention_mean", "features", "top_feature", "top_activation")
+PHASES = ("loading", "capture", "writing", "consolidation")
+# By phase: how often it was entered, in how many threads it is, the longest stay in seconds.
+entered, inside, longest = (memoryview(mmap.mmap(-1, 32)).cast("d") for _ in range(3))
+mutex = threading.Lock()
+stop = mmap.mmap(-1, 1)
+
+
+@contextmanager
+def phase(name):
+    at, began = PHASES.index(name), time.monotonic()
+    with mutex:
+        entered[at] += 1
+        inside[at] += 1
+    try:
+        yield
+    finally:
+        with mutex:
+            inside[at] -= 1
+            longest[at] = max(longest[at], time.monotonic() - began)
+
+
+def watched(name, real):
+    def body(*arguments, **options):
+        with phase(name):
+            return real(*arguments, **options)
+
+    return body
+
+
+def watched_records(*arguments, real=capture.capture, **options):
+    with phase("capture"):
+        yield from real(*arguments, **options)
+
+
+job._load_model = watched("loading", job._load_model)
+capture.capture = watched_records
+TraceWriter.append = watched("writing", TraceWriter.append)
+TraceWriter.finish = watched("consolidation", TraceWriter.finish)
+RunWriter.finish = watched("consolidation", RunWriter.finish)
 
 
 def start(body):
@@ -406,44 +449,68 @@ def journalled():
     return found
 
 
+def stored_layers(name):
+    try:
+        return read_trace_attributes(run / name).complete_layers
+    except NotATraceError:  # not begun
+        return ()
+
+
 def readable():
     "What a reader sees: complete layers or honest gaps."
     if not (run / "zarr.json").exists():
         return
+    stored = {name: stored_layers(name) for name in OPTIONS.only}  # more may come meanwhile
     seen, whole = open_run(run, missing="nan"), open_run(truth)
     for name, node in seen.children.items():
-        stored = read_trace_attributes(run / name).complete_layers
         for array in ("attention", "features", "top_activation"):
             for layer in node["layer"].values:
                 value = node[array].sel(layer=layer).values
-                if layer in stored:
+                if layer in stored[name] or not np.isnan(value).all():
                     np.testing.assert_array_equal(value, whole[name][array].sel(layer=layer).values)
-                else:
-                    assert np.isnan(value).all()
+
+
+def keep_reading():
+    while not stop[0]:
+        readable()
+        time.sleep(0.05)
+
+
+def moment(aim, count, share):
+    "Wait until a phase was entered so often, and then for a share of the longest stay in it."
+    while entered[aim] < count and os.waitid(
+        os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT
+    ) is None:
+        time.sleep(0.0002)
+    time.sleep(share * longest[aim])
 
 
 run, truth = folder / "run", folder / "truth"
 must(lambda: extract(truth, OPTIONS))
 shutil.rmtree(truth)
-began = time.monotonic()  # not of the first, which finds no file in the cache
+longest[:] = memoryview(bytes(32)).cast("d")  # the first finds no file in the cache
 must(lambda: extract(truth, OPTIONS))
-duration = time.monotonic() - began
 moments = random.Random(seed)
 log, before = [], {}
 while len(log) < kills:
+    aim = len(log) % len(PHASES)
+    entered[:] = inside[:] = memoryview(bytes(32)).cast("d")
+    stop[0] = 0
     child = start(lambda: extract(run, OPTIONS))
-    moment = duration * moments.random() ** 0.5  # the model is loaded in the first part
-    time.sleep(moment)
+    reader = start(keep_reading)
+    share = moments.random()
+    moment(aim, moments.randint(1, (2, 1, 6, 3)[aim]), share)
     os.kill(child, signal.SIGKILL)
     code = end(child)
+    stop[0] = 1
+    assert end(reader) == 0, "a reader beside the extraction"
     now = journalled()
     assert {file: now.get(file) for file in before} == before, "a stored layer was written again"
     before = now
     must(readable)
     if code == -signal.SIGKILL:
-        if log and not now and not log[-1][1]:
-            duration *= 1.2  # the machine has become slower: no kill would come late enough
-        log.append((round(moment, 3), len(now)))
+        there = [name for name, threads in zip(PHASES, inside) if threads]
+        log.append((PHASES[aim], round(share, 3), there, len(now)))
     else:
         assert code == 0
         shutil.rmtree(run)  # it came to its end: from the beginning
@@ -482,8 +549,12 @@ def test_kill_9(tmp_path: Path, seed: int) -> None:
     )
     assert done.returncode == 0, f"seed {seed}: {done.stderr}"
     log = json.loads(done.stdout)
+    print(*log, sep="\n")  # noqa: T201 -- shown with -rP, and when it fails
     assert len(log) == kills
-    assert len({files for _, files in log}) > 1, "every kill hit the same moment"
+    assert len({files for *_, files in log}) > 1, "every kill hit the same moment"
+    if kills >= 20:
+        hit = {phase for *_, there, _ in log for phase in there}
+        assert hit == {"loading", "capture", "writing", "consolidation"}
 
 
 def test_integrity_errors_name_the_remedy(run: fakes.FakeRun) -> None:

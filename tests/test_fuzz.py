@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 ways = st.lists(st.integers(0, 20), min_size=1, max_size=7)
-FILES = ["zarr.json", "Safe_1/zarr.json", "Safe_1/features/zarr.json", "Safe_1/query/zarr.json"]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +31,7 @@ def test_entries(targets: fuzzing.Targets, entries: list[Any]) -> None:
 
 
 @settings(max_examples=40)
-@given(st.sampled_from(FILES), ways, fuzzing.anything)
+@given(st.sampled_from(fuzzing.FILES), ways, fuzzing.anything)
 def test_metadata_and_attributes(
     targets: fuzzing.Targets, name: str, way: list[int], value: Any
 ) -> None:
