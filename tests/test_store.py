@@ -670,6 +670,29 @@ def test_another_configuration_is_refused_by_name(run: fakes.FakeRun) -> None:
     assert fakes.files_in(run.path) == before
 
 
+@pytest.mark.parametrize(
+    ("there", "now", "said"),
+    [
+        (list("abcde"), list("abc"), "5 ('d', 'e') there, ['a', 'b', 'c'] now"),
+        (list("abcdefgh"), None, "8 ('a', 'b', 'c', …) there, None now"),
+        (list("abcde"), list("edcba"), "5 ('a', 'b', 'c', …) there, 5 ('e', 'd', 'c', …) now"),
+        (
+            dict.fromkeys("abcde", "x"),
+            {**dict.fromkeys("abcde", "x"), "d": "y"},
+            "5 (d: 'x') there, 5 (d: 'y') now",
+        ),
+    ],
+)
+def test_long_values_are_told_by_their_difference(
+    tmp_path: Path, there: Any, now: Any, said: str
+) -> None:
+    with RunWriter(tmp_path / "run", ["a"], {"saes": there}):
+        pass
+    with pytest.raises(ConfigMismatchError) as caught:
+        RunWriter(tmp_path / "run", ["a"], {"saes": now}).__enter__()
+    assert f"\n  saes: {said}\n" in str(caught.value)
+
+
 LOCK = """
     import sys
     from zarrtrace.errors import LockedError

@@ -204,11 +204,30 @@ class RunWriter:
 def _differing(old: RunAttributes, new: RunAttributes) -> list[str]:
     before = {**old.config, "scenarios": list(old.scenarios)}
     after = {**new.config, "scenarios": list(new.scenarios)}
-    return [
-        f"  {key}: {before.get(key)!r} there, {after.get(key)!r} now"
-        for key in sorted({*before, *after})
-        if before.get(key) != after.get(key)
-    ]
+    lines = []
+    for key in sorted({*before, *after}):
+        there, now = before.get(key), after.get(key)
+        if there != now:
+            lines.append(f"  {key}: {_brief(there, now)} there, {_brief(now, there)} now")
+    return lines
+
+
+def _brief(value: Any, other: Any) -> str:
+    """Describe a value; a long list or mapping by what the other one lacks."""
+    if not isinstance(value, list | dict) or len(value) <= 4:
+        return repr(value)
+    parts, known = _parts(value), _parts(other)
+    reordered = parts.keys() == known.keys()
+    own = [part for part in parts if reordered or part not in known]
+    shown = ", ".join(own[:3])
+    return f"{len(parts)}" + (f" ({shown}{', …' if len(own) > 3 else ''})" if own else "")
+
+
+def _parts(value: Any) -> dict[str, None]:
+    """Return the elements of a list or mapping as text, in order."""
+    if isinstance(value, dict):
+        return dict.fromkeys(f"{name}: {part!r}" for name, part in value.items())
+    return dict.fromkeys(map(repr, value)) if isinstance(value, list) else {}
 
 
 def _refuse_other_config(path: Path, old: RunAttributes, new: RunAttributes) -> None:
