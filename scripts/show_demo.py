@@ -24,7 +24,8 @@ def main(run: Path, exported: Path) -> None:
     show(attention.layer.values, attention.values)
 
     feature = (ds.features[:, -1] > 0).sum("layer").argmax("feature").item()
-    print(f"\nof the decision's features, the one that is active in most layers:\nds.features[:, -1].sel(feature={feature}), by layer:")
+    print("\nof the decision's features, the one that is active in most layers:")
+    print(f"ds.features[:, -1].sel(feature={feature}), by layer:")
     trajectory = ds.features[:, -1].sel(feature=feature)
     show(trajectory.layer.values, trajectory.values)
 

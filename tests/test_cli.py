@@ -143,6 +143,56 @@ def test_errors_have_no_traceback(tmp_path: Path) -> None:
         assert not done.stdout
 
 
+@pytest.mark.parametrize(
+    ("command", "output"),
+    [
+        (["analyze", "attention-to", "RUN", "--source", "balance"], "/proc/x.csv"),
+        (["figures", "RUN"], "FILE"),
+        (["figures", "RUN"], "FILE/below"),
+        (["bundle", "RUN"], "/proc/x.html"),
+        (["export", "RUN"], "FILE"),
+        (["import", "NPZ"], "/proc/x"),
+        (["import", "NPZ"], "FILE/below"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_an_output_that_cannot_be_written(
+    shared_run: fakes.FakeRun, tmp_path: Path, command: list[str], output: str
+) -> None:
+    (tmp_path / "file").write_text("precious")
+    call("export", shared_run.path, "-o", tmp_path / "npz")
+    places = {"RUN": shared_run.path, "NPZ": tmp_path / "npz"}
+    done = call(
+        *(places.get(word, word) for word in command),
+        "-o",
+        output.replace("FILE", str(tmp_path / "file")),
+    )
+    assert done.returncode in (1, 2)
+    _, error, said = done.stderr.partition("zarrtrace: error: ")  # bundle says its size before
+    assert error
+    assert ("/proc/" if output.startswith("/proc/") else str(tmp_path / "file")) in said
+    assert 2 <= len(said.splitlines()) <= 3
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.torch
+def test_a_run_where_nothing_can_be_written() -> None:
+    done = call("extract", "-o", "/proc/x", "--layers", "1", "--scenario", "Risky_40", "-q")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("zarrtrace: error: ")
+    assert "/proc/" in done.stderr
+
+
+def test_errors_of_nobody_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ConnectionError("a bug of ours")
+
+    monkeypatch.setattr("zarrtrace.cli.group", broken)
+    monkeypatch.setattr(sys, "argv", ["zarrtrace", "info", "x"])
+    with pytest.raises(ConnectionError):
+        main()
+
+
 @pytest.mark.parametrize("ending", ["csv", "parquet", "nc", "json"])
 def test_analyze_writes_by_ending(shared_run: fakes.FakeRun, tmp_path: Path, ending: str) -> None:
     file = tmp_path / f"out.{ending}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -46,6 +47,22 @@ def tokenizer() -> Any:
     return transformers.AutoTokenizer.from_pretrained(demo.model_path(), local_files_only=True)
 
 
+def card() -> str:
+    return (demo.model_path().parent / "README.md").read_text(encoding="utf-8")
+
+
+def card_agreement() -> float:
+    found = re.search(r"agrees with the player \| ([\d.]+)%", card())
+    assert found
+    return float(found[1]) / 100
+
+
+def card_figures() -> dict[int, tuple[float, float, int]]:
+    """Median L0, explained variance and dead features by block."""
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| \S+ \| (\S+) \| \S+ \| (\d+) \|$", card(), re.M)
+    return {int(n): (float(l0), float(variance), int(dead)) for n, l0, variance, dead in rows}
+
+
 def test_model_is_the_one_the_mission_needs(model: Any) -> None:
     config = model.config
     assert type(model) is transformers.LlamaForCausalLM
@@ -58,7 +75,9 @@ def test_choices_agree_with_the_policy(script: ModuleType, model: Any, tokenizer
     seen = script.seen_games(seed=0, steps=script.STEPS)
     games = script.held_out_games(random.Random(SEED), 200, seen)
     text = script.GameText()
-    assert script.policy_agreement(model, tokenizer, text, games) >= 0.9
+    agreement = script.policy_agreement(model, tokenizer, text, games)
+    assert agreement >= 0.9
+    assert agreement == pytest.approx(card_agreement(), abs=0.03)  # of other games
     answers = [text.answer(game) for game in games]
     assert max(map(answers.count, set(answers))) / len(answers) < 0.75, "one answer would do"
 
@@ -139,6 +158,9 @@ def test_saes_explain_every_block(script: ModuleType, model: Any, tokenizer: Any
         figures = script.sae_figures(folder, data, decisions)
         assert figures.explained_variance >= 0.8, block
         assert 1 <= figures.median_l0 <= 64, block
+        median_l0, explained_variance, _ = card_figures()[block]  # of other games
+        assert figures.median_l0 == pytest.approx(median_l0, abs=3), block
+        assert figures.explained_variance == pytest.approx(explained_variance, abs=0.002), block
 
 
 def test_residuals_are_block_outputs(script: ModuleType, model: Any, tokenizer: Any) -> None:
@@ -166,6 +188,15 @@ def test_files_are_small_and_plain() -> None:
 
 
 def test_card_tells_what_was_measured() -> None:
-    card = (demo.model_path().parent / "README.md").read_text(encoding="utf-8")
-    for words in ("agrees with the player", "unigram", "bigram", "explained variance", "dead"):
-        assert words in card
+    text = card()
+    loss, bigram, unigram = (
+        float(re.search(rf"^\| {row}[^|]*\| ([\d.]+) nats", text, re.M)[1])  # type: ignore[index]
+        for row in ("loss of the model", "bigram baseline", "unigram baseline")
+    )
+    assert loss < bigram < unigram
+    assert card_agreement() >= 0.9
+    assert sorted(card_figures()) == list(range(32))
+    for block, (median_l0, explained_variance, dead) in card_figures().items():
+        assert 1 <= median_l0 <= 64, block
+        assert explained_variance >= 0.8, block
+        assert dead < 512 / 2, block

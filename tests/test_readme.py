@@ -1,18 +1,27 @@
-"""The README's examples run, and its commands are ones that tests run verbatim."""
+"""The README's examples and scripts run, and its commands are ones that tests run verbatim."""
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import zarrtrace as zt
+from zarrtrace import demo
 from zarrtrace.cli import group
+from zarrtrace.npz import export_npz
 from zarrtrace.scenarios import load_suite
+from zarrtrace.store import verify
 
 README = Path(__file__).parent.parent / "README.md"
+SCRIPTS = README.parent / "scripts"
 
 
 def blocks(language: str) -> list[str]:
@@ -51,8 +60,11 @@ def test_scenario_file_example_is_valid(tmp_path: Path) -> None:
 
 
 def test_commands_parse() -> None:
+    shown = (SCRIPTS / "quickstart").read_text(encoding="utf-8").partition("Try next")[2]
+    to_try = re.findall(r"^  zarrtrace (.*)$", shown, re.M)
+    assert len(to_try) == 3
     assert len(commands()) >= 7
-    for arguments in commands():
+    for arguments in [*commands(), *map(shlex.split, to_try)]:
         name, *rest = arguments
         command = group.get_command(None, name)  # type: ignore[arg-type]
         assert command is not None, name
@@ -63,3 +75,73 @@ def test_files_it_names_exist() -> None:
     text = README.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r"`(scripts/\w[\w.]*)", text):
         assert (README.parent / target).exists(), target
+
+
+@pytest.mark.torch
+def test_what_quickstart_shows(demo_run: Path, tmp_path: Path) -> None:
+    """All of it, with the numbers of the store, and without a warning."""
+    name = "Bankruptcy_90_all_in"
+    exported = export_npz(demo_run, tmp_path / "npz", scenarios=[name])
+    command = [sys.executable, "-W", "error", str(SCRIPTS / "show_demo.py")]
+    done = subprocess.run(
+        [*command, str(demo_run), str(tmp_path / "npz")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    ds = zt.open_trace(demo_run / name)
+    attention = ds.attention[:, :, -1, zt.span(ds, "balance")].mean(("head", "key"))
+    rows = re.findall(r"^  L(\d+) +(\S+)", done.stdout, re.M)
+    assert [int(layer) for layer, _ in rows] == [*range(1, 32)] * 2
+    np.testing.assert_allclose([float(x) for _, x in rows[:31]], attention.values, atol=5.1e-5)
+    (feature,) = re.findall(r"sel\(feature=(\d+)\)", done.stdout)
+    trajectory = ds.features[:, -1].sel(feature=int(feature)).values
+    assert (trajectory > 0).any()
+    np.testing.assert_allclose([float(x) for _, x in rows[31:]], trajectory, atol=5.1e-5)
+    assert "P(bet) = 0.999" in done.stdout
+    assert f"{name}/layer_1.npz ... layer_31.npz" in done.stdout
+    assert exported.name in done.stdout
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("script", "arrays"),
+    [
+        ("launch_full.sh", {"attention", "features"}),
+        ("launch_attention_only.sh", {"attention"}),
+    ],
+)
+def test_launchers_keep_a_log(tmp_path: Path, script: str, arrays: set[str]) -> None:
+    environment = {
+        **os.environ,
+        "MODEL": str(demo.model_path()),
+        "SAE_PATH": str(demo.sae_path()),
+        "OUTPUT": str(tmp_path / "runs" / "llama"),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+
+    def launch(*options: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(SCRIPTS / script), *options],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    done = launch("--layer-start", "3", "--layer-end", "4", "--scenario", "Risky_40")
+    assert done.returncode == 0, done.stdout
+    (log,) = (tmp_path / "runs").glob("llama_*.log")
+    written = log.read_text(encoding="utf-8")
+    assert "complete     yes, 1 of 1 scenarios" in written
+    assert done.stdout == f"logging to {log}\n{written}"
+    assert verify(tmp_path / "runs" / "llama") == []
+    ds = zt.open_trace(tmp_path / "runs" / "llama" / "Risky_40")
+    assert {"attention", "features"} & set(ds.data_vars) == arrays
+    assert list(ds.layer.values) == [3, 4]
+    log.unlink()
+    failed = launch("--layers", "all")
+    assert failed.returncode == 2
+    (log,) = (tmp_path / "runs").glob("llama_*.log")
+    assert "'all' is not a list of layers" in log.read_text(encoding="utf-8")

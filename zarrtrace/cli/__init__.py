@@ -105,4 +105,23 @@ def _run(signals: list[int]) -> int:
         # Whoever read our output has stopped; Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno is None:  # not the system's
+            raise
+        click.echo(f"zarrtrace: error: {_refused(error)}", err=True)
+        return 1
     return code if isinstance(code, int) else 0
+
+
+def _refused(error: OSError) -> str:
+    """Say what the system refused; what stores and NPZ files refuse says more by itself."""
+    import errno
+
+    where = "" if error.filename is None else f"{error.filename}: "
+    what = f"{where}{error.strerror}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{what}\nMake room and run the same command again, or write elsewhere."
+    return (
+        f"{what}\nThe system refused to read or write there.\n"
+        "Check that the folder exists, that you may write to it, and that no file is in its way."
+    )

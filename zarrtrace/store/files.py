@@ -190,7 +190,6 @@ def clear_errors(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NoSpaceError(
                 f"{path}: no space left on the disk",
-                why="--dry-run says how much a run needs.",
                 remedy="Make room and run the same command again: it goes on where it stopped.",
             ) from error
         if error.errno in (errno.EEXIST, errno.ENOTDIR):
