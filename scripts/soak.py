@@ -1,8 +1,9 @@
 """Extract thousands of small scenarios in one process, and watch what a long run would lose.
 
 All scenarios go through one layer, then through the next: a row of the table is one layer of all
-of them. It prints memory, open file handles and time a scenario, and fails if one of them grows
-between the second layer (the first warms up) and the last.
+of them. It prints memory, open file handles and time a scenario, and fails if memory, handles or
+CPU time grow between the second layer (the first warms up) and the last: seconds of the clock are
+also those of whatever else the machine does.
 
     python scripts/soak.py [--scenarios 2000] [--minutes 20] [--layers 1-6]
 """
@@ -40,9 +41,10 @@ _SLOWER = 1.5
 
 @dataclass(frozen=True)
 class Sample:
-    """What was held when a record was stored; `seconds` since the one before."""
+    """What was held when a record was stored; `seconds` and CPU seconds since the one before."""
 
     seconds: float
+    cpu: float
     resident: int
     handles: int
     threads: int
@@ -54,7 +56,7 @@ class Watch:
     def __init__(self, seconds: float) -> None:
         self.samples: dict[int, list[Sample]] = {}
         self.stopped = False
-        self._last = time.monotonic()
+        self._last, self._last_cpu = time.monotonic(), time.process_time()
         self._until = self._last + seconds
         self._lock = threading.Lock()
 
@@ -62,14 +64,15 @@ class Watch:
         """Remember what the process holds now."""
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
         with self._lock:
-            now = time.monotonic()
+            now, cpu = time.monotonic(), time.process_time()
             sample = Sample(
                 now - self._last,
+                cpu - self._last_cpu,
                 pages * os.sysconf("SC_PAGE_SIZE"),
                 len(list(Path("/proc/self/fd").iterdir())),
                 threading.active_count(),
             )
-            self._last = now
+            self._last, self._last_cpu = now, cpu
             self.samples.setdefault(layer, []).append(sample)
             late = now > self._until and not self.stopped
             self.stopped |= late
@@ -103,12 +106,13 @@ def watch_layers(watch: Watch) -> None:
 
 def table(samples: Mapping[int, Sequence[Sample]]) -> str:
     """Describe each layer: medians, and the most memory."""
-    lines = ["layer  scenarios  memory MB  at most  handles  threads  ms a scenario"]
+    lines = ["layer  scenarios  memory MB  at most  handles  threads  ms a scenario  CPU ms"]
     for layer, here in samples.items():
         lines.append(
             f"{layer:>5}  {len(here):>9}  {median(here, 'resident') / 2**20:9.1f}  "
             f"{max(s.resident for s in here) / 2**20:7.1f}  {median(here, 'handles'):7.0f}  "
-            f"{median(here, 'threads'):7.0f}  {1000 * pace(here):13.1f}"
+            f"{median(here, 'threads'):7.0f}  {1000 * pace(here, 'seconds'):13.1f}  "
+            f"{1000 * pace(here, 'cpu'):6.1f}"
         )
     return "\n".join(lines)
 
@@ -118,9 +122,9 @@ def median(samples: Sequence[Sample], field: str) -> float:
     return float(statistics.median(getattr(sample, field) for sample in samples))
 
 
-def pace(samples: Sequence[Sample]) -> float:
-    """Return the seconds a scenario took, on average; the first also waited for the SAE."""
-    return statistics.fmean(sample.seconds for sample in samples[1:])
+def pace(samples: Sequence[Sample], field: str) -> float:
+    """Return what a scenario took, on average; the first also waited for the SAE."""
+    return statistics.fmean(getattr(sample, field) for sample in samples[1:])
 
 
 def growth(samples: Mapping[int, Sequence[Sample]]) -> list[str]:
@@ -137,8 +141,10 @@ def growth(samples: Mapping[int, Sequence[Sample]]) -> list[str]:
         problems.append(f"open file handles grew by {grew('handles'):.0f}")
     if grew("threads") > _MORE_HANDLES:
         problems.append(f"threads grew by {grew('threads'):.0f}")
-    if pace(late) > _SLOWER * pace(early):
-        problems.append(f"a scenario took {pace(early):.3f} s, then {pace(late):.3f} s")
+    if pace(late, "cpu") > _SLOWER * pace(early, "cpu"):
+        problems.append(
+            f"a scenario took {pace(early, 'cpu'):.3f} CPU seconds, then {pace(late, 'cpu'):.3f}"
+        )
     return problems
 
 

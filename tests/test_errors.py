@@ -124,6 +124,27 @@ def test_prompt_longer_than_the_context(tmp_path: Path) -> None:
     assert "context has 512" in said
 
 
+def test_memory_that_is_full_amid_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    real, calls = LlamaMLP.forward, []
+
+    def full(self: Any, *arguments: Any) -> Any:
+        calls.append(self)
+        if len(calls) == 4:  # of blocks 0 to 3
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaMLP, "forward", full)
+        with pytest.raises(ModelError) as error:
+            extract(tmp_path / "run", small(layers=(1, 2, 3, 4)))
+    said = message(error)
+    assert "the memory of cpu is full" in said
+    assert "--low-memory" in said
+    extract(tmp_path / "run", small(layers=(1, 2, 3, 4)))  # goes on
+
+
 # --- SAEs --------------------------------------------------------------------------------------
 
 

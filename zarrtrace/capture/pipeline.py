@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -82,11 +83,26 @@ def capture(
     in_step = list(waves(model, todo))
     order = [layer for wave in in_step for layer in sorted(_layers(wave)) if layer in saes]
     with (
+        _full_memory(model),
         taps(model, attention=wanted, kinds=kinds),
         Encoders(saes, source, model.device, order) as encoders,
     ):
         for wave in in_step:
             yield from _run_wave(model, wave, attention_dtype, encoders)
+
+
+@contextmanager
+def _full_memory(model: LoadedModel) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"{model.attributes.id}: the memory of {model.device} is full",
+            why="The model fits, but not with what a pass or an SAE computes beside it; or another "
+            "process has taken the rest.",
+            remedy="Try --low-memory, a smaller --batch-size, --attention-capture blocked, or "
+            "--queries last. What was stored is kept; another --batch-size wants --overwrite.",
+        ) from error
 
 
 def _layers(wave: Sequence[Batch]) -> frozenset[int]:
