@@ -220,6 +220,9 @@ _LINES: dict[str, Case] = {
     "unknown command": Case(line("exract"), ("Did you mean 'extract'?",)),
     "unknown option": Case(line("extract", "--laywers", "1"), ("--layers",)),
     "no output": Case(line("extract"), ("--output",)),
+    "output of a variable that is not set": Case(
+        line("export", "FOLDER", "-o", ""), ("--output", "empty")
+    ),
     "layer that is no number": Case(
         line("extract", "-o", "FOLDER/run", "--layers", "first"), ("'first'", "1-31")
     ),

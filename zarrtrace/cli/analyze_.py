@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from zarrtrace.cli.shared import (
+    PATH,
     computing,
     quiet_option,
     run_argument,
@@ -181,7 +182,7 @@ def _add(name: str, function: str, text: str, options: Sequence[Callable[..., An
         (
             run_argument,
             *options,
-            _option("--output", "-o", type=click.Path(path_type=Path), help="File to write."),
+            _option("--output", "-o", type=PATH, help="File to write."),
             scheduler_option,
             workers_option,
             quiet_option,

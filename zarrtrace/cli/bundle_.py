@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from zarrtrace.cli.shared import Layers, bar, quiet_option, run_argument
+from zarrtrace.cli.shared import PATH, Layers, bar, quiet_option, run_argument
 from zarrtrace.errors import readable
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
@@ -34,7 +34,7 @@ class Size(click.ParamType[int]):
 @click.option(
     "--output",
     "-o",
-    type=click.Path(path_type=Path),
+    type=PATH,
     required=True,
     help="Folder to write, or a file ending in .html for one self-contained page.",
 )

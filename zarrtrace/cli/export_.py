@@ -7,14 +7,12 @@ from typing import Literal
 
 import click
 
-from zarrtrace.cli.shared import Layers, bar, quiet_option, run_argument
+from zarrtrace.cli.shared import PATH, Layers, bar, quiet_option, run_argument
 
 
 @click.command("export")
 @run_argument
-@click.option(
-    "--output", "-o", type=click.Path(path_type=Path), required=True, help="Folder to write to."
-)
+@click.option("--output", "-o", type=PATH, required=True, help="Folder to write to.")
 @click.option("--scenario", multiple=True, help="Only this scenario; may be repeated.")
 @click.option("--layers", type=Layers(), help="Only these layers, as 20-31.")
 @click.option(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from zarrtrace.cli.shared import (
+    PATH,
     Layers,
     Queries,
     json_option,
@@ -22,12 +23,11 @@ from zarrtrace.errors import readable
 if TYPE_CHECKING:
     from zarrtrace.extraction import Estimate, Job, Options
 
-_PATH = click.Path(path_type=Path)
 _CLUSTER = ("workers", "scheduler", "scheduler_file")
 
 
 @click.command("extract")
-@click.option("--output", "-o", type=_PATH, required=True, help="Folder of the run.")
+@click.option("--output", "-o", type=PATH, required=True, help="Folder of the run.")
 @click.option("--model", help="Folder or Hugging Face id; the embedded model if left out.")
 @click.option("--revision", help="Commit, tag or branch of the model.")
 @click.option("--sae-release", help="Release that sae-lens knows, as llama_scope_lxr_8x.")
@@ -36,14 +36,14 @@ _CLUSTER = ("workers", "scheduler", "scheduler_file")
     multiple=True,
     help="Ids within the release, as 'l{layer}r_8x'; repeated, one feature array each.",
 )
-@click.option("--sae-path", type=_PATH, help="Folder of SAEs saved by sae-lens.")
+@click.option("--sae-path", type=PATH, help="Folder of SAEs saved by sae-lens.")
 @click.option("--fold-decoder-norm", is_flag=True, help="Scale features to decoder norm 1.")
 @click.option("--layers", type=Layers(), help="Decoder blocks, from 0.  [default: 1-31]")
 @click.option("--layer-start", type=click.IntRange(0), help="First layer, instead of --layers.")
 @click.option("--layer-end", type=click.IntRange(0), help="Last layer, instead of --layers.")
 @click.option("--no-features", is_flag=True, help="Attention only; no SAEs are loaded.")
 @click.option("--no-attention", is_flag=True, help="Features only.")
-@click.option("--scenarios", type=_PATH, help="YAML or JSONL file; the ten embedded if left out.")
+@click.option("--scenarios", type=PATH, help="YAML or JSONL file; the ten embedded if left out.")
 @click.option("--scenario", multiple=True, help="Only this scenario; may be repeated.")
 @click.option("--device", help="As cpu or cuda:0.  [default: cpu]")
 @click.option("--gpu", type=click.IntRange(0), help="Number of a GPU, instead of --device.")
@@ -89,7 +89,7 @@ _CLUSTER = ("workers", "scheduler", "scheduler_file")
 @click.option("--allow-nonfinite", is_flag=True, help="Store NaN and infinity, and say where.")
 @click.option("--workers", type=click.IntRange(1), help="Start so many processes, one a GPU.")
 @click.option("--scheduler", help="Use the Dask cluster at this address, as tcp://host:8786.")
-@click.option("--scheduler-file", type=_PATH, help="File in which its scheduler wrote the address.")
+@click.option("--scheduler-file", type=PATH, help="File in which its scheduler wrote the address.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @json_option
 @quiet_option

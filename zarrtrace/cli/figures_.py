@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from zarrtrace.cli.shared import bar, quiet_option, run_argument
+from zarrtrace.cli.shared import PATH, bar, quiet_option, run_argument
 
 
 class _Formats(click.ParamType[tuple[str, ...]]):
@@ -30,9 +30,7 @@ class _Formats(click.ParamType[tuple[str, ...]]):
 
 @click.command("figures")
 @run_argument
-@click.option(
-    "--output", "-o", type=click.Path(path_type=Path), required=True, help="Folder to write to."
-)
+@click.option("--output", "-o", type=PATH, required=True, help="Folder to write to.")
 @click.option(
     "--scenario", multiple=True,
     help="Draw only this scenario by itself; may be repeated. Figures over scenarios take all.",

@@ -6,14 +6,12 @@ from pathlib import Path
 
 import click
 
-from zarrtrace.cli.shared import Layers, bar, overwrite_option, quiet_option
+from zarrtrace.cli.shared import PATH, Layers, bar, overwrite_option, quiet_option
 
 
 @click.command("import")
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option(
-    "--output", "-o", type=click.Path(path_type=Path), required=True, help="Folder of the run."
-)
+@click.argument("folder", type=PATH)
+@click.option("--output", "-o", type=PATH, required=True, help="Folder of the run.")
 @click.option("--layers", type=Layers(), help="Only these layers, as 20-31.")
 @click.option("--metadata", help="Name of the metadata JSON, if FOLDER holds several.")
 @click.option("--workers", type=click.IntRange(1), help="Threads; as many as cores if left out.")

@@ -5,12 +5,26 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
     from zarrtrace.errors import ConfigError
+
+
+class GivenPath(click.Path):
+    """A path; an empty one, of a variable that is not set, is not taken for this folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Refuse an empty path."""
+        if value == "":
+            self.fail("the path is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = GivenPath(path_type=Path)
 
 
 class Layers(click.ParamType[tuple[int, ...]]):
