@@ -80,9 +80,14 @@ def with_atheris(folder: Path, seconds: float) -> None:
     corpus.mkdir()
     for number, seed in enumerate(targets.seeds()):
         (corpus / str(number)).write_bytes(bytes([number]) + seed)
-    atheris.Setup(
-        [sys.argv[0], f"-max_total_time={seconds:.0f}", "-max_len=20000", str(corpus)], one
-    )
+    options = {
+        "max_total_time": f"{seconds:.0f}",
+        "max_len": "20000",
+        # Where what crashed it, or was slow, is kept.
+        "artifact_prefix": f"{tempfile.gettempdir()}/zarrtrace-",
+    }
+    given = [f"-{name}={value}" for name, value in options.items()]
+    atheris.Setup([sys.argv[0], *given, str(corpus)], one)
     atheris.Fuzz()
 
 
