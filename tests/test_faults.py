@@ -137,6 +137,20 @@ def test_damaged_consolidated_metadata_is_found(run: fakes.FakeRun) -> None:
     assert verify(run.path) == []
 
 
+def test_files_that_damaged_metadata_claims_are_not_looked_for(run: fakes.FakeRun) -> None:
+    file = run.trace / "query" / "zarr.json"
+    metadata = json.loads(file.read_text())
+    (chunk,) = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+    metadata["shape"] = [chunk * 200_000]
+    file.write_text(json.dumps(metadata))
+    (problem,) = verify(run.path)
+    assert (problem.scenario, problem.array, problem.chunk) == ("Safe_1", "query", None)
+    metadata["shape"] = [chunk * 2**20]
+    file.write_text(json.dumps(metadata))
+    (problem,) = verify(run.path)
+    assert "no array of a trace has shape" in problem.message
+
+
 def test_damaged_metadata_without_repair_is_refused(run: fakes.FakeRun) -> None:
     before = fakes.files_in(run.path)
     fakes.make_run(run.path.parent)

@@ -39,7 +39,7 @@ REPAIR = (
 )
 
 # What no trace exceeds; beyond it, metadata would only make us ask for memory or for files.
-_MAX_LABELS, _MAX_FILES = 2**24, 2**22
+_MAX_LABELS, _MAX_FILES = 2**24, 2**18
 # What arrays are called: names become folders.
 _ARRAY_NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)
 
