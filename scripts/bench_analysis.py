@@ -1,10 +1,11 @@
 """Measure every analysis over a run of many scenarios of real shape: time, cores, memory.
 
-31 layers x 32 heads x 121 tokens and 32,768 features, synthetic values. Eight traces are stored
-and linked under many names, so that disk space does not limit the number of scenarios; dask sees
-them as different and reads each anew. Each analysis runs in a process of its own.
+31 layers x 32 heads x 121 tokens and 32,768 features at 50 active a token, synthetic values. Eight
+traces are written and copied under other names until the run has as many as it should (29 MB each),
+then each analysis runs in a process of its own, from the closed run to its result in memory. Peak
+memory is that of the whole process, Python and its libraries included.
 
-    python scripts/bench_analysis.py [--scenarios 200] [--only attention_to contrast]
+    python scripts/bench_analysis.py [--scenarios 200] [--only attention_to contrast] [--run FOLDER]
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xarray as xr
+import pandas as pd
 
+import zarrtrace as zt
 from zarrtrace import analysis
 from zarrtrace.spec import (
-    NAMESPACE,
     FeatureRecord,
     LayerRecord,
     OptionAttributes,
@@ -36,95 +37,110 @@ from zarrtrace.spec import (
     TraceAttributes,
     TraceShape,
 )
-from zarrtrace.store import TraceWriter, open_trace
+from zarrtrace.store import RunWriter
+from zarrtrace.store.attributes import read_trace_attributes
+from zarrtrace.store.nodes import consolidate, write_attributes
 
 LAYERS, HEADS, TOKENS, FEATURES, ACTIVE = tuple(range(1, 32)), 32, 121, 32_768, 50
 STORED = 8
 SPANS = {"probability": [82], "goal": [76, 77, 78], "balance": [51, 52], "decision": [120]}
 
-ANALYSES: dict[str, Callable[[Any, Any], Any]] = {
-    "attention_to": lambda a, run: a.attention_to(run),
-    "attention_to, each head": lambda a, run: a.attention_to(run, heads="each"),
-    "attention_locality": lambda a, run: a.attention_locality(run),
-    "head_roles": lambda a, run: a.head_roles(run),
-    "attention_rollout": lambda a, run: a.attention_rollout(run),
-    "layer_bands": lambda a, run: a.layer_bands(run),
-    "critical_layers": lambda a, run: a.critical_layers(run),
-    "feature_trajectory": lambda a, run: a.feature_trajectory(run, [14_826, 7]),
-    "pathway_features": lambda a, run: a.pathway_features(run, "balance"),
-    "position_specific_features": lambda a, run: a.position_specific_features(run),
-    "word_associations": lambda a, run: a.word_associations(run),
-    "contrast, features": lambda a, run: a.contrast(run, "risky", "safe"),
-    "contrast, attention": lambda a, run: a.contrast(run, "risky", "safe", what="attention"),
-    "decision": lambda a, run: a.decision(run),
+ANALYSES: dict[str, Callable[[Any], Any]] = {
+    "attention_to": analysis.attention_to,
+    "attention_to, each head": lambda run: analysis.attention_to(run, heads="each"),
+    "attention_locality": lambda run: analysis.attention_locality(run, heads="mean"),
+    "attention_locality, each head": analysis.attention_locality,
+    "head_roles": analysis.head_roles,
+    "attention_rollout": analysis.attention_rollout,
+    "attention_flow": lambda run: analysis.attention_flow(run, "balance"),
+    "layer_bands": analysis.layer_bands,
+    "critical_layers": analysis.critical_layers,
+    "feature_trajectory": lambda run: analysis.feature_trajectory(run, [14_826, 7]),
+    "pathway_features": lambda run: analysis.pathway_features(run, "balance"),
+    "position_specific_features": analysis.position_specific_features,
+    "word_associations": analysis.word_associations,
+    "crossreference": lambda run: analysis.crossreference(run, _table(), {"balance": "balance"}),
+    "contrast, features": lambda run: analysis.contrast(run, "risky", "safe"),
+    "contrast, attention": lambda run: analysis.contrast(run, "risky", "safe", what="attention"),
+    "decision": analysis.decision,
+    "relate": lambda run: analysis.relate(
+        analysis.decision(run)["entropy"], analysis.attention_to(run, "balance")
+    ),
 }
 
 
-def make_run(folder: Path, scenarios: int) -> None:
-    """Store a few traces and link them under many names."""
-    rng = np.random.default_rng(0)
+def _table() -> pd.DataFrame:
+    """Words of 2,000 features of every layer."""
+    features = np.arange(0, FEATURES, FEATURES // 2000)
+    layers = np.repeat(LAYERS, len(features))
+    words = np.where(np.arange(len(layers)) % 20 == 0, "balance", "other")
+    columns = {"layer": layers, "feature": np.tile(features, len(LAYERS)), "word": words}
+    return pd.DataFrame({**columns, "score": 1.0})
+
+
+def make_run(path: Path, scenarios: int) -> None:
+    """Write some traces, copy them under other names, and finish the run."""
+    names = [f"S{number:03d}" for number in range(scenarios)]
+    with RunWriter(path, names, {"model": "synthetic"}) as run:
+        for number, name in enumerate(names[:STORED]):
+            _write_trace(run, name, number)
+        for number, name in enumerate(names[STORED:]):
+            if not (path / name).exists():
+                _copy_trace(path / names[number % STORED], path / name)
+        run.finish()
+
+
+def _write_trace(run: RunWriter, name: str, number: int) -> None:
+    rng = np.random.default_rng(number)
     shape = TraceShape(
         layers=len(LAYERS), tokens=TOKENS, heads=HEADS, features={"features": FEATURES}
     )
-    for number in range(STORED):
-        attributes = TraceAttributes(
-            scenario=f"stored{number}",
-            prompt=None,
-            tags=("risky" if number % 2 else "safe",),
-            spans={k: SpanAttributes(characters=(), tokens=tuple(v)) for k, v in SPANS.items()},
-            options={"bet": OptionAttributes(text="1", token_id=3)},
-            model=None,
-            layers=LAYERS,
-            attention_dtype="float32",
-            feature_dtype="float32",
-            versions={},
-        )
-        words = [f" word{i % 40}" for i in range(TOKENS)]
-        tokens = Tokens(ids=list(range(TOKENS)), texts=words)
-        with TraceWriter(folder / f"stored{number}", attributes, shape, tokens) as writer:
-            for layer in LAYERS:
-                scores = rng.normal(0, 2, (HEADS, TOKENS, TOKENS)).astype(np.float32)
-                scores[:, np.triu(np.ones((TOKENS, TOKENS), bool), 1)] = -np.inf
-                weights = np.exp(scores - scores.max(-1, keepdims=True))
-                weights /= weights.sum(-1, keepdims=True)
-                values = np.zeros((TOKENS, FEATURES), np.float32)
-                at = rng.integers(0, FEATURES, (TOKENS, ACTIVE))
-                drawn = rng.exponential(2, at.shape).astype(np.float32)
-                np.put_along_axis(values, at, drawn, axis=1)
-                top = np.argsort(-values, axis=1)[:, :32]
-                record = FeatureRecord(
-                    activations=values,
-                    top_feature=top.astype(np.uint32),
-                    top_activation=np.take_along_axis(values, top, axis=1),
-                )
-                writer.append(
-                    LayerRecord(
-                        scenario=attributes.scenario,
-                        layer=layer,
-                        attention=weights,
-                        attention_mean=weights.mean(0),
-                        features={"features": record},
-                    )
-                )
-            ids = np.tile(np.arange(10, dtype=np.uint32), (TOKENS, 1))
-            logprobs = -np.sort(rng.exponential(3, (TOKENS, 10))).astype(np.float32)
-            writer.append(TokensRecord(attributes.scenario, ids, logprobs))
-    for number in range(scenarios):
-        (folder / f"S{number}").symlink_to(folder / f"stored{number % STORED}")
+    attributes = TraceAttributes(
+        scenario=name,
+        prompt=None,
+        tags=("risky" if number % 2 else "safe",),
+        spans={k: SpanAttributes(characters=(), tokens=tuple(v)) for k, v in SPANS.items()},
+        options={"bet": OptionAttributes(text="1", token_id=3)},
+        model=None,
+        layers=LAYERS,
+        attention_dtype="float32",
+        feature_dtype="float32",
+        versions={},
+    )
+    words = [f" word{i % 40}" for i in range(TOKENS)]
+    with run.trace(attributes, shape, Tokens(ids=list(range(TOKENS)), texts=words)) as trace:
+        for layer in trace.missing_layers:
+            trace.append(_layer(rng, name, layer))
+        ids = np.tile(np.arange(10, dtype=np.uint32), (TOKENS, 1))
+        logprobs = -np.sort(rng.exponential(3, (TOKENS, 10))).astype(np.float32)
+        if trace.needs_tokens:
+            trace.append(TokensRecord(name, ids, logprobs))
 
 
-def measure(folder: Path, name: str, scenarios: int) -> dict[str, float]:
+def _layer(rng: np.random.Generator, name: str, layer: int) -> LayerRecord:
+    scores = rng.normal(0, 2, (HEADS, TOKENS, TOKENS)).astype(np.float32)
+    weights = np.exp(scores) * np.tri(TOKENS, dtype=np.float32)
+    weights /= weights.sum(-1, keepdims=True)
+    values = np.zeros((TOKENS, FEATURES), np.float32)
+    at = rng.integers(0, FEATURES, (TOKENS, ACTIVE))
+    np.put_along_axis(values, at, rng.exponential(2, at.shape).astype(np.float32), axis=1)
+    top = np.argsort(-values, axis=1)[:, :32]
+    record = FeatureRecord(values, top.astype(np.uint32), np.take_along_axis(values, top, axis=1))
+    return LayerRecord(name, layer, 0, weights, weights.mean(0), {"features": record})
+
+
+def _copy_trace(source: Path, target: Path) -> None:
+    shutil.copytree(source, target)
+    attributes = read_trace_attributes(target).model_dump(mode="json")
+    write_attributes(target, {**attributes, "scenario": target.name})
+    consolidate(target)
+
+
+def measure(path: Path, name: str) -> dict[str, float]:
     """Run one analysis in this process."""
-    traces = {}
-    for number in range(scenarios):
-        ds = open_trace(folder / f"S{number}", chunks="auto")
-        said = {**ds.attrs[NAMESPACE], "scenario": f"S{number}"}
-        traces[f"S{number}"] = ds.assign_attrs({NAMESPACE: said})
-    root = xr.Dataset(attrs={NAMESPACE: {"kind": "run", "scenarios": list(traces)}})
-    run = xr.DataTree.from_dict({"/": root, **traces})
     before = resource.getrusage(resource.RUSAGE_SELF)
     start = time.perf_counter()
-    ANALYSES[name](analysis, run).compute()
+    ANALYSES[name](zt.open_run(path, chunks="auto")).compute()
     wall = time.perf_counter() - start
     after = resource.getrusage(resource.RUSAGE_SELF)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
@@ -135,22 +151,22 @@ def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scenarios", type=int, default=200)
-    parser.add_argument("--only", nargs="+", choices=list(ANALYSES), default=list(ANALYSES))
+    parser.add_argument("--only", nargs="*", choices=list(ANALYSES), default=list(ANALYSES))
+    parser.add_argument("--run", type=Path, help="Folder of the run; kept, and gone on with.")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.measure:
-        folder, name = given.measure
-        print(json.dumps(measure(Path(folder), name, given.scenarios)))
+        print(json.dumps(measure(Path(given.measure[0]), given.measure[1])))
         return
-    folder = Path(tempfile.mkdtemp(prefix="zarrtrace-bench-"))
-    try:
-        make_run(folder, given.scenarios)
+    with tempfile.TemporaryDirectory(prefix="zarrtrace-bench-") as scratch:
+        path = given.run or Path(scratch) / "run"
+        if not path.exists() or len(list(path.glob("S*"))) < given.scenarios:
+            make_run(path, given.scenarios)
         print(f"{given.scenarios} scenarios\n\n| analysis | s | CPU s / s | peak MB |")
         print("|---|---|---|---|")
         for name in given.only:
-            command = [sys.executable, __file__, "--scenarios", str(given.scenarios)]
             done = subprocess.run(
-                [*command, "--measure", str(folder), name],
+                [sys.executable, __file__, "--measure", str(path), name],
                 capture_output=True,
                 text=True,
                 check=True,
@@ -159,8 +175,6 @@ def main() -> None:
             cores = found["cpu"] / found["wall"]
             print(f"| {name} | {found['wall']:.1f} | {cores:.2f} | {found['peak']:.0f} |")
             sys.stdout.flush()
-    finally:
-        shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -132,6 +132,13 @@ def with_attributes(ds: xr.Dataset, **changes: Any) -> xr.Dataset:
     return ds.assign_attrs(zarrtrace={**ds.attrs["zarrtrace"], **changes})
 
 
+def with_queries(ds: xr.Dataset, queries: Sequence[int]) -> xr.Dataset:
+    """Return a trace with attention of chosen queries only, the rest NaN as read."""
+    rows = ds["query"].isin(list(queries))
+    chosen = {name: ds[name].where(rows) for name in ("attention", "attention_mean")}
+    return with_attributes(ds.assign(chosen), queries=list(queries))
+
+
 def without_span(ds: xr.Dataset, name: str) -> xr.Dataset:
     """Return a trace without a span."""
     spans = {k: v for k, v in ds.attrs["zarrtrace"]["spans"].items() if k != name}

@@ -240,6 +240,18 @@ class TestAttention:
         assert "layer 1 to goal" in found.attrs["not_tested"]
         assert "balance" not in found.attrs["not_tested"]
 
+    def test_chosen_queries(self, run: xr.DataTree) -> None:
+        last = {name: [child.sizes["query"] - 1] for name, child in run.children.items()}
+        chosen = synthetic.run(
+            [synthetic.with_queries(run[name].to_dataset(), rows) for name, rows in last.items()]
+        )
+        xr.testing.assert_identical(
+            contrast(chosen, "risky", "safe", what="attention"),
+            contrast(run, "risky", "safe", what="attention"),
+        )
+        with pytest.raises(ConfigError, match="S0: attention of token 5 is not stored"):
+            contrast(chosen, "risky", "safe", what="attention", target="goal")
+
 
 class TestNoise:
     """Nothing is there: p-values must be as large as they claim."""

@@ -173,6 +173,16 @@ class TestPathway:
         with pytest.raises(ConfigError, match=f"no '{name}'"):
             pathway_features(synthetic.random_run(2, **{lacking: None}), "balance")
 
+    def test_chosen_queries(self, run: xr.DataTree) -> None:
+        ds = run["S0"].to_dataset()
+        chosen = synthetic.with_queries(ds, [2, 11])
+        xr.testing.assert_identical(
+            pathway_features(chosen, "balance").drop_attrs(),
+            pathway_features(ds, "balance").drop_attrs(),
+        )
+        with pytest.raises(ConfigError, match="S0: attention of token 5 is not stored"):
+            pathway_features(chosen, "balance", "goal")
+
     def test_top_is_at_least_one(self, run: xr.DataTree) -> None:
         with pytest.raises(ConfigError, match="top=0"):
             pathway_features(run, "balance", top=0)

@@ -235,6 +235,34 @@ class TestCrossreference:
         total = np.concatenate(below)
         assert total.sum() <= stats.binom.ppf(0.999, total.size, 0.05)
 
+    def test_rows_that_are_not_stored_do_not_count(self, run: xr.DataTree) -> None:
+        kept = (0, 5, 7, 8, 10, 11)
+        chosen = synthetic.run(
+            [synthetic.with_queries(c.to_dataset(), kept) for c in run.children.values()]
+        )
+        pair = {"balance": "balance"}
+        found = crossreference(chosen, table_of(self.words), pair)
+        by_hand = []
+        for feature in range(4):
+            follows = []
+            for child in run.children.values():
+                x = child["features"].to_numpy()[0, kept[1:], feature].astype(float)
+                attention = child["attention_mean"].to_numpy()[0, kept[1:], 3:5].mean(1)
+                if np.ptp(x) > 0:
+                    follows.append(stats.spearmanr(x, attention.astype(float)).statistic)
+            by_hand.append(np.mean(follows))
+        cell = found.sel(measure="attention").isel(pair=0, layer=0)
+        assert float(cell["mean"]) == pytest.approx(np.mean(by_hand), rel=1e-6)
+        last = synthetic.run(
+            [
+                synthetic.with_queries(c.to_dataset(), [c.sizes["query"] - 1])
+                for c in run.children.values()
+            ]
+        )
+        found = crossreference(last, table_of(self.words), pair)
+        assert (found["n_features"].sel(measure="attention") == 0).all()
+        assert (found["n_features"].sel(measure="place") == 4).all()
+
     def test_only_the_best_words_of_a_feature_are_its_own(self, run: xr.DataTree) -> None:
         weak = table_of(dict.fromkeys(range(14), "balance")).assign(score=0.5)
         both = pd.concat([table_of(self.words), weak])

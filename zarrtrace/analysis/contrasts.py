@@ -30,6 +30,7 @@ from zarrtrace.analysis.selecting import (
     positions,
     require,
     require_places,
+    require_queries,
     span_names,
     tags,
     taken,
@@ -114,7 +115,7 @@ def contrast(
     ScenarioError
         If a group names no scenario, is too small, overlaps the other, or no scenario has a span.
     ConfigError
-        If a trace lacks the array.
+        If a trace lacks the array, or the target's rows of attention were not stored.
     """
     runs = traces(data)
     names_a, names_b = _members(runs, group_a), _members(runs, group_b)
@@ -391,6 +392,8 @@ def _attention(
     bare = attention(ds, heads)
     absent = xr.full_like(bare.isel(query=0, key=0, drop=True), np.nan, dtype=np.float64)
     reachable = not isinstance(target, str) or has_span(ds, target)
+    if reachable:
+        require_queries(ds, positions(ds, target))
     found = [
         taken(bare, query=positions(ds, target), key=positions(ds, place)).mean(
             ["query", "key"], dtype=np.float64, skipna=False

@@ -15,9 +15,11 @@ from zarrtrace.analysis.selecting import (
     described,
     has_span,
     positions,
+    query_labels,
     require,
     require_places,
     span_names,
+    stored_queries,
     traces,
 )
 from zarrtrace.analysis.words import Table, all_layers, load, read_table
@@ -45,9 +47,10 @@ def crossreference(
     For every feature of the table, layer by layer, two measures, each averaged over the scenarios
     in which the feature fires:
 
-    - ``"attention"``: over the tokens after the span, Spearman's correlation of the feature's
-      activation with the token's attention to the span (mean over heads, mean over the span's
-      tokens). Undefined if fewer than three tokens follow, so always for ``"decision"``.
+    - ``"attention"``: over the tokens after the span whose attention is stored, Spearman's
+      correlation of the feature's activation with the token's attention to the span (mean over
+      heads, mean over the span's tokens). Undefined if these are fewer than three, so always for
+      ``"decision"``.
     - ``"place"``: its mean activation at the span minus its mean at all other tokens, divided by
       the standard deviation over all tokens.
 
@@ -226,6 +229,7 @@ def _follows_attention(
 ) -> np.ndarray:
     """Rank correlation, over the tokens after the span, with attention to it ``(feature,)``."""
     after = np.arange(len(tokens)) > np.flatnonzero(tokens)[-1]
+    after &= np.isin(query_labels(ds), stored_queries(ds))
     if after.sum() < 3:
         return np.full(values.shape[1], np.nan)
     stored = attention(ds, "mean")

@@ -21,6 +21,7 @@ from zarrtrace.analysis.selecting import (
     present,
     require,
     require_places,
+    require_queries,
     taken,
     whole,
 )
@@ -175,7 +176,7 @@ def pathway_features(
     Raises
     ------
     ConfigError
-        If a trace lacks features or attention, or `top` is below 1.
+        If a trace lacks features, attention or the target's rows of it, or `top` is below 1.
     ScenarioError
         If no scenario has both spans.
 
@@ -193,6 +194,7 @@ def pathway_features(
         if len(present(ds, [source, target])) < 2:
             return None
         src, dst = positions(ds, source), positions(ds, target)
+        require_queries(ds, dst)
         activations = ds["features"].drop_vars(["query_token", "token_id"], errors="ignore")
         weights = taken(attention(ds, "mean"), query=dst, key=src).drop_vars(["query", "key"])
         of_both = taken(activations, query=np.unique([*src, *dst]))
