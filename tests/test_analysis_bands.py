@@ -221,6 +221,25 @@ def test_planted_critical_layers_are_found():
     assert not low.critical
 
 
+def test_what_differs_little_but_always_is_not_critical():
+    traces = {}
+    for name, child in planted.make_run().children.items():
+        ds = child.to_dataset()
+        mean = ds["attention_mean"].copy(deep=True)
+        rest = [t for t in range(1, DECISION) if t not in planted.SPANS["balance"]]
+        mean[3, -1, rest] = 0.02
+        mean[3, -1, list(planted.SPANS["balance"])] = 0.03
+        traces[name] = ds.assign(attention_mean=mean)
+    balance = {"source": "balance", "layer": planted.LAYERS[3]}
+    found = analysis.critical_layers(planted.as_run(traces)).sel(balance)
+    assert float(found.q) < 0.05
+    assert float(found.ratio) == pytest.approx(1.5)
+    assert not found.critical
+    assert analysis.critical_layers(planted.as_run(traces), least_ratio=1.5 - 1e-6).critical.sel(
+        balance
+    )
+
+
 def test_noise_has_no_critical_layers_beyond_the_error_rate():
     count = 0
     for seed in range(NOISE_RUNS):

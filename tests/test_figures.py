@@ -274,8 +274,8 @@ def test_volcano_shows_every_feature(run: xr.DataTree, p: Any) -> None:
 def test_critical_chart(run: xr.DataTree) -> None:
     found = analysis.critical_layers(run)
     ax = figures.critical_chart(found)
-    effect = found["cohens_d"].transpose("source", "layer")
-    np.testing.assert_array_equal(image(ax), effect)
+    own, others = (found[name].transpose("source", "layer") for name in ("attention", "control"))
+    np.testing.assert_allclose(image(ax), np.log2(own) - np.log2(others))
     assert ax.get_images()[0].norm(0.0) == 0.5
     assert len(ax.lines[0].get_xdata()) == int(found["critical"].sum())
 

@@ -92,7 +92,13 @@ _ANALYSES: dict[str, tuple[str, str, tuple[Callable[..., Any], ...]]] = {
     "critical-layers": (
         "critical_layers",
         "Layers whose attention to a span stands out against control tokens.",
-        (_SPANS, _TARGET, _PERMUTATIONS, _SEED),
+        (
+            _SPANS,
+            _TARGET,
+            _option("--least-ratio", type=click.FloatRange(0), default=2.0, show_default=True),
+            _PERMUTATIONS,
+            _SEED,
+        ),
     ),
     "attention-rollout": (
         "attention_rollout",

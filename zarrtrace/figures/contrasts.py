@@ -229,19 +229,20 @@ def critical_chart(critical: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     Returns
     -------
     Axes
-        With an image ``(source, layer)`` of Cohen's d for pairs, centred on 0 and limited to ±5,
-        and a dot at each critical layer.
+        With an image ``(source, layer)`` of log₂ of the ratio of attention to the controls',
+        centred on 0 and limited to ±3, and a dot at each critical layer.
     """
-    effect = critical["cohens_d"].transpose("source", "layer")
+    effect = critical["ratio"].transpose("source", "layer")
+    effect = np.log2(effect.where(effect > 0))
     ax = _wide_axes(ax, effect.sizes["source"])
-    image = _by_source_and_layer(ax, effect, limit=5.0)
+    image = _by_source_and_layer(ax, effect, limit=3.0)
     _dots(ax, critical["critical"].transpose("source", "layer"))
-    colour_bar(ax, image, "Cohen's d (paired)")
-    alpha = json.loads(critical.attrs.get("parameters", "{}")).get("alpha", _ALPHA)
+    colour_bar(ax, image, "log₂ ratio", extend="both")
+    asked = json.loads(critical.attrs["parameters"])
     number = int(critical["n"].max())
     ax.set_title(
         f"attention to a span against the tokens beside it, {number} scenarios "
-        f"(• critical: q ≤ {alpha}, more attention)",
+        f"(• critical: q ≤ {asked['alpha']}, ≥ {asked['least_ratio']:g} times as much)",
         loc="left",
     )
     return ax

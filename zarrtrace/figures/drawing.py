@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Bbox
 
 from zarrtrace.analysis.bands import BANDS
 from zarrtrace.analysis.selecting import Data, positions, provenance, span_names
@@ -129,7 +130,7 @@ def colour_bar(
     label: str,
     *,
     cax: Axes | None = None,
-    extend: Literal["neither", "max"] = "neither",
+    extend: Literal["neither", "max", "both"] = "neither",
     orientation: Literal["vertical", "horizontal"] = "vertical",
 ) -> Colorbar:
     """Add a colour bar with a label, in axes of its own if given."""
@@ -372,6 +373,7 @@ def save(
     *,
     title: str = "",
     dpi: float = 300,
+    box: Bbox | None = None,
 ) -> Path:
     """Write a figure, with where it comes from in the file's metadata.
 
@@ -387,6 +389,8 @@ def save(
         Of the figure, for the metadata.
     dpi
         Dots per inch: of a PNG, and of the images within a PDF.
+    box
+        What :func:`box_of` returned for the figure; it takes a fifth of the time.
 
     Returns
     -------
@@ -423,7 +427,12 @@ def save(
             f"{path}: cannot write a figure as {path.suffix or 'a file without ending'!r}",
             remedy="Use .png or .pdf.",
         )
-    # bbox_inches="tight" would draw everything twice to find this out.
-    box = figure.get_tightbbox().padded(_PAD)
-    figure.savefig(path, dpi=dpi, metadata=metadata, bbox_inches=box, **options)
+    figure.savefig(path, dpi=dpi, metadata=metadata, bbox_inches=box or box_of(figure), **options)
     return path
+
+
+@styled
+def box_of(figure: Figure) -> Bbox:
+    """Return what of a figure is drawn on, and some space around it, in inches."""
+    # bbox_inches="tight" would draw everything twice to find this out.
+    return figure.get_tightbbox().padded(_PAD)

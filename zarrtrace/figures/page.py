@@ -21,7 +21,7 @@ from zarrtrace import analysis
 from zarrtrace.analysis.selecting import Data, require, span_names, tags, traces
 from zarrtrace.errors import ConfigError, ScenarioError, ZarrtraceError
 from zarrtrace.figures import contrasts, features, flow, heatmaps
-from zarrtrace.figures.drawing import metadata_of, save
+from zarrtrace.figures.drawing import box_of, metadata_of, save
 from zarrtrace.scenarios import DECISION
 from zarrtrace.store import open_run
 
@@ -231,8 +231,8 @@ _OF_RUN = (
              "Attention of the decision to one token of each span, by layer, mean over heads. "
              "Thin: scenarios; thick: means of groups.", _pathways),
     _Drawing("critical", "Critical layers",
-             "Where attention to a span stands out against the tokens beside it "
-             "(Cohen's d over scenarios, sign-flip permutation test, Benjamini–Hochberg).",
+             "How many times the attention that tokens beside it get goes to a span (log₂; dots: "
+             "sign-flip permutation test over scenarios, Benjamini–Hochberg, and twice as much).",
              _critical),
     _Drawing("bands", "Hypothesised bands",
              "Whether attention is local, then about the task, then about the decision. Dashed: "
@@ -309,8 +309,9 @@ def _draw(path: str, output: str, task: _Task, *, formats: tuple[str, ...], dpi:
             figure, shown = drawing.make(path, traces(run)[task.scenario])
             title = f"{task.scenario}: {drawing.title}"
         files = [f"{task.stem}.{ending}" for ending in formats]
+        box = box_of(figure)
         for file in files:
-            save(figure, Path(output) / file, shown, title=title, dpi=dpi)
+            save(figure, Path(output) / file, shown, title=title, dpi=dpi, box=box)
     except ZarrtraceError as error:
         return _Result(task, why_not=" ".join(part for part in (error.what, error.why) if part))
     return _Result(task, tuple(files))
