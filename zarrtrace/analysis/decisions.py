@@ -20,6 +20,7 @@ from zarrtrace.analysis.selecting import (
     positions,
     require,
     traces,
+    whole,
 )
 from zarrtrace.errors import ConfigError
 from zarrtrace.scenarios import DECISION
@@ -75,10 +76,11 @@ def decision(data: Data, *, vocabulary: int | None = None) -> xr.Dataset:
             remedy="Name them under 'options' in the scenarios file and extract again.",
         )
 
-    def of(ds: xr.Dataset) -> xr.Dataset:
-        return _distribution(ds, list(options), vocabulary)
-
-    out = per_scenario(data, of)
+    stored = per_scenario(data, _at_decision)
+    wanted = per_scenario(data, lambda ds: _ids_of(ds, list(options)))
+    # One block over all scenarios: a hundred numbers each, and dozens of steps.
+    stored = stored.map(lambda array: whole(array, *array.dims))
+    out = _distribution(stored, wanted, vocabulary)
     return described(
         out,
         data,
@@ -90,24 +92,28 @@ def decision(data: Data, *, vocabulary: int | None = None) -> xr.Dataset:
     )
 
 
-def _distribution(ds: xr.Dataset, options: list[str], vocabulary: int | None) -> xr.Dataset:
+def _at_decision(ds: xr.Dataset) -> xr.Dataset:
+    """Return what is stored of the continuations of the last token ``(rank)``."""
     require(ds, "next_token", "next_token_logprob")
     (last,) = positions(ds, DECISION)
-    texts = ["query", "query_token", "token_id"]
     here = ds[["next_token", "next_token_logprob"]].sel(query=last)
-    here = here.drop_vars(texts, errors="ignore")
+    return here.drop_vars(["query", "query_token", "token_id"], errors="ignore")
+
+
+def _ids_of(ds: xr.Dataset, options: list[str]) -> xr.DataArray:
+    """Return the id of each option's first token ``(option)``, −1 if the scenario has it not."""
+    own = ds.attrs[NAMESPACE]["options"]
+    ids = [own[name]["token_id"] if name in own else -1 for name in options]
+    return xr.DataArray(ids, dims="option", coords={"option": options})
+
+
+def _distribution(here: xr.Dataset, wanted: xr.DataArray, vocabulary: int | None) -> xr.Dataset:
     ids = here["next_token"].astype(np.int64)
     probability = xr.apply_ufunc(
         np.exp, here["next_token_logprob"].astype(np.float64), dask="allowed"
     )
     remainder = (1 - probability.sum("rank", skipna=False)).clip(0, 1)
-    own = ds.attrs[NAMESPACE]["options"]
-    wanted = xr.DataArray(
-        [own[name]["token_id"] if name in own else -1 for name in options],
-        dims="option",
-        coords={"option": options},
-    )
-    chosen = probability.where(ids == wanted).max("rank").transpose("option")
+    chosen = probability.where(ids == wanted).max("rank").transpose(*wanted.dims)
     # Stored ones are the most likely: no other can exceed the last of them, nor what they leave.
     tenth = probability.isel(rank=-1, drop=True)
     bound = tenth.where(tenth < remainder, remainder)

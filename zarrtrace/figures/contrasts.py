@@ -232,8 +232,8 @@ def critical_chart(critical: xr.Dataset, *, ax: Axes | None = None) -> Axes:
         With an image ``(source, layer)`` of log₂ of the ratio of attention to the controls',
         centred on 0 and limited to ±3, and a dot at each critical layer.
     """
-    effect = critical["ratio"].transpose("source", "layer")
-    effect = np.log2(effect.where(effect > 0))
+    ratio = critical["ratio"].transpose("source", "layer")
+    effect = ratio.copy(data=np.log2(ratio.where(ratio > 0)))
     ax = _wide_axes(ax, effect.sizes["source"])
     image = _by_source_and_layer(ax, effect, limit=3.0)
     _dots(ax, critical["critical"].transpose("source", "layer"))
