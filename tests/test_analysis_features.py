@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import fakes
 import numpy as np
+import pandas as pd
 import pytest
 import synthetic
 import xarray as xr
+from click.testing import CliRunner
 
-from zarrtrace.analysis.features import feature_trajectory, pathway_features
+from zarrtrace.analysis.features import feature_trajectory, of_sae, pathway_features
 from zarrtrace.analysis.specificity import position_specific_features
+from zarrtrace.analysis.words import word_associations
+from zarrtrace.cli import group
 from zarrtrace.errors import ConfigError, ScenarioError
 from zarrtrace.store import open_run
 
@@ -258,6 +263,63 @@ class TestPositionSpecific:
     def test_attention_only_is_refused(self) -> None:
         with pytest.raises(ConfigError, match="attention only"):
             position_specific_features(synthetic.random_run(2, features=None))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> fakes.FakeRun:
+    return fakes.make_run(
+        tmp_path_factory.mktemp("two"),
+        scenarios=["Safe_1", "Safe_2"],
+        features={"features": 16, "features_mlp_out": 24},
+        active=0.5,
+    )
+
+
+class TestSeveralSAEs:
+    """Layers with several SAEs: the analyses of any of them."""
+
+    @pytest.mark.parametrize("chunks", [None, "auto"])
+    def test_the_other_ones_features_take_their_place(
+        self, two: fakes.FakeRun, opened_files: list[str], chunks: Any
+    ) -> None:
+        run = open_run(two.path, chunks=chunks)
+        opened_files.clear()
+        other = of_sae(run, "mlp_out")
+        assert not [file for file in opened_files if "/c/" in file]
+        found = feature_trajectory(other, 23).load()
+        read = {file.split("/c/")[0].split("/")[-1] for file in opened_files if "/c/" in file}
+        assert read == {"features_mlp_out"}
+        for name in run.children:
+            expected = two.truth[name]["features_mlp_out"][:, -1, 23]
+            np.testing.assert_array_equal(found.sel(scenario=name), expected)
+        words = word_associations(other)
+        assert int(words["feature"].max()) > 15
+        with pytest.raises(ConfigError, match="no feature 23"):
+            feature_trajectory(run, 23)
+
+    def test_a_trace_and_a_node(self, two: fakes.FakeRun) -> None:
+        run = open_run(two.path)
+        expected = two.truth["Safe_1"]["features_mlp_out"]
+        for trace in (run["Safe_1"], run["Safe_1"].to_dataset()):
+            found = of_sae(trace, "mlp_out")
+            assert type(found) is type(trace)
+            np.testing.assert_array_equal(found["features"], expected)
+            assert pathway_features(found, "balance")["feature"].max() < 24
+
+    def test_one_that_is_not_there(self, two: fakes.FakeRun) -> None:
+        with pytest.raises(ConfigError, match="no 'features_z'") as caught:
+            of_sae(open_run(two.path), "z")
+        assert "features_mlp_out" in caught.value.why
+
+    def test_the_command(self, two: fakes.FakeRun, tmp_path: Path) -> None:
+        command = ["analyze", "feature-trajectory", str(two.path), "--feature", "23"]
+        file = tmp_path / "out.csv"
+        done = CliRunner().invoke(group, [*command, "--sae", "mlp_out", "-o", str(file)])
+        assert done.exit_code == 0, done.output
+        frame = pd.read_csv(file).sort_values(["scenario", "layer"])
+        expected = [two.truth[n]["features_mlp_out"][:, -1, 23] for n in sorted(two.truth)]
+        np.testing.assert_allclose(frame["activation"], np.concatenate(expected), rtol=1e-6)
+        assert "no feature 23" in str(CliRunner().invoke(group, command).exception)
 
 
 class TestReadsOnlyWhatItNeeds:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from zarrtrace.analysis.critical import critical_layers
     from zarrtrace.analysis.crossreferences import crossreference
     from zarrtrace.analysis.decisions import decision, relate
-    from zarrtrace.analysis.features import feature_trajectory, pathway_features
+    from zarrtrace.analysis.features import feature_trajectory, of_sae, pathway_features
     from zarrtrace.analysis.flow import attention_flow, attention_rollout
     from zarrtrace.analysis.specificity import position_specific_features
     from zarrtrace.analysis.words import read_table, word_associations
@@ -39,6 +39,7 @@ _HOME = {
     "feature_trajectory": "features",
     "head_roles": "attention",
     "layer_bands": "bands",
+    "of_sae": "features",
     "pathway_features": "features",
     "position_specific_features": "specificity",
     "read_table": "words",
@@ -58,6 +59,7 @@ __all__ = [
     "feature_trajectory",
     "head_roles",
     "layer_bands",
+    "of_sae",
     "pathway_features",
     "position_specific_features",
     "read_table",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import xarray as xr
@@ -22,14 +22,65 @@ from zarrtrace.analysis.selecting import (
     require,
     require_places,
     require_queries,
+    scenario_of,
     taken,
+    traces,
     whole,
 )
 from zarrtrace.errors import ConfigError
 from zarrtrace.scenarios import DECISION
+from zarrtrace.spec import NAMESPACE
 
 #: How the tokens of a place become one number.
 Reduce = Literal["mean", "max", "none"]
+
+
+_DataT = TypeVar("_DataT", xr.Dataset, xr.DataTree)
+
+
+def of_sae(data: _DataT, name: str) -> _DataT:
+    """Return the data with another SAE's features as ``features``, for what else is here.
+
+    Where layers have several SAEs, the analyses look at ``features``, the first one's;
+    ``of_sae(run, "mlp_out")`` puts ``features_mlp_out`` and its index of strongest features there.
+
+    Parameters
+    ----------
+    data
+        A trace or a run.
+    name
+        What stands behind ``features_``.
+
+    Returns
+    -------
+    xr.Dataset or xr.DataTree
+        Like `data`; nothing is read.
+
+    Raises
+    ------
+    ConfigError
+        If a trace has no such features.
+    """
+    if isinstance(data, xr.DataTree) and is_run(data):
+        children = {child: of_sae(ds, name) for child, ds in traces(data).items()}
+        return xr.DataTree.from_dict({"/": data.to_dataset(), **children}, name=data.name)
+    ds = data.to_dataset() if isinstance(data, xr.DataTree) else data
+    variable = f"features_{name}"
+    if variable not in ds:
+        have = [str(n) for n in ds.data_vars if str(n).startswith("features")]
+        raise ConfigError(
+            f"{scenario_of(ds)}: the trace has no {variable!r}",
+            why=f"It has: {', '.join(have) or 'no features'}.",
+            remedy="Give what stands behind 'features_'; without it, the first SAE's are taken.",
+        )
+    rest: xr.Dataset = ds.drop_dims(["feature", "feature_rank"], errors="ignore")
+    names = ("features", "top_feature", "top_activation", "feature", "feature_rank")
+    there: set[Any] = {*rest.variables, *rest.dims}
+    renamed = rest.rename({f"{n}_{name}": n for n in names if f"{n}_{name}" in there})
+    said = ds.attrs[NAMESPACE]
+    saes = [sae for sae in said.get("saes", ()) if sae["variable"] == variable]
+    out = renamed.assign_attrs({NAMESPACE: {**said, "saes": saes}})
+    return xr.DataTree(out, name=data.name) if isinstance(data, xr.DataTree) else out
 
 
 def feature_trajectory(

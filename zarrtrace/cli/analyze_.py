@@ -54,6 +54,7 @@ _SEED = _option("--seed", type=int, default=0, show_default=True)
 _PERMUTATIONS = _option(
     "--permutations", "n_permutations", type=click.IntRange(1), default=9999, show_default=True
 )
+_SAE = _option("--sae", help="Features of another SAE: NAME of features_NAME.")
 _FEATURES = _option("--feature", "features", type=click.IntRange(0), multiple=True, required=True)
 _WINDOW = _option("--window", type=click.IntRange(0), default=5, show_default=True, help="Tokens.")
 
@@ -72,12 +73,12 @@ _ANALYSES: dict[str, tuple[str, str, tuple[Callable[..., Any], ...]]] = {
     "feature-trajectory": (
         "feature_trajectory",
         "Features at a place, by layer.",
-        (_FEATURES, _AT),
+        (_FEATURES, _AT, _SAE),
     ),
     "pathway-features": (
         "pathway_features",
         "Features active at a span and at the decision, by activation × attention.",
-        (_option("--source", type=Place(), required=True), _TARGET, _TOP),
+        (_option("--source", type=Place(), required=True), _TARGET, _TOP, _SAE),
     ),
     "attention-locality": (
         "attention_locality",
@@ -120,6 +121,7 @@ _ANALYSES: dict[str, tuple[str, str, tuple[Callable[..., Any], ...]]] = {
             _option("--what", type=click.Choice(["features", "attention"]), default="features"),
             _TARGET,
             _HEADS,
+            _SAE,
             _PERMUTATIONS,
             _SEED,
         ),
@@ -127,7 +129,7 @@ _ANALYSES: dict[str, tuple[str, str, tuple[Callable[..., Any], ...]]] = {
     "position-specific-features": (
         "position_specific_features",
         "Features that fire at one kind of span and not elsewhere.",
-        (_SPANS, _TOP, _option("--threshold", type=float, default=0.0)),
+        (_SPANS, _TOP, _option("--threshold", type=float, default=0.0), _SAE),
     ),
     "word-associations": (
         "word_associations",
@@ -136,6 +138,7 @@ _ANALYSES: dict[str, tuple[str, str, tuple[Callable[..., Any], ...]]] = {
             _TOP,
             _option("--min-count", type=click.IntRange(1), default=1),
             _option("--strip", is_flag=True, help="Take ' bet' and 'bet' for one word."),
+            _SAE,
         ),
     ),
     "crossreference": (
@@ -143,6 +146,7 @@ _ANALYSES: dict[str, tuple[str, str, tuple[Callable[..., Any], ...]]] = {
         "Do features that go with a word fire where attention goes to it?",
         (
             _option("--table", help="CSV or Parquet: layer, feature, word, score; else own words."),
+            _SAE,
             _SEED,
         ),
     ),
@@ -227,6 +231,8 @@ def _compute(function: str, data: Any, given: dict[str, Any]) -> Any:
     from zarrtrace import analysis
 
     arguments = {name: _plain(value) for name, value in given.items() if value not in (None, ())}
+    if "sae" in arguments:
+        data = analysis.of_sae(data, arguments.pop("sae"))
     if function == "relate":
         option = arguments.pop("option")
         places = {name: arguments.pop(name) for name in ("source", "target")}
@@ -242,13 +248,17 @@ def _plain(value: Any) -> Any:
 
 
 def _frame(result: xr.DataArray | xr.Dataset) -> pd.DataFrame:
-    """One row a combination of labels; rows without any value are left out."""
+    """One row a combination of labels, which come first; rows without a value are left out."""
     import xarray as xr
 
     if isinstance(result, xr.DataArray):
         result = result.to_dataset(name=result.name or "value")
-    frame = result.to_dataframe().dropna(how="all", subset=list(result.data_vars)).reset_index()
-    return frame.drop(columns=[name for name in ("row", "index") if name in frame])
+    values = [str(name) for name in result.data_vars]
+    frame = result.to_dataframe().dropna(how="all", subset=values).reset_index()
+    if "feature" in values:
+        frame = frame[frame["feature"] >= 0]  # places in a ranking that no feature takes
+    labels = [name for name in frame if name not in values and name not in ("row", "index")]
+    return frame[[*labels, *values]]
 
 
 def _parts(result: xr.DataArray | xr.Dataset) -> list[Any]:
