@@ -137,6 +137,20 @@ def test_bands_where_layers_or_spans_are_missing():
     assert found.difference.sel(scenario="Risky_2").notnull().all()
 
 
+def test_bands_of_chosen_queries(noise):
+    def chosen(rows):
+        kept = {n: synthetic.with_queries(c.to_dataset(), rows) for n, c in noise.children.items()}
+        return planted.as_run(kept)
+
+    found = analysis.layer_bands(chosen([18, 25, DECISION]), planted.BANDS, resamples=99)
+    mean = noise["Safe_1"]["attention_mean"].values[2, [18, 25]].astype(np.float64)
+    by_hand = mean[:, list(TASK)].sum(1).mean()
+    one = found["value"].sel(hypothesis="task", scenario="Safe_1", layer=3)
+    assert float(one) == pytest.approx(by_hand, rel=1e-6)
+    with pytest.raises(ConfigError, match="attention of token 17 is not stored"):
+        analysis.layer_bands(chosen([DECISION]), planted.BANDS)
+
+
 def test_bands_that_cannot_be_tested(noise):
     with pytest.raises(ConfigError, match=r"band 'task' \(layers 11 to 20\) has no layer"):
         analysis.layer_bands(noise)

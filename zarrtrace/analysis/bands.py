@@ -19,7 +19,9 @@ from zarrtrace.analysis.selecting import (
     is_run,
     per_scenario,
     positions,
+    query_labels,
     require_places,
+    require_queries,
     span_names,
     stored_queries,
     taken,
@@ -99,7 +101,7 @@ def layer_bands(
     ------
     ConfigError
         If there are fewer than four scenarios, a band has no layer in any of them, or there is
-        no attention.
+        no attention, or only of the decision.
     ScenarioError
         If none of `task_spans` is in any scenario.
 
@@ -230,9 +232,12 @@ def _to_task(ds: xr.Dataset, task_spans: Sequence[str]) -> xr.DataArray | None:
     """Return mean attention to the task's spans from the tokens behind them, by layer."""
     keys = sorted({k for name in task_spans if has_span(ds, name) for k in positions(ds, name)})
     decided = set(positions(ds, DECISION))
-    queries = [q for q in stored_queries(ds).tolist() if keys and q > keys[-1] and q not in decided]
-    if not queries:
+    behind = [q for q in query_labels(ds).tolist() if keys and q > keys[-1] and q not in decided]
+    if not behind:
         return None
+    queries = [q for q in stored_queries(ds).tolist() if q in behind]
+    if not queries:
+        require_queries(ds, behind)
     chosen = taken(attention(ds, "mean"), query=queries, key=keys)
     return chosen.sum("key", skipna=False, dtype=np.float64).mean("query", skipna=False)
 

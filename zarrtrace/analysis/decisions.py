@@ -96,8 +96,7 @@ def _at_decision(ds: xr.Dataset) -> xr.Dataset:
     """Return what is stored of the continuations of the last token ``(rank)``."""
     require(ds, "next_token", "next_token_logprob")
     (last,) = positions(ds, DECISION)
-    here = ds[["next_token", "next_token_logprob"]].sel(query=last)
-    return here.drop_vars(["query", "query_token", "token_id"], errors="ignore")
+    return ds[["next_token", "next_token_logprob"]].sel(query=last).reset_coords(drop=True)
 
 
 def _ids_of(ds: xr.Dataset, options: list[str]) -> xr.DataArray:
