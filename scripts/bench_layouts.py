@@ -2,6 +2,7 @@
 
 Layouts differ in inner chunk, shard and compression level; all are ones that every Zarr v3 reader
 has. Values are softmax attention of random scores with a sink on the first token, float32.
+Zarrtrace's own writer writes them, and its own reader reads them; a row is also read by Zarr.
 
     python scripts/bench_layouts.py [--tokens 121 2048] [--repeats 5]
 """
@@ -17,10 +18,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import zarr
-from zarr.codecs import BloscCodec, Crc32cCodec
+from numcodecs import Blosc
+from xarray.core.indexing import BasicIndexer
+
+from zarrtrace.spec import ATTENTION_LEVEL, ArrayLayout
+from zarrtrace.store import shards
+from zarrtrace.store.lazy import stored_array
+from zarrtrace.store.nodes import create_array
 
 HEADS = 32
 
@@ -30,21 +38,26 @@ class Layout(NamedTuple):
 
     name: str
     chunks: tuple[int, int, int, int]
-    sharded: bool
-    level: int = 3
+    sharded: bool = True
+    level: int = ATTENTION_LEVEL
 
 
 def layouts(tokens: int) -> list[Layout]:
-    """Return the layouts to compare at a length."""
+    """Return the layouts to compare at a length; rows and keys of a chunk of a shard by number."""
     keys = min(tokens, 256)
+    tile = min(tokens, 128)
+    rows = [
+        Layout(f"shard, {count} x {width}", (1, HEADS, count, width))
+        for width in sorted({keys, min(tokens, 512)})
+        for count in (4, 8, 16, 32, 64)
+    ]
     return [
         Layout("a head", (1, 1, tokens, tokens), sharded=False),
         Layout("a whole layer", (1, HEADS, tokens, tokens), sharded=False),
-        Layout("tiles of 128 x 128", (1, HEADS, min(tokens, 128), min(tokens, 128)), sharded=False),
-        Layout("shard, 16 rows", (1, HEADS, 16, keys), sharded=True),
-        Layout("shard, 64 rows, level 1", (1, HEADS, 64, keys), sharded=True, level=1),
-        Layout("shard, 64 rows (ours)", (1, HEADS, 64, keys), sharded=True),
-        Layout("shard, 64 rows, level 5", (1, HEADS, 64, keys), sharded=True, level=5),
+        Layout(f"tiles of {tile} x {tile}", (1, HEADS, tile, tile), sharded=False),
+        *rows,
+        Layout(f"shard, 16 x {keys}, level 1", (1, HEADS, 16, keys), level=1),
+        Layout(f"shard, 16 x {keys}, level 5", (1, HEADS, 16, keys), level=5),
     ]
 
 
@@ -62,25 +75,20 @@ def attention(layers: int, tokens: int) -> np.ndarray:
     return out
 
 
-def create(path: Path, layout: Layout, values: np.ndarray) -> zarr.Array[Any]:
-    """Create an empty array."""
+def described(layout: Layout, values: np.ndarray) -> ArrayLayout:
+    """Return what zarrtrace's writer wants to know of a layout."""
     tokens = values.shape[-1]
-    rounded = tuple(
-        -(-size // step) * step
-        for size, step in zip((1, HEADS, tokens, tokens), layout.chunks, strict=True)
-    )
-    return zarr.create_array(
-        path,
-        shape=values.shape,
+    _, _, rows, keys = layout.chunks
+    # As many rows a shard as zarrtrace's shards of 2,048 tokens have.
+    shard = (1, HEADS, -(-min(tokens, 256) // rows) * rows, -(-tokens // keys) * keys)
+    return ArrayLayout(
+        dims=("layer", "head", "query", "key"),
         dtype="float32",
+        shape=values.shape,
         chunks=layout.chunks,
-        shards=rounded if layout.sharded else None,
-        compressors=[
-            BloscCodec(cname="zstd", clevel=layout.level, shuffle="shuffle"),
-            Crc32cCodec(),
-        ],
-        config={"write_empty_chunks": False},
-        overwrite=True,
+        shards=shard if layout.sharded else None,
+        codec="attention",
+        skip_empty=layout.sharded,
     )
 
 
@@ -96,25 +104,36 @@ def timed(action: Callable[[], object], repeats: int) -> float:
 
 def measure(folder: Path, layout: Layout, values: np.ndarray, repeats: int) -> list[str]:
     """Return one row of the table."""
-    path = folder / "array"
+    path, how = folder / "attention", described(layout, values)
+    rows, last = (how.shards or how.chunks)[2], values.shape[2] - 1
+    key = values.shape[-1] // 3
 
     def write() -> None:
-        array = create(path, layout, values)
-        for layer in range(len(values)):
-            array[layer] = values[layer]
+        shutil.rmtree(path, ignore_errors=True)
+        create_array(zarr.create_group(folder, overwrite=True), path.name, how)
+        codec = Blosc(cname="zstd", clevel=layout.level, shuffle=Blosc.SHUFFLE)
+        with mock.patch.object(shards, "_BLOSC", codec):
+            for layer in range(len(values)):
+                for row in range(0, last + 1, rows):
+                    block = values[layer : layer + 1, :, row : row + rows]
+                    shards.write_block(path, how, (layer, 0, row, 0), block)
 
+    def ours(*index: int | slice) -> Any:
+        opened = stored_array(path)
+        assert opened is not None  # noqa: S101 -- it was written so
+        return opened[0][BasicIndexer(index)]
+
+    every = slice(None)
     writing = timed(write, max(1, repeats // 2))
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-
-    def column() -> Any:
-        return zarr.open_array(path, mode="r")[:, :, -1, values.shape[-1] // 3]
-
-    def layer() -> Any:
-        return zarr.open_array(path, mode="r")[len(values) // 2]
-
-    np.testing.assert_array_equal(column(), values[:, :, -1, values.shape[-1] // 3])
-    reading = timed(column, repeats), timed(layer, repeats)
-    return [layout.name, f"{size / 1e6:.1f}", *(f"{t:.0f}" for t in (writing, *reading))]
+    np.testing.assert_array_equal(ours(every, every, last, key), values[:, :, -1, key])
+    reading = [
+        timed(lambda: ours(every, every, last, key), repeats),
+        timed(lambda: zarr.open_array(path, mode="r")[:, :, -1, key], repeats),
+        timed(lambda: ours(len(values) // 2, every, every, every), repeats),
+    ]
+    times = [f"{writing:.0f}", *(f"{time:.1f}" for time in reading)]
+    return [layout.name, f"{size / 1e6:.1f}", *times]
 
 
 def main() -> None:
@@ -127,8 +146,8 @@ def main() -> None:
         layers = 31 if tokens < 500 else 2
         values = attention(layers, tokens)
         print(f"\n{layers} layers x {HEADS} heads x {tokens} tokens, float32\n")
-        print("| layout | MB | write ms | `[:, :, -1, key]` ms | one layer ms |")
-        print("|---|---|---|---|---|")
+        print("| layout | MB | write ms | `[:, :, -1, key]` ms | by Zarr ms | one layer ms |")
+        print("|---|---|---|---|---|---|")
         folder = Path(tempfile.mkdtemp(prefix="zarrtrace-bench-"))
         try:
             for layout in layouts(tokens):

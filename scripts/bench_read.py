@@ -2,7 +2,8 @@
 
 Both start with closed files. NumPy reads ``layer_N.npz`` layer after layer; zarrtrace opens the
 trace and selects. Plain Zarr opens the array alone, without labels, and reads the same chunks, with
-its own codec pipeline and with that of zarrs.
+its own codec pipeline and with that of zarrs. At last, how long ``zarrtrace --help`` and ``info``
+take, as processes of their own with compiled bytecode.
 
     python scripts/bench_read.py [--repeats 5] [--json FILE]
 """
@@ -11,7 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -214,19 +218,41 @@ def _times(
     }
 
 
+def commands(folder: Path, repeats: int) -> dict[str, float]:
+    """Time what starts a process, beside a Python that does nothing."""
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(folder / "bytecode")}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    programs = {
+        "python -c pass": ["-c", "pass"],
+        "zarrtrace --help": ["-m", "zarrtrace", "--help"],
+        "zarrtrace info": ["-m", "zarrtrace", "info", str(folder / "bench")],
+    }
+
+    def start(arguments: list[str]) -> None:
+        command = [sys.executable, *arguments]
+        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+
+    for arguments in programs.values():
+        start(arguments)  # compiles
+    return {
+        name: median(partial(start, arguments), repeats) for name, arguments in programs.items()
+    }
+
+
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    results = {}
+    results: dict[str, dict[str, dict[str, float]]] = {}
     print("| shape | what | NPZ ms | zarrtrace ms | times faster | Zarr ms | with zarrs |")
     print("|---" * 7 + "|", flush=True)
     for tokens, layers in SHAPES:
         with tempfile.TemporaryDirectory() as work:
             build(Path(work), tokens, layers)
             found = measure(Path(work), tokens, layers, given.repeats)
+            started = commands(Path(work), given.repeats)
         results[f"{tokens}"] = found
         for name, row in found.items():
             print(
@@ -235,6 +261,9 @@ def main() -> None:
                 f"{row['zarr'] * 1e3:.1f} | {row['zarrs'] * 1e3:.1f} |",
                 flush=True,
             )
+    for command, seconds in started.items():
+        print(f"{command}: {seconds:.2f} s")
+    results["commands"] = {"seconds": started}
     if given.json:
         given.json.write_text(json.dumps(results, indent=2))
 

@@ -14,6 +14,7 @@ from typing import Any
 import fakes
 import numpy as np
 import pytest
+import xarray as xr
 
 import zarrtrace as zt
 from zarrtrace import demo
@@ -173,6 +174,27 @@ def test_repair_does_not_mix_two_configurations(run: fakes.FakeRun) -> None:
     again = fakes.make_run(run.path.parent, repair=True, attention_dtype="float16")
     assert len(again.written) == 6
     assert zt.open_trace(again.trace).attention.dtype == np.float16
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_what_was_cut_otherwise_is_gone_on_with(tmp_path: Path, damaged: bool) -> None:
+    """A run that another version of zarrtrace began: the chunks on the disk count."""
+    sizes: dict[str, Any] = {"scenarios": ("Safe_1",), "tokens": 20, "features": 64}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("zarrtrace.spec._QUERIES_PER_SHORT_CHUNK", 5)
+        patch.setattr("zarrtrace.spec._FEATURES_PER_CHUNK", 16)
+        begun = fakes.make_run(tmp_path, **sizes, drop={"Safe_1": fakes.LAYERS[-1:]})
+    for name in ("attention", "features") if damaged else ():
+        (begun.trace / name / "zarr.json").write_bytes(b"{}")  # nothing says how they were cut
+    again = fakes.make_run(tmp_path, **sizes, repair=damaged)
+    assert [layer for _, layer in again.written] == list(fakes.LAYERS[0 if damaged else -1 :])
+    assert verify(again.path) == []
+    found = open_trace(again.trace)
+    assert found.attention.encoding["chunks"][2] == (8 if damaged else 5)
+    assert found.features.encoding["chunks"][2] == (64 if damaged else 16)
+    xr.testing.assert_identical(found, xr.open_zarr(again.trace, consolidated=False))
+    for name in ("attention", "features"):
+        np.testing.assert_array_equal(found[name], again.truth["Safe_1"][name])
 
 
 def test_repair_leaves_foreign_folders_alone(tmp_path: Path) -> None:

@@ -41,9 +41,10 @@ _TOKENS_PER_CHUNK = 64
 # One feature is looked up: what is decoded for it stays small.
 _FEATURES_PER_INDEX_CHUNK = 1024
 _SCENARIOS_PER_CHUNK = 1024
-# Of a short prompt one row is often read; of a long one, chunks must not be too many.
-_QUERIES_PER_CHUNK = 64
-_QUERIES_PER_SHORT_CHUNK = 16
+# One row is often read, and all of its chunk is decoded for it; of a long prompt, chunks must not
+# be too many.
+_QUERIES_PER_CHUNK = 16
+_QUERIES_PER_SHORT_CHUNK = 8
 
 
 class Frozen(BaseModel):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
         refuse_foreign,
     )
     from zarrtrace.store.files import only_writer, trace_locks, wait_for_writers
-    from zarrtrace.store.reader import array_of, check_sizes, open_run, open_trace
+    from zarrtrace.store.reader import array_of, open_run, open_trace
     from zarrtrace.store.run_index import (
         IndexableTrace,
         IndexWriter,
@@ -42,7 +42,6 @@ _HOME = {
     "TraceSummary": "summary",
     "TraceWriter": "trace_writer",
     "array_of": "reader",
-    "check_sizes": "reader",
     "indexable_traces": "run_index",
     "kind_of": "attributes",
     "only_writer": "files",
@@ -72,7 +71,6 @@ __all__ = [
     "TraceSummary",
     "TraceWriter",
     "array_of",
-    "check_sizes",
     "indexable_traces",
     "kind_of",
     "locked",

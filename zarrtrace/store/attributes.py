@@ -26,8 +26,10 @@ from zarrtrace.spec import (
     NAMESPACE,
     IndexAttributes,
     RunAttributes,
+    Stored,
     TraceAttributes,
 )
+from zarrtrace.store.files import fingerprint_of
 
 #: The journal's keys that are no layers: what comes next, coordinates, each array's zarr.json.
 TOKENS, COORDINATES, METADATA = "tokens", "coordinates", "metadata"
@@ -56,6 +58,16 @@ class ArrayOnDisk(NamedTuple):
     file_shape: tuple[int, ...]
 
 
+class ArrayMetadata(NamedTuple):
+    """An array's ``zarr.json``: read once, for it is needed in three ways."""
+
+    array: ArrayOnDisk
+    #: All of it.
+    metadata: dict[str, Any]
+    #: Size and hash of the file.
+    stored: Stored
+
+
 def read_array(path: Path) -> ArrayOnDisk:
     """Read an array's metadata; Zarr itself would take a hundred times as long.
 
@@ -64,7 +76,26 @@ def read_array(path: Path) -> ArrayOnDisk:
     IntegrityError
         If it is gone or damaged.
     """
-    return parse_array(path, lambda: _read_json(path / "zarr.json"))
+    return read_metadata(path).array
+
+
+def read_metadata(path: Path) -> ArrayMetadata:
+    """Read an array's metadata, with all that it says of encoding, and its hash.
+
+    Raises
+    ------
+    IntegrityError
+        If it is gone or damaged.
+    """
+    read: dict[str, Any] = {}
+
+    def metadata() -> Any:
+        read["content"] = _read(path / "zarr.json")
+        read["metadata"] = json.loads(read["content"])
+        return read["metadata"]
+
+    array = parse_array(path, metadata)
+    return ArrayMetadata(array, read["metadata"], fingerprint_of([read["content"]]))
 
 
 def parse_array(path: Path, metadata: Callable[[], Any]) -> ArrayOnDisk:
@@ -93,11 +124,11 @@ def parse_array(path: Path, metadata: Callable[[], Any]) -> ArrayOnDisk:
     return array
 
 
-def _read_json(file: Path) -> Any:
-    """Read a JSON file; a pipe in its place would be waited for forever."""
+def _read(file: Path) -> bytes:
+    """Read a file; a pipe in its place would be waited for forever."""
     if file.exists() and not file.is_file():
         raise ValueError("not a file")
-    return json.loads(file.read_bytes())
+    return file.read_bytes()
 
 
 def _check_plausible(array: ArrayOnDisk) -> None:
@@ -222,7 +253,7 @@ def _seal(attributes: Mapping[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def read_group(path: Path) -> dict[str, Any]:
+def read_group(path: Path, wanted: str = "run or a trace") -> dict[str, Any]:
     """Read a group's metadata.
 
     Raises
@@ -233,11 +264,15 @@ def read_group(path: Path) -> dict[str, Any]:
         If it is damaged.
     """
     try:
-        found = _read_json(path / "zarr.json")
+        found = json.loads(_read(path / "zarr.json"))
         found["attributes"].get(NAMESPACE)
         if not isinstance(found["attributes"].get("coordinates", ""), str):
             raise TypeError("attribute coordinates is not text")
     except (FileNotFoundError, NotADirectoryError):
+        if not path.exists():
+            raise NotATraceError(
+                f"{path}: no such folder", remedy=f"Give the folder of a {wanted}; check the path."
+            ) from None
         raise NotATraceError(
             f"{path}: exists, but is not a zarrtrace run or trace",
             why="It has no zarr.json.",
@@ -253,11 +288,7 @@ def read_group(path: Path) -> dict[str, Any]:
 
 
 def _namespace(path: Path, wanted: str, group: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    if group is None and not path.exists():
-        raise NotATraceError(
-            f"{path}: no such folder", remedy=f"Give the folder of a {wanted}; check the path."
-        )
-    found = (group or read_group(path))["attributes"].get(NAMESPACE)
+    found = (group or read_group(path, wanted))["attributes"].get(NAMESPACE)
     if not isinstance(found, dict):
         raise NotATraceError(
             f"{path}: exists, but is not a zarrtrace {wanted}",

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +38,20 @@ Decode = Callable[[bytes, int | None], Any]
 
 #: Along one dimension: the number of a chunk, where its part goes, and which part of it.
 Part = tuple[int, slice | np.ndarray, slice | np.ndarray]
+#: Of a file in the grid of files.
+Place = tuple[int, ...]
+#: A file, and some of its chunks, by dimension.
+Job = tuple[Place, list[tuple[Part, ...]]]
 
+_THREADS = os.cpu_count() or 1
+#: Into how many jobs the chunks of one file are cut, for threads to share.
+_PORTIONS = 4 * _THREADS
+#: What is decoded faster by one thread than it takes to wake others.
+_FEW_BYTES = 2**19
+#: The CRC-32C of anything that is followed by its CRC-32C.
+_CHECKED = 0x48674BC7
+_ENTRY = struct.Struct("<QQ")
+_ZSTD = Zstd()
 _LOCAL = threading.local()
 
 
@@ -80,6 +94,14 @@ class StoredArray(BackendArray):
         if codecs[0] not in (_TEXT if self._text else [little, plain]):
             raise ValueError("another serializer")
         self._decoders = [_DECODERS[codec["name"]] for codec in reversed(codecs[1:])]
+        # How many chunks a file has, in all, along each dimension, and from one to the next.
+        self._grid = [
+            size // chunk for size, chunk in zip(self.file_shape, self.chunks, strict=True)
+        ]
+        self._strides = [math.prod(self._grid[at + 1 :]) for at in range(len(self._grid))]
+        self._count = math.prod(self._grid)
+        self._decoded = self.dtype.itemsize * math.prod(self.chunks)
+        self._little = self.dtype.newbyteorder("<")
 
     def __dask_tokenize__(self) -> tuple[str, str, int]:
         """Name what is read, so that dask may tell whether two graphs read the same."""
@@ -96,74 +118,77 @@ class StoredArray(BackendArray):
 
     def _read(self, key: tuple[Any, ...]) -> np.ndarray:
         key = tuple(_counted(one, size) for one, size in zip(key, self.shape, strict=True))
-        parts = [
-            list(_parts(one, size, chunk))
-            for one, size, chunk in zip(key, self.shape, self.chunks, strict=True)
-        ]
-        shape = [_length(one, size) for one, size in zip(key, self.shape, strict=True)]
-        out = np.empty(shape, self.dtype)
-        pieces = list(itertools.product(*parts))
-        # In a thread of somebody's, dask's or a server's, others read beside this one already.
-        threads = (
-            (os.cpu_count() or 1) if threading.current_thread() is threading.main_thread() else 1
+        out = np.empty(
+            [_length(one, size) for one, size in zip(key, self.shape, strict=True)], self.dtype
         )
-        step = max(1, -(-len(pieces) // (2 * threads)))
-        groups = [pieces[start : start + step] for start in range(0, len(pieces), step)]
-        if threads < 2 or len(groups) < 2:
-            for group in groups:
-                self._fetch(group, out)
-        else:
-            list(_pool(os.getpid()).map(lambda group: self._fetch(group, out), groups))
-        squeezed = tuple(0 if isinstance(one, int | np.integer) else slice(None) for one in key)
+        jobs = self._jobs(key)
+        _each(
+            lambda job: self._fetch(*job, out),
+            jobs,
+            self._decoded * sum(len(pieces) for _, pieces in jobs),
+        )
+        squeezed = tuple(0 if isinstance(one, int) else slice(None) for one in key)
         found: np.ndarray = out[squeezed]
         return found
 
-    def _fetch(self, pieces: Sequence[tuple[Part, ...]], out: np.ndarray) -> None:
-        """Read some chunks and put their parts where they belong."""
-        for file, of_file in itertools.groupby(pieces, self._file):
-            with _Shard(f"{self._path}/c/{'/'.join(map(str, file))}") as opened:
-                for piece in of_file:
-                    target = _outer([into for _, into, _ in piece])
-                    chunk = self._chunk(opened, [number for number, _, _ in piece])
-                    out[target] = (
-                        self._fill if chunk is None else chunk[_outer([of for _, _, of in piece])]
-                    )
+    def _jobs(self, key: tuple[Any, ...]) -> list[Job]:
+        """Return what to read: files, and which chunks of them, in portions of some chunks."""
+        # By dimension: which files, and by file where in it chunks are and which parts of them.
+        by_file: list[dict[int, list[Part]]] = []
+        for one, size, chunk, count, stride in zip(
+            key, self.shape, self.chunks, self._grid, self._strides, strict=True
+        ):
+            files: dict[int, list[Part]] = {}
+            for number, into, of in _parts(one, size, chunk):
+                file, inside = divmod(number, count)
+                files.setdefault(file, []).append((inside * stride, into, of))
+            by_file.append(files)
+        jobs = []
+        for found in itertools.product(*(files.items() for files in by_file)):
+            pieces = list(itertools.product(*(parts for _, parts in found)))
+            place = tuple(file for file, _ in found)
+            step = max(1, -(-len(pieces) // _PORTIONS))
+            jobs += [(place, pieces[at : at + step]) for at in range(0, len(pieces), step)]
+        return jobs
 
-    def _file(self, piece: Sequence[Part]) -> tuple[int, ...]:
-        return tuple(
-            number * chunk // size
-            for (number, _, _), chunk, size in zip(piece, self.chunks, self.file_shape, strict=True)
-        )
+    def _fetch(self, file: Place, pieces: Sequence[Sequence[Part]], out: np.ndarray) -> None:
+        """Read some chunks of a file and put their parts where they belong."""
+        with _File(f"{self._path}/c/{'/'.join(map(str, file))}") as opened:
+            for piece in pieces:
+                inside, into, of = zip(*piece, strict=True)
+                chunk = self._chunk(opened, file, sum(inside))
+                out[_outer(into)] = self._fill if chunk is None else chunk[_outer(of)]
 
-    def _chunk(self, file: _Shard, place: Sequence[int]) -> np.ndarray | None:
+    def _chunk(self, opened: _File, file: Place, number: int) -> np.ndarray | None:
         """Return a chunk's values; None if it is left out, which stands for the fill value."""
-        grid = [size // chunk for size, chunk in zip(self.file_shape, self.chunks, strict=True)]
-        inside = [at % count for at, count in zip(place, grid, strict=True)]
         try:
-            content = file.read(None if self.shards is None else (inside, grid))
+            content = opened.read() if self.shards is None else opened.part(number, self._count)
             if content is None:
                 return None
-            size = None if self._text else self.dtype.itemsize * math.prod(self.chunks)
             for decode in self._decoders:
-                content = decode(content, size)
+                content = decode(content, None if self._text else self._decoded)
             if self._text:
                 text: np.ndarray = VLenUTF8().decode(content)
                 return text
-            return np.frombuffer(content, self.dtype.newbyteorder("<")).reshape(self.chunks)
-        except IntegrityError:
-            raise
+            return np.frombuffer(content, self._little).reshape(self.chunks)
         except Exception as error:  # codecs raise what they like
-            at = "/".join(map(str, place))
+            inside = np.unravel_index(number, self._grid)
+            place = [
+                at * count + by for at, count, by in zip(file, self._grid, inside, strict=True)
+            ]
             raise IntegrityError(
-                f"{file.path}: chunk {at} cannot be decoded: {error}",
+                f"{opened.path}: chunk {'/'.join(map(str, place))} cannot be decoded: {error}",
                 why="Its bytes are not the ones that were written.",
                 remedy=REPAIR,
             ) from error
 
 
-def stored_array(path: Path) -> tuple[StoredArray, dict[str, Any]] | None:
+def stored_array(
+    path: Path, metadata: dict[str, Any] | None = None
+) -> tuple[StoredArray, dict[str, Any]] | None:
     """Return an array and its metadata; None if it is encoded in another way than ours."""
-    metadata = json.loads((path / "zarr.json").read_bytes())
+    if metadata is None:
+        metadata = json.loads((path / "zarr.json").read_bytes())
     try:
         return StoredArray(path, metadata), metadata
     except (ValueError, KeyError, TypeError):
@@ -177,14 +202,14 @@ def as_lazy(array: StoredArray) -> Any:
     return cached(indexing.CopyOnWriteArray(lazy))
 
 
-class _Shard:
+class _File:
     """A file of an array, open: a shard or a chunk; a context manager."""
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._index: np.ndarray | None = None
+        self._index: memoryview | None = None
 
-    def __enter__(self) -> _Shard:
+    def __enter__(self) -> _File:
         try:
             self._handle: int | None = os.open(self.path, os.O_RDONLY)
         except FileNotFoundError:
@@ -195,27 +220,25 @@ class _Shard:
         if self._handle is not None:
             os.close(self._handle)
 
-    def read(self, place: tuple[Sequence[int], Sequence[int]] | None) -> bytes | None:
-        """Return the bytes of a chunk, at a place in the shard's grid; None if it is left out."""
+    def read(self) -> bytes | None:
+        """Return all of it; None if there is none."""
         if self._handle is None:
             return None
-        size = os.fstat(self._handle).st_size
-        if place is None:
-            return os.pread(self._handle, size, 0)
-        inside, grid = place
+        return os.pread(self._handle, os.lseek(self._handle, 0, os.SEEK_END), 0)
+
+    def part(self, number: int, parts: int) -> bytes | None:
+        """Return the bytes of one of a shard's chunks; None if it is left out."""
+        if self._handle is None:
+            return None
         if self._index is None:
-            self._index = self._read_index(size, math.prod(grid))
-        offset, length = self._index[np.ravel_multi_index(tuple(inside), tuple(grid))].tolist()
-        return None if offset == _MISSING else os.pread(self._handle, length, offset)
-
-    def _read_index(self, size: int, chunks: int) -> np.ndarray:
-        assert self._handle is not None  # noqa: S101 -- read() has looked
-        length = 16 * chunks + 4
-        content = os.pread(self._handle, length, max(0, size - length))
-        return np.frombuffer(_checked(content), "<u8").reshape(chunks, 2)
+            length = 16 * parts + 4
+            start = max(0, os.lseek(self._handle, 0, os.SEEK_END) - length)
+            self._index = _checked(os.pread(self._handle, length, start))
+        offset, size = _ENTRY.unpack_from(self._index, 16 * number)
+        return None if offset == _MISSING else os.pread(self._handle, size, offset)
 
 
-def _checked(content: bytes, _size: int | None = None) -> bytes:
+def _checked(content: bytes, _size: int | None = None) -> memoryview:
     """Return what a checksum at the end protects.
 
     Raises
@@ -223,10 +246,10 @@ def _checked(content: bytes, _size: int | None = None) -> bytes:
     ValueError
         If it is not what the checksum is of.
     """
-    content, checksum = content[:-4], content[-4:]
-    if google_crc32c.value(content) != int.from_bytes(checksum, "little"):
+    # Of whatever ends in its own checksum: taken apart, the content would be copied.
+    if google_crc32c.value(content) != _CHECKED:
         raise ValueError("the checksum is another")
-    return content
+    return memoryview(content)[:-4]
 
 
 def _from_blosc(content: bytes, size: int | None) -> Any:
@@ -238,7 +261,7 @@ def _from_blosc(content: bytes, size: int | None) -> Any:
 def _from_zstd(content: bytes, size: int | None) -> Any:
     _check_claim(_zstd_claims(content), size)
     # Verifies the checksum that frames carry.
-    return Zstd().decode(content, None if size is None else _scratch(size))
+    return _ZSTD.decode(content, None if size is None else _scratch(size))
 
 
 def _zstd_claims(content: bytes) -> int:
@@ -273,6 +296,18 @@ _DECODERS: dict[str, Decode] = {"blosc": _from_blosc, "crc32c": _checked, "zstd"
 def _pool(_process: int) -> ThreadPoolExecutor:
     """Return this process's threads: a fork has none of its parent's."""
     return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="zarrtrace-read")
+
+
+def _each(do: Callable[[Job], object], jobs: Sequence[Job], decoded: int) -> None:
+    """Do all jobs; several at a time if that pays."""
+    # In a thread of somebody's, dask's or a server's, others read beside this one already.
+    alone = threading.current_thread() is threading.main_thread()
+    if not alone or decoded < _FEW_BYTES or len(jobs) < 2:
+        for job in jobs:
+            do(job)
+        return
+    shares = [jobs[at :: 2 * _THREADS] for at in range(min(len(jobs), 2 * _THREADS))]
+    list(_pool(os.getpid()).map(lambda share: list(map(do, share)), shares))
 
 
 def _counted(key: Any, size: int) -> Any:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 from xarray.core.indexes import PandasIndex
 
@@ -146,10 +147,10 @@ def open_consolidated(
         if found.dims == (name,):
             stored = attributes.stored[COORDINATES][name]
             if (name, stored) not in shared:
-                shared[name, stored] = _index(name, array, metadata)
+                shared[name, stored] = load_index(name, array, metadata)
             coordinates[name], indexes[name] = shared[name, stored]
             continue
-        variable = _variable(array, found, metadata)
+        variable = variable_of(array, metadata)
         if name in labels:
             coordinates[name] = variable
         else:
@@ -169,9 +170,15 @@ def _written(
     return Written(str(path), name, found.shape, found.file_shape, metadata, sizes)
 
 
-def _variable(array: CheckedArray, found: ArrayOnDisk, metadata: dict[str, Any]) -> xr.Variable:
+def variable_of(
+    array: StoredArray, metadata: dict[str, Any], *, loaded: bool = False
+) -> xr.Variable:
+    """Return an array as a variable, which is read when it is first asked for unless `loaded`."""
     encoding = {"chunks": array.chunks, "shards": array.shards}
-    return xr.Variable(found.dims, as_lazy(array), metadata["attributes"], encoding)
+    data = array.load() if loaded else as_lazy(array)
+    # fastpath: pandas would look whether text is dates.
+    dims, attrs = metadata["dimension_names"], metadata["attributes"]
+    return xr.Variable(dims, data, attrs, encoding, fastpath=True)
 
 
 def _blocks(variable: xr.Variable, array: CheckedArray, attributes: TraceAttributes) -> xr.Variable:
@@ -201,10 +208,14 @@ def whole_files(variable: xr.Variable, file_shape: Sequence[int]) -> dict[Hashab
     return chunks
 
 
-def _index(
-    name: str, array: CheckedArray, metadata: dict[str, Any]
+def load_index(
+    name: str, array: StoredArray, metadata: dict[str, Any]
 ) -> tuple[xr.Variable, PandasIndex]:
     """Load the index of a dimension."""
-    index = PandasIndex(array.load(), name)
+    labels = array.load()
+    first = int(labels[0]) if len(labels) else 0
+    counted = pd.RangeIndex(first, first + len(labels))
+    # Most are; looking one of 32,768 features up is then no search through a table made for it.
+    index = PandasIndex(counted if np.array_equal(counted, labels) else labels, name)
     variable = xr.Variable((name,), index.index, metadata["attributes"])
     return index.create_variables({name: variable})[name], index

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import xarray as xr
 import zarr
+from xarray.core.indexes import PandasIndex
 
 from zarrtrace.errors import IncompleteError, IntegrityError, ZarrtraceError
 from zarrtrace.spec import LABELS, NAMESPACE, TraceAttributes
@@ -18,17 +19,24 @@ from zarrtrace.store.attributes import (
     COORDINATES,
     METADATA,
     REPAIR,
+    ArrayMetadata,
     files_of_entry,
     incomplete,
-    read_array,
     read_group,
+    read_metadata,
     read_run_attributes,
     read_trace_attributes,
     trace_attributes_of,
 )
-from zarrtrace.store.files import fingerprint, size_of
-from zarrtrace.store.lazy import as_lazy, stored_array
-from zarrtrace.store.opening import Shared, open_consolidated, whole_files
+from zarrtrace.store.files import size_of
+from zarrtrace.store.lazy import stored_array
+from zarrtrace.store.opening import (
+    Shared,
+    load_index,
+    open_consolidated,
+    variable_of,
+    whole_files,
+)
 
 Missing = Literal["raise", "nan"]
 ChunkSpec = Mapping[str, Any] | Literal["auto"] | None
@@ -69,14 +77,16 @@ def open_trace(
         If files of a stored layer are gone or have another size.
     """
     path = Path(path)
-    attributes = read_trace_attributes(path)
+    group = read_group(path, "trace")
+    attributes = trace_attributes_of(path, group)
     if missing == "raise" and not attributes.complete:
         raise incomplete(path, attributes)
     if COORDINATES not in attributes.stored:
         raise incomplete(path, attributes)  # its arrays are being created
-    check_sizes(path, attributes)
+    arrays = _read_arrays(path, attributes)
+    _check_sizes(path, attributes, arrays)
     with _damage_explained(path):
-        ds = _open(path)
+        ds = _open(path, group, arrays)
     _check_spans(path, attributes, ds.sizes.get("query", 0))
     if chunks is not None:
         ds = _chunk(ds, chunks)
@@ -187,56 +197,62 @@ def _damage_explained(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _open(path: Path) -> xr.Dataset:
+def _open(path: Path, group: dict[str, Any], arrays: Mapping[str, ArrayMetadata]) -> xr.Dataset:
     """Open all arrays, none of them read but the coordinates of dimensions."""
-    labels = set(read_group(path)["attributes"].get("coordinates", "").split())
+    labels = set(group["attributes"].get("coordinates", "").split())
     variables: dict[str, xr.Variable] = {}
     coordinates: dict[str, xr.Variable] = {}
-    for file in sorted(path.glob("*/zarr.json")):
-        read_array(file.parent)  # refuses what is damaged
-        name, opened = file.parent.name, stored_array(file.parent)
+    indexes: dict[str, PandasIndex] = {}
+    for name, (found, metadata, _) in sorted(arrays.items()):
+        opened = stored_array(path / name, metadata)
         if opened is None:
-            with _damage_explained(file):
+            with _damage_explained(path / name / "zarr.json"):
                 array_of(path, name)  # names the array that cannot be opened
             plain: xr.Dataset = xr.open_zarr(path, chunks=None, consolidated=False, zarr_format=3)
             return _with_loaded_labels(plain)
-        array, metadata = opened
-        dims = metadata["dimension_names"]
-        variable = xr.Variable(
-            dims,
+        array, _ = opened
+        if found.dims == (name,):
+            coordinates[name], indexes[name] = load_index(name, array, metadata)
+        else:
             # Lazy text would make where(ds.query_token == ...) read the disk each time.
-            array.load() if array.dtype == object else as_lazy(array),
-            attrs=metadata["attributes"],
-            encoding={"chunks": array.chunks, "shards": array.shards},
-        )
-        (coordinates if dims == [name] or name in labels else variables)[name] = variable
-    attributes = {
-        key: value for key, value in read_group(path)["attributes"].items() if key != "coordinates"
-    }
-    return xr.Dataset(variables, coordinates, attributes)
+            variable = variable_of(array, metadata, loaded=array.dtype == object)
+            (coordinates if name in labels else variables)[name] = variable
+    rest = {key: value for key, value in group["attributes"].items() if key != "coordinates"}
+    return xr.Dataset(variables, xr.Coordinates(coordinates, indexes), rest)
 
 
-def check_sizes(path: Path, attributes: TraceAttributes) -> None:
+def _read_arrays(path: Path, attributes: TraceAttributes) -> dict[str, ArrayMetadata]:
+    """Read the metadata of a trace's arrays: those that are there, and those that should be.
+
+    Raises
+    ------
+    IntegrityError
+        If it is gone or damaged.
+    """
+    names = {file.parent.name for file in path.glob("*/zarr.json")}
+    names |= {name for entry in attributes.stored.values() for name in entry}
+    return {name: read_metadata(path / name) for name in names}
+
+
+def _check_sizes(
+    path: Path, attributes: TraceAttributes, arrays: Mapping[str, ArrayMetadata]
+) -> None:
     """Refuse a trace in which files of a stored layer are gone or have another size.
 
     Raises
     ------
     IntegrityError
     """
-    arrays = {
-        name: read_array(path / name)
-        for name in {name for entry in attributes.stored.values() for name in entry}
-    }
     for name, stored in attributes.stored.get(METADATA, {}).items():
-        if fingerprint(path, [f"{name}/zarr.json"]) != stored:
+        if arrays[name].stored != stored:
             raise IntegrityError(
                 f"{path / name}/zarr.json: not the metadata that was written",
                 why="The file was damaged, or edited by hand.",
                 remedy=REPAIR,
             )
     for key, entry in attributes.stored.items():
-        for name, stored in entry.items():
-            array = arrays[name]
+        for name, stored in entry.items() if key != METADATA else ():
+            array = arrays[name].array
             files = files_of_entry(attributes, key, name, array.dims, array.shape, array.file_shape)
             found = size_of(path, files)
             if found != stored.bytes:

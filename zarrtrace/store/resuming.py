@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from zarrtrace.errors import IntegrityError, NotATraceError
+from zarrtrace.errors import IntegrityError, NotATraceError, StoreError
 from zarrtrace.spec import NAMESPACE, ArrayLayout, Stored, Tokens, TraceAttributes
 from zarrtrace.store.attributes import (
     COORDINATES,
@@ -19,6 +20,7 @@ from zarrtrace.store.attributes import (
     REPAIR,
     files_of_entry,
     read_group,
+    read_metadata,
     read_trace_attributes,
     seal_broken,
 )
@@ -26,6 +28,35 @@ from zarrtrace.store.files import fingerprint, remove_partial_files, size_of, wr
 from zarrtrace.store.nodes import create_trace, write_attributes
 
 Layout = Mapping[str, ArrayLayout]
+
+
+def as_stored(path: Path, layout: Layout) -> Layout:
+    """Cut arrays as those on the disk are: an earlier zarrtrace may have cut them otherwise.
+
+    Parameters
+    ----------
+    path
+        Folder of a trace, or where one will be.
+    layout
+        Its layout, if it is made anew.
+    """
+    try:
+        journal = read_trace_attributes(path).stored.get(METADATA, {})
+    except StoreError:
+        return layout
+    found = dict(layout)
+    for name, one in layout.items():
+        with contextlib.suppress(IntegrityError):
+            array, metadata, stored = read_metadata(path / name)
+            # What was damaged or edited does not say how the chunks are cut.
+            if stored == journal.get(name) and array.shape == one.shape:
+                shards, codec = array.file_shape, metadata["codecs"][0]
+                sharded = codec["name"] == "sharding_indexed"
+                chunks = tuple(codec["configuration"]["chunk_shape"]) if sharded else shards
+                found[name] = one.model_copy(
+                    update={"chunks": chunks, "shards": shards if sharded else None}
+                )
+    return found
 
 
 def resume(
@@ -54,8 +85,12 @@ def resume(
         return _create(path, fresh, layout, tokens)
     remove_partial_files(path.rglob("*.partial"))
     found = dict(earlier.stored)
+    recut: set[str] = set()  # how they were cut, only their lost metadata knew
     if repair:
+        journal = earlier.stored.get(METADATA, {})
+        unsure = {name for name in layout if _metadata_of(path, name) != journal.get(name)}
         found |= _restore(path, fresh, layout, tokens)
+        recut = {name for name in unsure if found[METADATA][name] != journal.get(name)}
     kept = {
         key: entry
         for key, entry in found.items()
@@ -63,6 +98,7 @@ def resume(
             name in layout and _intact(path, earlier, layout[name], key, name, stored, deep=repair)
             for name, stored in entry.items()
         )
+        and (key in (METADATA, COORDINATES) or not recut & entry.keys())
     }
     for key in (METADATA, COORDINATES):
         if key in found and key not in kept:
@@ -167,6 +203,13 @@ def _journal(
     }
     metadata = {name: fingerprint(path, [f"{name}/zarr.json"]) for name in layout}
     return {COORDINATES: coordinates, METADATA: metadata}
+
+
+def _metadata_of(path: Path, name: str) -> Stored | None:
+    try:
+        return read_metadata(path / name).stored
+    except IntegrityError:
+        return None
 
 
 def _write_coordinates(

@@ -38,7 +38,7 @@ from zarrtrace.store.attributes import (
 )
 from zarrtrace.store.files import clear_errors, fingerprint, fingerprint_of, fsync
 from zarrtrace.store.nodes import consolidate, update_attributes
-from zarrtrace.store.resuming import resume
+from zarrtrace.store.resuming import as_stored, resume
 from zarrtrace.store.shards import write_block, write_nonzeros
 
 
@@ -77,7 +77,7 @@ class TraceWriter:
         repair: bool = False,
     ) -> None:
         self.path = Path(path)
-        self._layout = trace_layout(shape)
+        self._layout = as_stored(self.path, trace_layout(shape))
         # Written so far, by layer and array: how many rows from which row on.
         self._rows: defaultdict[tuple[str, str], dict[int, int]] = defaultdict(dict)
         # What was written for a layer in one file need not be read again to be journalled.
