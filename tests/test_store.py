@@ -886,6 +886,12 @@ def test_what_we_read_is_what_zarr_reads(shared_long: fakes.FakeRun) -> None:
     assert (shared_long.trace / "attention" / "c" / "0").is_dir()
 
 
+@pytest.mark.parametrize("query", [7, -8, [0, 7], [-8]])
+def test_indices_out_of_bounds_raise(shared_run: fakes.FakeRun, query: int | list[int]) -> None:
+    with pytest.raises(IndexError, match="out of bounds"):
+        zt.open_trace(shared_run.trace).attention.isel(query=query).load()
+
+
 def test_other_codecs_are_left_to_zarr(run: fakes.FakeRun) -> None:
     """Someone may have written an array anew with codecs of their own."""
     values = run.truth["Safe_1"]["attention_mean"]
