@@ -335,12 +335,12 @@ def test_tiles_above_the_diagonal_take_no_space(
     assert len(shards) == -(-tokens // 192)
     for shard in shards:
         content = shard.read_bytes()
-        tiles = 192 // 64 * -(-tokens // 256)
+        tiles = 192 // 16 * -(-tokens // 256)
         index = np.frombuffer(content[-(16 * tiles + 4) : -4], dtype="<u8").reshape(tiles, 2)
         stored += int((index[:, 0] != 2**64 - 1).sum())
-    # Tiles are 64 queries by 256 keys: a query sees as many as start before its block ends.
-    starts = range(0, tokens, 64)
-    assert stored == sum(-(-min(start + 64, tokens) // 256) for start in starts)
+    # Tiles are 16 queries by 256 keys: a query sees as many as start before its block ends.
+    starts = range(0, tokens, 16)
+    assert stored == sum(-(-min(start + 16, tokens) // 256) for start in starts)
     assert stored < len(starts) * -(-tokens // 256)
     found = xr.open_zarr(run / "long", chunks=None).attention.values[0]
     assert (found[:, ~np.tri(tokens, dtype=bool)] == 0).all()
