@@ -112,7 +112,9 @@ def measure(way: str, tokens: int, work: Path) -> dict[str, Any]:
             made = model(ids, output_attentions=True, use_cache=False)
         result = sum(weights.nbytes for weights in made.attentions)
     else:
-        result = stored_bytes(extract(work / f"{way}{tokens}", options))
+        run = work / f"{way}{tokens}"
+        extract(run, options)
+        result = stored_bytes(run)
     return {
         "seconds": time.perf_counter() - start,
         "cpu_seconds": time.process_time() - cpu_start,

@@ -10,15 +10,13 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from zarrtrace.errors import StoreError, readable
 from zarrtrace.spec import INDEX, ranges
-from zarrtrace.store import RunSummary, TraceSummary, summarize
-from zarrtrace.store.files import write_whole
+from zarrtrace.store import Location, RunSummary, TraceSummary, locate, summarize, write_whole
 
 _MARK = re.compile(r"<!-- zarrtrace card ([0-9a-f]{16}) -->\n\Z")
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"))
@@ -36,13 +34,18 @@ _ARRAYS = {
 }
 
 
-def write_card(run: str | Path, *, license: str | None = None, title: str | None = None) -> Path:  # noqa: A002
+def write_card(
+    run: str | Location,
+    *,
+    license: str | None = None,  # noqa: A002
+    title: str | None = None,
+) -> Location:
     """Write the dataset card of a run, ``README.md`` in its folder; nothing is uploaded.
 
     Parameters
     ----------
     run
-        Folder of the run.
+        Folder of the run, or its address.
     license
         Identifier as the Hub lists them, for example ``cc-by-4.0``. Without one the card names
         none: whoever publishes the run has to choose.
@@ -51,7 +54,7 @@ def write_card(run: str | Path, *, license: str | None = None, title: str | None
 
     Returns
     -------
-    Path
+    Path or ObjectPath
         The card.
 
     Raises
@@ -61,7 +64,7 @@ def write_card(run: str | Path, *, license: str | None = None, title: str | None
     NotATraceError, FormatVersionError, IntegrityError
         If the run cannot be read.
     """
-    run = Path(run)
+    run = locate(run)
     summary = summarize(run)
     card = run / "README.md"
     if card.exists() and not _ours(card.read_text(encoding="utf-8", errors="replace")):

@@ -18,6 +18,7 @@
     │   ├── IntegrityError          bytes are not the ones that were written
     │   ├── ConfigMismatchError     resumed with another configuration
     │   ├── LockedError             another process is writing the run
+    │   ├── RemoteError             an object store cannot be reached, or refuses
     │   └── NoSpaceError            the disk is full
     └── NPZError                    a folder in the documented NPZ layout
 
@@ -126,6 +127,10 @@ class ConfigMismatchError(StoreError, UsageError):
 
 class LockedError(StoreError):
     """Another process is writing the run."""
+
+
+class RemoteError(StoreError):
+    """An object store cannot be reached, or refuses."""
 
 
 class NoSpaceError(StoreError):

@@ -25,6 +25,7 @@ _COMMANDS = {
     "figures": "Draw a run's figures, with a page that shows them.",
     "view": "Look at a run in the browser.",
     "bundle": "Write a run with its viewer, for any web host or as one HTML file.",
+    "copy": "Copy a run between disks and object stores, verified by checksum.",
     "card": "Make a run a Hugging Face dataset folder.",
 }
 

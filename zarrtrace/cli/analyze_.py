@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
+    from zarrtrace.store import Location
+
 _ROWS_SHOWN = 60
 _ENDINGS = (".csv", ".parquet", ".nc", ".json")
 
@@ -219,7 +221,7 @@ def _run(function: str, given: dict[str, Any]) -> None:
         _write(result, output)
 
 
-def _open(run: str) -> Any:
+def _open(run: Location) -> Any:
     from zarrtrace.store import kind_of, open_run, open_trace
 
     reader = open_trace if kind_of(run) == "trace" else open_run

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from zarrtrace.cli.shared import PATH, Layers, bar, quiet_option, run_argument
 from zarrtrace.errors import readable
+
+if TYPE_CHECKING:
+    from zarrtrace.store import Location
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
@@ -44,7 +47,7 @@ class Size(click.ParamType[int]):
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
 @quiet_option
 def command(
-    run: str,
+    run: Location,
     output: Path,
     scenarios: str | None,
     layers: tuple[int, ...] | None,

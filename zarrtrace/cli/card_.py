@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from zarrtrace.cli.shared import run_argument
+
+if TYPE_CHECKING:
+    from zarrtrace.store import Location
 
 
 @click.command("card")
 @run_argument
 @click.option("--license", "license_id", help="Identifier as the Hub lists them: cc-by-4.0, mit.")
 @click.option("--title", help="Heading; the folder's name if left out.")
-def command(run: str, license_id: str | None, title: str | None) -> None:
+def command(run: Location, license_id: str | None, title: str | None) -> None:
     """Make RUN a Hugging Face dataset folder: write README.md with the dataset card.
 
     Uploads nothing. Refuses to replace a README that it did not write. Prints its name.

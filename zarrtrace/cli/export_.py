@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from zarrtrace.cli.shared import PATH, Layers, bar, quiet_option, run_argument
+
+if TYPE_CHECKING:
+    from zarrtrace.store import Location
 
 
 @click.command("export")
@@ -21,7 +24,7 @@ from zarrtrace.cli.shared import PATH, Layers, bar, quiet_option, run_argument
 @click.option("--workers", type=click.IntRange(1), help="Threads; as many as cores if left out.")
 @quiet_option
 def command(
-    run: str,
+    run: Location,
     output: Path,
     scenario: tuple[str, ...],
     layers: tuple[int, ...] | None,

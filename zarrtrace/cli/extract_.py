@@ -9,6 +9,7 @@ import click
 
 from zarrtrace.cli.shared import (
     PATH,
+    Address,
     Layers,
     Queries,
     json_option,
@@ -16,18 +17,23 @@ from zarrtrace.cli.shared import (
     overwrite_option,
     quiet_option,
     show_progress,
+    storage_option,
     table,
 )
 from zarrtrace.errors import readable
 
 if TYPE_CHECKING:
     from zarrtrace.extraction import Estimate, Job, Options
+    from zarrtrace.store import Location
 
 _CLUSTER = ("workers", "scheduler", "scheduler_file")
 
 
 @click.command("extract")
-@click.option("--output", "-o", type=PATH, required=True, help="Folder of the run.")
+@click.option(
+    "--output", "-o", type=Address(), required=True, help="Folder of the run, or its address."
+)
+@storage_option
 @click.option("--model", help="Folder or Hugging Face id; the embedded model if left out.")
 @click.option("--revision", help="Commit, tag or branch of the model.")
 @click.option("--sae-release", help="Release that sae-lens knows, as llama_scope_lxr_8x.")
@@ -96,7 +102,8 @@ _CLUSTER = ("workers", "scheduler", "scheduler_file")
 def command(**given: Any) -> None:
     """Run a model over scenarios and store attention and SAE features.
 
-    One labelled Zarr store a scenario, in the folder --output. A run that was interrupted is gone
+    One labelled Zarr store a scenario, in the folder --output or in an object store (s3://, gs://,
+    az://). A run that was interrupted is gone
     on with by the same command.
     """
     from zarrtrace.extraction import estimate, prepare
@@ -197,7 +204,7 @@ def _device(given: dict[str, Any]) -> str:
     return f"cuda:{given['gpu']}"
 
 
-def _plan(job: Job, need: Estimate, output: Path, *, as_json: bool) -> str:
+def _plan(job: Job, need: Estimate, output: Location, *, as_json: bool) -> str:
     if as_json:
         import dataclasses
         import json

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from zarrtrace.cli.shared import PATH, bar, quiet_option, run_argument
+
+if TYPE_CHECKING:
+    from zarrtrace.store import Location
 
 
 class _Formats(click.ParamType[tuple[str, ...]]):
@@ -41,7 +44,7 @@ class _Formats(click.ParamType[tuple[str, ...]]):
               help="Of PNGs, and of images within PDFs.")  # fmt: skip
 @quiet_option
 def command(
-    run: str,
+    run: Location,
     output: Path,
     scenario: tuple[str, ...],
     formats: tuple[str, ...],

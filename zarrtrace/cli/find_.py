@@ -10,6 +10,7 @@ from zarrtrace.cli.shared import json_option, run_argument, table
 
 if TYPE_CHECKING:
     from zarrtrace.index import FeatureUse
+    from zarrtrace.store import Location
 
 
 @click.command("find")
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 )
 @json_option
 def command(
-    run: str,
+    run: Location,
     layer: int,
     feature: int,
     top: int,

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from zarrtrace.cli.shared import PATH, Layers, bar, overwrite_option, quiet_option
+from zarrtrace.cli.shared import (
+    PATH,
+    Address,
+    Layers,
+    bar,
+    overwrite_option,
+    quiet_option,
+    storage_option,
+)
+
+if TYPE_CHECKING:
+    from zarrtrace.store import Location
 
 
 @click.command("import")
 @click.argument("folder", type=PATH)
-@click.option("--output", "-o", type=PATH, required=True, help="Folder of the run.")
+@click.option(
+    "--output", "-o", type=Address(), required=True, help="Folder of the run, or its address."
+)
+@storage_option
 @click.option("--layers", type=Layers(), help="Only these layers, as 20-31.")
 @click.option("--metadata", help="Name of the metadata JSON, if FOLDER holds several.")
 @click.option("--workers", type=click.IntRange(1), help="Threads; as many as cores if left out.")
@@ -19,7 +34,7 @@ from zarrtrace.cli.shared import PATH, Layers, bar, overwrite_option, quiet_opti
 @quiet_option
 def command(
     folder: Path,
-    output: Path,
+    output: Location,
     layers: tuple[int, ...] | None,
     metadata: str | None,
     workers: int | None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from zarrtrace.cli.shared import (
@@ -13,6 +15,9 @@ from zarrtrace.cli.shared import (
     workers_option,
 )
 
+if TYPE_CHECKING:
+    from zarrtrace.store import Location
+
 
 @click.command("index")
 @run_argument
@@ -21,7 +26,7 @@ from zarrtrace.cli.shared import (
 @workers_option
 @quiet_option
 def command(
-    run: str,
+    run: Location,
     rebuild: bool,  # noqa: FBT001 -- click passes flags so
     scheduler: str,
     workers: int | None,

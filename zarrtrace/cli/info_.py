@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -11,13 +10,13 @@ from zarrtrace.cli.shared import json_option, run_argument, table
 from zarrtrace.errors import readable
 
 if TYPE_CHECKING:
-    from zarrtrace.store import RunSummary
+    from zarrtrace.store import Location, RunSummary
 
 
 @click.command("info")
 @run_argument
 @json_option
-def command(run: str, as_json: bool) -> None:  # noqa: FBT001 -- click passes flags so
+def command(run: Location, as_json: bool) -> None:  # noqa: FBT001 -- click passes flags so
     """Show what RUN holds: scenarios, shapes, layers, sizes, model, SAEs, completeness.
 
     Exit code 3 if scenarios or layers are missing.
@@ -30,7 +29,7 @@ def command(run: str, as_json: bool) -> None:  # noqa: FBT001 -- click passes fl
         raise SystemExit(3)
 
 
-def show(run: str | Path, *, as_json: bool = False) -> str:
+def show(run: Location, *, as_json: bool = False) -> str:
     """Describe a run in words or JSON."""
     from zarrtrace.store import summarize
 

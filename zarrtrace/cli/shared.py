@@ -12,6 +12,7 @@ import click
 
 if TYPE_CHECKING:
     from zarrtrace.errors import ConfigError
+    from zarrtrace.store import Location
 
 
 class GivenPath(click.Path):
@@ -74,7 +75,64 @@ def _number(text: str) -> bool:
     return text.isdecimal() and len(text) < 10
 
 
-run_argument = click.argument("run", type=click.Path(exists=False))
+class Address(click.ParamType["Location"]):
+    """A folder, or the address of one in an object store: ``s3://bucket/run``."""
+
+    name = "PATH"
+
+    def __init__(self, *, of_target: bool = False) -> None:
+        self._of_target = of_target
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Location:
+        """Find the place, with the storage options that were given; refuse an empty path."""
+        from zarrtrace.store import locate
+
+        if value == "":
+            self.fail("the path is empty", param, ctx)
+        given = dict(ctx.meta.get("zarrtrace.storage_option", {})) if ctx else {}
+        if ctx and self._of_target:
+            given |= ctx.meta.get("zarrtrace.target_option", {})
+        return locate(value, given)
+
+
+def _keep_options(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> None:
+    """Keep storage options for :class:`Address`, which is converted later."""
+    options = {}
+    for one in given:
+        name, equals, value = one.partition("=")
+        if not equals or not name:
+            raise click.BadParameter(f"{one!r} is not key=value", ctx, param)
+        options[name] = value
+    ctx.meta[f"zarrtrace.{param.name}"] = options
+
+
+def _options_of_store(name: str, text: str) -> Callable[..., Any]:
+    made: Callable[..., Any] = click.option(
+        name,
+        multiple=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_keep_options,
+        metavar="KEY=VALUE",
+        help=text,
+    )
+    return made
+
+
+storage_option = _options_of_store(
+    "--storage-option", "Of an object store, as endpoint=http://host:9000; may be repeated."
+)
+target_option = _options_of_store("--target-option", "The same, of TARGET alone.")
+
+
+def run_argument(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Have a command take a run, by its path or address."""
+    taking: Callable[..., Any] = click.argument("run", type=Address())(storage_option(command))
+    return taking
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress bars, no summary.")
 overwrite_option = click.option(
@@ -103,11 +161,18 @@ def show_progress(*, quiet: bool) -> bool:
 
 
 @contextlib.contextmanager
-def bar(description: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function that draws how many of how many files are done."""
+def bar(
+    description: str, *, quiet: bool, unit: str = "file"
+) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function that draws how many of how many files, or bytes, are done."""
     from tqdm import tqdm
 
-    with tqdm(desc=description, unit="file", disable=not show_progress(quiet=quiet)) as drawn:
+    with tqdm(
+        desc=description,
+        unit=unit,
+        unit_scale=unit == "B",
+        disable=not show_progress(quiet=quiet),
+    ) as drawn:
 
         def progress(done: int, total: int) -> None:
             drawn.total = total

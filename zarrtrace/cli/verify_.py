@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from zarrtrace.cli.shared import json_option, run_argument, table
+
+if TYPE_CHECKING:
+    from zarrtrace.store import Location
 
 
 @click.command("verify")
 @run_argument
 @json_option
-def command(run: str, as_json: bool) -> None:  # noqa: FBT001 -- click passes flags so
+def command(run: Location, as_json: bool) -> None:  # noqa: FBT001 -- click passes flags so
     """Read every byte of RUN and compare it with its checksums.
 
     Names every damaged or missing layer. Exit code 1 if there is one.

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from zarrtrace.cli.shared import quiet_option, run_argument
+
+if TYPE_CHECKING:
+    from zarrtrace.store import Location
 
 
 @click.command("view")
@@ -18,7 +23,7 @@ from zarrtrace.cli.shared import quiet_option, run_argument
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="A free one if left out.")
 @click.option("--no-browser", is_flag=True, help="Only print the address.")
 @quiet_option
-def command(run: str, host: str, port: int, no_browser: bool, quiet: bool) -> None:  # noqa: FBT001 -- click passes flags so
+def command(run: Location, host: str, port: int, no_browser: bool, quiet: bool) -> None:  # noqa: FBT001 -- click passes flags so
     """Look at RUN in the browser, from this machine, until Ctrl-C.
 
     Prints the page's address.

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import queue
-import shutil
 import time
 import uuid
 from collections import deque
@@ -29,7 +28,7 @@ from zarrtrace.extraction.progress import Progress, Shown
 from zarrtrace.extraction.running import as_before, saying_how_much_room
 from zarrtrace.extraction.worker import Measured, Order, Settled, Setup
 from zarrtrace.scenarios import Scenario
-from zarrtrace.store import RunWriter, refuse_foreign, trace_locks
+from zarrtrace.store import Location, RunWriter, locate, refuse_foreign, remove_trace_locks
 
 _SECONDS_FOR_A_WORKER = 60
 # Larger tasks would be lost with a worker, and leave others idle at the end.
@@ -46,14 +45,14 @@ Group = tuple[Scenario, ...]
 
 def extract_on_cluster(
     client: Client,
-    output: str | Path,
+    output: str | Location,
     options: Options | None = None,
     *,
     overwrite: bool = False,
     repair: bool = False,
     allow_nonfinite: bool = False,
     progress: Shown = None,
-) -> Path:
+) -> Location:
     """Do what :func:`zarrtrace.extraction.extract` does, on the workers of a Dask cluster.
 
     What is stored is the same, bit for bit, where workers compute as this machine would. If a
@@ -69,7 +68,7 @@ def extract_on_cluster(
 
     Returns
     -------
-    Path
+    Path or ObjectPath
         The run.
 
     Raises
@@ -79,7 +78,7 @@ def extract_on_cluster(
     ZarrtraceError
         As for :func:`zarrtrace.extraction.extract`, from whichever worker it comes.
     """
-    output = Path(output)
+    output = locate(output)
     if not repair:
         refuse_foreign(output)
     asked = as_before(output, options or Options(), overwrite=overwrite)
@@ -107,7 +106,7 @@ def extract_on_cluster(
         )
         with _listening(client, order.run, bars):
             _Tasks(client, order, bars).run(plan.tasks(_count(client)))
-        shutil.rmtree(trace_locks(run.path), ignore_errors=True)
+        remove_trace_locks(run.path)
         run.finish()
     return output
 

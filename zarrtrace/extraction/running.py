@@ -14,7 +14,6 @@ from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -28,8 +27,11 @@ from zarrtrace.extraction.memory import release_freed
 from zarrtrace.extraction.progress import Progress, Shown, Watch
 from zarrtrace.spec import LayerRecord, TokensRecord
 from zarrtrace.store import (
+    Location,
+    ObjectPath,
     RunWriter,
     TraceWriter,
+    locate,
     read_run_attributes,
     refuse_foreign,
     wait_for_writers,
@@ -48,14 +50,14 @@ _SMALL_RECORDS = 64 * 2**20
 
 
 def extract(
-    output: str | Path,
+    output: str | Location,
     options: Options | None = None,
     *,
     overwrite: bool = False,
     repair: bool = False,
     allow_nonfinite: bool = False,
     progress: Shown = None,
-) -> Path:
+) -> Location:
     """Run a model over scenarios and store attention, features and continuations.
 
     A run that exists is gone on with, if it was asked for alike.
@@ -63,7 +65,7 @@ def extract(
     Parameters
     ----------
     output
-        Folder of the run.
+        Folder of the run, or its address in an object store.
     options
         What to extract; by default the embedded model, SAEs and scenarios.
     overwrite
@@ -77,7 +79,7 @@ def extract(
 
     Returns
     -------
-    Path
+    Path or ObjectPath
         The run.
 
     Raises
@@ -91,7 +93,7 @@ def extract(
     StoreError
         If `output` cannot be written, or is another run.
     """
-    output = Path(output)
+    output = locate(output)
     if not repair:
         refuse_foreign(output)  # before hours of work
     job = prepare(
@@ -110,12 +112,12 @@ def extract(
 
 
 @contextlib.contextmanager
-def saying_how_much_room(output: Path, needed: int) -> Iterator[None]:
+def saying_how_much_room(output: Location, needed: int) -> Iterator[None]:
     """Add to the error of a full disk how many bytes the run needs."""
     try:
         yield
     except NoSpaceError as error:
-        free = readable(shutil.disk_usage(output.parent).free)
+        free = readable(shutil.disk_usage(str(output.parent)).free)
         raise NoSpaceError(
             error.what,
             why=f"The run needs about {readable(needed)} in all; {free} are free now.",
@@ -124,7 +126,7 @@ def saying_how_much_room(output: Path, needed: int) -> Iterator[None]:
 
 
 def fill(
-    folder: Path,
+    folder: Location,
     job: Job,
     watch: Watch,
     *,
@@ -189,7 +191,7 @@ def fill(
     # Closed here: a pass that is dropped in another thread cannot be ended there.
     with (
         held_back() as interrupted,
-        _WriterPool(writers, watch, threads or _writers(job)) as pool,
+        _WriterPool(writers, watch, threads or _writers(job, folder)) as pool,
         contextlib.closing(records),
     ):
         for record in records:
@@ -223,7 +225,7 @@ def _rounded(
     return replace(record, attention=rounded.view(record.attention.dtype))
 
 
-def as_before(output: Path, options: Options, *, overwrite: bool) -> Options:
+def as_before(output: Location, options: Options, *, overwrite: bool) -> Options:
     """Take the batch size that an interrupted run chose from memory: results depend on it."""
     if options.batch_size is not None or overwrite or not (output / "zarr.json").is_file():
         return options
@@ -243,7 +245,7 @@ class _WriterPool:
         self._pool = ThreadPoolExecutor(
             threads, thread_name_prefix="zarrtrace-write", initializer=_give_way
         )
-        self._limit = threads * _BYTES_A_WRITER
+        self._limit = min(threads, max(_WRITERS, _other_cores())) * _BYTES_A_WRITER
         self._held = self._freed = 0
         self._room = threading.Condition()
         self._failed: list[BaseException] = []
@@ -310,11 +312,17 @@ class _WriterPool:
             self._raise_first()
 
 
-def _writers(job: Job) -> int:
+def _writers(job: Job, folder: Location) -> int:
     """Choose how many threads write: two beside a CPU that computes, else all cores but one."""
+    if isinstance(folder, ObjectPath):
+        return _MOST_WRITERS  # they wait for answers, most of the time
     if job.model.device.type == "cpu":
         return _WRITERS
-    return max(_WRITERS, min(_MOST_WRITERS, (os.cpu_count() or 1) - 1))
+    return max(_WRITERS, min(_MOST_WRITERS, _other_cores()))
+
+
+def _other_cores() -> int:
+    return (os.cpu_count() or 1) - 1
 
 
 def _give_way() -> None:

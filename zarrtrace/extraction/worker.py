@@ -31,7 +31,7 @@ from zarrtrace.extraction.job import (
 from zarrtrace.extraction.memory import keep_freed
 from zarrtrace.extraction.running import SECONDS_GIVEN_UP, fill
 from zarrtrace.scenarios import Scenario
-from zarrtrace.store import only_writer
+from zarrtrace.store import Location, only_writer
 
 _SECONDS_A_REPORT = 0.5
 
@@ -77,7 +77,7 @@ class Order:
 
     run: str
     setup: Setup
-    folder: Path
+    folder: Location
     batch_size: int
     repair: bool
     allow_nonfinite: bool
@@ -251,7 +251,8 @@ def _check(order: Order) -> None:
         raise ClusterError(
             f"worker {where} does not see {order.folder}",
             why="Workers write traces themselves, into the folder that the client made.",
-            remedy="Give an --output on a file system that all machines mount at the same place.",
+            remedy="Give an --output in an object store, or on a file system that all machines "
+            "mount at the same place.",
         )
 
 

@@ -23,7 +23,7 @@ from zarrtrace.errors import ConfigError, ScenarioError, ZarrtraceError
 from zarrtrace.figures import contrasts, features, flow, heatmaps
 from zarrtrace.figures.drawing import box_of, metadata_of, save
 from zarrtrace.scenarios import DECISION
-from zarrtrace.store import open_run
+from zarrtrace.store import Location, locate, open_run
 
 #: Writes ``done, total``.
 Progress = Callable[[int, int], None]
@@ -34,7 +34,7 @@ _WORTH_A_WORKER = 12
 
 
 def draw_run(
-    path: str | Path,
+    path: str | Location,
     output: str | Path,
     *,
     scenarios: Sequence[str] | None = None,
@@ -76,7 +76,7 @@ def draw_run(
     NotATraceError, FormatVersionError, IncompleteError, IntegrityError
         As for :func:`zarrtrace.open_run`.
     """
-    output = Path(output)
+    path, output = locate(path), Path(output)
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
         raise ConfigError(
@@ -94,7 +94,7 @@ def draw_run(
         for drawing in _OF_SCENARIO
     ]
     draw = functools.partial(
-        _draw, str(path), str(output), formats=tuple(dict.fromkeys(formats)), dpi=dpi
+        _draw, path, str(output), formats=tuple(dict.fromkeys(formats)), dpi=dpi
     )
     results = []
     for result in _in_processes(draw, tasks, min(workers, len(tasks) // _WORTH_A_WORKER)):
@@ -256,11 +256,11 @@ _OF_RUN = (
 
 
 @functools.lru_cache(maxsize=1)
-def _words(path: str) -> xr.Dataset:
+def _words(path: Location) -> xr.Dataset:
     return analysis.word_associations(_open(path), strip=True)
 
 
-def _integrated(path: str, ds: xr.Dataset) -> tuple[Figure, Any]:
+def _integrated(path: Location, ds: xr.Dataset) -> tuple[Figure, Any]:
     require(ds, "attention_mean", "features")
     return features.integrated_view(ds, words=_words(path)), ds
 
@@ -293,12 +293,14 @@ _BY_KEY = {(of_run, drawing.key): drawing
 
 
 @functools.lru_cache(maxsize=1)
-def _open(path: str) -> xr.DataTree:
+def _open(path: Location) -> xr.DataTree:
     # Once a process; traces of a run are small beside what drawing them takes.
     return open_run(path)
 
 
-def _draw(path: str, output: str, task: _Task, *, formats: tuple[str, ...], dpi: float) -> _Result:
+def _draw(
+    path: Location, output: str, task: _Task, *, formats: tuple[str, ...], dpi: float
+) -> _Result:
     drawing = _BY_KEY[task.scenario is None, task.key]
     try:
         run = _open(path)

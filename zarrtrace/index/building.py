@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import dask
@@ -15,8 +14,10 @@ from zarrtrace.spec import Stored
 from zarrtrace.store import (
     IndexableTrace,
     IndexWriter,
+    Location,
     RunIndex,
     indexable_traces,
+    locate,
     locked,
     read_features,
     read_run_attributes,
@@ -48,7 +49,7 @@ class IndexUpdate(NamedTuple):
     scenarios: int
 
 
-def build_index(run: str | Path, *, rebuild: bool = False) -> IndexUpdate:
+def build_index(run: str | Location, *, rebuild: bool = False) -> IndexUpdate:
     """Index the features of a run, or bring its index up to date.
 
     For each layer and feature: maximum, mean and frequency over all tokens, and the 20 strongest
@@ -61,7 +62,7 @@ def build_index(run: str | Path, *, rebuild: bool = False) -> IndexUpdate:
     Parameters
     ----------
     run
-        Folder of the run.
+        Folder of the run, or its address.
     rebuild
         Read all scenarios, whatever the index holds.
 
@@ -78,7 +79,7 @@ def build_index(run: str | Path, *, rebuild: bool = False) -> IndexUpdate:
     NotATraceError, FormatVersionError, IntegrityError
         If it cannot be read.
     """
-    run = Path(run).absolute()
+    run = locate(run).absolute()
     traces = list(indexable_traces(run))
     if not traces:
         raise ConfigError(
@@ -115,7 +116,7 @@ def build_index(run: str | Path, *, rebuild: bool = False) -> IndexUpdate:
 
 
 def _reusable(
-    run: Path,
+    run: Location,
     traces: Sequence[IndexableTrace],
     layers: Sequence[int],
     features: Mapping[str, int],
@@ -142,8 +143,8 @@ def _indexed(index: RunIndex) -> set[int]:
 
 
 def _layer_graph(
-    earlier: Path | None,
-    target: Path,
+    earlier: Location | None,
+    target: Location,
     traces: Sequence[IndexableTrace],
     layers: Sequence[int],
     features: Mapping[str, int],
@@ -181,8 +182,8 @@ def _together(parts: Sequence[FeatureCounts]) -> FeatureCounts:
 
 
 def _write(
-    earlier: Path | None,
-    target: Path,
+    earlier: Location | None,
+    target: Location,
     parts: Sequence[FeatureCounts],
     layers: Sequence[int],
     features: Mapping[str, int],

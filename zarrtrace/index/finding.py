@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from zarrtrace.errors import ConfigError, ScenarioError
 from zarrtrace.scenarios import check_name
 from zarrtrace.spec import INDEX_TOKENS
-from zarrtrace.store import RunIndex, read_token_texts
+from zarrtrace.store import Location, RunIndex, locate, read_token_texts
 
 _BEFORE, _AFTER = 6, 3
 
@@ -67,14 +66,19 @@ class FeatureUse:
 
 
 def find_feature(
-    run: str | Path, layer: int, feature: int, *, top: int = INDEX_TOKENS, array: str = "features"
+    run: str | Location,
+    layer: int,
+    feature: int,
+    *,
+    top: int = INDEX_TOKENS,
+    array: str = "features",
 ) -> FeatureUse:
     """Say which tokens drive a feature, from the run's index.
 
     Parameters
     ----------
     run
-        Folder of the run.
+        Folder of the run, or its address.
     layer, feature
         Block and latent.
     top
@@ -126,14 +130,14 @@ def find_feature(
         maximum=maximum,
         mean=mean,
         frequency=frequency,
-        tokens=_tokens(Path(run), index, [one for one in strongest if one[0] > 0]),
+        tokens=_tokens(locate(run), index, [one for one in strongest if one[0] > 0]),
         indexed=known.indexed,
         scenarios=known.scenarios,
     )
 
 
 def _tokens(
-    run: Path, index: RunIndex, strongest: list[tuple[float, float, float]]
+    run: Location, index: RunIndex, strongest: list[tuple[float, float, float]]
 ) -> tuple[TokenUse, ...]:
     """Add names and texts to activations, numbers of scenarios and positions."""
     numbers = sorted({int(number) for _, number, _ in strongest})
@@ -155,7 +159,7 @@ def _tokens(
     return tuple(out)
 
 
-def _name(run: Path, index: RunIndex, number: int) -> str:
+def _name(run: Location, index: RunIndex, number: int) -> str:
     # It becomes a path: a file from elsewhere must not lead out of the run.
     try:
         return check_name(str(index.read("scenario", number)))

@@ -17,7 +17,7 @@ from zarrtrace.npz.files import Progress, replacing, run_jobs, writing
 from zarrtrace.npz.metadata import KEYS, Metadata, ScenarioMetadata, write_metadata
 from zarrtrace.scenarios import DECISION
 from zarrtrace.spec import NAMESPACE, TraceAttributes
-from zarrtrace.store import array_of, kind_of, open_run, open_trace
+from zarrtrace.store import Location, array_of, kind_of, locate, open_run, open_trace
 
 DType = Literal["float16", "float32"]
 
@@ -26,7 +26,7 @@ DType = Literal["float16", "float32"]
 class _Trace:
     """What export needs to know of one trace; `arrays` by key."""
 
-    path: Path
+    path: Location
     attributes: TraceAttributes
     metadata: ScenarioMetadata
     arrays: Mapping[str, Any]
@@ -37,7 +37,7 @@ class _Trace:
 
 
 def export_npz(
-    run: str | Path,
+    run: str | Location,
     output: str | Path,
     *,
     scenarios: Sequence[str] | None = None,
@@ -55,7 +55,7 @@ def export_npz(
     Parameters
     ----------
     run
-        Folder of a complete run or trace.
+        Folder of a complete run or trace, or its address.
     output
         Folder to write into; files of the same name are replaced, each at once.
     scenarios, layers
@@ -86,7 +86,7 @@ def export_npz(
     if dtype not in (None, "float16", "float32"):
         raise ConfigError(f"dtype {dtype!r} is unknown", remedy="Give 'float16' or 'float32'.")
     output = Path(output)
-    traces = _traces(Path(run), scenarios)
+    traces = _traces(locate(run), scenarios)
     chosen = _choose_layers(traces, layers)
     metadata = _metadata(traces, chosen, timestamp or datetime.now())
     jobs = {
@@ -106,7 +106,7 @@ def export_npz(
     return write_metadata(output, metadata)
 
 
-def _traces(path: Path, names: Sequence[str] | None) -> list[_Trace]:
+def _traces(path: Location, names: Sequence[str] | None) -> list[_Trace]:
     if kind_of(path) == "run":
         folders = {name: path / name for name in open_run(path).children}
         # Every byte will be read: all files are looked at before the first is written.
@@ -126,7 +126,7 @@ def _traces(path: Path, names: Sequence[str] | None) -> list[_Trace]:
     ]
 
 
-def _trace(path: Path, ds: Any) -> _Trace:
+def _trace(path: Location, ds: Any) -> _Trace:
     attributes = TraceAttributes.model_validate(ds.attrs[NAMESPACE])
     tokens = [str(text) for text in ds["query_token"].values]
     keys = [key for key in KEYS if key in ds.data_vars]

@@ -25,7 +25,7 @@ from zarrtrace.spec import (
     TraceAttributes,
     TraceShape,
 )
-from zarrtrace.store import RunWriter, TraceWriter
+from zarrtrace.store import Location, RunWriter, TraceWriter
 
 # Rows of attention that a trace holds; None for all of them.
 _Queries = tuple[int, ...] | None
@@ -33,7 +33,7 @@ _Queries = tuple[int, ...] | None
 
 def import_npz(
     folder: str | Path,
-    run: str | Path,
+    run: str | Location,
     *,
     layers: Sequence[int] | None = None,
     metadata: str | None = None,
@@ -52,7 +52,7 @@ def import_npz(
     folder
         What :func:`export_npz`, or the script that the layout comes from, wrote.
     run
-        Folder of the run to write.
+        Folder of the run to write, or its address.
     layers
         Layers to import; by default all of the metadata's ``layer_range``, none missing.
     metadata

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
         read_trace_attributes,
         refuse_foreign,
     )
-    from zarrtrace.store.files import only_writer, trace_locks, wait_for_writers
+    from zarrtrace.store.copying import copy_run
+    from zarrtrace.store.files import remove_tree, write_whole
+    from zarrtrace.store.locks import only_writer, remove_trace_locks, wait_for_writers
+    from zarrtrace.store.objects import Location, ObjectPath, locate
     from zarrtrace.store.reader import array_of, open_run, open_trace
     from zarrtrace.store.run_index import (
         IndexableTrace,
@@ -36,15 +39,19 @@ _HOME = {
     "IndexableTrace": "run_index",
     "Problem": "verification",
     "RunIndex": "run_index",
+    "Location": "objects",
+    "ObjectPath": "objects",
     "RunSummary": "summary",
     "RunWriter": "writer",
     "TOKENS": "attributes",
     "TraceSummary": "summary",
     "TraceWriter": "trace_writer",
     "array_of": "reader",
+    "copy_run": "copying",
     "indexable_traces": "run_index",
     "kind_of": "attributes",
-    "only_writer": "files",
+    "only_writer": "locks",
+    "locate": "objects",
     "locked": "run_index",
     "open_run": "reader",
     "open_trace": "reader",
@@ -53,17 +60,21 @@ _HOME = {
     "read_run_attributes": "attributes",
     "read_trace_attributes": "attributes",
     "refuse_foreign": "attributes",
+    "remove_tree": "files",
     "summarize": "summary",
-    "trace_locks": "files",
+    "remove_trace_locks": "locks",
     "verify": "verification",
-    "wait_for_writers": "files",
+    "wait_for_writers": "locks",
     "write_index_layer": "run_index",
+    "write_whole": "files",
 }
 
 __all__ = [
     "TOKENS",
     "IndexWriter",
     "IndexableTrace",
+    "Location",
+    "ObjectPath",
     "Problem",
     "RunIndex",
     "RunSummary",
@@ -71,8 +82,10 @@ __all__ = [
     "TraceSummary",
     "TraceWriter",
     "array_of",
+    "copy_run",
     "indexable_traces",
     "kind_of",
+    "locate",
     "locked",
     "only_writer",
     "open_run",
@@ -82,11 +95,13 @@ __all__ = [
     "read_token_texts",
     "read_trace_attributes",
     "refuse_foreign",
+    "remove_trace_locks",
+    "remove_tree",
     "summarize",
-    "trace_locks",
     "verify",
     "wait_for_writers",
     "write_index_layer",
+    "write_whole",
 ]
 
 

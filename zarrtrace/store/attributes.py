@@ -8,7 +8,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import ValidationError
@@ -30,6 +29,7 @@ from zarrtrace.spec import (
     TraceAttributes,
 )
 from zarrtrace.store.files import fingerprint_of
+from zarrtrace.store.objects import Location, ObjectPath, locate
 
 #: The journal's keys that are no layers: what comes next, coordinates, each array's zarr.json.
 TOKENS, COORDINATES, METADATA = "tokens", "coordinates", "metadata"
@@ -68,7 +68,7 @@ class ArrayMetadata(NamedTuple):
     stored: Stored
 
 
-def read_array(path: Path) -> ArrayOnDisk:
+def read_array(path: Location) -> ArrayOnDisk:
     """Read an array's metadata; Zarr itself would take a hundred times as long.
 
     Raises
@@ -79,7 +79,7 @@ def read_array(path: Path) -> ArrayOnDisk:
     return read_metadata(path).array
 
 
-def read_metadata(path: Path) -> ArrayMetadata:
+def read_metadata(path: Location) -> ArrayMetadata:
     """Read an array's metadata, with all that it says of encoding, and its hash.
 
     Raises
@@ -98,7 +98,7 @@ def read_metadata(path: Path) -> ArrayMetadata:
     return ArrayMetadata(array, read["metadata"], fingerprint_of([read["content"]]))
 
 
-def parse_array(path: Path, metadata: Callable[[], Any]) -> ArrayOnDisk:
+def parse_array(path: Location, metadata: Callable[[], Any]) -> ArrayOnDisk:
     """Take from an array's metadata what it says of the array.
 
     Raises
@@ -124,9 +124,9 @@ def parse_array(path: Path, metadata: Callable[[], Any]) -> ArrayOnDisk:
     return array
 
 
-def _read(file: Path) -> bytes:
+def _read(file: Location) -> bytes:
     """Read a file; a pipe in its place would be waited for forever."""
-    if file.exists() and not file.is_file():
+    if not isinstance(file, ObjectPath) and file.exists() and not file.is_file():
         raise ValueError("not a file")
     return file.read_bytes()
 
@@ -172,27 +172,27 @@ def files_of_entry(
     return files_of(name, shape, file_shape, at)
 
 
-def read_run_attributes(path: str | Path) -> RunAttributes:
+def read_run_attributes(path: str | Location) -> RunAttributes:
     """Read what a run says of itself.
 
     Raises
     ------
     NotATraceError, FormatVersionError, IntegrityError
     """
-    return _parse(RunAttributes, Path(path), "run")
+    return _parse(RunAttributes, locate(path), "run")
 
 
-def read_trace_attributes(path: str | Path) -> TraceAttributes:
+def read_trace_attributes(path: str | Location) -> TraceAttributes:
     """Read what a trace says of itself.
 
     Raises
     ------
     NotATraceError, FormatVersionError, IntegrityError
     """
-    return _parse(TraceAttributes, Path(path), "trace")
+    return _parse(TraceAttributes, locate(path), "trace")
 
 
-def trace_attributes_of(path: Path, group: Mapping[str, Any]) -> TraceAttributes:
+def trace_attributes_of(path: Location, group: Mapping[str, Any]) -> TraceAttributes:
     """Take what a trace says of itself from its group's metadata, which has been read.
 
     Raises
@@ -202,17 +202,17 @@ def trace_attributes_of(path: Path, group: Mapping[str, Any]) -> TraceAttributes
     return _parse(TraceAttributes, path, "trace", group)
 
 
-def read_index_attributes(path: str | Path) -> IndexAttributes:
+def read_index_attributes(path: str | Location) -> IndexAttributes:
     """Read what a run's index says of itself.
 
     Raises
     ------
     NotATraceError, FormatVersionError, IntegrityError
     """
-    return _parse(IndexAttributes, Path(path), "index")
+    return _parse(IndexAttributes, locate(path), "index")
 
 
-def refuse_foreign(path: Path) -> None:
+def refuse_foreign(path: Location) -> None:
     """Refuse to write where something is that is no run; what a killed writer left is none.
 
     Raises
@@ -225,7 +225,7 @@ def refuse_foreign(path: Path) -> None:
         kind_of(path)
 
 
-def kind_of(path: str | Path) -> Literal["run", "trace"]:
+def kind_of(path: str | Location) -> Literal["run", "trace"]:
     """Tell whether a folder is a run or a trace.
 
     Raises
@@ -233,7 +233,7 @@ def kind_of(path: str | Path) -> Literal["run", "trace"]:
     NotATraceError
         If it is neither.
     """
-    kind = _namespace(Path(path), "run or a trace").get("kind")
+    kind = _namespace(locate(path), "run or a trace").get("kind")
     return "run" if kind == "run" else "trace"
 
 
@@ -253,7 +253,7 @@ def _seal(attributes: Mapping[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def read_group(path: Path, wanted: str = "run or a trace") -> dict[str, Any]:
+def read_group(path: Location, wanted: str = "run or a trace") -> dict[str, Any]:
     """Read a group's metadata.
 
     Raises
@@ -287,7 +287,22 @@ def read_group(path: Path, wanted: str = "run or a trace") -> dict[str, Any]:
     return dict(found)
 
 
-def _namespace(path: Path, wanted: str, group: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def names_below(path: Location) -> list[str]:
+    """Return the names of the groups or arrays in a group, sorted.
+
+    In an object store they are those of which its attributes speak: it may not be able to list.
+    """
+    if not isinstance(path, ObjectPath):
+        return sorted(file.parent.name for file in path.glob("*/zarr.json"))
+    found = read_group(path)["attributes"].get(NAMESPACE, {})
+    if found.get("kind") == "run":
+        return sorted(found["scenarios"])
+    return sorted(found["stored"].get(METADATA, {}))
+
+
+def _namespace(
+    path: Location, wanted: str, group: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     found = (group or read_group(path, wanted))["attributes"].get(NAMESPACE)
     if not isinstance(found, dict):
         raise NotATraceError(
@@ -306,7 +321,7 @@ def _namespace(path: Path, wanted: str, group: Mapping[str, Any] | None = None) 
 
 
 def _parse(
-    model: type[_Attributes], path: Path, wanted: str, group: Mapping[str, Any] | None = None
+    model: type[_Attributes], path: Location, wanted: str, group: Mapping[str, Any] | None = None
 ) -> _Attributes:
     found = _namespace(path, wanted, group)
     if found.get("kind") != wanted:
@@ -343,7 +358,7 @@ def _parse(
 
 
 def _check_journal(
-    path: Path, attributes: TraceAttributes | IndexAttributes, others: Sequence[str]
+    path: Location, attributes: TraceAttributes | IndexAttributes, others: Sequence[str]
 ) -> None:
     """Refuse entries of layers that are none of the trace's, and names that are no array's."""
     known = {*others, *map(str, attributes.layers)}
@@ -362,7 +377,7 @@ def _check_journal(
         )
 
 
-def incomplete(path: Path, attributes: TraceAttributes) -> IncompleteError:
+def incomplete(path: Location, attributes: TraceAttributes) -> IncompleteError:
     """Return the error that names what a trace lacks."""
     layers = ", ".join(map(str, attributes.missing_layers)) or "none"
     return IncompleteError(

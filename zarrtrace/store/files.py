@@ -1,23 +1,29 @@
-"""Files as the writer needs them: fingerprints, one writer at a time, errors that help."""
+"""Files as the writer needs them, on a disk or in an object store; errors that help."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
-import time
-from collections.abc import Iterable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from zarrtrace.errors import LockedError, NoSpaceError, StoreError
 from zarrtrace.spec import Stored
+from zarrtrace.store.objects import Changed, Location, ObjectPath, at_once, check_guards
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
 
 
-def fingerprint(trace: Path, files: Sequence[str]) -> Stored:
+def fingerprint(trace: Location, files: Sequence[str]) -> Stored:
     """Return size and hash of some files of a trace, taken together."""
+    if isinstance(trace, ObjectPath):
+        return fingerprint_of(read_all([trace / file for file in files]))
 
     def contents() -> Iterator[bytes]:
         for file in files:
@@ -25,6 +31,25 @@ def fingerprint(trace: Path, files: Sequence[str]) -> Stored:
                 yield (trace / file).read_bytes()
 
     return fingerprint_of(contents())
+
+
+def read_all(files: Iterable[Location]) -> list[bytes]:
+    """Read some files, those of an object store at the same time; one that is gone is empty."""
+
+    def read(file: Location) -> bytes:
+        try:
+            return file.read_bytes()
+        except FileNotFoundError:
+            return b""
+
+    return each_of(read, list(files))
+
+
+def each_of(call: Callable[[_In], _Out], items: Sequence[_In]) -> list[_Out]:
+    """Call a function for each file or folder, for those in an object store at the same time."""
+    if len(items) > 1 and isinstance(items[0], ObjectPath):
+        return at_once(call, items)
+    return [call(item) for item in items]
 
 
 def fingerprint_of(contents: Iterable[bytes]) -> Stored:
@@ -36,8 +61,19 @@ def fingerprint_of(contents: Iterable[bytes]) -> Stored:
     return Stored(bytes=size, blake2b=digest.hexdigest())
 
 
-def size_of(trace: str | Path, files: Sequence[str]) -> int:
+def sizes_below(trace: Location) -> Mapping[str, int] | None:
+    """Return the sizes of all files of a trace, for :func:`size_of`; None if it asks for each."""
+    if isinstance(trace, ObjectPath) and trace.backend.listable:
+        return trace.files()
+    return None
+
+
+def size_of(
+    trace: str | Location, files: Sequence[str], sizes: Mapping[str, int] | None = None
+) -> int:
     """Return the bytes of some files of a trace, taken together; one that is gone has none."""
+    if isinstance(trace, ObjectPath):
+        return _size_there(trace, files, sizes)
     total, root = 0, str(trace)
     for file in files:
         try:
@@ -47,8 +83,29 @@ def size_of(trace: str | Path, files: Sequence[str]) -> int:
     return total
 
 
-def write_whole(file: Path, content: bytes) -> None:
+def _size_there(trace: ObjectPath, files: Sequence[str], sizes: Mapping[str, int] | None) -> int:
+    if sizes is None and len(files) > 1 and trace.backend.listable:
+        below = trace / os.path.commonpath(files)
+        sizes = {
+            f"{below.key}/{file}"[len(trace.key) + 1 :]: n for file, n in below.files().items()
+        }
+
+    def size(file: str) -> int:
+        if sizes is not None and file in sizes:
+            return sizes[file]
+        try:  # some servers list what is new a moment later
+            return trace.backend.size(f"{trace.key}/{file}")
+        except FileNotFoundError:
+            return 0
+
+    return sum(at_once(size, files) if sizes is None and len(files) > 1 else map(size, files))
+
+
+def write_whole(file: Location, content: bytes) -> None:
     """Write a file that is there whole or not at all."""
+    if isinstance(file, ObjectPath):
+        file.write_bytes(content)
+        return
     partial = file.with_name(f"{file.name}.partial")
     try:
         partial.write_bytes(content)
@@ -59,14 +116,116 @@ def write_whole(file: Path, content: bytes) -> None:
         raise
 
 
-def remove_partial_files(files: Iterable[Path]) -> None:
-    """Remove what Zarr was writing when an earlier writer was killed."""
-    for file in list(files):
-        file.unlink(missing_ok=True)
+def change_whole(file: Location, change: Callable[[bytes], bytes]) -> None:
+    """Replace a file by what a function makes of it, at once.
+
+    In an object store only if nobody else has changed it meanwhile, where the store can tell: an
+    attempt of a process that stood still must not undo what its successor wrote.
+
+    Raises
+    ------
+    LockedError
+        If somebody has.
+    """
+    if not isinstance(file, ObjectPath):
+        write_whole(file, change(file.read_bytes()))
+        return
+    before = file.backend.get(file.key)
+    check_guards(file)
+    try:
+        file.backend.replace(file.key, change(before.data), before.tag)
+    except Changed as error:
+        raise LockedError(
+            f"{file}: was changed by another process",
+            why="It writes the same run: this one stood still, and was taken for dead.",
+            remedy="Run the same command again; it goes on where the run is.",
+        ) from error
 
 
-def fsync(path: Path) -> None:
-    """Have the disk hold what was written to a file or folder."""
+@contextlib.contextmanager
+def made_whole(folder: Location) -> Iterator[Path]:
+    """Yield a folder of a disk to write to: itself, or one that is sent to an object store.
+
+    Its own zarr.json is sent last: what it speaks of is there.
+    """
+    if isinstance(folder, Path):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="zarrtrace-") as name:
+        made = Path(name) / folder.name
+        yield made
+        send(made, folder)
+
+
+def send(made: Path, folder: Location) -> None:
+    """Write the files of a folder to another place, its own zarr.json last."""
+    names = [file.relative_to(made).as_posix() for file in made.rglob("*") if file.is_file()]
+
+    def write(name: str) -> None:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(target, (made / name).read_bytes())
+
+    if isinstance(folder, ObjectPath):
+        at_once(write, [name for name in names if name != "zarr.json"])
+    else:
+        for name in names:
+            if name != "zarr.json":
+                write(name)
+    write("zarr.json")
+
+
+def remove_tree(folder: Location) -> None:
+    """Remove a folder and all in it; in an object store its own zarr.json first."""
+    if isinstance(folder, Path):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    check_guards(folder)
+    names = folder.files()
+    if "zarr.json" in names:
+        folder.backend.delete([f"{folder.key}/zarr.json"])
+    folder.backend.delete([f"{folder.key}/{name}" for name in names if name != "zarr.json"])
+
+
+def move(source: Location, target: Location) -> None:
+    """Put a folder in another's place: on a disk, where there is none, at once.
+
+    In an object store what is there goes first, its zarr.json before all else, and the new one's
+    comes last. Who is interrupted may begin again.
+    """
+    if isinstance(source, Path) and isinstance(target, Path):
+        source.rename(target)
+        return
+    assert isinstance(source, ObjectPath) and isinstance(target, ObjectPath)  # noqa: S101, PT018
+    remove_tree(target)
+    backend = source.backend
+
+    def copy(name: str) -> None:
+        backend.copy(f"{source.key}/{name}", f"{target.key}/{name}")
+
+    at_once(copy, [name for name in source.files() if name != "zarr.json"])
+    copy("zarr.json")
+    remove_tree(source)
+
+
+def remove_partial_files(folder: Location, *, deep: bool) -> None:
+    """Remove what Zarr was writing when an earlier writer was killed; objects are never partial."""
+    if isinstance(folder, Path):
+        for file in list(folder.rglob("*.partial") if deep else folder.glob("*.partial")):
+            file.unlink(missing_ok=True)
+
+
+def fsync_all(folder: Location) -> None:
+    """Have the disk hold what was written to a folder; an object store holds it already."""
+    if isinstance(folder, Path):
+        for file in sorted(folder.rglob("*")):
+            fsync(file)
+
+
+def fsync(path: Location) -> None:
+    """Have the disk hold what was written to a file or folder; an object store holds it already."""
+    if isinstance(path, ObjectPath):
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -74,115 +233,8 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
-def _lock_path(run: Path) -> Path:
-    return run.with_name(f".{run.name}.lock")
-
-
-def lock(run: Path) -> int:
-    """Take the run's lock; the kernel drops it when its owner dies."""
-    path = _lock_path(run)
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise LockedError(
-                f"{run}: another process is writing this run",
-                why="An extraction into the same folder is still going on.",
-                remedy="Wait until it ends, or choose another --output.",
-            ) from None
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(handle), path.stat()):
-                return handle
-        os.close(handle)  # its owner removed it between our open and our lock
-
-
-def unlock(run: Path, handle: int) -> None:
-    """Give the run's lock back."""
-    # The lock file goes first: whoever waits for it must not hold a file that has no name.
-    with contextlib.suppress(OSError):
-        _lock_path(run).unlink()
-    os.close(handle)
-
-
-def trace_locks(run: Path) -> Path:
-    """Return the folder of the locks of a run's traces; beside it, for its readers list it."""
-    return run.with_name(f".{run.name}.locks")
-
-
 @contextlib.contextmanager
-def only_writer(run: Path, scenarios: Iterable[str], *, seconds: float) -> Iterator[None]:
-    """Hold the locks of some traces, for writers that are not the owner of the run's lock.
-
-    A worker that was given up may be alive; whoever does its work again waits for it.
-
-    Parameters
-    ----------
-    run, scenarios
-        The traces; everybody must name them in the same order.
-    seconds
-        How long to wait for another writer.
-
-    Raises
-    ------
-    LockedError
-        If another process still writes one of them.
-    """
-    folder = trace_locks(run)
-    folder.mkdir(exist_ok=True)
-    until = time.monotonic() + seconds
-    with contextlib.ExitStack() as stack:
-        for scenario in scenarios:
-            stack.enter_context(_locked(folder / scenario, run, until))
-        yield
-
-
-def wait_for_writers(run: Path, *, seconds: float) -> None:
-    """Wait until no worker of a client that is gone writes a trace; for the run's lock's owner.
-
-    Raises
-    ------
-    LockedError
-        If one still does after so many seconds.
-    """
-    folder = trace_locks(run)
-    if not folder.is_dir():
-        return
-    until = time.monotonic() + seconds
-    for file in sorted(folder.iterdir()):
-        with _locked(file, run, until):
-            pass
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _locked(file: Path, run: Path, until: float) -> Iterator[None]:
-    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        while not _taken(handle):
-            if time.monotonic() > until:
-                raise LockedError(
-                    f"{run / file.name}: another process is still writing this trace",
-                    why="A worker whose client or scheduler is gone has not ended.",
-                    remedy="End it, and run the same command again.",
-                )
-            time.sleep(0.1)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _taken(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def clear_errors(path: Path) -> Iterator[None]:
+def clear_errors(path: Location) -> Iterator[None]:
     """Turn what the disk says into errors that help."""
     try:
         yield

@@ -16,7 +16,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import google_crc32c
@@ -27,6 +26,7 @@ from xarray.core import indexing
 
 from zarrtrace.errors import IntegrityError
 from zarrtrace.store.attributes import REPAIR
+from zarrtrace.store.objects import Location, ObjectPath
 
 _MISSING = 2**64 - 1
 _TEXT = [{"name": "vlen-utf8", "configuration": {}}, {"name": "vlen-utf8"}]
@@ -71,7 +71,7 @@ class StoredArray(BackendArray):
         If it is encoded in another way than zarrtrace does.
     """
 
-    def __init__(self, path: Path, metadata: dict[str, Any]) -> None:
+    def __init__(self, path: Location, metadata: dict[str, Any]) -> None:
         self._path = str(path)
         self.shape = tuple(map(int, metadata["shape"]))
         self._text = metadata["data_type"] == "string"
@@ -103,7 +103,7 @@ class StoredArray(BackendArray):
         self._decoded = self.dtype.itemsize * math.prod(self.chunks)
         self._little = self.dtype.newbyteorder("<")
 
-    def __dask_tokenize__(self) -> tuple[str, str, int]:
+    def __dask_tokenize__(self) -> tuple[str, str, int | str]:
         """Name what is read, so that dask may tell whether two graphs read the same."""
         return ("zarrtrace", self._path, os.stat(f"{self._path}/zarr.json").st_mtime_ns)  # noqa: PTH116
 
@@ -184,12 +184,16 @@ class StoredArray(BackendArray):
 
 
 def stored_array(
-    path: Path, metadata: dict[str, Any] | None = None
+    path: Location, metadata: dict[str, Any] | None = None
 ) -> tuple[StoredArray, dict[str, Any]] | None:
     """Return an array and its metadata; None if it is encoded in another way than ours."""
     if metadata is None:
         metadata = json.loads((path / "zarr.json").read_bytes())
     try:
+        if isinstance(path, ObjectPath):
+            from zarrtrace.store.remote import RemoteArray  # noqa: PLC0415 -- made of this
+
+            return RemoteArray(path, metadata), metadata
         return StoredArray(path, metadata), metadata
     except (ValueError, KeyError, TypeError):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,8 +13,9 @@ from zarr.abc.codec import BytesBytesCodec
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ZstdCodec
 
 from zarrtrace.spec import ATTENTION_LEVEL, INDEX, LABELS, NAMESPACE, ArrayLayout
-from zarrtrace.store.attributes import sealed
-from zarrtrace.store.files import write_whole
+from zarrtrace.store.attributes import names_below, sealed
+from zarrtrace.store.files import change_whole, write_whole
+from zarrtrace.store.objects import Location, ObjectPath, at_once
 
 
 def create_trace(path: Path, attributes: dict[str, Any], layout: dict[str, ArrayLayout]) -> None:
@@ -62,54 +64,98 @@ def _compressors(layout: ArrayLayout) -> list[BytesBytesCodec]:
     return [ZstdCodec(level=1, checksum=True)]
 
 
-def write_attributes(path: Path, attributes: dict[str, Any]) -> None:
+def write_attributes(path: Location, attributes: dict[str, Any]) -> None:
     """Replace what a group says of itself, at once; its consolidated metadata goes."""
     update_attributes(path, lambda _: attributes)
 
 
-def update_attributes(path: Path, update: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+def update_attributes(path: Location, update: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """Change what a group says of itself, at once; its consolidated metadata goes.
 
     Once a layer: on one line, for which Python has a faster encoder, until :func:`consolidate`.
     """
-    group = json.loads((path / "zarr.json").read_bytes())
-    group.pop("consolidated_metadata", None)
-    group["attributes"][NAMESPACE] = sealed(update(group["attributes"].get(NAMESPACE, {})))
-    _write(path, group, indent=None)
+
+    def updated(content: bytes) -> bytes:
+        group = json.loads(content)
+        group.pop("consolidated_metadata", None)
+        group["attributes"][NAMESPACE] = sealed(update(group["attributes"].get(NAMESPACE, {})))
+        return _encoded(group, indent=None)
+
+    change_whole(path / "zarr.json", updated)
 
 
-def consolidate(path: Path) -> None:
+def consolidate(path: Location) -> None:
     """Copy the metadata of all nodes below a group into its own: an extra that readers may ignore.
 
     What zarr.consolidate_metadata writes, but that warns, and warnings cannot be silenced in one
     thread alone.
     """
-    group = json.loads((path / "zarr.json").read_bytes())
-    group["consolidated_metadata"] = consolidated(path)
-    _write(path, group)
+    found = consolidated(path, trusting=True)
+    change_whole(
+        path / "zarr.json",
+        lambda content: _encoded({**json.loads(content), "consolidated_metadata": found}),
+    )
 
 
-def consolidated(path: Path) -> dict[str, Any]:
-    """Return the metadata of all nodes below a group as its consolidated metadata holds it."""
-    inline = {"kind": "inline", "must_understand": False}
+def consolidated(path: Location, *, trusting: bool = False) -> dict[str, Any]:
+    """Return the metadata of all nodes below a group as its consolidated metadata holds it.
+
+    Parameters
+    ----------
+    path
+        The group.
+    trusting
+        Take what groups below it have consolidated, where each file is a request.
+    """
+    if isinstance(path, ObjectPath):
+        return _inline(_nodes_there(path, trusting=trusting))
     nodes: dict[str, Any] = {}
     for file in sorted([*path.glob("*/zarr.json"), *path.glob("*/*/zarr.json")]):
         if file.relative_to(path).parts[0] == INDEX:
             continue  # it changes after the run is finished
-        node = json.loads(file.read_bytes())
+        nodes[file.parent.relative_to(path).as_posix()] = _alone(json.loads(file.read_bytes()))
+    return _inline(nodes)
+
+
+def _inline(nodes: dict[str, Any]) -> dict[str, Any]:
+    return {"kind": "inline", "must_understand": False, "metadata": nodes}
+
+
+def _alone(node: dict[str, Any]) -> dict[str, Any]:
+    """Return a node's metadata without that of the nodes below it."""
+    if node["node_type"] == "group":
+        node["consolidated_metadata"] = _inline({})
+    return node
+
+
+def _nodes_there(path: ObjectPath, *, trusting: bool) -> dict[str, Any]:
+    """Read the metadata of all nodes below a group in an object store, in their order."""
+
+    def below(name: str) -> list[tuple[str, dict[str, Any]]]:
+        try:
+            node = json.loads((path / name / "zarr.json").read_bytes())
+        except FileNotFoundError:
+            return []
+        known = (node.get("consolidated_metadata") or {}).get("metadata")
+        found = [(name, _alone(node))]
         if node["node_type"] == "group":
-            node["consolidated_metadata"] = {**inline, "metadata": {}}
-        nodes[file.parent.relative_to(path).as_posix()] = node
-    return {**inline, "metadata": nodes}
+            if known is None or not trusting:
+                known = _nodes_there(path / name, trusting=trusting)
+            found += [(f"{name}/{array}", one) for array, one in known.items()]
+        return found
+
+    names = [name for name in names_below(path) if name != INDEX]
+    found = itertools.chain.from_iterable(at_once(below, names))
+    return dict(sorted(found, key=lambda node: f"{node[0]}/zarr.json".split("/")))  # as files
 
 
-def create_run(path: Path, attributes: dict[str, Any]) -> None:
+def create_run(path: Location, attributes: dict[str, Any]) -> None:
     """Write the group of a run; traces below it stay."""
     path.mkdir(parents=True, exist_ok=True)
     group = {"zarr_format": 3, "node_type": "group"}
-    _write(path, {**group, "attributes": {NAMESPACE: sealed(attributes)}})
+    content = _encoded({**group, "attributes": {NAMESPACE: sealed(attributes)}})
+    write_whole(path / "zarr.json", content)
 
 
-def _write(path: Path, group: dict[str, Any], indent: int | None = 2) -> None:
-    text = json.dumps(group, indent=indent, allow_nan=False)
-    write_whole(path / "zarr.json", text.encode())
+def _encoded(group: dict[str, Any], indent: int | None = 2) -> bytes:
+    return json.dumps(group, indent=indent, allow_nan=False).encode()

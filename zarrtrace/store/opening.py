@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,8 @@ from zarrtrace.store.attributes import (
 )
 from zarrtrace.store.files import fingerprint_of, size_of
 from zarrtrace.store.lazy import StoredArray, as_lazy
+from zarrtrace.store.objects import Location, ObjectPath
+from zarrtrace.store.remote import Files, RemoteArray
 
 # What a block of dask's may hold at most, unless one file holds more.
 _BLOCK_BYTES = 32 * 2**20
@@ -105,8 +107,12 @@ class CheckedArray(StoredArray):
         return super()._read(key)
 
 
+#: An array whose files are checked when they are read.
+Checked = CheckedArray | RemoteArray
+
+
 def open_consolidated(
-    path: Path,
+    path: Location,
     group: dict[str, Any],
     attributes: TraceAttributes,
     shared: Shared,
@@ -132,6 +138,19 @@ def open_consolidated(
     journal = attributes.stored.get(METADATA, {})
     if not attributes.complete or set(nodes) != set(journal) or not nodes:
         return None
+    return open_nodes(path, group, nodes, attributes, shared, blocks=blocks)
+
+
+def open_nodes(
+    path: Location,
+    group: dict[str, Any],
+    nodes: Mapping[str, dict[str, Any]],
+    attributes: TraceAttributes,
+    shared: Shared,
+    *,
+    blocks: bool,
+) -> xr.Dataset | None:
+    """Open a trace whose arrays' metadata, by name, was read; see :func:`open_consolidated`."""
     labels = set(group["attributes"].get("coordinates", "").split())
     variables: dict[str, xr.Variable] = {}
     coordinates: dict[str, xr.Variable] = {}
@@ -139,24 +158,37 @@ def open_consolidated(
     for name, metadata in sorted(nodes.items()):
         found = parse_array(path / name, lambda metadata=metadata: metadata)  # type: ignore[misc]
         try:
-            array = CheckedArray(
-                path / name, metadata, _written(path, name, found, attributes, journal[name])
-            )
+            array = _array(path, name, metadata, found, attributes)
         except (ValueError, KeyError, TypeError):
             return None  # in another encoding than ours
         if found.dims == (name,):
             stored = attributes.stored[COORDINATES][name]
             if (name, stored) not in shared:
-                shared[name, stored] = load_index(name, array, metadata)
+                shared[name, stored] = load_index(name, array, metadata, attributes)
             coordinates[name], indexes[name] = shared[name, stored]
             continue
         variable = variable_of(array, metadata)
         if name in labels:
             coordinates[name] = variable
         else:
-            variables[name] = _blocks(variable, array, attributes) if blocks else variable
+            variables[name] = (
+                _blocks(variable, path, name, array, attributes) if blocks else variable
+            )
     rest = {k: v for k, v in group["attributes"].items() if k != "coordinates"}
     return xr.Dataset(variables, xr.Coordinates(coordinates, indexes), rest)
+
+
+def _array(
+    path: Location,
+    name: str,
+    metadata: dict[str, Any],
+    found: ArrayOnDisk,
+    attributes: TraceAttributes,
+) -> Checked:
+    if isinstance(path, ObjectPath):
+        return RemoteArray(path / name, metadata, Files.of(name, found.dims, attributes))
+    written = _written(path, name, found, attributes, attributes.stored[METADATA][name])
+    return CheckedArray(path / name, metadata, written)
 
 
 def _written(
@@ -181,13 +213,15 @@ def variable_of(
     return xr.Variable(dims, data, attrs, encoding, fastpath=True)
 
 
-def _blocks(variable: xr.Variable, array: CheckedArray, attributes: TraceAttributes) -> xr.Variable:
+def _blocks(
+    variable: xr.Variable, path: Location, name: str, array: Checked, attributes: TraceAttributes
+) -> xr.Variable:
     """Return a variable on dask, in blocks of whole files: tasks never share one.
 
     Blocks are named by what the journal says of their content: dask would pickle the array for a
     name.
     """
-    name, trace = array.written.name, array.written.trace
+    trace = str(path)
     content = [entry[name].blake2b for entry in attributes.stored.values() if name in entry]
     token = hashlib.blake2b("".join([trace, name, *content]).encode(), digest_size=16).hexdigest()
     chunks = whole_files(variable, array.file_shape)
@@ -209,13 +243,27 @@ def whole_files(variable: xr.Variable, file_shape: Sequence[int]) -> dict[Hashab
 
 
 def load_index(
-    name: str, array: StoredArray, metadata: dict[str, Any]
+    name: str, array: StoredArray, metadata: dict[str, Any], attributes: TraceAttributes
 ) -> tuple[xr.Variable, PandasIndex]:
-    """Load the index of a dimension."""
-    labels = array.load()
+    """Load the index of a dimension; where it would take a request, from what the format says."""
+    labels = _labels(name, array, attributes) if isinstance(array, RemoteArray) else array.load()
     first = int(labels[0]) if len(labels) else 0
     counted = pd.RangeIndex(first, first + len(labels))
     # Most are; looking one of 32,768 features up is then no search through a table made for it.
     index = PandasIndex(counted if np.array_equal(counted, labels) else labels, name)
     variable = xr.Variable((name,), index.index, metadata["attributes"])
     return index.create_variables({name: variable})[name], index
+
+
+def _labels(name: str, array: StoredArray, attributes: TraceAttributes) -> np.ndarray:
+    """Return the values of an index: the trace's layers, or positions."""
+    (size,) = array.shape
+    without = attributes.layers_without_attention
+    layers = {
+        "layer": list(attributes.layers),
+        "attention_layer": [one for one in attributes.layers if str(one) not in without],
+    }
+    values = np.asarray(layers.get(name, np.arange(size)), array.dtype)
+    if len(values) != size:
+        raise ValueError(f"{name} has {size} values, not {len(values)}")
+    return values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,27 +14,31 @@ import xarray as xr
 import zarr
 from xarray.core.indexes import PandasIndex
 
-from zarrtrace.errors import IncompleteError, IntegrityError, ZarrtraceError
-from zarrtrace.spec import LABELS, NAMESPACE, TraceAttributes
+from zarrtrace.errors import IncompleteError, IntegrityError, NotATraceError, ZarrtraceError
+from zarrtrace.spec import LABELS, NAMESPACE, Stored, TraceAttributes
 from zarrtrace.store.attributes import (
     COORDINATES,
     METADATA,
     REPAIR,
     ArrayMetadata,
+    ArrayOnDisk,
     files_of_entry,
     incomplete,
+    parse_array,
     read_group,
     read_metadata,
     read_run_attributes,
     read_trace_attributes,
     trace_attributes_of,
 )
-from zarrtrace.store.files import size_of
+from zarrtrace.store.files import fingerprint_of, read_all, size_of, sizes_below
 from zarrtrace.store.lazy import stored_array
+from zarrtrace.store.objects import Location, ObjectPath, at_once, locate, zarr_place
 from zarrtrace.store.opening import (
     Shared,
     load_index,
     open_consolidated,
+    open_nodes,
     variable_of,
     whole_files,
 )
@@ -43,14 +48,19 @@ ChunkSpec = Mapping[str, Any] | Literal["auto"] | None
 
 
 def open_trace(
-    path: str | Path, *, chunks: ChunkSpec = None, missing: Missing = "raise"
+    path: str | Location,
+    *,
+    chunks: ChunkSpec = None,
+    missing: Missing = "raise",
+    storage_options: Mapping[str, str] | None = None,
 ) -> xr.Dataset:
     """Open one scenario's trace, lazily.
 
     Parameters
     ----------
     path
-        Folder of the trace, inside a run or by itself.
+        Folder of the trace, inside a run or by itself, or its address: ``s3://bucket/run/trace``,
+        also ``gs://``, ``az://``, ``https://``, ``memory://``.
     chunks
         None indexes lazily without dask, best for point reads. ``"auto"`` or ``{}`` gives dask
         arrays in blocks of whole files, of several layers where they are small; a mapping of
@@ -58,12 +68,16 @@ def open_trace(
     missing
         What to do if layers are missing: ``"raise"``, or ``"nan"`` to read them as NaN; arrays
         of a trace that lacks layers are dask arrays.
+    storage_options
+        How to reach an object store, as ``{"endpoint": "http://localhost:9000"}``; credentials are
+        taken from the environment.
 
     Returns
     -------
     xr.Dataset
         ``attention (layer, head, query, key)``, ``features (layer, query, feature)`` and the rest
-        of ``schema/README.md``, with token texts as loaded coordinates.
+        of ``schema/README.md``, with token texts as loaded coordinates; from an object store they
+        are read when they are first asked for.
 
     Raises
     ------
@@ -76,17 +90,20 @@ def open_trace(
     IntegrityError
         If files of a stored layer are gone or have another size.
     """
-    path = Path(path)
+    path = locate(path, storage_options)
     group = read_group(path, "trace")
     attributes = trace_attributes_of(path, group)
     if missing == "raise" and not attributes.complete:
         raise incomplete(path, attributes)
     if COORDINATES not in attributes.stored:
         raise incomplete(path, attributes)  # its arrays are being created
-    arrays = _read_arrays(path, attributes)
-    _check_sizes(path, attributes, arrays)
-    with _damage_explained(path):
-        ds = _open(path, group, arrays)
+    if isinstance(path, ObjectPath):
+        ds = _open_there(path, group, attributes)
+    else:
+        arrays = _read_arrays(path, attributes)
+        _check_sizes(path, attributes, arrays)
+        with _damage_explained(path):
+            ds = _open(path, group, arrays, attributes)
     _check_spans(path, attributes, ds.sizes.get("query", 0))
     if chunks is not None:
         ds = _chunk(ds, chunks)
@@ -96,15 +113,19 @@ def open_trace(
 
 
 def open_run(
-    path: str | Path, *, chunks: ChunkSpec = None, missing: Missing = "raise"
+    path: str | Location,
+    *,
+    chunks: ChunkSpec = None,
+    missing: Missing = "raise",
+    storage_options: Mapping[str, str] | None = None,
 ) -> xr.DataTree:
     """Open a run, lazily: one child a scenario, in the suite's order.
 
     Parameters
     ----------
     path
-        Folder of the run.
-    chunks, missing
+        Folder of the run, or its address.
+    chunks, missing, storage_options
         As for :func:`open_trace`; with ``missing="nan"``, scenarios not begun are left out.
 
     Returns
@@ -118,9 +139,14 @@ def open_run(
         As for :func:`open_trace`; but of a complete trace, files that are gone or have another
         size are found when the array is first read.
     """
-    path = Path(path)
+    path = locate(path, storage_options)
     run = read_run_attributes(path)
-    absent = [name for name in run.scenarios if not _begun(path / name, whole=run.complete)]
+    groups = _groups_there(path, run.scenarios) if isinstance(path, ObjectPath) else {}
+    absent = [
+        name
+        for name in run.scenarios
+        if not _begun(path / name, groups.get(name), whole=run.complete)
+    ]
     if absent and missing == "raise":
         raise IncompleteError(
             f"{path}: {len(absent)} of {len(run.scenarios)} scenarios are not there: "
@@ -133,7 +159,7 @@ def open_run(
     tree = xr.DataTree(xr.Dataset(attrs={NAMESPACE: run.model_dump(mode="json")}), name=path.name)
     with _no_collecting():
         tree.children = {  # given to DataTree() they would be copied
-            name: xr.DataTree(_one_of_many(path / name, chunks, missing, shared))
+            name: xr.DataTree(_one_of_many(path / name, groups.get(name), chunks, missing, shared))
             for name in run.scenarios
             if name not in left_out
         }
@@ -152,9 +178,28 @@ def _no_collecting() -> Iterator[None]:
             gc.enable()
 
 
-def _one_of_many(path: Path, chunks: ChunkSpec, missing: Missing, shared: Shared) -> xr.Dataset:
+def _groups_there(run: ObjectPath, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Read the metadata of the traces that are there, some at a time."""
+
+    def read(name: str) -> dict[str, Any] | None:
+        try:
+            return read_group(run / name)
+        except NotATraceError:
+            return None
+
+    found = zip(names, at_once(read, names), strict=True)
+    return {name: group for name, group in found if group is not None}
+
+
+def _one_of_many(
+    path: Location,
+    group: dict[str, Any] | None,
+    chunks: ChunkSpec,
+    missing: Missing,
+    shared: Shared,
+) -> xr.Dataset:
     """Open a trace as :func:`open_trace` does, but check its files when they are read."""
-    group = read_group(path)
+    group = group or read_group(path)
     attributes = trace_attributes_of(path, group)
     with _damage_explained(path):
         blocks = chunks is not None and chunks in ("auto", {})
@@ -165,7 +210,7 @@ def _one_of_many(path: Path, chunks: ChunkSpec, missing: Missing, shared: Shared
     return ds if chunks is None or blocks else ds.chunk(chunks)
 
 
-def _check_spans(path: Path, attributes: TraceAttributes, tokens: int) -> None:
+def _check_spans(path: Location, attributes: TraceAttributes, tokens: int) -> None:
     for name, span in attributes.spans.items():
         if any(at >= tokens for at in span.tokens):
             raise IntegrityError(
@@ -175,15 +220,17 @@ def _check_spans(path: Path, attributes: TraceAttributes, tokens: int) -> None:
             )
 
 
-def _begun(path: Path, *, whole: bool) -> bool:
+def _begun(path: Location, group: dict[str, Any] | None, *, whole: bool) -> bool:
     """Tell whether a trace's arrays and coordinates are there; layers may be missing."""
+    if isinstance(path, ObjectPath):
+        return group is not None and COORDINATES in trace_attributes_of(path, group).stored
     if not (path / "zarr.json").exists():
         return False
     return whole or COORDINATES in read_trace_attributes(path).stored
 
 
 @contextlib.contextmanager
-def _damage_explained(path: Path) -> Iterator[None]:
+def _damage_explained(path: Location) -> Iterator[None]:
     """Turn what damaged metadata makes Zarr and xarray raise into an error that helps."""
     try:
         yield
@@ -197,7 +244,12 @@ def _damage_explained(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _open(path: Path, group: dict[str, Any], arrays: Mapping[str, ArrayMetadata]) -> xr.Dataset:
+def _open(
+    path: Path,
+    group: dict[str, Any],
+    arrays: Mapping[str, ArrayMetadata],
+    attributes: TraceAttributes,
+) -> xr.Dataset:
     """Open all arrays, none of them read but the coordinates of dimensions."""
     labels = set(group["attributes"].get("coordinates", "").split())
     variables: dict[str, xr.Variable] = {}
@@ -212,13 +264,48 @@ def _open(path: Path, group: dict[str, Any], arrays: Mapping[str, ArrayMetadata]
             return _with_loaded_labels(plain)
         array, _ = opened
         if found.dims == (name,):
-            coordinates[name], indexes[name] = load_index(name, array, metadata)
+            coordinates[name], indexes[name] = load_index(name, array, metadata, attributes)
         else:
             # Lazy text would make where(ds.query_token == ...) read the disk each time.
             variable = variable_of(array, metadata, loaded=array.dtype == object)
             (coordinates if name in labels else variables)[name] = variable
     rest = {key: value for key, value in group["attributes"].items() if key != "coordinates"}
     return xr.Dataset(variables, xr.Coordinates(coordinates, indexes), rest)
+
+
+def _open_there(path: ObjectPath, group: dict[str, Any], attributes: TraceAttributes) -> xr.Dataset:
+    """Open a trace in an object store: two requests if it is complete.
+
+    Sizes are compared where one request lists them all, else when files are read.
+    """
+    names = sorted(attributes.stored.get(METADATA, {}))
+    nodes = (group.get("consolidated_metadata") or {}).get("metadata", {})
+    if not attributes.complete or sorted(nodes) != names:
+        nodes = _nodes_there(path, attributes.stored[METADATA])
+    sizes = sizes_below(path)
+    if sizes is not None:
+        arrays = {
+            name: parse_array(path / name, lambda node=node: node)  # type: ignore[misc]
+            for name, node in nodes.items()
+        }
+        _compare_sizes(path, attributes, arrays, sizes)
+    with _damage_explained(path):
+        ds = open_nodes(path, group, nodes, attributes, Shared(), blocks=False)
+    if ds is None:
+        plain: xr.Dataset = xr.open_zarr(zarr_place(path), chunks=None, zarr_format=3)
+        return _with_loaded_labels(plain)
+    return ds
+
+
+def _nodes_there(path: ObjectPath, journal: Mapping[str, Stored]) -> dict[str, dict[str, Any]]:
+    """Read the metadata of each array."""
+    contents = read_all([path / name / "zarr.json" for name in journal])
+    nodes = {}
+    for (name, stored), content in zip(journal.items(), contents, strict=True):
+        if fingerprint_of([content]) != stored:
+            raise _other_metadata(path / name)
+        nodes[name] = json.loads(content)
+    return nodes
 
 
 def _read_arrays(path: Path, attributes: TraceAttributes) -> dict[str, ArrayMetadata]:
@@ -245,16 +332,29 @@ def _check_sizes(
     """
     for name, stored in attributes.stored.get(METADATA, {}).items():
         if arrays[name].stored != stored:
-            raise IntegrityError(
-                f"{path / name}/zarr.json: not the metadata that was written",
-                why="The file was damaged, or edited by hand.",
-                remedy=REPAIR,
-            )
+            raise _other_metadata(path / name)
+    _compare_sizes(path, attributes, {name: one.array for name, one in arrays.items()}, None)
+
+
+def _other_metadata(array: Location) -> IntegrityError:
+    return IntegrityError(
+        f"{array}/zarr.json: not the metadata that was written",
+        why="The file was damaged, or edited by hand.",
+        remedy=REPAIR,
+    )
+
+
+def _compare_sizes(
+    path: Location,
+    attributes: TraceAttributes,
+    arrays: Mapping[str, ArrayOnDisk],
+    sizes: Mapping[str, int] | None,
+) -> None:
     for key, entry in attributes.stored.items():
         for name, stored in entry.items() if key != METADATA else ():
-            array = arrays[name].array
+            array = arrays[name]
             files = files_of_entry(attributes, key, name, array.dims, array.shape, array.file_shape)
-            found = size_of(path, files)
+            found = size_of(path, files, sizes)
             if found != stored.bytes:
                 of = f"layer {key}" if key.isdigit() else key
                 raise IntegrityError(
@@ -303,8 +403,8 @@ def _with_loaded_labels(ds: xr.Dataset) -> xr.Dataset:
     return ds.assign_coords(loaded)
 
 
-def array_of(path: str | Path, name: str) -> zarr.Array[Any]:
+def array_of(path: str | Location, name: str) -> zarr.Array[Any]:
     """Open one array of a trace with plain Zarr."""
-    path = Path(path) / name
+    path = locate(path) / name
     with _damage_explained(path):
-        return zarr.open_array(path, mode="r")
+        return zarr.open_array(zarr_place(path), mode="r")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,13 +23,22 @@ from zarrtrace.store.attributes import (
     read_trace_attributes,
     seal_broken,
 )
-from zarrtrace.store.files import fingerprint, remove_partial_files, size_of, write_whole
+from zarrtrace.store.files import (
+    fingerprint,
+    made_whole,
+    remove_partial_files,
+    remove_tree,
+    send,
+    size_of,
+    sizes_below,
+)
 from zarrtrace.store.nodes import create_trace, write_attributes
+from zarrtrace.store.objects import Location
 
 Layout = Mapping[str, ArrayLayout]
 
 
-def as_stored(path: Path, layout: Layout) -> Layout:
+def as_stored(path: Location, layout: Layout) -> Layout:
     """Cut arrays as those on the disk are: an earlier zarrtrace may have cut them otherwise.
 
     Parameters
@@ -60,7 +68,7 @@ def as_stored(path: Path, layout: Layout) -> Layout:
 
 
 def resume(
-    path: Path, attributes: TraceAttributes, layout: Layout, tokens: Tokens, *, repair: bool
+    path: Location, attributes: TraceAttributes, layout: Layout, tokens: Tokens, *, repair: bool
 ) -> TraceAttributes:
     """Make a trace ready for what it lacks, and return its attributes: those on the disk.
 
@@ -83,7 +91,7 @@ def resume(
     earlier = _earlier(path, fresh, repair=repair)
     if earlier is None or COORDINATES not in earlier.stored:
         return _create(path, fresh, layout, tokens)
-    remove_partial_files(path.rglob("*.partial"))
+    remove_partial_files(path, deep=True)
     found = dict(earlier.stored)
     recut: set[str] = set()  # how they were cut, only their lost metadata knew
     if repair:
@@ -91,14 +99,19 @@ def resume(
         unsure = {name for name in layout if _metadata_of(path, name) != journal.get(name)}
         found |= _restore(path, fresh, layout, tokens)
         recut = {name for name in unsure if found[METADATA][name] != journal.get(name)}
+    sizes = sizes_below(path)
+
+    def intact(key: str) -> bool:
+        return all(
+            name in layout
+            and _intact(path, earlier, layout[name], key, name, stored, sizes, deep=repair)
+            for name, stored in found[key].items()
+        )
+
     kept = {
         key: entry
         for key, entry in found.items()
-        if all(
-            name in layout and _intact(path, earlier, layout[name], key, name, stored, deep=repair)
-            for name, stored in entry.items()
-        )
-        and (key in (METADATA, COORDINATES) or not recut & entry.keys())
+        if intact(key) and (key in (METADATA, COORDINATES) or not recut & entry.keys())
     }
     for key in (METADATA, COORDINATES):
         if key in found and key not in kept:
@@ -117,7 +130,7 @@ def resume(
     return resumed
 
 
-def _earlier(path: Path, fresh: TraceAttributes, *, repair: bool) -> TraceAttributes | None:
+def _earlier(path: Location, fresh: TraceAttributes, *, repair: bool) -> TraceAttributes | None:
     """What the trace on disk says of itself; None if it has to be made anew."""
     if not (path / "zarr.json").exists():
         return None
@@ -146,12 +159,13 @@ def _identity(attributes: TraceAttributes) -> dict[str, Any]:
 
 
 def _intact(
-    path: Path,
+    path: Location,
     attributes: TraceAttributes,
     layout: ArrayLayout,
     key: str,
     name: str,
     stored: Stored,
+    sizes: Mapping[str, int] | None,
     *,
     deep: bool,
 ) -> bool:
@@ -160,35 +174,38 @@ def _intact(
     )
     # What a complete trace holds was on the disk before it was called complete.
     if key.isdigit() and attributes.complete and not deep:
-        return size_of(path, files) == stored.bytes
+        return size_of(path, files, sizes) == stored.bytes
     return fingerprint(path, files) == stored
 
 
 def _create(
-    path: Path, attributes: TraceAttributes, layout: Layout, tokens: Tokens
+    path: Location, attributes: TraceAttributes, layout: Layout, tokens: Tokens
 ) -> TraceAttributes:
     if path.exists():
-        shutil.rmtree(path)
-    create_trace(path, attributes.model_dump(mode="json"), dict(layout))
-    _write_coordinates(path, attributes, layout, tokens)
-    created = attributes.model_copy(update={"stored": _journal(path, attributes, layout)})
-    write_attributes(path, created.model_dump(mode="json"))
+        remove_tree(path)
+    with made_whole(path) as folder:
+        return _create_in(folder, attributes, layout, tokens)
+
+
+def _create_in(
+    folder: Path, attributes: TraceAttributes, layout: Layout, tokens: Tokens
+) -> TraceAttributes:
+    create_trace(folder, attributes.model_dump(mode="json"), dict(layout))
+    _write_coordinates(folder, attributes, layout, tokens)
+    created = attributes.model_copy(update={"stored": _journal(folder, attributes, layout)})
+    write_attributes(folder, created.model_dump(mode="json"))
     return created
 
 
 def _restore(
-    path: Path, attributes: TraceAttributes, layout: Layout, tokens: Tokens
+    path: Location, attributes: TraceAttributes, layout: Layout, tokens: Tokens
 ) -> dict[str, dict[str, Stored]]:
     """Write metadata and coordinates anew: they need no model. Return their journal."""
     with tempfile.TemporaryDirectory() as folder:
         pattern = Path(folder) / path.name
-        create_trace(pattern, attributes.model_dump(mode="json"), dict(layout))
-        for name in layout:
-            (path / name).mkdir(exist_ok=True)
-            write_whole(path / name / "zarr.json", (pattern / name / "zarr.json").read_bytes())
-        write_whole(path / "zarr.json", (pattern / "zarr.json").read_bytes())
-    _write_coordinates(path, attributes, layout, tokens)
-    return _journal(path, attributes, layout)
+        created = _create_in(pattern, attributes, layout, tokens)
+        send(pattern, path)
+    return dict(created.stored)
 
 
 def _journal(
@@ -205,7 +222,7 @@ def _journal(
     return {COORDINATES: coordinates, METADATA: metadata}
 
 
-def _metadata_of(path: Path, name: str) -> Stored | None:
+def _metadata_of(path: Location, name: str) -> Stored | None:
     try:
         return read_metadata(path / name).stored
     except IntegrityError:

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import secrets
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -34,9 +33,21 @@ from zarrtrace.store.attributes import (
     read_run_attributes,
     read_trace_attributes,
 )
-from zarrtrace.store.files import clear_errors, fingerprint, fsync, lock, size_of, unlock
+from zarrtrace.store.files import (
+    clear_errors,
+    each_of,
+    fingerprint,
+    fsync,
+    fsync_all,
+    made_whole,
+    move,
+    remove_tree,
+    size_of,
+)
 from zarrtrace.store.lazy import stored_array
+from zarrtrace.store.locks import lock, unlock
 from zarrtrace.store.nodes import create_array, write_attributes
+from zarrtrace.store.objects import Location, locate, zarr_place
 from zarrtrace.store.shards import write_block
 
 
@@ -60,14 +71,14 @@ class IndexableTrace(NamedTuple):
     """
 
     number: int
-    path: Path
+    path: Location
     digest: int
     features: dict[str, int]
     layers: tuple[int, ...]
     stored: dict[int, dict[str, int]]
 
 
-def indexable_traces(run: str | Path) -> Iterator[IndexableTrace]:
+def indexable_traces(run: str | Location) -> Iterator[IndexableTrace]:
     """Yield the complete traces of a run that have features.
 
     Raises
@@ -75,27 +86,33 @@ def indexable_traces(run: str | Path) -> Iterator[IndexableTrace]:
     NotATraceError, FormatVersionError, IntegrityError
         If the run, or one of its traces, cannot be read.
     """
-    run = Path(run)
-    for number, name in enumerate(read_run_attributes(run).scenarios):
-        path = run / name
-        if not (path / "zarr.json").is_file():
-            continue
-        attributes = read_trace_attributes(path)
-        found = _features_of(attributes)
-        if not attributes.complete or not found:
-            continue
-        arrays = {array for entry in found.values() for array in entry}
-        yield IndexableTrace(
-            number=number,
-            path=path,
-            digest=digest_of(attributes),
-            features={array: read_array(path / array).shape[-1] for array in sorted(arrays)},
-            layers=attributes.layers,
-            stored={
-                layer: {array: stored.bytes for array, stored in entry.items()}
-                for layer, entry in found.items()
-            },
-        )
+    run = locate(run)
+    names = read_run_attributes(run).scenarios
+    found = each_of(_indexable, [run / name for name in names])
+    for number, trace in enumerate(found):
+        if trace is not None:
+            yield trace._replace(number=number)
+
+
+def _indexable(path: Location) -> IndexableTrace | None:
+    if not (path / "zarr.json").is_file():
+        return None
+    attributes = read_trace_attributes(path)
+    found = _features_of(attributes)
+    if not attributes.complete or not found:
+        return None
+    arrays = {array for entry in found.values() for array in entry}
+    return IndexableTrace(
+        number=-1,
+        path=path,
+        digest=digest_of(attributes),
+        features={array: read_array(path / array).shape[-1] for array in sorted(arrays)},
+        layers=attributes.layers,
+        stored={
+            layer: {array: stored.bytes for array, stored in entry.items()}
+            for layer, entry in found.items()
+        },
+    )
 
 
 def digest_of(attributes: TraceAttributes) -> int:
@@ -139,13 +156,13 @@ def read_features(trace: IndexableTrace, array: str, layer: int) -> np.ndarray |
         )
     opened = stored_array(path)
     if opened is None:
-        values = zarr.open_array(path, mode="r")[at]
+        values = zarr.open_array(zarr_place(path), mode="r")[at]
     else:
         values = opened[0][indexing.BasicIndexer((at, slice(None), slice(None)))]
     return np.asarray(values)
 
 
-def read_token_texts(trace: Path) -> list[str]:
+def read_token_texts(trace: Location) -> list[str]:
     """Return the texts of a trace's tokens.
 
     Raises
@@ -156,7 +173,7 @@ def read_token_texts(trace: Path) -> list[str]:
     path = trace / "query_token"
     (size,) = read_array(path).shape
     opened = stored_array(path)
-    texts = zarr.open_array(path, mode="r")[:] if opened is None else opened[0].load()
+    texts = zarr.open_array(zarr_place(path), mode="r")[:] if opened is None else opened[0].load()
     found = [str(text) for text in np.asarray(texts)]
     if not size or not any(found):
         raise IntegrityError(
@@ -181,8 +198,8 @@ class RunIndex:
         If it cannot be read.
     """
 
-    def __init__(self, run: str | Path) -> None:
-        self.path = Path(run) / INDEX
+    def __init__(self, run: str | Location) -> None:
+        self.path = locate(run) / INDEX
         if not (self.path / "zarr.json").is_file():
             read_run_attributes(run)  # says what is wrong if it is no run
             raise StoreError(
@@ -257,8 +274,10 @@ class IndexWriter:
         What it holds: layers in order, latents by array.
     """
 
-    def __init__(self, run: str | Path, layers: Sequence[int], features: Mapping[str, int]) -> None:
-        self._run = Path(run).absolute()
+    def __init__(
+        self, run: str | Location, layers: Sequence[int], features: Mapping[str, int]
+    ) -> None:
+        self._run = locate(run).absolute()
         # Of its own: tasks of an attempt that failed may still be writing to theirs.
         self.path = self._run.with_name(f"{_beside(self._run)}{secrets.token_hex(4)}")
         self._layers, self._features = tuple(layers), dict(features)
@@ -270,10 +289,11 @@ class IndexWriter:
         with clear_errors(self._run):
             for left in self._run.parent.iterdir():
                 if left.name.startswith(_beside(self._run)):
-                    shutil.rmtree(left, ignore_errors=True)
-            group = zarr.create_group(self.path, zarr_format=3)
-            for name, one in self._layout.items():
-                create_array(group, name, one)
+                    remove_tree(left)
+            with made_whole(self.path) as folder:
+                group = zarr.create_group(folder, zarr_format=3)
+                for name, one in self._layout.items():
+                    create_array(group, name, one)
         return self
 
     def __exit__(
@@ -282,7 +302,7 @@ class IndexWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove_tree(self.path)
 
     def finish(
         self, digests: Sequence[int], stored: Mapping[str, Mapping[str, Stored]]
@@ -304,9 +324,13 @@ class IndexWriter:
             }
             coordinates = [name for name, one in self._layout.items() if len(one.dims) == 1]
             coordinates = [name for name in coordinates if not name.startswith("tokens")]
-            for name in coordinates:
-                array = zarr.open_array(self.path / name, mode="r+")
-                array[:] = values.get(name, np.arange(self._layout[name].shape[0]))
+            with made_whole(self.path) as folder:
+                group = zarr.open_group(folder, mode="a")
+                for name in coordinates:
+                    if name not in group:
+                        create_array(group, name, self._layout[name])
+                    array = zarr.open_array(folder / name, mode="r+")
+                    array[:] = values.get(name, np.arange(self._layout[name].shape[0]))
             attributes = IndexAttributes(
                 layers=self._layers,
                 features=self._features,
@@ -321,18 +345,18 @@ class IndexWriter:
                 },
             )
             write_attributes(self.path, attributes.model_dump(mode="json"))
-            for file in sorted([self.path, *self.path.rglob("*")]):
-                fsync(file)
+            fsync(self.path)
+            fsync_all(self.path)
             self._put_in_place()
         return attributes
 
     def _put_in_place(self) -> None:
         index, old = self._run / INDEX, _old(self._run)
-        if index.exists():
-            index.rename(old)
-        self.path.rename(index)
+        if isinstance(index, Path) and index.exists():
+            move(index, old)
+        move(self.path, index)
         fsync(self._run)
-        shutil.rmtree(old, ignore_errors=True)
+        remove_tree(old)
 
     def _fingerprint(self, name: str, at: int | None) -> Stored:
         one = self._layout[name]
@@ -340,7 +364,7 @@ class IndexWriter:
 
 
 def write_index_layer(
-    path: Path,
+    path: Location,
     layers: Sequence[int],
     features: Mapping[str, int],
     layer: int,
@@ -371,17 +395,17 @@ def write_index_layer(
     return out
 
 
-def _beside(run: Path) -> str:
+def _beside(run: Location) -> str:
     """Return how the names of folders begin in which an index of a run is being made."""
     return f".{run.name}.index."
 
 
-def _old(run: Path) -> Path:
+def _old(run: Location) -> Location:
     return run.with_name(f"{_beside(run)}old")
 
 
 @contextlib.contextmanager
-def locked(run: str | Path) -> Iterator[None]:
+def locked(run: str | Location) -> Iterator[None]:
     """Hold a run's lock, for its index to be written.
 
     Raises
@@ -389,12 +413,12 @@ def locked(run: str | Path) -> Iterator[None]:
     LockedError
         If another process is writing the run or its index.
     """
-    run = Path(run).absolute()
+    run = locate(run).absolute()
     with clear_errors(run):
         handle = lock(run)
     try:
-        if _old(run).exists() and not (run / INDEX).exists():
-            _old(run).rename(run / INDEX)  # a writer was killed between two renames
+        if isinstance(run, Path) and _old(run).exists() and not (run / INDEX).exists():
+            move(_old(run), run / INDEX)  # a writer was killed between two renames
         yield
     finally:
         unlock(run, handle)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 import google_crc32c
 import numpy as np
@@ -18,6 +17,7 @@ from numcodecs import Blosc, Zstd
 
 from zarrtrace.spec import ATTENTION_LEVEL, ArrayLayout, Nonzeros
 from zarrtrace.store.files import write_whole
+from zarrtrace.store.objects import Location
 
 #: Place of a chunk in its file's grid.
 Place = tuple[int, ...]
@@ -28,7 +28,7 @@ _BLOSC = Blosc(cname="zstd", clevel=ATTENTION_LEVEL, shuffle=Blosc.SHUFFLE)
 
 
 def write_block(
-    array: Path, layout: ArrayLayout, at: tuple[int, ...], block: np.ndarray
+    array: Location, layout: ArrayLayout, at: tuple[int, ...], block: np.ndarray
 ) -> dict[str, bytes]:
     """Write a block of an array that fills whole files, but for the array's own edges.
 
@@ -58,7 +58,7 @@ def write_block(
 
 
 def write_nonzeros(
-    array: Path, layout: ArrayLayout, at: tuple[int, int, int], block: Nonzeros
+    array: Location, layout: ArrayLayout, at: tuple[int, int, int], block: Nonzeros
 ) -> dict[str, bytes]:
     """Write what is not 0 of a sharded array's rows ``(query, feature)``, as :func:`write_block`.
 
@@ -107,7 +107,7 @@ def _filled_chunks(part: Nonzeros, layout: ArrayLayout) -> Iterator[tuple[Place,
             flat[inside[first:last]] = 0
 
 
-def _write_file(array: Path, index: Sequence[int], content: bytes) -> dict[str, bytes]:
+def _write_file(array: Location, index: Sequence[int], content: bytes) -> dict[str, bytes]:
     """Write a file of an array; returns its content by key."""
     key = "/".join(("c", *map(str, index)))
     file = array / key

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 
 from zarrtrace.spec import TraceAttributes
 from zarrtrace.store.attributes import (
+    ArrayOnDisk,
     kind_of,
+    names_below,
+    parse_array,
     read_array,
+    read_group,
     read_run_attributes,
     read_trace_attributes,
+    trace_attributes_of,
 )
+from zarrtrace.store.files import each_of, sizes_below
+from zarrtrace.store.objects import Location, ObjectPath, locate
 
 _ITEMSIZE = {"float16": 2, "float32": 4, "uint32": 4, "int64": 8, "bool": 1}
 
@@ -54,27 +64,32 @@ class RunSummary(BaseModel):
         return self.bytes_dense / max(1, self.bytes_on_disk)
 
 
-def summarize(path: str | Path) -> RunSummary:
+def summarize(path: str | Location) -> RunSummary:
     """Summarise a run, or a trace that stands alone.
 
     Parameters
     ----------
     path
-        Its folder.
+        Its folder, or its address.
 
     Raises
     ------
     NotATraceError, FormatVersionError, IntegrityError
     """
-    path = Path(path)
+    path = locate(path)
     names: tuple[str, ...]
     if kind_of(path) == "trace":
         names, complete, version = ("",), True, read_trace_attributes(path).format_version
     else:
         run = read_run_attributes(path)
         names, complete, version = run.scenarios, run.complete, run.format_version
-    present = [name for name in names if (path / name / "zarr.json").is_file()]
-    traces = tuple(_trace(path / name) for name in present)
+    # The folder itself, if it is a trace.
+    folders = [path / name if name else path for name in names]
+    there = each_of(lambda folder: (folder / "zarr.json").is_file(), folders)
+    present = [name for name, one in zip(names, there, strict=True) if one]
+    traces = tuple(
+        each_of(_trace, [folder for folder, one in zip(folders, there, strict=True) if one])
+    )
     return RunSummary(
         path=str(path),
         format_version=version,
@@ -86,16 +101,16 @@ def summarize(path: str | Path) -> RunSummary:
     )
 
 
-def _trace(path: Path) -> TraceSummary:
-    attributes = read_trace_attributes(path)
+def _trace(path: Location) -> TraceSummary:
+    group = read_group(path)
+    attributes = trace_attributes_of(path, group)
     dims: dict[str, int] = {}
     arrays: dict[str, tuple[int, ...]] = {}
     dense = 0
-    for file in sorted(path.glob("*/zarr.json")):
-        array = read_array(file.parent)
+    for name, array in _arrays(path, group, attributes).items():
         dims |= dict(zip(array.dims, array.shape, strict=True))
         if len(array.shape) > 1:
-            arrays[file.parent.name] = array.shape
+            arrays[name] = array.shape
             dense += math.prod(array.shape) * _ITEMSIZE.get(array.dtype, 8)
     return TraceSummary(
         scenario=attributes.scenario,
@@ -105,7 +120,7 @@ def _trace(path: Path) -> TraceSummary:
         tokens=dims.get("query", 0),
         dims=dims,
         arrays=arrays,
-        bytes_on_disk=_bytes_below(path),
+        bytes_on_disk=_bytes_of(path, attributes),
         bytes_dense=dense,
         tags=attributes.tags,
         model=None if attributes.model is None else attributes.model.id,
@@ -114,8 +129,30 @@ def _trace(path: Path) -> TraceSummary:
     )
 
 
+def _arrays(
+    path: Location, group: Mapping[str, Any], attributes: TraceAttributes
+) -> dict[str, ArrayOnDisk]:
+    """Return what the trace's arrays say of themselves; in an object store without a request."""
+    nodes = (group.get("consolidated_metadata") or {}).get("metadata", {})
+    if isinstance(path, ObjectPath) and attributes.complete:
+        return {
+            name: parse_array(path / name, functools.partial(nodes.__getitem__, name))
+            for name in sorted(nodes)
+        }
+    return {name: read_array(path / name) for name in names_below(path)}
+
+
 def _release(attributes: TraceAttributes) -> str | None:
     return next((sae.release for sae in attributes.saes if sae.release), None)
+
+
+def _bytes_of(path: Location, attributes: TraceAttributes) -> int:
+    if not isinstance(path, ObjectPath):
+        return _bytes_below(path)
+    sizes = sizes_below(path)
+    if sizes is not None:
+        return sum(sizes.values())
+    return sum(stored.bytes for entry in attributes.stored.values() for stored in entry.values())
 
 
 def _bytes_below(path: str | Path) -> int:

@@ -11,7 +11,6 @@ import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -36,8 +35,9 @@ from zarrtrace.store.attributes import (
     incomplete,
     read_trace_attributes,
 )
-from zarrtrace.store.files import clear_errors, fingerprint, fingerprint_of, fsync
+from zarrtrace.store.files import clear_errors, fingerprint, fingerprint_of, fsync, fsync_all
 from zarrtrace.store.nodes import consolidate, update_attributes
+from zarrtrace.store.objects import Location, locate
 from zarrtrace.store.resuming import as_stored, resume
 from zarrtrace.store.shards import write_block, write_nonzeros
 
@@ -51,7 +51,7 @@ class TraceWriter:
     Parameters
     ----------
     path
-        Folder of the trace; created if need be.
+        Folder of the trace, or its address in an object store; created if need be.
     attributes
         What the trace says of itself; the journal is the writer's own.
     shape
@@ -69,14 +69,14 @@ class TraceWriter:
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Location,
         attributes: TraceAttributes,
         shape: TraceShape,
         tokens: Tokens,
         *,
         repair: bool = False,
     ) -> None:
-        self.path = Path(path)
+        self.path = locate(path)
         self._layout = as_stored(self.path, trace_layout(shape))
         # Written so far, by layer and array: how many rows from which row on.
         self._rows: defaultdict[tuple[str, str], dict[int, int]] = defaultdict(dict)
@@ -288,8 +288,7 @@ class TraceWriter:
         if self.missing_layers or self.needs_tokens:
             raise incomplete(self.path, read_trace_attributes(self.path))
         with clear_errors(self.path):
-            for file in sorted(self.path.rglob("*")):
-                fsync(file)
+            fsync_all(self.path)
             update_attributes(self.path, lambda attributes: {**attributes, "complete": True})
             consolidate(self.path)
             fsync(self.path / "zarr.json")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import zarr
@@ -19,6 +19,7 @@ from zarrtrace.store.attributes import (
     files_of,
     files_of_entry,
     kind_of,
+    names_below,
     read_array,
     read_group,
     read_index_attributes,
@@ -28,6 +29,7 @@ from zarrtrace.store.attributes import (
 )
 from zarrtrace.store.files import fingerprint
 from zarrtrace.store.nodes import consolidated, labels_of
+from zarrtrace.store.objects import Location, ObjectPath, at_once, locate, zarr_place
 from zarrtrace.store.run_index import digest_of
 
 _OTHER_ATTRIBUTES = "its attributes are not the ones that were written"
@@ -55,13 +57,13 @@ class Problem(BaseModel):
     message: str
 
 
-def verify(path: str | Path) -> list[Problem]:
+def verify(path: str | Location) -> list[Problem]:
     """Read every byte of a run, or of one trace, and compare it with the journal.
 
     Parameters
     ----------
     path
-        Folder of the run or the trace.
+        Folder of the run or the trace, or its address.
 
     Returns
     -------
@@ -73,7 +75,7 @@ def verify(path: str | Path) -> list[Problem]:
     NotATraceError, FormatVersionError, IntegrityError
         If the run's own attributes cannot be read.
     """
-    path = Path(path)
+    path = locate(path)
     if kind_of(path) == "trace":
         return list(_trace(path, path.name))
     names = read_run_attributes(path).scenarios
@@ -84,7 +86,7 @@ def verify(path: str | Path) -> list[Problem]:
     return [*problems, *_index(path, names)]
 
 
-def _index(run: Path, names: Sequence[str]) -> Iterator[Problem]:
+def _index(run: Location, names: Sequence[str]) -> Iterator[Problem]:
     """Compare the run's index, if it has one, with its journal and with the traces."""
     path = run / INDEX
     if not path.is_dir():
@@ -116,10 +118,10 @@ def _index(run: Path, names: Sequence[str]) -> Iterator[Problem]:
         yield from _stale(run, path, names)
 
 
-def _stale(run: Path, path: Path, names: Sequence[str]) -> Iterator[Problem]:
+def _stale(run: Location, path: Location, names: Sequence[str]) -> Iterator[Problem]:
     """Name the scenarios whose features are not those that the index was made from."""
-    listed = zarr.open_array(path / "scenario", mode="r")[:]
-    digests = zarr.open_array(path / "digest", mode="r")[:]
+    listed = zarr.open_array(zarr_place(path / "scenario"), mode="r")[:]
+    digests = zarr.open_array(zarr_place(path / "digest"), mode="r")[:]
     if [str(name) for name in np.asarray(listed)] != list(names):
         yield Problem(
             scenario=None, array=INDEX, message="is of other scenarios: 'zarrtrace index' again"
@@ -136,7 +138,7 @@ def _stale(run: Path, path: Path, names: Sequence[str]) -> Iterator[Problem]:
             )
 
 
-def _trace(path: Path, scenario: str) -> Iterator[Problem]:
+def _trace(path: Location, scenario: str) -> Iterator[Problem]:
     if not path.is_dir():
         yield Problem(scenario=scenario, message="not there: not extracted yet, or deleted")
         return
@@ -149,32 +151,48 @@ def _trace(path: Path, scenario: str) -> Iterator[Problem]:
     yield from problems or _copy(path, scenario)
 
 
-def _journalled(path: Path, scenario: str, attributes: TraceAttributes) -> Iterator[Problem]:
+def _journalled(path: Location, scenario: str, attributes: TraceAttributes) -> Iterator[Problem]:
     """Compare files with the journal."""
     for missing in attributes.missing_layers:
         yield Problem(scenario=scenario, layer=missing, message="not stored")
-    for key, entry in attributes.stored.items():
+    metadata = functools.cache(lambda array: read_array(path / array))
+
+    def compare(entry: tuple[str, str, Stored]) -> list[Problem]:
+        key, array, stored = entry
         layer = int(key) if key.isdigit() else None
-        for array, stored in entry.items():
-            for chunk, message in _compare(path, array, attributes, key, stored):
-                yield Problem(
-                    scenario=scenario, array=array, layer=layer, chunk=chunk, message=message
-                )
+        return [
+            Problem(scenario=scenario, array=array, layer=layer, chunk=chunk, message=message)
+            for chunk, message in _compare(path, array, attributes, key, stored, metadata)
+        ]
+
+    entries = [
+        (key, array, stored)
+        for key, entry in attributes.stored.items()
+        for array, stored in entry.items()
+    ]
+    some_at_once = at_once if isinstance(path, ObjectPath) else map
+    yield from itertools.chain.from_iterable(some_at_once(compare, entries))
 
 
-def _group(path: Path, scenario: str | None) -> Iterator[Problem]:
+def _group(path: Location, scenario: str | None) -> Iterator[Problem]:
     """Check a group's own metadata."""
     group = read_group(path)
     if seal_broken(group["attributes"][NAMESPACE]):
         yield Problem(scenario=scenario, message=_OTHER_ATTRIBUTES)
     labels = group["attributes"].get("coordinates")
-    if scenario is not None and labels != labels_of(file.name for file in path.iterdir()):
+    if scenario is not None and labels != labels_of(_names(path)):
         yield Problem(scenario=scenario, message="its attribute 'coordinates' was changed")
     if (group.get("zarr_format"), group.get("node_type")) != (3, "group"):
         yield Problem(scenario=scenario, message="its zarr.json is not that of a Zarr v3 group")
 
 
-def _copy(path: Path, scenario: str | None) -> Iterator[Problem]:
+def _names(path: Location) -> list[str]:
+    if isinstance(path, ObjectPath):
+        return names_below(path)
+    return [file.name for file in path.iterdir()]
+
+
+def _copy(path: Location, scenario: str | None) -> Iterator[Problem]:
     """Compare a group's consolidated metadata with the metadata below it, which is sound."""
     if read_group(path).get("consolidated_metadata") not in (None, consolidated(path)):
         yield Problem(
@@ -184,11 +202,16 @@ def _copy(path: Path, scenario: str | None) -> Iterator[Problem]:
 
 
 def _compare(
-    path: Path, array: str, attributes: TraceAttributes, key: str, stored: Stored
+    path: Location,
+    array: str,
+    attributes: TraceAttributes,
+    key: str,
+    stored: Stored,
+    metadata_of: Callable[[str], ArrayOnDisk],
 ) -> Iterator[tuple[str | None, str]]:
     """Yield what is wrong with one entry of the journal, and the file where it can be told."""
     try:
-        metadata = read_array(path / array)
+        metadata = metadata_of(array)
     except StoreError as error:
         if key == METADATA or METADATA not in attributes.stored:
             yield None, error.what
@@ -215,11 +238,11 @@ def _compare(
 
 
 def _damaged(
-    path: Path, array: str, files: Sequence[str], metadata: ArrayOnDisk
+    path: Location, array: str, files: Sequence[str], metadata: ArrayOnDisk
 ) -> Iterator[tuple[str, str]]:
     """Yield files that are gone, or with chunks that cannot be decoded."""
     try:
-        opened = zarr.open_array(path / array, mode="r")
+        opened = zarr.open_array(zarr_place(path / array), mode="r")
     except Exception as error:  # noqa: BLE001  what Zarr raises depends on what is broken
         yield "zarr.json", f"Zarr cannot open the array: {error}"
         return

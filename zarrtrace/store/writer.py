@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,8 +22,17 @@ from zarrtrace.store.attributes import (
     read_trace_attributes,
     seal_broken,
 )
-from zarrtrace.store.files import clear_errors, fsync, lock, remove_partial_files, unlock
+from zarrtrace.store.files import (
+    clear_errors,
+    each_of,
+    fsync,
+    move,
+    remove_partial_files,
+    remove_tree,
+)
+from zarrtrace.store.locks import lock, unlock
 from zarrtrace.store.nodes import consolidate, create_run, write_attributes
+from zarrtrace.store.objects import Location, ObjectPath, locate
 from zarrtrace.store.trace_writer import TraceWriter
 
 
@@ -35,7 +42,7 @@ class RunWriter:
     Parameters
     ----------
     path
-        Folder of the run; created if need be.
+        Folder of the run, or its address in an object store; created if need be.
     scenarios
         Names of the traces.
     config
@@ -59,14 +66,14 @@ class RunWriter:
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Location,
         scenarios: Sequence[str],
         config: Mapping[str, Any],
         *,
         overwrite: bool = False,
         repair: bool = False,
     ) -> None:
-        self._final = Path(path).absolute()
+        self._final = locate(path).absolute()
         self._attributes = RunAttributes(
             scenarios=tuple(check_name(name) for name in scenarios), config=dict(config)
         )
@@ -94,7 +101,7 @@ class RunWriter:
 
     def _open(self) -> None:
         just_replaced = self._end_earlier_swap()
-        remove_partial_files(self._final.glob("*.partial"))
+        remove_partial_files(self._final, deep=False)
         exists = self._final.is_dir() and any(self._final.iterdir())
         if exists or self._final.is_file():
             previous = self._previous()
@@ -106,7 +113,7 @@ class RunWriter:
             self.path = self._new
             if self._can_go_on(self._new):
                 return
-            shutil.rmtree(self._new, ignore_errors=True)
+            remove_tree(self._new)
         create_run(self.path, self._attributes.model_dump(mode="json"))
 
     def _previous(self) -> RunAttributes:
@@ -134,14 +141,14 @@ class RunWriter:
         return any((self._final / name / "zarr.json").is_file() for name in names)
 
     @property
-    def _new(self) -> Path:
+    def _new(self) -> Location:
         return self._final.with_name(f".{self._final.name}.new")
 
     @property
-    def _old(self) -> Path:
+    def _old(self) -> Location:
         return self._final.with_name(f".{self._final.name}.old")
 
-    def _can_go_on(self, path: Path) -> bool:
+    def _can_go_on(self, path: Location) -> bool:
         """Whether an earlier writer, stopped while it replaced a run, was asked for the same."""
         try:
             return not _differing(read_run_attributes(path), self._attributes)
@@ -150,19 +157,35 @@ class RunWriter:
 
     def _end_earlier_swap(self) -> bool:
         """Bring to its end what a writer killed in :meth:`_swap` began; say if it did."""
+        if isinstance(self._final, ObjectPath):
+            return self._end_earlier_copying()
         began = self._old.exists() and not self._final.exists()
         if began:
-            (self._new if self._new.exists() else self._old).rename(self._final)
-        shutil.rmtree(self._old, ignore_errors=True)
+            move(self._new if self._new.exists() else self._old, self._final)
+        remove_tree(self._old)
+        return began
+
+    def _end_earlier_copying(self) -> bool:
+        try:
+            began = read_run_attributes(self._new).complete
+        except StoreError:
+            return False
+        if began:
+            move(self._new, self._final)
         return began
 
     def _swap(self) -> None:
-        """Put the finished new run where the old one is; whole at any moment, if renamed."""
-        shutil.rmtree(self._old, ignore_errors=True)
-        self._final.rename(self._old)
-        self._new.rename(self._final)
+        """Put the finished new run where the old one is.
+
+        On a disk it is renamed, and whole at any moment; in an object store it is copied, and its
+        zarr.json comes last.
+        """
+        if not isinstance(self._final, ObjectPath):
+            remove_tree(self._old)
+            move(self._final, self._old)
+        move(self._new, self._final)
         self.path = self._final
-        shutil.rmtree(self._old)
+        remove_tree(self._old)
 
     def _unlock(self) -> None:
         unlock(self._final, self._lock)
@@ -180,11 +203,11 @@ class RunWriter:
         IncompleteError
             If a scenario has layers missing; what is there stays readable.
         """
+        traces = [self.path / name for name in self._attributes.scenarios]
         missing = [
-            name
-            for name in self._attributes.scenarios
-            if not (self.path / name).is_dir()
-            or not read_trace_attributes(self.path / name).complete
+            trace.name
+            for trace, complete in zip(traces, each_of(_is_complete, traces), strict=True)
+            if not complete
         ]
         if missing:
             raise IncompleteError(
@@ -199,6 +222,10 @@ class RunWriter:
             fsync(self.path / "zarr.json")
             if self.path != self._final:
                 self._swap()
+
+
+def _is_complete(trace: Location) -> bool:
+    return (trace / "zarr.json").is_file() and read_trace_attributes(trace).complete
 
 
 def _differing(old: RunAttributes, new: RunAttributes) -> list[str]:
@@ -230,7 +257,7 @@ def _parts(value: Any) -> dict[str, None]:
     return dict.fromkeys(map(repr, value)) if isinstance(value, list) else {}
 
 
-def _refuse_other_config(path: Path, old: RunAttributes, new: RunAttributes) -> None:
+def _refuse_other_config(path: Location, old: RunAttributes, new: RunAttributes) -> None:
     if differing := _differing(old, new):
         raise ConfigMismatchError(
             f"{path}: this run was started with another configuration:\n" + "\n".join(differing),

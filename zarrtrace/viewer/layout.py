@@ -16,7 +16,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ import xarray as xr
 
 from zarrtrace.errors import ConfigError, IncompleteError
 from zarrtrace.spec import NAMESPACE
-from zarrtrace.store import kind_of, open_run, open_trace
+from zarrtrace.store import Location, kind_of, locate, open_run, open_trace
 from zarrtrace.viewer.arrays import BundleArray, run_arrays, trace_arrays
 from zarrtrace.viewer.neuronpedia import source_of
 
@@ -76,13 +75,13 @@ class Layout:
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Location,
         *,
         scenarios: Sequence[str] | None = None,
         layers: Sequence[int] | None = None,
         eight_bit: bool = False,
     ) -> None:
-        self.path = Path(path)
+        self.path = locate(path)
         self.eight_bit = eight_bit
         self.traces = _only_layers(_only_scenarios(_open(self.path), scenarios), layers)
         self._lock = threading.Lock()
@@ -202,7 +201,7 @@ def _as_json(value: dict[str, Any]) -> bytes:
     return json.dumps(value, indent=2, sort_keys=True).encode()
 
 
-def _open(path: Path) -> dict[str, xr.Dataset]:
+def _open(path: Location) -> dict[str, xr.Dataset]:
     if kind_of(path) == "trace":
         ds = open_trace(path, missing="nan")
         return {ds.attrs[NAMESPACE]["scenario"]: ds}

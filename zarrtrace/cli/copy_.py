@@ -1,0 +1,36 @@
+"""``zarrtrace copy``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from zarrtrace.cli.shared import Address, bar, quiet_option, storage_option, target_option
+from zarrtrace.errors import readable
+
+if TYPE_CHECKING:
+    from zarrtrace.store import Location
+
+
+@click.command("copy")
+@click.argument("source", type=Address())
+@click.argument("target", type=Address(of_target=True))
+@storage_option
+@target_option
+@quiet_option
+def command(source: Location, target: Location, quiet: bool) -> None:  # noqa: FBT001 -- click
+    """Copy the run or trace SOURCE to TARGET: folders, or addresses in object stores.
+
+    Every byte is compared with the source's checksums, when it is read and as it arrived. A copy
+    that was interrupted goes on when the same command is run again.
+    """
+    from zarrtrace.store import copy_run
+
+    with bar("copy", quiet=quiet, unit="B") as progress:
+        done = copy_run(source, target, progress=progress)
+    if not quiet:
+        click.echo(
+            f"{target}: {done.scenarios} scenarios, {readable(done.bytes)} copied and verified, "
+            f"{readable(done.bytes_there)} were there"
+        )
