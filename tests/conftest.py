@@ -8,7 +8,7 @@ import io
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ _LONG = (
     "test_viewer_page.py",
     "test_cli.py",
     "test_distributed.py",
+    "test_objects.py",
     "test_store.py",
     "test_bad_input.py",
 )
@@ -100,6 +101,25 @@ def run(tmp_path: Path, shared_run: fakes.FakeRun) -> fakes.FakeRun:
     """A complete run of the test's own: a copy, which takes a tenth of the time."""
     shutil.copytree(shared_run.path, tmp_path / shared_run.path.name)
     return shared_run._replace(path=tmp_path / shared_run.path.name)
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A server of object storage; see ``s3_servers.py``."""
+    import s3_servers
+
+    if not s3_servers.BIN.is_dir() and "ZARRTRACE_REQUIRE_SERVERS" not in os.environ:
+        pytest.skip("no .venv-servers (scripts/servers.sh makes it)")
+    with s3_servers.serving(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: Any) -> Iterator[Any]:
+    """The same, without what earlier tests left of requests and faults."""
+    s3_server.proxy.seen.clear()
+    yield s3_server
+    s3_server.proxy.fault = lambda _: None
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from typing import Any
 
 import fakes
 import pytest
+import s3_servers
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import running, said_after
@@ -118,6 +119,14 @@ def test_equals_one_process(
     assert len(set(client.run(os.getpid).values())) == 2
     extract_on_cluster(client, tmp_path / "run", asked)
     assert_same(tmp_path / "run", single)
+
+
+def test_workers_write_to_an_object_store(client: Any, single: dict[str, bytes], s3: Any) -> None:
+    client.run(os.environ.update, s3_servers.CREDENTIALS)
+    run = s3.folder() / "run"
+    extract_on_cluster(client, run, options())
+    assert {name: (run / name).read_bytes() for name in sorted(run.files())} == single
+    assert {name.split("/")[0] for name in run.parent.files()} == {"run"}  # no lock is left
 
 
 def test_batches_are_those_of_one_process(

@@ -9,7 +9,10 @@ from pathlib import Path
 import fakes
 import pytest
 
-HEAVY = ("torch", "transformers", "sae_lens", "zarr", "xarray", "pydantic", "pandas", "matplotlib")
+HEAVY = (
+    "torch", "transformers", "sae_lens", "zarr", "xarray", "pydantic", "pandas", "matplotlib",
+    "obstore",
+)  # fmt: skip
 
 
 def imported(code: str, *arguments: str) -> set[str]:
@@ -43,8 +46,10 @@ def test_reading_needs_no_torch(shared_run: fakes.FakeRun, tmp_path: Path) -> No
     run = str(shared_run.path)
     assert imported(CLI, "info", run) == {"pydantic"}
     for arguments in (["verify", run], ["export", run, "-o", str(tmp_path / "npz")]):
-        assert not imported(CLI, *arguments) & {"torch", "transformers", "sae_lens"}
-    assert "xarray" in imported(f"import zarrtrace; zarrtrace.open_run({run!r})")
+        assert not imported(CLI, *arguments) & {"torch", "transformers", "sae_lens", "obstore"}
+    opened = imported(f"import zarrtrace; zarrtrace.open_run({run!r})")
+    assert "xarray" in opened
+    assert "obstore" not in opened
 
 
 def test_the_proof_can_fail() -> None:

@@ -1,0 +1,143 @@
+"""A run on a static web host with TLS and ranges: read by plain xarray, and by us."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import fakes
+import numpy as np
+import pytest
+import s3_servers
+from aiohttp import web
+
+pytestmark = pytest.mark.skipif(
+    not s3_servers.BIN.is_dir() and "ZARRTRACE_REQUIRE_SERVERS" not in os.environ,
+    reason="no .venv-servers (scripts/servers.sh makes it)",
+)
+
+_PLAIN = """
+import sys
+import numpy as np
+import xarray as xr
+
+tree = xr.open_datatree(sys.argv[1], engine="zarr")
+for name, node in tree.children.items():
+    for key, values in node.to_dataset().variables.items():
+        if values.dtype.kind in "iuf":
+            np.save(f"{sys.argv[2]}/{name}.{key}.npy", values.values)
+"""
+_OURS = """
+import sys
+import numpy as np
+import zarrtrace as zt
+
+run = zt.open_run(sys.argv[1])
+for name in run.children:
+    for key, values in zt.open_trace(f"{sys.argv[1]}/{name}").variables.items():
+        assert (run[name][key].values == values.values).all(), key
+        if values.dtype.kind in "iuf":
+            np.save(f"{sys.argv[2]}/{name}.{key}.npy", values.values)
+"""
+
+
+class Host:
+    """Serves a folder; remembers the ranges that were asked for."""
+
+    def __init__(self, folder: Path, certificates: Path) -> None:
+        self.ranges: list[str] = []
+        self.port = s3_servers.free_port()
+        self._folder, self._certificates = folder, certificates
+        self._loop = asyncio.new_event_loop()
+        self._started = threading.Event()
+
+    @web.middleware
+    async def _remember(self, request: web.Request, handler: object) -> web.StreamResponse:
+        if "Range" in request.headers:
+            self.ranges.append(request.headers["Range"])
+        return await handler(request)  # type: ignore[operator,no-any-return]
+
+    def run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        app = web.Application(middlewares=[self._remember])
+        app.router.add_static("/", self._folder)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(
+            self._certificates / "server.pem", self._certificates / "server.key"
+        )
+        runner = web.AppRunner(app)
+        self._loop.run_until_complete(runner.setup())
+        site = web.TCPSite(runner, "127.0.0.1", self.port, ssl_context=context)
+        self._loop.run_until_complete(site.start())
+        self._started.set()
+        self._loop.run_forever()
+        self._loop.run_until_complete(runner.cleanup())
+        self._loop.close()
+
+    def wait(self) -> None:
+        assert self._started.wait(30)
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    certificates = tmp_path / "certificates"
+    certificates.mkdir()
+    trustme = [s3_servers.BIN / "python", "-m", "trustme", "-q", "-d", certificates]
+    subprocess.run([*map(str, trustme), "-i", "localhost"], check=True)
+    (tmp_path / "www").mkdir()
+    found = Host(tmp_path / "www", certificates)
+    thread = threading.Thread(target=found.run)
+    thread.start()
+    found.wait()
+    yield found
+    found.stop()
+    thread.join()
+
+
+@pytest.mark.parametrize("code", [_PLAIN, _OURS], ids=["xarray", "zarrtrace"])
+def test_over_https(code: str, host: Host, tmp_path: Path) -> None:
+    made = fakes.make_run(tmp_path / "www", tokens=(40, 9), features=5000)
+    (tmp_path / "out").mkdir()
+    trusted = {**os.environ, "SSL_CERT_FILE": str(tmp_path / "certificates" / "client.pem")}
+    address = f"https://localhost:{host.port}/run"
+    subprocess.run(
+        [sys.executable, "-c", code, address, str(tmp_path / "out")],
+        check=True,
+        env={**trusted, "PYTHONWARNINGS": "ignore"},
+        timeout=120,
+    )
+    for scenario, truth in made.truth.items():
+        for name, expected in truth.items():
+            if expected.dtype.kind in "iuf":
+                found = np.load(tmp_path / "out" / f"{scenario}.{name}.npy")
+                np.testing.assert_array_equal(found, expected, err_msg=name)
+
+
+def test_parts_are_ranges_and_commands_read_it(host: Host, tmp_path: Path) -> None:
+    fakes.make_run(tmp_path / "www", tokens=40, features=20_000)
+    address = f"https://localhost:{host.port}/run"
+    trusted = {**os.environ, "SSL_CERT_FILE": str(tmp_path / "certificates" / "client.pem")}
+    code = "import sys, zarrtrace as zt\nzt.open_run(sys.argv[1]).Safe_1.features[:, -1, 7].values"
+    subprocess.run([sys.executable, "-c", code, address], check=True, env=trusted, timeout=120)
+    assert len(host.ranges) == 6  # an index and a chunk, in each of three layers
+    for command in ("info", "verify"):
+        call = [sys.executable, "-m", "zarrtrace", command, address]
+        subprocess.run(call, check=True, env=trusted, timeout=120)
+    call = [sys.executable, "-m", "zarrtrace", "copy", address, str(tmp_path / "copy"), "-q"]
+    subprocess.run(call, check=True, env=trusted, timeout=120)
+    assert fakes.files_in(tmp_path / "copy") == fakes.files_in(tmp_path / "www" / "run")
+    call = [sys.executable, "-m", "zarrtrace", "index", address]
+    refused = subprocess.run(
+        call, env=trusted, timeout=120, capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 1
+    assert "is read-only" in refused.stderr
