@@ -375,6 +375,9 @@ def test_addresses() -> None:
             locate(bad)
     with pytest.raises(ConfigError, match="looks like a credential"):
         locate("s3://bucket/run", {"aws_secret_access_key": "x"})
+    with pytest.raises(ConfigError, match="holds a password") as found:
+        locate("sftp://user:hunter2@host/run")
+    assert "hunter2" not in str(found.value)
     with pytest.raises(ConfigError, match="nosuch"):
         locate("nosuch://bucket/run").is_file()
     with pytest.raises(ConfigError, match="endpointx"):

@@ -146,13 +146,12 @@ class ObjectPath:
                 why="A run has a name below a bucket, container or host.",
                 remedy=f"Give an address such as {scheme}://bucket/runs/demo.",
             )
+        user, at, _ = parts[0].rpartition("@")
+        if at and ":" in user:
+            raise _credential(f"an address at {parts[0].rpartition('@')[2]} holds a password")
         for name in options or ():
             if any(word in name.lower() for word in _CREDENTIAL_WORDS):
-                raise ConfigError(
-                    f"storage option {name!r} looks like a credential",
-                    why="What stands on a command line or in a notebook is read by others.",
-                    remedy="Put credentials into the environment, as AWS_SECRET_ACCESS_KEY.",
-                )
+                raise _credential(f"storage option {name!r} looks like a credential")
         given = tuple(sorted((str(name), str(value)) for name, value in (options or {}).items()))
         root = "/" if rest.startswith("/") else ""  # as in local:///folder
         return cls(f"{scheme}://{root}{'/'.join(parts[:-1])}", parts[-1], given)
@@ -254,6 +253,14 @@ class ObjectPath:
         _refuse_unlistable(self)
         prefix = f"{self.key}/"
         return {key.removeprefix(prefix): size for key, size in self.backend.sizes(prefix).items()}
+
+
+def _credential(what: str) -> ConfigError:
+    return ConfigError(
+        what,
+        why="What stands on a command line or in a notebook is read by others.",
+        remedy="Put credentials into the environment, as AWS_SECRET_ACCESS_KEY.",
+    )
 
 
 def _refuse_unlistable(path: ObjectPath) -> None:
