@@ -39,7 +39,7 @@ from zarrtrace.spec import (
 )
 from zarrtrace.store import RunWriter
 from zarrtrace.store.attributes import read_trace_attributes
-from zarrtrace.store.nodes import consolidate, write_attributes
+from zarrtrace.store.nodes import consolidate
 
 LAYERS, HEADS, TOKENS, FEATURES, ACTIVE = tuple(range(1, 32)), 32, 121, 32_768, 50
 STORED = 8
@@ -132,8 +132,7 @@ def _layer(rng: np.random.Generator, name: str, layer: int) -> LayerRecord:
 def _copy_trace(source: Path, target: Path) -> None:
     shutil.copytree(source, target)
     attributes = read_trace_attributes(target).model_dump(mode="json")
-    write_attributes(target, {**attributes, "scenario": target.name})
-    consolidate(target)
+    consolidate(target, {**attributes, "scenario": target.name})
 
 
 def measure(path: Path, name: str) -> dict[str, float]:

@@ -28,7 +28,7 @@ from xarray.core.indexing import BasicIndexer
 from zarrtrace.spec import ATTENTION_LEVEL, ArrayLayout
 from zarrtrace.store import shards
 from zarrtrace.store.lazy import stored_array
-from zarrtrace.store.nodes import create_array
+from zarrtrace.store.nodes import create_arrays
 
 HEADS = 32
 
@@ -110,7 +110,7 @@ def measure(folder: Path, layout: Layout, values: np.ndarray, repeats: int) -> l
 
     def write() -> None:
         shutil.rmtree(path, ignore_errors=True)
-        create_array(zarr.create_group(folder, overwrite=True), path.name, how)
+        create_arrays(folder, {}, {path.name: how})
         codec = Blosc(cname="zstd", clevel=layout.level, shuffle=Blosc.SHUFFLE)
         with mock.patch.object(shards, "_BLOSC", codec):
             for layer in range(len(values)):

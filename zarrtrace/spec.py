@@ -31,7 +31,7 @@ INDEX = "index"
 INDEX_TOKENS = 20
 
 #: Compression level of attention.
-ATTENTION_LEVEL = 3
+ATTENTION_LEVEL = 1
 
 # Shards stay below this size, dense: one writer holds at most a few of them.
 _MAX_SHARD_BYTES = 64 * 2**20
@@ -333,15 +333,20 @@ def _queries_per_chunk(tokens: int) -> int:
 
 def feature_rows(tokens: int, features: int, dtype: str = "float32") -> int:
     """Return how many tokens one shard of features holds."""
-    all_features = _round_up(features, min(features, _FEATURES_PER_CHUNK))
+    all_features = _round_up(features, feature_columns(features))
     return _rows_per_shard(tokens, min(tokens, _TOKENS_PER_CHUNK), all_features * _itemsize(dtype))
+
+
+def feature_columns(features: int) -> int:
+    """Return how many features one chunk of features holds."""
+    return min(features, _FEATURES_PER_CHUNK)
 
 
 def _feature_layouts(
     name: str, layers: int, tokens: int, features: int, dtype: str
 ) -> dict[str, ArrayLayout]:
     rows = min(tokens, _TOKENS_PER_CHUNK)
-    width = min(features, _FEATURES_PER_CHUNK)
+    width = feature_columns(features)
     all_features = _round_up(features, width)
     suffix = name.removeprefix("features")
     return {
@@ -591,19 +596,24 @@ def ranges(layers: Sequence[int]) -> str:
 class Nonzeros:
     """What is not 0 of an array ``(query, feature)``: a hundredth of it, and often less.
 
+    It comes by blocks of columns, as wide as the chunks of the array that it goes to.
+
     Attributes
     ----------
     shape
         Of the array.
+    columns
+        Width of a block; the last one of the array may be narrower.
     at
-        Places in the array, rows one after another ``(n,)`` int64, ascending.
+        Of each block, places ``row * columns + column`` ``(n,)``, ascending.
     values
-        What is there ``(n,)``.
+        Of each block, what is there ``(n,)``.
     """
 
     shape: tuple[int, int]
-    at: np.ndarray
-    values: np.ndarray
+    columns: int
+    at: tuple[np.ndarray, ...]
+    values: tuple[np.ndarray, ...]
 
     @property
     def ndim(self) -> int:
@@ -613,13 +623,40 @@ class Nonzeros:
     @property
     def nbytes(self) -> int:
         """Bytes that are held."""
-        return self.at.nbytes + self.values.nbytes
+        return sum(part.nbytes for part in (*self.at, *self.values))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:  # noqa: FBT001 -- NumPy's protocol
         """Return the array."""
-        dense = np.zeros(self.shape, dtype or self.values.dtype)
-        dense.reshape(-1)[self.at] = self.values
+        dense = np.zeros(self.shape, dtype or self.values[0].dtype)
+        for number, (at, values) in enumerate(zip(self.at, self.values, strict=True)):
+            row, column = np.divmod(at, self.columns)
+            dense[row, number * self.columns + column] = values
         return dense
+
+
+@dataclass(frozen=True)
+class BFloat16:
+    """An array of bfloat16, for which NumPy has no type; its values are float32's as well.
+
+    Attributes
+    ----------
+    bits
+        The upper halves of the float32 values, uint16.
+    """
+
+    bits: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held."""
+        return self.bits.nbytes
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:  # noqa: FBT001 -- NumPy's protocol
+        """Return the values, float32 unless asked otherwise."""
+        wide = self.bits.astype(np.uint32)
+        wide <<= 16
+        values: np.ndarray = wide.view(np.float32)
+        return values if dtype is None else values.astype(dtype, copy=False)
 
 
 @dataclass(frozen=True)
@@ -665,7 +702,7 @@ class LayerRecord:
     scenario: str
     layer: int
     start: int = 0
-    attention: np.ndarray | None = None
+    attention: np.ndarray | BFloat16 | None = None
     attention_mean: np.ndarray | None = None
     features: Mapping[str, FeatureRecord] = field(default_factory=dict)
 

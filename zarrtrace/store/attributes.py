@@ -249,8 +249,17 @@ def seal_broken(attributes: Mapping[str, Any]) -> bool:
 
 def _seal(attributes: Mapping[str, Any]) -> str:
     content = {key: value for key, value in attributes.items() if key != "blake2b"}
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return hash_of(canonical(content).encode())
+
+
+def canonical(value: Any) -> str:
+    """Write JSON as it is hashed: with sorted keys, no spaces and ASCII alone."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def hash_of(content: bytes) -> str:
+    """Return the hash that seals attributes."""
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def read_group(path: Location, wanted: str = "run or a trace") -> dict[str, Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -215,11 +217,34 @@ def remove_partial_files(folder: Location, *, deep: bool) -> None:
             file.unlink(missing_ok=True)
 
 
-def fsync_all(folder: Location) -> None:
-    """Have the disk hold what was written to a folder; an object store holds it already."""
-    if isinstance(folder, Path):
-        for file in sorted(folder.rglob("*")):
-            fsync(file)
+def flush(folder: Location) -> None:
+    """Have the disk hold all that was written to a folder and below; an object store does.
+
+    On Linux all that waits for its file system is written at once: file by file takes several
+    hundred times as long, for a trace is hundreds of files.
+    """
+    if isinstance(folder, ObjectPath):
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        syncfs = _syncfs()
+        if syncfs is None:
+            for path in sorted([folder, *folder.rglob("*")]):
+                fsync(path)
+        elif syncfs(handle):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), str(folder))
+    finally:
+        os.close(handle)
+
+
+@cache
+def _syncfs() -> Callable[[int], int] | None:
+    try:
+        found: Callable[[int], int] = ctypes.CDLL(None, use_errno=True).syncfs
+    except (AttributeError, OSError, TypeError):  # macOS
+        return None
+    return found
 
 
 def fsync(path: Location) -> None:

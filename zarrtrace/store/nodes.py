@@ -4,32 +4,45 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import zarr
-from zarr.abc.codec import BytesBytesCodec
-from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ZstdCodec
+import numpy as np
 
 from zarrtrace.spec import ATTENTION_LEVEL, INDEX, LABELS, NAMESPACE, ArrayLayout
-from zarrtrace.store.attributes import names_below, sealed
+from zarrtrace.store.attributes import canonical, hash_of, names_below, sealed
 from zarrtrace.store.files import change_whole, write_whole
 from zarrtrace.store.objects import Location, ObjectPath, at_once
+
+#: Makes attributes of those that are there.
+Update = Callable[[dict[str, Any]], dict[str, Any]]
+
+_GROUP = {"zarr_format": 3, "node_type": "group"}
+_CRC = {"name": "crc32c"}
+
+# Of the text of a trace's zarr.json before it is consolidated.
+_BEFORE, _BEHIND = f'"{NAMESPACE}":'.encode(), b'},"node_type":"group","zarr_format":3}'
+_JOURNAL = b',"stored":'
+_SEAL_LENGTH = len('"blake2b":"0123456789abcdef",')
 
 
 def create_trace(path: Path, attributes: dict[str, Any], layout: dict[str, ArrayLayout]) -> None:
     """Create the group of a trace and its arrays, all empty."""
-    group = zarr.create_group(
-        path,
-        zarr_format=3,
-        attributes={
-            NAMESPACE: sealed(attributes),
-            "coordinates": labels_of(layout),
-        },
-    )
+    own = {NAMESPACE: sealed(attributes), "coordinates": labels_of(layout)}
+    create_arrays(path, own, layout)
+
+
+def create_arrays(
+    path: Location, attributes: dict[str, Any], layout: Mapping[str, ArrayLayout]
+) -> None:
+    """Create a group with its attributes and arrays, all empty."""
+    path.mkdir(parents=True, exist_ok=True)
+    write_whole(path / "zarr.json", _encoded({**_GROUP, "attributes": attributes}))
     for name, array in layout.items():
-        create_array(group, name, array)
+        (path / name).mkdir(exist_ok=True)
+        write_whole(path / name / "zarr.json", _encoded(array_metadata(array)))
 
 
 def labels_of(arrays: Iterable[str]) -> str:
@@ -38,30 +51,58 @@ def labels_of(arrays: Iterable[str]) -> str:
     return " ".join(name for name in LABELS if name in there)
 
 
-def create_array(group: zarr.Group, name: str, layout: ArrayLayout) -> zarr.Array[Any]:
-    """Create one array of a trace as `layout` says."""
-    text = layout.dtype == "string"
-    return group.create_array(
-        name,
-        shape=layout.shape,
-        dtype=str if text else layout.dtype,
-        chunks=layout.chunks,
-        shards=layout.shards,
-        dimension_names=layout.dims,
-        fill_value=layout.fill_value,
-        attributes=dict(layout.attributes),
-        serializer="auto" if text else BytesCodec(endian="little"),
-        compressors=_compressors(layout),
-        # A chunk that equals the fill value must exist all the same: a missing one is a fault.
-        config={"write_empty_chunks": not layout.skip_empty},
-    )
+def array_metadata(layout: ArrayLayout) -> dict[str, Any]:
+    """Return the ``zarr.json`` of an array as `layout` says.
+
+    What zarr.create_array writes, but that takes over a millisecond, and a run has thousands; a
+    test compares the two.
+    """
+    inner = _codecs(layout)
+    codecs = inner if layout.shards is None else [_sharding(layout.chunks, inner)]
+    fill = layout.fill_value
+    return {
+        "shape": list(layout.shape),
+        "data_type": layout.dtype,
+        "chunk_grid": _named("regular", chunk_shape=list(layout.shards or layout.chunks)),
+        "chunk_key_encoding": _named("default", separator="/"),
+        "fill_value": "NaN" if isinstance(fill, float) and math.isnan(fill) else fill,
+        "codecs": codecs,
+        "attributes": dict(layout.attributes),
+        "dimension_names": list(layout.dims),
+        "zarr_format": 3,
+        "node_type": "array",
+        "storage_transformers": [],
+    }
 
 
-def _compressors(layout: ArrayLayout) -> list[BytesBytesCodec]:
+def _named(name: str, **configuration: Any) -> dict[str, Any]:
+    return {"name": name, "configuration": configuration} if configuration else {"name": name}
+
+
+def _codecs(layout: ArrayLayout) -> list[dict[str, Any]]:
     # Every chunk carries a checksum: a flipped bit must raise, never read as another number.
+    if layout.dtype == "string":
+        serializer = _named("vlen-utf8")
+    elif layout.dtype == "bool":
+        serializer = _named("bytes")
+    else:
+        serializer = _named("bytes", endian="little")
     if layout.codec == "attention":
-        return [BloscCodec(cname="zstd", clevel=ATTENTION_LEVEL, shuffle="shuffle"), Crc32cCodec()]
-    return [ZstdCodec(level=1, checksum=True)]
+        size = np.dtype(layout.dtype).itemsize
+        options = {"cname": "zstd", "clevel": ATTENTION_LEVEL, "shuffle": "shuffle"}
+        return [serializer, _named("blosc", typesize=size, **options, blocksize=0), _CRC]
+    return [serializer, _named("zstd", level=1, checksum=True)]
+
+
+def _sharding(chunks: Sequence[int], inner: list[dict[str, Any]]) -> dict[str, Any]:
+    index = [_named("bytes", endian="little"), _CRC]
+    return _named(
+        "sharding_indexed",
+        chunk_shape=list(chunks),
+        codecs=inner,
+        index_codecs=index,
+        index_location="end",
+    )
 
 
 def write_attributes(path: Location, attributes: dict[str, Any]) -> None:
@@ -69,32 +110,71 @@ def write_attributes(path: Location, attributes: dict[str, Any]) -> None:
     update_attributes(path, lambda _: attributes)
 
 
-def update_attributes(path: Location, update: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Change what a group says of itself, at once; its consolidated metadata goes.
+def update_attributes(path: Location, update: Update) -> None:
+    """Change what a group says of itself, at once; its consolidated metadata goes."""
+    change_whole(path / "zarr.json", lambda content: _updated(content, update))
 
-    Once a layer: on one line, for which Python has a faster encoder, until :func:`consolidate`.
+
+def _updated(content: bytes, update: Update) -> bytes:
+    group = json.loads(content)
+    group.pop("consolidated_metadata", None)
+    own = sealed(update(group["attributes"].get(NAMESPACE, {})))
+    # On one line and sorted until it is consolidated: see _spliced.
+    return canonical({**group, "attributes": {**group["attributes"], NAMESPACE: own}}).encode()
+
+
+def replace_journal(path: Location, journal: str) -> None:
+    """Change a trace's journal, and nothing else, at once; its consolidated metadata goes.
+
+    Parameters
+    ----------
+    path
+        The trace.
+    journal
+        Its attribute ``stored`` as :func:`canonical` writes it.
     """
 
-    def updated(content: bytes) -> bytes:
-        group = json.loads(content)
-        group.pop("consolidated_metadata", None)
-        group["attributes"][NAMESPACE] = sealed(update(group["attributes"].get(NAMESPACE, {})))
-        return _encoded(group, indent=None)
+    def changed(content: bytes) -> bytes:
+        return _spliced(content, journal) or _updated(
+            content, lambda attributes: {**attributes, "stored": json.loads(journal)}
+        )
 
-    change_whole(path / "zarr.json", updated)
+    change_whole(path / "zarr.json", changed)
 
 
-def consolidate(path: Location) -> None:
-    """Copy the metadata of all nodes below a group into its own: an extra that readers may ignore.
+def _spliced(content: bytes, journal: str) -> bytes | None:
+    """Put another journal into the text that :func:`_updated` makes; None if it is another's.
 
-    What zarr.consolidate_metadata writes, but that warns, and warnings cannot be silenced in one
-    thread alone.
+    Reading and writing it all as JSON takes ten times as long, once a layer.
+    """
+    start, end = content.find(_BEFORE), len(content) - len(_BEHIND)
+    own = content[start + len(_BEFORE) : end]
+    # Keys are sorted: before the seal no value is an object, and behind the journal none is one
+    # that could have a key of this name.
+    seal, first = own.find(b'"blake2b":'), own.rfind(_JOURNAL) + len(_JOURNAL)
+    last = own.find(b',"tags":[', first)
+    if start < 0 or content[end:] != _BEHIND or min(seal, first - len(_JOURNAL), last) < 0:
+        return None
+    without = own[:seal] + own[seal + _SEAL_LENGTH : first] + journal.encode() + own[last:]
+    stamp = f'"blake2b":"{hash_of(without)}",'.encode()
+    new = (content[: start + len(_BEFORE)], without[:seal], stamp, without[seal:], _BEHIND)
+    return b"".join(new)
+
+
+def consolidate(path: Location, attributes: dict[str, Any]) -> None:
+    """Say the last of a group, and copy the metadata of all nodes below it into its own.
+
+    That is an extra that readers may ignore. It is what zarr.consolidate_metadata writes, but that
+    warns, and warnings cannot be silenced in one thread alone.
     """
     found = consolidated(path, trusting=True)
-    change_whole(
-        path / "zarr.json",
-        lambda content: _encoded({**json.loads(content), "consolidated_metadata": found}),
-    )
+
+    def said(content: bytes) -> bytes:
+        group = json.loads(content)
+        own = {**group["attributes"], NAMESPACE: sealed(attributes)}
+        return _encoded({**group, "attributes": own, "consolidated_metadata": found})
+
+    change_whole(path / "zarr.json", said)
 
 
 def consolidated(path: Location, *, trusting: bool = False) -> dict[str, Any]:
@@ -151,11 +231,8 @@ def _nodes_there(path: ObjectPath, *, trusting: bool) -> dict[str, Any]:
 
 def create_run(path: Location, attributes: dict[str, Any]) -> None:
     """Write the group of a run; traces below it stay."""
-    path.mkdir(parents=True, exist_ok=True)
-    group = {"zarr_format": 3, "node_type": "group"}
-    content = _encoded({**group, "attributes": {NAMESPACE: sealed(attributes)}})
-    write_whole(path / "zarr.json", content)
+    create_arrays(path, {NAMESPACE: sealed(attributes)}, {})
 
 
-def _encoded(group: dict[str, Any], indent: int | None = 2) -> bytes:
-    return json.dumps(group, indent=indent, allow_nan=False).encode()
+def _encoded(node: dict[str, Any]) -> bytes:
+    return json.dumps(node, allow_nan=False).encode()

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 
 from zarrtrace.errors import IntegrityError, NotATraceError, StoreError
 from zarrtrace.spec import NAMESPACE, ArrayLayout, Stored, Tokens, TraceAttributes
@@ -34,6 +33,7 @@ from zarrtrace.store.files import (
 )
 from zarrtrace.store.nodes import create_trace, write_attributes
 from zarrtrace.store.objects import Location
+from zarrtrace.store.shards import write_block
 
 Layout = Mapping[str, ArrayLayout]
 
@@ -246,5 +246,4 @@ def _write_coordinates(
     values["query_token"] = values["key_token"] = np.asarray(tokens.texts, dtype=object)
     for name, one in layout.items():
         if len(one.dims) == 1:
-            array = zarr.open_array(path / name, mode="r+")
-            array[:] = values.get(name, np.arange(one.shape[0]))
+            write_block(path / name, one, (0,), values.get(name, np.arange(one.shape[0])))

@@ -37,8 +37,8 @@ from zarrtrace.store.files import (
     clear_errors,
     each_of,
     fingerprint,
+    flush,
     fsync,
-    fsync_all,
     made_whole,
     move,
     remove_tree,
@@ -46,7 +46,7 @@ from zarrtrace.store.files import (
 )
 from zarrtrace.store.lazy import stored_array
 from zarrtrace.store.locks import lock, unlock
-from zarrtrace.store.nodes import create_array, write_attributes
+from zarrtrace.store.nodes import create_arrays, write_attributes
 from zarrtrace.store.objects import Location, locate, zarr_place
 from zarrtrace.store.shards import write_block
 
@@ -291,9 +291,7 @@ class IndexWriter:
                 if left.name.startswith(_beside(self._run)):
                     remove_tree(left)
             with made_whole(self.path) as folder:
-                group = zarr.create_group(folder, zarr_format=3)
-                for name, one in self._layout.items():
-                    create_array(group, name, one)
+                create_arrays(folder, {}, self._layout)
         return self
 
     def __exit__(
@@ -324,13 +322,9 @@ class IndexWriter:
             }
             coordinates = [name for name, one in self._layout.items() if len(one.dims) == 1]
             coordinates = [name for name in coordinates if not name.startswith("tokens")]
-            with made_whole(self.path) as folder:
-                group = zarr.open_group(folder, mode="a")
-                for name in coordinates:
-                    if name not in group:
-                        create_array(group, name, self._layout[name])
-                    array = zarr.open_array(folder / name, mode="r+")
-                    array[:] = values.get(name, np.arange(self._layout[name].shape[0]))
+            for name in coordinates:
+                one = self._layout[name]
+                write_block(self.path / name, one, (0,), values.get(name, np.arange(one.shape[0])))
             attributes = IndexAttributes(
                 layers=self._layers,
                 features=self._features,
@@ -346,7 +340,7 @@ class IndexWriter:
             )
             write_attributes(self.path, attributes.model_dump(mode="json"))
             fsync(self.path)
-            fsync_all(self.path)
+            flush(self.path)
             self._put_in_place()
         return attributes
 

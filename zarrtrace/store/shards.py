@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import google_crc32c
 import numpy as np
-from numcodecs import Blosc, Zstd
+from numcodecs import Blosc, VLenUTF8, Zstd
 
 from zarrtrace.spec import ATTENTION_LEVEL, ArrayLayout, Nonzeros
 from zarrtrace.store.files import write_whole
@@ -24,6 +24,7 @@ Place = tuple[int, ...]
 
 _MISSING = 2**64 - 1
 _ZSTD = Zstd(level=1, checksum=True)
+_TEXT = VLenUTF8()
 _BLOSC = Blosc(cname="zstd", clevel=ATTENTION_LEVEL, shuffle=Blosc.SHUFFLE)
 
 
@@ -49,7 +50,8 @@ def write_block(
         Content by key (``c/...``), in the order of the keys.
     """
     file_shape = layout.shards or layout.chunks
-    block = np.ascontiguousarray(block, dtype=np.dtype(layout.dtype).newbyteorder("<"))
+    if layout.dtype != "string":
+        block = np.ascontiguousarray(block, dtype=np.dtype(layout.dtype).newbyteorder("<"))
     written: dict[str, bytes] = {}
     for place, values in _pieces(block, file_shape):
         index = [start // size + n for start, size, n in zip(at, file_shape, place, strict=True)]
@@ -66,53 +68,55 @@ def write_nonzeros(
     takes longer than compressing it.
     """
     assert layout.shards is not None and not layout.skip_empty  # noqa: S101, PT018 -- of features
-    (_, rows, _), (tokens, width) = layout.shards, block.shape
+    (_, file_rows, _), tokens = layout.shards, block.shape[0]
     written: dict[str, bytes] = {}
-    starts = np.searchsorted(block.at, np.arange(0, tokens + rows, rows) * width)
-    for number, (first, last) in enumerate(itertools.pairwise(starts)):
-        start = number * rows
-        part = Nonzeros(
-            (min(rows, tokens - start), width),
-            block.at[first:last] - start * width,
-            block.values[first:last],
-        )
-        content = _sharded(_filled_chunks(part, layout), layout)
-        written |= _write_file(array, [at[0], at[1] // rows + number, 0], content)
+    for number, start in enumerate(range(0, tokens, file_rows)):
+        rows = range(start, min(start + file_rows, tokens))
+        content = _sharded(_filled_chunks(block, rows, layout), layout)
+        written |= _write_file(array, [at[0], at[1] // file_rows + number, 0], content)
     return written
 
 
-def _filled_chunks(part: Nonzeros, layout: ArrayLayout) -> Iterator[tuple[Place, np.ndarray]]:
-    """Yield the chunks of a file; each is good until the next."""
-    (_, rows, columns), (tokens, width) = layout.chunks, part.shape
-    across = -(-width // columns)
-    row, column = np.divmod(part.at, width)
-    chunk = row // rows * across + column // columns
-    order = np.argsort(chunk, kind="stable")
-    inside = ((row % rows) * columns + column % columns)[order]
-    values = part.values[order]
-    ends = np.searchsorted(chunk[order], np.arange(-(-tokens // rows) * across + 1))
-    room = np.zeros((1, rows, columns), np.dtype(layout.dtype).newbyteorder("<"))
+def _filled_chunks(
+    block: Nonzeros, rows: range, layout: ArrayLayout
+) -> Iterator[tuple[Place, np.ndarray]]:
+    """Yield the chunks of a file that holds some rows; each is good until the next."""
+    (_, step, columns), width = layout.chunks, block.shape[1]
+    assert columns == block.columns  # noqa: S101 -- the layout's blocks are the record's
+    starts = range(rows.start, rows.stop, step)
+    ends = np.array([*starts, rows.stop]) * columns
+    parts = [
+        (at, values, np.searchsorted(at, ends).tolist())
+        for at, values in zip(block.at, block.values, strict=True)
+    ]
+    room = np.zeros((1, step, columns), np.dtype(layout.dtype).newbyteorder("<"))
     flat = room.reshape(-1)
-    for number, (first, last) in enumerate(itertools.pairwise(ends)):
-        down, right = divmod(number, across)
-        within = (0, slice(tokens - down * rows), slice(width - right * columns))
-        if room[within].size < room.size:  # beyond the array's edge
-            room[:] = layout.fill_value
-            room[within] = 0
-        flat[inside[first:last]] = values[first:last]
-        yield (0, down, right), room
-        if room[within].size < room.size:
-            room[:] = 0
-        else:
-            flat[inside[first:last]] = 0
+    for down, start in enumerate(starts):
+        for right, (at, values, places) in enumerate(parts):
+            here = slice(*places[down : down + 2])
+            filled = at[here] - start * columns
+            inside = room[0, : rows.stop - start, : width - right * columns]
+            whole = inside.size == room.size
+            if not whole:  # beyond the array's edge
+                room[:] = layout.fill_value
+                inside[:] = 0
+            flat[filled] = values[here]
+            yield (0, down, right), room
+            if whole:
+                flat[filled] = 0
+            else:
+                room[:] = 0
 
 
 def _write_file(array: Location, index: Sequence[int], content: bytes) -> dict[str, bytes]:
     """Write a file of an array; returns its content by key."""
     key = "/".join(("c", *map(str, index)))
     file = array / key
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, content)
+    try:
+        write_whole(file, content)
+    except FileNotFoundError:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, content)
     return {key: content}
 
 
@@ -149,7 +153,7 @@ def _encode_chunk(values: np.ndarray, layout: ArrayLayout) -> bytes:
     if layout.codec == "attention":
         compressed = bytes(_BLOSC.encode(values))
         return compressed + _checksum(compressed)
-    return bytes(_ZSTD.encode(values))
+    return bytes(_ZSTD.encode(_TEXT.encode(values) if layout.dtype == "string" else values))
 
 
 def _checksum(content: bytes) -> bytes:

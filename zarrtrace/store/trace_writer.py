@@ -7,6 +7,7 @@ trace that is not complete says which layers it lacks.
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -31,12 +32,13 @@ from zarrtrace.store.attributes import (
     COORDINATES,
     METADATA,
     TOKENS,
+    canonical,
     files_of_entry,
     incomplete,
     read_trace_attributes,
 )
-from zarrtrace.store.files import clear_errors, fingerprint, fingerprint_of, fsync, fsync_all
-from zarrtrace.store.nodes import consolidate, update_attributes
+from zarrtrace.store.files import clear_errors, fingerprint, fingerprint_of, flush, fsync
+from zarrtrace.store.nodes import consolidate, replace_journal, update_attributes
 from zarrtrace.store.objects import Location, locate
 from zarrtrace.store.resuming import as_stored, resume
 from zarrtrace.store.shards import write_block, write_nonzeros
@@ -86,8 +88,11 @@ class TraceWriter:
         self._mutex = threading.Lock()
         with clear_errors(self.path):
             found = resume(self.path, attributes, self._layout, tokens, repair=repair)
-        # The journal itself stays on the disk: over many scenarios it would fill the memory.
-        self._stored = set(found.stored)
+        # As text: over many scenarios, the journal's values would fill the memory.
+        self._entries = {
+            key: canonical({name: one.model_dump(mode="json") for name, one in entry.items()})
+            for key, entry in found.stored.items()
+        }
         self._attributes = found.model_copy(update={"stored": {}})
 
     def _at(self, key: str, name: str) -> int | None:
@@ -107,12 +112,12 @@ class TraceWriter:
     @property
     def missing_layers(self) -> tuple[int, ...]:
         """Layers that are still to be appended."""
-        return tuple(n for n in self._attributes.layers if str(n) not in self._stored)
+        return tuple(n for n in self._attributes.layers if str(n) not in self._entries)
 
     @property
     def needs_tokens(self) -> bool:
         """Whether the next-token arrays are still to be appended."""
-        return "next_token" in self._layout and TOKENS not in self._stored
+        return "next_token" in self._layout and TOKENS not in self._entries
 
     def append(self, record: LayerRecord | TokensRecord) -> None:
         """Store one record; a layer counts once all its rows are there.
@@ -258,24 +263,26 @@ class TraceWriter:
         with self._mutex:
             for name in names:
                 self._rows.pop((key, name), None)
-            update_attributes(self.path, partial(self._with_entry, key, entry))
-            self._stored.add(key)
+            self._entries[key] = canonical(
+                {name: one.model_dump(mode="json") for name, one in entry.items()}
+            )
+            joined = ",".join(f'"{at}":{self._entries[at]}' for at in sorted(self._entries))
+            journal = f"{{{joined}}}"
+            if key in self._nonfinite:
+                update_attributes(self.path, partial(self._with_journal, json.loads(journal)))
+            else:
+                replace_journal(self.path, journal)
 
-    def _with_entry(
-        self, key: str, entry: Mapping[str, Stored], attributes: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Return the attributes on the disk with one more entry in the journal."""
-        order = [*map(str, self._attributes.layers), TOKENS, COORDINATES, METADATA]
-        stored = {
-            **attributes["stored"],
-            key: {name: one.model_dump(mode="json") for name, one in entry.items()},
-        }
+    def _with_journal(self, journal: dict[str, Any], attributes: dict[str, Any]) -> dict[str, Any]:
+        """Return attributes with another journal."""
         nonfinite = self._nonfinite | {*attributes["nonfinite"]}
-        return {
-            **attributes,
-            "stored": {at: stored[at] for at in order if at in stored},
-            "nonfinite": [at for at in order if at in nonfinite and at in stored],
-        }
+        found = [at for at in self._order if at in nonfinite and at in journal]
+        return {**attributes, "stored": journal, "nonfinite": found}
+
+    @property
+    def _order(self) -> list[str]:
+        """The journal's keys as they stand in a finished trace."""
+        return [*map(str, self._attributes.layers), TOKENS, COORDINATES, METADATA]
 
     def finish(self) -> None:
         """Mark the trace complete: everything is on the disk, and its metadata consolidated.
@@ -285,12 +292,17 @@ class TraceWriter:
         IncompleteError
             If a layer was not appended.
         """
+        found = read_trace_attributes(self.path)
         if self.missing_layers or self.needs_tokens:
-            raise incomplete(self.path, read_trace_attributes(self.path))
+            raise incomplete(self.path, found)
         with clear_errors(self.path):
-            fsync_all(self.path)
-            update_attributes(self.path, lambda attributes: {**attributes, "complete": True})
-            consolidate(self.path)
+            flush(self.path)
+            stored = {key: found.stored[key] for key in self._order if key in found.stored}
+            nonfinite = tuple(key for key in self._order if key in found.nonfinite)
+            complete = found.model_copy(
+                update={"complete": True, "stored": stored, "nonfinite": nonfinite}
+            )
+            consolidate(self.path, complete.model_dump(mode="json"))
             fsync(self.path / "zarr.json")
 
     def __enter__(self) -> Self:
@@ -309,7 +321,8 @@ class TraceWriter:
 def _arrays_of(record: LayerRecord) -> dict[str, np.ndarray | Nonzeros]:
     values: dict[str, np.ndarray | Nonzeros] = {}
     if record.attention is not None and record.attention_mean is not None:
-        values = {"attention": record.attention, "attention_mean": record.attention_mean}
+        attention = np.asarray(record.attention)
+        values = {"attention": attention, "attention_mean": record.attention_mean}
     for name, features in record.features.items():
         suffix = name.removeprefix("features")
         values[name] = features.activations

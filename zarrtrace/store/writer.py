@@ -31,7 +31,7 @@ from zarrtrace.store.files import (
     remove_tree,
 )
 from zarrtrace.store.locks import lock, unlock
-from zarrtrace.store.nodes import consolidate, create_run, write_attributes
+from zarrtrace.store.nodes import consolidate, create_run
 from zarrtrace.store.objects import Location, ObjectPath, locate
 from zarrtrace.store.trace_writer import TraceWriter
 
@@ -217,8 +217,7 @@ class RunWriter:
             )
         with clear_errors(self._final):
             complete = self._attributes.model_copy(update={"complete": True})
-            write_attributes(self.path, complete.model_dump(mode="json"))
-            consolidate(self.path)
+            consolidate(self.path, complete.model_dump(mode="json"))
             fsync(self.path / "zarr.json")
             if self.path != self._final:
                 self._swap()
