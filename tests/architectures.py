@@ -252,6 +252,12 @@ class _Unchanged:
     def __call__(self, activations: torch.Tensor) -> torch.Tensor:
         return activations.float()
 
+    def split(self) -> None:
+        pass
+
+    def tiles(self, activations: torch.Tensor) -> list[Any]:
+        return [activations.float]
+
 
 @dataclass(frozen=True)
 class Reference:

@@ -89,8 +89,9 @@ def test_attention_blocks_and_continuations_are_transformers_own(
         stored = weights.numpy() if dtype == "float16" else weights.float().numpy()
         assert record.attention is not None
         assert record.attention_mean is not None
-        assert record.attention.dtype == stored.dtype
-        assert np.array_equal(record.attention, stored)
+        found = np.asarray(record.attention)
+        assert found.dtype == stored.dtype
+        assert np.array_equal(found, stored)
         mean = weights.double().mean(0).numpy()
         np.testing.assert_allclose(record.attention_mean, mean, rtol=0, atol=1e-6)
     tokens = records[-1]

@@ -132,25 +132,26 @@ def test_writers_never_wait_for_a_lock_that_an_interruption_kept() -> None:
     """
     code = """
 import faulthandler, os, random, signal, threading, time
-from zarrtrace.extraction import running
+from zarrtrace.extraction import writers
 from zarrtrace.extraction.interrupts import held_back
 
 class Anything:
-    scenario, missing_layers, needs_tokens = "a", [1], False
-    def append(self, record): pass
+    scenario, lacks, folder = "a", {}, None
+    def append(self, record): return 1, False
     def stored(self, *_, **__): pass
 
 def later():
     time.sleep(random.random() / 200)
     os.kill(os.getpid(), signal.SIGINT)
 
-running._bytes_of = lambda record: 10
-running._give_way = None  # beside other tests, who gives way holds Python's lock for long
+writers.OpenTraces = lambda traces: Anything()
+writers.bytes_of = lambda record: 10
+writers._give_way = None  # beside other tests, who gives way holds Python's lock for long
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for _ in range(300):
     faulthandler.dump_traceback_later(60, exit=True)
     try:
-        with held_back() as ask, running._WriterPool({"a": Anything()}, Anything(), 2) as pool:
+        with held_back() as ask, writers.WriterThreads(Anything(), Anything()) as pool:
             threading.Thread(target=later).start()
             while True:
                 pool.submit(Anything())

@@ -150,7 +150,7 @@ def test_a_run_stopped_between_two_records_of_a_layer_goes_on(
     monkeypatch.setattr(spec, "_MAX_SHARD_BYTES", 1)
     options = _options(models, tmp_path, attention_capture="blocked")
     expected = open_trace(extract(tmp_path / "expected", options) / "long")
-    real = running._WriterPool.submit
+    real = running.WriterThreads.submit
     submitted = []
 
     def stop_later(self: Any, record: Any) -> None:
@@ -160,7 +160,7 @@ def test_a_run_stopped_between_two_records_of_a_layer_goes_on(
         real(self, record)
 
     with monkeypatch.context() as patch:
-        patch.setattr(running._WriterPool, "submit", stop_later)
+        patch.setattr(running.WriterThreads, "submit", stop_later)
         with pytest.raises(KeyboardInterrupt):
             extract(tmp_path / "run", options)
     with pytest.raises(IncompleteError, match="not complete"):

@@ -146,7 +146,7 @@ def test_reading_ahead_reads_each_part_once_and_keeps_its_limit(
         ("b.safetensors", 0, 1000),
     ]
     read: list[tuple[str, int]] = []
-    monkeypatch.setattr(ReadAhead, "_read", lambda _, file, at: read.append((file.name, at)))
+    monkeypatch.setattr(ReadAhead, "_read", lambda _, file, at, __: read.append((file.name, at)))
     monkeypatch.setattr("zarrtrace.extraction.reading_ahead._SECONDS_IDLE", 0.01)
     monkeypatch.setattr("zarrtrace.extraction.reading_ahead._BYTES", 400)
     monkeypatch.setattr("zarrtrace.extraction.reading_ahead._available", lambda: 3000)

@@ -28,6 +28,7 @@ from sae_lens import (
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from transformers import AutoModelForCausalLM
 
+from zarrtrace import spec
 from zarrtrace.capture import saes
 from zarrtrace.capture.hooks import place
 from zarrtrace.capture.saes import ReleaseSAEs
@@ -112,6 +113,30 @@ TRANSCODERS: dict[str, Make] = {
     "transcoder": _saver(TranscoderConfig, d_out=32, apply_b_dec_to_input=False),
     "jumprelu transcoder": _saver(JumpReLUTranscoderConfig, d_out=32, apply_b_dec_to_input=False),
 }
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *TRANSCODERS])
+def test_some_features_at_a_time_are_those_of_all(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spec, "_FEATURES_PER_CHUNK", 24)
+    (KINDS | TRANSCODERS)[kind](tmp_path, "blocks.0.hook_resid_post", 32)
+    sae = SAE.load_from_disk(tmp_path)
+    tokens = torch.randn(9, 32, generator=torch.Generator().manual_seed(1))
+    expected = sae.encode(tokens).detach()
+    source = saes.FolderSAEs(tmp_path)
+    encoder = source.load(source.find([0])[0][0], torch.device("cpu"))
+    with torch.inference_mode():
+        whole = [tile() for tile in encoder.tiles(tokens)]
+        encoder.split()
+        parts = [tile() for tile in encoder.tiles(tokens)]
+    assert bool(encoder._parts) != ("topk" in kind and "batch" not in kind)
+    for tiles in (whole, parts):
+        assert [tile.shape[1] for tile in tiles] == [24, 24, 16]
+        assert torch.equal(torch.cat(tiles, 1), expected)
+    assert (expected != 0).any()
+
+
 HOOKS = {
     "resid_pre": "hook_resid_pre",
     "resid_post": "hook_resid_post",

@@ -14,7 +14,8 @@ import torch
 from zarrtrace.spec import SAEAttributes
 
 if TYPE_CHECKING:
-    from zarrtrace.capture.saes import Encoder, Found, SAESource
+    from zarrtrace.capture.encoder import Encoder
+    from zarrtrace.capture.saes import Found, SAESource
 
 # Encoders are kept while this share of the memory of their device stays free.
 _ROOM = 0.25
@@ -67,7 +68,11 @@ class Encoders:
         source = self._source
         if source is None:
             return []
-        return [source.load(attributes, self._device) for attributes in self._saes[layer]]
+        loaded = [source.load(attributes, self._device) for attributes in self._saes[layer]]
+        if self._device.type == "cpu":
+            for encoder in loaded:
+                encoder.split()
+        return loaded
 
     def take(self, layer: int) -> list[Encoder]:
         """Return the encoders of the next layer in order; none if `layer` has none."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,18 +11,18 @@ import torch
 
 from zarrtrace.capture.batches import Batch, Request, batches, waves
 from zarrtrace.capture.blocked import AttentionRows
+from zarrtrace.capture.copies import Copies, Made
 from zarrtrace.capture.encoders import Encoders
+from zarrtrace.capture.features import encode, feature_records
 from zarrtrace.capture.hooks import parse_hook
+from zarrtrace.capture.host import to_host
 from zarrtrace.capture.lockstep import BlockState, Logits, taps
-from zarrtrace.capture.model import DTYPES, LoadedModel
+from zarrtrace.capture.model import LoadedModel
 from zarrtrace.capture.rows import RowBuffer
 from zarrtrace.errors import ModelError
 from zarrtrace.spec import (
     NEXT_TOKENS,
-    TOP_FEATURES,
-    FeatureRecord,
     LayerRecord,
-    Nonzeros,
     SAEAttributes,
     TokensRecord,
     attention_rows,
@@ -31,7 +30,8 @@ from zarrtrace.spec import (
 )
 
 if TYPE_CHECKING:
-    from zarrtrace.capture.saes import Encoder, SAESource
+    from zarrtrace.capture.encoder import Encoder
+    from zarrtrace.capture.saes import SAESource
 
 Record = LayerRecord | TokensRecord
 
@@ -112,18 +112,20 @@ def _layers(wave: Sequence[Batch]) -> frozenset[int]:
 def _run_wave(
     model: LoadedModel, wave: Sequence[Batch], attention_dtype: str | None, encoders: Encoders
 ) -> Iterator[Record]:
-    wanted = _layers(wave)
+    wanted, copies = _layers(wave), Copies(model.device)
     active = list(wave)
     try:
         for layer in range(len(model.blocks)):
             here = encoders.take(layer) if layer in wanted else []
             for batch in active:
-                yield from _through_block(model, batch, layer, attention_dtype, here)
+                yield from _through_block(model, batch, layer, attention_dtype, here, copies)
                 if not batch.next_token and layer == max(batch.layers):
                     batch.stop()
             active = [batch for batch in active if batch.next_token or layer < max(batch.layers)]
+        yield from copies.rest()
         for batch in active:
             yield from _tokens_records(batch)
+            batch.stop()  # it holds the logits
     finally:
         for batch in wave:
             batch.stop()
@@ -135,6 +137,7 @@ def _through_block(
     layer: int,
     attention_dtype: str | None,
     encoders: Sequence[Encoder],
+    copies: Copies,
 ) -> Iterator[LayerRecord]:
     """Let a batch go through one block and yield what it did."""
     buffer = None
@@ -167,133 +170,36 @@ def _through_block(
             remedy="This architecture cannot be captured exactly; choose another.",
         )
     if layer in batch.layers:
-        yield from _block_records(batch, step, attention_dtype, encoders)
+        yield from _block_records(batch, step, attention_dtype, encoders, copies)
     step.clear()
 
 
 def _block_records(
-    batch: Batch, state: BlockState, attention_dtype: str | None, encoders: Sequence[Encoder]
+    batch: Batch,
+    state: BlockState,
+    attention_dtype: str | None,
+    encoders: Sequence[Encoder],
+    copies: Copies,
 ) -> Iterator[LayerRecord]:
-    """Yield attention matrices and features of one block, features some rows at a time if large."""
+    """Yield attention matrices and features of blocks, features some rows at a time if large."""
     longest = max(batch.lengths)
     large = [e for e in encoders if longest > feature_rows(longest, e.attributes.d_sae)]
     if len(batch.requests) > 1:
         large = []
-    yield from _whole_records(
-        batch, state, attention_dtype, [encoder for encoder in encoders if encoder not in large]
-    )
+    whole = [encoder for encoder in encoders if encoder not in large]
+    yield from copies.of(Made.by(batch, state, attention_dtype, whole))
     for encoder in large:
         step = feature_rows(longest, encoder.attributes.d_sae)
         for start in range(0, longest, step):
-            features = _encode(batch, state, [encoder], slice(start, start + step))
+            rows = slice(start, start + step)
+            inputs = batch.tokens(state.hooks[encoder.hook.kind])[rows]
+            (features,) = feature_records(encode(encoder, inputs), [len(inputs)])
             yield LayerRecord(
                 scenario=batch.requests[0].prompt.scenario.name,
                 layer=state.layer,
                 start=start,
-                features={name: records[0] for name, records in features.items()},
+                features={encoder.attributes.variable: features},
             )
-
-
-def _whole_records(
-    batch: Batch, state: BlockState, attention_dtype: str | None, encoders: Sequence[Encoder]
-) -> list[LayerRecord]:
-    features = _encode(batch, state, encoders, slice(None))
-    out = []
-    for row, request in enumerate(batch.requests):
-        if state.layer in request.layers:
-            weights, mean = _whole_attention(batch, state, row, attention_dtype)
-            out.append(
-                LayerRecord(
-                    scenario=request.prompt.scenario.name,
-                    layer=state.layer,
-                    attention=weights,
-                    attention_mean=mean,
-                    features={name: records[row] for name, records in features.items()},
-                )
-            )
-    return out
-
-
-@torch.inference_mode()
-def _whole_attention(
-    batch: Batch, state: BlockState, row: int, dtype: str | None
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    if dtype is None or state.attention is None:
-        return None, None
-    length, queries = batch.lengths[row], batch.requests[row].queries
-    weights = state.attention[row, :, :length, :length]
-    if queries is not None:
-        weights = weights[:, list(queries)]
-    return _to_numpy(weights.to(DTYPES[dtype])), _to_numpy(weights.mean(0, dtype=torch.float32))
-
-
-@torch.inference_mode()
-def _encode(
-    batch: Batch, state: BlockState, encoders: Sequence[Encoder], rows: slice
-) -> dict[str, list[FeatureRecord]]:
-    """Encode all tokens of a batch at once, or some rows of its only prompt."""
-    out: dict[str, list[FeatureRecord]] = {}
-    for encoder in encoders:
-        inputs = batch.tokens(state.hooks[encoder.hook.kind])[rows]
-        encoded, sound = encoder(inputs), inputs.isfinite().all(-1)
-        lengths = [len(sound)] if len(batch.lengths) == 1 else batch.lengths
-        out[encoder.attributes.variable] = _feature_records(encoded, sound, lengths)
-    return out
-
-
-def _feature_records(
-    activations: torch.Tensor, sound: torch.Tensor, lengths: Sequence[int]
-) -> list[FeatureRecord]:
-    """Take what is not 0 and the strongest features of each token, for each prompt of a batch.
-
-    All prompts are copied to the host together: over a GPU's bus, waiting is what takes time.
-
-    Parameters
-    ----------
-    activations
-        ``(token, feature)``, the prompts one after another.
-    sound
-        Of each token, whether what was encoded is finite: thresholds turn NaN into 0.
-    lengths
-        Tokens of each prompt.
-    """
-    width = activations.shape[-1]
-    top = activations.topk(min(TOP_FEATURES, width))
-    sound = sound & top.values.isfinite().all(-1)
-    # Where fewer features fire, the index is 0.
-    of_token = (top.indices.where(top.values > 0, 0).int(), top.values.float(), sound)
-    feature, activation, finite = (_to_numpy(part) for part in of_token)
-    of_prompts = _dense if activations.device.type == "cpu" else _nonzeros
-    out = []
-    for values, stop in zip(of_prompts(activations, lengths), np.cumsum(lengths), strict=True):
-        rows = slice(stop - values.shape[0], stop)
-        out.append(
-            FeatureRecord(
-                activations=values,
-                top_feature=feature[rows].astype(np.uint32),
-                top_activation=activation[rows],
-                nonfinite=not finite[rows].all(),
-            )
-        )
-    return out
-
-
-def _dense(activations: torch.Tensor, lengths: Sequence[int]) -> list[np.ndarray | Nonzeros]:
-    """Return the features of each prompt, where they are."""
-    return [_to_numpy(part) for part in torch.split(activations, list(lengths))]
-
-
-def _nonzeros(activations: torch.Tensor, lengths: Sequence[int]) -> list[np.ndarray | Nonzeros]:
-    """Copy to the host what is not 0 of the features of each prompt, for nearly all of it is."""
-    width, flat = activations.shape[-1], activations.flatten()
-    found = flat.nonzero().squeeze(1)
-    at, values = _to_numpy(found), _to_numpy(flat[found])
-    starts = np.cumsum([0, *lengths]) * width
-    places = np.searchsorted(at, starts)
-    return [
-        Nonzeros((length, width), at[first:last] - start, values[first:last])
-        for length, start, (first, last) in zip(lengths, starts, pairwise(places), strict=False)
-    ]
 
 
 def _tokens_records(batch: Batch) -> list[TokensRecord]:
@@ -308,8 +214,8 @@ def _tokens_records(batch: Batch) -> list[TokensRecord]:
             for row, length in enumerate(batch.lengths):
                 rows = step.values[row, : max(0, length - step.start)]
                 top = rows.float().log_softmax(-1).topk(NEXT_TOKENS)
-                ids[row].append(_to_numpy(top.indices.int()).astype(np.uint32))
-                logprobs[row].append(_to_numpy(top.values))
+                ids[row].append(to_host(top.indices.int()).astype(np.uint32))
+                logprobs[row].append(to_host(top.values))
             done = step.start + step.values.shape[1]
     return [
         TokensRecord(
@@ -320,8 +226,3 @@ def _tokens_records(batch: Batch) -> list[TokensRecord]:
         for row, request in enumerate(batch.requests)
         if request.next_token
     ]
-
-
-def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    array: np.ndarray = tensor.cpu().numpy()
-    return array

@@ -26,6 +26,7 @@ from sae_lens.loading.pretrained_saes_directory import (
 from sae_lens.registry import get_sae_class
 from safetensors import safe_open
 
+from zarrtrace.capture.encoder import Encoder
 from zarrtrace.capture.encoder_files import (
     encoder_stretches,
     load_encoder,
@@ -53,31 +54,6 @@ from zarrtrace.spec import SAEAttributes, ranges
 # More SAEs than this for one layer are not looked into: each is a file to fetch.
 _MAX_CHOICES = 4
 _SAY_WHICH = "Say which with --sae-id, writing {layer} for the layer's number."
-
-
-class Encoder:
-    """The encoder half of one SAE.
-
-    Parameters
-    ----------
-    sae
-        As sae-lens loads it; its decoder is dropped.
-    attributes
-        What a trace says of it.
-    """
-
-    def __init__(self, sae: Any, attributes: SAEAttributes) -> None:
-        self.attributes = attributes
-        self.hook: HookPoint = parse_hook(attributes.hook_name)
-        self._sae = sae
-        if self.hook.kind == "hook_z":
-            sae.turn_off_forward_pass_hook_z_reshaping()  # heads come side by side already
-        _drop_decoder(sae)
-
-    def __call__(self, activations: torch.Tensor) -> torch.Tensor:
-        """Encode ``(token, d_in)`` to ``(token, d_sae)``."""
-        encoded: torch.Tensor = self._sae.encode(activations)
-        return encoded
 
 
 Found = dict[int, tuple[SAEAttributes, ...]]
@@ -442,10 +418,3 @@ def check_fit(found: Found, model: LoadedModel) -> None:
                     remedy="Choose SAEs that were trained on --model.",
                 )
             place(model.blocks[layer], model.attentions.get(layer), kind)
-
-
-def _drop_decoder(sae: Any) -> None:
-    """Free the decoder: half of an SAE, and not needed to encode."""
-    uses_decoder = getattr(sae.cfg, "rescale_acts_by_decoder_norm", False)
-    if not uses_decoder and sae.cfg.architecture() not in ("matching_pursuit", "temporal"):
-        sae.W_dec = torch.nn.Parameter(torch.empty(0, device=sae.W_enc.device))

@@ -1,0 +1,156 @@
+"""Writing in processes, as beside a GPU, gives what threads of one process give."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fakes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+
+from zarrtrace.errors import NonFiniteError, StoreError
+from zarrtrace.extraction import Options, extract, processes, running
+from zarrtrace.extraction.channel import Channel, pair
+from zarrtrace.extraction.processes import WriterProcesses, start_writers
+from zarrtrace.store import open_run, verify
+
+pytestmark = pytest.mark.torch
+
+ASKED = Options(layers=(1, 4), only=("Risky_40", "Desperate_10", "Medium_60"))
+
+
+@pytest.fixture
+def two(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Extraction on a CPU writes with two processes."""
+    monkeypatch.setattr(processes, "_count", lambda: 2)
+    monkeypatch.setattr(running, "WriterThreads", WriterProcesses)
+    yield
+    while processes._idle:
+        processes._idle.pop().end()
+
+
+@given(
+    st.lists(
+        npst.arrays(st.sampled_from(["<f4", "<u2", "<i8", "?"]), npst.array_shapes(min_dims=0))
+    )
+)
+def test_arrays_arrive_as_they_were(arrays: list[np.ndarray]) -> None:
+    ours, theirs = pair()
+    with theirs:
+        other, got = Channel(theirs), []
+        thread = threading.Thread(target=lambda: got.append(other.receive()))
+        thread.start()
+        ours.send({"arrays": arrays, "empty": np.empty((0, 3))})
+        thread.join()
+        ours.close()
+        with pytest.raises(EOFError):
+            other.receive()
+    for found, array in zip(got[0]["arrays"], arrays, strict=True):
+        np.testing.assert_array_equal(found, array)
+        assert found.dtype == array.dtype
+    assert got[0]["empty"].shape == (0, 3)
+
+
+def test_what_is_more_than_a_socket_holds_arrives() -> None:
+    ours, theirs = pair()
+    large = [np.full(1_000_000, number) for number in range(3)] + [np.arange(3)] * 2000
+    with theirs:
+        got: list[Any] = []
+        thread = threading.Thread(target=lambda: got.append(Channel(theirs).receive()))
+        thread.start()
+        ours.send(large)
+        thread.join()
+    ours.close()
+    np.testing.assert_array_equal(np.concatenate(got[0]), np.concatenate(large))
+
+
+@pytest.mark.usefixtures("two")
+def test_a_run_is_the_same_byte_for_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start_writers(3)
+    before = [process._process.pid for process in processes._idle]
+    extract(tmp_path / "processes", ASKED)
+    # The same ones write the next run, too; here the rest of one that was stopped.
+    assert sorted(process._process.pid for process in processes._idle) == sorted(before)
+    stopped, seen = WriterProcesses.submit, []
+
+    def submit(self: WriterProcesses, record: Any) -> None:
+        seen.append(record)
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+        stopped(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WriterProcesses, "submit", submit)
+        with pytest.raises(KeyboardInterrupt):
+            extract(tmp_path / "again", ASKED)
+    extract(tmp_path / "again", ASKED)
+    monkeypatch.undo()
+    extract(tmp_path / "threads", ASKED)
+    expected = fakes.files_in(tmp_path / "threads")
+    assert fakes.files_in(tmp_path / "processes") == expected
+    assert fakes.files_in(tmp_path / "again") == expected
+    assert set(open_run(tmp_path / "again").children) == set(ASKED.only)
+
+
+@pytest.mark.usefixtures("two")
+def test_a_process_that_dies_is_named_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, seen = WriterProcesses.submit, []
+
+    def submit(self: WriterProcesses, record: Any) -> None:
+        seen.append(record)
+        if len(seen) == 4:
+            for process in self._processes:
+                os.kill(process._process.pid, signal.SIGKILL)
+        original(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WriterProcesses, "submit", submit)
+        with pytest.raises(StoreError, match="process that wrote it has ended"):
+            extract(tmp_path / "run", ASKED)
+    assert not processes._idle
+    extract(tmp_path / "run", ASKED)
+    assert verify(tmp_path / "run") == []
+
+
+@pytest.mark.usefixtures("two")
+def test_errors_of_a_process_are_raised_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract(tmp_path / "run", ASKED)
+    file = tmp_path / "run" / "Medium_60" / "zarr.json"
+    file.write_bytes(file.read_bytes().replace(b"Medium_60", b"Medium_61", 1))
+    with pytest.raises(Exception, match="Medium_60") as caught:
+        extract(tmp_path / "run", ASKED)
+    assert caught.type.__module__ == NonFiniteError.__module__
+
+
+def test_no_process_outlives_its_parent(tmp_path: Path) -> None:
+    code = (
+        "import os, time; from zarrtrace.extraction import processes;"
+        "processes._count = lambda: 1; processes.start_writers(3);"
+        "print(processes._idle[0]._process.pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    parent.send_signal(signal.SIGKILL)
+    parent.communicate()
+    for _ in range(200):
+        stat = Path(f"/proc/{child}/stat")
+        if not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            return
+        time.sleep(0.05)
+    raise AssertionError("it lives")

@@ -1,0 +1,89 @@
+"""The encoder half of a sparse autoencoder, whole or some features at a time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from zarrtrace.capture.hooks import HookPoint, parse_hook
+from zarrtrace.spec import SAEAttributes, feature_columns
+
+#: Encodes some features.
+Tile = Callable[[], torch.Tensor]
+
+# Architectures in which what a feature does depends on no other, and which parameters are a
+# feature's own, by their last dimension.
+_EACH_ALONE = ("standard", "jumprelu", "gated", "transcoder", "jumprelu_transcoder")
+_OF_FEATURES = ("W_enc", "b_enc", "threshold", "b_gate", "r_mag", "b_mag")
+
+
+class Encoder:
+    """The encoder half of one SAE.
+
+    Parameters
+    ----------
+    sae
+        As sae-lens loads it; its decoder is dropped.
+    attributes
+        What a trace says of it.
+    """
+
+    def __init__(self, sae: Any, attributes: SAEAttributes) -> None:
+        self.attributes = attributes
+        self.hook: HookPoint = parse_hook(attributes.hook_name)
+        self._sae = sae
+        self._parts: list[Any] = []
+        if self.hook.kind == "hook_z":
+            sae.turn_off_forward_pass_hook_z_reshaping()  # heads come side by side already
+        _drop_decoder(sae)
+
+    def __call__(self, activations: torch.Tensor) -> torch.Tensor:
+        """Encode ``(token, d_in)`` to ``(token, d_sae)``."""
+        encoded: torch.Tensor = self._sae.encode(activations)
+        return encoded
+
+    def split(self) -> None:
+        """Get ready to encode some features at a time, where no feature depends on another.
+
+        Each part has its weights side by side: the processor multiplies them faster.
+        """
+        width = self.attributes.d_sae
+        columns = feature_columns(width)
+        if width > columns and self._sae.cfg.architecture() in _EACH_ALONE:
+            self._parts = [self._part(at, columns) for at in range(0, width, columns)]
+            self._sae = None  # all its weights have been copied
+
+    def _part(self, start: int, columns: int) -> Any:
+        """Return an SAE of some of the features."""
+        taken = {id(tensor): tensor for tensor in (*self._sae.parameters(), *self._sae.buffers())}
+        for name, value in self._sae.named_parameters():
+            if name in _OF_FEATURES:
+                some = value[..., start : start + columns]
+                # A matrix that lies the other way round is left so: products depend on it.
+                some = some if some.ndim == 2 and some.T.is_contiguous() else some.contiguous()
+                taken[id(value)] = nn.Parameter(some, requires_grad=False)
+        return copy.deepcopy(self._sae, taken)
+
+    def tiles(self, activations: torch.Tensor) -> list[Tile]:
+        """Return what encodes ``(token, d_in)`` some features at a time, in any thread.
+
+        Each makes as many columns of ``(token, d_sae)`` as a chunk holds, the last one fewer.
+        Without :meth:`split`, all are encoded here.
+        """
+        if self._parts:
+            return [partial(part.encode, activations) for part in self._parts]
+        columns = feature_columns(self.attributes.d_sae)
+        whole = torch.split(self(activations), columns, dim=1)
+        return [partial(torch.Tensor.contiguous, one) for one in whole]
+
+
+def _drop_decoder(sae: Any) -> None:
+    """Free the decoder: half of an SAE, and not needed to encode."""
+    uses_decoder = getattr(sae.cfg, "rescale_acts_by_decoder_norm", False)
+    if not uses_decoder and sae.cfg.architecture() not in ("matching_pursuit", "temporal"):
+        sae.W_dec = torch.nn.Parameter(torch.empty(0, device=sae.W_enc.device))

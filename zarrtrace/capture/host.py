@@ -1,0 +1,20 @@
+"""Copying from where a model computes to NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+# Below this, what a copy through memory that the GPU may write to saves is less than it costs.
+_PINNED_BYTES = 2**20
+
+
+def to_host(tensor: torch.Tensor) -> np.ndarray:
+    """Return a tensor as an array of the host's; a CPU's is not copied."""
+    if tensor.device.type == "cuda" and tensor.nbytes >= _PINNED_BYTES:
+        # Torch keeps and uses such memory again once the array is gone.
+        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        array: np.ndarray = pinned.copy_(tensor).numpy()
+    else:
+        array = tensor.cpu().numpy()
+    return array
