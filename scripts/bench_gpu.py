@@ -69,12 +69,15 @@ def drop_cache() -> bool:
 
 
 def own_memory(process: int) -> int:
-    """Return the bytes of memory of a process that are no pages of files."""
+    """Return the bytes of memory of a process and those it started that are no pages of files."""
     with contextlib.suppress(OSError):
         lines = Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines()
-        return 1024 * sum(
+        own = 1024 * sum(
             int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "RssShmem:"))
         )
+        tasks = Path(f"/proc/{process}/task").glob("*/children")
+        children = " ".join(task.read_text(encoding="ascii") for task in tasks).split()
+        return own + sum(own_memory(int(child)) for child in children)
     return 0
 
 
@@ -130,7 +133,7 @@ class Watch:
 
 def worker(bench: Bench, name: str, **asked: Any) -> dict[str, Any]:
     """Run a worker in a fresh process; returns what it found and its peaks of memory."""
-    if bench.scale_name == "tiny" and "repeats" in asked:
+    if bench.scale_name == "tiny" and asked.get("clocks", True) and "repeats" in asked:
         asked["repeats"] = 0
     given = json.dumps([name, str(bench.home), bench.scale_name, bench.device, asked])
     watch = Watch(bench)
@@ -270,7 +273,7 @@ def many(bench: Bench) -> dict[str, Any]:
     """Measure throughput over many scenarios."""
     suite = bench.home / "many.jsonl"
     gpu_shape.write_suite(suite, bench.scale.many)
-    found = worker(bench, "warm", repeats=0, scenarios=str(suite))
+    found = worker(bench, "warm", repeats=1, clocks=False, scenarios=str(suite))
     return {**found, "floor": floor(bench, found.get("tokens", 0))}
 
 

@@ -63,24 +63,24 @@ class Clocks:
 
 
 def _wrap_all(clocks: Clocks) -> None:
-    from zarrtrace.capture import batches, encoders, pipeline
-    from zarrtrace.extraction import running
-    from zarrtrace.store import TraceWriter, shards
+    from zarrtrace.capture import batches, copies, encoders
+    from zarrtrace.extraction.processes import WriterProcesses
 
     clocks.wrap(batches.Batch, "advance", "forward", device=True)
-    clocks.wrap(pipeline, "_encode", "encoding and indexing", device=True)
-    clocks.wrap(pipeline, "_whole_attention", "attention on the device", device=True)
-    clocks.wrap(pipeline, "_to_numpy", "transfer", device=True)
+    clocks.wrap(copies.Made, "by", "encoding", device=True)
+    clocks.wrap(copies.Made, "records", "copying to the host and indexing", device=True)
     clocks.wrap(encoders.Encoders, "_load", "loading SAEs (a thread of its own)")
     clocks.wrap(encoders.Encoders, "take", "waiting for SAEs")
-    clocks.wrap(getattr(running, "_WriterPool"), "submit", "waiting for writers")  # noqa: B009
-    clocks.wrap(TraceWriter, "append", "writers, the rest (their threads)")
-    clocks.wrap(shards, "_encode_chunk", "compression (writers' threads)")
-    clocks.wrap(shards, "write_whole", "writing (writers' threads)")
+    clocks.wrap(WriterProcesses, "__init__", "opening traces")
+    clocks.wrap(WriterProcesses, "submit", "waiting for writers")
+    clocks.wrap(WriterProcesses, "__exit__", "waiting for the last records")
 
 
 def warm(home: Path, scale: Scale, device: str, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Extract with the weights loaded: `repeats` times, then once more with clocks."""
+    """Extract with the weights loaded: `repeats` times, then once more with clocks if asked for.
+
+    The clocks wait for the GPU at every step, so that nothing overlaps.
+    """
     del scale
     from zarrtrace.capture import hide_progress
     from zarrtrace.extraction import Options, prepare, running
@@ -88,6 +88,7 @@ def warm(home: Path, scale: Scale, device: str, asked: Mapping[str, Any]) -> dic
     hide_progress()
     given = dict(asked)
     repeats, output = given.pop("repeats", 2), home / "warm"
+    with_clocks = given.pop("clocks", True)
     for name in ("layers", "sae_ids"):
         if name in given:
             given[name] = tuple(given[name])
@@ -110,15 +111,16 @@ def warm(home: Path, scale: Scale, device: str, asked: Mapping[str, Any]) -> dic
         out["device bytes of the model"] = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     out["seconds"], clocks = [], Clocks()
-    for i in range(repeats + 1):
+    for i in range(repeats + with_clocks):
         if i == repeats:
             _wrap_all(clocks)
         shutil.rmtree(output, ignore_errors=True)
         start = time.perf_counter()
         running.extract(output, options)
         out["seconds"].append(time.perf_counter() - start)
-    out["seconds with clocks"] = out["seconds"].pop()
-    out["split s"] = dict(clocks.seconds)
+    if with_clocks:
+        out["seconds with clocks"] = out["seconds"].pop()
+        out["split s"] = dict(clocks.seconds)
     out["bytes"] = size_of(output)
     best = min(out["seconds"] or [out["seconds with clocks"]])
     out["tokens/s"] = out["tokens"] / best

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from zarrtrace import demo
 from zarrtrace.errors import ConfigError, ScenarioError
+from zarrtrace.extraction.processes import FEW_TRACES, start_writers
 from zarrtrace.extraction.reading_ahead import ReadAhead, weight_files
 from zarrtrace.scenarios import Scenario, load_suite
 from zarrtrace.spec import (
@@ -265,6 +266,8 @@ def prepare(
     source = _sae_source(options) if options.features else None
     # All that can be wrong is found out before the weights are read, which takes minutes.
     model = _load_model(options, capture, weights=False)
+    if weights and model.device.type != "cpu" and len(scenarios) >= FEW_TRACES:
+        start_writers(len(scenarios))
     layers = _layers(options, model)
     saes = {} if source is None else _find_saes(source, layers, model)
     if ahead and source is not None:
@@ -357,6 +360,8 @@ def capture_package() -> Any:
     # read once, when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    # On a GPU: memory that one size of tensors leaves is used for others.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     try:
         from zarrtrace import capture  # noqa: PLC0415 -- torch takes seconds
     except ModuleNotFoundError as error:

@@ -14,8 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from queue import Empty, Queue
 
-_THREADS = 4
-_BYTES = 8 * 2**20
+_THREADS = 3
+# After each read a thread wants Python's lock, which imports give away every few milliseconds.
+_BYTES = 32 * 2**20
 # Importing sae-lens, between the model's files and the SAEs', takes longer than reading them.
 _SECONDS_IDLE = 60
 
@@ -55,6 +56,7 @@ class ReadAhead:
                 thread.start()
 
     def _work(self) -> None:
+        buffer = bytearray(_BYTES)
         while True:
             try:
                 file, start = self._parts.get(timeout=_SECONDS_IDLE)
@@ -62,12 +64,12 @@ class ReadAhead:
                 return
             # Whoever needs the file will say what is wrong with it.
             with suppress(OSError):
-                self._read(file, start)
+                self._read(file, start, buffer)
 
-    def _read(self, file: Path, start: int) -> None:
+    def _read(self, file: Path, start: int, buffer: bytearray) -> None:
         with file.open("rb", buffering=0) as content:
             content.seek(start)
-            content.read(_BYTES)
+            content.readinto(buffer)
 
 
 def weight_files(model: str, revision: str | None = None) -> list[Stretch]:

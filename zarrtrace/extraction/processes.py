@@ -1,0 +1,264 @@
+"""Compressing and writing records beside a GPU, in processes of their own.
+
+A GPU makes records faster than threads of one process can write them: all of them, and the one
+that drives the GPU, would wait for Python's lock. Each trace has one process that writes it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from zarrtrace.errors import StoreError
+from zarrtrace.extraction.channel import Channel, pair
+from zarrtrace.extraction.progress import Watch
+from zarrtrace.extraction.writers import (
+    Lack,
+    OpenTraces,
+    Record,
+    Room,
+    Traces,
+    bytes_of,
+)
+from zarrtrace.spec import BFloat16, LayerRecord
+
+#: Fewer than these are better written by threads: each would have one process.
+FEW_TRACES = 4
+
+_MOST = 14
+# Bytes of records that wait or are being sent, by process; one record may be larger.
+_BYTES_A_PROCESS = 8 * 2**20
+# Of linux/prctl.h.
+_SIGNAL_AT_PARENTS_DEATH = 1
+_PROGRAM = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from zarrtrace.extraction.processes import serve; serve(int(sys.argv[2]), int(sys.argv[3]))"
+)
+
+_idle: list[_Process] = []
+_mutex = threading.Lock()
+
+
+class _Process:
+    """A process that writes traces for this one, and ends with it."""
+
+    def __init__(self) -> None:
+        self._channel, theirs = pair()
+        arguments = [json.dumps(sys.path), str(theirs.fileno()), str(os.getpid())]
+        with theirs:
+            self._process = subprocess.Popen(  # noqa: S603 -- Python itself
+                [sys.executable, "-c", _PROGRAM, *arguments], pass_fds=[theirs.fileno()]
+            )
+
+    def send(self, value: Traces | Record | None) -> None:
+        """Send traces to open, a record of one of them, or None where it is done with them."""
+        self._channel.send(value)
+
+    def answer(self) -> Any:
+        """Wait for the answer to what was sent; raises the error that came of it."""
+        found = self._channel.receive()
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def end(self) -> None:
+        """Let it end, and wait for that."""
+        self._channel.close()
+        self._process.wait()
+
+
+def start_writers(traces: int) -> None:
+    """Start processes that will write so many traces, while the weights are still being read."""
+    with _mutex:
+        _idle.extend(_Process() for _ in range(min(_count(), traces) - len(_idle)))
+
+
+def _count() -> int:
+    """Choose how many processes write: all cores but two, which drive the GPU and send records."""
+    return max(1, min(_MOST, (os.cpu_count() or 1) - 2))
+
+
+def _take(traces: int) -> list[_Process]:
+    start_writers(traces)
+    with _mutex:
+        taken, _idle[:] = _idle[:], []
+    return taken
+
+
+class WriterProcesses:
+    """Append records in processes; see :class:`zarrtrace.extraction.writers.Writers`.
+
+    Parameters
+    ----------
+    traces
+        Where to.
+    watch
+        Is told of what was stored.
+    """
+
+    def __init__(self, traces: Traces, watch: Watch) -> None:
+        self._watch = watch
+        self._processes = _take(len(traces.each))
+        count = len(self._processes)
+        self._room = Room(count * _BYTES_A_PROCESS)
+        self._queues: list[SimpleQueue[Record | None]] = [SimpleQueue() for _ in range(count)]
+        self._failed: list[BaseException] = []
+        self._at = {one[0].scenario: at % count for at, one in enumerate(traces.each)}
+        self.lacks: Mapping[str, Lack] = self._open(traces)
+        self._threads = [
+            threading.Thread(target=self._feed, args=(at,), name=f"zarrtrace-write-{at}")
+            for at in range(count)
+        ]
+
+    def _open(self, traces: Traces) -> dict[str, Lack]:
+        count = len(self._processes)
+        try:
+            for at, process in enumerate(self._processes):
+                process.send(replace(traces, each=traces.each[at::count]))
+            found = [process.answer() for process in self._processes]
+        except BaseException:
+            self._end()
+            raise
+        lacks = {name: lack for of_process in found for name, lack in of_process.items()}
+        return {name: lacks[name] for name in self._at}
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def submit(self, record: Record) -> None:
+        """Queue a record; waits while too many are queued."""
+        self._room.take(bytes_of(record))
+        self._raise_first()
+        self._queues[self._at[record.scenario]].put(record)
+
+    def _feed(self, at: int) -> None:
+        """Send a process its records, one at a time."""
+        process = self._processes[at]
+        while (record := self._queues[at].get()) is not None:
+            try:
+                if not self._failed:
+                    process.send(_contiguous(record))
+                    missing, complete = process.answer()
+                    self._watch.stored(record.scenario, missing, complete=complete)
+            except (EOFError, OSError) as error:
+                self._failed.append(_ended(record, error))
+            except BaseException as error:  # noqa: BLE001 -- raised where records are submitted
+                self._failed.append(error)
+            self._room.give_back(bytes_of(record))
+
+    def _raise_first(self) -> None:
+        if self._failed:
+            raise self._failed[0]
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for queue in self._queues:
+            queue.put(None)
+        for thread in self._threads:
+            thread.join()
+        if self._failed or kind is not None:
+            self._end()
+        else:
+            for process in self._processes:
+                process.send(None)
+            with _mutex:
+                _idle.extend(self._processes)
+        if kind is None:
+            self._raise_first()
+
+    def _end(self) -> None:
+        for process in self._processes:
+            process.end()
+
+
+def _contiguous(record: Record) -> Record:
+    """Return a record whose large arrays can be sent as they are."""
+    if not isinstance(record, LayerRecord) or record.attention is None:
+        return record
+    attention = record.attention
+    whole = (
+        BFloat16(np.ascontiguousarray(attention.bits))
+        if isinstance(attention, BFloat16)
+        else np.ascontiguousarray(attention)
+    )
+    mean = record.attention_mean
+    return replace(
+        record,
+        attention=whole,
+        attention_mean=None if mean is None else np.ascontiguousarray(mean),
+    )
+
+
+def _ended(record: Record, error: BaseException) -> BaseException:
+    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError | ConnectionError):
+        return error
+    return StoreError(
+        f"{record.scenario}: the process that wrote it has ended",
+        why="It was killed; on Linux, usually because memory ran out.",
+        remedy="Run the same command again; it goes on where this one stopped.",
+    )
+
+
+# --- in the other process -----------------------------------------------------------------------
+
+
+def serve(descriptor: int, parent: int) -> None:
+    """Write what comes through a socket, until its other end is closed.
+
+    Parameters
+    ----------
+    descriptor
+        Of the socket.
+    parent
+        Number of the process that has the other end.
+    """
+    # Interruptions are the parent's to handle, which then sends no more.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    _die_with(parent)
+    channel = Channel(socket.socket(fileno=descriptor))
+    traces: OpenTraces | None = None
+    with suppress(EOFError, ConnectionError):
+        while True:
+            value = channel.receive()
+            if value is None:
+                traces = None
+                continue
+            try:
+                if isinstance(value, Traces):
+                    traces = OpenTraces(value)
+                    answer: Any = traces.lacks
+                else:
+                    assert traces is not None  # noqa: S101 -- they came first
+                    answer = traces.append(value)
+            except Exception as error:  # noqa: BLE001 -- the parent raises it
+                answer = error
+            channel.send(answer)
+
+
+def _die_with(parent: int) -> None:
+    """End this process at once where its parent is killed: no one else may find it writing."""
+    with suppress(AttributeError, OSError):  # not Linux
+        ctypes.CDLL(None).prctl(_SIGNAL_AT_PARENTS_DEATH, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)

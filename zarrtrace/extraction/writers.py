@@ -1,0 +1,244 @@
+"""Compressing and writing records beside the computation, in threads of this process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol, Self
+
+import numpy as np
+from numcodecs import BitRound
+
+from zarrtrace.extraction.memory import release_freed
+from zarrtrace.extraction.progress import Watch
+from zarrtrace.spec import LayerRecord, Tokens, TokensRecord, TraceAttributes, TraceShape
+from zarrtrace.store import Location, TraceWriter
+
+Record = LayerRecord | TokensRecord
+
+#: Two beside a CPU that computes; those of an object store mostly wait for answers.
+THREADS, THREADS_OF_OBJECTS = 2, 14
+# Bytes of records that wait or are being written, by writer; one record may be larger.
+_BYTES_A_WRITER = 16 * 2**20
+# After a record of this size, or so many bytes of small ones, memory that was freed is given back.
+_LARGE_RECORD = 32 * 2**20
+_SMALL_RECORDS = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Traces:
+    """The traces that are to be filled.
+
+    Attributes
+    ----------
+    folder
+        The run, which exists.
+    each
+        What a :class:`TraceWriter` is told of each trace.
+    keepbits
+        Bits of the mantissa that attention keeps; None for all.
+    repair
+        As for :func:`zarrtrace.extraction.extract`.
+    """
+
+    folder: Location
+    each: Sequence[tuple[TraceAttributes, TraceShape, Tokens]]
+    keepbits: int | None
+    repair: bool
+
+
+class Lack(NamedTuple):
+    """What a trace lacks before anything is computed."""
+
+    layers: tuple[int, ...]
+    tokens: bool
+
+
+class Writers(Protocol):
+    """Appends records beside the computation; a context manager that waits for the last one.
+
+    The first error of a writer ends the capture: :meth:`submit` raises it.
+    """
+
+    @property
+    def lacks(self) -> Mapping[str, Lack]:
+        """What each trace lacked when it was opened."""
+        ...
+
+    def submit(self, record: Record) -> None:
+        """Queue a record; waits while too many are queued."""
+        ...
+
+    def __enter__(self) -> Self:
+        """Go on."""
+        ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Wait for what is queued; records in hand are stored also when the capture fails."""
+        ...
+
+
+class OpenTraces:
+    """Traces that one process writes, from any thread.
+
+    Parameters
+    ----------
+    traces
+        Which ones; those that are complete but for their last mark get it.
+    """
+
+    def __init__(self, traces: Traces) -> None:
+        self._keepbits = traces.keepbits
+        self._writers = {
+            attributes.scenario: TraceWriter(
+                traces.folder / attributes.scenario, attributes, shape, tokens, repair=traces.repair
+            )
+            for attributes, shape, tokens in traces.each
+        }
+        self.lacks = {
+            name: Lack(writer.missing_layers, writer.needs_tokens)
+            for name, writer in self._writers.items()
+        }
+        self._finished: set[str] = set()
+        self._mutex = threading.Lock()
+        for name, lack in self.lacks.items():
+            if not any(lack):
+                self._writers[name].finish()  # an earlier process may have stopped just before it
+
+    def append(self, record: Record) -> tuple[int, bool]:
+        """Store a record; returns how many layers its trace lacks, and whether it made it whole."""
+        writer = self._writers[record.scenario]
+        writer.append(_rounded(record, self._keepbits))
+        complete = self._is_last(record.scenario, writer)
+        if complete:
+            writer.finish()
+        return len(writer.missing_layers), complete
+
+    def _is_last(self, scenario: str, writer: TraceWriter) -> bool:
+        """Whether a trace has just got its last record; true once."""
+        with self._mutex:
+            if scenario in self._finished or writer.missing_layers or writer.needs_tokens:
+                return False
+            self._finished.add(scenario)
+            return True
+
+
+def _rounded(record: Record, keepbits: int | None) -> Record:
+    """Round attention to some bits of its mantissa; zeros behind them compress well."""
+    if keepbits is None or isinstance(record, TokensRecord) or record.attention is None:
+        return record
+    attention = np.asarray(record.attention)
+    rounded = BitRound(keepbits).encode(attention)
+    return replace(record, attention=rounded.view(attention.dtype))
+
+
+def bytes_of(record: Record) -> int:
+    """Return how much memory a record holds."""
+    if isinstance(record, TokensRecord):
+        return record.next_token.nbytes + record.next_token_logprob.nbytes
+    arrays: list[Any] = [record.attention, record.attention_mean]
+    arrays += [features.activations for features in record.features.values()]
+    return sum(array.nbytes for array in arrays if array is not None)
+
+
+class Room:
+    """Lets records in while what is held stays below a limit, or nothing is held."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._held = limit, 0
+        self._free = threading.Condition()
+
+    def take(self, size: int) -> None:
+        """Wait for room, and take it."""
+        with self._free:
+            self._free.wait_for(lambda: not self._held or self._held + size <= self._limit)
+            self._held += size
+
+    def give_back(self, size: int) -> None:
+        """Make room for others."""
+        with self._free:
+            self._held -= size
+            self._free.notify()
+
+
+class WriterThreads:
+    """Append records in threads; see :class:`Writers`.
+
+    Parameters
+    ----------
+    traces
+        Where to.
+    watch
+        Is told of what was stored.
+    threads
+        How many.
+    """
+
+    def __init__(self, traces: Traces, watch: Watch, threads: int = THREADS) -> None:
+        self._traces, self._watch = OpenTraces(traces), watch
+        self.lacks: Mapping[str, Lack] = self._traces.lacks
+        self._pool = ThreadPoolExecutor(
+            threads, thread_name_prefix="zarrtrace-write", initializer=_give_way
+        )
+        self._room = Room(min(threads, max(THREADS, os.cpu_count() or 1)) * _BYTES_A_WRITER)
+        self._freed, self._mutex = 0, threading.Lock()
+        self._failed: list[BaseException] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def submit(self, record: Record) -> None:
+        """Queue a record; waits while too many are queued."""
+        size = bytes_of(record)
+        self._room.take(size)
+        self._raise_first()
+        self._pool.submit(self._append, record).add_done_callback(partial(self._done, size))
+
+    def _append(self, record: Record) -> None:
+        if not self._failed:
+            missing, complete = self._traces.append(record)
+            self._watch.stored(record.scenario, missing, complete=complete)
+
+    def _done(self, size: int, future: Future[None]) -> None:
+        error = future.exception()
+        if error is not None:
+            self._failed.append(error)
+        self._room.give_back(size)
+        with self._mutex:
+            self._freed += size
+            release = size >= _LARGE_RECORD or self._freed >= _SMALL_RECORDS
+            if release:
+                self._freed = 0
+        if release:
+            release_freed()
+
+    def _raise_first(self) -> None:
+        if self._failed:
+            raise self._failed[0]
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._pool.shutdown(wait=True)
+        if kind is None:
+            self._raise_first()
+
+
+def _give_way() -> None:
+    """Let the threads that compute go first; torch's wait for each other many times a layer."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
