@@ -117,6 +117,10 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 @pytest.fixture
 def s3(s3_server: Any) -> Iterator[Any]:
     """The same, without what earlier tests left of requests and faults."""
+    import s3_servers
+
+    # Again: Dask's nannies put the environment back as it was before they started a worker.
+    os.environ.update(s3_servers.CREDENTIALS)
     s3_server.proxy.seen.clear()
     yield s3_server
     s3_server.proxy.fault = lambda _: None
