@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+# What a process imports that extracts; sae-lens alone takes ten seconds of a core.
+_IMPORTS = [
+    "zarrtrace.extraction.worker",
+    "zarrtrace.capture.saes",
+    "zarrtrace.store",
+    "transformers.models.llama.modeling_llama",
+]
 
 # Who runs tests in a script's background has SIGINT ignored, and children inherit it.
 _CODE = """
@@ -18,9 +32,92 @@ main()
 """
 
 
+def import_once() -> None:
+    """Have a process import what extraction needs; those that are forked from it need not.
+
+    Dask's workers are, too, where its ``worker.multiprocessing-method`` is ``forkserver``.
+    """
+    multiprocessing.set_forkserver_preload(_IMPORTS)
+    forkserver.ensure_running()
+
+
+class Forked:
+    """A process that runs some code, with what `subprocess.Popen` says of one."""
+
+    def __init__(self, folder: Path, code: str, arguments: list[str]) -> None:
+        import_once()
+        self._said = folder / "stdout", folder / "stderr"
+        self._process = multiprocessing.get_context("forkserver").Process(
+            target=_execute, args=(code, arguments, dict(os.environ), Path.cwd(), self._said)
+        )
+        self._process.start()
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self._process.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self._process.join(timeout)
+        return self._process.exitcode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        if self.wait(timeout) is None:
+            raise subprocess.TimeoutExpired("zarrtrace", timeout or 0)
+        out, err = (file.read_text(encoding="utf-8") for file in self._said)
+        return out, err
+
+
+def _execute(
+    code: str,
+    arguments: list[str],
+    environment: dict[str, str],
+    folder: Path,
+    said: tuple[Path, Path],
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    for file, number in zip(said, (1, 2), strict=True):
+        end = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(end, number)
+        os.close(end)
+    faulthandler.enable(file=2)
+    sys.argv = ["zarrtrace", *arguments]
+    exec(code, {"__name__": "__main__"})  # noqa: S102 -- of our tests
+
+
+def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run code in a process that has imported what extraction needs."""
+    with tempfile.TemporaryDirectory() as folder:
+        process = Forked(Path(folder), code, [*map(str, arguments)])
+        out, err = process.communicate()
+    return subprocess.CompletedProcess(sys.argv, process.returncode or 0, out, err)
+
+
+@contextlib.contextmanager
+def extracting(*arguments: object) -> Iterator[Forked]:
+    """Run ``zarrtrace extract``; killed if it still runs when the test ends."""
+    with tempfile.TemporaryDirectory() as folder:
+        process = Forked(Path(folder), _CODE, ["extract", *map(str, arguments)])
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+
 @contextlib.contextmanager
 def running(*arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """Run the command line; killed if it still runs when the test ends."""
+    """Run the command line in an interpreter of its own; killed likewise."""
     with subprocess.Popen(
         [sys.executable, "-X", "faulthandler", "-c", _CODE, *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -34,9 +131,7 @@ def running(*arguments: object) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def said_after(
-    process: subprocess.Popen[str], number: int = signal.SIGINT, seconds: float = 60
-) -> str:
+def said_after(process: Any, number: int = signal.SIGINT, seconds: float = 60) -> str:
     """Send a signal and wait for the end; what stderr says, or where each thread hangs."""
     process.send_signal(number)
     try:

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
-from processes import running, said_after
+from processes import extracting, said_after
 
 import zarrtrace as zt
 from zarrtrace.cli import main
@@ -289,9 +289,9 @@ def on_a_terminal(*arguments: str | Path) -> str:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_says_where_to_go_on(tmp_path: Path, number: int, code: int) -> None:
     names = ("Risky_40", "Bankruptcy_90_all_in", "Safe_140_near_goal")
-    arguments = ["extract", "-o", str(tmp_path / "run"), "--no-features"]
+    arguments = ["-o", str(tmp_path / "run"), "--no-features"]
     arguments += [part for name in names for part in ("--scenario", name)]
-    with running(*arguments) as process:
+    with extracting(*arguments) as process:
         while not (tmp_path / "run" / "Bankruptcy_90_all_in" / "attention" / "c").exists():
             time.sleep(0.02)
             assert process.poll() is None
@@ -301,7 +301,7 @@ def test_a_signal_says_where_to_go_on(tmp_path: Path, number: int, code: int) ->
     assert signal.Signals(number).name in stderr
     assert "Traceback" not in stderr
     if number == signal.SIGINT:
-        assert call(*arguments).returncode == 0
+        assert call("extract", *arguments).returncode == 0
         assert call("verify", tmp_path / "run").returncode == 0
 
 

@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import dask
 import fakes
 import pytest
 import s3_servers
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import running, said_after
+from processes import extracting, import_once, said_after
 
 from zarrtrace import demo
 from zarrtrace.cli import main
@@ -57,7 +58,11 @@ ATTENTION = options(layers=tuple(range(1, 32)), features=False)
 @pytest.fixture(scope="module")
 def client() -> Iterator[Any]:
     """Two processes that are kept for all tests here."""
-    with connected(workers=2) as client:
+    import_once()
+    with (
+        dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}),
+        connected(workers=2) as client,
+    ):
         yield client
 
 
@@ -203,8 +208,8 @@ def test_a_worker_that_computes_nonsense_ends_the_run(client: Any, tmp_path: Pat
 def test_a_signal_stops_workers_too(
     client: Any, tmp_path: Path, single_attention: dict[str, bytes]
 ) -> None:
-    command = ["extract", "-o", tmp_path / "run", "--scheduler", client.scheduler.address, *ASKED]
-    with running(*command) as process:
+    asked = ["-o", tmp_path / "run", "--scheduler", client.scheduler.address, *ASKED]
+    with extracting(*asked) as process:
         wait_for(lambda: any((tmp_path / "run").glob("*/attention/c/3/0/0/0")))
         said = said_after(process)
     assert process.returncode == 130
@@ -275,7 +280,8 @@ def test_processes_of_their_own(
     own = [sys.executable, "-m"]
     common = ["--scheduler-file", str(file), "--host", "127.0.0.1", "--no-dashboard"]
     commands = [[*own, "distributed.cli.dask_scheduler", *common, "--port", "0"]]
-    commands += 2 * [[*own, "distributed.cli.dask_worker", *common, "--nthreads", "1"]]
+    worker = [*own, "distributed.cli.dask_worker", *common, "--nthreads", "1", "--no-nanny"]
+    commands += 2 * [worker]
 
     def start(command: list[str]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)

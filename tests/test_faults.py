@@ -13,6 +13,7 @@ from typing import Any
 
 import fakes
 import numpy as np
+import processes
 import pytest
 import xarray as xr
 
@@ -385,7 +386,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
 
 # --- kill -9 -----------------------------------------------------------------------------------
 
-# Imports once and forks for every attempt, before torch or Zarr have started a thread. What the
+# Forks for every attempt, before torch or Zarr have started a thread. What the
 # extraction is doing stands in memory that it shares with the killer.
 KILLER = r"""
 import json, mmap, os, random, shutil, signal, sys, threading, time
@@ -577,12 +578,7 @@ print(json.dumps(log))
 def test_kill_9(tmp_path: Path, seed: int) -> None:
     """At random moments, 40 in CI; what is there afterwards equals an uninterrupted run."""
     kills = int(os.environ.get("ZARRTRACE_KILLS", "8")) // 2
-    done = subprocess.run(
-        [sys.executable, "-c", KILLER, str(tmp_path), str(seed), str(kills)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = processes.python(KILLER, tmp_path, seed, kills)
     assert done.returncode == 0, f"seed {seed}: {done.stderr}"
     log = json.loads(done.stdout)
     print(*log, sep="\n")  # noqa: T201 -- shown with -rP, and when it fails

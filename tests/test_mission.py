@@ -7,11 +7,16 @@ import os
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 import hub_cache
 import numpy as np
 import pytest
+import torch
+from sae_lens import SAE
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zarrtrace as zt
 from zarrtrace.store import verify
@@ -25,42 +30,51 @@ LLAMA = (
 )
 GPT2 = "zarrtrace extract --model gpt2 --sae-release gpt2-small-res-jb --layers 0-11 -o runs/gpt2"
 
-# What the two libraries make of one prompt, by hooks of its own, in a process of its own: the
-# hub's client reads its settings when it is imported.
-REFERENCE = """
-import json, sys
-import numpy as np, torch
-from sae_lens import SAE
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model_id, release, pattern, prompt, out, bos, side = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(model_id, attn_implementation="eager").eval()
-tokenizer = AutoTokenizer.from_pretrained(model_id)
-ids = tokenizer(prompt)["input_ids"]
-if bos == "add":
-    assert ids[0] != tokenizer.bos_token_id
-    ids = [tokenizer.bos_token_id, *ids]
-blocks = getattr(model.base_model, "layers", None) or model.base_model.h
-stream = {}
-def before(i):
-    return lambda module, args: stream.__setitem__(("pre", i), args[0])
-def after(i):
-    return lambda module, args, output: stream.__setitem__(
-        ("post", i), output[0] if isinstance(output, tuple) else output)
-for i, block in enumerate(blocks):
-    block.register_forward_pre_hook(before(i))
-    block.register_forward_hook(after(i))
-arrays = {"ids": np.array(ids)}
-with torch.no_grad():
-    made = model(torch.tensor([ids]), output_attentions=True)
-    for i in range(1 if side == "post" else 0, len(blocks)):
-        sae = SAE.from_pretrained(release, pattern.format(layer=i))
-        arrays[f"features_{i}"] = sae.encode(stream[side, i])[0].numpy()
-        arrays[f"attention_{i}"] = made.attentions[i][0].numpy()
-    top = made.logits[0].log_softmax(-1).topk(10)
-    arrays["next_token"], arrays["logprob"] = top.indices.numpy(), top.values.numpy()
-np.savez(out, **arrays)
-"""
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A local cache of the hub, which this process reads too."""
+    found = tmp_path / "home"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(found / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return found
+
+
+def of_the_libraries(
+    model_id: str, release: str, pattern: str, prompt: str, *, add_bos: bool, side: str
+) -> dict[str, np.ndarray]:
+    """Compute what the two libraries make of one prompt, by hooks of our own."""
+    model = AutoModelForCausalLM.from_pretrained(model_id, attn_implementation="eager").eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_id)
+    ids = tokenizer(prompt)["input_ids"]
+    if add_bos:
+        assert ids[0] != tokenizer.bos_token_id
+        ids = [tokenizer.bos_token_id, *ids]
+    blocks = getattr(model.base_model, "layers", None) or model.base_model.h
+    stream = {}
+
+    def before(i: int) -> Any:
+        return lambda module, args: stream.__setitem__(("pre", i), args[0])
+
+    def after(i: int) -> Any:
+        return lambda module, args, output: stream.__setitem__(
+            ("post", i), output[0] if isinstance(output, tuple) else output
+        )
+
+    for i, block in enumerate(blocks):
+        block.register_forward_pre_hook(before(i))
+        block.register_forward_hook(after(i))
+    arrays = {"ids": np.array(ids)}
+    with torch.no_grad():
+        made = model(torch.tensor([ids]), output_attentions=True)
+        for i in range(1 if side == "post" else 0, len(blocks)):
+            with warnings.catch_warnings():  # of SAEs that want the model loaded otherwise
+                warnings.simplefilter("ignore", UserWarning)
+                sae = SAE.from_pretrained(release, pattern.format(layer=i))
+            arrays[f"features_{i}"] = sae.encode(stream[side, i])[0].numpy()
+            arrays[f"attention_{i}"] = made.attentions[i][0].numpy()
+        top = made.logits[0].log_softmax(-1).topk(10)
+    return {**arrays, "next_token": top.indices.numpy(), "logprob": top.values.numpy()}
 
 
 def run(command: list[str], home: Path, cwd: Path) -> None:
@@ -76,22 +90,20 @@ def run(command: list[str], home: Path, cwd: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def check(trace: Path, reference: Path, layers: range) -> None:
+def check(trace: Path, expected: dict[str, np.ndarray], layers: range) -> None:
     ds = zt.open_trace(trace)
-    with np.load(reference) as expected:
-        np.testing.assert_array_equal(ds.token_id, expected["ids"])
-        for layer in layers:
-            here = ds.sel(layer=layer)
-            np.testing.assert_array_equal(here.attention, expected[f"attention_{layer}"])
-            np.testing.assert_array_equal(here.features, expected[f"features_{layer}"])
-            assert (here.features > 0).any()
-        np.testing.assert_array_equal(ds.next_token, expected["next_token"])
-        np.testing.assert_array_equal(ds.next_token_logprob, expected["logprob"])
+    np.testing.assert_array_equal(ds.token_id, expected["ids"])
+    for layer in layers:
+        here = ds.sel(layer=layer)
+        np.testing.assert_array_equal(here.attention, expected[f"attention_{layer}"])
+        np.testing.assert_array_equal(here.features, expected[f"features_{layer}"])
+        assert (here.features > 0).any()
+    np.testing.assert_array_equal(ds.next_token, expected["next_token"])
+    np.testing.assert_array_equal(ds.next_token_logprob, expected["logprob"])
 
 
-def test_llama_with_llama_scope(tmp_path: Path) -> None:
+def test_llama_with_llama_scope(tmp_path: Path, home: Path) -> None:
     assert f"$ {LLAMA}\n" in README
-    home = tmp_path / "home"
     hub_cache.make_llama(tmp_path / "model")
     hub_cache.make_llama_scope(tmp_path / "saes")
     hub_cache.add_repo(home, "meta-llama/Llama-3.1-8B", tmp_path / "model")
@@ -102,17 +114,19 @@ def test_llama_with_llama_scope(tmp_path: Path) -> None:
     attributes = json.loads((trace / "zarr.json").read_text())["attributes"]["zarrtrace"]
     assert attributes["model"]["revision"] is not None
     assert [sae["id"] for sae in attributes["saes"]] == [f"l{n}r_8x" for n in range(1, 32)]
-    reference = [
-        *(sys.executable, "-c", REFERENCE, "meta-llama/Llama-3.1-8B", "llama_scope_lxr_8x"),
-        *("l{layer}r_8x", attributes["prompt"], str(tmp_path / "reference.npz"), "as is", "post"),
-    ]
-    run(reference, home, tmp_path)
-    check(trace, tmp_path / "reference.npz", range(1, 32))
+    expected = of_the_libraries(
+        "meta-llama/Llama-3.1-8B",
+        "llama_scope_lxr_8x",
+        "l{layer}r_8x",
+        attributes["prompt"],
+        add_bos=False,
+        side="post",
+    )
+    check(trace, expected, range(1, 32))
 
 
-def test_gpt2(tmp_path: Path) -> None:
+def test_gpt2(tmp_path: Path, home: Path) -> None:
     assert f"$ {GPT2}\n" in README
-    home = tmp_path / "home"
     hub_cache.make_gpt2(tmp_path / "model")
     hub_cache.make_gpt2_saes(tmp_path / "saes")
     hub_cache.add_repo(home, "gpt2", tmp_path / "model")
@@ -127,10 +141,12 @@ def test_gpt2(tmp_path: Path) -> None:
     assert by_variable["features_resid_post"] == "blocks.11.hook_resid_post"
     assert bool(np.isnan(ds.features_resid_post.sel(layer=3)).all())
     assert bool((ds.features_resid_post.sel(layer=11) > 0).any())
-    reference = [
-        *(sys.executable, "-c", REFERENCE, "gpt2", "gpt2-small-res-jb"),
-        *("blocks.{layer}.hook_resid_pre", attributes["prompt"]),
-        *(str(tmp_path / "reference.npz"), "add", "pre"),
-    ]
-    run(reference, home, tmp_path)
-    check(trace, tmp_path / "reference.npz", range(12))
+    expected = of_the_libraries(
+        "gpt2",
+        "gpt2-small-res-jb",
+        "blocks.{layer}.hook_resid_pre",
+        attributes["prompt"],
+        add_bos=True,
+        side="pre",
+    )
+    check(trace, expected, range(12))

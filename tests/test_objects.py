@@ -543,7 +543,7 @@ def test_an_extraction_that_was_killed_goes_on(
     s3.proxy.fault = fault
     options = ("--layers", "1-9", "--no-features", "--scenario", "Desperate_10", "-q")
     where = ("-o", run, "--storage-option", f"endpoint={s3.proxy.address}")
-    with processes.running("extract", *where, *options) as process:
+    with processes.extracting(*where, *options) as process:
         assert enough.wait(120), process.poll()
         process.kill()
         process.wait()

@@ -36,8 +36,7 @@ def two(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(processes, "_count", lambda: 2)
     monkeypatch.setattr(running, "WriterThreads", WriterProcesses)
     yield
-    while processes._idle:
-        processes._idle.pop().end()
+    processes.end_writers()
 
 
 @given(

@@ -6,6 +6,7 @@ that drives the GPU, would wait for Python's lock. Each trace has one process th
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import json
 import os
@@ -85,6 +86,13 @@ def start_writers(traces: int) -> None:
     """Start processes that will write so many traces, while the weights are still being read."""
     with _mutex:
         _idle.extend(_Process() for _ in range(min(_count(), traces) - len(_idle)))
+
+
+@atexit.register
+def end_writers() -> None:
+    """Let those end that no run has taken, or that are kept for the next run."""
+    while _idle:
+        _idle.pop().end()
 
 
 def _count() -> int:
