@@ -151,6 +151,14 @@ def s3(s3_server: Any) -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Extract the main job, the embedded model over its ten scenarios, which no test may change."""
+    from filelock import FileLock
+
     from zarrtrace.extraction import extract
 
-    return extract(tmp_path_factory.mktemp("demo") / "runs" / "demo")
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "demo" / "runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name("demo.lock")):  # pytest's processes share one
+        if not (folder / "demo").exists():
+            extract(folder / "demo")
+    return folder / "demo"

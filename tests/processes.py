@@ -42,11 +42,16 @@ def import_once() -> None:
 
 
 class Forked:
-    """A process that runs some code, with what `subprocess.Popen` says of one."""
+    """A process that runs some code, with what `subprocess.Popen` says of one.
 
-    def __init__(self, folder: Path, code: str, arguments: list[str]) -> None:
+    Its stderr goes into the folder, or to a terminal.
+    """
+
+    def __init__(
+        self, folder: Path, code: str, arguments: list[str], *, terminal: Path | None = None
+    ) -> None:
         import_once()
-        self._said = folder / "stdout", folder / "stderr"
+        self._said = folder / "stdout", terminal or folder / "stderr"
         self._process = multiprocessing.get_context("forkserver").Process(
             target=_execute, args=(code, arguments, dict(os.environ), Path.cwd(), self._said)
         )
@@ -72,7 +77,7 @@ class Forked:
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         if self.wait(timeout) is None:
             raise subprocess.TimeoutExpired("zarrtrace", timeout or 0)
-        out, err = (file.read_text(encoding="utf-8") for file in self._said)
+        out, err = (file.read_text("utf-8") if file.is_file() else "" for file in self._said)
         return out, err
 
 
@@ -87,7 +92,7 @@ def _execute(
     os.environ.update(environment)
     os.chdir(folder)
     for file, number in zip(said, (1, 2), strict=True):
-        end = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        end = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOCTTY)
         os.dup2(end, number)
         os.close(end)
     faulthandler.enable(file=2)
@@ -95,24 +100,30 @@ def _execute(
     exec(code, {"__name__": "__main__"})  # noqa: S102 -- of our tests
 
 
-def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run code in a process that has imported what extraction needs."""
-    with tempfile.TemporaryDirectory() as folder:
-        process = Forked(Path(folder), code, [*map(str, arguments)])
-        out, err = process.communicate()
-    return subprocess.CompletedProcess(sys.argv, process.returncode or 0, out, err)
-
-
 @contextlib.contextmanager
-def extracting(*arguments: object) -> Iterator[Forked]:
-    """Run ``zarrtrace extract``; killed if it still runs when the test ends."""
+def forked(code: str, *arguments: object, terminal: Path | None = None) -> Iterator[Forked]:
+    """Run code likewise, beside the test; killed if it still runs when the test ends."""
     with tempfile.TemporaryDirectory() as folder:
-        process = Forked(Path(folder), _CODE, ["extract", *map(str, arguments)])
+        process = Forked(Path(folder), code, [*map(str, arguments)], terminal=terminal)
         try:
             yield process
         finally:
             process.kill()
             process.wait()
+
+
+def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run code in a process that has imported what extraction needs."""
+    with forked(code, *arguments) as process:
+        out, err = process.communicate()
+    return subprocess.CompletedProcess(sys.argv, process.returncode or 0, out, err)
+
+
+@contextlib.contextmanager
+def extracting(*arguments: object, terminal: Path | None = None) -> Iterator[Forked]:
+    """Run ``zarrtrace extract``."""
+    with forked(_CODE, "extract", *arguments, terminal=terminal) as process:
+        yield process
 
 
 @contextlib.contextmanager

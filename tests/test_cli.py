@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -258,8 +259,8 @@ def test_low_memory_needs_two_blocks_on_the_device() -> None:
 
 @pytest.mark.torch
 def test_bars_only_on_a_terminal(tmp_path: Path) -> None:
-    arguments = ["extract", "--layers", "1-2", "--scenario", "Risky_40", "--no-features"]
-    piped = call(*arguments, "-o", tmp_path / "a")
+    arguments = ["--layers", "1-2", "--scenario", "Risky_40", "--no-features"]
+    piped = call("extract", *arguments, "-o", tmp_path / "a")
     assert piped.returncode == 0
     assert piped.stderr == ""
     assert "complete     yes" in piped.stdout
@@ -269,19 +270,20 @@ def test_bars_only_on_a_terminal(tmp_path: Path) -> None:
 
 
 def on_a_terminal(*arguments: str | Path) -> str:
-    """Run the command line with a terminal for its stderr; return what it showed there."""
+    """Extract with a terminal for stderr; return what was shown there."""
     leader, follower = pty.openpty()
     termios.tcsetwinsize(follower, (24, 100))
     shown = b""
-    with subprocess.Popen(
-        [*COMMAND, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=follower
-    ):
-        os.close(follower)
+    with extracting(*arguments, terminal=Path(os.ttyname(follower))) as process:
         # Read while it runs: a terminal nobody reads blocks who writes to it after 4 kB.
-        with contextlib.suppress(OSError):  # what Linux says of a terminal that was closed
-            while read := os.read(leader, 4096):
-                shown += read
+        ended = False
+        while select.select([leader], [], [], 0.05)[0] or not ended:
+            ended = process.poll() is not None
+            if select.select([leader], [], [], 0)[0]:
+                shown += os.read(leader, 4096)
+    os.close(follower)
     os.close(leader)
+    assert process.returncode == 0
     return shown.decode()
 
 

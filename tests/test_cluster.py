@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -20,7 +20,7 @@ import pytest
 import s3_servers
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import extracting, import_once, said_after
+from processes import extracting, forked, import_once, said_after
 
 from zarrtrace import demo
 from zarrtrace.cli import main
@@ -81,7 +81,7 @@ def single_attention(tmp_path_factory: pytest.TempPathFactory) -> dict[str, byte
 def assert_same(run: Path, expected: dict[str, bytes]) -> None:
     found = fakes.files_in(run)
     assert found.keys() == expected.keys()
-    assert [name for name in expected if found[name] != expected[name]] == []
+    assert {name: found[name] for name in expected if found[name] != expected[name]} == {}
     assert sorted(path.name for path in run.parent.iterdir()) == [run.name]  # no lock is left
 
 
@@ -276,25 +276,20 @@ def test_processes_of_their_own(
     single_attention: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A scheduler and two workers, started as on several machines."""
+    monkeypatch.chdir(tmp_path)
     file = tmp_path / "scheduler.json"
-    own = [sys.executable, "-m"]
     common = ["--scheduler-file", str(file), "--host", "127.0.0.1", "--no-dashboard"]
-    commands = [[*own, "distributed.cli.dask_scheduler", *common, "--port", "0"]]
-    worker = [*own, "distributed.cli.dask_worker", *common, "--nthreads", "1", "--no-nanny"]
-    commands += 2 * [worker]
-
-    def start(command: list[str]) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
-
-    scheduler, *workers = commands
-    processes = [start(scheduler)]
-    try:
+    start = "from distributed.cli.dask_{0} import main; main()".format
+    with contextlib.ExitStack() as processes:
+        processes.enter_context(forked(start("scheduler"), *common, "--port", "0"))
         wait_for(lambda: file.is_file() and file.read_bytes().endswith(b"}"))
-        processes += map(start, workers)
+        for _ in range(2):
+            processes.enter_context(
+                forked(start("worker"), *common, "--nthreads", "1", "--no-nanny")
+            )
         (tmp_path / "runs").mkdir()
         ask = ["zarrtrace", "extract", "-o", "runs/run", "-q", *ASKED]
         address = json.loads(file.read_text())["address"]
-        monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [*ask, "--scheduler", address])
         with pytest.raises(SystemExit) as ended:
             main()
@@ -304,11 +299,6 @@ def test_processes_of_their_own(
         with pytest.raises(SystemExit) as ended:
             main()
         assert ended.value.code == 0
-    finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.wait(30)
 
 
 @pytest.mark.parametrize(

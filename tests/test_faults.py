@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -327,13 +326,18 @@ def test_nonfinite_values_are_named(tmp_path: Path, overflowing: Path) -> None:
 
 # --- no space left -----------------------------------------------------------------------------
 
-# Imports once and forks for both attempts.
+# Forks for both attempts. Mounting needs root, or a user namespace of one's own.
 SMALL_DISK = r"""
-import json, os, subprocess, sys
+import ctypes, json, os, subprocess, sys
+from pathlib import Path
 from zarrtrace.cli import main
-from zarrtrace.extraction.job import capture_package
 
-capture_package()
+NEW_MOUNTS, NEW_USER = 0x00020000, 0x10000000
+user = os.geteuid()
+assert ctypes.CDLL(None).unshare(NEW_MOUNTS | (NEW_USER if user else 0)) == 0
+if user:
+    Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+subprocess.run(["mount", "--make-rprivate", "/"], check=True)
 disk, *command = sys.argv[1:]
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "none", disk], check=True)
 
@@ -365,14 +369,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     """A small tmpfs fills in the middle; with more room, the same command goes on."""
     command = ["extract", "-o", str(tmp_path / "run"), "--layers", "1-31", "--no-features"]
     command += ["--scenario", "Risky_40", "-q"]
-    # Mounting needs root, or a user namespace of one's own.
-    namespace = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]
-    done = subprocess.run(
-        [*namespace, sys.executable, "-c", SMALL_DISK, str(tmp_path), *command],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = processes.python(SMALL_DISK, tmp_path, *command)
     assert done.returncode == 0, done.stderr
     code, error, again, error_again, verified, partial = json.loads(done.stdout.splitlines()[-1])
     assert code == 1

@@ -6,13 +6,13 @@ import asyncio
 import os
 import ssl
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import fakes
 import numpy as np
+import processes
 import pytest
 import s3_servers
 from aiohttp import web
@@ -45,6 +45,9 @@ for name in run.children:
         if values.dtype.kind in "iuf":
             np.save(f"{sys.argv[2]}/{name}.{key}.npy", values.values)
 """
+
+
+COMMAND = "from zarrtrace.cli import main; main()"
 
 
 class Host:
@@ -87,12 +90,19 @@ class Host:
         self._loop.call_soon_threadsafe(self._loop.stop)
 
 
+def ran(code: str, *arguments: object) -> None:
+    """Run code in a process of its own: those who read https keep what they trust."""
+    done = processes.python(code, *arguments)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture
-def host(tmp_path: Path) -> Iterator[Host]:
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     certificates = tmp_path / "certificates"
     certificates.mkdir()
     trustme = [s3_servers.BIN / "python", "-m", "trustme", "-q", "-d", certificates]
     subprocess.run([*map(str, trustme), "-i", "localhost"], check=True)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificates / "client.pem"))
     (tmp_path / "www").mkdir()
     found = Host(tmp_path / "www", certificates)
     thread = threading.Thread(target=found.run)
@@ -107,14 +117,7 @@ def host(tmp_path: Path) -> Iterator[Host]:
 def test_over_https(code: str, host: Host, tmp_path: Path) -> None:
     made = fakes.make_run(tmp_path / "www", tokens=(40, 9), features=5000)
     (tmp_path / "out").mkdir()
-    trusted = {**os.environ, "SSL_CERT_FILE": str(tmp_path / "certificates" / "client.pem")}
-    address = f"https://localhost:{host.port}/run"
-    subprocess.run(
-        [sys.executable, "-c", code, address, str(tmp_path / "out")],
-        check=True,
-        env={**trusted, "PYTHONWARNINGS": "ignore"},
-        timeout=120,
-    )
+    ran(code, f"https://localhost:{host.port}/run", tmp_path / "out")
     for scenario, truth in made.truth.items():
         for name, expected in truth.items():
             if expected.dtype.kind in "iuf":
@@ -125,19 +128,13 @@ def test_over_https(code: str, host: Host, tmp_path: Path) -> None:
 def test_parts_are_ranges_and_commands_read_it(host: Host, tmp_path: Path) -> None:
     fakes.make_run(tmp_path / "www", tokens=40, features=20_000)
     address = f"https://localhost:{host.port}/run"
-    trusted = {**os.environ, "SSL_CERT_FILE": str(tmp_path / "certificates" / "client.pem")}
     code = "import sys, zarrtrace as zt\nzt.open_run(sys.argv[1]).Safe_1.features[:, -1, 7].values"
-    subprocess.run([sys.executable, "-c", code, address], check=True, env=trusted, timeout=120)
+    ran(code, address)
     assert len(host.ranges) == 6  # an index and a chunk, in each of three layers
     for command in ("info", "verify"):
-        call = [sys.executable, "-m", "zarrtrace", command, address]
-        subprocess.run(call, check=True, env=trusted, timeout=120)
-    call = [sys.executable, "-m", "zarrtrace", "copy", address, str(tmp_path / "copy"), "-q"]
-    subprocess.run(call, check=True, env=trusted, timeout=120)
+        ran(COMMAND, command, address)
+    ran(COMMAND, "copy", address, tmp_path / "copy", "-q")
     assert fakes.files_in(tmp_path / "copy") == fakes.files_in(tmp_path / "www" / "run")
-    call = [sys.executable, "-m", "zarrtrace", "index", address]
-    refused = subprocess.run(
-        call, env=trusted, timeout=120, capture_output=True, text=True, check=False
-    )
+    refused = processes.python(COMMAND, "index", address)
     assert refused.returncode == 1
     assert "is read-only" in refused.stderr
