@@ -417,6 +417,35 @@ def test_missing_layers_are_named(tmp_path: Path, look: Open) -> None:
         )
 
 
+@pytest.mark.torch
+def test_queries_that_were_not_chosen_are_said(tmp_path: Path, look: Open) -> None:
+    from zarrtrace.extraction import Options, extract
+
+    asked = Options(layers=(1, 2), only=("Risky_40",), features=False, queries=(5, -1))
+    run = extract(tmp_path / "run", asked)
+    attention = zt.open_trace(run / "Risky_40").attention.sel(layer=1, head=2).values
+    with Server(run) as live:
+
+        def weights(token: int, where: str) -> dict[int, float]:
+            page = look(live.url, scenario="Risky_40", layer=1, head=2, token=token)
+            if page.locator(f"{where} .none").count():
+                assert page.locator(f"{where} li").all_text_contents() == [
+                    "not stored for these queries"
+                ]
+                return {}
+            return {int(at): weight for at, weight in rows(page, where, "position")}
+
+        for token, stored in ((5, True), (6, False)):
+            found = weights(token, "#attends-to")
+            assert bool(found) == stored
+            for key, weight in found.items():
+                exactly(weight, attention[token, key])
+        found = weights(3, "#attended-by")
+        assert set(found) <= {5, len(attention) - 1}
+        exactly(found[5], attention[5, 3])
+        assert not weights(len(attention) - 2, "#attends-to")
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [({"attention": False}, "no attention"), ({"features": 0}, "no features")],

@@ -165,8 +165,10 @@ function paint() {
     if (colours[i] !== colour) token.style.backgroundColor = colours[i] = colour;
     if (token.classList.contains("active") !== (position === at)) token.classList.toggle("active");
   });
-  readout("attends-to", to);
-  readout("attended-by", from);
+  const inside = at >= view.window && at < view.window + tokens.length;
+  readout("attends-to", to, inside && Number.isNaN(shownWeight(at, at)));
+  const later = tokens.slice(Math.max(0, at - view.window));
+  readout("attended-by", from, later.every((_, i) => Number.isNaN(shownWeight(Math.max(at, view.window) + i, at))));
   for (const id of ["active-token", "features-of"]) {
     document.getElementById(id)?.replaceChildren(...named(scenario(), at));
   }
@@ -179,8 +181,11 @@ function shownWeight(query, key) {
   return Number.isNaN(found) ? weight(shown.columns, shown.at, query, key) : found;
 }
 
-/** @param {string} id @param {[number, number][]} weights */
-function readout(id, weights) {
+/**
+ * @param {string} id @param {[number, number][]} weights
+ * @param {boolean} unstored whether the run holds none of these rows (`--queries`)
+ */
+function readout(id, weights, unstored) {
   const out = /** @type {HTMLElement} */ (document.getElementById(id));
   weights.sort((x, y) => y[1] - x[1]);
   const texts = scenario().tokens;
@@ -192,7 +197,9 @@ function readout(id, weights) {
       return row;
     }),
   );
-  if (!weights.length) out.append(element("li", { class: "none" }, shown ? "nothing in this window" : "no attention stored"));
+  if (weights.length) return;
+  const why = !shown ? "no attention stored" : unstored ? "not stored for these queries" : "nothing in this window";
+  out.append(element("li", { class: "none" }, why));
 }
 
 /**
