@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import json
 import os
 import signal
 import socket
@@ -21,6 +22,7 @@ from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote
 
 import obstore
 from obstore.store import S3Store
@@ -214,11 +216,14 @@ class Proxy:
         How many were under way at once.
     fault
         Called for each request; returns a status to answer with instead, or None. It may sleep.
+    google
+        Whether clients speak Google's interface.
     """
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int, *, google: bool = False) -> None:
         self.seen: list[Request] = []
         self.fault: Callable[[Request], int | None] = lambda _: None
+        self.google = google
         self.port = free_port()
         self._target = target
         self.most = self._now = 0
@@ -278,8 +283,19 @@ class Server(NamedTuple):
 
     def folder(self) -> ObjectPath:
         """Return a folder of the test's own."""
-        address = f"s3://{BUCKET}/{uuid.uuid4().hex}"
-        return ObjectPath.of(address, {"endpoint": self.proxy.address})
+        name = f"{BUCKET}/{uuid.uuid4().hex}"
+        if self.proxy.google:  # the service account's key says where its endpoint is
+            return ObjectPath.of(f"gs://{name}", {"allow_http": "true"})
+        return ObjectPath.of(f"s3://{name}", {"endpoint": self.proxy.address})
+
+    @contextlib.contextmanager
+    def google(self, key: Path) -> Iterator[Server]:
+        """Speak Google's XML interface to the same server; `key` gets a service account's key."""
+        with Proxy(self.proxy._target, google=True) as proxy:
+            nobody = dict.fromkeys(["client_email", "private_key", "private_key_id"], "")
+            where = {"gcs_base_url": proxy.address, "disable_oauth": True}
+            key.write_text(json.dumps({**nobody, **where}), encoding="utf-8")
+            yield Server(self.processes, proxy)
 
 
 @contextlib.contextmanager
@@ -290,6 +306,29 @@ def serving(folder: Path) -> Iterator[Server]:
     with start(folder) as (processes, port), Proxy(port) as proxy:
         make_bucket(f"http://127.0.0.1:{port}", BUCKET)
         yield Server(processes, proxy)
+
+
+def _from_google(path: str, headers: dict[str, str]) -> tuple[str, dict[str, str]]:
+    """Say to S3 what was said to Google: their XML interfaces differ in names of headers.
+
+    Google's numbers of versions are made of S3's ETags here (:func:`_generation`).
+    """
+    own = {name.lower(): value for name, value in headers.items()}
+    # moto does not check it, but looks into it for the service that is meant.
+    own["authorization"] = "AWS4-HMAC-SHA256 Credential=any/20260101/us-east-1/s3/aws4_request"
+    condition = own.pop("x-goog-if-generation-match", None)
+    if condition == "0":
+        own["If-None-Match"] = "*"
+    elif condition is not None:
+        own["If-Match"] = f'"{int(condition):032x}"'
+    if source := own.pop("x-goog-copy-source", None):
+        own["x-amz-copy-source"] = unquote(source)
+    name, mark, query = path.partition("?")
+    return f"{unquote(name)}{mark}{query}", own
+
+
+def _generation(etag: str) -> str:
+    return str(int(etag.strip('"').partition("-")[0], 16))
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -316,9 +355,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
             return
         connection = HTTPConnection("127.0.0.1", self.proxy._target, timeout=60)
+        # The host's name is signed: it stays.
+        path, headers = self.path, dict(self.headers.items())
+        if self.proxy.google:
+            path, headers = _from_google(path, headers)
         try:
-            # The host's name is signed: it stays.
-            connection.request(self.command, self.path, body, dict(self.headers.items()))
+            connection.request(self.command, path, body, headers)
             answer = connection.getresponse()
             content = answer.read()
         except OSError:
@@ -330,6 +372,8 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in answer.getheaders():
             if name.lower() not in ("transfer-encoding", "connection", "date", "server"):
                 self.send_header(name, value)
+        if self.proxy.google and (etag := answer.getheader("ETag")):
+            self.send_header("x-goog-generation", _generation(etag))
         if answer.getheader("Content-Length") is None:
             self.send_header("Content-Length", str(len(content)))
         self.end_headers()
