@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+import xarray as xr
 
 from zarrtrace.errors import ConfigError, IntegrityError, NPZError
 from zarrtrace.npz.archive import write_npz
@@ -17,19 +18,19 @@ from zarrtrace.npz.files import Progress, replacing, run_jobs, writing
 from zarrtrace.npz.metadata import KEYS, Metadata, ScenarioMetadata, write_metadata
 from zarrtrace.scenarios import DECISION
 from zarrtrace.spec import NAMESPACE, TraceAttributes
-from zarrtrace.store import Location, array_of, kind_of, locate, open_run, open_trace
+from zarrtrace.store import Location, kind_of, locate, open_run, open_trace
 
 DType = Literal["float16", "float32"]
 
 
 @dataclass(frozen=True)
 class _Trace:
-    """What export needs to know of one trace; `arrays` by key."""
+    """What export needs to know of one trace; `arrays` by key, read when they are asked for."""
 
     path: Location
     attributes: TraceAttributes
     metadata: ScenarioMetadata
-    arrays: Mapping[str, Any]
+    arrays: Mapping[str, xr.DataArray]
     layer_dims: Mapping[str, str]
 
     def keys(self, layer: int) -> list[str]:
@@ -126,7 +127,7 @@ def _traces(path: Location, names: Sequence[str] | None) -> list[_Trace]:
     ]
 
 
-def _trace(path: Location, ds: Any) -> _Trace:
+def _trace(path: Location, ds: xr.Dataset) -> _Trace:
     attributes = TraceAttributes.model_validate(ds.attrs[NAMESPACE])
     tokens = [str(text) for text in ds["query_token"].values]
     keys = [key for key in KEYS if key in ds.data_vars]
@@ -144,7 +145,7 @@ def _trace(path: Location, ds: Any) -> _Trace:
                 if name != DECISION
             },
         ),
-        arrays={key: array_of(path, key) for key in keys},
+        arrays={key: ds[key] for key in keys},
         layer_dims={key: str(ds[key].dims[0]) for key in keys},
     )
 
@@ -204,19 +205,22 @@ def _export_layer(file: Path, trace: _Trace, layer: int, dtype: DType | None) ->
         )
 
 
-def _load(trace: _Trace, key: str, layer: int) -> Any:
+def _load(trace: _Trace, key: str, layer: int) -> np.ndarray:
     try:
-        return trace.arrays[key][trace.attributes.index_of(layer, trace.layer_dims[key])]
-    except (OSError, ValueError, RuntimeError) as error:
+        at = trace.attributes.index_of(layer, trace.layer_dims[key])
+        values: np.ndarray = trace.arrays[key][at].values
+        return values
+    except (IntegrityError, OSError, ValueError, RuntimeError) as error:
+        said = error.what if isinstance(error, IntegrityError) else error
         raise IntegrityError(
-            f"{trace.path}: {key} of layer {layer} cannot be read: {error}",
+            f"{trace.path}: {key} of layer {layer} cannot be read: {said}",
             why="Its bytes are not the ones that were written.",
             remedy="'zarrtrace verify' names everything damaged; the 'zarrtrace extract' that made "
             "the run makes it anew.",
         ) from error
 
 
-def _convert(file: Path, values: Any, dtype: DType | None) -> np.ndarray:
+def _convert(file: Path, values: np.ndarray, dtype: DType | None) -> np.ndarray:
     try:
         with np.errstate(over="raise"):
             return np.ascontiguousarray(values, dtype=dtype)
