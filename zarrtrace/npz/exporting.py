@@ -209,7 +209,6 @@ def _load(trace: _Trace, key: str, layer: int) -> np.ndarray:
     try:
         at = trace.attributes.index_of(layer, trace.layer_dims[key])
         values: np.ndarray = trace.arrays[key][at].values
-        return values
     except (IntegrityError, OSError, ValueError, RuntimeError) as error:
         said = error.what if isinstance(error, IntegrityError) else error
         raise IntegrityError(
@@ -218,6 +217,7 @@ def _load(trace: _Trace, key: str, layer: int) -> np.ndarray:
             remedy="'zarrtrace verify' names everything damaged; the 'zarrtrace extract' that made "
             "the run makes it anew.",
         ) from error
+    return values
 
 
 def _convert(file: Path, values: np.ndarray, dtype: DType | None) -> np.ndarray:
