@@ -167,8 +167,9 @@ function paint() {
   });
   const inside = at >= view.window && at < view.window + tokens.length;
   readout("attends-to", to, inside && Number.isNaN(shownWeight(at, at)));
-  const later = tokens.slice(Math.max(0, at - view.window));
-  readout("attended-by", from, later.every((_, i) => Number.isNaN(shownWeight(Math.max(at, view.window) + i, at))));
+  const first = Math.max(at, view.window), later = tokens.length - (first - view.window);
+  const unstored = Array.from({ length: Math.max(0, later) }, (_, i) => Number.isNaN(shownWeight(first + i, at)));
+  readout("attended-by", from, unstored.length > 0 && unstored.every(Boolean));
   for (const id of ["active-token", "features-of"]) {
     document.getElementById(id)?.replaceChildren(...named(scenario(), at));
   }
