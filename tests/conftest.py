@@ -7,6 +7,7 @@ import gc
 import importlib.util
 import io
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -33,7 +34,9 @@ collect_ignore = (
     [
         file.name
         for file in Path(__file__).parent.glob("test_*.py")
-        if "\npytestmark = pytest.mark.torch" in file.read_text(encoding="utf-8")
+        if re.search(
+            r"^pytestmark = \[?pytest\.mark\.torch", file.read_text(encoding="utf-8"), re.MULTILINE
+        )
     ]
     if importlib.util.find_spec("torch") is None
     else []

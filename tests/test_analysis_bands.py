@@ -97,6 +97,7 @@ def test_bands_in_the_wrong_order_are_reported_plainly():
     assert "local in layers 1-2 does not hold" in found.attrs["findings"]
 
 
+@pytest.mark.long
 def test_noise_supports_nothing_beyond_the_error_rate():
     count = np.zeros(3)
     for seed in range(NOISE_RUNS):
@@ -254,6 +255,7 @@ def test_what_differs_little_but_always_is_not_critical():
     )
 
 
+@pytest.mark.long
 def test_noise_has_no_critical_layers_beyond_the_error_rate():
     count = 0
     for seed in range(NOISE_RUNS):

@@ -570,7 +570,9 @@ def _long_header(layout: Path) -> None:
     """Let a header of format 2 claim a gigabyte, all of it spaces that compress well."""
     header = (2**30).to_bytes(4, "little")
     with (
-        zipfile.ZipFile(layout / "a" / "layer_2.npz", "w", zipfile.ZIP_DEFLATED) as archive,
+        zipfile.ZipFile(
+            layout / "a" / "layer_2.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1
+        ) as archive,
         archive.open("features.npy", "w", force_zip64=True) as out,
     ):
         out.write(b"\x93NUMPY\x02\x00" + header)

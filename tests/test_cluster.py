@@ -41,7 +41,7 @@ from zarrtrace.extraction import worker
 from zarrtrace.extraction.cluster import extract_on_cluster
 from zarrtrace.extraction.connecting import connected
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.long]
 
 NAMES = ("Desperate_10", "Safe_130_one_win", "Risky_40", "Initial_100_first_round", "Medium_60")
 

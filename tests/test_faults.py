@@ -570,6 +570,7 @@ print(json.dumps(log))
 
 
 @pytest.mark.torch
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", [11, 12])
 def test_kill_9(tmp_path: Path, seed: int) -> None:

@@ -221,6 +221,7 @@ def test_damage_is_found(s3: Server) -> None:
     assert verify(made.path) == []
 
 
+@pytest.mark.long
 def test_errors_and_slowness_of_the_server_are_borne(s3: Server, tmp_path: Path) -> None:
     count = 0
 
@@ -241,6 +242,7 @@ def test_errors_and_slowness_of_the_server_are_borne(s3: Server, tmp_path: Path)
 
 
 @pytest.mark.torch
+@pytest.mark.long
 def test_a_server_that_is_gone_for_a_while(s3: Server, tmp_path: Path) -> None:
     """Killed during an extraction, and started again: with Swift all its processes; with moto,
     whose data would be lost, the proxy before it.
@@ -553,6 +555,7 @@ def test_storage_options_on_the_command_line() -> None:
 
 
 @pytest.mark.torch
+@pytest.mark.long
 def test_an_extraction_that_was_killed_goes_on(
     s3: Server, tmp_path: Path, quick_leases: None
 ) -> None:
