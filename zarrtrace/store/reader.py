@@ -112,6 +112,19 @@ def open_trace(
     return ds
 
 
+@contextlib.contextmanager
+def _no_collecting() -> Iterator[None]:
+    """Pause the garbage collector: it would look at everything that is opened again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_no_collecting()
 def open_run(
     path: str | Location,
     *,
@@ -157,25 +170,12 @@ def open_run(
         )
     left_out, shared = set(absent), Shared()
     tree = xr.DataTree(xr.Dataset(attrs={NAMESPACE: run.model_dump(mode="json")}), name=path.name)
-    with _no_collecting():
-        tree.children = {  # given to DataTree() they would be copied
-            name: xr.DataTree(_one_of_many(path / name, groups.get(name), chunks, missing, shared))
-            for name in run.scenarios
-            if name not in left_out
-        }
+    tree.children = {  # given to DataTree() they would be copied
+        name: xr.DataTree(_one_of_many(path / name, groups.get(name), chunks, missing, shared))
+        for name in run.scenarios
+        if name not in left_out
+    }
     return tree
-
-
-@contextlib.contextmanager
-def _no_collecting() -> Iterator[None]:
-    """Pause the garbage collector: it would look at everything that is opened again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _groups_there(run: ObjectPath, names: Sequence[str]) -> dict[str, dict[str, Any]]:
