@@ -102,7 +102,10 @@ def _execute(
 
 @contextlib.contextmanager
 def forked(code: str, *arguments: object, terminal: Path | None = None) -> Iterator[Forked]:
-    """Run code likewise, beside the test; killed if it still runs when the test ends."""
+    """Run code beside the test, in a process that has imported what extraction needs.
+
+    It is killed if it still runs when the test ends.
+    """
     with tempfile.TemporaryDirectory() as folder:
         process = Forked(Path(folder), code, [*map(str, arguments)], terminal=terminal)
         try:
@@ -113,7 +116,7 @@ def forked(code: str, *arguments: object, terminal: Path | None = None) -> Itera
 
 
 def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run code in a process that has imported what extraction needs."""
+    """Run code in such a process, to its end."""
     with forked(code, *arguments) as process:
         out, err = process.communicate()
     return subprocess.CompletedProcess(sys.argv, process.returncode or 0, out, err)
@@ -128,7 +131,7 @@ def extracting(*arguments: object, terminal: Path | None = None) -> Iterator[For
 
 @contextlib.contextmanager
 def running(*arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """Run the command line in an interpreter of its own; killed likewise."""
+    """Run the command line in an interpreter of its own; it is killed likewise."""
     with subprocess.Popen(
         [sys.executable, "-X", "faulthandler", "-c", _CODE, *map(str, arguments)],
         stdout=subprocess.PIPE,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from zarrtrace.store.files import remove_tree, write_whole
     from zarrtrace.store.locks import only_writer, remove_trace_locks, wait_for_writers
     from zarrtrace.store.objects import Location, ObjectPath, locate
-    from zarrtrace.store.reader import array_of, open_run, open_trace
+    from zarrtrace.store.reader import open_run, open_trace
     from zarrtrace.store.run_index import (
         IndexableTrace,
         IndexWriter,
@@ -46,7 +46,6 @@ _HOME = {
     "TOKENS": "attributes",
     "TraceSummary": "summary",
     "TraceWriter": "trace_writer",
-    "array_of": "reader",
     "copy_run": "copying",
     "indexable_traces": "run_index",
     "kind_of": "attributes",
@@ -81,7 +80,6 @@ __all__ = [
     "RunWriter",
     "TraceSummary",
     "TraceWriter",
-    "array_of",
     "copy_run",
     "indexable_traces",
     "kind_of",

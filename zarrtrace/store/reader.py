@@ -259,7 +259,7 @@ def _open(
         opened = stored_array(path / name, metadata)
         if opened is None:
             with _damage_explained(path / name / "zarr.json"):
-                array_of(path, name)  # names the array that cannot be opened
+                _array_of(path, name)  # names the array that cannot be opened
             plain: xr.Dataset = xr.open_zarr(path, chunks=None, consolidated=False, zarr_format=3)
             return _with_loaded_labels(plain)
         array, _ = opened
@@ -403,8 +403,8 @@ def _with_loaded_labels(ds: xr.Dataset) -> xr.Dataset:
     return ds.assign_coords(loaded)
 
 
-def array_of(path: str | Location, name: str) -> zarr.Array[Any]:
+def _array_of(path: Location, name: str) -> zarr.Array[Any]:
     """Open one array of a trace with plain Zarr."""
-    path = locate(path) / name
+    path = path / name
     with _damage_explained(path):
         return zarr.open_array(zarr_place(path), mode="r")
