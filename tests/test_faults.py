@@ -20,7 +20,15 @@ import zarrtrace as zt
 from zarrtrace import demo
 from zarrtrace.cli import main
 from zarrtrace.errors import IntegrityError, NonFiniteError, StoreError
-from zarrtrace.store import TraceWriter, open_trace, read_trace_attributes, verify
+from zarrtrace.spec import ArrayLayout, TraceShape, trace_layout
+from zarrtrace.store import (
+    TraceWriter,
+    nodes,
+    open_trace,
+    read_trace_attributes,
+    trace_writer,
+    verify,
+)
 
 # --- bit rot -----------------------------------------------------------------------------------
 
@@ -183,6 +191,8 @@ def test_what_was_cut_otherwise_is_gone_on_with(tmp_path: Path, damaged: bool) -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("zarrtrace.spec._QUERIES_PER_SHORT_CHUNK", 5)
         patch.setattr("zarrtrace.spec._FEATURES_PER_CHUNK", 16)
+        patch.setattr(trace_writer, "trace_layout", _earlier_layout)
+        patch.setattr(nodes, "ATTENTION_BLOCK", 0)
         begun = fakes.make_run(tmp_path, **sizes, drop={"Safe_1": fakes.LAYERS[-1:]})
     for name in ("attention", "features") if damaged else ():
         (begun.trace / name / "zarr.json").write_bytes(b"{}")  # nothing says how they were cut
@@ -193,8 +203,19 @@ def test_what_was_cut_otherwise_is_gone_on_with(tmp_path: Path, damaged: bool) -
     assert found.attention.encoding["chunks"][2] == (8 if damaged else 5)
     assert found.features.encoding["chunks"][2] == (64 if damaged else 16)
     xr.testing.assert_identical(found, xr.open_zarr(again.trace, consolidated=False))
+    sharding = json.loads((again.trace / "features" / "zarr.json").read_bytes())["codecs"][0]
+    ends = "crc32c" if damaged else "zstd"
+    assert sharding["configuration"]["codecs"][-1]["name"] == ends
     for name in ("attention", "features"):
         np.testing.assert_array_equal(found[name], again.truth["Safe_1"][name])
+
+
+def _earlier_layout(shape: TraceShape) -> dict[str, ArrayLayout]:
+    """Features once had a checksum within zstd."""
+    return {
+        name: layout.model_copy(update={"codec": "plain"}) if layout.codec == "sparse" else layout
+        for name, layout in trace_layout(shape).items()
+    }
 
 
 def test_repair_leaves_foreign_folders_alone(tmp_path: Path) -> None:

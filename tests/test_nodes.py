@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ZstdCodec
 
 from zarrtrace.spec import (
+    ATTENTION_BLOCK,
     ATTENTION_LEVEL,
+    FEATURES_LEVEL,
     NAMESPACE,
     ArrayLayout,
     TraceShape,
@@ -50,8 +52,14 @@ LAYOUTS = {
 
 def made_by_zarr(folder: Path, layout: ArrayLayout) -> dict[str, Any]:
     text = layout.dtype == "string"
-    attention = layout.codec == "attention"
-    blosc = BloscCodec(cname="zstd", clevel=ATTENTION_LEVEL, shuffle="shuffle")
+    blosc = BloscCodec(
+        cname="zstd", clevel=ATTENTION_LEVEL, shuffle="shuffle", blocksize=ATTENTION_BLOCK
+    )
+    compressors = {
+        "attention": [blosc, Crc32cCodec()],
+        "sparse": [ZstdCodec(level=FEATURES_LEVEL, checksum=False), Crc32cCodec()],
+        "plain": [ZstdCodec(level=1, checksum=True)],
+    }
     zarr.create_array(
         folder,
         shape=layout.shape,
@@ -62,7 +70,7 @@ def made_by_zarr(folder: Path, layout: ArrayLayout) -> dict[str, Any]:
         fill_value=layout.fill_value,
         attributes=dict(layout.attributes),
         serializer="auto" if text else BytesCodec(endian="little"),
-        compressors=[blosc, Crc32cCodec()] if attention else [ZstdCodec(level=1, checksum=True)],
+        compressors=compressors[layout.codec],
     )
     found: dict[str, Any] = json.loads((folder / "zarr.json").read_bytes())
     return found

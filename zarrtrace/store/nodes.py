@@ -5,13 +5,23 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from zarrtrace.spec import ATTENTION_LEVEL, INDEX, LABELS, NAMESPACE, ArrayLayout
+from zarrtrace.spec import (
+    ATTENTION_BLOCK,
+    ATTENTION_LEVEL,
+    FEATURES_LEVEL,
+    INDEX,
+    LABELS,
+    NAMESPACE,
+    ArrayLayout,
+)
 from zarrtrace.store.attributes import canonical, hash_of, names_below, sealed
 from zarrtrace.store.files import change_whole, write_whole
 from zarrtrace.store.objects import Location, ObjectPath, at_once
@@ -90,7 +100,10 @@ def _codecs(layout: ArrayLayout) -> list[dict[str, Any]]:
     if layout.codec == "attention":
         size = np.dtype(layout.dtype).itemsize
         options = {"cname": "zstd", "clevel": ATTENTION_LEVEL, "shuffle": "shuffle"}
-        return [serializer, _named("blosc", typesize=size, **options, blocksize=0), _CRC]
+        blosc = _named("blosc", typesize=size, **options, blocksize=ATTENTION_BLOCK)
+        return [serializer, blosc, _CRC]
+    if layout.codec == "sparse":
+        return [serializer, _named("zstd", level=FEATURES_LEVEL, checksum=False), _CRC]
     return [serializer, _named("zstd", level=1, checksum=True)]
 
 
@@ -190,11 +203,21 @@ def consolidated(path: Location, *, trusting: bool = False) -> dict[str, Any]:
     if isinstance(path, ObjectPath):
         return _inline(_nodes_there(path, trusting=trusting))
     nodes: dict[str, Any] = {}
-    for file in sorted([*path.glob("*/zarr.json"), *path.glob("*/*/zarr.json")]):
-        if file.relative_to(path).parts[0] == INDEX:
-            continue  # it changes after the run is finished
-        nodes[file.parent.relative_to(path).as_posix()] = _alone(json.loads(file.read_bytes()))
+    for name in _folders_of(path):
+        with suppress(FileNotFoundError):
+            nodes[name] = _alone(json.loads((path / name / "zarr.json").read_bytes()))
     return _inline(nodes)
+
+
+def _folders_of(path: Path) -> list[str]:
+    """Return the folders below a group and those below them, in the order of their files."""
+    with os.scandir(path) as found:  # of a large run, paths take longer than all the rest
+        # The index changes after the run is finished.
+        names = [one.name for one in found if one.is_dir() and one.name != INDEX]
+    for name in tuple(names):
+        with os.scandir(path / name) as found:
+            names += [f"{name}/{one.name}" for one in found if one.is_dir()]
+    return sorted(names, key=lambda name: f"{name}/zarr.json".split("/"))
 
 
 def _inline(nodes: dict[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ Layout = Mapping[str, ArrayLayout]
 
 
 def as_stored(path: Location, layout: Layout) -> Layout:
-    """Cut arrays as those on the disk are: an earlier zarrtrace may have cut them otherwise.
+    """Cut and encode arrays as those on the disk: an earlier zarrtrace may have done otherwise.
 
     Parameters
     ----------
@@ -58,12 +58,16 @@ def as_stored(path: Location, layout: Layout) -> Layout:
             array, metadata, stored = read_metadata(path / name)
             # What was damaged or edited does not say how the chunks are cut.
             if stored == journal.get(name) and array.shape == one.shape:
-                shards, codec = array.file_shape, metadata["codecs"][0]
-                sharded = codec["name"] == "sharding_indexed"
-                chunks = tuple(codec["configuration"]["chunk_shape"]) if sharded else shards
-                found[name] = one.model_copy(
-                    update={"chunks": chunks, "shards": shards if sharded else None}
-                )
+                shards, codecs = array.file_shape, metadata["codecs"]
+                sharded = codecs[0]["name"] == "sharding_indexed"
+                chunks = shards
+                if sharded:
+                    chunks = tuple(codecs[0]["configuration"]["chunk_shape"])
+                    codecs = codecs[0]["configuration"]["codecs"]
+                cut: dict[str, Any] = {"chunks": chunks, "shards": shards if sharded else None}
+                if one.codec == "sparse" and codecs[-1]["name"] == "zstd":
+                    cut["codec"] = "plain"  # with a checksum of its own
+                found[name] = one.model_copy(update=cut)
     return found
 
 

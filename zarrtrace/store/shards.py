@@ -15,7 +15,13 @@ import google_crc32c
 import numpy as np
 from numcodecs import Blosc, VLenUTF8, Zstd
 
-from zarrtrace.spec import ATTENTION_LEVEL, ArrayLayout, Nonzeros
+from zarrtrace.spec import (
+    ATTENTION_BLOCK,
+    ATTENTION_LEVEL,
+    FEATURES_LEVEL,
+    ArrayLayout,
+    Nonzeros,
+)
 from zarrtrace.store.files import write_whole
 from zarrtrace.store.objects import Location
 
@@ -25,7 +31,10 @@ Place = tuple[int, ...]
 _MISSING = 2**64 - 1
 _ZSTD = Zstd(level=1, checksum=True)
 _TEXT = VLenUTF8()
-_BLOSC = Blosc(cname="zstd", clevel=ATTENTION_LEVEL, shuffle=Blosc.SHUFFLE)
+_BLOSC = Blosc(
+    cname="zstd", clevel=ATTENTION_LEVEL, shuffle=Blosc.SHUFFLE, blocksize=ATTENTION_BLOCK
+)
+_OF_FEATURES = Zstd(level=FEATURES_LEVEL)
 
 
 def write_block(
@@ -90,22 +99,18 @@ def _filled_chunks(
         for at, values in zip(block.at, block.values, strict=True)
     ]
     room = np.zeros((1, step, columns), np.dtype(layout.dtype).newbyteorder("<"))
-    flat = room.reshape(-1)
+    flat, inside = room.reshape(-1), room[0]
     for down, start in enumerate(starts):
         for right, (at, values, places) in enumerate(parts):
-            here = slice(*places[down : down + 2])
-            filled = at[here] - start * columns
-            inside = room[0, : rows.stop - start, : width - right * columns]
-            whole = inside.size == room.size
-            if not whole:  # beyond the array's edge
+            before, inside = inside, room[0, : rows.stop - start, : width - right * columns]
+            if inside.shape != before.shape:  # it ends elsewhere at the array's edge
                 room[:] = layout.fill_value
                 inside[:] = 0
+            here = slice(*places[down : down + 2])
+            filled = at[here] - start * columns
             flat[filled] = values[here]
             yield (0, down, right), room
-            if whole:
-                flat[filled] = 0
-            else:
-                room[:] = 0
+            flat[filled] = 0
 
 
 def _write_file(array: Location, index: Sequence[int], content: bytes) -> dict[str, bytes]:
@@ -150,8 +155,9 @@ def _sharded(chunks: Iterable[tuple[Place, np.ndarray]], layout: ArrayLayout) ->
 
 def _encode_chunk(values: np.ndarray, layout: ArrayLayout) -> bytes:
     # Every chunk carries a checksum: a flipped bit must raise, never read as another number.
-    if layout.codec == "attention":
-        compressed = bytes(_BLOSC.encode(values))
+    if layout.codec != "plain":
+        codec = _BLOSC if layout.codec == "attention" else _OF_FEATURES
+        compressed = bytes(codec.encode(values))
         return compressed + _checksum(compressed)
     return bytes(_ZSTD.encode(_TEXT.encode(values) if layout.dtype == "string" else values))
 
