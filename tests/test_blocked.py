@@ -12,11 +12,12 @@ import pytest
 import torch
 import xarray as xr
 from architectures import ARCHITECTURES, Activations, Models
+from capturing import records_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zarrtrace import spec
-from zarrtrace.capture import batches, blocked, capture, lockstep
+from zarrtrace.capture import batches, blocked, hooks, lockstep
 from zarrtrace.capture.checks import blocks_are_exact, wants_blocks
 from zarrtrace.errors import ConfigError, ZarrtraceError
 from zarrtrace.extraction import Options, extract
@@ -109,7 +110,7 @@ def test_blocked_equals_transformers_eager_within_rounding(
     ids = architectures.random_ids(tokens)
     expected = architectures.reference(name, models.path(name, dtype), ids)
     request = architectures.request(ids, blocked=True)
-    records = list(capture(models(name, dtype), [request], attention_dtype="float32"))
+    records = list(records_of(models(name, dtype), [request], attention_dtype="float32"))
     found = _attention_by_layer(records, tokens)
     assert list(found) == list(expected.attention)
     assert sum(isinstance(r, LayerRecord) and r.attention is not None for r in records) > len(found)
@@ -367,7 +368,7 @@ def test_whole_capture_is_exact_for_any_length_and_layers(
     source = Activations("hook_resid_post")
     request = architectures.request(ids, layers=layers)
     records = list(
-        capture(
+        records_of(
             models(name),
             [request],
             attention_dtype="float32",
@@ -417,7 +418,7 @@ def test_blocked_capture_equals_whole_for_any_blocks_and_queries(
             for way in (False, True)
         ]
         whole, found = (
-            list(capture(models(name), [request], attention_dtype="float32"))
+            list(records_of(models(name), [request], attention_dtype="float32"))
             for request in requests
         )
     expected, stored = _attention_by_layer(whole, tokens), _attention_by_layer(found, tokens)
@@ -428,6 +429,38 @@ def test_blocked_capture_equals_whole_for_any_blocks_and_queries(
         np.testing.assert_allclose(
             stored[layer], weights, rtol=0, atol=ATTENTION_TOLERANCE["float32"]
         )
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_mlps_compute_a_long_prompt_in_parts(
+    models: Models, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    ids, model = architectures.random_ids(20), models(name)
+    request, lengths = architectures.request(ids), []
+    for block in model.blocks:
+        mlp = hooks.mlp_of(block)
+        assert mlp is not None
+
+        def forward(hidden: torch.Tensor, original: Any = mlp.forward) -> Any:
+            lengths.append(hidden.shape[1])
+            return original(hidden)
+
+        monkeypatch.setattr(mlp, "forward", forward)
+    whole = list(records_of(model, [request], attention_dtype="float32"))
+    assert set(lengths) == {20}
+    lengths.clear()
+    monkeypatch.setattr(lockstep, "_MLP_TOKENS", 8)
+    found = list(records_of(model, [request], attention_dtype="float32"))
+    if 20 not in lengths:  # or it may look at all tokens: a mixture of experts
+        assert lengths == [8, 8, 4] * len(model.blocks)
+    assert vars(hooks.mlp_of(model.blocks[0]))["forward"].__name__ == "forward"
+    for one, other in zip(whole, found, strict=True):
+        if isinstance(one, LayerRecord):
+            assert (other.attention is None) == (one.attention is None)
+            if one.attention is not None:
+                np.testing.assert_allclose(other.attention, one.attention, atol=1e-5)
+        else:
+            np.testing.assert_allclose(other.next_token_logprob, one.next_token_logprob, atol=1e-4)
 
 
 @settings(max_examples=10)
@@ -442,7 +475,7 @@ def test_any_number_of_heads(
     expected = architectures.reference("Qwen 3", path, ids).attention
     for way in (False, True):
         records = list(
-            capture(model, [architectures.request(ids, blocked=way)], attention_dtype="float32")
+            records_of(model, [architectures.request(ids, blocked=way)], attention_dtype="float32")
         )
         for layer, weights in _attention_by_layer(records, tokens).items():
             assert weights.shape == (heads[0], tokens, tokens)
@@ -470,7 +503,7 @@ def test_what_is_stored_of_a_prompt_does_not_depend_on_its_batch(
 
     def run(batch_size: int) -> list[Any]:
         return list(
-            capture(
+            records_of(
                 models(name, dtype),
                 requests,
                 attention_dtype="float32",

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from capturing import records_of
 from sae_lens import SAE
 
 from zarrtrace import demo
-from zarrtrace.capture import LoadedModel, Prompt, Request, capture, load_model, tokenize
+from zarrtrace.capture import LoadedModel, Prompt, Request, load_model, tokenize
 from zarrtrace.capture.saes import FolderSAEs
 from zarrtrace.scenarios import Scenario, load_suite
 from zarrtrace.spec import LayerRecord, SAEAttributes, TokensRecord
@@ -58,7 +59,7 @@ def run(
 ) -> Generator[LayerRecord | TokensRecord]:
     source = options.pop("source", None) or FolderSAEs(demo.sae_path())
     saes = source.find(LAYERS)
-    return capture(model, wanted, attention_dtype="float32", saes=saes, source=source, **options)
+    return records_of(model, wanted, attention_dtype="float32", saes=saes, source=source, **options)
 
 
 def by_key(records: Any) -> dict[tuple[str, int], Any]:

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import xarray as xr
 from architectures import Activations, Models
+from capturing import records_of
 from sae_lens import SAE, StandardSAEConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from zarrtrace import spec
-from zarrtrace.capture import blocked, capture, checks, lockstep
+from zarrtrace.capture import blocked, checks, lockstep
 from zarrtrace.errors import IncompleteError
 from zarrtrace.extraction import Options, extract, memory, running
 from zarrtrace.store import open_trace, verify
@@ -61,7 +62,7 @@ def _largest(models: Models, name: str, **options: Any) -> int:
     request = architectures.request(architectures.random_ids(TOKENS), **options)
     largest = Largest()
     with largest:
-        for record in capture(models(name), [request], attention_dtype="float32"):
+        for record in records_of(models(name), [request], attention_dtype="float32"):
             attention = getattr(record, "attention", None)
             if attention is not None:
                 largest.elements = max(largest.elements, attention.size)
@@ -86,7 +87,7 @@ def test_work_grows_as_the_square_and_no_worse(
     for tokens in (200, 400, 800):
         request = architectures.request(architectures.random_ids(tokens), blocked=True)
         with FlopCounterMode(display=False) as counter:
-            list(capture(models(name), [request], attention_dtype="float32"))
+            list(records_of(models(name), [request], attention_dtype="float32"))
         flops.append(counter.get_total_flops())
     assert flops[1] / flops[0] <= 4
     assert flops[2] / flops[1] <= 4
@@ -98,7 +99,7 @@ def test_blocks_do_no_more_work_than_whole_matrices(models: Models, small_blocks
     for way in (False, True):
         request = architectures.request(architectures.random_ids(TOKENS), blocked=way)
         with FlopCounterMode(display=False) as counter:
-            list(capture(models("Llama"), [request], attention_dtype="float32"))
+            list(records_of(models("Llama"), [request], attention_dtype="float32"))
         counted.append(counter.get_total_flops())
     assert counted[1] < counted[0]
 
@@ -192,7 +193,7 @@ def test_features_alone_need_no_attention_matrix(models: Models, small_blocks: N
     largest = Largest()
     with largest:
         records = list(
-            capture(
+            records_of(
                 models("Llama"),
                 [request],
                 attention_dtype=None,

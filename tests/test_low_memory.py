@@ -12,10 +12,11 @@ import torch
 
 pytestmark = pytest.mark.torch
 
+from capturing import records_of  # noqa: E402
 from sae_lens import SAE  # noqa: E402
 
 from zarrtrace import demo  # noqa: E402
-from zarrtrace.capture import Request, capture, load_model, tokenize  # noqa: E402
+from zarrtrace.capture import Request, load_model, tokenize  # noqa: E402
 from zarrtrace.capture.encoder_files import encoder_stretches, load_encoder  # noqa: E402
 from zarrtrace.capture.saes import ReleaseSAEs  # noqa: E402
 from zarrtrace.errors import ModelError  # noqa: E402
@@ -30,7 +31,7 @@ def records(model: Any, **options: Any) -> list[Any]:
     prompts = [tokenize(model, scenario, prepend_bos=True) for scenario in suite]
     layers = frozenset(range(len(model.blocks)))
     requests = [Request(prompt, layers, next_token=True, **options) for prompt in prompts]
-    return list(capture(model, requests, attention_dtype="float32"))
+    return list(records_of(model, requests, attention_dtype="float32"))
 
 
 def file_pages() -> list[tuple[int, int]]:

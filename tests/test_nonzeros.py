@@ -17,6 +17,7 @@ from scipy.sparse import csr_array
 
 from zarrtrace.spec import ArrayLayout, BFloat16, Nonzeros
 from zarrtrace.store.shards import write_block, write_nonzeros
+from zarrtrace.together import LayerBatch, Member, SparseFeatures, strongest
 
 
 @st.composite
@@ -71,26 +72,42 @@ def test_bfloat16_is_what_torch_says(bits: np.ndarray) -> None:
 
 @pytest.mark.torch
 @pytest.mark.parametrize("lengths", [[7], [3, 4], [1, 5, 1]])
-@pytest.mark.parametrize("way", ["host", "device"])
+@pytest.mark.parametrize("way", ["host", "device", "device, no room", "device, waiting"])
 def test_records_are_the_features(
     way: str, lengths: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both ways to the host, on a CPU: tensors are not 0 where the dense ones are not."""
+    """All ways to the host, on a CPU: tensors are not 0 where the dense ones are not."""
     import torch
 
+    from zarrtrace import together
     from zarrtrace.capture import features
 
     width, columns = 40, 16
     dense = torch.randn(7, width, generator=torch.manual_seed(0)).relu_().half()
     dense[4] = 0
-    fake: Any = _Fake(dense, SimpleNamespace(d_sae=width))
-    monkeypatch.setattr(features, "feature_columns", lambda _: columns)
-    made = features.encode(fake, torch.zeros(7, 1))
-    if way == "device":
-        made = features.Encoding(fake, made.sound, dense)
-    records = features.feature_records(made, lengths)
-    parts = torch.split(dense.float(), lengths)
-    for record, part in zip(records, parts, strict=True):
+    fake, inputs = _Fake(dense), torch.arange(7.0)[:, None]
+    for module in (features, together):
+        monkeypatch.setattr(module, "feature_columns", lambda _: columns)
+    monkeypatch.setattr(features, "begin_copy", lambda tensor: tensor)
+    monkeypatch.setattr(features, "_ROWS", 3)
+    if way == "host":
+        found = features.encode(fake, inputs)
+    elif way == "device, waiting":
+        rows = features._some_rows(inputs)
+        assert [len(some) for some in rows] == [3, 2, 2]
+        parts = [features._nonzero_there(fake(some)) for some in rows]
+        found = features._joined(width, parts, np.ones(7, bool))
+    else:
+        encoding = features.Encoding(fake, inputs, None if way == "device" else -5.0)
+        encoding.begin()
+        found = encoding.arrived()
+        assert len(found.at) == (1 if way == "device" else 3)  # there was no room: made anew
+    parts, start = torch.split(dense.float(), lengths), 0
+    for length, part in zip(lengths, parts, strict=True):
+        record = found.part(start, start + length).record()
+        start += length
+        assert isinstance(record.activations, Nonzeros)
+        assert record.activations.columns == columns
         np.testing.assert_array_equal(np.asarray(record.activations), part.numpy())
         top = part.topk(32)
         np.testing.assert_array_equal(record.top_activation, top.values.numpy())
@@ -102,19 +119,19 @@ def test_records_are_the_features(
 
 
 class _Fake:
-    """An encoder whose features are known."""
+    """An encoder whose features are known; tokens are their numbers."""
 
-    def __init__(self, dense: Any, attributes: Any) -> None:
-        self.attributes, self._dense = attributes, dense
+    def __init__(self, dense: Any) -> None:
+        self.attributes, self._dense = SimpleNamespace(d_sae=dense.shape[1]), dense
 
-    def __call__(self, _inputs: Any) -> Any:
-        return self._dense
+    def __call__(self, inputs: Any) -> Any:
+        return self._dense[inputs[:, 0].nan_to_num(posinf=0).long()]
 
-    def tiles(self, _inputs: Any) -> Any:
+    def tiles(self, inputs: Any) -> Any:
         from zarrtrace.capture import features
 
         columns = features.feature_columns(self.attributes.d_sae)
-        return [part.contiguous for part in self._dense.split(columns, dim=1)]
+        return [part.contiguous for part in self(inputs).split(columns, dim=1)]
 
 
 @pytest.mark.torch
@@ -122,14 +139,75 @@ class _Fake:
 def test_what_is_not_finite_is_said_of_its_prompt(bad: float) -> None:
     import torch
 
-    from zarrtrace.capture.features import encode, feature_records
+    from zarrtrace.capture.features import encode
 
     dense = torch.ones(5, 40)
     dense[3, 7] = bad
-    fake: Any = _Fake(dense, SimpleNamespace(d_sae=40))
-    records = feature_records(encode(fake, torch.zeros(5, 1)), [2, 2, 1])
-    assert [record.nonfinite for record in records] == [False, True, False]
+    found = encode(_Fake(dense), torch.arange(5.0)[:, None])
+    assert _nonfinite(found, [2, 2, 1]) == [False, True, False]
     inputs = torch.tensor([[0.0], [bad], [0.0]])
-    fake = _Fake(torch.ones(3, 40), SimpleNamespace(d_sae=40))
-    records = feature_records(encode(fake, inputs), [1, 2])
-    assert [record.nonfinite for record in records] == [False, True]
+    assert _nonfinite(encode(_Fake(torch.ones(3, 40)), inputs), [1, 2]) == [False, True]
+
+
+def _nonfinite(found: SparseFeatures, lengths: list[int]) -> list[bool]:
+    members = [Member(str(number), length) for number, length in enumerate(lengths)]
+    batch = LayerBatch(3, members, range(len(members)), features={"features": found})
+    assert batch.doubtful
+    assert not batch.part([0]).doubtful
+    return [record.features["features"].nonfinite for record in batch.records()]
+
+
+RANKED = st.one_of(st.just(0.0), st.sampled_from([-1.0, 0.5, 0.5, 2.0, float("nan"), float("inf")]))
+
+
+@given(st.data(), st.integers(1, 4), st.integers(1, 150), st.integers(1, 60))
+def test_the_strongest_are_those_that_sorting_finds(
+    data: Any, tokens: int, width: int, columns: int
+) -> None:
+    dense = data.draw(npst.arrays(np.float32, (tokens, width), elements=RANKED))
+    feature, activation = strongest(nonzeros_of(dense, columns))
+    assert (feature.dtype, activation.dtype) == (np.uint32, np.float32)
+    for row, found, values in zip(dense, feature, activation, strict=True):
+        named = [(-np.inf if np.isnan(v) else -v, n, v) for n, v in enumerate(row) if not v <= 0]
+        best = sorted(named, key=lambda one: one[:2])[:32]
+        empty = min(32, width) - len(best)
+        np.testing.assert_array_equal(values, [v for *_, v in best] + [0.0] * empty)
+        if width <= 64:  # beyond, of equal ones any may be left out
+            assert found.tolist() == [n for _, n, _ in best] + [0] * empty
+
+
+@given(st.data())
+def test_parts_of_a_batch_have_its_records(data: Any) -> None:
+    lengths = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=5))
+    chosen = data.draw(st.lists(st.booleans(), min_size=len(lengths), max_size=len(lengths)))
+    wanted = data.draw(st.lists(st.sampled_from(range(len(lengths))), min_size=1, unique=True))
+    rng, longest = np.random.default_rng(0), max(lengths)
+    dense = rng.random((sum(lengths), 20)).astype(np.float32).round()
+    sparse = nonzeros_of(dense, 20)
+    bits = rng.integers(0, 2**14, (len(lengths), 2, longest, longest)).astype(np.uint16)
+    batch = LayerBatch(
+        7,
+        [Member(str(n), length, (0,) if chosen[n] else None) for n, length in enumerate(lengths)],
+        sorted(wanted),
+        BFloat16(bits),
+        rng.random((len(lengths), longest, longest)).astype(np.float32),
+        {"features": SparseFeatures(20, 20, sparse.at, sparse.values, np.ones(len(dense), bool))},
+    )
+    assert not batch.doubtful
+    starts = np.cumsum([0, *lengths])
+    whole, each = list(batch.records()), [r for one in batch.each() for r in one.records()]
+    some = list(batch.part(batch.wanted).records())
+    assert [record.scenario for record in whole] == batch.scenarios
+    for n, *same in zip(batch.wanted, whole, each, some, strict=True):
+        rows = [0] if chosen[n] else range(lengths[n])
+        for record in same:
+            attention, mean = np.asarray(record.attention), record.attention_mean
+            expected = np.asarray(BFloat16(bits[n]))[:, rows, : lengths[n]]
+            np.testing.assert_array_equal(attention, expected)
+            assert batch.attention_mean is not None
+            np.testing.assert_array_equal(mean, batch.attention_mean[n][rows, : lengths[n]])
+            np.testing.assert_array_equal(
+                np.asarray(record.features["features"].activations),
+                dense[starts[n] : starts[n + 1]],
+            )
+            assert (record.scenario, record.layer) == (str(n), 7)

@@ -1,8 +1,8 @@
 """Running models: exact attention and SAE features, layer by layer.
 
-The only package that imports torch. It yields plain records of :mod:`zarrtrace.spec` and knows
-nothing of Zarr. Its module `saes` imports sae-lens, which takes seconds: attention alone does
-without it.
+The only package that imports torch. It yields plain records (:mod:`zarrtrace.together`,
+:mod:`zarrtrace.spec`) and knows nothing of Zarr. Its module `saes` imports sae-lens, which takes
+seconds: attention alone does without it.
 """
 
 from zarrtrace.capture.batches import Request, default_batch_size, grouped

@@ -1,8 +1,8 @@
-"""From what a block made of a batch to records, copied while a GPU computes the next batch."""
+"""What blocks made of batches, brought to the host while a GPU computes the next batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,16 +10,15 @@ import numpy as np
 import torch
 
 from zarrtrace.capture.batches import Batch
-from zarrtrace.capture.features import Encoding, encode, feature_records
-from zarrtrace.capture.host import to_host
+from zarrtrace.capture.features import Encoding, encode
+from zarrtrace.capture.host import begin_copy, to_host
 from zarrtrace.capture.lockstep import BlockState
 from zarrtrace.capture.model import DTYPES
-from zarrtrace.spec import BFloat16, LayerRecord
+from zarrtrace.spec import BFloat16
+from zarrtrace.together import LayerBatch, Member, SparseFeatures
 
 if TYPE_CHECKING:
     from zarrtrace.capture.encoder import Encoder
-
-Weights = np.ndarray | BFloat16 | None
 
 
 @dataclass(frozen=True)
@@ -30,73 +29,66 @@ class Made:
     ----------
     batch, layer
         Whose it is.
-    dtype
-        Precision of stored attention.
     attention, mean
-        ``(sequence, head, query, key)`` and its mean over heads, or None.
-    features
-        By array name.
+        ``(sequence, head, query, key)``, bfloat16 as int16, and its mean over heads; or None.
+    inputs
+        What is to be encoded by which encoder ``(token, d_in)``, by array name.
     """
 
     batch: Batch
     layer: int
-    dtype: str | None
     attention: torch.Tensor | None
     mean: torch.Tensor | None
-    features: dict[str, Encoding]
+    inputs: Mapping[str, tuple[Encoder, torch.Tensor]]
 
     @classmethod
     def by(
         cls, batch: Batch, state: BlockState, dtype: str | None, encoders: Sequence[Encoder]
     ) -> Made:
-        """Encode the tokens of a batch at once; does not wait for a GPU."""
-        attention = state.attention if dtype else None
+        """Take what is wanted of a block; `dtype` is the precision of stored attention."""
+        attention, mean = state.attention if dtype else None, None
         with torch.inference_mode():
-            mean = None if attention is None else attention.mean(1, dtype=torch.float32)
-        features = {
-            one.attributes.variable: encode(one, batch.tokens(state.hooks[one.hook.kind]))
-            for one in encoders
-        }
-        return cls(batch, state.layer, dtype, attention, mean, features)
+            if attention is not None and dtype is not None:
+                mean = attention.mean(1, dtype=torch.float32)
+                halves = attention.dtype == torch.bfloat16 and dtype == "float32"
+                attention = attention.view(torch.int16) if halves else attention.to(DTYPES[dtype])
+            inputs = {
+                one.attributes.variable: (one, batch.tokens(state.hooks[one.hook.kind]))
+                for one in encoders
+            }
+        return cls(batch, state.layer, attention, mean, inputs)
 
-    def records(self) -> list[LayerRecord]:
-        """Copy to the host, all prompts together: over a GPU's bus, waiting takes the time."""
-        attention = self._attention()
-        features = {
-            name: feature_records(made, self.batch.lengths) for name, made in self.features.items()
-        }
-        return [
-            LayerRecord(
-                scenario=request.prompt.scenario.name,
-                layer=self.layer,
-                attention=attention[row][0],
-                attention_mean=attention[row][1],
-                features={name: records[row] for name, records in features.items()},
-            )
-            for row, request in enumerate(self.batch.requests)
-            if self.layer in request.layers
-        ]
+    def on_host(self) -> LayerBatch:
+        """Encode the tokens of a batch together, and bring all to the host."""
+        return self.of(
+            None if self.attention is None else to_host(self.attention),
+            None if self.mean is None else to_host(self.mean),
+            {name: encode(*inputs) for name, inputs in self.inputs.items()},
+        )
 
-    @torch.inference_mode()
-    def _attention(self) -> list[tuple[Weights, np.ndarray | None]]:
-        weights, mean, dtype = self.attention, self.mean, self.dtype
-        if weights is None or mean is None or dtype is None:
-            return [(None, None)] * len(self.batch.lengths)
-        halves = weights.dtype == torch.bfloat16 and dtype == "float32"
-        means = to_host(mean)
-        moved = to_host(weights.view(torch.int16) if halves else weights.to(DTYPES[dtype]))
-        out: list[tuple[Weights, np.ndarray | None]] = []
-        for row, request in enumerate(self.batch.requests):
-            length = self.batch.lengths[row]
-            rows = slice(length) if request.queries is None else list(request.queries)
-            here = moved[row, :, :length, :length][:, rows]
-            kept = BFloat16(here.view(np.uint16)) if halves else here
-            out.append((kept, means[row, :length, :length][rows]))
-        return out
+    def of(
+        self,
+        attention: np.ndarray | None,
+        mean: np.ndarray | None,
+        features: Mapping[str, SparseFeatures],
+    ) -> LayerBatch:
+        """Return the batch of what was brought to the host."""
+        requests = self.batch.requests
+        halves = attention is not None and attention.dtype == np.int16
+        return LayerBatch(
+            self.layer,
+            [Member(one.prompt.scenario.name, one.length, one.queries) for one in requests],
+            [at for at, one in enumerate(requests) if self.layer in one.layers],
+            BFloat16(attention.view(np.uint16)) if attention is not None and halves else attention,
+            mean,
+            features,
+        )
 
 
 class Copies:
-    """Makes records of what blocks made: on a GPU one batch late, while it computes the next.
+    """Brings what blocks made to the host: on a GPU one batch late, while it computes the next.
+
+    Nothing here waits for the GPU but the end of a copy that began a batch ago.
 
     Parameters
     ----------
@@ -109,28 +101,62 @@ class Copies:
         self._side: Any = None
         if device.type == "cuda":
             self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._waiting: tuple[Made, Any] | None = None
+        self._waiting: _Copy | None = None
+        self._most: dict[str, float] = {}
 
-    def of(self, made: Made) -> Iterator[LayerRecord]:
-        """Yield records that are ready: those of what was given before, on a GPU."""
+    def of(self, made: Made) -> Iterator[LayerBatch]:
+        """Yield what has arrived: on a GPU, what was given before."""
         if self._side is None:
-            yield from made.records()
+            yield made.on_host()
             return
-        ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        ready.record(torch.cuda.current_stream(self._device))
-        before, self._waiting = self._waiting, (made, ready)
-        yield from self._copied(before)
+        before, self._waiting = self._waiting, _Copy(made, self._side, self._most)
+        if before is not None:
+            yield before.arrived(self._most)
 
-    def rest(self) -> Iterator[LayerRecord]:
-        """Yield the last records."""
+    def rest(self) -> Iterator[LayerBatch]:
+        """Yield what is still on its way."""
         before, self._waiting = self._waiting, None
-        yield from self._copied(before)
+        if before is not None:
+            yield before.arrived(self._most)
 
-    def _copied(self, waiting: tuple[Made, Any] | None) -> list[LayerRecord]:
-        if waiting is None:
-            return []
-        made, ready = waiting
-        with torch.cuda.stream(self._side):
-            self._side.wait_event(ready)
-            # All that is read was copied when this returns: its memory may be used again.
-            return made.records()
+
+class _Copy:
+    """What a block made of a batch, on its way to the host.
+
+    Parameters
+    ----------
+    made
+        What.
+    side
+        The stream that copies.
+    most
+        By array name, how many features of a token were not 0, at most.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, made: Made, side: Any, most: Mapping[str, float]) -> None:
+        self._made = made
+        # To wait for it does not keep a core busy: those that write have none too many.
+        self._done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        self._features = {
+            name: Encoding(*inputs, most.get(name)) for name, inputs in made.inputs.items()
+        }
+        side.wait_stream(torch.cuda.current_stream(made.batch.device))
+        with torch.cuda.stream(side):
+            self._attention = None if made.attention is None else begin_copy(made.attention)
+            self._mean = None if made.mean is None else begin_copy(made.mean)
+            for encoding in self._features.values():
+                encoding.begin()
+            self._done.record(side)
+
+    def arrived(self, most: dict[str, float]) -> LayerBatch:
+        """Wait for the copy; says in `most` how many features were not 0."""
+        self._done.synchronize()
+        features = {name: encoding.arrived() for name, encoding in self._features.items()}
+        for name, found in features.items():
+            active = len(found.at[0]) / max(1, len(found.sound))
+            most[name] = max(most.get(name, 0.0), active)
+        attention, mean = (
+            None if one is None else one.numpy() for one in (self._attention, self._mean)
+        )
+        return self._made.of(attention, mean, features)

@@ -1,56 +1,45 @@
-"""From what a block did to records of features: what is not 0, and the strongest of each token."""
+"""Encoding what a block did, and bringing what is not 0 of the features to the host."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache, partial
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from zarrtrace.capture.host import to_host
-from zarrtrace.spec import TOP_FEATURES, FeatureRecord, Nonzeros, feature_columns
+from zarrtrace.capture.host import begin_copy, to_host
+from zarrtrace.spec import feature_columns
+from zarrtrace.together import SparseFeatures
 
 if TYPE_CHECKING:
     from zarrtrace.capture.encoder import Encoder, Tile
 
-
-@dataclass(frozen=True)
-class Encoding:
-    """Features of some tokens, as they were made; :func:`feature_records` makes records of them.
-
-    Attributes
-    ----------
-    encoder
-        What made them.
-    sound
-        Of each token, whether what was encoded is finite: thresholds turn NaN into 0.
-    features
-        ``(token, feature)``, or what is not 0 of each block of columns: where, and what.
-    """
-
-    encoder: Encoder
-    sound: torch.Tensor
-    features: torch.Tensor | list[tuple[torch.Tensor, torch.Tensor]]
+# Tokens that a GPU encodes at once: twice as many are hardly faster.
+_ROWS = 1024
+# Features of a token that are not 0: room for these is made before any were counted.
+_ACTIVE = 256
 
 
 @torch.inference_mode()
-def encode(encoder: Encoder, inputs: torch.Tensor) -> Encoding:
-    """Encode the tokens of some prompts together ``(token, d_in)``; does not wait for a GPU."""
-    sound = inputs.isfinite().all(-1)
+def encode(encoder: Encoder, inputs: torch.Tensor) -> SparseFeatures:
+    """Encode the tokens of some prompts together ``(token, d_in)``, and bring them to the host.
+
+    Nearly all features are 0; what is not comes. A GPU is waited for.
+    """
+    width, sound = encoder.attributes.d_sae, to_host(inputs.isfinite().all(-1))
     if inputs.device.type != "cpu":
-        return Encoding(encoder, sound, encoder(inputs))
+        found = [_nonzero_there(encoder(rows)) for rows in _some_rows(inputs)]
+        return _joined(width, found, sound)
     # Some features at a time: what is made of them stays in the processor's cache.
-    columns = feature_columns(encoder.attributes.d_sae)
+    columns = feature_columns(width)
     tiles = [partial(_nonzero, tile, columns) for tile in encoder.tiles(inputs)]
-    if len(tiles) == 1:
-        return Encoding(encoder, sound, [tiles[0]()])
-    return Encoding(encoder, sound, list(_pool(os.getpid()).map(lambda tile: tile(), tiles)))
+    made = [tiles[0]()] if len(tiles) == 1 else _pool(os.getpid()).map(lambda tile: tile(), tiles)
+    at, values = zip(*made, strict=True)
+    return SparseFeatures(width, columns, at, values, sound)
 
 
 @cache
@@ -62,7 +51,7 @@ def _pool(_process: int) -> ThreadPoolExecutor:
 
 
 @torch.inference_mode()
-def _nonzero(encode_tile: Tile, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _nonzero(encode_tile: Tile, columns: int) -> tuple[np.ndarray, np.ndarray]:
     """Encode a block of columns and find what is not 0: NumPy does it ten times as fast."""
     tile = encode_tile()
     width, flat = tile.shape[1], tile.float().numpy().reshape(-1)
@@ -70,91 +59,78 @@ def _nonzero(encode_tile: Tile, columns: int) -> tuple[torch.Tensor, torch.Tenso
     values = flat[at]
     if width < columns:
         at += at // width * (columns - width)
-    return torch.from_numpy(at), torch.from_numpy(values)
+    return at, values
 
 
-@torch.inference_mode()
-def feature_records(made: Encoding, lengths: Sequence[int]) -> list[FeatureRecord]:
-    """Copy features to the host, what is not 0 of them, for nearly all of it is.
+def _some_rows(inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Cut tokens so that their features, whole, do not fill the memory of a GPU."""
+    return inputs.tensor_split(max(1, -(-len(inputs) // _ROWS)))
+
+
+def _nonzero_there(features: torch.Tensor) -> tuple[int, np.ndarray, np.ndarray]:
+    flat = features.flatten()
+    at = flat.nonzero().squeeze(1)
+    return len(features), to_host(at), to_host(flat[at].float())
+
+
+def _joined(
+    width: int, parts: Sequence[tuple[int, np.ndarray, np.ndarray]], sound: np.ndarray
+) -> SparseFeatures:
+    """Put what is not 0 of some tokens each, where and what, behind one another."""
+    if len(parts) == 1:
+        (_, at, values) = parts[0]
+        return SparseFeatures(width, width, (at,), (values,), sound)
+    starts = np.cumsum([0, *(tokens for tokens, *_ in parts)]) * width
+    at = np.concatenate([one + start for start, (_, one, _) in zip(starts, parts, strict=False)])
+    return SparseFeatures(width, width, (at,), (np.concatenate([v for *_, v in parts]),), sound)
+
+
+class Encoding:
+    """Features on their way from a GPU, which is not waited for.
+
+    How many are not 0, only the GPU knows: so room is made for more than there were before. Where
+    that is not enough, the tokens are encoded anew.
 
     Parameters
     ----------
-    made
-        From :func:`encode`, the prompts one after another.
-    lengths
-        Tokens of each prompt.
-
-    Returns
-    -------
-    list
-        One a prompt.
+    encoder
+        What encodes.
+    inputs
+        ``(token, d_in)``
+    active
+        How many features of a token were not 0, at most; None if that is not known.
     """
-    width, tokens = made.encoder.attributes.d_sae, len(made.sound)
-    columns = feature_columns(width)
-    blocks = made.features
-    if isinstance(blocks, torch.Tensor):
-        blocks = _blocks_of(blocks, columns)
-    feature, activation = (to_host(part) for part in _strongest(blocks, tokens, width))
-    finite = to_host(made.sound)
-    at, values = ([to_host(block[i]) for block in blocks] for i in (0, 1))
-    bounds = np.cumsum([0, *lengths])
-    places = [np.searchsorted(of_block, bounds * columns).tolist() for of_block in at]
-    out = []
-    for number, (start, stop) in enumerate(pairwise(bounds.tolist())):
-        parts = [slice(*of_block[number : number + 2]) for of_block in places]
-        here = tuple(of[part] for of, part in zip(values, parts, strict=True))
-        whole = finite[start:stop].all() and all(np.isfinite(one).all() for one in here)
-        out.append(
-            FeatureRecord(
-                activations=Nonzeros(
-                    (stop - start, width),
-                    columns,
-                    tuple(of[part] - start * columns for of, part in zip(at, parts, strict=True)),
-                    here,
-                ),
-                top_feature=feature[start:stop].astype(np.uint32),
-                top_activation=activation[start:stop],
-                nonfinite=not whole,
-            )
-        )
-    return out
+
+    @torch.inference_mode()
+    def __init__(self, encoder: Encoder, inputs: torch.Tensor, active: float | None) -> None:
+        self._encoder, self._inputs = encoder, inputs
+        each = _ACTIVE if active is None else int(1.5 * active) + 16
+        self._sound = inputs.isfinite().all(-1)
+        self._found = [
+            _packed(encoder(rows).flatten(), len(rows) * each) for rows in _some_rows(inputs)
+        ]
+
+    @torch.inference_mode()
+    def begin(self) -> None:
+        """Begin to copy, in the stream that is current."""
+        # Held until the copies have ended: the memory of what is dropped is used at once again.
+        self._held = self._sound, self._found
+        self._sound = begin_copy(self._sound)
+        self._found = [(begin_copy(at), begin_copy(values)) for at, values in self._found]
+
+    def arrived(self) -> SparseFeatures:
+        """Return what was copied, once the copy has ended."""
+        parts = []
+        for rows, (at, values) in zip(_some_rows(self._inputs), self._found, strict=True):
+            places = at.numpy()
+            count = int(np.count_nonzero(places >= 0))
+            if count == len(places):  # there may be more
+                return encode(self._encoder, self._inputs)
+            parts.append((len(rows), places[:count], values.numpy()[:count]))
+        return _joined(self._encoder.attributes.d_sae, parts, self._sound.numpy())
 
 
-def _blocks_of(features: torch.Tensor, columns: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Find what is not 0 in each block of columns, in one pass."""
-    width, flat = features.shape[1], features.flatten()
-    found = flat.nonzero().squeeze(1)
-    row, column = found // width, found % width
-    block, order = (column // columns).sort(stable=True)
-    inside = (row * columns + column % columns)[order].int()
-    edges = torch.searchsorted(block, torch.arange(1, -(-width // columns), device=block.device))
-    split = edges.tolist()
-    values = flat[found[order]].float()
-    return list(zip(inside.tensor_split(split), values.tensor_split(split), strict=True))
-
-
-def _strongest(
-    blocks: Sequence[tuple[torch.Tensor, torch.Tensor]], tokens: int, width: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the strongest features of each token among those that are not 0; 0 where fewer fire.
-
-    Returns
-    -------
-    feature, activation
-        ``(token, rank)``
-    """
-    columns, count = feature_columns(width), min(TOP_FEATURES, width)
-    values = torch.cat([of_block for _, of_block in blocks])
-    row = torch.cat([at // columns for at, _ in blocks])
-    feature = torch.cat([at % columns + n * columns for n, (at, _) in enumerate(blocks)])
-    row, order = row.sort(stable=True)
-    starts = torch.searchsorted(row, torch.arange(tokens + 1, device=row.device, dtype=row.dtype))
-    room = max(count, int(starts.diff().max()))
-    place = torch.arange(len(row), device=row.device) - starts[row]
-    strength = values.new_zeros(tokens, room)
-    strength[row, place] = values[order]
-    named = feature.new_zeros(tokens, room)
-    named[row, place] = feature[order]
-    top = strength.topk(count)
-    fires = ~(top.values <= 0)  # NaN is shown
-    return named.gather(1, top.indices).where(fires, 0), top.values.where(fires, 0)
+def _packed(flat: torch.Tensor, room: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find what is not 0 without waiting for a GPU: places, -1 behind the last one; and values."""
+    at = torch.nonzero_static(flat, size=room, fill_value=-1).squeeze(1)
+    return at, flat[at].float()

@@ -111,7 +111,7 @@ def place(block: nn.Module, attention: nn.Module | None, kind: str) -> tuple[nn.
     elif kind == "mlp_out" and normed:
         found = getattr(block, "post_feedforward_layernorm", None)
     else:
-        found = _child(block, _MLP)
+        found = mlp_of(block)
     if found is None:
         raise SAEError(
             f"{type(block).__name__} has no place for hook point {kind!r}",
@@ -119,6 +119,11 @@ def place(block: nn.Module, attention: nn.Module | None, kind: str) -> tuple[nn.
             remedy="Choose SAEs on the residual stream.",
         )
     return found, "input" if kind in ("hook_z", "mlp_in") else "output"
+
+
+def mlp_of(block: nn.Module) -> nn.Module | None:
+    """Return a block's MLP, None if it has none by a known name."""
+    return _child(block, _MLP)
 
 
 def _child(module: nn.Module | None, names: tuple[str, ...]) -> nn.Module | None:

@@ -18,3 +18,12 @@ def to_host(tensor: torch.Tensor) -> np.ndarray:
     else:
         array = tensor.cpu().numpy()
     return array
+
+
+def begin_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Begin to copy to memory of the host that a GPU writes to by itself, in the current stream.
+
+    Torch keeps and uses such memory again once the tensor is gone.
+    """
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)

@@ -15,14 +15,17 @@ from typing import Any
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
+from torch import nn
 
 from zarrtrace.capture.blocked import IMPLEMENTATION, AttentionRows, Sink, collecting
-from zarrtrace.capture.hooks import first_tensor, place
+from zarrtrace.capture.hooks import first_tensor, mlp_of, place
 from zarrtrace.capture.model import LoadedModel
 from zarrtrace.errors import ModelError
 
 # Above this, logits are made some rows at a time: a vocabulary is large.
 _LOGIT_ROWS = 512
+# And so is what MLPs make within: of a long prompt, more than all else.
+_MLP_TOKENS = 8192
 
 
 @dataclass
@@ -173,6 +176,7 @@ def taps(
     """
     with ExitStack() as stack:
         for layer, block in enumerate(model.blocks):
+            stack.enter_context(_some_tokens_at_a_time(mlp_of(block)))
             handles = []
             for kind in sorted(kinds.get(layer, ())):
                 module, side = place(block, model.attentions.get(layer), kind)
@@ -190,6 +194,36 @@ def taps(
             for handle in handles:
                 stack.callback(handle.remove)
         yield
+
+
+@contextmanager
+def _some_tokens_at_a_time(mlp: nn.Module | None) -> Iterator[None]:
+    """Let an MLP, which takes each token by itself, compute a long prompt in parts.
+
+    Only one that takes a tensor and returns a tensor: others may look at all tokens.
+    """
+    if mlp is None:
+        yield
+        return
+    whole, before = mlp.forward, vars(mlp).get("forward")
+
+    def forward(hidden: Any, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or hidden.ndim != 3 or hidden.shape[1] <= _MLP_TOKENS:
+            return whole(hidden, *args, **kwargs)
+        made = []
+        for some in hidden.split(_MLP_TOKENS, dim=1):
+            made.append(whole(some))
+            if not isinstance(made[-1], torch.Tensor) or made[-1].shape[:2] != some.shape[:2]:
+                return whole(hidden)
+        return torch.cat(made, dim=1)
+
+    mlp.forward = forward
+    try:
+        yield
+    finally:
+        del mlp.forward
+        if before is not None:
+            mlp.forward = before
 
 
 def _current() -> Pass | None:

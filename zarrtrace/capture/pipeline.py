@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from zarrtrace.capture.batches import Batch, Request, batches, waves
 from zarrtrace.capture.blocked import AttentionRows
 from zarrtrace.capture.copies import Copies, Made
 from zarrtrace.capture.encoders import Encoders
-from zarrtrace.capture.features import encode, feature_records
+from zarrtrace.capture.features import encode
 from zarrtrace.capture.hooks import parse_hook
 from zarrtrace.capture.host import to_host
 from zarrtrace.capture.lockstep import BlockState, Logits, taps
@@ -28,12 +28,13 @@ from zarrtrace.spec import (
     attention_rows,
     feature_rows,
 )
+from zarrtrace.together import LayerBatch
 
 if TYPE_CHECKING:
     from zarrtrace.capture.encoder import Encoder
     from zarrtrace.capture.saes import SAESource
 
-Record = LayerRecord | TokensRecord
+Captured = LayerBatch | LayerRecord | TokensRecord
 
 
 def capture(
@@ -44,7 +45,7 @@ def capture(
     saes: Mapping[int, Sequence[SAEAttributes]] | None = None,
     source: SAESource | None = None,
     batch_size: int = 1,
-) -> Iterator[Record]:
+) -> Generator[Captured, None, None]:
     """Run the model over prompts and yield what each block does, layer by layer.
 
     Parameters
@@ -63,9 +64,10 @@ def capture(
 
     Yields
     ------
-    LayerRecord, TokensRecord
-        All scenarios of a layer, then the next layer; at the end the continuations. A layer whose
-        arrays are large comes in several records, each of which fills whole shards.
+    LayerBatch, LayerRecord, TokensRecord
+        All scenarios of a layer, batch by batch, then the next layer; at the end the
+        continuations. A layer whose arrays are large comes in several records, each of which fills
+        whole shards.
 
     Raises
     ------
@@ -111,7 +113,7 @@ def _layers(wave: Sequence[Batch]) -> frozenset[int]:
 
 def _run_wave(
     model: LoadedModel, wave: Sequence[Batch], attention_dtype: str | None, encoders: Encoders
-) -> Iterator[Record]:
+) -> Iterator[Captured]:
     wanted, copies = _layers(wave), Copies(model.device)
     active = list(wave)
     try:
@@ -138,7 +140,7 @@ def _through_block(
     attention_dtype: str | None,
     encoders: Sequence[Encoder],
     copies: Copies,
-) -> Iterator[LayerRecord]:
+) -> Iterator[LayerBatch | LayerRecord]:
     """Let a batch go through one block and yield what it did."""
     buffer = None
     while True:
@@ -180,7 +182,7 @@ def _block_records(
     attention_dtype: str | None,
     encoders: Sequence[Encoder],
     copies: Copies,
-) -> Iterator[LayerRecord]:
+) -> Iterator[LayerBatch | LayerRecord]:
     """Yield attention matrices and features of blocks, features some rows at a time if large."""
     longest = max(batch.lengths)
     large = [e for e in encoders if longest > feature_rows(longest, e.attributes.d_sae)]
@@ -193,7 +195,7 @@ def _block_records(
         for start in range(0, longest, step):
             rows = slice(start, start + step)
             inputs = batch.tokens(state.hooks[encoder.hook.kind])[rows]
-            (features,) = feature_records(encode(encoder, inputs), [len(inputs)])
+            features = encode(encoder, inputs).record()
             yield LayerRecord(
                 scenario=batch.requests[0].prompt.scenario.name,
                 layer=state.layer,

@@ -35,14 +35,21 @@ from zarrtrace.extraction.writers import (
     Traces,
     bytes_of,
 )
-from zarrtrace.spec import BFloat16, LayerRecord
+from zarrtrace.spec import BFloat16, TokensRecord
+from zarrtrace.store import Location
+from zarrtrace.store.files import flush
+from zarrtrace.together import LayerBatch
 
 #: Fewer than these are better written by threads: each would have one process.
 FEW_TRACES = 4
 
-_MOST = 14
+_MOST = 15
+# Traces of a batch that one process writes: few, so that all have equally much to do.
+_TOGETHER = 4
+# What was written goes to the disk all along: it would take its time at the end.
+_SECONDS_A_FLUSH = 1.0
 # Bytes of records that wait or are being sent, by process; one record may be larger.
-_BYTES_A_PROCESS = 8 * 2**20
+_BYTES_A_PROCESS = 24 * 2**20
 # Of linux/prctl.h.
 _SIGNAL_AT_PARENTS_DEATH = 1
 _PROGRAM = (
@@ -96,8 +103,8 @@ def end_writers() -> None:
 
 
 def _count() -> int:
-    """Choose how many processes write: all cores but two, which drive the GPU and send records."""
-    return max(1, min(_MOST, (os.cpu_count() or 1) - 2))
+    """Choose how many processes write: all cores but one, which drives the GPU."""
+    return max(1, min(_MOST, (os.cpu_count() or 1) - 1))
 
 
 def _take(traces: int) -> list[_Process]:
@@ -116,27 +123,34 @@ class WriterProcesses:
         Where to.
     watch
         Is told of what was stored.
+    together
+        How many traces that follow each other come in one batch. Some of them have one process, if
+        there are enough for all.
     """
 
-    def __init__(self, traces: Traces, watch: Watch) -> None:
+    def __init__(self, traces: Traces, watch: Watch, together: int = 1) -> None:
         self._watch = watch
         self._processes = _take(len(traces.each))
         count = len(self._processes)
         self._room = Room(count * _BYTES_A_PROCESS)
         self._queues: list[SimpleQueue[Record | None]] = [SimpleQueue() for _ in range(count)]
         self._failed: list[BaseException] = []
-        self._at = {one[0].scenario: at % count for at, one in enumerate(traces.each)}
+        each = min(together, _TOGETHER, -(-len(traces.each) // count))
+        names = [one[0].scenario for one in traces.each]
+        self._at = {name: number // each % count for number, name in enumerate(names)}
         self.lacks: Mapping[str, Lack] = self._open(traces)
         self._threads = [
             threading.Thread(target=self._feed, args=(at,), name=f"zarrtrace-write-{at}")
             for at in range(count)
         ]
+        self._ended = threading.Event()
+        self._threads.append(threading.Thread(target=self._flush, args=(traces.folder,)))
 
     def _open(self, traces: Traces) -> dict[str, Lack]:
-        count = len(self._processes)
         try:
             for at, process in enumerate(self._processes):
-                process.send(replace(traces, each=traces.each[at::count]))
+                mine = [one for one in traces.each if self._at[one[0].scenario] == at]
+                process.send(replace(traces, each=mine))
             found = [process.answer() for process in self._processes]
         except BaseException:
             self._end()
@@ -151,9 +165,19 @@ class WriterProcesses:
 
     def submit(self, record: Record) -> None:
         """Queue a record; waits while too many are queued."""
+        if not isinstance(record, LayerBatch):
+            self._put(self._at[record.scenario], record)
+            return
+        by_process: dict[int, list[int]] = {}
+        for place, name in zip(record.wanted, record.scenarios, strict=True):
+            by_process.setdefault(self._at[name], []).append(place)
+        for at, places in by_process.items():
+            self._put(at, record.part(places))
+
+    def _put(self, at: int, record: Record) -> None:
         self._room.take(bytes_of(record))
         self._raise_first()
-        self._queues[self._at[record.scenario]].put(record)
+        self._queues[at].put(record)
 
     def _feed(self, at: int) -> None:
         """Send a process its records, one at a time."""
@@ -162,13 +186,18 @@ class WriterProcesses:
             try:
                 if not self._failed:
                     process.send(_contiguous(record))
-                    missing, complete = process.answer()
-                    self._watch.stored(record.scenario, missing, complete=complete)
+                    for scenario, missing, complete in process.answer():
+                        self._watch.stored(scenario, missing, complete=complete)
             except (EOFError, OSError) as error:
                 self._failed.append(_ended(record, error))
             except BaseException as error:  # noqa: BLE001 -- raised where records are submitted
                 self._failed.append(error)
             self._room.give_back(bytes_of(record))
+
+    def _flush(self, folder: Location) -> None:
+        while not self._ended.wait(_SECONDS_A_FLUSH):
+            with suppress(OSError):  # said by whoever writes
+                flush(folder)
 
     def _raise_first(self) -> None:
         if self._failed:
@@ -180,6 +209,7 @@ class WriterProcesses:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._ended.set()
         for queue in self._queues:
             queue.put(None)
         for thread in self._threads:
@@ -201,15 +231,14 @@ class WriterProcesses:
 
 def _contiguous(record: Record) -> Record:
     """Return a record whose large arrays can be sent as they are."""
-    if not isinstance(record, LayerRecord) or record.attention is None:
+    if isinstance(record, TokensRecord) or record.attention is None:
         return record
-    attention = record.attention
+    attention, mean = record.attention, record.attention_mean
     whole = (
         BFloat16(np.ascontiguousarray(attention.bits))
         if isinstance(attention, BFloat16)
         else np.ascontiguousarray(attention)
     )
-    mean = record.attention_mean
     return replace(
         record,
         attention=whole,
@@ -220,8 +249,9 @@ def _contiguous(record: Record) -> Record:
 def _ended(record: Record, error: BaseException) -> BaseException:
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError | ConnectionError):
         return error
+    names = record.scenarios if isinstance(record, LayerBatch) else [record.scenario]
     return StoreError(
-        f"{record.scenario}: the process that wrote it has ended",
+        f"{', '.join(names)}: the process that wrote it has ended",
         why="It was killed; on Linux, usually because memory ran out.",
         remedy="Run the same command again; it goes on where this one stopped.",
     )
@@ -243,6 +273,7 @@ def serve(descriptor: int, parent: int) -> None:
     # Interruptions are the parent's to handle, which then sends no more.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    os.nice(10)  # whoever drives the GPU goes first
     _die_with(parent)
     channel = Channel(socket.socket(fileno=descriptor))
     traces: OpenTraces | None = None

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 from zarrtrace.errors import IntegrityError, NonFiniteError, NoSpaceError, readable
 from zarrtrace.extraction.estimate import estimate
@@ -37,6 +38,7 @@ from zarrtrace.store import (
     refuse_foreign,
     wait_for_writers,
 )
+from zarrtrace.together import LayerBatch
 
 #: How long to wait for a worker that was given up, and still writes what is to be done again.
 SECONDS_GIVEN_UP = 600
@@ -146,7 +148,7 @@ def fill(
     """
     traces = Traces(
         folder,
-        [(job.attributes(prompt), job.shape(prompt), prompt.tokens) for prompt in job.prompts],
+        [(job.attributes(one), job.shape(one), one.tokens) for one in _in_order(job)],
         job.options.attention_keepbits,
         repair,
     )
@@ -171,7 +173,15 @@ def _writers(job: Job, traces: Traces, watch: Watch) -> Writers:
         return WriterThreads(traces, watch)
     if len(traces.each) < FEW_TRACES:  # each would have one process
         return WriterThreads(traces, watch, os.cpu_count() or THREADS)
-    return WriterProcesses(traces, watch)
+    return WriterProcesses(traces, watch, job.batch_size)
+
+
+def _in_order(job: Job) -> list[Any]:
+    """Return a job's prompts as they go through the model, those of a batch side by side."""
+    lengths = [len(prompt.tokens.ids) for prompt in job.prompts]
+    alone = [prompt.scenario.name in job.blocked for prompt in job.prompts]
+    groups = capture_package().grouped(lengths, alone, job.batch_size)
+    return [job.prompts[at] for group in groups for at in group]
 
 
 def _captured(job: Job, lacks: Mapping[str, Lack]) -> Generator[Record, None, None]:
@@ -199,6 +209,10 @@ def _captured(job: Job, lacks: Mapping[str, Lack]) -> Generator[Record, None, No
 
 
 def _refuse_nonfinite(record: Record, job: Job) -> None:
+    if isinstance(record, LayerBatch):
+        for one in record.records() if record.doubtful else []:
+            _refuse_nonfinite(one, job)
+        return
     if not record.nonfinite:
         return
     where = f"layer {record.layer}" if isinstance(record, LayerRecord) else "the last layer"

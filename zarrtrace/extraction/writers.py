@@ -19,8 +19,10 @@ from zarrtrace.extraction.memory import release_freed
 from zarrtrace.extraction.progress import Watch
 from zarrtrace.spec import LayerRecord, Tokens, TokensRecord, TraceAttributes, TraceShape
 from zarrtrace.store import Location, TraceWriter
+from zarrtrace.store.files import flush
+from zarrtrace.together import LayerBatch
 
-Record = LayerRecord | TokensRecord
+Record = LayerBatch | LayerRecord | TokensRecord
 
 #: Two beside a CPU that computes; those of an object store mostly wait for answers.
 THREADS, THREADS_OF_OBJECTS = 2, 14
@@ -99,7 +101,7 @@ class OpenTraces:
     """
 
     def __init__(self, traces: Traces) -> None:
-        self._keepbits = traces.keepbits
+        self._folder, self._keepbits = traces.folder, traces.keepbits
         self._writers = {
             attributes.scenario: TraceWriter(
                 traces.folder / attributes.scenario, attributes, shape, tokens, repair=traces.repair
@@ -116,14 +118,17 @@ class OpenTraces:
             if not any(lack):
                 self._writers[name].finish()  # an earlier process may have stopped just before it
 
-    def append(self, record: Record) -> tuple[int, bool]:
-        """Store a record; returns how many layers its trace lacks, and whether it made it whole."""
-        writer = self._writers[record.scenario]
-        writer.append(_rounded(record, self._keepbits))
-        complete = self._is_last(record.scenario, writer)
+    def append(self, record: Record) -> list[tuple[str, int, bool]]:
+        """Store a record; returns of each trace how many layers it lacks, and if it is whole."""
+        names = record.scenarios if isinstance(record, LayerBatch) else [record.scenario]
+        for one in record.records() if isinstance(record, LayerBatch) else [record]:
+            self._writers[one.scenario].append(_rounded(one, self._keepbits))
+        complete = [name for name in names if self._is_last(name, self._writers[name])]
         if complete:
-            writer.finish()
-        return len(writer.missing_layers), complete
+            flush(self._folder)  # once for all: it waits for all that is on its way to the disk
+        for name in complete:
+            self._writers[name].finish(flushed=True)
+        return [(name, len(self._writers[name].missing_layers), name in complete) for name in names]
 
     def _is_last(self, scenario: str, writer: TraceWriter) -> bool:
         """Whether a trace has just got its last record; true once."""
@@ -134,7 +139,9 @@ class OpenTraces:
             return True
 
 
-def _rounded(record: Record, keepbits: int | None) -> Record:
+def _rounded(
+    record: LayerRecord | TokensRecord, keepbits: int | None
+) -> LayerRecord | TokensRecord:
     """Round attention to some bits of its mantissa; zeros behind them compress well."""
     if keepbits is None or isinstance(record, TokensRecord) or record.attention is None:
         return record
@@ -145,6 +152,8 @@ def _rounded(record: Record, keepbits: int | None) -> Record:
 
 def bytes_of(record: Record) -> int:
     """Return how much memory a record holds."""
+    if isinstance(record, LayerBatch):
+        return record.nbytes
     if isinstance(record, TokensRecord):
         return record.next_token.nbytes + record.next_token_logprob.nbytes
     arrays: list[Any] = [record.attention, record.attention_mean]
@@ -200,15 +209,16 @@ class WriterThreads:
 
     def submit(self, record: Record) -> None:
         """Queue a record; waits while too many are queued."""
-        size = bytes_of(record)
-        self._room.take(size)
-        self._raise_first()
-        self._pool.submit(self._append, record).add_done_callback(partial(self._done, size))
+        for one in record.each() if isinstance(record, LayerBatch) else [record]:
+            size = bytes_of(one)
+            self._room.take(size)
+            self._raise_first()
+            self._pool.submit(self._append, one).add_done_callback(partial(self._done, size))
 
     def _append(self, record: Record) -> None:
         if not self._failed:
-            missing, complete = self._traces.append(record)
-            self._watch.stored(record.scenario, missing, complete=complete)
+            for scenario, missing, complete in self._traces.append(record):
+                self._watch.stored(scenario, missing, complete=complete)
 
     def _done(self, size: int, future: Future[None]) -> None:
         error = future.exception()

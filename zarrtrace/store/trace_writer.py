@@ -284,8 +284,13 @@ class TraceWriter:
         """The journal's keys as they stand in a finished trace."""
         return [*map(str, self._attributes.layers), TOKENS, COORDINATES, METADATA]
 
-    def finish(self) -> None:
+    def finish(self, *, flushed: bool = False) -> None:
         """Mark the trace complete: everything is on the disk, and its metadata consolidated.
+
+        Parameters
+        ----------
+        flushed
+            Whether the disk holds all that was written since the last record.
 
         Raises
         ------
@@ -296,7 +301,8 @@ class TraceWriter:
         if self.missing_layers or self.needs_tokens:
             raise incomplete(self.path, found)
         with clear_errors(self.path):
-            flush(self.path)
+            if not flushed:
+                flush(self.path)
             stored = {key: found.stored[key] for key in self._order if key in found.stored}
             nonfinite = tuple(key for key in self._order if key in found.nonfinite)
             complete = found.model_copy(

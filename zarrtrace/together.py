@@ -1,0 +1,244 @@
+"""One layer of several prompts as a model leaves it, before it is taken apart into records.
+
+What a batch makes goes to whoever writes it in one piece: to copy, send and split it prompt by
+prompt would keep the process that drives a GPU busier than the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from zarrtrace.spec import (
+    TOP_FEATURES,
+    BFloat16,
+    FeatureRecord,
+    LayerRecord,
+    Nonzeros,
+    feature_columns,
+)
+
+_Array = np.ndarray | BFloat16
+
+
+@dataclass(frozen=True)
+class Member:
+    """A prompt of a batch.
+
+    Attributes
+    ----------
+    scenario
+        Its name.
+    length
+        Its tokens; what a batch holds beyond them is padding.
+    queries
+        Token positions whose attention is stored; None for all.
+    """
+
+    scenario: str
+    length: int
+    queries: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class SparseFeatures:
+    """What is not 0 of the features of some prompts, one behind another.
+
+    Attributes
+    ----------
+    width
+        Features of the SAE.
+    columns
+        Width of a block of features.
+    at, values
+        Of each block, places ``token * columns + column`` ``(n,)``, ascending, and what is there.
+    sound
+        Of each token, whether what was encoded is finite: thresholds turn NaN into 0.
+    """
+
+    width: int
+    columns: int
+    at: tuple[np.ndarray, ...]
+    values: tuple[np.ndarray, ...]
+    sound: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held."""
+        return sum(part.nbytes for part in (*self.at, *self.values, self.sound))
+
+    def part(self, start: int, stop: int) -> SparseFeatures:
+        """Return some of the tokens; nothing is copied but places."""
+        if not start and stop == len(self.sound):
+            return self
+        cuts = [np.searchsorted(at, [n * self.columns for n in (start, stop)]) for at in self.at]
+        kept = [slice(*cut.tolist()) for cut in cuts]
+        return replace(
+            self,
+            at=tuple(at[k] - start * self.columns for at, k in zip(self.at, kept, strict=True)),
+            values=tuple(values[k] for values, k in zip(self.values, kept, strict=True)),
+            sound=self.sound[start:stop],
+        )
+
+    def record(self) -> FeatureRecord:
+        """Return the record of all tokens, which are one prompt's."""
+        found = self._nonzeros()
+        top_feature, top_activation = strongest(found)
+        finite = self.sound.all() and all(np.isfinite(one).all() for one in self.values)
+        return FeatureRecord(found, top_feature, top_activation, nonfinite=not finite)
+
+    def _nonzeros(self) -> Nonzeros:
+        shape, columns = (len(self.sound), self.width), feature_columns(self.width)
+        if columns == self.columns:
+            return Nonzeros(shape, columns, self.at, self.values)
+        (at,), (values,) = self.at, self.values
+        token, feature = np.divmod(at, self.width)
+        block, column = np.divmod(feature, columns)
+        order = np.argsort(block.astype(np.uint16), kind="stable")
+        edges = np.searchsorted(block[order], range(1, -(-self.width // columns)))
+        places = (token * columns + column)[order]
+        return Nonzeros(
+            shape,
+            columns,
+            tuple(np.split(places, edges)),
+            tuple(np.split(values[order], edges)),
+        )
+
+
+def strongest(features: Nonzeros) -> tuple[np.ndarray, np.ndarray]:
+    """Find the strongest features of each token, of equal ones those of lower number.
+
+    Parameters
+    ----------
+    features
+        ``(query, feature)``
+
+    Returns
+    -------
+    feature, activation
+        ``(query, rank)`` uint32 and float32, strongest first; 0 where fewer are positive. NaN
+        comes before all.
+    """
+    (tokens, width), columns = features.shape, features.columns
+    count = min(TOP_FEATURES, width)
+    token = np.concatenate([at // columns for at in features.at])
+    number = np.concatenate([at % columns + n * columns for n, at in enumerate(features.at)])
+    value = np.concatenate(features.values).astype(np.float32, copy=False)
+    # Stable, and of 16 bits where that is enough: NumPy then sorts by digits.
+    order = np.argsort(token.astype(np.uint16 if tokens <= 2**16 else np.int64), kind="stable")
+    token = token[order]
+    each = np.bincount(token, minlength=tokens)
+    place = np.arange(len(token)) - np.repeat(np.cumsum(each) - each, each)
+    room = max(count, int(each.max(initial=0)))
+    values = np.zeros((tokens, room), np.float32)
+    values[token, place] = value[order]
+    numbers = np.zeros((tokens, room), np.uint32)
+    numbers[token, place] = number[order]
+    rank = np.where(np.isnan(values), -np.inf, -values)
+    if room > 2 * count:  # most need not be sorted
+        some = np.sort(np.argpartition(rank, count - 1, axis=1)[:, :count], axis=1)
+        values, numbers, rank = (np.take_along_axis(a, some, 1) for a in (values, numbers, rank))
+    first = np.argsort(rank, axis=1, kind="stable")[:, :count]
+    top = np.take_along_axis(values, first, 1)
+    fires = ~(top <= 0)
+    return (
+        np.where(fires, np.take_along_axis(numbers, first, 1), np.uint32(0)),
+        np.where(fires, top, np.float32(0)),
+    )
+
+
+@dataclass(frozen=True)
+class LayerBatch:
+    """One layer of several prompts.
+
+    Attributes
+    ----------
+    layer
+        Index of the decoder block.
+    members
+        The prompts, in the order of the arrays.
+    wanted
+        Places of those whose records are wanted.
+    attention
+        ``(sequence, head, query, key)`` with padding at the end of both, or None.
+    attention_mean
+        ``(sequence, query, key)`` float32, or None.
+    features
+        By array name, the prompts' tokens one behind another.
+    """
+
+    layer: int
+    members: Sequence[Member]
+    wanted: Sequence[int]
+    attention: np.ndarray | BFloat16 | None = None
+    attention_mean: np.ndarray | None = None
+    features: Mapping[str, SparseFeatures] = field(default_factory=dict)
+
+    @property
+    def scenarios(self) -> list[str]:
+        """Names of the prompts whose records are wanted."""
+        return [self.members[at].scenario for at in self.wanted]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held."""
+        arrays = (self.attention, self.attention_mean, *self.features.values())
+        return sum(array.nbytes for array in arrays if array is not None)
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether something is not finite, be it padding; a sum too large is taken for it."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            sums = [one.sum() for made in self.features.values() for one in made.values]
+            if self.attention_mean is not None:
+                sums.append(self.attention_mean.sum())
+        sound = all(made.sound.all() for made in self.features.values())
+        return not (sound and np.isfinite(sums).all())
+
+    def part(self, wanted: Sequence[int]) -> LayerBatch:
+        """Return a batch of those of the wanted prompts that lie together."""
+        start, stop = min(wanted), max(wanted) + 1
+        if stop - start == len(self.members):
+            return replace(self, wanted=wanted)
+        token = np.cumsum([0, *(one.length for one in self.members)])
+        attention, mean = self.attention, self.attention_mean
+        return LayerBatch(
+            self.layer,
+            self.members[start:stop],
+            [at - start for at in wanted],
+            None if attention is None else _of(attention, slice(start, stop)),
+            None if mean is None else mean[start:stop],
+            {name: f.part(token[start], token[stop]) for name, f in self.features.items()},
+        )
+
+    def each(self) -> Iterator[LayerBatch]:
+        """Yield a batch of each of the prompts that are wanted."""
+        return (self.part([at]) for at in self.wanted)
+
+    def records(self) -> Iterator[LayerRecord]:
+        """Yield the records of the prompts that are wanted."""
+        tokens = np.cumsum([0, *(one.length for one in self.members)])
+        edges = list(pairwise(tokens.tolist()))
+        for at in self.wanted:
+            one = self.members[at]
+            attention, mean = self.attention, self.attention_mean
+            keys = slice(one.length)
+            queries = keys if one.queries is None else list(one.queries)
+            if attention is not None:
+                attention = _of(_of(attention, at), (slice(None), queries, keys))
+            yield LayerRecord(
+                scenario=one.scenario,
+                layer=self.layer,
+                attention=attention,
+                attention_mean=None if mean is None else mean[at][queries, keys],
+                features={name: f.part(*edges[at]).record() for name, f in self.features.items()},
+            )
+
+
+def _of(array: _Array, index: Any) -> _Array:
+    part: np.ndarray = (array.bits if isinstance(array, BFloat16) else array)[index]
+    return BFloat16(part) if isinstance(array, BFloat16) else part
