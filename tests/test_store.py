@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -362,6 +364,50 @@ def test_traces_do_not_share_texts(run: fakes.FakeRun) -> None:
     tree = zt.open_run(run.path)
     tree["Safe_1"]["query_token"].values[0] = "changed"
     assert tree["Risky_2"]["query_token"].values[0] == "<s>"
+
+
+@pytest.mark.parametrize("chunks", [None, "auto"])
+def test_what_is_changed_in_one_scenario_is_not_in_another(run: fakes.FakeRun, chunks: Any) -> None:
+    """Scenarios of one length are made of one pattern."""
+    tree = zt.open_run(run.path, chunks=chunks)
+    changed = tree["Safe_1"]
+    changed.attrs["zarrtrace"]["spans"].clear()
+    for variable in changed.variables.values():
+        variable.attrs["long_name"] = "changed"
+        variable.encoding["chunks"] = "changed"
+    changed["features"] = changed["features"] + 1
+    changed["token_id"].values[:] = 0
+    changed.coords["layer"] = -changed["layer"]
+    if chunks is None:
+        changed["attention"][:] = 7
+    alone = zt.open_trace(run.path / "Risky_2", chunks=chunks)
+    found = tree["Risky_2"].to_dataset()
+    xr.testing.assert_identical(found, alone)
+    assert {name: one.encoding for name, one in found.data_vars.items()} == {
+        name: one.encoding for name, one in alone.data_vars.items()
+    }
+    xr.testing.assert_identical(
+        zt.open_run(run.path)["Safe_1"].to_dataset(), zt.open_trace(run.trace)
+    )
+
+
+def test_a_run_is_copied_and_pickled(run: fakes.FakeRun) -> None:
+    tree = zt.open_run(run.path)
+    for other in (copy.deepcopy(tree), tree.copy(), pickle.loads(pickle.dumps(tree))):  # noqa: S301
+        xr.testing.assert_identical(other, tree)
+        assert_equals(other["Risky_2"].to_dataset(), run.truth["Risky_2"])
+
+
+def test_consolidated_metadata_is_the_trace_s_own(run: fakes.FakeRun) -> None:
+    """Its hashes in the journal are not compared with it, so they do not say what is alike."""
+    file = run.path / "Risky_2" / "zarr.json"
+    group = json.loads(file.read_text())
+    features = group["consolidated_metadata"]["metadata"]["features"]
+    features["attributes"]["long_name"] = "edited"
+    file.write_text(json.dumps(group))
+    tree = zt.open_run(run.path)
+    assert tree["Risky_2"]["features"].attrs["long_name"] == "edited"
+    assert tree["Safe_1"]["features"].attrs["long_name"] == "SAE feature activation"
 
 
 def test_absent_scenarios(run: fakes.FakeRun) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import os
 import struct
 import threading
@@ -18,24 +17,16 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
-import google_crc32c
 import numpy as np
-from numcodecs import VLenUTF8, Zstd, blosc
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
 from zarrtrace.errors import IntegrityError
 from zarrtrace.store.attributes import REPAIR
+from zarrtrace.store.encoding import Encoding, checked
 from zarrtrace.store.objects import Location, ObjectPath
 
-_MISSING = 2**64 - 1
-_TEXT = [{"name": "vlen-utf8", "configuration": {}}, {"name": "vlen-utf8"}]
-#: What no chunk exceeds, nor the text of one; what claims more is refused unread.
-_MAX_CHUNK, _MAX_TEXT = 2**31, 2**28
-#: Gets the bytes and, but for text, how many must come out. What comes out of a compressed chunk
-#: is good until this thread decodes the next.
-Decode = Callable[[bytes, int | None], Any]
-
+MISSING = 2**64 - 1
 #: Along one dimension: the number of a chunk, where its part goes, and which part of it.
 Part = tuple[int, slice | np.ndarray, slice | np.ndarray]
 #: Of a file in the grid of files.
@@ -48,11 +39,7 @@ _THREADS = os.cpu_count() or 1
 _PORTIONS = 4 * _THREADS
 #: What is decoded faster by one thread than it takes to wake others.
 _FEW_BYTES = 2**19
-#: The CRC-32C of anything that is followed by its CRC-32C.
-_CHECKED = 0x48674BC7
 _ENTRY = struct.Struct("<QQ")
-_ZSTD = Zstd()
-_LOCAL = threading.local()
 
 
 class StoredArray(BackendArray):
@@ -62,46 +49,14 @@ class StoredArray(BackendArray):
     ----------
     path
         Folder of the array.
-    metadata
-        Its ``zarr.json``.
-
-    Raises
-    ------
-    ValueError
-        If it is encoded in another way than zarrtrace does.
+    encoding
+        How it is encoded.
     """
 
-    def __init__(self, path: Location, metadata: dict[str, Any]) -> None:
+    def __init__(self, path: str | Location, encoding: Encoding) -> None:
         self._path = str(path)
-        self.shape = tuple(map(int, metadata["shape"]))
-        self._text = metadata["data_type"] == "string"
-        self.dtype = np.dtype(object if self._text else metadata["data_type"])
-        fill = metadata["fill_value"]
-        self._fill: Any = fill if self._text else np.array(fill, dtype=self.dtype)[()]
-        self.file_shape = tuple(map(int, metadata["chunk_grid"]["configuration"]["chunk_shape"]))
-        self.chunks, self.shards = self.file_shape, None
-        codecs = metadata["codecs"]
-        if codecs[0]["name"] == "sharding_indexed":
-            outer = codecs[0]["configuration"]
-            names = [codec["name"] for codec in outer["index_codecs"]]
-            if len(codecs) > 1 or outer["index_location"] != "end" or names != ["bytes", "crc32c"]:
-                raise ValueError("another kind of shard")
-            self.shards = self.file_shape
-            self.chunks = tuple(map(int, outer["chunk_shape"]))
-            codecs = outer["codecs"]
-        little = {"name": "bytes", "configuration": {"endian": "little"}}
-        plain = {"name": "bytes"}  # of one byte a value
-        if codecs[0] not in (_TEXT if self._text else [little, plain]):
-            raise ValueError("another serializer")
-        self._decoders = [_DECODERS[codec["name"]] for codec in reversed(codecs[1:])]
-        # How many chunks a file has, in all, along each dimension, and from one to the next.
-        self._grid = [
-            size // chunk for size, chunk in zip(self.file_shape, self.chunks, strict=True)
-        ]
-        self._strides = [math.prod(self._grid[at + 1 :]) for at in range(len(self._grid))]
-        self._count = math.prod(self._grid)
-        self._decoded = self.dtype.itemsize * math.prod(self.chunks)
-        self._little = self.dtype.newbyteorder("<")
+        self.encoding = encoding
+        self.shape, self.dtype = encoding.shape, encoding.dtype
 
     def __dask_tokenize__(self) -> tuple[str, str, int | str]:
         """Name what is read, so that dask may tell whether two graphs read the same."""
@@ -125,7 +80,7 @@ class StoredArray(BackendArray):
         _each(
             lambda job: self._fetch(*job, out),
             jobs,
-            self._decoded * sum(len(pieces) for _, pieces in jobs),
+            self.encoding.decoded * sum(len(pieces) for _, pieces in jobs),
         )
         squeezed = tuple(0 if isinstance(one, int) else slice(None) for one in key)
         found: np.ndarray = out[squeezed]
@@ -135,8 +90,9 @@ class StoredArray(BackendArray):
         """Return what to read: files, and which chunks of them, in portions of some chunks."""
         # By dimension: which files, and by file where in it chunks are and which parts of them.
         by_file: list[dict[int, list[Part]]] = []
+        how = self.encoding
         for one, size, chunk, count, stride in zip(
-            key, self.shape, self.chunks, self._grid, self._strides, strict=True
+            key, self.shape, how.chunks, how.grid, how.strides, strict=True
         ):
             files: dict[int, list[Part]] = {}
             for number, into, of in _parts(one, size, chunk):
@@ -157,25 +113,18 @@ class StoredArray(BackendArray):
             for piece in pieces:
                 inside, into, of = zip(*piece, strict=True)
                 chunk = self._chunk(opened, file, sum(inside))
-                out[_outer(into)] = self._fill if chunk is None else chunk[_outer(of)]
+                out[_outer(into)] = self.encoding.fill if chunk is None else chunk[_outer(of)]
 
     def _chunk(self, opened: _File, file: Place, number: int) -> np.ndarray | None:
         """Return a chunk's values; None if it is left out, which stands for the fill value."""
+        how = self.encoding
         try:
-            content = opened.read() if self.shards is None else opened.part(number, self._count)
-            if content is None:
-                return None
-            for decode in self._decoders:
-                content = decode(content, None if self._text else self._decoded)
-            if self._text:
-                text: np.ndarray = VLenUTF8().decode(content)
-                return text
-            return np.frombuffer(content, self._little).reshape(self.chunks)
+            whole = how.shards is None
+            content = opened.read() if whole else opened.part(number, how.count)
+            return None if content is None else how.decode(content)
         except Exception as error:  # codecs raise what they like
-            inside = np.unravel_index(number, self._grid)
-            place = [
-                at * count + by for at, count, by in zip(file, self._grid, inside, strict=True)
-            ]
+            inside = np.unravel_index(number, how.grid)
+            place = [at * count + by for at, count, by in zip(file, how.grid, inside, strict=True)]
             raise IntegrityError(
                 f"{opened.path}: chunk {'/'.join(map(str, place))} cannot be decoded: {error}",
                 why="Its bytes are not the ones that were written.",
@@ -190,13 +139,14 @@ def stored_array(
     if metadata is None:
         metadata = json.loads((path / "zarr.json").read_bytes())
     try:
-        if isinstance(path, ObjectPath):
-            from zarrtrace.store.remote import RemoteArray  # noqa: PLC0415 -- made of this
-
-            return RemoteArray(path, metadata), metadata
-        return StoredArray(path, metadata), metadata
+        encoding = Encoding(metadata)
     except (ValueError, KeyError, TypeError):
         return None
+    if isinstance(path, ObjectPath):
+        from zarrtrace.store.remote import RemoteArray  # noqa: PLC0415 -- made of this
+
+        return RemoteArray(path, encoding), metadata
+    return StoredArray(path, encoding), metadata
 
 
 def as_lazy(array: StoredArray) -> Any:
@@ -237,63 +187,9 @@ class _File:
         if self._index is None:
             length = 16 * parts + 4
             start = max(0, os.lseek(self._handle, 0, os.SEEK_END) - length)
-            self._index = _checked(os.pread(self._handle, length, start))
+            self._index = checked(os.pread(self._handle, length, start))
         offset, size = _ENTRY.unpack_from(self._index, 16 * number)
-        return None if offset == _MISSING else os.pread(self._handle, size, offset)
-
-
-def _checked(content: bytes, _size: int | None = None) -> memoryview:
-    """Return what a checksum at the end protects.
-
-    Raises
-    ------
-    ValueError
-        If it is not what the checksum is of.
-    """
-    # Of whatever ends in its own checksum: taken apart, the content would be copied.
-    if google_crc32c.value(content) != _CHECKED:
-        raise ValueError("the checksum is another")
-    return memoryview(content)[:-4]
-
-
-def _from_blosc(content: bytes, size: int | None) -> Any:
-    # C-Blosc's header: four bytes of versions and flags, then the size of what is inside.
-    _check_claim(int.from_bytes(content[4:8], "little"), size)
-    return blosc.decompress(content, None if size is None else _scratch(size))
-
-
-def _from_zstd(content: bytes, size: int | None) -> Any:
-    _check_claim(_zstd_claims(content), size)
-    # Verifies the checksum that frames carry.
-    return _ZSTD.decode(content, None if size is None else _scratch(size))
-
-
-def _zstd_claims(content: bytes) -> int:
-    """Return how many bytes a Zstandard frame says it holds (RFC 8878, 3.1.1.1)."""
-    descriptor = content[4]
-    width = (descriptor >> 5 & 1, 2, 4, 8)[descriptor >> 6]
-    start = 5 + (not descriptor & 32) + (0, 1, 2, 4)[descriptor & 3]
-    if not width:
-        raise ValueError("it does not say how much it holds")
-    return int.from_bytes(content[start : start + width], "little") + (256 if width == 2 else 0)
-
-
-def _check_claim(claimed: int, size: int | None) -> None:
-    """Refuse what claims to hold more, or less, than a chunk."""
-    if (claimed > _MAX_TEXT) if size is None else (claimed != size or size > _MAX_CHUNK):
-        wanted = "text" if size is None else f"{size} bytes"
-        raise ValueError(f"it claims to hold {claimed} bytes, not {wanted}")
-
-
-def _scratch(size: int) -> np.ndarray:
-    """Return this thread's room for a chunk: fresh memory costs as much time as decoding."""
-    room: np.ndarray | None = getattr(_LOCAL, "room", None)
-    if room is None or room.size < size:
-        room = _LOCAL.room = np.empty(size, np.uint8)
-    return room[:size]
-
-
-_DECODERS: dict[str, Decode] = {"blosc": _from_blosc, "crc32c": _checked, "zstd": _from_zstd}
+        return None if offset == MISSING else os.pread(self._handle, size, offset)
 
 
 @cache

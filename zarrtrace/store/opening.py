@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,17 +18,10 @@ import pandas as pd
 import xarray as xr
 from xarray.core.indexes import PandasIndex
 
-from zarrtrace.errors import IntegrityError
 from zarrtrace.spec import Stored, TraceAttributes
-from zarrtrace.store.attributes import (
-    COORDINATES,
-    METADATA,
-    REPAIR,
-    ArrayOnDisk,
-    files_of,
-    parse_array,
-)
-from zarrtrace.store.files import fingerprint_of, size_of
+from zarrtrace.store.attributes import COORDINATES, METADATA, parse_array
+from zarrtrace.store.checked import CheckedArray, Written
+from zarrtrace.store.encoding import Encoding
 from zarrtrace.store.lazy import StoredArray, as_lazy
 from zarrtrace.store.objects import Location, ObjectPath
 from zarrtrace.store.remote import Files, RemoteArray
@@ -37,78 +29,42 @@ from zarrtrace.store.remote import Files, RemoteArray
 # What a block of dask's may hold at most, unless one file holds more.
 _BLOCK_BYTES = 32 * 2**20
 
-# Indexes by name and the hash of their content: most are alike in all traces.
-Shared = dict[tuple[str, Stored], tuple[xr.Variable, PandasIndex]]
+#: An array whose files are checked when they are read.
+Checked = CheckedArray | RemoteArray
 
 
-class Written(NamedTuple):
-    """What the journal says of one array.
+class Pattern(NamedTuple):
+    """What traces have in common whose arrays and indexes are alike, made once.
 
     Attributes
     ----------
-    trace, name
-        Folder of the trace, and the array's name.
-    shape, file_shape
-        Of the array, and of what one file holds.
-    metadata
-        Of its zarr.json.
-    bytes
-        By the journal's key: which of its files (those of a layer by its place, or None for all),
-        and their size.
+    nodes
+        Metadata by array.
+    arrays
+        How what is no index is encoded, and its first dimension, by name.
+    dataset
+        Of the trace that was met first, without attributes: others' are copies with other arrays.
     """
 
-    trace: str
-    name: str
-    shape: tuple[int, ...]
-    file_shape: tuple[int, ...]
-    metadata: Stored
-    bytes: dict[str, tuple[int | None, int]]
-
-    def check(self) -> None:
-        """Refuse an array whose files are gone, have another size, or whose metadata was changed.
-
-        Raises
-        ------
-        IntegrityError
-        """
-        file = Path(self.trace, self.name, "zarr.json")
-        # A pipe in its place would be waited for forever.
-        if not file.is_file() or fingerprint_of([file.read_bytes()]) != self.metadata:
-            raise IntegrityError(
-                f"{file}: not the metadata that was written",
-                why="The file was damaged, or edited by hand.",
-                remedy=REPAIR,
-            )
-        for key, (at, written) in self.bytes.items():
-            found = size_of(self.trace, files_of(self.name, self.shape, self.file_shape, at))
-            if found != written:
-                of = f"layer {key}" if key.isdigit() else key
-                raise IntegrityError(
-                    f"{self.trace}: array {self.name!r} has {found} bytes on disk for {of}, "
-                    f"not {written}",
-                    why="Files were lost, cut short or replaced, for example by an interrupted "
-                    "copy.",
-                    remedy=REPAIR,
-                )
+    nodes: Mapping[str, dict[str, Any]]
+    arrays: dict[str, tuple[Encoding, str]]
+    dataset: xr.Dataset
 
 
-class CheckedArray(StoredArray):
-    """An array of a trace whose files are checked before it is first read."""
+class Shared:
+    """What was made for a trace and serves others of its run.
 
-    def __init__(self, path: Path, metadata: dict[str, Any], written: Written) -> None:
-        super().__init__(path, metadata)
-        self.written = written
-        self._unchecked = True
+    Attributes
+    ----------
+    indexes
+        By name and the hash of their content: most are alike in all traces.
+    patterns
+        By what the journal says of metadata and indexes.
+    """
 
-    def _read(self, key: tuple[Any, ...]) -> np.ndarray:
-        if self._unchecked:  # by several threads at once: each may look
-            self.written.check()
-            self._unchecked = False
-        return super()._read(key)
-
-
-#: An array whose files are checked when they are read.
-Checked = CheckedArray | RemoteArray
+    def __init__(self) -> None:
+        self.indexes: dict[tuple[str, Stored], tuple[xr.Variable, PandasIndex]] = {}
+        self.patterns: dict[Hashable, Pattern] = {}
 
 
 def open_consolidated(
@@ -118,7 +74,7 @@ def open_consolidated(
     shared: Shared,
     *,
     blocks: bool,
-) -> xr.Dataset | None:
+) -> xr.DataTree | None:
     """Open a complete trace from its consolidated metadata; None if it cannot be done so.
 
     Parameters
@@ -130,7 +86,7 @@ def open_consolidated(
     attributes
         What it says of itself.
     shared
-        Indexes that were loaded before; added to. Texts are read when they are first asked for.
+        What was made before; added to. Texts are read when they are first asked for.
     blocks
         Whether to give dask arrays, whole files a block.
     """
@@ -149,64 +105,89 @@ def open_nodes(
     shared: Shared,
     *,
     blocks: bool,
-) -> xr.Dataset | None:
+) -> xr.DataTree | None:
     """Open a trace whose arrays' metadata, by name, was read; see :func:`open_consolidated`."""
-    labels = set(group["attributes"].get("coordinates", "").split())
+    try:
+        pattern = _pattern(path, group, nodes, attributes, shared)
+    except _OtherEncodingError:
+        return None
+    node = xr.DataTree(pattern.dataset)  # which copies variables
+    variables = node.variables
+    for name, (encoding, first) in pattern.arrays.items():
+        variable, array = variables[name], _array(path, name, encoding, first, attributes)
+        variable.data = as_lazy(array)
+        if blocks and name in pattern.dataset.data_vars:
+            variable.data = _blocks(variable, path, name, array, attributes)
+    node.attrs = {k: v for k, v in group["attributes"].items() if k != "coordinates"}
+    return node
+
+
+class _OtherEncodingError(Exception):
+    """A trace is encoded in another way than ours."""
+
+
+def _pattern(
+    path: Location,
+    group: dict[str, Any],
+    nodes: Mapping[str, dict[str, Any]],
+    attributes: TraceAttributes,
+    shared: Shared,
+) -> Pattern:
+    """Return the pattern of a trace: one that is shared, or a new one."""
+    text = group["attributes"].get("coordinates", "")
+    labels = set(text.split())
+    indexes = {k: v for k, v in attributes.stored[COORDINATES].items() if k not in labels}
+    journals = (attributes.stored[METADATA], indexes)
+    key = text, *((k, v.bytes, v.blake2b) for journal in journals for k, v in journal.items())
+    found = shared.patterns.get(key)
+    # Nobody has compared the metadata with its hashes.
+    if found is None or found.nodes != nodes:
+        found = shared.patterns[key] = _new_pattern(path, labels, nodes, attributes, shared)
+    return found
+
+
+def _new_pattern(
+    path: Location,
+    labels: set[str],
+    nodes: Mapping[str, dict[str, Any]],
+    attributes: TraceAttributes,
+    shared: Shared,
+) -> Pattern:
+    arrays: dict[str, tuple[Encoding, str]] = {}
     variables: dict[str, xr.Variable] = {}
     coordinates: dict[str, xr.Variable] = {}
     indexes: dict[str, PandasIndex] = {}
     for name, metadata in sorted(nodes.items()):
-        found = parse_array(path / name, lambda metadata=metadata: metadata)  # type: ignore[misc]
+        dims = parse_array(path / name, lambda metadata=metadata: metadata).dims  # type: ignore[misc]
         try:
-            array = _array(path, name, metadata, found, attributes)
-        except (ValueError, KeyError, TypeError):
-            return None  # in another encoding than ours
-        if found.dims == (name,):
-            stored = attributes.stored[COORDINATES][name]
-            if (name, stored) not in shared:
-                shared[name, stored] = load_index(name, array, metadata, attributes)
-            coordinates[name], indexes[name] = shared[name, stored]
+            encoding = Encoding(metadata)
+        except (ValueError, KeyError, TypeError) as error:
+            raise _OtherEncodingError from error
+        array = _array(path, name, encoding, dims[0], attributes)
+        if dims != (name,):
+            arrays[name] = encoding, dims[0]
+            (coordinates if name in labels else variables)[name] = variable_of(array, metadata)
             continue
-        variable = variable_of(array, metadata)
-        if name in labels:
-            coordinates[name] = variable
-        else:
-            variables[name] = (
-                _blocks(variable, path, name, array, attributes) if blocks else variable
-            )
-    rest = {k: v for k, v in group["attributes"].items() if k != "coordinates"}
-    return xr.Dataset(variables, xr.Coordinates(coordinates, indexes), rest)
+        key = name, attributes.stored[COORDINATES][name]
+        if key not in shared.indexes:
+            shared.indexes[key] = load_index(name, array, metadata, attributes)
+        coordinates[name], indexes[name] = shared.indexes[key]
+    return Pattern(nodes, arrays, xr.Dataset(variables, xr.Coordinates(coordinates, indexes)))
 
 
 def _array(
-    path: Location,
-    name: str,
-    metadata: dict[str, Any],
-    found: ArrayOnDisk,
-    attributes: TraceAttributes,
+    path: Location, name: str, encoding: Encoding, first: str, attributes: TraceAttributes
 ) -> Checked:
     if isinstance(path, ObjectPath):
-        return RemoteArray(path / name, metadata, Files.of(name, found.dims, attributes))
-    written = _written(path, name, found, attributes, attributes.stored[METADATA][name])
-    return CheckedArray(path / name, metadata, written)
-
-
-def _written(
-    path: Path, name: str, found: ArrayOnDisk, attributes: TraceAttributes, metadata: Stored
-) -> Written:
-    sizes: dict[str, tuple[int | None, int]] = {}
-    for key, entry in attributes.stored.items():
-        if name in entry and key != METADATA:
-            at = attributes.index_of(int(key), found.dims[0]) if key.isdigit() else None
-            sizes[key] = at, entry[name].bytes
-    return Written(str(path), name, found.shape, found.file_shape, metadata, sizes)
+        return RemoteArray(path / name, encoding, Files.of(name, first, attributes))
+    return CheckedArray(encoding, Written.of(str(path), name, encoding, first, attributes))
 
 
 def variable_of(
     array: StoredArray, metadata: dict[str, Any], *, loaded: bool = False
 ) -> xr.Variable:
     """Return an array as a variable, which is read when it is first asked for unless `loaded`."""
-    encoding = {"chunks": array.chunks, "shards": array.shards}
+    encoding = {"chunks": array.encoding.chunks, "shards": array.encoding.shards}
     data = array.load() if loaded else as_lazy(array)
     # fastpath: pandas would look whether text is dates.
     dims, attrs = metadata["dimension_names"], metadata["attributes"]
@@ -215,8 +196,8 @@ def variable_of(
 
 def _blocks(
     variable: xr.Variable, path: Location, name: str, array: Checked, attributes: TraceAttributes
-) -> xr.Variable:
-    """Return a variable on dask, in blocks of whole files: tasks never share one.
+) -> Any:
+    """Return a variable's array on dask, in blocks of whole files: tasks never share one.
 
     Blocks are named by what the journal says of their content: dask would pickle the array for a
     name.
@@ -224,8 +205,8 @@ def _blocks(
     trace = str(path)
     content = [entry[name].blake2b for entry in attributes.stored.values() if name in entry]
     token = hashlib.blake2b("".join([trace, name, *content]).encode(), digest_size=16).hexdigest()
-    chunks = whole_files(variable, array.file_shape)
-    return variable.chunk(chunks, name=f"{name}-{token}")
+    chunks = whole_files(variable, array.encoding.file_shape)
+    return variable.chunk(chunks, name=f"{name}-{token}").data
 
 
 def whole_files(variable: xr.Variable, file_shape: Sequence[int]) -> dict[Hashable, int]:

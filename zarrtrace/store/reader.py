@@ -171,7 +171,7 @@ def open_run(
     left_out, shared = set(absent), Shared()
     tree = xr.DataTree(xr.Dataset(attrs={NAMESPACE: run.model_dump(mode="json")}), name=path.name)
     tree.children = {  # given to DataTree() they would be copied
-        name: xr.DataTree(_one_of_many(path / name, groups.get(name), chunks, missing, shared))
+        name: _one_of_many(path / name, groups.get(name), chunks, missing, shared)
         for name in run.scenarios
         if name not in left_out
     }
@@ -197,17 +197,17 @@ def _one_of_many(
     chunks: ChunkSpec,
     missing: Missing,
     shared: Shared,
-) -> xr.Dataset:
+) -> xr.DataTree:
     """Open a trace as :func:`open_trace` does, but check its files when they are read."""
     group = group or read_group(path)
     attributes = trace_attributes_of(path, group)
     with _damage_explained(path):
         blocks = chunks is not None and chunks in ("auto", {})
-        ds = open_consolidated(path, group, attributes, shared, blocks=blocks)
-    if ds is None:
-        return open_trace(path, chunks=chunks, missing=missing)
-    _check_spans(path, attributes, ds.sizes.get("query", 0))
-    return ds if chunks is None or blocks else ds.chunk(chunks)
+        node = open_consolidated(path, group, attributes, shared, blocks=blocks)
+    if node is None:
+        return xr.DataTree(open_trace(path, chunks=chunks, missing=missing))
+    _check_spans(path, attributes, node.sizes.get("query", 0))
+    return node if chunks is None or blocks else xr.DataTree(node.to_dataset().chunk(chunks))
 
 
 def _check_spans(path: Location, attributes: TraceAttributes, tokens: int) -> None:
@@ -290,11 +290,11 @@ def _open_there(path: ObjectPath, group: dict[str, Any], attributes: TraceAttrib
         }
         _compare_sizes(path, attributes, arrays, sizes)
     with _damage_explained(path):
-        ds = open_nodes(path, group, nodes, attributes, Shared(), blocks=False)
-    if ds is None:
+        node = open_nodes(path, group, nodes, attributes, Shared(), blocks=False)
+    if node is None:
         plain: xr.Dataset = xr.open_zarr(zarr_place(path), chunks=None, zarr_format=3)
         return _with_loaded_labels(plain)
-    return ds
+    return node.to_dataset()
 
 
 def _nodes_there(path: ObjectPath, journal: Mapping[str, Stored]) -> dict[str, dict[str, Any]]:

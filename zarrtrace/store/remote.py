@@ -8,7 +8,6 @@ the sizes in the journal is seen from the answers, which say how large the objec
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,12 +16,12 @@ import numpy as np
 from zarrtrace.errors import IntegrityError
 from zarrtrace.spec import TraceAttributes
 from zarrtrace.store.attributes import REPAIR
+from zarrtrace.store.encoding import Encoding, checked
 from zarrtrace.store.lazy import (
-    _MISSING,
+    MISSING,
     Part,
     Place,
     StoredArray,
-    _checked,
     _counted,
     _File,
     _length,
@@ -49,10 +48,10 @@ class Files(NamedTuple):
     rows: frozenset[int] | None
 
     @classmethod
-    def of(cls, name: str, dims: Sequence[str], attributes: TraceAttributes) -> Files:
-        """Return what a trace's journal says of an array."""
+    def of(cls, name: str, first: str, attributes: TraceAttributes) -> Files:
+        """Return what a trace's journal says of an array whose first dimension is `first`."""
         sizes = {
-            attributes.index_of(int(key), dims[0]) if key.isdigit() else None: entry[name].bytes
+            attributes.index_of(int(key), first) if key.isdigit() else None: entry[name].bytes
             for key, entry in attributes.stored.items()
             if name in entry and key != "metadata"
         }
@@ -67,28 +66,21 @@ class RemoteArray(StoredArray):
     ----------
     path
         Folder of the array.
-    metadata
-        Its ``zarr.json``.
+    encoding
+        How it is encoded.
     files
         What the journal says of it; None if nobody has looked.
-
-    Raises
-    ------
-    ValueError
-        If it is encoded in another way than zarrtrace does.
     """
 
-    def __init__(
-        self, path: ObjectPath, metadata: dict[str, Any], files: Files | None = None
-    ) -> None:
-        super().__init__(path, metadata)
+    def __init__(self, path: ObjectPath, encoding: Encoding, files: Files | None = None) -> None:
+        super().__init__(path, encoding)
         self._folder, self._files = path, files
-        content = [json.dumps(metadata, sort_keys=True), repr(files)]
-        self._token = hashlib.blake2b("".join(content).encode(), digest_size=16).hexdigest()
 
     def __dask_tokenize__(self) -> tuple[str, str, str]:
         """Name what is read, so that dask may tell whether two graphs read the same."""
-        return ("zarrtrace", str(self._folder), self._token)
+        content = self.encoding.digest + repr(self._files)
+        token = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+        return ("zarrtrace", str(self._folder), token)
 
     def _read(self, key: tuple[Any, ...]) -> np.ndarray:
         key = tuple(_counted(one, size) for one, size in zip(key, self.shape, strict=True))
@@ -112,12 +104,12 @@ class RemoteArray(StoredArray):
             raise _damaged(f"{path}: its index cannot be decoded: {error}") from error
         for inside, into, of in places:
             chunk = self._chunk(fetched, file, sum(inside))
-            out[_outer(into)] = self._fill if chunk is None else chunk[_outer(of)]
+            out[_outer(into)] = self.encoding.fill if chunk is None else chunk[_outer(of)]
 
     def _contents(self, path: ObjectPath, file: Place, numbers: Sequence[int]) -> _Fetched:
         """Get chunks, by their numbers in a file."""
-        whole = self.shards is None or len(numbers) >= _MOST * self._count
-        length = 16 * self._count + 4
+        whole = self.encoding.shards is None or len(numbers) >= _MOST * self.encoding.count
+        length = 16 * self.encoding.count + 4
         try:
             found = path.backend.get(path.key) if whole else path.backend.get_end(path.key, length)
         except FileNotFoundError:
@@ -125,13 +117,13 @@ class RemoteArray(StoredArray):
                 raise _damaged(f"{path}: gone") from None
             return _Fetched(path, {})
         self._check_size(path, file, found.size)
-        if self.shards is None:
+        if self.encoding.shards is None:
             return _Fetched(path, {0: found.data})
-        index = np.frombuffer(_checked(found.data[-length:]), "<u8").reshape(self._count, 2)
+        index = np.frombuffer(checked(found.data[-length:]), "<u8").reshape(self.encoding.count, 2)
         ranges = {
             number: (offset, offset + size)
             for number, (offset, size) in zip(numbers, index[numbers].tolist(), strict=True)
-            if offset != _MISSING
+            if offset != MISSING
         }
         if any(end > found.size for _, end in ranges.values()):
             raise ValueError("it points beyond the end")
@@ -156,7 +148,7 @@ class RemoteArray(StoredArray):
         if self._files is None:
             return
         with_layers = None not in self._files.sizes
-        inner = zip(self.shape[with_layers:], self.file_shape[with_layers:], strict=True)
+        inner = zip(self.shape[with_layers:], self.encoding.file_shape[with_layers:], strict=True)
         written = self._files.sizes.get(self._layer(file))
         alone = all(size <= step for size, step in inner)
         if alone and written is not None and found != written:
