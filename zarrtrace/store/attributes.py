@@ -7,10 +7,11 @@ import itertools
 import json
 import math
 import re
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from zarrtrace.errors import (
     FormatVersionError,
@@ -126,7 +127,7 @@ def parse_array(path: Location, metadata: Callable[[], Any]) -> ArrayOnDisk:
 
 def _read(file: Location) -> bytes:
     """Read a file; a pipe in its place would be waited for forever."""
-    if not isinstance(file, ObjectPath) and file.exists() and not file.is_file():
+    if not isinstance(file, ObjectPath) and not stat.S_ISREG(file.stat().st_mode):
         raise ValueError("not a file")
     return file.read_bytes()
 
@@ -272,8 +273,12 @@ def read_group(path: Location, wanted: str = "run or a trace") -> dict[str, Any]
     IntegrityError
         If it is damaged.
     """
+    return _group(path, wanted, json.loads)
+
+
+def _group(path: Location, wanted: str, parse: Callable[[bytes], Any]) -> dict[str, Any]:
     try:
-        found = json.loads(_read(path / "zarr.json"))
+        found = parse(_read(path / "zarr.json"))
         found["attributes"].get(NAMESPACE)
         if not isinstance(found["attributes"].get("coordinates", ""), str):
             raise TypeError("attribute coordinates is not text")
@@ -296,6 +301,20 @@ def read_group(path: Location, wanted: str = "run or a trace") -> dict[str, Any]
     return dict(found)
 
 
+class _Said(BaseModel):
+    """Of a group's metadata, what it says of itself."""
+
+    attributes: dict[str, Any]
+
+
+def _said(content: bytes) -> Any:
+    """Parse a group's metadata, but not what it has consolidated: of a run, nearly all of it."""
+    try:
+        return {"attributes": _Said.model_validate_json(content).attributes}
+    except ValidationError:
+        return json.loads(content)  # which says what is wrong in fewer words
+
+
 def names_below(path: Location) -> list[str]:
     """Return the names of the groups or arrays in a group, sorted.
 
@@ -312,7 +331,7 @@ def names_below(path: Location) -> list[str]:
 def _namespace(
     path: Location, wanted: str, group: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    found = (group or read_group(path, wanted))["attributes"].get(NAMESPACE)
+    found = (group or _group(path, wanted, _said))["attributes"].get(NAMESPACE)
     if not isinstance(found, dict):
         raise NotATraceError(
             f"{path}: exists, but is not a zarrtrace {wanted}",
