@@ -5,8 +5,6 @@ What claims to hold more than a chunk is refused before memory is asked for.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import threading
 from collections.abc import Callable
@@ -49,8 +47,6 @@ class Encoding:
         How many chunks a file has along each dimension, from one to the next, and in all.
     decoded, little
         Bytes of a chunk when it is decoded, and their type.
-    digest
-        Stands for all of the metadata.
 
     Raises
     ------
@@ -87,8 +83,12 @@ class Encoding:
         self.count = math.prod(self.grid)
         self.decoded = self.dtype.itemsize * math.prod(self.chunks)
         self.little = self.dtype.newbyteorder("<")
-        text = json.dumps(metadata, sort_keys=True)
-        self.digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def __repr__(self) -> str:
+        """Write all that decides how bytes are read."""
+        decoders = [decode.__name__ for decode in self.decoders]
+        said = (self.shape, self.dtype.str, self.fill, self.chunks, self.shards, decoders)
+        return f"Encoding{said}"
 
     def decode(self, content: bytes) -> np.ndarray:
         """Return the values of a chunk; codecs raise what they like."""

@@ -43,7 +43,7 @@ class Pattern(NamedTuple):
     arrays
         How what is no index is encoded, and its first dimension, by name.
     dataset
-        Of the trace that was met first, without attributes: others' are copies with other arrays.
+        All of a trace but what is in its arrays, for which others stand, and its own attributes.
     """
 
     nodes: Mapping[str, dict[str, Any]]
@@ -163,13 +163,15 @@ def _new_pattern(
             encoding = Encoding(metadata)
         except (ValueError, KeyError, TypeError) as error:
             raise _OtherEncodingError from error
-        array = _array(path, name, encoding, dims[0], attributes)
         if dims != (name,):
             arrays[name] = encoding, dims[0]
-            (coordinates if name in labels else variables)[name] = variable_of(array, metadata)
+            nothing = np.broadcast_to(np.empty((), encoding.dtype), encoding.shape)
+            variable = variable_of(nothing, encoding, metadata)
+            (coordinates if name in labels else variables)[name] = variable
             continue
         key = name, attributes.stored[COORDINATES][name]
         if key not in shared.indexes:
+            array = _array(path, name, encoding, name, attributes)
             shared.indexes[key] = load_index(name, array, metadata, attributes)
         coordinates[name], indexes[name] = shared.indexes[key]
     return Pattern(nodes, arrays, xr.Dataset(variables, xr.Coordinates(coordinates, indexes)))
@@ -183,15 +185,12 @@ def _array(
     return CheckedArray(encoding, Written.of(str(path), name, encoding, first, attributes))
 
 
-def variable_of(
-    array: StoredArray, metadata: dict[str, Any], *, loaded: bool = False
-) -> xr.Variable:
-    """Return an array as a variable, which is read when it is first asked for unless `loaded`."""
-    encoding = {"chunks": array.encoding.chunks, "shards": array.encoding.shards}
-    data = array.load() if loaded else as_lazy(array)
+def variable_of(data: Any, encoding: Encoding, metadata: dict[str, Any]) -> xr.Variable:
+    """Return a variable of an array, or of what stands for it."""
+    cut = {"chunks": encoding.chunks, "shards": encoding.shards}
     # fastpath: pandas would look whether text is dates.
     dims, attrs = metadata["dimension_names"], metadata["attributes"]
-    return xr.Variable(dims, data, attrs, encoding, fastpath=True)
+    return xr.Variable(dims, data, attrs, cut, fastpath=True)
 
 
 def _blocks(

@@ -32,7 +32,7 @@ from zarrtrace.store.attributes import (
     trace_attributes_of,
 )
 from zarrtrace.store.files import fingerprint_of, read_all, size_of, sizes_below
-from zarrtrace.store.lazy import stored_array
+from zarrtrace.store.lazy import as_lazy, stored_array
 from zarrtrace.store.objects import Location, ObjectPath, at_once, locate, zarr_place
 from zarrtrace.store.opening import (
     Shared,
@@ -267,7 +267,8 @@ def _open(
             coordinates[name], indexes[name] = load_index(name, array, metadata, attributes)
         else:
             # Lazy text would make where(ds.query_token == ...) read the disk each time.
-            variable = variable_of(array, metadata, loaded=array.dtype == object)
+            data = array.load() if array.dtype == object else as_lazy(array)
+            variable = variable_of(data, array.encoding, metadata)
             (coordinates if name in labels else variables)[name] = variable
     rest = {key: value for key, value in group["attributes"].items() if key != "coordinates"}
     return xr.Dataset(variables, xr.Coordinates(coordinates, indexes), rest)
