@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import threading
 import time
 import uuid
@@ -165,6 +166,29 @@ def test_lazy_reading_does_few_requests(s3: Server, tall: fakes.FakeRun) -> None
     seen.clear()
     run["Safe_1"].attention[:, :, -1, :].values  # noqa: B018 -- reads
     assert len(seen) <= 62
+
+
+def test_resuming_waits_for_few_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is the same for every scenario of a run is not read, and the rest at the same time."""
+    there = locate(f"memory://{uuid.uuid4().hex}/x").parent
+    made = fakes.make_run(there, scenarios=ONE)
+    backend: Any = type(there.backend)
+    alone: list[str] = []
+    together: list[str] = []
+    get = backend.get
+
+    def counted(self: Any, key: str) -> Any:
+        (together if "requests" in threading.current_thread().name else alone).append(key)
+        return get(self, key)
+
+    monkeypatch.setattr(backend, "get", counted)
+    again = fakes.make_run(there, scenarios=ONE)
+    assert again.written == []
+    # Of each array, its metadata when it is compared, and when it is consolidated.
+    assert collections.Counter(together).most_common(1)[0][1] == 2
+    assert not [key for key in alone if "Safe_1/" in key and not key.endswith("Safe_1/zarr.json")]
+    assert len(alone) <= 12
+    _equals(zt.open_trace(again.trace), made.truth["Safe_1"])
 
 
 def test_requests_at_once_are_bounded(s3: Server, tall: fakes.FakeRun) -> None:

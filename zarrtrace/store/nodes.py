@@ -52,13 +52,18 @@ def create_arrays(
     write_whole(path / "zarr.json", _encoded({**_GROUP, "attributes": attributes}))
     for name, array in layout.items():
         (path / name).mkdir(exist_ok=True)
-        write_whole(path / name / "zarr.json", _encoded(array_metadata(array)))
+        write_whole(path / name / "zarr.json", encoded_array(array))
 
 
 def labels_of(arrays: Iterable[str]) -> str:
     """Name the coordinates that are no index, as xarray's convention for Zarr wants it."""
     there = set(arrays)
     return " ".join(name for name in LABELS if name in there)
+
+
+def encoded_array(layout: ArrayLayout) -> bytes:
+    """Return the content of an array's ``zarr.json``."""
+    return _encoded(array_metadata(layout))
 
 
 def array_metadata(layout: ArrayLayout) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,9 +20,12 @@ from zarrtrace.store.attributes import (
     read_metadata,
     read_trace_attributes,
     seal_broken,
+    trace_attributes_of,
 )
 from zarrtrace.store.files import (
+    each_of,
     fingerprint,
+    fingerprint_of,
     made_whole,
     remove_partial_files,
     remove_tree,
@@ -31,7 +33,7 @@ from zarrtrace.store.files import (
     size_of,
     sizes_below,
 )
-from zarrtrace.store.nodes import create_trace, write_attributes
+from zarrtrace.store.nodes import create_trace, encoded_array, write_attributes
 from zarrtrace.store.objects import Location
 from zarrtrace.store.shards import write_block
 
@@ -52,23 +54,34 @@ def as_stored(path: Location, layout: Layout) -> Layout:
         journal = read_trace_attributes(path).stored.get(METADATA, {})
     except StoreError:
         return layout
-    found = dict(layout)
-    for name, one in layout.items():
-        with contextlib.suppress(IntegrityError):
-            array, metadata, stored = read_metadata(path / name)
-            # What was damaged or edited does not say how the chunks are cut.
-            if stored == journal.get(name) and array.shape == one.shape:
-                shards, codecs = array.file_shape, metadata["codecs"]
-                sharded = codecs[0]["name"] == "sharding_indexed"
-                chunks = shards
-                if sharded:
-                    chunks = tuple(codecs[0]["configuration"]["chunk_shape"])
-                    codecs = codecs[0]["configuration"]["codecs"]
-                cut: dict[str, Any] = {"chunks": chunks, "shards": shards if sharded else None}
-                if one.codec == "sparse" and codecs[-1]["name"] == "zstd":
-                    cut["codec"] = "plain"  # with a checksum of its own
-                found[name] = one.model_copy(update=cut)
-    return found
+    # What is written as it would be written now need not be read.
+    others = [k for k, v in layout.items() if fingerprint_of([encoded_array(v)]) != journal.get(k)]
+
+    def cut(array: Location) -> ArrayLayout:
+        return _cut_as(array, layout[array.name], journal.get(array.name))
+
+    found = each_of(cut, [path / name for name in others])
+    return {**layout, **dict(zip(others, found, strict=True))}
+
+
+def _cut_as(path: Location, layout: ArrayLayout, journal: Stored | None) -> ArrayLayout:
+    """Cut and encode an array as the one on the disk is, unless that was damaged or edited."""
+    try:
+        array, metadata, stored = read_metadata(path)
+    except IntegrityError:
+        return layout
+    if stored != journal or array.shape != layout.shape:
+        return layout
+    shards, codecs = array.file_shape, metadata["codecs"]
+    sharded = codecs[0]["name"] == "sharding_indexed"
+    chunks = shards
+    if sharded:
+        chunks = tuple(codecs[0]["configuration"]["chunk_shape"])
+        codecs = codecs[0]["configuration"]["codecs"]
+    cut: dict[str, Any] = {"chunks": chunks, "shards": shards if sharded else None}
+    if layout.codec == "sparse" and codecs[-1]["name"] == "zstd":
+        cut["codec"] = "plain"  # with a checksum of its own
+    return layout.model_copy(update=cut)
 
 
 def resume(
@@ -100,17 +113,22 @@ def resume(
     recut: set[str] = set()  # how they were cut, only their lost metadata knew
     if repair:
         journal = earlier.stored.get(METADATA, {})
-        unsure = {name for name in layout if _metadata_of(path, name) != journal.get(name)}
+        there = each_of(_metadata_of, [path / name for name in layout])
+        unsure = {name for name, one in zip(layout, there, strict=True) if one != journal.get(name)}
         found |= _restore(path, fresh, layout, tokens)
         recut = {name for name in unsure if found[METADATA][name] != journal.get(name)}
     sizes = sizes_below(path)
 
     def intact(key: str) -> bool:
-        return all(
-            name in layout
-            and _intact(path, earlier, layout[name], key, name, stored, sizes, deep=repair)
-            for name, stored in found[key].items()
-        )
+        def one(array: Location) -> bool:
+            stored, cut = found[key][array.name], layout[array.name]
+            return _intact(path, earlier, cut, key, array.name, stored, sizes, deep=repair)
+
+        if not found[key].keys() <= layout.keys():
+            return False
+        # Of a layer, there may be several files an array, which are read at the same time.
+        each = map if key.isdigit() else each_of
+        return all(each(one, [path / name for name in found[key]]))
 
     kept = {
         key: entry
@@ -139,12 +157,13 @@ def _earlier(path: Location, fresh: TraceAttributes, *, repair: bool) -> TraceAt
     if not (path / "zarr.json").exists():
         return None
     try:
-        earlier = read_trace_attributes(path)
+        group = read_group(path, "trace")
+        earlier = trace_attributes_of(path, group)
     except (IntegrityError, NotATraceError):
         if repair:
             return None
         raise
-    if seal_broken(read_group(path)["attributes"][NAMESPACE]):
+    if seal_broken(group["attributes"][NAMESPACE]):
         if repair:
             return earlier  # its journal is checked against the files, entry by entry
         raise IntegrityError(
@@ -226,9 +245,9 @@ def _journal(
     return {COORDINATES: coordinates, METADATA: metadata}
 
 
-def _metadata_of(path: Location, name: str) -> Stored | None:
+def _metadata_of(array: Location) -> Stored | None:
     try:
-        return read_metadata(path / name).stored
+        return read_metadata(array).stored
     except IntegrityError:
         return None
 
