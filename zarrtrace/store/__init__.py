@@ -15,19 +15,16 @@ if TYPE_CHECKING:
     )
     from zarrtrace.store.copying import copy_run
     from zarrtrace.store.files import remove_tree, write_whole
+    from zarrtrace.store.indexable import (
+        IndexableTrace,
+        indexable_traces,
+        read_features,
+        read_token_texts,
+    )
     from zarrtrace.store.locks import only_writer, remove_trace_locks, wait_for_writers
     from zarrtrace.store.objects import Location, ObjectPath, locate
     from zarrtrace.store.reader import open_run, open_trace
-    from zarrtrace.store.run_index import (
-        IndexableTrace,
-        IndexWriter,
-        RunIndex,
-        indexable_traces,
-        locked,
-        read_features,
-        read_token_texts,
-        write_index_layer,
-    )
+    from zarrtrace.store.run_index import IndexWriter, RunIndex, locked, write_index_layer
     from zarrtrace.store.summary import RunSummary, TraceSummary, summarize
     from zarrtrace.store.trace_writer import TraceWriter
     from zarrtrace.store.verification import Problem, verify
@@ -36,7 +33,7 @@ if TYPE_CHECKING:
 # Resolved on first use: a summary needs neither Zarr nor xarray, which take half a second.
 _HOME = {
     "IndexWriter": "run_index",
-    "IndexableTrace": "run_index",
+    "IndexableTrace": "indexable",
     "Problem": "verification",
     "RunIndex": "run_index",
     "Location": "objects",
@@ -47,15 +44,15 @@ _HOME = {
     "TraceSummary": "summary",
     "TraceWriter": "trace_writer",
     "copy_run": "copying",
-    "indexable_traces": "run_index",
+    "indexable_traces": "indexable",
     "kind_of": "attributes",
     "only_writer": "locks",
     "locate": "objects",
     "locked": "run_index",
     "open_run": "reader",
     "open_trace": "reader",
-    "read_features": "run_index",
-    "read_token_texts": "run_index",
+    "read_features": "indexable",
+    "read_token_texts": "indexable",
     "read_run_attributes": "attributes",
     "read_trace_attributes": "attributes",
     "refuse_foreign": "attributes",

@@ -28,9 +28,9 @@ from zarrtrace.store.attributes import (
     seal_broken,
 )
 from zarrtrace.store.files import fingerprint
+from zarrtrace.store.indexable import digest_of
 from zarrtrace.store.nodes import consolidated, labels_of
 from zarrtrace.store.objects import Location, ObjectPath, at_once, locate, zarr_place
-from zarrtrace.store.run_index import digest_of
 
 _OTHER_ATTRIBUTES = "its attributes are not the ones that were written"
 
