@@ -50,7 +50,7 @@ class Encoding:
 
     Raises
     ------
-    ValueError
+    ValueError, KeyError, TypeError
         If it is encoded in another way than zarrtrace does.
     """
 

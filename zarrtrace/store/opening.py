@@ -43,7 +43,7 @@ class Pattern(NamedTuple):
     arrays
         How what is no index is encoded, and its first dimension, by name.
     dataset
-        All of a trace but what is in its arrays, for which others stand, and its own attributes.
+        A trace without attributes, with its indexes, and with nothing in its other variables.
     """
 
     nodes: Mapping[str, dict[str, Any]]
