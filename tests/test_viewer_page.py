@@ -72,33 +72,67 @@ def browser() -> Iterator[Any]:
 Open = Callable[..., Any]
 
 
-@pytest.fixture
-def look(browser: Any) -> Iterator[Open]:
-    """Open pages; nothing may go wrong in them, nor may they ask another host for anything."""
-    wrong: list[str] = []
-    contexts = []
+@pytest.fixture(scope="module")
+def pages(browser: Any) -> list[Any]:
+    """Two pages for all that is looked at: a new one, with its process, takes a second of a core.
 
-    def look(
-        url: str, *, damaged: bool = False, width: int = 1280, script: str = "", **choice: Any
-    ) -> Any:
-        context = browser.new_context(viewport={"width": width, "height": 900})
-        contexts.append(context)
-        if script:
-            context.add_init_script(script)
+    They know nothing of each other, nor of what they showed before.
+    """
+
+    def page() -> Any:
+        context = browser.new_context()
         page = context.new_page()
         page.set_default_timeout(15_000)
-        page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
-        if not damaged:  # the browser itself reports an answer 404 or 500
-            page.on("console", lambda m: m.type in ("error", "warning") and wrong.append(m.text))
+        context.new_cdp_session(page).send("Network.setCacheDisabled", {"cacheDisabled": True})
+        return page
+
+    return [page(), page()]
+
+
+@pytest.fixture
+def look(pages: list[Any]) -> Iterator[Open]:
+    """Show an address; nothing may go wrong in it, nor may it ask another host for anything.
+
+    It takes the place of what was looked at before, unless it is to be shown beside that.
+    """
+    wrong: list[str] = []
+    watched: list[tuple[Any, str, Callable[[Any], object]]] = []
+
+    def watch(page: Any, url: str, *, damaged: bool) -> None:
         own = (url.split("#", maxsplit=1)[0].rsplit("/", 1)[0] + "/", "data:", "blob:")
-        page.on("request", lambda r: r.url.startswith(own) or wrong.append(f"asked {r.url}"))
+
+        def on(event: str, call: Callable[[Any], object]) -> None:
+            page.on(event, call)
+            watched.append((page, event, call))
+
+        on("pageerror", lambda error: wrong.append(f"error: {error}"))
+        if not damaged:  # the browser itself reports an answer 404 or 500
+            on("console", lambda m: m.type in ("error", "warning") and wrong.append(m.text))
+        on("request", lambda r: r.url.startswith(own) or wrong.append(f"asked {r.url}"))
+
+    def forget(page: Any) -> None:
+        for one in [one for one in watched if one[0] is page]:
+            page.remove_listener(*one[1:])
+            watched.remove(one)
+
+    def look(
+        url: str, *, damaged: bool = False, width: int = 1280, beside: bool = False, **choice: Any
+    ) -> Any:
+        page = pages[beside]
+        page.goto("about:blank")  # where only the fragment differs, nothing would be loaded anew
+        forget(page)
+        page.unroute_all()
+        page.emulate_media(media="null", color_scheme="null")
+        page.set_viewport_size({"width": width, "height": 900})
+        page.mouse.move(0, 0)
+        watch(page, url, damaged=damaged)
         page.goto(f"{url}#{urlencode(choice)}" if choice else url)
         ready(page)
         return page
 
     yield look
-    for context in contexts:
-        context.close()
+    for page in pages:
+        forget(page)
     assert wrong == []
 
 
@@ -656,7 +690,7 @@ def test_what_is_chosen_is_in_the_address(way: str, addresses: dict[str, str], l
     assert there == "#" + whole
     page.mouse.move(0, 0)
     page.locator("body").evaluate("() => document.activeElement.blur()")
-    again = look(addresses[way] + there)
+    again = look(addresses[way] + there, beside=True)
     for selector in ("#attends-to", "#next", "#top-features", "#cell", "#compare-rows", "#words"):
         assert again.locator(selector).inner_text() == page.locator(selector).inner_text()
     assert fragment(again, there) == there
@@ -804,7 +838,8 @@ _NO_CLIPBOARD = _CLIPBOARD.replace("const blob", "throw new Error('no'); const b
 
 
 def test_a_picture_is_copied_or_saved(addresses: dict[str, str], look: Open) -> None:
-    page = look(addresses["server"], script=_CLIPBOARD, feature=3)
+    page = look(addresses["server"], feature=3)
+    page.evaluate(_CLIPBOARD)
     for panel in page.locator("[data-picture]").all():
         if not panel.is_visible():
             continue
@@ -814,7 +849,8 @@ def test_a_picture_is_copied_or_saved(addresses: dict[str, str], look: Open) -> 
         size, kind = page.evaluate("window.copied")
         assert kind == "PNG"
         assert size > 2000
-    page = look(addresses["server"], script=_NO_CLIPBOARD)
+    page = look(addresses["server"])
+    page.evaluate(_NO_CLIPBOARD)
     with page.expect_download() as saved:
         page.locator("#large-panel .copy").click()
     assert Path(saved.value.path()).read_bytes().startswith(b"\x89PNG")
