@@ -11,7 +11,6 @@ from __future__ import annotations
 import bz2
 import hashlib
 import http.server
-import io
 import json
 import os
 import shutil
@@ -550,20 +549,22 @@ def npy(header: bytes, version: bytes = b"\x01\x00") -> bytes:
 
 def _burst_of_bzip2(layout: Path) -> None:
     """Replace an array by a gigabyte of zeros: its first kilobyte holds them all."""
-    compressor = bz2.BZ2Compressor()
-    piece = bytes(2**24)
-    out = io.BytesIO()
-    for _ in range(64):
-        out.write(compressor.compress(piece))
-    out.write(compressor.flush())
+    # As bz2.compress makes it, which takes a core eight seconds: 24 times the block that holds
+    # 45,899,235 zeros, its checksum after its mark; then their joint checksum, after the last mark.
+    block = "3141592653590e09e2df015f8e4000c0000008200030804d4642a025a90a8097"
+    joint = 0
+    for _ in range(24):
+        joint = (joint << 1 | joint >> 31) & 0xFFFFFFFF ^ int(block[12:20], 16)
+    content = bytes.fromhex(f"425a6839{block * 24}177245385090{joint:08x}")
+    assert bz2.BZ2Decompressor().decompress(content, 2**20) == bytes(2**20)
     file = layout / "a" / "layer_2.npz"
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr("features.npy", out.getvalue())
-    content = bytearray(file.read_bytes())
-    content[8:10] = b"\x0c\0"  # bzip2, in both headers
-    at = content.index(b"PK\1\2") + 10
-    content[at : at + 2] = b"\x0c\0"
-    file.write_bytes(content)
+        archive.writestr("features.npy", content)
+    found = bytearray(file.read_bytes())
+    found[8:10] = b"\x0c\0"  # bzip2, in both headers
+    at = found.index(b"PK\1\2") + 10
+    found[at : at + 2] = b"\x0c\0"
+    file.write_bytes(found)
 
 
 def _long_header(layout: Path) -> None:
