@@ -50,15 +50,20 @@ def pytest_report_header() -> list[str]:
     ]
 
 
-#: Files whose tests take longest. They are begun first, so that no core waits for one at the end.
-_LONG = (
+#: Files whose tests start processes of ``processes.py``, or servers: what these import takes ten
+#: seconds of a core, so that on few cores one process of pytest runs them all.
+_TOGETHER = (
     "test_faults.py",
-    "test_mission.py",
     "test_cluster.py",
-    "test_viewer_page.py",
-    "test_cli.py",
     "test_distributed.py",
     "test_objects.py",
+    "test_cli.py",
+)
+#: Files whose tests take longest. They are begun first, so that no core waits for one at the end.
+_LONG = (
+    *_TOGETHER,
+    "test_viewer_page.py",
+    "test_mission.py",
     "test_store.py",
     "test_bad_input.py",
 )
@@ -71,6 +76,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return _LONG.index(item.path.name) if item.path.name in _LONG else len(_LONG)
 
     items.sort(key=place)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``--dist loadfile`` a file stays in one process; on few cores, those above together."""
+    if config.getoption("dist") != "loadfile" or config.getoption("numprocesses") > 2:
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "together" if Path(file).name in _TOGETHER else file
+
+    return Scheduling(config, log)
 
 
 @pytest.hookimpl(trylast=True)

@@ -12,6 +12,7 @@ import fakes
 import pytest
 import xarray as xr
 from distributed import Client, LocalCluster
+from processes import import_once
 
 import zarrtrace as zt
 from zarrtrace import analysis
@@ -51,7 +52,9 @@ ANALYSES: dict[str, Callable[[Any], Any]] = {
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
     """Two worker processes, shared by the tests of this module."""
+    import_once()
     with (
+        dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}),
         LocalCluster(
             n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0"
         ) as cluster,
