@@ -104,8 +104,8 @@ def test_a_run_is_the_same_in_every_store(kind: str, tmp_path: Path) -> None:
 
 
 def _is_the_same(there: ObjectPath, tmp_path: Path) -> None:
-    local = fakes.make_run(tmp_path, features=20, tokens=(7, 9))
-    remote = fakes.make_run(there, features=20, tokens=(7, 9))
+    sizes: dict[str, Any] = {"layers": (1, 2), "features": 20, "tokens": (7, 9)}
+    local, remote = fakes.make_run(tmp_path, **sizes), fakes.make_run(there, **sizes)
     assert _contents(remote.path) == fakes.files_in(local.path)
     assert {name for name in there.files() if not name.startswith("run/")} == set()  # no locks
     run = zt.open_run(remote.path)
@@ -540,7 +540,7 @@ def test_every_command_takes_an_address(
         assert found.exit_code == code, (found.output, found.exception)
         return found.output
 
-    local = fakes.make_run(tmp_path, tokens=(7, 9)).path
+    local = fakes.make_run(tmp_path, layers=(2, 3), tokens=(7, 9)).path
     assert "2 scenarios" in said("copy", local, run)
     assert f"run          {run}" in said("info", run)
     assert "everything is there" in said("verify", run)
@@ -550,7 +550,7 @@ def test_every_command_takes_an_address(
     assert "feature 3 of layer 2" in found
     said("export", run, "-o", tmp_path / "npz")
     said("export", local, "-o", tmp_path / "npz_local")
-    for name in ("Safe_1/layer_1.npz", "Risky_2/layer_3.npz"):
+    for name in ("Safe_1/layer_2.npz", "Risky_2/layer_3.npz"):
         assert (tmp_path / "npz" / name).read_bytes() == (
             tmp_path / "npz_local" / name
         ).read_bytes()
