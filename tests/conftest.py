@@ -58,11 +58,14 @@ _TOGETHER = (
     "test_distributed.py",
     "test_objects.py",
     "test_cli.py",
+    "test_https.py",
 )
 #: Files whose tests take longest. They are begun first, so that no core waits for one at the end.
 _LONG = (
     *_TOGETHER,
     "test_viewer_page.py",
+    "test_readme.py",
+    "test_figures.py",
     "test_mission.py",
     "test_store.py",
     "test_bad_input.py",
