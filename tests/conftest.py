@@ -84,7 +84,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With ``--dist loadfile`` a file stays in one process; on few cores, those above together."""
-    if config.getoption("dist") != "loadfile" or config.getoption("numprocesses") > 2:
+    if config.getoption("dist") != "loadfile" or (config.getoption("numprocesses") or 0) > 2:
         return None
     from xdist.scheduler import LoadFileScheduling
 
