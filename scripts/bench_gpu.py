@@ -196,6 +196,7 @@ def build(bench: Bench) -> dict[str, Any]:
     made = {"model s": middle - start, "SAEs s": time.perf_counter() - middle}
     found = {**made, "bytes": size_of(bench.home / "hub"), "active features a token": active}
     done.write_text(json.dumps(found))
+    os.sync()  # what is measured next should not wait for it
     if bench.device != "cpu":
         torch.cuda.empty_cache()
     return found

@@ -101,7 +101,7 @@ class Copies:
         self._side: Any = None
         if device.type == "cuda":
             self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._waiting: _Copy | None = None
+        self._waiting: Copy | None = None
         self._most: dict[str, float] = {}
 
     def of(self, made: Made) -> Iterator[LayerBatch]:
@@ -109,7 +109,7 @@ class Copies:
         if self._side is None:
             yield made.on_host()
             return
-        before, self._waiting = self._waiting, _Copy(made, self._side, self._most)
+        before, self._waiting = self._waiting, Copy(made, self._side, self._most)
         if before is not None:
             yield before.arrived(self._most)
 
@@ -120,7 +120,7 @@ class Copies:
             yield before.arrived(self._most)
 
 
-class _Copy:
+class Copy:
     """What a block made of a batch, on its way to the host.
 
     Parameters

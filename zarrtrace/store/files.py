@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import gc
 import hashlib
 import os
 import shutil
@@ -52,6 +53,18 @@ def each_of(call: Callable[[_In], _Out], items: Sequence[_In]) -> list[_Out]:
     if len(items) > 1 and isinstance(items[0], ObjectPath):
         return at_once(call, items)
     return [call(item) for item in items]
+
+
+@contextlib.contextmanager
+def no_collecting() -> Iterator[None]:
+    """Pause the garbage collector: it would look at all that is read again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def fingerprint_of(contents: Iterable[bytes]) -> Stored:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +21,8 @@ from zarrtrace.spec import (
     ArrayLayout,
 )
 from zarrtrace.store.attributes import canonical, hash_of, names_below, sealed
-from zarrtrace.store.files import change_whole, write_whole
-from zarrtrace.store.objects import Location, ObjectPath, at_once
+from zarrtrace.store.files import change_whole, each_of, no_collecting, write_whole
+from zarrtrace.store.objects import Location
 
 #: Makes attributes of those that are there.
 Update = Callable[[dict[str, Any]], dict[str, Any]]
@@ -185,7 +183,8 @@ def consolidate(path: Location, attributes: dict[str, Any]) -> None:
     That is an extra that readers may ignore. It is what zarr.consolidate_metadata writes, but that
     warns, and warnings cannot be silenced in one thread alone.
     """
-    found = consolidated(path, trusting=True)
+    with no_collecting():
+        found = consolidated(path, trusting=True)
 
     def said(content: bytes) -> bytes:
         group = json.loads(content)
@@ -203,26 +202,9 @@ def consolidated(path: Location, *, trusting: bool = False) -> dict[str, Any]:
     path
         The group.
     trusting
-        Take what groups below it have consolidated, where each file is a request.
+        Take what groups below it have consolidated.
     """
-    if isinstance(path, ObjectPath):
-        return _inline(_nodes_there(path, trusting=trusting))
-    nodes: dict[str, Any] = {}
-    for name in _folders_of(path):
-        with suppress(FileNotFoundError):
-            nodes[name] = _alone(json.loads((path / name / "zarr.json").read_bytes()))
-    return _inline(nodes)
-
-
-def _folders_of(path: Path) -> list[str]:
-    """Return the folders below a group and those below them, in the order of their files."""
-    with os.scandir(path) as found:  # of a large run, paths take longer than all the rest
-        # The index changes after the run is finished.
-        names = [one.name for one in found if one.is_dir() and one.name != INDEX]
-    for name in tuple(names):
-        with os.scandir(path / name) as found:
-            names += [f"{name}/{one.name}" for one in found if one.is_dir()]
-    return sorted(names, key=lambda name: f"{name}/zarr.json".split("/"))
+    return _inline(_nodes_below(path, trusting=trusting))
 
 
 def _inline(nodes: dict[str, Any]) -> dict[str, Any]:
@@ -236,25 +218,27 @@ def _alone(node: dict[str, Any]) -> dict[str, Any]:
     return node
 
 
-def _nodes_there(path: ObjectPath, *, trusting: bool) -> dict[str, Any]:
-    """Read the metadata of all nodes below a group in an object store, in their order."""
+def _nodes_below(path: Location, *, trusting: bool) -> dict[str, Any]:
+    """Read the metadata of all nodes below a group, in the order of their files."""
 
-    def below(name: str) -> list[tuple[str, dict[str, Any]]]:
+    def below(folder: Location) -> list[tuple[str, dict[str, Any]]]:
+        name = folder.name
         try:
-            node = json.loads((path / name / "zarr.json").read_bytes())
+            node = json.loads((folder / "zarr.json").read_bytes())
         except FileNotFoundError:
             return []
         known = (node.get("consolidated_metadata") or {}).get("metadata")
         found = [(name, _alone(node))]
         if node["node_type"] == "group":
             if known is None or not trusting:
-                known = _nodes_there(path / name, trusting=trusting)
+                known = _nodes_below(folder, trusting=trusting)
             found += [(f"{name}/{array}", one) for array, one in known.items()]
         return found
 
-    names = [name for name in names_below(path) if name != INDEX]
-    found = itertools.chain.from_iterable(at_once(below, names))
-    return dict(sorted(found, key=lambda node: f"{node[0]}/zarr.json".split("/")))  # as files
+    # The index changes after the run is finished.
+    folders = [path / name for name in names_below(path) if name != INDEX]
+    found = itertools.chain.from_iterable(each_of(below, folders))
+    return dict(sorted(found, key=lambda node: f"{node[0]}/zarr.json".split("/")))
 
 
 def create_run(path: Location, attributes: dict[str, Any]) -> None:

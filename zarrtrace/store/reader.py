@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ from zarrtrace.store.attributes import (
     read_trace_attributes,
     trace_attributes_of,
 )
-from zarrtrace.store.files import fingerprint_of, read_all, size_of, sizes_below
+from zarrtrace.store.files import fingerprint_of, no_collecting, read_all, size_of, sizes_below
 from zarrtrace.store.lazy import as_lazy, stored_array
 from zarrtrace.store.objects import Location, ObjectPath, at_once, locate, zarr_place
 from zarrtrace.store.opening import (
@@ -112,19 +111,7 @@ def open_trace(
     return ds
 
 
-@contextlib.contextmanager
-def _no_collecting() -> Iterator[None]:
-    """Pause the garbage collector: it would look at everything that is opened again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@_no_collecting()
+@no_collecting()
 def open_run(
     path: str | Location,
     *,
