@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
+from zarrtrace.analysis.layers import OfLayer, each_layer
 from zarrtrace.analysis.resampling import corrected, spearman, two_groups
 from zarrtrace.analysis.selecting import (
     Data,
@@ -22,15 +25,15 @@ from zarrtrace.analysis.selecting import (
     stored_queries,
     traces,
 )
-from zarrtrace.analysis.words import Table, all_layers, load, read_table
+from zarrtrace.analysis.words import Table, all_layers, read_table
 from zarrtrace.errors import ConfigError
 from zarrtrace.scenarios import DECISION
 from zarrtrace.spec import NAMESPACE
 
 MEASURES = ("attention", "place")
 
-# Scenarios whose layer is in memory at once (a layer of 121 × 32768 is 16 MB).
-_AT_ONCE = 8
+# Tokens that can be ranked.
+_FEWEST = 3
 
 
 def crossreference(
@@ -81,7 +84,7 @@ def crossreference(
         ``mean`` of the measure over the word's features, ``mean_others``, ``cohens_d``,
         ``p_permutation``, ``q_permutation`` (Benjamini & Hochberg 1995, over all of the result),
         ``n_features``, ``n_others`` (those that fire). NaN where either has fewer than two.
-        Computed at the call, layer by layer, from ``features`` whole.
+        Computed at the call, scenario by scenario, from ``features`` whole.
 
     Raises
     ------
@@ -102,13 +105,14 @@ def crossreference(
     names = ("mean", "mean_others", "cohens_d", "p_permutation")
     out = {name: np.full(shape, np.nan) for name in names}
     sizes = {name: np.zeros(shape, np.int64) for name in ("n_features", "n_others")}
+    by_layer = {layer: frame[frame["layer"] == layer] for layer in layers}
+    tables = {layer: np.unique(here["feature"].to_numpy()) for layer, here in by_layer.items()}
+    measured = _measure(list(runs.values()), tables, sorted({span for _, span in wanted}))
     for at, layer in enumerate(layers):
-        here = frame[frame["layer"] == layer]
-        features = np.unique(here["feature"].to_numpy())
-        measured = _measure(runs, layer, features, sorted({span for _, span in wanted}))
+        here, features = by_layer[layer], tables[layer]
         for number, (word, span) in enumerate(wanted):
             own = np.isin(features, here["feature"][here["word"] == word].to_numpy())
-            values = measured[span]
+            values = measured[layer, span]
             for which in range(len(MEASURES)):
                 fires = ~np.isnan(values[:, which])
                 cell = which, number, at
@@ -191,52 +195,158 @@ def _pairs(
     return found
 
 
+class _Span(NamedTuple):
+    """Where a span is in a prompt.
+
+    Attributes
+    ----------
+    tokens
+        Those of the span ``(query,)`` bool.
+    after
+        Those behind it whose attention is stored ``(query,)`` bool; none if they are too few to be
+        ranked.
+    """
+
+    tokens: np.ndarray
+    after: np.ndarray
+
+
+def _spans(ds: xr.Dataset, names: Sequence[str]) -> dict[str, _Span]:
+    found = {}
+    at = query_labels(ds)
+    for name in names:
+        if has_span(ds, name):
+            tokens = np.isin(at, positions(ds, name))
+            after = np.arange(len(tokens)) > np.flatnonzero(tokens)[-1]
+            after &= np.isin(at, stored_queries(ds))
+            found[name] = _Span(tokens, after & (after.sum() >= _FEWEST))
+    return found
+
+
 def _measure(
-    runs: Mapping[str, xr.Dataset], layer: int, features: np.ndarray, spans: Sequence[str]
-) -> dict[str, np.ndarray]:
-    """Return both measures of every feature ``(feature, measure)``, by span."""
-    having = [ds for ds in runs.values() if layer in ds.indexes["layer"]]
-    activations = load([ds["features"].sel(layer=layer) for ds in having], _AT_ONCE)
-    total = {span: np.zeros((len(features), len(MEASURES))) for span in spans}
-    seen = {span: np.zeros((len(features), len(MEASURES))) for span in spans}
-    for ds, block in zip(having, activations, strict=True):
-        if np.isnan(block[0, 0]) or not len(features):
-            continue
-        if features[-1] >= block.shape[1] or features[0] < 0:
-            raise ConfigError(
-                f"the table names feature {features[-1]} of layer {layer}",
-                why=f"The SAE of that layer has {block.shape[1]} latents, counted from 0.",
-                remedy="Take a table that was made with the same SAEs.",
-            )
-        firing = np.flatnonzero(np.any(block > 0, axis=0)[features])
-        values = block[:, features[firing]].astype(np.float64)
-        for span in spans:
-            if not has_span(ds, span):
-                continue
-            tokens = np.isin(np.asarray(ds["query"]), positions(ds, span))
-            found = np.column_stack(
-                [_follows_attention(ds, layer, tokens, values), _at_place(tokens, values)]
-            )
-            defined = ~np.isnan(found)
-            total[span][firing] += np.where(defined, found, 0)
-            seen[span][firing] += defined
+    runs: Sequence[xr.Dataset], tables: Mapping[int, np.ndarray], names: Sequence[str]
+) -> dict[tuple[int, str], np.ndarray]:
+    """Return both measures of every feature of the table ``(feature, measure)``.
+
+    Parameters
+    ----------
+    runs
+        The traces.
+    tables
+        By layer, the table's features, ascending.
+    names
+        Of spans.
+
+    Returns
+    -------
+    dict
+        By layer and span.
+    """
+    shapes = {(n, name): (len(tables[n]), len(MEASURES)) for n in tables for name in names}
+    total = {key: np.zeros(shape) for key, shape in shapes.items()}
+    seen = {key: np.zeros(shape) for key, shape in shapes.items()}
+    having = [ds for ds in runs if any(has_span(ds, name) for name in names)]
+    for ds, found in zip(having, each_layer(_jobs(having, tables, names)), strict=True):
+        for layer, measured in zip(ds.indexes["layer"].tolist(), found, strict=True):
+            for name, values in measured.spans.items():
+                defined = ~np.isnan(values)
+                total[layer, name][measured.firing] += np.where(defined, values, 0)
+                seen[layer, name][measured.firing] += defined
     with np.errstate(invalid="ignore"):
-        return {span: total[span] / seen[span] for span in spans}
+        return {key: total[key] / seen[key] for key in total}
 
 
-def _follows_attention(
-    ds: xr.Dataset, layer: int, tokens: np.ndarray, values: np.ndarray
-) -> np.ndarray:
-    """Rank correlation, over the tokens after the span, with attention to it ``(feature,)``."""
-    after = np.arange(len(tokens)) > np.flatnonzero(tokens)[-1]
-    after &= np.isin(query_labels(ds), stored_queries(ds))
-    if after.sum() < 3:
-        return np.full(values.shape[1], np.nan)
-    stored = attention(ds, "mean")
-    if layer not in stored["layer"]:
-        return np.full(values.shape[1], np.nan)
-    weights = stored.sel(layer=layer).isel(query=after, key=tokens)
-    return spearman(np.asarray(weights).mean(1, dtype=np.float64), values[after])
+def _jobs(
+    runs: Sequence[xr.Dataset], tables: Mapping[int, np.ndarray], names: Sequence[str]
+) -> Iterator[tuple[xr.DataArray, OfLayer[_Measured]]]:
+    """Yield what to do with the features of each trace."""
+    spans = [_spans(ds, names) for ds in runs]
+    for ds, places, weights in zip(runs, spans, _attended(runs, spans), strict=True):
+        layers = ds.indexes["layer"].tolist()
+        measure = partial(
+            _measure_layer,
+            layers=layers,
+            tables=[tables[layer] for layer in layers],
+            weights=[weights.get(layer, {}) for layer in layers],
+            spans=places,
+        )
+        yield ds["features"], measure
+
+
+def _attended(
+    runs: Sequence[xr.Dataset], spans: Sequence[Mapping[str, _Span]]
+) -> Iterator[dict[int, dict[str, np.ndarray]]]:
+    """Yield each trace's attention to spans, by layer: what :func:`_attention_to` returns."""
+    wanted = [any(place.after.any() for place in places.values()) for places in spans]
+    arrays = [attention(ds, "mean") for ds in runs]
+    found = each_layer(
+        (array, partial(_attention_to, spans=places))
+        for array, places, want in zip(arrays, spans, wanted, strict=True)
+        if want
+    )
+    for array, want in zip(arrays, wanted, strict=True):
+        yield dict(zip(array.indexes["layer"].tolist(), next(found), strict=True)) if want else {}
+
+
+def _attention_to(
+    layer: np.ndarray, _at: int, *, spans: Mapping[str, _Span]
+) -> dict[str, np.ndarray]:
+    """Return the mean attention to each span's tokens of the tokens after it."""
+    return {
+        name: layer[np.ix_(after, tokens)].mean(1, dtype=np.float64)
+        for name, (tokens, after) in spans.items()
+        if after.any()
+    }
+
+
+class _Measured(NamedTuple):
+    """Both measures in one layer of one trace.
+
+    Attributes
+    ----------
+    firing
+        Which of the table's features fire.
+    spans
+        By span, ``(firing, measure)``.
+    """
+
+    firing: np.ndarray
+    spans: dict[str, np.ndarray]
+
+
+def _measure_layer(
+    layer: np.ndarray,
+    at: int,
+    *,
+    layers: Sequence[int],
+    tables: Sequence[np.ndarray],
+    weights: Sequence[Mapping[str, np.ndarray]],
+    spans: Mapping[str, _Span],
+) -> _Measured:
+    """Measure the table's features in ``(query, feature)``; none if the layer is missing."""
+    features = tables[at]
+    if np.isnan(layer[0, 0]) or not len(features):
+        return _Measured(np.empty(0, np.int64), {})
+    if features[-1] >= layer.shape[1] or features[0] < 0:
+        raise ConfigError(
+            f"the table names feature {features[-1]} of layer {layers[at]}",
+            why=f"The SAE of that layer has {layer.shape[1]} latents, counted from 0.",
+            remedy="Take a table that was made with the same SAEs.",
+        )
+    firing = np.flatnonzero(np.any(layer > 0, axis=0)[features])
+    values = layer[:, features[firing]].astype(np.float64)
+    found = {
+        name: np.column_stack(
+            [_follows(weights[at].get(name), values[place.after]), _at_place(place.tokens, values)]
+        )
+        for name, place in spans.items()
+    }
+    return _Measured(firing, found)
+
+
+def _follows(weights: np.ndarray | None, values: np.ndarray) -> np.ndarray:
+    """Rank correlation, over tokens, with attention from them ``(feature,)``."""
+    return np.full(values.shape[1], np.nan) if weights is None else spearman(weights, values)
 
 
 def _at_place(tokens: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import xarray as xr
 
 from zarrtrace.analysis.features import at_least_one, strongest
+from zarrtrace.analysis.layers import each_layer
 from zarrtrace.analysis.selecting import (
     Data,
     described,
@@ -17,7 +20,6 @@ from zarrtrace.analysis.selecting import (
     require_places,
     span_names,
     traces,
-    whole,
 )
 
 
@@ -75,10 +77,8 @@ def position_specific_features(
     runs = list(traces(data).values())
     for ds in runs:
         require(ds, "features")
-    layers = np.unique(np.concatenate([np.asarray(ds["layer"]) for ds in runs]))
-    width = max(ds.sizes["feature"] for ds in runs)
-    # One scenario's counts at a time: they are as large as the result.
-    total = _add_up((_firing(ds, names, threshold) for ds in runs), layers, width)
+    total = _count(runs, names, threshold)
+    layers = total["layer"]
     fired, elsewhere = total["fired"], total["fired_all"] - total["fired"]
     with np.errstate(divide="ignore", invalid="ignore"):
         rate_at = fired / total["tokens"][..., None]
@@ -120,98 +120,71 @@ def position_specific_features(
     )
 
 
-def _firing(ds: xr.Dataset, names: Sequence[str], threshold: float) -> dict[str, np.ndarray]:
-    """Count, by span, layer and feature, the tokens at which a feature fires."""
-    query = ds["query"].values
-    rows = np.zeros((len(names) + 1, len(query)), np.float32)
-    rows[-1] = 1
-    for row, name in zip(rows, names, strict=False):
-        if has_span(ds, name):
-            row[np.isin(query, positions(ds, name))] = 1
-
-    def count(block: np.ndarray) -> np.ndarray:
-        counts = rows @ np.asarray(block > threshold, dtype=np.float32)
-        return np.where(np.isnan(block[..., :1, :1]), np.nan, counts).astype(np.float32)
-
-    counts = _by_layer(
-        ds["features"], count, ["place", "feature"], [len(rows), ds.sizes["feature"]]
-    )
-    stored = ~np.isnan(counts[:, 0, 0])
-    counts = np.nan_to_num(counts)
-    spans, everywhere = counts[:, :-1].swapaxes(0, 1), counts[:, -1]
-    has = np.asarray(rows[:-1].any(1))
-    # A scenario without the span, or without the layer, counts neither here nor there.
-    return {
-        "layer": ds["layer"].values,
-        "fired": spans.astype(np.int32),
-        "fired_all": (has[:, None, None] * everywhere).astype(np.int32),
-        "tokens": (rows[:-1].sum(1)[:, None] * stored).astype(np.int32),
-        "tokens_all": (has[:, None] * len(query) * stored).astype(np.int32),
-        "scenarios": (spans > 0).astype(np.int32),
-    }
-
-
-def _add_up(
-    found: Iterable[dict[str, np.ndarray]], layers: np.ndarray, width: int
+def _count(
+    runs: Sequence[xr.Dataset], names: Sequence[str], threshold: float
 ) -> dict[str, np.ndarray]:
-    """Add up counts over scenarios, which may have different layers and sizes of SAE."""
-    total: dict[str, np.ndarray] = {}
-    for counts in found:
-        at = np.searchsorted(layers, counts["layer"])
-        for name, value in counts.items():
-            if name == "layer":
-                continue
-            tail = (width,) if value.ndim == 3 else ()
-            sums = total.setdefault(
-                name, np.zeros((len(value), len(layers), *tail), dtype=np.int64)
-            )
-            if value.ndim == 3:
-                sums[:, at, : value.shape[-1]] += value
-            else:
-                sums[:, at] += value
-    return total
-
-
-def _by_layer(
-    array: xr.DataArray,
-    function: Callable[[np.ndarray], np.ndarray],
-    dims: Sequence[str],
-    sizes: Sequence[int],
-) -> np.ndarray:
-    """Apply `function` to the whole of each layer and stack the results.
-
-    Dask works on its own blocks in parallel; otherwise one layer at a time is in memory.
-
-    Parameters
-    ----------
-    array
-        ``(layer, query, …)``.
-    function
-        Takes ``(…, query, feature)``, returns ``(…, *dims)``.
-    dims, sizes
-        The result's dimensions after the layer.
-
-    Returns
-    -------
-    np.ndarray
-        ``(layer, *dims)``.
-    """
-    if array.chunks is None:
-        return np.stack(
-            [function(np.asarray(array.isel(layer=i).values)) for i in range(len(array))]
-        )
-    core = [str(dim) for dim in array.dims if dim != "layer"]
-    bare = array.drop_vars([name for name in array.coords if name not in ("layer",)])
-    return np.asarray(
-        xr.apply_ufunc(
-            function,
-            whole(bare, *core),
-            input_core_dims=[core],
-            output_core_dims=[[f"out_{dim}" for dim in dims]],
-            output_dtypes=[np.float32],
-            dask="parallelized",
-            dask_gufunc_kwargs={
-                "output_sizes": {f"out_{d}": s for d, s in zip(dims, sizes, strict=True)}
-            },
-        ).values
+    """Count, by span and layer, tokens, and by feature those at which it fires."""
+    layers = np.unique(np.concatenate([np.asarray(ds["layer"]) for ds in runs]))
+    width = max(ds.sizes["feature"] for ds in runs)
+    by_layer = ("tokens", "tokens_all")
+    total = {name: np.zeros((len(names), len(layers)), np.int64) for name in by_layer}
+    for name in ("fired", "fired_all", "scenarios"):
+        total[name] = np.zeros((len(names), len(layers), width), np.int64)
+    places = [_places(ds, names) for ds in runs]
+    jobs = (
+        (ds["features"], partial(_firing, places=at, threshold=threshold))
+        for ds, at in zip(runs, places, strict=True)
     )
+    for ds, tokens, found in zip(runs, places, each_layer(jobs), strict=True):
+        # A scenario without the span, or without the layer, counts neither here nor there.
+        has = np.asarray(tokens.any(1))
+        for at, one in zip(np.searchsorted(layers, ds["layer"]), found, strict=True):
+            if one is None:
+                continue
+            total["tokens"][:, at] += tokens.sum(1)
+            total["tokens_all"][:, at] += has * tokens.shape[1]
+            total["fired"][:, at][:, one.feature] += one.fired
+            total["fired_all"][:, at][:, one.feature] += has[:, None] * one.fired_all
+            total["scenarios"][:, at][:, one.feature] += one.fired > 0
+    return {"layer": layers, **total}
+
+
+def _places(ds: xr.Dataset, names: Sequence[str]) -> np.ndarray:
+    """Return which tokens each span has ``(span, query)`` bool; none if it is not there."""
+    query = ds["query"].values
+    out = np.zeros((len(names), len(query)), bool)
+    for row, name in zip(out, names, strict=True):
+        row[:] = np.isin(query, positions(ds, name) if has_span(ds, name) else [])
+    return out
+
+
+class _Firing(NamedTuple):
+    """At how many tokens features fire; only those that do.
+
+    Attributes
+    ----------
+    feature
+        ``(feature,)``.
+    fired
+        At each span's tokens ``(span, feature)``.
+    fired_all
+        At all tokens ``(feature,)``.
+    """
+
+    feature: np.ndarray
+    fired: np.ndarray
+    fired_all: np.ndarray
+
+
+def _firing(layer: np.ndarray, _at: int, *, places: np.ndarray, threshold: float) -> _Firing | None:
+    """Count tokens of one layer ``(query, feature)``; None if it is missing."""
+    if np.isnan(layer[0, 0]):
+        return None
+    width = layer.shape[1]
+    token, feature = np.divmod(np.flatnonzero(layer > threshold), width)
+    everywhere = np.bincount(feature, minlength=width)
+    firing = np.flatnonzero(everywhere)
+    fired = np.zeros((len(places), len(firing)), np.int64)
+    for row, there in zip(fired, places, strict=True):
+        row[:] = np.bincount(feature[there[token]], minlength=width)[firing]
+    return _Firing(firing, fired, everywhere[firing])
