@@ -15,12 +15,13 @@ import synthetic
 import xarray as xr
 from scipy import stats
 
+from zarrtrace.analysis import words
 from zarrtrace.analysis.contrasts import contrast
 from zarrtrace.analysis.crossreferences import crossreference
 from zarrtrace.analysis.decisions import decision, relate
 from zarrtrace.analysis.features import feature_trajectory, pathway_features
 from zarrtrace.analysis.specificity import position_specific_features
-from zarrtrace.analysis.words import read_table, word_associations
+from zarrtrace.analysis.words import _stable_order, read_table, word_associations
 from zarrtrace.errors import ConfigError, ScenarioError
 from zarrtrace.store import open_run
 
@@ -85,6 +86,18 @@ class TestWordAssociations:
         rows = found[(found["layer"] == 3) & (found["feature"] == 20)]
         assert rows["word"].tolist() == [" stop"]
         assert rows["score"].tolist() == [9]
+
+    @pytest.mark.parametrize("most", [50, 2**62])
+    def test_order_is_stable(self, most: int) -> None:
+        keys = np.random.default_rng(0).integers(0, 50, 999) * (most // 50)
+        np.testing.assert_array_equal(_stable_order(keys), np.argsort(keys, kind="stable"))
+
+    def test_layers_are_read_some_at_a_time(
+        self, run: xr.DataTree, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        expected = word_associations(run)
+        monkeypatch.setattr(words, "_AT_ONCE", 1)
+        xr.testing.assert_identical(word_associations(run), expected)
 
     def test_lazy_equals_eager(self, run: xr.DataTree) -> None:
         xr.testing.assert_identical(word_associations(synthetic.lazy(run)), word_associations(run))
