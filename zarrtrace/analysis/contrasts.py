@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
+from zarrtrace.analysis.layers import each_layer
 from zarrtrace.analysis.resampling import (
     DEFAULT_PERMUTATIONS,
     TwoGroups,
@@ -229,7 +231,7 @@ _Active = tuple[np.ndarray, np.ndarray]
 def _feature_contrast(
     chosen: dict[str, xr.Dataset], places: Sequence[Place], plan: _Plan, min_scenarios: int
 ) -> xr.Dataset:
-    stored = [_active(ds, places) for ds in chosen.values()]
+    stored = _active(list(chosen.values()), places)
     tables: list[pd.DataFrame] = []
     extremes: dict[bytes, tuple[list[int], list[TwoGroups]]] = {}
     for key in sorted(set().union(*stored)):
@@ -271,30 +273,43 @@ def _feature_contrast(
     return out.assign_coords(place=("row", table["place"].to_numpy(dtype=object)))
 
 
-def _active(ds: xr.Dataset, places: Sequence[Place]) -> dict[tuple[int, int], _Active]:
-    """Active features by (number of the place, layer); what is missing has no key."""
-    require(ds, "features")
-    here = [
-        (number, positions(ds, place))
-        for number, place in enumerate(places)
-        if not isinstance(place, str) or has_span(ds, place)
+def _active(
+    runs: Sequence[xr.Dataset], places: Sequence[Place]
+) -> list[dict[tuple[int, int], _Active]]:
+    """Active features by (number of the place, layer), a trace each; what is missing has no key."""
+    jobs = []
+    for ds in runs:
+        require(ds, "features")
+        here = {
+            number: positions(ds, place)
+            for number, place in enumerate(places)
+            if not isinstance(place, str) or has_span(ds, place)
+        }
+        rows = sorted({position for tokens in here.values() for position in tokens})
+        at = {number: np.searchsorted(rows, tokens) for number, tokens in here.items()}
+        block = taken(ds["features"], query=rows) if here else ds["features"][:0]
+        jobs.append((block, partial(_active_of_layer, rows=at)))
+    return [
+        {
+            (number, layer): one
+            for layer, found in zip(block.indexes["layer"].tolist(), by_layer, strict=True)
+            for number, one in found.items()
+        }
+        for (block, _), by_layer in zip(jobs, each_layer(jobs), strict=True)
     ]
-    if not here:
-        return {}
-    rows = sorted({position for _, tokens in here for position in tokens})
-    block = taken(ds["features"], query=rows)
-    out: dict[tuple[int, int], _Active] = {}
-    # Dask reads layers in parallel, so it is asked for all at once; otherwise one is in memory.
-    whole = None if block.chunks is None else np.asarray(block)
-    for at, layer in enumerate(np.asarray(ds["layer"]).tolist()):
-        tokens_by_feature = np.asarray(block.isel(layer=at)) if whole is None else whole[at]
-        if np.isnan(tokens_by_feature[0, 0]):
-            continue
-        for number, tokens in here:
-            mean = tokens_by_feature[np.searchsorted(rows, tokens)].mean(0, dtype=np.float64)
+
+
+def _active_of_layer(
+    layer: np.ndarray, _at: int, *, rows: Mapping[int, np.ndarray]
+) -> dict[int, _Active]:
+    """Return what is active in each place's rows of a layer; nothing if it is missing."""
+    found: dict[int, _Active] = {}
+    if not np.isnan(layer[0, 0]):
+        for number, tokens in rows.items():
+            mean = layer[tokens].mean(0, dtype=np.float64)
             active = np.flatnonzero(mean)
-            out[number, layer] = active.astype(np.int32), mean[active]
-    return out
+            found[number] = active.astype(np.int32), mean[active]
+    return found
 
 
 def _side_by_side(present: Sequence[_Active], min_scenarios: int) -> tuple[np.ndarray, np.ndarray]:
