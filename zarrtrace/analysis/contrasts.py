@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from zarrtrace.analysis.layers import each_layer
+from zarrtrace.analysis.parallel import each_layer, together
 from zarrtrace.analysis.resampling import (
     DEFAULT_PERMUTATIONS,
     TwoGroups,
@@ -165,14 +165,22 @@ class _Plan:
         """Tell whether both groups keep two of these scenarios."""
         return bool((rows & self.in_a).sum() >= 2 and (rows & ~self.in_a).sum() >= 2)
 
-    def test(self, values: np.ndarray, rows: np.ndarray) -> TwoGroups:
-        """Compare the groups over the scenarios `rows`."""
-        found = two_groups(
-            values, self.in_a[rows], n_permutations=self.n_permutations, seed=self.seed
+    def tests(self, columns: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterator[TwoGroups]:
+        """Compare the groups in columns of values, each with the scenarios it has values of."""
+        calls = (
+            partial(
+                two_groups,
+                values,
+                self.in_a[rows],
+                n_permutations=self.n_permutations,
+                seed=self.seed,
+            )
+            for values, rows in columns
         )
-        self.smallest_p = min(self.smallest_p, found.smallest_p)
-        self.exact &= found.exact
-        return found
+        for found in together(calls):
+            self.smallest_p = min(self.smallest_p, found.smallest_p)
+            self.exact &= found.exact
+            yield found
 
     def sizes(self, rows: np.ndarray) -> tuple[int, int]:
         """Return how many scenarios each group has."""
@@ -234,16 +242,21 @@ def _feature_contrast(
     stored = _active(list(chosen.values()), places)
     tables: list[pd.DataFrame] = []
     extremes: dict[bytes, tuple[list[int], list[TwoGroups]]] = {}
-    for key in sorted(set().union(*stored)):
-        rows = np.array([key in found for found in stored])
-        if not plan.testable(rows):
-            plan.not_tested += (f"layer {key[1]} at {label(places[key[0]])}",)
-            continue
-        present = [found[key] for found in stored if key in found]
-        features, values = _side_by_side(present, min_scenarios)
-        if not len(features):
-            continue
-        found = plan.test(values, rows)
+    tested: list[tuple[tuple[int, int], np.ndarray, np.ndarray]] = []
+
+    def columns() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for key in sorted(set().union(*stored)):
+            rows = np.array([key in found for found in stored])
+            if not plan.testable(rows):
+                plan.not_tested += (f"layer {key[1]} at {label(places[key[0]])}",)
+                continue
+            present = [found[key] for found in stored if key in found]
+            features, values = _side_by_side(present, min_scenarios)
+            if len(features):
+                tested.append((key, rows, features))
+                yield values, rows
+
+    for found, (key, rows, features) in zip(plan.tests(columns()), tested, strict=True):
         numbers, kept = extremes.setdefault(rows.tobytes(), ([], []))
         numbers.append(len(tables))
         kept.append(found)
@@ -370,8 +383,8 @@ def _attention_contrast(
     tested = [(rows, which) for rows, which in sets if plan.testable(rows)]
     for rows, which in sets:
         columns["n_a"][which], columns["n_b"][which] = plan.sizes(rows)
-    for rows, which in tested:
-        found = plan.test(values[np.ix_(rows, which)], rows)
+    compared = plan.tests((values[np.ix_(rows, which)], rows) for rows, which in tested)
+    for found, (_, which) in zip(compared, tested, strict=True):
         for name in _STATISTICS:
             columns[name][which] = getattr(found, name)
         p = familywise(found.standardised, found.extreme) * len(tested)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
-from zarrtrace.analysis.layers import OfLayer, each_layer
-from zarrtrace.analysis.resampling import corrected, spearman, two_groups
+from zarrtrace.analysis.parallel import OfLayer, each_layer, together
+from zarrtrace.analysis.resampling import TwoGroups, corrected, spearman, two_groups
 from zarrtrace.analysis.selecting import (
     Data,
     attention,
@@ -108,27 +109,32 @@ def crossreference(
     by_layer = {layer: frame[frame["layer"] == layer] for layer in layers}
     tables = {layer: np.unique(here["feature"].to_numpy()) for layer, here in by_layer.items()}
     measured = _measure(list(runs.values()), tables, sorted({span for _, span in wanted}))
-    for at, layer in enumerate(layers):
-        here, features = by_layer[layer], tables[layer]
-        for number, (word, span) in enumerate(wanted):
-            own = np.isin(features, here["feature"][here["word"] == word].to_numpy())
-            values = measured[layer, span]
-            for which in range(len(MEASURES)):
-                fires = ~np.isnan(values[:, which])
-                cell = which, number, at
-                sizes["n_features"][cell] = (own & fires).sum()
-                sizes["n_others"][cell] = (~own & fires).sum()
-                if min(sizes["n_features"][cell], sizes["n_others"][cell]) < 2:
-                    continue
-                found = two_groups(
-                    values[fires, which, None],
+    cells: list[tuple[int, int, int]] = []
+
+    def tests() -> Iterator[Callable[[], TwoGroups]]:
+        where = product(enumerate(layers), enumerate(wanted), range(len(MEASURES)))
+        for (at, layer), (number, (word, span)), which in where:
+            here = by_layer[layer]
+            own = np.isin(tables[layer], here["feature"][here["word"] == word].to_numpy())
+            values = measured[layer, span][:, which]
+            fires = ~np.isnan(values)
+            cell = which, number, at
+            sizes["n_features"][cell] = (own & fires).sum()
+            sizes["n_others"][cell] = (~own & fires).sum()
+            if min(sizes["n_features"][cell], sizes["n_others"][cell]) >= 2:
+                cells.append(cell)
+                yield partial(
+                    two_groups,
+                    values[fires, None],
                     own[fires],
                     n_permutations=n_permutations,
                     seed=seed,
                 )
-                statistics = (found.mean_a, found.mean_b, found.cohens_d, found.p_permutation)
-                for name, value in zip(names, statistics, strict=True):
-                    out[name][cell] = value[0]
+
+    for found, cell in zip(together(tests()), cells, strict=True):
+        statistics = (found.mean_a, found.mean_b, found.cohens_d, found.p_permutation)
+        for name, value in zip(names, statistics, strict=True):
+            out[name][cell] = value[0]
     out["q_permutation"] = corrected(out["p_permutation"])
     dims = ("measure", "pair", "layer")
     result = xr.Dataset(

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from zarrtrace.analysis.features import at_least_one, strongest
-from zarrtrace.analysis.layers import each_layer
+from zarrtrace.analysis.parallel import each_layer
 from zarrtrace.analysis.selecting import (
     Data,
     described,

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from zarrtrace.analysis.layers import load
+from zarrtrace.analysis.parallel import load
 from zarrtrace.analysis.selecting import (
     Data,
     described,

@@ -1,4 +1,4 @@
-"""Going through arrays that are large together: layer by layer, some scenarios at a time.
+"""Work on many layers and scenarios, in parts that dask does beside each other.
 
 Dask calls the analyses' functions where it reads, a block of layers a task: what comes back is
 small, and nothing is done in one thread while another waits.
@@ -23,7 +23,7 @@ _Found = TypeVar("_Found")
 #: Gets the values of a layer, and its place in the array.
 OfLayer = Callable[[np.ndarray, int], _Found]
 
-# Scenarios that dask gets together, and whose results are in memory at once.
+# Scenarios, or calls, that dask gets together, and whose results are in memory at once.
 _AT_ONCE = 8
 
 
@@ -57,6 +57,12 @@ def load(arrays: Iterable[xr.DataArray]) -> Iterator[np.ndarray]:
         bare = [array.data if array.chunks is not None else array for array in batch]
         for values in dask.compute(*bare, traverse=False):
             yield np.asarray(values)
+
+
+def together(calls: Iterable[Callable[[], _Found]]) -> Iterator[_Found]:
+    """Yield what functions return, in order; some of them are called beside each other."""
+    for batch in _batches(calls):
+        yield from dask.compute(*[dask.delayed(call, pure=False)() for call in batch])
 
 
 _Item = TypeVar("_Item")
