@@ -195,28 +195,59 @@ def _capacities(layers: np.ndarray, residual: float) -> np.ndarray:
 
 def _flows(stretches: list[np.ndarray], keys: list[list[int]], queries: list[int]) -> np.ndarray:
     """Return the maximum flows ``(layer, source)`` for one target token."""
-    layers = [layer for stretch in stretches for layer in stretch]
-    tokens = len(layers[0])
-    query, key = np.tril_indices(tokens)
-    out = np.empty((len(layers), len(keys)))
-    lower = [number * tokens + key for number in range(len(layers))]
-    upper = [(number + 1) * tokens + query for number in range(len(layers))]
-    capacity = [layer[query, key] for layer in layers]
+    layers = np.concatenate(stretches)
+    return np.stack([_flow(layers, found, queries) for found in keys], axis=1)
+
+
+def _flow(layers: np.ndarray, sources: list[int], targets: list[int]) -> np.ndarray:
+    """Return the maximum flow from some tokens to others, up to each layer ``(layer,)``."""
+    # Attention looks back: nothing flows through tokens before the first source.
+    first, last = min(sources), max(targets)
+    starts = [token - first for token in sources]
+    ends = [token - first for token in targets if token >= first]
+    if not ends:
+        return np.zeros(len(layers))
+    values, heads, counts = _edges(layers[:, first : last + 1, first : last + 1])
+    tokens = last + 1 - first
+    out = np.empty(len(layers))
     for top in range(1, len(layers) + 1):
-        sink = (top + 1) * tokens
-        ends = top * tokens + np.asarray(queries)
-        for column, found in enumerate(keys):
-            # One more node feeds all tokens of the source, and one takes from all targets.
-            start = np.concatenate([*lower[:top], np.full(len(found), sink + 1), ends])
-            end = np.concatenate([*upper[:top], found, np.full(len(ends), sink)])
-            values = np.concatenate(
-                [*capacity[:top], np.full(len(found) + len(ends), _UNIT * 2 - 1)]
-            )
-            graph = csr_array((values.astype(np.int32), (start, end)), shape=(sink + 2, sink + 2))
-            graph.eliminate_zeros()
-            flow = maximum_flow(graph, sink + 1, sink).flow_value
-            out[top - 1, column] = flow / _UNIT / len(queries)
+        # Node 0 feeds all sources, and the last node takes from all targets.
+        sink = 1 + (top + 1) * tokens
+        edges = counts[: top * tokens].sum()
+        takes = np.zeros(tokens, np.int64)
+        takes[ends] = 1
+        ends_at = np.cumsum([0, len(starts), *counts[: top * tokens], *takes, 0])
+        unlimited = np.full(len(starts) + len(ends), _UNIT * 2 - 1, np.int32)
+        capacity = [unlimited[: len(starts)], values[:edges], unlimited[len(starts) :]]
+        to = [np.add(starts, 1), heads[:edges], np.full(len(ends), sink)]
+        graph = csr_array(
+            (
+                np.concatenate(capacity),
+                np.concatenate(to).astype(np.int32),
+                ends_at.astype(np.int32),
+            ),
+            shape=(sink + 1, sink + 1),
+        )
+        out[top - 1] = maximum_flow(graph, 0, sink).flow_value / _UNIT / len(targets)
     return out
+
+
+def _edges(layers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the edges of the graph of tokens, from each token of each layer to the next layer.
+
+    Returns
+    -------
+    capacities, heads
+        Of each edge, and the node it leads to; token t at the input of layer l is node
+        1 + l · tokens + t.
+    counts
+        Of the edges that leave each node.
+    """
+    onwards = np.triu(layers.swapaxes(1, 2))
+    layer, key, query = np.nonzero(onwards)
+    tokens = layers.shape[1]
+    counts = np.bincount(layer * tokens + key, minlength=len(layers) * tokens)
+    return onwards[layer, key, query], 1 + (layer + 1) * tokens + query, counts
 
 
 # --- both --------------------------------------------------------------------------------------
