@@ -34,6 +34,9 @@ from zarrtrace.spec import NAMESPACE
 #: How the tokens of a place become one number.
 Reduce = Literal["mean", "max", "none"]
 
+# What is said of each feature on a pathway.
+_ON_PATHWAY = ("feature", "score", "source_activation", "target_activation")
+
 
 _DataT = TypeVar("_DataT", xr.Dataset, xr.DataTree)
 
@@ -246,30 +249,36 @@ def pathway_features(
             return None
         src, dst = positions(ds, source), positions(ds, target)
         require_queries(ds, dst)
+        rows = np.unique([*src, *dst])
         activations = ds["features"].drop_vars(["query_token", "token_id"], errors="ignore")
+        of_both = taken(activations, query=rows).drop_vars("query")
         weights = taken(attention(ds, "mean"), query=dst, key=src).drop_vars(["query", "key"])
-        of_both = taken(activations, query=np.unique([*src, *dst]))
-        at_source = of_both.sel(query=src).drop_vars("query").rename(query="key")
-        at_target = of_both.sel(query=dst).drop_vars("query")
-        feature, *scores = xr.apply_ufunc(
+        strongest = xr.apply_ufunc(
             _strongest_on_pathway,
-            whole(at_source, "key", "feature"),
-            whole(at_target, "query", "feature"),
-            whole(weights, "query", "key"),
-            kwargs={"top": top},
-            input_core_dims=[["key", "feature"], ["query", "feature"], ["query", "key"]],
-            output_core_dims=[["rank"]] * 4,
-            output_dtypes=[np.int64, np.float64, np.float64, np.float64],
+            whole(of_both, "query", "feature"),
+            whole(weights.rename(query="target", key="source"), "target", "source"),
+            kwargs={
+                "source": np.searchsorted(rows, src),
+                "target": np.searchsorted(rows, dst),
+                "top": top,
+            },
+            input_core_dims=[["query", "feature"], ["target", "source"]],
+            output_core_dims=[["value", "rank"]],
+            output_dtypes=[np.float64],
             dask="parallelized",
-            dask_gufunc_kwargs={"output_sizes": {"rank": top}},
+            dask_gufunc_kwargs={"output_sizes": {"value": len(_ON_PATHWAY), "rank": top}},
             keep_attrs=False,
         )
-        names = ("score", "source_activation", "target_activation")
-        out = xr.Dataset({"feature": feature, **dict(zip(names, scores, strict=True))})
+        # Little enough to be one block, which makes graphs small.
+        out = xr.Dataset({"strongest": whole(strongest, "layer")})
         out["attention"] = weights.mean(["query", "key"])
         return out.assign_coords(rank=np.arange(1, top + 1))
 
-    out = per_scenario(data, of)
+    both = per_scenario(data, of)
+    out = xr.Dataset(
+        {name: both["strongest"].isel(value=at) for at, name in enumerate(_ON_PATHWAY)}
+    )
+    out["attention"] = both["attention"]
     out["feature"] = out["feature"].fillna(-1).astype(np.int64)
     return described(
         out,
@@ -284,22 +293,26 @@ def pathway_features(
 
 
 def _strongest_on_pathway(
-    source: np.ndarray, target: np.ndarray, attention: np.ndarray, top: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """``(…, k, f), (…, q, f), (…, q, k)`` → four arrays ``(…, top)``."""
-    at_source = source.mean(-2, dtype=np.float64)
-    at_target = target.mean(-2, dtype=np.float64)
-    carried = np.einsum("...qk,...kf->...f", attention, source, dtype=np.float64)
+    rows: np.ndarray,
+    attention: np.ndarray,
+    *,
+    source: np.ndarray,
+    target: np.ndarray,
+    top: int,
+) -> np.ndarray:
+    """``(…, row, f), (…, q, k)`` and which rows are k and q → ``(…, value, top)``."""
+    activations = np.take(rows, source, axis=-2)
+    at_source = activations.mean(-2, dtype=np.float64)
+    at_target = np.take(rows, target, axis=-2).mean(-2, dtype=np.float64)
+    carried = np.einsum("...qk,...kf->...f", attention, activations, dtype=np.float64)
     carried = np.where(at_target > 0, carried / attention.shape[-2], 0)
-    shape = (*carried.shape[:-1], top)
-    feature = np.full(shape, -1, np.int64)
-    values = np.full((3, *shape), np.nan)
-    for where in np.ndindex(shape[:-1]):
+    out = np.full((*carried.shape[:-1], len(_ON_PATHWAY), top), np.nan)
+    out[..., 0, :] = -1
+    for where in np.ndindex(carried.shape[:-1]):
         order = strongest(carried[where], top)
-        feature[where][: len(order)] = order
-        for value, of in zip(values, (carried, at_source, at_target), strict=True):
-            value[where][: len(order)] = of[where][order]
-    return feature, values[0], values[1], values[2]
+        values = (order, *(of[where][order] for of in (carried, at_source, at_target)))
+        out[where][:, : len(order)] = values
+    return out
 
 
 def strongest(scores: np.ndarray, top: int) -> np.ndarray:
