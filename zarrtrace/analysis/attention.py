@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
+import dask.array as da
 import numpy as np
 import xarray as xr
 
@@ -258,29 +260,22 @@ def attention_locality(
     if window < 0:
         raise ConfigError(f"window={window} is negative", remedy="Give 0 or more tokens.")
 
-    def of(ds: xr.Dataset) -> xr.Dataset:
+    def of(ds: xr.Dataset) -> xr.DataArray:
         rows = stored_queries(ds)
         array = taken(attention(ds, heads), query=rows)
-        at = xr.DataArray(rows, dims="query", coords={"query": rows})
-        found: xr.DataArray = xr.apply_ufunc(
-            _locality_of_rows,
-            whole(array, "key"),
-            at,
-            kwargs={"keys": query_labels(ds), "window": window, "exclude_first": exclude_first},
-            input_core_dims=[["key"], []],
-            output_core_dims=[["measure"]],
-            output_dtypes=[np.float64],
-            dask="parallelized",
-            dask_gufunc_kwargs={"output_sizes": {"measure": len(LOCALITY)}},
-            keep_attrs=False,
+        of_rows = partial(
+            _locality_of_rows, keys=query_labels(ds), window=window, exclude_first=exclude_first
         )
-        return (
-            found.mean("query", skipna=True)
-            .assign_coords(measure=list(LOCALITY))
-            .to_dataset("measure")
+        found = xr.DataArray(
+            _by_rows(of_rows, array, rows),
+            dims=[*array.dims[:-1], "measure"],
+            coords={dim: array.indexes[dim] for dim in array.dims[:-1]},
         )
+        # Little enough to be one block, which makes graphs small.
+        mean = whole(found.mean("query", skipna=True), "layer")
+        return mean.assign_coords(measure=list(LOCALITY))
 
-    out = per_scenario(data, of)
+    out = per_scenario(data, of).to_dataset("measure")
     for name, units in zip(LOCALITY, ("tokens", "nats", "1", "1"), strict=True):
         out[name].attrs["units"] = units
     return described(
@@ -292,6 +287,25 @@ def attention_locality(
         heads=heads,
         window=window,
         exclude_first=exclude_first,
+    )
+
+
+def _by_rows(
+    function: Callable[[np.ndarray, np.ndarray], np.ndarray], array: xr.DataArray, at: np.ndarray
+) -> Any:
+    """Call a function with rows ``(…, query, key)`` and their positions ``(query, 1)``."""
+    if array.chunks is None:
+        return function(array.to_numpy(), at[:, None])
+    # Not apply_ufunc: for a dimension that the function takes away, dask copies each block.
+    blocks = whole(array, "key")
+    positions = da.from_array(at[:, None], (blocks.chunksizes["query"], (1,)))
+    return da.map_blocks(
+        function,
+        blocks.data,
+        positions,
+        chunks=(*blocks.data.chunks[:-1], (len(LOCALITY),)),
+        dtype=np.float64,
+        meta=np.empty((0,) * array.ndim),
     )
 
 
