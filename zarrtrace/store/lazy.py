@@ -100,10 +100,11 @@ class StoredArray(BackendArray):
                 files.setdefault(file, []).append((inside * stride, into, of))
             by_file.append(files)
         jobs = []
+        portions = _PORTIONS if _alone() else 1
         for found in itertools.product(*(files.items() for files in by_file)):
             pieces = list(itertools.product(*(parts for _, parts in found)))
             place = tuple(file for file, _ in found)
-            step = max(1, -(-len(pieces) // _PORTIONS))
+            step = max(1, -(-len(pieces) // portions))
             jobs += [(place, pieces[at : at + step]) for at in range(0, len(pieces), step)]
         return jobs
 
@@ -200,14 +201,17 @@ def _pool(_process: int) -> ThreadPoolExecutor:
 
 def _each(do: Callable[[Job], object], jobs: Sequence[Job], decoded: int) -> None:
     """Do all jobs; several at a time if that pays."""
-    # In a thread of somebody's, dask's or a server's, others read beside this one already.
-    alone = threading.current_thread() is threading.main_thread()
-    if not alone or decoded < _FEW_BYTES or len(jobs) < 2:
+    if not _alone() or decoded < _FEW_BYTES or len(jobs) < 2:
         for job in jobs:
             do(job)
         return
     shares = [jobs[at :: 2 * _THREADS] for at in range(min(len(jobs), 2 * _THREADS))]
     list(_pool(os.getpid()).map(lambda share: list(map(do, share)), shares))
+
+
+def _alone() -> bool:
+    """Tell whether nobody reads beside this thread: in dask's and a server's, others do already."""
+    return threading.current_thread() is threading.main_thread()
 
 
 def _counted(key: Any, size: int) -> Any:
