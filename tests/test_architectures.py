@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES, Activations, Models
+from capturing import records_of
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
@@ -24,7 +25,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from zarrtrace import demo
-from zarrtrace.capture import capture, load_model
+from zarrtrace.capture import load_model
 from zarrtrace.errors import ModelError
 from zarrtrace.extraction import Options, extract
 from zarrtrace.spec import TokensRecord
@@ -68,7 +69,7 @@ def test_attention_blocks_and_continuations_are_transformers_own(
     expected = architectures.reference(name, models.path(name, dtype), ids)
     source = Activations()
     records = list(
-        capture(
+        records_of(
             models(name, dtype),
             [architectures.request(ids)],
             attention_dtype="float16" if dtype == "float16" else "float32",

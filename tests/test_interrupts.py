@@ -137,7 +137,7 @@ from zarrtrace.extraction.interrupts import held_back
 
 class Anything:
     scenario, lacks, folder = "a", {}, None
-    def append(self, record): return 1, False
+    def append(self, record): return [("a", 1, False)]
     def stored(self, *_, **__): pass
 
 def later():
