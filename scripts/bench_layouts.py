@@ -25,7 +25,7 @@ import zarr
 from numcodecs import Blosc
 from xarray.core.indexing import BasicIndexer
 
-from zarrtrace.spec import ATTENTION_LEVEL, ArrayLayout
+from zarrtrace.spec import ATTENTION_BLOCK, ATTENTION_LEVEL, ArrayLayout
 from zarrtrace.store import shards
 from zarrtrace.store.lazy import stored_array
 from zarrtrace.store.nodes import create_arrays
@@ -111,7 +111,7 @@ def measure(folder: Path, layout: Layout, values: np.ndarray, repeats: int) -> l
     def write() -> None:
         shutil.rmtree(path, ignore_errors=True)
         create_arrays(folder, {}, {path.name: how})
-        codec = Blosc(cname="zstd", clevel=layout.level, shuffle=Blosc.SHUFFLE)
+        codec = Blosc("zstd", layout.level, Blosc.SHUFFLE, ATTENTION_BLOCK)
         with mock.patch.object(shards, "_BLOSC", codec):
             for layer in range(len(values)):
                 for row in range(0, last + 1, rows):

@@ -59,10 +59,10 @@ class Costs:
     scenarios: int = 100_000
     scenarios_a_task: int = 32
     gpus_a_node: int = 8
-    scenario_s: float = 0.075
+    scenario_s: float = 0.044
     start_s: float = 15.0
     weights_gb: float = 24.4
-    scenario_mb: float = 14.0
+    scenario_mb: float = 13.4
     scenario_puts: int = 215
     node_gbps: float = 25.0
     bucket_gbps: float = 100.0
