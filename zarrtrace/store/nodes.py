@@ -21,8 +21,8 @@ from zarrtrace.spec import (
     ArrayLayout,
 )
 from zarrtrace.store.attributes import canonical, hash_of, names_below, sealed
-from zarrtrace.store.files import change_whole, each_of, no_collecting, write_whole
-from zarrtrace.store.objects import Location
+from zarrtrace.store.files import change_whole, no_collecting, write_whole
+from zarrtrace.store.objects import Location, ObjectPath, at_once
 
 #: Makes attributes of those that are there.
 Update = Callable[[dict[str, Any]], dict[str, Any]]
@@ -237,7 +237,9 @@ def _nodes_below(path: Location, *, trusting: bool) -> dict[str, Any]:
 
     # The index changes after the run is finished.
     folders = [path / name for name in names_below(path) if name != INDEX]
-    found = itertools.chain.from_iterable(each_of(below, folders))
+    found = itertools.chain.from_iterable(
+        at_once(below, folders) if isinstance(path, ObjectPath) else map(below, folders)
+    )
     return dict(sorted(found, key=lambda node: f"{node[0]}/zarr.json".split("/")))
 
 
