@@ -58,6 +58,7 @@ let soon;
 async function render(changed) {
   const some = (/** @type {string[]} */ ...names) => names.some((name) => changed.has(name));
   pending++;
+  clearTimeout(soon); // what is read ahead must not delay what is asked for
   document.body.dataset.state = "busy";
   if (some("theme")) applyTheme();
   controls(changed);
@@ -81,7 +82,6 @@ async function render(changed) {
   // For who does not see what has changed.
   const [layer, head, token] = said();
   $("status").textContent = `${layer}, ${head}, ${token}`;
-  clearTimeout(soon);
   soon = setTimeout(() => {
     readAhead();
     soon = setTimeout(showOverview, 240);
