@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +42,7 @@ from zarrtrace.errors import (
     StoreError,
 )
 from zarrtrace.spec import NAMESPACE, LayerRecord, TokensRecord, TraceAttributes
-from zarrtrace.store import RunWriter, open_run, open_trace, summarize, verify
+from zarrtrace.store import RunWriter, open_run, open_trace, summarize, trace_writer, verify
 
 
 def assert_equals(ds: xr.Dataset, truth: fakes.Truth) -> None:
@@ -691,6 +692,71 @@ def test_a_layer_counts_when_its_last_array_is_there(tmp_path: Path) -> None:
     writer.append(replace(good, features={}))
     assert writer.missing_layers == fakes.LAYERS
     writer.append(replace(good, attention=None, attention_mean=None))
+    assert writer.missing_layers == (2, 3)
+
+
+def test_a_layer_counts_only_once_the_file_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever finds nothing missing finishes the trace, while another thread may be writing."""
+    writer = fakes.make_trace_writer(tmp_path / "trace")
+    real, missing = trace_writer.replace_journal, []
+
+    def replace_journal(path: Any, journal: str) -> None:
+        missing.append((*writer.missing_layers, writer.needs_tokens))
+        real(path, journal)
+
+    monkeypatch.setattr(trace_writer, "replace_journal", replace_journal)
+    for record in fakes.make_records():
+        writer.append(record)
+    assert missing == [(1, 2, 3, True), (2, 3, True), (3, True), (True,)]
+
+
+class Meeting:
+    """A lock that two threads hold; after the last time but one, and the last, both wait."""
+
+    def __init__(self, times: dict[str, int]) -> None:
+        self._times, self._lock, self._both = times, threading.Lock(), threading.Barrier(2)
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+        name = threading.current_thread().name
+        self._times[name] -= 1
+        if self._times[name] in (1, 0):
+            self._both.wait(10)
+
+
+def test_a_layer_whose_last_rows_come_from_two_threads_is_journalled_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = fakes.make_trace_writer(tmp_path / "trace")
+    good = next(iter(fakes.make_records()))
+    assert isinstance(good, LayerRecord)
+    real, journals = trace_writer.replace_journal, []
+
+    def replace_journal(path: Any, journal: str) -> None:
+        journals.append(journal)
+        real(path, journal)
+
+    monkeypatch.setattr(trace_writer, "replace_journal", replace_journal)
+    # Once for each array, and once to look if the layer is whole: both see all that was written.
+    monkeypatch.setattr(writer, "_mutex", Meeting({"attention": 2 + 1, "features": 3 + 1}))
+    halves = {
+        "attention": replace(good, features={}),
+        "features": replace(good, attention=None, attention_mean=None),
+    }
+    threads = [
+        threading.Thread(target=writer.append, args=(half,), name=name)
+        for name, half in halves.items()
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(journals) == 1
     assert writer.missing_layers == (2, 3)
 
 
