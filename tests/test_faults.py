@@ -7,6 +7,7 @@ import os
 import random
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -185,13 +186,14 @@ def test_repair_does_not_mix_two_configurations(run: fakes.FakeRun) -> None:
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_what_was_cut_otherwise_is_gone_on_with(tmp_path: Path, damaged: bool) -> None:
+@pytest.mark.parametrize("codec", ["plain", "sparse_by_token"])
+def test_what_was_cut_otherwise_is_gone_on_with(tmp_path: Path, codec: str, damaged: bool) -> None:
     """A run that another version of zarrtrace began: the chunks on the disk count."""
     sizes: dict[str, Any] = {"scenarios": ("Safe_1",), "tokens": 20, "features": 64}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("zarrtrace.spec._QUERIES_PER_SHORT_CHUNK", 5)
         patch.setattr("zarrtrace.spec._FEATURES_PER_CHUNK", 16)
-        patch.setattr(trace_writer, "trace_layout", _earlier_layout)
+        patch.setattr(trace_writer, "trace_layout", partial(_earlier_layout, codec=codec))
         patch.setattr(nodes, "ATTENTION_BLOCK", 0)
         begun = fakes.make_run(tmp_path, **sizes, drop={"Safe_1": fakes.LAYERS[-1:]})
     for name in ("attention", "features") if damaged else ():
@@ -204,16 +206,19 @@ def test_what_was_cut_otherwise_is_gone_on_with(tmp_path: Path, damaged: bool) -
     assert found.features.encoding["chunks"][2] == (64 if damaged else 16)
     xr.testing.assert_identical(found, xr.open_zarr(again.trace, consolidated=False))
     sharding = json.loads((again.trace / "features" / "zarr.json").read_bytes())["codecs"][0]
-    ends = "crc32c" if damaged else "zstd"
-    assert sharding["configuration"]["codecs"][-1]["name"] == ends
+    codecs = [one["name"] for one in sharding["configuration"]["codecs"]]
+    if damaged:
+        assert codecs == ["transpose", "bytes", "zstd", "crc32c"]
+    else:
+        assert codecs == ["bytes", "zstd", *(["crc32c"] if codec == "sparse_by_token" else [])]
     for name in ("attention", "features"):
         np.testing.assert_array_equal(found[name], again.truth["Safe_1"][name])
 
 
-def _earlier_layout(shape: TraceShape) -> dict[str, ArrayLayout]:
-    """Features once had a checksum within zstd."""
+def _earlier_layout(shape: TraceShape, *, codec: str) -> dict[str, ArrayLayout]:
+    """Features were once compressed token by token, and before that with a checksum within zstd."""
     return {
-        name: layout.model_copy(update={"codec": "plain"}) if layout.codec == "sparse" else layout
+        name: layout.model_copy(update={"codec": codec}) if layout.codec == "sparse" else layout
         for name, layout in trace_layout(shape).items()
     }
 

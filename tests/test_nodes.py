@@ -12,12 +12,14 @@ import pytest
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
-from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ZstdCodec
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, TransposeCodec, ZstdCodec
 
 from zarrtrace.spec import (
     ATTENTION_BLOCK,
     ATTENTION_LEVEL,
     FEATURES_LEVEL,
+    FEATURES_LEVEL_BY_TOKEN,
+    FEATURES_ORDER,
     NAMESPACE,
     ArrayLayout,
     TraceShape,
@@ -46,6 +48,9 @@ LAYOUTS = {
     **trace_layout(
         TraceShape(layers=2, tokens=5, heads=2, features={}, chosen_queries=True, next_token=False)
     ),
+    "features_by_token": trace_layout(
+        TraceShape(layers=2, tokens=5, features={"features": 24}, feature_dtype="float32")
+    )["features"].model_copy(update={"codec": "sparse_by_token"}),
     **{f"of_index_{name}": one for name, one in index_layout(2, {"features": 3000}, 7).items()},
 }
 
@@ -58,6 +63,10 @@ def made_by_zarr(folder: Path, layout: ArrayLayout) -> dict[str, Any]:
     compressors = {
         "attention": [blosc, Crc32cCodec()],
         "sparse": [ZstdCodec(level=FEATURES_LEVEL, checksum=False), Crc32cCodec()],
+        "sparse_by_token": [
+            ZstdCodec(level=FEATURES_LEVEL_BY_TOKEN, checksum=False),
+            Crc32cCodec(),
+        ],
         "plain": [ZstdCodec(level=1, checksum=True)],
     }
     zarr.create_array(
@@ -70,6 +79,7 @@ def made_by_zarr(folder: Path, layout: ArrayLayout) -> dict[str, Any]:
         fill_value=layout.fill_value,
         attributes=dict(layout.attributes),
         serializer="auto" if text else BytesCodec(endian="little"),
+        filters=[TransposeCodec(order=FEATURES_ORDER)] if layout.codec == "sparse" else None,
         compressors=compressors[layout.codec],
     )
     found: dict[str, Any] = json.loads((folder / "zarr.json").read_bytes())

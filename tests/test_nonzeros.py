@@ -32,7 +32,7 @@ def layouts(draw: st.DrawFn) -> ArrayLayout:
         shape=shape,
         chunks=(1, rows, width),
         shards=(1, files, -(-shape[2] // width) * width),
-        codec="sparse",
+        codec=draw(st.sampled_from(["sparse", "sparse_by_token"])),
         fill_value=draw(st.sampled_from([float("nan"), 0.0])),
     )
 

@@ -35,8 +35,11 @@ ATTENTION_LEVEL = 1
 #: Bytes that it compresses at once: a chunk, or a quarter of a large one. Left to itself, Blosc
 #: takes 32 KiB, which costs a third more time, twice as much to read, and 3 % more room.
 ATTENTION_BLOCK = 2**19
-#: Compression level of features: faster than 1, and smaller where few features fire.
-FEATURES_LEVEL = -5
+#: Compression level of features, and of those in runs that were begun token by token.
+FEATURES_LEVEL, FEATURES_LEVEL_BY_TOKEN = 1, -5
+#: Chunks of features are compressed feature by feature: one that fires often does so at tokens that
+#: follow each other, and what never fires is one run of zeros.
+FEATURES_ORDER = (0, 2, 1)
 
 # Shards stay below this size, dense: one writer holds at most a few of them.
 _MAX_SHARD_BYTES = 64 * 2**20
@@ -220,7 +223,7 @@ class IndexAttributes(Frozen):
 
 # --- arrays ------------------------------------------------------------------------------------
 
-Codec = Literal["attention", "sparse", "plain"]
+Codec = Literal["attention", "sparse", "sparse_by_token", "plain"]
 
 
 class ArrayLayout(Frozen):

@@ -41,6 +41,8 @@ class Encoding:
         Of the array; `text` says whether it is of text.
     file_shape, chunks, shards
         Of what one file holds, of what is decoded at once, and of shards if there are any.
+    order
+        Of a chunk's dimensions in its bytes.
     decoders
         What to do to the bytes of a chunk, in order.
     grid, strides, count
@@ -71,6 +73,10 @@ class Encoding:
             self.shards = self.file_shape
             self.chunks = tuple(map(int, outer["chunk_shape"]))
             codecs = outer["codecs"]
+        self.order = tuple(range(len(self.chunks)))
+        if codecs[0]["name"] == "transpose":
+            self.order = tuple(map(int, codecs[0]["configuration"]["order"]))
+            codecs = codecs[1:]
         little = {"name": "bytes", "configuration": {"endian": "little"}}
         plain = {"name": "bytes"}  # of one byte a value
         if codecs[0] not in (_TEXT if self.text else [little, plain]):
@@ -87,7 +93,8 @@ class Encoding:
     def __repr__(self) -> str:
         """Write all that decides how bytes are read."""
         decoders = [decode.__name__ for decode in self.decoders]
-        said = (self.shape, self.dtype.str, self.fill, self.chunks, self.shards, decoders)
+        cut = (self.shape, self.dtype.str, self.fill, self.chunks, self.shards)
+        said = (*cut, self.order, decoders)
         return f"Encoding{said}"
 
     def decode(self, content: bytes) -> np.ndarray:
@@ -97,7 +104,8 @@ class Encoding:
         if self.text:
             text: np.ndarray = VLenUTF8().decode(content)
             return text
-        return np.frombuffer(content, self.little).reshape(self.chunks)
+        stored = np.frombuffer(content, self.little).reshape([self.chunks[at] for at in self.order])
+        return stored.transpose(np.argsort(self.order))
 
 
 def checked(content: bytes, _size: int | None = None) -> memoryview:

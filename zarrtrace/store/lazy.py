@@ -39,6 +39,8 @@ _THREADS = os.cpu_count() or 1
 _PORTIONS = 4 * _THREADS
 #: What is decoded faster by one thread than it takes to wake others.
 _FEW_BYTES = 2**19
+#: How many columns are copied at once where rows do not lie together.
+_COLUMNS = 256
 _ENTRY = struct.Struct("<QQ")
 
 
@@ -114,7 +116,29 @@ class StoredArray(BackendArray):
             for piece in pieces:
                 inside, into, of = zip(*piece, strict=True)
                 chunk = self._chunk(opened, file, sum(inside))
-                out[_outer(into)] = self.encoding.fill if chunk is None else chunk[_outer(of)]
+                self._put(out, into, chunk, of)
+
+    def _put(
+        self,
+        out: np.ndarray,
+        into: Sequence[slice | np.ndarray],
+        chunk: np.ndarray | None,
+        of: Sequence[slice | np.ndarray],
+    ) -> None:
+        """Copy a part of a chunk to where it belongs."""
+        if chunk is None:
+            out[_outer(into)] = self.encoding.fill
+            return
+        part, columns = chunk[_outer(of)], into[-1]
+        together = part.strides[-1] == part.itemsize or part.nbytes < _FEW_BYTES // 4
+        if together or isinstance(columns, np.ndarray):
+            out[_outer(into)] = part
+            return
+        # It lies column by column: many at once would fall out of the processor's cache.
+        for start in range(0, part.shape[-1], _COLUMNS):
+            stop = min(start + _COLUMNS, part.shape[-1])
+            some = slice(columns.start + start, columns.start + stop)
+            out[_outer([*into[:-1], some])] = part[..., start:stop]
 
     def _chunk(self, opened: _File, file: Place, number: int) -> np.ndarray | None:
         """Return a chunk's values; None if it is left out, which stands for the fill value."""

@@ -15,6 +15,8 @@ from zarrtrace.spec import (
     ATTENTION_BLOCK,
     ATTENTION_LEVEL,
     FEATURES_LEVEL,
+    FEATURES_LEVEL_BY_TOKEN,
+    FEATURES_ORDER,
     INDEX,
     LABELS,
     NAMESPACE,
@@ -106,7 +108,10 @@ def _codecs(layout: ArrayLayout) -> list[dict[str, Any]]:
         blosc = _named("blosc", typesize=size, **options, blocksize=ATTENTION_BLOCK)
         return [serializer, blosc, _CRC]
     if layout.codec == "sparse":
-        return [serializer, _named("zstd", level=FEATURES_LEVEL, checksum=False), _CRC]
+        turn = _named("transpose", order=list(FEATURES_ORDER))
+        return [turn, serializer, _named("zstd", level=FEATURES_LEVEL, checksum=False), _CRC]
+    if layout.codec == "sparse_by_token":
+        return [serializer, _named("zstd", level=FEATURES_LEVEL_BY_TOKEN, checksum=False), _CRC]
     return [serializer, _named("zstd", level=1, checksum=True)]
 
 

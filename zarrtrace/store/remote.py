@@ -25,7 +25,6 @@ from zarrtrace.store.lazy import (
     _counted,
     _File,
     _length,
-    _outer,
 )
 from zarrtrace.store.objects import ObjectPath, at_once
 
@@ -104,7 +103,7 @@ class RemoteArray(StoredArray):
             raise _damaged(f"{path}: its index cannot be decoded: {error}") from error
         for inside, into, of in places:
             chunk = self._chunk(fetched, file, sum(inside))
-            out[_outer(into)] = self.encoding.fill if chunk is None else chunk[_outer(of)]
+            self._put(out, into, chunk, of)
 
     def _contents(self, path: ObjectPath, file: Place, numbers: Sequence[int]) -> _Fetched:
         """Get chunks, by their numbers in a file."""

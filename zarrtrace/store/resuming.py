@@ -79,8 +79,9 @@ def _cut_as(path: Location, layout: ArrayLayout, journal: Stored | None) -> Arra
         chunks = tuple(codecs[0]["configuration"]["chunk_shape"])
         codecs = codecs[0]["configuration"]["codecs"]
     cut: dict[str, Any] = {"chunks": chunks, "shards": shards if sharded else None}
-    if layout.codec == "sparse" and codecs[-1]["name"] == "zstd":
-        cut["codec"] = "plain"  # with a checksum of its own
+    if layout.codec == "sparse" and codecs[0]["name"] != "transpose":
+        own = codecs[-1]["name"] == "zstd"  # with a checksum of its own
+        cut["codec"] = "plain" if own else "sparse_by_token"
     return layout.model_copy(update=cut)
 
 

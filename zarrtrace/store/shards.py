@@ -1,6 +1,6 @@
 """Encoding arrays into the files of Zarr's chunk and shard layout.
 
-Zarr writes the same bytes. It is done here because a layer is many small chunks, and Zarr's way
+Zarr writes the same values. It is done here because a layer is many small chunks, and Zarr's way
 through its event loop costs more time than compressing them (schema/README.md has the figures).
 Tests read every array back with Zarr and with tensorstore.
 """
@@ -19,6 +19,8 @@ from zarrtrace.spec import (
     ATTENTION_BLOCK,
     ATTENTION_LEVEL,
     FEATURES_LEVEL,
+    FEATURES_LEVEL_BY_TOKEN,
+    FEATURES_ORDER,
     ArrayLayout,
     Nonzeros,
 )
@@ -34,7 +36,8 @@ _TEXT = VLenUTF8()
 _BLOSC = Blosc(
     cname="zstd", clevel=ATTENTION_LEVEL, shuffle=Blosc.SHUFFLE, blocksize=ATTENTION_BLOCK
 )
-_OF_FEATURES = Zstd(level=FEATURES_LEVEL)
+_OF_FEATURES, _BY_TOKEN = Zstd(level=FEATURES_LEVEL), Zstd(level=FEATURES_LEVEL_BY_TOKEN)
+_CODECS = {"attention": _BLOSC, "sparse": _OF_FEATURES, "sparse_by_token": _BY_TOKEN}
 
 
 def write_block(
@@ -98,16 +101,22 @@ def _filled_chunks(
         (at, values, np.searchsorted(at, ends).tolist())
         for at, values in zip(block.at, block.values, strict=True)
     ]
-    room = np.zeros((1, step, columns), np.dtype(layout.dtype).newbyteorder("<"))
-    flat, inside = room.reshape(-1), room[0]
+    dtype = np.dtype(layout.dtype).newbyteorder("<")
+    by_feature = layout.codec == "sparse"
+    memory = np.zeros((1, columns, step) if by_feature else (1, step, columns), dtype)
+    room = memory.transpose(FEATURES_ORDER) if by_feature else memory
+    flat, inside = memory.reshape(-1), room[0]
     for down, start in enumerate(starts):
         for right, (at, values, places) in enumerate(parts):
             before, inside = inside, room[0, : rows.stop - start, : width - right * columns]
             if inside.shape != before.shape:  # it ends elsewhere at the array's edge
-                room[:] = layout.fill_value
+                room[:] = _beyond(layout)
                 inside[:] = 0
             here = slice(*places[down : down + 2])
             filled = at[here] - start * columns
+            if by_feature:
+                row = filled // columns
+                filled = (filled - row * columns) * step + row
             flat[filled] = values[here]
             yield (0, down, right), room
             flat[filled] = 0
@@ -127,10 +136,10 @@ def _write_file(array: Location, index: Sequence[int], content: bytes) -> dict[s
 
 def _encode_file(values: np.ndarray, layout: ArrayLayout) -> bytes:
     if layout.shards is None:
-        return _encode_chunk(_padded(values, layout.chunks, layout.fill_value), layout)
+        return _encode_chunk(_padded(values, layout), layout)
     return _sharded(
         (
-            (place, _padded(part, layout.chunks, layout.fill_value))
+            (place, _padded(part, layout))
             for place, part in _pieces(values, layout.chunks)
             if not layout.skip_empty or part.any()
         ),
@@ -156,8 +165,9 @@ def _sharded(chunks: Iterable[tuple[Place, np.ndarray]], layout: ArrayLayout) ->
 def _encode_chunk(values: np.ndarray, layout: ArrayLayout) -> bytes:
     # Every chunk carries a checksum: a flipped bit must raise, never read as another number.
     if layout.codec != "plain":
-        codec = _BLOSC if layout.codec == "attention" else _OF_FEATURES
-        compressed = bytes(codec.encode(values))
+        if layout.codec == "sparse":
+            values = np.ascontiguousarray(values.transpose(FEATURES_ORDER))
+        compressed = bytes(_CODECS[layout.codec].encode(values))
         return compressed + _checksum(compressed)
     return bytes(_ZSTD.encode(_TEXT.encode(values) if layout.dtype == "string" else values))
 
@@ -175,9 +185,15 @@ def _pieces(values: np.ndarray, shape: tuple[int, ...]) -> Iterator[tuple[Place,
         yield place, values[tuple(map(slice, corner, ends))]
 
 
-def _padded(values: np.ndarray, shape: tuple[int, ...], fill: object) -> np.ndarray:
-    if values.shape == shape:
+def _beyond(layout: ArrayLayout) -> object:
+    """Return what a chunk holds beyond the array's edge, which nobody reads."""
+    # Feature by feature, another value would end the zeros of each.
+    return 0 if layout.codec == "sparse" else layout.fill_value
+
+
+def _padded(values: np.ndarray, layout: ArrayLayout) -> np.ndarray:
+    if values.shape == layout.chunks:
         return np.ascontiguousarray(values)
-    padded = np.full(shape, fill, values.dtype)
+    padded = np.full(layout.chunks, _beyond(layout), values.dtype)
     padded[tuple(slice(0, size) for size in values.shape)] = values
     return padded
