@@ -46,8 +46,8 @@ window.drawn = new Promise(done => {
     document.addEventListener("DOMContentLoaded", look);
 });
 """
-# Dispatches an event and waits until all that it chose is drawn and laid out. Polling would take one
-# of two cores from the server.
+# Dispatches an event and waits until all that it chose is drawn and laid out. Polling would take
+# one of two cores from the server.
 _TIMED = """async ([selector, kind, name, init]) => {
     const task = () => new Promise(done => {
         const channel = new MessageChannel();
