@@ -59,6 +59,7 @@ _TOGETHER = (
     "test_objects.py",
     "test_cli.py",
     "test_https.py",
+    "test_mission.py",
 )
 #: Files whose tests take longest. They are begun first, so that no core waits for one at the end.
 _LONG = (
@@ -66,7 +67,6 @@ _LONG = (
     "test_viewer_page.py",
     "test_readme.py",
     "test_figures.py",
-    "test_mission.py",
     "test_store.py",
     "test_bad_input.py",
 )

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import hub_cache
 import numpy as np
+import processes
 import pytest
 import torch
 from sae_lens import SAE
@@ -29,6 +28,16 @@ LLAMA = (
     "zarrtrace extract --model meta-llama/Llama-3.1-8B --sae-release llama_scope_lxr_8x "
     "--layers 1-31 -o runs/llama"
 )
+# In a process of its own, forked from one that has imported the libraries; the hub's settings are
+# read where they are imported.
+COMMAND = """
+import importlib
+import huggingface_hub.constants
+from zarrtrace.cli import main
+
+importlib.reload(huggingface_hub.constants)
+main()
+"""
 GPT2 = "zarrtrace extract --model gpt2 --sae-release gpt2-small-res-jb --layers 0-11 -o runs/gpt2"
 
 
@@ -78,20 +87,6 @@ def of_the_libraries(
     return {**arrays, "next_token": top.indices.numpy(), "logprob": top.values.numpy()}
 
 
-def run(command: list[str], home: Path, cwd: Path) -> None:
-    """Run a command in a process of its own."""
-    environment = {
-        **os.environ,
-        "HF_HOME": str(home),
-        "HF_HUB_OFFLINE": "1",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    }
-    done = subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-
-
 def check(trace: Path, expected: dict[str, np.ndarray], layers: range) -> None:
     ds = zt.open_trace(trace)
     np.testing.assert_array_equal(ds.token_id, expected["ids"])
@@ -104,13 +99,19 @@ def check(trace: Path, expected: dict[str, np.ndarray], layers: range) -> None:
     np.testing.assert_array_equal(ds.next_token_logprob, expected["logprob"])
 
 
-def test_llama_with_llama_scope(tmp_path: Path, home: Path) -> None:
+def test_llama_with_llama_scope(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert f"$ {LLAMA}\n" in README
     hub_cache.make_llama(tmp_path / "model")
     hub_cache.make_llama_scope(tmp_path / "saes")
     hub_cache.add_repo(home, "meta-llama/Llama-3.1-8B", tmp_path / "model")
     hub_cache.add_repo(home, "fnlp/Llama3_1-8B-Base-LXR-8x", tmp_path / "saes")
-    run(shlex.split(LLAMA), home, tmp_path)
+    monkeypatch.setenv("HF_HOME", str(home))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    done = processes.python(COMMAND, *shlex.split(LLAMA)[1:])
+    assert done.returncode == 0, done.stderr
     assert verify(tmp_path / "runs/llama") == []
     trace = tmp_path / "runs/llama/Very_risky_25"
     attributes = json.loads((trace / "zarr.json").read_text())["attributes"]["zarrtrace"]
