@@ -36,8 +36,6 @@ from zarrtrace.extraction.writers import (
     bytes_of,
 )
 from zarrtrace.spec import BFloat16, TokensRecord
-from zarrtrace.store import Location
-from zarrtrace.store.files import flush
 from zarrtrace.together import LayerBatch
 
 #: Fewer than these are better written by threads: each would have one process.
@@ -46,8 +44,6 @@ FEW_TRACES = 4
 _MOST = 15
 # Traces of a batch that one process writes: few, so that all have equally much to do.
 _TOGETHER = 4
-# What was written goes to the disk all along: it would take its time at the end.
-_SECONDS_A_FLUSH = 1.0
 # Bytes of records that wait or are being sent, by process; one record may be larger.
 _BYTES_A_PROCESS = 24 * 2**20
 # Of linux/prctl.h.
@@ -143,8 +139,6 @@ class WriterProcesses:
             threading.Thread(target=self._feed, args=(at,), name=f"zarrtrace-write-{at}")
             for at in range(count)
         ]
-        self._ended = threading.Event()
-        self._threads.append(threading.Thread(target=self._flush, args=(traces.folder,)))
 
     def _open(self, traces: Traces) -> dict[str, Lack]:
         try:
@@ -194,11 +188,6 @@ class WriterProcesses:
                 self._failed.append(error)
             self._room.give_back(bytes_of(record))
 
-    def _flush(self, folder: Location) -> None:
-        while not self._ended.wait(_SECONDS_A_FLUSH):
-            with suppress(OSError):  # said by whoever writes
-                flush(folder)
-
     def _raise_first(self) -> None:
         if self._failed:
             raise self._failed[0]
@@ -209,7 +198,6 @@ class WriterProcesses:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._ended.set()
         for queue in self._queues:
             queue.put(None)
         for thread in self._threads:
