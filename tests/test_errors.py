@@ -257,17 +257,17 @@ def test_newer_format(tmp_path: Path) -> None:
 
 
 def test_no_space_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Path.write_bytes
+    original = Path.open
     written = []
 
-    def full(self: Path, data: bytes) -> int:
-        if "attention" in str(self):
+    def full(self: Path, mode: str = "r", *more: Any, **options: Any) -> Any:
+        if "attention" in str(self) and "w" in mode:
             written.append(self)
             if len(written) > 2:
                 raise OSError(errno.ENOSPC, "No space left on device")
-        return original(self, data)
+        return original(self, mode, *more, **options)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "open", full)
     with pytest.raises(NoSpaceError) as error:
         extract(tmp_path / "run", small())
     assert re.search(r"The run needs about \d+ kB in all; .* are free now", message(error))
