@@ -43,6 +43,7 @@ from zarrtrace.errors import (
 )
 from zarrtrace.spec import NAMESPACE, LayerRecord, TokensRecord, TraceAttributes
 from zarrtrace.store import RunWriter, open_run, open_trace, summarize, trace_writer, verify
+from zarrtrace.store.encoding import Encoding
 
 
 def assert_equals(ds: xr.Dataset, truth: fakes.Truth) -> None:
@@ -1002,6 +1003,18 @@ def test_what_we_read_is_what_zarr_reads(shared_long: fakes.FakeRun) -> None:
 def test_indices_out_of_bounds_raise(shared_run: fakes.FakeRun, query: int | list[int]) -> None:
     with pytest.raises(IndexError, match="out of bounds"):
         zt.open_trace(shared_run.trace).attention.isel(query=query).load()
+
+
+@pytest.mark.parametrize("order", [[0, 1], [0, 0, 1], [0, 2, 5], [1, 0, 2, 3], None])
+def test_what_is_no_order_of_the_dimensions_is_not_decoded(
+    shared_run: fakes.FakeRun, order: list[int] | None
+) -> None:
+    metadata = json.loads((shared_run.trace / "features" / "zarr.json").read_bytes())
+    transpose = metadata["codecs"][0]["configuration"]["codecs"][0]
+    assert transpose == {"name": "transpose", "configuration": {"order": [0, 2, 1]}}
+    transpose["configuration"]["order"] = order
+    with pytest.raises((ValueError, TypeError)):
+        Encoding(metadata)
 
 
 def test_other_codecs_are_left_to_zarr(run: fakes.FakeRun) -> None:

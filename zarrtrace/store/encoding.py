@@ -77,6 +77,10 @@ class Encoding:
         if codecs[0]["name"] == "transpose":
             self.order = tuple(map(int, codecs[0]["configuration"]["order"]))
             codecs = codecs[1:]
+        self._axes = tuple(np.argsort(self.order).tolist())
+        if sorted(self.order) != sorted(self._axes) or len(self.order) != len(self.chunks):
+            raise ValueError("not an order of the dimensions")
+        self._lies = tuple(self.chunks[at] for at in self.order)
         little = {"name": "bytes", "configuration": {"endian": "little"}}
         plain = {"name": "bytes"}  # of one byte a value
         if codecs[0] not in (_TEXT if self.text else [little, plain]):
@@ -104,8 +108,7 @@ class Encoding:
         if self.text:
             text: np.ndarray = VLenUTF8().decode(content)
             return text
-        stored = np.frombuffer(content, self.little).reshape([self.chunks[at] for at in self.order])
-        return stored.transpose(np.argsort(self.order))
+        return np.frombuffer(content, self.little).reshape(self._lies).transpose(self._axes)
 
 
 def checked(content: bytes, _size: int | None = None) -> memoryview:
