@@ -150,10 +150,37 @@ export function element(tag, attributes = {}, ...children) {
 
 /** A number as people read it, and exactly for programs. @param {number} value @param {number} [digits] */
 export function number(value, digits = 3) {
+  return setNumber(/** @type {HTMLDataElement} */ (element("data")), value, digits);
+}
+
+/** Change a number that is shown. @param {HTMLDataElement} shown @param {number} value @param {number} [digits] */
+export function setNumber(shown, value, digits = 3) {
   const text = Number.isFinite(value)
     ? Math.abs(value) >= 1e-3 || value === 0 ? String(Number(value.toPrecision(digits))) : value.toExponential(1)
     : "–";
-  return element("data", { value: String(value) }, text.replace(/^-/, "−"));
+  shown.value = String(value);
+  shown.textContent = text.replace(/^-/, "−");
+  return shown;
+}
+
+/**
+ * Show a list as bars. Rows that are there already are filled again: to make them anew takes the
+ * browser several times as long, and hovering fills forty.
+ * @template Item
+ * @param {HTMLElement} list
+ * @param {Item[]} items
+ * @param {() => HTMLElement} make an empty row
+ * @param {(row: HTMLElement, item: Item) => number} fill writes an item, returns the bar's length, 0 to 1
+ */
+export function bars(list, items, make, fill) {
+  list.querySelector(".none")?.remove();
+  while (list.children.length > items.length) list.lastElementChild?.remove();
+  while (list.children.length < items.length) list.append(make());
+  items.forEach((item, i) => {
+    const row = /** @type {HTMLElement} */ (list.children[i]);
+    // Not by a custom property, which all that is in the row would inherit.
+    row.style.backgroundSize = `${(100 * Math.min(1, fill(row, item))).toFixed(1)}% 100%`;
+  });
 }
 
 /** A token's text where white space must show. @param {string} text */

@@ -1,6 +1,6 @@
 /** A token's strongest features; one feature over layers and tokens, its words, its contrasts. */
 
-import { element, fail, heat, named, number, tokenText } from "./draw.js";
+import { bars, element, fail, heat, named, number, setNumber, tokenText, visible } from "./draw.js";
 import { cells, layerRuler, scale, single, tokenRuler } from "./plot.js";
 import { activeToken } from "./prompt.js";
 import { choose, index, saesOf, scenario, view } from "./state.js";
@@ -21,6 +21,13 @@ function link(feature) {
   return element("a", { href, target: "_blank", rel: "noopener noreferrer" }, `L${view.layer} on Neuronpedia`);
 }
 
+/** An empty row; its button chooses the feature that the row then shows. */
+function ofFeatureAndValue() {
+  const row = element("li", {}, element("button", { type: "button", class: "feature" }), number(0));
+  row.firstElementChild?.addEventListener("click", () => choose({ feature: Number(row.dataset.feature) }));
+  return row;
+}
+
 /** The strongest features of the active token. @param {number} token */
 export async function showTop(token) {
   const panel = $("features-panel"), out = $("top-features");
@@ -38,24 +45,13 @@ export async function showTop(token) {
     fail(panel, null);
     const active = Array.from(found, (feature, i) => ({ feature, value: strength[i] })).filter((f) => f.value > 0);
     const most = Math.max(1e-9, ...active.map((f) => f.value));
-    const key = JSON.stringify([at.name, layer, token, view.sae]);
-    if (out.dataset.shown === key) { // the button that was pressed keeps the focus
-      for (const row of out.children) {
-        row.classList.toggle("chosen", row.getAttribute("data-feature") === String(view.feature));
-      }
-      return;
-    }
-    out.dataset.shown = key;
-    out.replaceChildren(
-      ...active.slice(0, SHOWN).map(({ feature, value }) => {
-        const name = element("button", { type: "button", class: "feature" }, String(feature));
-        name.addEventListener("click", () => choose({ feature }));
-        const row = element("li", { "data-feature": String(feature) }, name, number(value));
-        row.style.setProperty("--share", `${(100 * value) / most}%`);
-        row.classList.toggle("chosen", feature === view.feature);
-        return row;
-      }),
-    );
+    bars(out, active.slice(0, SHOWN), ofFeatureAndValue, (row, { feature, value }) => {
+      const [name, shown] = row.children;
+      row.dataset.feature = name.textContent = String(feature);
+      row.classList.toggle("chosen", feature === view.feature);
+      setNumber(/** @type {HTMLDataElement} */ (shown), value);
+      return value / most;
+    });
     if (!active.length) {
       out.append(element("li", { class: "none" },
         Number.isNaN(strength[0]) ? "no SAE on this layer" : "no feature is active"));
@@ -134,12 +130,14 @@ async function showWords() {
     const rows = Array.from(ids, (id, i) => ({ text: (word.words || [])[id], score: scores[i], count: counts[i] }))
       .filter((row) => row.count > 0);
     const most = Math.max(1e-9, ...rows.map((row) => row.score));
-    out.replaceChildren(...rows.map((row) => {
-      const line = element("li", {}, tokenText(row.text),
-        element("span", { class: "position" }, `×${row.count}`), number(row.score));
-      line.style.setProperty("--share", `${(100 * row.score) / most}%`);
-      return line;
-    }));
+    const make = () => element("li", {}, tokenText(""), element("span", { class: "position" }), number(0));
+    bars(out, rows, make, (line, row) => {
+      const [text, times, shown] = line.children;
+      text.textContent = visible(row.text);
+      times.textContent = `×${row.count}`;
+      setNumber(/** @type {HTMLDataElement} */ (shown), row.score);
+      return row.score / most;
+    });
     if (!rows.length) out.append(element("li", { class: "none" }, "among no token's 32 strongest"));
   } catch (error) {
     out.replaceChildren(element("li", { class: "none" }, String(error instanceof Error ? error.message : error)));

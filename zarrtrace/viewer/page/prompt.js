@@ -1,6 +1,6 @@
 /** The prompt as tokens: what the active one attends to, what attends to it, what comes next. */
 
-import { element, fail, named, number, spanColour, theme, tokenText, visible } from "./draw.js";
+import { bars, element, fail, named, number, setNumber, spanColour, theme, tokenText, visible } from "./draw.js";
 import { choose, index, scenario, view } from "./state.js";
 import { ofToken, WINDOW, windowOf } from "./store.js";
 
@@ -190,17 +190,17 @@ function readout(id, weights, unstored) {
   const out = /** @type {HTMLElement} */ (document.getElementById(id));
   weights.sort((x, y) => y[1] - x[1]);
   const texts = scenario().tokens;
-  out.replaceChildren(
-    ...weights.slice(0, 10).map(([position, value]) => {
-      const row = element("li", { "data-position": String(position) },
-        element("span", { class: "position" }, String(position)), tokenText(texts[position]), number(value));
-      row.style.setProperty("--share", `${(100 * Math.min(1, value)).toFixed(1)}%`);
-      return row;
-    }),
-  );
+  const make = () => element("li", {}, element("span", { class: "position" }), tokenText(""), number(0));
+  bars(out, weights.slice(0, 10), make, (row, [position, value]) => {
+    const [place, text, shown] = row.children;
+    row.dataset.position = place.textContent = String(position);
+    text.textContent = visible(texts[position]);
+    setNumber(/** @type {HTMLDataElement} */ (shown), value);
+    return value;
+  });
   if (weights.length) return;
   const why = !shown ? "no attention stored" : unstored ? "not stored for these queries" : "nothing in this window";
-  out.append(element("li", { class: "none" }, why));
+  out.replaceChildren(element("li", { class: "none" }, why));
 }
 
 /**
@@ -235,13 +235,14 @@ export async function showNext(token) {
     if (token !== activeToken() || at !== scenario()) return;
     if (!found) throw new Error("This run holds no next-token probabilities.");
     fail(box, null);
-    out.replaceChildren(
-      ...Array.from(found, ([id, p]) => {
-        const row = element("li", { "data-token-id": String(id) }, ...nameOfToken(at, id), number(p));
-        row.style.setProperty("--share", `${(100 * p).toFixed(1)}%`);
-        return row;
-      }),
-    );
+    const make = () => element("li", {}, element("span", { class: "of-token" }), number(0));
+    bars(out, Array.from(found), make, (row, [id, p]) => {
+      const [name, shown] = row.children;
+      row.dataset.tokenId = String(id);
+      name.replaceChildren(...nameOfToken(at, id));
+      setNumber(/** @type {HTMLDataElement} */ (shown), p);
+      return p;
+    });
   } catch (error) {
     fail(box, error);
   }
