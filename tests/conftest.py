@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import gc
 import importlib.util
 import io
 import os
@@ -96,32 +95,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Scheduling(config, log)
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_sessionstart() -> None:
-    """Under coverage, collect garbage between tests only.
-
-    CPython 3.11 collects wherever it allocates, also in the tracer; a weak reference's callback
-    that comes to run there makes the interpreter turn for ever.
-    """
-    if _traced():
-        gc.disable()
-
-
-def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Collect what a test left: all of it after the last test of a file."""
-    if _traced():
-        gc.collect(1 if nextitem is not None and nextitem.path == item.path else 2)
-
-
-def _traced() -> bool:
-    return sys.gettrace() is not None and sys.version_info < (3, 12)
-
-
 @pytest.fixture
 def opened_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Paths of all files opened since (or since its last ``clear()``), in any thread."""
-    # Not by an audit hook: one in Python lets go of the interpreter inside sys.settrace, which
-    # coverage calls in every new thread, and CPython then ends a thread that starts meanwhile.
+    # Not by an audit hook, which cannot be taken away again.
     watcher: list[str] = []
 
     def watched(opener: Callable[..., Any]) -> Callable[..., Any]:
