@@ -10,10 +10,13 @@ import torch
 from zarrtrace.capture.lockstep import Pass, Step
 from zarrtrace.capture.model import LoadedModel
 from zarrtrace.capture.prompts import Prompt
+from zarrtrace.spec import SAEAttributes
 
 # What all batches of a wave may hold between two blocks. A wave walks through the layers once, so
-# SAEs are loaded once a wave; on any but huge runs there is one.
-_WAVE_BYTES = {"cpu": 128 * 2**20, "cuda": 2**30}
+# SAEs are loaded once a wave; on a GPU, for which that takes longest, once in any but huge runs.
+_ON_GPU = 2**30
+# Elsewhere as much as a third of an encoder, and at least this: loading small ones takes time, too.
+_AT_LEAST = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -176,9 +179,19 @@ def default_batch_size(model: LoadedModel, lengths: Iterable[int]) -> int:
     return max(1, min(16, free // 10 // each))
 
 
-def waves(model: LoadedModel, found: Sequence[Batch]) -> Iterator[list[Batch]]:
-    """Cut batches into groups that together stay within what may be held between two blocks."""
-    budget = _WAVE_BYTES.get(model.device.type, _WAVE_BYTES["cpu"])
+def waves(
+    model: LoadedModel, found: Sequence[Batch], saes: Iterable[SAEAttributes]
+) -> Iterator[list[Batch]]:
+    """Cut batches into groups that together stay within what may be held between two blocks.
+
+    In a computer's own memory that is a third of one encoder, so that many scenarios need no more
+    memory than few: dozens of scenarios then share each SAE, which takes the time of one or two to
+    load. Without SAEs nothing is shared, and each batch goes its way alone.
+    """
+    if model.device.type == "cuda":
+        budget = _ON_GPU
+    else:
+        budget = max((max(_AT_LEAST, 4 * sae.d_in * sae.d_sae // 3) for sae in saes), default=0)
     wave: list[Batch] = []
     held = 0
     for batch in found:

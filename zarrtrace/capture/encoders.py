@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
+from zarrtrace.capture.host import give_back
 from zarrtrace.spec import SAEAttributes
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ class Encoders:
             return []
         loaded = self._next.result()
         self._prefetch()
+        if self._device.type == "cpu":
+            give_back()
         return loaded
 
 

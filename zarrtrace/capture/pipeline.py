@@ -65,9 +65,9 @@ def capture(
     Yields
     ------
     LayerBatch, LayerRecord, TokensRecord
-        All scenarios of a layer, batch by batch, then the next layer; at the end the
-        continuations. A layer whose arrays are large comes in several records, each of which fills
-        whole shards.
+        As many scenarios as go in step: their first layer, batch by batch, then the next layer; at
+        the end their continuations. A layer whose arrays are large comes in several records, each
+        of which fills whole shards.
 
     Raises
     ------
@@ -82,7 +82,7 @@ def capture(
     wanted = attention_dtype is not None
     made = batches(model, requests, batch_size, attention=wanted)
     todo = [batch for batch in made if not batch.done]
-    in_step = list(waves(model, todo))
+    in_step = list(waves(model, todo, [sae for found in saes.values() for sae in found]))
     order = [layer for wave in in_step for layer in sorted(_layers(wave)) if layer in saes]
     with (
         _full_memory(model),
