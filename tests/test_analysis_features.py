@@ -12,12 +12,8 @@ import pytest
 import synthetic
 import xarray as xr
 from click.testing import CliRunner
-from dask import array as da
-from hypothesis import given
-from hypothesis import strategies as st
 
 from zarrtrace.analysis.features import feature_trajectory, of_sae, pathway_features
-from zarrtrace.analysis.selecting import taken
 from zarrtrace.analysis.specificity import position_specific_features
 from zarrtrace.analysis.words import word_associations
 from zarrtrace.cli import group
@@ -344,28 +340,6 @@ class TestReadsOnlyWhatItNeeds:
             assert self.chunks(opened_files, shared_run.path) == set()
         found.load()
         assert self.chunks(opened_files, shared_run.path) == {"Safe_1/features/c/1/0/0"}
-
-    @given(st.lists(st.integers(0, 39), max_size=6), st.integers(1, 12), st.booleans())
-    def test_any_features_in_any_order(self, wanted: list[int], chunk: int, lazy: bool) -> None:
-        read: list[tuple[int, ...]] = []
-
-        class Watched:
-            shape, ndim, dtype = (3, 40), 2, np.dtype("i8")
-
-            def __getitem__(self, key: tuple[slice, ...]) -> np.ndarray:
-                read.append(tuple(range(40))[key[1]])
-                return values[key]
-
-        values = np.arange(120).reshape(3, 40)
-        data = da.from_array(Watched(), chunks=(3, 40), asarray=False, meta=values[:0, :0])
-        array = xr.DataArray(data if lazy else values, {"feature": range(40)}, ("layer", "feature"))
-        array.encoding["chunks"] = (1, chunk)
-        found = taken(array, feature=wanted)
-        np.testing.assert_array_equal(found, values[:, wanted])
-        assert found.feature.to_numpy().tolist() == wanted
-        chunks = {feature // chunk for features in read for feature in features}
-        needless = chunks - {feature // chunk for feature in wanted}
-        assert all({at - 1, at + 1} <= chunks - needless for at in needless), "not between two"
 
     def test_pathways_leave_the_attention_of_heads_alone(
         self, shared_run: fakes.FakeRun, opened_files: list[str]

@@ -246,41 +246,24 @@ def attention(ds: xr.Dataset, heads: Literal["mean", "each"]) -> xr.DataArray:
 
 
 def taken(array: xr.DataArray, **labels: Sequence[int] | np.ndarray) -> xr.DataArray:
-    """Return an array at some labels of its dimensions, reading only the chunks that hold them.
+    """Return an array at some labels of its dimensions, reading no others but those between.
 
     A list of labels alone would make dask read whole blocks before it chooses among them; slices
     go down to the reading, unless something else uses the same blocks: take all that is needed of
     an array at once.
     """
-    chunks = dict(zip(array.dims, array.encoding.get("chunks") or array.shape, strict=True))
+    places = {}
     for dim, wanted in labels.items():
         at = array.indexes[dim].get_indexer(np.asarray(wanted))
         if (at < 0).any():
             raise KeyError(f"{dim} {np.asarray(wanted)[at < 0][0]}")
-        array = _at(array, dim, at, chunks[dim])
+        places[dim] = at
+    between = {dim: slice(at.min(), at.max() + 1) for dim, at in places.items() if len(at)}
+    array = array.isel(between)
+    for dim, at in places.items():
+        if len(at) != array.sizes[dim] or (np.diff(at) != 1).any():
+            array = array.isel({dim: at - at.min() if len(at) else at})
     return array
-
-
-def _at(array: xr.DataArray, dim: str, at: np.ndarray, chunk: int) -> xr.DataArray:
-    """Return an array at some positions of one dimension, which lie in chunks of a size."""
-    there = np.unique(at)
-    # Slices of what lies close together: a chunk that holds nothing wanted is not read.
-    apart = np.flatnonzero(np.diff(there // chunk) > 1) + 1
-    near = np.split(there, apart) if len(there) else []
-    parts = [array.isel({dim: slice(part[0], part[-1] + 1)}) for part in near]
-    parts = [
-        part if part.sizes[dim] == len(wanted) else part.isel({dim: wanted - wanted[0]})
-        for part, wanted in zip(parts, near, strict=True)
-    ]
-    if not parts:
-        return array.isel({dim: at})
-    if len(parts) > 1:
-        array = xr.concat(parts, dim, coords="minimal", compat="override", join="override")
-    else:
-        array = parts[0]
-    order = np.searchsorted(there, at)
-    same = len(order) == len(there) and (np.diff(order) == 1).all()
-    return array if same else array.isel({dim: order})
 
 
 def stored_queries(ds: xr.Dataset) -> np.ndarray:
