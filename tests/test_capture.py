@@ -16,6 +16,7 @@ from sae_lens import SAE
 
 from zarrtrace import demo
 from zarrtrace.capture import LoadedModel, Prompt, Request, load_model, tokenize
+from zarrtrace.capture.batches import batches, waves
 from zarrtrace.capture.saes import FolderSAEs
 from zarrtrace.scenarios import Scenario, load_suite
 from zarrtrace.spec import LayerRecord, SAEAttributes, TokensRecord
@@ -183,6 +184,22 @@ def test_each_sae_is_loaded_once(model: LoadedModel, prompts: list[Prompt]) -> N
     for _ in run(model, wanted, source=source):
         pass
     assert source.loads == {1: 1, 2: 1, 3: 1, 4: 1}
+
+
+def test_what_goes_in_step_holds_little(model: LoadedModel, prompts: list[Prompt]) -> None:
+    """A third of an encoder, 8 MiB at least; and every batch goes in one wave, in order."""
+    found = batches(model, requests(prompts * 40), 1)
+    (attributes,) = FolderSAEs(demo.sae_path()).find([3])[3]
+    large = attributes.model_copy(update={"d_in": 4096, "d_sae": 32_768})
+    for saes, budget in (([attributes], 8 * 2**20), ([attributes, large], 2**29 // 3)):
+        cut = list(waves(model, found, saes))
+        assert [batch for wave in cut for batch in wave] == found
+        held = [sum(batch.held_bytes() for batch in wave) for wave in cut]
+        assert max(held) <= budget
+        nexts = [wave[0].held_bytes() for wave in cut[1:]]
+        assert all(one + more > budget for one, more in zip(held, nexts, strict=False))
+        assert (len(cut) > 1) == (saes == [attributes])
+    assert [len(wave) for wave in waves(model, found, [])] == [1] * len(found)
 
 
 def test_records_do_not_pile_up(model: LoadedModel, prompts: list[Prompt]) -> None:
