@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 
 import numpy as np
 import torch
@@ -36,6 +37,8 @@ def give_back() -> None:
 
     What passes hold between two blocks lies between what was freed, so that it keeps all of it.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    trim = None
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
     if trim is not None:
         trim(0)

@@ -179,7 +179,7 @@ export function bars(list, items, make, fill) {
   items.forEach((item, i) => {
     const row = /** @type {HTMLElement} */ (list.children[i]);
     // Not by a custom property, which all that is in the row would inherit.
-    row.style.backgroundSize = `${(100 * Math.min(1, fill(row, item))).toFixed(1)}% 100%`;
+    row.style.backgroundSize = `${(100 * Math.min(1, fill(row, item) || 0)).toFixed(1)}% 100%`;
   });
 }
 
