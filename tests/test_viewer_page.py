@@ -257,6 +257,12 @@ def test_what_is_shown_is_what_is_stored(
     np.testing.assert_allclose(
         [p for _, p in nexts], np.exp(truth["next_token_logprob"][6].astype(float)), rtol=1e-6
     )
+    gaps = page.eval_on_selector_all(
+        "#next .of-token",
+        "of => of.map(({children: [token, option]}) => option.getBoundingClientRect().left"
+        " - token.getBoundingClientRect().right)",
+    )
+    assert min(gaps) > 4, "what a token stands for is written into it"
     strongest = rows(page, "#top-features", "feature")
     active = (truth["top_activation"][1, 6] > 0).sum()
     assert [at for at, _ in strongest] == truth["top_feature"][1, 6][: min(active, 12)].tolist()
