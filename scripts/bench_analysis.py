@@ -2,10 +2,12 @@
 
 31 layers x 32 heads x 121 tokens and 32,768 features at 50 active a token, synthetic values. Eight
 traces are written and copied under other names until the run has as many as it should (29 MB each),
-then each analysis runs in a process of its own, from the closed run to its result in memory. Peak
-memory is that of the whole process, Python and its libraries included.
+then each analysis runs in a process of its own, from the closed run to its result in memory, as
+``zarrtrace analyze`` does. Peak memory is that of the largest process, Python and its libraries
+included; CPU time is that of all.
 
     python scripts/bench_analysis.py [--scenarios 200] [--only attention_to contrast] [--run FOLDER]
+                                     [--scheduler threads] [--chunks auto]
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import pandas as pd
 
 import zarrtrace as zt
 from zarrtrace import analysis
+from zarrtrace.cli.shared import computing
 from zarrtrace.spec import (
     FeatureRecord,
     LayerRecord,
@@ -135,15 +138,22 @@ def _copy_trace(source: Path, target: Path) -> None:
     consolidate(target, {**attributes, "scenario": target.name})
 
 
-def measure(path: Path, name: str) -> dict[str, float]:
+def used() -> tuple[float, float]:
+    """Return the CPU seconds of this process and those it started, and the largest one's MB."""
+    both = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    peak = max(one.ru_maxrss for one in both) / 1024
+    return sum(one.ru_utime + one.ru_stime for one in both), peak
+
+
+def measure(path: Path, name: str, scheduler: str, chunks: str) -> dict[str, float]:
     """Run one analysis in this process."""
-    before = resource.getrusage(resource.RUSAGE_SELF)
+    before, _ = used()
     start = time.perf_counter()
-    ANALYSES[name](zt.open_run(path, chunks="auto")).compute()
+    with computing(scheduler, None, progress=False):
+        ANALYSES[name](zt.open_run(path, chunks="auto" if chunks == "auto" else None)).compute()
     wall = time.perf_counter() - start
-    after = resource.getrusage(resource.RUSAGE_SELF)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"wall": wall, "cpu": cpu, "peak": after.ru_maxrss / 1024}
+    cpu, peak = used()
+    return {"wall": wall, "cpu": cpu - before, "peak": peak}
 
 
 def main() -> None:
@@ -152,10 +162,13 @@ def main() -> None:
     parser.add_argument("--scenarios", type=int, default=200)
     parser.add_argument("--only", nargs="*", choices=list(ANALYSES), default=list(ANALYSES))
     parser.add_argument("--run", type=Path, help="Folder of the run; kept, and gone on with.")
+    parser.add_argument("--scheduler", choices=["threads", "processes"], default="threads")
+    parser.add_argument("--chunks", choices=["none", "auto"], default="none", help="Of dask.")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.measure:
-        print(json.dumps(measure(Path(given.measure[0]), given.measure[1])))
+        run, name = given.measure
+        print(json.dumps(measure(Path(run), name, given.scheduler, given.chunks)))
         return
     with tempfile.TemporaryDirectory(prefix="zarrtrace-bench-") as scratch:
         path = given.run or Path(scratch) / "run"
@@ -163,9 +176,10 @@ def main() -> None:
             make_run(path, given.scenarios)
         print(f"{given.scenarios} scenarios\n\n| analysis | s | CPU s / s | peak MB |")
         print("|---|---|---|---|")
+        how = ["--scheduler", given.scheduler, "--chunks", given.chunks]
         for name in given.only:
             done = subprocess.run(
-                [sys.executable, __file__, "--measure", str(path), name],
+                [sys.executable, __file__, "--measure", str(path), name, *how],
                 capture_output=True,
                 text=True,
                 check=True,

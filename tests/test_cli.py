@@ -26,7 +26,8 @@ import xarray as xr
 from processes import extracting, said_after
 
 import zarrtrace as zt
-from zarrtrace.cli import main
+from zarrtrace.cli import analyze_, main
+from zarrtrace.store import locate
 
 COMMAND = [sys.executable, "-m", "zarrtrace"]
 
@@ -212,6 +213,21 @@ def test_analyze_writes_by_ending(shared_run: fakes.FakeRun, tmp_path: Path, end
     truth = shared_run.truth["Safe_1"]["attention"]
     expected = truth[:, :, -1, 1:3].mean((1, 2), dtype=np.float64)
     np.testing.assert_allclose(values, expected, rtol=1e-5)
+
+
+def test_long_prompts_are_analysed_in_blocks(
+    shared_run: fakes.FakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def blocks() -> bool:
+        data = analyze_._open(locate(shared_run.path), on_cluster=False)
+        return data["Safe_1"]["attention"].chunks is not None
+
+    assert not blocks()
+    layer = zt.open_trace(shared_run.path / "Safe_1")["attention"][:1].nbytes
+    monkeypatch.setattr(analyze_, "_LARGE_LAYER", layer - 1)
+    assert blocks()
+    single = analyze_._open(locate(shared_run.path / "Safe_1"), on_cluster=False)
+    assert single["attention"].chunks is not None
 
 
 def test_analyze_prints_a_table(shared_run: fakes.FakeRun) -> None:

@@ -78,10 +78,36 @@ def assert_same(found: Any, expected: Any) -> None:
 @pytest.mark.parametrize("name", ANALYSES)
 def test_a_cluster_finds_what_numpy_finds(client: Client, run: fakes.FakeRun, name: str) -> None:
     in_memory = zt.open_run(run.path).map_over_datasets(lambda ds: ds.load())
+    with dask.config.set(scheduler="synchronous"):
+        expected = ANALYSES[name](in_memory)
     assert dask.base.get_scheduler() == client.get
-    assert_same(
-        ANALYSES[name](zt.open_run(run.path, chunks="auto")).compute(), ANALYSES[name](in_memory)
+    for chunks in ("auto", None):  # a block a task, and a scenario a task
+        assert_same(ANALYSES[name](zt.open_run(run.path, chunks=chunks)).compute(), expected)
+
+
+@pytest.mark.parametrize("name", ANALYSES)
+def test_what_is_sent_to_a_process_is_one_scenario(
+    run: fakes.FakeRun, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    opened = zt.open_run(run.path)
+    a_run, a_trace = (
+        len(cloudpickle.dumps(data)) for data in (opened, opened[NAMES[0]].to_dataset())
     )
+    assert a_run > 3 * a_trace
+    sent: list[int] = []
+    compute_for = dask.compute
+
+    def compute(*calls: Any, **_settings: Any) -> Any:
+        for call in calls:
+            sent.extend(
+                len(cloudpickle.dumps(task)) for task in dict(call.__dask_graph__() or {}).values()
+            )
+        return compute_for(*calls, scheduler="synchronous")
+
+    monkeypatch.setattr("zarrtrace.analysis.parallel.dask.compute", compute)
+    ANALYSES[name](opened)
+    assert sent
+    assert max(sent) < 2 * a_trace
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
+from zarrtrace.analysis.parallel import some_layers
 from zarrtrace.analysis.selecting import (
     Data,
     Place,
@@ -295,7 +296,10 @@ def _by_rows(
 ) -> Any:
     """Call a function with rows ``(…, query, key)`` and their positions ``(query, 1)``."""
     if array.chunks is None:
-        return function(array.to_numpy(), at[:, None])
+        out = np.empty((*array.shape[:-1], len(LOCALITY)))
+        for start, layers in some_layers(array):
+            out[start : start + len(layers)] = function(layers, at[:, None])
+        return out
     # Not apply_ufunc: for a dimension that the function takes away, dask copies each block.
     blocks = whole(array, "key")
     positions = da.from_array(at[:, None], (blocks.chunksizes["query"], (1,)))
@@ -382,10 +386,8 @@ def head_roles(data: Data) -> xr.DataArray:
         patterns = patterns.sel(query=patterns.any(["role", "key"]))
         counts = patterns.any("key").sum("query")
         array = taken(attention(ds, "each"), query=patterns["query"].values)
-        together: xr.DataArray = xr.dot(
-            array.astype(np.float64), patterns.astype(np.float64), dim=["query", "key"]
-        )
-        return (together / counts.where(counts > 0)).transpose("role", "layer", "head")
+        found = _in_patterns(array, patterns) / counts.where(counts > 0)
+        return found.transpose("role", "layer", "head")
 
     out = per_scenario(data, of).rename("score")
     return described(
@@ -395,6 +397,23 @@ def head_roles(data: Data) -> xr.DataArray:
         "mean attention to the previous token, the first token, earlier copies of the token, and "
         "the tokens after these (Olsson et al. 2022)",
     )
+
+
+def _in_patterns(array: xr.DataArray, patterns: xr.DataArray) -> xr.DataArray:
+    """Sum attention ``(layer, head, query, key)`` over the keys that fit each role."""
+    if array.chunks is not None:
+        out: xr.DataArray = xr.dot(
+            array.astype(np.float64), patterns.astype(np.float64), dim=["query", "key"]
+        )
+        return out
+    query, key = np.nonzero(patterns.any("role").values)
+    fits = patterns.values[:, query, key].T.astype(np.float64)
+    sums = np.empty((*array.shape[:2], len(ROLES)))
+    for start, layers in some_layers(array):
+        found = layers[..., query, key].astype(np.float64) @ fits
+        sums[start : start + len(layers)] = found
+    labels = {dim: array.indexes[dim] for dim in ("layer", "head")}
+    return xr.DataArray(sums, {**labels, "role": list(ROLES)}, ("layer", "head", "role"))
 
 
 def _patterns(ds: xr.Dataset) -> xr.DataArray:

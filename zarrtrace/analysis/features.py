@@ -141,6 +141,8 @@ def feature_trajectory(
     one_feature = isinstance(features, int | np.integer)
     wanted = [int(features)] if one_feature else [int(f) for f in features]  # type: ignore[union-attr,arg-type]
 
+    of_run = is_run(data)  # not the run itself: what is called may go to another process
+
     def of(ds: xr.Dataset) -> xr.DataArray | None:
         require(ds, "features")
         here = present(ds, places)
@@ -150,7 +152,7 @@ def feature_trajectory(
         chosen = _choose_features(ds, wanted, rows)
         if reduce == "none":
             tokens = chosen.sel(query=positions(ds, here[0]))
-            texts = ["query_token", "token_id"] if is_run(data) else []
+            texts = ["query_token", "token_id"] if of_run else []
             return tokens.drop_vars(texts, errors="ignore")
         reduced: list[xr.DataArray] = [
             getattr(chosen.sel(query=positions(ds, place)), reduce)("query", skipna=False)

@@ -12,6 +12,7 @@ import xarray as xr
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_flow
 
+from zarrtrace.analysis.parallel import some_layers
 from zarrtrace.analysis.selecting import (
     Data,
     Place,
@@ -271,8 +272,7 @@ def _with_residual(layer: np.ndarray, residual: float) -> np.ndarray:
 class _Layers(Iterable[tuple[int, Any]]):
     """The matrices of a trace's layers in stretches ``(layer, query, key)``, from the first on.
 
-    Each comes with its number of layers. What is on dask comes lazily, a block at a time; else one
-    layer at a time is read.
+    Each comes with its number of layers. What is on dask comes lazily, a block at a time.
     """
 
     def __init__(self, ds: xr.Dataset, array: xr.DataArray) -> None:
@@ -281,17 +281,17 @@ class _Layers(Iterable[tuple[int, Any]]):
         self.tokens, self.count = array.sizes["query"], array.sizes["layer"]
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        lazy = self._array.chunks is not None
-        sizes = self._array.chunksizes["layer"] if lazy else (1,) * self.count
-        for start, size in zip(np.cumsum((0, *sizes)), sizes, strict=False):
-            stretch = self._array.isel(layer=slice(start, start + size))
-            layers = stretch["layer"].values.tolist()
-            if lazy:
-                # One task takes blocks together, and hands on what it has checked.
-                checked = dask.delayed(_present, pure=True)(stretch.data, self._scenario, layers)
-            else:
-                checked = _present(stretch.values, self._scenario, layers)
-            yield size, checked
+        numbers = self._array["layer"].values.tolist()
+        if self._array.chunks is None:
+            for start, layers in some_layers(self._array):
+                size = len(layers)
+                yield size, _present(layers, self._scenario, numbers[start : start + size])
+            return
+        sizes = self._array.chunksizes["layer"]
+        for start, size in zip(np.cumsum((0, *sizes)).tolist(), sizes, strict=False):
+            stretch, here = self._array[start : start + size], numbers[start : start + size]
+            # One task takes blocks together, and hands on what it has checked.
+            yield size, dask.delayed(_present, pure=True)(stretch.data, self._scenario, here)
 
 
 #: Stretches ``(layer, source)``, each with its number of layers.

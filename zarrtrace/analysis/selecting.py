@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
-from zarrtrace.errors import ConfigError, ScenarioError
+from zarrtrace.analysis.parallel import all_together
+from zarrtrace.errors import ConfigError, ScenarioError, ZarrtraceError
 from zarrtrace.scenarios import DECISION, span
 from zarrtrace.spec import NAMESPACE
 
@@ -323,7 +325,7 @@ def per_scenario(
     ScenarioError
         If no scenario has anything to say.
     """
-    results = {name: function(ds) for name, ds in traces(data).items()}
+    results = dict(zip(traces(data), _results(data, function), strict=True))
     found = {name: result for name, result in results.items() if result is not None}
     if not found:
         raise ScenarioError(
@@ -345,6 +347,35 @@ def per_scenario(
         combine_attrs="drop_conflicts",
     )
     return together.reindex({dim: pd.Index(list(results), dtype=object)})
+
+
+def _results(
+    data: Data, function: Callable[[xr.Dataset], _Labelled | None]
+) -> Iterable[_Labelled | None]:
+    """Call a function with each trace, several beside each other unless it only describes work."""
+    found = traces(data).values()
+    lazy = any(array.chunks for ds in found for array in ds.values())
+    if lazy or not is_run(data):
+        return map(function, found)
+    results = all_together(partial(_loaded, function, ds) for ds in found)
+    return map(_good, results)
+
+
+def _loaded(
+    function: Callable[[xr.Dataset], _Labelled | None], ds: xr.Dataset
+) -> _Labelled | ZarrtraceError | None:
+    """Return what a function returns, or its error: of several, the first trace's is raised."""
+    try:
+        result = function(ds)
+        return None if result is None else result.load()
+    except ZarrtraceError as error:
+        return error
+
+
+def _good(result: _Labelled | ZarrtraceError | None) -> _Labelled | None:
+    if isinstance(result, ZarrtraceError):
+        raise result
+    return result
 
 
 def described(

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from zarrtrace.store import Location
 
 _ROWS_SHOWN = 60
+# Bytes of attention in a layer of 1,024 tokens and 32 heads; more is not read at once.
+_LARGE_LAYER = 2**27
 _ENDINGS = (".csv", ".parquet", ".nc", ".json")
 
 
@@ -214,18 +216,24 @@ def _run(function: str, given: dict[str, Any]) -> None:
     if output is not None and output.suffix not in _ENDINGS:
         raise click.UsageError(f"--output must end in one of {', '.join(_ENDINGS)}.")
     with computing(scheduler, workers, progress=show_progress(quiet=quiet)):
-        result = _compute(function, _open(run), given).compute()
+        result = _compute(function, _open(run, on_cluster="://" in scheduler), given).compute()
     if output is None:
         click.echo(_table(result))
     else:
         _write(result, output)
 
 
-def _open(run: Location) -> Any:
+def _open(run: Location, *, on_cluster: bool) -> Any:
+    """Open a run or a trace; in dask's blocks only what needs them, for they take time."""
+    from zarrtrace.analysis.selecting import traces
     from zarrtrace.store import kind_of, open_run, open_trace
 
     reader = open_trace if kind_of(run) == "trace" else open_run
-    return reader(run, chunks="auto")
+    data = reader(run)
+    attention = [ds["attention"][:1].nbytes for ds in traces(data).values() if "attention" in ds]
+    if on_cluster or max(attention, default=0) > _LARGE_LAYER:
+        return reader(run, chunks="auto")
+    return data
 
 
 def _compute(function: str, data: Any, given: dict[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -184,8 +185,11 @@ def bar(
 @contextlib.contextmanager
 def computing(scheduler: str, workers: int | None, *, progress: bool) -> Iterator[None]:
     """Have dask compute where it was asked to."""
+    from concurrent.futures import ProcessPoolExecutor
+
     import dask
     from dask.diagnostics import ProgressBar
+    from dask.multiprocessing import get_context
 
     if "://" in scheduler:
         try:
@@ -198,7 +202,14 @@ def computing(scheduler: str, workers: int | None, *, progress: bool) -> Iterato
     if scheduler not in ("threads", "processes", "synchronous"):
         raise click.UsageError(f"--scheduler {scheduler}: give threads, processes or an address.")
     bar = ProgressBar(out=sys.stderr) if progress else contextlib.nullcontext()
-    with dask.config.set(scheduler=scheduler, num_workers=workers), bar:
+    # Tasks are large, and handed out one at a time: else one process gets six of eight.
+    settings: dict[str, Any] = {"scheduler": scheduler, "num_workers": workers, "chunksize": 1}
+    with contextlib.ExitStack() as stack:
+        if scheduler == "processes":  # kept, for each imports all libraries
+            pool = ProcessPoolExecutor(workers or os.cpu_count(), get_context())
+            settings["pool"] = stack.enter_context(pool)
+        stack.enter_context(dask.config.set(settings))
+        stack.enter_context(bar)
         yield
 
 
