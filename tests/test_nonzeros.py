@@ -17,7 +17,7 @@ from scipy.sparse import csr_array
 
 from zarrtrace.spec import ArrayLayout, BFloat16, Nonzeros
 from zarrtrace.store.shards import write_block, write_nonzeros
-from zarrtrace.together import LayerBatch, Member, SparseFeatures, strongest
+from zarrtrace.together import LayerBatch, Member, SparseFeatures, settled, strongest
 
 
 @st.composite
@@ -79,15 +79,14 @@ def test_records_are_the_features(
     """All ways to the host, on a CPU: tensors are not 0 where the dense ones are not."""
     import torch
 
-    from zarrtrace import together
     from zarrtrace.capture import features
+    from zarrtrace.capture.host import to_host
 
     width, columns = 40, 16
     dense = torch.randn(7, width, generator=torch.manual_seed(0)).relu_().half()
     dense[4] = 0
     fake, inputs = _Fake(dense), torch.arange(7.0)[:, None]
-    for module in (features, together):
-        monkeypatch.setattr(module, "feature_columns", lambda _: columns)
+    monkeypatch.setattr(features, "feature_columns", lambda _: columns)
     monkeypatch.setattr(features, "begin_copy", lambda tensor: tensor)
     monkeypatch.setattr(features, "_ROWS", 3)
     if way == "host":
@@ -95,13 +94,15 @@ def test_records_are_the_features(
     elif way == "device, waiting":
         rows = features._some_rows(inputs)
         assert [len(some) for some in rows] == [3, 2, 2]
-        parts = [features._nonzero_there(fake(some)) for some in rows]
+        parts = [features._on_host(features._found(fake(some), None), to_host) for some in rows]
         found = features._joined(width, parts, np.ones(7, bool))
+        assert found.top is not None
     else:
         encoding = features.Encoding(fake, inputs, None if way == "device" else -5.0)
         encoding.begin()
         found = encoding.arrived()
-        assert len(found.at) == (1 if way == "device" else 3)  # there was no room: made anew
+        assert (found.top is not None) == (way == "device")  # there was no room: made anew
+    assert len(found.at) == 3
     parts, start = torch.split(dense.float(), lengths), 0
     for length, part in zip(lengths, parts, strict=True):
         record = found.part(start, start + length).record()
@@ -174,6 +175,24 @@ def test_the_strongest_are_those_that_sorting_finds(
         np.testing.assert_array_equal(values, [v for *_, v in best] + [0.0] * empty)
         if width <= 64:  # beyond, of equal ones any may be left out
             assert found.tolist() == [n for _, n, _ in best] + [0] * empty
+
+
+@given(st.data(), st.integers(1, 4), st.integers(1, 60), st.integers(0, 2**32 - 1))
+def test_the_strongest_of_a_device_are_put_in_order(
+    data: Any, tokens: int, width: int, seed: int
+) -> None:
+    dense = data.draw(npst.arrays(np.float32, (tokens, width), elements=RANKED | st.floats(1, 2)))
+    rank = np.where(np.isnan(dense), -np.inf, -dense)
+    anyhow = np.random.default_rng(seed).random(dense.shape)  # equal ones come in any order
+    first = np.lexsort((anyhow, rank), axis=1)[:, :33]
+    found = settled(first.astype(np.int32), np.take_along_axis(dense, first, 1))
+    ordered = np.sort(rank, axis=1)
+    left_out = width > 32 and ((ordered[:, 31] == ordered[:, 32]) & (ordered[:, 31] < 0)).any()
+    assert (found is None) == left_out
+    if found is not None:
+        for one, other in zip(found, strongest(nonzeros_of(dense, width)), strict=True):
+            assert one.dtype == other.dtype
+            np.testing.assert_array_equal(one, other)
 
 
 @given(st.data())

@@ -19,7 +19,6 @@ from zarrtrace.spec import (
     FeatureRecord,
     LayerRecord,
     Nonzeros,
-    feature_columns,
 )
 
 _Array = np.ndarray | BFloat16
@@ -53,11 +52,14 @@ class SparseFeatures:
     width
         Features of the SAE.
     columns
-        Width of a block of features.
+        Width of a block of features, as a chunk has it.
     at, values
         Of each block, places ``token * columns + column`` ``(n,)``, ascending, and what is there.
     sound
         Of each token, whether what was encoded is finite: thresholds turn NaN into 0.
+    top
+        Number and activation of each token's strongest features and of one more, strongest first,
+        ``(token, rank)``; equal ones in any order. None where nobody has looked for them yet.
     """
 
     width: int
@@ -65,11 +67,13 @@ class SparseFeatures:
     at: tuple[np.ndarray, ...]
     values: tuple[np.ndarray, ...]
     sound: np.ndarray
+    top: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes that are held."""
-        return sum(part.nbytes for part in (*self.at, *self.values, self.sound))
+        parts = (*self.at, *self.values, self.sound, *(self.top or ()))
+        return sum(part.nbytes for part in parts)
 
     def part(self, start: int, stop: int) -> SparseFeatures:
         """Return some of the tokens; nothing is copied but places."""
@@ -82,31 +86,45 @@ class SparseFeatures:
             at=tuple(at[k] - start * self.columns for at, k in zip(self.at, kept, strict=True)),
             values=tuple(values[k] for values, k in zip(self.values, kept, strict=True)),
             sound=self.sound[start:stop],
+            top=self.top and (self.top[0][start:stop], self.top[1][start:stop]),
         )
 
     def record(self) -> FeatureRecord:
         """Return the record of all tokens, which are one prompt's."""
-        found = self._nonzeros()
-        top_feature, top_activation = strongest(found)
+        found = Nonzeros((len(self.sound), self.width), self.columns, self.at, self.values)
+        top = None if self.top is None else settled(*self.top)
+        top_feature, top_activation = strongest(found) if top is None else top
         finite = self.sound.all() and all(np.isfinite(one).all() for one in self.values)
         return FeatureRecord(found, top_feature, top_activation, nonfinite=not finite)
 
-    def _nonzeros(self) -> Nonzeros:
-        shape, columns = (len(self.sound), self.width), feature_columns(self.width)
-        if columns == self.columns:
-            return Nonzeros(shape, columns, self.at, self.values)
-        (at,), (values,) = self.at, self.values
-        token, feature = np.divmod(at, self.width)
-        block, column = np.divmod(feature, columns)
-        order = np.argsort(block.astype(np.uint16), kind="stable")
-        edges = np.searchsorted(block[order], range(1, -(-self.width // columns)))
-        places = (token * columns + column)[order]
-        return Nonzeros(
-            shape,
-            columns,
-            tuple(np.split(places, edges)),
-            tuple(np.split(values[order], edges)),
-        )
+
+def settled(feature: np.ndarray, activation: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Make of the strongest features what :func:`strongest` does.
+
+    Parameters
+    ----------
+    feature, activation
+        As ``top`` of :class:`SparseFeatures`.
+
+    Returns
+    -------
+    tuple or None
+        None where one that is left out may be equal to one that is not.
+    """
+    rank = np.where(np.isnan(activation), -np.inf, -activation)
+    count = min(TOP_FEATURES, rank.shape[1])
+    equal = (rank[:, 1:] == rank[:, :-1]) & (rank[:, 1:] < 0)
+    if equal[:, count - 1 :].any():
+        return None
+    first = np.arange(count)[None]
+    if equal.any():
+        first = np.lexsort((feature, rank), axis=1)[:, :count]
+    top, numbers = (np.take_along_axis(one, first, 1) for one in (activation, feature))
+    fires = ~(top <= 0)
+    return (
+        np.where(fires, numbers, 0).astype(np.uint32, copy=False),
+        np.where(fires, top, np.float32(0)),
+    )
 
 
 def strongest(features: Nonzeros) -> tuple[np.ndarray, np.ndarray]:

@@ -154,7 +154,7 @@ class Copy:
         self._done.synchronize()
         features = {name: encoding.arrived() for name, encoding in self._features.items()}
         for name, found in features.items():
-            active = len(found.at[0]) / max(1, len(found.sound))
+            active = sum(map(len, found.at)) / max(1, len(found.sound))
             most[name] = max(most.get(name, 0.0), active)
         attention, mean = (
             None if one is None else one.numpy() for one in (self._attention, self._mean)

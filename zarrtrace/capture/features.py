@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from zarrtrace.capture.host import begin_copy, to_host
-from zarrtrace.spec import feature_columns
+from zarrtrace.spec import TOP_FEATURES, feature_columns
 from zarrtrace.together import SparseFeatures
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ def encode(encoder: Encoder, inputs: torch.Tensor) -> SparseFeatures:
     """
     width, sound = encoder.attributes.d_sae, to_host(inputs.isfinite().all(-1))
     if inputs.device.type != "cpu":
-        found = [_nonzero_there(encoder(rows)) for rows in _some_rows(inputs)]
-        return _joined(width, found, sound)
+        found = [_found(encoder(rows), None) for rows in _some_rows(inputs)]
+        return _joined(width, [_on_host(one, to_host) for one in found], sound)
     # Some features at a time: what is made of them stays in the processor's cache.
     columns = feature_columns(width)
     tiles = [partial(_nonzero, tile, columns) for tile in encoder.tiles(inputs)]
@@ -67,22 +68,69 @@ def _some_rows(inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return inputs.tensor_split(max(1, -(-len(inputs) // _ROWS)))
 
 
-def _nonzero_there(features: torch.Tensor) -> tuple[int, np.ndarray, np.ndarray]:
-    flat = features.flatten()
-    at = flat.nonzero().squeeze(1)
-    return len(features), to_host(at), to_host(flat[at].float())
+class _Found(NamedTuple):
+    """What is not 0 of the features of some tokens.
+
+    Attributes
+    ----------
+    tokens
+        How many there are.
+    at, values
+        Places in blocks of :func:`feature_columns`, one block behind the other, and what is there.
+    number, strongest
+        Of each token's strongest features and one more ``(token, rank)``.
+    """
+
+    tokens: int
+    at: Any
+    values: Any
+    number: Any
+    strongest: Any
 
 
-def _joined(
-    width: int, parts: Sequence[tuple[int, np.ndarray, np.ndarray]], sound: np.ndarray
-) -> SparseFeatures:
-    """Put what is not 0 of some tokens each, where and what, behind one another."""
-    if len(parts) == 1:
-        (_, at, values) = parts[0]
-        return SparseFeatures(width, width, (at,), (values,), sound)
-    starts = np.cumsum([0, *(tokens for tokens, *_ in parts)]) * width
-    at = np.concatenate([one + start for start, (_, one, _) in zip(starts, parts, strict=False)])
-    return SparseFeatures(width, width, (at,), (np.concatenate([v for *_, v in parts]),), sound)
+def _found(features: torch.Tensor, room: int | None) -> _Found:
+    """Find what is not 0 on a device.
+
+    With room for so many it is not waited for: places are -1 behind the last one.
+    """
+    tokens, width = features.shape
+    columns = feature_columns(width)
+    whole = nn.functional.pad(features, (0, -width % columns))
+    flat = whole.reshape(tokens, -1, columns).transpose(0, 1).flatten()
+    if room is None:
+        at = flat.nonzero().squeeze(1)
+    else:
+        at = torch.nonzero_static(flat, size=room, fill_value=-1).squeeze(1)
+    top = features.topk(min(width, TOP_FEATURES + 1), dim=1)
+    return _Found(tokens, at, flat[at].float(), top.indices.int(), top.values.float())
+
+
+def _on_host(found: _Found, copy: Callable[[torch.Tensor], Any]) -> _Found:
+    return _Found(found.tokens, *map(copy, found[1:]))
+
+
+def _joined(width: int, parts: Sequence[_Found], sound: np.ndarray) -> SparseFeatures:
+    """Put what was found of some tokens each, on the host, behind one another."""
+    columns = feature_columns(width)
+    blocks, start = range(-(-width // columns)), 0
+    at: list[list[np.ndarray]] = [[] for _ in blocks]
+    values: list[list[np.ndarray]] = [[] for _ in blocks]
+    for part in parts:
+        size = part.tokens * columns
+        ends = np.searchsorted(part.at, [size * block for block in (*blocks, len(blocks))])
+        for block, here in enumerate(map(slice, ends[:-1], ends[1:])):
+            at[block].append(part.at[here] + (start * columns - block * size))
+            values[block].append(part.values[here])
+        start += part.tokens
+    top = (np.concatenate([p.number for p in parts]), np.concatenate([p.strongest for p in parts]))
+    return SparseFeatures(
+        width,
+        columns,
+        tuple(map(np.concatenate, at)),
+        tuple(map(np.concatenate, values)),
+        sound,
+        top,
+    )
 
 
 class Encoding:
@@ -106,9 +154,7 @@ class Encoding:
         self._encoder, self._inputs = encoder, inputs
         each = _ACTIVE if active is None else int(1.5 * active) + 16
         self._sound = inputs.isfinite().all(-1)
-        self._found = [
-            _packed(encoder(rows).flatten(), len(rows) * each) for rows in _some_rows(inputs)
-        ]
+        self._found = [_found(encoder(rows), len(rows) * each) for rows in _some_rows(inputs)]
 
     @torch.inference_mode()
     def begin(self) -> None:
@@ -116,21 +162,15 @@ class Encoding:
         # Held until the copies have ended: the memory of what is dropped is used at once again.
         self._held = self._sound, self._found
         self._sound = begin_copy(self._sound)
-        self._found = [(begin_copy(at), begin_copy(values)) for at, values in self._found]
+        self._found = [_on_host(found, begin_copy) for found in self._found]
 
     def arrived(self) -> SparseFeatures:
         """Return what was copied, once the copy has ended."""
         parts = []
-        for rows, (at, values) in zip(_some_rows(self._inputs), self._found, strict=True):
-            places = at.numpy()
-            count = int(np.count_nonzero(places >= 0))
-            if count == len(places):  # there may be more
+        for found in self._found:
+            part = _on_host(found, torch.Tensor.numpy)
+            count = int(np.count_nonzero(part.at >= 0))
+            if count == len(part.at):  # there may be more
                 return encode(self._encoder, self._inputs)
-            parts.append((len(rows), places[:count], values.numpy()[:count]))
+            parts.append(part._replace(at=part.at[:count], values=part.values[:count]))
         return _joined(self._encoder.attributes.d_sae, parts, self._sound.numpy())
-
-
-def _packed(flat: torch.Tensor, room: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find what is not 0 without waiting for a GPU: places, -1 behind the last one; and values."""
-    at = torch.nonzero_static(flat, size=room, fill_value=-1).squeeze(1)
-    return at, flat[at].float()
