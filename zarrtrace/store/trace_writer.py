@@ -314,6 +314,7 @@ class TraceWriter:
             )
             consolidate(self.path, complete.model_dump(mode="json"))
             fsync(self.path / "zarr.json")
+        self._entries = dict.fromkeys(self._entries, "")  # a run may have thousands of traces
 
     def __enter__(self) -> Self:
         return self
