@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -252,8 +251,7 @@ class TraceShape:
     layers: int
     tokens: int
     heads: int | None = None
-    #: Left out of the hash, for a dict has none.
-    features: Mapping[str, int] = field(default_factory=dict, hash=False)
+    features: Mapping[str, int] = field(default_factory=dict)
     attention_dtype: str | None = None
     feature_dtype: str | None = None
     next_token: bool = True
@@ -277,12 +275,6 @@ def trace_layout(shape: TraceShape) -> dict[str, ArrayLayout]:
     dict
         :class:`ArrayLayout` by array name.
     """
-    return dict(_layouts(shape))
-
-
-# Of thousands of traces, those of one length share their layouts: 20 KB each.
-@lru_cache(maxsize=128)
-def _layouts(shape: TraceShape) -> dict[str, ArrayLayout]:
     layers, tokens = shape.layers, shape.tokens
     out: dict[str, ArrayLayout] = {}
     if shape.heads is not None:
