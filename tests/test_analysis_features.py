@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -349,3 +350,23 @@ class TestReadsOnlyWhatItNeeds:
         pathway_features(run, "balance").load()
         read = {chunk.split("/")[1] for chunk in self.chunks(opened_files, shared_run.path)}
         assert read == {"features", "attention_mean"}
+
+
+def test_indexes_know_their_labels_before_threads_ask(
+    run: xr.DataTree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: set[int] = set()
+    ask: Any = pd.Index.get_indexer
+    indexes = [index for child in run.children.values() for index in child.indexes.values()]
+
+    def get_indexer(index: Any, *arguments: Any, **settings: Any) -> Any:
+        asked.add(id(index))
+        return ask(index, *arguments, **settings)
+
+    def all_together(calls: Iterable[Callable[[], Any]]) -> list[Any]:
+        assert {id(index) for index in indexes} <= asked
+        return [call() for call in calls]
+
+    monkeypatch.setattr(pd.Index, "get_indexer", get_indexer)
+    monkeypatch.setattr("zarrtrace.analysis.selecting.all_together", all_together)
+    feature_trajectory(run, 3)

@@ -357,8 +357,21 @@ def _results(
     lazy = any(array.chunks for ds in found for array in ds.values())
     if lazy or not is_run(data):
         return map(function, found)
+    _fill_indexes(found)
     results = all_together(partial(_loaded, function, ds) for ds in found)
     return map(_good, results)
+
+
+def _fill_indexes(found: Iterable[xr.Dataset]) -> None:
+    """Have the indexes that traces share look something up, before several threads use them.
+
+    They number their labels when they are first asked; in pandas 2 another thread may then see that
+    half done, and miss labels that are there.
+    """
+    indexes = {id(index): index for ds in found for index in ds.indexes.values()}
+    for index in indexes.values():
+        if index.is_unique:
+            index.get_indexer(index[:1])
 
 
 def _loaded(
