@@ -352,11 +352,15 @@ def test_nonfinite_values_are_named(tmp_path: Path, overflowing: Path) -> None:
 
 # --- no space left -----------------------------------------------------------------------------
 
-# Forks for both attempts. Mounting needs root, or a user namespace of one's own.
+# Forks for both attempts, which need not import everything each. Mounting needs root, or a user
+# namespace of one's own.
 SMALL_DISK = r"""
 import ctypes, json, os, subprocess, sys
 from pathlib import Path
 from zarrtrace.cli import main
+from zarrtrace.extraction.job import capture_package
+
+capture_package().hide_progress()
 
 NEW_MOUNTS, NEW_USER = 0x00020000, 0x10000000
 user = os.geteuid()

@@ -101,11 +101,7 @@ def attention_to(
     sources, several_sources = as_places(source)
     _check_places(data, sources, targets)
 
-    def of(ds: xr.Dataset) -> xr.DataArray | None:
-        array = attention(ds, heads)
-        keys, queries = present(ds, sources), present(ds, targets)
-        return _between(ds, array, keys, queries, reduce) if keys and queries else None
-
+    of = partial(_between, sources=sources, targets=targets, heads=heads, reduce=reduce)
     out = per_scenario(data, of).rename("attention")
     # In the order asked for, and with the spans that a single trace lacks.
     out = out.reindex(source=[label(place) for place in sources], target=names)
@@ -136,13 +132,13 @@ def _check_places(data: Data, sources: Sequence[Place], targets: Sequence[Place]
 
 
 def _between(
-    ds: xr.Dataset,
-    array: xr.DataArray,
-    sources: Sequence[Place],
-    targets: Sequence[Place],
-    reduce: str,
-) -> xr.DataArray:
-    """Return ``(source, target, layer[, head])`` of one trace."""
+    ds: xr.Dataset, sources: Sequence[Place], targets: Sequence[Place], heads: Heads, reduce: str
+) -> xr.DataArray | None:
+    """Return ``(source, target, layer[, head])`` of one trace, of the places that it has."""
+    array = attention(ds, heads)
+    sources, targets = present(ds, sources), present(ds, targets)
+    if not sources or not targets:
+        return None
     if reduce not in ("mean", "sum"):
         raise ConfigError(f"reduce={reduce!r} is neither 'mean' nor 'sum'", remedy="Give one.")
     queries = {label(place): positions(ds, place) for place in targets}
@@ -261,21 +257,7 @@ def attention_locality(
     if window < 0:
         raise ConfigError(f"window={window} is negative", remedy="Give 0 or more tokens.")
 
-    def of(ds: xr.Dataset) -> xr.DataArray:
-        rows = stored_queries(ds)
-        array = taken(attention(ds, heads), query=rows)
-        of_rows = partial(
-            _locality_of_rows, keys=query_labels(ds), window=window, exclude_first=exclude_first
-        )
-        found = xr.DataArray(
-            _by_rows(of_rows, array, rows),
-            dims=[*array.dims[:-1], "measure"],
-            coords={dim: array.indexes[dim] for dim in array.dims[:-1]},
-        )
-        # Little enough to be one block, which makes graphs small.
-        mean = whole(found.mean("query", skipna=True), "layer")
-        return mean.assign_coords(measure=list(LOCALITY))
-
+    of = partial(_locality, heads=heads, window=window, exclude_first=exclude_first)
     out = per_scenario(data, of).to_dataset("measure")
     for name, units in zip(LOCALITY, ("tokens", "nats", "1", "1"), strict=True):
         out[name].attrs["units"] = units
@@ -289,6 +271,31 @@ def attention_locality(
         window=window,
         exclude_first=exclude_first,
     )
+
+
+def _locality(ds: xr.Dataset, heads: Heads, window: int, *, exclude_first: bool) -> xr.DataArray:
+    """Return ``(layer[, head], measure)`` of one trace."""
+    rows = stored_queries(ds)
+    array = taken(attention(ds, heads), query=rows)
+    of_rows = partial(
+        _locality_of_rows, keys=query_labels(ds), window=window, exclude_first=exclude_first
+    )
+    found = xr.DataArray(
+        _by_rows(of_rows, array, rows),
+        dims=[*array.dims[:-1], "measure"],
+        coords={dim: array.indexes[dim] for dim in array.dims[:-1]},
+    )
+    return _mean_over_queries(found).assign_coords(measure=list(LOCALITY))
+
+
+def _mean_over_queries(found: xr.DataArray) -> xr.DataArray:
+    if found.chunks is not None:
+        # Little enough to be one block, which makes graphs small.
+        return whole(found.mean("query", skipna=True), "layer")
+    # mean() warns where there is nothing but NaN, and threads cannot each ignore warnings.
+    count = found.notnull().sum("query")
+    mean: xr.DataArray = found.sum("query", skipna=True) / count.where(count > 0)
+    return mean
 
 
 def _by_rows(
@@ -379,17 +386,7 @@ def head_roles(data: Data) -> xr.DataArray:
     They are usually measured on repeated random tokens; on natural prompts, where few tokens
     repeat, the last two say what a head does *here*, not what it is.
     """
-
-    def of(ds: xr.Dataset) -> xr.DataArray:
-        rows = stored_queries(ds)
-        patterns = _patterns(ds).sel(query=rows)
-        patterns = patterns.sel(query=patterns.any(["role", "key"]))
-        counts = patterns.any("key").sum("query")
-        array = taken(attention(ds, "each"), query=patterns["query"].values)
-        found = _in_patterns(array, patterns) / counts.where(counts > 0)
-        return found.transpose("role", "layer", "head")
-
-    out = per_scenario(data, of).rename("score")
+    out = per_scenario(data, _roles).rename("score")
     return described(
         out.assign_attrs(long_name="share of attention that fits the role", units="1"),
         data,
@@ -397,6 +394,16 @@ def head_roles(data: Data) -> xr.DataArray:
         "mean attention to the previous token, the first token, earlier copies of the token, and "
         "the tokens after these (Olsson et al. 2022)",
     )
+
+
+def _roles(ds: xr.Dataset) -> xr.DataArray:
+    """Return ``(role, layer, head)`` of one trace."""
+    patterns = _patterns(ds).sel(query=stored_queries(ds))
+    patterns = patterns.sel(query=patterns.any(["role", "key"]))
+    counts = patterns.any("key").sum("query")
+    array = taken(attention(ds, "each"), query=patterns["query"].values)
+    found = _in_patterns(array, patterns) / counts.where(counts > 0)
+    return found.transpose("role", "layer", "head")
 
 
 def _in_patterns(array: xr.DataArray, patterns: xr.DataArray) -> xr.DataArray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import dask
@@ -212,7 +213,7 @@ def _refuse_empty_bands(means: xr.DataArray, bands: Mapping[str, tuple[int, int]
 def _measure(data: Data, task_spans: Sequence[str], window: int) -> xr.DataArray:
     """Return the three measures ``(hypothesis, scenario, layer)``, loaded in one pass."""
     local = attention_locality(data, heads="mean", window=window, exclude_first=True)
-    task = per_scenario(data, lambda ds: _to_task(ds, task_spans))
+    task = per_scenario(data, partial(_to_task, task_spans=task_spans))
     spans = [name for name in span_names(data) if name != DECISION]
     decided = attention_to(data, spans, reduce="sum").sum("source", min_count=1)
     measures = [local["window_share"], task, decided]

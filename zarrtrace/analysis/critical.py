@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -99,7 +100,8 @@ def critical_layers(
     names = list(spans) if spans is not None else [n for n in span_names(data) if n != DECISION]
     _check(data, names, controls)
     require_places(data, [*names, target])
-    pair = per_scenario(data, lambda ds: _span_and_controls(ds, names, target, controls))
+    of = partial(_span_and_controls, names=names, target=target, controls=controls)
+    pair = per_scenario(data, of)
     pair = pair.reindex(source=names).compute().transpose("scenario", "source", "layer")
     own, other = pair["own"], pair["other"]
     difference = (own - other).to_numpy().reshape(own.sizes["scenario"], -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import xarray as xr
@@ -77,7 +78,7 @@ def decision(data: Data, *, vocabulary: int | None = None) -> xr.Dataset:
         )
 
     stored = per_scenario(data, _at_decision)
-    wanted = per_scenario(data, lambda ds: _ids_of(ds, list(options)))
+    wanted = per_scenario(data, partial(_ids_of, options=list(options)))
     # One block over all scenarios: a hundred numbers each, and dozens of steps.
     stored = stored.map(lambda array: whole(array, *array.dims))
     out = _distribution(stored, wanted, vocabulary)

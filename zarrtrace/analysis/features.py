@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -141,28 +142,7 @@ def feature_trajectory(
     one_feature = isinstance(features, int | np.integer)
     wanted = [int(features)] if one_feature else [int(f) for f in features]  # type: ignore[union-attr,arg-type]
 
-    of_run = is_run(data)  # not the run itself: what is called may go to another process
-
-    def of(ds: xr.Dataset) -> xr.DataArray | None:
-        require(ds, "features")
-        here = present(ds, places)
-        if not here:
-            return None
-        rows = np.unique([position for place in here for position in positions(ds, place)])
-        chosen = _choose_features(ds, wanted, rows)
-        if reduce == "none":
-            tokens = chosen.sel(query=positions(ds, here[0]))
-            texts = ["query_token", "token_id"] if of_run else []
-            return tokens.drop_vars(texts, errors="ignore")
-        reduced: list[xr.DataArray] = [
-            getattr(chosen.sel(query=positions(ds, place)), reduce)("query", skipna=False)
-            for place in here
-        ]
-        along = xr.DataArray([label(place) for place in here], dims="place", name="place")
-        return xr.concat(reduced, dim=along, coords="minimal", compat="override").transpose(
-            "layer", "place", "feature"
-        )
-
+    of = partial(_trajectory, wanted=wanted, places=places, reduce=reduce, of_run=is_run(data))
     out = per_scenario(data, of).rename("activation")
     if "place" in out.dims:
         out = out.reindex(place=[label(place) for place in places])
@@ -179,6 +159,30 @@ def feature_trajectory(
         features=wanted,
         at=[label(place) for place in places],
         reduce=reduce,
+    )
+
+
+def _trajectory(
+    ds: xr.Dataset, wanted: Sequence[int], places: Sequence[Place], reduce: Reduce, *, of_run: bool
+) -> xr.DataArray | None:
+    """Return ``(layer, place or query, feature)`` of one trace, of the places that it has."""
+    require(ds, "features")
+    here = present(ds, places)
+    if not here:
+        return None
+    rows = np.unique([position for place in here for position in positions(ds, place)])
+    chosen = _choose_features(ds, wanted, rows)
+    if reduce == "none":
+        tokens = chosen.sel(query=positions(ds, here[0]))
+        texts = ["query_token", "token_id"] if of_run else []
+        return tokens.drop_vars(texts, errors="ignore")
+    reduced: list[xr.DataArray] = [
+        getattr(chosen.sel(query=positions(ds, place)), reduce)("query", skipna=False)
+        for place in here
+    ]
+    along = xr.DataArray([label(place) for place in here], dims="place", name="place")
+    return xr.concat(reduced, dim=along, coords="minimal", compat="override").transpose(
+        "layer", "place", "feature"
     )
 
 
@@ -245,37 +249,7 @@ def pathway_features(
     at_least_one(top)
     require_places(data, [source, target])
 
-    def of(ds: xr.Dataset) -> xr.Dataset | None:
-        require(ds, "features", "attention_mean")
-        if len(present(ds, [source, target])) < 2:
-            return None
-        src, dst = positions(ds, source), positions(ds, target)
-        require_queries(ds, dst)
-        rows = np.unique([*src, *dst])
-        activations = ds["features"].drop_vars(["query_token", "token_id"], errors="ignore")
-        of_both = taken(activations, query=rows).drop_vars("query")
-        weights = taken(attention(ds, "mean"), query=dst, key=src).drop_vars(["query", "key"])
-        strongest = xr.apply_ufunc(
-            _strongest_on_pathway,
-            whole(of_both, "query", "feature"),
-            whole(weights.rename(query="target", key="source"), "target", "source"),
-            kwargs={
-                "source": np.searchsorted(rows, src),
-                "target": np.searchsorted(rows, dst),
-                "top": top,
-            },
-            input_core_dims=[["query", "feature"], ["target", "source"]],
-            output_core_dims=[["value", "rank"]],
-            output_dtypes=[np.float64],
-            dask="parallelized",
-            dask_gufunc_kwargs={"output_sizes": {"value": len(_ON_PATHWAY), "rank": top}},
-            keep_attrs=False,
-        )
-        # Little enough to be one block, which makes graphs small.
-        out = xr.Dataset({"strongest": whole(strongest, "layer")})
-        out["attention"] = weights.mean(["query", "key"])
-        return out.assign_coords(rank=np.arange(1, top + 1))
-
+    of = partial(_on_pathway, source=source, target=target, top=top)
     both = per_scenario(data, of)
     out = xr.Dataset(
         {name: both["strongest"].isel(value=at) for at, name in enumerate(_ON_PATHWAY)}
@@ -292,6 +266,39 @@ def pathway_features(
         target=label(target),
         top=top,
     )
+
+
+def _on_pathway(ds: xr.Dataset, source: Place, target: Place, top: int) -> xr.Dataset | None:
+    """Return what :func:`pathway_features` says of one trace."""
+    require(ds, "features", "attention_mean")
+    if len(present(ds, [source, target])) < 2:
+        return None
+    src, dst = positions(ds, source), positions(ds, target)
+    require_queries(ds, dst)
+    rows = np.unique([*src, *dst])
+    activations = ds["features"].drop_vars(["query_token", "token_id"], errors="ignore")
+    of_both = taken(activations, query=rows).drop_vars("query")
+    weights = taken(attention(ds, "mean"), query=dst, key=src).drop_vars(["query", "key"])
+    strongest = xr.apply_ufunc(
+        _strongest_on_pathway,
+        whole(of_both, "query", "feature"),
+        whole(weights.rename(query="target", key="source"), "target", "source"),
+        kwargs={
+            "source": np.searchsorted(rows, src),
+            "target": np.searchsorted(rows, dst),
+            "top": top,
+        },
+        input_core_dims=[["query", "feature"], ["target", "source"]],
+        output_core_dims=[["value", "rank"]],
+        output_dtypes=[np.float64],
+        dask="parallelized",
+        dask_gufunc_kwargs={"output_sizes": {"value": len(_ON_PATHWAY), "rank": top}},
+        keep_attrs=False,
+    )
+    # Little enough to be one block, which makes graphs small.
+    out = xr.Dataset({"strongest": whole(strongest, "layer")})
+    out["attention"] = weights.mean(["query", "key"], skipna=False)
+    return out.assign_coords(rank=np.arange(1, top + 1))
 
 
 def _strongest_on_pathway(

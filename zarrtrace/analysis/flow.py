@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import dask
@@ -84,27 +85,31 @@ def attention_rollout(
     if not 0 <= residual <= 1:
         raise ConfigError(f"residual={residual} is not within 0 to 1", remedy="The usual is 0.5.")
 
-    def of(layers: _Layers, keys: list[list[int]], queries: list[int]) -> _Found:
-        state: Any = np.zeros((layers.tokens, len(keys)))
-        for column, found in enumerate(keys):
-            state[found, column] = 1
-        out = []
-        for number, stretch in layers:
-            states = _call(_roll, stretch, state, residual)
-            state = _call(_last, states)
-            out.append((number, _call(_mean_rows, states, queries)))
-        return out
-
     return _through_layers(
         data,
         source,
         target,
-        of,
+        partial(_rolled, residual=residual),
         "attention_rollout",
         "product over layers of residual·I + (1 − residual)·attention, mean over heads, rows "
         "normalised (Abnar & Zuidema 2020); summed over the source's tokens",
         residual=residual,
     )
+
+
+def _rolled(
+    layers: _Layers, keys: list[list[int]], queries: list[int], *, residual: float
+) -> _Found:
+    """Return the rollout from each source to the target's rows."""
+    state: Any = np.zeros((layers.tokens, len(keys)))
+    for column, found in enumerate(keys):
+        state[found, column] = 1
+    out = []
+    for number, stretch in layers:
+        states = _call(_roll, stretch, state, residual)
+        state = _call(_last, states)
+        out.append((number, _call(_mean_rows, states, queries)))
+    return out
 
 
 def _roll(layers: np.ndarray, state: np.ndarray, residual: float) -> np.ndarray:
@@ -162,29 +167,33 @@ def attention_flow(
     if not 0 <= residual <= 1:
         raise ConfigError(f"residual={residual} is not within 0 to 1", remedy="The usual is 0.5.")
 
-    def of(layers: _Layers, keys: list[list[int]], queries: list[int]) -> _Found:
-        tokens = layers.tokens
-        edges = layers.count * tokens * (tokens + 1) // 2
-        if edges > _MOST_EDGES:
-            raise ConfigError(
-                f"attention flow through {layers.count} layers of {tokens} tokens needs a graph of "
-                f"{edges:,} edges, more than {_MOST_EDGES:,}",
-                why="Maximum flow has to hold all layers at once.",
-                remedy="Take fewer layers (ds.sel(layer=...)), or attention_rollout.",
-            )
-        whole: list[Any] = [_call(_capacities, stretch, residual) for _, stretch in layers]
-        return [(layers.count, _call(_flows, whole, keys, queries))]
-
     return _through_layers(
         data,
         source,
         target,
-        of,
+        partial(_flowed, residual=residual),
         "attention_flow",
         "maximum flow through the graph of tokens by layer with capacities residual·I + "
         "(1 − residual)·attention, mean over heads (Abnar & Zuidema 2020)",
         residual=residual,
     )
+
+
+def _flowed(
+    layers: _Layers, keys: list[list[int]], queries: list[int], *, residual: float
+) -> _Found:
+    """Return the maximum flow from each source to the target's rows."""
+    tokens = layers.tokens
+    edges = layers.count * tokens * (tokens + 1) // 2
+    if edges > _MOST_EDGES:
+        raise ConfigError(
+            f"attention flow through {layers.count} layers of {tokens} tokens needs a graph of "
+            f"{edges:,} edges, more than {_MOST_EDGES:,}",
+            why="Maximum flow has to hold all layers at once.",
+            remedy="Take fewer layers (ds.sel(layer=...)), or attention_rollout.",
+        )
+    whole: list[Any] = [_call(_capacities, stretch, residual) for _, stretch in layers]
+    return [(layers.count, _call(_flows, whole, keys, queries))]
 
 
 def _capacities(layers: np.ndarray, residual: float) -> np.ndarray:
@@ -316,20 +325,7 @@ def _through_layers(
         raise ConfigError("no source to start from", remedy="Give a span or positions.")
     require_places(data, [*sources, target])
 
-    def of(ds: xr.Dataset) -> xr.DataArray | None:
-        array = attention(ds, "mean")
-        here = present(ds, sources)
-        if not here or not present(ds, [target]):
-            return None
-        _check_whole(ds, array)
-        keys = [_rows(ds, place) for place in here]
-        rows = through(_Layers(ds, array), keys, _rows(ds, target))
-        return xr.DataArray(
-            _together(rows, len(here)),
-            dims=("layer", "source"),
-            coords={"layer": array["layer"].values, "source": [label(p) for p in here]},
-        ).transpose("source", "layer")
-
+    of = partial(_through_trace, sources=sources, target=target, through=through)
     out = per_scenario(data, of).rename(analysis.removeprefix("attention_"))
     out = out.reindex(source=[label(place) for place in sources])
     out = out.transpose("scenario", "source", "layer", missing_dims="ignore")
@@ -343,6 +339,24 @@ def _through_layers(
         target=label(target),
         **parameters,
     )
+
+
+def _through_trace(
+    ds: xr.Dataset, sources: Sequence[Place], target: Place, through: _Through
+) -> xr.DataArray | None:
+    """Return ``(source, layer)`` of one trace, of the places that it has."""
+    array = attention(ds, "mean")
+    here = present(ds, sources)
+    if not here or not present(ds, [target]):
+        return None
+    _check_whole(ds, array)
+    keys = [_rows(ds, place) for place in here]
+    rows = through(_Layers(ds, array), keys, _rows(ds, target))
+    return xr.DataArray(
+        _together(rows, len(here)),
+        dims=("layer", "source"),
+        coords={"layer": array["layer"].values, "source": [label(p) for p in here]},
+    ).transpose("source", "layer")
 
 
 def _present(values: np.ndarray, scenario: str, layers: list[int]) -> np.ndarray:
