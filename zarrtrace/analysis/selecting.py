@@ -312,6 +312,8 @@ def per_scenario(
         A run, or a trace: its result has `dim` as a scalar coordinate only.
     function
         Takes a trace; returns None where the scenario has nothing to say (a span is absent).
+        A run that is not on dask has it called in tasks of dask's scheduler, which may be another
+        process: it is to be found by name there, and to hold no more than it needs.
     dim
         Name of the new dimension.
 
