@@ -26,23 +26,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from zarrtrace.store.attributes import read_trace_attributes
+from zarrtrace.store.nodes import consolidate
 
 import zarrtrace as zt
 from zarrtrace import analysis
 from zarrtrace.cli.shared import computing
-from zarrtrace.spec import (
-    FeatureRecord,
-    LayerRecord,
-    OptionAttributes,
-    SpanAttributes,
-    Tokens,
-    TokensRecord,
-    TraceAttributes,
-    TraceShape,
-)
+from zarrtrace.format.attributes import OptionAttributes, SpanAttributes, TraceAttributes
+from zarrtrace.format.layout import TraceShape
+from zarrtrace.records import FeatureRecord, LayerRecord, Tokens, TokensRecord
 from zarrtrace.store import RunWriter
-from zarrtrace.store.attributes import read_trace_attributes
-from zarrtrace.store.nodes import consolidate
 
 LAYERS, HEADS, TOKENS, FEATURES, ACTIVE = tuple(range(1, 32)), 32, 121, 32_768, 50
 STORED = 8

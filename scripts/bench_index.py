@@ -20,16 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
+from zarrtrace.format.attributes import SpanAttributes, TraceAttributes
+from zarrtrace.format.layout import TraceShape
 from zarrtrace.index import build_index, find_feature
-from zarrtrace.spec import (
-    FeatureRecord,
-    LayerRecord,
-    SpanAttributes,
-    Tokens,
-    TokensRecord,
-    TraceAttributes,
-    TraceShape,
-)
+from zarrtrace.records import FeatureRecord, LayerRecord, Tokens, TokensRecord
 from zarrtrace.store import RunWriter
 
 LAYERS, HEADS, TOKENS, FEATURES, ACTIVE = (1, 2, 3, 4), 4, 64, 4096, 50

@@ -24,11 +24,11 @@ import numpy as np
 import zarr
 from numcodecs import Blosc
 from xarray.core.indexing import BasicIndexer
-
-from zarrtrace.spec import ATTENTION_BLOCK, ATTENTION_LEVEL, ArrayLayout
-from zarrtrace.store import shards
 from zarrtrace.store.lazy import stored_array
 from zarrtrace.store.nodes import create_arrays
+
+from zarrtrace.format.layout import ATTENTION_BLOCK, ATTENTION_LEVEL, ArrayLayout
+from zarrtrace.store import shards
 
 HEADS = 32
 

@@ -19,15 +19,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from zarrtrace.format.attributes import SpanAttributes, TraceAttributes
+from zarrtrace.format.layout import TraceShape
 from zarrtrace.npz import export_npz
-from zarrtrace.spec import (
-    FeatureRecord,
-    LayerRecord,
-    SpanAttributes,
-    Tokens,
-    TraceAttributes,
-    TraceShape,
-)
+from zarrtrace.records import FeatureRecord, LayerRecord, Tokens
 from zarrtrace.store import RunWriter
 
 TOKENS, HEADS, FEATURES = 121, 32, 32768

@@ -27,14 +27,9 @@ import numpy as np
 import zarr
 
 import zarrtrace as zt
-from zarrtrace.spec import (
-    FeatureRecord,
-    LayerRecord,
-    SpanAttributes,
-    Tokens,
-    TraceAttributes,
-    TraceShape,
-)
+from zarrtrace.format.attributes import SpanAttributes, TraceAttributes
+from zarrtrace.format.layout import TraceShape
+from zarrtrace.records import FeatureRecord, LayerRecord, Tokens
 from zarrtrace.store import TraceWriter
 
 HEADS, FEATURES, ACTIVE = 32, 32_768, 50

@@ -21,15 +21,9 @@ import numpy as np
 from bench_read import ACTIVE, FEATURES, attention, features
 from playwright.sync_api import sync_playwright
 
-from zarrtrace.spec import (
-    FeatureRecord,
-    LayerRecord,
-    SpanAttributes,
-    Tokens,
-    TokensRecord,
-    TraceAttributes,
-    TraceShape,
-)
+from zarrtrace.format.attributes import SpanAttributes, TraceAttributes
+from zarrtrace.format.layout import TraceShape
+from zarrtrace.records import FeatureRecord, LayerRecord, Tokens, TokensRecord
 from zarrtrace.store import TraceWriter
 from zarrtrace.viewer import Server
 

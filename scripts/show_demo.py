@@ -29,7 +29,7 @@ def main(run: Path, exported: Path) -> None:
     trajectory = ds.features[:, -1].sel(feature=feature)
     show(trajectory.layer.values, trajectory.values)
 
-    options = ds.attrs["zarrtrace"]["options"]
+    options = ds.attrs["options"]
     likely = dict(zip(ds.next_token[-1].values, ds.next_token_logprob[-1].values, strict=True))
     choices = [
         f"P({name}) = {np.exp(likely[option['token_id']]):.3f}"

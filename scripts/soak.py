@@ -29,7 +29,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 from zarrtrace.cli.shared import Layers
 from zarrtrace.extraction import Options, extract
-from zarrtrace.spec import LayerRecord
+from zarrtrace.records import LayerRecord
 from zarrtrace.store import TraceWriter, verify
 
 # What may be added between the second and the last layer. A leak of one handle or of 50 kB a

@@ -22,8 +22,9 @@ from zarrtrace import demo
 from zarrtrace.capture import LoadedModel, Request, load_model
 from zarrtrace.capture.hooks import parse_hook
 from zarrtrace.capture.prompts import Prompt
+from zarrtrace.format.attributes import SAEAttributes
+from zarrtrace.records import LayerRecord, Tokens
 from zarrtrace.scenarios import Scenario
-from zarrtrace.spec import LayerRecord, SAEAttributes, Tokens
 
 LAYERS, HEADS, WIDTH = 4, 4, 32
 VOCABULARY = 480  # the embedded tokenizer's

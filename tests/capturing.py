@@ -7,8 +7,7 @@ from contextlib import closing
 from typing import Any
 
 from zarrtrace.capture import capture
-from zarrtrace.spec import LayerRecord, TokensRecord
-from zarrtrace.together import LayerBatch
+from zarrtrace.records import LayerBatch, LayerRecord, TokensRecord
 
 
 def records_of(*given: Any, **options: Any) -> Generator[LayerRecord | TokensRecord]:

@@ -8,20 +8,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from zarrtrace.spec import (
-    NEXT_TOKENS,
-    TOP_FEATURES,
-    FeatureRecord,
-    LayerRecord,
+from zarrtrace.format.attributes import (
     ModelAttributes,
     OptionAttributes,
     SAEAttributes,
     SpanAttributes,
-    Tokens,
-    TokensRecord,
     TraceAttributes,
+)
+from zarrtrace.format.layout import (
+    DEFAULT_LIMITS,
+    NEXT_TOKENS,
+    NO_ID,
+    TOP_FEATURES,
+    Limits,
     TraceShape,
 )
+from zarrtrace.records import FeatureRecord, LayerRecord, Tokens, TokensRecord, TracePlan
 from zarrtrace.store import RunWriter, TraceWriter
 
 Truth = dict[str, np.ndarray]
@@ -75,20 +77,6 @@ def make_trace_attributes(scenario: str = SCENARIOS[0], **changes: Any) -> Trace
             tokenizer="PreTrainedTokenizerFast",
             prepend_bos=True,
         ),
-        "saes": tuple(
-            SAEAttributes(
-                layer=layer,
-                release=None,
-                id=f"l{layer}",
-                hook_name=f"blocks.{layer}.hook_resid_post",
-                architecture="jumprelu",
-                d_in=8,
-                d_sae=features,
-                dtype="float32",
-                decoder_norm_folded=False,
-            )
-            for layer in (layers if features else ())
-        ),
         "layers": layers,
         "attention_dtype": "float32" if heads else None,
         "feature_dtype": "float32" if features else None,
@@ -97,12 +85,31 @@ def make_trace_attributes(scenario: str = SCENARIOS[0], **changes: Any) -> Trace
     return TraceAttributes(**{**fields, **changes})
 
 
+def make_saes(layers: Sequence[int], features: int) -> tuple[SAEAttributes, ...]:
+    """Return an SAE of each layer."""
+    return tuple(
+        SAEAttributes(
+            layer=layer,
+            release=None,
+            id=f"l{layer}",
+            hook_name=f"blocks.{layer}.hook_resid_post",
+            architecture="jumprelu",
+            d_in=8,
+            d_sae=features,
+            dtype="float32",
+            decoder_norm_folded=False,
+        )
+        for layer in layers
+    )
+
+
 def make_tokens(tokens: int) -> Tokens:
     """Return token ids and texts, multi-byte characters among them."""
     words = ["<s>", " balance", "90", " Ω", "🎰", "\n", ""]
     return Tokens(
         ids=[(7 * i) % 1000 for i in range(tokens)],
         texts=[words[i % len(words)] for i in range(tokens)],
+        special=[i == 0 for i in range(tokens)],
     )
 
 
@@ -125,10 +132,11 @@ def make_features(
     activations[rng.random((tokens, features)) >= active] = 0
     rank = min(TOP_FEATURES, features)
     top = np.argsort(-activations, axis=-1, kind="stable")[:, :rank]
+    strongest = np.take_along_axis(activations, top, axis=-1).astype(np.float32)
     return FeatureRecord(
         activations=activations,
-        top_feature=top.astype(np.uint32),
-        top_activation=np.take_along_axis(activations, top, axis=-1).astype(np.float32),
+        top_feature=np.where(strongest != 0, top, NO_ID).astype(np.uint32),
+        top_activation=strongest,
     )
 
 
@@ -167,9 +175,11 @@ def make_records(
         )
     if next_token:
         rng = np.random.default_rng(seed)
+        ids = rng.integers(0, 1000, (tokens, NEXT_TOKENS), dtype=np.uint32)
         yield TokensRecord(
             scenario=scenario,
-            next_token=rng.integers(0, 1000, (tokens, NEXT_TOKENS), dtype=np.uint32),
+            next_token=ids,
+            next_token_text=np.vectorize(lambda i: f" {i} Ω", otypes=[object])(ids),
             next_token_logprob=-np.sort(rng.exponential(3, (tokens, NEXT_TOKENS))).astype(
                 np.float32
             ),
@@ -185,6 +195,7 @@ def make_shape(
     attention_dtype: str = "float32",
     feature_dtype: str = "float32",
     next_token: bool = True,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> TraceShape:
     """Return the sizes of a fake trace."""
     return TraceShape(
@@ -195,6 +206,7 @@ def make_shape(
         attention_dtype=attention_dtype if heads else None,
         feature_dtype=feature_dtype if _sizes(features) else None,
         next_token=next_token,
+        limits=limits,
     )
 
 
@@ -207,16 +219,20 @@ def _sizes(features: int | Mapping[str, int]) -> dict[str, int]:
 def truth_of(
     records: Sequence[LayerRecord | TokensRecord], layers: Sequence[int], tokens: Tokens
 ) -> Truth:
-    """Return the arrays that a trace of `records` holds, missing layers as NaN (or 0)."""
+    """Return the arrays that a trace of `records` holds, missing layers as fill values."""
+    texts = np.asarray(tokens.texts, dtype=object)
     out: Truth = {
         "layer": np.asarray(layers),
         "query": np.arange(len(tokens.ids)),
+        "key": np.arange(len(tokens.ids)),
         "token_id": np.asarray(tokens.ids, np.uint32),
-        "query_token": np.asarray(tokens.texts, dtype=object),
+        "query_token": texts,
+        "key_token": texts,
+        "special": np.asarray(tokens.special, bool),
     }
 
     def put(name: str, layer: int, value: np.ndarray) -> None:
-        gap = np.nan if value.dtype.kind == "f" else 0
+        gap = np.nan if value.dtype.kind == "f" else NO_ID
         whole = out.setdefault(name, np.full((len(layers), *value.shape), gap, value.dtype))
         whole[list(layers).index(layer)] = value
 
@@ -224,13 +240,12 @@ def truth_of(
         if isinstance(record, TokensRecord):
             out["next_token"] = record.next_token
             out["next_token_logprob"] = record.next_token_logprob
+            out["next_token_text"] = record.next_token_text
             continue
         if record.attention is not None and record.attention_mean is not None:
             put("attention", record.layer, record.attention)
             put("attention_mean", record.layer, record.attention_mean)
             out["head"] = np.arange(record.attention.shape[0])
-            out["key"] = out["query"]
-            out["key_token"] = out["query_token"]
         for name, found in record.features.items():
             suffix = name.removeprefix("features")
             put(name, record.layer, found.activations)
@@ -243,22 +258,23 @@ def truth_of(
 def make_trace_writer(
     path: Path, scenario: str = SCENARIOS[0], *, next_token: bool = True, **sizes: Any
 ) -> TraceWriter:
-    """Return the writer of a fake trace; see :func:`make_shape` for `sizes`."""
-    layers = tuple(sizes.get("layers", LAYERS))
-    tokens = sizes.get("tokens", 7)
-    attributes = _attributes_for(scenario, sizes)
-    shape = make_shape(**{**sizes, "layers": layers}, next_token=next_token)
-    return TraceWriter(path, attributes, shape, make_tokens(tokens))
+    """Return the writer of a fake trace in the run at `path`; see :func:`make_shape` for `sizes`."""
+    return TraceWriter(path, make_plan(scenario, next_token=next_token, **sizes))
 
 
-def _attributes_for(scenario: str, sizes: Mapping[str, Any]) -> TraceAttributes:
-    features = _sizes(sizes.get("features", 16))
-    tokens = sizes.get("tokens", 7)
-    heads = sizes.get("heads", 2)
-    return make_trace_attributes(
+def make_plan(
+    scenario: str = SCENARIOS[0],
+    *,
+    next_token: bool = True,
+    without_sae: Sequence[int] = (),
+    **sizes: Any,
+) -> TracePlan:
+    """Return a fake trace before its first layer; see :func:`make_shape` for `sizes`."""
+    layers, tokens = tuple(sizes.get("layers", LAYERS)), sizes.get("tokens", 7)
+    features, heads = _sizes(sizes.get("features", 16)), sizes.get("heads", 2)
+    attributes = make_trace_attributes(
         scenario,
-        layers=tuple(sizes.get("layers", LAYERS)),
-        features=max(features.values(), default=0),
+        layers=layers,
         heads=heads or 0,
         spans={
             "balance": SpanAttributes(
@@ -268,7 +284,15 @@ def _attributes_for(scenario: str, sizes: Mapping[str, Any]) -> TraceAttributes:
         },
         attention_dtype=sizes.get("attention_dtype", "float32") if heads else None,
         feature_dtype=sizes.get("feature_dtype", "float32") if features else None,
-        **({"saes": ()} if len(features) > 1 else {}),  # every layer has every array
+        layers_without_sae=tuple(without_sae),
+    )
+    with_sae = [layer for layer in layers if layer not in without_sae]
+    return TracePlan(
+        attributes=attributes,
+        shape=make_shape(**{**sizes, "layers": layers}, next_token=next_token),
+        tokens=make_tokens(tokens),
+        # Of several arrays, every layer has each.
+        saes=make_saes(with_sae, *features.values()) if len(features) == 1 else (),
     )
 
 
@@ -292,6 +316,7 @@ def make_run(
     drop: Mapping[str, Sequence[int]] | None = None,
     overwrite: bool = False,
     repair: bool = False,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> FakeRun:
     """Write a run of synthetic scenarios through the real writers.
 
@@ -326,10 +351,8 @@ def make_run(
             )
             skipped = drop.get(scenario, ())
             kept = [r for r in records if not (isinstance(r, LayerRecord) and r.layer in skipped)]
-            attributes = _attributes_for(scenario, sizes).model_copy(
-                update={"layers_without_sae": tuple(without_sae)}
-            )
-            writer = run.trace(attributes, make_shape(**sizes), make_tokens(length))
+            plan = make_plan(scenario, without_sae=without_sae, limits=limits, **sizes)
+            writer = run.trace(plan)
             for record in kept:
                 if isinstance(record, TokensRecord):
                     if writer.needs_tokens:
@@ -337,7 +360,7 @@ def make_run(
                 elif record.layer in writer.missing_layers:
                     writer.append(record)
                     written.append((scenario, record.layer))
-            if not writer.missing_layers:
+            if not writer.missing_layers and not writer.needs_tokens:
                 writer.finish()
             truth[scenario] = truth_of(kept, layers, make_tokens(length))
         if finish and not drop:

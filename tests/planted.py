@@ -11,7 +11,7 @@ import fakes
 import numpy as np
 import xarray as xr
 
-from zarrtrace.spec import NAMESPACE, RunAttributes, SpanAttributes
+from zarrtrace.format.attributes import RunAttributes, SpanAttributes
 
 #: The spans of every scenario, besides the decision: its last token.
 SPANS = {
@@ -92,7 +92,7 @@ def make_trace(
             "key_token": ("key", texts),
             "token_id": ("query", ids.astype(np.uint32)),
         },
-        attrs={NAMESPACE: attributes.model_dump(mode="json")},
+        attrs=attributes.model_dump(mode="json"),
     )
 
 
@@ -118,7 +118,7 @@ def make_run(
 def as_run(traces: Mapping[str, xr.Dataset]) -> xr.DataTree:
     """Return traces as a run."""
     attributes = RunAttributes(scenarios=tuple(traces), config={}, complete=True)
-    root = xr.Dataset(attrs={NAMESPACE: attributes.model_dump(mode="json")})
+    root = xr.Dataset(attrs=attributes.model_dump(mode="json"))
     return xr.DataTree.from_dict({"/": root, **traces}, name="run")
 
 

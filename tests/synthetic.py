@@ -76,7 +76,7 @@ def trace(
         "model": {"id": "fake/model"},
         "versions": {"zarrtrace": "0"},
     }
-    return with_index(xr.Dataset(arrays, coords, attrs={"zarrtrace": attributes}))
+    return with_index(xr.Dataset(arrays, coords, attrs=attributes))
 
 
 def with_index(ds: xr.Dataset) -> xr.Dataset:
@@ -94,8 +94,8 @@ def with_index(ds: xr.Dataset) -> xr.Dataset:
 
 def run(traces: Sequence[xr.Dataset]) -> xr.DataTree:
     """Return a run of traces."""
-    names = [ds.attrs["zarrtrace"]["scenario"] for ds in traces]
-    root = xr.Dataset(attrs={"zarrtrace": {"kind": "run", "scenarios": names}})
+    names = [ds.attrs["scenario"] for ds in traces]
+    root = xr.Dataset(attrs={"kind": "run", "scenarios": names})
     return xr.DataTree.from_dict({"/": root, **dict(zip(names, traces, strict=True))})
 
 
@@ -129,7 +129,7 @@ def change(data: xr.DataTree, **by_scenario: xr.Dataset) -> xr.DataTree:
 
 def with_attributes(ds: xr.Dataset, **changes: Any) -> xr.Dataset:
     """Return a trace with other attributes."""
-    return ds.assign_attrs(zarrtrace={**ds.attrs["zarrtrace"], **changes})
+    return ds.assign_attrs(zarrtrace={**ds.attrs, **changes})
 
 
 def with_queries(ds: xr.Dataset, queries: Sequence[int]) -> xr.Dataset:
@@ -141,7 +141,7 @@ def with_queries(ds: xr.Dataset, queries: Sequence[int]) -> xr.Dataset:
 
 def without_span(ds: xr.Dataset, name: str) -> xr.Dataset:
     """Return a trace without a span."""
-    spans = {k: v for k, v in ds.attrs["zarrtrace"]["spans"].items() if k != name}
+    spans = {k: v for k, v in ds.attrs["spans"].items() if k != name}
     return with_attributes(ds, spans=spans)
 
 

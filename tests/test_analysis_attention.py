@@ -15,7 +15,6 @@ import xarray as xr
 from zarrtrace import analysis
 from zarrtrace.analysis import selecting
 from zarrtrace.errors import ConfigError, ScenarioError
-from zarrtrace.spec import NAMESPACE
 from zarrtrace.store import open_run
 
 IDS = [0, 7, 3, 7, 7, 3, 2, 7, 9, 3, *range(20, 38)]
@@ -310,7 +309,7 @@ def test_features_only_traces_are_refused_by_name(name):
 
 def test_chosen_queries():
     ds = planted.make_trace()
-    attributes = {**ds.attrs[NAMESPACE], "queries": [16, 27]}
+    attributes = {**ds.attrs, "queries": [16, 27]}
     rows = ds["query"].isin([16, 27])
     partial = ds.assign(
         attention=ds.attention.where(rows), attention_mean=ds.attention_mean.where(rows)

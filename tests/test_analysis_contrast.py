@@ -29,7 +29,7 @@ def planted(run: xr.DataTree, *, layer: int = 1, feature: int = 5) -> xr.DataTre
     traces = []
     for child in run.children.values():
         ds = child.to_dataset().copy(deep=True)
-        risky = "risky" in ds.attrs["zarrtrace"]["tags"]
+        risky = "risky" in ds.attrs["tags"]
         ds["features"][layer, -1, feature] = 10 + rng.random() if risky else rng.random()
         traces.append(synthetic.with_index(ds))
     return synthetic.run(traces)

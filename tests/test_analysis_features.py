@@ -28,7 +28,7 @@ def run() -> xr.DataTree:
 
 
 def spans_of(ds: xr.Dataset) -> dict[str, list[int]]:
-    return {name: span["tokens"] for name, span in ds.attrs["zarrtrace"]["spans"].items()}
+    return {name: span["tokens"] for name, span in ds.attrs["spans"].items()}
 
 
 class TestTrajectory:

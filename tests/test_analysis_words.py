@@ -171,7 +171,7 @@ def measures_by_hand(run: xr.DataTree, layer: int, feature: int, span: str) -> t
     for child in run.children.values():
         x = child["features"].sel(layer=layer, feature=feature).to_numpy().astype(float)
         attention = child["attention_mean"].sel(layer=layer).to_numpy().astype(float)
-        at = child.attrs["zarrtrace"]["spans"][span]["tokens"]
+        at = child.attrs["spans"][span]["tokens"]
         after = slice(max(at) + 1, None)
         if np.ptp(x[after]) > 0 and len(x[after]) >= 3:
             follows.append(stats.spearmanr(x[after], attention[after, at].mean(1)).statistic)

@@ -28,7 +28,7 @@ from zarrtrace import demo
 from zarrtrace.capture import load_model
 from zarrtrace.errors import ModelError
 from zarrtrace.extraction import Options, extract
-from zarrtrace.spec import TokensRecord
+from zarrtrace.records import TokensRecord
 from zarrtrace.store import open_trace, verify
 
 pytestmark = pytest.mark.torch
@@ -129,7 +129,7 @@ def test_a_whole_run_stores_what_was_captured(
     run = extract(tmp_path / "run", _options(path, suite))
     assert verify(run) == []
     ds = open_trace(run / "short")
-    attributes = ds.attrs["zarrtrace"]
+    attributes = ds.attrs
     expected = architectures.reference(name, path, ds.token_id.values.tolist())
     layers = list(ARCHITECTURES[name].attention_layers)
     dim = "attention_layer" if len(layers) < 4 else "layer"
@@ -166,7 +166,7 @@ def test_blocks_without_attention_say_so_and_keep_their_features(
     assert ds.attention_layer.values.tolist() == [1, 3]
     assert ds.features.dims == ("layer", "query", "feature")
     assert ds.layer.values.tolist() == [0, 1, 2, 3]
-    reasons = ds.attrs["zarrtrace"]["layers_without_attention"]
+    reasons = ds.attrs["layers_without_attention"]
     assert list(reasons) == ["0", "2"]
     assert all("Qwen3NextDecoderLayer" in why for why in reasons.values())
     expected = architectures.reference("Qwen3-Next", path, ds.token_id.values.tolist())
@@ -199,7 +199,7 @@ def test_attention_is_stored_without_loss(
     path = models.path(name, dtype)
     ds = open_trace(extract(tmp_path / "run", _options(path, suite)) / "short")
     assert ds.attention.dtype == stored
-    attributes = ds.attrs["zarrtrace"]
+    attributes = ds.attrs
     assert attributes["attention_dtype"] == stored
     assert attributes["model"]["dtype"] == dtype
     ids = ds.token_id.values.tolist()

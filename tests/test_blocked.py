@@ -21,7 +21,7 @@ from zarrtrace.capture import batches, blocked, hooks, lockstep
 from zarrtrace.capture.checks import blocks_are_exact, wants_blocks
 from zarrtrace.errors import ConfigError, ZarrtraceError
 from zarrtrace.extraction import Options, extract
-from zarrtrace.spec import LayerRecord, TokensRecord
+from zarrtrace.records import LayerRecord, TokensRecord
 from zarrtrace.store import open_trace, verify
 
 pytestmark = pytest.mark.torch
@@ -141,7 +141,7 @@ def test_an_architecture_that_differs_by_blocks_is_captured_whole(
     path = models.path("Llama")
     run = extract(tmp_path / "run", _options(path, suite, attention_capture="blocked"))
     ds = open_trace(run / "short")
-    assert ds.attrs["zarrtrace"]["model"]["attn_implementation"] == "eager"
+    assert ds.attrs["model"]["attn_implementation"] == "eager"
     expected = architectures.reference("Llama", path, ds.token_id.values.tolist())
     assert np.array_equal(ds.attention.values[2], expected.attention[2].numpy())
 
@@ -173,7 +173,7 @@ def test_a_blocked_run_equals_a_whole_one(
     assert verify(run) == []
     for scenario in ("short", "longer"):
         expected, found = open_trace(whole / scenario), open_trace(run / scenario)
-        attributes = found.attrs["zarrtrace"]
+        attributes = found.attrs
         assert attributes["model"]["attn_implementation"] == "blocked"
         assert attributes["model"]["softmax_dtype"] == "float32"
         for array in ("attention", "attention_mean"):
@@ -204,13 +204,13 @@ def test_chosen_queries_are_stored_and_nothing_else(
     for scenario in ("short", "longer"):
         ds = open_trace(run / scenario)
         tokens = ds.sizes["query"]
-        spans = ds.attrs["zarrtrace"]["spans"]
+        spans = ds.attrs["spans"]
         rows = {
             "last": [tokens - 1],
             "spans": sorted({at for span in spans.values() for at in span["tokens"]}),
             (0, 5, -1): [0, 5, tokens - 1],
         }[queries]
-        assert ds.attrs["zarrtrace"]["queries"] == rows
+        assert ds.attrs["queries"] == rows
         assert np.flatnonzero(ds.has_attention).tolist() == rows
         assert ds.has_attention.dims == ("query",)
         expected = architectures.reference(name, path, ds.token_id.values.tolist()).attention
@@ -568,7 +568,7 @@ def test_a_batched_run_equals_one_prompt_at_a_time(
             b.attention, a.attention, rtol=0, atol=ATTENTION_TOLERANCE["float32"]
         )
         np.testing.assert_allclose(b.next_token_logprob, a.next_token_logprob, rtol=0, atol=2e-4)
-        ours, theirs = a.attrs["zarrtrace"], b.attrs["zarrtrace"]
+        ours, theirs = a.attrs, b.attrs
         own = {"stored", "blake2b"}
         assert {k: v for k, v in ours.items() if k not in own} == {
             k: v for k, v in theirs.items() if k not in own

@@ -18,8 +18,9 @@ from zarrtrace import demo
 from zarrtrace.capture import LoadedModel, Prompt, Request, load_model, tokenize
 from zarrtrace.capture.batches import batches, waves
 from zarrtrace.capture.saes import FolderSAEs
+from zarrtrace.format.attributes import SAEAttributes
+from zarrtrace.records import LayerRecord, TokensRecord
 from zarrtrace.scenarios import Scenario, load_suite
-from zarrtrace.spec import LayerRecord, SAEAttributes, TokensRecord
 
 pytestmark = pytest.mark.torch
 

@@ -21,7 +21,7 @@ import zarrtrace as zt
 from zarrtrace import demo
 from zarrtrace.cli import main
 from zarrtrace.errors import IntegrityError, NonFiniteError, StoreError
-from zarrtrace.spec import ArrayLayout, TraceShape, trace_layout
+from zarrtrace.format.layout import ArrayLayout, TraceShape, trace_layout
 from zarrtrace.store import (
     TraceWriter,
     nodes,

@@ -26,7 +26,6 @@ from zarrtrace import analysis, figures
 from zarrtrace.cli.figures_ import command
 from zarrtrace.errors import ConfigError, ScenarioError
 from zarrtrace.figures import labels, page
-from zarrtrace.spec import NAMESPACE
 
 HOSTILE = ["<s>", " <b>x</b>", "🎰", "你好", "\u202ertl", "$x^2$", "$10", "\n", "\t", "", "e\u0301"]
 
@@ -364,7 +363,7 @@ def hostile_trace() -> xr.Dataset:
     coords = {"query_token": ("query", texts), "key_token": ("key", texts)}
     found = make_trace().assign_coords(coords)
     name = "<script>alert(1)</script> 🎰 $a$ $b$"
-    return found.assign_attrs({NAMESPACE: {**found.attrs[NAMESPACE], "scenario": name}})
+    return found.assign_attrs({NAMESPACE: {**found.attrs, "scenario": name}})
 
 
 def test_hostile_text_is_drawn_as_text_without_warnings() -> None:
@@ -387,7 +386,7 @@ def test_hostile_text_is_drawn_as_text_without_warnings() -> None:
 
 
 def test_metadata_is_in_the_files(ds: xr.Dataset, run: xr.DataTree, tmp_path: Path) -> None:
-    attributes = dict(ds.attrs[NAMESPACE])
+    attributes = dict(ds.attrs)
     attributes["saes"] = [{"release": "llama_scope_lxr_8x"}]
     ds = ds.assign_attrs({NAMESPACE: attributes})
     figure = figures.feature_timeline(ds).figure
@@ -511,7 +510,7 @@ def test_the_page_escapes_everything() -> None:
     task = page._Task("layers", name, "a b&c")
     bad = page._Task("flow", name, "x")
     run = xr.DataTree.from_dict({"/": xr.Dataset(), "t": hostile_trace()}, name="<i>run")
-    run.attrs[NAMESPACE] = {"kind": "run", "scenarios": ["t"]}
+    run.attrs = {"kind": "run", "scenarios": ["t"]}
     html = page._page(
         run, [name], [page._Result(task, ("a b&c.png",)), page._Result(bad, why_not="<b>no</b>")]
     )

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 import zarrtrace as zt
 from zarrtrace.errors import ConfigError, IntegrityError, LockedError, StoreError
+from zarrtrace.format.layout import index_layout
 from zarrtrace.index import build_index, find_feature
 from zarrtrace.index.counting import FeatureCounts
-from zarrtrace.spec import index_layout
 from zarrtrace.store import kind_of, locked, summarize, verify
 
 NAMES = ("Safe_1", "Risky_2", "Medium_3", "Late_4")

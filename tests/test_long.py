@@ -179,9 +179,7 @@ def test_features_of_long_prompts_come_from_blocks_too(
     whole = open_trace(extract(tmp_path / "whole", options) / "long")
     monkeypatch.setattr(checks, "_WHOLE_BYTES", 1000)
     found = open_trace(extract(tmp_path / "blocks", options) / "long")
-    implementations = [
-        ds.attrs["zarrtrace"]["model"]["attn_implementation"] for ds in (whole, found)
-    ]
+    implementations = [ds.attrs["model"]["attn_implementation"] for ds in (whole, found)]
     assert implementations == ["eager", "blocked"]
     scale = float(whole.features.max())
     np.testing.assert_allclose(found.features, whole.features, rtol=0, atol=2e-5 * scale)
@@ -243,7 +241,7 @@ def test_the_benchmark_measures_every_way(bench: ModuleType, tmp_path: Path, way
     else:
         ds = open_trace(tmp_path / f"{way}300" / "long")
         assert ds.sizes["query"] == 300
-        assert ds.attrs["zarrtrace"]["model"]["attn_implementation"] == "blocked"
+        assert ds.attrs["model"]["attn_implementation"] == "blocked"
 
 
 def test_the_benchmark_lets_figures_grow_as_the_square(bench: ModuleType) -> None:

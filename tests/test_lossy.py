@@ -27,7 +27,7 @@ def test_keepbits(tmp_path: Path, lossless: np.ndarray, bits: int) -> None:
     run = extract(tmp_path / "run", Options(**SMALL, attention_keepbits=bits))
     ds = zt.open_trace(run / "Risky_40")
     found = ds.attention.to_numpy()
-    assert ds.attrs["zarrtrace"]["attention_keepbits"] == bits
+    assert ds.attrs["attention_keepbits"] == bits
     np.testing.assert_allclose(found, lossless, rtol=2.0 ** -(bits + 1), atol=0)
     dropped = (1 << (23 - bits)) - 1
     assert not (found.view(np.uint32) & dropped).any()

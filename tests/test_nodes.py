@@ -13,19 +13,6 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, TransposeCodec, ZstdCodec
-
-from zarrtrace.spec import (
-    ATTENTION_BLOCK,
-    ATTENTION_LEVEL,
-    FEATURES_LEVEL,
-    FEATURES_LEVEL_BY_TOKEN,
-    FEATURES_ORDER,
-    NAMESPACE,
-    ArrayLayout,
-    TraceShape,
-    index_layout,
-    trace_layout,
-)
 from zarrtrace.store.attributes import canonical, read_group, seal_broken, sealed
 from zarrtrace.store.nodes import (
     array_metadata,
@@ -33,6 +20,18 @@ from zarrtrace.store.nodes import (
     replace_journal,
 )
 from zarrtrace.store.shards import write_block
+
+from zarrtrace.format.layout import (
+    ATTENTION_BLOCK,
+    ATTENTION_LEVEL,
+    FEATURES_LEVEL,
+    FEATURES_LEVEL_BY_TOKEN,
+    FEATURES_ORDER,
+    ArrayLayout,
+    TraceShape,
+    index_layout,
+    trace_layout,
+)
 
 LAYOUTS = {
     **trace_layout(

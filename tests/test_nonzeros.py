@@ -14,10 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from scipy.sparse import csr_array
-
-from zarrtrace.spec import ArrayLayout, BFloat16, Nonzeros
 from zarrtrace.store.shards import write_block, write_nonzeros
-from zarrtrace.together import LayerBatch, Member, SparseFeatures, settled, strongest
+
+from zarrtrace.format.layout import ArrayLayout
+from zarrtrace.records import (
+    BFloat16,
+    LayerBatch,
+    Member,
+    Nonzeros,
+    SparseFeatures,
+    settled,
+    strongest,
+)
 
 
 @st.composite

@@ -31,15 +31,10 @@ from zarrtrace.errors import (
     NoSpaceError,
     NPZError,
 )
+from zarrtrace.format.attributes import SpanAttributes, TraceAttributes
+from zarrtrace.format.layout import TraceShape
 from zarrtrace.npz import archive, export_npz, exporting, import_npz, importing
-from zarrtrace.spec import (
-    FeatureRecord,
-    LayerRecord,
-    SpanAttributes,
-    Tokens,
-    TraceAttributes,
-    TraceShape,
-)
+from zarrtrace.records import FeatureRecord, LayerRecord, Tokens
 from zarrtrace.store import RunWriter, open_run, open_trace, read_run_attributes
 
 WHEN = datetime(2025, 10, 17, 12, 0, 0)
@@ -622,7 +617,7 @@ def test_import_of_the_old_scripts_folder(tmp_path: Path) -> None:
     np.testing.assert_array_equal(layer.top_feature[:, 0], arrays["features"].argmax(1))
     assert list(ds.query_token.values) == [f"t{at}" for at in range(10)]
     assert list(ds.token_id.values) == list(range(100, 110))
-    said = TraceAttributes.model_validate(ds.attrs["zarrtrace"])
+    said = TraceAttributes.model_validate(ds.attrs)
     assert {name: span.tokens for name, span in said.spans.items()} == {
         "goal": (5, 3),
         "balance": (2,),

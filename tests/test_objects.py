@@ -322,7 +322,7 @@ def test_readers_see_complete_layers_only(cut: int, s3: Server, tmp_path: Path) 
         run = zt.open_run(folder / "run", missing="nan")
         for scenario, node in run.children.items():
             ds = node.to_dataset()
-            stored = {int(key) for key in ds.attrs["zarrtrace"]["stored"] if key.isdigit()}
+            stored = {int(key) for key in ds.attrs["stored"] if key.isdigit()}
             for at, layer in enumerate(fakes.LAYERS):
                 found = ds.attention.sel(layer=layer).values
                 if layer in stored:

@@ -238,7 +238,7 @@ def _check(
     expected = sae.encode(activations).detach().numpy()
     assert (expected > 0).any()
     assert np.array_equal(ds.features.values[0], expected)
-    (attributes,) = ds.attrs["zarrtrace"]["saes"]
+    (attributes,) = ds.attrs["saes"]
     assert attributes["hook_name"] == f"blocks.{LAYER}.{HOOKS[kind]}"
     assert attributes["d_in"] == activations.shape[-1]
     assert attributes["architecture"] == sae.cfg.architecture()
@@ -325,7 +325,7 @@ def test_several_saes_on_one_layer_give_several_arrays(
     assert verify(run) == []
     ds = open_trace(run / "short")
     ids = ds.token_id.values.tolist()
-    names = {(sae["layer"], sae["variable"]) for sae in ds.attrs["zarrtrace"]["saes"]}
+    names = {(sae["layer"], sae["variable"]) for sae in ds.attrs["saes"]}
     assert names == {
         (1, "features"),
         (2, "features"),
@@ -593,8 +593,8 @@ def test_layers_without_an_sae_are_listed_and_have_no_features(
     run = extract(tmp_path / "run", options)
     assert verify(run) == []
     ds = open_trace(run / "short")
-    assert ds.attrs["zarrtrace"]["layers_without_sae"] == [2, 3]
-    assert [sae["release"] for sae in ds.attrs["zarrtrace"]["saes"]] == [release] * 2
+    assert ds.attrs["layers_without_sae"] == [2, 3]
+    assert [sae["release"] for sae in ds.attrs["saes"]] == [release] * 2
     assert np.isnan(ds.features.sel(layer=[2, 3])).all()
     assert np.isfinite(ds.attention).all()
     ids = ds.token_id.values.tolist()

@@ -388,7 +388,7 @@ def test_a_span_without_a_token_is_refused() -> None:
 
 def test_span_of_a_dataset() -> None:
     attributes = fakes.make_trace_attributes().model_dump(mode="json")
-    ds = xr.Dataset(attrs={"zarrtrace": attributes})
+    ds = xr.Dataset(attrs=attributes)
     assert span(ds, "balance") == [1, 2]
     with pytest.raises(ScenarioError, match=r"(?s)no span 'blance'.*balance, decision"):
         span(ds, "blance")

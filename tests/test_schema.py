@@ -13,8 +13,8 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from zarrtrace import demo, schemas
+from zarrtrace.format.layout import trace_layout
 from zarrtrace.scenarios import load_suite
-from zarrtrace.spec import NAMESPACE, trace_layout
 
 FOLDER = Path(__file__).parents[1] / "schema"
 SCHEMAS = sorted(path.name for path in FOLDER.glob("*.schema.json"))

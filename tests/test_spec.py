@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from zarrtrace import spec
-from zarrtrace.spec import ArrayLayout, RunAttributes, Stored, TraceAttributes, trace_layout
+from zarrtrace.format.attributes import RunAttributes, Stored, TraceAttributes
+from zarrtrace.format.layout import ArrayLayout, trace_layout
 
 GIB = 2**30
 

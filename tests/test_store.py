@@ -28,6 +28,7 @@ import xarray as xr
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from zarrtrace.store.encoding import Encoding
 
 import zarrtrace as zt
 from zarrtrace.errors import (
@@ -41,9 +42,9 @@ from zarrtrace.errors import (
     ScenarioError,
     StoreError,
 )
-from zarrtrace.spec import NAMESPACE, LayerRecord, TokensRecord, TraceAttributes
+from zarrtrace.format.attributes import TraceAttributes
+from zarrtrace.records import LayerRecord, TokensRecord
 from zarrtrace.store import RunWriter, open_run, open_trace, summarize, trace_writer, verify
-from zarrtrace.store.encoding import Encoding
 
 
 def assert_equals(ds: xr.Dataset, truth: fakes.Truth) -> None:
@@ -91,7 +92,7 @@ def test_open_trace_reads_what_was_written(shared_run: fakes.FakeRun) -> None:
 def test_open_run_reads_what_was_written(shared_run: fakes.FakeRun) -> None:
     tree = zt.open_run(shared_run.path)
     assert list(tree.children) == list(shared_run.truth)
-    assert tree.attrs[NAMESPACE]["complete"] is True
+    assert tree.attrs["complete"] is True
     for scenario, truth in shared_run.truth.items():
         assert_equals(tree[scenario].to_dataset(), truth)
 
@@ -373,7 +374,7 @@ def test_what_is_changed_in_one_scenario_is_not_in_another(run: fakes.FakeRun, c
     """Scenarios of one length are made of one pattern."""
     tree = zt.open_run(run.path, chunks=chunks)
     changed = tree["Safe_1"]
-    changed.attrs["zarrtrace"]["spans"].clear()
+    changed.attrs["spans"].clear()
     for variable in changed.variables.values():
         variable.attrs["long_name"] = "changed"
         variable.encoding["chunks"] = "changed"

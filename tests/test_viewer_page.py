@@ -21,7 +21,7 @@ import xarray as xr
 
 import zarrtrace as zt
 from zarrtrace.analysis import contrast, word_associations
-from zarrtrace.spec import Tokens
+from zarrtrace.records import Tokens
 from zarrtrace.store import RunWriter
 from zarrtrace.viewer import Layout, Server, write_bundle
 

@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 
 from zarrtrace.errors import StoreError, readable
-from zarrtrace.spec import INDEX, ranges
+from zarrtrace.format.attributes import ranges
+from zarrtrace.format.layout import INDEX
 from zarrtrace.store import Location, RunSummary, TraceSummary, locate, summarize, write_whole
 
 _MARK = re.compile(r"<!-- zarrtrace card ([0-9a-f]{16}) -->\n\Z")

@@ -21,7 +21,6 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from zarrtrace.errors import ScenarioError, readable
-from zarrtrace.spec import NAMESPACE
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -654,10 +653,10 @@ def span(ds: xr.Dataset, name: str) -> list[int]:
     ScenarioError
         If the trace has no such span.
     """
-    spans = ds.attrs[NAMESPACE]["spans"]
+    spans = ds.attrs["spans"]
     if name not in spans:
         raise ScenarioError(
-            f"{ds.attrs[NAMESPACE]['scenario']}: no span {name!r}",
+            f"{ds.attrs['scenario']}: no span {name!r}",
             remedy=f"It has: {', '.join(spans)}.",
         )
     return [int(position) for position in spans[name]["tokens"]]

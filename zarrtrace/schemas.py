@@ -14,22 +14,18 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
-from zarrtrace.scenarios import ScenarioEntry, SuiteFile
-from zarrtrace.spec import (
-    NAMESPACE,
-    FeatureRecord,
+from zarrtrace.format.attributes import (
     IndexAttributes,
-    LayerRecord,
     ModelAttributes,
     OptionAttributes,
     RunAttributes,
     SAEAttributes,
     SpanAttributes,
-    Tokens,
-    TokensRecord,
     TraceAttributes,
-    TraceShape,
 )
+from zarrtrace.format.layout import TraceShape
+from zarrtrace.records import FeatureRecord, LayerRecord, Tokens, TokensRecord
+from zarrtrace.scenarios import ScenarioEntry, SuiteFile
 from zarrtrace.store import TraceWriter
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"

@@ -29,7 +29,6 @@ from zarrtrace.analysis.selecting import (
 from zarrtrace.analysis.words import Table, all_layers, read_table
 from zarrtrace.errors import ConfigError
 from zarrtrace.scenarios import DECISION
-from zarrtrace.spec import NAMESPACE
 
 MEASURES = ("attention", "place")
 
@@ -185,9 +184,7 @@ def _pairs(
         found = [(_plain(word), span) for word, span in asked]
         absent = [word for word, _ in found if word not in words]
     else:
-        options = [
-            n for ds in traces(data).values() for n in ds.attrs[NAMESPACE].get("options", ())
-        ]
+        options = [n for ds in traces(data).values() for n in ds.attrs.get("options", ())]
         asked = [(name, name) for name in span_names(data) if name != DECISION]
         asked += [(name, DECISION) for name in dict.fromkeys(options)]
         found = [(_plain(word), span) for word, span in asked if _plain(word) in words]

@@ -25,7 +25,6 @@ from zarrtrace.analysis.selecting import (
 )
 from zarrtrace.errors import ConfigError
 from zarrtrace.scenarios import DECISION
-from zarrtrace.spec import NAMESPACE
 
 
 def decision(data: Data, *, vocabulary: int | None = None) -> xr.Dataset:
@@ -67,9 +66,7 @@ def decision(data: Data, *, vocabulary: int | None = None) -> xr.Dataset:
     ConfigError
         If a trace has no next-token probabilities, or no scenario has options.
     """
-    options = {
-        name: None for ds in traces(data).values() for name in ds.attrs[NAMESPACE]["options"]
-    }
+    options = {name: None for ds in traces(data).values() for name in ds.attrs["options"]}
     if not options:
         raise ConfigError(
             "no scenario has options",
@@ -102,7 +99,7 @@ def _at_decision(ds: xr.Dataset) -> xr.Dataset:
 
 def _ids_of(ds: xr.Dataset, options: list[str]) -> xr.DataArray:
     """Return the id of each option's first token ``(option)``, −1 if the scenario has it not."""
-    own = ds.attrs[NAMESPACE]["options"]
+    own = ds.attrs["options"]
     ids = [own[name]["token_id"] if name in own else -1 for name in options]
     return xr.DataArray(ids, dims="option", coords={"option": options})
 

@@ -30,7 +30,6 @@ from zarrtrace.analysis.selecting import (
 )
 from zarrtrace.errors import ConfigError
 from zarrtrace.scenarios import DECISION
-from zarrtrace.spec import NAMESPACE
 
 #: How the tokens of a place become one number.
 Reduce = Literal["mean", "max", "none"]
@@ -78,12 +77,13 @@ def of_sae(data: _DataT, name: str) -> _DataT:
             remedy="Give what stands behind 'features_'; without it, the first SAE's are taken.",
         )
     rest: xr.Dataset = ds.drop_dims(["feature", "feature_rank"], errors="ignore")
-    names = ("features", "top_feature", "top_activation", "feature", "feature_rank")
+    rest = rest.drop_vars([n for n in rest.coords if n in ("sae_id", "sae_fingerprint")])
+    names = ("features", "top_feature", "top_activation", "feature", "feature_rank", "sae_id",
+             "sae_fingerprint")  # fmt: skip
     there: set[Any] = {*rest.variables, *rest.dims}
     renamed = rest.rename({f"{n}_{name}": n for n in names if f"{n}_{name}" in there})
-    said = ds.attrs[NAMESPACE]
-    saes = [sae for sae in said.get("saes", ()) if sae["variable"] == variable]
-    out = renamed.assign_attrs({NAMESPACE: {**said, "saes": saes}})
+    saes = {"features": sae for name, sae in ds.attrs.get("saes", {}).items() if name == variable}
+    out = renamed.assign_attrs(saes=saes)
     return xr.DataTree(out, name=data.name) if isinstance(data, xr.DataTree) else out
 
 

@@ -13,8 +13,8 @@ import xarray as xr
 
 from zarrtrace.analysis.parallel import all_together
 from zarrtrace.errors import ConfigError, ScenarioError, ZarrtraceError
+from zarrtrace.format.attributes import is_trace
 from zarrtrace.scenarios import DECISION, span
-from zarrtrace.spec import NAMESPACE
 
 #: A trace or a whole run.
 Data = xr.Dataset | xr.DataTree
@@ -53,21 +53,19 @@ def traces(data: Data) -> dict[str, xr.Dataset]:
     """
     if isinstance(data, xr.Dataset):
         return {_attributes(data)["scenario"]: data}
-    if data.attrs.get(NAMESPACE, {}).get("kind") == "trace":
+    if data.attrs.get("kind") == "trace":
         return traces(data.to_dataset())
     children = {name: child.to_dataset() for name, child in data.children.items()}
-    order = [
-        name for name in data.attrs.get(NAMESPACE, {}).get("scenarios", ()) if name in children
-    ]
+    order = [name for name in data.attrs.get("scenarios", ()) if name in children]
     found = {
         name: children[name]
         for name in dict.fromkeys([*order, *children])
-        if NAMESPACE in children[name].attrs
+        if is_trace(children[name].attrs)
     }
     if not found:
         raise ConfigError(
             "this DataTree holds no traces",
-            why="Its children lack the attribute 'zarrtrace'.",
+            why="Its children lack the attributes of a trace.",
             remedy="Give what zarrtrace.open_run or zarrtrace.open_trace returned.",
         )
     return found
@@ -75,7 +73,7 @@ def traces(data: Data) -> dict[str, xr.Dataset]:
 
 def is_run(data: Data) -> bool:
     """Tell whether `data` is a run, not a single trace."""
-    return isinstance(data, xr.DataTree) and data.attrs.get(NAMESPACE, {}).get("kind") != "trace"
+    return isinstance(data, xr.DataTree) and data.attrs.get("kind") != "trace"
 
 
 def tags(ds: xr.Dataset) -> tuple[str, ...]:
@@ -89,16 +87,15 @@ def scenario_of(ds: xr.Dataset) -> str:
 
 
 def _attributes(ds: xr.Dataset) -> Mapping[str, Any]:
-    found = ds.attrs.get(NAMESPACE)
-    if not isinstance(found, Mapping):
+    if not is_trace(ds.attrs):
         raise ConfigError(
             "this Dataset is not a trace",
-            why="It lacks the attribute 'zarrtrace', which holds the scenario and its spans; some "
-            "xarray operations drop attributes.",
+            why="It lacks the attributes 'kind', 'scenario' and 'spans'; some xarray operations "
+            "drop attributes.",
             remedy="Give what zarrtrace.open_trace returned, or select with isel/sel, which keep "
             "them.",
         )
-    return found
+    return ds.attrs
 
 
 def require(ds: xr.Dataset, *names: str) -> None:
@@ -241,10 +238,10 @@ def attention(ds: xr.Dataset, heads: Literal["mean", "each"]) -> xr.DataArray:
         raise ConfigError(f"heads={heads!r} is neither 'mean' nor 'each'", remedy="Give one.")
     name = "attention_mean" if heads == "mean" else "attention"
     require(ds, name)
-    # Traces of models with blocks that have no attention matrix give attention its own dimension.
-    own = "attention_layer"
-    out = ds[name].rename({own: "layer"} if own in ds[name].dims else {})
-    return out.reset_coords(drop=True)
+    # Attention has dimensions of its own where it has fewer layers or rows than features.
+    own = {"attention_layer": "layer", "attention_query": "query"}
+    out = ds[name].reset_coords(drop=True)
+    return out.rename({dim: common for dim, common in own.items() if dim in out.dims})
 
 
 def taken(array: xr.DataArray, **labels: Sequence[int] | np.ndarray) -> xr.DataArray:
@@ -270,9 +267,8 @@ def taken(array: xr.DataArray, **labels: Sequence[int] | np.ndarray) -> xr.DataA
 
 def stored_queries(ds: xr.Dataset) -> np.ndarray:
     """Return the positions whose rows of attention are stored: all, unless queries were chosen."""
-    chosen = _attributes(ds).get("queries")
-    tokens = query_labels(ds)
-    return tokens if chosen is None else tokens[np.isin(tokens, list(chosen))]
+    dim = "attention_query" if "attention_query" in ds.dims else "query"
+    return np.asarray(ds[dim].values)
 
 
 def require_queries(ds: xr.Dataset, wanted: Iterable[int]) -> None:
@@ -429,7 +425,8 @@ def provenance(data: Data) -> dict[str, str]:
         attributes = _attributes(ds)
         if attributes.get("model"):
             models[str(attributes["model"]["id"])] = None
-        releases |= {str(s["release"]): None for s in attributes.get("saes", ()) if s["release"]}
+        saes = attributes.get("saes", {}).values()
+        releases |= {str(sae["release"]): None for sae in saes if sae["release"]}
         versions |= {
             str(v): None for k, v in attributes.get("versions", {}).items() if k == "zarrtrace"
         }

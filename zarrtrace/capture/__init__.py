@@ -1,7 +1,7 @@
 """Running models: exact attention and SAE features, layer by layer.
 
-The only package that imports torch. It yields plain records (:mod:`zarrtrace.together`,
-:mod:`zarrtrace.spec`) and knows nothing of Zarr. Its module `saes` imports sae-lens, which takes
+The only package that imports torch. It yields plain records (:mod:`zarrtrace.records`,
+:mod:`zarrtrace.format`) and knows nothing of Zarr. Its module `saes` imports sae-lens, which takes
 seconds: attention alone does without it.
 """
 

@@ -10,7 +10,7 @@ import torch
 from zarrtrace.capture.lockstep import Pass, Step
 from zarrtrace.capture.model import LoadedModel
 from zarrtrace.capture.prompts import Prompt
-from zarrtrace.spec import SAEAttributes
+from zarrtrace.format.attributes import SAEAttributes
 
 # What all batches of a wave may hold between two blocks. A wave walks through the layers once, so
 # SAEs are loaded once a wave; on a GPU, for which that takes longest, once in any but huge runs.

@@ -14,8 +14,7 @@ from zarrtrace.capture.features import Encoding, encode
 from zarrtrace.capture.host import begin_copy, to_host
 from zarrtrace.capture.lockstep import BlockState
 from zarrtrace.capture.model import DTYPES
-from zarrtrace.spec import BFloat16
-from zarrtrace.together import LayerBatch, Member, SparseFeatures
+from zarrtrace.records import BFloat16, LayerBatch, Member, SparseFeatures
 
 if TYPE_CHECKING:
     from zarrtrace.capture.encoder import Encoder

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from zarrtrace.capture.hooks import HookPoint, parse_hook
-from zarrtrace.spec import SAEAttributes, feature_columns
+from zarrtrace.format.attributes import SAEAttributes
+from zarrtrace.format.layout import feature_columns
 
 #: Encodes some features.
 Tile = Callable[[], torch.Tensor]

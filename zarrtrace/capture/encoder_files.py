@@ -27,7 +27,7 @@ from sae_lens.loading.pretrained_saes_directory import (
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from safetensors import safe_open
 
-from zarrtrace.spec import SAEAttributes
+from zarrtrace.format.attributes import SAEAttributes
 
 _FILE = "checkpoints/final.safetensors"
 _ENCODER = "encoder.weight"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from zarrtrace.capture.host import give_back
-from zarrtrace.spec import SAEAttributes
+from zarrtrace.format.attributes import SAEAttributes
 
 if TYPE_CHECKING:
     from zarrtrace.capture.encoder import Encoder

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from zarrtrace.capture.host import begin_copy, to_host
-from zarrtrace.spec import TOP_FEATURES, feature_columns
-from zarrtrace.together import SparseFeatures
+from zarrtrace.format.layout import TOP_FEATURES, feature_columns
+from zarrtrace.records import SparseFeatures
 
 if TYPE_CHECKING:
     from zarrtrace.capture.encoder import Encoder, Tile

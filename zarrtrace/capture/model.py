@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from zarrtrace.capture.streaming import BlockStream
 from zarrtrace.errors import ConfigError, ModelError
-from zarrtrace.spec import ModelAttributes
+from zarrtrace.format.attributes import ModelAttributes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -20,15 +20,9 @@ from zarrtrace.capture.lockstep import BlockState, Logits, taps
 from zarrtrace.capture.model import LoadedModel
 from zarrtrace.capture.rows import RowBuffer
 from zarrtrace.errors import ModelError
-from zarrtrace.spec import (
-    NEXT_TOKENS,
-    LayerRecord,
-    SAEAttributes,
-    TokensRecord,
-    attention_rows,
-    feature_rows,
-)
-from zarrtrace.together import LayerBatch
+from zarrtrace.format.attributes import SAEAttributes
+from zarrtrace.format.layout import NEXT_TOKENS, attention_rows, feature_rows
+from zarrtrace.records import LayerBatch, LayerRecord, TokensRecord
 
 if TYPE_CHECKING:
     from zarrtrace.capture.encoder import Encoder

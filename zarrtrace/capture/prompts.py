@@ -8,8 +8,9 @@ from typing import Any
 
 from zarrtrace.capture.model import LoadedModel
 from zarrtrace.errors import ConfigError
+from zarrtrace.format.attributes import OptionAttributes, SpanAttributes
+from zarrtrace.records import Tokens
 from zarrtrace.scenarios import Scenario, span_positions
-from zarrtrace.spec import OptionAttributes, SpanAttributes, Tokens
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
 from safetensors import SafetensorError
 
 from zarrtrace.errors import SAEError
-from zarrtrace.spec import SAEAttributes
+from zarrtrace.format.attributes import SAEAttributes
 
 # How ids and folders of releases name a layer: l12r_8x, layer_12/..., blocks.12.hook_resid_pre.
 _LAYER_IN_ID = re.compile(r"(?:^[lL]|(?:^|[/._-])(?:blocks?|layers?)[._-]?)(\d+)(?!\d)")

@@ -49,7 +49,7 @@ from zarrtrace.capture.sae_configs import (
     unreadable,
 )
 from zarrtrace.errors import ConfigError, SAEError
-from zarrtrace.spec import SAEAttributes, ranges
+from zarrtrace.format.attributes import SAEAttributes, ranges
 
 # More SAEs than this for one layer are not looked into: each is a file to fetch.
 _MAX_CHOICES = 4

@@ -42,7 +42,7 @@ def _json(summary: RunSummary) -> str:
 
 
 def _text(summary: RunSummary) -> str:
-    from zarrtrace.spec import ranges
+    from zarrtrace.format.attributes import ranges
 
     lines = [f"run          {summary.path} (format version {summary.format_version})"]
     if summary.traces:

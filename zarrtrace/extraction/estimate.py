@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from zarrtrace.extraction.job import Job
-from zarrtrace.spec import SAEAttributes, trace_layout
+from zarrtrace.format.attributes import SAEAttributes
+from zarrtrace.format.layout import trace_layout
 
 # Bytes on disk, fitted to measured stores; schema/README.md has the tables. Attention is taken by
 # the precision in which the model computes, per element of the full square.

@@ -16,13 +16,9 @@ from zarrtrace import demo
 from zarrtrace.errors import ConfigError, ScenarioError
 from zarrtrace.extraction.processes import FEW_TRACES, start_writers
 from zarrtrace.extraction.reading_ahead import ReadAhead, weight_files
+from zarrtrace.format.attributes import SAEAttributes, TraceAttributes, ranges
+from zarrtrace.format.layout import TraceShape
 from zarrtrace.scenarios import Scenario, load_suite
-from zarrtrace.spec import (
-    SAEAttributes,
-    TraceAttributes,
-    TraceShape,
-    ranges,
-)
 from zarrtrace.store.files import no_collecting
 
 #: The mission's layers: L1 to L31.

@@ -35,8 +35,7 @@ from zarrtrace.extraction.writers import (
     Traces,
     bytes_of,
 )
-from zarrtrace.spec import BFloat16, TokensRecord
-from zarrtrace.together import LayerBatch
+from zarrtrace.records import BFloat16, LayerBatch, TokensRecord
 
 #: Fewer than these are better written by threads: each would have one process.
 FEW_TRACES = 4

@@ -28,7 +28,7 @@ from zarrtrace.extraction.writers import (
     Writers,
     WriterThreads,
 )
-from zarrtrace.spec import LayerRecord
+from zarrtrace.records import LayerBatch, LayerRecord
 from zarrtrace.store import (
     Location,
     ObjectPath,
@@ -38,7 +38,6 @@ from zarrtrace.store import (
     refuse_foreign,
     wait_for_writers,
 )
-from zarrtrace.together import LayerBatch
 
 #: How long to wait for a worker that was given up, and still writes what is to be done again.
 SECONDS_GIVEN_UP = 600

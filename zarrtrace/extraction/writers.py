@@ -17,10 +17,11 @@ from numcodecs import BitRound
 
 from zarrtrace.extraction.memory import release_freed
 from zarrtrace.extraction.progress import Watch
-from zarrtrace.spec import LayerRecord, Tokens, TokensRecord, TraceAttributes, TraceShape
+from zarrtrace.format.attributes import TraceAttributes
+from zarrtrace.format.layout import TraceShape
+from zarrtrace.records import LayerBatch, LayerRecord, Tokens, TokensRecord
 from zarrtrace.store import Location, TraceWriter
 from zarrtrace.store.files import flush
-from zarrtrace.together import LayerBatch
 
 Record = LayerBatch | LayerRecord | TokensRecord
 

@@ -25,7 +25,6 @@ from zarrtrace.analysis.bands import BANDS
 from zarrtrace.analysis.selecting import Data, positions, provenance, span_names
 from zarrtrace.errors import ConfigError
 from zarrtrace.figures.labels import drawable, label_tokens, thinned
-from zarrtrace.spec import NAMESPACE
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -167,7 +166,7 @@ def span_colours(names: Iterable[str]) -> dict[str, str]:
 def cells_of_spans(ds: xr.Dataset) -> dict[str, list[int]]:
     """Return which cells of an image over tokens each span of a trace covers."""
     where = {int(label): i for i, label in enumerate(np.asarray(ds["query"]))}
-    spans = ds.attrs[NAMESPACE]["spans"]
+    spans = ds.attrs["spans"]
     return {
         name: [where[i] for i in positions(ds, name)]
         for name in span_names(ds)
@@ -354,7 +353,7 @@ def metadata_of(data: Data | xr.DataArray) -> dict[str, str]:
     """
     if not isinstance(data, xr.DataArray) and "analysis" not in data.attrs:
         found = provenance(data)
-        attributes = data.attrs.get(NAMESPACE, {})
+        attributes = data.attrs
         names = [attributes["scenario"]] if "scenario" in attributes else attributes["scenarios"]
     else:
         keys = ("analysis", "parameters", "model", "sae_release", "zarrtrace_version")

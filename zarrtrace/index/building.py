@@ -9,8 +9,8 @@ import dask
 import numpy as np
 
 from zarrtrace.errors import ConfigError, StoreError
+from zarrtrace.format.attributes import Stored
 from zarrtrace.index.counting import FeatureCounts
-from zarrtrace.spec import Stored
 from zarrtrace.store import (
     IndexableTrace,
     IndexWriter,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zarrtrace.errors import ConfigError, ScenarioError
+from zarrtrace.format.layout import INDEX_TOKENS
 from zarrtrace.scenarios import check_name
-from zarrtrace.spec import INDEX_TOKENS
 from zarrtrace.store import Location, RunIndex, locate, read_token_texts
 
 _BEFORE, _AFTER = 6, 3

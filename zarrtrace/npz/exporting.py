@@ -13,11 +13,11 @@ import numpy as np
 import xarray as xr
 
 from zarrtrace.errors import ConfigError, IntegrityError, NPZError
+from zarrtrace.format.attributes import TraceAttributes
 from zarrtrace.npz.archive import write_npz
 from zarrtrace.npz.files import Progress, replacing, run_jobs, writing
 from zarrtrace.npz.metadata import KEYS, Metadata, ScenarioMetadata, write_metadata
 from zarrtrace.scenarios import DECISION
-from zarrtrace.spec import NAMESPACE, TraceAttributes
 from zarrtrace.store import Location, kind_of, locate, open_run, open_trace
 
 DType = Literal["float16", "float32"]
@@ -114,7 +114,7 @@ def _traces(path: Location, names: Sequence[str] | None) -> list[_Trace]:
         datasets = {name: open_trace(folder) for name, folder in folders.items()}
     else:
         ds = open_trace(path)
-        name = str(ds.attrs[NAMESPACE]["scenario"])
+        name = str(ds.attrs["scenario"])
         folders, datasets = {name: path}, {name: ds}
     unknown = [name for name in names or () if name not in folders]
     if unknown or (names is not None and not names):
@@ -128,7 +128,7 @@ def _traces(path: Location, names: Sequence[str] | None) -> list[_Trace]:
 
 
 def _trace(path: Location, ds: xr.Dataset) -> _Trace:
-    attributes = TraceAttributes.model_validate(ds.attrs[NAMESPACE])
+    attributes = TraceAttributes.model_validate(ds.attrs)
     tokens = [str(text) for text in ds["query_token"].values]
     keys = [key for key in KEYS if key in ds.data_vars]
     return _Trace(

@@ -11,20 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from zarrtrace.errors import NPZError
+from zarrtrace.format.attributes import SpanAttributes, TraceAttributes
+from zarrtrace.format.layout import TOP_FEATURES, TraceShape
 from zarrtrace.npz.archive import read_array
 from zarrtrace.npz.files import Progress, reading, run_jobs
 from zarrtrace.npz.folder import Folder, look_at
 from zarrtrace.npz.metadata import ScenarioMetadata
+from zarrtrace.records import FeatureRecord, LayerRecord, Tokens
 from zarrtrace.scenarios import DECISION
-from zarrtrace.spec import (
-    TOP_FEATURES,
-    FeatureRecord,
-    LayerRecord,
-    SpanAttributes,
-    Tokens,
-    TraceAttributes,
-    TraceShape,
-)
 from zarrtrace.store import Location, RunWriter, TraceWriter
 
 # Rows of attention that a trace holds; None for all of them.

@@ -1,4 +1,4 @@
-"""Runs and traces on disk: the only package that touches Zarr."""
+"""Runs and traces on disk: the only package that knows Zarr."""
 
 from __future__ import annotations
 
@@ -6,71 +6,54 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zarrtrace.store.attributes import (
-        TOKENS,
-        kind_of,
-        read_run_attributes,
-        read_trace_attributes,
-        refuse_foreign,
-    )
-    from zarrtrace.store.copying import copy_run
-    from zarrtrace.store.files import remove_tree, write_whole
-    from zarrtrace.store.indexable import (
+    from zarrtrace.store.copy import copy_run
+    from zarrtrace.store.index_arrays import (
         IndexableTrace,
+        IndexWriter,
+        RunIndex,
         indexable_traces,
         read_features,
         read_token_texts,
+        write_index_layer,
     )
-    from zarrtrace.store.locks import only_writer, remove_trace_locks, wait_for_writers
-    from zarrtrace.store.objects import Location, ObjectPath, locate
-    from zarrtrace.store.reader import open_run, open_trace
-    from zarrtrace.store.run_index import IndexWriter, RunIndex, locked, write_index_layer
+    from zarrtrace.store.metadata import kind_of, read_run, read_trace, refuse_foreign
+    from zarrtrace.store.open import open_run, open_trace
+    from zarrtrace.store.run_writer import RunWriter
+    from zarrtrace.store.staged import only_writer, wait_for_writers
     from zarrtrace.store.summary import RunSummary, TraceSummary, summarize
     from zarrtrace.store.trace_writer import TraceWriter
     from zarrtrace.store.verification import Problem, verify
-    from zarrtrace.store.writer import RunWriter
 
 # Resolved on first use: a summary needs neither Zarr nor xarray, which take half a second.
 _HOME = {
-    "IndexWriter": "run_index",
-    "IndexableTrace": "indexable",
+    "IndexWriter": "index_arrays",
+    "IndexableTrace": "index_arrays",
     "Problem": "verification",
-    "RunIndex": "run_index",
-    "Location": "objects",
-    "ObjectPath": "objects",
+    "RunIndex": "index_arrays",
     "RunSummary": "summary",
-    "RunWriter": "writer",
-    "TOKENS": "attributes",
+    "RunWriter": "run_writer",
     "TraceSummary": "summary",
     "TraceWriter": "trace_writer",
-    "copy_run": "copying",
-    "indexable_traces": "indexable",
-    "kind_of": "attributes",
-    "only_writer": "locks",
-    "locate": "objects",
-    "locked": "run_index",
-    "open_run": "reader",
-    "open_trace": "reader",
-    "read_features": "indexable",
-    "read_token_texts": "indexable",
-    "read_run_attributes": "attributes",
-    "read_trace_attributes": "attributes",
-    "refuse_foreign": "attributes",
-    "remove_tree": "files",
+    "copy_run": "copy",
+    "indexable_traces": "index_arrays",
+    "kind_of": "metadata",
+    "only_writer": "staged",
+    "open_run": "open",
+    "open_trace": "open",
+    "read_features": "index_arrays",
+    "read_run": "metadata",
+    "read_token_texts": "index_arrays",
+    "read_trace": "metadata",
+    "refuse_foreign": "metadata",
     "summarize": "summary",
-    "remove_trace_locks": "locks",
     "verify": "verification",
-    "wait_for_writers": "locks",
-    "write_index_layer": "run_index",
-    "write_whole": "files",
+    "wait_for_writers": "staged",
+    "write_index_layer": "index_arrays",
 }
 
 __all__ = [
-    "TOKENS",
     "IndexWriter",
     "IndexableTrace",
-    "Location",
-    "ObjectPath",
     "Problem",
     "RunIndex",
     "RunSummary",
@@ -80,23 +63,18 @@ __all__ = [
     "copy_run",
     "indexable_traces",
     "kind_of",
-    "locate",
-    "locked",
     "only_writer",
     "open_run",
     "open_trace",
     "read_features",
-    "read_run_attributes",
+    "read_run",
     "read_token_texts",
-    "read_trace_attributes",
+    "read_trace",
     "refuse_foreign",
-    "remove_trace_locks",
-    "remove_tree",
     "summarize",
     "verify",
     "wait_for_writers",
     "write_index_layer",
-    "write_whole",
 ]
 
 

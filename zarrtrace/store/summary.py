@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import os
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel
 
-from zarrtrace.spec import TraceAttributes
-from zarrtrace.store.attributes import (
-    ArrayOnDisk,
-    kind_of,
-    names_below,
-    parse_array,
-    read_array,
-    read_group,
-    read_run_attributes,
-    read_trace_attributes,
-    trace_attributes_of,
-)
-from zarrtrace.store.files import each_of, sizes_below
-from zarrtrace.store.objects import Location, ObjectPath, locate
+from zarrtrace.errors import NotATraceError
+from zarrtrace.format.attributes import FORMAT_VERSION, TraceAttributes
+from zarrtrace.storage import Location, at_once, locate
+from zarrtrace.store.array import StoredArray
+from zarrtrace.store.codecs import ArrayEncoding
+from zarrtrace.store.metadata import Group, checksums_of, kind_of, read_run, read_trace
+from zarrtrace.store.staged_reader import read_staged
 
 _ITEMSIZE = {"float16": 2, "float32": 4, "uint32": 4, "int64": 8, "bool": 1}
 
@@ -77,87 +65,73 @@ def summarize(path: str | Location) -> RunSummary:
     NotATraceError, FormatVersionError, IntegrityError
     """
     path = locate(path)
-    names: tuple[str, ...]
-    if kind_of(path) == "trace":
-        names, complete, version = ("",), True, read_trace_attributes(path).format_version
-    else:
-        run = read_run_attributes(path)
-        names, complete, version = run.scenarios, run.complete, run.format_version
-    # The folder itself, if it is a trace.
-    folders = [path / name if name else path for name in names]
-    there = each_of(lambda folder: (folder / "zarr.json").is_file(), folders)
-    present = [name for name, one in zip(names, there, strict=True) if one]
-    traces = tuple(
-        each_of(_trace, [folder for folder, one in zip(folders, there, strict=True) if one])
-    )
+    names: tuple[str, ...] = ("",)
+    folders, is_complete = [path], True
+    if kind_of(path) == "run":
+        run = read_run(path).attributes
+        names, is_complete = run.scenarios, run.complete
+        folders = [path / name for name in names]
+    each = map if path.path is not None else at_once
+    found = dict(zip(names, each(_trace, folders), strict=True))
+    traces = tuple(trace for trace in found.values() if trace is not None)
     return RunSummary(
         path=str(path),
-        format_version=version,
-        complete=complete and len(present) == len(names) and all(t.complete for t in traces),
+        format_version=FORMAT_VERSION,
+        complete=is_complete and len(traces) == len(names) and all(t.complete for t in traces),
         traces=traces,
-        scenarios_missing=tuple(name for name in names if name not in present),
+        scenarios_missing=tuple(name for name, trace in found.items() if trace is None),
         bytes_on_disk=sum(trace.bytes_on_disk for trace in traces),
         bytes_dense=sum(trace.bytes_dense for trace in traces),
     )
 
 
-def _trace(path: Location) -> TraceSummary:
-    group = read_group(path)
-    attributes = trace_attributes_of(path, group)
+def _trace(path: Location) -> TraceSummary | None:
+    """Summarise a trace, complete or staged; None if it was not begun."""
+    missing: tuple[int, ...] = ()
+    is_complete = True
+    try:
+        group = read_trace(path)
+    except NotATraceError:
+        staged = read_staged(path)
+        if staged is None:
+            return None
+        (group, missing, indexes), is_complete = staged, False
+        on_disk = sum(one.size for files in indexes.values() for one in files.values())
+    else:
+        on_disk = sum(
+            one.bytes for node in group.nodes.values() for one in checksums_of(node).values()
+        )
     dims: dict[str, int] = {}
     arrays: dict[str, tuple[int, ...]] = {}
     dense = 0
-    for name, array in _arrays(path, group, attributes).items():
-        dims |= dict(zip(array.dims, array.shape, strict=True))
-        if len(array.shape) > 1:
-            arrays[name] = array.shape
-            dense += math.prod(array.shape) * _ITEMSIZE.get(array.dtype, 8)
+    for name, node in group.nodes.items():
+        shape = tuple(map(int, node["shape"]))
+        dims |= dict(zip(node["dimension_names"], shape, strict=True))
+        if len(shape) > 1:
+            arrays[name] = shape
+            dense += math.prod(shape) * _ITEMSIZE.get(str(node["data_type"]), 8)
+    attributes = group.attributes
     return TraceSummary(
         scenario=attributes.scenario,
-        complete=attributes.complete,
+        complete=is_complete,
         layers=attributes.layers,
-        missing_layers=attributes.missing_layers,
-        tokens=dims.get("query", 0),
+        missing_layers=missing,
+        tokens=dims.get("key", 0),
         dims=dims,
         arrays=arrays,
-        bytes_on_disk=_bytes_of(path, attributes),
+        bytes_on_disk=on_disk,
         bytes_dense=dense,
         tags=attributes.tags,
         model=None if attributes.model is None else attributes.model.id,
-        sae_release=_release(attributes),
-        sae_ids=tuple(sae.id for sae in attributes.saes),
+        sae_release=next((one.release for one in attributes.saes.values()), None),
+        sae_ids=_sae_ids(group),
     )
 
 
-def _arrays(
-    path: Location, group: Mapping[str, Any], attributes: TraceAttributes
-) -> dict[str, ArrayOnDisk]:
-    """Return what the trace's arrays say of themselves; in an object store without a request."""
-    nodes = (group.get("consolidated_metadata") or {}).get("metadata", {})
-    if isinstance(path, ObjectPath) and attributes.complete:
-        return {
-            name: parse_array(path / name, functools.partial(nodes.__getitem__, name))
-            for name in sorted(nodes)
-        }
-    return {name: read_array(path / name) for name in names_below(path)}
-
-
-def _release(attributes: TraceAttributes) -> str | None:
-    return next((sae.release for sae in attributes.saes if sae.release), None)
-
-
-def _bytes_of(path: Location, attributes: TraceAttributes) -> int:
-    if not isinstance(path, ObjectPath):
-        return _bytes_below(path)
-    sizes = sizes_below(path)
-    if sizes is not None:
-        return sum(sizes.values())
-    return sum(stored.bytes for entry in attributes.stored.values() for stored in entry.values())
-
-
-def _bytes_below(path: str | Path) -> int:
-    with os.scandir(path) as entries:
-        return sum(
-            _bytes_below(entry.path) if entry.is_dir() else entry.stat().st_size
-            for entry in entries
-        )
+def _sae_ids(group: Group[TraceAttributes]) -> tuple[str, ...]:
+    found: list[str] = []
+    for name, node in group.nodes.items():
+        if name.startswith("sae_id"):
+            array = StoredArray(group.path / name, ArrayEncoding(node), checksums_of(node))
+            found += [str(text) for text in array.load() if text]
+    return tuple(found)

@@ -1,123 +1,136 @@
-"""Writing traces.
-
-What plain Zarr leaves open is settled here: a layer counts as stored only once the trace's journal
-(its attribute ``zarrtrace.stored``) holds the size and hash of what each array wrote for it, and a
-trace that is not complete says which layers it lacks.
-"""
+"""Writing a trace: records come in, and the trace is published when all are there."""
 
 from __future__ import annotations
 
-import json
+import contextlib
 import threading
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
-from zarrtrace.errors import StoreError
-from zarrtrace.spec import (
-    LayerRecord,
-    Nonzeros,
-    Stored,
-    Tokens,
-    TokensRecord,
-    TraceAttributes,
-    TraceShape,
-    trace_layout,
-)
-from zarrtrace.store.attributes import (
-    COORDINATES,
-    METADATA,
-    TOKENS,
-    canonical,
-    files_of_entry,
-    incomplete,
-    read_trace_attributes,
-)
-from zarrtrace.store.files import clear_errors, fingerprint, fingerprint_of, flush, fsync
-from zarrtrace.store.nodes import consolidate, replace_journal, update_attributes
-from zarrtrace.store.objects import Location, locate
-from zarrtrace.store.resuming import as_stored, resume
-from zarrtrace.store.shards import write_block, write_nonzeros
+from zarrtrace.errors import IncompleteError, IntegrityError, StoreError
+from zarrtrace.format.attributes import TraceAttributes, share_saes
+from zarrtrace.format.layout import ArrayLayout, trace_layout
+from zarrtrace.records import LayerRecord, Nonzeros, TokensRecord, TracePlan
+from zarrtrace.storage import Location, disk, locate
+from zarrtrace.store.chunks import encode_rows
+from zarrtrace.store.metadata import read_trace
+from zarrtrace.store.publish import end_replacing, publish_folder
+from zarrtrace.store.repair import SoundParts, sound_parts
+from zarrtrace.store.staged import StagedTrace, staging_folder
+
+_TOKENS = ("next_token", "next_token_logprob", "next_token_text")
 
 
 class TraceWriter:
     """Write one trace layer by layer, in any order, from any thread.
 
-    Use it as a context manager, or call :meth:`finish` after the last record. A trace that exists
-    is gone on with: :attr:`missing_layers` says what is still to come.
+    Chunks stand in the order of layers in their files: a layer that comes early waits, compressed,
+    for those before it. Use it as a context manager, or call :meth:`finish` after the last record.
+    An existing trace is resumed: :attr:`missing_layers` lists what is left to write.
 
     Parameters
     ----------
-    path
-        Folder of the trace, or its address in an object store; created if need be.
-    attributes
-        What the trace says of itself; the journal is the writer's own.
-    shape
-        Sizes and dtypes of its arrays.
-    tokens
-        The prompt's tokens.
+    run
+        The run that the trace belongs to.
+    plan
+        The trace; its scenario names the folder.
     repair
-        Whether to read every byte of a trace that exists, and to take damaged layers for missing.
+        Whether to read every byte of an existing trace, and to write it again with its sound parts
+        if any is damaged.
 
     Raises
     ------
     IntegrityError
-        If the trace's metadata or coordinates are damaged, and `repair` is false.
+        If an existing trace is damaged or another scenario's, and `repair` is false.
     """
 
-    def __init__(
-        self,
-        path: str | Location,
-        attributes: TraceAttributes,
-        shape: TraceShape,
-        tokens: Tokens,
-        *,
-        repair: bool = False,
-    ) -> None:
-        self.path = locate(path)
-        self._layout = as_stored(self.path, trace_layout(shape))
-        # Written so far, by layer and array: how many rows from which row on.
-        self._rows: defaultdict[tuple[str, str], dict[int, int]] = defaultdict(dict)
-        # What was written for a layer in one file need not be read again to be journalled.
-        self._fingerprints: dict[tuple[str, str], Stored] = {}
-        self._nonfinite: set[str] = set()
+    def __init__(self, run: str | Location, plan: TracePlan, *, repair: bool = False) -> None:
+        run = locate(run)
+        self.path = run / plan.attributes.scenario
+        self._attributes, self._layouts, self._coordinates = _described(plan)
+        folder = staging_folder(run) / plan.attributes.scenario
+        self._staged = StagedTrace(folder, self._attributes, self._layouts)
         self._mutex = threading.Lock()
-        with clear_errors(self.path):
-            found = resume(self.path, attributes, self._layout, tokens, repair=repair)
-        # As text: over many scenarios, the journal's values would fill the memory.
-        self._entries = {
-            key: canonical({name: one.model_dump(mode="json") for name, one in entry.items()})
-            for key, entry in found.stored.items()
-        }
-        self._attributes = found.model_copy(update={"stored": {}})
+        self._begun = False
+        self._source: SoundParts | None = None
+        self._expected = {n: self._arrays_of_layer(n, plan) for n in self._attributes.layers}
+        # Encoded rows that wait, by array and layer: number of rows and chunks, by first row.
+        self._waiting: dict[tuple[str, int], dict[int, tuple[int, list[bytes]]]] = {}
+        self._nonfinite: dict[int, list[str]] = {}
+        self._rows: dict[str, int] = {}
+        with disk.explained(self.path):
+            if self.path.path is not None:
+                end_replacing(folder, self.path.path)
+            self._is_published = self._open(repair=repair)
+            if not self._is_published and self._source is None:
+                self._begun = self._staged.resume(self._coordinates)
 
-    def _at(self, key: str, name: str) -> int | None:
-        """Return where a layer is in an array; None for the journal's other keys."""
-        if not key.isdigit():
-            return None
-        return self._attributes.index_of(int(key), self._layout[name].dims[0])
+    def _open(self, *, repair: bool) -> bool:
+        """Whether the trace is there, complete; notes its sound parts if it is to be repaired."""
+        if not (self.path / "zarr.json").is_file():
+            return False
+        if repair:
+            self._source = sound_parts(self.path, self._attributes, self._layouts)
+            return self._source.is_whole
+        trace = read_trace(self.path)
+        if trace.attributes.scenario != self._attributes.scenario:
+            raise IntegrityError(
+                f"{self.path}: is the trace of {trace.attributes.scenario!r}",
+                why="Folders of the run were renamed or exchanged.",
+                remedy="Rename them back, or let 'zarrtrace extract' write them again with "
+                "--repair.",
+            )
+        return True
 
-    def _fingerprint(self, key: str, name: str) -> Stored:
-        return fingerprint(self.path, self._files(key, name))
+    # --- what is left to write -----------------------------------------------------------------
 
-    def _files(self, key: str, name: str) -> list[str]:
-        layout = self._layout[name]
-        file_shape = layout.shards or layout.chunks
-        return files_of_entry(self._attributes, key, name, layout.dims, layout.shape, file_shape)
+    @property
+    def _stored(self) -> set[int]:
+        if self._is_published:
+            return set(self._attributes.layers)
+        sound = set() if self._source is None else self._source.layers
+        return {*self._staged.layers, *sound}
 
     @property
     def missing_layers(self) -> tuple[int, ...]:
-        """Layers that are still to be appended."""
-        return tuple(n for n in self._attributes.layers if str(n) not in self._entries)
+        """Layers that are left to write."""
+        stored = self._stored
+        return tuple(layer for layer in self._attributes.layers if layer not in stored)
 
     @property
     def needs_tokens(self) -> bool:
-        """Whether the next-token arrays are still to be appended."""
-        return "next_token" in self._layout and TOKENS not in self._entries
+        """Whether the next-token arrays are left to write."""
+        if "next_token" not in self._layouts or self._is_published or self._staged.has_tokens:
+            return False
+        return self._source is None or not self._source.has_tokens
+
+    @property
+    def is_published(self) -> bool:
+        """Whether readers find the trace."""
+        return self._is_published
+
+    def _arrays_of_layer(self, layer: int, plan: TracePlan) -> dict[str, int]:
+        """Return the arrays that a layer has, and the number of their rows."""
+        attributes, expected = self._attributes, {}
+        variables = {sae.variable for sae in plan.saes if sae.layer == layer}
+        for name, layout in self._layouts.items():
+            if not layout.has_layers:
+                continue
+            if name.startswith("attention"):
+                has = layer in attributes.layers_of(layout.dims[0])
+            else:
+                suffix = layout.dims[-1].removeprefix("feature_rank").removeprefix("feature")
+                has_sae = f"features{suffix}" in variables if plan.saes else True
+                has = has_sae and layer not in attributes.layers_without_sae
+            if has:
+                expected[name] = layout.shape[layout.row_axis]
+        return expected
+
+    # --- adding --------------------------------------------------------------------------------
 
     def append(self, record: LayerRecord | TokensRecord) -> None:
         """Store one record; a layer counts once all its rows are there.
@@ -129,192 +142,161 @@ class TraceWriter:
         NoSpaceError
             If the disk is full.
         """
-        with clear_errors(self.path):
-            if record.nonfinite:
-                key = TOKENS if isinstance(record, TokensRecord) else str(record.layer)
-                self._nonfinite.add(key)
+        with disk.explained(self.path):
             if isinstance(record, TokensRecord):
-                self._append_tokens(
-                    {
-                        "next_token": record.next_token,
-                        "next_token_logprob": record.next_token_logprob,
-                    }
-                )
-            elif record.layer in self._attributes.layers:
-                self._append_rows(record)
-            else:
+                self._append_tokens(record)
+                return
+            if record.layer not in self._expected:
                 raise StoreError(
                     f"{self.path}: layer {record.layer} is not one of this trace's layers",
                     remedy="Create the trace with all the layers that it will hold.",
                 )
-
-    def _append_rows(self, record: LayerRecord) -> None:
-        """Store some rows of a layer; it counts when the last rows of its last array are there."""
-        key, expected = str(record.layer), self._expected(record.layer)
-        for name, value in _arrays_of(record).items():
-            if name not in expected:
-                raise StoreError(
-                    f"{self.path}: the record of layer {record.layer} holds {name}, which it "
-                    "should not",
-                    remedy="Create the trace with all the arrays that it will hold.",
-                )
-            self._write_rows(key, name, record.start, value)
+            encoded = {
+                name: self._encoded(record.layer, name, record.start, value)
+                for name, value in _arrays_of(record).items()
+            }
             with self._mutex:
-                self._rows[key, name][record.start] = value.shape[self._row_axis(name) - 1]
-        with self._mutex:
-            whole = all(
-                sum(self._rows[key, name].values()) == rows for name, rows in expected.items()
-            )
-            if whole:  # for nobody else: two threads may write the last rows at the same time
-                for name in expected:
-                    del self._rows[key, name]
-        if whole:
-            self._journal(key, list(expected))
+                self._begin()
+                for name, rows in encoded.items():
+                    self._waiting.setdefault((name, record.layer), {})[record.start] = rows
+                self._nonfinite.setdefault(record.layer, []).extend(record.nonfinite)
+                self._append_next()
 
-    def _expected(self, layer: int) -> dict[str, int]:
-        """Return the rows of each array that a layer has."""
-        attributes = self._attributes
-        no_attention = str(layer) in attributes.layers_without_attention
-        variables = {sae.variable for sae in attributes.saes if sae.layer == layer}
-        expected: dict[str, int] = {}
-        for name, layout in self._layout.items():
-            if name in ("attention", "attention_mean"):
-                if not no_attention:
-                    expected[name] = (
-                        layout.shape[-1] if attributes.queries is None else len(attributes.queries)
-                    )
-            elif len(layout.dims) > 1 and layout.dims[0] == "layer":
-                suffix = name.removeprefix("features").removeprefix("top_feature")
-                variable = f"features{suffix.removeprefix('top_activation')}"
-                has_sae = variable in variables if attributes.saes else True
-                if has_sae and layer not in attributes.layers_without_sae:
-                    expected[name] = layout.shape[1]
-        return expected
-
-    def _row_axis(self, name: str) -> int:
-        return self._layout[name].dims.index("query")
-
-    def _write_rows(self, key: str, name: str, start: int, value: np.ndarray | Nonzeros) -> None:
-        layout, axis = self._layout[name], self._row_axis(name)
-        at = self._at(key, name)
-        assert at is not None  # noqa: S101 -- the arrays of a layer have one
-        chosen = self._attributes.queries if name in ("attention", "attention_mean") else None
-        stop = start + value.shape[axis - 1] if value.ndim == len(layout.shape) - 1 else -1
-        fits = (
-            value.ndim == len(layout.shape) - 1
-            and stop <= (layout.shape[axis] if chosen is None else len(chosen))
-            and (*value.shape[: axis - 1], *value.shape[axis:])
-            == (*layout.shape[1:axis], *layout.shape[axis + 1 :])
-        )
-        if not fits:
+    def _encoded(
+        self, layer: int, name: str, start: int, value: np.ndarray | Nonzeros
+    ) -> tuple[int, list[bytes]]:
+        """Check and encode some rows of an array; returns their number and chunks."""
+        layout = self._layouts.get(name)
+        if layout is None or name not in self._expected[layer]:
             raise StoreError(
-                f"{self.path}: {name} of layer {key} has shape {value.shape} from row {start} on; "
-                f"the array's is {layout.shape[1:]}",
+                f"{self.path}: the record of layer {layer} holds {name}, which it should not",
+                remedy="Create the trace with all the arrays that it will hold.",
+            )
+        axis, inner = layout.row_axis - 1, layout.shape[1:]
+        rows = value.shape[axis] if len(value.shape) == len(inner) else -1
+        others = (*value.shape[:axis], *value.shape[axis + 1 :])
+        if rows < 0 or start + rows > inner[axis] or others != (*inner[:axis], *inner[axis + 1 :]):
+            raise StoreError(
+                f"{self.path}: {name} of layer {layer} has shape {value.shape} from row {start} "
+                f"on; the array's is {inner}",
                 remedy="Give every record the sizes that the trace was created with.",
             )
-        step = (layout.shards or layout.chunks)[axis]
-        if chosen is None and start % step:
+        step = layout.chunks[axis + 1]
+        if start % step:
             raise StoreError(
-                f"{self.path}: rows of {name} start at {start}, in the middle of a file",
-                why="Two records would write one file, and one of them would be lost.",
+                f"{self.path}: rows of {name} start at {start}, in the middle of a chunk",
                 remedy=f"Start records at multiples of {step} rows.",
             )
-        if chosen is not None and not isinstance(value, Nonzeros):
-            for row, query in enumerate(chosen[start:stop]):
-                one = value[(slice(None),) * (axis - 1) + (slice(row, row + 1),)]
-                self._write_block(key, name, self._corner(name, at, query), one)
-            return
-        self._write_block(key, name, self._corner(name, at, start), value)
+        return rows, list(encode_rows(layout, self._staged.encodings[name], value))
 
-    def _corner(self, name: str, at: int, row: int) -> tuple[int, ...]:
-        """Return the index of a block's first element."""
-        axis = self._row_axis(name)
-        return tuple(
-            at if i == 0 else row if i == axis else 0 for i in range(len(self._layout[name].dims))
-        )
+    def _begin(self) -> None:
+        if not self._begun:
+            self._staged.create(self._coordinates)
+            self._begun = True
+            self._append_next()  # sound layers of a trace that is repaired
 
-    def _write_block(
-        self, key: str, name: str, corner: tuple[int, ...], value: np.ndarray | Nonzeros
-    ) -> None:
-        file, layout = self.path / name, self._layout[name]
-        if isinstance(value, Nonzeros):
-            layer, row, feature = corner
-            written = write_nonzeros(file, layout, (layer, row, feature), value)
-        else:
-            written = write_block(file, layout, corner, value[None] if key != TOKENS else value)
-        if len(written) == 1 and len(self._files(key, name)) == 1:
-            self._fingerprints[key, name] = fingerprint_of(written.values())
+    def _append_next(self) -> None:
+        """Append what is there of the next layers, in their order."""
+        for layer in self._attributes.layers[len(self._staged.layers) :]:
+            if self._source is not None and layer in self._source.layers:
+                self._copy(self._source, layer)
+                continue
+            expected = self._expected[layer]
+            if layer not in self._nonfinite:  # no record of it has come
+                return
+            for name, rows in expected.items():
+                waiting = self._waiting.get((name, layer), {})
+                while (start := self._rows.get(name, 0)) in waiting and start < rows:
+                    count, chunks = waiting.pop(start)
+                    self._staged.append(name, layer, chunks)
+                    self._rows[name] = start + count
+            if any(self._rows.get(name, 0) < rows for name, rows in expected.items()):
+                return
+            found = dict.fromkeys(self._nonfinite.pop(layer))
+            self._staged.end_layer(layer, list(expected), list(found))
+            self._rows.clear()
+            for name in expected:
+                self._waiting.pop((name, layer), None)
 
-    def _append_tokens(self, values: Mapping[str, np.ndarray]) -> None:
+    def _copy(self, source: SoundParts, layer: int) -> None:
+        """Copy the chunks of a layer from the trace that is repaired."""
+        names = list(self._expected[layer])
+        for name in names:
+            self._staged.append(name, layer, source.chunks(name, layer))
+        nonfinite = [name for name in names if layer in source.nonfinite.get(name, ())]
+        self._staged.end_layer(layer, names, nonfinite)
+
+    def _append_tokens(self, record: TokensRecord) -> None:
+        values = {
+            "next_token": record.next_token,
+            "next_token_logprob": record.next_token_logprob,
+            "next_token_text": record.next_token_text,
+        }
         for name, value in values.items():
-            if value.shape != self._layout[name].shape:
+            if name not in self._layouts or value.shape != self._layouts[name].shape:
+                wanted = self._layouts[name].shape if name in self._layouts else "none"
                 raise StoreError(
-                    f"{self.path}: {name} has shape {value.shape}, not {self._layout[name].shape}",
+                    f"{self.path}: {name} has shape {value.shape}, not {wanted}",
                     remedy="Give every record the sizes that the trace was created with.",
                 )
-            self._write_block(TOKENS, name, (0,) * value.ndim, value)
-        self._journal(TOKENS, list(values))
-
-    def _journal(self, key: str, names: Sequence[str]) -> None:
-        """Say that the arrays of a layer, or of the tokens, are stored."""
-        entry = {
-            name: self._fingerprints.pop((key, name))
-            if (key, name) in self._fingerprints
-            else self._fingerprint(key, name)
-            for name in names
-        }
         with self._mutex:
-            entries = dict(self._entries)
-            entries[key] = canonical(
-                {name: one.model_dump(mode="json") for name, one in entry.items()}
-            )
-            joined = ",".join(f'"{at}":{entries[at]}' for at in sorted(entries))
-            journal = f"{{{joined}}}"
-            if key in self._nonfinite:
-                update_attributes(self.path, partial(self._with_journal, json.loads(journal)))
-            else:
-                replace_journal(self.path, journal)
-            # Not before it is in the file: who finds nothing missing finishes the trace.
-            self._entries = entries
+            self._begin()
+            self._staged.add_tokens(values, record.nonfinite)
 
-    def _with_journal(self, journal: dict[str, Any], attributes: dict[str, Any]) -> dict[str, Any]:
-        """Return attributes with another journal."""
-        nonfinite = self._nonfinite | {*attributes["nonfinite"]}
-        found = [at for at in self._order if at in nonfinite and at in journal]
-        return {**attributes, "stored": journal, "nonfinite": found}
+    # --- finishing -----------------------------------------------------------------------------
 
-    @property
-    def _order(self) -> list[str]:
-        """The journal's keys as they stand in a finished trace."""
-        return [*map(str, self._attributes.layers), TOKENS, COORDINATES, METADATA]
-
-    def finish(self, *, flushed: bool = False) -> None:
-        """Mark the trace complete: everything is on the disk, and its metadata consolidated.
-
-        Parameters
-        ----------
-        flushed
-            Whether the disk holds all that was written since the last record.
+    def complete(self) -> None:
+        """Write everything that a complete trace has, and publish it not yet.
 
         Raises
         ------
         IncompleteError
             If a layer was not appended.
         """
-        found = read_trace_attributes(self.path)
+        if self._is_published:
+            return
         if self.missing_layers or self.needs_tokens:
-            raise incomplete(self.path, found)
-        with clear_errors(self.path):
-            if not flushed:
-                flush(self.path)
-            stored = {key: found.stored[key] for key in self._order if key in found.stored}
-            nonfinite = tuple(key for key in self._order if key in found.nonfinite)
-            complete = found.model_copy(
-                update={"complete": True, "stored": stored, "nonfinite": nonfinite}
-            )
-            consolidate(self.path, complete.model_dump(mode="json"))
-            fsync(self.path / "zarr.json")
-        self._entries = dict.fromkeys(self._entries, "")  # a run may have thousands of traces
+            raise incomplete(self.path, self._attributes.layers, self.missing_layers)
+        with disk.explained(self.path), self._mutex:
+            self._begin()
+            self._append_next()
+            if self._source is not None and not self._staged.has_tokens and self._source.has_tokens:
+                self._staged.add_tokens(*self._source.tokens())
+            self._staged.complete()
+
+    def publish(self) -> None:
+        """Put the complete trace in its place; the disk holds what was written."""
+        if self._is_published:
+            return
+        with disk.explained(self.path):
+            self._staged.end()
+            publish_folder(self._staged.folder, self.path)
+            with contextlib.suppress(OSError):  # the last trace that is staged leaves no folder
+                self._staged.folder.parent.rmdir()
+        self._is_published = True
+        # A run may have thousands of traces.
+        self._waiting, self._source = {}, None
+        self._staged = StagedTrace(self._staged.folder, self._attributes, {})
+
+    @property
+    def staging(self) -> Location:
+        """The folder in which the trace is written."""
+        return locate(self._staged.folder)
+
+    def finish(self) -> None:
+        """Complete the trace, have the disk hold it, and publish it.
+
+        Raises
+        ------
+        IncompleteError
+            If a layer was not appended.
+        """
+        if self._is_published:
+            return
+        self.complete()
+        with disk.explained(self.path):
+            disk.sync(self._staged.folder)
+        self.publish()
 
     def __enter__(self) -> Self:
         return self
@@ -329,7 +311,50 @@ class TraceWriter:
             self.finish()
 
 
-def _arrays_of(record: LayerRecord) -> dict[str, np.ndarray | Nonzeros]:
+def incomplete(path: Location, layers: Sequence[int], missing: Sequence[int]) -> IncompleteError:
+    """Return the error that names what a trace lacks."""
+    named = ", ".join(map(str, missing)) or "none"
+    return IncompleteError(
+        f"{path}: not complete: {len(missing)} of {len(layers)} layers missing ({named})",
+        why="The extraction was interrupted, or is still running.",
+        remedy="Run the same 'zarrtrace extract' again to resume it, or open it with "
+        "missing='nan'.",
+    )
+
+
+def _described(
+    plan: TracePlan,
+) -> tuple[TraceAttributes, dict[str, ArrayLayout], dict[str, np.ndarray]]:
+    """Return attributes, layouts, and the values of coordinates."""
+    shared, by_layer = share_saes(plan.saes, plan.attributes.layers)
+    attributes = plan.attributes.model_copy(update={"saes": shared, "seal": None, "nonfinite": {}})
+    shape = replace(
+        plan.shape,
+        sae_fields=tuple(by_layer),
+        special=plan.tokens.special is not None,
+        attention_queries=None if plan.queries is None else len(plan.queries),
+    )
+    layouts = trace_layout(shape)
+    texts = np.asarray(plan.tokens.texts, dtype=object)
+    values: dict[str, Any] = {
+        "layer": np.asarray(attributes.layers),
+        "attention_layer": np.asarray(attributes.layers_of("attention_layer")),
+        "attention_query": np.asarray(plan.queries or (), dtype=np.int64),
+        "token_id": np.asarray(plan.tokens.ids, dtype=np.uint32),
+        "key_token": texts,
+        "query_token": texts,
+        "special": np.asarray(plan.tokens.special or (), dtype=bool),
+        **{name: np.asarray(found, dtype=object) for name, found in by_layer.items()},
+    }
+    coordinates = {
+        name: values.get(name, np.arange(layout.shape[0]))
+        for name, layout in layouts.items()
+        if len(layout.dims) == 1
+    }
+    return attributes, layouts, coordinates
+
+
+def _arrays_of(record: LayerRecord) -> Mapping[str, np.ndarray | Nonzeros]:
     values: dict[str, np.ndarray | Nonzeros] = {}
     if record.attention is not None and record.attention_mean is not None:
         attention = np.asarray(record.attention)

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-import zarr
 from pydantic import BaseModel
 
 from zarrtrace.errors import StoreError
-from zarrtrace.spec import INDEX, NAMESPACE, Stored, TraceAttributes
-from zarrtrace.store.attributes import (
-    METADATA,
-    ArrayOnDisk,
-    files_of,
-    files_of_entry,
-    kind_of,
-    names_below,
-    read_array,
-    read_group,
-    read_index_attributes,
-    read_run_attributes,
-    read_trace_attributes,
-    seal_broken,
-)
-from zarrtrace.store.files import fingerprint
-from zarrtrace.store.indexable import digest_of
-from zarrtrace.store.nodes import consolidated, labels_of
-from zarrtrace.store.objects import Location, ObjectPath, at_once, locate, zarr_place
+from zarrtrace.format.attributes import TraceAttributes
+from zarrtrace.format.layout import INDEX
+from zarrtrace.storage import Location, locate
+from zarrtrace.store.damage import Damage, find_damage
+from zarrtrace.store.index_arrays import stale_scenarios
+from zarrtrace.store.metadata import Group, kind_of, read_index_group, read_run, read_trace
+from zarrtrace.store.staged import STAGED
 
-_OTHER_ATTRIBUTES = "its attributes are not the ones that were written"
+# Files beside the traces of a run that belong to it.
+_OF_RUN = ("zarr.json", "README.md", INDEX, STAGED)
 
 
 class Problem(BaseModel):
@@ -41,11 +27,11 @@ class Problem(BaseModel):
     Attributes
     ----------
     scenario
-        None if it is the run's own metadata.
+        None if it is about the run itself.
     array, layer
         None if it is about all of them.
     chunk
-        Key of the damaged file in its array, as ``c/3/0/0``; None if it cannot be told.
+        Key of the damaged file in its array, such as ``c.0.0.0.0``; None if it is about all.
     message
         What is wrong.
     """
@@ -58,7 +44,7 @@ class Problem(BaseModel):
 
 
 def verify(path: str | Location) -> list[Problem]:
-    """Read every byte of a run, or of one trace, and compare it with the journal.
+    """Read every byte of a run, or of one trace, and compare it with its checksums.
 
     Parameters
     ----------
@@ -73,206 +59,99 @@ def verify(path: str | Location) -> list[Problem]:
     Raises
     ------
     NotATraceError, FormatVersionError, IntegrityError
-        If the run's own attributes cannot be read.
+        If the run's own metadata cannot be read.
     """
     path = locate(path)
     if kind_of(path) == "trace":
-        return list(_trace(path, path.name))
-    names = read_run_attributes(path).scenarios
+        return list(_trace(path, None))
+    run = read_run(path)
+    names = run.attributes.scenarios
     with ThreadPoolExecutor(4, thread_name_prefix="zarrtrace-verify") as pool:
         found = pool.map(lambda name: list(_trace(path / name, name)), names)
-        problems = [*_group(path, None), *itertools.chain.from_iterable(found)]
-    problems = problems or list(_copy(path, None))
-    return [*problems, *_index(path, names)]
+        problems = list(itertools.chain.from_iterable(found))
+    return [*problems, *_consolidated(run), *_unknown(path, names), *_index(path, names)]
 
 
-def _index(run: Location, names: Sequence[str]) -> Iterator[Problem]:
-    """Compare the run's index, if it has one, with its journal and with the traces."""
-    path = run / INDEX
-    if not path.is_dir():
-        return
-    try:
-        attributes = read_index_attributes(path)
-        layout = {name: read_array(path / name) for name in attributes.stored.get(METADATA, {})}
-    except StoreError as error:
-        yield Problem(scenario=None, array=INDEX, message=error.what)
-        return
-    if seal_broken(read_group(path)["attributes"][NAMESPACE]):
-        yield Problem(scenario=None, array=INDEX, message=_OTHER_ATTRIBUTES)
-    sound = True
-    for key, entry in attributes.stored.items():
-        at = attributes.layers.index(int(key)) if key.isdigit() else None
-        for name, stored in entry.items():
-            files = [f"{name}/zarr.json"]
-            if key != METADATA:
-                files = files_of(name, layout[name].shape, layout[name].file_shape, at)
-            if fingerprint(path, files) != stored:
-                sound = False
-                yield Problem(
-                    scenario=None,
-                    array=f"{INDEX}/{name}",
-                    layer=int(key) if key.isdigit() else None,
-                    message="its bytes are not the ones that were written",
-                )
-    if sound:
-        yield from _stale(run, path, names)
-
-
-def _stale(run: Location, path: Location, names: Sequence[str]) -> Iterator[Problem]:
-    """Name the scenarios whose features are not those that the index was made from."""
-    listed = zarr.open_array(zarr_place(path / "scenario"), mode="r")[:]
-    digests = zarr.open_array(zarr_place(path / "digest"), mode="r")[:]
-    if [str(name) for name in np.asarray(listed)] != list(names):
-        yield Problem(
-            scenario=None, array=INDEX, message="is of other scenarios: 'zarrtrace index' again"
-        )
-        return
-    for name, digest in zip(names, np.asarray(digests).tolist(), strict=True):
-        try:
-            same = digest in (0, digest_of(read_trace_attributes(run / name)))
-        except StoreError:
-            continue  # said of the trace itself
-        if not same:
-            yield Problem(
-                scenario=name, array=INDEX, message="has changed since: 'zarrtrace index' again"
-            )
-
-
-def _trace(path: Location, scenario: str) -> Iterator[Problem]:
-    if not path.is_dir():
+def _trace(path: Location, scenario: str | None) -> Iterator[Problem]:
+    if not path.is_folder():
         yield Problem(scenario=scenario, message="not there: not extracted yet, or deleted")
         return
     try:
-        attributes = read_trace_attributes(path)
+        trace = read_trace(path)
     except StoreError as error:
-        yield Problem(scenario=scenario, message=error.what)
+        yield Problem(scenario=scenario or path.name, message=error.what)
         return
-    problems = [*_group(path, scenario), *_journalled(path, scenario, attributes)]
-    yield from problems or _copy(path, scenario)
+    own = trace.attributes.scenario
+    if scenario not in (None, own):
+        yield Problem(scenario=scenario, message=f"is the trace of {own!r}: folders were exchanged")
+    for damage in find_damage(path, trace.nodes):
+        yield from _problems(scenario or own, trace, damage)
 
 
-def _journalled(path: Location, scenario: str, attributes: TraceAttributes) -> Iterator[Problem]:
-    """Compare files with the journal."""
-    for missing in attributes.missing_layers:
-        yield Problem(scenario=scenario, layer=missing, message="not stored")
-    metadata = functools.cache(lambda array: read_array(path / array))
-
-    def compare(entry: tuple[str, str, Stored]) -> list[Problem]:
-        key, array, stored = entry
-        layer = int(key) if key.isdigit() else None
-        return [
-            Problem(scenario=scenario, array=array, layer=layer, chunk=chunk, message=message)
-            for chunk, message in _compare(path, array, attributes, key, stored, metadata)
-        ]
-
-    entries = [
-        (key, array, stored)
-        for key, entry in attributes.stored.items()
-        for array, stored in entry.items()
-    ]
-    some_at_once = at_once if isinstance(path, ObjectPath) else map
-    yield from itertools.chain.from_iterable(some_at_once(compare, entries))
-
-
-def _group(path: Location, scenario: str | None) -> Iterator[Problem]:
-    """Check a group's own metadata."""
-    group = read_group(path)
-    if seal_broken(group["attributes"][NAMESPACE]):
-        yield Problem(scenario=scenario, message=_OTHER_ATTRIBUTES)
-    labels = group["attributes"].get("coordinates")
-    if scenario is not None and labels != labels_of(_names(path)):
-        yield Problem(scenario=scenario, message="its attribute 'coordinates' was changed")
-    if (group.get("zarr_format"), group.get("node_type")) != (3, "group"):
-        yield Problem(scenario=scenario, message="its zarr.json is not that of a Zarr v3 group")
-
-
-def _names(path: Location) -> list[str]:
-    if isinstance(path, ObjectPath):
-        return names_below(path)
-    return [file.name for file in path.iterdir()]
-
-
-def _copy(path: Location, scenario: str | None) -> Iterator[Problem]:
-    """Compare a group's consolidated metadata with the metadata below it, which is sound."""
-    if read_group(path).get("consolidated_metadata") not in (None, consolidated(path)):
+def _problems(scenario: str, trace: Group[TraceAttributes], damage: Damage) -> Iterator[Problem]:
+    node = trace.nodes.get(damage.array)
+    dim = "" if node is None else node["dimension_names"][0]
+    layers: Sequence[int | None] = [None]
+    if damage.first and dim in ("layer", "attention_layer") and len(node["shape"]) > 1:  # type: ignore[index]
+        known = trace.attributes.layers_of(dim)
+        layers = [known[place] for place in damage.first if place < len(known)]
+    if len(layers) == len(trace.attributes.layers) > 1:
+        layers = [None]
+    for layer in layers:
         yield Problem(
             scenario=scenario,
-            message="its consolidated metadata differs from the metadata that it copies",
+            array=damage.array,
+            layer=layer,
+            chunk=damage.file,
+            message=damage.message,
         )
 
 
-def _compare(
-    path: Location,
-    array: str,
-    attributes: TraceAttributes,
-    key: str,
-    stored: Stored,
-    metadata_of: Callable[[str], ArrayOnDisk],
-) -> Iterator[tuple[str | None, str]]:
-    """Yield what is wrong with one entry of the journal, and the file where it can be told."""
+def _consolidated(run: Group) -> Iterator[Problem]:  # type: ignore[type-arg]
+    """Compare the metadata that a run repeats with that of its traces."""
+    for name, node in run.nodes.items():
+        scenario = name.partition("/")[0]
+        try:
+            trace = read_trace(run.path / scenario)
+        except StoreError:
+            continue  # said of the trace itself
+        own = trace.nodes.get(name.partition("/")[2])
+        if "/" in name and own != node:
+            yield Problem(scenario=scenario, message="the run's copy of its metadata is another")
+            return
+
+
+def _unknown(path: Location, names: Sequence[str]) -> Iterator[Problem]:
+    if not path.backend.listable:
+        return
+    known = {*names, *_OF_RUN}
+    for child in path.children():
+        if child.name not in known:
+            yield Problem(scenario=None, message=f"{child.name} does not belong to the run")
+
+
+def _index(run: Location, names: Sequence[str]) -> Iterator[Problem]:
+    """Check the run's index, if it has one."""
+    path = run / INDEX
+    if not path.is_folder():
+        return
     try:
-        metadata = metadata_of(array)
+        index = read_index_group(path)
     except StoreError as error:
-        if key == METADATA or METADATA not in attributes.stored:
-            yield None, error.what
+        yield Problem(scenario=None, array=INDEX, message=error.what)
         return
-    written = attributes.stored.get(METADATA, {}).get(array)
-    if key != METADATA and written not in (None, fingerprint(path, [f"{array}/zarr.json"])):
-        return  # said once, of the metadata; files it may claim by the million are not looked for
-    files = files_of_entry(
-        attributes, key, array, metadata.dims, metadata.shape, metadata.file_shape
-    )
-    found = fingerprint(path, files)
-    if found == stored:
-        return
-    if key == METADATA:
-        yield None, "its zarr.json is not the one that was written"
-        return
-    damaged = list(_damaged(path, array, files, metadata))
-    if damaged:
-        yield from damaged
-    elif found.bytes != stored.bytes:
-        yield None, f"{found.bytes} bytes on disk, {stored.bytes} were written"
-    else:
-        yield None, "its bytes are not the ones that were written"
-
-
-def _damaged(
-    path: Location, array: str, files: Sequence[str], metadata: ArrayOnDisk
-) -> Iterator[tuple[str, str]]:
-    """Yield files that are gone, or with chunks that cannot be decoded."""
-    try:
-        opened = zarr.open_array(zarr_place(path / array), mode="r")
-    except Exception as error:  # noqa: BLE001  what Zarr raises depends on what is broken
-        yield "zarr.json", f"Zarr cannot open the array: {error}"
-        return
-    for file in files:
-        chunk = file.removeprefix(f"{array}/")
-        if not (path / file).is_file():
-            yield chunk, "gone"
-            continue
-        place = [int(part) for part in chunk.split("/")[1:]]
-        corner = [at * size for at, size in zip(place, metadata.file_shape, strict=True)]
-        inner = []
-        for box in _inner(corner, metadata.file_shape, opened.chunks, metadata.shape):
-            try:
-                opened[box]
-            except Exception:  # noqa: BLE001  codecs raise what they like
-                inner.append("/".join(str(one.start) for one in box))
-        if inner:
-            first = ", ".join(inner[:3]) + (", …" if len(inner) > 3 else "")
-            yield chunk, f"{len(inner)} inner chunks cannot be decoded, first elements {first}"
-
-
-def _inner(
-    corner: Sequence[int], file_shape: Sequence[int], step: Sequence[int], shape: Sequence[int]
-) -> Iterator[tuple[slice, ...]]:
-    """Yield the parts of a file, in the shape of its inner chunks."""
-    ranges = [
-        range(start, min(start + size, end), by)
-        for start, size, by, end in zip(corner, file_shape, step, shape, strict=True)
-    ]
-    for starts in itertools.product(*ranges):
-        yield tuple(
-            slice(at, min(at + by, end)) for at, by, end in zip(starts, step, shape, strict=True)
+    damage = find_damage(path, index.nodes)
+    for one in damage:
+        layer = None
+        if one.first and len(one.first) == 1 and one.first[0] < len(index.attributes.layers):
+            layer = index.attributes.layers[one.first[0]]
+        yield Problem(
+            scenario=None,
+            array=f"{INDEX}/{one.array}",
+            layer=layer,
+            chunk=one.file,
+            message=one.message,
         )
+    if not damage:
+        for scenario, message in stale_scenarios(run, names):
+            yield Problem(scenario=scenario, array=INDEX, message=message)

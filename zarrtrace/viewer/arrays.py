@@ -14,7 +14,6 @@ import xarray as xr
 
 from zarrtrace.analysis import contrast, word_associations
 from zarrtrace.errors import UsageError
-from zarrtrace.spec import NAMESPACE
 
 #: Prompts up to this length are shown whole; of longer ones, the page shows a window.
 WINDOW = 256
@@ -264,7 +263,7 @@ def _pairs(traces: Mapping[str, xr.Dataset]) -> list[tuple[str, str]]:
     """Pairs of tags that can be compared: two scenarios each, none in both."""
     groups: dict[str, set[str]] = {}
     for name, ds in traces.items():
-        for tag in ds.attrs[NAMESPACE]["tags"]:
+        for tag in ds.attrs["tags"]:
             groups.setdefault(tag, set()).add(name)
     large = [tag for tag, members in groups.items() if len(members) >= 2]
     return [(a, b) for a, b in itertools.combinations(large, 2) if not groups[a] & groups[b]][
@@ -295,7 +294,7 @@ def _tree(traces: Mapping[str, xr.Dataset], layers: Sequence[int]) -> xr.DataTre
         kept = np.flatnonzero(np.isin(np.asarray(ds["layer"]), layers))
         return ds.isel(layer=kept)
 
-    root = xr.Dataset(attrs={NAMESPACE: {"kind": "run", "scenarios": list(traces)}})
+    root = xr.Dataset(attrs={"kind": "run", "scenarios": list(traces)})
     return xr.DataTree.from_dict({"/": root, **{name: only(ds) for name, ds in traces.items()}})
 
 

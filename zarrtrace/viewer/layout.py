@@ -22,7 +22,6 @@ import xarray as xr
 from zlib_ng import zlib_ng
 
 from zarrtrace.errors import ConfigError, IncompleteError
-from zarrtrace.spec import NAMESPACE
 from zarrtrace.store import Location, kind_of, locate, open_run, open_trace
 from zarrtrace.viewer.arrays import BundleArray, run_arrays, trace_arrays
 from zarrtrace.viewer.neuronpedia import source_of
@@ -104,7 +103,7 @@ class Layout:
     def index(self) -> bytes:
         """``index.json``: what the page knows before it reads a chunk."""
         first = next(iter(self.traces.values()))
-        model = first.attrs[NAMESPACE].get("model") or {}
+        model = first.attrs.get("model") or {}
         run: dict[str, Any] = {
             "version": BUNDLE_VERSION,
             "title": self.path.resolve().name,
@@ -119,7 +118,7 @@ class Layout:
         return json.dumps(run, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode()
 
     def _scenario(self, name: str, ds: xr.Dataset) -> dict[str, Any]:
-        attributes = ds.attrs[NAMESPACE]
+        attributes = ds.attrs
         layers = [int(layer) for layer in np.asarray(ds["layer"])]
         stored = set(attributes["stored"])
         return {
@@ -206,12 +205,10 @@ def _as_json(value: dict[str, Any]) -> bytes:
 def _open(path: Location) -> dict[str, xr.Dataset]:
     if kind_of(path) == "trace":
         ds = open_trace(path, missing="nan")
-        return {ds.attrs[NAMESPACE]["scenario"]: ds}
+        return {ds.attrs["scenario"]: ds}
     run = open_run(path, missing="nan")
     found = {
-        name: run[name].to_dataset()
-        for name in run.attrs[NAMESPACE]["scenarios"]
-        if name in run.children
+        name: run[name].to_dataset() for name in run.attrs["scenarios"] if name in run.children
     }
     if not found:
         raise IncompleteError(
@@ -261,7 +258,7 @@ def _vocabulary(traces: dict[str, xr.Dataset]) -> dict[str, str]:
     """Texts of token ids, as far as the run knows them: from its prompts and options."""
     found: dict[int, str] = {}
     for ds in traces.values():
-        for option in ds.attrs[NAMESPACE]["options"].values():
+        for option in ds.attrs["options"].values():
             found.setdefault(int(option["token_id"]), str(option["text"]))
     for ds in traces.values():
         if "token_id" in ds.coords:
@@ -274,7 +271,7 @@ def _sources(traces: dict[str, xr.Dataset]) -> dict[str, dict[str, str]]:
     """Where Neuronpedia shows an SAE's features, by array and layer."""
     out: dict[str, dict[str, str]] = {}
     for ds in traces.values():
-        for sae in ds.attrs[NAMESPACE]["saes"]:
+        for sae in ds.attrs["saes"]:
             source = source_of(sae["release"], sae["id"])
             if source:
                 out.setdefault(sae.get("variable", "features"), {})[str(sae["layer"])] = source

@@ -1,11 +1,12 @@
-"""One layer of several prompts as a model leaves it, before it is taken apart into records.
+"""What capture hands to whoever stores it: layers of one prompt, or of several in one piece.
 
-What a batch makes goes to whoever writes it in one piece: to copy, send and split it prompt by
-prompt would keep the process that drives a GPU busier than the GPU.
+A batch goes to its writers in one piece: to copy, send and split it prompt by prompt would keep the
+process that drives a GPU busier than the GPU.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -13,13 +14,198 @@ from typing import Any
 
 import numpy as np
 
-from zarrtrace.spec import (
-    TOP_FEATURES,
-    BFloat16,
-    FeatureRecord,
-    LayerRecord,
-    Nonzeros,
-)
+from zarrtrace.format.attributes import SAEAttributes, TraceAttributes
+from zarrtrace.format.layout import NO_ID, TOP_FEATURES, TraceShape
+
+
+@dataclass(frozen=True)
+class Nonzeros:
+    """What is not 0 of an array ``(query, feature)``: a hundredth of it, and often less.
+
+    It comes by blocks of columns, as wide as the chunks of the array that it goes to.
+
+    Attributes
+    ----------
+    shape
+        Of the array.
+    columns
+        Width of a block; the last one of the array may be narrower.
+    at
+        Of each block, places ``row * columns + column`` ``(n,)``, ascending.
+    values
+        Of each block, what is there ``(n,)``.
+    """
+
+    shape: tuple[int, int]
+    columns: int
+    at: tuple[np.ndarray, ...]
+    values: tuple[np.ndarray, ...]
+
+    @property
+    def ndim(self) -> int:
+        """How many dimensions the array has."""
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held."""
+        return sum(part.nbytes for part in (*self.at, *self.values))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:  # noqa: FBT001 -- NumPy's protocol
+        """Return the array."""
+        dense = np.zeros(self.shape, dtype or self.values[0].dtype)
+        for number, (at, values) in enumerate(zip(self.at, self.values, strict=True)):
+            row, column = np.divmod(at, self.columns)
+            dense[row, number * self.columns + column] = values
+        return dense
+
+
+@dataclass(frozen=True)
+class BFloat16:
+    """An array of bfloat16, for which NumPy has no type; its values are float32's as well.
+
+    Attributes
+    ----------
+    bits
+        The upper halves of the float32 values, uint16.
+    """
+
+    bits: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held."""
+        return self.bits.nbytes
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:  # noqa: FBT001 -- NumPy's protocol
+        """Return the values, float32 unless asked otherwise."""
+        wide = self.bits.astype(np.uint32)
+        wide <<= 16
+        values: np.ndarray = wide.view(np.float32)
+        return values if dtype is None else values.astype(dtype, copy=False)
+
+
+@dataclass(frozen=True)
+class FeatureRecord:
+    """SAE features of one layer.
+
+    Attributes
+    ----------
+    activations
+        ``(query, feature)``, whole or what is not 0 of it.
+    top_feature, top_activation
+        ``(query, feature_rank)``: the strongest features, strongest first.
+    nonfinite
+        Whether the model computed NaN or infinity where the SAE reads.
+    """
+
+    activations: np.ndarray | Nonzeros
+    top_feature: np.ndarray
+    top_activation: np.ndarray
+    nonfinite: bool = False
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One layer of one scenario, or some rows of it.
+
+    Attributes
+    ----------
+    scenario
+        Name of the scenario.
+    layer
+        Index of the decoder block.
+    start
+        Number of the first row: a token position, or a place in the chosen queries.
+    attention
+        ``(head, query, key)``, or None.
+    attention_mean
+        ``(query, key)`` float32, or None.
+    features
+        By array name; empty if there is no SAE on this layer.
+    """
+
+    scenario: str
+    layer: int
+    start: int = 0
+    attention: np.ndarray | BFloat16 | None = None
+    attention_mean: np.ndarray | None = None
+    features: Mapping[str, FeatureRecord] = field(default_factory=dict)
+
+    @property
+    def nonfinite(self) -> tuple[str, ...]:
+        """Arrays in which the model computed NaN or infinity."""
+        names = tuple(name for name, features in self.features.items() if features.nonfinite)
+        mean = self.attention_mean  # one NaN in any head shows in the mean, and in its sum
+        return names if mean is None or math.isfinite(mean.sum()) else ("attention", *names)
+
+
+@dataclass(frozen=True)
+class TokensRecord:
+    """What the model says next, after the last layer of one scenario.
+
+    Attributes
+    ----------
+    scenario
+        Name of the scenario.
+    next_token, next_token_logprob
+        ``(query, rank)``: ids and natural log-probabilities, most likely first.
+    next_token_text
+        ``(query, rank)``: texts of the ids.
+    """
+
+    scenario: str
+    next_token: np.ndarray
+    next_token_logprob: np.ndarray
+    next_token_text: np.ndarray
+
+    @property
+    def nonfinite(self) -> tuple[str, ...]:
+        """Arrays in which the model computed NaN or infinity."""
+        return () if math.isfinite(self.next_token_logprob.sum()) else ("next_token_logprob",)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenised prompt.
+
+    Attributes
+    ----------
+    ids, texts
+        Token ids and their texts, one a position.
+    special
+        Whether the tokenizer calls each of them special; None if that is not known.
+    """
+
+    ids: Sequence[int]
+    texts: Sequence[str]
+    special: Sequence[bool] | None = None
+
+
+@dataclass(frozen=True)
+class TracePlan:
+    """Everything that is known of a trace before its first layer is computed.
+
+    Attributes
+    ----------
+    attributes
+        The attributes of its group; SAEs and seal are left to the writer.
+    shape
+        Sizes and data types of its arrays.
+    tokens
+        The prompt's tokens.
+    saes
+        The SAEs of its layers.
+    queries
+        Positions whose rows of attention are stored; None for all.
+    """
+
+    attributes: TraceAttributes
+    shape: TraceShape
+    tokens: Tokens
+    saes: tuple[SAEAttributes, ...] = ()
+    queries: tuple[int, ...] | None = None
+
 
 _Array = np.ndarray | BFloat16
 
@@ -122,7 +308,7 @@ def settled(feature: np.ndarray, activation: np.ndarray) -> tuple[np.ndarray, np
     top, numbers = (np.take_along_axis(one, first, 1) for one in (activation, feature))
     fires = ~(top <= 0)
     return (
-        np.where(fires, numbers, 0).astype(np.uint32, copy=False),
+        np.where(fires, numbers, NO_ID).astype(np.uint32, copy=False),
         np.where(fires, top, np.float32(0)),
     )
 
@@ -164,7 +350,7 @@ def strongest(features: Nonzeros) -> tuple[np.ndarray, np.ndarray]:
     top = np.take_along_axis(values, first, 1)
     fires = ~(top <= 0)
     return (
-        np.where(fires, np.take_along_axis(numbers, first, 1), np.uint32(0)),
+        np.where(fires, np.take_along_axis(numbers, first, 1), np.uint32(NO_ID)),
         np.where(fires, top, np.float32(0)),
     )
 

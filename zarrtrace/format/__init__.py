@@ -1,0 +1,1 @@
+"""The on-disk format as frozen values; nothing here touches a disk."""

@@ -1,0 +1,307 @@
+"""Attributes of runs, traces and indexes, as frozen values.
+
+Each field is an attribute of its own in the ``zarr.json`` of the group, short enough to be read.
+:mod:`zarrtrace.store` writes them, and ``schema/`` holds the JSON Schemas made from them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PlainSerializer,
+    PositiveInt,
+    WithJsonSchema,
+)
+
+from zarrtrace.errors import ConfigError
+
+#: Version of the on-disk format. It is the only one that this code reads and writes.
+FORMAT_VERSION = 2
+
+#: Tells other software which convention the attributes follow.
+CONVENTIONS: tuple[dict[str, str], ...] = (
+    {
+        "uuid": "6e1f8c2a-5d0b-4c57-9a53-2f9d1b7e4c02",
+        "name": "zarrtrace",
+        "description": "Attention and SAE features of a language model, by layer and token",
+    },
+)
+
+
+class Frozen(BaseModel):
+    """A value that never changes and refuses unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+# --- layers ------------------------------------------------------------------------------------
+
+_RANGES = re.compile(r"(\d+(-\d+)?(,\d+(-\d+)?)*)?")
+# More blocks than any model has: a damaged range must not ask for memory.
+_MOST_LAYERS = 100_000
+
+
+def ranges(layers: Sequence[int]) -> str:
+    """Write layers compactly: ``1, 2, 3, 7`` as ``1-3,7``."""
+    parts: list[list[int]] = []
+    for layer in layers:
+        if parts and layer == parts[-1][-1] + 1:
+            parts[-1][1:] = [layer]
+        else:
+            parts.append([layer])
+    return ",".join("-".join(map(str, part)) for part in parts)
+
+
+def layers_in(text: str) -> tuple[int, ...]:
+    """Read what :func:`ranges` wrote.
+
+    Raises
+    ------
+    ValueError
+        If the text is not a list of ranges, or names more layers than a model has.
+    """
+    if not _RANGES.fullmatch(text):
+        raise ValueError(f"{text!r} is not a list of layers such as '0-30' or '1,5-7'")
+    found: list[int] = []
+    for part in text.split(",") if text else []:
+        first, _, last = part.partition("-")
+        start, stop = int(first), int(last or first) + 1
+        if stop - start + len(found) > _MOST_LAYERS:
+            raise ValueError(f"{text!r} names more layers than any model has")
+        found += range(start, stop)
+    return tuple(found)
+
+
+#: Layers in a given order; on disk a text such as ``"1-31"``.
+Layers = Annotated[
+    tuple[NonNegativeInt, ...],
+    BeforeValidator(lambda value: layers_in(value) if isinstance(value, str) else value),
+    PlainSerializer(ranges, return_type=str),
+    WithJsonSchema({"type": "string", "pattern": f"^{_RANGES.pattern}$"}),
+]
+
+
+# --- parts -------------------------------------------------------------------------------------
+
+
+class SpanAttributes(Frozen):
+    """Where a span is."""
+
+    characters: tuple[tuple[NonNegativeInt, NonNegativeInt], ...] = Field(
+        description="Character ranges [start, end) of the prompt; empty if not known."
+    )
+    tokens: tuple[NonNegativeInt, ...] = Field(description="Token positions: labels of `key`.")
+
+
+class OptionAttributes(Frozen):
+    """A named continuation whose probability matters."""
+
+    text: str
+    token_id: NonNegativeInt = Field(description="Its first token.")
+
+
+class ModelAttributes(Frozen):
+    """The language model that was traced."""
+
+    id: str
+    revision: str | None = Field(description="Commit of the weights, if they came from a hub.")
+    architecture: str = Field(description="Class name in transformers.")
+    n_layers: PositiveInt
+    n_heads: PositiveInt = Field(description="Query heads.")
+    d_model: PositiveInt
+    dtype: str
+    attn_implementation: str
+    softmax_dtype: str = Field(description="Precision in which attention probabilities were made.")
+    tokenizer: str = Field(description="Class of the tokenizer.")
+    prepend_bos: bool
+    quantization: str | None = Field(default=None, description="Method, if weights are quantised.")
+
+
+class SAEAttributes(Frozen):
+    """The sparse autoencoder of one layer."""
+
+    layer: NonNegativeInt
+    variable: str = Field(default="features", description="The array its latents are in.")
+    release: str | None
+    id: str
+    hook_name: str
+    architecture: str
+    d_in: PositiveInt
+    d_sae: PositiveInt
+    dtype: str = Field(description="Precision of the encoder's arithmetic.")
+    decoder_norm_folded: bool
+
+
+class SAESetAttributes(Frozen):
+    """The SAEs of one array, as far as its layers share it.
+
+    In texts ``{layer}`` stands for the layer's number. A field that differs otherwise is null, and
+    stored by layer in a coordinate such as ``sae_dtype (layer)``.
+    """
+
+    release: str | None
+    hook_name: str | None
+    architecture: str | None
+    d_in: PositiveInt
+    d_sae: PositiveInt
+    dtype: str | None
+    decoder_norm_folded: bool
+
+
+#: Fields of an SAE that always are coordinates along `layer`; others become one if they differ.
+_BY_LAYER = ("id",)
+_TEXTS = ("hook_name", "architecture", "dtype")
+
+
+def sae_coordinate(field: str, variable: str) -> str:
+    """Name the coordinate that holds a field of each layer's SAE."""
+    return f"sae_{field}{variable.removeprefix('features')}"
+
+
+def share_saes(
+    saes: Sequence[SAEAttributes], layers: Sequence[int]
+) -> tuple[dict[str, SAESetAttributes], dict[str, list[str]]]:
+    """Split what is known of SAEs into what layers share and what is said of each layer.
+
+    Parameters
+    ----------
+    saes
+        Those of all layers.
+    layers
+        The trace's layers, in order.
+
+    Returns
+    -------
+    shared
+        By array.
+    by_layer
+        Texts by coordinate, one a layer; empty where a layer has no SAE.
+    """
+    shared: dict[str, SAESetAttributes] = {}
+    by_layer: dict[str, list[str]] = {}
+    for variable in dict.fromkeys(sae.variable for sae in saes):
+        found = {sae.layer: sae for sae in saes if sae.variable == variable}
+        first = next(iter(found.values()))
+        texts: dict[str, str | None] = {}
+        for field in (*_BY_LAYER, *_TEXTS):
+            values = {layer: str(getattr(sae, field)) for layer, sae in found.items()}
+            templates = {_template(value, layer) for layer, value in values.items()}
+            texts[field] = templates.pop() if len(templates) == 1 else None
+            if field in _BY_LAYER or texts[field] is None:
+                by_layer[sae_coordinate(field, variable)] = [values.get(n, "") for n in layers]
+        same = ("release", "d_in", "d_sae", "decoder_norm_folded")
+        for sae in found.values():
+            for field in same:
+                if getattr(sae, field) != getattr(first, field):
+                    raise ConfigError(
+                        f"SAEs of layers {first.layer} and {sae.layer} differ in {field}: "
+                        f"{getattr(first, field)!r} and {getattr(sae, field)!r}",
+                        why="SAEs whose features are stored in one array must agree in it.",
+                        remedy="Choose SAEs of one kind with --sae-id.",
+                    )
+        shared[variable] = SAESetAttributes(
+            **{field: getattr(first, field) for field in same},
+            **{field: texts[field] for field in _TEXTS},
+        )
+    return shared, by_layer
+
+
+def _template(value: str, layer: int) -> str:
+    return re.sub(rf"(?<!\d){layer}(?!\d)", "{layer}", value)
+
+
+# --- whole groups ------------------------------------------------------------------------------
+
+Seal = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+
+_SEAL = (
+    "BLAKE2b (8 bytes) of the other attributes and of all arrays' metadata, as the JSON of "
+    '{"attributes": …, "metadata": …} with sorted keys, no spaces and ASCII alone.'
+)
+
+
+class TraceAttributes(Frozen):
+    """The attributes of a trace's group."""
+
+    zarr_conventions: tuple[dict[str, str], ...] = CONVENTIONS
+    format_version: Literal[2] = 2
+    kind: Literal["trace"] = "trace"
+    scenario: str
+    prompt: str | None = Field(description="Text without special tokens; null if not known.")
+    tags: tuple[str, ...] = ()
+    spans: dict[str, SpanAttributes]
+    options: dict[str, OptionAttributes] = {}
+    model: ModelAttributes | None = Field(description="Null if imported from NPZ files.")
+    saes: dict[str, SAESetAttributes] = Field(
+        default_factory=dict, description="By array: `features`, `features_NAME`."
+    )
+    layers: Layers = Field(description="Index of the dimension `layer`.")
+    layers_without_sae: Layers = ()
+    layers_without_attention: dict[str, Layers] = Field(
+        default_factory=dict,
+        description="Layers whose block has no attention matrix, by reason. If there are any, "
+        "`attention` has a dimension `attention_layer` of its own.",
+    )
+    attention_dtype: Literal["float16", "float32"] | None = Field(
+        description="Null if attention was not asked for."
+    )
+    attention_keepbits: Annotated[int, Field(ge=1, le=23)] | None = Field(
+        default=None, description="Bits of the mantissa that `attention` keeps; null for all."
+    )
+    feature_dtype: Literal["float16", "float32"] | None = Field(
+        description="Null if features were not asked for."
+    )
+    versions: dict[str, str] = Field(description="Libraries the trace was made with.")
+    nonfinite: dict[str, Layers] = Field(
+        default_factory=dict,
+        description="Layers in which the model computed NaN or infinity, by array; no layers for "
+        "an array without layers.",
+    )
+    seal: Seal | None = Field(default=None, description=_SEAL)
+
+    def layers_of(self, dim: str) -> tuple[int, ...]:
+        """Return the layers along an array's first dimension."""
+        if dim != "attention_layer":
+            return self.layers
+        without = {n for layers in self.layers_without_attention.values() for n in layers}
+        return tuple(n for n in self.layers if n not in without)
+
+
+class RunAttributes(Frozen):
+    """The attributes of a run's group."""
+
+    zarr_conventions: tuple[dict[str, str], ...] = CONVENTIONS
+    format_version: Literal[2] = 2
+    kind: Literal["run"] = "run"
+    scenarios: tuple[str, ...] = Field(description="Names of the traces, in the suite's order.")
+    config: dict[str, Any] = Field(description="What was asked for; a resumed run must ask again.")
+    complete: bool = False
+    seal: Seal | None = Field(default=None, description=_SEAL)
+
+
+class IndexAttributes(Frozen):
+    """The attributes of the group that indexes a run's features."""
+
+    zarr_conventions: tuple[dict[str, str], ...] = CONVENTIONS
+    format_version: Literal[2] = 2
+    kind: Literal["index"] = "index"
+    layers: Layers = Field(description="Index of the dimension `layer`.")
+    features: dict[str, PositiveInt] = Field(
+        description="Number of latents by array of the traces that is indexed."
+    )
+    scenarios: NonNegativeInt = Field(description="How many the run has.")
+    indexed: NonNegativeInt = Field(description="How many of them are in the index.")
+    seal: Seal | None = Field(default=None, description=_SEAL)
+
+
+def is_trace(attributes: Mapping[Any, Any]) -> bool:
+    """Whether attributes of a dataset are a trace's."""
+    return attributes.get("kind") == "trace" and "scenario" in attributes

@@ -1,0 +1,235 @@
+"""Files on a disk: reading regular files only, writing whole files, and errors with a remedy."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from zarrtrace.errors import IntegrityError, NoSpaceError, StoreError, readable
+from zarrtrace.storage.backend import Content
+
+# Of linux/fs.h: renameat2 puts two folders in each other's place.
+_EXCHANGE, _HERE = 2, -100
+
+
+class Disk:
+    """The file system, as a :class:`~zarrtrace.storage.backend.Backend`; keys are paths."""
+
+    writable = listable = True
+
+    def get(self, key: str) -> Content:
+        """Read a file."""
+        with _opened(key) as (handle, size):
+            return Content(_pread(handle, size, 0), size)
+
+    def get_end(self, key: str, length: int) -> Content:
+        """Read the last bytes of a file."""
+        with _opened(key) as (handle, size):
+            return Content(_pread(handle, min(length, size), max(0, size - length)), size)
+
+    def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Read ranges of a file."""
+        with _opened(key) as (handle, _):
+            return [_pread(handle, end - start, start) for start, end in ranges]
+
+    def size(self, key: str) -> int:
+        """Return the size of a file."""
+        found = os.stat(key)  # noqa: PTH116 -- called for each file of a run
+        if not stat.S_ISREG(found.st_mode):
+            raise _odd(key)
+        return found.st_size
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write a file whole or not at all."""
+        write_whole(Path(key), data)
+
+    def copy(self, source: str, target: str) -> None:
+        """Copy a file."""
+        self.put(target, self.get(source).data)
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Delete files."""
+        for key in keys:
+            Path(key).unlink(missing_ok=True)
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Return the size of every regular file below a folder."""
+        return {
+            path: os.stat(path).st_size  # noqa: PTH116 -- called for each file of a run
+            for folder, _, names in os.walk(prefix)
+            for path in (f"{folder}/{name}" for name in names)
+            if Path(path).is_file()
+        }
+
+    def children(self, prefix: str) -> list[str]:
+        """Return the names in a folder."""
+        try:
+            return sorted(os.listdir(prefix or "."))  # noqa: PTH208 -- names are wanted
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def zarr_store(self) -> tuple[Any, str]:
+        """Return a store of zarr-python for the whole file system."""
+        from zarr.storage import LocalStore  # noqa: PLC0415 -- half a second
+
+        return LocalStore("/", read_only=True), ""
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[tuple[int, int]]:
+    """Open a regular file; a pipe in its place would be waited for without end."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except NotADirectoryError as error:
+        raise FileNotFoundError(error.errno, "No such file", path) from error
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.ELOOP):  # a socket; links in a circle
+            raise _odd(path) from error
+        raise
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            raise _odd(path)
+        yield handle, found.st_size
+    finally:
+        os.close(handle)
+
+
+def _odd(path: str) -> IntegrityError:
+    return IntegrityError(
+        f"{path}: is not a regular file",
+        why="A run holds files and folders only; something else was put in a file's place.",
+        remedy="Remove it; 'zarrtrace verify' names everything else that is damaged.",
+    )
+
+
+def _pread(handle: int, length: int, start: int) -> bytes:
+    """Read all of a range: one call returns at most 2 GiB."""
+    data = os.pread(handle, length, start)
+    if len(data) == length or not data:
+        return data
+    parts = [data]
+    while (done := sum(map(len, parts))) < length:
+        part = os.pread(handle, length - done, start + done)
+        if not part:
+            break
+        parts.append(part)
+    return b"".join(parts)
+
+
+# --- writing -----------------------------------------------------------------------------------
+
+
+def write_whole(file: Path, data: bytes) -> None:
+    """Write a file that appears whole or not at all."""
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        partial.write_bytes(data)
+        partial.replace(file)
+    except OSError:
+        with contextlib.suppress(OSError):  # on a full disk, room for the next attempt
+            partial.unlink()
+        raise
+
+
+def append(file: Path, parts: Sequence[bytes]) -> None:
+    """Append to a file; it is created if it does not exist."""
+    with file.open("ab", buffering=0) as stream:
+        view = memoryview(b"".join(parts))
+        while view:
+            view = view[stream.write(view) :]
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder and everything in it, if it exists."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def sync(folder: Path) -> None:
+    """Return when the disk holds everything written to a folder.
+
+    On Linux with one call for its file system: file by file takes several times as long.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        syncfs = _libc("syncfs")
+        if syncfs is None:
+            for path in sorted([folder, *folder.rglob("*")]):
+                sync_path(path)
+        elif syncfs(handle):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), str(folder))
+    finally:
+        os.close(handle)
+
+
+def sync_path(path: Path) -> None:
+    """Return when the disk holds one file, or the names in one folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@cache
+def _libc(function: str) -> Any:
+    try:
+        return getattr(ctypes.CDLL(None, use_errno=True), function)
+    except (AttributeError, OSError, TypeError):  # not Linux
+        return None
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Put two folders in each other's place at once; False where the file system cannot."""
+    renameat2 = _libc("renameat2")
+    if renameat2 is None:
+        return False
+    return not renameat2(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE)
+
+
+@contextlib.contextmanager
+def explained(path: object) -> Iterator[None]:
+    """Translate OSError into a zarrtrace error with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpaceError(
+                f"{path}: no space left on the disk",
+                why=_why_full(path, error),
+                remedy="Make room and run the same command again: it resumes where it stopped.",
+            ) from error
+        if error.errno in (errno.EEXIST, errno.ENOTDIR):
+            raise StoreError(
+                f"{path}: cannot be written: a file is where a folder should be",
+                remedy="Choose another --output.",
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise StoreError(
+                f"{path}: cannot be written ({error.strerror})",
+                remedy="Choose an --output that you may write to.",
+            ) from error
+        raise
+
+
+def _why_full(path: object, error: OSError) -> str:
+    if error.errno == errno.EDQUOT:
+        return "Your quota on this file system is used up: of bytes, or of files."
+    folder = Path(str(path))
+    with contextlib.suppress(OSError):
+        while not folder.exists():
+            folder = folder.parent
+        found = os.statvfs(folder)
+        if found.f_files and not found.f_favail:
+            return "The file system has no inodes left: it holds as many files as it can."
+        return f"{readable(found.f_bavail * found.f_frsize)} are free now."
+    return ""

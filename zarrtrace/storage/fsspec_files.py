@@ -1,0 +1,115 @@
+"""Whatever fsspec knows, to read: sftp, HDFS, WebDAV and so on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from zarrtrace.errors import ConfigError, RemoteError
+from zarrtrace.storage.backend import Content
+from zarrtrace.storage.packages import first_line, import_package
+
+
+class FsspecFiles:
+    """A file system of fsspec, as a :class:`~zarrtrace.storage.backend.Backend`; read-only."""
+
+    writable, listable = False, True
+
+    def __init__(self, base: str, options: Mapping[str, str]) -> None:
+        self._base = base
+        fsspec = import_package("fsspec", base.partition("://")[0])
+        try:
+            self._files, self._root = fsspec.core.url_to_fs(base, **options)
+        except Exception as error:  # an unknown scheme, a missing package, options, a refusal
+            raise ConfigError(
+                f"{base}: {first_line(error)}",
+                why="Neither obstore nor fsspec opens such an address here.",
+                remedy="Check it, and install the package that fsspec needs for it, if any.",
+            ) from error
+
+    def _path(self, key: str) -> str:
+        return f"{self._root}/{key}"
+
+    @contextlib.contextmanager
+    def _explained(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise FileNotFoundError(f"{self._base}/{key}") from error
+        except Exception as error:  # each package behind fsspec has its own
+            raise RemoteError(
+                f"{self._base}/{key}: {first_line(error) or type(error).__name__}",
+                why="The server cannot be reached, or refuses.",
+                remedy="Check address and credentials, and run the same command again.",
+            ) from error
+
+    def get(self, key: str) -> Content:
+        """Read a file."""
+        with self._explained(key):
+            data = bytes(self._files.cat_file(self._path(key)))
+        return Content(data, len(data))
+
+    def get_end(self, key: str, length: int) -> Content:
+        """Read the last bytes of a file."""
+        size = self.size(key)
+        return Content(self.get_ranges(key, [(max(0, size - length), size)])[0], size)
+
+    def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Read ranges of a file."""
+        with self._explained(key):
+            return [bytes(self._files.cat_file(self._path(key), *one)) for one in ranges]
+
+    def size(self, key: str) -> int:
+        """Return the size of a file."""
+        with self._explained(key):
+            found = self._files.info(self._path(key))
+        if found["type"] != "file":
+            raise FileNotFoundError(f"{self._base}/{key}")
+        return int(found["size"])
+
+    def put(self, key: str, data: bytes) -> None:
+        """Refuse to write."""
+        del data
+        raise self._read_only(key)
+
+    def copy(self, source: str, target: str) -> None:
+        """Refuse to write."""
+        del source
+        raise self._read_only(target)
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Refuse to write."""
+        raise self._read_only(keys[0])
+
+    def _read_only(self, key: str) -> ConfigError:
+        return ConfigError(
+            f"{self._base}/{key}: such addresses are read only",
+            why="zarrtrace writes to disks, Amazon S3, Google Cloud Storage and Azure.",
+            remedy="Write to a disk, and copy the run with the tools of that file system.",
+        )
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Return the size of every file below a folder."""
+        with self._explained(prefix):
+            found = self._files.find(self._path(prefix.rstrip("/")), detail=True)
+        return {path[len(self._root) + 1 :]: int(one["size"]) for path, one in found.items()}
+
+    def children(self, prefix: str) -> list[str]:
+        """Return the names in a folder."""
+        try:
+            with self._explained(prefix):
+                found = self._files.ls(self._path(prefix.rstrip("/")), detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(path.rstrip("/").rpartition("/")[2] for path in found)
+
+    def zarr_store(self) -> tuple[Any, str]:
+        """Return a read-only store of zarr-python."""
+        from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper  # noqa: PLC0415
+        from zarr.storage import FsspecStore  # noqa: PLC0415
+
+        files = self._files
+        if not files.async_impl:
+            files = AsyncFileSystemWrapper(files, asynchronous=True)
+        return FsspecStore(files, read_only=True, path=self._root), ""

@@ -1,0 +1,260 @@
+"""Where files are: a path on a disk, or an address such as ``s3://bucket/run``."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from zarrtrace.errors import ConfigError, StoreError
+from zarrtrace.storage.backend import Backend, Content
+from zarrtrace.storage.disk import Disk
+
+#: How many requests a process makes at the same time, multipart uploads aside.
+REQUESTS_AT_ONCE = 16
+
+_THREADS = "zarrtrace-requests"
+_CREDENTIAL_WORDS = (
+    "secret",
+    "token",
+    "password",
+    "credential",
+    "access_key",
+    "account_key",
+    "sas",
+)
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+
+@dataclass(frozen=True)
+class Location:
+    """A file or folder on a disk or in an object store.
+
+    Parameters
+    ----------
+    base
+        Address of a folder in an object store, such as ``s3://bucket``; empty on a disk.
+    key
+        Path below it; on a disk, the path.
+    options
+        How to reach the store: endpoint, region and so on; never credentials.
+    """
+
+    base: str
+    key: str
+    options: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def backend(self) -> Backend:
+        """The disk or the store: one object a process and address."""
+        return _backend(self.base, self.options, os.getpid())
+
+    @property
+    def path(self) -> Path | None:
+        """The path on a disk; None in an object store."""
+        return None if self.base else Path(self.key)
+
+    def __str__(self) -> str:
+        return "/".join(part for part in (self.base, self.key) if part)
+
+    def __fspath__(self) -> str:
+        """Return the path on a disk, for Python's own functions."""
+        if self.base:
+            raise TypeError(f"{self}: is not on a disk")
+        return self.key
+
+    def __truediv__(self, name: str) -> Location:
+        return replace(self, key=f"{self.key.rstrip('/')}/{name}" if self.key else name)
+
+    def __lt__(self, other: Location) -> bool:
+        return str(self) < str(other)
+
+    @property
+    def name(self) -> str:
+        """The last part."""
+        return str(self).rpartition("/")[2]
+
+    @property
+    def parent(self) -> Location:
+        """The folder that it is in."""
+        if not self.base:
+            return replace(self, key=str(Path(self.key).parent))
+        return replace(self, key=self.key.rpartition("/")[0])
+
+    def with_name(self, name: str) -> Location:
+        """Return a location of another name in the same folder."""
+        return self.parent / name
+
+    def resolved(self) -> Location:
+        """Return the absolute path, links followed; an address is returned as it is."""
+        return self if self.base else replace(self, key=str(Path(self.key).resolve()))
+
+    def read(self) -> bytes:
+        """Read the file."""
+        return self.backend.get(self.key).data
+
+    def read_end(self, length: int) -> Content:
+        """Read the last bytes of the file, at most `length`."""
+        return self.backend.get_end(self.key, length)
+
+    def read_ranges(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Read ranges ``[start, end)`` of the file."""
+        return self.backend.get_ranges(self.key, ranges) if ranges else []
+
+    def size(self) -> int:
+        """Return the size of the file."""
+        return self.backend.size(self.key)
+
+    def write(self, data: bytes) -> None:
+        """Write the file, whole or not at all."""
+        self.backend.put(self.key, data)
+
+    def is_file(self) -> bool:
+        """Whether there is such a file."""
+        try:
+            self.size()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    def is_folder(self) -> bool:
+        """Whether there is anything below it; where that cannot be asked, a Zarr group."""
+        if (path := self.path) is not None:
+            return path.is_dir()
+        if self.backend.listable:
+            return bool(self.backend.children(self._prefix))
+        return (self / "zarr.json").is_file()
+
+    def exists(self) -> bool:
+        """Whether there is such a file, or anything below it."""
+        if (path := self.path) is not None:
+            return path.exists()
+        return self.is_file() or self.is_folder()
+
+    def children(self) -> Iterator[Location]:
+        """Yield what is in the folder, sorted by name.
+
+        Raises
+        ------
+        StoreError
+            If the store cannot list.
+        """
+        self._refuse_unlistable()
+        for name in self.backend.children(self._prefix):
+            yield self / name
+
+    def files(self) -> dict[str, int]:
+        """Return the size of every file below the folder, by its path from here.
+
+        Raises
+        ------
+        StoreError
+            If the store cannot list.
+        """
+        self._refuse_unlistable()
+        prefix = self._prefix
+        return {key.removeprefix(prefix): size for key, size in self.backend.sizes(prefix).items()}
+
+    @property
+    def _prefix(self) -> str:
+        return f"{self.key.rstrip('/')}/" if self.key else ""
+
+    def _refuse_unlistable(self) -> None:
+        if not self.backend.listable:
+            raise StoreError(
+                f"{self}: cannot be listed",
+                why="A web server says what an address holds, not which addresses there are.",
+                remedy="Give the address of the bucket, or copy the run to a disk.",
+            )
+
+    def zarr_store(self) -> Any:
+        """Return what zarr-python opens to read what is here."""
+        from zarr.storage import StorePath  # noqa: PLC0415 -- half a second
+
+        if self.path is not None:
+            return self.path
+        store, prefix = self.backend.zarr_store()
+        return StorePath(store, f"{prefix}{self.key}")
+
+
+def locate(
+    address: str | os.PathLike[str] | Location, storage_options: Mapping[str, str] | None = None
+) -> Location:
+    """Return the location of a path or an address.
+
+    Parameters
+    ----------
+    address
+        A path, or an address such as ``s3://bucket/run``; ``gs://``, ``az://``, ``https://`` (to
+        read), ``memory://`` (of this process), and whatever fsspec can read.
+    storage_options
+        How to reach the store, as obstore or fsspec name it: ``{"endpoint": "http://…"}``.
+        Credentials are taken from the environment alone.
+
+    Raises
+    ------
+    ConfigError
+        If the address names no folder, or an option is a credential.
+    """
+    if isinstance(address, Location):
+        return address
+    text = os.fspath(address).removeprefix("file://")
+    return _remote(text, storage_options) if "://" in text else Location("", str(Path(text)))
+
+
+def _remote(address: str, options: Mapping[str, str] | None) -> Location:
+    scheme, _, rest = address.partition("://")
+    parts = [part for part in rest.split("/") if part]
+    # Below s3://bucket itself nothing can lie beside the run, where its successor is written.
+    if len(parts) < 2 or any(part in (".", "..") for part in parts) or "?" in address:
+        shown = address.partition("?")[0]  # a query may hold a signature
+        raise ConfigError(
+            f"{shown}: not the address of a folder in an object store",
+            why="A run has a name below a bucket, container or host.",
+            remedy=f"Give an address such as {scheme}://bucket/runs/demo.",
+        )
+    user, at, _ = parts[0].rpartition("@")
+    if at and ":" in user:
+        raise _credential(f"an address at {parts[0].rpartition('@')[2]} holds a password")
+    for name in options or ():
+        if any(word in name.lower() for word in _CREDENTIAL_WORDS):
+            raise _credential(f"storage option {name!r} looks like a credential")
+    given = tuple(sorted((str(name), str(value)) for name, value in (options or {}).items()))
+    root = "/" if rest.startswith("/") else ""  # as in local:///folder
+    return Location(f"{scheme}://{root}{'/'.join(parts[:-1])}", parts[-1], given)
+
+
+def _credential(what: str) -> ConfigError:
+    return ConfigError(
+        what,
+        why="What stands on a command line or in a notebook is read by others.",
+        remedy="Put credentials into the environment, as AWS_SECRET_ACCESS_KEY.",
+    )
+
+
+def at_once(call: Callable[[_In], _Out], items: Iterable[_In]) -> list[_Out]:
+    """Call a function for each item, some at the same time: requests spend their time waiting."""
+    if threading.current_thread().name.startswith(_THREADS):  # waiting for its own pool would hang
+        return list(map(call, items))
+    return list(_pool(os.getpid()).map(call, items))
+
+
+@cache
+def _pool(_process: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(REQUESTS_AT_ONCE, thread_name_prefix=_THREADS)
+
+
+@cache
+def _backend(base: str, options: tuple[tuple[str, str], ...], _process: int) -> Backend:
+    if not base:
+        return Disk()
+    from zarrtrace.storage.connect import connect  # noqa: PLC0415 -- an extra, slow to import
+
+    return connect(base, dict(options))

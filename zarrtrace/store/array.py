@@ -1,0 +1,253 @@
+"""Reading arrays lazily: exactly the chunks that hold the answer, decoded by several threads.
+
+Zarr reads the same. It is done here because one row of attention in every layer is many small
+chunks, and Zarr's way through its event loop costs more time than decoding them (schema/README.md
+has the figures), and because Zarr cannot notice that a file was exchanged for another one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numpy as np
+from xarray.backends import BackendArray
+from xarray.core import indexing
+
+from zarrtrace.errors import IntegrityError
+from zarrtrace.storage import Location, at_once
+from zarrtrace.store.chunks import Checksums, FileIndex, crc_of, file_key, read_index
+from zarrtrace.store.codecs import ArrayEncoding
+from zarrtrace.store.metadata import REPAIR
+
+#: Along one dimension: the number of a chunk, where its part goes, and which part of it.
+Part = tuple[int, slice | np.ndarray, slice | np.ndarray]
+#: A chunk's number in its file, where its part goes, and which part of it.
+Piece = tuple[int, tuple[slice | np.ndarray, ...], tuple[slice | np.ndarray, ...]]
+
+_THREADS = os.cpu_count() or 1
+# One thread decodes this much faster than others wake up.
+_FEW_BYTES = 2**19
+
+
+class StoredArray(BackendArray):
+    """One array of a trace, for xarray to index.
+
+    Parameters
+    ----------
+    path
+        Folder of the array.
+    encoding
+        How it is cut and encoded.
+    checksums
+        Size and checksum of each of its files; others do not exist.
+    staged
+        Of an array that is still being written, the index of each file.
+    """
+
+    def __init__(
+        self,
+        path: Location,
+        encoding: ArrayEncoding,
+        checksums: Checksums,
+        staged: Mapping[str, FileIndex] | None = None,
+    ) -> None:
+        self.path, self.encoding = path, encoding
+        self.shape, self.dtype = encoding.shape, encoding.dtype
+        self._checksums, self._staged = checksums, staged
+
+    def __dask_tokenize__(self) -> tuple[str, str, str]:
+        """Name what is read, so that dask can tell whether two graphs read the same."""
+        content = repr((sorted(self._checksums.items()), self.shape, self.dtype.str))
+        token = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+        return ("zarrtrace", str(self.path), token)
+
+    def __getitem__(self, key: Any) -> Any:
+        """Index as xarray asks."""
+        support = indexing.IndexingSupport.OUTER
+        return indexing.explicit_indexing_adapter(key, self.shape, support, self._read)
+
+    def load(self) -> np.ndarray:
+        """Read all of it."""
+        return self._read((slice(None),) * len(self.shape))
+
+    def _read(self, key: tuple[Any, ...]) -> np.ndarray:
+        key = tuple(_counted(one, size) for one, size in zip(key, self.shape, strict=True))
+        shape = [_length(one, size) for one, size in zip(key, self.shape, strict=True)]
+        out = np.empty(shape, self.dtype)
+        by_file = self._pieces(key)
+        each = map if self.path.path is not None else at_once
+        for _ in each(lambda file: self._read_file(file, by_file[file], out), by_file):
+            pass
+        squeezed = tuple(0 if isinstance(one, int) else slice(None) for one in key)
+        found: np.ndarray = out[squeezed]
+        return found
+
+    def _pieces(self, key: tuple[Any, ...]) -> dict[str, list[Piece]]:
+        """Return which chunks of which files to read, by key of the file."""
+        by_dimension: list[dict[int, list[Part]]] = []
+        how = self.encoding
+        for one, size, chunk, count, stride in zip(
+            key, self.shape, how.chunks, how.grid, how.strides, strict=True
+        ):
+            files: dict[int, list[Part]] = {}
+            for number, into, of in _parts(one, size, chunk):
+                file, inside = divmod(number, count)
+                files.setdefault(file, []).append((inside * stride, into, of))
+            by_dimension.append(files)
+        found: dict[str, list[Piece]] = {}
+        for files_at in itertools.product(*(files.items() for files in by_dimension)):
+            pieces = found.setdefault(file_key([file for file, _ in files_at]), [])
+            for parts in itertools.product(*(parts for _, parts in files_at)):
+                number = sum(part[0] for part in parts)
+                into, of = (tuple(part[at] for part in parts) for at in (1, 2))
+                pieces.append((number, into, of))  # type: ignore[arg-type]
+        return found
+
+    def _read_file(self, key: str, pieces: Sequence[Piece], out: np.ndarray) -> None:
+        """Read some chunks of a file and put their parts where they belong."""
+        contents = self._contents(key, [number for number, _, _ in pieces])
+
+        def put(job: tuple[Piece, bytes | None]) -> None:
+            (number, into, of), content = job
+            out[_outer(into)] = (
+                self.encoding.fill
+                if content is None
+                else self._decoded(key, number, content)[_outer(of)]
+            )
+
+        jobs = list(zip(pieces, contents, strict=True))
+        if len(jobs) < 2 or self.encoding.decoded * len(jobs) < _FEW_BYTES:
+            for job in jobs:
+                put(job)
+            return
+        shares = [jobs[at :: 2 * _THREADS] for at in range(min(len(jobs), 2 * _THREADS))]
+        for _ in _pool(os.getpid()).map(lambda share: list(map(put, share)), shares):
+            pass
+
+    def _contents(self, key: str, numbers: Sequence[int]) -> Sequence[bytes | None]:
+        """Read the bytes of chunks by their numbers in a file; None for those not stored.
+
+        Raises
+        ------
+        IntegrityError
+            If the file is not the one that was there when the array was opened.
+        """
+        file, written = self.path / key, self._checksums.get(key)
+        index = None if self._staged is None else self._staged.get(key)
+        if written is None and index is None:
+            return [None] * len(numbers)
+        try:
+            if not self.encoding.is_sharded:
+                content = file.read()
+                if written is not None:
+                    _compare(file, len(content), crc_of(content), *written)
+                return [content]
+            if index is None:
+                index = read_index(file, self.encoding)
+                if written is not None:
+                    _compare(file, index.size, index.fingerprint, *written)
+            ranges = [index.range_of(number) for number in numbers]
+            found = iter(file.read_ranges([one for one in ranges if one is not None]))
+        except (FileNotFoundError, ValueError) as error:
+            gone = isinstance(error, FileNotFoundError)
+            raise IntegrityError(
+                f"{file}: {'is gone' if gone else error}",
+                why="Files were lost, cut short or replaced since the trace was written or opened.",
+                remedy=REPAIR,
+            ) from error
+        return [None if one is None else next(found) for one in ranges]
+
+    def _decoded(self, key: str, number: int, content: bytes) -> np.ndarray:
+        try:
+            return self.encoding.decode(content)
+        except Exception as error:  # codecs raise what they like
+            place = list(map(int, np.unravel_index(number, self.encoding.grid)))
+            raise IntegrityError(
+                f"{self.path / key}: chunk {place} cannot be decoded: {error}",
+                why="Its bytes are not the ones that were written.",
+                remedy=REPAIR,
+            ) from error
+
+
+def _compare(file: Location, size: int, found: str, written: int, checksum: str) -> None:
+    if size != written:
+        raise ValueError(f"has {size} bytes, {written} were written")
+    if found != checksum:
+        raise IntegrityError(
+            f"{file}: is not the file that belongs to this array",
+            why="The run was replaced since it was opened, or files of two runs were exchanged.",
+            remedy=f"Open it again; if that fails, too: {REPAIR}",
+        )
+
+
+def as_lazy(array: StoredArray) -> Any:
+    """Wrap an array as xarray's own backends do: lazy, read once, and safe to assign to."""
+    lazy: Any = indexing.LazilyIndexedArray(array)
+    cached: Any = indexing.MemoryCachedArray
+    return cached(indexing.CopyOnWriteArray(lazy))
+
+
+@cache
+def _pool(_process: int) -> ThreadPoolExecutor:
+    """Return this process's threads: a fork has none of its parent's."""
+    return ThreadPoolExecutor(_THREADS, thread_name_prefix="zarrtrace-decode")
+
+
+def _counted(key: Any, size: int) -> Any:
+    """Count indices from the beginning; neighbours become a slice, which is faster to take."""
+    if isinstance(key, slice):
+        return key
+    at = np.asarray(key)
+    counted = np.where(at < 0, at + size, at)
+    if ((counted < 0) | (counted >= size)).any():
+        raise IndexError(f"index {key} is out of bounds for a dimension of size {size}")
+    if at.ndim == 0:
+        return int(counted)
+    neighbours = len(at) > 0 and counted[0] + len(at) == counted[-1] + 1
+    if neighbours and (np.diff(counted) == 1).all():
+        return slice(int(counted[0]), int(counted[-1]) + 1)
+    return counted
+
+
+def _length(key: Any, size: int) -> int:
+    if isinstance(key, slice):
+        return len(range(*key.indices(size)))
+    return 1 if isinstance(key, int | np.integer) else len(key)
+
+
+def _parts(key: Any, size: int, chunk: int) -> Iterator[Part]:
+    """Cut an index along one dimension into parts that lie in one chunk each."""
+    if isinstance(key, int):
+        key = slice(key, key + 1)
+    if isinstance(key, slice):
+        chosen = range(*key.indices(size))
+        if chosen.step == 1:
+            for number in range(chosen.start // chunk, -(-chosen.stop // chunk)):
+                first = max(chosen.start, number * chunk)
+                last = min(chosen.stop, (number + 1) * chunk)
+                into = slice(first - chosen.start, last - chosen.start)
+                yield number, into, slice(first - number * chunk, last - number * chunk)
+            return
+        key = np.asarray(chosen)
+    chosen_at = np.atleast_1d(np.asarray(key, dtype=np.int64))
+    numbers = chosen_at // chunk
+    for number in np.unique(numbers):
+        into_at = np.flatnonzero(numbers == number)
+        yield int(number), into_at, chosen_at[into_at] - number * chunk
+
+
+def _outer(parts: Sequence[slice | np.ndarray]) -> Any:
+    """Make an index that takes each dimension by itself."""
+    arrays = [part for part in parts if not isinstance(part, slice)]
+    if len(arrays) < 2:
+        return tuple(parts)
+    # NumPy would take several arrays together, so all become arrays of ranges.
+    return np.ix_(
+        *(np.arange(part.start, part.stop) if isinstance(part, slice) else part for part in parts)
+    )

@@ -1,0 +1,245 @@
+"""Files of many chunks: where chunks stand in them, their index, and their fingerprint.
+
+A file of a sharded array holds its chunks in the order of their indices, then
+
+- its fingerprint: BLAKE2b (8 bytes) of its chunks' CRC-32Cs, 4 little-endian bytes each, in order;
+- the index of Zarr's ``sharding_indexed`` codec: offset and length of each chunk, and a CRC-32C.
+
+The fingerprint stands outside the index, where other readers do not look. The metadata of the array
+holds it, too: a file exchanged for another one is noticed by whoever reads the index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import google_crc32c
+import numpy as np
+
+from zarrtrace.format.layout import ROWS, ArrayLayout
+from zarrtrace.records import Nonzeros
+from zarrtrace.storage.location import Location
+from zarrtrace.store.codecs import CRC_BYTES, FINGERPRINT_BYTES, ArrayEncoding, checked
+
+#: Offset and length of a chunk that is not stored.
+ABSENT = 2**64 - 1
+
+
+class Checksum(NamedTuple):
+    """Size and checksum of a file: a sharded file's fingerprint, or a chunk's CRC-32C."""
+
+    bytes: int
+    checksum: str
+
+
+Checksums = Mapping[str, Checksum]
+
+
+class LayerGrid:
+    """How the chunks of one layer of an array are numbered, and which file each is in.
+
+    Of the dimensions between layers and rows a chunk holds all: chunks come in the order of rows.
+
+    Parameters
+    ----------
+    dims
+        Dimensions of an array that is written layer by layer.
+    encoding
+        How it is cut.
+    """
+
+    def __init__(self, dims: Sequence[str], encoding: ArrayEncoding) -> None:
+        self._axis = axis = next(at for at, dim in enumerate(dims) if dim in ROWS)
+        counts = [-(-s // c) for s, c in zip(encoding.shape, encoding.chunks, strict=True)]
+        self._axes = len(dims)
+        self.columns = math.prod(counts[axis + 1 :])
+        #: Chunks of a layer.
+        self.count = counts[axis] * self.columns
+        self._file_layers, self._file_rows = encoding.grid[0], encoding.grid[axis]
+
+    def file_of(self, layer: int, chunk: int) -> tuple[str, int]:
+        """Return the key of the file that holds a chunk, and the chunk's number in it."""
+        row, column = divmod(chunk, self.columns)
+        block, inside = divmod(row, self._file_rows)
+        number, layer_inside = divmod(layer, self._file_layers)
+        place = [0] * self._axes
+        place[0], place[self._axis] = number, block
+        at = (layer_inside * self._file_rows + inside) * self.columns + column
+        return file_key(place), at
+
+
+def file_key(place: Sequence[int]) -> str:
+    """Return the key of a file in its array."""
+    return ".".join(("c", *map(str, place)))
+
+
+def encode_rows(
+    layout: ArrayLayout, encoding: ArrayEncoding, rows: np.ndarray | Nonzeros
+) -> Iterator[bytes]:
+    """Encode some rows of one layer, as chunks in order.
+
+    Parameters
+    ----------
+    rows
+        Values without the dimension of layers, from the first row of a chunk on.
+    """
+    if isinstance(rows, Nonzeros):
+        yield from map(encoding.encode, _dense_chunks(layout, rows))
+        return
+    axis = layout.row_axis - 1
+    sizes, steps = rows.shape, layout.chunks[1:]
+    for start in range(0, sizes[axis], steps[axis]):
+        for column in range(0, sizes[-1], steps[-1]):
+            part: list[slice] = [slice(None)] * rows.ndim
+            part[axis] = slice(start, start + steps[axis])
+            if axis < rows.ndim - 1:
+                part[-1] = slice(column, column + steps[-1])
+            yield encoding.encode(rows[tuple(part)][np.newaxis])
+
+
+def _dense_chunks(layout: ArrayLayout, rows: Nonzeros) -> Iterator[np.ndarray]:
+    """Yield the chunks of sparse rows; each is valid until the next.
+
+    One chunk's memory is filled and cleared again and again: to make all rows dense first takes
+    longer than to compress them.
+    """
+    (_, step, columns), (tokens, _) = layout.chunks, rows.shape
+    if columns != rows.columns:
+        raise ValueError(f"blocks of {rows.columns} features, not {columns}")
+    starts = range(0, tokens, step)
+    ends = np.array([*starts, tokens]) * columns
+    parts = [
+        (at, values, np.searchsorted(at, ends).tolist())
+        for at, values in zip(rows.at, rows.values, strict=True)
+    ]
+    memory = np.zeros((1, step, columns), np.dtype(layout.dtype).newbyteorder("<"))
+    flat = memory.reshape(-1)
+    for down, start in enumerate(starts):
+        for at, values, places in parts:
+            here = slice(*places[down : down + 2])
+            filled = at[here] - start * columns
+            flat[filled] = values[here]
+            yield memory
+            flat[filled] = 0
+
+
+# --- whole files -------------------------------------------------------------------------------
+
+
+def encode_file(encoding: ArrayEncoding, values: np.ndarray) -> tuple[bytes, Checksum]:
+    """Encode all that one file holds; at the array's edge it may be less.
+
+    Parameters
+    ----------
+    values
+        With all dimensions of the array.
+    """
+    if not encoding.is_sharded:
+        content = encoding.encode(values)
+        return content, Checksum(len(content), crc_of(content))
+    chunks: dict[int, bytes] = {}
+    for place in np.ndindex(
+        *(-(-s // c) for s, c in zip(values.shape, encoding.chunks, strict=True))
+    ):
+        part = tuple(slice(n * c, (n + 1) * c) for n, c in zip(place, encoding.chunks, strict=True))
+        number = sum(n * stride for n, stride in zip(place, encoding.strides, strict=True))
+        chunks[number] = encoding.encode(values[part])
+    stored = {
+        number: (len(chunk), int.from_bytes(chunk[-CRC_BYTES:], "little"))
+        for number, chunk in chunks.items()
+    }
+    tail, checksum = tail_of(encoding, stored)
+    return b"".join([*chunks.values(), tail]), checksum
+
+
+def index_entries(
+    encoding: ArrayEncoding, stored: Mapping[int, tuple[int, int]]
+) -> tuple[np.ndarray, int]:
+    """Return offset and length of each chunk of a file ``(chunk, 2)``, and where they end.
+
+    Parameters
+    ----------
+    stored
+        Length and CRC-32C of each chunk by its number in the file, in the order of the file.
+    """
+    entries = np.full((encoding.count, 2), ABSENT, "<u8")
+    offset = 0
+    for number, (length, _) in stored.items():
+        entries[number] = offset, length
+        offset += length
+    return entries, offset
+
+
+def tail_of(
+    encoding: ArrayEncoding, stored: Mapping[int, tuple[int, int]]
+) -> tuple[bytes, Checksum]:
+    """Return what follows the chunks of a file, and the file's checksum.
+
+    Parameters
+    ----------
+    stored
+        As for :func:`index_entries`.
+    """
+    index, offset = index_entries(encoding, stored)
+    mark = fingerprint(crc for _, crc in stored.values())
+    content = index.tobytes()
+    crc = google_crc32c.value(content).to_bytes(CRC_BYTES, "little")
+    tail = mark + content + crc
+    return tail, Checksum(offset + len(tail), mark.hex())
+
+
+def fingerprint(crcs: Any) -> bytes:
+    """Return the fingerprint of chunks, by their CRC-32Cs."""
+    content = b"".join(int(crc).to_bytes(CRC_BYTES, "little") for crc in crcs)
+    return hashlib.blake2b(content, digest_size=FINGERPRINT_BYTES).digest()
+
+
+def crc_of(content: bytes | memoryview) -> str:
+    """Return the CRC-32C at the end of a chunk, in hexadecimal digits."""
+    return bytes(content[-CRC_BYTES:])[::-1].hex()
+
+
+class FileIndex(NamedTuple):
+    """The end of a file of many chunks.
+
+    Attributes
+    ----------
+    size
+        Of the file.
+    fingerprint
+        Hexadecimal digits.
+    entries
+        Offset and length by number of the chunk ``(chunk, 2)``.
+    """
+
+    size: int
+    fingerprint: str
+    entries: np.ndarray
+
+    def range_of(self, number: int) -> tuple[int, int] | None:
+        """Return start and end of a chunk's bytes; None if it is not stored."""
+        offset, length = self.entries[number].tolist()
+        return None if offset == ABSENT else (offset, offset + length)
+
+
+def read_index(file: Location, encoding: ArrayEncoding) -> FileIndex:
+    """Read the index at the end of a file.
+
+    Raises
+    ------
+    FileNotFoundError
+    ValueError
+        If it is damaged, or points beyond the file.
+    """
+    data, size = file.read_end(encoding.tail_bytes)
+    if len(data) < encoding.tail_bytes:
+        raise ValueError("it is too short to hold its index")
+    entries = np.frombuffer(checked(data[FINGERPRINT_BYTES:]), "<u8").reshape(encoding.count, 2)
+    stored = entries[entries[:, 0] != ABSENT]
+    ends = stored.sum(1, dtype=np.uint64)
+    if len(stored) and (ends.max() > size or (ends < stored[:, 0]).any()):
+        raise ValueError("its index points beyond its end")
+    return FileIndex(size, data[:FINGERPRINT_BYTES].hex(), entries)

@@ -1,0 +1,219 @@
+"""Copying runs between disks and object stores, verified by checksum.
+
+Every file is compared with its trace's metadata when it is read. A trace is published at its target
+whole, and the run's ``zarr.json`` is written last: readers of the copy see nothing that is not
+whole, and an interrupted copy is resumed trace by trace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+from zarrtrace.errors import ConfigMismatchError, IntegrityError, NotATraceError, StoreError
+from zarrtrace.format.attributes import IndexAttributes, TraceAttributes
+from zarrtrace.format.layout import INDEX
+from zarrtrace.storage import Location, at_once, disk, locate
+from zarrtrace.store.chunks import Checksum
+from zarrtrace.store.codecs import ArrayEncoding
+from zarrtrace.store.damage import file_damage
+from zarrtrace.store.metadata import (
+    REPAIR,
+    Group,
+    checksums_of,
+    kind_of,
+    read_index_group,
+    read_run,
+    read_trace,
+    refuse_foreign,
+)
+from zarrtrace.store.publish import publish_folder
+from zarrtrace.store.run_writer import lock_run
+from zarrtrace.store.staged import STAGED, staging_folder
+
+Progress = Callable[[int, int], None]
+
+
+class Copied(NamedTuple):
+    """The outcome of :func:`copy_run`.
+
+    Attributes
+    ----------
+    scenarios
+        Traces that the copy holds.
+    bytes
+        Bytes that were written.
+    bytes_there
+        Bytes that were there already.
+    """
+
+    scenarios: int
+    bytes: int
+    bytes_there: int
+
+
+class _Counter:
+    """Adds up what threads did."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._total, self._progress = total, progress
+        self._mutex = threading.Lock()
+        self.written = self.there = 0
+
+    def add(self, *, written: int = 0, there: int = 0) -> None:
+        with self._mutex:
+            self.written += written
+            self.there += there
+            if self._progress is not None:
+                self._progress(self.written + self.there, self._total)
+
+
+def copy_run(
+    source: str | Location, target: str | Location, *, progress: Progress | None = None
+) -> Copied:
+    """Copy a run, or one trace, with its index and card if it has them.
+
+    Parameters
+    ----------
+    source
+        Folder or address; the complete traces of a run are copied, also if others are not.
+    target
+        Folder or address of the copy. If an earlier call was interrupted, what arrived stays.
+    progress
+        Called with the number of bytes done and of all.
+
+    Raises
+    ------
+    ConfigMismatchError
+        If another run is at `target`.
+    IntegrityError
+        If files of `source` are not the ones that were written.
+    LockedError
+        If another process is writing `target`.
+    NotATraceError, FormatVersionError, RemoteError, NoSpaceError
+    """
+    source, target = locate(source), locate(target).resolved()
+    is_trace = kind_of(source) == "trace"
+    _refuse_other(source, target, is_trace=is_trace)
+    groups = [read_trace(source)] if is_trace else _groups(source)
+    counter = _Counter(sum(map(_bytes_of, groups)), progress)
+    with disk.explained(target):
+        lock = lock_run(target)
+        try:
+            for group in groups:
+                _copy_group(group, target if is_trace else target / group.path.name, counter)
+            if not is_trace:
+                for name in ("README.md", "zarr.json"):
+                    _copy_file(source / name, target / name)
+                if target.path is not None:
+                    disk.remove_folder(target.path / STAGED)
+        finally:
+            lock.release()
+    traces = sum(group.path.name != INDEX or is_trace for group in groups)
+    return Copied(traces, counter.written, counter.there)
+
+
+def _groups(run: Location) -> list[Group[TraceAttributes] | Group[IndexAttributes]]:
+    """Read the metadata of a run's complete traces, and of its index if it has one."""
+
+    def read(name: str) -> Group[TraceAttributes] | None:
+        try:
+            return read_trace(run / name)
+        except NotATraceError:
+            return None
+
+    names = read_run(run).attributes.scenarios
+    each = map if run.path is not None else at_once
+    found: list[Group[TraceAttributes] | Group[IndexAttributes]] = [
+        group for group in each(read, names) if group is not None
+    ]
+    with contextlib.suppress(NotATraceError):
+        found.append(read_index_group(run / INDEX))
+    return found
+
+
+def _refuse_other(source: Location, target: Location, *, is_trace: bool) -> None:
+    try:
+        there = kind_of(target)
+    except NotATraceError:
+        # An interrupted copy has no zarr.json yet.
+        known = {STAGED, INDEX, "README.md"}
+        if not is_trace:
+            known |= {*read_run(source).attributes.scenarios}
+        if target.is_file() or (
+            target.is_folder() and any(child.name not in known for child in target.children())
+        ):
+            refuse_foreign(target)
+        return
+    if is_trace and there == "trace":
+        is_same = _seal(source) == _seal(target)
+    elif not is_trace and there == "run":
+        run, other = read_run(source).attributes, read_run(target).attributes
+        is_same = (run.scenarios, run.config) == (other.scenarios, other.config)
+    else:
+        is_same = False
+    if not is_same:
+        raise ConfigMismatchError(
+            f"{target}: another run is there",
+            why="A copy is resumed only if it is of the same run.",
+            remedy="Choose another target, or remove that run.",
+        )
+
+
+def _seal(path: Location) -> str | None:
+    return read_trace(path).attributes.seal
+
+
+def _bytes_of(group: Group[TraceAttributes] | Group[IndexAttributes]) -> int:
+    return sum(one.bytes for node in group.nodes.values() for one in checksums_of(node).values())
+
+
+def _copy_group(
+    group: Group[TraceAttributes] | Group[IndexAttributes], target: Location, counter: _Counter
+) -> None:
+    """Copy a trace or an index: staged, then published."""
+    total = _bytes_of(group)
+    with contextlib.suppress(StoreError):
+        read = read_index_group if group.path.name == INDEX else read_trace
+        if read(target).attributes.seal == group.attributes.seal:
+            counter.add(there=total)
+            return
+    folder = staging_folder(target.parent) / target.name
+    disk.remove_folder(folder)
+    files = []
+    for name, node in group.nodes.items():
+        (folder / name).mkdir(parents=True)
+        encoding = ArrayEncoding(node)
+        files += [(name, key, encoding, one) for key, one in checksums_of(node).items()]
+        (folder / name / "zarr.json").write_bytes((group.path / name / "zarr.json").read())
+
+    def copy(item: tuple[str, str, ArrayEncoding, Checksum]) -> None:
+        name, key, encoding, written = item
+        file = group.path / name / key
+        content = file.read()
+        damage = next(iter(file_damage(content, key, name, encoding, written)), None)
+        if damage is not None:
+            raise IntegrityError(
+                f"{file}: {damage.message}",
+                why="The source is damaged; nothing of this trace was copied.",
+                remedy=REPAIR,
+            )
+        (folder / name / key).write_bytes(content)
+        counter.add(written=len(content))
+
+    try:
+        for _ in (map if group.path.path is not None else at_once)(copy, files):
+            pass
+        (folder / "zarr.json").write_bytes((group.path / "zarr.json").read())
+        disk.sync(folder)
+        publish_folder(folder, target)
+    finally:
+        disk.remove_folder(folder)
+
+
+def _copy_file(source: Location, target: Location) -> None:
+    """Copy a small file beside the traces, if it exists."""
+    with contextlib.suppress(FileNotFoundError):
+        target.write(source.read())

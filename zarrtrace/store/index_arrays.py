@@ -1,0 +1,377 @@
+"""The index of a run's features on disk, and what of the run can be indexed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from xarray.core import indexing
+
+from zarrtrace.errors import IntegrityError, NotATraceError, StoreError
+from zarrtrace.format.attributes import IndexAttributes, TraceAttributes
+from zarrtrace.format.layout import INDEX, ArrayLayout, index_layout
+from zarrtrace.storage import Location, at_once, disk, locate
+from zarrtrace.store.array import StoredArray
+from zarrtrace.store.chunks import Checksum, encode_file, file_key
+from zarrtrace.store.codecs import ArrayEncoding
+from zarrtrace.store.metadata import (
+    REPAIR,
+    Group,
+    Nodes,
+    array_metadata,
+    checksums_of,
+    encoded,
+    read_index_group,
+    read_run,
+    read_trace,
+    sealed_group,
+)
+from zarrtrace.store.publish import publish_folder
+from zarrtrace.store.run_writer import lock_run
+from zarrtrace.store.staged import staging_folder
+
+_REBUILD = "Build the index again: 'zarrtrace index --rebuild'."
+
+
+# --- what can be indexed -----------------------------------------------------------------------
+
+
+class IndexableTrace(NamedTuple):
+    """A scenario whose features can be indexed.
+
+    Attributes
+    ----------
+    number
+        Its place in the run.
+    path
+        Folder of its trace.
+    digest
+        Stands for the content of its features; never 0.
+    features
+        Number of latents by array.
+    layers
+        Layers of which it has features, by array.
+    """
+
+    number: int
+    path: Location
+    digest: int
+    features: dict[str, int]
+    layers: dict[str, tuple[int, ...]]
+
+
+def indexable_traces(run: str | Location) -> Iterator[IndexableTrace]:
+    """Yield the complete traces of a run that have features.
+
+    Raises
+    ------
+    NotATraceError, FormatVersionError, IntegrityError
+        If the run, or one of its traces, cannot be read.
+    """
+    run = locate(run)
+    names = read_run(run).attributes.scenarios
+    each = map if run.path is not None else at_once
+    for number, trace in enumerate(each(lambda name: _indexable(run / name), names)):
+        if trace is not None:
+            yield trace._replace(number=number)
+
+
+def _indexable(path: Location) -> IndexableTrace | None:
+    try:
+        trace = read_trace(path)
+    except NotATraceError:
+        return None
+    arrays = _feature_arrays(trace)
+    if not arrays:
+        return None
+    return IndexableTrace(
+        number=-1,
+        path=path,
+        digest=digest_of(trace),
+        features={name: int(trace.nodes[name]["shape"][-1]) for name in arrays},
+        layers={name: _layers_with(trace, name) for name in arrays},
+    )
+
+
+def _feature_arrays(trace: Group[TraceAttributes]) -> list[str]:
+    return sorted(name for name in trace.nodes if name.split("_")[0] == "features")
+
+
+def _layers_with(trace: Group[TraceAttributes], name: str) -> tuple[int, ...]:
+    """Return the layers of which an array of features holds values."""
+    without = set(trace.attributes.layers_without_sae)
+    ids = f"sae_id{name.removeprefix('features')}"
+    if ids in trace.nodes:
+        node = trace.nodes[ids]
+        found = StoredArray(trace.path / ids, ArrayEncoding(node), checksums_of(node)).load()
+        pairs = zip(trace.attributes.layers, found, strict=True)
+        without |= {layer for layer, sae in pairs if not sae}
+    return tuple(layer for layer in trace.attributes.layers if layer not in without)
+
+
+def digest_of(trace: Group[TraceAttributes]) -> int:
+    """Return a number that stands for the features of a trace; never 0."""
+    content = {name: checksums_of(trace.nodes[name]) for name in _feature_arrays(trace)}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16) or 1
+
+
+def read_features(trace: IndexableTrace, array: str, layer: int) -> np.ndarray | None:
+    """Read the activations ``(query, feature)`` of one layer; None if the trace has none.
+
+    Raises
+    ------
+    IntegrityError
+        If files are gone, cut short or damaged.
+    """
+    if layer not in trace.layers.get(array, ()):
+        return None
+    found = read_trace(trace.path)
+    node = found.nodes[array]
+    opened = StoredArray(trace.path / array, ArrayEncoding(node), checksums_of(node))
+    at = found.attributes.layers.index(layer)
+    return np.asarray(opened[indexing.BasicIndexer((at, slice(None), slice(None)))])
+
+
+def read_token_texts(trace: Location) -> list[str]:
+    """Read the texts of a trace's tokens.
+
+    Raises
+    ------
+    IntegrityError
+        If they are gone or damaged.
+    """
+    node = read_trace(trace).nodes.get("key_token")
+    if node is None:
+        raise IntegrityError(f"{trace}: has no 'key_token'", remedy=REPAIR)
+    texts = StoredArray(trace / "key_token", ArrayEncoding(node), checksums_of(node)).load()
+    return [str(text) for text in texts]
+
+
+# --- reading the index -------------------------------------------------------------------------
+
+
+class RunIndex:
+    """The index of a run, to read: one small chunk an array and feature.
+
+    Parameters
+    ----------
+    run
+        Folder of the run.
+
+    Raises
+    ------
+    StoreError
+        If the run has no index.
+    FormatVersionError, IntegrityError
+        If it cannot be read.
+    """
+
+    def __init__(self, run: str | Location) -> None:
+        self.path = locate(run) / INDEX
+        if not (self.path / "zarr.json").is_file():
+            read_run(run)  # says what is wrong if it is no run
+            raise StoreError(
+                f"{run}: has no index of its features",
+                why="Extraction does not make one.",
+                remedy=f"Run 'zarrtrace index {run}' once; later calls add what is new.",
+            )
+        self._group = read_index_group(self.path)
+        self.attributes = self._group.attributes
+        self._arrays: dict[str, StoredArray] = {}
+
+    def read(self, array: str, *key: int | slice) -> Any:
+        """Read a part of one of its arrays."""
+        if array not in self._arrays:
+            node = self._group.nodes[array]
+            try:
+                encoding = ArrayEncoding(node)
+            except (ValueError, KeyError, TypeError) as error:
+                raise IntegrityError(f"{self.path / array}: {error}", remedy=_REBUILD) from error
+            self._arrays[array] = StoredArray(self.path / array, encoding, checksums_of(node))
+        return self._arrays[array][indexing.BasicIndexer(key)]
+
+    def check(self) -> None:
+        """Refuse an index of which files are gone or have another size.
+
+        Raises
+        ------
+        IntegrityError
+        """
+        for name, node in self._group.nodes.items():
+            for key, written in checksums_of(node).items():
+                file = self.path / name / key
+                found = file.size() if file.is_file() else 0
+                if found != written.bytes:
+                    raise IntegrityError(
+                        f"{file}: has {found} bytes, {written.bytes} were written",
+                        why="Files were lost, cut short or replaced.",
+                        remedy=_REBUILD,
+                    )
+
+    def layer(self, array: str, layer: int) -> dict[str, np.ndarray]:
+        """Return all that is known of one layer of an array of features, by name."""
+        suffix, at = array.removeprefix("features"), self.attributes.layers.index(layer)
+        found = {}
+        for name in _names(suffix):
+            node = self._group.nodes[name]
+            if file_key([at, *[0] * (len(node["shape"]) - 1)]) in checksums_of(node):
+                rest = [slice(None)] * (len(node["shape"]) - 1)
+                found[name.removesuffix(suffix)] = self.read(name, at, *rest)
+        return found
+
+
+def _names(suffix: str) -> list[str]:
+    """Return the arrays with layers that belong to one array of features."""
+    layout = index_layout(1, {f"features{suffix}": 1}, 1)
+    return [name for name, one in layout.items() if one.dims[0] == "layer" and name != "layer"]
+
+
+def stale_scenarios(run: Location, names: Sequence[str]) -> Iterator[tuple[str | None, str]]:
+    """Name scenarios whose features are not those that the index was made from, and what to do."""
+    index = RunIndex(run)
+    if [str(name) for name in index.read("scenario", slice(None))] != list(names):
+        yield None, "is of other scenarios: 'zarrtrace index' again"
+        return
+    for name, digest in zip(names, index.read("digest", slice(None)).tolist(), strict=True):
+        try:
+            is_same = digest in (0, digest_of(read_trace(run / name)))
+        except StoreError:
+            continue  # said of the trace itself
+        if not is_same:
+            yield name, "has changed since: 'zarrtrace index' again"
+
+
+# --- writing the index -------------------------------------------------------------------------
+
+
+class IndexWriter:
+    """Write the index of a run: layers in any order and from any process, then :meth:`finish`.
+
+    A context manager, to be used while the run is locked. The index that was there stays until the
+    new one is whole.
+
+    Parameters
+    ----------
+    run
+        Folder of the run.
+    layers, features
+        What it holds: layers in order, latents by array.
+    """
+
+    def __init__(
+        self, run: str | Location, layers: Sequence[int], features: Mapping[str, int]
+    ) -> None:
+        self._run = locate(run).resolved()
+        self.path = staging_folder(self._run) / INDEX
+        self._layers, self._features = tuple(layers), dict(features)
+        self._names = read_run(self._run).attributes.scenarios
+        self.scenarios = len(self._names)
+        self._layout = index_layout(len(layers), features, len(self._names))
+
+    def __enter__(self) -> Self:
+        with disk.explained(self._run):
+            self._lock = lock_run(self._run)
+            disk.remove_folder(self.path)
+            for name in self._layout:
+                (self.path / name).mkdir(parents=True)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        disk.remove_folder(self.path)
+        if self.path.parent.is_dir() and not any(self.path.parent.iterdir()):
+            self.path.parent.rmdir()
+        self._lock.release()
+
+    def finish(
+        self, digests: Sequence[int], stored: Mapping[str, Mapping[str, Checksum]]
+    ) -> IndexAttributes:
+        """Put the index in its place.
+
+        Parameters
+        ----------
+        digests
+            Of each scenario of the run; 0 for those that are not in it.
+        stored
+            What :func:`write_index_layer` returned, by array.
+        """
+        values: dict[str, np.ndarray] = {
+            "layer": np.asarray(self._layers, np.int64),
+            "scenario": np.asarray(self._names, dtype=object),
+            "digest": np.asarray(digests, np.uint64),
+        }
+        attributes = IndexAttributes(
+            layers=self._layers,
+            features=self._features,
+            scenarios=len(self._names),
+            indexed=sum(digest != 0 for digest in digests),
+        )
+        nodes: Nodes = {}
+        with disk.explained(self._run):
+            for name, layout in sorted(self._layout.items()):
+                found = dict(stored.get(name, {}))
+                if len(layout.dims) == 1 and not name.startswith("tokens"):
+                    found = _write_coordinate(
+                        self.path, name, layout, values.get(name, np.arange(layout.shape[0]))
+                    )
+                nodes[name] = array_metadata(layout, found)
+                disk.write_whole(self.path / name / "zarr.json", encoded(nodes[name]))
+            disk.write_whole(self.path / "zarr.json", sealed_group(attributes, nodes))
+            disk.sync(self.path)
+            publish_folder(self.path, self._run / INDEX)
+        return attributes
+
+
+def _write_coordinate(
+    folder: Path, name: str, layout: ArrayLayout, values: np.ndarray
+) -> dict[str, Checksum]:
+    found, step = {}, layout.chunks[0]
+    encoding = ArrayEncoding(array_metadata(layout))
+    for number, start in enumerate(range(0, len(values), step)):
+        content, checksum = encode_file(encoding, values[start : start + step])
+        key = file_key([number])
+        disk.write_whole(folder / name / key, content)
+        found[key] = checksum
+    return found
+
+
+def write_index_layer(
+    folder: Path,
+    layers: Sequence[int],
+    features: Mapping[str, int],
+    layer: int,
+    arrays: Mapping[str, np.ndarray],
+) -> dict[str, dict[str, Checksum]]:
+    """Write some arrays of one layer of an index that is being made; return their checksums.
+
+    Parameters
+    ----------
+    folder
+        Of the new index: :attr:`IndexWriter.path`.
+    layers, features
+        What the index holds.
+    layer
+        Which of its layers.
+    arrays
+        Values by name, without the dimension of layers.
+    """
+    layout, at = index_layout(len(layers), features, 1), list(layers).index(layer)
+    out = {}
+    with disk.explained(folder):
+        for name, value in arrays.items():
+            encoding = ArrayEncoding(array_metadata(layout[name]))
+            content, checksum = encode_file(encoding, np.asarray(value)[np.newaxis])
+            key = file_key([at, *[0] * np.ndim(value)])
+            disk.write_whole(folder / name / key, content)
+            out[name] = {key: checksum}
+    return out

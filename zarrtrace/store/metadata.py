@@ -1,0 +1,389 @@
+"""``zarr.json`` of groups and arrays: written, sealed, read and checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import ValidationError
+
+from zarrtrace.errors import (
+    FormatVersionError,
+    IntegrityError,
+    NotATraceError,
+    ScenarioError,
+)
+from zarrtrace.format.attributes import (
+    FORMAT_VERSION,
+    IndexAttributes,
+    RunAttributes,
+    TraceAttributes,
+)
+from zarrtrace.format.layout import LABELS, ArrayLayout
+from zarrtrace.scenarios import check_name
+from zarrtrace.storage.location import Location, locate
+from zarrtrace.store.chunks import Checksum, Checksums
+from zarrtrace.store.codecs import codecs_of, sharding
+
+Kind = Literal["run", "trace", "index"]
+#: Metadata of arrays by name.
+Nodes = dict[str, dict[str, Any]]
+
+#: What to do about a damaged file.
+REPAIR = (
+    "'zarrtrace verify' names everything damaged; the 'zarrtrace extract' that made the run, with "
+    "--repair, computes it again."
+)
+#: The attribute of an array that holds sizes and checksums of its files.
+CHECKSUMS = "checksums"
+
+_NO_SEAL = "0" * 16
+_SEAL = re.compile(rb'"seal": "([0-9a-f]{16})"')
+_GROUP = {"zarr_format": 3, "node_type": "group"}
+# What no trace exceeds; above it, metadata would only make us ask for memory or for files.
+_MOST_LABELS, _MOST_FILES = 2**24, 2**18
+# Names of arrays become folders.
+_ARRAY_NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)
+_JSON_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError,
+                RecursionError)  # fmt: skip
+
+_Attributes = TypeVar("_Attributes", IndexAttributes, RunAttributes, TraceAttributes)
+_MODELS: dict[str, type[IndexAttributes | RunAttributes | TraceAttributes]] = {
+    "run": RunAttributes,
+    "trace": TraceAttributes,
+    "index": IndexAttributes,
+}
+
+
+@dataclass(frozen=True)
+class Group(Generic[_Attributes]):
+    """A group as its ``zarr.json`` describes it.
+
+    Attributes
+    ----------
+    path
+        Its folder.
+    attributes
+        What was checked of its attributes.
+    plain
+        All of its attributes but the names of coordinates, as xarray shows them.
+    labels
+        Names of the coordinates that are no index.
+    nodes
+        Metadata of its arrays; of a run, of everything below it.
+    """
+
+    path: Location
+    attributes: _Attributes
+    plain: dict[str, Any]
+    labels: frozenset[str]
+    nodes: Nodes
+
+
+# --- writing -----------------------------------------------------------------------------------
+
+
+def array_metadata(layout: ArrayLayout, checksums: Checksums | None = None) -> dict[str, Any]:
+    """Return the ``zarr.json`` of an array.
+
+    zarr.create_array writes the same, but takes over a millisecond, and a run has thousands; a test
+    compares the two.
+    """
+    fill = layout.fill_value
+    attributes: dict[str, Any] = dict(layout.attributes)
+    if checksums is not None:
+        attributes[CHECKSUMS] = {key: list(one) for key, one in sorted(checksums.items())}
+    return {
+        "shape": list(layout.shape),
+        "data_type": layout.dtype,
+        "chunk_grid": {
+            "name": "regular",
+            "configuration": {"chunk_shape": list(layout.shards or layout.chunks)},
+        },
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "fill_value": "NaN" if isinstance(fill, float) and math.isnan(fill) else fill,
+        "codecs": codecs_of(layout) if layout.shards is None else sharding(layout),
+        "attributes": attributes,
+        "dimension_names": list(layout.dims),
+        "zarr_format": 3,
+        "node_type": "array",
+        "storage_transformers": [],
+    }
+
+
+def encoded(node: Mapping[str, Any]) -> bytes:
+    """Return the content of an array's ``zarr.json``."""
+    return json.dumps(node, allow_nan=False).encode()
+
+
+def sealed_group(
+    attributes: TraceAttributes | RunAttributes | IndexAttributes, nodes: Nodes | None
+) -> bytes:
+    """Return the content of a group's ``zarr.json``, with consolidated metadata and seal.
+
+    The seal is BLAKE2b (8 bytes) of this very file, with zeros in place of the seal.
+
+    Parameters
+    ----------
+    nodes
+        Metadata of all nodes below; None leaves consolidated metadata out.
+    """
+    plain = attributes.model_dump(mode="json", exclude={"seal"})
+    if isinstance(attributes, TraceAttributes) and nodes is not None:
+        plain["coordinates"] = labels_of(nodes)
+    plain["seal"] = _NO_SEAL
+    group: dict[str, Any] = {"attributes": plain, **_GROUP}
+    if nodes is not None:
+        group["consolidated_metadata"] = {
+            "kind": "inline",
+            "must_understand": False,
+            "metadata": nodes,
+        }
+    content = encoded(group)
+    return content.replace(_sealed(_NO_SEAL), _sealed(_hash(content)), 1)
+
+
+def _sealed(seal: str) -> bytes:
+    return f'"seal": "{seal}"'.encode()
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def seal_holds(content: bytes) -> bool:
+    """Whether a group's ``zarr.json`` is the one that was written."""
+    found = _SEAL.search(content)
+    if found is None:
+        return False
+    seal = found.group(1).decode()
+    return _hash(content.replace(_sealed(seal), _sealed(_NO_SEAL), 1)) == seal
+
+
+def labels_of(names: Iterable[str]) -> str:
+    """Name the coordinates that are no index, as xarray reads them in an attribute."""
+    there = set(names)
+    return " ".join(
+        [name for name in LABELS if name in there]
+        + sorted(name for name in there if name.startswith("sae_"))
+    )
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+def read_run(path: str | Location) -> Group[RunAttributes]:
+    """Read the metadata of a run.
+
+    Raises
+    ------
+    NotATraceError, FormatVersionError, IntegrityError
+    """
+    return _read(locate(path), "run")
+
+
+def read_trace(path: str | Location) -> Group[TraceAttributes]:
+    """Read the metadata of a trace.
+
+    Raises
+    ------
+    NotATraceError, FormatVersionError, IntegrityError
+    """
+    return _read(locate(path), "trace")
+
+
+def read_index_group(path: str | Location) -> Group[IndexAttributes]:
+    """Read the metadata of a run's index.
+
+    Raises
+    ------
+    NotATraceError, FormatVersionError, IntegrityError
+    """
+    return _read(locate(path), "index")
+
+
+def kind_of(path: str | Location) -> Literal["run", "trace"]:
+    """Tell whether a folder is a run or a trace.
+
+    Raises
+    ------
+    NotATraceError
+        If it is neither.
+    FormatVersionError, IntegrityError
+    """
+    path = locate(path)
+    plain = _attributes_of(path, _load(path, "run or a trace")[1], "run or a trace")
+    return "run" if plain["kind"] == "run" else "trace"
+
+
+def refuse_foreign(path: Location) -> None:
+    """Refuse to write where something exists that is not a run.
+
+    Raises
+    ------
+    NotATraceError, FormatVersionError, IntegrityError
+    """
+    if path.is_file() or (path.is_folder() and any(True for _ in path.children())):
+        kind_of(path)
+
+
+def _load(path: Location, wanted: str) -> tuple[bytes, dict[str, Any]]:
+    """Read a group's ``zarr.json``."""
+    file = path / "zarr.json"
+    try:
+        content = file.read()
+        group = json.loads(content)
+        if not isinstance(group["attributes"], dict):
+            raise TypeError("its attributes are not an object")
+    except (FileNotFoundError, NotADirectoryError):
+        if not path.exists():
+            raise NotATraceError(
+                f"{path}: no such folder", remedy=f"Give the folder of a {wanted}; check the path."
+            ) from None
+        raise NotATraceError(
+            f"{path}: exists, but is not a zarrtrace run or trace",
+            why="It has no zarr.json.",
+            remedy="Choose another path; nothing there was changed.",
+        ) from None
+    except _JSON_ERRORS as error:
+        raise damaged_metadata(file, error) from error
+    return content, group
+
+
+def damaged_metadata(file: Location, error: object) -> IntegrityError:
+    """Return the error that says what is wrong with a ``zarr.json``."""
+    return IntegrityError(
+        f"{file}: damaged: {error}",
+        why="It is not the metadata that zarrtrace wrote.",
+        remedy=REPAIR,
+    )
+
+
+def _attributes_of(path: Location, group: Mapping[str, Any], wanted: str) -> dict[str, Any]:
+    """Return a group's attributes if they are those of zarrtrace's format."""
+    plain: dict[str, Any] = dict(group["attributes"])
+    if "zarrtrace" in plain:
+        raise FormatVersionError(
+            f"{path}: format version 1, which this zarrtrace does not read",
+            why="It was written before the first release.",
+            remedy="Extract it again.",
+        )
+    if plain.get("kind") not in _MODELS or "format_version" not in plain:
+        raise NotATraceError(
+            f"{path}: exists, but is not a zarrtrace {wanted}",
+            why="Its zarr.json lacks the attributes 'kind' and 'format_version'.",
+            remedy="Choose another path; nothing there was changed.",
+        )
+    version = plain["format_version"]
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise FormatVersionError(
+            f"{path}: format version {version}, this zarrtrace reads version {FORMAT_VERSION}",
+            why="It was written by a newer zarrtrace.",
+            remedy="Install a newer zarrtrace.",
+        )
+    return plain
+
+
+def _read(path: Location, wanted: Kind) -> Group[Any]:
+    content, group = _load(path, wanted)
+    plain = _attributes_of(path, group, wanted)
+    if plain["kind"] != wanted:
+        raise NotATraceError(
+            f"{path}: is a {plain['kind']}, not a {wanted}",
+            remedy="A run holds one trace a scenario; give the other folder.",
+        )
+    file = path / "zarr.json"
+    if not seal_holds(content):
+        raise IntegrityError(
+            f"{file}: not the metadata that was written",
+            why="The file was damaged, or edited by hand.",
+            remedy=REPAIR,
+        )
+    labels = plain.pop("coordinates", "")
+    attributes = parse_attributes(file, plain, wanted)
+    nodes = (group.get("consolidated_metadata") or {}).get("metadata", {})
+    if wanted != "run":
+        try:
+            check_nodes(nodes)
+        except _JSON_ERRORS as error:
+            raise damaged_metadata(file, error) from error
+    return Group(path, attributes, plain, frozenset(labels.split()), nodes)
+
+
+def parse_attributes(file: Location, plain: Mapping[str, Any], kind: Kind) -> Any:
+    """Check a group's attributes.
+
+    Raises
+    ------
+    IntegrityError
+    """
+    try:
+        attributes = _MODELS[kind].model_validate(plain)
+        # Names become folders: a file from elsewhere must not lead out of the run.
+        if isinstance(attributes, RunAttributes):
+            for name in attributes.scenarios:
+                check_name(name)
+        elif isinstance(attributes, TraceAttributes):
+            check_name(attributes.scenario)
+    except ScenarioError as error:
+        raise IntegrityError(
+            f"{file}: {error.what}",
+            why="zarrtrace writes no such name.",
+            remedy="Do not use this file; ask where it comes from.",
+        ) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise damaged_metadata(file, f"attribute {where}: {first['msg']}") from None
+    return attributes
+
+
+def check_nodes(nodes: Nodes) -> None:
+    """Refuse metadata that no group of zarrtrace has, before anything is read by it.
+
+    Raises
+    ------
+    ValueError, KeyError, TypeError
+    """
+    if not nodes:
+        raise ValueError("it has no consolidated metadata")
+    sizes: dict[str, int] = {}
+    for name, node in nodes.items():
+        if not _ARRAY_NAME.fullmatch(name):
+            raise ValueError(f"unknown array {name!r}")
+        shape = [int(size) for size in node["shape"]]
+        steps = [int(step) for step in node["chunk_grid"]["configuration"]["chunk_shape"]]
+        dims = node["dimension_names"]
+        if not all(isinstance(dim, str) for dim in dims) or len(set(dims)) < len(dims):
+            raise ValueError(f"dimensions {dims} of {name!r}")
+        if not shape or min(shape) < 0 or not len(shape) == len(dims) == len(steps):
+            raise ValueError(f"shape {shape} of {name!r} does not fit dimensions {dims}")
+        if min(steps) < 1:
+            raise ValueError(f"chunk_shape {steps} of {name!r}")
+        for dim, size in zip(dims, shape, strict=True):
+            if sizes.setdefault(dim, size) != size:
+                raise ValueError(f"{name!r} has {size} along {dim}, others {sizes[dim]}")
+        files = math.prod(-(-size // step) for size, step in zip(shape, steps, strict=True))
+        if files > _MOST_FILES or (len(shape) == 1 and shape[0] > _MOST_LABELS):
+            raise ValueError(f"no array has shape {shape} in files of {steps}")
+        checksums_of(node)
+
+
+def checksums_of(node: Mapping[str, Any]) -> dict[str, Checksum]:
+    """Return sizes and checksums of an array's files, by key.
+
+    Raises
+    ------
+    ValueError, KeyError, TypeError, AttributeError
+        If they are missing or damaged.
+    """
+    found = {key: Checksum(*one) for key, one in node["attributes"][CHECKSUMS].items()}
+    for key, one in found.items():
+        if not re.fullmatch(r"c(\.\d{1,9})+", key) or not isinstance(one.bytes, int):
+            raise ValueError(f"no file {key!r} belongs to an array")
+    return found

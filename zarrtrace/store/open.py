@@ -1,0 +1,303 @@
+"""Opening runs and traces, lazily and labelled: one small file a trace is read."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from xarray.core.indexes import PandasIndex
+
+from zarrtrace.errors import IncompleteError, IntegrityError, NotATraceError, ZarrtraceError
+from zarrtrace.format.attributes import TraceAttributes
+from zarrtrace.storage import Location, at_once, locate
+from zarrtrace.store.array import StoredArray, as_lazy
+from zarrtrace.store.chunks import FileIndex
+from zarrtrace.store.codecs import ArrayEncoding
+from zarrtrace.store.metadata import CHECKSUMS, REPAIR, Group, checksums_of, read_run, read_trace
+from zarrtrace.store.publish import replaced
+from zarrtrace.store.staged_reader import read_staged
+from zarrtrace.store.trace_writer import incomplete
+
+Missing = Literal["raise", "nan"]
+ChunkSpec = Mapping[str, Any] | Literal["auto"] | None
+
+# A block of dask's holds at most this much, unless one layer is more.
+_BLOCK_BYTES = 32 * 2**20
+
+
+def open_trace(
+    path: str | Location,
+    *,
+    chunks: ChunkSpec = None,
+    missing: Missing = "raise",
+    storage_options: Mapping[str, str] | None = None,
+) -> xr.Dataset:
+    """Open one scenario's trace, lazily.
+
+    Parameters
+    ----------
+    path
+        Folder of the trace, inside a run or by itself, or its address: ``s3://bucket/run/trace``,
+        also ``gs://``, ``az://``, ``https://``, ``memory://``.
+    chunks
+        None indexes lazily without dask, best for point reads. ``"auto"`` or ``{}`` gives dask
+        arrays in blocks of whole layers; a mapping of dimensions to sizes, blocks of those.
+    missing
+        What to do if the trace is not complete: ``"raise"``, or ``"nan"`` to read the layers that
+        it lacks as NaN.
+    storage_options
+        How to reach an object store, as ``{"endpoint": "http://localhost:9000"}``; credentials are
+        taken from the environment.
+
+    Returns
+    -------
+    xr.Dataset
+        ``attention (layer, head, query, key)``, ``features (layer, query, feature)`` and the rest
+        of ``schema/README.md``. Only the coordinates of dimensions are read.
+
+    Raises
+    ------
+    NotATraceError
+        If `path` is not a trace.
+    FormatVersionError
+        If another version of the format is there.
+    IncompleteError
+        If the trace is not complete, and `missing` is ``"raise"``.
+    IntegrityError
+        If its metadata is damaged, or files are gone or have another size.
+    """
+    path = locate(path, storage_options)
+    try:
+        trace = read_trace(path)
+    except NotATraceError:
+        staged = read_staged(path)
+        if staged is None:
+            raise
+        group, missing_layers, indexes = staged
+        if missing == "raise":
+            raise incomplete(path, group.attributes.layers, missing_layers) from None
+        return _dataset(group, chunks, indexes)
+    _check_sizes(trace)
+    return _dataset(trace, chunks)
+
+
+def open_run(
+    path: str | Location,
+    *,
+    chunks: ChunkSpec = None,
+    missing: Missing = "raise",
+    storage_options: Mapping[str, str] | None = None,
+) -> xr.DataTree:
+    """Open a run, lazily: one child a scenario, in the suite's order.
+
+    Parameters
+    ----------
+    path
+        Folder of the run, or its address.
+    chunks, missing, storage_options
+        As for :func:`open_trace`; with ``missing="nan"``, scenarios not begun are left out.
+
+    Returns
+    -------
+    xr.DataTree
+        Its children are traces; its ``attrs`` hold the run's own attributes.
+
+    Raises
+    ------
+    NotATraceError, FormatVersionError, IncompleteError, IntegrityError
+        As for :func:`open_trace`; but files that are gone or have another size are found when an
+        array is read.
+    """
+    path = locate(path, storage_options)
+    try:
+        run = read_run(path)
+    except NotATraceError as error:
+        raise _between_two(path, error) from None
+    names = run.attributes.scenarios
+    each = map if path.path is not None else at_once
+    opened = dict(zip(names, each(lambda name: _child(path / name, chunks), names), strict=True))
+    absent = [name for name, ds in opened.items() if ds is None]
+    if absent and missing == "raise":
+        raise IncompleteError(
+            f"{path}: {len(absent)} of {len(names)} scenarios are not complete: "
+            + ", ".join(absent[:5]),
+            why="The extraction was interrupted, or is still running.",
+            remedy="Run the same 'zarrtrace extract' again to resume it, or open the run with "
+            "missing='nan'.",
+        )
+    for name in absent:
+        with contextlib.suppress(NotATraceError):
+            opened[name] = open_trace(path / name, chunks=chunks, missing=missing)
+    tree = xr.DataTree(xr.Dataset(attrs=run.plain), name=path.name)
+    tree.children = {  # given to DataTree() they would be copied
+        name: xr.DataTree(ds) for name, ds in opened.items() if ds is not None
+    }
+    return tree
+
+
+def _child(path: Location, chunks: ChunkSpec) -> xr.Dataset | None:
+    """Open a trace of a run; None if it is not complete."""
+    try:
+        trace = read_trace(path)
+    except NotATraceError:
+        return None
+    own = trace.attributes.scenario
+    if own != path.name:
+        raise IntegrityError(
+            f"{path}: is the trace of {own!r}",
+            why="Folders of the run were renamed or exchanged.",
+            remedy="Rename them back; 'zarrtrace verify' names all of them.",
+        )
+    return _dataset(trace, chunks)
+
+
+def _between_two(path: Location, error: NotATraceError) -> NotATraceError:
+    """Say where both runs are while one replaces the other."""
+    here = path.resolved().path
+    if here is None or here.exists() or not replaced(here).is_dir():
+        return error
+    return NotATraceError(
+        f"{path}: is being replaced; the run before is {replaced(here)}",
+        why="The file system cannot exchange two folders at once, or the process that replaced "
+        "the run has ended between two renames.",
+        remedy="Try again in a moment; else run the same 'zarrtrace extract --overwrite' again.",
+    )
+
+
+def _check_sizes(trace: Group[TraceAttributes]) -> None:
+    """Refuse a trace in which files are gone or have another size."""
+    sizes = None
+    if trace.path.path is None:
+        if not trace.path.backend.listable:
+            return  # said when a file is read
+        sizes = trace.path.files()
+    for name, node in trace.nodes.items():
+        for key, written in checksums_of(node).items():
+            file = trace.path / name / key
+            try:
+                found = file.size() if sizes is None else sizes.get(f"{name}/{key}")
+            except FileNotFoundError:
+                found = None
+            if found != written.bytes:
+                raise IntegrityError(
+                    f"{file}: {'is gone' if found is None else f'has {found} bytes'}, "
+                    f"{written.bytes} bytes were written",
+                    why="Files were lost, cut short or replaced, for example by an interrupted "
+                    "copy.",
+                    remedy=REPAIR,
+                )
+
+
+def _dataset(
+    trace: Group[TraceAttributes],
+    chunks: ChunkSpec,
+    staged: Mapping[str, Mapping[str, FileIndex]] | None = None,
+) -> xr.Dataset:
+    """Build a dataset of lazy arrays, none of them read but the coordinates of dimensions."""
+    variables: dict[str, xr.Variable] = {}
+    coordinates: dict[str, xr.Variable] = {}
+    indexes: dict[Hashable, PandasIndex] = {}
+    tokens = 0
+    with _damage_explained(trace.path):
+        for name, node in sorted(trace.nodes.items()):
+            encoding = ArrayEncoding(node)
+            array = StoredArray(
+                trace.path / name,
+                encoding,
+                checksums_of(node),
+                None if staged is None else staged.get(name, {}),
+            )
+            if node["dimension_names"] == [name]:
+                coordinates[name], indexes[name] = _index(name, array, node, trace.attributes)
+                tokens = array.shape[0] if name == "key" else tokens
+                continue
+            target = coordinates if name in trace.labels else variables
+            target[name] = _variable(as_lazy(array), encoding, node)
+        _check_spans(trace.attributes, tokens)
+        ds = xr.Dataset(variables, xr.Coordinates(coordinates, indexes), trace.plain)
+    return ds if chunks is None else _chunk(ds, chunks)
+
+
+def _variable(data: Any, encoding: ArrayEncoding, node: Mapping[str, Any]) -> xr.Variable:
+    cut = {"chunks": encoding.chunks}
+    if encoding.is_sharded:
+        cut["shards"] = encoding.file_shape
+    attributes = {k: v for k, v in node["attributes"].items() if k != CHECKSUMS}
+    # fastpath: pandas would look whether text is dates.
+    return xr.Variable(node["dimension_names"], data, attributes, cut, fastpath=True)
+
+
+def _index(
+    name: str, array: StoredArray, node: Mapping[str, Any], attributes: TraceAttributes
+) -> tuple[xr.Variable, PandasIndex]:
+    """Return the index of a dimension, read only where the attributes do not say what it holds."""
+    (size,) = array.shape
+    labels: np.ndarray
+    if name in ("layer", "attention_layer"):
+        labels = np.asarray(attributes.layers_of(name), array.dtype)
+    elif name == "attention_query":
+        labels = array.load()
+    else:
+        labels = np.arange(size, dtype=array.dtype)
+    if len(labels) != size:
+        raise ValueError(f"{name} has {size} values, not {len(labels)}")
+    first = int(labels[0]) if size else 0
+    counted = pd.RangeIndex(first, first + size)
+    # Most are: one of 32,768 features is then looked up without a table made for it.
+    index = PandasIndex(counted if np.array_equal(counted, labels) else labels, name)
+    attrs = {k: v for k, v in node["attributes"].items() if k != CHECKSUMS}
+    variable = xr.Variable((name,), index.index, attrs)
+    return index.create_variables({name: variable})[name], index
+
+
+def _check_spans(attributes: TraceAttributes, tokens: int) -> None:
+    for name, span in attributes.spans.items():
+        if any(at >= tokens for at in span.tokens):
+            raise ValueError(f"span {name!r} has positions beyond the prompt's {tokens} tokens")
+
+
+def _chunk(ds: xr.Dataset, chunks: ChunkSpec) -> xr.Dataset:
+    """Put arrays on dask: in blocks of whole layers, or as asked for."""
+    if chunks and chunks != "auto":
+        return ds.chunk(chunks)
+    return ds.assign(
+        {name: array.chunk(_blocks(array.variable)) for name, array in ds.data_vars.items()}
+    )
+
+
+def _blocks(variable: xr.Variable) -> dict[Hashable, int]:
+    """Choose dask's blocks: several whole layers, or rows of chunks of a large one.
+
+    Dask spends about a millisecond a task, as much as reading a row of a layer takes.
+    """
+    shape = dict(zip(variable.dims, variable.shape, strict=True))
+    chunks = dict(zip(variable.dims, variable.encoding["chunks"], strict=True))
+    first = variable.dims[0]
+    if first not in ("layer", "attention_layer"):
+        return dict(shape)
+    layer_bytes = math.prod(variable.shape[1:]) * variable.dtype.itemsize
+    if layer_bytes > 2 * _BLOCK_BYTES:
+        row = next(dim for dim in variable.dims if str(dim).endswith("query"))
+        rows = max(1, _BLOCK_BYTES * shape[row] // (layer_bytes * chunks[row])) * chunks[row]
+        return {**shape, first: 1, row: min(rows, shape[row])}
+    return {**shape, first: max(1, min(shape[first], _BLOCK_BYTES // max(layer_bytes, 1)))}
+
+
+@contextlib.contextmanager
+def _damage_explained(path: Location) -> Iterator[None]:
+    """Translate errors of damaged metadata into one with a remedy."""
+    try:
+        yield
+    except ZarrtraceError:
+        raise
+    except Exception as error:  # what is raised depends on what is broken
+        raise IntegrityError(
+            f"{path}: cannot be opened: {str(error).partition(chr(10))[0] or type(error).__name__}",
+            why="The metadata of its arrays is not what zarrtrace writes.",
+            remedy=REPAIR,
+        ) from error

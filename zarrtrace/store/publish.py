@@ -1,0 +1,123 @@
+"""Putting what is complete in its place: on a disk by one rename, in an object store by uploads."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from zarrtrace.errors import RemoteError
+from zarrtrace.storage import Location, at_once, disk
+
+
+def publish_folder(folder: Path, target: Location) -> None:
+    """Put a complete folder in its place, instead of what is there.
+
+    Readers find the old one or the new one. In an object store, where nothing can be exchanged at
+    once, ``zarr.json`` is deleted first and written last: readers find the old one, nothing, or the
+    new one.
+
+    Parameters
+    ----------
+    folder
+        On a disk; if `target` is, too, on the same file system. It is gone afterwards.
+    target
+        Where it belongs.
+
+    Raises
+    ------
+    RemoteError
+        If the store holds other files afterwards.
+    """
+    if (path := target.path) is None:
+        upload(folder, target)
+        disk.remove_folder(folder)
+    else:
+        put_in_place(folder, path)
+
+
+def put_in_place(folder: Path, target: Path) -> None:
+    """Put a folder in the place of another one, which is removed.
+
+    Where the file system cannot exchange two folders, there is a moment in which neither is in
+    place; :func:`end_replacing` brings an interrupted replacement to its end.
+    """
+    if not target.exists():
+        folder.rename(target)
+    elif disk.exchange(folder, target):
+        disk.remove_folder(folder)
+    else:
+        old = replaced(target)
+        disk.remove_folder(old)
+        target.rename(old)
+        folder.rename(target)
+        disk.remove_folder(old)
+    with contextlib.suppress(OSError):  # not every file system does that for folders
+        disk.sync_path(target.parent)
+
+
+def replaced(target: Path) -> Path:
+    """Return the name that a folder has while another one takes its place."""
+    return target.with_name(f".{target.name}.zarrtrace-old")
+
+
+def end_replacing(folder: Path, target: Path) -> None:
+    """Bring a replacement to its end that was interrupted between two renames."""
+    old = replaced(target)
+    if old.is_dir() and not target.exists():
+        (folder if (folder / "zarr.json").is_file() else old).rename(target)
+    if old.is_dir() and target.exists():
+        disk.remove_folder(old)
+
+
+def upload(folder: Path, target: Location) -> None:
+    """Write a folder to an object store, its ``zarr.json`` last.
+
+    Another writer of the same command may upload at the same time. On equal hardware its bytes are
+    the same; else sizes tell, and all is written once more.
+    """
+    remove(target)
+    names = {
+        file.relative_to(folder).as_posix(): file.stat().st_size
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+    last = "zarr.json"
+    for attempt in range(2):
+        at_once(
+            lambda name: (target / name).write((folder / name).read_bytes()),
+            [name for name in names if name != last],
+        )
+        found = {name: size for name, size in target.files().items() if name != last}
+        if found == {name: size for name, size in names.items() if name != last}:
+            break
+        if attempt:
+            raise RemoteError(
+                f"{target}: holds other files than were written",
+                why="Another process writes the same run.",
+                remedy="Let one process write a run; then run the same command again.",
+            )
+        remove(target)
+    (target / last).write((folder / last).read_bytes())
+
+
+def remove(folder: Location) -> None:
+    """Remove a folder; in an object store its ``zarr.json`` first."""
+    if (path := folder.path) is not None:
+        disk.remove_folder(path)
+        return
+    names = sorted(folder.files(), key=lambda name: (name != "zarr.json", name))
+    for some in (names[:1], names[1:]):
+        folder.backend.delete([(folder / name).key for name in some])
+
+
+def move(source: Location, target: Location) -> None:
+    """Put a folder of an object store in another's place, its ``zarr.json`` last."""
+    remove(target)
+    names = [name for name in source.files() if name != "zarr.json"]
+
+    def copy(name: str) -> None:
+        source.backend.copy((source / name).key, (target / name).key)
+
+    at_once(copy, names)
+    copy("zarr.json")
+    remove(source)
