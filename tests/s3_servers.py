@@ -27,8 +27,6 @@ from urllib.parse import unquote
 import obstore
 from obstore.store import S3Store
 
-from zarrtrace.store import ObjectPath
-
 BIN = Path(__file__).parent.parent / ".venv-servers" / "bin"
 USER, PASSWORD = "test:tester", "testing"
 CREDENTIALS = {

@@ -27,7 +27,7 @@ from processes import extracting, said_after
 
 import zarrtrace as zt
 from zarrtrace.cli import analyze_, main
-from zarrtrace.store import locate
+from zarrtrace.storage import locate
 
 COMMAND = [sys.executable, "-m", "zarrtrace"]
 

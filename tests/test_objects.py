@@ -32,7 +32,8 @@ from zarrtrace.errors import (
     RemoteError,
 )
 from zarrtrace.index import build_index
-from zarrtrace.store import ObjectPath, copy_run, leases, locate, objects, summarize, verify
+from zarrtrace.storage import locate
+from zarrtrace.store import copy_run, leases, objects, summarize, verify
 from zarrtrace.store import writer as writer_module
 
 

@@ -17,7 +17,8 @@ import yaml
 from zarrtrace.errors import StoreError, readable
 from zarrtrace.format.attributes import ranges
 from zarrtrace.format.layout import INDEX
-from zarrtrace.store import Location, RunSummary, TraceSummary, locate, summarize, write_whole
+from zarrtrace.storage import Address, Location, locate
+from zarrtrace.store import RunSummary, TraceSummary, summarize
 
 _MARK = re.compile(r"<!-- zarrtrace card ([0-9a-f]{16}) -->\n\Z")
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"))
@@ -36,7 +37,7 @@ _ARRAYS = {
 
 
 def write_card(
-    run: str | Location,
+    run: Address,
     *,
     license: str | None = None,  # noqa: A002
     title: str | None = None,
@@ -68,17 +69,17 @@ def write_card(
     run = locate(run)
     summary = summarize(run)
     card = run / "README.md"
-    if card.exists() and not _ours(card.read_text(encoding="utf-8", errors="replace")):
+    if card.exists() and not _ours(card.read().decode("utf-8", "replace")):
         raise StoreError(
             f"{card}: exists, and is not a card as zarrtrace wrote it",
             why="It was written by someone else, or edited since.",
             remedy="Move it away to have a new one made.",
         )
-    name = title or run.resolve().name
+    name = title or run.resolved().name
     metadata = _metadata(summary, license, name)
     front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
-    text = f"---\n{front}---\n\n{_body(summary, name, indexed=(run / INDEX).is_dir())}\n"
-    write_whole(card, f"{text}<!-- zarrtrace card {_digest(text)} -->\n".encode())
+    text = f"---\n{front}---\n\n{_body(summary, name, indexed=(run / INDEX).is_folder())}\n"
+    card.write(f"{text}<!-- zarrtrace card {_digest(text)} -->\n".encode())
     return card
 
 

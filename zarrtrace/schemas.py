@@ -24,7 +24,7 @@ from zarrtrace.format.attributes import (
     TraceAttributes,
 )
 from zarrtrace.format.layout import TraceShape
-from zarrtrace.records import FeatureRecord, LayerRecord, Tokens, TokensRecord
+from zarrtrace.records import FeatureRecord, LayerRecord, Tokens, TokensRecord, TracePlan
 from zarrtrace.scenarios import ScenarioEntry, SuiteFile
 from zarrtrace.store import TraceWriter
 
@@ -36,6 +36,7 @@ _SCHEMAS: dict[str, type[BaseModel]] = {
     "run.schema.json": RunAttributes,
     "index.schema.json": IndexAttributes,
 }
+_CHECKSUM = "0123456789abcdef"
 _LAYERS, _TOKENS, _HEADS, _FEATURES = (1, 2), ("<s>", "Stop", "?"), 2, 8
 
 
@@ -51,11 +52,13 @@ def generate() -> dict[str, str]:
         attributes = _metadata(trace)
         attributes.pop("consolidated_metadata", None)
         # What a compressor makes of the data differs from one of its versions to the next.
-        for entry in attributes["attributes"][NAMESPACE]["stored"].values():
-            entry.update({name: {"bytes": 123, "blake2b": "0123456789abcdef"} for name in entry})
+        attributes["attributes"]["seal"] = _CHECKSUM
         out["example-trace.zarr.json"] = _text(attributes)
-        out["example-attention.zarr.json"] = _text(_metadata(trace / "attention"))
-        out["example-features.zarr.json"] = _text(_metadata(trace / "features"))
+        for name in ("attention", "features"):
+            array = _metadata(trace / name)
+            checksums = array["attributes"]["checksums"]
+            checksums.update({key: [123, _CHECKSUM] for key in checksums})
+            out[f"example-{name}.zarr.json"] = _text(array)
     return out
 
 
@@ -96,29 +99,30 @@ def _write_example(path: Path) -> None:
             tokenizer="PreTrainedTokenizerFast",
             prepend_bos=True,
         ),
-        saes=tuple(
-            SAEAttributes(
-                layer=layer,
-                release="a_release",
-                id=f"l{layer}r",
-                hook_name=f"blocks.{layer}.hook_resid_post",
-                architecture="jumprelu",
-                d_in=4,
-                d_sae=features,
-                dtype="float32",
-                decoder_norm_folded=False,
-            )
-            for layer in _LAYERS
-        ),
         layers=_LAYERS,
         attention_dtype="float32",
         feature_dtype="float32",
         versions={"zarrtrace": "x.y.z", "zarr": "x.y.z"},
     )
+    saes = tuple(
+        SAEAttributes(
+            layer=layer,
+            release="a_release",
+            id=f"l{layer}r",
+            hook_name=f"blocks.{layer}.hook_resid_post",
+            architecture="jumprelu",
+            d_in=4,
+            d_sae=features,
+            dtype="float32",
+            decoder_norm_folded=False,
+        )
+        for layer in _LAYERS
+    )
     shape = TraceShape(
         layers=len(_LAYERS), tokens=tokens, heads=heads, features={"features": features}
     )
-    with TraceWriter(path, attributes, shape, Tokens(ids=(0, 5, 7), texts=_TOKENS)) as writer:
+    known = Tokens(ids=(0, 5, 7), texts=_TOKENS, special=(True, False, False))
+    with TraceWriter(path.parent, TracePlan(attributes, shape, known, saes)) as writer:
         for layer in _LAYERS:
             record = FeatureRecord(
                 activations=activations,
@@ -139,6 +143,7 @@ def _write_example(path: Path) -> None:
                 scenario="example",
                 next_token=np.tile(np.arange(10, dtype=np.uint32), (tokens, 1)),
                 next_token_logprob=np.full((tokens, 10), -2.5, np.float32),
+                next_token_text=np.full((tokens, 10), " 2", object),
             )
         )
 

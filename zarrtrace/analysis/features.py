@@ -82,8 +82,8 @@ def of_sae(data: _DataT, name: str) -> _DataT:
              "sae_fingerprint")  # fmt: skip
     there: set[Any] = {*rest.variables, *rest.dims}
     renamed = rest.rename({f"{n}_{name}": n for n in names if f"{n}_{name}" in there})
-    saes = {"features": sae for name, sae in ds.attrs.get("saes", {}).items() if name == variable}
-    out = renamed.assign_attrs(saes=saes)
+    sae = ds.attrs.get("saes", {}).get(variable)
+    out = renamed.assign_attrs(saes={"features": sae} if sae else {})
     return xr.DataTree(out, name=data.name) if isinstance(data, xr.DataTree) else out
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from zarrtrace.capture.hooks import parse_hook
 from zarrtrace.capture.host import to_host
 from zarrtrace.capture.lockstep import BlockState, Logits, taps
 from zarrtrace.capture.model import LoadedModel
+from zarrtrace.capture.prompts import token_texts
 from zarrtrace.capture.rows import RowBuffer
 from zarrtrace.errors import ModelError
 from zarrtrace.format.attributes import SAEAttributes
@@ -120,7 +121,7 @@ def _run_wave(
             active = [batch for batch in active if batch.next_token or layer < max(batch.layers)]
         yield from copies.rest()
         for batch in active:
-            yield from _tokens_records(batch)
+            yield from _tokens_records(batch, model.tokenizer)
             batch.stop()  # it holds the logits
     finally:
         for batch in wave:
@@ -198,7 +199,7 @@ def _block_records(
             )
 
 
-def _tokens_records(batch: Batch) -> list[TokensRecord]:
+def _tokens_records(batch: Batch, tokenizer: Any) -> list[TokensRecord]:
     """Let a batch go to its end and record what the model would say next."""
     ids: list[list[np.ndarray]] = [[] for _ in batch.requests]
     logprobs: list[list[np.ndarray]] = [[] for _ in batch.requests]
@@ -218,6 +219,7 @@ def _tokens_records(batch: Batch) -> list[TokensRecord]:
             scenario=request.prompt.scenario.name,
             next_token=np.concatenate(ids[row]),
             next_token_logprob=np.concatenate(logprobs[row]),
+            next_token_text=token_texts(tokenizer, np.concatenate(ids[row])),
         )
         for row, request in enumerate(batch.requests)
         if request.next_token

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from zarrtrace.capture.model import LoadedModel
 from zarrtrace.errors import ConfigError
 from zarrtrace.format.attributes import OptionAttributes, SpanAttributes
@@ -63,9 +65,14 @@ def tokenize(model: LoadedModel, scenario: Scenario, *, prepend_bos: bool) -> Pr
             remedy="Shorten the prompt, or choose a model with a longer context.",
         )
     positions = span_positions(scenario, offsets)
+    special = set(model.tokenizer.all_special_ids)
     return Prompt(
         scenario=scenario,
-        tokens=Tokens(ids=ids, texts=[_text(model.tokenizer, token) for token in ids]),
+        tokens=Tokens(
+            ids=ids,
+            texts=[_text(model.tokenizer, token) for token in ids],
+            special=[token in special for token in ids],
+        ),
         spans={
             name: SpanAttributes(
                 characters=tuple(scenario.spans.get(name, ())), tokens=tuple(found)
@@ -109,9 +116,19 @@ def _encode(
     return ids[leading - wanted :], offsets[leading - wanted :]
 
 
+def token_texts(tokenizer: Any, ids: np.ndarray) -> np.ndarray:
+    """Return the text of each token of an array; empty for ids that stand for no token."""
+    known, places = np.unique(ids, return_inverse=True)
+    texts = np.array([_text(tokenizer, int(token)) for token in known], dtype=object)
+    found: np.ndarray = texts[places.reshape(ids.shape)]
+    return found
+
+
 def _text(tokenizer: Any, token: int) -> str:
     """Text of one token, with the white space that it stands for."""
-    piece: str = tokenizer.convert_ids_to_tokens(token)
+    piece: str | None = tokenizer.convert_ids_to_tokens(token)
+    if piece is None:  # a model's vocabulary may be larger than its tokenizer's
+        return ""
     if "\N{LOWER ONE EIGHTH BLOCK}" in piece:  # SentencePiece's space; decode() would strip it
         return piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ")
     text: str = tokenizer.decode([token], clean_up_tokenization_spaces=False)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
-    from zarrtrace.store import Location
+    from zarrtrace.storage import Location
 
 _ROWS_SHOWN = 60
 # Bytes of attention in a layer of 1,024 tokens and 32 heads; more is not read at once.

@@ -12,7 +12,7 @@ from zarrtrace.cli.shared import PATH, Layers, bar, quiet_option, run_argument
 from zarrtrace.errors import readable
 
 if TYPE_CHECKING:
-    from zarrtrace.store import Location
+    from zarrtrace.storage import Location
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 

@@ -10,7 +10,7 @@ from zarrtrace.cli.shared import Address, bar, quiet_option, storage_option, tar
 from zarrtrace.errors import readable
 
 if TYPE_CHECKING:
-    from zarrtrace.store import Location
+    from zarrtrace.storage import Location
 
 
 @click.command("copy")

@@ -10,7 +10,7 @@ import click
 from zarrtrace.cli.shared import PATH, Layers, bar, quiet_option, run_argument
 
 if TYPE_CHECKING:
-    from zarrtrace.store import Location
+    from zarrtrace.storage import Location
 
 
 @click.command("export")

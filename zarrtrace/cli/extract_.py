@@ -23,7 +23,7 @@ from zarrtrace.errors import readable
 
 if TYPE_CHECKING:
     from zarrtrace.extraction import Estimate, Job, Options
-    from zarrtrace.store import Location
+    from zarrtrace.storage import Location
 
 _CLUSTER = ("workers", "scheduler", "scheduler_file")
 

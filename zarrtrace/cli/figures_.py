@@ -11,7 +11,7 @@ import click
 from zarrtrace.cli.shared import PATH, bar, quiet_option, run_argument
 
 if TYPE_CHECKING:
-    from zarrtrace.store import Location
+    from zarrtrace.storage import Location
 
 
 class _Formats(click.ParamType[tuple[str, ...]]):

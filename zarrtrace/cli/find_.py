@@ -10,7 +10,7 @@ from zarrtrace.cli.shared import json_option, run_argument, table
 
 if TYPE_CHECKING:
     from zarrtrace.index import FeatureUse
-    from zarrtrace.store import Location
+    from zarrtrace.storage import Location
 
 
 @click.command("find")

@@ -18,7 +18,7 @@ from zarrtrace.cli.shared import (
 )
 
 if TYPE_CHECKING:
-    from zarrtrace.store import Location
+    from zarrtrace.storage import Location
 
 
 @click.command("import")

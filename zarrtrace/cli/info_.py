@@ -10,7 +10,8 @@ from zarrtrace.cli.shared import json_option, run_argument, table
 from zarrtrace.errors import readable
 
 if TYPE_CHECKING:
-    from zarrtrace.store import Location, RunSummary
+    from zarrtrace.storage import Location
+    from zarrtrace.store import RunSummary
 
 
 @click.command("info")

@@ -13,7 +13,7 @@ import click
 
 if TYPE_CHECKING:
     from zarrtrace.errors import ConfigError
-    from zarrtrace.store import Location
+    from zarrtrace.storage import Location
 
 
 class GivenPath(click.Path):
@@ -88,7 +88,7 @@ class Address(click.ParamType["Location"]):
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> Location:
         """Find the place, with the storage options that were given; refuse an empty path."""
-        from zarrtrace.store import locate
+        from zarrtrace.storage import locate
 
         if value == "":
             self.fail("the path is empty", param, ctx)

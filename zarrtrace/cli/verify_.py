@@ -9,7 +9,7 @@ import click
 from zarrtrace.cli.shared import json_option, run_argument, table
 
 if TYPE_CHECKING:
-    from zarrtrace.store import Location
+    from zarrtrace.storage import Location
 
 
 @click.command("verify")

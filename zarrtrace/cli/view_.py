@@ -9,7 +9,7 @@ import click
 from zarrtrace.cli.shared import quiet_option, run_argument
 
 if TYPE_CHECKING:
-    from zarrtrace.store import Location
+    from zarrtrace.storage import Location
 
 
 @click.command("view")

@@ -28,7 +28,8 @@ from zarrtrace.extraction.progress import Progress, Shown
 from zarrtrace.extraction.running import as_before, saying_how_much_room
 from zarrtrace.extraction.worker import Measured, Order, Settled, Setup
 from zarrtrace.scenarios import Scenario
-from zarrtrace.store import Location, RunWriter, locate, refuse_foreign, remove_trace_locks
+from zarrtrace.storage import Address, Location, locate
+from zarrtrace.store import RunWriter, refuse_foreign
 
 _SECONDS_FOR_A_WORKER = 60
 # Larger tasks would be lost with a worker, and leave others idle at the end.
@@ -45,7 +46,7 @@ Group = tuple[Scenario, ...]
 
 def extract_on_cluster(
     client: Client,
-    output: str | Location,
+    output: Address,
     options: Options | None = None,
     *,
     overwrite: bool = False,
@@ -68,7 +69,7 @@ def extract_on_cluster(
 
     Returns
     -------
-    Path or ObjectPath
+    Location
         The run.
 
     Raises
@@ -106,7 +107,6 @@ def extract_on_cluster(
         )
         with _listening(client, order.run, bars):
             _Tasks(client, order, bars).run(plan.tasks(_count(client)))
-        remove_trace_locks(run.path)
         run.finish()
     return output
 

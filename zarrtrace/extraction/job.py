@@ -18,8 +18,8 @@ from zarrtrace.extraction.processes import FEW_TRACES, start_writers
 from zarrtrace.extraction.reading_ahead import ReadAhead, weight_files
 from zarrtrace.format.attributes import SAEAttributes, TraceAttributes, ranges
 from zarrtrace.format.layout import TraceShape
+from zarrtrace.records import TracePlan
 from zarrtrace.scenarios import Scenario, load_suite
-from zarrtrace.store.files import no_collecting
 
 #: The mission's layers: L1 to L31.
 DEFAULT_LAYERS = tuple(range(1, 32))
@@ -182,11 +182,25 @@ class Job:
             attention_layers=len(self.attention_layers)
             if self.options.attention and len(self.attention_layers) < len(self.layers)
             else None,
-            chosen_queries=self.queries(prompt) is not None,
         )
 
-    def attributes(self, prompt: Any) -> TraceAttributes:
-        """Say everything of a prompt's trace but what is stored."""
+    def plan(self, prompt: Any) -> TracePlan:
+        """Return everything that is known of a prompt's trace before it is computed."""
+        return TracePlan(
+            attributes=self._attributes(prompt),
+            shape=self.shape(prompt),
+            tokens=prompt.tokens,
+            saes=tuple(sae for found in self.saes.values() for sae in found),
+            queries=self.queries(prompt),
+        )
+
+    def _attributes(self, prompt: Any) -> TraceAttributes:
+        reasons: dict[str, list[int]] = {}
+        for layer in self.layers if self.options.attention else ():
+            if layer not in self.attention_layers:
+                block = type(self.model.blocks[layer]).__name__
+                reason = f"{block} mixes tokens without attention probabilities"
+                reasons.setdefault(reason, []).append(layer)
         return TraceAttributes(
             scenario=prompt.scenario.name,
             prompt=prompt.scenario.prompt,
@@ -198,18 +212,11 @@ class Job:
                 if prompt.scenario.name in self.blocked
                 else {}
             ),
-            saes=tuple(sae for found in self.saes.values() for sae in found),
             layers=self.layers,
             layers_without_sae=tuple(
                 layer for layer in self.layers if self.saes and layer not in self.saes
             ),
-            layers_without_attention={
-                str(layer): f"{type(self.model.blocks[layer]).__name__} mixes tokens without "
-                "attention probabilities"
-                for layer in self.layers
-                if self.options.attention and layer not in self.attention_layers
-            },
-            queries=self.queries(prompt),
+            layers_without_attention={reason: tuple(found) for reason, found in reasons.items()},
             attention_dtype=self.attention_dtype,
             attention_keepbits=self.options.attention_keepbits,
             feature_dtype=self.options.feature_dtype if self.saes else None,
@@ -360,9 +367,7 @@ def capture_package() -> Any:
     # On a GPU: memory that one size of tensors leaves is used for others.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     try:
-        # What is imported stays: to look for garbage among it takes a fifth of the time.
-        with no_collecting():
-            from zarrtrace import capture  # noqa: PLC0415 -- torch takes seconds
+        from zarrtrace import capture  # noqa: PLC0415 -- torch takes seconds
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"extracting needs {error.name}, which is not installed",
@@ -440,8 +445,7 @@ def _layers(options: Options, model: Any) -> tuple[int, ...]:
 
 
 def _sae_source(options: Options) -> Any:
-    with no_collecting():
-        from zarrtrace.capture.saes import FolderSAEs, ReleaseSAEs  # noqa: PLC0415 -- takes seconds
+    from zarrtrace.capture.saes import FolderSAEs, ReleaseSAEs  # noqa: PLC0415 -- takes seconds
 
     if options.sae_release:
         return ReleaseSAEs(

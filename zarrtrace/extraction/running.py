@@ -21,7 +21,6 @@ from zarrtrace.extraction.processes import FEW_TRACES, WriterProcesses
 from zarrtrace.extraction.progress import Progress, Shown, Watch
 from zarrtrace.extraction.writers import (
     THREADS,
-    THREADS_OF_OBJECTS,
     Lack,
     Record,
     Traces,
@@ -29,22 +28,16 @@ from zarrtrace.extraction.writers import (
     WriterThreads,
 )
 from zarrtrace.records import LayerBatch, LayerRecord
-from zarrtrace.store import (
-    Location,
-    ObjectPath,
-    RunWriter,
-    locate,
-    read_run_attributes,
-    refuse_foreign,
-    wait_for_writers,
-)
+from zarrtrace.storage import Address, Location, locate
+from zarrtrace.store import RunWriter, read_run, refuse_foreign, wait_for_writers
+from zarrtrace.store.staged import staging_folder
 
 #: How long to wait for a worker that was given up, and still writes what is to be done again.
 SECONDS_GIVEN_UP = 600
 
 
 def extract(
-    output: str | Location,
+    output: Address,
     options: Options | None = None,
     *,
     overwrite: bool = False,
@@ -73,7 +66,7 @@ def extract(
 
     Returns
     -------
-    Path or ObjectPath
+    Location
         The run.
 
     Raises
@@ -111,7 +104,7 @@ def saying_how_much_room(output: Location, needed: int) -> Iterator[None]:
     try:
         yield
     except NoSpaceError as error:
-        free = readable(shutil.disk_usage(str(output.parent)).free)
+        free = readable(shutil.disk_usage(str(staging_folder(output).parent)).free)
         raise NoSpaceError(
             error.what,
             why=f"The run needs about {readable(needed)} in all; {free} are free now.",
@@ -147,7 +140,7 @@ def fill(
     """
     traces = Traces(
         folder,
-        [(job.attributes(one), job.shape(one), one.tokens) for one in _in_order(job)],
+        [job.plan(prompt) for prompt in _in_order(job)],
         job.options.attention_keepbits,
         repair,
     )
@@ -166,8 +159,6 @@ def fill(
 
 
 def _writers(job: Job, traces: Traces, watch: Watch) -> Writers:
-    if isinstance(traces.folder, ObjectPath):  # only this process holds its locks
-        return WriterThreads(traces, watch, THREADS_OF_OBJECTS)
     if job.model.device.type == "cpu":
         return WriterThreads(traces, watch)
     if len(traces.each) < FEW_TRACES:  # each would have one process
@@ -229,5 +220,5 @@ def as_before(output: Location, options: Options, *, overwrite: bool) -> Options
     if options.batch_size is not None or overwrite or not (output / "zarr.json").is_file():
         return options
     with contextlib.suppress(IntegrityError):  # said, or repaired, when the run is opened
-        return replace(options, batch_size=read_run_attributes(output).config.get("batch_size"))
+        return replace(options, batch_size=read_run(output).attributes.config.get("batch_size"))
     return options

@@ -31,7 +31,8 @@ from zarrtrace.extraction.job import (
 from zarrtrace.extraction.memory import keep_freed
 from zarrtrace.extraction.running import SECONDS_GIVEN_UP, fill
 from zarrtrace.scenarios import Scenario
-from zarrtrace.store import Location, only_writer
+from zarrtrace.storage import Location
+from zarrtrace.store import only_writer
 
 _SECONDS_A_REPORT = 0.5
 

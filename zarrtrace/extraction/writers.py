@@ -17,16 +17,15 @@ from numcodecs import BitRound
 
 from zarrtrace.extraction.memory import release_freed
 from zarrtrace.extraction.progress import Watch
-from zarrtrace.format.attributes import TraceAttributes
-from zarrtrace.format.layout import TraceShape
-from zarrtrace.records import LayerBatch, LayerRecord, Tokens, TokensRecord
-from zarrtrace.store import Location, TraceWriter
-from zarrtrace.store.files import flush
+from zarrtrace.records import LayerBatch, LayerRecord, TokensRecord, TracePlan
+from zarrtrace.storage import Location, disk
+from zarrtrace.store import TraceWriter
+from zarrtrace.store.staged import staging_folder
 
 Record = LayerBatch | LayerRecord | TokensRecord
 
-#: Two beside a CPU that computes; those of an object store mostly wait for answers.
-THREADS, THREADS_OF_OBJECTS = 2, 14
+#: Two in parallel with a CPU that computes.
+THREADS = 2
 # Bytes of records that wait or are being written, by writer; one record may be larger.
 _BYTES_A_WRITER = 16 * 2**20
 # After a record of this size, or so many bytes of small ones, memory that was freed is given back.
@@ -43,7 +42,7 @@ class Traces:
     folder
         The run, which exists.
     each
-        What a :class:`TraceWriter` is told of each trace.
+        The traces.
     keepbits
         Bits of the mantissa that attention keeps; None for all.
     repair
@@ -51,7 +50,7 @@ class Traces:
     """
 
     folder: Location
-    each: Sequence[tuple[TraceAttributes, TraceShape, Tokens]]
+    each: Sequence[TracePlan]
     keepbits: int | None
     repair: bool
 
@@ -104,10 +103,8 @@ class OpenTraces:
     def __init__(self, traces: Traces) -> None:
         self._folder, self._keepbits = traces.folder, traces.keepbits
         self._writers = {
-            attributes.scenario: TraceWriter(
-                traces.folder / attributes.scenario, attributes, shape, tokens, repair=traces.repair
-            )
-            for attributes, shape, tokens in traces.each
+            plan.attributes.scenario: TraceWriter(traces.folder, plan, repair=traces.repair)
+            for plan in traces.each
         }
         self.lacks = {
             name: Lack(writer.missing_layers, writer.needs_tokens)
@@ -125,10 +122,12 @@ class OpenTraces:
         for one in record.records() if isinstance(record, LayerBatch) else [record]:
             self._writers[one.scenario].append(_rounded(one, self._keepbits))
         complete = [name for name in names if self._is_last(name, self._writers[name])]
-        if complete:
-            flush(self._folder)  # once for all: it waits for all that is on its way to the disk
         for name in complete:
-            self._writers[name].finish(flushed=True)
+            self._writers[name].complete()
+        if complete:  # once for all: it waits for everything that is on its way to the disk
+            disk.sync(staging_folder(self._folder))
+        for name in complete:
+            self._writers[name].publish()
         return [(name, len(self._writers[name].missing_layers), name in complete) for name in names]
 
     def _is_last(self, scenario: str, writer: TraceWriter) -> bool:

@@ -23,7 +23,8 @@ from zarrtrace.errors import ConfigError, ScenarioError, ZarrtraceError
 from zarrtrace.figures import contrasts, features, flow, heatmaps
 from zarrtrace.figures.drawing import box_of, metadata_of, save
 from zarrtrace.scenarios import DECISION
-from zarrtrace.store import Location, locate, open_run
+from zarrtrace.storage import Address, Location, locate
+from zarrtrace.store import open_run
 
 #: Writes ``done, total``.
 Progress = Callable[[int, int], None]
@@ -34,7 +35,7 @@ _WORTH_A_WORKER = 12
 
 
 def draw_run(
-    path: str | Location,
+    path: Address,
     output: str | Path,
     *,
     scenarios: Sequence[str] | None = None,

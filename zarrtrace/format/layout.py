@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pydantic import ConfigDict, NonNegativeInt, PositiveInt
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from zarrtrace.format.attributes import Frozen
 
@@ -78,7 +78,7 @@ class ArrayLayout(Frozen):
     shards: tuple[PositiveInt, ...] | None = None
     codec: Codec = "plain"
     fill_value: bool | float | int | str = 0
-    attributes: dict[str, str] = {}
+    attributes: dict[str, str] = Field(default_factory=dict)
 
     @property
     def has_layers(self) -> bool:

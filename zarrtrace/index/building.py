@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import dask
 import numpy as np
 
 from zarrtrace.errors import ConfigError, StoreError
-from zarrtrace.format.attributes import Stored
 from zarrtrace.index.counting import FeatureCounts
+from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import (
     IndexableTrace,
     IndexWriter,
-    Location,
     RunIndex,
     indexable_traces,
-    locate,
-    locked,
     read_features,
-    read_run_attributes,
+    read_run,
     write_index_layer,
 )
+from zarrtrace.store.chunks import Checksum
 
 # A task reads so many scenarios one after another, and so many tasks' counts (9 MB each at 32,768
 # features) are put together at once.
@@ -49,7 +48,7 @@ class IndexUpdate(NamedTuple):
     scenarios: int
 
 
-def build_index(run: str | Location, *, rebuild: bool = False) -> IndexUpdate:
+def build_index(run: Address, *, rebuild: bool = False) -> IndexUpdate:
     """Index the features of a run, or bring its index up to date.
 
     For each layer and feature: maximum, mean and frequency over all tokens, and the 20 strongest
@@ -79,7 +78,7 @@ def build_index(run: str | Location, *, rebuild: bool = False) -> IndexUpdate:
     NotATraceError, FormatVersionError, IntegrityError
         If it cannot be read.
     """
-    run = locate(run).absolute()
+    run = locate(run).resolved()
     traces = list(indexable_traces(run))
     if not traces:
         raise ConfigError(
@@ -87,30 +86,30 @@ def build_index(run: str | Location, *, rebuild: bool = False) -> IndexUpdate:
             why="It was extracted with --no-features, or no scenario is complete yet.",
             remedy="Extract it with features first.",
         )
-    layers = sorted({layer for trace in traces for layer in trace.stored})
+    layers = sorted({n for trace in traces for found in trace.layers.values() for n in found})
     features: dict[str, int] = {}
     for trace in traces:
         for array, size in trace.features.items():
             features[array] = max(size, features.get(array, 0))
     features = dict(sorted(features.items()))
-    with locked(run):
+    with IndexWriter(run, layers, features) as writer:
         earlier = None if rebuild else _reusable(run, traces, layers, features)
         known = set() if earlier is None else _indexed(earlier)
         new = [trace for trace in traces if trace.number not in known]
         if earlier is not None and not new:
             there = earlier.attributes
             return IndexUpdate("unchanged", 0, there.indexed, there.scenarios)
-        with IndexWriter(run, layers, features) as writer:
-            tasks = [
-                _layer_graph(run if earlier else None, writer.path, new, layers, features, *which)
-                for which in ((layer, array) for layer in layers for array in features)
-            ]
-            stored: dict[str, dict[str, Stored]] = {str(layer): {} for layer in layers}
-            for layer, entry in dask.compute(*tasks):
-                stored[str(layer)] |= entry
-            by_number = {trace.number: trace.digest for trace in traces}
-            digests = [by_number.get(number, 0) for number in range(writer.scenarios)]
-            made = writer.finish(digests, stored)
+        tasks = [
+            _layer_graph(run if earlier else None, writer.path, new, layers, features, *which)
+            for which in ((layer, array) for layer in layers for array in features)
+        ]
+        stored: dict[str, dict[str, Checksum]] = {}
+        for found in dask.compute(*tasks):
+            for name, checksums in found.items():
+                stored.setdefault(name, {}).update(checksums)
+        by_number = {trace.number: trace.digest for trace in traces}
+        digests = [by_number.get(number, 0) for number in range(writer.scenarios)]
+        made = writer.finish(digests, stored)
     how: Literal["built", "updated"] = "built" if earlier is None else "updated"
     return IndexUpdate(how, len(new), made.indexed, made.scenarios)
 
@@ -124,14 +123,14 @@ def _reusable(
     """Return the index that is there, if all that is in it is still in the run."""
     try:
         index = RunIndex(run)
-        index.check(*index.attributes.layers)
+        index.check()
         digests, names = index.read("digest", slice(None)), index.read("scenario", slice(None))
     except StoreError:
         return None  # there is none, or it is damaged
     same = (
         list(index.attributes.layers) == list(layers)
         and index.attributes.features == features
-        and [str(name) for name in names] == list(read_run_attributes(run).scenarios)
+        and [str(name) for name in names] == list(read_run(run).attributes.scenarios)
     )
     now = {trace.number: trace.digest for trace in traces}
     kept = all(digest in (0, now.get(at)) for at, digest in enumerate(digests.tolist()))
@@ -144,7 +143,7 @@ def _indexed(index: RunIndex) -> set[int]:
 
 def _layer_graph(
     earlier: Location | None,
-    target: Location,
+    target: Path,
     traces: Sequence[IndexableTrace],
     layers: Sequence[int],
     features: Mapping[str, int],
@@ -152,7 +151,7 @@ def _layer_graph(
     array: str,
 ) -> Any:
     """Return the task that writes one layer, after those that count blocks of scenarios."""
-    having = [trace for trace in traces if array in trace.stored.get(layer, ())]
+    having = [trace for trace in traces if layer in trace.layers.get(array, ())]
     counts = [
         dask.delayed(_count)(having[start : start + _SCENARIOS_PER_TASK], array, layer)
         for start in range(0, len(having), _SCENARIOS_PER_TASK)
@@ -183,13 +182,13 @@ def _together(parts: Sequence[FeatureCounts]) -> FeatureCounts:
 
 def _write(
     earlier: Location | None,
-    target: Location,
+    target: Path,
     parts: Sequence[FeatureCounts],
     layers: Sequence[int],
     features: Mapping[str, int],
     layer: int,
     array: str,
-) -> tuple[int, dict[str, Stored]]:
+) -> dict[str, dict[str, Checksum]]:
     """Write what is known of one layer's features."""
     if earlier is None:
         counts = FeatureCounts(features[array])
@@ -199,4 +198,4 @@ def _write(
         counts.merge(part)
     suffix = array.removeprefix("features")
     arrays = {f"{name}{suffix}": value for name, value in counts.arrays().items()}
-    return layer, write_index_layer(target, layers, features, layer, arrays)
+    return write_index_layer(target, layers, features, layer, arrays)

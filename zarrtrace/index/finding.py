@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from zarrtrace.errors import ConfigError, ScenarioError
 from zarrtrace.format.layout import INDEX_TOKENS
 from zarrtrace.scenarios import check_name
-from zarrtrace.store import Location, RunIndex, locate, read_token_texts
+from zarrtrace.storage import Address, Location, locate
+from zarrtrace.store import RunIndex, read_token_texts
 
 _BEFORE, _AFTER = 6, 3
 
@@ -66,7 +67,7 @@ class FeatureUse:
 
 
 def find_feature(
-    run: str | Location,
+    run: Address,
     layer: int,
     feature: int,
     *,
@@ -108,7 +109,7 @@ def find_feature(
             f"{known.features[array] - 1}.",
             remedy="Give one of these.",
         )
-    index.check(layer)
+    index.check()
     suffix, at = array.removeprefix("features"), known.layers.index(layer)
 
     def value(name: str, *rest: slice) -> list[float]:
@@ -130,7 +131,7 @@ def find_feature(
         maximum=maximum,
         mean=mean,
         frequency=frequency,
-        tokens=_tokens(locate(run), index, [one for one in strongest if one[0] > 0]),
+        tokens=_tokens(locate(run), index, [one for one in strongest if one[0] != 0]),
         indexed=known.indexed,
         scenarios=known.scenarios,
     )

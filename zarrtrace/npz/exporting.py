@@ -18,7 +18,8 @@ from zarrtrace.npz.archive import write_npz
 from zarrtrace.npz.files import Progress, replacing, run_jobs, writing
 from zarrtrace.npz.metadata import KEYS, Metadata, ScenarioMetadata, write_metadata
 from zarrtrace.scenarios import DECISION
-from zarrtrace.store import Location, kind_of, locate, open_run, open_trace
+from zarrtrace.storage import Address, Location, locate
+from zarrtrace.store import kind_of, open_run, open_trace
 
 DType = Literal["float16", "float32"]
 
@@ -31,14 +32,19 @@ class _Trace:
     attributes: TraceAttributes
     metadata: ScenarioMetadata
     arrays: Mapping[str, xr.DataArray]
-    layer_dims: Mapping[str, str]
 
     def keys(self, layer: int) -> list[str]:
-        return [key for key in self.arrays if key in self.attributes.stored[str(layer)]]
+        without = self.attributes.layers_without_sae
+        return [
+            key
+            for key, array in self.arrays.items()
+            if layer in self.attributes.layers_of(str(array.dims[0]))
+            and (key != "features" or layer not in without)
+        ]
 
 
 def export_npz(
-    run: str | Location,
+    run: Address,
     output: str | Path,
     *,
     scenarios: Sequence[str] | None = None,
@@ -129,7 +135,7 @@ def _traces(path: Location, names: Sequence[str] | None) -> list[_Trace]:
 
 def _trace(path: Location, ds: xr.Dataset) -> _Trace:
     attributes = TraceAttributes.model_validate(ds.attrs)
-    tokens = [str(text) for text in ds["query_token"].values]
+    tokens = [str(text) for text in ds["key_token"].values]
     keys = [key for key in KEYS if key in ds.data_vars]
     return _Trace(
         path=path,
@@ -146,7 +152,6 @@ def _trace(path: Location, ds: xr.Dataset) -> _Trace:
             },
         ),
         arrays={key: ds[key] for key in keys},
-        layer_dims={key: str(ds[key].dims[0]) for key in keys},
     )
 
 
@@ -207,8 +212,9 @@ def _export_layer(file: Path, trace: _Trace, layer: int, dtype: DType | None) ->
 
 def _load(trace: _Trace, key: str, layer: int) -> np.ndarray:
     try:
-        at = trace.attributes.index_of(layer, trace.layer_dims[key])
-        values: np.ndarray = trace.arrays[key][at].values
+        array = trace.arrays[key]
+        at = trace.attributes.layers_of(str(array.dims[0])).index(layer)
+        values: np.ndarray = array[at].values
     except (IntegrityError, OSError, ValueError, RuntimeError) as error:
         said = error.what if isinstance(error, IntegrityError) else error
         raise IntegrityError(
@@ -217,6 +223,11 @@ def _load(trace: _Trace, key: str, layer: int) -> np.ndarray:
             remedy="'zarrtrace verify' names everything damaged; the 'zarrtrace extract' that made "
             "the run makes it anew.",
         ) from error
+    if "attention_query" in array.dims:  # the layout has all rows: those not stored are NaN
+        heads, _, keys = values.shape
+        every = np.full((heads, keys, keys), np.nan, values.dtype)
+        every[:, array["attention_query"].values] = values
+        return every
     return values
 
 

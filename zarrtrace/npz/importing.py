@@ -12,14 +12,15 @@ import numpy as np
 
 from zarrtrace.errors import NPZError
 from zarrtrace.format.attributes import SpanAttributes, TraceAttributes
-from zarrtrace.format.layout import TOP_FEATURES, TraceShape
+from zarrtrace.format.layout import NO_ID, TOP_FEATURES, TraceShape
 from zarrtrace.npz.archive import read_array
 from zarrtrace.npz.files import Progress, reading, run_jobs
 from zarrtrace.npz.folder import Folder, look_at
 from zarrtrace.npz.metadata import ScenarioMetadata
-from zarrtrace.records import FeatureRecord, LayerRecord, Tokens
+from zarrtrace.records import FeatureRecord, LayerRecord, Tokens, TracePlan
 from zarrtrace.scenarios import DECISION
-from zarrtrace.store import Location, RunWriter, TraceWriter
+from zarrtrace.storage import Address
+from zarrtrace.store import RunWriter, TraceWriter
 
 # Rows of attention that a trace holds; None for all of them.
 _Queries = tuple[int, ...] | None
@@ -27,7 +28,7 @@ _Queries = tuple[int, ...] | None
 
 def import_npz(
     folder: str | Path,
-    run: str | Location,
+    run: Address,
     *,
     layers: Sequence[int] | None = None,
     metadata: str | None = None,
@@ -118,9 +119,9 @@ def _trace_writer(
         feature_dtype=source.dtype("features"),
         next_token=False,
         attention_layers=len(source.layers) - len(without_attention) if without_attention else None,
-        chosen_queries=queries is not None,
     )
     positions = {**scenario.key_positions, DECISION: [scenario.seq_len - 1]}
+    without_sae = source.without("features")
     attributes = TraceAttributes(
         scenario=scenario.scenario,
         prompt=None,
@@ -130,16 +131,16 @@ def _trace_writer(
         },
         model=None,
         layers=source.layers,
-        layers_without_sae=source.without("features"),
-        layers_without_attention={
-            str(layer): "its NPZ file has none" for layer in without_attention
-        },
-        queries=queries,
+        layers_without_sae=tuple(without_sae),
+        layers_without_attention={"its NPZ file has none": tuple(without_attention)}
+        if without_attention
+        else {},
         attention_dtype=source.dtype("attention"),
         feature_dtype=source.dtype("features"),
         versions={name: version(name) for name in ("numpy", "zarr")},
     )
-    return run.trace(attributes, shape, Tokens(ids=scenario.token_ids, texts=scenario.tokens))
+    tokens = Tokens(ids=scenario.token_ids, texts=scenario.tokens)
+    return run.trace(TracePlan(attributes, shape, tokens, queries=queries))
 
 
 def _import_layer(
@@ -181,7 +182,7 @@ def _import_layer(
 
 
 def with_strongest(activations: np.ndarray) -> FeatureRecord:
-    """Find the strongest features of each token; of equals, the first.
+    """Find the strongest features of each token, by magnitude; of equals, the first.
 
     Parameters
     ----------
@@ -192,7 +193,7 @@ def with_strongest(activations: np.ndarray) -> FeatureRecord:
     count = min(TOP_FEATURES, features)
     top = np.empty((tokens, count), dtype=np.uint32)
     for at in range(0, tokens, 32):
-        rows = np.maximum(activations[at : at + 32].astype(np.float32), 0)
+        rows = np.abs(activations[at : at + 32].astype(np.float32))
         # Bits of a positive float sort as the float does; lower indices win among equals.
         keys = rows.view(np.uint32).astype(np.uint64) << np.uint64(32)
         keys |= np.arange(features, dtype=np.uint64)[::-1]
@@ -200,4 +201,4 @@ def with_strongest(activations: np.ndarray) -> FeatureRecord:
         strongest = np.sort(keys[:, features - count :], axis=1)[:, ::-1]
         top[at : at + 32] = features - 1 - (strongest & np.uint64(0xFFFFFFFF))
     values = np.take_along_axis(activations, top.astype(np.intp), axis=1).astype(np.float32)
-    return FeatureRecord(activations, top, np.maximum(values, 0))
+    return FeatureRecord(activations, np.where(values != 0, top, np.uint32(NO_ID)), values)

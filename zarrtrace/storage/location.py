@@ -184,9 +184,11 @@ class Location:
         return StorePath(store, f"{prefix}{self.key}")
 
 
-def locate(
-    address: str | os.PathLike[str] | Location, storage_options: Mapping[str, str] | None = None
-) -> Location:
+#: What users give: a path, an address such as ``s3://bucket/run``, or a location.
+Address = str | os.PathLike[str]
+
+
+def locate(address: Address, storage_options: Mapping[str, str] | None = None) -> Location:
     """Return the location of a path or an address.
 
     Parameters

@@ -103,10 +103,9 @@ class StoredArray(BackendArray):
         found: dict[str, list[Piece]] = {}
         for files_at in itertools.product(*(files.items() for files in by_dimension)):
             pieces = found.setdefault(file_key([file for file, _ in files_at]), [])
-            for parts in itertools.product(*(parts for _, parts in files_at)):
-                number = sum(part[0] for part in parts)
-                into, of = (tuple(part[at] for part in parts) for at in (1, 2))
-                pieces.append((number, into, of))  # type: ignore[arg-type]
+            for chunk_parts in itertools.product(*(parts for _, parts in files_at)):
+                numbers, into, of = zip(*chunk_parts, strict=True)
+                pieces.append((sum(numbers), into, of))
         return found
 
     def _read_file(self, key: str, pieces: Sequence[Piece], out: np.ndarray) -> None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from zarrtrace.errors import ConfigMismatchError, IntegrityError, NotATraceError, StoreError
 from zarrtrace.format.attributes import IndexAttributes, TraceAttributes
 from zarrtrace.format.layout import INDEX
-from zarrtrace.storage import Location, at_once, disk, locate
+from zarrtrace.storage import Address, Location, at_once, disk, locate
 from zarrtrace.store.chunks import Checksum
 from zarrtrace.store.codecs import ArrayEncoding
 from zarrtrace.store.damage import file_damage
@@ -70,9 +70,7 @@ class _Counter:
                 self._progress(self.written + self.there, self._total)
 
 
-def copy_run(
-    source: str | Location, target: str | Location, *, progress: Progress | None = None
-) -> Copied:
+def copy_run(source: Address, target: Address, *, progress: Progress | None = None) -> Copied:
     """Copy a run, or one trace, with its index and card if it has them.
 
     Parameters

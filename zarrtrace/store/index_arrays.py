@@ -15,7 +15,7 @@ from xarray.core import indexing
 from zarrtrace.errors import IntegrityError, NotATraceError, StoreError
 from zarrtrace.format.attributes import IndexAttributes, TraceAttributes
 from zarrtrace.format.layout import INDEX, ArrayLayout, index_layout
-from zarrtrace.storage import Location, at_once, disk, locate
+from zarrtrace.storage import Address, Location, at_once, disk, locate
 from zarrtrace.store.array import StoredArray
 from zarrtrace.store.chunks import Checksum, encode_file, file_key
 from zarrtrace.store.codecs import ArrayEncoding
@@ -65,7 +65,7 @@ class IndexableTrace(NamedTuple):
     layers: dict[str, tuple[int, ...]]
 
 
-def indexable_traces(run: str | Location) -> Iterator[IndexableTrace]:
+def indexable_traces(run: Address) -> Iterator[IndexableTrace]:
     """Yield the complete traces of a run that have features.
 
     Raises
@@ -172,7 +172,7 @@ class RunIndex:
         If it cannot be read.
     """
 
-    def __init__(self, run: str | Location) -> None:
+    def __init__(self, run: Address) -> None:
         self.path = locate(run) / INDEX
         if not (self.path / "zarr.json").is_file():
             read_run(run)  # says what is wrong if it is no run
@@ -264,9 +264,7 @@ class IndexWriter:
         What it holds: layers in order, latents by array.
     """
 
-    def __init__(
-        self, run: str | Location, layers: Sequence[int], features: Mapping[str, int]
-    ) -> None:
+    def __init__(self, run: Address, layers: Sequence[int], features: Mapping[str, int]) -> None:
         self._run = locate(run).resolved()
         self.path = staging_folder(self._run) / INDEX
         self._layers, self._features = tuple(layers), dict(features)

@@ -26,7 +26,7 @@ from zarrtrace.format.attributes import (
 )
 from zarrtrace.format.layout import LABELS, ArrayLayout
 from zarrtrace.scenarios import check_name
-from zarrtrace.storage.location import Location, locate
+from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store.chunks import Checksum, Checksums
 from zarrtrace.store.codecs import codecs_of, sharding
 
@@ -177,7 +177,7 @@ def labels_of(names: Iterable[str]) -> str:
 # --- reading -----------------------------------------------------------------------------------
 
 
-def read_run(path: str | Location) -> Group[RunAttributes]:
+def read_run(path: Address) -> Group[RunAttributes]:
     """Read the metadata of a run.
 
     Raises
@@ -187,7 +187,7 @@ def read_run(path: str | Location) -> Group[RunAttributes]:
     return _read(locate(path), "run")
 
 
-def read_trace(path: str | Location) -> Group[TraceAttributes]:
+def read_trace(path: Address) -> Group[TraceAttributes]:
     """Read the metadata of a trace.
 
     Raises
@@ -197,7 +197,7 @@ def read_trace(path: str | Location) -> Group[TraceAttributes]:
     return _read(locate(path), "trace")
 
 
-def read_index_group(path: str | Location) -> Group[IndexAttributes]:
+def read_index_group(path: Address) -> Group[IndexAttributes]:
     """Read the metadata of a run's index.
 
     Raises
@@ -207,7 +207,7 @@ def read_index_group(path: str | Location) -> Group[IndexAttributes]:
     return _read(locate(path), "index")
 
 
-def kind_of(path: str | Location) -> Literal["run", "trace"]:
+def kind_of(path: Address) -> Literal["run", "trace"]:
     """Tell whether a folder is a run or a trace.
 
     Raises

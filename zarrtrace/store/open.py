@@ -14,7 +14,7 @@ from xarray.core.indexes import PandasIndex
 
 from zarrtrace.errors import IncompleteError, IntegrityError, NotATraceError, ZarrtraceError
 from zarrtrace.format.attributes import TraceAttributes
-from zarrtrace.storage import Location, at_once, locate
+from zarrtrace.storage import Address, Location, at_once, locate
 from zarrtrace.store.array import StoredArray, as_lazy
 from zarrtrace.store.chunks import FileIndex
 from zarrtrace.store.codecs import ArrayEncoding
@@ -31,7 +31,7 @@ _BLOCK_BYTES = 32 * 2**20
 
 
 def open_trace(
-    path: str | Location,
+    path: Address,
     *,
     chunks: ChunkSpec = None,
     missing: Missing = "raise",
@@ -87,7 +87,7 @@ def open_trace(
 
 
 def open_run(
-    path: str | Location,
+    path: Address,
     *,
     chunks: ChunkSpec = None,
     missing: Missing = "raise",

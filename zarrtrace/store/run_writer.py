@@ -17,7 +17,7 @@ from zarrtrace.errors import (
 from zarrtrace.format.attributes import RunAttributes
 from zarrtrace.records import TracePlan
 from zarrtrace.scenarios import check_name
-from zarrtrace.storage import Location, at_once, disk, locate
+from zarrtrace.storage import Address, Location, at_once, disk, locate
 from zarrtrace.storage.locks import FileLock
 from zarrtrace.store.metadata import Nodes, labels_of, read_run, read_trace, sealed_group
 from zarrtrace.store.publish import end_replacing, move, put_in_place, remove
@@ -58,7 +58,7 @@ class RunWriter:
 
     def __init__(
         self,
-        path: str | Location,
+        path: Address,
         scenarios: Sequence[str],
         config: Mapping[str, Any],
         *,

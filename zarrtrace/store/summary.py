@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from zarrtrace.errors import NotATraceError
 from zarrtrace.format.attributes import FORMAT_VERSION, TraceAttributes
-from zarrtrace.storage import Location, at_once, locate
+from zarrtrace.storage import Address, Location, at_once, locate
 from zarrtrace.store.array import StoredArray
 from zarrtrace.store.codecs import ArrayEncoding
 from zarrtrace.store.metadata import Group, checksums_of, kind_of, read_run, read_trace
@@ -52,7 +52,7 @@ class RunSummary(BaseModel):
         return self.bytes_dense / max(1, self.bytes_on_disk)
 
 
-def summarize(path: str | Location) -> RunSummary:
+def summarize(path: Address) -> RunSummary:
     """Summarise a run, or a trace that stands alone.
 
     Parameters

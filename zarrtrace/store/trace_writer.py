@@ -15,7 +15,7 @@ from zarrtrace.errors import IncompleteError, IntegrityError, StoreError
 from zarrtrace.format.attributes import TraceAttributes, share_saes
 from zarrtrace.format.layout import ArrayLayout, trace_layout
 from zarrtrace.records import LayerRecord, Nonzeros, TokensRecord, TracePlan
-from zarrtrace.storage import Location, disk, locate
+from zarrtrace.storage import Address, Location, disk, locate
 from zarrtrace.store.chunks import encode_rows
 from zarrtrace.store.metadata import read_trace
 from zarrtrace.store.publish import end_replacing, publish_folder
@@ -48,7 +48,7 @@ class TraceWriter:
         If an existing trace is damaged or another scenario's, and `repair` is false.
     """
 
-    def __init__(self, run: str | Location, plan: TracePlan, *, repair: bool = False) -> None:
+    def __init__(self, run: Address, plan: TracePlan, *, repair: bool = False) -> None:
         run = locate(run)
         self.path = run / plan.attributes.scenario
         self._attributes, self._layouts, self._coordinates = _described(plan)
@@ -271,17 +271,10 @@ class TraceWriter:
         with disk.explained(self.path):
             self._staged.end()
             publish_folder(self._staged.folder, self.path)
-            with contextlib.suppress(OSError):  # the last trace that is staged leaves no folder
-                self._staged.folder.parent.rmdir()
         self._is_published = True
         # A run may have thousands of traces.
         self._waiting, self._source = {}, None
         self._staged = StagedTrace(self._staged.folder, self._attributes, {})
-
-    @property
-    def staging(self) -> Location:
-        """The folder in which the trace is written."""
-        return locate(self._staged.folder)
 
     def finish(self) -> None:
         """Complete the trace, have the disk hold it, and publish it.
@@ -297,6 +290,8 @@ class TraceWriter:
         with disk.explained(self.path):
             disk.sync(self._staged.folder)
         self.publish()
+        with contextlib.suppress(OSError):  # the last trace that is staged leaves no folder
+            self._staged.folder.parent.rmdir()
 
     def __enter__(self) -> Self:
         return self

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from zarrtrace.errors import StoreError
 from zarrtrace.format.attributes import TraceAttributes
 from zarrtrace.format.layout import INDEX
-from zarrtrace.storage import Location, locate
+from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store.damage import Damage, find_damage
 from zarrtrace.store.index_arrays import stale_scenarios
 from zarrtrace.store.metadata import Group, kind_of, read_index_group, read_run, read_trace
@@ -43,7 +43,7 @@ class Problem(BaseModel):
     message: str
 
 
-def verify(path: str | Location) -> list[Problem]:
+def verify(path: Address) -> list[Problem]:
     """Read every byte of a run, or of one trace, and compare it with its checksums.
 
     Parameters

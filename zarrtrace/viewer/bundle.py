@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from zarrtrace.errors import ConfigError, NoSpaceError
-from zarrtrace.store import Location
+from zarrtrace.storage import Address
 from zarrtrace.viewer.layout import PAGE_FILES, Layout, page_file, sample
 
 #: A larger single file is refused: browsers hold all of it in memory, base64 and all.
@@ -58,7 +58,7 @@ def estimate(layout: Layout, output: str | Path) -> Estimate:
 
 
 def plan(
-    run: str | Location,
+    run: Address,
     output: str | Path,
     *,
     scenarios: Sequence[str] | None = None,

@@ -22,7 +22,8 @@ import xarray as xr
 from zlib_ng import zlib_ng
 
 from zarrtrace.errors import ConfigError, IncompleteError
-from zarrtrace.store import Location, kind_of, locate, open_run, open_trace
+from zarrtrace.storage import Address, Location, locate
+from zarrtrace.store import kind_of, open_run, open_trace
 from zarrtrace.viewer.arrays import BundleArray, run_arrays, trace_arrays
 from zarrtrace.viewer.neuronpedia import source_of
 
@@ -74,7 +75,7 @@ class Layout:
 
     def __init__(
         self,
-        path: str | Location,
+        path: Address,
         *,
         scenarios: Sequence[str] | None = None,
         layers: Sequence[int] | None = None,
@@ -106,7 +107,7 @@ class Layout:
         model = first.attrs.get("model") or {}
         run: dict[str, Any] = {
             "version": BUNDLE_VERSION,
-            "title": self.path.resolve().name,
+            "title": self.path.resolved().name,
             "model": model.get("id"),
             "vocabulary": _vocabulary(self.traces),
             "scenarios": [self._scenario(name, ds) for name, ds in self.traces.items()],

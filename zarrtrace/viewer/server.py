@@ -15,7 +15,7 @@ from types import TracebackType
 from urllib.parse import unquote, urlsplit
 
 from zarrtrace.errors import ConfigError
-from zarrtrace.store import Location
+from zarrtrace.storage import Address
 from zarrtrace.viewer.layout import Layout
 
 _CACHE_BYTES = 256 * 2**20
@@ -56,7 +56,7 @@ class Server:
         If the address cannot be bound.
     """
 
-    def __init__(self, path: str | Location, *, host: str = "127.0.0.1", port: int = 0) -> None:
+    def __init__(self, path: Address, *, host: str = "127.0.0.1", port: int = 0) -> None:
         self.layout = Layout(path)
         self.loopback = _is_loopback(host)
         self.prefix = "/" if self.loopback else f"/{secrets.token_urlsafe(16)}/"
@@ -196,7 +196,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Keep quiet: a page makes hundreds of requests."""
 
 
-def serve(path: str | Location, *, host: str = "127.0.0.1", port: int = 0) -> Server:
+def serve(path: Address, *, host: str = "127.0.0.1", port: int = 0) -> Server:
     """Return a server of a run, bound and not yet serving; see :class:`Server`."""
     return Server(path, host=host, port=port)
 
