@@ -15,7 +15,7 @@ import fakes
 import numpy as np
 import zarr
 
-from zarrtrace.format.attributes import FORMAT_VERSION, NAMESPACE
+from zarrtrace.format.attributes import FORMAT_VERSION
 
 DATA = Path(__file__).parent / "data"
 

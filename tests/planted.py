@@ -90,7 +90,7 @@ def make_trace(
             "key": np.arange(tokens),
             "query_token": ("query", texts),
             "key_token": ("key", texts),
-            "token_id": ("query", ids.astype(np.uint32)),
+            "token_id": ("key", ids.astype(np.uint32)),
         },
         attrs=attributes.model_dump(mode="json"),
     )

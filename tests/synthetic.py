@@ -9,6 +9,8 @@ import fakes
 import numpy as np
 import xarray as xr
 
+from zarrtrace.format.attributes import ranges
+
 WORDS = ("<s>", " balance", " is", " $", "90", " goal", " stop", " now", " bet", ":")
 
 
@@ -34,7 +36,9 @@ def trace(
         "layer": list(layers),
         "query": np.arange(tokens),
         "query_token": ("query", texts),
-        "token_id": ("query", np.arange(tokens, dtype=np.uint32) % len(WORDS)),
+        "key": np.arange(tokens),
+        "key_token": ("key", texts),
+        "token_id": ("key", np.arange(tokens, dtype=np.uint32) % len(WORDS)),
     }
     if heads:
         attention = np.stack(
@@ -42,11 +46,7 @@ def trace(
         )
         arrays["attention"] = (("layer", "head", "query", "key"), attention)
         arrays["attention_mean"] = (("layer", "query", "key"), attention.mean(1))
-        coords |= {
-            "head": np.arange(heads),
-            "key": np.arange(tokens),
-            "key_token": ("key", texts),
-        }
+        coords["head"] = np.arange(heads)
     if features:
         dense = rng.exponential(2, (n, tokens, features)).astype(np.float32)
         dense[rng.random(dense.shape) >= active] = 0
@@ -71,8 +71,8 @@ def trace(
             name: {"text": str(token), "token_id": token}
             for name, token in (options or {"bet": 3, "stop": 7}).items()
         },
-        "layers": list(layers),
-        "saes": [],
+        "layers": ranges(layers),
+        "saes": {},
         "model": {"id": "fake/model"},
         "versions": {"zarrtrace": "0"},
     }
@@ -129,14 +129,20 @@ def change(data: xr.DataTree, **by_scenario: xr.Dataset) -> xr.DataTree:
 
 def with_attributes(ds: xr.Dataset, **changes: Any) -> xr.Dataset:
     """Return a trace with other attributes."""
-    return ds.assign_attrs(zarrtrace={**ds.attrs, **changes})
+    return ds.assign_attrs(changes)
 
 
 def with_queries(ds: xr.Dataset, queries: Sequence[int]) -> xr.Dataset:
-    """Return a trace with attention of chosen queries only, the rest NaN as read."""
-    rows = ds["query"].isin(list(queries))
-    chosen = {name: ds[name].where(rows) for name in ("attention", "attention_mean")}
-    return with_attributes(ds.assign(chosen), queries=list(queries))
+    """Return a trace with attention of chosen queries only, in a dimension of their own."""
+    names = ("attention", "attention_mean")
+    chosen = {
+        name: ds[name]
+        .sel(query=list(queries))
+        .reset_coords(drop=True)
+        .rename(query="attention_query")
+        for name in names
+    }
+    return ds.drop_vars(names).assign(chosen)
 
 
 def without_span(ds: xr.Dataset, name: str) -> xr.Dataset:

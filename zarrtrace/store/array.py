@@ -103,9 +103,9 @@ class StoredArray(BackendArray):
         found: dict[str, list[Piece]] = {}
         for files_at in itertools.product(*(files.items() for files in by_dimension)):
             pieces = found.setdefault(file_key([file for file, _ in files_at]), [])
-            for chunk_parts in itertools.product(*(parts for _, parts in files_at)):
-                numbers, into, of = zip(*chunk_parts, strict=True)
-                pieces.append((sum(numbers), into, of))
+            for inside in itertools.product(*(parts for _, parts in files_at)):
+                numbers, goes_to, taken_from = zip(*inside, strict=True)
+                pieces.append((sum(numbers), goes_to, taken_from))
         return found
 
     def _read_file(self, key: str, pieces: Sequence[Piece], out: np.ndarray) -> None:
