@@ -239,9 +239,13 @@ def assert_features_close(
     input_error, size
         Largest difference and largest absolute value of the inputs.
     """
-    weights, bias = (part.detach().double().abs() for part in (sae.W_enc, sae.b_enc))
-    total = weights.sum(0)
-    product = rounding.product("float32", weights.shape[0] + 1, total * size + bias)
+    parameters = {name: value.detach().double() for name, value in sae.named_parameters()}
+    total = parameters["W_enc"].abs().sum(0)
+    if "r_mag" in parameters:  # a gated SAE's weights, scaled for the magnitudes
+        total *= parameters["r_mag"].exp().clamp(min=1)
+    biases = [parameters[name].abs() for name in ("b_enc", "b_gate", "b_mag") if name in parameters]
+    bias = torch.stack(biases).amax(0)
+    product = rounding.product("float32", sae.cfg.d_in + 1, total * size + bias)
     error = (total * input_error + 2 * product).numpy()
     threshold = getattr(sae, "threshold", torch.zeros(len(bias))).detach().numpy()
     crossed = (one == 0) != (other == 0)
