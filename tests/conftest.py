@@ -21,6 +21,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import fakes
 
+# As many of torch's threads in every process that tests start: another number of them may cut a
+# matrix product otherwise, and tests compare what processes store bit for bit.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
+
 gc.disable()  # what is imported stays: to look for garbage among it takes a fifth of the time
 
 settings.register_profile(

@@ -15,12 +15,12 @@ from typing import Any
 import fakes
 import numpy as np
 from hypothesis import strategies as st
+from zarrtrace.store.attributes import sealed
 
 from zarrtrace.errors import ZarrtraceError
 from zarrtrace.npz import import_npz
 from zarrtrace.scenarios import load_suite
 from zarrtrace.store import open_run, summarize, verify
-from zarrtrace.store.attributes import sealed
 
 #: Metadata of a run and of a trace that is fuzzed.
 FILES = ["zarr.json", "Safe_1/zarr.json", "Safe_1/features/zarr.json", "Safe_1/query/zarr.json"]

@@ -43,7 +43,7 @@ def test_attention_to_is_the_mean_of_the_pathway(run):
                 for key in planted.SPANS["balance"]:
                     total += float(whole[i, head, -1, key])
             expected = total / planted.HEADS / len(planted.SPANS["balance"])
-            assert float(found.sel(scenario=name, layer=layer)) == pytest.approx(expected, rel=1e-5)
+            assert float(found.sel(scenario=name, layer=layer)) == pytest.approx(expected)
 
 
 def test_attention_to_pairs_of_places_and_every_head(run):
@@ -59,7 +59,6 @@ def test_attention_to_pairs_of_places_and_every_head(run):
         np.testing.assert_allclose(
             found.sel(scenario="Risky_2", source=source, target=target),
             block.sum(-1).mean(-1),
-            rtol=1e-12,
         )
     assert (found.sel(source="choices", target="balance") == 0).all()  # it comes later
 
@@ -77,7 +76,7 @@ def test_float16_is_summed_in_double_precision():
     ds = planted.make_trace(dtype="float16")
     expected = ds.attention.values[:, :, 20:, 4:6].astype(np.float64).mean((-1, -2))
     found = analysis.attention_to(ds, "probability", list(range(20, 28)), heads="each")
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    np.testing.assert_allclose(found, expected)
 
 
 # --- near or far -------------------------------------------------------------------------------
@@ -112,7 +111,7 @@ def test_attention_locality_row_by_row(run, heads, exclude_first):
             here = one.sel(layer=layer) if heads == "mean" else one.sel(layer=layer, head=head)
             for name, short in (("distance",) * 2, ("entropy",) * 2, ("window_share", "near"),
                                 ("first_share", "first")):  # fmt: skip
-                assert float(here[name]) == pytest.approx(by_hand[short], rel=1e-5), name
+                assert float(here[name]) == pytest.approx(by_hand[short]), name
 
 
 def test_locality_finds_a_local_layer_and_a_sink():
@@ -161,7 +160,7 @@ def test_head_roles_query_by_query(run):
         for head in range(planted.HEADS):
             for role, expected in roles_by_hand(whole[i, head], IDS).items():
                 score = found.sel(scenario="Risky_0", role=role, layer=layer, head=head)
-                assert float(score) == pytest.approx(expected, rel=1e-6), role
+                assert float(score) == pytest.approx(expected), role
 
 
 def test_head_roles_find_planted_heads():
@@ -214,7 +213,7 @@ def test_lazy_equals_eager(run, name, chunks):
         array.chunks is not None
         for array in (lazy.data_vars.values() if isinstance(lazy, xr.Dataset) else [lazy])
     )
-    xr.testing.assert_allclose(lazy.compute(scheduler="synchronous"), eager, rtol=1e-12)
+    xr.testing.assert_allclose(lazy.compute(scheduler="synchronous"), eager)
     assert lazy.attrs == eager.attrs
 
 
@@ -252,8 +251,8 @@ def test_only_the_files_that_are_needed_are_opened(shared_run, opened_files):
     chunks = {file.split("/c/")[0].rsplit("/", 1)[-1] for file in opened_files if "/c/" in file}
     assert chunks == {"attention_mean"}
     assert all("/attention_mean/c/1/" in file for file in opened_files if "/c/" in file)
-    truth = shared_run.truth["Safe_1"]["attention_mean"][1, -1, [1, 2]].mean()
-    assert float(found.sel(scenario="Safe_1")) == pytest.approx(float(truth), rel=1e-6)
+    truth = shared_run.truth["Safe_1"]["attention_mean"][1, -1, [1, 2]].mean(dtype=float)
+    assert float(found.sel(scenario="Safe_1")) == pytest.approx(float(truth))
 
 
 # --- where something is missing ----------------------------------------------------------------
@@ -322,7 +321,7 @@ def test_chosen_queries():
     row = ds.attention_mean.values[0].astype(np.float64)
     distance = np.mean([sum(row[q] * (q - np.arange(28))) / row[q].sum() for q in (16, 27)])
     found = analysis.attention_locality(partial, heads="mean")
-    assert float(found.distance.sel(layer=1)) == pytest.approx(distance, rel=1e-6)
+    assert float(found.distance.sel(layer=1)) == pytest.approx(distance)
     assert analysis.head_roles(partial).sel(role="previous_token").notnull().all()
 
 

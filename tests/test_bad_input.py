@@ -27,10 +27,10 @@ import fakes
 import numpy as np
 import pytest
 from numcodecs import Zstd
+from zarrtrace.store.attributes import sealed
 
 from zarrtrace import demo
 from zarrtrace.cli import main
-from zarrtrace.store.attributes import sealed
 
 _SECONDS = 60
 _BYTES = 600 * 2**20

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import architectures
+import numerics
 import numpy as np
 import pytest
+import rounding
 import torch
 import xarray as xr
 from architectures import ARCHITECTURES, Activations, Models
@@ -27,11 +29,7 @@ from zarrtrace.store import open_trace, verify
 pytestmark = pytest.mark.torch
 
 NAMES = list(ARCHITECTURES)
-#: What rounding may do to attention (probabilities) and to log-probabilities.
-ATTENTION_TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2, "float16": 4e-3}
-LOGPROB_TOLERANCE = {"float32": 2e-4, "bfloat16": 1.0, "float16": 1e-1}
-#: The same for features here: activations of some hundreds at most.
-FEATURE_TOLERANCE = 3e-5
+DTYPES = ["float32", "bfloat16", "float16"]
 SUITE = {
     "scenarios": [
         {
@@ -75,9 +73,19 @@ def _options(path: Path, suite: Path, **changes: Any) -> Options:
     return Options(model=str(path), **chosen)
 
 
-def _tolerance(way: str) -> float:
+def _deviations(name: str, path: Path, ids: Any) -> dict[str, float]:
+    """Return how far apart rounding may bring two float32 runs over a prompt."""
+    return numerics.whole_model_deviations(name, path, tuple(map(int, ids)))
+
+
+def _tolerance(way: str, name: str, path: Path, ids: Any) -> float:
     """What a way may differ by in float32: not at all, if it takes whole matrices."""
-    return ATTENTION_TOLERANCE["float32"] if way == "blocked" else 0
+    return _deviations(name, path, ids)["attention"] if way == "blocked" else 0
+
+
+def _exact(call: numerics.AttentionCall, name: str, *of: int) -> numerics.Exact:
+    windows = ARCHITECTURES[name].windows or {}
+    return numerics.attention_in_float64(call, windows.get(call.layer), *of)
 
 
 def _attention_by_layer(records: list[Any], tokens: int) -> dict[int, np.ndarray]:
@@ -101,33 +109,51 @@ def _tokens(records: list[Any]) -> TokensRecord:
 # --- blocked against whole ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", list(ATTENTION_TOLERANCE))
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
-def test_blocked_equals_transformers_eager_within_rounding(
+def test_blocked_attention_is_what_queries_and_keys_give_in_float64(
     models: Models, small_blocks: None, name: str, dtype: str
 ) -> None:
+    """Each layer from its own input: over several, one unit in the last place may grow to 1."""
+    tokens, model = 50, models(name, dtype)
+    request = architectures.request(architectures.random_ids(tokens), blocked=True)
+    with numerics.attention_calls() as calls:
+        records = list(records_of(model, [request], attention_dtype="float32"))
+    found = _attention_by_layer(records, tokens)
+    assert list(found) == list(ARCHITECTURES[name].attention_layers)
+    assert sum(isinstance(r, LayerRecord) and r.attention is not None for r in records) > len(found)
+    assert [call.layer for call in calls] == list(found)
+    for call in calls:
+        exact = _exact(call, name)
+        rounding.assert_close(found[call.layer], exact.weights, exact.weights_error)
+        rounding.assert_close(call.output[0].float(), exact.output, exact.output_error)
+        assert (found[call.layer][:, ~np.tri(tokens, dtype=bool)] == 0).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_blocked_equals_transformers_eager_within_rounding(
+    models: Models, small_blocks: None, name: str
+) -> None:
     tokens = 50
-    ids = architectures.random_ids(tokens)
-    expected = architectures.reference(name, models.path(name, dtype), ids)
+    ids, path = architectures.random_ids(tokens), models.path(name)
+    expected, allowed = architectures.reference(name, path, ids), _deviations(name, path, ids)
     request = architectures.request(ids, blocked=True)
-    records = list(records_of(models(name, dtype), [request], attention_dtype="float32"))
+    records = list(records_of(models(name), [request], attention_dtype="float32"))
     found = _attention_by_layer(records, tokens)
     assert list(found) == list(expected.attention)
-    assert sum(isinstance(r, LayerRecord) and r.attention is not None for r in records) > len(found)
     for layer, weights in expected.attention.items():
-        difference = np.abs(found[layer] - weights.float().numpy()).max()
-        assert difference <= ATTENTION_TOLERANCE[dtype]
-        assert (found[layer][:, ~np.tri(tokens, dtype=bool)] == 0).all()
-    logprobs = expected.logits.float().log_softmax(-1)
+        rounding.assert_close(found[layer], weights, allowed["attention"])
+    logprobs, best = expected.logits.log_softmax(-1).topk(10)
     stored = _tokens(records)
-    best = torch.gather(logprobs, 1, torch.from_numpy(stored.next_token.astype(np.int64)))
-    difference = np.abs(best.numpy() - stored.next_token_logprob).max()
-    assert difference <= LOGPROB_TOLERANCE[dtype]
+    rounding.assert_close(stored.next_token_logprob, logprobs, allowed["logprob"])
+    rounding.assert_same_ranking(
+        stored.next_token, best.numpy(), logprobs.numpy(), allowed["logprob"]
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_architecture_is_known_to_be_exact_by_blocks(models: Models, name: str) -> None:
-    for dtype in ATTENTION_TOLERANCE:
+    for dtype in DTYPES:
         assert blocks_are_exact(models(name, dtype))
 
 
@@ -141,7 +167,7 @@ def test_an_architecture_that_differs_by_blocks_is_captured_whole(
     path = models.path("Llama")
     run = extract(tmp_path / "run", _options(path, suite, attention_capture="blocked"))
     ds = open_trace(run / "short")
-    assert ds.attrs["model"]["attn_implementation"] == "eager"
+    assert ds.attrs["zarrtrace"]["model"]["attn_implementation"] == "eager"
     expected = architectures.reference("Llama", path, ds.token_id.values.tolist())
     assert np.array_equal(ds.attention.values[2], expected.attention[2].numpy())
 
@@ -173,14 +199,18 @@ def test_a_blocked_run_equals_a_whole_one(
     assert verify(run) == []
     for scenario in ("short", "longer"):
         expected, found = open_trace(whole / scenario), open_trace(run / scenario)
-        attributes = found.attrs
+        attributes = found.attrs["zarrtrace"]
         assert attributes["model"]["attn_implementation"] == "blocked"
         assert attributes["model"]["softmax_dtype"] == "float32"
+        allowed = _deviations(name, path, expected.token_id.values)
         for array in ("attention", "attention_mean"):
-            np.testing.assert_allclose(
-                found[array], expected[array], rtol=0, atol=ATTENTION_TOLERANCE["float32"]
-            )
-        assert np.array_equal(found.next_token, expected.next_token)
+            rounding.assert_close(found[array], expected[array], allowed["attention"])
+        rounding.assert_same_ranking(
+            found.next_token.values,
+            expected.next_token.values,
+            expected.next_token_logprob.values,
+            allowed["logprob"],
+        )
 
 
 # --- chosen queries -----------------------------------------------------------------------------
@@ -204,24 +234,25 @@ def test_chosen_queries_are_stored_and_nothing_else(
     for scenario in ("short", "longer"):
         ds = open_trace(run / scenario)
         tokens = ds.sizes["query"]
-        spans = ds.attrs["spans"]
+        spans = ds.attrs["zarrtrace"]["spans"]
         rows = {
             "last": [tokens - 1],
             "spans": sorted({at for span in spans.values() for at in span["tokens"]}),
             (0, 5, -1): [0, 5, tokens - 1],
         }[queries]
-        assert ds.attrs["queries"] == rows
+        assert ds.attrs["zarrtrace"]["queries"] == rows
         assert np.flatnonzero(ds.has_attention).tolist() == rows
         assert ds.has_attention.dims == ("query",)
-        expected = architectures.reference(name, path, ds.token_id.values.tolist()).attention
+        ids = ds.token_id.values.tolist()
+        expected = architectures.reference(name, path, ids).attention
+        tolerance = _tolerance(way, name, path, ids)
         others = np.setdiff1d(np.arange(tokens), rows)
         for at, weights in enumerate(expected.values()):
             stored = ds.attention.values[at]
-            np.testing.assert_allclose(
-                stored[:, rows], weights.numpy()[:, rows], rtol=0, atol=_tolerance(way)
-            )
-            mean = ds.attention_mean.values[at]
-            np.testing.assert_allclose(mean[rows], stored[:, rows].mean(0), rtol=0, atol=1e-6)
+            rounding.assert_close(stored[:, rows], weights[:, rows], tolerance)
+            mean, exact = ds.attention_mean.values[at], stored[:, rows].mean(0, dtype=np.float64)
+            error = rounding.rounding("float32", len(stored), exact)
+            rounding.assert_close(mean[rows], exact, error)
             assert np.isnan(stored[:, others]).all()
             assert np.isnan(mean[others]).all()
         # Nothing on disk for the others: one file a row and layer.
@@ -302,10 +333,10 @@ def test_analysis_reads_stored_rows_and_refuses_others_by_name(
     path = models.path("Llama")
     chosen = open_trace(extract(tmp_path / "last", _options(path, suite, queries="last")) / "short")
     whole = open_trace(extract(tmp_path / "all", _options(path, suite)) / "short")
-    xr.testing.assert_allclose(
-        attention_to(chosen, "balance", "decision"),
-        attention_to(whole, "balance", "decision"),
-    )
+    alone, together = (attention_to(ds, "balance", "decision") for ds in (chosen, whole))
+    weights = 4 * len(chosen.attrs["zarrtrace"]["spans"]["balance"]["tokens"])  # of four heads
+    error = 2 * rounding.rounding("float32", weights, together)
+    rounding.assert_close(alone, together, error)
     with pytest.raises(ZarrtraceError, match=r"not stored|has no attention"):
         attention_to(chosen, "balance", "balance")
     with pytest.raises(ZarrtraceError, match=r"not stored|has no attention"):
@@ -346,8 +377,9 @@ def test_tiles_above_the_diagonal_take_no_space(
     assert stored < len(starts) * -(-tokens // 256)
     found = xr.open_zarr(run / "long", chunks=None).attention.values[0]
     assert (found[:, ~np.tri(tokens, dtype=bool)] == 0).all()
-    expected = architectures.reference("Llama", path, ds.token_id.values.tolist()).attention[1]
-    np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=_tolerance(way))
+    ids = ds.token_id.values.tolist()
+    expected = architectures.reference("Llama", path, ids).attention[1]
+    rounding.assert_close(found, expected, _tolerance(way, "Llama", path, ids))
 
 
 # --- properties ---------------------------------------------------------------------------------
@@ -426,9 +458,8 @@ def test_blocked_capture_equals_whole_for_any_blocks_and_queries(
     for layer, weights in expected.items():
         assert stored[layer].shape == weights.shape
         assert weights.shape[1] == (tokens if queries is None else len(queries))
-        np.testing.assert_allclose(
-            stored[layer], weights, rtol=0, atol=ATTENTION_TOLERANCE["float32"]
-        )
+        tolerance = _tolerance("blocked", name, models.path(name), ids)
+        rounding.assert_close(stored[layer], weights, tolerance)
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
@@ -454,17 +485,20 @@ def test_mlps_compute_a_long_prompt_in_parts(
     if 20 not in lengths:  # or it may look at all tokens: a mixture of experts
         assert lengths == [8, 8, 4] * len(model.blocks)
     assert vars(hooks.mlp_of(model.blocks[0]))["forward"].__name__ == "forward"
+    allowed = _deviations(name, models.path(name), ids)
     for one, other in zip(whole, found, strict=True):
         if isinstance(one, LayerRecord):
             assert (other.attention is None) == (one.attention is None)
             if one.attention is not None:
-                np.testing.assert_allclose(other.attention, one.attention, atol=1e-5)
+                rounding.assert_close(other.attention, one.attention, allowed["attention"])
         else:
-            np.testing.assert_allclose(other.next_token_logprob, one.next_token_logprob, atol=1e-4)
+            rounding.assert_close(
+                other.next_token_logprob, one.next_token_logprob, allowed["logprob"]
+            )
 
 
 @settings(max_examples=10)
-@given(heads=HEAD_COUNTS, tokens=LENGTHS, dtype=st.sampled_from(list(ATTENTION_TOLERANCE)))
+@given(heads=HEAD_COUNTS, tokens=LENGTHS, dtype=st.sampled_from(DTYPES))
 def test_any_number_of_heads(
     models: Models, heads: tuple[int, int], tokens: int, dtype: str
 ) -> None:
@@ -474,14 +508,17 @@ def test_any_number_of_heads(
     path = models.path("Qwen 3", dtype, **changes)
     expected = architectures.reference("Qwen 3", path, ids).attention
     for way in (False, True):
-        records = list(
-            records_of(model, [architectures.request(ids, blocked=way)], attention_dtype="float32")
-        )
-        for layer, weights in _attention_by_layer(records, tokens).items():
+        request = architectures.request(ids, blocked=way)
+        with numerics.attention_calls() as calls:
+            records = list(records_of(model, [request], attention_dtype="float32"))
+        found = _attention_by_layer(records, tokens)
+        assert list(found) == list(expected)
+        for call in calls:
+            weights, exact = found[call.layer], _exact(call, "Qwen 3")
             assert weights.shape == (heads[0], tokens, tokens)
-            tolerance = ATTENTION_TOLERANCE[dtype] if way else 0
-            difference = np.abs(weights - expected[layer].float().numpy()).max()
-            assert difference <= tolerance
+            rounding.assert_close(weights, exact.weights, exact.weights_error)
+            if not way:
+                assert np.array_equal(weights, expected[call.layer].float().numpy())
 
 
 @settings(max_examples=15)
@@ -489,7 +526,7 @@ def test_any_number_of_heads(
     name=ANY_ARCHITECTURE,
     lengths=st.lists(LENGTHS, min_size=2, max_size=5),
     size=st.integers(2, 5),
-    dtype=st.sampled_from(list(ATTENTION_TOLERANCE)),
+    dtype=st.sampled_from(DTYPES),
     layers=LAYERS,
 )
 def test_what_is_stored_of_a_prompt_does_not_depend_on_its_batch(
@@ -501,10 +538,12 @@ def test_what_is_stored_of_a_prompt_does_not_depend_on_its_batch(
         for seed, tokens in enumerate(lengths)
     ]
 
+    model = models(name, dtype)
+
     def run(batch_size: int) -> list[Any]:
         return list(
             records_of(
-                models(name, dtype),
+                model,
                 requests,
                 attention_dtype="float32",
                 saes=source.find(layers),
@@ -513,34 +552,53 @@ def test_what_is_stored_of_a_prompt_does_not_depend_on_its_batch(
             )
         )
 
-    alone, together = run(1), run(size)
+    alone = run(1)
+    with numerics.attention_calls() as calls:
+        together = run(size)
     for seed, tokens in enumerate(lengths):
         expected = architectures.gather(alone, f"s{seed}")
         found = architectures.gather(together, f"s{seed}")
         assert list(found) == list(expected) == layers
+        allowed = (
+            _deviations(name, models.path(name), architectures.random_ids(tokens, seed))
+            if dtype == "float32"
+            else None
+        )
         for layer, record in expected.items():
             other = found[layer]
             activations = np.asarray(other.features["features"].activations)
             assert activations.shape == (tokens, 32)
             assert np.isfinite(activations).all()
-            if dtype == "float32":
-                _close(activations, np.asarray(record.features["features"].activations))
+            if allowed:
+                exact = record.features["features"].activations
+                rounding.assert_close(activations, exact, allowed["blocks"])
             if record.attention is None:
                 assert other.attention is None
                 continue
-            assert other.attention is not None
             batched = np.asarray(other.attention)
             assert batched.shape == (4, tokens, tokens)
-            difference = np.abs(batched - np.asarray(record.attention)).max()
-            assert difference <= ATTENTION_TOLERANCE[dtype]
             assert (batched[:, ~np.tri(tokens, dtype=bool)] == 0).all()
+            if allowed:
+                rounding.assert_close(batched, record.attention, allowed["attention"])
+            _assert_computed(batched, [call for call in calls if call.layer == layer], name)
         rows = [r for r in together if isinstance(r, TokensRecord) and r.scenario == f"s{seed}"]
         assert [r.next_token.shape for r in rows] == [(tokens, 10)]
 
 
-def _close(found: np.ndarray, expected: np.ndarray) -> None:
-    scale = max(1.0, float(np.abs(expected).max()))
-    np.testing.assert_allclose(found, expected, rtol=0, atol=FEATURE_TOLERANCE * scale)
+def _assert_computed(stored: np.ndarray, calls: list[numerics.AttentionCall], name: str) -> None:
+    """One sequence of one call made the stored weights, as float64 makes them of its queries."""
+    tokens = stored.shape[-1]
+    made = [
+        (call, sequence)
+        for call in calls
+        if call.weights is not None
+        for sequence, weights in enumerate(call.weights[..., :tokens, :tokens])
+        if np.array_equal(weights.float().numpy(), stored)
+    ]
+    assert made
+    call, sequence = made[0]
+    exact = _exact(call, name, sequence, tokens)
+    rounding.assert_close(stored, exact.weights, exact.weights_error)
 
 
 def test_batches_hold_prompts_of_similar_length(models: Models) -> None:
@@ -564,11 +622,10 @@ def test_a_batched_run_equals_one_prompt_at_a_time(
         assert dict(a.sizes) == dict(b.sizes)
         for name, coordinate in a.coords.items():
             assert np.array_equal(b[name], coordinate)
-        np.testing.assert_allclose(
-            b.attention, a.attention, rtol=0, atol=ATTENTION_TOLERANCE["float32"]
-        )
-        np.testing.assert_allclose(b.next_token_logprob, a.next_token_logprob, rtol=0, atol=2e-4)
-        ours, theirs = a.attrs, b.attrs
+        allowed = _deviations("Gemma 3", path, a.token_id.values)
+        rounding.assert_close(b.attention, a.attention, allowed["attention"])
+        rounding.assert_close(b.next_token_logprob, a.next_token_logprob, allowed["logprob"])
+        ours, theirs = a.attrs["zarrtrace"], b.attrs["zarrtrace"]
         own = {"stored", "blake2b"}
         assert {k: v for k, v in ours.items() if k not in own} == {
             k: v for k, v in theirs.items() if k not in own

@@ -212,7 +212,7 @@ def test_analyze_writes_by_ending(shared_run: fakes.FakeRun, tmp_path: Path, end
         values = frame[frame.scenario == "Safe_1"].sort_values("layer").attention.to_numpy()
     truth = shared_run.truth["Safe_1"]["attention"]
     expected = truth[:, :, -1, 1:3].mean((1, 2), dtype=np.float64)
-    np.testing.assert_allclose(values, expected, rtol=1e-5)
+    np.testing.assert_allclose(values, expected)
 
 
 def test_long_prompts_are_analysed_in_blocks(

@@ -72,7 +72,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> fakes.FakeRun:
 
 def assert_same(found: Any, expected: Any) -> None:
     """Compare results of dask with those of NumPy: sums may be taken in another order."""
-    xr.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+    xr.testing.assert_allclose(found, expected)
 
 
 @pytest.mark.parametrize("name", ANALYSES)

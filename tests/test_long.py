@@ -9,8 +9,9 @@ from types import ModuleType
 from typing import Any
 
 import architectures
-import numpy as np
+import numerics
 import pytest
+import rounding
 import xarray as xr
 from architectures import Activations, Models
 from capturing import records_of
@@ -126,6 +127,32 @@ def _options(models: Models, folder: Path, **changes: Any) -> Options:
     )
 
 
+def _deviations(models: Models, ds: xr.Dataset) -> dict[str, float]:
+    """Return how far rounding may bring two runs over a trace's prompt apart."""
+    ids = tuple(ds.token_id.values.tolist())
+    found = numerics.whole_model_deviations("Llama", models.path("Llama"), ids)
+    return {
+        "attention": found["attention"],
+        "attention_mean": found["attention"],
+        "blocks": found["blocks"],
+        "next_token_logprob": found["logprob"],
+    }
+
+
+def _assert_features_close(
+    found: xr.Dataset, expected: xr.Dataset, options: Options, models: Models
+) -> None:
+    allowed = _deviations(models, expected)
+    blocks = architectures.reference(
+        "Llama", models.path("Llama"), expected.token_id.values.tolist()
+    ).blocks
+    for layer in expected.layer.values.tolist():
+        sae = SAE.load_from_disk(Path(str(options.sae_path)) / str(layer))
+        one, other = (ds.features.sel(layer=layer).values for ds in (expected, found))
+        size = float(blocks[layer].abs().max())
+        numerics.assert_features_close(one, other, sae, allowed["blocks"], size)
+
+
 def test_layers_in_several_records_are_the_same_layers(
     models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,10 +166,16 @@ def test_layers_in_several_records_are_the_same_layers(
     assert verify(run) == []
     rows = open_trace(run / "long")
     assert len(list((run / "long" / "features" / "c" / "0").iterdir())) > 3
-    assert np.array_equal(rows.next_token, whole.next_token)
-    for name in ("attention", "attention_mean", "features", "next_token_logprob"):
-        scale = max(1.0, float(abs(whole[name]).max()))
-        np.testing.assert_allclose(rows[name], whole[name], rtol=0, atol=2e-5 * scale)
+    allowed = _deviations(models, whole)
+    for name in ("attention", "attention_mean", "next_token_logprob"):
+        rounding.assert_close(rows[name], whole[name], allowed[name])
+    _assert_features_close(rows, whole, options, models)
+    rounding.assert_same_ranking(
+        rows.next_token.values,
+        whole.next_token.values,
+        whole.next_token_logprob.values,
+        allowed["next_token_logprob"],
+    )
 
 
 def test_a_run_stopped_between_two_records_of_a_layer_goes_on(
@@ -181,8 +214,7 @@ def test_features_of_long_prompts_come_from_blocks_too(
     found = open_trace(extract(tmp_path / "blocks", options) / "long")
     implementations = [ds.attrs["model"]["attn_implementation"] for ds in (whole, found)]
     assert implementations == ["eager", "blocked"]
-    scale = float(whole.features.max())
-    np.testing.assert_allclose(found.features, whole.features, rtol=0, atol=2e-5 * scale)
+    _assert_features_close(found, whole, options, models)
 
 
 def test_features_alone_need_no_attention_matrix(models: Models, small_blocks: None) -> None:
