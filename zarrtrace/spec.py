@@ -552,7 +552,7 @@ def _index_layouts(suffix: str, layers: int, size: int) -> dict[str, ArrayLayout
         attributes={"long_name": "number of tokens that were seen"},
     )
     return {
-        f"maximum{suffix}": layout("float32", "largest activation"),
+        f"maximum{suffix}": layout("float32", "activation of largest magnitude"),
         f"mean{suffix}": layout("float32", "mean activation over all tokens"),
         f"frequency{suffix}": layout("float32", "fraction of tokens at which the feature fires"),
         f"token_activation{suffix}": layout(
@@ -676,7 +676,8 @@ class FeatureRecord:
     activations
         ``(query, feature)``, whole or what is not 0 of it.
     top_feature, top_activation
-        ``(query, feature_rank)``: the strongest features, strongest first.
+        ``(query, feature_rank)``: the features of largest magnitude, largest first, and their
+        activations with their signs.
     nonfinite
         Whether the model computed NaN or infinity where the SAE reads.
     """
