@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -169,8 +170,8 @@ class TraceAttributes(Frozen):
     )
     nonfinite: tuple[str, ...] = Field(
         default=(),
-        description="Keys of `stored` whose arrays hold NaN or infinity because the model computed "
-        "them.",
+        description="Keys of `stored` whose arrays hold NaN or infinity: the model computed them, "
+        "or values exceed the stored precision.",
     )
     blake2b: Blake2b | None = Field(default=None, description=_SEAL)
 
@@ -679,7 +680,7 @@ class FeatureRecord:
         ``(query, feature_rank)``: the features of largest magnitude, largest first, and their
         activations with their signs.
     nonfinite
-        Whether the model computed NaN or infinity where the SAE reads.
+        Whether activations, or what the SAE reads, hold NaN or infinity.
     """
 
     activations: np.ndarray | Nonzeros
@@ -715,12 +716,16 @@ class LayerRecord:
     attention_mean: np.ndarray | None = None
     features: Mapping[str, FeatureRecord] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def nonfinite(self) -> tuple[str, ...]:
-        """Arrays in which the model computed NaN or infinity."""
+        """Arrays that hold NaN or infinity, or were computed from such."""
         names = tuple(name for name, features in self.features.items() if features.nonfinite)
-        mean = self.attention_mean  # one NaN in any head shows in the mean, and in its sum
-        return names if mean is None or math.isfinite(mean.sum()) else ("attention", *names)
+        attention, mean = self.attention, self.attention_mean
+        # One NaN in any head shows in the mean, which is taken before attention is cast.
+        finite = mean is None or np.isfinite(mean).all()
+        if isinstance(attention, np.ndarray) and attention.dtype == np.float16:
+            finite = finite and np.isfinite(attention).all()
+        return names if finite else ("attention", *names)
 
 
 @dataclass(frozen=True)
@@ -741,8 +746,8 @@ class TokensRecord:
 
     @property
     def nonfinite(self) -> tuple[str, ...]:
-        """Arrays in which the model computed NaN or infinity."""
-        return () if math.isfinite(self.next_token_logprob.sum()) else ("next_token_logprob",)
+        """Arrays that hold NaN or infinity."""
+        return () if np.isfinite(self.next_token_logprob).all() else ("next_token_logprob",)
 
 
 @dataclass(frozen=True)

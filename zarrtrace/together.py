@@ -214,16 +214,6 @@ class LayerBatch:
         arrays = (self.attention, self.attention_mean, *self.features.values())
         return sum(array.nbytes for array in arrays if array is not None)
 
-    @property
-    def doubtful(self) -> bool:
-        """Whether something is not finite, be it padding; a sum too large is taken for it."""
-        with np.errstate(over="ignore", invalid="ignore"):
-            sums = [one.sum() for made in self.features.values() for one in made.values]
-            if self.attention_mean is not None:
-                sums.append(self.attention_mean.sum())
-        sound = all(made.sound.all() for made in self.features.values())
-        return not (sound and np.isfinite(sums).all())
-
     def part(self, wanted: Sequence[int]) -> LayerBatch:
         """Return a batch of those of the wanted prompts that lie together."""
         start, stop = min(wanted), max(wanted) + 1

@@ -190,8 +190,9 @@ def _reduced(activations: xr.DataArray, reduce: Reduce) -> xr.DataArray:
     """Return the mean, or the value of largest magnitude, of a place's tokens."""
     if reduce == "mean":
         return activations.mean("query", skipna=False)
-    largest, smallest = (getattr(activations, of)("query", skipna=False) for of in ("max", "min"))
-    return xr.where(-smallest > largest, smallest, largest, keep_attrs=True)
+    largest = activations.max("query", skipna=False)
+    smallest = activations.min("query", skipna=False)
+    return largest.where(~(-smallest > largest), smallest)
 
 
 def _choose_features(

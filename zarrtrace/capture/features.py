@@ -31,7 +31,7 @@ def encode(encoder: Encoder, inputs: torch.Tensor) -> SparseFeatures:
 
     Nearly all features are 0; what is not comes. A GPU is waited for.
     """
-    width, sound = encoder.attributes.d_sae, to_host(inputs.isfinite().all(-1))
+    width, sound = encoder.attributes.d_sae, to_host(_sound(inputs))
     if inputs.device.type != "cpu":
         found = [_found(encoder(rows), None) for rows in _some_rows(inputs)]
         return _joined(width, [_on_host(one, to_host) for one in found], sound)
@@ -41,6 +41,11 @@ def encode(encoder: Encoder, inputs: torch.Tensor) -> SparseFeatures:
     made = [tiles[0]()] if len(tiles) == 1 else _pool(os.getpid()).map(lambda tile: tile(), tiles)
     at, values = zip(*made, strict=True)
     return SparseFeatures(width, columns, at, values, sound)
+
+
+def _sound(inputs: torch.Tensor) -> torch.Tensor:
+    """Whether each token is finite in float32, in which encoders compute."""
+    return inputs.float().isfinite().all(-1)
 
 
 @cache
@@ -154,7 +159,7 @@ class Encoding:
     def __init__(self, encoder: Encoder, inputs: torch.Tensor, active: float | None) -> None:
         self._encoder, self._inputs = encoder, inputs
         each = _ACTIVE if active is None else int(1.5 * active) + 16
-        self._sound = inputs.isfinite().all(-1)
+        self._sound = _sound(inputs)
         self._found = [_found(encoder(rows), len(rows) * each) for rows in _some_rows(inputs)]
 
     @torch.inference_mode()

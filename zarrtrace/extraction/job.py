@@ -69,11 +69,12 @@ class Options:
         block of queries by block, so that no whole matrix is held; ``"auto"`` the latter only
         where a matrix is large.
     attention_dtype
-        None stores losslessly what the model computed.
+        None stores losslessly what the model computed; float16 makes 0 of weights below 3e-8.
     attention_keepbits
         Bits of the mantissa of attention to keep, 1 to 23 (10 for float16); None for all.
     feature_dtype
-        Precision in which features are stored.
+        Precision in which features are stored. Activations too large for it are refused; those too
+        small for it become its smallest number, so that a feature that fires is not stored as 0.
     prepend_bos
         None does as the SAEs were trained, else if the tokenizer has a BOS token.
     low_memory
