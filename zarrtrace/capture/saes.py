@@ -61,6 +61,10 @@ Found = dict[int, tuple[SAEAttributes, ...]]
 class SAESource(Protocol):
     """Where SAEs come from."""
 
+    def available(self, layers: Sequence[int]) -> tuple[int, ...]:
+        """Return those of some layers that have an SAE."""
+        ...
+
     def find(self, layers: Sequence[int]) -> Found:
         """Return the SAEs of each layer that has some, without loading weights."""
         ...
@@ -118,6 +122,17 @@ class FolderSAEs:
         """Whether the SAEs were trained behind a BOS token; known after :meth:`find`."""
         return prepend_bos_of(self._used)
 
+    def available(self, layers: Sequence[int]) -> tuple[int, ...]:
+        """Return those of some layers that have an SAE."""
+        there = {place.layer for place in self._by_place()}
+        return tuple(layer for layer in layers if layer in there)
+
+    def _by_place(self) -> dict[HookPoint, list[str]]:
+        found: dict[HookPoint, list[str]] = {}
+        for name, config in self._configs.items():
+            found.setdefault(parse_hook(hook_name_of(config, name)), []).append(name)
+        return found
+
     def find(self, layers: Sequence[int]) -> Found:
         """Return the SAEs of each layer.
 
@@ -126,9 +141,7 @@ class FolderSAEs:
         SAEError
             If a layer has none, or several on one hook point.
         """
-        by_place: dict[HookPoint, list[str]] = {}
-        for name, config in self._configs.items():
-            by_place.setdefault(parse_hook(hook_name_of(config, name)), []).append(name)
+        by_place = self._by_place()
         there = {place.layer for place in by_place}
         missing = [layer for layer in layers if layer not in there]
         if missing:
@@ -230,6 +243,17 @@ class ReleaseSAEs:
     def prepend_bos(self) -> bool | None:
         """Whether the SAEs were trained behind a BOS token; known after :meth:`find`."""
         return prepend_bos_of(self._used)
+
+    def available(self, layers: Sequence[int]) -> tuple[int, ...]:
+        """Return those of some layers for which the release has an SAE, by its ids."""
+        if not self._patterns:
+            numbers = {layer_in_id(name) for name in self._ids}
+            return tuple(layer for layer in layers if layer in numbers)
+        return tuple(
+            layer
+            for layer in layers
+            if any(form.replace("{layer}", str(layer)) in self._ids for form in self._patterns)
+        )
 
     def find(self, layers: Sequence[int]) -> Found:
         """Return the SAEs of each layer; layers for which the release has none are left out.

@@ -18,7 +18,7 @@ from zarrtrace.extraction.estimate import estimate
 from zarrtrace.extraction.interrupts import held_back
 from zarrtrace.extraction.job import Job, Options, capture_package, prepare
 from zarrtrace.extraction.processes import FEW_TRACES, WriterProcesses
-from zarrtrace.extraction.progress import Progress, Shown, Watch
+from zarrtrace.extraction.progress import Progress, Shown, Watch, say
 from zarrtrace.extraction.writers import (
     THREADS,
     THREADS_OF_OBJECTS,
@@ -93,6 +93,7 @@ def extract(
     job = prepare(
         as_before(output, options or Options(), overwrite=overwrite), progress=progress == "bars"
     )
+    say(job.notes, progress)
     layers = {prompt.scenario.name: len(job.layers) for prompt in job.prompts}
     with (
         saying_how_much_room(output, estimate(job).disk_bytes),
