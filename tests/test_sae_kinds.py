@@ -315,6 +315,37 @@ def test_hybrids_have_residual_and_mlp_hook_points_on_all_layers(models: Models)
                 place(block, attention, kind)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_weights_of_any_precision_compute_in_float32(
+    models: Models, suite: Path, tmp_path: Path, dtype: str
+) -> None:
+    folder, path = tmp_path / "saes", models.path("Llama")
+    _saver(JumpReLUSAEConfig, dtype=dtype)(folder, f"blocks.{LAYER}.hook_resid_post", 32)
+    ds = open_trace(extract(tmp_path / "run", _options(path, suite, sae_path=folder)) / "short")
+    activations = _hooked("Llama", path, ds.token_id.values.tolist(), (None, "output"))
+    expected = SAE.load_from_disk(folder, dtype="float32").encode(activations).detach().numpy()
+    assert (expected > 0).any()
+    assert np.array_equal(ds.features.values[0], expected)
+    (attributes,) = ds.attrs["zarrtrace"]["saes"]
+    assert attributes["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"architecture": "transcoder", "apply_b_dec_to_input": True, "d_out": 32}, "transcoders"),
+        ({"reshape_activations": "hook_z"}, "hook_z SAEs"),
+    ],
+)
+def test_what_sae_lens_refuses_is_refused_before_anything_is_written(
+    models: Models, suite: Path, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    KINDS["standard"](tmp_path / "saes", f"blocks.{LAYER}.hook_resid_post", 32)
+    file = tmp_path / "saes" / "cfg.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    assert said in _refused(models, suite, tmp_path)
+
+
 # --- decoder norms ------------------------------------------------------------------------------
 
 

@@ -89,7 +89,7 @@ _CLUSTER = ("workers", "scheduler", "scheduler_file")
     "--feature-dtype",
     type=click.Choice(["float32", "float16"]),
     default="float32",
-    help="Stored precision of features.",
+    help="Stored precision of features; float16 ends at 65,504.",
 )
 @click.option("--prepend-bos/--no-prepend-bos", default=None, help="Override the SAEs' rule.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
