@@ -188,10 +188,18 @@ def test_order_and_grouping_do_not_matter(data: st.DataObject) -> None:
     for name, value in first.arrays().items():
         np.testing.assert_array_equal(value, once.arrays()[name])
     every = np.nan_to_num(np.concatenate(blocks).astype(np.float64), posinf=0, neginf=0, nan=0)
-    mean = np.clip(every, 0, 2.0**34).mean(0)
-    # Activations are counted in steps of 2**-50, the mean is stored in float32.
-    error = rounding.rounding("float32", 1, mean) + 2.0**-50
+    clipped = np.clip(every, -(2.0**34), 2.0**34)
+    mean = clipped.mean(0)
+    # float32 holds the mean, and float64 the sums; 2**-50 is lost of each activation.
+    lost = 2.0**-52 * np.abs(clipped).sum(0) + 2.0**-50
+    error = rounding.rounding("float32", 1, mean) + lost
     rounding.assert_close(once.arrays()["mean"], mean, error)
+    np.testing.assert_array_equal(once.arrays()["active"], (every != 0).sum(0))
+    order = np.argsort(-np.abs(every), axis=0, kind="stable")[:20]
+    strongest = np.take_along_axis(every, order, 0).T
+    found = once.arrays()["token_activation"][:, : len(order)]
+    np.testing.assert_array_equal(found, strongest)
+    np.testing.assert_array_equal(once.arrays()["maximum"], strongest[:, 0])
 
 
 def test_damage_is_found(run: fakes.FakeRun) -> None:

@@ -9,7 +9,7 @@
     ├── CaptureError                the model or its SAEs
     │   ├── ModelError              unknown, gated, or not capturable exactly
     │   ├── SAEError                missing for a layer, or does not fit the model
-    │   └── NonFiniteError          NaN or infinity came out of the model
+    │   └── NonFiniteError          NaN or infinity would be stored
     ├── ClusterError                a Dask cluster cannot be reached, or loses its workers
     ├── StoreError                  what is on disk
     │   ├── NotATraceError          exists, but is neither a run nor a trace
@@ -92,7 +92,7 @@ class SAEError(CaptureError):
 
 
 class NonFiniteError(CaptureError):
-    """The model produced NaN or infinity."""
+    """The model computed NaN or infinity, or values exceed the stored precision."""
 
 
 class ClusterError(ZarrtraceError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -169,8 +170,8 @@ class TraceAttributes(Frozen):
     )
     nonfinite: tuple[str, ...] = Field(
         default=(),
-        description="Keys of `stored` whose arrays hold NaN or infinity because the model computed "
-        "them.",
+        description="Keys of `stored` whose arrays hold NaN or infinity: the model computed them, "
+        "or values exceed the stored precision.",
     )
     blake2b: Blake2b | None = Field(default=None, description=_SEAL)
 
@@ -552,7 +553,7 @@ def _index_layouts(suffix: str, layers: int, size: int) -> dict[str, ArrayLayout
         attributes={"long_name": "number of tokens that were seen"},
     )
     return {
-        f"maximum{suffix}": layout("float32", "largest activation"),
+        f"maximum{suffix}": layout("float32", "activation of largest magnitude"),
         f"mean{suffix}": layout("float32", "mean activation over all tokens"),
         f"frequency{suffix}": layout("float32", "fraction of tokens at which the feature fires"),
         f"token_activation{suffix}": layout(
@@ -676,9 +677,10 @@ class FeatureRecord:
     activations
         ``(query, feature)``, whole or what is not 0 of it.
     top_feature, top_activation
-        ``(query, feature_rank)``: the strongest features, strongest first.
+        ``(query, feature_rank)``: the features of largest magnitude, largest first, and their
+        activations with their signs.
     nonfinite
-        Whether the model computed NaN or infinity where the SAE reads.
+        Whether activations, or what the SAE reads, hold NaN or infinity.
     """
 
     activations: np.ndarray | Nonzeros
@@ -714,12 +716,16 @@ class LayerRecord:
     attention_mean: np.ndarray | None = None
     features: Mapping[str, FeatureRecord] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def nonfinite(self) -> tuple[str, ...]:
-        """Arrays in which the model computed NaN or infinity."""
+        """Arrays that hold NaN or infinity, or were computed from such."""
         names = tuple(name for name, features in self.features.items() if features.nonfinite)
-        mean = self.attention_mean  # one NaN in any head shows in the mean, and in its sum
-        return names if mean is None or math.isfinite(mean.sum()) else ("attention", *names)
+        attention, mean = self.attention, self.attention_mean
+        # One NaN in any head shows in the mean, which is taken before attention is cast.
+        finite = mean is None or np.isfinite(mean).all()
+        if isinstance(attention, np.ndarray) and attention.dtype == np.float16:
+            finite = finite and np.isfinite(attention).all()
+        return names if finite else ("attention", *names)
 
 
 @dataclass(frozen=True)
@@ -740,8 +746,8 @@ class TokensRecord:
 
     @property
     def nonfinite(self) -> tuple[str, ...]:
-        """Arrays in which the model computed NaN or infinity."""
-        return () if math.isfinite(self.next_token_logprob.sum()) else ("next_token_logprob",)
+        """Arrays that hold NaN or infinity."""
+        return () if np.isfinite(self.next_token_logprob).all() else ("next_token_logprob",)
 
 
 @dataclass(frozen=True)

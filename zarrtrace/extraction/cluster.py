@@ -24,7 +24,7 @@ from distributed import Client, Future, KilledWorker
 from zarrtrace.errors import ClusterError, ConfigError
 from zarrtrace.extraction import worker
 from zarrtrace.extraction.job import Options, find_scenarios
-from zarrtrace.extraction.progress import Progress, Shown
+from zarrtrace.extraction.progress import Progress, Shown, say
 from zarrtrace.extraction.running import as_before, saying_how_much_room
 from zarrtrace.extraction.worker import Measured, Order, Settled, Setup
 from zarrtrace.scenarios import Scenario
@@ -90,6 +90,7 @@ def extract_on_cluster(
         )
     scenarios = {scenario.name: scenario for scenario in find_scenarios(asked)}
     plan = _plan(client, Setup(asked, Path.cwd()), tuple(scenarios.values()))
+    say(plan.settled.notes, progress)
     with (
         saying_how_much_room(output, plan.disk_bytes),
         RunWriter(output, list(scenarios), plan.config, overwrite=overwrite, repair=repair) as run,

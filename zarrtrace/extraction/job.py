@@ -7,13 +7,14 @@ import importlib.metadata
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from zarrtrace import demo
 from zarrtrace.errors import ConfigError, ScenarioError
+from zarrtrace.extraction.layers import choose_layers
 from zarrtrace.extraction.processes import FEW_TRACES, start_writers
 from zarrtrace.extraction.reading_ahead import ReadAhead, weight_files
 from zarrtrace.scenarios import Scenario, load_suite
@@ -25,8 +26,6 @@ from zarrtrace.spec import (
 )
 from zarrtrace.store.files import no_collecting
 
-#: The mission's layers: L1 to L31.
-DEFAULT_LAYERS = tuple(range(1, 32))
 #: What the embedded model is called in a trace.
 DEMO_MODEL = "zarrtrace-demo"
 
@@ -50,7 +49,10 @@ class Options:
     fold_decoder_norm
         Whether activations are scaled to decoder directions of norm 1.
     layers
-        Indices of decoder blocks; None is 1 to 31, the mission's.
+        Indices of decoder blocks. None is all, with features all that have an SAE; of the embedded
+        model, 1 to 31.
+    layer_start, layer_end
+        First and last block, instead of `layers`; None is the model's own.
     features, attention
         What to store.
     scenarios
@@ -69,11 +71,12 @@ class Options:
         block of queries by block, so that no whole matrix is held; ``"auto"`` the latter only
         where a matrix is large.
     attention_dtype
-        None stores losslessly what the model computed.
+        None stores losslessly what the model computed; float16 makes 0 of weights below 3e-8.
     attention_keepbits
         Bits of the mantissa of attention to keep, 1 to 23 (10 for float16); None for all.
     feature_dtype
-        Precision in which features are stored.
+        Precision in which features are stored. Activations too large for it are refused; those too
+        small for it become its smallest number, so that a feature that fires is not stored as 0.
     prepend_bos
         None does as the SAEs were trained, else if the tokenizer has a BOS token.
     low_memory
@@ -88,6 +91,8 @@ class Options:
     sae_path: Path | None = None
     fold_decoder_norm: bool = False
     layers: tuple[int, ...] | None = None
+    layer_start: int | None = None
+    layer_end: int | None = None
     features: bool = True
     attention: bool = True
     scenarios: Path | None = None
@@ -126,6 +131,8 @@ class Job:
         Scenarios in one forward pass.
     config
         What a resumed run must agree with.
+    notes
+        Sentences about what is left out: layers without an SAE.
     """
 
     options: Options
@@ -137,6 +144,7 @@ class Job:
     blocked: frozenset[str]
     batch_size: int
     config: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
     def queries(self, prompt: Any) -> tuple[int, ...] | None:
         """Token positions whose attention is stored; None for all.
@@ -269,8 +277,11 @@ def prepare(
     model = _load_model(options, capture, weights=False)
     if weights and model.device.type != "cpu" and len(scenarios) >= FEW_TRACES:
         start_writers(len(scenarios))
-    layers = _layers(options, model)
+    layers, notes = choose_layers(options, len(model.blocks), source)
     saes = {} if source is None else _find_saes(source, layers, model)
+    without = [layer for layer in layers if saes and layer not in saes]
+    if without:
+        notes += (f"layers {ranges(without)} have no SAE: they are stored without features",)
     if ahead and source is not None:
         ahead.add(source.stretches([sae for found in saes.values() for sae in found]))
     prepend_bos = _prepend_bos(options, model, source)
@@ -280,7 +291,8 @@ def prepare(
     if weights:
         model = _load_model(options, capture, weights=True)
         capture.check_additions(model, _kinds(saes))
-    return _assembled(options, model, layers, source, saes, prompts, prepend_bos=prepend_bos)
+    job = _assembled(options, model, layers, source, saes, prompts, prepend_bos=prepend_bos)
+    return replace(job, notes=notes)
 
 
 def with_scenarios(job: Job, scenarios: Sequence[Scenario]) -> Job:
@@ -289,9 +301,10 @@ def with_scenarios(job: Job, scenarios: Sequence[Scenario]) -> Job:
     prompts = tuple(
         capture.tokenize(job.model, scenario, prepend_bos=bos) for scenario in scenarios
     )
-    return _assembled(
+    made = _assembled(
         job.options, job.model, job.layers, job.source, job.saes, prompts, prepend_bos=bos
     )
+    return replace(made, notes=job.notes)
 
 
 def _assembled(
@@ -425,22 +438,6 @@ def find_scenarios(options: Options) -> tuple[Scenario, ...]:
                 f"no scenario {name!r}", remedy=f"The suite has: {', '.join(names[:20])}."
             )
     return tuple(s for s in scenarios if not options.only or s.name in options.only)
-
-
-def _layers(options: Options, model: Any) -> tuple[int, ...]:
-    count = len(model.blocks)
-    if options.layers is None:
-        return tuple(layer for layer in DEFAULT_LAYERS if layer < count)
-    layers = tuple(sorted(set(options.layers)))
-    outside = [layer for layer in layers if not 0 <= layer < count]
-    if outside or not layers:
-        raise ConfigError(
-            f"--layers {', '.join(map(str, outside)) or '(none)'}: the model has blocks 0 to "
-            f"{count - 1}",
-            why="A layer is the decoder block's own index, counted from 0.",
-            remedy=f"Give layers within 0-{count - 1}.",
-        )
-    return layers
 
 
 def _sae_source(options: Options) -> Any:

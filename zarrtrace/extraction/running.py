@@ -13,12 +13,12 @@ from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from zarrtrace.errors import IntegrityError, NonFiniteError, NoSpaceError, readable
+from zarrtrace.errors import IntegrityError, NoSpaceError, readable
 from zarrtrace.extraction.estimate import estimate
 from zarrtrace.extraction.interrupts import held_back
 from zarrtrace.extraction.job import Job, Options, capture_package, prepare
 from zarrtrace.extraction.processes import FEW_TRACES, WriterProcesses
-from zarrtrace.extraction.progress import Progress, Shown, Watch
+from zarrtrace.extraction.progress import Progress, Shown, Watch, say
 from zarrtrace.extraction.writers import (
     THREADS,
     THREADS_OF_OBJECTS,
@@ -28,7 +28,6 @@ from zarrtrace.extraction.writers import (
     Writers,
     WriterThreads,
 )
-from zarrtrace.spec import LayerRecord
 from zarrtrace.store import (
     Location,
     ObjectPath,
@@ -38,7 +37,6 @@ from zarrtrace.store import (
     refuse_foreign,
     wait_for_writers,
 )
-from zarrtrace.together import LayerBatch
 
 #: How long to wait for a worker that was given up, and still writes what is to be done again.
 SECONDS_GIVEN_UP = 600
@@ -68,7 +66,8 @@ def extract(
     repair
         Read every byte of a run that exists, and make anew what is damaged.
     allow_nonfinite
-        Store NaN and infinity that the model computes, and say where in the trace's attributes.
+        Store NaN and infinity, which the model computes or the stored precision makes of values
+        too large for it, and say where in the trace's attributes.
     progress
         ``"bars"`` draws two on stderr, ``"lines"`` writes one twice a minute, for logs.
 
@@ -84,7 +83,7 @@ def extract(
     ModelError, SAEError
         If the model or an SAE cannot be used.
     NonFiniteError
-        If the model computes NaN or infinity, and `allow_nonfinite` is false.
+        If NaN or infinity would be stored, and `allow_nonfinite` is false.
     StoreError
         If `output` cannot be written, or is another run.
     """
@@ -94,6 +93,7 @@ def extract(
     job = prepare(
         as_before(output, options or Options(), overwrite=overwrite), progress=progress == "bars"
     )
+    say(job.notes, progress)
     layers = {prompt.scenario.name: len(job.layers) for prompt in job.prompts}
     with (
         saying_how_much_room(output, estimate(job).disk_bytes),
@@ -149,8 +149,8 @@ def fill(
     traces = Traces(
         folder,
         [(job.attributes(one), job.shape(one), one.tokens) for one in _in_order(job)],
-        job.options.attention_keepbits,
         repair,
+        allow_nonfinite,
     )
     opened = _writers(job, traces, watch)
     with held_back() as interrupted, opened as writers:
@@ -160,8 +160,6 @@ def fill(
         with contextlib.closing(_captured(job, writers.lacks)) as records:
             for record in records:
                 watch.check()
-                if not allow_nonfinite:
-                    _refuse_nonfinite(record, job)
                 writers.submit(record)
                 interrupted()
 
@@ -206,23 +204,6 @@ def _captured(job: Job, lacks: Mapping[str, Lack]) -> Generator[Record, None, No
         batch_size=job.batch_size,
     )
     return found
-
-
-def _refuse_nonfinite(record: Record, job: Job) -> None:
-    if isinstance(record, LayerBatch):
-        for one in record.records() if record.doubtful else []:
-            _refuse_nonfinite(one, job)
-        return
-    if not record.nonfinite:
-        return
-    where = f"layer {record.layer}" if isinstance(record, LayerRecord) else "the last layer"
-    raise NonFiniteError(
-        f"{record.scenario}: the model computed NaN or infinity in {where} "
-        f"({', '.join(record.nonfinite)})",
-        why=f"The model runs in {job.model.attributes.dtype}; float16 ends at 65,504, which some "
-        "models exceed. Damaged weights do this, too.",
-        remedy="Use --dtype bfloat16 or float32, or store such values with --allow-nonfinite.",
-    )
 
 
 def as_before(output: Location, options: Options, *, overwrite: bool) -> Options:

@@ -122,6 +122,8 @@ class Settled:
         How many each scenario has.
     versions
         Of the libraries that decide what is stored.
+    notes
+        Sentences about what is left out.
     """
 
     config: Mapping[str, Any]
@@ -129,6 +131,7 @@ class Settled:
     groups: Sequence[Sequence[int]]
     layers: int
     versions: Mapping[str, str]
+    notes: tuple[str, ...]
 
 
 class _Stopped(Exception):  # noqa: N818 -- a request, not an error
@@ -177,6 +180,7 @@ def settle(setup: Setup, lengths: Sequence[int], alone: Sequence[bool]) -> Settl
         groups=capture.grouped(lengths, alone, size),
         layers=len(job.layers),
         versions=library_versions(),
+        notes=job.notes,
     )
 
 

@@ -53,8 +53,9 @@ def build_index(run: str | Location, *, rebuild: bool = False) -> IndexUpdate:
     """Index the features of a run, or bring its index up to date.
 
     For each layer and feature: maximum, mean and frequency over all tokens, and the 20 strongest
-    tokens of all scenarios. It reads the features of complete scenarios that are not in the index,
-    on whatever scheduler dask is set to; tasks write their layer themselves, so a cluster needs the
+    tokens of all scenarios (those of largest magnitude; signs are kept).
+    It reads the features of complete scenarios that are not in the index, on whatever scheduler
+    dask is set to; tasks write their layer themselves, so a cluster needs the
     run's folder under the same path. If a scenario that is in the index was changed or taken away,
     all of it is built again: maxima cannot be taken back. An index that grew equals one that was
     built at once, bit for bit.
@@ -175,7 +176,7 @@ def _count(traces: Sequence[IndexableTrace], array: str, layer: int) -> FeatureC
 
 
 def _together(parts: Sequence[FeatureCounts]) -> FeatureCounts:
-    counts = FeatureCounts(max(len(part.maximum) for part in parts))
+    counts = FeatureCounts(max(len(part.active) for part in parts))
     for part in parts:
         counts.merge(part)
     return counts

@@ -187,7 +187,7 @@ def _import_layer(
 
 
 def with_strongest(activations: np.ndarray) -> FeatureRecord:
-    """Find the strongest features of each token; of equals, the first.
+    """Find the features of largest magnitude of each token; of equals, the first.
 
     Parameters
     ----------
@@ -198,12 +198,12 @@ def with_strongest(activations: np.ndarray) -> FeatureRecord:
     count = min(TOP_FEATURES, features)
     top = np.empty((tokens, count), dtype=np.uint32)
     for at in range(0, tokens, 32):
-        rows = np.maximum(activations[at : at + 32].astype(np.float32), 0)
+        rows = np.abs(activations[at : at + 32].astype(np.float32))
         # Bits of a positive float sort as the float does; lower indices win among equals.
         keys = rows.view(np.uint32).astype(np.uint64) << np.uint64(32)
         keys |= np.arange(features, dtype=np.uint64)[::-1]
         keys.partition(features - count, axis=1)
-        strongest = np.sort(keys[:, features - count :], axis=1)[:, ::-1]
-        top[at : at + 32] = features - 1 - (strongest & np.uint64(0xFFFFFFFF))
+        best = np.sort(keys[:, features - count :], axis=1)[:, ::-1]
+        top[at : at + 32] = features - 1 - (best & np.uint64(0xFFFFFFFF))
     values = np.take_along_axis(activations, top.astype(np.intp), axis=1).astype(np.float32)
-    return FeatureRecord(activations, top, np.maximum(values, 0))
+    return FeatureRecord(activations, top, values)

@@ -18,6 +18,7 @@ from typing import Any, Self
 import numpy as np
 
 from zarrtrace.errors import StoreError
+from zarrtrace.precision import cast_record, refusal
 from zarrtrace.spec import (
     LayerRecord,
     Nonzeros,
@@ -62,6 +63,8 @@ class TraceWriter:
         The prompt's tokens.
     repair
         Whether to read every byte of a trace that exists, and to take damaged layers for missing.
+    allow_nonfinite
+        Whether to store NaN and infinity and to name their layers in the attributes.
 
     Raises
     ------
@@ -77,7 +80,9 @@ class TraceWriter:
         tokens: Tokens,
         *,
         repair: bool = False,
+        allow_nonfinite: bool = False,
     ) -> None:
+        self._allow_nonfinite = allow_nonfinite
         self.path = locate(path)
         self._layout = as_stored(self.path, trace_layout(shape))
         # Written so far, by layer and array: how many rows from which row on.
@@ -120,17 +125,22 @@ class TraceWriter:
         return "next_token" in self._layout and TOKENS not in self._entries
 
     def append(self, record: LayerRecord | TokensRecord) -> None:
-        """Store one record; a layer counts once all its rows are there.
+        """Store one record in the trace's precision; a layer counts once all its rows are there.
 
         Raises
         ------
+        NonFiniteError
+            If stored values would not be finite, and ``allow_nonfinite`` is false.
         StoreError
             If the record's layer or shape is not the trace's.
         NoSpaceError
             If the disk is full.
         """
+        computed, record = record, cast_record(record, self._attributes)
         with clear_errors(self.path):
             if record.nonfinite:
+                if not self._allow_nonfinite:
+                    raise refusal(computed, record, self._attributes)
                 key = TOKENS if isinstance(record, TokensRecord) else str(record.layer)
                 self._nonfinite.add(key)
             if isinstance(record, TokensRecord):
