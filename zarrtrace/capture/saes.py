@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
 )
@@ -32,6 +33,7 @@ from zarrtrace.capture.encoder_files import (
     load_encoder,
     reads_encoder_alone,
 )
+from zarrtrace.capture.fingerprint import sae_fingerprint
 from zarrtrace.capture.hooks import KINDS, HookPoint, parse_hook, place
 from zarrtrace.capture.model import LoadedModel
 from zarrtrace.capture.sae_configs import (
@@ -152,12 +154,14 @@ class FolderSAEs:
             )
         config = self._configs[names[0]]
         refuse_unfolded(f"{self._folder / names[0]}", config)
-        self._check_weights(self._folder / names[0], config)
-        return sae_attributes(layer, variable, None, names[0], config, fold=self._fold)
+        fingerprint = self._check_weights(self._folder / names[0], config)
+        return sae_attributes(
+            layer, variable, None, names[0], config, fold=self._fold, fingerprint=fingerprint
+        )
 
     @staticmethod
-    def _check_weights(path: Path, config: dict[str, Any]) -> None:
-        """Compare weights with their configuration, before hours of work; reads a header only."""
+    def _check_weights(path: Path, config: dict[str, Any]) -> str:
+        """Compare weights with their configuration, before hours of work; return a fingerprint."""
         if not (path / "sae_weights.safetensors").is_file():
             raise SAEError(
                 f"{path}: sae_weights.safetensors is missing",
@@ -165,9 +169,12 @@ class FolderSAEs:
                 remedy="Fetch the SAE again.",
             )
         try:
-            get_sae_class(config["architecture"])
-            with safe_open(path / "sae_weights.safetensors", framework="pt") as tensors:
-                shape = tensors.get_slice("W_enc").get_shape()
+            _, config_class = get_sae_class(config["architecture"])
+            with safe_open(path / "sae_weights.safetensors", framework="pt") as file:
+                # Mapped: of these, only what the fingerprint looks at is read.
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                shape = tensors["W_enc"].shape
+                found = sae_fingerprint(config_class.from_dict(config), tensors)
         except LOADING_ERRORS as error:
             raise unreadable(str(path), error) from error
         if shape[-1] != config.get("d_sae"):
@@ -176,6 +183,7 @@ class FolderSAEs:
                 why="Files of two SAEs are mixed, or one was edited.",
                 remedy="Fetch the SAE again.",
             )
+        return found
 
     def stretches(self, saes: Sequence[SAEAttributes]) -> list[tuple[Path, int, int]]:
         """Say what :meth:`load` will read: whole files."""
@@ -196,6 +204,13 @@ class FolderSAEs:
             raise cannot_fold(str(path), error) from error
         except LOADING_ERRORS as error:
             raise unreadable(str(path), error) from error
+        now = self._check_weights(path, self._configs[attributes.id])
+        if now != attributes.fingerprint:
+            raise SAEError(
+                f"{path}: its weights have fingerprint {now}, not {attributes.fingerprint}",
+                why="The file was replaced after this run began.",
+                remedy="Restore it, or replace the run with --overwrite.",
+            )
         return Encoder(sae, attributes)
 
 
@@ -270,6 +285,7 @@ class ReleaseSAEs:
                 kinds.setdefault(form, kind)
                 chosen.setdefault(layer, {})[form] = name
         names = _form_variables(kinds)
+        revision = self._commit(fetch=True)
         return {
             layer: tuple(
                 sae_attributes(
@@ -279,6 +295,7 @@ class ReleaseSAEs:
                     name,
                     self._configs[name],
                     fold=self._fold,
+                    revision=revision,
                 )
                 for form, name in of_layer.items()
             )
@@ -349,6 +366,21 @@ class ReleaseSAEs:
             self._configs[name] = config
         return self._configs[name]
 
+    def _commit(self, *, fetch: bool) -> str:
+        """Return the commit that sae-lens loads from: the hub's, else the cache's."""
+        entry = get_pretrained_saes_directory()[self._release]
+        revision = (entry.config_overrides or {}).get("revision")
+        try:
+            snapshot = snapshot_download(
+                entry.repo_id,
+                revision=str(revision) if revision else None,
+                allow_patterns=".gitattributes",
+                local_files_only=not fetch,
+            )
+        except (OSError, ValueError, EntryNotFoundError) as error:
+            raise unreadable(self._release, error) from error
+        return Path(snapshot).name
+
     def stretches(self, saes: Sequence[SAEAttributes]) -> list[tuple[Path, int, int]]:
         """Say what :meth:`load` will read, if it knows."""
         return encoder_stretches(self._release, saes) if self._encoder_alone else []
@@ -357,20 +389,31 @@ class ReleaseSAEs:
         """Load one encoder from the hub's cache, fetching it if need be."""
         what = f"{self._release}/{attributes.id}"
         try:
-            if self._encoder_alone:
-                return Encoder(load_encoder(self._release, attributes, device), attributes)
-            sae = SAE.from_pretrained(
-                self._release,
-                attributes.id,
-                device=str(device),
-                dtype=attributes.dtype,
-                fold_W_dec_norm=attributes.decoder_norm_folded,
-            )
+            sae = self._load(attributes, device)
         except NotImplementedError as error:
             raise cannot_fold(what, error) from error
         except LOADING_ERRORS as error:
             raise unreadable(what, error) from error
+        commit = self._commit(fetch=False)
+        if commit != attributes.revision:
+            raise SAEError(
+                f"{what}: loaded from commit {commit}, not from {attributes.revision}",
+                why="The hub's repository was changed after this run began.",
+                remedy="Replace the run with --overwrite, which takes all SAEs from the new "
+                "commit.",
+            )
         return Encoder(sae, attributes)
+
+    def _load(self, attributes: SAEAttributes, device: torch.device) -> Any:
+        if self._encoder_alone:
+            return load_encoder(self._release, attributes, device)
+        return SAE.from_pretrained(
+            self._release,
+            attributes.id,
+            device=str(device),
+            dtype=attributes.dtype,
+            fold_W_dec_norm=attributes.decoder_norm_folded,
+        )
 
 
 def _variables(places: Mapping[HookPoint, object]) -> dict[str, str]:
