@@ -122,7 +122,6 @@ def refuse_other(
     kind = "other versions" if only_versions else "another configuration"
     lines = "".join(f"\n  {one.name}: {one.there} there, {one.here} now" for one in found)
     what = f"{where}: this run was started with {kind}:{lines}"
-    keys = {one.key for one in found}
     if all(one.is_of_weights for one in found):
         raise ConfigMismatchError(
             what,
@@ -138,11 +137,10 @@ def refuse_other(
             remedy="Install the versions of the run, replace it with --overwrite, or go on with "
             "--accept-versions: its traces then name both.",
         )
+    tokens = "Scenarios were edited, or the tokenizer makes other tokens of them."
     raise ConfigMismatchError(
         what,
-        why="Scenarios were edited, or the tokenizer makes other tokens of them."
-        if keys == {"prompts"}
-        else None,
+        why=tokens if {one.key for one in found} == {"prompts"} else "",
         remedy="Repeat the old options to go on, choose another --output, or replace the run "
         "with --overwrite.",
     )
