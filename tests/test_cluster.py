@@ -245,7 +245,7 @@ def test_another_environment_is_refused(
     changes, other = {}, {"versions": {**library_versions(), "torch": "0.1"}}
     with pytest.raises(ClusterError, match=r"version of torch: '0.1' there, '\S+' on this worker"):
         extract_on_cluster(client, tmp_path / "run", options())
-    other = {"fingerprint": "0123456789abcdef"}
+    other = {"model_fingerprint": "0123456789abcdef"}
     with pytest.raises(
         ClusterError, match=r"weights of the model: '0123456789abcdef' there, '\w+' on this worker"
     ):

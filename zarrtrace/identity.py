@@ -13,7 +13,7 @@ from zarrtrace.errors import ConfigMismatchError
 
 # Keys of a configuration that speak of files of weights, and what a difference there is called.
 _WEIGHTS = {
-    "fingerprint": "weights of the model",
+    "model_fingerprint": "weights of the model",
     "model_settings": "configuration of the model",
     "saes": "weights of SAEs",
 }

@@ -170,11 +170,11 @@ class FolderSAEs:
             )
         try:
             _, config_class = get_sae_class(config["architecture"])
-            with safe_open(path / "sae_weights.safetensors", framework="pt") as file:
-                # Mapped: of these, only what the fingerprint looks at is read.
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                shape = tensors["W_enc"].shape
-                found = sae_fingerprint(config_class.from_dict(config), tensors)
+            with safe_open(path / "sae_weights.safetensors", framework="pt") as tensors:
+                shape = tensors.get_slice("W_enc").get_shape()
+            found = sae_fingerprint(
+                config_class.from_dict(config), path / "sae_weights.safetensors"
+            )
         except LOADING_ERRORS as error:
             raise unreadable(str(path), error) from error
         if shape[-1] != config.get("d_sae"):

@@ -488,7 +488,7 @@ def _config(
     return {
         "model": attributes.id,
         "revision": attributes.revision,
-        "fingerprint": attributes.fingerprint,
+        "model_fingerprint": attributes.fingerprint,
         "model_settings": capture_package().settings_fingerprint(model.model.config),
         "dtype": attributes.dtype,
         "prepend_bos": attributes.prepend_bos,
