@@ -640,7 +640,7 @@ def _config_of(hook: str, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def hook_of_id(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str], str]], list[str]]:
-    """Replace the download of configurations: a function says which hook point an id reads."""
+    """Replace the hub: a function says which hook point an id reads."""
 
     def replace(hook: Callable[[str], str]) -> list[str]:
         asked: list[str] = []
@@ -650,6 +650,7 @@ def hook_of_id(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str], str
             return _config_of(hook(sae_id))
 
         monkeypatch.setattr(saes, "load_sae_config_from_huggingface", load)
+        monkeypatch.setattr(saes, "snapshot_download", lambda *_, **__: "snapshots/0123abcd")
         return asked
 
     return replace
@@ -759,6 +760,7 @@ def test_a_number_that_is_not_the_block_is_refused(hook_of_id: HookOfId) -> None
 def test_a_release_without_a_norm_to_fold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = _config_of("blocks.1.hook_resid_pre", normalize_activations="expected_average_only_in")
     monkeypatch.setattr(saes, "load_sae_config_from_huggingface", lambda *_: config)
+    monkeypatch.setattr(saes, "snapshot_download", lambda *_, **__: "snapshots/0123abcd")
     with pytest.raises(SAEError, match="its input scale is not folded"):
         ReleaseSAEs("gpt2-small-res-jb").find([1])
     config["hook_name"] = "blocks.1.hook_resid_post"

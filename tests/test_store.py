@@ -799,11 +799,11 @@ def test_another_configuration_is_refused_by_name(run: fakes.FakeRun) -> None:
 def test_long_values_are_told_by_their_difference(
     tmp_path: Path, there: Any, now: Any, said: str
 ) -> None:
-    with RunWriter(tmp_path / "run", ["a"], {"saes": there}):
+    with RunWriter(tmp_path / "run", ["a"], {"names": there}):
         pass
     with pytest.raises(ConfigMismatchError) as caught:
-        RunWriter(tmp_path / "run", ["a"], {"saes": now}).__enter__()
-    assert f"\n  saes: {said}\n" in str(caught.value)
+        RunWriter(tmp_path / "run", ["a"], {"names": now}).__enter__()
+    assert f"\n  names: {said}\n" in str(caught.value)
 
 
 LOCK = """

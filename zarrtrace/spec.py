@@ -65,6 +65,9 @@ class Frozen(BaseModel):
 # --- attributes --------------------------------------------------------------------------------
 
 
+Blake2b = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+
+
 class SpanAttributes(Frozen):
     """Where a span is."""
 
@@ -86,6 +89,9 @@ class ModelAttributes(Frozen):
 
     id: str
     revision: str | None = Field(description="Commit of the weights, if they came from a hub.")
+    fingerprint: Blake2b | None = Field(
+        default=None, description="Hash of names, shapes and some values of the loaded weights."
+    )
     architecture: str = Field(description="Class name in transformers.")
     n_layers: PositiveInt
     n_heads: PositiveInt = Field(description="Query heads.")
@@ -105,6 +111,14 @@ class SAEAttributes(Frozen):
     variable: str = Field(default="features", description="The array its latents are in.")
     release: str | None
     id: str
+    revision: str | None = Field(
+        default=None, description="Commit of the weights, if they came from a hub."
+    )
+    fingerprint: Blake2b | None = Field(
+        default=None,
+        description="Hash of names, shapes and some values of the weights, if they came from a "
+        "folder.",
+    )
     hook_name: str
     architecture: str
     d_in: PositiveInt
@@ -112,8 +126,6 @@ class SAEAttributes(Frozen):
     dtype: str = Field(description="Precision of the encoder's arithmetic.")
     decoder_norm_folded: bool
 
-
-Blake2b = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 
 _SEAL = (
     "BLAKE2b (8 bytes) of the other attributes here, as JSON with sorted keys, no spaces and ASCII "
@@ -160,7 +172,10 @@ class TraceAttributes(Frozen):
     feature_dtype: Literal["float16", "float32"] | None = Field(
         description="Null if features were not asked for."
     )
-    versions: dict[str, str] = Field(description="Libraries the trace was made with.")
+    versions: dict[str, str] = Field(
+        description="Libraries the trace was made with; if others completed it, both versions, as "
+        "in '2.4.0, 2.13.0'."
+    )
     complete: bool = Field(default=False, description="Whether every layer is stored.")
     stored: dict[str, dict[str, Stored]] = Field(
         default_factory=dict,

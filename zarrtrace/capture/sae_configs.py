@@ -113,6 +113,8 @@ def sae_attributes(
     config: dict[str, Any],
     *,
     fold: bool,
+    revision: str | None = None,
+    fingerprint: str | None = None,
 ) -> SAEAttributes:
     """Return what a trace says of an SAE."""
     try:
@@ -121,6 +123,8 @@ def sae_attributes(
             variable=variable,
             release=release,
             id=name,
+            revision=revision,
+            fingerprint=fingerprint,
             hook_name=hook_name_of(config, name),
             architecture=str(config["architecture"]),
             d_in=config["d_in"],

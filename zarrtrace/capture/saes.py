@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
 )
-from sae_lens import SAE
+from sae_lens import SAE, get_sae_class
 from sae_lens.loading.pretrained_sae_loaders import (
     load_sae_config_from_huggingface,
 )
@@ -30,6 +31,7 @@ from zarrtrace.capture.encoder_files import (
     load_encoder,
     reads_encoder_alone,
 )
+from zarrtrace.capture.fingerprint import sae_fingerprint
 from zarrtrace.capture.hooks import KINDS, HookPoint, parse_hook, place
 from zarrtrace.capture.model import LoadedModel
 from zarrtrace.capture.sae_configs import (
@@ -167,11 +169,19 @@ class FolderSAEs:
             raise several(
                 str(self._folder), layer, names, "Give --sae-path a folder that holds one of them."
             )
+        path = self._folder / names[0]
         config = self._used[names[0]] = self._configs[names[0]]
-        found = sae_attributes(layer, variable, None, names[0], config, fold=self._fold)
-        check_config(f"{self._folder / names[0]}", config)
-        check_weights(self._folder / names[0], config)
-        return found
+        check_config(str(path), config)
+        check_weights(path, config)
+        return sae_attributes(
+            layer,
+            variable,
+            None,
+            names[0],
+            config,
+            fold=self._fold,
+            fingerprint=_fingerprint(path, config),
+        )
 
     def stretches(self, saes: Sequence[SAEAttributes]) -> list[tuple[Path, int, int]]:
         """Say what :meth:`load` will read: whole files."""
@@ -192,6 +202,13 @@ class FolderSAEs:
             raise cannot_fold(str(path), error) from error
         except LOADING_ERRORS as error:
             raise unreadable(str(path), error) from error
+        now = _fingerprint(path, self._configs[attributes.id])
+        if now != attributes.fingerprint:
+            raise SAEError(
+                f"{path}: its weights have fingerprint {now}, not {attributes.fingerprint}",
+                why="The file was replaced after this run began.",
+                remedy="Restore it, or replace the run with --overwrite.",
+            )
         return Encoder(sae, attributes)
 
 
@@ -283,6 +300,7 @@ class ReleaseSAEs:
         for name, config in self._used.items():
             scaled = get_norm_scaling_factor(self._release, name) is not None
             check_config(f"{self._release}/{name}", config, scale_is_folded=scaled)
+        revision = self._commit(fetch=True)
         return {
             layer: tuple(
                 sae_attributes(
@@ -292,6 +310,7 @@ class ReleaseSAEs:
                     name,
                     self._configs[name],
                     fold=self._fold,
+                    revision=revision,
                 )
                 for form, name in of_layer.items()
             )
@@ -355,6 +374,21 @@ class ReleaseSAEs:
             self._configs[name] = config
         return self._configs[name]
 
+    def _commit(self, *, fetch: bool) -> str:
+        """Return the commit that sae-lens loads from: the hub's, else the cache's."""
+        entry = get_pretrained_saes_directory()[self._release]
+        revision = (entry.config_overrides or {}).get("revision")
+        try:
+            snapshot = snapshot_download(
+                entry.repo_id,
+                revision=str(revision) if revision else None,
+                allow_patterns=".gitattributes",
+                local_files_only=not fetch,
+            )
+        except (OSError, ValueError, EntryNotFoundError) as error:
+            raise unreadable(self._release, error) from error
+        return Path(snapshot).name
+
     def stretches(self, saes: Sequence[SAEAttributes]) -> list[tuple[Path, int, int]]:
         """Say what :meth:`load` will read, if it knows."""
         return encoder_stretches(self._release, saes) if self._encoder_alone else []
@@ -363,20 +397,31 @@ class ReleaseSAEs:
         """Load one encoder from the hub's cache, fetching it if need be."""
         what = f"{self._release}/{attributes.id}"
         try:
-            if self._encoder_alone:
-                return Encoder(load_encoder(self._release, attributes, device), attributes)
-            sae = SAE.from_pretrained(
-                self._release,
-                attributes.id,
-                device=str(device),
-                dtype=attributes.dtype,
-                fold_W_dec_norm=attributes.decoder_norm_folded,
-            )
+            sae = self._load(attributes, device)
         except NotImplementedError as error:
             raise cannot_fold(what, error) from error
         except LOADING_ERRORS as error:
             raise unreadable(what, error) from error
+        commit = self._commit(fetch=False)
+        if commit != attributes.revision:
+            raise SAEError(
+                f"{what}: loaded from commit {commit}, not from {attributes.revision}",
+                why="The hub's repository was changed after this run began.",
+                remedy="Replace the run with --overwrite, which takes all SAEs from the new "
+                "commit.",
+            )
         return Encoder(sae, attributes)
+
+    def _load(self, attributes: SAEAttributes, device: torch.device) -> Any:
+        if self._encoder_alone:
+            return load_encoder(self._release, attributes, device)
+        return SAE.from_pretrained(
+            self._release,
+            attributes.id,
+            device=str(device),
+            dtype=attributes.dtype,
+            fold_W_dec_norm=attributes.decoder_norm_folded,
+        )
 
 
 def _variables(places: Mapping[HookPoint, object]) -> dict[str, str]:
@@ -424,3 +469,12 @@ def check_fit(found: Found, model: LoadedModel) -> None:
                     remedy="Choose SAEs that were trained on --model.",
                 )
             place(model.blocks[layer], model.attentions.get(layer), kind)
+
+
+def _fingerprint(path: Path, config: dict[str, Any]) -> str:
+    """Return the fingerprint of an SAE in a folder; a stride of its weights is read."""
+    try:
+        _, config_class = get_sae_class(config["architecture"])
+        return sae_fingerprint(config_class.from_dict(config), path / "sae_weights.safetensors")
+    except LOADING_ERRORS as error:
+        raise unreadable(str(path), error) from error

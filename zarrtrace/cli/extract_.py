@@ -96,6 +96,11 @@ _CLUSTER = ("workers", "scheduler", "scheduler_file")
 @overwrite_option
 @click.option("--repair", is_flag=True, help="Read every byte that is there; redo what is damaged.")
 @click.option("--allow-nonfinite", is_flag=True, help="Store NaN and infinity, and say where.")
+@click.option(
+    "--accept-versions",
+    is_flag=True,
+    help="Go on with a run that other versions of libraries began; its traces name both.",
+)
 @click.option("--workers", type=click.IntRange(1), help="Start so many processes, one a GPU.")
 @click.option("--scheduler", help="Use the Dask cluster at this address, as tcp://host:8786.")
 @click.option("--scheduler-file", type=PATH, help="File in which its scheduler wrote the address.")
@@ -142,6 +147,7 @@ def _extract(given: dict[str, Any], options: Options) -> None:
         "overwrite": given["overwrite"],
         "repair": given["repair"],
         "allow_nonfinite": given["allow_nonfinite"],
+        "accept_versions": given["accept_versions"],
         "progress": None if quiet else "bars" if show_progress(quiet=quiet) else "lines",
     }
     where = {name: given[name] for name in _CLUSTER}

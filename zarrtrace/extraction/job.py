@@ -322,7 +322,6 @@ def _assembled(
     batch_size = options.batch_size or capture.default_batch_size(model, lengths)
     blocked = _blocked(options, model, prompts)
     model = capture.renamed(model, options.model or DEMO_MODEL, prepend_bos=prepend_bos)
-    scenarios = [prompt.scenario for prompt in prompts]
     job = Job(
         options=options,
         model=model,
@@ -332,7 +331,7 @@ def _assembled(
         saes=saes,
         blocked=blocked,
         batch_size=batch_size,
-        config=_config(options, model, layers, saes, scenarios, batch_size),
+        config=_config(options, model, layers, saes, prompts, batch_size),
     )
     for prompt in prompts:
         job.queries(prompt)  # refuses positions that a prompt does not have
@@ -478,7 +477,7 @@ def _config(
     model: Any,
     layers: Sequence[int],
     saes: SAEs,
-    scenarios: Sequence[Scenario],
+    prompts: Sequence[Any],
     batch_size: int,
 ) -> dict[str, Any]:
     """Everything that decides what is stored, as JSON."""
@@ -486,6 +485,8 @@ def _config(
     return {
         "model": attributes.id,
         "revision": attributes.revision,
+        "model_fingerprint": attributes.fingerprint,
+        "model_settings": capture_package().settings_fingerprint(model.model.config),
         "dtype": attributes.dtype,
         "prepend_bos": attributes.prepend_bos,
         "device": model.device.type,
@@ -499,17 +500,26 @@ def _config(
         "features": options.features,
         "feature_dtype": options.feature_dtype,
         "sae_release": options.sae_release,
-        "saes": [sae.id for found in saes.values() for sae in found],
+        "saes": {
+            sae.id: sae.fingerprint or sae.revision for found in saes.values() for sae in found
+        },
         "fold_decoder_norm": options.fold_decoder_norm,
-        "prompts": {scenario.name: _digest(scenario) for scenario in scenarios},
+        "prompts": {prompt.scenario.name: _digest(prompt) for prompt in prompts},
+        "versions": library_versions(),
     }
 
 
-def _digest(scenario: Scenario) -> str:
+def _digest(prompt: Any) -> str:
+    """Hash a scenario, and what the tokenizer makes of it."""
+    scenario = prompt.scenario
     content = [
         scenario.prompt,
         sorted(scenario.spans.items()),
         list(scenario.tags),
         sorted(scenario.options.items()),
+        list(prompt.tokens.ids),
+        list(prompt.tokens.texts),
+        sorted((name, span.tokens) for name, span in prompt.spans.items()),
+        sorted((name, option.token_id) for name, option in prompt.options.items()),
     ]
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()

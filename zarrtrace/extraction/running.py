@@ -49,6 +49,7 @@ def extract(
     overwrite: bool = False,
     repair: bool = False,
     allow_nonfinite: bool = False,
+    accept_versions: bool = False,
     progress: Shown = None,
 ) -> Location:
     """Run a model over scenarios and store attention, features and continuations.
@@ -68,6 +69,8 @@ def extract(
     allow_nonfinite
         Store NaN and infinity, which the model computes or the stored precision makes of values
         too large for it, and say where in the trace's attributes.
+    accept_versions
+        Go on with a run that was begun by other versions of libraries; its traces name both.
     progress
         ``"bars"`` draws two on stderr, ``"lines"`` writes one twice a minute, for logs.
 
@@ -97,7 +100,14 @@ def extract(
     layers = {prompt.scenario.name: len(job.layers) for prompt in job.prompts}
     with (
         saying_how_much_room(output, estimate(job).disk_bytes),
-        RunWriter(output, list(layers), job.config, overwrite=overwrite, repair=repair) as run,
+        RunWriter(
+            output,
+            list(layers),
+            job.config,
+            overwrite=overwrite,
+            repair=repair,
+            accept_versions=accept_versions,
+        ) as run,
         Progress(layers, progress) as bars,
     ):
         wait_for_writers(run.path, seconds=SECONDS_GIVEN_UP)

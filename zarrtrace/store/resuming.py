@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from zarrtrace.errors import IntegrityError, NotATraceError, StoreError
+from zarrtrace.identity import combined_versions
 from zarrtrace.spec import NAMESPACE, ArrayLayout, Stored, Tokens, TraceAttributes
 from zarrtrace.store.attributes import (
     COORDINATES,
@@ -145,8 +146,14 @@ def resume(
             )
     nonfinite = tuple(key for key in earlier.nonfinite if key in kept)
     complete = earlier.complete and kept.keys() == earlier.stored.keys()
+    versions = earlier.versions if complete else combined_versions(earlier.versions, fresh.versions)
     resumed = fresh.model_copy(
-        update={"stored": kept, "nonfinite": nonfinite, "complete": complete}
+        update={
+            "stored": kept,
+            "nonfinite": nonfinite,
+            "complete": complete,
+            "versions": versions,
+        }
     )
     if repair or resumed != earlier.model_copy(update={"blake2b": None}):
         write_attributes(path, resumed.model_dump(mode="json"))

@@ -7,12 +7,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from zarrtrace.errors import (
-    ConfigMismatchError,
     IncompleteError,
     IntegrityError,
     NotATraceError,
     StoreError,
 )
+from zarrtrace.identity import combined_versions, differences, refuse_other
 from zarrtrace.scenarios import check_name
 from zarrtrace.spec import NAMESPACE, RunAttributes, Tokens, TraceAttributes, TraceShape
 from zarrtrace.store.attributes import (
@@ -31,7 +31,7 @@ from zarrtrace.store.files import (
     remove_tree,
 )
 from zarrtrace.store.locks import lock, unlock
-from zarrtrace.store.nodes import consolidate, create_run
+from zarrtrace.store.nodes import consolidate, create_run, write_attributes
 from zarrtrace.store.objects import Location, ObjectPath, locate
 from zarrtrace.store.trace_writer import TraceWriter
 
@@ -51,6 +51,8 @@ class RunWriter:
         Replace a run that exists, once the new one is finished.
     repair
         Read every byte of a run that exists, and make anew what is damaged.
+    accept_versions
+        Go on with a run that was begun by other versions of libraries, and name both in it.
 
     Raises
     ------
@@ -72,12 +74,14 @@ class RunWriter:
         *,
         overwrite: bool = False,
         repair: bool = False,
+        accept_versions: bool = False,
     ) -> None:
         self._final = locate(path).absolute()
         self._attributes = RunAttributes(
             scenarios=tuple(check_name(name) for name in scenarios), config=dict(config)
         )
         self._overwrite, self._repair = overwrite, repair
+        self._accept_versions = accept_versions
         self.path = self._final
 
     def __enter__(self) -> Self:
@@ -105,16 +109,31 @@ class RunWriter:
         exists = self._final.is_dir() and any(self._final.iterdir())
         if exists or self._final.is_file():
             previous = self._previous()
-            same = not _differing(previous, self._attributes)
             if not self._overwrite:
-                _refuse_other_config(self._final, previous, self._attributes)
-            if not self._overwrite or (just_replaced and same):
+                self._go_on_with(previous)
+                return
+            if just_replaced and not _differing(previous, self._attributes):
                 return
             self.path = self._new
             if self._can_go_on(self._new):
                 return
             remove_tree(self._new)
         create_run(self.path, self._attributes.model_dump(mode="json"))
+
+    def _go_on_with(self, previous: RunAttributes) -> None:
+        """Refuse a run that was started otherwise; name its versions and ours in it."""
+        stored, now = _compared(previous), _compared(self._attributes)
+        refuse_other(self._final, stored, now, accept_versions=self._accept_versions)
+        if "versions" not in self._attributes.config:
+            return
+        known = previous.config.get("versions", {})
+        versions = combined_versions(known, self._attributes.config["versions"])
+        if previous.complete and not self._repair:
+            versions = known  # nothing will be written
+        config = {**self._attributes.config, "versions": versions}
+        self._attributes = self._attributes.model_copy(update={"config": config})
+        if versions != known:  # before the first layer that they make
+            write_attributes(self._final, self._attributes.model_dump(mode="json"))
 
     def _previous(self) -> RunAttributes:
         """Return what the run there says of itself; repaired if its metadata is damaged."""
@@ -227,39 +246,9 @@ def _is_complete(trace: Location) -> bool:
     return (trace / "zarr.json").is_file() and read_trace_attributes(trace).complete
 
 
-def _differing(old: RunAttributes, new: RunAttributes) -> list[str]:
-    before = {**old.config, "scenarios": list(old.scenarios)}
-    after = {**new.config, "scenarios": list(new.scenarios)}
-    lines = []
-    for key in sorted({*before, *after}):
-        there, now = before.get(key), after.get(key)
-        if there != now:
-            lines.append(f"  {key}: {_brief(there, now)} there, {_brief(now, there)} now")
-    return lines
+def _compared(run: RunAttributes) -> dict[str, Any]:
+    return {**run.config, "scenarios": list(run.scenarios)}
 
 
-def _brief(value: Any, other: Any) -> str:
-    """Describe a value; a long list or mapping by what the other one lacks."""
-    if not isinstance(value, list | dict) or len(value) <= 4:
-        return repr(value)
-    parts, known = _parts(value), _parts(other)
-    reordered = parts.keys() == known.keys()
-    own = [part for part in parts if reordered or part not in known]
-    shown = ", ".join(own[:3])
-    return f"{len(parts)}" + (f" ({shown}{', …' if len(own) > 3 else ''})" if own else "")
-
-
-def _parts(value: Any) -> dict[str, None]:
-    """Return the elements of a list or mapping as text, in order."""
-    if isinstance(value, dict):
-        return dict.fromkeys(f"{name}: {part!r}" for name, part in value.items())
-    return dict.fromkeys(map(repr, value)) if isinstance(value, list) else {}
-
-
-def _refuse_other_config(path: Location, old: RunAttributes, new: RunAttributes) -> None:
-    if differing := _differing(old, new):
-        raise ConfigMismatchError(
-            f"{path}: this run was started with another configuration:\n" + "\n".join(differing),
-            remedy="Repeat the old options to go on, choose another --output, or replace the run "
-            "with --overwrite.",
-        )
+def _differing(old: RunAttributes, new: RunAttributes) -> bool:
+    return bool(differences(_compared(old), _compared(new)))
