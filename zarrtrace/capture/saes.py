@@ -16,7 +16,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
 )
-from sae_lens import SAE, get_sae_class
+from sae_lens import SAE
 from sae_lens.loading.pretrained_sae_loaders import (
     load_sae_config_from_huggingface,
 )
@@ -24,6 +24,7 @@ from sae_lens.loading.pretrained_saes_directory import (
     get_norm_scaling_factor,
     get_pretrained_saes_directory,
 )
+from sae_lens.registry import get_sae_class
 
 from zarrtrace.capture.encoder import Encoder
 from zarrtrace.capture.encoder_files import (
