@@ -26,12 +26,10 @@ NAMES = [file.relative_to(ROOT).as_posix() for file in DOCUMENTS]
 FRONT_DOOR = 1_200
 
 #: Commands that need a server, a download, a cluster, Ctrl-C or a minute; other tests run them.
-ELSEWHERE = re.compile(
-    r"s3://|tcp://|--scheduler-file|--workers|--model |^view |^figures (?!.*--scenario)"
-)
+ELSEWHERE = re.compile(r"s3://|tcp://|--scheduler-file|--workers|--model |^(view|figures) ")
 #: Commands for a clone that are not zarrtrace's own.
 FOR_A_CLONE = re.compile(r"source \.venv/bin/activate$|scripts/(?P<script>\w+)( |$)")
-FROM_AN_INDEX = re.compile(r"pip install [^\n]*zarrtrace")
+FROM_AN_INDEX = re.compile(r"pip install (--upgrade )?'?zarrtrace")
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
