@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
+import zarrtrace as zt
+from zarrtrace.analysis import attention_to
 from zarrtrace.cli import group, main
 from zarrtrace.errors import install_command
+from zarrtrace.figures.drawing import cells_of_spans, span_colours
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("zarrtrace", "schema", "scripts", "tests", ".github")
@@ -139,6 +142,22 @@ def test_every_script_is_in_the_list_of_scripts() -> None:
 
 def test_front_door_is_short() -> None:
     assert len(prose((ROOT / "README.md").read_text(encoding="utf-8")).split()) <= FRONT_DOOR
+
+
+@pytest.mark.torch
+def test_caption_agrees_with_the_picture(demo_run: Path) -> None:
+    """``scripts/draw_pictures.py`` draws this trace, a colour for each span."""
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    ds = zt.open_trace(demo_run / "Bankruptcy_90_all_in")
+    colours = span_colours(cells_of_spans(ds))
+    for span, named in (("balance", "blue"), ("goal", "green")):
+        said = re.search(rf"ayers ([\d, and]+) (?:attend )?to the {span} \({named}\)", text)
+        assert said, span
+        strong = attention_to(ds, span)
+        assert [int(n) for n in re.findall(r"\d+", said[1])] == [
+            int(layer) for layer in strong.layer[strong > 0.05]
+        ]
+        assert colours[span] == {"blue": "#0072B2", "green": "#009E73"}[named]
 
 
 def test_quickstart_ends_with_commands_that_parse() -> None:
