@@ -253,7 +253,7 @@ def test_newer_format(tmp_path: Path) -> None:
     file.write_text(file.read_text().replace('"format_version": 1', '"format_version": 2'))
     with pytest.raises(FormatVersionError) as error:
         open_run(tmp_path / "run")
-    assert "pip install --upgrade zarrtrace" in message(error)
+    assert "up-to-date clone" in message(error)
 
 
 def test_no_space_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

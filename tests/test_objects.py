@@ -452,7 +452,7 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "obstore", None)
-    with pytest.raises(ConfigError, match=r"needs obstore(.|\n)*zarrtrace\[cloud\]"):
+    with pytest.raises(ConfigError, match=r"needs obstore(.|\n)*pip install '\.\[cloud\]'"):
         locate(f"s3://bucket-{uuid.uuid4().hex}/run").is_file()
 
 

@@ -65,6 +65,12 @@ def readable(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def install_command(extras: str = "") -> str:
+    """Return how to install zarrtrace with extras: no package index has it."""
+    what = f"'.[{extras}]'" if extras else "."
+    return f"In an up-to-date clone of zarrtrace's repository, run: pip install {what}"
+
+
 class UsageError(ZarrtraceError):
     """The request itself is wrong."""
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from distributed import Client, Future, KilledWorker
 
-from zarrtrace.errors import ClusterError, ConfigError
+from zarrtrace.errors import ClusterError, ConfigError, install_command
 from zarrtrace.extraction import worker
 from zarrtrace.extraction.job import Options, find_scenarios
 from zarrtrace.extraction.progress import Progress, Shown, say
@@ -220,7 +220,7 @@ def _results(client: Client, futures: Sequence[Future]) -> list[Any]:
     except ModuleNotFoundError as error:
         raise ClusterError(
             f"a worker lacks {error.name}",
-            remedy="pip install 'zarrtrace[extract,cluster]' in the environment of every worker.",
+            remedy=f"{install_command('extract,cluster')}, in the environment of every worker.",
         ) from error
     finally:
         client.cancel(list(futures))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from zarrtrace import demo
-from zarrtrace.errors import ConfigError, ScenarioError
+from zarrtrace.errors import ConfigError, ScenarioError, install_command
 from zarrtrace.extraction.layers import choose_layers
 from zarrtrace.extraction.processes import FEW_TRACES, start_writers
 from zarrtrace.extraction.reading_ahead import ReadAhead, weight_files
@@ -383,7 +383,7 @@ def capture_package() -> Any:
         raise ConfigError(
             f"extracting needs {error.name}, which is not installed",
             why="Reading and analysing work without torch, so it is an extra.",
-            remedy="pip install 'zarrtrace[extract]'",
+            remedy=install_command("extract"),
         ) from error
     return capture
 

@@ -19,6 +19,7 @@ from zarrtrace.errors import (
     IntegrityError,
     NotATraceError,
     ScenarioError,
+    install_command,
 )
 from zarrtrace.scenarios import check_name
 from zarrtrace.spec import (
@@ -343,7 +344,7 @@ def _namespace(
         raise FormatVersionError(
             f"{path}: format version {version}, this zarrtrace reads up to {FORMAT_VERSION}",
             why="It was written by a newer zarrtrace.",
-            remedy="pip install --upgrade zarrtrace",
+            remedy=install_command(),
         )
     return found
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from zarrtrace.errors import ConfigError, RemoteError
+from zarrtrace.errors import ConfigError, RemoteError, install_command
 from zarrtrace.store.objects import Backend, Changed, Content, Tag
 
 _OBSTORE = {"s3", "s3a", "gs", "az", "adl", "azure", "abfs", "abfss", "http", "https", "memory"}
@@ -57,7 +57,7 @@ def _package(name: str, scheme: str) -> Any:
         raise ConfigError(
             f"{scheme}:// needs {name}, which is not installed",
             why="Runs on a disk do not need it, so it is an extra.",
-            remedy="pip install 'zarrtrace[cloud]'",
+            remedy=install_command("cloud"),
         ) from error
 
 

@@ -1,8 +1,8 @@
 """Reading arrays lazily: exactly the chunks that hold the answer, several at a time.
 
 Zarr reads the same. It is done here because one row of attention in every layer is many small
-chunks, and Zarr's way through its event loop costs more time than decoding them (README.md has the
-figures). Arrays with other codecs than ours are left to Zarr.
+chunks, and Zarr's way through its event loop costs more time than decoding them
+(``scripts/bench_read.py``). Arrays with other codecs than ours are left to Zarr.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Opening many traces: metadata from one file each, coordinates once, files checked when read.
 
-What :func:`zarrtrace.store.open_trace` looks at takes milliseconds a trace (README.md has the
-figures), which a run of thousands cannot afford. Here the arrays' metadata comes from the
-consolidated metadata of the trace, which is dropped whenever the trace is written to; that files
-have their sizes, and each array its own metadata, is checked when the array is first read.
+What :func:`zarrtrace.store.open_trace` looks at takes milliseconds a trace
+(``scripts/bench_read.py``), which a run of thousands cannot afford. Here the arrays' metadata comes
+from the consolidated metadata of the trace, which is dropped whenever the trace is written to; that
+files have their sizes, and each array its own metadata, is checked when the array is first read.
 """
 
 from __future__ import annotations
