@@ -9,34 +9,165 @@ import gc
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TypeVar
 
-from zarrtrace.errors import LockedError, NoSpaceError, StoreError
+from zarrtrace.errors import IntegrityError, LockedError, NoSpaceError, StoreError, readable
 from zarrtrace.spec import Stored
 from zarrtrace.store.objects import Changed, Location, ObjectPath, at_once, check_guards
+
+#: What to do about a damaged file.
+REPAIR = (
+    "'zarrtrace verify' names everything damaged; the 'zarrtrace extract' that made the run, with "
+    "--repair, makes it anew."
+)
 
 # Smaller files go to the disk together.
 _WORTH_BEGINNING = 2**17
 
+# Fewer free inodes than a trace needs, and more bytes than a file: it is inodes that lack.
+_FEW_FILES, _SOME_BYTES = 16, 2**20
+
+# Of Linux' renameat2.
+_AT_FDCWD, _EXCHANGE = -100, 2
+_CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EXDEV)
+
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
+_Place = TypeVar("_Place", Path, ObjectPath, Location)
+
+
+def beside(path: _Place, what: str) -> _Place:
+    """Return the path of a file or folder of zarrtrace's own beside a run or a bundle.
+
+    Anybody might have a `.run.old`: names of which zarrtrace is a part are left to it.
+    """
+    return path.with_name(f".{path.name}.zarrtrace-{what}")
 
 
 def fingerprint(trace: Location, files: Sequence[str]) -> Stored:
-    """Return size and hash of some files of a trace, taken together."""
+    """Return size and hash of some files of a trace, taken together; one that is gone has none.
+
+    Raises
+    ------
+    IntegrityError
+        If there is something else in place of a file, or a link that leads out of the trace.
+    """
     if isinstance(trace, ObjectPath):
         return fingerprint_of(read_all([trace / file for file in files]))
 
     def contents() -> Iterator[bytes]:
         for file in files:
             with contextlib.suppress(FileNotFoundError):
-                yield (trace / file).read_bytes()
+                yield read_regular(trace / file, trace)
 
     return fingerprint_of(contents())
+
+
+def open_regular(path: str | Path) -> int | None:
+    """Open a file to read it; return its handle, None if there is none.
+
+    Raises
+    ------
+    IntegrityError
+        If there is a pipe, a device or a folder: reading might wait for ever, or never end.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        if error.errno not in (errno.ENXIO, errno.ELOOP):  # of a socket, of a link to itself
+            raise
+        raise _odd(path, oddity(path) or "a link") from error
+    found = _kind(os.fstat(handle).st_mode)
+    if found is not None:
+        os.close(handle)
+        raise _odd(path, found)
+    return handle
+
+
+def oddity(path: str | Path, inside: Path | None = None) -> str | None:
+    """Say what is there in place of a file; None if it is a file, or nothing.
+
+    Parameters
+    ----------
+    path
+        Where a file is expected.
+    inside
+        Folder that no link may lead out of; None to follow links.
+    """
+    if inside is not None and not _leads_inside(path, inside):
+        return "a link that leads elsewhere"
+    try:
+        return _kind(os.stat(path).st_mode)  # noqa: PTH116 -- of thousands of files
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        return f"what cannot be read: {error.strerror}"
+
+
+def _kind(mode: int) -> str | None:
+    if stat.S_ISREG(mode):
+        return None
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def _odd(path: str | Path, what: str) -> IntegrityError:
+    return IntegrityError(
+        f"{path}: is {what}, not a file",
+        why="Something else was put in its place.",
+        remedy=REPAIR,
+    )
+
+
+def read_regular(file: Location, inside: Location | None = None) -> bytes:
+    """Read a file, and nothing but a file.
+
+    Parameters
+    ----------
+    file
+        Its path.
+    inside
+        Folder that no link may lead out of; None to follow links.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+    IntegrityError
+        If there is something else.
+    """
+    if isinstance(file, ObjectPath):
+        return file.read_bytes()
+    if isinstance(inside, Path) and not _leads_inside(file, inside):
+        raise _odd(file, "a link that leads elsewhere")
+    handle = open_regular(file)
+    if handle is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
+    with open(handle, "rb") as stream:  # noqa: PTH123 -- it is open
+        return stream.read()
+
+
+def _leads_inside(path: str | Path, folder: Path) -> bool:
+    real, home = os.path.realpath(path), _home(folder)
+    return real == home or real.startswith(f"{home.rstrip(os.sep)}{os.sep}")
+
+
+@lru_cache(256)
+def _home(folder: Path) -> str:
+    """Return the folder that holds all files of a run or trace."""
+    real = folder.resolve()
+    for parent in (real, *real.parents):
+        # The Hugging Face cache keeps files in blobs/, and links to them in snapshots/REVISION/.
+        if parent.parent.name == "snapshots" and (parent.parent.parent / "blobs").is_dir():
+            return str(parent.parent.parent)
+    return str(real)
 
 
 def read_all(files: Iterable[Location]) -> list[bytes]:
@@ -96,8 +227,9 @@ def size_of(
     for file in files:
         try:
             total += os.stat(f"{root}/{file}").st_size  # noqa: PTH116  thousands a run: no Path
-        except FileNotFoundError:
-            continue
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise
     return total
 
 
@@ -126,7 +258,7 @@ def write_whole(file: Location, content: bytes) -> None:
         return
     partial = file.with_name(f"{file.name}.partial")
     try:
-        with partial.open("wb") as stream:
+        with open(partial, "wb", opener=own_file) as stream:
             stream.write(content)
             stream.flush()
             _begin_writing(stream.fileno(), len(content))
@@ -135,6 +267,39 @@ def write_whole(file: Location, content: bytes) -> None:
         with contextlib.suppress(OSError):  # on a full disk, room for the next attempt
             partial.unlink()
         raise
+
+
+def own_file(path: str, flags: int) -> int:
+    """Open a file to write it, for :func:`open`: never through a link, and never a pipe."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+
+def clear_way(folder: Path, files: Iterable[str]) -> None:
+    """Remove what is in place of some files of a folder, and is no file: pipes, links, devices.
+
+    Raises
+    ------
+    StoreError
+        If it is a folder that is not empty.
+    """
+    for file in files:
+        parents = Path(file).parents
+        for part in [*(str(one) for one in reversed(parents)), file]:
+            path = folder / part
+            odd = oddity(path, folder)
+            if odd is None or (odd == "a folder" and part != file):
+                continue
+            if odd != "a folder" or path.is_symlink():
+                path.unlink()
+                continue
+            try:
+                path.rmdir()
+            except OSError as error:
+                raise StoreError(
+                    f"{path}: is a folder, not a file",
+                    why="Something else was put in the file's place, and it is not empty.",
+                    remedy="Move the folder away, and run the same command again.",
+                ) from error
 
 
 def _begin_writing(handle: int, size: int) -> None:
@@ -239,11 +404,47 @@ def move(source: Location, target: Location) -> None:
     remove_tree(source)
 
 
+def replace_folder(new: Path, final: Path, aside: Path) -> Path:
+    """Put a folder in the place of another, and return where that one is now.
+
+    The two are exchanged at once where the file system can. Elsewhere nothing has the name `final`
+    for a moment, and both folders are beside it.
+    """
+    if _exchange(new, final):
+        return new
+    final.rename(aside)
+    new.rename(final)
+    return aside
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two folders; return False where the file system cannot."""
+    call = _renameat2()
+    if call is None:
+        return False
+    if call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _CANNOT_EXCHANGE:
+        return False
+    raise OSError(number, os.strerror(number), str(other))
+
+
+@cache
+def _renameat2() -> Callable[..., int] | None:
+    try:
+        found: Callable[..., int] = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # macOS, old C libraries
+        return None
+    return found
+
+
 def remove_partial_files(folder: Location, *, deep: bool) -> None:
     """Remove what Zarr was writing when an earlier writer was killed; objects are never partial."""
     if isinstance(folder, Path):
         for file in list(folder.rglob("*.partial") if deep else folder.glob("*.partial")):
-            file.unlink(missing_ok=True)
+            if file.stem == "zarr.json" or file.stem.isdigit():  # others are not ours
+                file.unlink(missing_ok=True)
 
 
 def flush(folder: Location) -> None:
@@ -294,14 +495,17 @@ def clear_errors(path: Location) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpaceError(
-                f"{path}: no space left on the disk",
-                remedy="Make room and run the same command again: it goes on where it stopped.",
-            ) from error
+            raise no_space(path, error) from error
         if error.errno in (errno.EEXIST, errno.ENOTDIR):
             raise StoreError(
                 f"{path}: cannot be written: a file is where a folder should be",
                 remedy="Choose another --output.",
+            ) from error
+        if error.errno == errno.EISDIR:
+            raise StoreError(
+                f"{error.filename2 or error.filename or path}: is a folder, not a file",
+                why="Something else was put in the file's place.",
+                remedy=REPAIR,
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise StoreError(
@@ -309,3 +513,33 @@ def clear_errors(path: Location) -> Iterator[None]:
                 remedy="Choose an --output that you may write to.",
             ) from error
         raise
+
+
+def no_space(path: Location, error: OSError) -> NoSpaceError:
+    """Return the error for a full disk: bytes, files (inodes) and quotas run out each by itself."""
+    again = "Make room and run the same command again."
+    if error.errno == errno.EDQUOT:
+        return NoSpaceError(
+            f"{path}: no space left in the disk quota",
+            why="A quota limits the bytes or the files of a user, a group or a project, whatever "
+            "is free on the disk.",
+            remedy=again,
+        )
+    if isinstance(path, ObjectPath):
+        return NoSpaceError(
+            f"{tempfile.gettempdir()}: no space left on the disk",
+            why="Files are put together there before they are sent.",
+            remedy="Make room there, or name another folder in the environment variable TMPDIR.",
+        )
+    folder = next(one for one in (path, *path.absolute().parents) if one.exists())
+    found = os.statvfs(folder)
+    free = found.f_bavail * found.f_frsize
+    if found.f_files and found.f_favail < _FEW_FILES and free > _SOME_BYTES:
+        return NoSpaceError(
+            f"{path}: no room for further files on the disk",
+            why=f"Of the {found.f_files} files (inodes) that its file system can hold, "
+            f"{found.f_favail} are left; {readable(free)} are free, and do not help.",
+            remedy="Remove files, or choose a file system that holds more ('df -i' shows how "
+            "many); then run the same command again.",
+        )
+    return NoSpaceError(f"{path}: no space left on the disk", remedy=again)

@@ -14,13 +14,13 @@ from xarray.core import indexing
 from zarrtrace.errors import IntegrityError
 from zarrtrace.spec import Stored, TraceAttributes
 from zarrtrace.store.attributes import (
-    REPAIR,
+    check_place,
     files_of,
     read_array,
     read_run_attributes,
     read_trace_attributes,
 )
-from zarrtrace.store.files import each_of, size_of
+from zarrtrace.store.files import REPAIR, each_of, size_of
 from zarrtrace.store.lazy import stored_array
 from zarrtrace.store.objects import Location, locate, zarr_place
 
@@ -72,6 +72,7 @@ def _indexable(path: Location) -> IndexableTrace | None:
     if not (path / "zarr.json").is_file():
         return None
     attributes = read_trace_attributes(path)
+    check_place(path, attributes)
     found = _features_of(attributes)
     if not attributes.complete or not found:
         return None

@@ -15,8 +15,8 @@ import numpy as np
 
 from zarrtrace.errors import IntegrityError
 from zarrtrace.spec import TraceAttributes
-from zarrtrace.store.attributes import REPAIR
 from zarrtrace.store.encoding import Encoding, checked
+from zarrtrace.store.files import REPAIR
 from zarrtrace.store.lazy import (
     MISSING,
     Part,
