@@ -8,6 +8,7 @@ import errno
 import gc
 import hashlib
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -31,6 +32,9 @@ _WORTH_BEGINNING = 2**17
 
 # Fewer free inodes than a trace needs, and more bytes than a file: it is inodes that lack.
 _FEW_FILES, _SOME_BYTES = 16, 2**20
+
+# What writing a file leaves if the process is killed; Zarr puts a number before the ending.
+_PARTIAL = re.compile(r"(zarr(\.json)?|\d+)(\.[0-9a-f]+)?\.partial")
 
 # Of Linux' renameat2.
 _AT_FDCWD, _EXCHANGE = -100, 2
@@ -443,7 +447,7 @@ def remove_partial_files(folder: Location, *, deep: bool) -> None:
     """Remove what Zarr was writing when an earlier writer was killed; objects are never partial."""
     if isinstance(folder, Path):
         for file in list(folder.rglob("*.partial") if deep else folder.glob("*.partial")):
-            if file.stem == "zarr.json" or file.stem.isdigit():  # others are not ours
+            if _PARTIAL.fullmatch(file.name):  # others are not ours
                 file.unlink(missing_ok=True)
 
 
