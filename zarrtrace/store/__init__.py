@@ -18,8 +18,6 @@ if TYPE_CHECKING:
         beside,
         clear_errors,
         no_space,
-        own_file,
-        read_regular,
         remove_tree,
         replace_folder,
         write_whole,
@@ -38,6 +36,7 @@ if TYPE_CHECKING:
     )
     from zarrtrace.store.objects import Location, ObjectPath, locate, resolved
     from zarrtrace.store.reader import open_run, open_trace
+    from zarrtrace.store.regular import own_file, read_regular
     from zarrtrace.store.run_index import IndexWriter, RunIndex, locked, write_index_layer
     from zarrtrace.store.summary import RunSummary, TraceSummary, summarize
     from zarrtrace.store.trace_writer import TraceWriter
@@ -73,8 +72,8 @@ _HOME = {
     "remove_tree": "files",
     "take_lock": "locks",
     "replace_folder": "files",
-    "read_regular": "files",
-    "own_file": "files",
+    "read_regular": "regular",
+    "own_file": "regular",
     "no_space": "files",
     "clear_errors": "files",
     "beside": "files",

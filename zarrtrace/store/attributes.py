@@ -28,8 +28,9 @@ from zarrtrace.spec import (
     Stored,
     TraceAttributes,
 )
-from zarrtrace.store.files import REPAIR, beside, fingerprint_of, read_regular
+from zarrtrace.store.files import beside, fingerprint_of
 from zarrtrace.store.objects import Location, ObjectPath, locate
+from zarrtrace.store.regular import REPAIR, read_regular
 
 #: The journal's keys that are no layers: what comes next, coordinates, each array's zarr.json.
 TOKENS, COORDINATES, METADATA = "tokens", "coordinates", "metadata"

@@ -14,8 +14,9 @@ from zarrtrace.errors import IntegrityError
 from zarrtrace.spec import NAMESPACE, Stored, TraceAttributes
 from zarrtrace.store.attributes import METADATA, files_of
 from zarrtrace.store.encoding import Encoding
-from zarrtrace.store.files import REPAIR, fingerprint_of, read_regular, size_of
+from zarrtrace.store.files import fingerprint_of, size_of
 from zarrtrace.store.lazy import Place, StoredArray
+from zarrtrace.store.regular import REPAIR, read_regular
 
 
 class Written(NamedTuple):

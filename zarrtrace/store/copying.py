@@ -28,18 +28,17 @@ from zarrtrace.store.attributes import (
     read_trace_attributes,
 )
 from zarrtrace.store.files import (
-    REPAIR,
     clear_errors,
     fingerprint,
     fingerprint_of,
     fsync,
-    read_regular,
     size_of,
     sizes_below,
     write_whole,
 )
 from zarrtrace.store.locks import lock, unlock
 from zarrtrace.store.objects import Location, at_once, locate, resolved
+from zarrtrace.store.regular import REPAIR, read_regular
 
 Progress = Callable[[int, int], None]
 

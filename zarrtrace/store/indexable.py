@@ -20,9 +20,10 @@ from zarrtrace.store.attributes import (
     read_run_attributes,
     read_trace_attributes,
 )
-from zarrtrace.store.files import REPAIR, each_of, size_of
+from zarrtrace.store.files import each_of, size_of
 from zarrtrace.store.lazy import stored_array
 from zarrtrace.store.objects import Location, locate, zarr_place
+from zarrtrace.store.regular import REPAIR
 
 
 class IndexableTrace(NamedTuple):

@@ -23,8 +23,8 @@ from xarray.core import indexing
 
 from zarrtrace.errors import IntegrityError
 from zarrtrace.store.encoding import Encoding, checked
-from zarrtrace.store.files import REPAIR, open_regular, read_regular
 from zarrtrace.store.objects import Location, ObjectPath
+from zarrtrace.store.regular import REPAIR, open_regular, read_regular
 
 MISSING = 2**64 - 1
 #: Along one dimension: the number of a chunk, where its part goes, and which part of it.

@@ -24,8 +24,9 @@ from zarrtrace.spec import (
     ArrayLayout,
 )
 from zarrtrace.store.attributes import canonical, hash_of, names_below, sealed
-from zarrtrace.store.files import change_whole, no_collecting, read_regular, write_whole
+from zarrtrace.store.files import change_whole, no_collecting, write_whole
 from zarrtrace.store.objects import Location, ObjectPath, at_once
+from zarrtrace.store.regular import read_regular
 
 #: Makes attributes of those that are there.
 Update = Callable[[dict[str, Any]], dict[str, Any]]

@@ -31,14 +31,7 @@ from zarrtrace.store.attributes import (
     trace_attributes_of,
 )
 from zarrtrace.store.checked import CheckedArray, OpenedTrace, Written
-from zarrtrace.store.files import (
-    REPAIR,
-    fingerprint_of,
-    no_collecting,
-    read_all,
-    size_of,
-    sizes_below,
-)
+from zarrtrace.store.files import fingerprint_of, no_collecting, read_all, size_of, sizes_below
 from zarrtrace.store.lazy import as_lazy, stored_array
 from zarrtrace.store.objects import Location, ObjectPath, at_once, locate, zarr_place
 from zarrtrace.store.opening import (
@@ -49,6 +42,7 @@ from zarrtrace.store.opening import (
     variable_of,
     whole_files,
 )
+from zarrtrace.store.regular import REPAIR
 
 Missing = Literal["raise", "nan"]
 ChunkSpec = Mapping[str, Any] | Literal["auto"] | None

@@ -24,8 +24,6 @@ from zarrtrace.store.attributes import (
     trace_attributes_of,
 )
 from zarrtrace.store.files import (
-    REPAIR,
-    clear_way,
     each_of,
     fingerprint,
     fingerprint_of,
@@ -38,6 +36,7 @@ from zarrtrace.store.files import (
 )
 from zarrtrace.store.nodes import create_trace, encoded_array, write_attributes
 from zarrtrace.store.objects import Location
+from zarrtrace.store.regular import REPAIR, clear_way
 from zarrtrace.store.shards import write_block
 
 Layout = Mapping[str, ArrayLayout]

@@ -209,12 +209,12 @@ class IndexWriter:
         return attributes
 
     def _put_in_place(self) -> None:
-        index, old, left = self._run / INDEX, _old(self._run), self.path
-        both_on_disk = isinstance(index, Path) and isinstance(self.path, Path)
-        if both_on_disk and index.exists():
-            left = replace_folder(Path(self.path), Path(index), Path(str(old)))
+        new, index, old = self.path, self._run / INDEX, _old(self._run)
+        left = new
+        if isinstance(new, Path) and isinstance(index, Path) and index.exists():
+            left = replace_folder(new, index, Path(str(old)))
         else:
-            move(self.path, index)
+            move(new, index)
         fsync(self._run)
         remove_tree(left)
 

@@ -29,10 +29,11 @@ from zarrtrace.store.attributes import (
     read_trace_attributes,
     seal_broken,
 )
-from zarrtrace.store.files import fingerprint, oddity
+from zarrtrace.store.files import fingerprint
 from zarrtrace.store.indexable import digest_of
 from zarrtrace.store.nodes import consolidated, labels_of
 from zarrtrace.store.objects import Location, ObjectPath, at_once, locate, zarr_place
+from zarrtrace.store.regular import oddity
 
 _OTHER_ATTRIBUTES = "its attributes are not the ones that were written"
 

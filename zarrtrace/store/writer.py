@@ -25,10 +25,8 @@ from zarrtrace.store.attributes import (
     seal_broken,
 )
 from zarrtrace.store.files import (
-    REPAIR,
     beside,
     clear_errors,
-    clear_way,
     each_of,
     fsync,
     move,
@@ -39,6 +37,7 @@ from zarrtrace.store.files import (
 from zarrtrace.store.locks import lock, unlock
 from zarrtrace.store.nodes import consolidate, create_run
 from zarrtrace.store.objects import Location, ObjectPath, locate, resolved
+from zarrtrace.store.regular import REPAIR, clear_way
 from zarrtrace.store.trace_writer import TraceWriter
 
 #: File in a run that is about to replace another, or has just done so.
