@@ -226,8 +226,8 @@ def test_lost_features_are_not_counted_as_silent(run: fakes.FakeRun) -> None:
 
 def test_a_killed_writer_leaves_nothing_that_counts(run: fakes.FakeRun) -> None:
     build_index(run.path)
-    (run.path.parent / ".run.index.1a2b3c4d" / "maximum").mkdir(parents=True)
-    (run.path / "index").rename(run.path.parent / ".run.index.old")  # between two renames
+    (run.path.parent / ".run.zarrtrace-index-1a2b3c4d" / "maximum").mkdir(parents=True)
+    (run.path / "index").rename(run.path.parent / ".run.zarrtrace-index-old")  # between two renames
     assert build_index(run.path).how == "unchanged"
     assert build_index(run.path, rebuild=True).how == "built"
     assert [file.name for file in run.path.parent.iterdir()] == ["run"]

@@ -14,9 +14,18 @@ from typing import Any
 
 import yaml
 
-from zarrtrace.errors import StoreError, readable
+from zarrtrace.errors import IntegrityError, StoreError, readable
 from zarrtrace.spec import INDEX, ranges
-from zarrtrace.store import Location, RunSummary, TraceSummary, locate, summarize, write_whole
+from zarrtrace.store import (
+    Location,
+    RunSummary,
+    TraceSummary,
+    clear_errors,
+    locate,
+    read_regular,
+    summarize,
+    write_whole,
+)
 
 _MARK = re.compile(r"<!-- zarrtrace card ([0-9a-f]{16}) -->\n\Z")
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"))
@@ -67,7 +76,7 @@ def write_card(
     run = locate(run)
     summary = summarize(run)
     card = run / "README.md"
-    if card.exists() and not _ours(card.read_text(encoding="utf-8", errors="replace")):
+    if not _free(card):
         raise StoreError(
             f"{card}: exists, and is not a card as zarrtrace wrote it",
             why="It was written by someone else, or edited since.",
@@ -77,11 +86,19 @@ def write_card(
     metadata = _metadata(summary, license, name)
     front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
     text = f"---\n{front}---\n\n{_body(summary, name, indexed=(run / INDEX).is_dir())}\n"
-    write_whole(card, f"{text}<!-- zarrtrace card {_digest(text)} -->\n".encode())
+    with clear_errors(card):
+        write_whole(card, f"{text}<!-- zarrtrace card {_digest(text)} -->\n".encode())
     return card
 
 
-def _ours(text: str) -> bool:
+def _free(card: Location) -> bool:
+    """Whether there is no file, or a card that nobody has edited."""
+    try:
+        text = read_regular(card).decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return True
+    except IntegrityError:  # something else in place of a file
+        return False
     found = _MARK.search(text)
     return found is not None and found[1] == _digest(text[: found.start()])
 

@@ -118,10 +118,12 @@ def extract(
 
 @contextlib.contextmanager
 def saying_how_much_room(output: Location, needed: int) -> Iterator[None]:
-    """Add to the error of a full disk how many bytes the run needs."""
+    """Add to the error of a full disk how many bytes the run needs, if it is bytes that lack."""
     try:
         yield
     except NoSpaceError as error:
+        if error.why:
+            raise
         free = readable(shutil.disk_usage(str(output.parent)).free)
         raise NoSpaceError(
             error.what,

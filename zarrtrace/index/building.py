@@ -21,6 +21,7 @@ from zarrtrace.store import (
     locked,
     read_features,
     read_run_attributes,
+    resolved,
     write_index_layer,
 )
 
@@ -80,7 +81,13 @@ def build_index(run: str | Location, *, rebuild: bool = False) -> IndexUpdate:
     NotATraceError, FormatVersionError, IntegrityError
         If it cannot be read.
     """
-    run = locate(run).absolute()
+    run = resolved(locate(run))
+    read_run_attributes(run)  # says what is wrong if it is no run
+    with locked(run):  # from the first look on: what is indexed must not be replaced meanwhile
+        return _build(run, rebuild=rebuild)
+
+
+def _build(run: Location, *, rebuild: bool) -> IndexUpdate:
     traces = list(indexable_traces(run))
     if not traces:
         raise ConfigError(
@@ -94,24 +101,23 @@ def build_index(run: str | Location, *, rebuild: bool = False) -> IndexUpdate:
         for array, size in trace.features.items():
             features[array] = max(size, features.get(array, 0))
     features = dict(sorted(features.items()))
-    with locked(run):
-        earlier = None if rebuild else _reusable(run, traces, layers, features)
-        known = set() if earlier is None else _indexed(earlier)
-        new = [trace for trace in traces if trace.number not in known]
-        if earlier is not None and not new:
-            there = earlier.attributes
-            return IndexUpdate("unchanged", 0, there.indexed, there.scenarios)
-        with IndexWriter(run, layers, features) as writer:
-            tasks = [
-                _layer_graph(run if earlier else None, writer.path, new, layers, features, *which)
-                for which in ((layer, array) for layer in layers for array in features)
-            ]
-            stored: dict[str, dict[str, Stored]] = {str(layer): {} for layer in layers}
-            for layer, entry in dask.compute(*tasks):
-                stored[str(layer)] |= entry
-            by_number = {trace.number: trace.digest for trace in traces}
-            digests = [by_number.get(number, 0) for number in range(writer.scenarios)]
-            made = writer.finish(digests, stored)
+    earlier = None if rebuild else _reusable(run, traces, layers, features)
+    known = set() if earlier is None else _indexed(earlier)
+    new = [trace for trace in traces if trace.number not in known]
+    if earlier is not None and not new:
+        there = earlier.attributes
+        return IndexUpdate("unchanged", 0, there.indexed, there.scenarios)
+    with IndexWriter(run, layers, features) as writer:
+        tasks = [
+            _layer_graph(run if earlier else None, writer.path, new, layers, features, *which)
+            for which in ((layer, array) for layer in layers for array in features)
+        ]
+        stored: dict[str, dict[str, Stored]] = {str(layer): {} for layer in layers}
+        for layer, entry in dask.compute(*tasks):
+            stored[str(layer)] |= entry
+        by_number = {trace.number: trace.digest for trace in traces}
+        digests = [by_number.get(number, 0) for number in range(writer.scenarios)]
+        made = writer.finish(digests, stored)
     how: Literal["built", "updated"] = "built" if earlier is None else "updated"
     return IndexUpdate(how, len(new), made.indexed, made.scenarios)
 

@@ -14,16 +14,29 @@ if TYPE_CHECKING:
         refuse_foreign,
     )
     from zarrtrace.store.copying import copy_run
-    from zarrtrace.store.files import remove_tree, write_whole
+    from zarrtrace.store.files import (
+        beside,
+        clear_errors,
+        no_space,
+        remove_tree,
+        replace_folder,
+        write_whole,
+    )
     from zarrtrace.store.indexable import (
         IndexableTrace,
         indexable_traces,
         read_features,
         read_token_texts,
     )
-    from zarrtrace.store.locks import only_writer, remove_trace_locks, wait_for_writers
-    from zarrtrace.store.objects import Location, ObjectPath, locate
+    from zarrtrace.store.locks import (
+        only_writer,
+        remove_trace_locks,
+        take_lock,
+        wait_for_writers,
+    )
+    from zarrtrace.store.objects import Location, ObjectPath, locate, resolved
     from zarrtrace.store.reader import open_run, open_trace
+    from zarrtrace.store.regular import own_file, read_regular
     from zarrtrace.store.run_index import IndexWriter, RunIndex, locked, write_index_layer
     from zarrtrace.store.summary import RunSummary, TraceSummary, summarize
     from zarrtrace.store.trace_writer import TraceWriter
@@ -57,6 +70,14 @@ _HOME = {
     "read_trace_attributes": "attributes",
     "refuse_foreign": "attributes",
     "remove_tree": "files",
+    "take_lock": "locks",
+    "replace_folder": "files",
+    "read_regular": "regular",
+    "own_file": "regular",
+    "no_space": "files",
+    "clear_errors": "files",
+    "beside": "files",
+    "resolved": "objects",
     "summarize": "summary",
     "remove_trace_locks": "locks",
     "verify": "verification",
@@ -77,22 +98,30 @@ __all__ = [
     "RunWriter",
     "TraceSummary",
     "TraceWriter",
+    "beside",
+    "clear_errors",
     "copy_run",
     "indexable_traces",
     "kind_of",
     "locate",
     "locked",
+    "no_space",
     "only_writer",
     "open_run",
     "open_trace",
+    "own_file",
     "read_features",
+    "read_regular",
     "read_run_attributes",
     "read_token_texts",
     "read_trace_attributes",
     "refuse_foreign",
     "remove_trace_locks",
     "remove_tree",
+    "replace_folder",
+    "resolved",
     "summarize",
+    "take_lock",
     "verify",
     "wait_for_writers",
     "write_index_layer",

@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import re
-import stat
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -30,17 +29,12 @@ from zarrtrace.spec import (
     Stored,
     TraceAttributes,
 )
-from zarrtrace.store.files import fingerprint_of
+from zarrtrace.store.files import beside, fingerprint_of
 from zarrtrace.store.objects import Location, ObjectPath, locate
+from zarrtrace.store.regular import REPAIR, read_regular
 
 #: The journal's keys that are no layers: what comes next, coordinates, each array's zarr.json.
 TOKENS, COORDINATES, METADATA = "tokens", "coordinates", "metadata"
-
-#: What to do about a damaged file.
-REPAIR = (
-    "'zarrtrace verify' names everything damaged; the 'zarrtrace extract' that made the run, with "
-    "--repair, makes it anew."
-)
 
 # What no trace exceeds; beyond it, metadata would only make us ask for memory or for files.
 _MAX_LABELS, _MAX_FILES = 2**24, 2**18
@@ -92,7 +86,7 @@ def read_metadata(path: Location) -> ArrayMetadata:
     read: dict[str, Any] = {}
 
     def metadata() -> Any:
-        read["content"] = _read(path / "zarr.json")
+        read["content"] = read_regular(path / "zarr.json")
         read["metadata"] = json.loads(read["content"])
         return read["metadata"]
 
@@ -124,13 +118,6 @@ def parse_array(path: Location, metadata: Callable[[], Any]) -> ArrayOnDisk:
             remedy=REPAIR,
         ) from error
     return array
-
-
-def _read(file: Location) -> bytes:
-    """Read a file; a pipe in its place would be waited for forever."""
-    if not isinstance(file, ObjectPath) and not stat.S_ISREG(file.stat().st_mode):
-        raise ValueError("not a file")
-    return file.read_bytes()
 
 
 def _check_plausible(array: ArrayOnDisk) -> None:
@@ -222,7 +209,7 @@ def refuse_foreign(path: Location) -> None:
     NotATraceError
     """
     if path.is_file() or (
-        path.is_dir() and any(not file.name.endswith(".partial") for file in path.iterdir())
+        path.is_dir() and any(file.name != "zarr.json.partial" for file in path.iterdir())
     ):
         kind_of(path)
 
@@ -279,15 +266,13 @@ def read_group(path: Location, wanted: str = "run or a trace") -> dict[str, Any]
 
 def _group(path: Location, wanted: str, parse: Callable[[bytes], Any]) -> dict[str, Any]:
     try:
-        found = parse(_read(path / "zarr.json"))
+        found = parse(read_regular(path / "zarr.json"))
         found["attributes"].get(NAMESPACE)
         if not isinstance(found["attributes"].get("coordinates", ""), str):
             raise TypeError("attribute coordinates is not text")
     except (FileNotFoundError, NotADirectoryError):
         if not path.exists():
-            raise NotATraceError(
-                f"{path}: no such folder", remedy=f"Give the folder of a {wanted}; check the path."
-            ) from None
+            raise _absent(path, wanted) from None
         raise NotATraceError(
             f"{path}: exists, but is not a zarrtrace run or trace",
             why="It has no zarr.json.",
@@ -300,6 +285,46 @@ def _group(path: Location, wanted: str, parse: Callable[[bytes], Any]) -> dict[s
             remedy=REPAIR,
         ) from error
     return dict(found)
+
+
+def _absent(path: Location, wanted: str) -> NotATraceError:
+    """Return the error for a path where there is nothing, not even a run that is being replaced."""
+    for run in (path, path.parent):
+        old, new = beside(run, "old"), beside(run, "new")
+        there = [one for one in (old, new) if (one / "zarr.json").is_file()]
+        if there:
+            return NotATraceError(
+                f"{path}: not there at this moment: the run is being replaced",
+                why="Until its folders are renamed, it is found here: "
+                + " ".join(
+                    f"{one} ({'the earlier one' if one == old else 'the new one'})" for one in there
+                ),
+                remedy="Open it again. If no 'zarrtrace extract' is running, one was interrupted: "
+                "the same command, run again, puts the new run in its place.",
+            )
+    return NotATraceError(
+        f"{path}: no such folder", remedy=f"Give the folder of a {wanted}; check the path."
+    )
+
+
+def check_place(path: Location, attributes: TraceAttributes) -> None:
+    """Refuse a trace in the folder of another scenario of its run.
+
+    Raises
+    ------
+    IntegrityError
+    """
+    if attributes.scenario != path.name:
+        raise other_scenario(path, attributes)
+
+
+def other_scenario(path: Location, attributes: TraceAttributes) -> IntegrityError:
+    """Return the error for a trace in the folder of another scenario."""
+    return IntegrityError(
+        f"{path}: holds scenario {attributes.scenario!r}",
+        why="Folders of the run were renamed or exchanged.",
+        remedy=f"Give each folder the name of its scenario. Otherwise, {REPAIR}",
+    )
 
 
 class _Said(BaseModel):

@@ -7,12 +7,15 @@ import datetime as dt
 import hashlib
 import importlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from zarrtrace.errors import ConfigError, RemoteError, install_command
 from zarrtrace.store.objects import Backend, Changed, Content, Tag
+
+_Out = TypeVar("_Out")
 
 _OBSTORE = {"s3", "s3a", "gs", "az", "adl", "azure", "abfs", "abfss", "http", "https", "memory"}
 # Objects above this size are sent in parts, a few at a time.
@@ -21,15 +24,18 @@ _PART, _PARTS_AT_ONCE = 8 * 2**20, 4
 _CLOSE = 2**18
 # Waiting times are drawn between the initial one and `base` times the one before, so that with a
 # small base they hardly grow, and a number of retries is used up in seconds.
+_PATIENCE, _HASTE = dt.timedelta(minutes=2), dt.timedelta(seconds=10)
 _RETRIES: Any = {
     "max_retries": 200,
-    "retry_timeout": dt.timedelta(minutes=2),
+    "retry_timeout": _PATIENCE,
     "backoff": {
         "init_backoff": dt.timedelta(milliseconds=100),
         "max_backoff": dt.timedelta(seconds=10),
         "base": 4,
     },
 }
+# Of obstore's errors about answers that ended too early.
+_CUT = ("response body", "body error", "invalid list response")
 _CLIENT = {"connect_timeout": "10s", "timeout": "60s"}
 # Options that are the HTTP client's and not the store's.
 _OF_CLIENT = {"allow_http", "allow_invalid_certificates", "connect_timeout", "proxy_url",
@@ -74,7 +80,7 @@ class _Obstore:
         try:
             self._patient, self._prefix = _open_obstore(base, options, _RETRIES)
             # A wrong address, or no credentials, is said soon.
-            hasty = {**_RETRIES, "retry_timeout": dt.timedelta(seconds=10)}
+            hasty = {**_RETRIES, "retry_timeout": _HASTE}
             self._hasty, _ = _open_obstore(base, options, hasty)
             # Not every server replaces an object on a condition; a refusal is not repeated.
             self._once, _ = _open_obstore(base, options, {"max_retries": 0})
@@ -187,28 +193,51 @@ class _Obstore:
                     return found.tag
             raise
 
+    def _repeated(self, key: str, call: Callable[[], _Out]) -> _Out:
+        """Call what may be called twice until its answer is whole.
+
+        obstore repeats requests that fail, and reads on where an object's content was cut; where
+        other answers were cut it gives up (0.12, LIST: "Error getting list response body").
+        """
+        until = time.monotonic() + (_PATIENCE if self._answered else _HASTE).total_seconds()
+        pause = 0.1
+        while True:
+            try:
+                with self._explained(key):
+                    return call()
+            except RemoteError as error:
+                cut = any(word in str(error.__cause__) for word in _CUT)
+                if not cut or time.monotonic() + pause > until:
+                    raise
+            time.sleep(pause)
+            pause = min(2 * pause, 10)
+
     def copy(self, source: str, target: str) -> None:
-        with self._explained(source):
-            self._obstore.copy(self._store, self._prefix + source, self._prefix + target)
+        source, target = self._prefix + source, self._prefix + target
+        self._repeated(source, lambda: self._obstore.copy(self._store, source, target))
 
     def delete(self, keys: Sequence[str]) -> None:
         if keys:
-            with contextlib.suppress(FileNotFoundError), self._explained(keys[0]):
-                self._obstore.delete(self._store, [self._prefix + key for key in keys])
+            paths = [self._prefix + key for key in keys]
+            with contextlib.suppress(FileNotFoundError):
+                self._repeated(keys[0], lambda: self._obstore.delete(self._store, paths))
 
     def sizes(self, prefix: str) -> dict[str, int]:
-        with self._explained(prefix):
-            folder = self._prefix + prefix.rstrip("/")
-            return {
+        folder = self._prefix + prefix.rstrip("/")
+        return self._repeated(
+            prefix,
+            lambda: {
                 one["path"].removeprefix(self._prefix): int(one["size"])
                 for some in self._obstore.list(self._store, folder)
                 for one in some
-            }
+            },
+        )
 
     def children(self, prefix: str) -> list[str]:
         folder = (self._prefix + prefix).rstrip("/")
-        with self._explained(prefix):
-            found = self._obstore.list_with_delimiter(self._store, folder or None)
+        found = self._repeated(
+            prefix, lambda: self._obstore.list_with_delimiter(self._store, folder or None)
+        )
         paths = [*found["common_prefixes"], *(one["path"] for one in found["objects"])]
         return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
 

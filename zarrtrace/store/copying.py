@@ -7,16 +7,17 @@ sees nothing that is not whole, and a copy that was interrupted goes on.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from zarrtrace.errors import ConfigMismatchError, IntegrityError, NotATraceError, StoreError
 from zarrtrace.spec import INDEX, IndexAttributes, Stored, TraceAttributes
 from zarrtrace.store.attributes import (
     METADATA,
-    REPAIR,
     ArrayOnDisk,
+    check_place,
     files_of,
     files_of_entry,
     kind_of,
@@ -36,9 +37,12 @@ from zarrtrace.store.files import (
     write_whole,
 )
 from zarrtrace.store.locks import lock, unlock
-from zarrtrace.store.objects import Location, at_once, locate
+from zarrtrace.store.objects import Location, at_once, locate, resolved
+from zarrtrace.store.regular import REPAIR, read_regular
 
 Progress = Callable[[int, int], None]
+
+_Attributes = TypeVar("_Attributes", TraceAttributes, IndexAttributes)
 
 
 class Copied(NamedTuple):
@@ -106,7 +110,7 @@ def copy_run(
         If another process is writing `target`.
     NotATraceError, FormatVersionError, RemoteError, NoSpaceError
     """
-    source, target = locate(source), locate(target).absolute()
+    source, target = locate(source), resolved(locate(target))
     alone = kind_of(source) == "trace"
     _refuse_other(source, target, alone=alone)
     names = [""] if alone else [*read_run_attributes(source).scenarios]
@@ -119,8 +123,11 @@ def copy_run(
         try:
             for name, trace, size in zip(names, traces, sizes, strict=True):
                 if size is not None:
-                    attributes = read_trace_attributes(trace)
-                    _copy_group(trace, target / name if name else target, attributes, counter)
+                    if name:
+                        check_place(trace, read_trace_attributes(trace))
+                    _copy_group(
+                        trace, target / name if name else target, read_trace_attributes, counter
+                    )
             if not alone:
                 _copy_index(source, target, counter)
                 _copy_file(source, target, "README.md")
@@ -135,13 +142,9 @@ def _refuse_other(source: Location, target: Location, *, alone: bool) -> None:
     there = _kind_there(target)
     if there is None:
         # What an interrupted copy left has no zarr.json yet.
-        known = {*names_below(source), INDEX, "README.md"}
+        known = {*names_below(source), INDEX, "README.md", "README.md.partial", "zarr.json.partial"}
         if target.is_file() or (
-            target.is_dir()
-            and any(
-                file.name not in known and not file.name.endswith(".partial")
-                for file in target.iterdir()
-            )
+            target.is_dir() and any(file.name not in known for file in target.iterdir())
         ):
             kind_of(target)  # refuses it
         return
@@ -181,19 +184,27 @@ def _bytes_of(trace: Location) -> int | None:
 
 def _copy_index(source: Location, target: Location, counter: _Counter) -> None:
     try:
-        attributes = read_index_attributes(source / INDEX)
+        read_index_attributes(source / INDEX)
     except NotATraceError:
         return
-    _copy_group(source / INDEX, target / INDEX, attributes, counter)
+    _copy_group(source / INDEX, target / INDEX, read_index_attributes, counter)
 
 
 def _copy_group(
     source: Location,
     target: Location,
-    attributes: TraceAttributes | IndexAttributes,
+    read: Callable[[Location], _Attributes],
     counter: _Counter,
 ) -> None:
-    """Copy a trace or an index."""
+    """Copy a trace or an index, whose attributes a function reads."""
+    attributes = read(source)
+    content = read_regular(source / "zarr.json", source)
+    if read(source) != attributes:  # so that what is sent last speaks of the files sent before
+        raise IntegrityError(
+            f"{source}: was changed while it was copied",
+            why="An extraction is writing or replacing it.",
+            remedy="Run the same command again; once the run is complete, the copy will be.",
+        )
     names = sorted(attributes.stored.get(METADATA, {}))
     found = at_once(lambda name: read_array(source / name), names)
     entries = _entries(attributes, dict(zip(names, found, strict=True)))
@@ -208,7 +219,7 @@ def _copy_group(
         counter.add(written=stored.bytes)
 
     at_once(copy, entries)
-    _copy_file(source, target, "zarr.json")
+    _put(target / "zarr.json", content)
 
 
 def _entries(
@@ -235,7 +246,7 @@ def _copy_entry(source: Location, target: Location, entry: _Entry) -> None:
     contents: dict[str, bytes] = {}
     for file in entry.files:
         try:
-            contents[file] = (source / file).read_bytes()
+            contents[file] = read_regular(source / file, source)
         except FileNotFoundError:
             continue  # may have been left out: the hash tells
     if fingerprint_of(contents.values()) != entry.stored:
@@ -256,20 +267,18 @@ def _copy_entry(source: Location, target: Location, entry: _Entry) -> None:
 
 
 def _copy_file(source: Location, target: Location, name: str) -> None:
-    """Copy a small file that no journal speaks of, if it is there and another one."""
-    try:
-        content = (source / name).read_bytes()
-    except FileNotFoundError:
-        return
-    try:
-        if (target / name).read_bytes() == content:
+    """Copy a small file that no journal speaks of, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        _put(target / name, read_regular(source / name, source))
+
+
+def _put(target: Location, content: bytes) -> None:
+    """Write a small file, unless it is there as it should be."""
+    with contextlib.suppress(FileNotFoundError):
+        if read_regular(target) == content:
             return
-    except FileNotFoundError:
-        pass
-    target.mkdir(parents=True, exist_ok=True)
-    write_whole(target / name, content)
-    fsync(target / name)
-    if (target / name).read_bytes() != content:
-        raise StoreError(
-            f"{target / name}: is not what was sent", remedy="Run the same command again."
-        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(target, content)
+    fsync(target)
+    if read_regular(target) != content:
+        raise StoreError(f"{target}: is not what was sent", remedy="Run the same command again.")

@@ -8,6 +8,7 @@ import errno
 import gc
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,26 +16,52 @@ from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
-from zarrtrace.errors import LockedError, NoSpaceError, StoreError
+from zarrtrace.errors import LockedError, NoSpaceError, StoreError, readable
 from zarrtrace.spec import Stored
 from zarrtrace.store.objects import Changed, Location, ObjectPath, at_once, check_guards
+from zarrtrace.store.regular import REPAIR, own_file, read_regular
 
 # Smaller files go to the disk together.
 _WORTH_BEGINNING = 2**17
 
+# Fewer free inodes than a trace needs, and more bytes than a file: it is inodes that lack.
+_FEW_FILES, _SOME_BYTES = 16, 2**20
+
+# What writing a file leaves if the process is killed; Zarr puts a number before the ending.
+_PARTIAL = re.compile(r"(zarr(\.json)?|\d+)(\.[0-9a-f]+)?\.partial")
+
+# Of Linux' renameat2.
+_AT_FDCWD, _EXCHANGE = -100, 2
+_CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EXDEV)
+
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
+_Place = TypeVar("_Place", Path, ObjectPath, Location)
+
+
+def beside(path: _Place, what: str) -> _Place:
+    """Return the path of a file or folder of zarrtrace's own beside a run or a bundle.
+
+    Anybody might have a `.run.old`: names of which zarrtrace is a part are left to it.
+    """
+    return path.with_name(f".{path.name}.zarrtrace-{what}")
 
 
 def fingerprint(trace: Location, files: Sequence[str]) -> Stored:
-    """Return size and hash of some files of a trace, taken together."""
+    """Return size and hash of some files of a trace, taken together; one that is gone has none.
+
+    Raises
+    ------
+    IntegrityError
+        If there is something else in place of a file, or a link that leads out of the trace.
+    """
     if isinstance(trace, ObjectPath):
         return fingerprint_of(read_all([trace / file for file in files]))
 
     def contents() -> Iterator[bytes]:
         for file in files:
             with contextlib.suppress(FileNotFoundError):
-                yield (trace / file).read_bytes()
+                yield read_regular(trace / file, trace)
 
     return fingerprint_of(contents())
 
@@ -96,8 +123,9 @@ def size_of(
     for file in files:
         try:
             total += os.stat(f"{root}/{file}").st_size  # noqa: PTH116  thousands a run: no Path
-        except FileNotFoundError:
-            continue
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise
     return total
 
 
@@ -126,7 +154,7 @@ def write_whole(file: Location, content: bytes) -> None:
         return
     partial = file.with_name(f"{file.name}.partial")
     try:
-        with partial.open("wb") as stream:
+        with open(partial, "wb", opener=own_file) as stream:
             stream.write(content)
             stream.flush()
             _begin_writing(stream.fileno(), len(content))
@@ -239,11 +267,47 @@ def move(source: Location, target: Location) -> None:
     remove_tree(source)
 
 
+def replace_folder(new: Path, final: Path, aside: Path) -> Path:
+    """Put a folder in the place of another, and return where that one is now.
+
+    The two are exchanged at once where the file system can. Elsewhere nothing has the name `final`
+    for a moment, and both folders are beside it.
+    """
+    if _exchange(new, final):
+        return new
+    final.rename(aside)
+    new.rename(final)
+    return aside
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two folders; return False where the file system cannot."""
+    call = _renameat2()
+    if call is None:
+        return False
+    if call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _CANNOT_EXCHANGE:
+        return False
+    raise OSError(number, os.strerror(number), str(other))
+
+
+@cache
+def _renameat2() -> Callable[..., int] | None:
+    try:
+        found: Callable[..., int] = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # macOS, old C libraries
+        return None
+    return found
+
+
 def remove_partial_files(folder: Location, *, deep: bool) -> None:
     """Remove what Zarr was writing when an earlier writer was killed; objects are never partial."""
     if isinstance(folder, Path):
         for file in list(folder.rglob("*.partial") if deep else folder.glob("*.partial")):
-            file.unlink(missing_ok=True)
+            if _PARTIAL.fullmatch(file.name):  # others are not ours
+                file.unlink(missing_ok=True)
 
 
 def flush(folder: Location) -> None:
@@ -294,14 +358,17 @@ def clear_errors(path: Location) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpaceError(
-                f"{path}: no space left on the disk",
-                remedy="Make room and run the same command again: it goes on where it stopped.",
-            ) from error
+            raise no_space(path, error) from error
         if error.errno in (errno.EEXIST, errno.ENOTDIR):
             raise StoreError(
                 f"{path}: cannot be written: a file is where a folder should be",
                 remedy="Choose another --output.",
+            ) from error
+        if error.errno == errno.EISDIR:
+            raise StoreError(
+                f"{error.filename2 or error.filename or path}: is a folder, not a file",
+                why="Something else was put in the file's place.",
+                remedy=REPAIR,
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise StoreError(
@@ -309,3 +376,33 @@ def clear_errors(path: Location) -> Iterator[None]:
                 remedy="Choose an --output that you may write to.",
             ) from error
         raise
+
+
+def no_space(path: Location, error: OSError) -> NoSpaceError:
+    """Return the error for a full disk: bytes, files (inodes) and quotas run out each by itself."""
+    again = "Make room and run the same command again."
+    if error.errno == errno.EDQUOT:
+        return NoSpaceError(
+            f"{path}: no space left in the disk quota",
+            why="A quota limits the bytes or the files of a user, a group or a project, whatever "
+            "is free on the disk.",
+            remedy=again,
+        )
+    if isinstance(path, ObjectPath):
+        return NoSpaceError(
+            f"{tempfile.gettempdir()}: no space left on the disk",
+            why="Files are put together there before they are sent.",
+            remedy="Make room there, or name another folder in the environment variable TMPDIR.",
+        )
+    folder = next(one for one in (path, *path.absolute().parents) if one.exists())
+    found = os.statvfs(folder)
+    free = found.f_bavail * found.f_frsize
+    if found.f_files and found.f_favail < _FEW_FILES and free > _SOME_BYTES:
+        return NoSpaceError(
+            f"{path}: no room for further files on the disk",
+            why=f"Of the {found.f_files} files (inodes) that its file system can hold, "
+            f"{found.f_favail} are left; {readable(free)} are free, and do not help.",
+            remedy="Remove files, or choose a file system that holds more ('df -i' shows how "
+            "many); then run the same command again.",
+        )
+    return NoSpaceError(f"{path}: no space left on the disk", remedy=again)

@@ -14,7 +14,7 @@ from xarray.core import indexing
 from zarrtrace.errors import IntegrityError
 from zarrtrace.spec import Stored, TraceAttributes
 from zarrtrace.store.attributes import (
-    REPAIR,
+    check_place,
     files_of,
     read_array,
     read_run_attributes,
@@ -23,6 +23,7 @@ from zarrtrace.store.attributes import (
 from zarrtrace.store.files import each_of, size_of
 from zarrtrace.store.lazy import stored_array
 from zarrtrace.store.objects import Location, locate, zarr_place
+from zarrtrace.store.regular import REPAIR
 
 
 class IndexableTrace(NamedTuple):
@@ -72,6 +73,7 @@ def _indexable(path: Location) -> IndexableTrace | None:
     if not (path / "zarr.json").is_file():
         return None
     attributes = read_trace_attributes(path)
+    check_place(path, attributes)
     found = _features_of(attributes)
     if not attributes.complete or not found:
         return None

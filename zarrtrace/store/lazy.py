@@ -22,9 +22,9 @@ from xarray.backends import BackendArray
 from xarray.core import indexing
 
 from zarrtrace.errors import IntegrityError
-from zarrtrace.store.attributes import REPAIR
 from zarrtrace.store.encoding import Encoding, checked
 from zarrtrace.store.objects import Location, ObjectPath
+from zarrtrace.store.regular import REPAIR, open_regular, read_regular
 
 MISSING = 2**64 - 1
 #: Along one dimension: the number of a chunk, where its part goes, and which part of it.
@@ -113,10 +113,15 @@ class StoredArray(BackendArray):
     def _fetch(self, file: Place, pieces: Sequence[Sequence[Part]], out: np.ndarray) -> None:
         """Read some chunks of a file and put their parts where they belong."""
         with _File(f"{self._path}/c/{'/'.join(map(str, file))}") as opened:
+            if opened.absent:
+                self._check_absent(opened.path, file)
             for piece in pieces:
                 inside, into, of = zip(*piece, strict=True)
                 chunk = self._chunk(opened, file, sum(inside))
                 self._put(out, into, chunk, of)
+
+    def _check_absent(self, path: str, file: Place) -> None:
+        """Do nothing: no journal says which files there are."""
 
     def _put(
         self,
@@ -162,7 +167,7 @@ def stored_array(
 ) -> tuple[StoredArray, dict[str, Any]] | None:
     """Return an array and its metadata; None if it is encoded in another way than ours."""
     if metadata is None:
-        metadata = json.loads((path / "zarr.json").read_bytes())
+        metadata = json.loads(read_regular(path / "zarr.json"))
     try:
         encoding = Encoding(metadata)
     except (ValueError, KeyError, TypeError):
@@ -186,14 +191,17 @@ class _File:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self._handle: int | None = None
         self._index: memoryview | None = None
 
     def __enter__(self) -> _File:
-        try:
-            self._handle: int | None = os.open(self.path, os.O_RDONLY)
-        except FileNotFoundError:
-            self._handle = None
+        self._handle = open_regular(self.path)
         return self
+
+    @property
+    def absent(self) -> bool:
+        """Whether there is no such file."""
+        return self._handle is None
 
     def __exit__(self, *_: object) -> None:
         if self._handle is not None:

@@ -7,22 +7,23 @@ leases (:mod:`zarrtrace.store.leases`).
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
 
-from zarrtrace.errors import LockedError
-from zarrtrace.store.files import remove_tree
+from zarrtrace.errors import LockedError, StoreError
+from zarrtrace.store.files import beside, remove_tree
 from zarrtrace.store.leases import Lease, wait_for_owner
 from zarrtrace.store.objects import Location, ObjectPath
 
 #: What :func:`lock` returns.
 Held = int | Lease
 
-_Run = TypeVar("_Run", Path, ObjectPath, Location)
+# What systems say where a file system has no locks, and where its lock service does not answer.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def lock(run: Location) -> Held:
@@ -34,18 +35,22 @@ def lock(run: Location) -> Held:
         If another process has it.
     """
     if isinstance(run, ObjectPath):
-        lease = Lease(_beats(run), [run.with_name(f".{run.name}.lock")], [run])
+        lease = Lease(_beats(run), [beside(run, "lock")], [run])
         if lease.take(seconds=0) is not None:
             raise _locked_run(run)
         return lease
-    path = run.with_name(f".{run.name}.lock")
+    path = beside(run, "lock")
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            taken = take_lock(handle, path)
+        except StoreError:  # nobody has a lock there
             os.close(handle)
-            raise _locked_run(run) from None
+            path.unlink(missing_ok=True)
+            raise
+        if not taken:
+            os.close(handle)
+            raise _locked_run(run)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), path.stat()):
                 return handle
@@ -53,7 +58,7 @@ def lock(run: Location) -> Held:
 
 
 def _beats(run: ObjectPath) -> ObjectPath:
-    return run.with_name(f".{run.name}.beats")
+    return beside(run, "beats")
 
 
 def _locked_run(run: Location) -> LockedError:
@@ -71,18 +76,13 @@ def unlock(run: Location, held: Held) -> None:
         return
     # The lock file goes first: whoever waits for it must not hold a file that has no name.
     with contextlib.suppress(OSError):
-        Path(str(run)).with_name(f".{run.name}.lock").unlink()
+        beside(Path(str(run)), "lock").unlink()
     os.close(held)
 
 
 def remove_trace_locks(run: Location) -> None:
     """Remove what locks of a run's traces leave, once nobody holds one."""
-    remove_tree(_beside(run))
-
-
-def _beside(run: _Run) -> _Run:
-    """Return the folder of the locks of a run's traces; beside it, for its readers list it."""
-    return run.with_name(f".{run.name}.locks")
+    remove_tree(beside(run, "locks"))
 
 
 @contextlib.contextmanager
@@ -107,7 +107,7 @@ def only_writer(run: Location, scenarios: Iterable[str], *, seconds: float) -> I
         with _leased(run, tuple(scenarios), seconds):
             yield
         return
-    folder = _beside(run)
+    folder = beside(run, "locks")
     folder.mkdir(exist_ok=True)
     until = time.monotonic() + seconds
     with contextlib.ExitStack() as stack:
@@ -124,7 +124,7 @@ def wait_for_writers(run: Location, *, seconds: float) -> None:
     LockedError
         If one still does after so many seconds.
     """
-    folder: Location = _beside(run)
+    folder: Location = beside(run, "locks")
     if not folder.is_dir():
         return
     until = time.monotonic() + seconds
@@ -141,7 +141,7 @@ def wait_for_writers(run: Location, *, seconds: float) -> None:
 
 @contextlib.contextmanager
 def _leased(run: ObjectPath, scenarios: Sequence[str], seconds: float) -> Iterator[None]:
-    folder = _beside(run)
+    folder = beside(run, "locks")
     lease = Lease(_beats(run), [folder / name for name in scenarios], [run / n for n in scenarios])
     refused = lease.take(seconds=seconds)
     if refused is not None:
@@ -164,7 +164,7 @@ def _locked_trace(trace: Location) -> LockedError:
 def _locked(file: Path, run: Location, until: float) -> Iterator[None]:
     handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        while not _taken(handle):
+        while not take_lock(handle, file):
             if time.monotonic() > until:
                 raise _locked_trace(run / file.name)
             time.sleep(0.1)
@@ -173,9 +173,26 @@ def _locked(file: Path, run: Location, until: float) -> Iterator[None]:
         os.close(handle)
 
 
-def _taken(handle: int) -> bool:
+def take_lock(handle: int, path: Path) -> bool:
+    """Take the lock of an open file or folder; return False if another process has it.
+
+    Raises
+    ------
+    StoreError
+        If the file system has no locks.
+    """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        raise StoreError(
+            f"{path.parent}: files cannot be locked there ({error.strerror})",
+            why="Its file system has no locks, as Lustre mounted without 'flock' and some network "
+            "file systems; two writers of one run would damage it.",
+            remedy="Choose an --output on another file system, or have this one mounted with "
+            "locks (Lustre: -o flock).",
+        ) from error
     return True

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from zarrtrace.errors import IntegrityError
 from zarrtrace.spec import (
     ATTENTION_BLOCK,
     ATTENTION_LEVEL,
@@ -25,6 +26,7 @@ from zarrtrace.spec import (
 from zarrtrace.store.attributes import canonical, hash_of, names_below, sealed
 from zarrtrace.store.files import change_whole, no_collecting, write_whole
 from zarrtrace.store.objects import Location, ObjectPath, at_once
+from zarrtrace.store.regular import read_regular
 
 #: Makes attributes of those that are there.
 Update = Callable[[dict[str, Any]], dict[str, Any]]
@@ -229,7 +231,7 @@ def _nodes_below(path: Location, *, trusting: bool) -> dict[str, Any]:
     def below(folder: Location) -> list[tuple[str, dict[str, Any]]]:
         name = folder.name
         try:
-            node = json.loads((folder / "zarr.json").read_bytes())
+            node = _node(folder)
         except FileNotFoundError:
             return []
         known = (node.get("consolidated_metadata") or {}).get("metadata")
@@ -246,6 +248,19 @@ def _nodes_below(path: Location, *, trusting: bool) -> dict[str, Any]:
         at_once(below, folders) if isinstance(path, ObjectPath) else map(below, folders)
     )
     return dict(sorted(found, key=lambda node: f"{node[0]}/zarr.json".split("/")))
+
+
+def _node(folder: Location) -> dict[str, Any]:
+    try:
+        node = dict(json.loads(read_regular(folder / "zarr.json")))
+        node["node_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(
+            f"{folder}/zarr.json: is no metadata of Zarr's: {error}",
+            why="zarrtrace did not write it.",
+            remedy="Move the folder away, if it does not belong to the run.",
+        ) from error
+    return node
 
 
 def create_run(path: Location, attributes: dict[str, Any]) -> None:

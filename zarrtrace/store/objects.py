@@ -184,11 +184,9 @@ class ObjectPath:
         """Return what has another name in the same folder."""
         return self.parent / name
 
-    def absolute(self) -> ObjectPath:
+    def resolve(self) -> ObjectPath:
         """Return itself."""
         return self
-
-    resolve = absolute
 
     def mkdir(self, *, parents: bool = False, exist_ok: bool = False) -> None:
         """Do nothing: folders are what keys make of them."""
@@ -298,6 +296,24 @@ def locate(address: str | Location, storage_options: Mapping[str, str] | None = 
     if address.startswith("file://"):
         return Path(address.removeprefix("file://"))
     return ObjectPath.of(address, storage_options) if "://" in address else Path(address)
+
+
+def resolved(path: Location) -> Location:
+    """Return what a path leads to: locks and replacing are of the folder, not of a link to it.
+
+    Raises
+    ------
+    ConfigError
+        If it is a link that leads to itself.
+    """
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"{path}: cannot be followed: {error}",
+            why="It is, or is behind, a symbolic link that leads to itself.",
+            remedy="Give the path of a folder.",
+        ) from error
 
 
 def zarr_place(path: Location) -> Any:

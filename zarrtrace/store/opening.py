@@ -18,9 +18,9 @@ import pandas as pd
 import xarray as xr
 from xarray.core.indexes import PandasIndex
 
-from zarrtrace.spec import Stored, TraceAttributes
+from zarrtrace.spec import NAMESPACE, Stored, TraceAttributes
 from zarrtrace.store.attributes import COORDINATES, METADATA, parse_array
-from zarrtrace.store.checked import CheckedArray, Written
+from zarrtrace.store.checked import CheckedArray, OpenedTrace, Written
 from zarrtrace.store.encoding import Encoding
 from zarrtrace.store.lazy import StoredArray, as_lazy
 from zarrtrace.store.objects import Location, ObjectPath
@@ -112,9 +112,12 @@ def open_nodes(
     except _OtherEncodingError:
         return None
     node = xr.DataTree(pattern.dataset)  # which copies variables
-    variables = node.variables
+    variables, trace = (
+        node.variables,
+        OpenedTrace(str(path), group["attributes"][NAMESPACE].get("blake2b")),
+    )
     for name, (encoding, first) in pattern.arrays.items():
-        variable, array = variables[name], _array(path, name, encoding, first, attributes)
+        variable, array = variables[name], _array(path, name, encoding, first, attributes, trace)
         variable.data = as_lazy(array)
         if blocks and name in pattern.dataset.data_vars:
             variable.data = _blocks(variable, path, name, array, attributes)
@@ -171,18 +174,23 @@ def _new_pattern(
             continue
         key = name, attributes.stored[COORDINATES][name]
         if key not in shared.indexes:
-            array = _array(path, name, encoding, name, attributes)
+            array = _array(path, name, encoding, name, attributes, None)
             shared.indexes[key] = load_index(name, array, metadata, attributes)
         coordinates[name], indexes[name] = shared.indexes[key]
     return Pattern(nodes, arrays, xr.Dataset(variables, xr.Coordinates(coordinates, indexes)))
 
 
 def _array(
-    path: Location, name: str, encoding: Encoding, first: str, attributes: TraceAttributes
+    path: Location,
+    name: str,
+    encoding: Encoding,
+    first: str,
+    attributes: TraceAttributes,
+    trace: OpenedTrace | None,
 ) -> Checked:
     if isinstance(path, ObjectPath):
         return RemoteArray(path / name, encoding, Files.of(name, first, attributes))
-    return CheckedArray(encoding, Written.of(str(path), name, encoding, first, attributes))
+    return CheckedArray(encoding, Written.of(str(path), name, encoding, first, attributes), trace)
 
 
 def variable_of(data: Any, encoding: Encoding, metadata: dict[str, Any]) -> xr.Variable:

@@ -18,9 +18,9 @@ from zarrtrace.spec import LABELS, NAMESPACE, Stored, TraceAttributes
 from zarrtrace.store.attributes import (
     COORDINATES,
     METADATA,
-    REPAIR,
     ArrayMetadata,
     ArrayOnDisk,
+    check_place,
     files_of_entry,
     incomplete,
     parse_array,
@@ -30,6 +30,7 @@ from zarrtrace.store.attributes import (
     read_trace_attributes,
     trace_attributes_of,
 )
+from zarrtrace.store.checked import CheckedArray, OpenedTrace, Written
 from zarrtrace.store.files import fingerprint_of, no_collecting, read_all, size_of, sizes_below
 from zarrtrace.store.lazy import as_lazy, stored_array
 from zarrtrace.store.objects import Location, ObjectPath, at_once, locate, zarr_place
@@ -41,6 +42,7 @@ from zarrtrace.store.opening import (
     variable_of,
     whole_files,
 )
+from zarrtrace.store.regular import REPAIR
 
 Missing = Literal["raise", "nan"]
 ChunkSpec = Mapping[str, Any] | Literal["auto"] | None
@@ -188,6 +190,7 @@ def _one_of_many(
     """Open a trace as :func:`open_trace` does, but check its files when they are read."""
     group = group or read_group(path)
     attributes = trace_attributes_of(path, group)
+    check_place(path, attributes)
     with _damage_explained(path):
         blocks = chunks is not None and chunks in ("auto", {})
         node = open_consolidated(path, group, attributes, shared, blocks=blocks)
@@ -242,6 +245,7 @@ def _open(
     variables: dict[str, xr.Variable] = {}
     coordinates: dict[str, xr.Variable] = {}
     indexes: dict[str, PandasIndex] = {}
+    trace = OpenedTrace(path, group["attributes"][NAMESPACE].get("blake2b"))
     for name, (found, metadata, _) in sorted(arrays.items()):
         opened = stored_array(path / name, metadata)
         if opened is None:
@@ -250,6 +254,10 @@ def _open(
             plain: xr.Dataset = xr.open_zarr(path, chunks=None, consolidated=False, zarr_format=3)
             return _with_loaded_labels(plain)
         array, _ = opened
+        if name in attributes.stored[METADATA]:
+            how = array.encoding
+            written = Written.of(str(path), name, how, found.dims[0], attributes)
+            array = CheckedArray(how, written, trace, checked=True)
         if found.dims == (name,):
             coordinates[name], indexes[name] = load_index(name, array, metadata, attributes)
         else:

@@ -15,7 +15,6 @@ import numpy as np
 
 from zarrtrace.errors import IntegrityError
 from zarrtrace.spec import TraceAttributes
-from zarrtrace.store.attributes import REPAIR
 from zarrtrace.store.encoding import Encoding, checked
 from zarrtrace.store.lazy import (
     MISSING,
@@ -27,6 +26,7 @@ from zarrtrace.store.lazy import (
     _length,
 )
 from zarrtrace.store.objects import ObjectPath, at_once
+from zarrtrace.store.regular import REPAIR
 
 # From this share of a shard's chunks on, all of it is read at once.
 _MOST = 0.5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from zarrtrace.spec import NAMESPACE, ArrayLayout, Stored, Tokens, TraceAttribut
 from zarrtrace.store.attributes import (
     COORDINATES,
     METADATA,
-    REPAIR,
+    files_of,
     files_of_entry,
+    other_scenario,
     read_group,
     read_metadata,
     read_trace_attributes,
@@ -36,6 +37,7 @@ from zarrtrace.store.files import (
 )
 from zarrtrace.store.nodes import create_trace, encoded_array, write_attributes
 from zarrtrace.store.objects import Location
+from zarrtrace.store.regular import REPAIR, clear_way
 from zarrtrace.store.shards import write_block
 
 Layout = Mapping[str, ArrayLayout]
@@ -107,6 +109,8 @@ def resume(
         If metadata or coordinates are damaged, and `repair` is false.
     """
     fresh = attributes.model_copy(update={"stored": {}, "nonfinite": (), "complete": False})
+    if repair and isinstance(path, Path):
+        clear_way(path, _files(layout))
     earlier = _earlier(path, fresh, repair=repair)
     if earlier is None or COORDINATES not in earlier.stored:
         return _create(path, fresh, layout, tokens)
@@ -160,6 +164,13 @@ def resume(
     return resumed
 
 
+def _files(layout: Layout) -> Iterator[str]:
+    yield "zarr.json"
+    for name, one in layout.items():
+        yield f"{name}/zarr.json"
+        yield from files_of(name, one.shape, one.shards or one.chunks, None)
+
+
 def _earlier(path: Location, fresh: TraceAttributes, *, repair: bool) -> TraceAttributes | None:
     """What the trace on disk says of itself; None if it has to be made anew."""
     if not (path / "zarr.json").exists():
@@ -179,6 +190,10 @@ def _earlier(path: Location, fresh: TraceAttributes, *, repair: bool) -> TraceAt
             why="The file was damaged, or edited by hand.",
             remedy=REPAIR,
         )
+    if earlier.scenario != fresh.scenario:
+        if repair:
+            return None
+        raise other_scenario(path, earlier)
     # A run whose own attributes were damaged can no longer refuse another configuration.
     return None if repair and _identity(earlier) != _identity(fresh) else earlier
 

@@ -28,6 +28,7 @@ from zarrtrace.store.attributes import (
     read_run_attributes,
 )
 from zarrtrace.store.files import (
+    beside,
     clear_errors,
     fingerprint,
     flush,
@@ -35,12 +36,13 @@ from zarrtrace.store.files import (
     made_whole,
     move,
     remove_tree,
+    replace_folder,
     size_of,
 )
 from zarrtrace.store.lazy import stored_array
 from zarrtrace.store.locks import lock, unlock
 from zarrtrace.store.nodes import create_arrays, write_attributes
-from zarrtrace.store.objects import Location, locate
+from zarrtrace.store.objects import Location, locate, resolved
 from zarrtrace.store.shards import write_block
 
 
@@ -139,9 +141,9 @@ class IndexWriter:
     def __init__(
         self, run: str | Location, layers: Sequence[int], features: Mapping[str, int]
     ) -> None:
-        self._run = locate(run).absolute()
+        self._run = resolved(locate(run))
         # Of its own: tasks of an attempt that failed may still be writing to theirs.
-        self.path = self._run.with_name(f"{_beside(self._run)}{secrets.token_hex(4)}")
+        self.path = beside(self._run, f"index-{secrets.token_hex(4)}")
         self._layers, self._features = tuple(layers), dict(features)
         self._names = read_run_attributes(self._run).scenarios
         self.scenarios = len(self._names)
@@ -150,7 +152,7 @@ class IndexWriter:
     def __enter__(self) -> Self:
         with clear_errors(self._run):
             for left in self._run.parent.iterdir():
-                if left.name.startswith(_beside(self._run)):
+                if left.name.startswith(beside(self._run, "index-").name) and _is_index(left):
                     remove_tree(left)
             with made_whole(self.path) as folder:
                 create_arrays(folder, {}, self._layout)
@@ -207,12 +209,14 @@ class IndexWriter:
         return attributes
 
     def _put_in_place(self) -> None:
-        index, old = self._run / INDEX, _old(self._run)
-        if isinstance(index, Path) and index.exists():
-            move(index, old)
-        move(self.path, index)
+        new, index, old = self.path, self._run / INDEX, _old(self._run)
+        left = new
+        if isinstance(new, Path) and isinstance(index, Path) and index.exists():
+            left = replace_folder(new, index, Path(str(old)))
+        else:
+            move(new, index)
         fsync(self._run)
-        remove_tree(old)
+        remove_tree(left)
 
     def _fingerprint(self, name: str, at: int | None) -> Stored:
         one = self._layout[name]
@@ -251,13 +255,22 @@ def write_index_layer(
     return out
 
 
-def _beside(run: Location) -> str:
-    """Return how the names of folders begin in which an index of a run is being made."""
-    return f".{run.name}.index."
-
-
 def _old(run: Location) -> Location:
-    return run.with_name(f"{_beside(run)}old")
+    return beside(run, "index-old")
+
+
+def _is_index(folder: Location) -> bool:
+    """Whether a folder beside a run holds nothing but what a writer of an index left."""
+    if not isinstance(folder, Path):
+        return True
+    return (
+        folder.is_dir()
+        and not folder.is_symlink()
+        and all(
+            path.is_dir() or path.name in ("zarr.json", "zarr.json.partial")
+            for path in folder.iterdir()
+        )
+    )
 
 
 @contextlib.contextmanager
@@ -269,7 +282,7 @@ def locked(run: str | Location) -> Iterator[None]:
     LockedError
         If another process is writing the run or its index.
     """
-    run = locate(run).absolute()
+    run = resolved(locate(run))
     with clear_errors(run):
         handle = lock(run)
     try:

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from zarrtrace.spec import TraceAttributes
 from zarrtrace.store.attributes import (
     ArrayOnDisk,
+    check_place,
     kind_of,
     names_below,
     parse_array,
@@ -85,10 +86,11 @@ def summarize(path: str | Location) -> RunSummary:
         names, complete, version = run.scenarios, run.complete, run.format_version
     # The folder itself, if it is a trace.
     folders = [path / name if name else path for name in names]
+    summarise = functools.partial(_trace, in_run=names != ("",))
     there = each_of(lambda folder: (folder / "zarr.json").is_file(), folders)
     present = [name for name, one in zip(names, there, strict=True) if one]
     traces = tuple(
-        each_of(_trace, [folder for folder, one in zip(folders, there, strict=True) if one])
+        each_of(summarise, [folder for folder, one in zip(folders, there, strict=True) if one])
     )
     return RunSummary(
         path=str(path),
@@ -101,9 +103,11 @@ def summarize(path: str | Location) -> RunSummary:
     )
 
 
-def _trace(path: Location) -> TraceSummary:
+def _trace(path: Location, *, in_run: bool) -> TraceSummary:
     group = read_group(path)
     attributes = trace_attributes_of(path, group)
+    if in_run:
+        check_place(path, attributes)
     dims: dict[str, int] = {}
     arrays: dict[str, tuple[int, ...]] = {}
     dense = 0
@@ -158,6 +162,15 @@ def _bytes_of(path: Location, attributes: TraceAttributes) -> int:
 def _bytes_below(path: str | Path) -> int:
     with os.scandir(path) as entries:
         return sum(
-            _bytes_below(entry.path) if entry.is_dir() else entry.stat().st_size
+            _bytes_below(entry.path)
+            if entry.is_dir(follow_symlinks=False)  # a link may lead to a folder that it is in
+            else _size(entry)
             for entry in entries
         )
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat().st_size
+    except OSError:  # a link that leads nowhere
+        return 0

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import zarr
 from pydantic import BaseModel
 
-from zarrtrace.errors import StoreError
+from zarrtrace.errors import IntegrityError, StoreError
 from zarrtrace.spec import INDEX, NAMESPACE, Stored, TraceAttributes
 from zarrtrace.store.attributes import (
     METADATA,
@@ -31,6 +33,7 @@ from zarrtrace.store.files import fingerprint
 from zarrtrace.store.indexable import digest_of
 from zarrtrace.store.nodes import consolidated, labels_of
 from zarrtrace.store.objects import Location, ObjectPath, at_once, locate, zarr_place
+from zarrtrace.store.regular import oddity
 
 _OTHER_ATTRIBUTES = "its attributes are not the ones that were written"
 
@@ -80,7 +83,7 @@ def verify(path: str | Location) -> list[Problem]:
         return list(_trace(path, path.name))
     names = read_run_attributes(path).scenarios
     with ThreadPoolExecutor(4, thread_name_prefix="zarrtrace-verify") as pool:
-        found = pool.map(lambda name: list(_trace(path / name, name)), names)
+        found = pool.map(lambda name: list(_trace_of(path, name)), names)
         problems = [*_group(path, None), *itertools.chain.from_iterable(found)]
     problems = problems or list(_copy(path, None))
     return [*problems, *_index(path, names)]
@@ -106,16 +109,25 @@ def _index(run: Location, names: Sequence[str]) -> Iterator[Problem]:
             files = [f"{name}/zarr.json"]
             if key != METADATA:
                 files = files_of(name, layout[name].shape, layout[name].file_shape, at)
-            if fingerprint(path, files) != stored:
+            message = _differs(path, files, stored)
+            if message is not None:
                 sound = False
                 yield Problem(
                     scenario=None,
                     array=f"{INDEX}/{name}",
                     layer=int(key) if key.isdigit() else None,
-                    message="its bytes are not the ones that were written",
+                    message=message,
                 )
     if sound:
         yield from _stale(run, path, names)
+
+
+def _differs(path: Location, files: Sequence[str], stored: Stored) -> str | None:
+    try:
+        same = fingerprint(path, files) == stored
+    except StoreError as error:
+        return error.what
+    return None if same else "its bytes are not the ones that were written"
 
 
 def _stale(run: Location, path: Location, names: Sequence[str]) -> Iterator[Problem]:
@@ -136,6 +148,22 @@ def _stale(run: Location, path: Location, names: Sequence[str]) -> Iterator[Prob
             yield Problem(
                 scenario=name, array=INDEX, message="has changed since: 'zarrtrace index' again"
             )
+
+
+def _trace_of(run: Location, scenario: str) -> Iterator[Problem]:
+    """Check a trace in its place in a run."""
+    path = run / scenario
+    if isinstance(path, Path) and isinstance(run, Path) and path.is_dir():
+        away = oddity(path, run)
+        if away != "a folder":
+            yield Problem(scenario=scenario, message=f"is {away}: nothing of it was read")
+            return
+    with contextlib.suppress(StoreError):  # said below
+        held = read_trace_attributes(path).scenario
+        if held != scenario:
+            message = f"its folder holds scenario {held!r}: renamed or exchanged"
+            yield Problem(scenario=scenario, message=message)
+    yield from _trace(path, scenario)
 
 
 def _trace(path: Location, scenario: str) -> Iterator[Problem]:
@@ -165,13 +193,19 @@ def _journalled(path: Location, scenario: str, attributes: TraceAttributes) -> I
             for chunk, message in _compare(path, array, attributes, key, stored, metadata)
         ]
 
+    def compare_or_say(entry: tuple[str, str, Stored]) -> list[Problem]:
+        try:
+            return compare(entry)
+        except StoreError as error:
+            return [Problem(scenario=scenario, array=entry[1], message=error.what)]
+
     entries = [
         (key, array, stored)
         for key, entry in attributes.stored.items()
         for array, stored in entry.items()
     ]
     some_at_once = at_once if isinstance(path, ObjectPath) else map
-    yield from itertools.chain.from_iterable(some_at_once(compare, entries))
+    yield from itertools.chain.from_iterable(some_at_once(compare_or_say, entries))
 
 
 def _group(path: Location, scenario: str | None) -> Iterator[Problem]:
@@ -194,7 +228,12 @@ def _names(path: Location) -> list[str]:
 
 def _copy(path: Location, scenario: str | None) -> Iterator[Problem]:
     """Compare a group's consolidated metadata with the metadata below it, which is sound."""
-    if read_group(path).get("consolidated_metadata") not in (None, consolidated(path)):
+    try:
+        same = read_group(path).get("consolidated_metadata") in (None, consolidated(path))
+    except StoreError as error:
+        yield Problem(scenario=scenario, message=error.what)
+        return
+    if not same:
         yield Problem(
             scenario=scenario,
             message="its consolidated metadata differs from the metadata that it copies",
@@ -222,7 +261,11 @@ def _compare(
     files = files_of_entry(
         attributes, key, array, metadata.dims, metadata.shape, metadata.file_shape
     )
-    found = fingerprint(path, files)
+    try:
+        found = fingerprint(path, files)
+    except IntegrityError:  # something else in place of one of the files
+        yield from _damaged(path, array, files, metadata)
+        return
     if found == stored:
         return
     if key == METADATA:
@@ -248,6 +291,10 @@ def _damaged(
         return
     for file in files:
         chunk = file.removeprefix(f"{array}/")
+        odd = oddity(path / file, path) if isinstance(path, Path) else None
+        if odd is not None:
+            yield chunk, f"is {odd}, not a file"
+            continue
         if not (path / file).is_file():
             yield chunk, "gone"
             continue

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,24 +18,30 @@ from zarrtrace.identity import combined_versions, differences, refuse_other
 from zarrtrace.scenarios import check_name
 from zarrtrace.spec import NAMESPACE, RunAttributes, Tokens, TraceAttributes, TraceShape
 from zarrtrace.store.attributes import (
-    REPAIR,
+    kind_of,
     read_group,
     read_run_attributes,
     read_trace_attributes,
     seal_broken,
 )
 from zarrtrace.store.files import (
+    beside,
     clear_errors,
     each_of,
     fsync,
     move,
     remove_partial_files,
     remove_tree,
+    replace_folder,
 )
 from zarrtrace.store.locks import lock, unlock
 from zarrtrace.store.nodes import consolidate, create_run, write_attributes
-from zarrtrace.store.objects import Location, ObjectPath, locate
+from zarrtrace.store.objects import Location, ObjectPath, locate, resolved
+from zarrtrace.store.regular import REPAIR, clear_way
 from zarrtrace.store.trace_writer import TraceWriter
+
+#: File in a run that is about to replace another, or has just done so.
+_REPLACING = ".zarrtrace-replacing"
 
 
 class RunWriter:
@@ -76,7 +84,7 @@ class RunWriter:
         repair: bool = False,
         accept_versions: bool = False,
     ) -> None:
-        self._final = locate(path).absolute()
+        self._final = resolved(locate(path))
         self._attributes = RunAttributes(
             scenarios=tuple(check_name(name) for name in scenarios), config=dict(config)
         )
@@ -117,7 +125,7 @@ class RunWriter:
             self.path = self._new
             if self._can_go_on(self._new):
                 return
-            remove_tree(self._new)
+            remove_run(self._new)
         create_run(self.path, self._attributes.model_dump(mode="json"))
 
     def _go_on_with(self, previous: RunAttributes) -> None:
@@ -152,6 +160,8 @@ class RunWriter:
                 why="The file was damaged, or edited by hand.",
                 remedy=REPAIR,
             )
+        if isinstance(self._final, Path):
+            clear_way(self._final, ["zarr.json"])
         create_run(self._final, self._attributes.model_dump(mode="json"))
         return self._attributes
 
@@ -161,11 +171,11 @@ class RunWriter:
 
     @property
     def _new(self) -> Location:
-        return self._final.with_name(f".{self._final.name}.new")
+        return beside(self._final, "new")
 
     @property
     def _old(self) -> Location:
-        return self._final.with_name(f".{self._final.name}.old")
+        return beside(self._final, "old")
 
     def _can_go_on(self, path: Location) -> bool:
         """Whether an earlier writer, stopped while it replaced a run, was asked for the same."""
@@ -178,11 +188,15 @@ class RunWriter:
         """Bring to its end what a writer killed in :meth:`_swap` began; say if it did."""
         if isinstance(self._final, ObjectPath):
             return self._end_earlier_copying()
-        began = self._old.exists() and not self._final.exists()
-        if began:
-            move(self._new if self._new.exists() else self._old, self._final)
-        remove_tree(self._old)
-        return began
+        if not self._final.exists():
+            if (self._new / _REPLACING).exists():
+                move(self._new, self._final)
+            elif _is_run(self._old):
+                move(self._old, self._final)
+        replaced = (self._final / _REPLACING).exists()
+        if replaced:
+            self._tidy_up(self._new, self._old)
+        return replaced
 
     def _end_earlier_copying(self) -> bool:
         try:
@@ -196,15 +210,25 @@ class RunWriter:
     def _swap(self) -> None:
         """Put the finished new run where the old one is.
 
-        On a disk it is renamed, and whole at any moment; in an object store it is copied, and its
-        zarr.json comes last.
+        On a disk the two are exchanged; in an object store the new one is copied, and its zarr.json
+        comes last.
         """
-        if not isinstance(self._final, ObjectPath):
-            remove_tree(self._old)
-            move(self._final, self._old)
-        move(self._new, self._final)
-        self.path = self._final
-        remove_tree(self._old)
+        new, final, old = self._new, self._final, self._old
+        if isinstance(new, Path) and isinstance(final, Path) and isinstance(old, Path):
+            # Tells a later writer which of the two the new one is.
+            (new / _REPLACING).touch()
+            fsync(new)
+            left = replace_folder(new, final, old)
+            fsync(final.parent)
+            self._tidy_up(left)
+        else:
+            move(new, final)
+        self.path = final
+
+    def _tidy_up(self, *left: Location) -> None:
+        for folder in left:
+            remove_run(folder)
+        (Path(str(self._final)) / _REPLACING).unlink()
 
     def _unlock(self) -> None:
         unlock(self._final, self._lock)
@@ -240,6 +264,48 @@ class RunWriter:
             fsync(self.path / "zarr.json")
             if self.path != self._final:
                 self._swap()
+
+
+def remove_run(folder: Location) -> None:
+    """Remove a run that a writer left beside another, if it is one.
+
+    Its zarr.json goes last: what is left of it if the process is killed is still known as a run.
+
+    Raises
+    ------
+    StoreError
+        If there is something else.
+    """
+    if isinstance(folder, ObjectPath):
+        remove_tree(folder)
+        return
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if folder.is_symlink() or not (_is_run(folder) or _is_empty(folder)):
+        raise StoreError(
+            f"{folder}: is in the way, and no run that zarrtrace wrote",
+            why="A run that replaces another has this name until it is whole.",
+            remedy="Move it away, and run the same command again.",
+        )
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != "zarr.json":
+            path.unlink()
+    (folder / "zarr.json").unlink(missing_ok=True)
+    folder.rmdir()
+
+
+def _is_run(folder: Location) -> bool:
+    try:
+        return kind_of(folder) == "run"
+    except StoreError:
+        return False
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether there is nothing, or what a writer leaves that is killed as soon as it begins."""
+    return folder.is_dir() and {file.name for file in folder.iterdir()} <= {"zarr.json.partial"}
 
 
 def _is_complete(trace: Location) -> bool:
