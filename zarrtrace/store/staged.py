@@ -20,6 +20,7 @@ import numpy as np
 
 from zarrtrace.format.attributes import TraceAttributes
 from zarrtrace.format.layout import ArrayLayout
+from zarrtrace.identity import combined_versions
 from zarrtrace.storage import Location, disk
 from zarrtrace.storage.locks import FileLock
 from zarrtrace.store.chunks import (
@@ -96,8 +97,20 @@ class StagedTrace:
         nodes = {name: array_metadata(layout) for name, layout in self._layouts.items()}
         return {"attributes": plain, "arrays": nodes}
 
-    def create(self, coordinates: Mapping[str, np.ndarray]) -> None:
-        """Begin the trace: coordinates, then the first line of the journal."""
+    def create(
+        self, coordinates: Mapping[str, np.ndarray], versions: Mapping[str, str] | None = None
+    ) -> None:
+        """Begin the trace: coordinates, then the first line of the journal.
+
+        Parameters
+        ----------
+        coordinates
+            Values by array.
+        versions
+            Libraries that made parts of it before, if it is repaired.
+        """
+        combined = combined_versions(versions or {}, self._attributes.versions)
+        self._attributes = self._attributes.model_copy(update={"versions": combined})
         disk.remove_folder(self.folder)
         self._clear()
         self.folder.mkdir(parents=True)
@@ -110,14 +123,17 @@ class StagedTrace:
     def resume(self, coordinates: Mapping[str, np.ndarray]) -> bool:
         """Continue what an earlier process left; False if there is nothing to continue.
 
-        What follows the last line of the journal that holds is cut off. Bytes of all chunks are
+        What follows the last line of the journal that holds is cut off. If other versions of
+        libraries began the trace, both are named. Bytes of all chunks are
         compared with their checksums: after a loss of power, files may hold other bytes.
         """
         self._clear()
         lines = read_lines(self.folder)
         header, end = next(lines, ({}, 0))
-        files = header.pop("files", None)
-        if json.loads(json.dumps(self._header())) != header:
+        files, expected = header.pop("files", None), json.loads(json.dumps(self._header()))
+        now = expected["attributes"].pop("versions")
+        known = header.get("attributes", {}).pop("versions", None)
+        if expected != header or not isinstance(files, dict):
             return False
         for name, values in coordinates.items():
             content, checksum = encode_file(self.encodings[name], values)
@@ -127,9 +143,13 @@ class StagedTrace:
         for line, behind in lines:
             if not self._holds(line):
                 break
-            end = behind
+            known, end = line.get("versions", known), behind
         cut_journal(self.folder, end)
         self._cut_files()
+        versions = combined_versions(known, now)
+        self._attributes = self._attributes.model_copy(update={"versions": versions})
+        if versions != known:
+            append_line(self.folder, {"versions": versions})
         return True
 
     def _read(self, name: str, key: str) -> bytes:
@@ -140,6 +160,8 @@ class StagedTrace:
 
     def _holds(self, line: Line) -> bool:
         """Take a line of the journal, if its bytes are there."""
+        if "versions" in line:
+            return True
         if "layer" not in line:
             whole = {n: {k: Checksum(*c) for k, c in f.items()} for n, f in line["files"].items()}
             if any(
