@@ -14,6 +14,7 @@ from zarrtrace.cli.shared import (
     bar,
     overwrite_option,
     quiet_option,
+    say,
     storage_option,
 )
 
@@ -57,4 +58,4 @@ def command(
     if not quiet:
         from zarrtrace.cli.info_ import show
 
-        click.echo(show(output))
+        say(show(output))

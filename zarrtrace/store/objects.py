@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from zarrtrace.errors import ConfigError, StoreError
+from zarrtrace.text import without_secrets
 
 #: How many requests a process has under way at most, multipart uploads aside.
 REQUESTS_AT_ONCE = 16
@@ -31,6 +32,9 @@ _CREDENTIAL_WORDS = (
     "access_key",
     "account_key",
     "sas",
+    "passphrase",
+    "api_key",
+    "pkey",
 )
 
 _In = TypeVar("_In")
@@ -138,6 +142,9 @@ class ObjectPath:
             If it names no folder, or an option looks like a credential.
         """
         scheme, _, rest = address.partition("://")
+        shown = without_secrets(address)
+        if shown != address and "?" not in address:
+            raise _credential(f"the address {shown} holds a password or a key")
         parts = [part for part in rest.split("/") if part]
         # Of s3://bucket, nothing could lie beside the run: its lock does.
         if len(parts) < 2 or any(part in (".", "..") for part in parts) or "?" in address:
@@ -146,9 +153,6 @@ class ObjectPath:
                 why="A run has a name below a bucket, container or host.",
                 remedy=f"Give an address such as {scheme}://bucket/runs/demo.",
             )
-        user, at, _ = parts[0].rpartition("@")
-        if at and ":" in user:
-            raise _credential(f"an address at {parts[0].rpartition('@')[2]} holds a password")
         for name in options or ():
             if any(word in name.lower() for word in _CREDENTIAL_WORDS):
                 raise _credential(f"storage option {name!r} looks like a credential")
