@@ -5,6 +5,7 @@ from __future__ import annotations
 import html.parser
 import json
 import sys
+import traceback
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from markdown_it import MarkdownIt
 
 from zarrtrace.card import write_card
 from zarrtrace.cli import main
-from zarrtrace.errors import StoreError
+from zarrtrace.errors import RemoteError, StoreError
 from zarrtrace.figures import draw_run
 from zarrtrace.index import build_index
 from zarrtrace.spec import OptionAttributes, SpanAttributes, Tokens
@@ -299,3 +300,21 @@ def test_no_secret_on_the_command_line_comes_back(
     out, err = call(monkeypatch, capsys, *arguments)
     assert "SeCr3tValue" not in out + err
     assert err
+
+
+def test_no_secret_in_what_a_store_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in the message nor in a cause that Python would print with it."""
+    import obstore
+
+    from zarrtrace.store import locate
+
+    signed = f"error sending request for url (https://host/a?X-Amz-Signature={SECRET})"
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise obstore.exceptions.GenericError(signed)
+
+    monkeypatch.setattr(obstore, "get", refuse)
+    with pytest.raises(RemoteError) as found:
+        locate("memory://host/a/run").read_bytes()
+    assert "https://host/a" in str(found.value)
+    assert "SeCr3tValue" not in "".join(traceback.format_exception(found.value))

@@ -186,9 +186,8 @@ def _arrays(traces: tuple[TraceSummary, ...]) -> list[str]:
     ]
     for name, shape in first.arrays.items():
         base = re.sub(r"^(features|top_feature|top_activation)_.*", r"\1", name)
-        out.append(
-            f"| {markdown_text(name)} | {' × '.join(map(str, shape))} | {_ARRAYS.get(base, '')} |"
-        )
+        shown = f"`{name}`" if re.fullmatch(r"\w+", name) else markdown_text(name)
+        out.append(f"| {shown} | {' × '.join(map(str, shape))} | {_ARRAYS.get(base, '')} |")
     return [
         *out,
         "",

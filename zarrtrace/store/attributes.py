@@ -46,6 +46,19 @@ _MAX_LABELS, _MAX_FILES = 2**24, 2**18
 # What arrays are called: names become folders.
 _ARRAY_NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)
 
+# By the specification of Zarr v3; where chunks are.
+_SLASH = {"separator": "/"}
+_KEYS = {"name": "default", "configuration": _SLASH}
+_FIELDS = {
+    "zarr_format", "node_type", "shape", "data_type", "chunk_grid", "chunk_key_encoding", "codecs",
+    "fill_value", "attributes", "dimension_names", "storage_transformers",
+}  # fmt: skip
+# By the CF conventions, xarray computes other numbers from what is stored.
+_SCALING = {
+    "scale_factor", "add_offset", "_FillValue", "missing_value", "_Unsigned", "valid_min",
+    "valid_max", "valid_range", "dtype", "calendar",
+}  # fmt: skip
+
 _Attributes = TypeVar("_Attributes", IndexAttributes, RunAttributes, TraceAttributes)
 
 
@@ -109,6 +122,7 @@ def parse_array(path: Location, metadata: Callable[[], Any]) -> ArrayOnDisk:
     """
     try:
         found: dict[str, Any] = metadata()
+        _refuse_other_rules(found)
         array = ArrayOnDisk(
             shape=tuple(map(int, found["shape"])),
             dims=tuple(found["dimension_names"]),
@@ -116,13 +130,39 @@ def parse_array(path: Location, metadata: Callable[[], Any]) -> ArrayOnDisk:
             file_shape=tuple(map(int, found["chunk_grid"]["configuration"]["chunk_shape"])),
         )
         _check_plausible(array)
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (
+        OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError,
+    ) as error:  # fmt: skip
         raise IntegrityError(
             f"{path / 'zarr.json'}: gone or damaged: {error}",
             why="It is not the metadata that zarrtrace wrote.",
             remedy=REPAIR,
         ) from error
     return array
+
+
+def _refuse_other_rules(found: Mapping[str, Any]) -> None:
+    """Refuse metadata by which other readers would find other numbers than ours."""
+    separator = found.get("chunk_key_encoding", _KEYS)
+    if isinstance(separator, dict):
+        separator = {**separator, "configuration": separator.get("configuration") or _SLASH}
+    if separator != _KEYS:
+        raise ValueError(f"another chunk_key_encoding: {separator}")
+    if found.get("storage_transformers"):
+        raise ValueError(f"storage_transformers: {found['storage_transformers']}")
+    if (found.get("zarr_format"), found.get("node_type")) != (3, "array"):
+        raise ValueError("not an array of Zarr v3")
+    if found["chunk_grid"].get("name") != "regular":
+        raise ValueError(f"another chunk_grid: {found['chunk_grid'].get('name')}")
+    # The specification: an unknown field is to be understood unless it says that it need not be.
+    for name, value in found.items():
+        optional = isinstance(value, dict) and value.get("must_understand") is False
+        if name not in _FIELDS and not optional:
+            raise ValueError(f"unknown field {name!r}")
+    attributes = found.get("attributes") or {}
+    scaled = sorted(_SCALING & set(attributes))
+    if scaled or "since" in str(attributes.get("units", "")):
+        raise ValueError(f"attribute {scaled[0] if scaled else 'units'!r} asks for other numbers")
 
 
 def _read(file: Location) -> bytes:

@@ -83,7 +83,7 @@ class _Obstore:
                 f"{base}: {_first_line(error)}",
                 why="The address, or an option that was given for it, is not understood.",
                 remedy="Options are those of obstore's store for this kind of address.",
-            ) from error
+            ) from None  # the cause quotes addresses, with what signs them
 
     @property
     def _store(self) -> Any:
@@ -106,14 +106,14 @@ class _Obstore:
                 why="Credentials are taken from the environment, as AWS_ACCESS_KEY_ID and "
                 "AWS_SECRET_ACCESS_KEY.",
                 remedy="Set them; for a public bucket, --storage-option skip_signature=true.",
-            ) from error
+            ) from None
         except known.BaseError as error:
             raise RemoteError(
                 f"{self._base}/{key}: {_first_line(error)}",
                 why="The store cannot be reached, or there are no credentials for it in the "
                 "environment; requests were repeated.",
                 remedy="Check these, and run the same command again: what is stored stays.",
-            ) from error
+            ) from None
 
     def get(self, key: str) -> Content:
         with self._explained(key):
@@ -235,12 +235,12 @@ class _Fsspec:
         fsspec = _package("fsspec", scheme)
         try:
             self._files, self._root = fsspec.core.url_to_fs(base, **options)
-        except Exception as error:  # an unknown scheme, a missing package, options, a refusal
+        except Exception as error:  # noqa: BLE001 -- an unknown scheme, a missing package, options, a refusal
             raise ConfigError(
                 f"{base}: {_first_line(error)}",
                 why="Neither obstore nor fsspec opens such an address here.",
                 remedy="Check it, and install the package that fsspec wants for it, if any.",
-            ) from error
+            ) from None
         self.writable = self.listable = True
 
     def _path(self, key: str) -> str:
@@ -254,12 +254,12 @@ class _Fsspec:
             raise FileNotFoundError(f"{self._base}/{key}") from error
         except FileExistsError as error:
             raise Changed from error
-        except Exception as error:  # what packages behind fsspec raise is their own
+        except Exception as error:  # noqa: BLE001 -- what packages behind fsspec raise is their own
             raise RemoteError(
                 f"{self._base}/{key}: {_first_line(error) or type(error).__name__}",
                 why="The server cannot be reached, or refuses.",
                 remedy="Check address and credentials, and run the same command again.",
-            ) from error
+            ) from None
 
     def get(self, key: str) -> Content:
         with self._explained(key):

@@ -20,7 +20,7 @@ from zarrtrace.store.attributes import (
     read_run_attributes,
     read_trace_attributes,
 )
-from zarrtrace.store.files import each_of, size_of
+from zarrtrace.store.files import each_of, names_there, size_of
 from zarrtrace.store.lazy import stored_array
 from zarrtrace.store.objects import Location, locate, zarr_place
 
@@ -62,8 +62,10 @@ def indexable_traces(run: str | Location) -> Iterator[IndexableTrace]:
     """
     run = locate(run)
     names = read_run_attributes(run).scenarios
-    found = each_of(_indexable, [run / name for name in names])
-    for number, trace in enumerate(found):
+    there = set(names_there(run, names))
+    numbers = [number for number, name in enumerate(names) if name in there]
+    found = each_of(_indexable, [run / names[number] for number in numbers])
+    for number, trace in zip(numbers, found, strict=True):
         if trace is not None:
             yield trace._replace(number=number)
 

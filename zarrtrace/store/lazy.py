@@ -8,7 +8,6 @@ figures). Arrays with other codecs than ours are left to Zarr.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import struct
 import threading
@@ -22,7 +21,7 @@ from xarray.backends import BackendArray
 from xarray.core import indexing
 
 from zarrtrace.errors import IntegrityError
-from zarrtrace.store.attributes import REPAIR
+from zarrtrace.store.attributes import REPAIR, read_metadata
 from zarrtrace.store.encoding import Encoding, checked
 from zarrtrace.store.objects import Location, ObjectPath
 
@@ -162,7 +161,7 @@ def stored_array(
 ) -> tuple[StoredArray, dict[str, Any]] | None:
     """Return an array and its metadata; None if it is encoded in another way than ours."""
     if metadata is None:
-        metadata = json.loads((path / "zarr.json").read_bytes())
+        metadata = read_metadata(path).metadata
     try:
         encoding = Encoding(metadata)
     except (ValueError, KeyError, TypeError):

@@ -30,7 +30,14 @@ from zarrtrace.store.attributes import (
     read_trace_attributes,
     trace_attributes_of,
 )
-from zarrtrace.store.files import fingerprint_of, no_collecting, read_all, size_of, sizes_below
+from zarrtrace.store.files import (
+    fingerprint_of,
+    names_there,
+    no_collecting,
+    read_all,
+    size_of,
+    sizes_below,
+)
 from zarrtrace.store.lazy import as_lazy, stored_array
 from zarrtrace.store.objects import Location, ObjectPath, at_once, locate, zarr_place
 from zarrtrace.store.opening import (
@@ -141,12 +148,10 @@ def open_run(
     """
     path = locate(path, storage_options)
     run = read_run_attributes(path)
-    groups = _groups_there(path, run.scenarios) if isinstance(path, ObjectPath) else {}
-    absent = [
-        name
-        for name in run.scenarios
-        if not _begun(path / name, groups.get(name), whole=run.complete)
-    ]
+    there = names_there(path, run.scenarios)
+    groups = _groups_there(path, there) if isinstance(path, ObjectPath) else {}
+    begun = {name for name in there if _begun(path / name, groups.get(name), whole=run.complete)}
+    absent = [name for name in run.scenarios if name not in begun]
     if absent and missing == "raise":
         raise IncompleteError(
             f"{path}: {len(absent)} of {len(run.scenarios)} scenarios are not there: "
@@ -155,12 +160,12 @@ def open_run(
             remedy="Run the same 'zarrtrace extract' again to go on, or open it with "
             "missing='nan'.",
         )
-    left_out, shared = set(absent), Shared()
+    shared = Shared()
     tree = xr.DataTree(xr.Dataset(attrs={NAMESPACE: run.model_dump(mode="json")}), name=path.name)
     tree.children = {  # given to DataTree() they would be copied
         name: _one_of_many(path / name, groups.get(name), chunks, missing, shared)
         for name in run.scenarios
-        if name not in left_out
+        if name in begun
     }
     return tree
 
@@ -292,7 +297,10 @@ def _nodes_there(path: ObjectPath, journal: Mapping[str, Stored]) -> dict[str, d
     for (name, stored), content in zip(journal.items(), contents, strict=True):
         if fingerprint_of([content]) != stored:
             raise _other_metadata(path / name)
-        nodes[name] = json.loads(content)
+        try:
+            nodes[name] = json.loads(content)
+        except (ValueError, RecursionError):
+            raise _other_metadata(path / name) from None
     return nodes
 
 

@@ -22,9 +22,10 @@ from zarrtrace.spec import (
 from zarrtrace.store.attributes import (
     COORDINATES,
     METADATA,
+    ArrayMetadata,
     files_of,
-    read_array,
     read_index_attributes,
+    read_metadata,
     read_run_attributes,
 )
 from zarrtrace.store.files import (
@@ -75,7 +76,7 @@ class RunIndex:
     def read(self, array: str, *key: int | slice) -> Any:
         """Return a part of one of its arrays."""
         if array not in self._arrays:
-            opened = stored_array(self.path / array)
+            opened = stored_array(self.path / array, self._metadata(array).metadata)
             if opened is None:
                 raise IntegrityError(
                     f"{self.path / array}: is not encoded as zarrtrace does",
@@ -94,7 +95,7 @@ class RunIndex:
         for layer in layers:
             at = self.attributes.layers.index(layer)
             for name, stored in self.attributes.stored[str(layer)].items():
-                array = read_array(self.path / name)
+                array = self._metadata(name).array
                 found = size_of(self.path, files_of(name, array.shape, array.file_shape, at))
                 if found != stored.bytes:
                     raise IntegrityError(
@@ -104,6 +105,17 @@ class RunIndex:
                         remedy="Build the index again: 'zarrtrace index --rebuild'.",
                     )
 
+    def _metadata(self, array: str) -> ArrayMetadata:
+        """Read an array's metadata; refuse any but that which was written."""
+        found = read_metadata(self.path / array)
+        if self.attributes.stored.get(METADATA, {}).get(array) != found.stored:
+            raise IntegrityError(
+                f"{self.path / array / 'zarr.json'}: not the metadata that was written",
+                why="The file was damaged, or edited by hand.",
+                remedy="Build the index again: 'zarrtrace index --rebuild'.",
+            )
+        return found
+
     def layer(self, array: str, layer: int) -> dict[str, np.ndarray]:
         """Return all that is known of one layer of an array of features, by name."""
         suffix = array.removeprefix("features")
@@ -111,7 +123,7 @@ class RunIndex:
         out = {}
         for name in _names(suffix):
             if name in entry:
-                rest = len(read_array(self.path / name).shape) - 1
+                rest = len(self._metadata(name).array.shape) - 1
                 out[name.removesuffix(suffix)] = self.read(name, at, *[slice(None)] * rest)
         return out
 

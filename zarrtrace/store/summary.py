@@ -23,7 +23,7 @@ from zarrtrace.store.attributes import (
     read_trace_attributes,
     trace_attributes_of,
 )
-from zarrtrace.store.files import each_of, sizes_below
+from zarrtrace.store.files import each_of, names_there, sizes_below
 from zarrtrace.store.objects import Location, ObjectPath, locate
 
 _ITEMSIZE = {"float16": 2, "float32": 4, "uint32": 4, "int64": 8, "bool": 1}
@@ -84,9 +84,10 @@ def summarize(path: str | Location) -> RunSummary:
         run = read_run_attributes(path)
         names, complete, version = run.scenarios, run.complete, run.format_version
     # The folder itself, if it is a trace.
-    folders = [path / name if name else path for name in names]
+    likely = names_there(path, names) if names != ("",) else list(names)
+    folders = [path / name if name else path for name in likely]
     there = each_of(lambda folder: (folder / "zarr.json").is_file(), folders)
-    present = [name for name, one in zip(names, there, strict=True) if one]
+    present = {name for name, one in zip(likely, there, strict=True) if one}
     traces = tuple(
         each_of(_trace, [folder for folder, one in zip(folders, there, strict=True) if one])
     )

@@ -27,7 +27,7 @@ from zarrtrace.store.attributes import (
     read_trace_attributes,
     seal_broken,
 )
-from zarrtrace.store.files import fingerprint
+from zarrtrace.store.files import fingerprint, names_there
 from zarrtrace.store.indexable import digest_of
 from zarrtrace.store.nodes import consolidated, labels_of
 from zarrtrace.store.objects import Location, ObjectPath, at_once, locate, zarr_place
@@ -79,9 +79,13 @@ def verify(path: str | Location) -> list[Problem]:
     if kind_of(path) == "trace":
         return list(_trace(path, path.name))
     names = read_run_attributes(path).scenarios
+    there = names_there(path, names)
     with ThreadPoolExecutor(4, thread_name_prefix="zarrtrace-verify") as pool:
-        found = pool.map(lambda name: list(_trace(path / name, name)), names)
-        problems = [*_group(path, None), *itertools.chain.from_iterable(found)]
+        of_traces = pool.map(lambda name: list(_trace(path / name, name)), there)
+        found = dict(zip(there, of_traces, strict=True))
+    problems = [*_group(path, None)]
+    for name in names:
+        problems += found[name] if name in found else [_absent(name)]
     problems = problems or list(_copy(path, None))
     return [*problems, *_index(path, names)]
 
@@ -138,9 +142,13 @@ def _stale(run: Location, path: Location, names: Sequence[str]) -> Iterator[Prob
             )
 
 
+def _absent(scenario: str) -> Problem:
+    return Problem(scenario=scenario, message="not there: not extracted yet, or deleted")
+
+
 def _trace(path: Location, scenario: str) -> Iterator[Problem]:
     if not path.is_dir():
-        yield Problem(scenario=scenario, message="not there: not extracted yet, or deleted")
+        yield _absent(scenario)
         return
     try:
         attributes = read_trace_attributes(path)
