@@ -57,5 +57,7 @@ def command(
         )
     if not quiet:
         from zarrtrace.cli.info_ import show
+        from zarrtrace.npz.plausibility import NOT_TOLD
 
         say(show(output))
+        say(NOT_TOLD, err=True)
