@@ -6,6 +6,7 @@ Nothing but click is imported until a subcommand runs.
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ from types import TracebackType
 import click
 
 from zarrtrace.cli.shared import say
-from zarrtrace.text import terminal_text, without_secrets
+from zarrtrace.text import without_secrets
 
 # Help of each subcommand beside its name: listing them must not import them.
 _COMMANDS = {
@@ -113,8 +114,9 @@ def _run(signals: list[int]) -> int:
     try:
         code = group(prog_name="zarrtrace", standalone_mode=False)
     except click.ClickException as error:
-        error.message = terminal_text(without_secrets(error.message), lines=True)
-        error.show()
+        shown = io.StringIO()  # it quotes arguments
+        error.show(shown)
+        say(without_secrets(shown.getvalue()).rstrip(), err=True)
         return error.exit_code
     except ZarrtraceError as error:
         say(f"zarrtrace: error: {error}", err=True)
