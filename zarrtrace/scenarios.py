@@ -8,11 +8,14 @@ exact when a number splits into several tokens or stands in the prompt twice.
 from __future__ import annotations
 
 import difflib
+import functools
+import itertools
 import json
 import re
 import stat
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -392,13 +395,17 @@ def _build(entry: ScenarioEntry, suite: SuiteFile) -> Scenario:
             remedy="Give it 'prompt', or 'template' (its own or the file's) and 'values'.",
         )
     _check_text(entry.name, prompt)
+    occurrences = functools.cache(functools.partial(_occurrences, prompt))
     for name, given in entry.spans.items():
         if name == DECISION:
             raise ScenarioError(
                 f"scenario {entry.name!r}: span {DECISION!r} is always the last token",
                 remedy="Give your span another name.",
             )
-        spans[name] = (*spans.get(name, ()), *_find_span(entry.name, name, given, prompt))
+        spans[name] = (
+            *spans.get(name, ()),
+            *_find_span(entry.name, name, given, prompt, occurrences),
+        )
     return Scenario(
         name=entry.name,
         prompt=prompt,
@@ -484,7 +491,7 @@ def render_template(
     out: list[str] = []
     length = at = 0
     opened: tuple[str, int] | None = None
-    spans: dict[str, tuple[CharRange, ...]] = {}
+    spans: dict[str, list[CharRange]] = {}
     for match in _TEMPLATE_TOKEN.finditer(template):
         text = template[at : match.start()]
         at = match.end()
@@ -506,7 +513,7 @@ def render_template(
                 name, begin = opened
                 if begin == start:
                     raise ScenarioError(f"span {name!r} is empty", remedy="Mark some text.")
-                spans[name] = (*spans.get(name, ()), (begin, start))
+                spans.setdefault(name, []).append((begin, start))
                 opened = None
         elif token in ("{{", "}}"):
             text += token[0]
@@ -522,7 +529,7 @@ def render_template(
             f"span {opened[0]!r} is never closed", remedy="Write [[name:text]] around its text."
         )
     out.append(template[at:])
-    return "".join(out), spans
+    return "".join(out), {name: tuple(ranges) for name, ranges in spans.items()}
 
 
 def _render_value(name: str, values: Mapping[str, object]) -> str:
@@ -542,15 +549,27 @@ def _render_value(name: str, values: Mapping[str, object]) -> str:
         ) from None
 
 
-def _find_span(scenario: str, name: str, given: SpanEntry, prompt: str) -> list[CharRange]:
+def _occurrences(prompt: str, text: str) -> list[CharRange]:
+    """Return where `text` stands in a prompt; occurrences may overlap."""
+    found = []
+    at = prompt.find(text)
+    while at >= 0:
+        found.append((at, at + len(text)))
+        at = prompt.find(text, at + 1)
+    return found
+
+
+def _find_span(
+    scenario: str,
+    name: str,
+    given: SpanEntry,
+    prompt: str,
+    occurrences: Callable[[str], Sequence[CharRange]],
+) -> list[CharRange]:
     if isinstance(given, str):
         given = TextSpan(text=given)
     if isinstance(given, TextSpan):
-        found = [
-            (m.start(), m.start() + len(given.text))
-            for m in re.finditer(f"(?={re.escape(given.text)})", prompt)
-        ]
-        return _choose(scenario, name, given, found)
+        return _choose(scenario, name, given, occurrences(given.text))
     ranges = [given] if isinstance(given, tuple) else list(given)
     for start, end in ranges:
         if not start < end <= len(prompt):
@@ -610,12 +629,27 @@ def token_positions(ranges: Iterable[CharRange], offsets: Sequence[CharRange]) -
     list of int
         Ascending token positions; several tokens that spell one character all belong to it.
     """
-    ranges = list(ranges)
-    return [
-        position
-        for position, (start, end) in enumerate(offsets)
-        if start < end and any(start < stop and begin < end for begin, stop in ranges)
-    ]
+    return _Offsets(offsets).positions(ranges)
+
+
+class _Offsets:
+    """Tokens sorted by the characters they stand for: a range is found without a scan of all."""
+
+    def __init__(self, offsets: Sequence[CharRange]) -> None:
+        self._tokens = sorted(
+            (start, end, position) for position, (start, end) in enumerate(offsets) if start < end
+        )
+        self._starts = [start for start, _, _ in self._tokens]
+        # The furthest end so far: tokens that spell one character together overlap.
+        self._ends = list(itertools.accumulate((end for _, end, _ in self._tokens), max))
+
+    def positions(self, ranges: Iterable[CharRange]) -> list[int]:
+        """Return the positions of tokens that share a character with any of `ranges`."""
+        found: set[int] = set()
+        for begin, stop in ranges:
+            first, last = bisect_right(self._ends, begin), bisect_left(self._starts, stop)
+            found.update(at for _, end, at in self._tokens[first:last] if end > begin)
+        return sorted(found)
 
 
 def span_positions(scenario: Scenario, offsets: Sequence[CharRange]) -> dict[str, list[int]]:
@@ -626,7 +660,8 @@ def span_positions(scenario: Scenario, offsets: Sequence[CharRange]) -> dict[str
     ScenarioError
         If a span covers no token of the prompt.
     """
-    positions = {name: token_positions(ranges, offsets) for name, ranges in scenario.spans.items()}
+    tokens = _Offsets(offsets)
+    positions = {name: tokens.positions(ranges) for name, ranges in scenario.spans.items()}
     for name, found in positions.items():
         if not found:
             raise ScenarioError(

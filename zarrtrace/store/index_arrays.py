@@ -234,7 +234,7 @@ def _names(suffix: str) -> list[str]:
 
 
 def stale_scenarios(run: Location, names: Sequence[str]) -> Iterator[tuple[str | None, str]]:
-    """Name scenarios whose features are not those that the index was made from, and what to do."""
+    """Name scenarios whose features are not those of the index, and what to do."""
     index = RunIndex(run)
     if [str(name) for name in index.read("scenario", slice(None))] != list(names):
         yield None, "is of other scenarios: 'zarrtrace index' again"
