@@ -10,6 +10,7 @@ import torch
 from zarrtrace.capture.lockstep import Pass, Step
 from zarrtrace.capture.model import LoadedModel
 from zarrtrace.capture.prompts import Prompt
+from zarrtrace.errors import ModelError
 from zarrtrace.spec import SAEAttributes
 
 # What all batches of a wave may hold between two blocks. A wave walks through the layers once, so
@@ -124,6 +125,13 @@ class Batch:
 
     def tokens(self, padded: torch.Tensor) -> torch.Tensor:
         """Take the real tokens ``(token, d)`` of ``(sequence, token, d)``."""
+        if padded.ndim != 3:
+            raise ModelError(
+                f"{self._model.attributes.id}: a block makes {tuple(padded.shape)} numbers for "
+                f"{len(self.requests)} x {max(self.lengths)} tokens",
+                why="Its residual stream is not one vector a token, and SAEs read such vectors.",
+                remedy="Use --no-features.",
+            )
         return padded[0] if len(self.requests) == 1 else padded.flatten(0, 1)[self._real]
 
 
