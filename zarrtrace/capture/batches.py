@@ -125,11 +125,12 @@ class Batch:
 
     def tokens(self, padded: torch.Tensor) -> torch.Tensor:
         """Take the real tokens ``(token, d)`` of ``(sequence, token, d)``."""
-        if padded.ndim != 3:
+        shape = len(self.requests), max(self.lengths)
+        if padded.ndim != 3 or padded.shape[:2] != shape:
             raise ModelError(
-                f"{self._model.attributes.id}: a block makes {tuple(padded.shape)} numbers for "
-                f"{len(self.requests)} x {max(self.lengths)} tokens",
-                why="Its residual stream is not one vector a token, and SAEs read such vectors.",
+                f"{self._model.attributes.id}: a block makes an array of shape "
+                f"{tuple(padded.shape)} from {shape[0]} x {shape[1]} tokens",
+                why="SAEs read one vector a token, and this residual stream is another one.",
                 remedy="Use --no-features.",
             )
         return padded[0] if len(self.requests) == 1 else padded.flatten(0, 1)[self._real]

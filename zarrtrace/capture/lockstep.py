@@ -322,8 +322,9 @@ def _after_block(layer: int, *, attention: bool) -> Any:
         if attention and running.whole and getattr(state.attention, "ndim", None) != 4:
             raise ModelError(
                 f"{type(module).__name__} of layer {layer} gives no attention probabilities",
-                why="It does not compute them eagerly.",
-                remedy="Use --no-attention, or choose another architecture.",
+                why="Its attention returns none, or only with output_attentions=True, which would "
+                "keep the matrices of all layers.",
+                remedy="Choose another architecture.",
             )
         running.give(state)
 

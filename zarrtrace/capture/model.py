@@ -194,21 +194,22 @@ def load_model(
     if weights and low_memory:
         BlockStream(model, decoder.blocks, torch.device(device))
     text_config = model.config.get_text_config()
+    n_heads, d_model, d_heads = _sizes(text_config, name)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
         decoder=decoder,
-        n_heads=int(text_config.num_attention_heads),
-        d_model=int(text_config.hidden_size),
-        d_heads=_d_heads(text_config),
+        n_heads=n_heads,
+        d_model=d_model,
+        d_heads=d_heads,
         max_tokens=getattr(text_config, "max_position_embeddings", None),
         attributes=ModelAttributes(
             id=name,
             revision=_commit(source, options) or revision,
             architecture=type(model).__name__,
             n_layers=len(decoder.blocks),
-            n_heads=int(text_config.num_attention_heads),
-            d_model=int(text_config.hidden_size),
+            n_heads=n_heads,
+            d_model=d_model,
             dtype=str(model.dtype).removeprefix("torch."),
             attn_implementation=text_config._attn_implementation,  # noqa: SLF001 -- no other way
             softmax_dtype=_softmax_dtype(model, decoder, name),
@@ -378,9 +379,18 @@ def _commit(source: str, options: Mapping[str, Any]) -> str | None:
     return parent.name if parent.parent.name == "snapshots" else None
 
 
-def _d_heads(config: Any) -> int:
-    heads = int(config.num_attention_heads)
-    return heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+def _sizes(config: Any, name: str) -> tuple[int, int, int]:
+    """Return a model's heads, the width of its residual stream, and of all heads' outputs."""
+    # Sizes that differ between layers raise; the probe finds heads that do.
+    config.allow_global_per_layer_attribute_access = True
+    heads, width = (getattr(config, size, None) for size in ("num_attention_heads", "hidden_size"))
+    if not isinstance(heads, int) or not isinstance(width, int):
+        raise ModelError(
+            f"{name}: its configuration gives no number of attention heads, or no hidden size",
+            why="The model has no attention, or another number of heads in each layer.",
+            remedy="Choose another architecture.",
+        )
+    return heads, width, heads * int(getattr(config, "head_dim", None) or width // heads)
 
 
 class _FirstSoftmax(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -95,7 +95,10 @@ def find_decoder(model: Any, name: str) -> Decoder:
             attentions = {at: one for at, ones in enumerate(found) for one in ones}
             return Decoder(owner, child, tuple(blocks), attentions)
     if lists:
-        why = f"Its blocks ({type(lists[0][-1][0]).__name__}) hold no attention."
+        why = (
+            f"Its blocks ({type(lists[0][-1][0]).__name__}) hold no attention module that "
+            "transformers declares, or of a usual name."
+        )
     else:
         why = f"It has no list of {count} decoder blocks."
     raise _refused(model, name, why)

@@ -28,6 +28,9 @@ _ROUNDINGS = 8
 # What differs between blocks that are alike.
 _INDICES = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number"})
 
+# How many keys a query selects, in DeepSeek-V3.2 and its like, and in Doge: thousands.
+_SELECTED = frozenset({"index_topk", "keep_window_size"})
+
 
 def probe_model(model: LoadedModel) -> LoadedModel:
     """Return the model with its permitted ways, and attention only where it gives a matrix.
@@ -38,7 +41,7 @@ def probe_model(model: LoadedModel) -> LoadedModel:
         If the model cannot be captured exactly.
     """
     ids = random_tokens(model, _LONG)
-    with full_memory(model):
+    with full_memory(model), _few_keys_selected(model):
         with _first_blocks(model) as first:
             try:
                 return _probed(model, first, ids)
@@ -103,6 +106,25 @@ def _first_blocks(model: LoadedModel) -> Iterator[LoadedModel]:
         )
     finally:
         setattr(decoder.module, decoder.list_name, whole)
+
+
+@contextmanager
+def _few_keys_selected(model: LoadedModel) -> Iterator[None]:
+    """Let attention that selects some keys select few of them, as it does in long prompts."""
+    before = [
+        (module, name, count)
+        for block in model.blocks
+        for module in block.modules()
+        for name, count in _numbers(module)
+        if name in _SELECTED
+    ]
+    for module, name, count in before:
+        setattr(module, name, min(count, _ROWS // 2))
+    try:
+        yield
+    finally:
+        for module, name, count in before:
+            setattr(module, name, count)
 
 
 def _numbers(module: nn.Module) -> Iterator[tuple[str, Any]]:
