@@ -1,0 +1,355 @@
+"""Tiny random models of the families of causal language models that transformers has.
+
+A family is a model type of transformers' ``AutoModelForCausalLM``, by the name that ``config.json``
+gives it; a second configuration of one has a word behind that name. Windows are smaller than the
+prompts, and of each kind of block that a family has there is at least one. README's table of models
+is made of this one (``scripts/models_table.py``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+LAYERS, HEADS, WIDTH, WINDOW = 4, 4, 32, 7
+VOCABULARY = 480  # the embedded tokenizer's
+_POSITIONS = 1024
+
+# By the names that configurations give them; each takes those that it knows.
+_SIZES: tuple[tuple[int | float, str], ...] = (
+    (
+        VOCABULARY,
+        """
+            vocab_size vocab_size_per_layer_input unpadded_vocab_size pronunciation_vocab_size
+            shape_vocab_size
+        """,
+    ),
+    (
+        _POSITIONS,
+        """
+            max_position_embeddings original_max_position_embeddings max_target_positions
+            max_seq_len n_positions context_length
+        """,
+    ),
+    (
+        LAYERS,
+        """
+            num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers
+            num_encoder_layers num_decoder_layers num_blocks
+        """,
+    ),
+    (
+        WIDTH,
+        """
+            hidden_size d_model n_embd emb_dim embedding_size word_embed_proj_dim embedding_dim
+            input_embedding_size output_embedding_size lru_width cross_attention_hidden_size
+            ple_embed_dim router_hidden_size
+        """,
+    ),
+    (
+        48,
+        """
+            intermediate_size encoder_ffn_dim decoder_ffn_dim ffn_dim d_inner n_inner dim_ff dff
+            ffn_hidden_size feed_forward_size intermediate_size_mlp dense_intermediate_size
+            prefix_dense_intermediate_size
+        """,
+    ),
+    (
+        16,
+        """
+            moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size
+            shared_experts_intermediate_size expert_ffn_hidden_size
+            moe_shared_expert_intermediate_size kv_lora_rank q_lora_rank mamba_chunk_size
+            chunk_size hidden_size_per_layer_input
+        """,
+    ),
+    (
+        HEADS,
+        """
+            num_attention_heads n_head n_heads num_heads attention_heads decoder_attention_heads
+            encoder_attention_heads swa_num_attention_heads num_encoder_attention_heads
+            num_decoder_attention_heads linear_num_heads linear_num_value_heads mamba_num_heads
+            mamba_n_heads index_n_heads indexer_n_heads num_experts n_routed_experts
+            num_local_experts moe_num_experts heads_per_ngram zero_expert_num
+        """,
+    ),
+    (
+        2,
+        """
+            num_key_value_heads swa_num_key_value_heads num_kv_heads linear_num_key_heads
+            o_groups num_experts_per_tok moe_topk moe_k top_k_experts n_shared_experts
+            num_shared_experts moe_num_shared_experts n_groups pad_token_id mask_token_id
+        """,
+    ),
+    (
+        8,
+        """
+            head_dim swa_head_dim global_head_dim d_head dim_head v_head_dim linear_key_head_dim
+            linear_value_head_dim linear_head_dim kv_channels attention_head_dim
+            attention_head_size qk_nope_head_dim query_pre_attn_scalar mamba_head_dim
+            mamba_headdim index_head_dim indexer_head_dim o_lora_rank mamba_d_state state_size
+            ssm_state_size index_topk keep_window_size block_size hc_lowrank
+            pronunciation_embed_dim shape_embed_dim
+        """,
+    ),
+    (
+        4,
+        """
+            qk_rope_head_dim rotary_dim
+        """,
+    ),
+    (
+        WINDOW,
+        """
+            sliding_window sliding_window_size attention_window_size local_attention window_size
+            attention_chunk_size
+        """,
+    ),
+    (
+        1,
+        """
+            n_group topk_group first_k_dense_replace num_random_blocks eos_token_id sep_token_id
+            eod_token_id forced_eos_token_id indexer_kv_heads
+        """,
+    ),
+    (
+        0,
+        """
+            bos_token_id cls_token_id decoder_start_token_id
+        """,
+    ),
+    (
+        0.3,
+        """
+            initializer_range init_std initializer_factor
+        """,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family is configured, and what of it is captured.
+
+    Attributes
+    ----------
+    config
+        What it needs beside the usual sizes.
+    blocks
+        Name of the module that holds its decoder blocks.
+    attention
+        Blocks that make attention probabilities; None for all.
+    without
+        What the other blocks have in its place.
+    refused
+        Why it is not captured, None if it is: a key of :data:`REFUSALS`.
+    vectors
+        Whether a block passes on one vector a token, as SAEs read it.
+    by_blocks
+        Whether attention can be computed by blocks of queries.
+    together
+        Whether prompts of unequal lengths can go through the model together.
+    """
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+    blocks: str = "model.layers"
+    attention: tuple[int, ...] | None = None
+    without: str | None = None
+    refused: str | None = None
+    vectors: bool = True
+    by_blocks: bool = True
+    together: bool = True
+
+
+#: By reason, what the error says of it.
+REFUSALS = {
+    "its attention looks at later tokens, as encoders do": "behind its query",
+    "it attends to something else than the tokens": "something else than the tokens",
+    "no block makes attention probabilities": "no attention|None of its blocks|no list of",
+    "it has several attention matrices a block": "attention modules|several",
+}
+
+
+def _every_other(config: Mapping[str, Any], without: str) -> Family:
+    """Blocks 1 and 3 have attention."""
+    return Family(config, attention=(1, 3), without=without)
+
+
+ENCODER, OTHER_KEYS, NO_ATTENTION, SEVERAL = REFUSALS
+
+_WINDOWS = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+_LINEAR = {"layer_types": ["linear_attention", "full_attention"] * 2}
+_SHARED = {
+    "num_hidden_layers": 5,
+    "layers_block_type": ["linear_attention"] * 2 + ["hybrid", "linear_attention", "hybrid"],
+}
+_LATENT = {"num_key_value_heads": HEADS, "head_dim": 4}
+_TAIL = {"use_sliding_window": True, "max_window_layers": 2}
+
+#: Decoders of which every block has attention, and which need nothing but the usual sizes.
+_PLAIN = """
+afmoe apertus arcee aria_text beam bitnet cohere cohere2 cohere2_moe cwm ernie4_5
+ernie4_5_moe exaone4 exaone_moe flex_olmo flint gemma gemma2 gemma4_text
+glm glm4 glm4_moe gpt_oss granite granite_swa granitemoe granitemoe_swa
+granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax jais2 jetmoe
+kolibri1 laguna llama mellum mimo_v2_flash minimax_m2 ministral ministral3 mistral
+mixtral modernbert-decoder nanochat nemotron olmo olmo2 olmo3 olmoe persimmon phi phi3 phimoe
+seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma
+"""
+_SEQUENCE_DECODERS = (
+    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp",
+    "pegasus", "plbart", "trocr", "whisper",
+)  # fmt: skip
+_ENCODERS = {
+    "bert": "bert",
+    "bert-generation": "bert",
+    "camembert": "roberta",
+    "data2vec-text": "data2vec_text",
+    "electra": "electra",
+    "ernie": "ernie",
+    "megatron-bert": "bert",
+    "rembert": "rembert",
+    "roberta": "roberta",
+    "roberta-prelayernorm": "roberta_prelayernorm",
+    "roc_bert": "roc_bert",
+    "roformer": "roformer",
+    "xlm-roberta": "roberta",
+    "xlm-roberta-xl": "roberta",
+}
+
+FAMILIES: dict[str, Family] = {
+    **{name: Family() for name in _PLAIN.split()},
+    **{name: Family(refused=ENCODER) for name in _ENCODERS},
+    **{
+        f"{name} decoder": Family({"is_decoder": True}, blocks=f"{base}.encoder.layer")
+        for name, base in _ENCODERS.items()
+    },
+    # A window in some blocks.
+    "gemma3_text": Family(_WINDOWS),
+    "gemma3n_text": Family({**_WINDOWS, "num_kv_shared_layers": 2}, vectors=False),
+    "dots1": Family({"max_window_layers": 2}),
+    "qwen2": Family(_TAIL),
+    "qwen2_moe": Family(_TAIL),
+    "qwen3": Family(_TAIL),
+    "qwen3_moe": Family(_TAIL),
+    "llama4_text": Family({"no_rope_layers": [1, 0, 1, 0]}),
+    # Latent attention.
+    **{
+        name: Family(_LATENT)
+        for name in ["axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"]
+    },
+    # Attention to the keys that an indexer chooses.
+    **{name: Family(_LATENT, together=False) for name in ["axk2", "deepseek_v32", "glm_moe_dsa"]},
+    "hy_v4": Family(vectors=False),
+    "minimax_m3_vl_text": Family(),
+    "doge": Family(),
+    # Some blocks with attention, others without.
+    "bailing_hybrid": _every_other({**_LINEAR, "num_key_value_heads": HEADS}, "linear attention"),
+    "bamba": _every_other({"attn_layer_indices": [1, 3]}, "Mamba"),
+    "granitemoehybrid": _every_other(_LINEAR, "Mamba"),
+    "jamba": _every_other({"attn_layer_period": 2, "attn_layer_offset": 1}, "Mamba"),
+    "kimi_linear": _every_other({**_LINEAR, "num_key_value_heads": HEADS}, "linear attention"),
+    "lfm2": _every_other({"layer_types": ["conv", "full_attention"] * 2}, "convolutions"),
+    "lfm2_moe": _every_other({"layer_types": ["conv", "full_attention"] * 2}, "convolutions"),
+    "lfm3": _every_other(
+        {"layer_types": ["conv", "full_attention", "conv", "sliding_attention"]}, "convolutions"
+    ),
+    "minimax": Family(attention=(0, 2), without="linear attention"),
+    "nemotron_h": _every_other(
+        {"layer_types": ["linear_attention", "full_attention", "moe", "full_attention", "mlp"]},
+        "Mamba, or an MLP alone",
+    ),
+    "olmo_hybrid": _every_other(_LINEAR, "linear attention"),
+    "qwen3_next": _every_other(_LINEAR, "linear attention"),
+    "qwen3_5_text": _every_other(_LINEAR, "linear attention"),
+    "qwen3_5_moe_text": _every_other(_LINEAR, "linear attention"),
+    "recurrent_gemma": _every_other({"block_types": ["recurrent", "attention"]}, "a recurrence"),
+    "zamba": Family(_SHARED, attention=(2, 4), without="Mamba"),
+    "zamba2": Family(_SHARED, attention=(2, 4), without="Mamba"),
+    # Attention and a state space side by side, in every block.
+    "falcon_h1": Family(),
+    "inkling_text": Family({"layer_types": ["hybrid_sliding", "hybrid"] * 2}),
+    "inkling2_text": Family({"layer_types": ["hybrid_sliding", "hybrid"] * 2}),
+    "zaya": Family({"num_experts_per_tok": 1}),
+    # Not through transformers' attention interface, or not declared to it.
+    "biogpt": Family(blocks="biogpt.layers"),
+    "bloom": Family(blocks="transformer.h"),
+    "codegen": Family(blocks="transformer.h"),
+    "ctrl": Family(blocks="transformer.h"),
+    "diffllama": Family(),
+    "falcon": Family(blocks="transformer.h"),
+    "gpt_neo": Family({"attention_types": [[["global", "local"], 2]]}, blocks="transformer.h"),
+    "gpt_neox_japanese": Family(blocks="gpt_neox_japanese.layers"),
+    "gptj": Family(blocks="transformer.h"),
+    "mpt": Family(blocks="transformer.blocks"),
+    "openai-gpt": Family(blocks="transformer.h"),
+    # Decoders of other names.
+    "gpt2": Family(blocks="transformer.h"),
+    "gpt_bigcode": Family(blocks="transformer.h"),
+    "gpt_neox": Family(blocks="gpt_neox.layers"),
+    "opt": Family(blocks="model.decoder.layers"),
+    "xglm": Family(),
+    # The decoders of encoder-decoder models.
+    **{
+        name: Family({"is_decoder": True, "is_encoder_decoder": False}, "model.decoder.layers")
+        for name in _SEQUENCE_DECODERS
+    },
+    # The text part of a vision-language model.
+    "gemma3": Family(
+        {
+            "vision_config": {
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "intermediate_size": 48,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            "mm_tokens_per_image": 4,
+            "text_config": _WINDOWS,
+        },
+        blocks="model.language_model.layers",
+    ),
+    # What has no matrix of attention probabilities from each token to each.
+    "big_bird": Family(refused=ENCODER),
+    "cpmant": Family(refused=OTHER_KEYS),
+    "deepseek_v4": Family(refused=OTHER_KEYS),
+    "falcon_mamba": Family(refused=NO_ATTENTION),
+    "longcat_flash": Family(_LATENT, refused=SEVERAL),
+    "mamba": Family(refused=NO_ATTENTION),
+    "mamba2": Family({"num_heads": 8}, refused=NO_ATTENTION),
+    "reformer": Family(
+        {"is_decoder": True, "axial_pos_shape": [32, 32], "axial_pos_embds_dim": [16, 16]},
+        refused=OTHER_KEYS,
+    ),
+    "rwkv": Family(refused=NO_ATTENTION),
+    "xlm": Family(refused=ENCODER),
+    "xlnet": Family(refused=ENCODER),
+    "xlstm": Family(refused=NO_ATTENTION),
+}
+
+
+def make_config(name: str) -> Any:
+    """Return the tiny configuration of a family."""
+    return _make_config(name.partition(" ")[0], FAMILIES[name].config)
+
+
+def _make_config(model_type: str, changes: Mapping[str, Any]) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    kind = CONFIG_MAPPING[model_type]
+    known = {one.name for one in dataclasses.fields(kind)} - set(kind.attribute_map)
+    chosen = {
+        name: value
+        for value, names in _SIZES
+        for name in names.split()
+        if name in known and name not in changes
+    }
+    parts = {
+        name: _make_config(kind.sub_configs[name].model_type, value)
+        for name, value in changes.items()
+        if name == "text_config"
+    }
+    return kind(**{**chosen, **changes, **parts})
