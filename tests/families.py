@@ -168,7 +168,8 @@ REFUSALS = {
     "its attention looks at later tokens, as encoders do": "behind its query",
     "it attends to something else than the tokens": "something else than the tokens",
     "no block makes attention probabilities": "no attention|None of its blocks|no list of",
-    "it has several attention matrices a block": "attention modules|several",
+    "its blocks are no list, or their attention is not known": "no list of|of a usual name",
+    "its configuration names no heads": "number of attention heads",
 }
 
 
@@ -177,7 +178,7 @@ def _every_other(config: Mapping[str, Any], without: str) -> Family:
     return Family(config, attention=(1, 3), without=without)
 
 
-ENCODER, OTHER_KEYS, NO_ATTENTION, SEVERAL = REFUSALS
+ENCODER, OTHER_KEYS, NO_ATTENTION, UNKNOWN, NO_HEADS = REFUSALS
 
 _WINDOWS = {"layer_types": ["sliding_attention", "full_attention"] * 2}
 _LINEAR = {"layer_types": ["linear_attention", "full_attention"] * 2}
@@ -223,7 +224,11 @@ FAMILIES: dict[str, Family] = {
     **{name: Family() for name in _PLAIN.split()},
     **{name: Family(refused=ENCODER) for name in _ENCODERS},
     **{
-        f"{name} decoder": Family({"is_decoder": True}, blocks=f"{base}.encoder.layer")
+        f"{name} decoder": Family(
+            {"is_decoder": True},
+            blocks=f"{base}.encoder.layer",
+            by_blocks=name not in ("megatron-bert", "rembert", "roformer"),
+        )
         for name, base in _ENCODERS.items()
     },
     # A window in some blocks.
@@ -241,10 +246,13 @@ FAMILIES: dict[str, Family] = {
         for name in ["axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"]
     },
     # Attention to the keys that an indexer chooses.
-    **{name: Family(_LATENT, together=False) for name in ["axk2", "deepseek_v32", "glm_moe_dsa"]},
-    "hy_v4": Family(vectors=False),
+    **{
+        name: Family(_LATENT, by_blocks=False, together=name != "deepseek_v32")
+        for name in ["axk2", "deepseek_v32", "glm_moe_dsa"]
+    },
+    "hy_v4": Family(vectors=False, by_blocks=False, together=False),
     "minimax_m3_vl_text": Family(),
-    "doge": Family(),
+    "doge": Family(by_blocks=False),
     # Some blocks with attention, others without.
     "bailing_hybrid": _every_other({**_LINEAR, "num_key_value_heads": HEADS}, "linear attention"),
     "bamba": _every_other({"attn_layer_indices": [1, 3]}, "Mamba"),
@@ -270,30 +278,36 @@ FAMILIES: dict[str, Family] = {
     "zamba2": Family(_SHARED, attention=(2, 4), without="Mamba"),
     # Attention and a state space side by side, in every block.
     "falcon_h1": Family(),
-    "inkling_text": Family({"layer_types": ["hybrid_sliding", "hybrid"] * 2}),
-    "inkling2_text": Family({"layer_types": ["hybrid_sliding", "hybrid"] * 2}),
+    "inkling_text": Family({"layer_types": ["hybrid_sliding", "hybrid"] * 2}, by_blocks=False),
+    "inkling2_text": Family({"layer_types": ["hybrid_sliding", "hybrid"] * 2}, by_blocks=False),
     "zaya": Family({"num_experts_per_tok": 1}),
     # Not through transformers' attention interface, or not declared to it.
     "biogpt": Family(blocks="biogpt.layers"),
-    "bloom": Family(blocks="transformer.h"),
-    "codegen": Family(blocks="transformer.h"),
+    "bloom": Family(blocks="transformer.h", by_blocks=False),
+    "codegen": Family(blocks="transformer.h", by_blocks=False),
     "ctrl": Family(blocks="transformer.h"),
-    "diffllama": Family(),
-    "falcon": Family(blocks="transformer.h"),
-    "gpt_neo": Family({"attention_types": [[["global", "local"], 2]]}, blocks="transformer.h"),
-    "gpt_neox_japanese": Family(blocks="gpt_neox_japanese.layers"),
-    "gptj": Family(blocks="transformer.h"),
-    "mpt": Family(blocks="transformer.blocks"),
-    "openai-gpt": Family(blocks="transformer.h"),
+    "diffllama": Family(by_blocks=False),
+    "falcon": Family(blocks="transformer.h", by_blocks=False),
+    "gpt_neo": Family(
+        {"attention_types": [[["global", "local"], 2]]}, blocks="transformer.h", by_blocks=False
+    ),
+    "gpt_neox_japanese": Family(blocks="gpt_neox_japanese.layers", by_blocks=False),
+    "gptj": Family(blocks="transformer.h", by_blocks=False),
+    "mpt": Family(blocks="transformer.blocks", by_blocks=False),
+    "openai-gpt": Family(blocks="transformer.h", by_blocks=False),
     # Decoders of other names.
     "gpt2": Family(blocks="transformer.h"),
     "gpt_bigcode": Family(blocks="transformer.h"),
     "gpt_neox": Family(blocks="gpt_neox.layers"),
     "opt": Family(blocks="model.decoder.layers"),
-    "xglm": Family(),
+    "xglm": Family(by_blocks=False),
     # The decoders of encoder-decoder models.
     **{
-        name: Family({"is_decoder": True, "is_encoder_decoder": False}, "model.decoder.layers")
+        name: Family(
+            {"is_decoder": True, "is_encoder_decoder": False},
+            "model.decoder.layers",
+            by_blocks=name not in ("mvp", "trocr"),
+        )
         for name in _SEQUENCE_DECODERS
     },
     # The text part of a vision-language model.
@@ -314,19 +328,19 @@ FAMILIES: dict[str, Family] = {
     ),
     # What has no matrix of attention probabilities from each token to each.
     "big_bird": Family(refused=ENCODER),
-    "cpmant": Family(refused=OTHER_KEYS),
+    "cpmant": Family(refused=UNKNOWN),
     "deepseek_v4": Family(refused=OTHER_KEYS),
     "falcon_mamba": Family(refused=NO_ATTENTION),
-    "longcat_flash": Family(_LATENT, refused=SEVERAL),
+    "longcat_flash": Family(_LATENT, refused=UNKNOWN),
     "mamba": Family(refused=NO_ATTENTION),
     "mamba2": Family({"num_heads": 8}, refused=NO_ATTENTION),
     "reformer": Family(
         {"is_decoder": True, "axial_pos_shape": [32, 32], "axial_pos_embds_dim": [16, 16]},
-        refused=OTHER_KEYS,
+        refused=NO_ATTENTION,
     ),
-    "rwkv": Family(refused=NO_ATTENTION),
-    "xlm": Family(refused=ENCODER),
-    "xlnet": Family(refused=ENCODER),
+    "rwkv": Family(refused=NO_HEADS),
+    "xlm": Family(refused=UNKNOWN),
+    "xlnet": Family(refused=UNKNOWN),
     "xlstm": Family(refused=NO_ATTENTION),
 }
 

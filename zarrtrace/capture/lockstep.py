@@ -20,7 +20,7 @@ from torch import nn
 from zarrtrace.capture.blocked import IMPLEMENTATION, AttentionRows, Sink, collecting
 from zarrtrace.capture.hooks import first_tensor, mlp_of, place
 from zarrtrace.capture.model import LoadedModel, forward_errors
-from zarrtrace.capture.modules import Attention
+from zarrtrace.capture.modules import Attention, not_exact
 from zarrtrace.errors import ModelError
 
 # Above this, logits are made some rows at a time: a vocabulary is large.
@@ -223,8 +223,13 @@ def taps(
         if attention:
             shared = {one.module: one for one in model.decoder.attentions.values()}  # hooked once
             for one in shared.values():
-                handle = one.module.register_forward_hook(_after_attention(model, one))
-                stack.callback(handle.remove)
+                handles = [one.module.register_forward_hook(_after_attention(model, one))]
+                if one.waits_to_be_asked:
+                    handles.append(
+                        one.module.register_forward_pre_hook(_ask_for_attention, with_kwargs=True)
+                    )
+                for handle in handles:
+                    stack.callback(handle.remove)
         for layer, block in enumerate(model.blocks):
             if model.permitted.parts:
                 stack.enter_context(
@@ -242,7 +247,9 @@ def taps(
                     handles.append(module.register_forward_hook(_after(kind)))
             expected = attention and own is not None
             # Last: it pauses.
-            handles.append(block.register_forward_hook(_after_block(layer, attention=expected)))
+            handles.append(
+                block.register_forward_hook(_after_block(model, layer, attention=expected))
+            )
             for handle in handles:
                 stack.callback(handle.remove)
         yield
@@ -296,6 +303,16 @@ def _after(kind: str) -> Any:
     return hook
 
 
+def _not_exact(model: LoadedModel, why: str) -> ModelError:
+    return not_exact(model.attributes.id, model.model, why)
+
+
+def _ask_for_attention(
+    _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, {**kwargs, "output_attentions": True}
+
+
 def _after_attention(model: LoadedModel, attention: Attention) -> Any:
     def hook(_module: Any, _args: Any, output: Any) -> None:
         running = _current()
@@ -307,24 +324,18 @@ def _after_attention(model: LoadedModel, attention: Attention) -> Any:
     return hook
 
 
-def _after_block(layer: int, *, attention: bool) -> Any:
+def _after_block(model: LoadedModel, layer: int, *, attention: bool) -> Any:
     def hook(module: Any, _args: Any, _output: Any) -> None:
         running = _current()
         if running is None:
             return
         state = running.next_block()
         if state.layer != layer:
-            raise ModelError(
-                "the model's blocks do not run in order",
-                why=f"Block {layer} ran where block {state.layer} was expected.",
-                remedy="This architecture cannot be captured exactly; choose another.",
-            )
+            raise _not_exact(model, f"Block {layer} runs where block {state.layer} should.")
         if attention and running.whole and getattr(state.attention, "ndim", None) != 4:
-            raise ModelError(
-                f"{type(module).__name__} of layer {layer} gives no attention probabilities",
-                why="Its attention returns none, or only with output_attentions=True, which would "
-                "keep the matrices of all layers.",
-                remedy="Choose another architecture.",
+            raise _not_exact(
+                model,
+                f"{type(module).__name__} of layer {layer} returns no attention probabilities.",
             )
         running.give(state)
 

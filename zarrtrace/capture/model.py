@@ -32,7 +32,7 @@ from transformers import (
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from zarrtrace.capture.modules import Decoder, find_decoder
+from zarrtrace.capture.modules import Decoder, find_decoder, not_exact
 from zarrtrace.capture.streaming import BlockStream
 from zarrtrace.errors import ConfigError, ModelError, ZarrtraceError
 from zarrtrace.spec import ModelAttributes
@@ -194,7 +194,7 @@ def load_model(
     if weights and low_memory:
         BlockStream(model, decoder.blocks, torch.device(device))
     text_config = model.config.get_text_config()
-    n_heads, d_model, d_heads = _sizes(text_config, name)
+    n_heads, d_model, d_heads = _sizes(model, name)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -379,16 +379,15 @@ def _commit(source: str, options: Mapping[str, Any]) -> str | None:
     return parent.name if parent.parent.name == "snapshots" else None
 
 
-def _sizes(config: Any, name: str) -> tuple[int, int, int]:
+def _sizes(model: Any, name: str) -> tuple[int, int, int]:
     """Return a model's heads, the width of its residual stream, and of all heads' outputs."""
+    config = model.config.get_text_config()
     # Sizes that differ between layers raise; the probe finds heads that do.
     config.allow_global_per_layer_attribute_access = True
     heads, width = (getattr(config, size, None) for size in ("num_attention_heads", "hidden_size"))
     if not isinstance(heads, int) or not isinstance(width, int):
-        raise ModelError(
-            f"{name}: its configuration gives no number of attention heads, or no hidden size",
-            why="The model has no attention, or another number of heads in each layer.",
-            remedy="Choose another architecture.",
+        raise not_exact(
+            name, model, "Its configuration gives no single number of attention heads and width."
         )
     return heads, width, heads * int(getattr(config, "head_dim", None) or width // heads)
 

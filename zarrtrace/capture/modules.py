@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +32,13 @@ class Attention:
 
     def weights(self, output: Any) -> Any:
         """Return the probabilities of the module's output, None if there are none."""
-        found = isinstance(output, tuple) and len(output) > self.index
+        found = isinstance(output, tuple | list) and len(output) > self.index
         return output[self.index] if found else None
+
+    @property
+    def waits_to_be_asked(self) -> bool:
+        """Whether the module returns probabilities only with ``output_attentions=True``."""
+        return "output_attentions" in inspect.signature(self.module.forward).parameters
 
 
 @dataclass(frozen=True)
@@ -69,15 +75,12 @@ def find_decoder(model: Any, name: str) -> Decoder:
     ModelError
         If there is no such list, or its blocks hold no attention, or several.
     """
-    root = model.get_decoder() if hasattr(model, "get_decoder") else model
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    root = model.get_decoder()
+    lists = _lists(root, count)
+    if not lists:  # some call another part their decoder
+        root, lists = model, _lists(model, count)
     recorders = _recorders(root)
-    lists = [
-        (path, owner, child, blocks)
-        for path, owner in root.named_modules()
-        for child, blocks in owner.named_children()
-        if isinstance(blocks, nn.ModuleList) and len(blocks) == count
-    ]
     for path, owner, child, blocks in lists:
         found = [
             _attentions_of(block, f".{path}.{child}.{at}", recorders)
@@ -85,9 +88,9 @@ def find_decoder(model: Any, name: str) -> Decoder:
         ]
         several = [at for at, attentions in enumerate(found) if len(attentions) > 1]
         if several:
-            raise _refused(
-                model,
+            raise not_exact(
                 name,
+                model,
                 f"Block {several[0]} holds {len(found[several[0]])} attention modules, and a "
                 "trace has one attention matrix a block.",
             )
@@ -101,10 +104,21 @@ def find_decoder(model: Any, name: str) -> Decoder:
         )
     else:
         why = f"It has no list of {count} decoder blocks."
-    raise _refused(model, name, why)
+    raise not_exact(name, model, why)
 
 
-def _refused(model: Any, name: str, why: str) -> ModelError:
+def _lists(root: nn.Module, count: Any) -> list[tuple[str, nn.Module, str, nn.ModuleList]]:
+    """Return all lists of `count` modules: paths of their owners, these, and their names."""
+    return [
+        (path, owner, child, blocks)
+        for path, owner in root.named_modules()
+        for child, blocks in owner.named_children()
+        if isinstance(blocks, nn.ModuleList) and len(blocks) == count
+    ]
+
+
+def not_exact(name: str, model: Any, why: str) -> ModelError:
+    """Return the error for a model that is refused."""
     return ModelError(
         f"{name}: {type(model).__name__} cannot be captured exactly",
         why=why,

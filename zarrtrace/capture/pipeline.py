@@ -156,6 +156,14 @@ def _through_block(
             why=f"Block {layer} was expected to run next.",
             remedy="This architecture cannot be captured exactly; choose another.",
         )
+    tokens = max(batch.lengths)
+    if step.attention is not None and step.attention.shape[2:] != (tokens, tokens):
+        raise ModelError(
+            f"{model.attributes.id}: attention of layer {layer} is no matrix over {tokens} tokens",
+            why=f"Its shape is {tuple(step.attention.shape)}: prompts of this length are computed "
+            "in another way than short ones.",
+            remedy="Choose another architecture, or shorter prompts.",
+        )
     if layer in batch.layers:
         yield from _block_records(batch, step, attention_dtype, encoders, copies)
     step.clear()
