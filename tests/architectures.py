@@ -168,6 +168,7 @@ def save_random(config: Any, folder: Path, dtype: str = "float32") -> Path:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     with quiet():
         model.save_pretrained(folder)
+        config.save_pretrained(folder)  # with its part for images, of which the model has none
         AutoTokenizer.from_pretrained(demo.model_path()).save_pretrained(folder)
     return folder
 
@@ -318,7 +319,7 @@ def reference_of(model: Any, blocks: str, layers: Sequence[int], ids: Sequence[i
 
     def keep(layer: int) -> Any:
         def hook(_module: Any, _args: Any, output: Any) -> None:
-            outputs[layer] = (output[0] if isinstance(output, tuple) else output)[0]
+            outputs[layer] = (output[0] if isinstance(output, tuple | list) else output)[0]
 
         return hook
 
@@ -326,7 +327,10 @@ def reference_of(model: Any, blocks: str, layers: Sequence[int], ids: Sequence[i
         for layer, block in enumerate(model.get_submodule(blocks)):
             stack.callback(block.register_forward_hook(keep(layer)).remove)
         made = model(torch.tensor([list(ids)]), output_attentions=True, use_cache=False)
-    weights = [found[0] for found in made.attentions if found is not None]
+    square = (len(ids), len(ids))  # MiniMax's states of linear attention stand among them
+    weights = [
+        found[0] for found in made.attentions if found is not None and found.shape[2:] == square
+    ]
     return Reference(dict(zip(layers, weights, strict=True)), outputs, made.logits[0])
 
 

@@ -167,10 +167,17 @@ class Family:
 REFUSALS = {
     "its attention looks at later tokens, as encoders do": "behind its query",
     "it attends to something else than the tokens": "something else than the tokens",
-    "no block makes attention probabilities": "no attention|None of its blocks|no list of",
-    "its blocks are no list, or their attention is not known": "no list of|of a usual name",
-    "its configuration names no heads": "number of attention heads",
+    "no block makes attention probabilities": "no attention|number of attention heads",
+    "its attention modules are not known to transformers' output_attentions": "hold no attention",
+    "its attention keeps its probabilities to itself": "no attention probabilities|None of its blocks",
+    "several attention matrices a block": "attention modules|no list of",
+    "its blocks work on patches of bytes": "no list of",
+    "blocks are left out where there is no image": "runs where block",
+    "other numbers of heads in other blocks": r"has \d+ heads",
 }
+ENCODER, OTHER_KEYS, NO_ATTENTION, UNDECLARED, UNSEEN, SEVERAL, PATCHES, LEFT_OUT, HEAD_COUNTS = (
+    REFUSALS
+)
 
 
 def _every_other(config: Mapping[str, Any], without: str) -> Family:
@@ -178,21 +185,29 @@ def _every_other(config: Mapping[str, Any], without: str) -> Family:
     return Family(config, attention=(1, 3), without=without)
 
 
-ENCODER, OTHER_KEYS, NO_ATTENTION, UNKNOWN, NO_HEADS = REFUSALS
-
 _WINDOWS = {"layer_types": ["sliding_attention", "full_attention"] * 2}
 _LINEAR = {"layer_types": ["linear_attention", "full_attention"] * 2}
 _SHARED = {
     "num_hidden_layers": 5,
     "layers_block_type": ["linear_attention"] * 2 + ["hybrid", "linear_attention", "hybrid"],
 }
+_VISION = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_MROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]}
+_XMOD = {"default_language": "en_XX"}
 _LATENT = {"num_key_value_heads": HEADS, "head_dim": 4}
 _TAIL = {"use_sliding_window": True, "max_window_layers": 2}
 
 #: Decoders of which every block has attention, and which need nothing but the usual sizes.
 _PLAIN = """
 afmoe apertus arcee aria_text beam bitnet cohere cohere2 cohere2_moe cwm ernie4_5
-ernie4_5_moe exaone4 exaone_moe flex_olmo flint gemma gemma2 gemma4_text
+ernie4_5_moe exaone4 exaone_moe flex_olmo flint gemma gemma2
 glm glm4 glm4_moe gpt_oss granite granite_swa granitemoe granitemoe_swa
 granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax jais2 jetmoe
 kolibri1 laguna llama mellum mimo_v2_flash minimax_m2 ministral ministral3 mistral
@@ -200,9 +215,10 @@ mixtral modernbert-decoder nanochat nemotron olmo olmo2 olmo3 olmoe persimmon ph
 seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma
 """
 _SEQUENCE_DECODERS = (
-    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp",
-    "pegasus", "plbart", "trocr", "whisper",
+    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart",
+    "pegasus", "plbart", "whisper",
 )  # fmt: skip
+_DECODER = {"is_decoder": True, "is_encoder_decoder": False}
 _ENCODERS = {
     "bert": "bert",
     "bert-generation": "bert",
@@ -222,15 +238,23 @@ _ENCODERS = {
 
 FAMILIES: dict[str, Family] = {
     **{name: Family() for name in _PLAIN.split()},
+    # Encoders, and the same as decoders.
     **{name: Family(refused=ENCODER) for name in _ENCODERS},
     **{
         f"{name} decoder": Family(
             {"is_decoder": True},
             blocks=f"{base}.encoder.layer",
-            by_blocks=name not in ("megatron-bert", "rembert", "roformer"),
+            by_blocks=name not in {"megatron-bert", "rembert", "roformer"},
         )
         for name, base in _ENCODERS.items()
     },
+    "xmod": Family(_XMOD, refused=ENCODER),
+    "xmod decoder": Family({**_XMOD, "is_decoder": True}, blocks="roberta.encoder.layer"),
+    "big_bird decoder": Family(
+        {"is_decoder": True, "attention_type": "original_full"},
+        blocks="bert.encoder.layer",
+        by_blocks=False,
+    ),
     # A window in some blocks.
     "gemma3_text": Family(_WINDOWS),
     "gemma3n_text": Family({**_WINDOWS, "num_kv_shared_layers": 2}, vectors=False),
@@ -239,20 +263,60 @@ FAMILIES: dict[str, Family] = {
     "qwen2_moe": Family(_TAIL),
     "qwen3": Family(_TAIL),
     "qwen3_moe": Family(_TAIL),
+    "cohere_compass_text": Family({"rope_parameters": {"full_attention": _MROPE}}),
+    "gemma4_text": Family(_WINDOWS),
     "llama4_text": Family({"no_rope_layers": [1, 0, 1, 0]}),
     # Latent attention.
     **{
         name: Family(_LATENT)
         for name in ["axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"]
     },
-    # Attention to the keys that an indexer chooses.
+    # Attention to the keys that an indexer chooses. It compares scores, many of which are 0: which
+    # of equals it takes depends on the number of keys, padding among them.
     **{
-        name: Family(_LATENT, by_blocks=False, together=name != "deepseek_v32")
+        name: Family(_LATENT, by_blocks=False, together=False)
         for name in ["axk2", "deepseek_v32", "glm_moe_dsa"]
     },
+    "dots3_note_text": Family(
+        {
+            **_LATENT,
+            "layer_types": ["indexed_attention", "sliding_attention"] * 2,
+            "swa_num_attention_heads": 2,
+            "swa_num_key_value_heads": 2,
+            "swa_q_lora_rank": 16,
+            "swa_kv_lora_rank": 16,
+            "swa_head_dim": 12,
+            "swa_qk_nope_head_dim": 8,
+            "swa_v_head_dim": 8,
+        },
+        refused=HEAD_COUNTS,
+    ),
     "hy_v4": Family(vectors=False, by_blocks=False, together=False),
-    "minimax_m3_vl_text": Family(),
-    "doge": Family(by_blocks=False),
+    "qwen4_exp_text": Family(
+        {
+            "layer_types": ["linear_attention", "indexed_attention"] * 2,
+            "ple_layer_ids": [1],
+            "indexer_budget": 8,
+            "indexer_compress_ratio": 4,
+            "ngram_vocab_size_base": 500,
+            "split_ngram_parts": 4,
+        },
+        attention=(1, 3),
+        without="linear attention",
+        vectors=False,
+        by_blocks=False,
+        together=False,
+    ),
+    "minimax_m3_vl_text": Family(
+        {
+            "layer_types": ["full_attention", "minimax_m3_sparse"] * 2,
+            "index_block_size": 8,
+            "index_topk_blocks": 1,
+        },
+        by_blocks=False,
+        together=False,
+    ),
+    "doge": Family(by_blocks=False, together=False),
     # Some blocks with attention, others without.
     "bailing_hybrid": _every_other({**_LINEAR, "num_key_value_heads": HEADS}, "linear attention"),
     "bamba": _every_other({"attn_layer_indices": [1, 3]}, "Mamba"),
@@ -278,6 +342,9 @@ FAMILIES: dict[str, Family] = {
     "zamba2": Family(_SHARED, attention=(2, 4), without="Mamba"),
     # Attention and a state space side by side, in every block.
     "falcon_h1": Family(),
+    "gemma4_unified_text": Family(_WINDOWS),
+    "internlm3": Family(),
+    "iquestcoder": Family(),
     "inkling_text": Family({"layer_types": ["hybrid_sliding", "hybrid"] * 2}, by_blocks=False),
     "inkling2_text": Family({"layer_types": ["hybrid_sliding", "hybrid"] * 2}, by_blocks=False),
     "zaya": Family({"num_experts_per_tok": 1}),
@@ -302,47 +369,88 @@ FAMILIES: dict[str, Family] = {
     "opt": Family(blocks="model.decoder.layers"),
     "xglm": Family(by_blocks=False),
     # The decoders of encoder-decoder models.
+    **{name: Family(_DECODER, "model.decoder.layers") for name in _SEQUENCE_DECODERS},
     **{
-        name: Family(
-            {"is_decoder": True, "is_encoder_decoder": False},
-            "model.decoder.layers",
-            by_blocks=name not in ("mvp", "trocr"),
-        )
-        for name in _SEQUENCE_DECODERS
+        name: Family(_DECODER, "model.decoder.layers", by_blocks=False) for name in ["mvp", "trocr"]
     },
-    # The text part of a vision-language model.
+    "prophetnet": Family(
+        _DECODER, "prophetnet.decoder.layers", vectors=False, by_blocks=False, together=False
+    ),
+    # The text part of a model of images, too.
     "gemma3": Family(
+        {"text_config": _WINDOWS, "vision_config": _VISION, "mm_tokens_per_image": 4},
+        blocks="model.language_model.layers",
+    ),
+    "gemma4": Family({"text_config": _WINDOWS}, blocks="model.language_model.layers"),
+    "gemma4_unified": Family({"text_config": _WINDOWS}, blocks="model.language_model.layers"),
+    "fuyu": Family(
+        {"text_config": {"model_type": "persimmon"}}, blocks="model.language_model.layers"
+    ),
+    "emu3": Family({"text_config": {}}),
+    "git": Family({"vision_config": _VISION}, blocks="git.encoder.layer", by_blocks=False),
+    "got_ocr2": Family(
         {
+            "text_config": {"model_type": "qwen2"},
             "vision_config": {
                 "hidden_size": 32,
                 "num_hidden_layers": 2,
                 "num_attention_heads": 4,
-                "intermediate_size": 48,
-                "image_size": 28,
-                "patch_size": 14,
+                "mlp_dim": 48,
+                "image_size": 64,
+                "output_channels": 16,
+                "global_attn_indexes": [1],
+                "window_size": 2,
             },
-            "mm_tokens_per_image": 4,
-            "text_config": _WINDOWS,
         },
         blocks="model.language_model.layers",
     ),
+    "mllama": Family({"text_config": {"cross_attention_layers": [2]}}, refused=LEFT_OUT),
+    "phi4_multimodal": Family(
+        {
+            "vision_config": {**_VISION, "crop_size": 28},
+            "audio_config": {
+                "hidden_size": 32,
+                "num_blocks": 1,
+                "num_attention_heads": 4,
+                "intermediate_size": 48,
+                "nemo_conv_channels": 16,
+            },
+        }
+    ),
+    "llama4": Family({"text_config": {"no_rope_layers": [1, 0, 1, 0]}}),
+    "qwen3_5": _every_other({"text_config": _LINEAR}, "linear attention"),
+    "qwen3_5_moe": _every_other({"text_config": _LINEAR}, "linear attention"),
     # What has no matrix of attention probabilities from each token to each.
     "big_bird": Family(refused=ENCODER),
-    "cpmant": Family(refused=UNKNOWN),
+    "blt": Family(
+        {
+            "patcher_config": {},
+            "encoder_config": {"hidden_size_global": 32},
+            "decoder_config": {"hidden_size_global": 32},
+            "global_config": {},
+            "encoder_hash_byte_group_vocab": 50,
+        },
+        refused=PATCHES,
+    ),
+    "cpmant": Family(refused=UNDECLARED),
     "deepseek_v4": Family(refused=OTHER_KEYS),
     "falcon_mamba": Family(refused=NO_ATTENTION),
-    "longcat_flash": Family(_LATENT, refused=UNKNOWN),
+    "hrm_text": Family(refused=SEVERAL),
+    "longcat_flash": Family(_LATENT, refused=SEVERAL),
     "mamba": Family(refused=NO_ATTENTION),
     "mamba2": Family({"num_heads": 8}, refused=NO_ATTENTION),
     "reformer": Family(
         {"is_decoder": True, "axial_pos_shape": [32, 32], "axial_pos_embds_dim": [16, 16]},
-        refused=NO_ATTENTION,
+        refused=UNSEEN,
     ),
-    "rwkv": Family(refused=NO_HEADS),
-    "xlm": Family(refused=UNKNOWN),
-    "xlnet": Family(refused=UNKNOWN),
+    "rwkv": Family(refused=NO_ATTENTION),
+    "xlm": Family(refused=UNDECLARED),
+    "xlnet": Family(refused=UNDECLARED),
     "xlstm": Family(refused=NO_ATTENTION),
 }
+
+
+_PARTS = ("text_config", "patcher_config", "encoder_config", "decoder_config", "global_config")
 
 
 def make_config(name: str) -> Any:
@@ -362,8 +470,8 @@ def _make_config(model_type: str, changes: Mapping[str, Any]) -> Any:
         if name in known and name not in changes
     }
     parts = {
-        name: _make_config(kind.sub_configs[name].model_type, value)
+        name: _make_config(value.get("model_type") or kind.sub_configs[name].model_type, value)
         for name, value in changes.items()
-        if name == "text_config"
+        if name in _PARTS
     }
     return kind(**{**chosen, **changes, **parts})

@@ -244,11 +244,11 @@ def _compare(found: Captured, expected: Reference, *, vectors: bool, atol: float
 
 @pytest.mark.parametrize("name", _parameters(REFUSED))
 def test_families_without_token_attention_are_refused(models: Models, name: str) -> None:
-    with pytest.raises(ModelError, match="cannot be captured exactly") as caught:
+    with pytest.raises(ModelError) as caught:
         _prepare(models.path(name))
     reason = FAMILIES[name].refused
     assert reason is not None
-    assert re.search(REFUSALS[reason], caught.value.why or "")
+    assert re.search(REFUSALS[reason], str(caught.value))
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,9 @@ _ROUNDINGS = 8
 # What differs between blocks that are alike.
 _INDICES = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number"})
 
-# How many keys a query selects, in DeepSeek-V3.2 and its like, and in Doge: thousands.
-_SELECTED = frozenset({"index_topk", "keep_window_size"})
+# Attention to some thousands of keys that score best, as in DeepSeek-V3.2, MiniMax-M3 and Doge.
+# Which of equal scores are best depends on how many keys there are, padding included.
+_SELECTED = frozenset({"index_topk", "topk_blocks", "keep_window_size"})
 
 
 def probe_model(model: LoadedModel) -> LoadedModel:
@@ -46,7 +47,7 @@ def probe_model(model: LoadedModel) -> LoadedModel:
     ids = random_tokens(model, _LONG)
     # Found again: Big Bird exchanges its attention modules when it first runs.
     model = replace(model, decoder=find_decoder(model.model, model.attributes.id))
-    with full_memory(model), _few_keys_selected(model):
+    with full_memory(model):
         with _first_blocks(model) as first:
             try:
                 return _probed(model, first, ids)
@@ -81,7 +82,7 @@ def _probed(model: LoadedModel, first: LoadedModel, ids: torch.Tensor) -> Loaded
             )
             for queries in (None, chosen)
         ),
-        batches=same.holds([(plain, long), (alone, short)]),
+        batches=not _selects_keys(first) and same.holds([(plain, long), (alone, short)]),
         parts=same.holds([(plain, long)], logit_rows=_ROWS),
     )
     return replace(model, permitted=permitted)
@@ -114,23 +115,10 @@ def _first_blocks(model: LoadedModel) -> Iterator[LoadedModel]:
         setattr(decoder.module, decoder.list_name, whole)
 
 
-@contextmanager
-def _few_keys_selected(model: LoadedModel) -> Iterator[None]:
-    """Let attention that selects some keys select few of them, as it does in long prompts."""
-    before = [
-        (module, name, count)
-        for block in model.blocks
-        for module in block.modules()
-        for name, count in _numbers(module)
-        if name in _SELECTED
-    ]
-    for module, name, count in before:
-        setattr(module, name, min(count, _ROWS // 2))
-    try:
-        yield
-    finally:
-        for module, name, count in before:
-            setattr(module, name, count)
+def _selects_keys(model: LoadedModel) -> bool:
+    """Whether a query selects some of its keys, which few random tokens do not show."""
+    modules = (module for block in model.blocks for module in block.modules())
+    return any(name in _SELECTED for module in modules for name, _ in _numbers(module))
 
 
 def _numbers(module: nn.Module) -> Iterator[tuple[str, Any]]:
