@@ -169,7 +169,7 @@ REFUSALS = {
     "it attends to something else than the tokens": "something else than the tokens",
     "no block makes attention probabilities": "no attention|number of attention heads",
     "its attention modules are not known to transformers' output_attentions": "hold no attention",
-    "its attention keeps its probabilities to itself": "no attention probabilities|None of its blocks",
+    "its attention keeps its probabilities to itself": "None of its blocks|no attention prob",
     "several attention matrices a block": "attention modules|no list of",
     "its blocks work on patches of bytes": "no list of",
     "blocks are left out where there is no image": "runs where block",
