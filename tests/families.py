@@ -314,7 +314,6 @@ FAMILIES: dict[str, Family] = {
             "index_topk_blocks": 1,
         },
         by_blocks=False,
-        together=False,
     ),
     "doge": Family(by_blocks=False),
     # Some blocks with attention, others without.
