@@ -319,7 +319,7 @@ def reference_of(model: Any, blocks: str, layers: Sequence[int], ids: Sequence[i
 
     def keep(layer: int) -> Any:
         def hook(_module: Any, _args: Any, output: Any) -> None:
-            outputs[layer] = (output[0] if isinstance(output, tuple) else output)[0]
+            outputs[layer] = (output[0] if isinstance(output, tuple | list) else output)[0]
 
         return hook
 

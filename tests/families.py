@@ -167,12 +167,12 @@ class Family:
 REFUSALS = {
     "its attention looks at later tokens, as encoders do": "behind its query",
     "it attends to something else than the tokens": "something else than the tokens",
-    "no block makes attention probabilities": "no attention",
+    "no block makes attention probabilities": "no attention|number of attention heads",
     "its attention modules are not known to transformers' output_attentions": "hold no attention",
-    "its attention keeps its probabilities to itself": "gives no attention probabilities",
+    "its attention keeps its probabilities to itself": "no attention probabilities|None of its blocks",
     "several attention matrices a block": "attention modules|no list of",
     "its blocks work on patches of bytes": "no list of",
-    "blocks are left out where there is no image": "do not run in order",
+    "blocks are left out where there is no image": "runs where block",
     "other numbers of heads in other blocks": r"has \d+ heads",
 }
 ENCODER, OTHER_KEYS, NO_ATTENTION, UNDECLARED, UNSEEN, SEVERAL, PATCHES, LEFT_OUT, HEAD_COUNTS = (
@@ -315,7 +315,7 @@ FAMILIES: dict[str, Family] = {
         },
         by_blocks=False,
     ),
-    "doge": Family(by_blocks=False),
+    "doge": Family(by_blocks=False, together=False),
     # Some blocks with attention, others without.
     "bailing_hybrid": _every_other({**_LINEAR, "num_key_value_heads": HEADS}, "linear attention"),
     "bamba": _every_other({"attn_layer_indices": [1, 3]}, "Mamba"),
@@ -360,6 +360,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox_japanese": Family(blocks="gpt_neox_japanese.layers", by_blocks=False),
     "gptj": Family(blocks="transformer.h", by_blocks=False),
     "mpt": Family(blocks="transformer.blocks", by_blocks=False),
+    "openai-gpt": Family(blocks="transformer.h", by_blocks=False),
     # Decoders of other names.
     "gpt2": Family(blocks="transformer.h"),
     "gpt_bigcode": Family(blocks="transformer.h"),
@@ -368,6 +369,9 @@ FAMILIES: dict[str, Family] = {
     "xglm": Family(by_blocks=False),
     # The decoders of encoder-decoder models.
     **{name: Family(_DECODER, "model.decoder.layers") for name in _SEQUENCE_DECODERS},
+    **{
+        name: Family(_DECODER, "model.decoder.layers", by_blocks=False) for name in ["mvp", "trocr"]
+    },
     "prophetnet": Family(
         _DECODER, "prophetnet.decoder.layers", vectors=False, by_blocks=False, together=False
     ),
@@ -416,7 +420,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5": _every_other({"text_config": _LINEAR}, "linear attention"),
     "qwen3_5_moe": _every_other({"text_config": _LINEAR}, "linear attention"),
     # What has no matrix of attention probabilities from each token to each.
-    "big_bird": Family(refused=UNSEEN),
+    "big_bird": Family(refused=ENCODER),
     "blt": Family(
         {
             "patcher_config": {},
@@ -434,14 +438,11 @@ FAMILIES: dict[str, Family] = {
     "longcat_flash": Family(_LATENT, refused=SEVERAL),
     "mamba": Family(refused=NO_ATTENTION),
     "mamba2": Family({"num_heads": 8}, refused=NO_ATTENTION),
-    "mvp": Family(_DECODER, refused=UNSEEN),
-    "openai-gpt": Family(refused=UNSEEN),
     "reformer": Family(
         {"is_decoder": True, "axial_pos_shape": [32, 32], "axial_pos_embds_dim": [16, 16]},
         refused=UNSEEN,
     ),
     "rwkv": Family(refused=NO_ATTENTION),
-    "trocr": Family(_DECODER, refused=UNSEEN),
     "xlm": Family(refused=UNDECLARED),
     "xlnet": Family(refused=UNDECLARED),
     "xlstm": Family(refused=NO_ATTENTION),

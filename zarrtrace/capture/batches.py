@@ -10,6 +10,7 @@ import torch
 from zarrtrace.capture.lockstep import Pass, Step
 from zarrtrace.capture.model import LoadedModel
 from zarrtrace.capture.prompts import Prompt
+from zarrtrace.errors import ModelError
 from zarrtrace.spec import SAEAttributes
 
 # What all batches of a wave may hold between two blocks. A wave walks through the layers once, so
@@ -124,6 +125,14 @@ class Batch:
 
     def tokens(self, padded: torch.Tensor) -> torch.Tensor:
         """Take the real tokens ``(token, d)`` of ``(sequence, token, d)``."""
+        shape = len(self.requests), max(self.lengths)
+        if padded.ndim != 3 or padded.shape[:2] != shape:
+            raise ModelError(
+                f"{self._model.attributes.id}: a block makes an array of shape "
+                f"{tuple(padded.shape)} from {shape[0]} x {shape[1]} tokens",
+                why="SAEs read one vector a token, and this residual stream is another one.",
+                remedy="Use --no-features.",
+            )
         return padded[0] if len(self.requests) == 1 else padded.flatten(0, 1)[self._real]
 
 
