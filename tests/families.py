@@ -183,7 +183,7 @@ REFUSALS = {
     UNSEEN: "no attention probabilities|None of its blocks",
     SEVERAL: "attention modules|no list of",
     PATCHES: "no list of",
-    LEFT_OUT: "runs where block",
+    LEFT_OUT: r"runs where block|of \d+ blocks run",
     HEAD_COUNTS: r"has \d+ heads",
 }
 
@@ -322,6 +322,7 @@ FAMILIES: dict[str, Family] = {
             "index_topk_blocks": 1,
         },
         by_blocks=False,
+        together=False,
     ),
     "doge": Family(by_blocks=False, together=False),
     # Some blocks with attention, others without.
