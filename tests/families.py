@@ -273,6 +273,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": Family(_TAIL),
     "cohere_compass_text": Family({"rope_parameters": {"full_attention": _MROPE}}),
     "gemma4_text": Family(_WINDOWS),
+    "gemma4_text shared keys": Family({**_WINDOWS, "num_kv_shared_layers": 2}, by_blocks=False),
     "llama4_text": Family({"no_rope_layers": [1, 0, 1, 0]}),
     # Latent attention.
     **{
@@ -348,6 +349,9 @@ FAMILIES: dict[str, Family] = {
     "recurrent_gemma": _every_other({"block_types": ["recurrent", "attention"]}, "a recurrence"),
     "zamba": Family(_SHARED, attention=(2, 4), without="a state space"),
     "zamba2": Family(_SHARED, attention=(2, 4), without="a state space"),
+    "zamba2 alternating": Family(
+        {**_SHARED, "num_mem_blocks": 2}, attention=(2, 4), without="a state space"
+    ),
     # Attention and a state space side by side, in every block.
     "falcon_h1": Family(),
     "gemma4_unified_text": Family(_WINDOWS),
@@ -363,6 +367,10 @@ FAMILIES: dict[str, Family] = {
     "ctrl": Family(blocks="transformer.h"),
     "diffllama": Family(by_blocks=False),
     "falcon": Family(blocks="transformer.h", by_blocks=False),
+    "falcon alibi": Family({"alibi": True}, blocks="transformer.h", by_blocks=False),
+    "falcon grouped": Family(
+        {"new_decoder_architecture": True}, blocks="transformer.h", by_blocks=False
+    ),
     "gpt_neo": Family(
         {"attention_types": [[["global", "local"], 2]]}, blocks="transformer.h", by_blocks=False
     ),
