@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-import families
+import families  # type: ignore[import-not-found]
 
 BEGIN, END = "<!-- models:begin -->", "<!-- models:end -->"
 
@@ -52,24 +52,38 @@ def with_table(text: str) -> str:
 
 
 def table() -> str:
-    """Return the table in Markdown."""
-    rows = [_row(name, family) for name, family in sorted(families.FAMILIES.items())]
+    """Return the table in Markdown: a row for the families of which the same is true."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for name, family in sorted(families.FAMILIES.items()):
+        rows.setdefault(_columns(family), []).append(label(name))
+    kinds = ["yes", "partly", "no"]
+    order = sorted(
+        rows,
+        key=lambda row: (
+            kinds.index(row[0].partition(":")[0]),
+            *(cell != "yes" for cell in row),
+            row,
+        ),
+    )
     return "\n".join(
         [
-            "| model type | attention | residual stream and SAEs | by blocks | batches |",
+            "| attention | residual stream, SAEs | blocks of queries | batches | model types |",
             "|---|---|---|---|---|",
-            *(f"| {' | '.join(row)} |" for row in rows),
+            *(f"| {' | '.join([*row, ', '.join(rows[row])])} |" for row in order),
         ]
     )
 
 
-def _row(name: str, family: Any) -> tuple[str, ...]:
+def label(name: str) -> str:
+    """Return how the table calls a family."""
     model_type, _, variant = name.partition(" ")
-    label = f"`{model_type}`" + (f" ({variant})" if variant else "")
+    return f"`{model_type}`" + (f" ({variant})" if variant else "")
+
+
+def _columns(family: Any) -> tuple[str, ...]:
     if family.refused:
-        return label, f"no: {family.refused}", "", "", ""
+        return f"no: {family.refused}", "", "", ""
     return (
-        label,
         "yes" if family.attention is None else f"partly: other blocks have {family.without}",
         "yes" if family.vectors else "no: several vectors a token",
         "yes" if family.by_blocks else "no",

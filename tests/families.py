@@ -163,21 +163,29 @@ class Family:
     together: bool = True
 
 
-#: By reason, what the error says of it.
+# Why a family is not captured.
+ENCODER = "its attention looks at later tokens, as encoders do"
+OTHER_KEYS = "it attends to something else than the tokens"
+NO_ATTENTION = "no block makes attention probabilities"
+UNDECLARED = "its attention modules have names of their own"
+UNSEEN = "its attention keeps its probabilities to itself"
+SEVERAL = "several attention matrices a block"
+PATCHES = "its blocks work on patches of bytes"
+LEFT_OUT = "blocks are left out where there is no image"
+HEAD_COUNTS = "other numbers of heads in other blocks"
+
+#: By reason, what the error says of it: a regular expression.
 REFUSALS = {
-    "its attention looks at later tokens, as encoders do": "behind its query",
-    "it attends to something else than the tokens": "something else than the tokens",
-    "no block makes attention probabilities": "no attention|number of attention heads",
-    "its attention modules are not known to transformers' output_attentions": "hold no attention",
-    "its attention keeps its probabilities to itself": "None of its blocks|no attention prob",
-    "several attention matrices a block": "attention modules|no list of",
-    "its blocks work on patches of bytes": "no list of",
-    "blocks are left out where there is no image": "runs where block",
-    "other numbers of heads in other blocks": r"has \d+ heads",
+    ENCODER: "behind its query",
+    OTHER_KEYS: "something else than the tokens",
+    NO_ATTENTION: "no attention|number of attention heads",
+    UNDECLARED: "hold no attention",
+    UNSEEN: "no attention probabilities|None of its blocks",
+    SEVERAL: "attention modules|no list of",
+    PATCHES: "no list of",
+    LEFT_OUT: r"runs where block|of \d+ blocks run",
+    HEAD_COUNTS: r"has \d+ heads",
 }
-ENCODER, OTHER_KEYS, NO_ATTENTION, UNDECLARED, UNSEEN, SEVERAL, PATCHES, LEFT_OUT, HEAD_COUNTS = (
-    REFUSALS
-)
 
 
 def _every_other(config: Mapping[str, Any], without: str) -> Family:
@@ -265,6 +273,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": Family(_TAIL),
     "cohere_compass_text": Family({"rope_parameters": {"full_attention": _MROPE}}),
     "gemma4_text": Family(_WINDOWS),
+    "gemma4_text shared keys": Family({**_WINDOWS, "num_kv_shared_layers": 2}, by_blocks=False),
     "llama4_text": Family({"no_rope_layers": [1, 0, 1, 0]}),
     # Latent attention.
     **{
@@ -319,27 +328,30 @@ FAMILIES: dict[str, Family] = {
     "doge": Family(by_blocks=False, together=False),
     # Some blocks with attention, others without.
     "bailing_hybrid": _every_other({**_LINEAR, "num_key_value_heads": HEADS}, "linear attention"),
-    "bamba": _every_other({"attn_layer_indices": [1, 3]}, "Mamba"),
-    "granitemoehybrid": _every_other(_LINEAR, "Mamba"),
-    "jamba": _every_other({"attn_layer_period": 2, "attn_layer_offset": 1}, "Mamba"),
+    "bamba": _every_other({"attn_layer_indices": [1, 3]}, "a state space"),
+    "granitemoehybrid": _every_other(_LINEAR, "a state space"),
+    "jamba": _every_other({"attn_layer_period": 2, "attn_layer_offset": 1}, "a state space"),
     "kimi_linear": _every_other({**_LINEAR, "num_key_value_heads": HEADS}, "linear attention"),
-    "lfm2": _every_other({"layer_types": ["conv", "full_attention"] * 2}, "convolutions"),
-    "lfm2_moe": _every_other({"layer_types": ["conv", "full_attention"] * 2}, "convolutions"),
+    "lfm2": _every_other({"layer_types": ["conv", "full_attention"] * 2}, "a convolution"),
+    "lfm2_moe": _every_other({"layer_types": ["conv", "full_attention"] * 2}, "a convolution"),
     "lfm3": _every_other(
-        {"layer_types": ["conv", "full_attention", "conv", "sliding_attention"]}, "convolutions"
+        {"layer_types": ["conv", "full_attention", "conv", "sliding_attention"]}, "a convolution"
     ),
     "minimax": Family(attention=(0, 2), without="linear attention"),
     "nemotron_h": _every_other(
         {"layer_types": ["linear_attention", "full_attention", "moe", "full_attention", "mlp"]},
-        "Mamba, or an MLP alone",
+        "a state space, experts or an MLP",
     ),
     "olmo_hybrid": _every_other(_LINEAR, "linear attention"),
     "qwen3_next": _every_other(_LINEAR, "linear attention"),
     "qwen3_5_text": _every_other(_LINEAR, "linear attention"),
     "qwen3_5_moe_text": _every_other(_LINEAR, "linear attention"),
     "recurrent_gemma": _every_other({"block_types": ["recurrent", "attention"]}, "a recurrence"),
-    "zamba": Family(_SHARED, attention=(2, 4), without="Mamba"),
-    "zamba2": Family(_SHARED, attention=(2, 4), without="Mamba"),
+    "zamba": Family(_SHARED, attention=(2, 4), without="a state space"),
+    "zamba2": Family(_SHARED, attention=(2, 4), without="a state space"),
+    "zamba2 alternating": Family(
+        {**_SHARED, "num_mem_blocks": 2}, attention=(2, 4), without="a state space"
+    ),
     # Attention and a state space side by side, in every block.
     "falcon_h1": Family(),
     "gemma4_unified_text": Family(_WINDOWS),
@@ -355,6 +367,10 @@ FAMILIES: dict[str, Family] = {
     "ctrl": Family(blocks="transformer.h"),
     "diffllama": Family(by_blocks=False),
     "falcon": Family(blocks="transformer.h", by_blocks=False),
+    "falcon alibi": Family({"alibi": True}, blocks="transformer.h", by_blocks=False),
+    "falcon grouped": Family(
+        {"new_decoder_architecture": True}, blocks="transformer.h", by_blocks=False
+    ),
     "gpt_neo": Family(
         {"attention_types": [[["global", "local"], 2]]}, blocks="transformer.h", by_blocks=False
     ),

@@ -195,7 +195,7 @@ def block_counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     return counts
 
 
-@pytest.mark.parametrize(("name", "way"), [(name, way) for name in CAPTURED for way in WAYS])
+@pytest.mark.parametrize(("name", "way"), _parameters(CAPTURED, WAYS))
 def test_families_are_captured_as_transformers_computes_them(
     models: Models, block_counts: list[int], name: str, way: str
 ) -> None:
