@@ -123,15 +123,22 @@ class Batch:
             self._pass.stop()
             self._pass = None
 
-    def tokens(self, padded: torch.Tensor) -> torch.Tensor:
-        """Take the real tokens ``(token, d)`` of ``(sequence, token, d)``."""
-        shape = len(self.requests), max(self.lengths)
-        if padded.ndim != 3 or padded.shape[:2] != shape:
+    def tokens(self, padded: torch.Tensor, width: int) -> torch.Tensor:
+        """Take the real tokens ``(token, width)`` of ``(sequence, token, width)``.
+
+        Raises
+        ------
+        ModelError
+            If the model passes on something else than one vector of this width a token.
+        """
+        expected = len(self.requests), max(self.lengths), width
+        if padded.shape != expected:
             raise ModelError(
-                f"{self._model.attributes.id}: a block makes an array of shape "
-                f"{tuple(padded.shape)} from {shape[0]} x {shape[1]} tokens",
-                why="SAEs read one vector a token, and this residual stream is another one.",
-                remedy="Use --no-features.",
+                f"{self._model.attributes.id}: a hook point gives an array of shape "
+                f"{tuple(padded.shape)}, and SAEs read {expected}",
+                why="SAEs read one vector a token. Some models pass on several, or the SAEs are "
+                "those of another model.",
+                remedy="Use --no-features, or choose other SAEs.",
             )
         return padded[0] if len(self.requests) == 1 else padded.flatten(0, 1)[self._real]
 

@@ -187,7 +187,7 @@ def _block_records(
         step = feature_rows(longest, encoder.attributes.d_sae)
         for start in range(0, longest, step):
             rows = slice(start, start + step)
-            inputs = batch.tokens(state.hooks[encoder.hook.kind])[rows]
+            inputs = batch.tokens(state.hooks[encoder.hook.kind], encoder.attributes.d_in)[rows]
             features = encode(encoder, inputs).record()
             yield LayerRecord(
                 scenario=batch.requests[0].prompt.scenario.name,
