@@ -238,7 +238,7 @@ def taps(
             handles = []
             own = model.decoder.attentions.get(layer)
             for kind in sorted(kinds.get(layer, ())):
-                module, side = place(block, own and own.module, kind)
+                module, side = place(block, own.module if own else None, kind)
                 if side == "input":
                     handles.append(
                         module.register_forward_pre_hook(_before(kind), with_kwargs=True)
