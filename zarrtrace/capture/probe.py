@@ -31,10 +31,6 @@ _ROUNDINGS = 8
 # What differs between blocks that are alike.
 _INDICES = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number"})
 
-# Attention to some thousands of keys that score best, as in DeepSeek-V3.2, MiniMax-M3 and Doge.
-# Which of equal scores are best depends on how many keys there are, padding included.
-_SELECTED = frozenset({"index_topk", "topk_blocks", "keep_window_size"})
-
 
 def probe_model(model: LoadedModel) -> LoadedModel:
     """Return the model with its permitted ways, and attention only where it gives a matrix.
@@ -116,9 +112,16 @@ def _first_blocks(model: LoadedModel) -> Iterator[LoadedModel]:
 
 
 def _selects_keys(model: LoadedModel) -> bool:
-    """Whether a query selects some of its keys, which few random tokens do not show."""
+    """Whether queries look at the keys alone that score best, as in DeepSeek-V3.2 and Doge.
+
+    Which of equal scores are best depends on the number of keys, padding included. Few random
+    tokens do not show it, because thousands of keys are selected.
+    """
     modules = (module for block in model.blocks for module in block.modules())
-    return any(name in _SELECTED for module in modules for name, _ in _numbers(module))
+    return any(
+        "Indexer" in type(module).__name__ or hasattr(module, "keep_window_size")
+        for module in modules
+    )
 
 
 def _numbers(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -198,6 +201,9 @@ def _observe(model: LoadedModel, ids: Sequence[torch.Tensor], **options: Any) ->
                 steps += [step] if isinstance(step, AttentionRows | BlockState | Logits) else []
         finally:
             running.stop()
+    ran = sum(isinstance(step, BlockState) for step in steps)
+    if ran != len(model.blocks):
+        raise _refused(model, f"{ran} of {len(model.blocks)} blocks run.")
     return [_of_sequence(steps, row, length) for row, length in enumerate(lengths)]
 
 
