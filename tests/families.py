@@ -1,9 +1,9 @@
 """Tiny random models of the families of causal language models that transformers has.
 
 A family is a model type of transformers' ``AutoModelForCausalLM``, by the name that ``config.json``
-gives it; a second configuration of one has a word behind that name. Windows are smaller than the
-prompts, and of each kind of block that a family has there is at least one. README's table of models
-is made of this one (``scripts/models_table.py``).
+gives it; another configuration of the same type has a word behind that name. Windows are smaller
+than the prompts, and a family has a block of each of its kinds. ``scripts/models_table.py``
+generates a README's table of models from this one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LAYERS, HEADS, WIDTH, WINDOW = 4, 4, 32, 7
 VOCABULARY = 480  # the embedded tokenizer's
 _POSITIONS = 1024
 
-# By the names that configurations give them; each takes those that it knows.
+# Names are those of configurations' fields; each configuration takes the fields that it has.
 _SIZES: tuple[tuple[int | float, str], ...] = (
     (
         VOCABULARY,
@@ -131,20 +131,20 @@ _SIZES: tuple[tuple[int | float, str], ...] = (
 
 @dataclass(frozen=True)
 class Family:
-    """How a family is configured, and what of it is captured.
+    """Configuration of a family, and what zarrtrace captures of it.
 
     Attributes
     ----------
     config
-        What it needs beside the usual sizes.
+        Settings beside the usual sizes.
     blocks
         Name of the module that holds its decoder blocks.
     attention
         Blocks that make attention probabilities; None for all.
     without
-        What the other blocks have in its place.
+        Kind of the other blocks: "other blocks have ...".
     refused
-        Why it is not captured, None if it is: a key of :data:`REFUSALS`.
+        Reason why it is refused, a key of :data:`REFUSALS`; None if it is captured.
     vectors
         Whether a block passes on one vector a token, as SAEs read it.
     by_blocks
@@ -163,7 +163,7 @@ class Family:
     together: bool = True
 
 
-# Why a family is not captured.
+# Reasons why a family is refused.
 ENCODER = "its attention looks at later tokens, as encoders do"
 OTHER_KEYS = "it attends to something else than the tokens"
 NO_ATTENTION = "no block makes attention probabilities"
@@ -174,7 +174,7 @@ PATCHES = "its blocks work on patches of bytes"
 LEFT_OUT = "blocks are left out where there is no image"
 HEAD_COUNTS = "other numbers of heads in other blocks"
 
-#: By reason, what the error says of it: a regular expression.
+#: Regular expressions of the error's text, by reason.
 REFUSALS = {
     ENCODER: "behind its query",
     OTHER_KEYS: "something else than the tokens",
@@ -189,7 +189,7 @@ REFUSALS = {
 
 
 def _every_other(config: Mapping[str, Any], without: str) -> Family:
-    """Blocks 1 and 3 have attention."""
+    """Return a family whose blocks 1 and 3 have attention."""
     return Family(config, attention=(1, 3), without=without)
 
 
@@ -436,7 +436,7 @@ FAMILIES: dict[str, Family] = {
     "llama4": Family({"text_config": {"no_rope_layers": [1, 0, 1, 0]}}),
     "qwen3_5": _every_other({"text_config": _LINEAR}, "linear attention"),
     "qwen3_5_moe": _every_other({"text_config": _LINEAR}, "linear attention"),
-    # What has no matrix of attention probabilities from each token to each.
+    # Families without a matrix of attention probabilities from each token to each.
     "big_bird": Family(refused=ENCODER),
     "blt": Family(
         {

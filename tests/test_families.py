@@ -1,4 +1,4 @@
-"""Every family of causal language models, as transformers itself computes it."""
+"""Families of causal language models against transformers' own eager attention."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ WAYS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "by blocks": ({"attention_capture": "blocked"}, ("longer",)),
     "long": ({}, ("long",)),
 }
-# Rounding: each of a block's sums of WIDTH products adds an eps, scores are below 100, and each of
-# LAYERS blocks passes on what those before it added.
+# A score is a sum of WIDTH products and about 10 in size, so that its rounding, which shifts a
+# probability by as much, is at most WIDTH * 10 eps; LAYERS blocks add theirs.
 ATTENTION_TOLERANCE = 2**-23 * families.WIDTH * families.LAYERS * 10
 LOGPROB_TOLERANCE = 10 * ATTENTION_TOLERANCE
 
 
 class Models:
-    """Saves models, and keeps the last one loaded, by us and by transformers."""
+    """Saved models; the last one stays loaded, by zarrtrace and by transformers."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
