@@ -19,7 +19,8 @@ from torch import nn
 
 from zarrtrace.capture.blocked import IMPLEMENTATION, AttentionRows, Sink, collecting
 from zarrtrace.capture.hooks import first_tensor, mlp_of, place
-from zarrtrace.capture.model import LoadedModel, forward_errors
+from zarrtrace.capture.messages import forward_errors
+from zarrtrace.capture.model import LoadedModel
 from zarrtrace.capture.modules import Attention, not_exact
 from zarrtrace.errors import ModelError
 

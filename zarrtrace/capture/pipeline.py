@@ -16,7 +16,8 @@ from zarrtrace.capture.features import encode
 from zarrtrace.capture.hooks import parse_hook
 from zarrtrace.capture.host import to_host
 from zarrtrace.capture.lockstep import BlockState, Logits, taps
-from zarrtrace.capture.model import LoadedModel, full_memory
+from zarrtrace.capture.messages import full_memory
+from zarrtrace.capture.model import LoadedModel
 from zarrtrace.capture.rows import RowBuffer
 from zarrtrace.errors import ModelError
 from zarrtrace.spec import (
@@ -84,7 +85,7 @@ def capture(
     in_step = list(waves(model, todo, [sae for found in saes.values() for sae in found]))
     order = [layer for wave in in_step for layer in sorted(_layers(wave)) if layer in saes]
     with (
-        full_memory(model),
+        full_memory(model.attributes.id, model.device),
         taps(model, attention=wanted, kinds=kinds),
         Encoders(saes, source, model.device, order) as encoders,
     ):

@@ -18,7 +18,8 @@ from torch import nn
 
 from zarrtrace.capture.blocked import AttentionRows
 from zarrtrace.capture.lockstep import BlockState, Logits, Pass, taps
-from zarrtrace.capture.model import LoadedModel, Permitted, forward_errors, full_memory
+from zarrtrace.capture.messages import forward_errors, full_memory
+from zarrtrace.capture.model import LoadedModel, Permitted
 from zarrtrace.capture.modules import find_decoder, not_exact
 from zarrtrace.errors import ModelError
 
@@ -26,7 +27,8 @@ from zarrtrace.errors import ModelError
 _LONG, _SHORT, _ROWS = 47, 29, 16
 # Longer than the pieces into which some attention cuts a prompt.
 _LONGER = 131
-# Two ways to compute differ by several roundings of each number; the measure is one of the input.
+# Two ways to compute differ by several roundings of each number. The measure is what one rounding
+# of the embeddings changes, so that it fits the model, its dtype and any processor.
 _ROUNDINGS = 8
 # What differs between blocks that are alike.
 _INDICES = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number"})
@@ -42,8 +44,9 @@ def probe_model(model: LoadedModel) -> LoadedModel:
     """
     ids = random_tokens(model, _LONG)
     # Found again: Big Bird exchanges its attention modules when it first runs.
-    model = replace(model, decoder=find_decoder(model.model, model.attributes.id))
-    with full_memory(model):
+    decoder = find_decoder(model.model, model.attributes.id)
+    model = replace(model, decoder=decoder, permitted=Permitted())
+    with full_memory(model.attributes.id, model.device):
         with _first_blocks(model) as first:
             try:
                 return _probed(model, first, ids)
@@ -86,10 +89,10 @@ def _probed(model: LoadedModel, first: LoadedModel, ids: torch.Tensor) -> Loaded
 
 @contextmanager
 def _first_blocks(model: LoadedModel) -> Iterator[LoadedModel]:
-    """Let the model have its first blocks alone, those after the last unlike its predecessors.
+    """Let the model run its first blocks alone: two, or up to the last of a new kind.
 
-    Weights that stay in host memory come from there, or from a disk: two blocks of a model whose
-    blocks are alike are a small part of it.
+    With --low-memory, each block travels to the device, perhaps from a disk. Where all blocks are
+    alike, the first two tell what the others do.
     """
     kinds: set[Any] = set()
     count = min(2, len(model.blocks))
