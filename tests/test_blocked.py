@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zarrtrace import spec
-from zarrtrace.capture import batches, blocked, hooks, lockstep
-from zarrtrace.capture.checks import blocks_are_exact, wants_blocks
+from zarrtrace.capture import batches, blocked, hooks, lockstep, probe_model
+from zarrtrace.capture.checks import wants_blocks
+from zarrtrace.capture.model import Permitted
 from zarrtrace.errors import ConfigError, ZarrtraceError
 from zarrtrace.extraction import Options, extract
 from zarrtrace.records import LayerRecord, TokensRecord
@@ -151,10 +152,17 @@ def test_blocked_equals_transformers_eager_within_rounding(
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
-def test_every_architecture_is_known_to_be_exact_by_blocks(models: Models, name: str) -> None:
-    for dtype in DTYPES:
-        assert blocks_are_exact(models(name, dtype))
+def test_a_probe_permits_every_way_of_these_architectures(
+    models: Models, name: str, dtype: str
+) -> None:
+    model = models(name, dtype)
+    probed = probe_model(model)
+    assert probed.attentions == model.attentions
+    if dtype != "float32" and name in ("gpt-oss", "Qwen3-Next"):
+        return  # another rounding may choose another expert, and the processor decides on rounding
+    assert probed.permitted == Permitted(blocks=True, batches=True, parts=True)
 
 
 def test_an_architecture_that_differs_by_blocks_is_captured_whole(
@@ -163,22 +171,13 @@ def test_an_architecture_that_differs_by_blocks_is_captured_whole(
     monkeypatch.setattr(blocked._Mask, "added", lambda self, start, stop: 0.0)  # not causal
     monkeypatch.setattr(blocked, "_ROWS", 7)
     monkeypatch.setattr(blocked, "_BLOCK_BYTES", 1)
-    assert not blocks_are_exact(models("Llama"))
+    assert not probe_model(models("Llama")).permitted.blocks
     path = models.path("Llama")
     run = extract(tmp_path / "run", _options(path, suite, attention_capture="blocked"))
     ds = open_trace(run / "short")
     assert ds.attrs["zarrtrace"]["model"]["attn_implementation"] == "eager"
     expected = architectures.reference("Llama", path, ds.token_id.values.tolist())
     assert np.array_equal(ds.attention.values[2], expected.attention[2].numpy())
-
-
-def test_an_architecture_outside_the_interface_is_captured_whole(
-    models: Models, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from transformers.models.llama import modeling_llama
-
-    monkeypatch.delattr(modeling_llama, "eager_attention_forward")
-    assert not blocks_are_exact(models("Llama"))
 
 
 def test_blocks_are_chosen_where_a_whole_matrix_is_large(models: Models) -> None:

@@ -271,8 +271,8 @@ def locked(run: Location) -> Iterator[None]:
 class IndexWriter:
     """Write the index of a run: layers in any order and from any process, then :meth:`finish`.
 
-    A context manager, to be used while the run is :func:`locked`. The index that was there stays until the
-    new one is whole.
+    A context manager, to be used while the run is :func:`locked`. The index that was there stays
+    until the new one is whole.
 
     Parameters
     ----------
