@@ -290,7 +290,7 @@ def test_text_towers_of_vision_language_models_are_captured(
         )
         / "longer"
     )
-    assert ds.attrs["zarrtrace"]["model"]["attn_implementation"] == "blocked"
+    assert ds.attrs["model"]["attn_implementation"] == "blocked"
     eager = AutoModelForImageTextToText.from_pretrained(
         tmp_path / "model", attn_implementation="eager"
     ).eval()

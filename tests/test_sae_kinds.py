@@ -35,12 +35,13 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 from sae_lens.registry import SAE_CLASS_REGISTRY
 from transformers import AutoModelForCausalLM
 
-from zarrtrace import spec
 from zarrtrace.capture import sae_configs, saes
 from zarrtrace.capture.hooks import place
 from zarrtrace.capture.saes import ReleaseSAEs
 from zarrtrace.errors import ConfigError, SAEError
 from zarrtrace.extraction import Options, extract
+from zarrtrace.format import layout
+from zarrtrace.format.layout import Limits
 from zarrtrace.store import open_trace, verify
 
 pytestmark = pytest.mark.torch
@@ -151,7 +152,7 @@ def test_every_architecture_of_sae_lens_is_compared_or_refused(tmp_path: Path) -
 def test_some_features_at_a_time_are_those_of_all(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spec, "_FEATURES_PER_CHUNK", 24)
+    monkeypatch.setattr(layout, "DEFAULT_LIMITS", Limits(features=24))
     (KINDS | TRANSCODERS)[kind](tmp_path, "blocks.0.hook_resid_post", 32)
     sae = SAE.load_from_disk(tmp_path)
     tokens = torch.randn(9, 32, generator=torch.Generator().manual_seed(1))
@@ -337,7 +338,7 @@ def test_weights_of_any_precision_compute_in_float32(
     expected = SAE.load_from_disk(folder, dtype="float32").encode(activations).detach().numpy()
     assert (expected > 0).any()
     assert np.array_equal(ds.features.values[0], expected)
-    (attributes,) = ds.attrs["zarrtrace"]["saes"]
+    (attributes,) = ds.attrs["saes"]
     assert attributes["dtype"] == "float32"
 
 
@@ -574,7 +575,7 @@ def _with_bos(folder: Path, layer: int, prepend_bos: bool | None) -> None:
 
 
 def _bos_used(options: Options, run: Path) -> bool:
-    attributes = open_trace(extract(run, options) / "short").attrs["zarrtrace"]
+    attributes = open_trace(extract(run, options) / "short").attrs
     used: bool = attributes["model"]["prepend_bos"]
     return used
 

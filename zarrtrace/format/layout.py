@@ -130,7 +130,7 @@ class TraceShape:
     attention_queries: int | None = None
     special: bool = True
     sae_fields: tuple[str, ...] = ()
-    limits: Limits = DEFAULT_LIMITS
+    limits: Limits = field(default_factory=lambda: DEFAULT_LIMITS)
 
 
 def trace_layout(shape: TraceShape) -> dict[str, ArrayLayout]:
@@ -187,8 +187,9 @@ def _attention_layouts(shape: TraceShape, heads: int) -> dict[str, ArrayLayout]:
     }
 
 
-def attention_chunk_rows(tokens: int, limits: Limits = DEFAULT_LIMITS) -> int:
+def attention_chunk_rows(tokens: int, limits: Limits | None = None) -> int:
     """Return how many rows of attention a chunk holds: fewer where rows are long."""
+    limits = limits or DEFAULT_LIMITS
     return max(1, limits.queries if tokens <= 300 else limits.queries // 2 if tokens <= 600
                else limits.queries // 4)  # fmt: skip
 
@@ -232,9 +233,9 @@ def _feature_layouts(name: str, shape: TraceShape, features: int) -> dict[str, A
     }
 
 
-def feature_columns(features: int, limits: Limits = DEFAULT_LIMITS) -> int:
+def feature_columns(features: int, limits: Limits | None = None) -> int:
     """Return how many features one chunk of features holds."""
-    return min(features, limits.features)
+    return min(features, (limits or DEFAULT_LIMITS).features)
 
 
 def _by_layer(
@@ -270,16 +271,18 @@ def _by_layer(
     )
 
 
-def attention_rows(tokens: int, heads: int, dtype: str, limits: Limits = DEFAULT_LIMITS) -> int:
+def attention_rows(tokens: int, heads: int, dtype: str, limits: Limits | None = None) -> int:
     """Return how many rows of attention one record holds: whole chunks, within a bound."""
+    limits = limits or DEFAULT_LIMITS
     step = attention_chunk_rows(tokens, limits)
     return _record_rows(tokens, step, heads * tokens * _itemsize(dtype), limits)
 
 
 def feature_rows(
-    tokens: int, features: int, dtype: str = "float32", limits: Limits = DEFAULT_LIMITS
+    tokens: int, features: int, dtype: str = "float32", limits: Limits | None = None
 ) -> int:
     """Return how many tokens one record of features holds: whole chunks, within a bound."""
+    limits = limits or DEFAULT_LIMITS
     return _record_rows(tokens, limits.tokens, features * _itemsize(dtype), limits)
 
 
