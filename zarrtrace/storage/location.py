@@ -117,7 +117,9 @@ class Location:
         self.backend.put(self.key, data)
 
     def is_file(self) -> bool:
-        """Whether there is such a file."""
+        """Whether there is such a file; a folder is none."""
+        if (path := self.path) is not None and path.is_dir():
+            return False
         try:
             self.size()
         except (FileNotFoundError, NotADirectoryError):
