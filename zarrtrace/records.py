@@ -244,8 +244,8 @@ class SparseFeatures:
     sound
         Of each token, whether what was encoded is finite: thresholds turn NaN into 0.
     top
-        Number and activation of each token's strongest features and of one more, strongest first,
-        ``(token, rank)``; equal ones in any order. None where nobody has looked for them yet.
+        Number and activation of each token's strongest features (of largest magnitude) and of one
+        more, strongest first, ``(token, rank)``; equal ones in any order. None if not known yet.
     """
 
     width: int
@@ -297,7 +297,7 @@ def settled(feature: np.ndarray, activation: np.ndarray) -> tuple[np.ndarray, np
     tuple or None
         None where one that is left out may be equal to one that is not.
     """
-    rank = np.where(np.isnan(activation), -np.inf, -activation)
+    rank = _rank(activation)
     count = min(TOP_FEATURES, rank.shape[1])
     equal = (rank[:, 1:] == rank[:, :-1]) & (rank[:, 1:] < 0)
     if equal[:, count - 1 :].any():
@@ -306,15 +306,22 @@ def settled(feature: np.ndarray, activation: np.ndarray) -> tuple[np.ndarray, np
     if equal.any():
         first = np.lexsort((feature, rank), axis=1)[:, :count]
     top, numbers = (np.take_along_axis(one, first, 1) for one in (activation, feature))
-    fires = ~(top <= 0)
+    fires = top != 0
     return (
         np.where(fires, numbers, NO_ID).astype(np.uint32, copy=False),
         np.where(fires, top, np.float32(0)),
     )
 
 
+def _rank(activation: np.ndarray) -> np.ndarray:
+    """Sort key of activations: largest magnitude first, NaN before all."""
+    return np.where(np.isnan(activation), -np.inf, -np.abs(activation))
+
+
 def strongest(features: Nonzeros) -> tuple[np.ndarray, np.ndarray]:
-    """Find the strongest features of each token, of equal ones those of lower number.
+    """Find the features of largest magnitude of each token.
+
+    Of equal ones, those of lower number come first. Some SAEs (AbsTopK) have negative activations.
 
     Parameters
     ----------
@@ -324,8 +331,8 @@ def strongest(features: Nonzeros) -> tuple[np.ndarray, np.ndarray]:
     Returns
     -------
     feature, activation
-        ``(query, rank)`` uint32 and float32, strongest first; 0 where fewer are positive. NaN
-        comes before all.
+        ``(query, rank)`` uint32 and float32 with its sign, strongest first; NO_ID and 0 where fewer
+        features fire, which means that they are not 0. NaN comes before all.
     """
     (tokens, width), columns = features.shape, features.columns
     count = min(TOP_FEATURES, width)
@@ -342,13 +349,13 @@ def strongest(features: Nonzeros) -> tuple[np.ndarray, np.ndarray]:
     values[token, place] = value[order]
     numbers = np.zeros((tokens, room), np.uint32)
     numbers[token, place] = number[order]
-    rank = np.where(np.isnan(values), -np.inf, -values)
+    rank = _rank(values)
     if room > 2 * count:  # most need not be sorted
         some = np.sort(np.argpartition(rank, count - 1, axis=1)[:, :count], axis=1)
         values, numbers, rank = (np.take_along_axis(a, some, 1) for a in (values, numbers, rank))
     first = np.argsort(rank, axis=1, kind="stable")[:, :count]
     top = np.take_along_axis(values, first, 1)
-    fires = ~(top <= 0)
+    fires = top != 0
     return (
         np.where(fires, np.take_along_axis(numbers, first, 1), np.uint32(NO_ID)),
         np.where(fires, top, np.float32(0)),

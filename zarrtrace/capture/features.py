@@ -78,7 +78,7 @@ class _Found(NamedTuple):
     at, values
         Places in blocks of :func:`feature_columns`, one block behind the other, and what is there.
     number, strongest
-        Of each token's strongest features and one more ``(token, rank)``.
+        Of each token's features of largest magnitude and one more ``(token, rank)``.
     """
 
     tokens: int
@@ -101,8 +101,9 @@ def _found(features: torch.Tensor, room: int | None) -> _Found:
         at = flat.nonzero().squeeze(1)
     else:
         at = torch.nonzero_static(flat, size=room, fill_value=-1).squeeze(1)
-    top = features.topk(min(width, TOP_FEATURES + 1), dim=1)
-    return _Found(tokens, at, flat[at].float(), top.indices.int(), top.values.float())
+    # Some SAEs (AbsTopK) have negative activations.
+    top = features.abs().topk(min(width, TOP_FEATURES + 1), dim=1).indices
+    return _Found(tokens, at, flat[at].float(), top.int(), features.gather(1, top).float())
 
 
 def _on_host(found: _Found, copy: Callable[[torch.Tensor], Any]) -> _Found:
