@@ -1,4 +1,4 @@
-"""What is not 0 of an array is written as the array itself would be."""
+"""Records: sparse values are encoded as the dense array is, and batches hold their records."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import fakes
 import numpy as np
 import pytest
+import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from scipy.sparse import csr_array
-from zarrtrace.store.shards import write_block, write_nonzeros
 
-from zarrtrace.format.layout import ArrayLayout
+from zarrtrace.format.layout import NO_ID, ArrayLayout, trace_layout
 from zarrtrace.records import (
     BFloat16,
     LayerBatch,
@@ -26,21 +26,24 @@ from zarrtrace.records import (
     settled,
     strongest,
 )
+from zarrtrace.store.chunks import LayerGrid, encode_file, encode_rows, tail_of
+from zarrtrace.store.codecs import CRC_BYTES, ArrayEncoding
+from zarrtrace.store.metadata import array_metadata, encoded
 
 
 @st.composite
 def layouts(draw: st.DrawFn) -> ArrayLayout:
     """Layouts of features whose edges lie anywhere in the chunks and files."""
-    rows, width = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     shape = (draw(st.integers(1, 3)), draw(st.integers(1, 13)), draw(st.integers(1, 17)))
-    files = rows * draw(st.integers(1, 3))
+    rows = draw(st.integers(1, min(4, shape[1])))
+    width = draw(st.integers(1, min(5, shape[2])))
     return ArrayLayout(
         dims=("layer", "query", "feature"),
         dtype=draw(st.sampled_from(["float32", "float16"])),
         shape=shape,
         chunks=(1, rows, width),
-        shards=(1, files, -(-shape[2] // width) * width),
-        codec=draw(st.sampled_from(["sparse", "sparse_by_token"])),
+        shards=(1, -(-shape[1] // rows) * rows, -(-shape[2] // width) * width),
+        codec="sparse",
         fill_value=draw(st.sampled_from([float("nan"), 0.0])),
     )
 
@@ -57,22 +60,58 @@ def nonzeros_of(dense: np.ndarray, columns: int) -> Nonzeros:
     return Nonzeros(dense.shape, columns, tuple(at), tuple(values))
 
 
+VALUES = st.one_of(
+    st.just(0.0), st.sampled_from([1.5, -2.0, 1e-7, float("nan"), float("inf"), -float("inf")])
+)
+
+
 @given(layouts(), st.data())
-def test_files_are_those_of_the_whole_array(layout: ArrayLayout, data: Any) -> None:
-    values = st.one_of(st.just(0.0), st.sampled_from([1.5, -2.0, float("nan"), float("inf")]))
-    dense = data.draw(npst.arrays(np.float32, layout.shape[1:], elements=values))
+def test_sparse_rows_are_encoded_as_dense_ones_byte_for_byte(
+    layout: ArrayLayout, data: Any
+) -> None:
+    dense = data.draw(npst.arrays(np.float32, layout.shape[1:], elements=VALUES))
     sparse = nonzeros_of(dense, layout.chunks[-1])
     np.testing.assert_array_equal(np.asarray(sparse), dense)
-    at = (layout.shape[0] - 1, 0, 0)
+    encoding = ArrayEncoding(array_metadata(layout))
+    chunks = list(encode_rows(layout, encoding, sparse))
+    assert chunks == list(encode_rows(layout, encoding, dense))
+    assert len(chunks) == LayerGrid(layout.dims, encoding).count
+    # A file of these chunks and its end is what is made of the values at once.
+    stored = {
+        number: (len(chunk), int.from_bytes(chunk[-CRC_BYTES:], "little"))
+        for number, chunk in enumerate(chunks)
+    }
+    tail, checksum = tail_of(encoding, stored)
+    content, expected = encode_file(encoding, dense[np.newaxis])
+    assert (b"".join([*chunks, tail]), checksum) == (content, expected)
+    # And zarr-python reads it.
+    place = layout.shape[0] - 1
     with tempfile.TemporaryDirectory() as folder:
-        one, other = Path(folder, "one"), Path(folder, "other")
-        written = write_nonzeros(one, layout, at, sparse)
-        assert written == write_block(other, layout, at, dense[np.newaxis])
-        assert fakes.files_in(one) == fakes.files_in(other)
+        (Path(folder) / "zarr.json").write_bytes(encoded(array_metadata(layout)))
+        (Path(folder) / f"c.{place}.0.0").write_bytes(content)
+        found = np.asarray(zarr.open_array(folder, mode="r")[place])
+    np.testing.assert_array_equal(found, dense.astype(layout.dtype))
+
+
+@given(layouts(), st.data())
+def test_parts_of_a_layer_are_encoded_as_the_whole_is(layout: ArrayLayout, data: Any) -> None:
+    dense = data.draw(npst.arrays(np.float32, layout.shape[1:], elements=VALUES))
+    sparse, encoding = nonzeros_of(dense, layout.chunks[-1]), ArrayEncoding(array_metadata(layout))
+    cut = layout.chunks[1] * data.draw(st.integers(0, -(-layout.shape[1] // layout.chunks[1])))
+    parts = [nonzeros_of(one, layout.chunks[-1]) for one in (dense[:cut], dense[cut:]) if len(one)]
+    found = [chunk for part in parts for chunk in encode_rows(layout, encoding, part)]
+    assert found == list(encode_rows(layout, encoding, sparse))
+
+
+def test_sparse_rows_of_other_blocks_are_refused() -> None:
+    layout = trace_layout(fakes.make_shape())["features"]
+    sparse = nonzeros_of(np.ones((7, 16), np.float32), 5)
+    with pytest.raises(ValueError, match="blocks of 5 features, not 16"):
+        list(encode_rows(layout, ArrayEncoding(array_metadata(layout)), sparse))
 
 
 @given(npst.arrays(np.uint16, npst.array_shapes(max_dims=3, max_side=5)))
-def test_bfloat16_is_what_torch_says(bits: np.ndarray) -> None:
+def test_bfloat16_equals_torch(bits: np.ndarray) -> None:
     torch = pytest.importorskip("torch")
     values = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).float().numpy()
     np.testing.assert_array_equal(np.asarray(BFloat16(bits)), values)
@@ -81,7 +120,7 @@ def test_bfloat16_is_what_torch_says(bits: np.ndarray) -> None:
 @pytest.mark.torch
 @pytest.mark.parametrize("lengths", [[7], [3, 4], [1, 5, 1]])
 @pytest.mark.parametrize("way", ["host", "device", "device, no room", "device, waiting"])
-def test_records_are_the_features(
+def test_records_hold_the_features(
     way: str, lengths: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All ways to the host, on a CPU: tensors are not 0 where the dense ones are not."""
@@ -113,6 +152,7 @@ def test_records_are_the_features(
         found = encoding.arrived()
         assert (found.top is not None) == (way == "device")  # there was no room: made anew
     assert len(found.at) == 3
+    assert any((value < 0).any() for value in found.values)
     parts, start = torch.split(dense.float(), lengths), 0
     for length, part in zip(lengths, parts, strict=True):
         record = found.part(start, start + length).record()
@@ -122,11 +162,11 @@ def test_records_are_the_features(
         np.testing.assert_array_equal(np.asarray(record.activations), part.numpy())
         top = part.gather(1, part.abs().topk(32).indices)
         np.testing.assert_array_equal(record.top_activation, top.numpy())
-        assert (record.top_activation < 0).any()
-        there = np.take_along_axis(part.numpy(), record.top_feature.astype(np.int64), 1)
         fires = record.top_activation != 0
+        numbers = np.where(fires, record.top_feature, 0).astype(np.int64)
+        there = np.take_along_axis(part.numpy(), numbers, 1)
         np.testing.assert_array_equal(there[fires], record.top_activation[fires])
-        assert not record.top_feature[~fires].any()
+        assert (record.top_feature[~fires] == NO_ID).all()
         assert not record.nonfinite
 
 
@@ -148,7 +188,7 @@ class _Fake:
 
 @pytest.mark.torch
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_said_of_its_prompt(bad: float) -> None:
+def test_nonfinite_values_are_noted_for_their_prompt(bad: float) -> None:
     import torch
 
     from zarrtrace.capture.features import encode
@@ -171,7 +211,7 @@ RANKED = st.one_of(st.just(0.0), st.sampled_from([-1.0, 0.5, 0.5, 2.0, float("na
 
 
 @given(st.data(), st.integers(1, 4), st.integers(1, 150), st.integers(1, 60))
-def test_the_strongest_are_those_that_sorting_finds(
+def test_strongest_features_are_those_that_sorting_finds(
     data: Any, tokens: int, width: int, columns: int
 ) -> None:
     dense = data.draw(npst.arrays(np.float32, (tokens, width), elements=RANKED))
@@ -183,11 +223,11 @@ def test_the_strongest_are_those_that_sorting_finds(
         empty = min(32, width) - len(best)
         np.testing.assert_array_equal(values, [v for *_, v in best] + [0.0] * empty)
         if width <= 64:  # beyond, of equal ones any may be left out
-            assert found.tolist() == [n for _, n, _ in best] + [0] * empty
+            assert found.tolist() == [n for _, n, _ in best] + [NO_ID] * empty
 
 
 @given(st.data(), st.integers(1, 4), st.integers(1, 60), st.integers(0, 2**32 - 1))
-def test_the_strongest_of_a_device_are_put_in_order(
+def test_strongest_features_of_a_device_are_put_in_order(
     data: Any, tokens: int, width: int, seed: int
 ) -> None:
     dense = data.draw(npst.arrays(np.float32, (tokens, width), elements=RANKED | st.floats(1, 2)))
