@@ -118,9 +118,11 @@ class Location:
 
     def is_file(self) -> bool:
         """Whether there is such a file."""
+        if (path := self.path) is not None:
+            return path.is_file()
         try:
             self.size()
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             return False
         return True
 

@@ -76,6 +76,12 @@ def file_key(place: Sequence[int]) -> str:
     return ".".join(("c", *map(str, place)))
 
 
+def file_keys(encoding: ArrayEncoding) -> list[str]:
+    """Return the keys of all files of an array that is cut along its first dimension alone."""
+    count = -(-encoding.shape[0] // encoding.file_shape[0])
+    return [file_key([at, *[0] * (len(encoding.shape) - 1)]) for at in range(count)]
+
+
 def encode_rows(
     layout: ArrayLayout, encoding: ArrayEncoding, rows: np.ndarray | Nonzeros
 ) -> Iterator[bytes]:
