@@ -6,8 +6,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -d .venv ] && export PATH="$PWD/.venv/bin:$PATH"
 output=${OUTPUT:-runs/llama_attention}
+layers=(--layers 1-31)
+[[ " $* " == *" --layer"* ]] && layers=()
 mkdir -p "$(dirname "$output")"
 log="${output%/}_$(date +%Y%m%d_%H%M%S).log"
 echo "logging to $log"
-zarrtrace extract --model "${MODEL:-meta-llama/Llama-3.1-8B}" --no-features -o "$output" "$@" \
+zarrtrace extract --model "${MODEL:-meta-llama/Llama-3.1-8B}" --no-features \
+    ${layers[@]+"${layers[@]}"} -o "$output" "$@" \
     2>&1 | tee "$log"

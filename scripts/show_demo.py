@@ -24,7 +24,7 @@ def main(run: Path, exported: Path) -> None:
     show(attention.layer.values, attention.values)
 
     feature = (ds.features[:, -1] > 0).sum("layer").argmax("feature").item()
-    print("\nof the decision's features, the one that is active in most layers:")
+    print("\nOne feature of the decision, the index that is active in most layers:")
     print(f"ds.features[:, -1].sel(feature={feature}), by layer:")
     trajectory = ds.features[:, -1].sel(feature=feature)
     show(trajectory.layer.values, trajectory.values)
@@ -36,9 +36,9 @@ def main(run: Path, exported: Path) -> None:
         for name, option in options.items()
         if option["token_id"] in likely
     ]
-    print(f"\nwhat the model chooses next: {', '.join(choices)}")
+    print(f"\nThe model's next token: {', '.join(choices)}")
 
-    print(f"\nexported to {exported}:")
+    print(f"\nExported to {exported}:")
     files = sorted((exported / SCENARIO).iterdir(), key=lambda file: int(file.stem[6:]))
     with np.load(files[0], allow_pickle=False) as arrays:
         shapes = ", ".join(f"{key} {arrays[key].shape}" for key in arrays.files)

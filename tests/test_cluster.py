@@ -32,6 +32,7 @@ from zarrtrace.errors import (
     ZarrtraceError,
 )
 from zarrtrace.extraction import Options, extract
+from zarrtrace.extraction.job import library_versions
 from zarrtrace.extraction.progress import Progress
 from zarrtrace.store import RunWriter, only_writer, read_run_attributes, verify, wait_for_writers
 
@@ -230,24 +231,61 @@ def test_another_environment_is_refused(
 
     def submit(function: Any, *arguments: Any, **how: Any) -> Any:
         if function is worker.extract_some:
-            order, scenarios = arguments
+            order, *rest = arguments
+            order = worker.replace(order, config={**order.config, **other})
             order = worker.replace(order, **changes)
-            return real(function, order, scenarios, **how)
+            return real(function, order, *rest, **how)
         return real(function, *arguments, **how)
 
     monkeypatch.setattr(client, "submit", submit)
     changes: dict[str, Any] = {"folder": Path("/nowhere/run")}
+    other: dict[str, Any] = {}
     with pytest.raises(ClusterError, match="does not see /nowhere/run"):
         extract_on_cluster(client, tmp_path / "run", options())
-    changes = {"versions": {"torch": "0.1"}}
-    with pytest.raises(ClusterError, match=r"has other libraries: torch \S+ instead of 0.1"):
+    changes, other = {}, {"versions": {**library_versions(), "torch": "0.1"}}
+    with pytest.raises(ClusterError, match=r"version of torch: '0.1' there, '\S+' on this worker"):
         extract_on_cluster(client, tmp_path / "run", options())
+    other = {"model_fingerprint": "0123456789abcdef"}
+    with pytest.raises(
+        ClusterError, match=r"weights of the model: '0123456789abcdef' there, '\w+' on this worker"
+    ):
+        extract_on_cluster(client, tmp_path / "run", options())
+
+
+def test_workers_and_client_with_other_versions_are_named(
+    client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is written."""
+
+    def upgrade() -> None:
+        from zarrtrace.extraction import job
+
+        real = job._versions
+        job._versions = lambda: (*real(), ("torch", "9.9"))  # type: ignore[assignment]
+        job._versions.real = real  # type: ignore[attr-defined]
+
+    def restore() -> None:
+        from zarrtrace.extraction import job
+
+        job._versions = job._versions.real  # type: ignore[attr-defined]
+
+    upgraded = next(iter(client.nthreads()))
+    client.run(upgrade, workers=[upgraded])
+    try:
+        with pytest.raises(ClusterError, match=r"version of torch: .*9\.9"):
+            extract_on_cluster(client, tmp_path / "run", options())
+    finally:
+        client.run(restore, workers=[upgraded])
+    monkeypatch.setattr("zarrtrace.extraction.cluster.version", lambda _: "0.0")
+    with pytest.raises(ClusterError, match=r"workers have zarrtrace \S+, this machine has 0.0"):
+        extract_on_cluster(client, tmp_path / "run", options())
+    assert not (tmp_path / "run").exists()
 
 
 def end_on(name: str) -> Any:
     """Stand in for a worker's task: one scenario ends the process that has it."""
 
-    def extract_some(_order: Any, scenarios: Any) -> dict[str, tuple[int, bool]]:
+    def extract_some(_order: Any, scenarios: Any, _prompts: Any) -> dict[str, tuple[int, bool]]:
         if any(scenario.name == name for scenario in scenarios):
             os._exit(1)
         return {scenario.name: (0, True) for scenario in scenarios}

@@ -1,9 +1,15 @@
-"""What is imported when: reading needs no torch, and help needs next to nothing."""
+"""What is imported when, and what of it is declared: reading needs no torch, help very little."""
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import fakes
@@ -54,3 +60,125 @@ def test_reading_needs_no_torch(shared_run: fakes.FakeRun, tmp_path: Path) -> No
 
 def test_the_proof_can_fail() -> None:
     assert "xarray" in imported("import zarrtrace, xarray")
+
+
+# --- declared in pyproject.toml ----------------------------------------------------------------
+
+ROOT = Path(__file__).parent.parent
+#: Extras that may be imported at the top of what is below a path; the longest path counts. Within
+#: functions, all of zarrtrace may import what any of its extras installs.
+EXTRAS = {
+    "zarrtrace": (),
+    "zarrtrace/capture": ("extract",),
+    "zarrtrace/extraction": ("cluster",),
+    "tests": ("test",),
+    "scripts": ("test", "dev", "fuzz"),
+}
+OF_ZARRTRACE = ("extract", "cluster", "cloud")
+#: Used where it is installed, and not asked for.
+OPTIONAL = {"dask-cuda"}
+#: Runs in an environment of its own, which it makes.
+ELSEWHERE = ("scripts/peers.py",)
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def declared(project: dict[str, object], *extras: str) -> set[str]:
+    """Return the distributions that the package and some of its extras ask for."""
+    lists: dict[str, list[str]] = project["optional-dependencies"]  # type: ignore[assignment]
+    wanted = [*project["dependencies"], *(one for extra in extras for one in lists[extra])]  # type: ignore[misc]
+    out: set[str] = set()
+    for requirement in wanted:
+        parts = re.match(r"([\w.-]+)(?:\[([\w,-]+)\])?", requirement)
+        assert parts is not None
+        if parts[1] == "zarrtrace":
+            out |= declared(project, *parts[2].split(","))
+        else:
+            out.add(canonical(parts[1]))
+    return out
+
+
+def imports(source: str) -> Iterator[tuple[str, bool]]:
+    """Yield what a module imports, and whether it does so whenever it is imported itself."""
+
+    def visit(node: ast.AST, *, at_top: bool) -> Iterator[tuple[str, bool]]:
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = [node.module]
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = ast.unparse(node.func).rpartition(".")[2]
+            names = [node.args[0].value] if called in ("import_module", "importorskip") else []
+        yield from ((name.partition(".")[0], at_top) for name in names)
+        inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, at_top=at_top and not inside)
+
+    yield from visit(ast.parse(source), at_top=True)
+
+
+distributions = cache(packages_distributions)  # which takes a second
+
+
+def undeclared(file: str, source: str, project: dict[str, object]) -> set[str]:
+    """Return the distributions that a file of the repository imports without a right to."""
+    below = max((path for path in EXTRAS if file.startswith(f"{path}/")), key=len)
+    top = EXTRAS[below]
+    lazily = (*top, *OF_ZARRTRACE) if below.startswith("zarrtrace") else top
+    own = {path.stem for folder in ("tests", "scripts") for path in (ROOT / folder).glob("*.py")}
+    known = distributions()
+    out: set[str] = set()
+    for module, at_top in imports(source):
+        if module in sys.stdlib_module_names or module == "zarrtrace":
+            continue
+        if module in own and not file.startswith("zarrtrace/"):
+            continue
+        found = {canonical(one) for one in known.get(module, [module])} - OPTIONAL
+        if found and not found & declared(project, *(top if at_top else lazily)):
+            out |= found
+    return out
+
+
+@pytest.fixture(scope="module")
+def project() -> dict[str, object]:
+    found: dict[str, object] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return found
+
+
+def test_all_that_is_imported_is_declared(project: dict[str, object]) -> None:
+    found = {}
+    for file in sorted(path for top in EXTRAS for path in (ROOT / top).rglob("*.py")):
+        name = file.relative_to(ROOT).as_posix()
+        if name not in ELSEWHERE and (missing := undeclared(name, file.read_text(), project)):
+            found[name] = missing
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "missing"),
+    [
+        ("zarrtrace/store/one.py", "import filelock", {"filelock"}),
+        ("zarrtrace/store/one.py", "import torch", {"torch"}),
+        ("zarrtrace/store/one.py", "def f():\n    import obstore.store, requests", {"requests"}),
+        ("zarrtrace/capture/one.py", "import torch, yaml\nfrom PIL import Image", {"pillow"}),
+        ("zarrtrace/capture/one.py", "from . import other", set()),
+        ("zarrtrace/one.py", "import fakes", {"fakes"}),
+        ("tests/test_one.py", "import fakes, ruff", {"ruff"}),
+        ("scripts/one.py", "importlib.import_module('atheris')\nimport nnsight", {"nnsight"}),
+    ],
+)
+def test_what_is_not_declared_is_found(
+    project: dict[str, object], file: str, source: str, missing: set[str]
+) -> None:
+    assert undeclared(file, source, project) == missing
+
+
+@pytest.mark.parametrize("name", ["constraints", "constraints-matrix"])
+def test_what_is_declared_is_pinned(project: dict[str, object], name: str) -> None:
+    extras = ("test", "dev") if name == "constraints" else ("test-core",)
+    lines = (ROOT / f"scripts/{name}.txt").read_text().splitlines()
+    pinned = {canonical(line.split("==")[0]) for line in lines if "==" in line}
+    assert declared(project, *extras) - pinned == set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,6 +14,7 @@ import fakes
 import numpy as np
 import pytest
 
+import zarrtrace as zt
 from zarrtrace.index import build_index
 
 ZARRITA = "0.7.5"
@@ -72,3 +74,20 @@ def test_zarrita_reads_what_numpy_wrote(tmp_path: Path) -> None:
     ):
         read = found["arrays"][f"index/{name}"]
         np.testing.assert_array_equal(np.reshape(read["values"], read["shape"]), values)
+
+
+@pytest.mark.torch
+def test_example_of_the_documents(demo_run: Path, tmp_path: Path) -> None:
+    install()
+    (tmp_path / "node_modules").symlink_to(HERE / "node_modules")
+    document = HERE.parent / "zarrtrace" / "store" / "README.md"
+    (example,) = re.findall(r"^```js\n(.*?)^```$", document.read_text("utf-8"), re.M | re.S)
+    (tmp_path / "example.mjs").write_text(example, encoding="utf-8")
+    done = subprocess.run(
+        ["node", tmp_path / "example.mjs"],
+        cwd=demo_run.parent.parent,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert not done.stderr
+    stored = zt.open_trace(demo_run / "Risky_40").attention[19, 2, 100, 52]
+    assert np.float32(done.stdout) == stored.item() > 0

@@ -376,12 +376,12 @@ def test_a_writer_that_was_taken_for_dead_writes_nothing_more(
 
     run = s3.folder() / "run"
     held = lock(run)
-    (run.with_name(".run.beats") / held._owner).backend.delete([held._beat.key])
+    (run.with_name(".run.zarrtrace-beats") / held._owner).backend.delete([held._beat.key])
     time.sleep(1)
     with pytest.raises(LockedError, match="lost its lock"):
         (run / "x").write_bytes(b"1")
     with pytest.raises(LockedError, match="lost its lock"):
-        (run.with_name(".run.index.1") / "x").write_bytes(b"1")
+        (run.with_name(".run.zarrtrace-index-1") / "x").write_bytes(b"1")
     (run.with_name("run2") / "x").write_bytes(b"1")  # another run
     unlock(run, held)
     assert "run/x" not in run.parent.files()
@@ -392,7 +392,7 @@ def test_a_writer_whom_nobody_took_for_dead_goes_on(s3: Server, quick_leases: No
 
     run = s3.folder() / "run"
     held = lock(run)
-    s3.proxy.fault = lambda request: 403 if ".beats/" in request.path else None
+    s3.proxy.fault = lambda request: 403 if "-beats/" in request.path else None
     time.sleep(2.5)
     with pytest.raises(RemoteError, match="access denied"):
         (run / "x").write_bytes(b"1")
@@ -453,7 +453,7 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "obstore", None)
-    with pytest.raises(ConfigError, match=r"needs obstore(.|\n)*zarrtrace\[cloud\]"):
+    with pytest.raises(ConfigError, match=r"needs obstore(.|\n)*pip install '\.\[cloud\]'"):
         locate(f"s3://bucket-{uuid.uuid4().hex}/run").is_file()
 
 

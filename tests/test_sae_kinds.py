@@ -15,22 +15,28 @@ import torch
 from architectures import Models
 from sae_lens import (
     SAE,
+    AbsTopKSAEConfig,
     BatchTopKTrainingSAE,
     BatchTopKTrainingSAEConfig,
     GatedSAEConfig,
     JumpReLUSAEConfig,
+    JumpReLUSkipTranscoderConfig,
     JumpReLUTranscoderConfig,
+    MatchingPursuitSAEConfig,
     MatryoshkaBatchTopKTrainingSAE,
     MatryoshkaBatchTopKTrainingSAEConfig,
+    SkipTranscoderConfig,
     StandardSAEConfig,
+    TemporalSAEConfig,
     TopKSAEConfig,
     TranscoderConfig,
 )
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+from sae_lens.registry import SAE_CLASS_REGISTRY
 from transformers import AutoModelForCausalLM
 
 from zarrtrace import spec
-from zarrtrace.capture import saes
+from zarrtrace.capture import sae_configs, saes
 from zarrtrace.capture.hooks import place
 from zarrtrace.capture.saes import ReleaseSAEs
 from zarrtrace.errors import ConfigError, SAEError
@@ -99,9 +105,16 @@ KINDS: dict[str, Make] = {
     "standard": _saver(StandardSAEConfig),
     "standard, input centred": _saver(StandardSAEConfig, apply_b_dec_to_input=True),
     "standard, layer norm": _saver(StandardSAEConfig, normalize_activations="layer_norm"),
+    "standard, constant norm": _saver(
+        StandardSAEConfig, normalize_activations="constant_norm_rescale"
+    ),
     "jumprelu": _saver(JumpReLUSAEConfig),
+    "jumprelu, input centred": _saver(JumpReLUSAEConfig, apply_b_dec_to_input=True),
     "topk": _saver(TopKSAEConfig, k=6),
     "topk, by decoder norm": _saver(TopKSAEConfig, k=6, rescale_acts_by_decoder_norm=True),
+    "abstopk": _saver(AbsTopKSAEConfig, k=40),
+    "abstopk, by decoder norm": _saver(AbsTopKSAEConfig, k=6, rescale_acts_by_decoder_norm=True),
+    "matching pursuit": _saver(MatchingPursuitSAEConfig, max_iterations=9),
     "batchtopk": _training_saver(BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig),
     "gated": _saver(GatedSAEConfig),
     "matryoshka": _training_saver(
@@ -113,7 +126,25 @@ KINDS: dict[str, Make] = {
 TRANSCODERS: dict[str, Make] = {
     "transcoder": _saver(TranscoderConfig, d_out=32, apply_b_dec_to_input=False),
     "jumprelu transcoder": _saver(JumpReLUTranscoderConfig, d_out=32, apply_b_dec_to_input=False),
+    "skip transcoder": _saver(SkipTranscoderConfig, d_out=32, apply_b_dec_to_input=False),
+    "jumprelu skip transcoder": _saver(
+        JumpReLUSkipTranscoderConfig, d_out=32, apply_b_dec_to_input=False
+    ),
 }
+# Those whose features depend on each other, or that are encoded whole for another reason.
+WHOLE = (
+    *("topk", "topk, by decoder norm", "abstopk", "abstopk, by decoder norm"),
+    *("matching pursuit", "skip transcoder", "jumprelu skip transcoder"),
+)
+
+
+def test_every_architecture_of_sae_lens_is_compared_or_refused(tmp_path: Path) -> None:
+    compared = set()
+    for make in (KINDS | TRANSCODERS).values():
+        make(tmp_path, "blocks.0.hook_resid_post", 32)
+        compared.add(json.loads((tmp_path / "cfg.json").read_text())["architecture"])
+    assert compared == set(sae_configs.ARCHITECTURES)
+    assert set(SAE_CLASS_REGISTRY) - compared == {"temporal"}
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *TRANSCODERS])
@@ -131,7 +162,7 @@ def test_some_features_at_a_time_are_those_of_all(
         whole = [tile() for tile in encoder.tiles(tokens)]
         encoder.split()
         parts = [tile() for tile in encoder.tiles(tokens)]
-    assert bool(encoder._parts) != ("topk" in kind and "batch" not in kind)
+    assert bool(encoder._parts) != (kind in WHOLE)
     for tiles in (whole, parts):
         assert [tile.shape[1] for tile in tiles] == [24, 24, 16]
     assert torch.equal(torch.cat(whole, 1), expected)
@@ -295,6 +326,37 @@ def test_hybrids_have_residual_and_mlp_hook_points_on_all_layers(models: Models)
                 place(block, attention, kind)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_weights_of_any_precision_compute_in_float32(
+    models: Models, suite: Path, tmp_path: Path, dtype: str
+) -> None:
+    folder, path = tmp_path / "saes", models.path("Llama")
+    _saver(JumpReLUSAEConfig, dtype=dtype)(folder, f"blocks.{LAYER}.hook_resid_post", 32)
+    ds = open_trace(extract(tmp_path / "run", _options(path, suite, sae_path=folder)) / "short")
+    activations = _hooked("Llama", path, ds.token_id.values.tolist(), (None, "output"))
+    expected = SAE.load_from_disk(folder, dtype="float32").encode(activations).detach().numpy()
+    assert (expected > 0).any()
+    assert np.array_equal(ds.features.values[0], expected)
+    (attributes,) = ds.attrs["zarrtrace"]["saes"]
+    assert attributes["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"architecture": "transcoder", "apply_b_dec_to_input": True, "d_out": 32}, "transcoders"),
+        ({"reshape_activations": "hook_z"}, "hook_z SAEs"),
+    ],
+)
+def test_what_sae_lens_refuses_is_refused_before_anything_is_written(
+    models: Models, suite: Path, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    KINDS["standard"](tmp_path / "saes", f"blocks.{LAYER}.hook_resid_post", 32)
+    file = tmp_path / "saes" / "cfg.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    assert said in _refused(models, suite, tmp_path)
+
+
 # --- decoder norms ------------------------------------------------------------------------------
 
 
@@ -399,12 +461,140 @@ def test_a_hook_point_that_cannot_be_mapped_is_refused(
     assert f"hook point '{hook}' cannot be read" in _refused(models, suite, tmp_path)
 
 
+def _save(sae: Any, folder: Path) -> None:
+    sae.save_model(folder)
+
+
+SCALES = {
+    "expected_average_only_in": "fold_activation_norm_scaling_factor",
+    "covariance_whitening": "fold_activation_whitening",
+}
+
+
+@pytest.mark.parametrize("scale", list(SCALES))
 def test_an_input_scale_that_is_not_folded_is_refused(
+    models: Models, suite: Path, tmp_path: Path, scale: str
+) -> None:
+    make = _saver(StandardSAEConfig, normalize_activations=scale)
+    make(tmp_path / "saes", f"blocks.{LAYER}.hook_resid_post", 32)
+    what = _refused(models, suite, tmp_path)
+    assert "saes: its input scale is not folded" in what
+    with pytest.raises(SAEError) as caught:
+        saes.FolderSAEs(tmp_path / "saes").find([LAYER])
+    assert SCALES[scale] in caught.value.remedy
+    # As sae-lens folds it, the same SAE is captured.
+    sae = SAE.load_from_disk(tmp_path / "saes")
+    if scale == "covariance_whitening":
+        matrix = torch.linalg.qr(torch.randn(32, 32, generator=torch.manual_seed(3)))[0]
+        sae.fold_activation_whitening(torch.ones(32), matrix, matrix.T)
+    else:
+        sae.fold_activation_norm_scaling_factor(0.5)
+    (tmp_path / "saes" / "cfg.json").unlink()
+    _check(models, suite, tmp_path, "Llama", "resid_post", lambda folder, *_: _save(sae, folder))
+
+
+def test_a_scale_of_another_kind_is_refused(models: Models, suite: Path, tmp_path: Path) -> None:
+    KINDS["standard"](tmp_path / "saes", f"blocks.{LAYER}.hook_resid_post", 32)
+    _change(tmp_path / "saes", normalize_activations="constant_scalar_rescale")
+    what = _refused(models, suite, tmp_path)
+    assert "its normalize_activations is 'constant_scalar_rescale'" in what
+
+
+def _change(folder: Path, **changes: Any) -> None:
+    """Change an SAE's configuration: metadata by names that its top lacks."""
+    config = json.loads((folder / "cfg.json").read_text())
+    for name, value in changes.items():
+        (config if name in config else config["metadata"])[name] = value
+    (folder / "cfg.json").write_text(json.dumps(config))
+
+
+def test_temporal_saes_are_refused(models: Models, suite: Path, tmp_path: Path) -> None:
+    make = _saver(TemporalSAEConfig, n_heads=1)
+    make(tmp_path / "saes", f"blocks.{LAYER}.hook_resid_post", 32)
+    what = _refused(models, suite, tmp_path)
+    assert "saes: SAEs of architecture 'temporal' cannot be captured" in what
+
+
+def test_saes_of_a_release_are_refused_as_those_of_a_folder(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hook = "blocks.1.hook_resid_pre"
+    for changes, said in (
+        ({"architecture": "temporal"}, "architecture 'temporal'"),
+        ({"normalize_activations": "covariance_whitening"}, "its input scale is not folded"),
+        ({"metadata": {"hook_name": hook, "hook_head_index": 3}}, "trained on head 3 alone"),
+    ):
+        config = {**_config_of(hook), **changes}
+        monkeypatch.setattr(saes, "load_sae_config_from_huggingface", lambda *_, c=config: c)
+        with pytest.raises(SAEError) as caught:
+            ReleaseSAEs("gpt2-small-res-jb").find([1])
+        assert caught.value.what.startswith(f"gpt2-small-res-jb/{hook}: ")
+        assert said in caught.value.what
+
+
+def test_an_sae_of_one_head_is_refused(models: Models, suite: Path, tmp_path: Path) -> None:
+    KINDS["standard"](tmp_path / "saes", f"blocks.{LAYER}.attn.hook_z", 32)
+    _change(tmp_path / "saes", hook_head_index=1)
+    assert "saes: was trained on head 1 alone" in _refused(models, suite, tmp_path)
+
+
+def test_weights_of_another_size_are_refused(models: Models, suite: Path, tmp_path: Path) -> None:
+    for name, width in (("one", 32), ("other", 48)):
+        KINDS["gated"](tmp_path / "saes" / name, f"blocks.{LAYER}.hook_resid_post", width)
+    other = tmp_path / "saes" / "other"
+    (other / "sae_weights.safetensors").rename(tmp_path / "saes/one/sae_weights.safetensors")
+    (other / "cfg.json").unlink()
+    what = _refused(models, suite, tmp_path)
+    assert "one: by cfg.json, the SAE reads 32 dimensions" in what
+    assert "has 48" in what
+
+
+def test_hook_mlp_in_is_behind_the_norm_or_refused(
     models: Models, suite: Path, tmp_path: Path
 ) -> None:
-    make = _saver(StandardSAEConfig, normalize_activations="expected_average_only_in")
-    make(tmp_path / "saes", f"blocks.{LAYER}.hook_resid_post", 32)
-    assert "its input scale is not folded" in _refused(models, suite, tmp_path)
+    """TransformerLens reads it before the norm, Gemma Scope 2 behind it."""
+    hook, folder, path = f"blocks.{LAYER}.hook_mlp_in", tmp_path / "saes", models.path("Gemma 3")
+    TRANSCODERS["transcoder"](folder, hook, 32)
+    what = _refused(models, suite, tmp_path, "Gemma 3")
+    assert f"{hook!r} may be before the MLP's norm" in what
+    _change(folder, hf_hook_name=f"model.layers.{LAYER}.pre_feedforward_layernorm.output")
+    ds = open_trace(extract(tmp_path / "run", _options(path, suite, sae_path=folder)) / "short")
+    ids = ds.token_id.values.tolist()
+    activations = _hooked("Gemma 3", path, ids, ("pre_feedforward_layernorm", "output"))
+    expected = SAE.load_from_disk(folder).encode(activations).detach().numpy()
+    assert np.array_equal(ds.features.values[0], expected)
+
+
+# --- BOS ----------------------------------------------------------------------------------------
+
+
+def _with_bos(folder: Path, layer: int, prepend_bos: bool | None) -> None:
+    KINDS["standard"](folder, f"blocks.{layer}.hook_resid_post", 32)
+    _change(folder, prepend_bos=prepend_bos)
+
+
+def _bos_used(options: Options, run: Path) -> bool:
+    attributes = open_trace(extract(run, options) / "short").attrs["zarrtrace"]
+    used: bool = attributes["model"]["prepend_bos"]
+    return used
+
+
+def test_saes_that_disagree_on_bos_are_refused(models: Models, suite: Path, tmp_path: Path) -> None:
+    _with_bos(tmp_path / "saes" / "a", 1, True)
+    _with_bos(tmp_path / "saes" / "b", 2, False)
+    _with_bos(tmp_path / "saes" / "c", 3, None)
+    what = _refused(models, suite, tmp_path, layers=(1, 2))
+    assert what == "SAE a was trained with a BOS token, SAE b without"
+    # Those of a run count, not all of the folder; one that does not say follows the others.
+    path = models.path("Llama")
+    for layers, expected in (((1, 3), True), ((2, 3), False), ((2,), False)):
+        options = _options(path, suite, sae_path=tmp_path / "saes", layers=layers)
+        assert _bos_used(options, tmp_path / f"run{layers}") is expected
+    for chosen in (True, False):
+        options = _options(
+            path, suite, sae_path=tmp_path / "saes", layers=(1, 2), prepend_bos=chosen
+        )
+        assert _bos_used(options, tmp_path / f"chosen{chosen}") is chosen
 
 
 @pytest.mark.parametrize("kind", ["attn_out", "mlp_out"])
@@ -450,7 +640,7 @@ def _config_of(hook: str, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def hook_of_id(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str], str]], list[str]]:
-    """Replace the download of configurations: a function says which hook point an id reads."""
+    """Replace the hub: a function says which hook point an id reads."""
 
     def replace(hook: Callable[[str], str]) -> list[str]:
         asked: list[str] = []
@@ -460,6 +650,7 @@ def hook_of_id(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str], str
             return _config_of(hook(sae_id))
 
         monkeypatch.setattr(saes, "load_sae_config_from_huggingface", load)
+        monkeypatch.setattr(saes, "snapshot_download", lambda *_, **__: "snapshots/0123abcd")
         return asked
 
     return replace
@@ -569,7 +760,8 @@ def test_a_number_that_is_not_the_block_is_refused(hook_of_id: HookOfId) -> None
 def test_a_release_without_a_norm_to_fold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = _config_of("blocks.1.hook_resid_pre", normalize_activations="expected_average_only_in")
     monkeypatch.setattr(saes, "load_sae_config_from_huggingface", lambda *_: config)
-    with pytest.raises(SAEError, match="its input scale is not known"):
+    monkeypatch.setattr(saes, "snapshot_download", lambda *_, **__: "snapshots/0123abcd")
+    with pytest.raises(SAEError, match="its input scale is not folded"):
         ReleaseSAEs("gpt2-small-res-jb").find([1])
     config["hook_name"] = "blocks.1.hook_resid_post"
     assert list(ReleaseSAEs("llama_scope_lxr_8x").find([1])) == [1]

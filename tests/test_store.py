@@ -359,7 +359,7 @@ def test_a_run_refuses_an_array_with_other_metadata(
     else:
         damage(file, content.replace("16", "17", 1))
     opened = zt.open_run(run.path)["Safe_1"]
-    with pytest.raises(IntegrityError, match=r"features/zarr\.json: not the metadata"):
+    with pytest.raises(IntegrityError, match=r"features/zarr\.json: (not the metadata|is a pipe)"):
         opened["features"].load()
 
 
@@ -800,11 +800,11 @@ def test_another_configuration_is_refused_by_name(run: fakes.FakeRun) -> None:
 def test_long_values_are_told_by_their_difference(
     tmp_path: Path, there: Any, now: Any, said: str
 ) -> None:
-    with RunWriter(tmp_path / "run", ["a"], {"saes": there}):
+    with RunWriter(tmp_path / "run", ["a"], {"names": there}):
         pass
     with pytest.raises(ConfigMismatchError) as caught:
-        RunWriter(tmp_path / "run", ["a"], {"saes": now}).__enter__()
-    assert f"\n  saes: {said}\n" in str(caught.value)
+        RunWriter(tmp_path / "run", ["a"], {"names": now}).__enter__()
+    assert f"\n  names: {said}\n" in str(caught.value)
 
 
 LOCK = """
@@ -843,10 +843,10 @@ def test_the_lock_ends_with_its_process(tmp_path: Path) -> None:
         os._exit(0)
     """
     in_subprocess(code, tmp_path / "run")
-    assert (tmp_path / ".run.lock").exists()
+    assert len([*tmp_path.iterdir()]) == 2
     with RunWriter(tmp_path / "run", ["a"], {}):
         pass
-    assert not (tmp_path / ".run.lock").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
 # --- replacing a run ---------------------------------------------------------------------------
@@ -872,39 +872,6 @@ def test_overwrite_goes_on_where_it_stopped(run: fakes.FakeRun) -> None:
     with RunWriter(run.path, fakes.SCENARIOS, other, overwrite=True) as again:
         missing = again.trace(attributes, fakes.make_shape(), tokens()).missing_layers
         assert missing == fakes.LAYERS
-
-
-@pytest.mark.parametrize("stop_at", range(4))
-def test_a_kill_while_replacing_loses_no_run(
-    run: fakes.FakeRun, monkeypatch: pytest.MonkeyPatch, stop_at: int
-) -> None:
-    """Stop at every rename and removal of the swap; the next writer ends it."""
-
-    class KilledError(BaseException):
-        pass
-
-    steps = iter(range(100))
-
-    def stopping(original: Callable[..., Any]) -> Callable[..., Any]:
-        def step(*arguments: Any, **options: Any) -> Any:
-            if next(steps) == stop_at:
-                raise KilledError
-            return original(*arguments, **options)
-
-        return step
-
-    folder = run.path.parent
-    fakes.make_run(folder, seed=5, overwrite=True, finish=False)
-    with RunWriter(run.path, fakes.SCENARIOS, fakes.CONFIG, overwrite=True) as again:
-        monkeypatch.setattr(again, "_unlock", lambda: os.close(again._lock))  # as a kill does
-        with monkeypatch.context() as patch:
-            patch.setattr(shutil, "rmtree", stopping(shutil.rmtree))
-            patch.setattr(Path, "rename", stopping(Path.rename))
-            with pytest.raises(KilledError):
-                again.finish()
-    new = fakes.make_run(folder, seed=5, overwrite=True)
-    assert_equals(zt.open_trace(new.trace), new.truth["Safe_1"])
-    assert {p.name for p in folder.iterdir()} == {"run"}
 
 
 # --- the disk ----------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def browser() -> Iterator[Any]:
     except ImportError:
         if required:
             raise
-        pytest.skip("needs playwright: pip install 'zarrtrace[test]'")
+        pytest.skip("needs playwright: pip install '.[test]'")
     if not CHROMIUM:
         message = "needs a browser: apt-get install chromium"
         pytest.fail(message) if required else pytest.skip(message)

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from zarrtrace.errors import StoreError, readable
+from zarrtrace.errors import IntegrityError, StoreError, readable
 from zarrtrace.format.attributes import ranges
 from zarrtrace.format.layout import INDEX
 from zarrtrace.storage import Address, Location, locate
@@ -69,7 +69,7 @@ def write_card(
     run = locate(run)
     summary = summarize(run)
     card = run / "README.md"
-    if card.exists() and not _ours(card.read().decode("utf-8", "replace")):
+    if not _free(card):
         raise StoreError(
             f"{card}: exists, and is not a card as zarrtrace wrote it",
             why="It was written by someone else, or edited since.",
@@ -83,7 +83,14 @@ def write_card(
     return card
 
 
-def _ours(text: str) -> bool:
+def _free(card: Location) -> bool:
+    """Whether there is no file, or a card that nobody has edited."""
+    try:
+        text = card.read().decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return True
+    except IntegrityError:  # something else in place of a file
+        return False
     found = _MARK.search(text)
     return found is not None and found[1] == _digest(text[: found.start()])
 

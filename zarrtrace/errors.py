@@ -9,7 +9,7 @@
     ├── CaptureError                the model or its SAEs
     │   ├── ModelError              unknown, gated, or not capturable exactly
     │   ├── SAEError                missing for a layer, or does not fit the model
-    │   └── NonFiniteError          NaN or infinity came out of the model
+    │   └── NonFiniteError          NaN or infinity would be stored
     ├── ClusterError                a Dask cluster cannot be reached, or loses its workers
     ├── StoreError                  what is on disk
     │   ├── NotATraceError          exists, but is neither a run nor a trace
@@ -65,6 +65,12 @@ def readable(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def install_command(extras: str = "") -> str:
+    """Return how to install zarrtrace with extras: no package index has it."""
+    what = f"'.[{extras}]'" if extras else "."
+    return f"In an up-to-date clone of zarrtrace's repository, run: pip install {what}"
+
+
 class UsageError(ZarrtraceError):
     """The request itself is wrong."""
 
@@ -92,7 +98,7 @@ class SAEError(CaptureError):
 
 
 class NonFiniteError(CaptureError):
-    """The model produced NaN or infinity."""
+    """The model computed NaN or infinity, or values exceed the stored precision."""
 
 
 class ClusterError(ZarrtraceError):

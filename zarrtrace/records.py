@@ -6,9 +6,9 @@ process that drives a GPU busier than the GPU.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -94,9 +94,10 @@ class FeatureRecord:
     activations
         ``(query, feature)``, whole or what is not 0 of it.
     top_feature, top_activation
-        ``(query, feature_rank)``: the strongest features, strongest first.
+        ``(query, feature_rank)``: the features of largest magnitude, largest first, and their
+        activations with their signs.
     nonfinite
-        Whether the model computed NaN or infinity where the SAE reads.
+        Whether activations, or what the SAE reads, hold NaN or infinity.
     """
 
     activations: np.ndarray | Nonzeros
@@ -132,12 +133,16 @@ class LayerRecord:
     attention_mean: np.ndarray | None = None
     features: Mapping[str, FeatureRecord] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def nonfinite(self) -> tuple[str, ...]:
-        """Arrays in which the model computed NaN or infinity."""
+        """Arrays that hold NaN or infinity, or were computed from such values."""
         names = tuple(name for name, features in self.features.items() if features.nonfinite)
-        mean = self.attention_mean  # one NaN in any head shows in the mean, and in its sum
-        return names if mean is None or math.isfinite(mean.sum()) else ("attention", *names)
+        attention, mean = self.attention, self.attention_mean
+        # One NaN in any head shows in the mean, which is taken before attention is cast.
+        finite = mean is None or np.isfinite(mean).all()
+        if isinstance(attention, np.ndarray) and attention.dtype == np.float16:
+            finite = finite and np.isfinite(attention).all()
+        return names if finite else ("attention", *names)
 
 
 @dataclass(frozen=True)
@@ -161,8 +166,8 @@ class TokensRecord:
 
     @property
     def nonfinite(self) -> tuple[str, ...]:
-        """Arrays in which the model computed NaN or infinity."""
-        return () if math.isfinite(self.next_token_logprob.sum()) else ("next_token_logprob",)
+        """Arrays that hold NaN or infinity."""
+        return () if np.isfinite(self.next_token_logprob).all() else ("next_token_logprob",)
 
 
 @dataclass(frozen=True)
@@ -244,8 +249,8 @@ class SparseFeatures:
     sound
         Of each token, whether what was encoded is finite: thresholds turn NaN into 0.
     top
-        Number and activation of each token's strongest features and of one more, strongest first,
-        ``(token, rank)``; equal ones in any order. None where nobody has looked for them yet.
+        Number and activation of each token's strongest features (of largest magnitude) and of one
+        more, strongest first, ``(token, rank)``; equal ones in any order. None if not known yet.
     """
 
     width: int
@@ -297,7 +302,7 @@ def settled(feature: np.ndarray, activation: np.ndarray) -> tuple[np.ndarray, np
     tuple or None
         None where one that is left out may be equal to one that is not.
     """
-    rank = np.where(np.isnan(activation), -np.inf, -activation)
+    rank = _rank(activation)
     count = min(TOP_FEATURES, rank.shape[1])
     equal = (rank[:, 1:] == rank[:, :-1]) & (rank[:, 1:] < 0)
     if equal[:, count - 1 :].any():
@@ -306,15 +311,22 @@ def settled(feature: np.ndarray, activation: np.ndarray) -> tuple[np.ndarray, np
     if equal.any():
         first = np.lexsort((feature, rank), axis=1)[:, :count]
     top, numbers = (np.take_along_axis(one, first, 1) for one in (activation, feature))
-    fires = ~(top <= 0)
+    fires = top != 0
     return (
         np.where(fires, numbers, NO_ID).astype(np.uint32, copy=False),
         np.where(fires, top, np.float32(0)),
     )
 
 
+def _rank(activation: np.ndarray) -> np.ndarray:
+    """Sort key of activations: largest magnitude first, NaN before all."""
+    return np.where(np.isnan(activation), -np.inf, -np.abs(activation))
+
+
 def strongest(features: Nonzeros) -> tuple[np.ndarray, np.ndarray]:
-    """Find the strongest features of each token, of equal ones those of lower number.
+    """Find the features of largest magnitude of each token.
+
+    Of equal ones, those of lower number come first. Some SAEs (AbsTopK) have negative activations.
 
     Parameters
     ----------
@@ -324,8 +336,8 @@ def strongest(features: Nonzeros) -> tuple[np.ndarray, np.ndarray]:
     Returns
     -------
     feature, activation
-        ``(query, rank)`` uint32 and float32, strongest first; 0 where fewer are positive. NaN
-        comes before all.
+        ``(query, rank)`` uint32 and float32 with its sign, strongest first; 0 where fewer features
+        fire, which means that they are not 0. NaN comes before all.
     """
     (tokens, width), columns = features.shape, features.columns
     count = min(TOP_FEATURES, width)
@@ -342,13 +354,13 @@ def strongest(features: Nonzeros) -> tuple[np.ndarray, np.ndarray]:
     values[token, place] = value[order]
     numbers = np.zeros((tokens, room), np.uint32)
     numbers[token, place] = number[order]
-    rank = np.where(np.isnan(values), -np.inf, -values)
+    rank = _rank(values)
     if room > 2 * count:  # most need not be sorted
         some = np.sort(np.argpartition(rank, count - 1, axis=1)[:, :count], axis=1)
         values, numbers, rank = (np.take_along_axis(a, some, 1) for a in (values, numbers, rank))
     first = np.argsort(rank, axis=1, kind="stable")[:, :count]
     top = np.take_along_axis(values, first, 1)
-    fires = ~(top <= 0)
+    fires = top != 0
     return (
         np.where(fires, np.take_along_axis(numbers, first, 1), np.uint32(NO_ID)),
         np.where(fires, top, np.float32(0)),
@@ -392,16 +404,6 @@ class LayerBatch:
         """Bytes that are held."""
         arrays = (self.attention, self.attention_mean, *self.features.values())
         return sum(array.nbytes for array in arrays if array is not None)
-
-    @property
-    def doubtful(self) -> bool:
-        """Whether something is not finite, be it padding; a sum too large is taken for it."""
-        with np.errstate(over="ignore", invalid="ignore"):
-            sums = [one.sum() for made in self.features.values() for one in made.values]
-            if self.attention_mean is not None:
-                sums.append(self.attention_mean.sum())
-        sound = all(made.sound.all() for made in self.features.values())
-        return not (sound and np.isfinite(sums).all())
 
     def part(self, wanted: Sequence[int]) -> LayerBatch:
         """Return a batch of those of the wanted prompts that lie together."""

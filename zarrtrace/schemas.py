@@ -76,7 +76,7 @@ def _write_example(path: Path) -> None:
     attention = np.tril(np.ones((heads, tokens, tokens), np.float32))
     attention /= attention.sum(-1, keepdims=True)
     activations = np.tile(np.eye(tokens, features, dtype=np.float32), (1, 1))
-    strongest = np.argsort(-activations, axis=-1, kind="stable").astype(np.uint32)
+    strongest = np.argsort(-np.abs(activations), axis=-1, kind="stable").astype(np.uint32)
     attributes = TraceAttributes(
         scenario="example",
         prompt="Stop?",

@@ -51,11 +51,13 @@ def crossreference(
     in which the feature fires:
 
     - ``"attention"``: over the tokens after the span whose attention is stored, Spearman's
-      correlation of the feature's activation with the token's attention to the span (mean over
+      correlation of the feature's strength with the token's attention to the span (mean over
       heads, mean over the span's tokens). Undefined if these are fewer than three, so always for
       ``"decision"``.
-    - ``"place"``: its mean activation at the span minus its mean at all other tokens, divided by
+    - ``"place"``: its mean strength at the span minus its mean at all other tokens, divided by
       the standard deviation over all tokens.
+
+    Its strength is the magnitude of its activation, which some SAEs (AbsTopK) have negative.
 
     Then the features that go with the word are compared with the table's other features of that
     layer; the permutation test deals the same number of features out at random.
@@ -150,9 +152,9 @@ def crossreference(
         result,
         data,
         "crossreference",
-        "features of a word against the table's other features: Spearman correlation of activation "
+        "features of a word against the table's other features: Spearman correlation of strength "
         "with attention to the span over the tokens after it, and standardised difference of "
-        "activation at the span and elsewhere; two-sided permutation of features (Phipson & Smyth "
+        "strength at the span and elsewhere; two-sided permutation of features (Phipson & Smyth "
         "2010), q by Benjamini & Hochberg (1995)",
         pairs=[list(pair) for pair in wanted],
         top=top,
@@ -336,8 +338,8 @@ def _measure_layer(
             why=f"The SAE of that layer has {layer.shape[1]} latents, counted from 0.",
             remedy="Take a table that was made with the same SAEs.",
         )
-    firing = np.flatnonzero(np.any(layer > 0, axis=0)[features])
-    values = layer[:, features[firing]].astype(np.float64)
+    firing = np.flatnonzero(np.any(layer != 0, axis=0)[features])
+    values = np.abs(layer[:, features[firing]].astype(np.float64))
     found = {
         name: np.column_stack(
             [_follows(weights[at].get(name), values[place.after]), _at_place(place.tokens, values)]

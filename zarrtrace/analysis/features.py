@@ -108,8 +108,9 @@ def feature_trajectory(
     at
         A place, or several: a span's name, a position (negative from the end) or positions.
     reduce
-        What to make of a place's tokens: their ``"mean"``, their ``"max"``, or ``"none"``: keep
-        each one (then `at` is a single place).
+        What to make of a place's tokens: their ``"mean"``, their ``"max"`` (the activation of
+        largest magnitude, with its sign), or ``"none"``: keep each one (then `at` is a single
+        place).
 
     Returns
     -------
@@ -177,13 +178,21 @@ def _trajectory(
         texts = ["query_token", "token_id"] if of_run else []
         return tokens.drop_vars(texts, errors="ignore")
     reduced: list[xr.DataArray] = [
-        getattr(chosen.sel(query=positions(ds, place)), reduce)("query", skipna=False)
-        for place in here
+        _reduced(chosen.sel(query=positions(ds, place)), reduce) for place in here
     ]
     along = xr.DataArray([label(place) for place in here], dims="place", name="place")
     return xr.concat(reduced, dim=along, coords="minimal", compat="override").transpose(
         "layer", "place", "feature"
     )
+
+
+def _reduced(activations: xr.DataArray, reduce: Reduce) -> xr.DataArray:
+    """Return the mean, or the value of largest magnitude, of a place's tokens."""
+    if reduce == "mean":
+        return activations.mean("query", skipna=False)
+    largest = activations.max("query", skipna=False)
+    smallest = activations.min("query", skipna=False)
+    return largest.where(~(-smallest > largest), smallest)
 
 
 def _choose_features(
@@ -212,8 +221,9 @@ def pathway_features(
     A feature's score at one layer is the activation that attention can carry: over the tokens q of
     the target, the mean of ``Σ_k attention[q, k] · activation[k, f]`` with k over the tokens of the
     source and attention the mean over heads. Features that are not active at the target score
-    nothing. Attention of block N reads the output of block N−1, while its SAE sees the output of
-    block N: the score compares places within one layer, it does not trace a cause.
+    nothing. Some SAEs (AbsTopK) have negative activations: the strongest score is that of largest
+    magnitude, with its sign. Attention of block N reads the output of block N−1, while its SAE sees
+    the output of block N: the score compares places within one layer, it does not trace a cause.
 
     Parameters
     ----------
@@ -314,11 +324,11 @@ def _strongest_on_pathway(
     at_source = activations.mean(-2, dtype=np.float64)
     at_target = np.take(rows, target, axis=-2).mean(-2, dtype=np.float64)
     carried = np.einsum("...qk,...kf->...f", attention, activations, dtype=np.float64)
-    carried = np.where(at_target > 0, carried / attention.shape[-2], 0)
+    carried = np.where(at_target != 0, carried / attention.shape[-2], 0)
     out = np.full((*carried.shape[:-1], len(_ON_PATHWAY), top), np.nan)
     out[..., 0, :] = -1
     for where in np.ndindex(carried.shape[:-1]):
-        order = strongest(carried[where], top)
+        order = strongest(np.abs(carried[where]), top)
         values = (order, *(of[where][order] for of in (carried, at_source, at_target)))
         out[where][:, : len(order)] = values
     return out

@@ -33,8 +33,8 @@ def position_specific_features(
 ) -> xr.Dataset:
     """Features that fire at one kind of span and not elsewhere.
 
-    A feature fires at a token if its activation is above `threshold`. Over the tokens of all
-    scenarios, the score is the rate at the span minus the rate at all other tokens.
+    A feature fires at a token if the magnitude of its activation is above `threshold`. Over the
+    tokens of all scenarios, the score is the rate at the span minus the rate at all other tokens.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ def position_specific_features(
     spans
         Names of spans; all there are if None. A scenario without the span says nothing about it.
     threshold
-        Activation above which a feature fires, in the SAE's units.
+        Magnitude of activation above which a feature fires, in the SAE's units.
     top
         How many features to keep by span and layer.
     min_scenarios
@@ -181,7 +181,7 @@ def _firing(layer: np.ndarray, _at: int, *, places: np.ndarray, threshold: float
     if np.isnan(layer[0, 0]):
         return None
     width = layer.shape[1]
-    token, feature = np.divmod(np.flatnonzero(layer > threshold), width)
+    token, feature = np.divmod(np.flatnonzero(np.abs(layer) > threshold), width)
     everywhere = np.bincount(feature, minlength=width)
     firing = np.flatnonzero(everywhere)
     fired = np.zeros((len(places), len(firing)), np.int64)

@@ -35,8 +35,9 @@ def word_associations(
 ) -> xr.Dataset:
     """Tokens that activate each feature most, over all scenarios.
 
-    The score of a word (a token's text) for a feature is its activation, averaged over all
-    occurrences of the word in the run; an occurrence at which the feature is silent counts as 0.
+    The score of a word (a token's text) for a feature is the magnitude of its activation, averaged
+    over all occurrences of the word in the run; an occurrence at which the feature is silent counts
+    as 0. A feature fires where its activation is not 0: some SAEs (AbsTopK) have negative ones.
 
     Parameters
     ----------
@@ -54,7 +55,8 @@ def word_associations(
     -------
     xr.Dataset
         A table along ``row``, by layer and feature, best word first: coordinates ``layer``,
-        ``feature``, ``word``; ``score`` and ``max_activation`` float32 in the SAE's units,
+        ``feature``, ``word``; ``score`` and ``max_activation`` (the activation of largest
+        magnitude, with its sign) float32 in the SAE's units,
         ``count`` (occurrences at which the feature fires) and ``occurrences`` of the word.
         Computed at the call, some layers at a time. It reads the stored index of each token's 32
         strongest features only: an activation that is not among its token's 32 strongest counts
@@ -96,8 +98,8 @@ def word_associations(
         out,
         data,
         "word_associations",
-        "mean activation over all occurrences of the word; activations below a token's 32 "
-        "strongest count as 0",
+        "mean magnitude of activation over all occurrences of the word; activations below a "
+        "token's 32 strongest count as 0",
         top=top,
         min_count=min_count,
         strip=strip,
@@ -159,7 +161,7 @@ def _associations_of_layer(
         if np.isnan(activation).all():
             continue  # no SAE on this layer, or not stored: nothing was seen here
         occurrences += np.bincount(words, minlength=n_words)
-        active = activation > 0
+        active = np.abs(activation) > 0  # which NaN is not
         pair = feature.astype(np.int64) * n_words + words[:, None]
         keys.append(pair[active])
         values.append(activation[active].astype(np.float64))
@@ -169,7 +171,9 @@ def _associations_of_layer(
     key, value = key[order], value[order]
     starts = np.flatnonzero(np.diff(key, prepend=-1))
     feature, word = np.divmod(key[starts], n_words)
-    score = np.add.reduceat(value, starts) / occurrences[word]
+    score = np.add.reduceat(np.abs(value), starts) / occurrences[word]
+    largest, smallest = np.maximum.reduceat(value, starts), np.minimum.reduceat(value, starts)
+    peak = np.where(-smallest > largest, smallest, largest)
     count = np.diff(np.append(starts, len(key)))
     best = _best(feature, score, word, count >= min_count, top)
     return {
@@ -177,7 +181,7 @@ def _associations_of_layer(
         "feature": feature[best],
         "word": word[best],
         "score": score[best].astype(np.float32),
-        "max_activation": np.maximum.reduceat(value, starts)[best].astype(np.float32),
+        "max_activation": peak[best].astype(np.float32),
         "count": count[best],
         "occurrences": occurrences[word[best]],
     }

@@ -8,6 +8,7 @@ seconds: attention alone does without it.
 from zarrtrace.capture.batches import Request, default_batch_size, grouped
 from zarrtrace.capture.checks import blocks_are_exact, check_additions, wants_blocks
 from zarrtrace.capture.encoders import KeptEncoders
+from zarrtrace.capture.fingerprint import settings_fingerprint
 from zarrtrace.capture.model import LoadedModel, gpu_count, hide_progress, load_model, renamed
 from zarrtrace.capture.pipeline import capture
 from zarrtrace.capture.prompts import Prompt, tokenize
@@ -26,6 +27,7 @@ __all__ = [
     "hide_progress",
     "load_model",
     "renamed",
+    "settings_fingerprint",
     "tokenize",
     "wants_blocks",
 ]

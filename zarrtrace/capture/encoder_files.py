@@ -6,7 +6,6 @@ for the decoder; tests compare the two bit for bit.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +26,7 @@ from sae_lens.loading.pretrained_saes_directory import (
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from safetensors import safe_open
 
+from zarrtrace.capture.fingerprint import read_header
 from zarrtrace.format.attributes import SAEAttributes
 
 _FILE = "checkpoints/final.safetensors"
@@ -53,18 +53,10 @@ def encoder_stretches(release: str, saes: Iterable[SAEAttributes]) -> list[tuple
         repository, folder = get_repo_id_and_folder_name(release, sae.id)
         found = try_to_load_from_cache(repository, f"{folder}/{_FILE}")
         if isinstance(found, str):
-            header, data = _header(Path(found))
+            header, data = read_header(Path(found))
             start, stop = header[_ENCODER]["data_offsets"]
             out.append((Path(found), data + start, data + stop))
     return out
-
-
-def _header(file: Path) -> tuple[dict[str, Any], int]:
-    """Return what a safetensors file holds, and where its data begins."""
-    with file.open("rb") as content:
-        size = int.from_bytes(content.read(8), "little")
-        header: dict[str, Any] = json.loads(content.read(size))
-    return header, 8 + size
 
 
 def _matrix(file: Path, device: torch.device) -> torch.Tensor:
@@ -73,7 +65,7 @@ def _matrix(file: Path, device: torch.device) -> torch.Tensor:
     safetensors copies from the file's pages, which the driver does piece by piece: at a fifth of
     the bus's speed.
     """
-    header, start = _header(file)
+    header, start = read_header(file)
     entry = header[_ENCODER]
     first, last = (start + offset for offset in entry["data_offsets"])
     # Copied beside what the GPU computes, but into memory of the stream that computes.

@@ -104,6 +104,10 @@ class KeptEncoders:
         """Whether the SAEs were trained behind a BOS token."""
         return self._source.prepend_bos
 
+    def available(self, layers: Sequence[int]) -> tuple[int, ...]:
+        """Return those of some layers that have an SAE."""
+        return self._source.available(layers)
+
     def find(self, layers: Sequence[int]) -> Found:
         """Return the SAEs of each layer."""
         return self._source.find(layers)

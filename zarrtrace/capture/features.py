@@ -31,7 +31,7 @@ def encode(encoder: Encoder, inputs: torch.Tensor) -> SparseFeatures:
 
     Nearly all features are 0; what is not comes. A GPU is waited for.
     """
-    width, sound = encoder.attributes.d_sae, to_host(inputs.isfinite().all(-1))
+    width, sound = encoder.attributes.d_sae, to_host(_sound(inputs))
     if inputs.device.type != "cpu":
         found = [_found(encoder(rows), None) for rows in _some_rows(inputs)]
         return _joined(width, [_on_host(one, to_host) for one in found], sound)
@@ -41,6 +41,11 @@ def encode(encoder: Encoder, inputs: torch.Tensor) -> SparseFeatures:
     made = [tiles[0]()] if len(tiles) == 1 else _pool(os.getpid()).map(lambda tile: tile(), tiles)
     at, values = zip(*made, strict=True)
     return SparseFeatures(width, columns, at, values, sound)
+
+
+def _sound(inputs: torch.Tensor) -> torch.Tensor:
+    """Whether each token is finite in float32, in which encoders compute."""
+    return inputs.float().isfinite().all(-1)
 
 
 @cache
@@ -78,7 +83,7 @@ class _Found(NamedTuple):
     at, values
         Places in blocks of :func:`feature_columns`, one block behind the other, and what is there.
     number, strongest
-        Of each token's strongest features and one more ``(token, rank)``.
+        Of each token's features of largest magnitude and one more ``(token, rank)``.
     """
 
     tokens: int
@@ -101,8 +106,9 @@ def _found(features: torch.Tensor, room: int | None) -> _Found:
         at = flat.nonzero().squeeze(1)
     else:
         at = torch.nonzero_static(flat, size=room, fill_value=-1).squeeze(1)
-    top = features.topk(min(width, TOP_FEATURES + 1), dim=1)
-    return _Found(tokens, at, flat[at].float(), top.indices.int(), top.values.float())
+    # Some SAEs (AbsTopK) have negative activations.
+    top = features.abs().topk(min(width, TOP_FEATURES + 1), dim=1).indices
+    return _Found(tokens, at, flat[at].float(), top.int(), features.gather(1, top).float())
 
 
 def _on_host(found: _Found, copy: Callable[[torch.Tensor], Any]) -> _Found:
@@ -153,7 +159,7 @@ class Encoding:
     def __init__(self, encoder: Encoder, inputs: torch.Tensor, active: float | None) -> None:
         self._encoder, self._inputs = encoder, inputs
         each = _ACTIVE if active is None else int(1.5 * active) + 16
-        self._sound = inputs.isfinite().all(-1)
+        self._sound = _sound(inputs)
         self._found = [_found(encoder(rows), len(rows) * each) for rows in _some_rows(inputs)]
 
     @torch.inference_mode()

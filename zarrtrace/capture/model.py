@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from zarrtrace.capture.fingerprint import model_fingerprint
 from zarrtrace.capture.streaming import BlockStream
 from zarrtrace.errors import ConfigError, ModelError
 from zarrtrace.format.attributes import ModelAttributes
@@ -155,6 +156,7 @@ def load_model(
             remedy="Convert the tokenizer to tokenizer.json (transformers does it on saving).",
         )
     blocks, attentions = find_pieces(model, name)
+    fingerprint = model_fingerprint(model) if weights else None
     if weights and low_memory:
         BlockStream(model, blocks, torch.device(device))
     text_config = model.config.get_text_config()
@@ -170,6 +172,7 @@ def load_model(
         attributes=ModelAttributes(
             id=name,
             revision=_commit(source, options) or revision,
+            fingerprint=fingerprint,
             architecture=type(model).__name__,
             n_layers=len(blocks),
             n_heads=int(text_config.num_attention_heads),

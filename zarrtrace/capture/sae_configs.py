@@ -14,8 +14,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from pydantic import ValidationError
+from sae_lens import SAE
 from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from zarrtrace.errors import SAEError
 from zarrtrace.format.attributes import SAEAttributes
@@ -37,6 +38,24 @@ LOADING_ERRORS = (
     TypeError,
     ValueError,
 )
+#: sae-lens's architectures that encode each token by itself; tests compare every one with it.
+ARCHITECTURES = (
+    "standard",
+    "gated",
+    "topk",
+    "abstopk",
+    "jumprelu",
+    "matching_pursuit",
+    "transcoder",
+    "skip_transcoder",
+    "jumprelu_transcoder",
+    "jumprelu_skip_transcoder",
+)
+# Values of normalize_activations that sae-lens applies whenever an SAE encodes.
+_APPLIED = ("none", "layer_norm", "constant_norm_rescale")
+# TransformerLens reads hook_mlp_in before the norm, Gemma Scope 2 behind it.
+_AMBIGUOUS = ".hook_mlp_in"
+_BEHIND_THE_NORM = ".pre_feedforward_layernorm.output"
 # A hook point's name is shorter; the number in a longer one may be no number that Python reads.
 _MAX_HOOK_NAME = 200
 
@@ -73,6 +92,16 @@ def hook_name_of(config: dict[str, Any], name: str) -> str:
             why="Its configuration lacks hook_name.",
             remedy="Add metadata.hook_name to its cfg.json, as in 'blocks.3.hook_resid_post'.",
         )
+    if hook_name.endswith(_AMBIGUOUS):
+        module = str(metadata_of(config, "hf_hook_name"))
+        if not module.endswith(_BEHIND_THE_NORM):
+            raise SAEError(
+                f"SAE {name}: hook point {hook_name!r} may be before the MLP's norm or behind it",
+                why="TransformerLens reads it before the norm, Gemma Scope 2 behind it, and the "
+                "SAE's metadata.hf_hook_name does not name the module.",
+                remedy="If the SAE reads what the norm returns, call its hook_name "
+                f"{hook_name.removesuffix(_AMBIGUOUS) + '.mlp.hook_in'!r}.",
+            )
     return hook_name
 
 
@@ -84,6 +113,8 @@ def sae_attributes(
     config: dict[str, Any],
     *,
     fold: bool,
+    revision: str | None = None,
+    fingerprint: str | None = None,
 ) -> SAEAttributes:
     """Return what a trace says of an SAE."""
     try:
@@ -92,6 +123,8 @@ def sae_attributes(
             variable=variable,
             release=release,
             id=name,
+            revision=revision,
+            fingerprint=fingerprint,
             hook_name=hook_name_of(config, name),
             architecture=str(config["architecture"]),
             d_in=config["d_in"],
@@ -107,16 +140,102 @@ def sae_attributes(
         raise unreadable(name, error) from error
 
 
-def refuse_unfolded(path: str, config: dict[str, Any]) -> None:
-    """Refuse an SAE whose input scale is not folded into its weights."""
-    if config.get("normalize_activations") == "expected_average_only_in":
+def check_config(what: str, config: dict[str, Any], *, scale_is_folded: bool = False) -> None:
+    """Refuse an SAE that would not be encoded exactly.
+
+    Parameters
+    ----------
+    what
+        Folder or id of the SAE, for messages.
+    config
+        Configuration with sae-lens's defaults filled in.
+    scale_is_folded
+        Whether loading the SAE folds the scale of ``expected_average_only_in`` into its weights.
+
+    Raises
+    ------
+    SAEError
+        If its architecture, normalisation or head is not supported, or sae-lens refuses it.
+    """
+    architecture = config.get("architecture")
+    if architecture not in ARCHITECTURES:
+        mixes = "A temporal SAE's features of a token depend on the tokens before it, "
         raise SAEError(
-            f"{path}: its input scale is not folded into its weights",
-            why="normalize_activations is 'expected_average_only_in', and loading from a folder "
-            "does not fold it: every feature would be wrong by that factor.",
-            remedy="Load the release with --sae-release, or save it after "
-            "sae.fold_activation_norm_scaling_factor(...).",
+            f"{what}: SAEs of architecture {str(architecture)[:60]!r} cannot be captured",
+            why=f"{mixes if architecture == 'temporal' else ''}zarrtrace encodes each token by "
+            f"itself, which is exact for: {', '.join(ARCHITECTURES)}.",
+            remedy="Choose SAEs of one of these architectures, or use --no-features.",
         )
+    _check_normalisation(what, config, scale_is_folded=scale_is_folded)
+    head = metadata_of(config, "hook_head_index")
+    if head is not None:
+        raise SAEError(
+            f"{what}: was trained on head {str(head)[:20]} alone",
+            why="Its metadata.hook_head_index names a head; zarrtrace gives an SAE all heads.",
+            remedy="Choose SAEs that were trained on all heads, or use --no-features.",
+        )
+    shapes_of(what, config)
+
+
+def _check_normalisation(what: str, config: dict[str, Any], *, scale_is_folded: bool) -> None:
+    """Refuse an SAE that expects inputs scaled in a way that encoding does not apply."""
+    kind = config.get("normalize_activations", "none") or "none"
+    if kind in _APPLIED or (kind == "expected_average_only_in" and scale_is_folded):
+        return
+    folding = {
+        "expected_average_only_in": "fold_activation_norm_scaling_factor",
+        "covariance_whitening": "fold_activation_whitening",
+    }
+    if kind in folding:
+        raise SAEError(
+            f"{what}: its input scale is not folded into its weights",
+            why=f"normalize_activations is {kind!r}, and neither loading nor encoding applies it: "
+            "every feature would be wrong.",
+            remedy=f"Save the SAE after sae.{folding[kind]}(...), or choose a release for which "
+            "sae-lens lists norm_scaling_factor.",
+        )
+    raise SAEError(
+        f"{what}: its normalize_activations is {str(kind)[:60]!r}",
+        why=f"zarrtrace knows {', '.join(_APPLIED)} and folded {', '.join(folding)}.",
+        remedy="Choose other SAEs, or use --no-features.",
+    )
+
+
+def shapes_of(what: str, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each weight of an SAE, by name, from its configuration alone."""
+    try:
+        sae = SAE.from_dict({**config, "device": "meta", "dtype": "float32"})
+    except LOADING_ERRORS as error:
+        sizes = f"d_in {str(config.get('d_in'))[:30]}, d_sae {str(config.get('d_sae'))[:30]}"
+        raise unreadable(f"{what} ({sizes})", error) from error
+    return {name: tuple(weight.shape) for name, weight in sae.state_dict().items()}
+
+
+def check_weights(path: Path, config: dict[str, Any]) -> None:
+    """Compare weights with their configuration, before hours of work; reads a header only."""
+    if not (path / "sae_weights.safetensors").is_file():
+        raise SAEError(
+            f"{path}: sae_weights.safetensors is missing",
+            why="The download or copy was not finished.",
+            remedy="Fetch the SAE again.",
+        )
+    try:
+        with safe_open(path / "sae_weights.safetensors", framework="pt") as tensors:
+            names = set(tensors.keys())
+            stored = {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
+    except LOADING_ERRORS as error:
+        raise unreadable(str(path), error) from error
+    if "log_threshold" in stored:  # sae-lens renames that of older checkpoints
+        stored["threshold"] = stored["log_threshold"]
+    for name, shape in shapes_of(str(path), config).items():
+        if stored.get(name) != shape:
+            sizes = " × ".join(map(str, stored.get(name, ("no weights",))))
+            raise SAEError(
+                f"{path}: by cfg.json, the SAE reads {config['d_in']} dimensions and has "
+                f"{config['d_sae']} features (d_sae), but its {name} has {sizes}",
+                why="Files of two SAEs are mixed, or one was edited.",
+                remedy="Fetch the SAE again.",
+            )
 
 
 def unreadable(what: str, error: Exception) -> SAEError:
@@ -172,17 +291,28 @@ def prepend_bos_of(configs: Mapping[str, dict[str, Any]]) -> bool | None:
     Raises
     ------
     SAEError
-        If one says it in something else than true or false.
+        If one says it in something else than true or false, or two SAEs disagree.
     """
-    said = {name: metadata_of(config, "prepend_bos") for name, config in configs.items()}
-    for name, one in said.items():
+    said: dict[bool, str] = {}
+    for name, config in configs.items():
+        one = metadata_of(config, "prepend_bos")
         if not isinstance(one, bool | None):
             raise SAEError(
                 f"SAE {name}: its configuration says prepend_bos: {str(one)[:60]!r}",
                 why="Whether prompts begin with a BOS token changes every activation.",
                 remedy="Set metadata.prepend_bos in its cfg.json to true or false.",
             )
-    return None if set(said.values()) <= {None} else True in said.values()
+        if one is not None:
+            said.setdefault(one, name)
+    if len(said) > 1:
+        raise SAEError(
+            f"SAE {said[True]} was trained with a BOS token, SAE {said[False]} without",
+            why="All SAEs of a run read the same prompts, and a BOS token changes every "
+            "activation.",
+            remedy="Extract them in two runs, or choose for all with --prepend-bos or "
+            "--no-prepend-bos.",
+        )
+    return next(iter(said), None)
 
 
 def natural(path: Path) -> list[Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
 )
@@ -24,7 +25,6 @@ from sae_lens.loading.pretrained_saes_directory import (
     get_pretrained_saes_directory,
 )
 from sae_lens.registry import get_sae_class
-from safetensors import safe_open
 
 from zarrtrace.capture.encoder import Encoder
 from zarrtrace.capture.encoder_files import (
@@ -32,18 +32,20 @@ from zarrtrace.capture.encoder_files import (
     load_encoder,
     reads_encoder_alone,
 )
+from zarrtrace.capture.fingerprint import sae_fingerprint
 from zarrtrace.capture.hooks import KINDS, HookPoint, parse_hook, place
 from zarrtrace.capture.model import LoadedModel
 from zarrtrace.capture.sae_configs import (
     LOADING_ERRORS,
     cannot_fold,
+    check_config,
+    check_weights,
     form_of,
     hook_name_of,
     layer_in_id,
     natural,
     prepend_bos_of,
     read_config,
-    refuse_unfolded,
     sae_attributes,
     several,
     unreadable,
@@ -62,6 +64,10 @@ Found = dict[int, tuple[SAEAttributes, ...]]
 class SAESource(Protocol):
     """Where SAEs come from."""
 
+    def available(self, layers: Sequence[int]) -> tuple[int, ...]:
+        """Return those of some layers that have an SAE."""
+        ...
+
     def find(self, layers: Sequence[int]) -> Found:
         """Return the SAEs of each layer that has some, without loading weights."""
         ...
@@ -76,7 +82,10 @@ class SAESource(Protocol):
 
     @property
     def prepend_bos(self) -> bool | None:
-        """Whether the SAEs were trained behind a BOS token; None if they do not say."""
+        """Whether the SAEs that :meth:`find` returned were trained behind a BOS token.
+
+        None if they do not say; SAEs that disagree raise SAEError.
+        """
         ...
 
 
@@ -101,6 +110,7 @@ class FolderSAEs:
         if not self._folder.is_dir():
             raise SAEError(f"{folder}: no such folder", remedy="Check --sae-path.")
         self._configs: dict[str, dict[str, Any]] = {}
+        self._used: dict[str, dict[str, Any]] = {}
         for file in sorted(self._folder.rglob("cfg.json"), key=natural):
             self._configs[file.parent.relative_to(self._folder).as_posix()] = read_config(file)
         if not self._configs:
@@ -112,8 +122,19 @@ class FolderSAEs:
 
     @property
     def prepend_bos(self) -> bool | None:
-        """Whether the SAEs were trained behind a BOS token."""
-        return prepend_bos_of(self._configs)
+        """Whether the SAEs were trained behind a BOS token; known after :meth:`find`."""
+        return prepend_bos_of(self._used)
+
+    def available(self, layers: Sequence[int]) -> tuple[int, ...]:
+        """Return those of some layers that have an SAE."""
+        there = {place.layer for place in self._by_place()}
+        return tuple(layer for layer in layers if layer in there)
+
+    def _by_place(self) -> dict[HookPoint, list[str]]:
+        found: dict[HookPoint, list[str]] = {}
+        for name, config in self._configs.items():
+            found.setdefault(parse_hook(hook_name_of(config, name)), []).append(name)
+        return found
 
     def find(self, layers: Sequence[int]) -> Found:
         """Return the SAEs of each layer.
@@ -123,9 +144,7 @@ class FolderSAEs:
         SAEError
             If a layer has none, or several on one hook point.
         """
-        by_place: dict[HookPoint, list[str]] = {}
-        for name, config in self._configs.items():
-            by_place.setdefault(parse_hook(hook_name_of(config, name)), []).append(name)
+        by_place = self._by_place()
         there = {place.layer for place in by_place}
         missing = [layer for layer in layers if layer not in there]
         if missing:
@@ -137,6 +156,7 @@ class FolderSAEs:
         chosen = {place: names for place, names in by_place.items() if place.layer in layers}
         variables = _variables(chosen)
         found: Found = {}
+        self._used = {}
         for layer in layers:
             found[layer] = tuple(
                 self._attributes(layer, names, variable)
@@ -150,32 +170,19 @@ class FolderSAEs:
             raise several(
                 str(self._folder), layer, names, "Give --sae-path a folder that holds one of them."
             )
-        config = self._configs[names[0]]
-        refuse_unfolded(f"{self._folder / names[0]}", config)
-        self._check_weights(self._folder / names[0], config)
-        return sae_attributes(layer, variable, None, names[0], config, fold=self._fold)
-
-    @staticmethod
-    def _check_weights(path: Path, config: dict[str, Any]) -> None:
-        """Compare weights with their configuration, before hours of work; reads a header only."""
-        if not (path / "sae_weights.safetensors").is_file():
-            raise SAEError(
-                f"{path}: sae_weights.safetensors is missing",
-                why="The download or copy was not finished.",
-                remedy="Fetch the SAE again.",
-            )
-        try:
-            get_sae_class(config["architecture"])
-            with safe_open(path / "sae_weights.safetensors", framework="pt") as tensors:
-                shape = tensors.get_slice("W_enc").get_shape()
-        except LOADING_ERRORS as error:
-            raise unreadable(str(path), error) from error
-        if shape[-1] != config.get("d_sae"):
-            raise SAEError(
-                f"{path}: d_sae is {config.get('d_sae')} by cfg.json, {shape[-1]} in its weights",
-                why="Files of two SAEs are mixed, or one was edited.",
-                remedy="Fetch the SAE again.",
-            )
+        path = self._folder / names[0]
+        config = self._used[names[0]] = self._configs[names[0]]
+        check_config(str(path), config)
+        check_weights(path, config)
+        return sae_attributes(
+            layer,
+            variable,
+            None,
+            names[0],
+            config,
+            fold=self._fold,
+            fingerprint=_fingerprint(path, config),
+        )
 
     def stretches(self, saes: Sequence[SAEAttributes]) -> list[tuple[Path, int, int]]:
         """Say what :meth:`load` will read: whole files."""
@@ -196,6 +203,13 @@ class FolderSAEs:
             raise cannot_fold(str(path), error) from error
         except LOADING_ERRORS as error:
             raise unreadable(str(path), error) from error
+        now = _fingerprint(path, self._configs[attributes.id])
+        if now != attributes.fingerprint:
+            raise SAEError(
+                f"{path}: its weights have fingerprint {now}, not {attributes.fingerprint}",
+                why="The file was replaced after this run began.",
+                remedy="Restore it, or replace the run with --overwrite.",
+            )
         return Encoder(sae, attributes)
 
 
@@ -241,11 +255,23 @@ class ReleaseSAEs:
         self._ids = list(table[release].saes_map)
         self._encoder_alone = reads_encoder_alone(release) and not fold_decoder_norm
         self._configs: dict[str, dict[str, Any]] = {}
+        self._used: dict[str, dict[str, Any]] = {}
 
     @property
     def prepend_bos(self) -> bool | None:
         """Whether the SAEs were trained behind a BOS token; known after :meth:`find`."""
-        return prepend_bos_of(self._configs)
+        return prepend_bos_of(self._used)
+
+    def available(self, layers: Sequence[int]) -> tuple[int, ...]:
+        """Return those of some layers for which the release has an SAE, by its ids."""
+        if not self._patterns:
+            numbers = {layer_in_id(name) for name in self._ids}
+            return tuple(layer for layer in layers if layer in numbers)
+        return tuple(
+            layer
+            for layer in layers
+            if any(form.replace("{layer}", str(layer)) in self._ids for form in self._patterns)
+        )
 
     def find(self, layers: Sequence[int]) -> Found:
         """Return the SAEs of each layer; layers for which the release has none are left out.
@@ -270,6 +296,12 @@ class ReleaseSAEs:
                 kinds.setdefault(form, kind)
                 chosen.setdefault(layer, {})[form] = name
         names = _form_variables(kinds)
+        chosen_names = {name for of_layer in chosen.values() for name in of_layer.values()}
+        self._used = {name: self._configs[name] for name in sorted(chosen_names)}
+        for name, config in self._used.items():
+            scaled = get_norm_scaling_factor(self._release, name) is not None
+            check_config(f"{self._release}/{name}", config, scale_is_folded=scaled)
+        revision = self._commit(fetch=True)
         return {
             layer: tuple(
                 sae_attributes(
@@ -279,6 +311,7 @@ class ReleaseSAEs:
                     name,
                     self._configs[name],
                     fold=self._fold,
+                    revision=revision,
                 )
                 for form, name in of_layer.items()
             )
@@ -339,15 +372,23 @@ class ReleaseSAEs:
                 config = load_sae_config_from_huggingface(self._release, name)
             except (OSError, ValueError, KeyError, EntryNotFoundError) as error:
                 raise unreadable(f"{self._release}/{name}", error) from error
-            scaled = config.get("normalize_activations") == "expected_average_only_in"
-            if scaled and get_norm_scaling_factor(self._release, name) is None:
-                raise SAEError(
-                    f"{self._release}/{name}: its input scale is not known",
-                    why="It expects inputs of average norm, and sae-lens has no factor for it.",
-                    remedy="Use a release that lists norm_scaling_factor.",
-                )
             self._configs[name] = config
         return self._configs[name]
+
+    def _commit(self, *, fetch: bool) -> str:
+        """Return the commit that sae-lens loads from: the hub's, else the cache's."""
+        entry = get_pretrained_saes_directory()[self._release]
+        revision = (entry.config_overrides or {}).get("revision")
+        try:
+            snapshot = snapshot_download(
+                entry.repo_id,
+                revision=str(revision) if revision else None,
+                allow_patterns=".gitattributes",
+                local_files_only=not fetch,
+            )
+        except (OSError, ValueError, EntryNotFoundError) as error:
+            raise unreadable(self._release, error) from error
+        return Path(snapshot).name
 
     def stretches(self, saes: Sequence[SAEAttributes]) -> list[tuple[Path, int, int]]:
         """Say what :meth:`load` will read, if it knows."""
@@ -357,20 +398,31 @@ class ReleaseSAEs:
         """Load one encoder from the hub's cache, fetching it if need be."""
         what = f"{self._release}/{attributes.id}"
         try:
-            if self._encoder_alone:
-                return Encoder(load_encoder(self._release, attributes, device), attributes)
-            sae = SAE.from_pretrained(
-                self._release,
-                attributes.id,
-                device=str(device),
-                dtype=attributes.dtype,
-                fold_W_dec_norm=attributes.decoder_norm_folded,
-            )
+            sae = self._load(attributes, device)
         except NotImplementedError as error:
             raise cannot_fold(what, error) from error
         except LOADING_ERRORS as error:
             raise unreadable(what, error) from error
+        commit = self._commit(fetch=False)
+        if commit != attributes.revision:
+            raise SAEError(
+                f"{what}: loaded from commit {commit}, not from {attributes.revision}",
+                why="The hub's repository was changed after this run began.",
+                remedy="Replace the run with --overwrite, which takes all SAEs from the new "
+                "commit.",
+            )
         return Encoder(sae, attributes)
+
+    def _load(self, attributes: SAEAttributes, device: torch.device) -> Any:
+        if self._encoder_alone:
+            return load_encoder(self._release, attributes, device)
+        return SAE.from_pretrained(
+            self._release,
+            attributes.id,
+            device=str(device),
+            dtype=attributes.dtype,
+            fold_W_dec_norm=attributes.decoder_norm_folded,
+        )
 
 
 def _variables(places: Mapping[HookPoint, object]) -> dict[str, str]:
@@ -418,3 +470,12 @@ def check_fit(found: Found, model: LoadedModel) -> None:
                     remedy="Choose SAEs that were trained on --model.",
                 )
             place(model.blocks[layer], model.attentions.get(layer), kind)
+
+
+def _fingerprint(path: Path, config: dict[str, Any]) -> str:
+    """Return the fingerprint of an SAE in a folder; a stride of its weights is read."""
+    try:
+        _, config_class = get_sae_class(config["architecture"])
+        return sae_fingerprint(config_class.from_dict(config), path / "sae_weights.safetensors")
+    except LOADING_ERRORS as error:
+        raise unreadable(str(path), error) from error

@@ -43,9 +43,13 @@ _CLUSTER = ("workers", "scheduler", "scheduler_file")
 )
 @click.option("--sae-path", type=PATH, help="Folder of SAEs saved by sae-lens.")
 @click.option("--fold-decoder-norm", is_flag=True, help="Scale features to decoder norm 1.")
-@click.option("--layers", type=Layers(), help="Decoder blocks, from 0.  [default: 1-31]")
-@click.option("--layer-start", type=click.IntRange(0), help="First layer, instead of --layers.")
-@click.option("--layer-end", type=click.IntRange(0), help="Last layer, instead of --layers.")
+@click.option(
+    "--layers",
+    type=Layers(),
+    help="Decoder blocks, from 0.  [default: all, with SAEs those that have one]",
+)
+@click.option("--layer-start", type=click.IntRange(0), help="First, instead of --layers.")
+@click.option("--layer-end", type=click.IntRange(0), help="Last, instead of --layers.")
 @click.option("--no-features", is_flag=True, help="Attention only; no SAEs are loaded.")
 @click.option("--no-attention", is_flag=True, help="Features only.")
 @click.option("--scenarios", type=PATH, help="YAML or JSONL file; the ten embedded if left out.")
@@ -85,13 +89,18 @@ _CLUSTER = ("workers", "scheduler", "scheduler_file")
     "--feature-dtype",
     type=click.Choice(["float32", "float16"]),
     default="float32",
-    help="Stored precision of features.",
+    help="Stored precision of features; float16 ends at 65,504.",
 )
 @click.option("--prepend-bos/--no-prepend-bos", default=None, help="Override the SAEs' rule.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 @overwrite_option
 @click.option("--repair", is_flag=True, help="Read every byte that is there; redo what is damaged.")
 @click.option("--allow-nonfinite", is_flag=True, help="Store NaN and infinity, and say where.")
+@click.option(
+    "--accept-versions",
+    is_flag=True,
+    help="Go on with a run that other versions of libraries began; its traces name both.",
+)
 @click.option("--workers", type=click.IntRange(1), help="Start so many processes, one a GPU.")
 @click.option("--scheduler", help="Use the Dask cluster at this address, as tcp://host:8786.")
 @click.option("--scheduler-file", type=PATH, help="File in which its scheduler wrote the address.")
@@ -138,6 +147,7 @@ def _extract(given: dict[str, Any], options: Options) -> None:
         "overwrite": given["overwrite"],
         "repair": given["repair"],
         "allow_nonfinite": given["allow_nonfinite"],
+        "accept_versions": given["accept_versions"],
         "progress": None if quiet else "bars" if show_progress(quiet=quiet) else "lines",
     }
     where = {name: given[name] for name in _CLUSTER}
@@ -156,6 +166,7 @@ def _extract(given: dict[str, Any], options: Options) -> None:
 def _options(given: dict[str, Any]) -> Options:
     from zarrtrace.extraction import Options
 
+    _check_layers(given)
     return Options(
         model=given["model"],
         revision=given["revision"],
@@ -164,7 +175,9 @@ def _options(given: dict[str, Any]) -> Options:
         sae_ids=given["sae_id"],
         sae_path=given["sae_path"],
         fold_decoder_norm=given["fold_decoder_norm"],
-        layers=_layers(given),
+        layers=given["layers"],
+        layer_start=given["layer_start"],
+        layer_end=given["layer_end"],
         features=not given["no_features"],
         attention=not given["no_attention"],
         scenarios=given["scenarios"],
@@ -182,17 +195,12 @@ def _options(given: dict[str, Any]) -> Options:
     )
 
 
-def _layers(given: dict[str, Any]) -> tuple[int, ...] | None:
+def _check_layers(given: dict[str, Any]) -> None:
     start, end = given["layer_start"], given["layer_end"]
-    if start is None and end is None:
-        layers: tuple[int, ...] | None = given["layers"]
-        return layers
-    if given["layers"] is not None:
+    if given["layers"] is not None and (start, end) != (None, None):
         raise click.UsageError("Give either --layers, or --layer-start and --layer-end.")
-    start, end = 1 if start is None else start, 31 if end is None else end
-    if end < start:
+    if start is not None and end is not None and end < start:
         raise click.UsageError(f"--layer-end {end} is before --layer-start {start}.")
-    return tuple(range(start, end + 1))
 
 
 def _device(given: dict[str, Any]) -> str:
@@ -204,18 +212,27 @@ def _device(given: dict[str, Any]) -> str:
 
 
 def _plan(job: Job, need: Estimate, output: Location, *, as_json: bool) -> str:
+    from zarrtrace.format.attributes import ranges
+
     if as_json:
         import dataclasses
         import json
 
-        plan = {"output": str(output), "config": dict(job.config), **dataclasses.asdict(need)}
+        plan: dict[str, Any] = {
+            "output": str(output),
+            "config": dict(job.config),
+            **dataclasses.asdict(need),
+        }
+        plan["notes"] = list(job.notes)
         return json.dumps(plan, indent=2)
     rows = [[name, str(count)] for name, count in need.tokens.items()]
     saes = f"{len(job.saes)} SAEs" if job.saes else "no SAEs"
     model = job.model.attributes.id
+    layers = f"{len(job.layers)} layers ({ranges(job.layers)})"
     lines = [
-        f"Would extract {len(rows)} scenarios × {len(job.layers)} layers of {model} with {saes}",
+        f"Would extract {len(rows)} scenarios × {layers} of {model} with {saes}",
         f"into {output}:",
+        *job.notes,
         "",
         table(["scenario", "tokens"], rows),
         "",

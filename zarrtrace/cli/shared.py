@@ -147,12 +147,12 @@ workers_option = click.option("--workers", type=click.IntRange(1), help="Threads
 
 def missing_for_cluster(error: ModuleNotFoundError) -> ConfigError:
     """Say what a Dask cluster needs."""
-    from zarrtrace.errors import ConfigError
+    from zarrtrace.errors import ConfigError, install_command
 
     return ConfigError(
         f"a cluster needs {error.name}, which is not installed",
         why="Everything works in one process without it, so it is an extra.",
-        remedy="pip install 'zarrtrace[cluster]'",
+        remedy=install_command("cluster"),
     )
 
 

@@ -7,6 +7,9 @@ from pathlib import Path
 
 _FOLDER = Path(__file__).parent
 
+#: The layers of the slot-machine experiment, L1 to L31, which a run of the demo captures.
+LAYERS = tuple(range(1, 32))
+
 
 def model_path() -> Path:
     """Folder of the embedded model and its tokenizer, in Hugging Face's layout."""

@@ -16,15 +16,16 @@ import uuid
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from distributed import Client, Future, KilledWorker
 
-from zarrtrace.errors import ClusterError, ConfigError
+from zarrtrace.errors import ClusterError, ConfigError, install_command
 from zarrtrace.extraction import worker
 from zarrtrace.extraction.job import Options, find_scenarios
-from zarrtrace.extraction.progress import Progress, Shown
+from zarrtrace.extraction.progress import Progress, Shown, say
 from zarrtrace.extraction.running import as_before, saying_how_much_room
 from zarrtrace.extraction.worker import Measured, Order, Settled, Setup
 from zarrtrace.scenarios import Scenario
@@ -52,6 +53,7 @@ def extract_on_cluster(
     overwrite: bool = False,
     repair: bool = False,
     allow_nonfinite: bool = False,
+    accept_versions: bool = False,
     progress: Shown = None,
 ) -> Location:
     """Do what :func:`zarrtrace.extraction.extract` does, on the workers of a Dask cluster.
@@ -63,7 +65,7 @@ def extract_on_cluster(
     ----------
     client
         Connected to the cluster, whose workers have one thread each and see the same files.
-    output, options, overwrite, repair, allow_nonfinite, progress
+    output, options, overwrite, repair, allow_nonfinite, accept_versions, progress
         As for :func:`zarrtrace.extraction.extract`. On GPUs the device is ``"cuda"``: the first
         one that a worker sees.
 
@@ -91,9 +93,17 @@ def extract_on_cluster(
         )
     scenarios = {scenario.name: scenario for scenario in find_scenarios(asked)}
     plan = _plan(client, Setup(asked, Path.cwd()), tuple(scenarios.values()))
+    say(plan.settled.notes, progress)
     with (
         saying_how_much_room(output, plan.disk_bytes),
-        RunWriter(output, list(scenarios), plan.config, overwrite=overwrite, repair=repair) as run,
+        RunWriter(
+            output,
+            list(scenarios),
+            plan.config,
+            overwrite=overwrite,
+            repair=repair,
+            accept_versions=accept_versions,
+        ) as run,
         Progress(dict.fromkeys(scenarios, plan.settled.layers), progress) as bars,
     ):
         order = Order(
@@ -103,10 +113,11 @@ def extract_on_cluster(
             batch_size=plan.settled.batch_size,
             repair=repair,
             allow_nonfinite=allow_nonfinite,
-            versions=plan.settled.versions,
+            config=plan.settled.config,
         )
         with _listening(client, order.run, bars):
-            _Tasks(client, order, bars).run(plan.tasks(_count(client)))
+            tasks = _Tasks(client, order, plan.config["prompts"], bars)
+            tasks.run(plan.tasks(_count(client)))
         run.finish()
     return output
 
@@ -162,9 +173,26 @@ def _plan(client: Client, setup: Setup, scenarios: tuple[Scenario, ...]) -> _Pla
     lengths = [tokens[scenario.name] for scenario in scenarios]
     alone = [scenario.name in blocked for scenario in scenarios]
     [settled] = _results(client, [client.submit(worker.settle, setup, lengths, alone, pure=False)])
+    _refuse_unlike(settled.config, measured)
     digests = {scenario.name: digests[scenario.name] for scenario in scenarios}
     config = {**settled.config, "prompts": digests}
     return _Plan(setup, scenarios, tokens, disk_bytes, settled, config)
+
+
+def _refuse_unlike(config: Mapping[str, Any], measured: Sequence[Measured]) -> None:
+    """Refuse workers that differ, and a client that would write metadata otherwise than they."""
+    for part in measured:
+        # Each has chosen a batch size for its own part.
+        there = {**part.config, "batch_size": config["batch_size"], "prompts": {}}
+        worker.refuse_other_worker(part.worker, config, there)
+    for name in ("zarrtrace", "zarr"):
+        here, there = version(name), config["versions"][name]
+        if here != there:
+            raise ClusterError(
+                f"workers have {name} {there}, this machine has {here}",
+                why="Workers write traces, this machine the metadata of the run.",
+                remedy=f"Install the same {name} on all of them.",
+            )
 
 
 def _merged(
@@ -192,7 +220,7 @@ def _results(client: Client, futures: Sequence[Future]) -> list[Any]:
     except ModuleNotFoundError as error:
         raise ClusterError(
             f"a worker lacks {error.name}",
-            remedy="pip install 'zarrtrace[extract,cluster]' in the environment of every worker.",
+            remedy=f"{install_command('extract,cluster')}, in the environment of every worker.",
         ) from error
     finally:
         client.cancel(list(futures))
@@ -225,8 +253,11 @@ def _listening(client: Client, run: str, bars: Progress) -> Iterator[None]:
 class _Tasks:
     """Keeps each worker busy, with a task more at hand, until all are done."""
 
-    def __init__(self, client: Client, order: Order, bars: Progress) -> None:
+    def __init__(
+        self, client: Client, order: Order, prompts: Mapping[str, str], bars: Progress
+    ) -> None:
         self._client, self._order, self._bars = client, order, bars
+        self._prompts = prompts
         self._waiting: deque[tuple[Group, ...]] = deque()
         self._going: dict[str, tuple[Future, tuple[Group, ...]]] = {}
         self._ended: queue.SimpleQueue[Future] = queue.SimpleQueue()
@@ -253,7 +284,10 @@ class _Tasks:
         while self._waiting and room > 0:
             task = self._waiting.popleft()
             scenarios = tuple(scenario for group in task for scenario in group)
-            future = self._client.submit(worker.extract_some, self._order, scenarios, pure=False)
+            prompts = {scenario.name: self._prompts[scenario.name] for scenario in scenarios}
+            future = self._client.submit(
+                worker.extract_some, self._order, scenarios, prompts, pure=False
+            )
             self._going[future.key] = (future, task)
             future.add_done_callback(self._ended.put)
             room -= 1

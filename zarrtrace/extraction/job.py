@@ -7,13 +7,14 @@ import importlib.metadata
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from zarrtrace import demo
-from zarrtrace.errors import ConfigError, ScenarioError
+from zarrtrace.errors import ConfigError, ScenarioError, install_command
+from zarrtrace.extraction.layers import choose_layers
 from zarrtrace.extraction.processes import FEW_TRACES, start_writers
 from zarrtrace.extraction.reading_ahead import ReadAhead, weight_files
 from zarrtrace.format.attributes import SAEAttributes, TraceAttributes, ranges
@@ -21,8 +22,6 @@ from zarrtrace.format.layout import TraceShape
 from zarrtrace.records import TracePlan
 from zarrtrace.scenarios import Scenario, load_suite
 
-#: The mission's layers: L1 to L31.
-DEFAULT_LAYERS = tuple(range(1, 32))
 #: What the embedded model is called in a trace.
 DEMO_MODEL = "zarrtrace-demo"
 
@@ -46,7 +45,10 @@ class Options:
     fold_decoder_norm
         Whether activations are scaled to decoder directions of norm 1.
     layers
-        Indices of decoder blocks; None is 1 to 31, the mission's.
+        Indices of decoder blocks. None is all, with features all that have an SAE; of the embedded
+        model, 1 to 31.
+    layer_start, layer_end
+        First and last block, instead of `layers`; None is the model's own.
     features, attention
         What to store.
     scenarios
@@ -65,11 +67,12 @@ class Options:
         block of queries by block, so that no whole matrix is held; ``"auto"`` the latter only
         where a matrix is large.
     attention_dtype
-        None stores losslessly what the model computed.
+        None stores losslessly what the model computed; float16 makes 0 of weights below 3e-8.
     attention_keepbits
         Bits of the mantissa of attention to keep, 1 to 23 (10 for float16); None for all.
     feature_dtype
-        Precision in which features are stored.
+        Precision in which features are stored. Activations too large for it are refused; those too
+        small for it become its smallest number, so that a feature that fires is not stored as 0.
     prepend_bos
         None does as the SAEs were trained, else if the tokenizer has a BOS token.
     low_memory
@@ -84,6 +87,8 @@ class Options:
     sae_path: Path | None = None
     fold_decoder_norm: bool = False
     layers: tuple[int, ...] | None = None
+    layer_start: int | None = None
+    layer_end: int | None = None
     features: bool = True
     attention: bool = True
     scenarios: Path | None = None
@@ -122,6 +127,8 @@ class Job:
         Scenarios in one forward pass.
     config
         What a resumed run must agree with.
+    notes
+        Sentences about what is left out: layers without an SAE.
     """
 
     options: Options
@@ -133,6 +140,7 @@ class Job:
     blocked: frozenset[str]
     batch_size: int
     config: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
     def queries(self, prompt: Any) -> tuple[int, ...] | None:
         """Token positions whose attention is stored; None for all.
@@ -272,8 +280,11 @@ def prepare(
     model = _load_model(options, capture, weights=False)
     if weights and model.device.type != "cpu" and len(scenarios) >= FEW_TRACES:
         start_writers(len(scenarios))
-    layers = _layers(options, model)
+    layers, notes = choose_layers(options, len(model.blocks), source)
     saes = {} if source is None else _find_saes(source, layers, model)
+    without = [layer for layer in layers if saes and layer not in saes]
+    if without:
+        notes += (f"layers {ranges(without)} have no SAE: they are stored without features",)
     if ahead and source is not None:
         ahead.add(source.stretches([sae for found in saes.values() for sae in found]))
     prepend_bos = _prepend_bos(options, model, source)
@@ -283,7 +294,8 @@ def prepare(
     if weights:
         model = _load_model(options, capture, weights=True)
         capture.check_additions(model, _kinds(saes))
-    return _assembled(options, model, layers, source, saes, prompts, prepend_bos=prepend_bos)
+    job = _assembled(options, model, layers, source, saes, prompts, prepend_bos=prepend_bos)
+    return replace(job, notes=notes)
 
 
 def with_scenarios(job: Job, scenarios: Sequence[Scenario]) -> Job:
@@ -292,9 +304,10 @@ def with_scenarios(job: Job, scenarios: Sequence[Scenario]) -> Job:
     prompts = tuple(
         capture.tokenize(job.model, scenario, prepend_bos=bos) for scenario in scenarios
     )
-    return _assembled(
+    made = _assembled(
         job.options, job.model, job.layers, job.source, job.saes, prompts, prepend_bos=bos
     )
+    return replace(made, notes=job.notes)
 
 
 def _assembled(
@@ -312,7 +325,6 @@ def _assembled(
     batch_size = options.batch_size or capture.default_batch_size(model, lengths)
     blocked = _blocked(options, model, prompts)
     model = capture.renamed(model, options.model or DEMO_MODEL, prepend_bos=prepend_bos)
-    scenarios = [prompt.scenario for prompt in prompts]
     job = Job(
         options=options,
         model=model,
@@ -322,7 +334,7 @@ def _assembled(
         saes=saes,
         blocked=blocked,
         batch_size=batch_size,
-        config=_config(options, model, layers, saes, scenarios, batch_size),
+        config=_config(options, model, layers, saes, prompts, batch_size),
     )
     for prompt in prompts:
         job.queries(prompt)  # refuses positions that a prompt does not have
@@ -372,7 +384,7 @@ def capture_package() -> Any:
         raise ConfigError(
             f"extracting needs {error.name}, which is not installed",
             why="Reading and analysing work without torch, so it is an extra.",
-            remedy="pip install 'zarrtrace[extract]'",
+            remedy=install_command("extract"),
         ) from error
     return capture
 
@@ -428,22 +440,6 @@ def find_scenarios(options: Options) -> tuple[Scenario, ...]:
     return tuple(s for s in scenarios if not options.only or s.name in options.only)
 
 
-def _layers(options: Options, model: Any) -> tuple[int, ...]:
-    count = len(model.blocks)
-    if options.layers is None:
-        return tuple(layer for layer in DEFAULT_LAYERS if layer < count)
-    layers = tuple(sorted(set(options.layers)))
-    outside = [layer for layer in layers if not 0 <= layer < count]
-    if outside or not layers:
-        raise ConfigError(
-            f"--layers {', '.join(map(str, outside)) or '(none)'}: the model has blocks 0 to "
-            f"{count - 1}",
-            why="A layer is the decoder block's own index, counted from 0.",
-            remedy=f"Give layers within 0-{count - 1}.",
-        )
-    return layers
-
-
 def _sae_source(options: Options) -> Any:
     from zarrtrace.capture.saes import FolderSAEs, ReleaseSAEs  # noqa: PLC0415 -- takes seconds
 
@@ -481,7 +477,7 @@ def _config(
     model: Any,
     layers: Sequence[int],
     saes: SAEs,
-    scenarios: Sequence[Scenario],
+    prompts: Sequence[Any],
     batch_size: int,
 ) -> dict[str, Any]:
     """Everything that decides what is stored, as JSON."""
@@ -489,6 +485,8 @@ def _config(
     return {
         "model": attributes.id,
         "revision": attributes.revision,
+        "model_fingerprint": attributes.fingerprint,
+        "model_settings": capture_package().settings_fingerprint(model.model.config),
         "dtype": attributes.dtype,
         "prepend_bos": attributes.prepend_bos,
         "device": model.device.type,
@@ -502,17 +500,26 @@ def _config(
         "features": options.features,
         "feature_dtype": options.feature_dtype,
         "sae_release": options.sae_release,
-        "saes": [sae.id for found in saes.values() for sae in found],
+        "saes": {
+            sae.id: sae.fingerprint or sae.revision for found in saes.values() for sae in found
+        },
         "fold_decoder_norm": options.fold_decoder_norm,
-        "prompts": {scenario.name: _digest(scenario) for scenario in scenarios},
+        "prompts": {prompt.scenario.name: _digest(prompt) for prompt in prompts},
+        "versions": library_versions(),
     }
 
 
-def _digest(scenario: Scenario) -> str:
+def _digest(prompt: Any) -> str:
+    """Hash a scenario, and what the tokenizer makes of it."""
+    scenario = prompt.scenario
     content = [
         scenario.prompt,
         sorted(scenario.spans.items()),
         list(scenario.tags),
         sorted(scenario.options.items()),
+        list(prompt.tokens.ids),
+        list(prompt.tokens.texts),
+        sorted((name, span.tokens) for name, span in prompt.spans.items()),
+        sorted((name, option.token_id) for name, option in prompt.options.items()),
     ]
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()

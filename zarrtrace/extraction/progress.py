@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Literal, Protocol, Self
 
@@ -15,6 +15,12 @@ _SECONDS_A_LINE = 30
 
 #: Two bars, or a line now and then, for logs; None for nothing.
 Shown = Literal["bars", "lines"] | None
+
+
+def say(notes: Sequence[str], shown: Shown) -> None:
+    """Write notes on stderr, if anything is shown there."""
+    for note in notes if shown else ():
+        sys.stderr.write(f"zarrtrace: {note}\n")
 
 
 class Watch(Protocol):

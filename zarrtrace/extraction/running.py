@@ -13,12 +13,12 @@ from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from zarrtrace.errors import IntegrityError, NonFiniteError, NoSpaceError, readable
+from zarrtrace.errors import IntegrityError, NoSpaceError, readable
 from zarrtrace.extraction.estimate import estimate
 from zarrtrace.extraction.interrupts import held_back
 from zarrtrace.extraction.job import Job, Options, capture_package, prepare
 from zarrtrace.extraction.processes import FEW_TRACES, WriterProcesses
-from zarrtrace.extraction.progress import Progress, Shown, Watch
+from zarrtrace.extraction.progress import Progress, Shown, Watch, say
 from zarrtrace.extraction.writers import (
     THREADS,
     Lack,
@@ -27,7 +27,6 @@ from zarrtrace.extraction.writers import (
     Writers,
     WriterThreads,
 )
-from zarrtrace.records import LayerBatch, LayerRecord
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import RunWriter, read_run, refuse_foreign, wait_for_writers
 from zarrtrace.store.staged import staging_folder
@@ -43,6 +42,7 @@ def extract(
     overwrite: bool = False,
     repair: bool = False,
     allow_nonfinite: bool = False,
+    accept_versions: bool = False,
     progress: Shown = None,
 ) -> Location:
     """Run a model over scenarios and store attention, features and continuations.
@@ -60,7 +60,10 @@ def extract(
     repair
         Read every byte of a run that exists, and make anew what is damaged.
     allow_nonfinite
-        Store NaN and infinity that the model computes, and say where in the trace's attributes.
+        Store NaN and infinity, which the model computes or the stored precision makes of values
+        too large for it, and say where in the trace's attributes.
+    accept_versions
+        Go on with a run that was begun by other versions of libraries; its traces name both.
     progress
         ``"bars"`` draws two on stderr, ``"lines"`` writes one twice a minute, for logs.
 
@@ -76,7 +79,7 @@ def extract(
     ModelError, SAEError
         If the model or an SAE cannot be used.
     NonFiniteError
-        If the model computes NaN or infinity, and `allow_nonfinite` is false.
+        If NaN or infinity would be stored, and `allow_nonfinite` is false.
     StoreError
         If `output` cannot be written, or is another run.
     """
@@ -86,10 +89,18 @@ def extract(
     job = prepare(
         as_before(output, options or Options(), overwrite=overwrite), progress=progress == "bars"
     )
+    say(job.notes, progress)
     layers = {prompt.scenario.name: len(job.layers) for prompt in job.prompts}
     with (
         saying_how_much_room(output, estimate(job).disk_bytes),
-        RunWriter(output, list(layers), job.config, overwrite=overwrite, repair=repair) as run,
+        RunWriter(
+            output,
+            list(layers),
+            job.config,
+            overwrite=overwrite,
+            repair=repair,
+            accept_versions=accept_versions,
+        ) as run,
         Progress(layers, progress) as bars,
     ):
         wait_for_writers(run.path, seconds=SECONDS_GIVEN_UP)
@@ -100,10 +111,12 @@ def extract(
 
 @contextlib.contextmanager
 def saying_how_much_room(output: Location, needed: int) -> Iterator[None]:
-    """Add to the error of a full disk how many bytes the run needs."""
+    """Add to the error of a full disk how many bytes the run needs, if it is bytes that lack."""
     try:
         yield
     except NoSpaceError as error:
+        if error.why:
+            raise
         free = readable(shutil.disk_usage(str(staging_folder(output).parent)).free)
         raise NoSpaceError(
             error.what,
@@ -141,8 +154,8 @@ def fill(
     traces = Traces(
         folder,
         [job.plan(prompt) for prompt in _in_order(job)],
-        job.options.attention_keepbits,
         repair,
+        allow_nonfinite,
     )
     opened = _writers(job, traces, watch)
     with held_back() as interrupted, opened as writers:
@@ -152,8 +165,6 @@ def fill(
         with contextlib.closing(_captured(job, writers.lacks)) as records:
             for record in records:
                 watch.check()
-                if not allow_nonfinite:
-                    _refuse_nonfinite(record, job)
                 writers.submit(record)
                 interrupted()
 
@@ -196,23 +207,6 @@ def _captured(job: Job, lacks: Mapping[str, Lack]) -> Generator[Record, None, No
         batch_size=job.batch_size,
     )
     return found
-
-
-def _refuse_nonfinite(record: Record, job: Job) -> None:
-    if isinstance(record, LayerBatch):
-        for one in record.records() if record.doubtful else []:
-            _refuse_nonfinite(one, job)
-        return
-    if not record.nonfinite:
-        return
-    where = f"layer {record.layer}" if isinstance(record, LayerRecord) else "the last layer"
-    raise NonFiniteError(
-        f"{record.scenario}: the model computed NaN or infinity in {where} "
-        f"({', '.join(record.nonfinite)})",
-        why=f"The model runs in {job.model.attributes.dtype}; float16 ends at 65,504, which some "
-        "models exceed. Damaged weights do this, too.",
-        remedy="Use --dtype bfloat16 or float32, or store such values with --allow-nonfinite.",
-    )
 
 
 def as_before(output: Location, options: Options, *, overwrite: bool) -> Options:

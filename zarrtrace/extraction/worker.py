@@ -30,6 +30,7 @@ from zarrtrace.extraction.job import (
 )
 from zarrtrace.extraction.memory import keep_freed
 from zarrtrace.extraction.running import SECONDS_GIVEN_UP, fill
+from zarrtrace.identity import differences
 from zarrtrace.scenarios import Scenario
 from zarrtrace.storage import Location
 from zarrtrace.store import only_writer
@@ -72,8 +73,8 @@ class Order:
         Scenarios in one forward pass.
     repair, allow_nonfinite
         As for :func:`zarrtrace.extraction.extract`.
-    versions
-        Libraries that all workers must have alike.
+    config
+        What every worker must find: versions, weights and options; without the scenarios.
     """
 
     run: str
@@ -82,7 +83,7 @@ class Order:
     batch_size: int
     repair: bool
     allow_nonfinite: bool
-    versions: Mapping[str, str]
+    config: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,16 @@ class Measured:
         What a resumed run compares.
     disk_bytes
         Expected size of their traces.
+    worker, config
+        Who says so, and what it would begin a run with, without the scenarios.
     """
 
     tokens: Mapping[str, int]
     blocked: frozenset[str]
     digests: Mapping[str, str]
     disk_bytes: int
+    worker: str
+    config: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -121,15 +126,15 @@ class Settled:
         Indices of the scenarios that go through the model together.
     layers
         How many each scenario has.
-    versions
-        Of the libraries that decide what is stored.
+    notes
+        Sentences about what is left out.
     """
 
     config: Mapping[str, Any]
     batch_size: int
     groups: Sequence[Sequence[int]]
     layers: int
-    versions: Mapping[str, str]
+    notes: tuple[str, ...]
 
 
 class _Stopped(Exception):  # noqa: N818 -- a request, not an error
@@ -163,6 +168,8 @@ def measure(setup: Setup, scenarios: Sequence[Scenario]) -> Measured:
         blocked=job.blocked,
         digests=job.config["prompts"],
         disk_bytes=estimate(job).disk_bytes,
+        worker=get_worker().address,
+        config={key: value for key, value in job.config.items() if key != "prompts"},
     )
 
 
@@ -173,16 +180,26 @@ def settle(setup: Setup, lengths: Sequence[int], alone: Sequence[bool]) -> Settl
         job = _job(setup, ())
         size = setup.options.batch_size or capture.default_batch_size(job.model, lengths)
     return Settled(
-        config={**job.config, "batch_size": size},
+        config={**job.config, "batch_size": size, "prompts": {}},
         batch_size=size,
         groups=capture.grouped(lengths, alone, size),
         layers=len(job.layers),
-        versions=library_versions(),
+        notes=job.notes,
     )
 
 
-def extract_some(order: Order, scenarios: Sequence[Scenario]) -> dict[str, State]:
-    """Fill the traces of whole groups of scenarios; returns how each is."""
+def extract_some(
+    order: Order, scenarios: Sequence[Scenario], prompts: Mapping[str, str]
+) -> dict[str, State]:
+    """Fill the traces of whole groups of scenarios; returns how each is.
+
+    Parameters
+    ----------
+    order, scenarios
+        What to do.
+    prompts
+        Digests of the scenarios and their tokens, as the run's configuration has them.
+    """
     _check(order)
     names = [scenario.name for scenario in scenarios]
     reports = _Reports(order.run)
@@ -190,6 +207,9 @@ def extract_some(order: Order, scenarios: Sequence[Scenario]) -> dict[str, State
         reports.check()
         with only_writer(order.folder, names, seconds=SECONDS_GIVEN_UP):
             job = _job(order.setup, scenarios, order.batch_size)
+            refuse_other_worker(
+                get_worker().address, {**order.config, "prompts": prompts}, job.config
+            )
             fill(
                 order.folder,
                 job,
@@ -235,25 +255,35 @@ def _resolved(setup: Setup) -> Options:
 
 def _check(order: Order) -> None:
     """Refuse work that this worker would do otherwise than the others, or elsewhere."""
-    here = library_versions()
-    differing = [
-        f"{name} {here[name]} instead of {version}"
-        for name, version in order.versions.items()
-        if here[name] != version
-    ]
     where = get_worker().address
-    if differing:
-        raise ClusterError(
-            f"worker {where} has other libraries: {', '.join(differing)}",
-            why="A run must not depend on which worker made which part of it.",
-            remedy="Install the same versions in the environments of all workers.",
-        )
+    versions = {"versions": library_versions()}  # before weights are loaded
+    refuse_other_worker(where, {"versions": order.config["versions"]}, versions)
     if not (order.folder / "zarr.json").is_file():
         raise ClusterError(
             f"worker {where} does not see {order.folder}",
             why="Workers write traces themselves, into the folder that the client made.",
             remedy="Give an --output in an object store, or on a file system that all machines "
             "mount at the same place.",
+        )
+
+
+def refuse_other_worker(worker: str, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Refuse a worker with other libraries, weights or tokens than the run was begun with.
+
+    Raises
+    ------
+    ClusterError
+        With all that differs.
+    """
+    if differing := differences(expected, found):
+        lines = "".join(
+            f"\n  {one.name}: {one.there} there, {one.here} on this worker" for one in differing
+        )
+        raise ClusterError(
+            f"worker {worker} is not set up as the worker that began:{lines}",
+            why="A run must not depend on which worker made which part of it.",
+            remedy="Install the same versions in the environments of all workers, and give all "
+            "the same files of the model and the SAEs.",
         )
 
 

@@ -7,13 +7,10 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
-
-import numpy as np
-from numcodecs import BitRound
 
 from zarrtrace.extraction.memory import release_freed
 from zarrtrace.extraction.progress import Watch
@@ -43,16 +40,14 @@ class Traces:
         The run, which exists.
     each
         The traces.
-    keepbits
-        Bits of the mantissa that attention keeps; None for all.
-    repair
+    repair, allow_nonfinite
         As for :func:`zarrtrace.extraction.extract`.
     """
 
     folder: Location
     each: Sequence[TracePlan]
-    keepbits: int | None
     repair: bool
+    allow_nonfinite: bool
 
 
 class Lack(NamedTuple):
@@ -101,9 +96,14 @@ class OpenTraces:
     """
 
     def __init__(self, traces: Traces) -> None:
-        self._folder, self._keepbits = traces.folder, traces.keepbits
+        self._folder = traces.folder
         self._writers = {
-            plan.attributes.scenario: TraceWriter(traces.folder, plan, repair=traces.repair)
+            plan.attributes.scenario: TraceWriter(
+                traces.folder,
+                plan,
+                repair=traces.repair,
+                allow_nonfinite=traces.allow_nonfinite,
+            )
             for plan in traces.each
         }
         self.lacks = {
@@ -120,7 +120,7 @@ class OpenTraces:
         """Store a record; returns of each trace how many layers it lacks, and if it is whole."""
         names = record.scenarios if isinstance(record, LayerBatch) else [record.scenario]
         for one in record.records() if isinstance(record, LayerBatch) else [record]:
-            self._writers[one.scenario].append(_rounded(one, self._keepbits))
+            self._writers[one.scenario].append(one)
         complete = [name for name in names if self._is_last(name, self._writers[name])]
         for name in complete:
             self._writers[name].complete()
@@ -137,17 +137,6 @@ class OpenTraces:
                 return False
             self._finished.add(scenario)
             return True
-
-
-def _rounded(
-    record: LayerRecord | TokensRecord, keepbits: int | None
-) -> LayerRecord | TokensRecord:
-    """Round attention to some bits of its mantissa; zeros behind them compress well."""
-    if keepbits is None or isinstance(record, TokensRecord) or record.attention is None:
-        return record
-    attention = np.asarray(record.attention)
-    rounded = BitRound(keepbits).encode(attention)
-    return replace(record, attention=rounded.view(attention.dtype))
 
 
 def bytes_of(record: Record) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
@@ -14,6 +15,7 @@ from zarrtrace.analysis import attention_to, pathway_features
 from zarrtrace.analysis.selecting import attention, positions, require, scenario_of
 from zarrtrace.errors import ConfigError
 from zarrtrace.figures.drawing import (
+    DIVERGING,
     NOT_STORED,
     PAGE_WIDTH,
     SEQUENTIAL,
@@ -50,8 +52,8 @@ def feature_timeline(ds: xr.Dataset, feature: int | None = None, *, ax: Axes | N
     ds
         A trace with ``features``, or with ``top_activation`` if `feature` is None.
     feature
-        A latent index (in every layer another feature: SAEs are trained apart); the strongest
-        activation of any feature if None.
+        A latent index (in every layer another feature: SAEs are trained apart); the activation of
+        largest magnitude of any feature if None.
     ax
         Where to draw; a new figure if None.
 
@@ -59,7 +61,7 @@ def feature_timeline(ds: xr.Dataset, feature: int | None = None, *, ax: Axes | N
     -------
     Axes
         With an image ``(layer, query)``, layers downwards; the scale ends at the 99th percentile
-        of what is active.
+        of active magnitudes, and is a diverging one where activations are negative (AbsTopK).
 
     Raises
     ------
@@ -83,8 +85,7 @@ def feature_timeline(ds: xr.Dataset, feature: int | None = None, *, ax: Axes | N
     ax = axes_or_new(ax, PAGE_WIDTH, height, margins=(0.45, 0.65, 0.85, 0.85))
     image = ax.imshow(
         shown,
-        cmap=SEQUENTIAL,
-        norm=_scale(shown),
+        **_scale(shown),
         aspect="auto",
         interpolation=interpolation(ax, shown.shape[1]),
     )
@@ -99,7 +100,8 @@ def feature_timeline(ds: xr.Dataset, feature: int | None = None, *, ax: Axes | N
         0, 1 + 0.62 / size_of(ax)[1], f"{drawable(scenario_of(ds))}: {of}", fontsize=8,
         transform=ax.transAxes, va="bottom",
     )  # fmt: skip
-    colour_bar(ax, image, "activation (SAE units)", extend="max")
+    extend: Literal["both", "max"] = "both" if (shown < 0).any() else "max"
+    colour_bar(ax, image, "activation (SAE units)", extend=extend)
     return ax
 
 
@@ -206,8 +208,7 @@ def integrated_view(
     values = np.ma.masked_invalid(np.asarray(decided.transpose("layer", "key"), dtype=np.float64))
     image = ax.imshow(
         values,
-        cmap=SEQUENTIAL,
-        norm=_scale(values[:, 1:], 0.999),
+        **_scale(values[:, 1:], 0.999),
         aspect="auto",
         interpolation=interpolation(ax, values.shape[1]),
     )
@@ -235,10 +236,14 @@ def integrated_view(
 # --- parts -------------------------------------------------------------------------------------
 
 
-def _scale(values: np.ma.MaskedArray, share: float = _SHOWN) -> Normalize:
-    active = values.compressed()
-    active = active[active > 0]
-    return Normalize(0, float(np.quantile(active, share)) if active.size else 1.0)
+def _scale(values: np.ma.MaskedArray, share: float = _SHOWN) -> dict[str, Any]:
+    """Return the colours and norm for values, diverging from 0 if some are negative."""
+    present = values.compressed()
+    active = np.abs(present[present != 0])
+    end = float(np.quantile(active, share)) if active.size else 1.0
+    if (present < 0).any():
+        return {"cmap": DIVERGING, "norm": Normalize(-end, end)}
+    return {"cmap": SEQUENTIAL, "norm": Normalize(0, end)}
 
 
 def _pathway_rows(ds: xr.Dataset, names: Sequence[str], count: int) -> list[tuple[str, int, int]]:
@@ -247,7 +252,7 @@ def _pathway_rows(ds: xr.Dataset, names: Sequence[str], count: int) -> list[tupl
     rows: list[tuple[str, int, int]] = []
     for name in names:
         found = pathway_features(ds, name, top=1)
-        score = np.nan_to_num(np.asarray(found["score"].isel(rank=0)))
+        score = np.abs(np.nan_to_num(np.asarray(found["score"].isel(rank=0))))
         best = np.argsort(-score, kind="stable")[:each]
         layers, features = np.asarray(found["layer"]), np.asarray(found["feature"].isel(rank=0))
         rows += [(name, int(layers[i]), int(features[i])) for i in sorted(best) if score[i] > 0]
@@ -290,10 +295,8 @@ def _draw_features(
         label_token_axis(ax, ds, spans)
         return
     values = np.stack(rows)
-    ax.imshow(
-        values / values.max(axis=1, keepdims=True), cmap=SEQUENTIAL, norm=Normalize(0, 1),
-        aspect="auto",
-    )  # fmt: skip
+    values /= np.abs(values).max(axis=1, keepdims=True)
+    ax.imshow(values, **_scale(np.ma.masked_invalid(values), 1.0), aspect="auto")
     colours = span_colours(spans)
     ax.set_yticks(range(len(chosen)), labels=[f"L{layer} · {f}" for _, layer, f in chosen])
     for tick, (name, _, _) in zip(ax.get_yticklabels(), chosen, strict=True):

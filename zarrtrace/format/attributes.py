@@ -94,6 +94,9 @@ Layers = Annotated[
 # --- parts -------------------------------------------------------------------------------------
 
 
+Fingerprint = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+
+
 class SpanAttributes(Frozen):
     """Where a span is."""
 
@@ -125,6 +128,9 @@ class ModelAttributes(Frozen):
     tokenizer: str = Field(description="Class of the tokenizer.")
     prepend_bos: bool
     quantization: str | None = Field(default=None, description="Method, if weights are quantised.")
+    fingerprint: Fingerprint | None = Field(
+        default=None, description="Hash of names, shapes and some values of the loaded weights."
+    )
 
 
 class SAEAttributes(Frozen):
@@ -140,6 +146,14 @@ class SAEAttributes(Frozen):
     d_sae: PositiveInt
     dtype: str = Field(description="Precision of the encoder's arithmetic.")
     decoder_norm_folded: bool
+    revision: str | None = Field(
+        default=None, description="Commit of the weights, if they came from a hub."
+    )
+    fingerprint: Fingerprint | None = Field(
+        default=None,
+        description="Hash of names, shapes and some values of the weights, if they came from a "
+        "folder.",
+    )
 
 
 class SAESetAttributes(Frozen):
@@ -156,10 +170,11 @@ class SAESetAttributes(Frozen):
     d_sae: PositiveInt
     dtype: str | None
     decoder_norm_folded: bool
+    revision: str | None = None
 
 
 #: Fields of an SAE that always are coordinates along `layer`; others become one if they differ.
-_BY_LAYER = ("id",)
+_BY_LAYER = ("id", "fingerprint")
 _TEXTS = ("hook_name", "architecture", "dtype")
 
 
@@ -194,12 +209,12 @@ def share_saes(
         first = next(iter(found.values()))
         texts: dict[str, str | None] = {}
         for field in (*_BY_LAYER, *_TEXTS):
-            values = {layer: str(getattr(sae, field)) for layer, sae in found.items()}
+            values = {layer: getattr(sae, field) or "" for layer, sae in found.items()}
             templates = {_template(value, layer) for layer, value in values.items()}
             texts[field] = templates.pop() if len(templates) == 1 else None
-            if field in _BY_LAYER or texts[field] is None:
+            if texts[field] is None or (field in _BY_LAYER and any(values.values())):
                 by_layer[sae_coordinate(field, variable)] = [values.get(n, "") for n in layers]
-        same = ("release", "d_in", "d_sae", "decoder_norm_folded")
+        same = ("release", "revision", "d_in", "d_sae", "decoder_norm_folded")
         for sae in found.values():
             for field in same:
                 if getattr(sae, field) != getattr(first, field):
@@ -261,11 +276,14 @@ class TraceAttributes(Frozen):
     feature_dtype: Literal["float16", "float32"] | None = Field(
         description="Null if features were not asked for."
     )
-    versions: dict[str, str] = Field(description="Libraries the trace was made with.")
+    versions: dict[str, str] = Field(
+        description="Libraries the trace was made with; if others completed it, both versions, as "
+        "in '2.4.0, 2.13.0'."
+    )
     nonfinite: dict[str, Layers] = Field(
         default_factory=dict,
-        description="Layers in which the model computed NaN or infinity, by array; no layers for "
-        "an array without layers.",
+        description="Layers in which arrays hold NaN or infinity: the model computed them, or "
+        "values exceed the stored precision. No layers for an array without layers.",
     )
     seal: Seal | None = Field(default=None, description=_SEAL)
 

@@ -17,6 +17,7 @@ from zarrtrace.store import (
     IndexWriter,
     RunIndex,
     indexable_traces,
+    locked,
     read_features,
     read_run,
     write_index_layer,
@@ -52,8 +53,9 @@ def build_index(run: Address, *, rebuild: bool = False) -> IndexUpdate:
     """Index the features of a run, or bring its index up to date.
 
     For each layer and feature: maximum, mean and frequency over all tokens, and the 20 strongest
-    tokens of all scenarios. It reads the features of complete scenarios that are not in the index,
-    on whatever scheduler dask is set to; tasks write their layer themselves, so a cluster needs the
+    tokens of all scenarios (those of largest magnitude; signs are kept).
+    It reads the features of complete scenarios that are not in the index, on whatever scheduler
+    dask is set to; tasks write their layer themselves, so a cluster needs the
     run's folder under the same path. If a scenario that is in the index was changed or taken away,
     all of it is built again: maxima cannot be taken back. An index that grew equals one that was
     built at once, bit for bit.
@@ -79,6 +81,12 @@ def build_index(run: Address, *, rebuild: bool = False) -> IndexUpdate:
         If it cannot be read.
     """
     run = locate(run).resolved()
+    read_run(run)  # says what is wrong if it is no run
+    with locked(run):  # from the first look on: what is indexed must not be replaced meanwhile
+        return _build(run, rebuild=rebuild)
+
+
+def _build(run: Location, *, rebuild: bool) -> IndexUpdate:
     traces = list(indexable_traces(run))
     if not traces:
         raise ConfigError(
@@ -92,13 +100,13 @@ def build_index(run: Address, *, rebuild: bool = False) -> IndexUpdate:
         for array, size in trace.features.items():
             features[array] = max(size, features.get(array, 0))
     features = dict(sorted(features.items()))
+    earlier = None if rebuild else _reusable(run, traces, layers, features)
+    known = set() if earlier is None else _indexed(earlier)
+    new = [trace for trace in traces if trace.number not in known]
+    if earlier is not None and not new:
+        there = earlier.attributes
+        return IndexUpdate("unchanged", 0, there.indexed, there.scenarios)
     with IndexWriter(run, layers, features) as writer:
-        earlier = None if rebuild else _reusable(run, traces, layers, features)
-        known = set() if earlier is None else _indexed(earlier)
-        new = [trace for trace in traces if trace.number not in known]
-        if earlier is not None and not new:
-            there = earlier.attributes
-            return IndexUpdate("unchanged", 0, there.indexed, there.scenarios)
         tasks = [
             _layer_graph(run if earlier else None, writer.path, new, layers, features, *which)
             for which in ((layer, array) for layer in layers for array in features)
@@ -174,7 +182,7 @@ def _count(traces: Sequence[IndexableTrace], array: str, layer: int) -> FeatureC
 
 
 def _together(parts: Sequence[FeatureCounts]) -> FeatureCounts:
-    counts = FeatureCounts(max(len(part.maximum) for part in parts))
+    counts = FeatureCounts(max(len(part.active) for part in parts))
     for part in parts:
         counts.merge(part)
     return counts

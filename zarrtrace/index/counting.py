@@ -26,7 +26,10 @@ _Entries = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 class FeatureCounts:
-    """Maximum, sum, count and strongest tokens of every feature of one layer.
+    """Sum, count and strongest tokens of every feature of one layer.
+
+    A feature fires at a token if its activation is not 0; the strongest tokens are those of largest
+    magnitude. Some SAEs (AbsTopK) have negative activations.
 
     Parameters
     ----------
@@ -37,30 +40,28 @@ class FeatureCounts:
     ----------
     tokens
         How many tokens were added.
-    maximum, active, total
-        Largest activation ``(feature,)`` float32; tokens at which it is above 0, int64; sum of
-        these activations ``(feature, 2)`` int64, in units of 2⁻¹⁸ and of 2⁻⁵⁰.
+    active, total
+        Number of tokens at which the feature fires ``(feature,)`` int64; sum of its activations
+        ``(feature, 2)`` int64, in units of 2⁻¹⁸ and of 2⁻⁵⁰.
     """
 
     def __init__(self, features: int) -> None:
         self.tokens = 0
-        self.maximum = np.zeros(features, np.float32)
         self.active = np.zeros(features, np.int64)
         self.total = np.zeros((features, 2), np.int64)
         self._ranked = _no_entries()
         self._waiting: list[_Entries] = []
-        # What an activation must reach to be among a feature's strongest.
+        # The magnitude that an activation must reach to be among a feature's strongest.
         self._bar = np.zeros(features, np.float32)
 
     @classmethod
     def of_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Self:
         """Return the counts that :meth:`arrays` gave."""
-        out = cls(len(arrays["maximum"]))
+        out = cls(len(arrays["active"]))
         out.tokens = int(arrays["tokens"])
-        out.maximum = np.array(arrays["maximum"], np.float32)
         out.active = np.array(arrays["active"], np.int64)
         out.total = np.array(arrays["total"], np.int64)
-        feature, rank = np.nonzero(arrays["token_activation"] > 0)
+        feature, rank = np.nonzero(arrays["token_activation"])
         out._waiting.append(
             (
                 feature,
@@ -80,25 +81,24 @@ class FeatureCounts:
         scenario
             Its number in the run.
         activations
-            ``(query, feature)``; what is not finite counts as silent, and what is above 2³⁴ as
+            ``(query, feature)``; NaN and infinity count as silent, and magnitudes above 2³⁴ as
             2³⁴ in the sum.
         """
         queries, width = activations.shape
         flat = np.ascontiguousarray(activations).reshape(-1)
-        at = np.flatnonzero((flat > 0) & np.isfinite(flat))
+        at = np.flatnonzero((flat != 0) & np.isfinite(flat))
         query, feature = at // width, at % width
         value = flat[at].astype(np.float32)
         self.tokens += queries
-        np.maximum.at(self.maximum, feature, value)
         self.active[:width] += np.bincount(feature, minlength=width)
-        scaled = np.minimum(value.astype(np.float64), _LARGEST) * _HIGH
+        scaled = np.clip(value.astype(np.float64), -_LARGEST, _LARGEST) * _HIGH
         high = np.floor(scaled)
         low = np.floor((scaled - high) * _LOW)
         for column, units in enumerate((high, low)):
             summed = np.bincount(feature, weights=units, minlength=width)
             self.total[:width, column] += summed.astype(np.int64)
         self._carry()
-        strong = value >= self._bar[feature]
+        strong = np.abs(value) >= self._bar[feature]
         self._wait(
             (
                 feature[strong],
@@ -111,8 +111,7 @@ class FeatureCounts:
     def merge(self, other: FeatureCounts) -> None:
         """Add what was counted of other scenarios."""
         self.tokens += other.tokens
-        width = len(other.maximum)
-        np.maximum(self.maximum[:width], other.maximum, out=self.maximum[:width])
+        width = len(other.active)
         self.active[:width] += other.active
         self.total[:width] += other.total
         self._carry()
@@ -134,7 +133,7 @@ class FeatureCounts:
         feature, value, scenario, position = (
             np.concatenate(parts) for parts in zip(self._ranked, *self._waiting, strict=True)
         )
-        order = np.lexsort((position, scenario, -value, feature))
+        order = np.lexsort((position, scenario, -np.abs(value), feature))
         feature = feature[order]
         rank = _ranks(feature)
         kept = order[rank < INDEX_TOKENS]
@@ -146,7 +145,7 @@ class FeatureCounts:
         )
         self._waiting = []
         last = rank == INDEX_TOKENS - 1
-        self._bar[feature[last]] = value[order[last]]
+        self._bar[feature[last]] = np.abs(value[order[last]])
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return what the index holds of this layer: arrays by name, without the layer.
@@ -156,12 +155,13 @@ class FeatureCounts:
         dict
             ``maximum``, ``mean``, ``frequency``, ``active`` ``(feature,)``, ``total (feature,
             part)``, ``token_activation``, ``token_scenario``, ``token_position`` ``(feature,
-            token_rank)``, ``tokens ()``. Ranks with activation 0 hold no token.
+            token_rank)``, ``tokens ()``. Ranks with activation 0 hold no token. ``maximum`` is the
+            activation of largest magnitude, with its sign: that of the first rank.
         """
         self._rank()
         feature, value, scenario, position = self._ranked
         rank = _ranks(feature)
-        shape = (len(self.maximum), INDEX_TOKENS)
+        shape = (len(self.active), INDEX_TOKENS)
         columns = {
             "token_activation": np.zeros(shape, np.float32),
             "token_scenario": np.zeros(shape, np.uint32),
@@ -172,7 +172,7 @@ class FeatureCounts:
         total = self.total[:, 0] / _HIGH + self.total[:, 1] / (_HIGH * _LOW)
         tokens = self.tokens or np.nan
         return {
-            "maximum": self.maximum,
+            "maximum": columns["token_activation"][:, 0].copy(),
             "mean": (total / tokens).astype(np.float32),
             "frequency": (self.active / tokens).astype(np.float32),
             **columns,

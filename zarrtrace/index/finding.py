@@ -46,11 +46,12 @@ class FeatureUse:
     layer, feature, array
         Which: ``array`` is ``features`` or ``features_<name>``.
     maximum, mean
-        Activation over all tokens, in the SAE's units; a token at which it is silent counts as 0.
+        Activation of largest magnitude, with its sign, and mean activation over all tokens, in the
+        SAE's units; a token at which the feature is silent counts as 0.
     frequency
-        Fraction of tokens at which it fires.
+        Fraction of tokens at which it fires: its activation is not 0.
     tokens
-        Its strongest tokens, strongest first; of equals, the first in the run.
+        The tokens of largest magnitude, largest first; of equals, the first in the run.
     indexed, scenarios
         How many scenarios are in the index, and how many the run has.
     """

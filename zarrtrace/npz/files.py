@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import IO
 
-from zarrtrace.errors import NoSpaceError, NPZError, ZarrtraceError
+from zarrtrace.errors import NPZError, ZarrtraceError
+from zarrtrace.storage import disk
 
 Progress = Callable[[int, int], None]
 
@@ -37,11 +38,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpaceError(
-                f"{path}: no space left on the disk",
-                why="NPZ files take about as much room as the run they come from.",
-                remedy="Make room and export again, or choose another folder.",
-            ) from error
+            raise disk.no_space(path, error) from error
         raise NPZError(
             f"{path}: cannot be written: {error.strerror or error}",
             remedy="Choose a folder that you may write to.",
@@ -54,7 +51,7 @@ def replacing(file: Path) -> Iterator[IO[bytes]]:
     partial = file.with_name(f"{file.name}.partial")
     with writing(file):
         try:
-            with partial.open("wb") as out:
+            with open(partial, "wb", opener=disk.open_own) as out:
                 yield out
             partial.replace(file)
         except BaseException:

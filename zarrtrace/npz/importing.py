@@ -182,7 +182,7 @@ def _import_layer(
 
 
 def with_strongest(activations: np.ndarray) -> FeatureRecord:
-    """Find the strongest features of each token, by magnitude; of equals, the first.
+    """Find the features of largest magnitude of each token; of equals, the first.
 
     Parameters
     ----------
@@ -198,7 +198,7 @@ def with_strongest(activations: np.ndarray) -> FeatureRecord:
         keys = rows.view(np.uint32).astype(np.uint64) << np.uint64(32)
         keys |= np.arange(features, dtype=np.uint64)[::-1]
         keys.partition(features - count, axis=1)
-        strongest = np.sort(keys[:, features - count :], axis=1)[:, ::-1]
-        top[at : at + 32] = features - 1 - (strongest & np.uint64(0xFFFFFFFF))
+        best = np.sort(keys[:, features - count :], axis=1)[:, ::-1]
+        top[at : at + 32] = features - 1 - (best & np.uint64(0xFFFFFFFF))
     values = np.take_along_axis(activations, top.astype(np.intp), axis=1).astype(np.float32)
     return FeatureRecord(activations, np.where(values != 0, top, np.uint32(NO_ID)), values)

@@ -131,14 +131,20 @@ def _pread(handle: int, length: int, start: int) -> bytes:
 
 def write_whole(file: Path, data: bytes) -> None:
     """Write a file that appears whole or not at all."""
-    partial = file.with_name(f"{file.name}.partial")
+    partial = file.with_name(f".{file.name}.zarrtrace-partial")
     try:
-        partial.write_bytes(data)
+        with open(partial, "wb", opener=open_own) as stream:
+            stream.write(data)
         partial.replace(file)
     except OSError:
         with contextlib.suppress(OSError):  # on a full disk, room for the next attempt
             partial.unlink()
         raise
+
+
+def open_own(path: str, flags: int) -> int:
+    """Open a file to write it, as :func:`open` asks: never through a link, and never a pipe."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def append(file: Path, parts: Sequence[bytes]) -> None:
@@ -204,11 +210,7 @@ def explained(path: object) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpaceError(
-                f"{path}: no space left on the disk",
-                why=_why_full(path, error),
-                remedy="Make room and run the same command again: it resumes where it stopped.",
-            ) from error
+            raise no_space(path, error) from error
         if error.errno in (errno.EEXIST, errno.ENOTDIR):
             raise StoreError(
                 f"{path}: cannot be written: a file is where a folder should be",
@@ -220,6 +222,15 @@ def explained(path: object) -> Iterator[None]:
                 remedy="Choose an --output that you may write to.",
             ) from error
         raise
+
+
+def no_space(path: object, error: OSError) -> NoSpaceError:
+    """Return the error that says what is used up: bytes, inodes or a quota."""
+    return NoSpaceError(
+        f"{path}: no space left on the disk",
+        why=_why_full(path, error),
+        remedy="Make room and run the same command again: it resumes where it stopped.",
+    )
 
 
 def _why_full(path: object, error: OSError) -> str:

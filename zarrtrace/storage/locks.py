@@ -40,7 +40,12 @@ class FileLock:
         until = time.monotonic() + seconds
         while True:
             self.handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            if _take(self.handle, file):
+            try:
+                is_ours = take_lock(self.handle, file)
+            except BaseException:
+                os.close(self.handle)
+                raise
+            if is_ours:
                 # Its former owner may have removed the file since it was opened.
                 with contextlib.suppress(FileNotFoundError):
                     if os.path.samestat(os.fstat(self.handle), file.stat()):
@@ -71,13 +76,19 @@ class FileLock:
         os.close(self.handle)
 
 
-def _take(handle: int, file: Path) -> bool:
+def take_lock(handle: int, file: Path) -> bool:
+    """Lock an open file or folder; False if another process has it.
+
+    Raises
+    ------
+    StoreError
+        If the file system has no locks.
+    """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
-        os.close(handle)
         if error.errno not in _ABSENT:
             raise
         raise StoreError(

@@ -103,9 +103,10 @@ class StoredArray(BackendArray):
         found: dict[str, list[Piece]] = {}
         for files_at in itertools.product(*(files.items() for files in by_dimension)):
             pieces = found.setdefault(file_key([file for file, _ in files_at]), [])
-            for inside in itertools.product(*(parts for _, parts in files_at)):
-                numbers, goes_to, taken_from = zip(*inside, strict=True)
-                pieces.append((sum(numbers), goes_to, taken_from))
+            for places in itertools.product(*(parts for _, parts in files_at)):
+                number = sum(place for place, _, _ in places)
+                goes_to = tuple(into for _, into, _ in places)
+                pieces.append((number, goes_to, tuple(of for _, _, of in places)))
         return found
 
     def _read_file(self, key: str, pieces: Sequence[Piece], out: np.ndarray) -> None:

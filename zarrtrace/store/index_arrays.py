@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -250,10 +251,27 @@ def stale_scenarios(run: Location, names: Sequence[str]) -> Iterator[tuple[str |
 # --- writing the index -------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def locked(run: Location) -> Iterator[None]:
+    """Hold a run's lock, for its index to be written.
+
+    Raises
+    ------
+    LockedError
+        If another process is writing the run or its index.
+    """
+    with disk.explained(run):
+        lock = lock_run(run)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 class IndexWriter:
     """Write the index of a run: layers in any order and from any process, then :meth:`finish`.
 
-    A context manager, to be used while the run is locked. The index that was there stays until the
+    A context manager, to be used while the run is :func:`locked`. The index that was there stays until the
     new one is whole.
 
     Parameters
@@ -274,7 +292,6 @@ class IndexWriter:
 
     def __enter__(self) -> Self:
         with disk.explained(self._run):
-            self._lock = lock_run(self._run)
             disk.remove_folder(self.path)
             for name in self._layout:
                 (self.path / name).mkdir(parents=True)
@@ -289,7 +306,6 @@ class IndexWriter:
         disk.remove_folder(self.path)
         if self.path.parent.is_dir() and not any(self.path.parent.iterdir()):
             self.path.parent.rmdir()
-        self._lock.release()
 
     def finish(
         self, digests: Sequence[int], stored: Mapping[str, Mapping[str, Checksum]]

@@ -120,6 +120,20 @@ def stored_tokens(line: Line, encodings: Mapping[str, ArrayEncoding]) -> StoredT
     return StoredTokens(found, list(nonfinite))
 
 
+def stored_versions(versions: Any) -> dict[str, str]:
+    """Take what a line says of libraries' versions.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If no such line was written.
+    """
+    found = dict(versions)
+    if not all(isinstance(text, str) for text in found.values()):
+        raise TypeError(f"versions {versions!r}")
+    return found
+
+
 def append_line(folder: Path, line: Mapping[str, Any]) -> None:
     """Append a line to the journal in a folder."""
     disk.append(folder / JOURNAL, [_encoded(line)])

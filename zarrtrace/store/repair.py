@@ -38,6 +38,8 @@ class SoundParts:
         Whether everything is.
     nonfinite
         Layers by array in which the model computed NaN or infinity.
+    nodes, versions
+        Metadata of its arrays, and the libraries it was made with.
     """
 
     path: Location
@@ -48,6 +50,7 @@ class SoundParts:
     is_whole: bool = False
     nonfinite: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     nodes: Nodes = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     def chunks(self, name: str, layer: int) -> list[bytes]:
         """Read the chunks of a layer of an array, in order."""
@@ -97,7 +100,7 @@ def sound_parts(
         trace = read_trace(path)
     except StoreError:
         return found
-    changing = {"nonfinite", "seal"}
+    changing = {"nonfinite", "seal", "versions"}
     if trace.attributes.model_dump(exclude=changing) != attributes.model_dump(exclude=changing):
         return found
     expected = {
@@ -119,4 +122,5 @@ def sound_parts(
     found.has_tokens = not any(one.array in NEXT_TOKEN for one in damage)
     found.is_whole = not damage
     found.nonfinite, found.nodes = trace.attributes.nonfinite, trace.nodes
+    found.versions = trace.attributes.versions
     return found

@@ -8,13 +8,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from zarrtrace.errors import (
-    ConfigMismatchError,
     IncompleteError,
     IntegrityError,
     NotATraceError,
     StoreError,
 )
 from zarrtrace.format.attributes import RunAttributes
+from zarrtrace.identity import combined_versions, differences, refuse_other
 from zarrtrace.records import TracePlan
 from zarrtrace.scenarios import check_name
 from zarrtrace.storage import Address, Location, at_once, disk, locate
@@ -43,6 +43,8 @@ class RunWriter:
         Replace an existing run, once the new one is finished.
     repair
         Read every byte of an existing run, and compute again what is damaged.
+    accept_versions
+        Resume a run that other versions of libraries began, and name both in it.
 
     Raises
     ------
@@ -64,12 +66,14 @@ class RunWriter:
         *,
         overwrite: bool = False,
         repair: bool = False,
+        accept_versions: bool = False,
     ) -> None:
         self._final = locate(path).resolved()
         self._attributes = RunAttributes(
             scenarios=tuple(check_name(name) for name in scenarios), config=dict(config)
         )
         self._overwrite, self._repair = overwrite, repair
+        self._accept_versions = accept_versions
         self.path = self._final
 
     def __enter__(self) -> Self:
@@ -96,15 +100,10 @@ class RunWriter:
             self._final.is_folder() and any(True for _ in self._final.children())
         ):
             previous = self._previous()
-            differing = _differing(previous, self._attributes)
-            if differing and not self._overwrite:
-                raise ConfigMismatchError(
-                    f"{self._final}: this run was started with another configuration:\n"
-                    + "\n".join(differing),
-                    remedy="Repeat the old options to resume it, choose another --output, or "
-                    "replace the run with --overwrite.",
-                )
-            if not self._overwrite or (was_replaced and not differing):
+            if not self._overwrite:
+                self._resume(previous)
+                return
+            if was_replaced and _is_same(previous, self._attributes):
                 return
             self.path = self._new
             if self._can_resume(self._new):
@@ -112,6 +111,21 @@ class RunWriter:
             self._refuse_foreign_successor()
             remove(self._new)
         self._write_group(self.path, self._attributes, None)
+
+    def _resume(self, previous: RunAttributes) -> None:
+        """Refuse a run that was started otherwise; name its versions and today's in it."""
+        stored, now = _compared(previous), _compared(self._attributes)
+        refuse_other(self._final, stored, now, accept_versions=self._accept_versions)
+        if "versions" not in self._attributes.config:
+            return
+        known = previous.config.get("versions", {})
+        versions = combined_versions(known, self._attributes.config["versions"])
+        if previous.complete and not self._repair:
+            versions = known  # nothing will be written
+        config = {**self._attributes.config, "versions": versions}
+        self._attributes = self._attributes.model_copy(update={"config": config})
+        if versions != known:  # before the first layer that they make
+            self._write_group(self._final, self._attributes, None)
 
     def _write_group(self, path: Location, attributes: RunAttributes, nodes: Nodes | None) -> None:
         if (folder := path.path) is not None:
@@ -140,7 +154,7 @@ class RunWriter:
     def _can_resume(self, path: Location) -> bool:
         """Whether an earlier writer that was to replace the run was asked for the same."""
         try:
-            return not _differing(read_run(path).attributes, self._attributes)
+            return _is_same(read_run(path).attributes, self._attributes)
         except StoreError:
             return False
 
@@ -236,30 +250,9 @@ def _nodes_of(trace: Location) -> Nodes | None:
         return None
 
 
-def _differing(old: RunAttributes, new: RunAttributes) -> list[str]:
-    before = {**old.config, "scenarios": list(old.scenarios)}
-    after = {**new.config, "scenarios": list(new.scenarios)}
-    lines = []
-    for key in sorted({*before, *after}):
-        there, now = before.get(key), after.get(key)
-        if there != now:
-            lines.append(f"  {key}: {_brief(there, now)} there, {_brief(now, there)} now")
-    return lines
+def _compared(run: RunAttributes) -> dict[str, Any]:
+    return {**run.config, "scenarios": list(run.scenarios)}
 
 
-def _brief(value: Any, other: Any) -> str:
-    """Describe a value; a long list or mapping by what the other one lacks."""
-    if not isinstance(value, list | dict) or len(value) <= 4:
-        return repr(value)
-    parts, known = _parts(value), _parts(other)
-    reordered = parts.keys() == known.keys()
-    own = [part for part in parts if reordered or part not in known]
-    shown = ", ".join(own[:3])
-    return f"{len(parts)}" + (f" ({shown}{', …' if len(own) > 3 else ''})" if own else "")
-
-
-def _parts(value: Any) -> dict[str, None]:
-    """Return the elements of a list or mapping as text, in order."""
-    if isinstance(value, dict):
-        return dict.fromkeys(f"{name}: {part!r}" for name, part in value.items())
-    return dict.fromkeys(map(repr, value)) if isinstance(value, list) else {}
+def _is_same(old: RunAttributes, new: RunAttributes) -> bool:
+    return not differences(_compared(old), _compared(new))

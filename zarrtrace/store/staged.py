@@ -21,6 +21,7 @@ import numpy as np
 from zarrtrace.errors import IntegrityError
 from zarrtrace.format.attributes import TraceAttributes
 from zarrtrace.format.layout import ArrayLayout
+from zarrtrace.identity import combined_versions
 from zarrtrace.storage import Location, disk
 from zarrtrace.storage.locks import FileLock
 from zarrtrace.store.chunks import (
@@ -41,6 +42,7 @@ from zarrtrace.store.journal import (
     read_lines,
     stored_layer,
     stored_tokens,
+    stored_versions,
 )
 from zarrtrace.store.metadata import NONSENSE, Nodes, array_metadata, encoded, sealed_group
 
@@ -107,8 +109,20 @@ class StagedTrace:
         nodes = {name: array_metadata(layout) for name, layout in self._layouts.items()}
         return {"attributes": plain, "arrays": nodes}
 
-    def create(self, coordinates: Mapping[str, np.ndarray]) -> None:
-        """Begin the trace: coordinates, then the first line of the journal."""
+    def create(
+        self, coordinates: Mapping[str, np.ndarray], versions: Mapping[str, str] | None = None
+    ) -> None:
+        """Begin the trace: coordinates, then the first line of the journal.
+
+        Parameters
+        ----------
+        coordinates
+            Values by array.
+        versions
+            Libraries that made parts of it before, if it is repaired.
+        """
+        combined = combined_versions(versions or {}, self._attributes.versions)
+        self._attributes = self._attributes.model_copy(update={"versions": combined})
         disk.remove_folder(self.folder)
         self._clear()
         self.folder.mkdir(parents=True)
@@ -123,8 +137,9 @@ class StagedTrace:
     ) -> bool:
         """Continue what an earlier process left; False if there is nothing to continue.
 
-        What follows the last line of the journal that holds is cut off. Bytes of all chunks are
-        compared with their checksums: after a loss of power, files may hold other bytes.
+        What follows the last line of the journal that holds is cut off. If other versions of
+        libraries began the trace, both are named. Bytes of all chunks are compared with their
+        checksums: after a loss of power, files may hold other bytes.
 
         Parameters
         ----------
@@ -147,8 +162,10 @@ class StagedTrace:
     ) -> bool:
         lines = read_lines(self.folder)
         header, end = next(lines, ({}, 0))
-        files = header.pop("files", None)
-        if json.loads(json.dumps(self._header())) != header:
+        files, wanted = header.pop("files", None), json.loads(json.dumps(self._header()))
+        now = wanted["attributes"].pop("versions")
+        known = stored_versions(header.get("attributes", {}).pop("versions", {}))
+        if wanted != header or not isinstance(files, dict):
             return False
         for name, values in coordinates.items():
             content, checksum = encode_file(self.encodings[name], values)
@@ -158,9 +175,13 @@ class StagedTrace:
         for line, behind in lines:
             if not self._holds(line, expected):
                 break
-            end = behind
+            known, end = line.get("versions", known), behind
         cut_journal(self.folder, end)
         self._cut_files()
+        versions = combined_versions(known, now)
+        self._attributes = self._attributes.model_copy(update={"versions": versions})
+        if versions != known:
+            append_line(self.folder, {"versions": versions})
         return True
 
     def _read(self, name: str, key: str) -> bytes:
@@ -172,6 +193,8 @@ class StagedTrace:
     def _holds(self, line: Line, expected: Mapping[int, Iterable[str]]) -> bool:
         """Take a line of the journal, if its bytes are there."""
         try:
+            if "versions" in line:
+                return bool(stored_versions(line["versions"]))
             if "layer" not in line:
                 return self._tokens_hold(stored_tokens(line, self.encodings))
             return self._layer_holds(stored_layer(line, self.grids), expected)

@@ -11,7 +11,7 @@ from zarrtrace.format.layout import ROWS
 from zarrtrace.storage import Location, locate
 from zarrtrace.store.chunks import FileIndex, LayerGrid, index_entries
 from zarrtrace.store.codecs import ArrayEncoding
-from zarrtrace.store.journal import Line, read_lines, stored_layer, stored_tokens
+from zarrtrace.store.journal import Line, read_lines, stored_layer, stored_tokens, stored_versions
 from zarrtrace.store.metadata import (
     CHECKSUMS,
     NONSENSE,
@@ -80,6 +80,9 @@ def _stored(
     chunks: dict[str, dict[int, list[tuple[int, int]]]] = {}
     for line, _ in lines:
         try:
+            if "versions" in line:
+                stored_versions(line["versions"])
+                continue
             if "layer" not in line:
                 for name, files in stored_tokens(line, encodings).files.items():
                     group.nodes[name]["attributes"][CHECKSUMS] = files

@@ -14,6 +14,7 @@ import numpy as np
 from zarrtrace.errors import IncompleteError, IntegrityError, StoreError
 from zarrtrace.format.attributes import TraceAttributes, share_saes
 from zarrtrace.format.layout import ArrayLayout, trace_layout
+from zarrtrace.precision import cast_record, refusal
 from zarrtrace.records import LayerRecord, Nonzeros, TokensRecord, TracePlan
 from zarrtrace.storage import Address, Location, disk, locate
 from zarrtrace.store.chunks import encode_rows
@@ -39,6 +40,8 @@ class TraceWriter:
     repair
         Whether to read every byte of an existing trace, and to write it again with its sound parts
         if any is damaged.
+    allow_nonfinite
+        Whether to store NaN and infinity, and to name their layers in the attributes.
 
     Raises
     ------
@@ -46,14 +49,16 @@ class TraceWriter:
         If an existing trace is damaged or another scenario's, and `repair` is false.
     """
 
-    def __init__(self, run: Address, plan: TracePlan, *, repair: bool = False) -> None:
+    def __init__(
+        self, run: Address, plan: TracePlan, *, repair: bool = False, allow_nonfinite: bool = False
+    ) -> None:
         run = locate(run)
         self.path = run / plan.attributes.scenario
         self._attributes, self._layouts, self._coordinates = _described(plan)
         folder = staging_folder(run) / plan.attributes.scenario
         self._staged = StagedTrace(folder, self._attributes, self._layouts)
         self._mutex = threading.Lock()
-        self._begun = False
+        self._begun, self._allow_nonfinite = False, allow_nonfinite
         self._source: SoundParts | None = None
         self._expected = {n: self._arrays_of_layer(n, plan) for n in self._attributes.layers}
         # Encoded rows that wait, by array and layer: number of rows and chunks, by first row.
@@ -131,15 +136,20 @@ class TraceWriter:
     # --- adding --------------------------------------------------------------------------------
 
     def append(self, record: LayerRecord | TokensRecord) -> None:
-        """Store one record; a layer counts once all its rows are there.
+        """Store one record in the trace's precision; a layer counts once all its rows are there.
 
         Raises
         ------
         StoreError
             If the record's layer or shape is not the trace's.
+        NonFiniteError
+            If stored values would not be finite, and `allow_nonfinite` is false.
         NoSpaceError
             If the disk is full.
         """
+        computed, record = record, cast_record(record, self._attributes)
+        if record.nonfinite and not self._allow_nonfinite:
+            raise refusal(computed, record, self._attributes)
         with disk.explained(self.path):
             if isinstance(record, TokensRecord):
                 self._append_tokens(record)
@@ -189,7 +199,8 @@ class TraceWriter:
 
     def _begin(self) -> None:
         if not self._begun:
-            self._staged.create(self._coordinates)
+            versions = None if self._source is None else self._source.versions
+            self._staged.create(self._coordinates, versions)
             self._begun = True
             self._append_next()  # sound layers of a trace that is repaired
 

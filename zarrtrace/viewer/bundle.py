@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -12,14 +14,18 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from zarrtrace.errors import ConfigError, NoSpaceError
-from zarrtrace.storage import Address
+from zarrtrace.errors import ConfigError, StoreError
+from zarrtrace.storage import Address, disk, locate
+from zarrtrace.storage.locks import take_lock
+from zarrtrace.store.publish import put_in_place
 from zarrtrace.viewer.layout import PAGE_FILES, Layout, page_file, sample
 
 #: A larger single file is refused: browsers hold all of it in memory, base64 and all.
 MAX_HTML_BYTES = 150 * 10**6
 #: Above this, attention in a single file is rounded to 8 bits.
 _EIGHT_BIT_FROM = 40 * 10**6
+# Of the element that holds a single page's data.
+_DATA_ELEMENT = 'type="application/json" id="bundle-files"'
 
 Progress = Callable[[int, int], None]
 
@@ -108,25 +114,57 @@ def write_bundle(
     NoSpaceError
         If the disk is full.
     """
-    output = Path(output)
+    output = Path(locate(output).resolved())
     _check_output(output, overwrite=overwrite)
     limit = MAX_HTML_BYTES if max_bytes is None and _is_html(output) else max_bytes
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as made:
-        try:
+    with disk.explained(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with _workspace(output) as made:
+            whole = made / "whole"
             if _is_html(output):
-                written = _write_html(layout, Path(made) / "page", limit, progress)
-                (Path(made) / "page").replace(output)
+                written = _write_html(layout, whole, limit, progress)
+                whole.replace(output)
             else:
-                written = _write_folder(layout, Path(made) / "bundle", limit, progress)
-                if output.exists():
-                    shutil.rmtree(output)
-                (Path(made) / "bundle").replace(output)
-        except OSError as error:
-            raise NoSpaceError(
-                f"{output}: cannot be written: {error}", remedy="Free space, or write elsewhere."
-            ) from error
+                written = _write_folder(layout, whole, limit, progress)
+                put_in_place(whole, output)
     return written
+
+
+@contextlib.contextmanager
+def _workspace(output: Path) -> Iterator[Path]:
+    """Yield a folder beside the output; if this process is killed, the next call removes it."""
+    prefix = f".{output.name}.zarrtrace-bundle-"
+    for left in output.parent.iterdir():
+        if left.name.startswith(prefix):
+            _remove_left(left)
+    while True:
+        made = Path(tempfile.mkdtemp(dir=output.parent, prefix=prefix))
+        handle = os.open(made, os.O_RDONLY)
+        with contextlib.suppress(StoreError):  # no locks there: nobody removes it, either
+            if not take_lock(handle, made):  # another call takes it for a left-over
+                os.close(handle)
+                continue
+        break
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+        os.close(handle)
+
+
+def _remove_left(folder: Path) -> None:
+    """Remove what a killed call left; one that is alive holds its folder's lock."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    if not {path.name for path in folder.iterdir()} <= {"whole"}:
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(StoreError):
+            if take_lock(handle, folder):
+                shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(handle)
 
 
 def refuse_larger(size: int, limit: int | None) -> None:
@@ -153,12 +191,32 @@ def _is_html(output: str | Path) -> bool:
 def _check_output(output: Path, *, overwrite: bool) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
-    ours = output.is_file() if _is_html(output) else (output / "index.json").is_file()
-    if not overwrite or not ours:
+    other = _other_than_a_bundle(output)
+    if not overwrite or other is not None:
         raise ConfigError(
-            f"{output} exists" + ("" if ours else ", and is no bundle"),
-            remedy="Choose another path" + (", or give --overwrite." if ours else "."),
+            f"{output} exists" + ("" if other is None else f", and is no bundle: {other}"),
+            remedy="Choose another path" + (", or give --overwrite." if other is None else "."),
         )
+
+
+def _other_than_a_bundle(output: Path) -> str | None:
+    """Say what at a path is not a bundle's, for what is replaced is removed; None if nothing is."""
+    if _is_html(output):
+        if not output.is_file() or _DATA_ELEMENT.encode() not in output.read_bytes():
+            return "it was not written by 'zarrtrace bundle'"
+        return None
+    if not output.is_dir():
+        return "it is a file"
+    known = {*PAGE_FILES, "index.json", "data"}
+    strange = sorted(path.name for path in output.iterdir() if path.name not in known)
+    if strange:
+        return f"it holds {strange[0]}"
+    try:
+        found = json.loads((output / "index.json").read_bytes())
+        ours = {"version", "title", "scenarios"} <= set(found)
+    except (OSError, ValueError, TypeError):
+        ours = False
+    return None if ours else "its index.json is not that of a bundle"
 
 
 def _contents(layout: Layout, progress: Progress | None) -> Iterator[tuple[str, bytes]]:
@@ -218,8 +276,7 @@ def single_page(files: dict[str, str]) -> bytes:
         '<link rel="stylesheet" href="style.css">', f"<style>{style}</style>"
     ).replace(
         '<script type="module" src="main.js"></script>',
-        f'<script type="application/json" id="bundle-files">{data}</script>\n'
-        f'<script type="module">{script}</script>',
+        f'<script {_DATA_ELEMENT}>{data}</script>\n<script type="module">{script}</script>',
     )
     return page.encode()
 

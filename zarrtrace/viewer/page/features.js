@@ -43,14 +43,14 @@ export async function showTop(token) {
     const [found, strength] = await Promise.all([ofToken(ids, token, place), ofToken(strengths, token, place)]);
     if (token !== activeToken() || layer !== view.layer || at !== scenario()) return;
     fail(panel, null);
-    const active = Array.from(found, (feature, i) => ({ feature, value: strength[i] })).filter((f) => f.value > 0);
-    const most = Math.max(1e-9, ...active.map((f) => f.value));
+    const active = Array.from(found, (feature, i) => ({ feature, value: strength[i] })).filter((f) => Math.abs(f.value) > 0);
+    const most = Math.max(1e-9, ...active.map((f) => Math.abs(f.value)));
     bars(out, active.slice(0, SHOWN), ofFeatureAndValue, (row, { feature, value }) => {
       const [name, shown] = row.children;
       row.dataset.feature = name.textContent = String(feature);
       row.classList.toggle("chosen", feature === view.feature);
       setNumber(/** @type {HTMLDataElement} */ (shown), value);
-      return value / most;
+      return Math.abs(value) / most;
     });
     if (!active.length) {
       out.append(element("li", { class: "none" },
@@ -92,11 +92,13 @@ async function drawTimeline() {
     if (feature !== view.feature || at !== scenario() || first !== view.window || array !== at.arrays[view.sae]) return;
     fail(panel, null);
     drawn = found;
-    const max = found.data.reduce((most, v) => (v > most ? v : most), 0);
-    heat(canvas, found.data, 0, found.layers, found.tokens, { max });
+    // Some SAEs (AbsTopK) have negative activations.
+    const max = found.data.reduce((most, v) => (Math.abs(v) > most ? Math.abs(v) : most), 0);
+    const difference = found.data.some((v) => v < 0);
+    heat(canvas, found.data, 0, found.layers, found.tokens, { max, difference });
     tokenRuler("timeline-tokens", at, single(first, found.tokens));
     layerRuler("timeline-layers", array.layers || [], view.layer);
-    scale("timeline-scale", { max });
+    scale("timeline-scale", { max, difference });
     pointAt(Math.max(0, placeOf(array, view.layer)), view.token - first);
   } catch (error) {
     drawn = null;

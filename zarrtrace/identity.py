@@ -1,0 +1,180 @@
+"""Whether a run that exists is the one asked for: options, prompts, weights and libraries.
+
+All comparisons of a run with today's are here: the writer of a run and the processes of a cluster
+call them with what the run's attribute ``config`` says and with what it would say today.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from zarrtrace.errors import ConfigMismatchError
+
+# Keys of a configuration that speak of files of weights, and what a difference there is called.
+_WEIGHTS = {
+    "model_fingerprint": "weights of the model",
+    "model_settings": "configuration of the model",
+    "saes": "weights of SAEs",
+}
+_BETWEEN_VERSIONS = ", "
+_VERSION_OF = "version of "
+_TRANSFORMERS = f"{_VERSION_OF}transformers"
+
+
+class Difference(NamedTuple):
+    """One thing in which a run differs from what is asked for."""
+
+    key: str
+    stored: Any
+    now: Any
+
+    @property
+    def there(self) -> str:
+        """The stored value in brief: of a long one, what today's lacks."""
+        return _brief(self.stored, self.now)
+
+    @property
+    def here(self) -> str:
+        """Today's value in brief: of a long one, what the stored one lacks."""
+        return _brief(self.now, self.stored)
+
+    @property
+    def name(self) -> str:
+        """What differs, as a reader of the error knows it."""
+        return _WEIGHTS[self.key] if self.is_of_weights else self.key
+
+    @property
+    def is_of_weights(self) -> bool:
+        """Whether files have other contents, and not another model or SAE was asked for."""
+        if self.key == "saes":
+            both = isinstance(self.stored, dict) and isinstance(self.now, dict)
+            return both and self.stored.keys() == self.now.keys()
+        return self.key in _WEIGHTS
+
+
+def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
+    """Compare two configurations, each library by itself.
+
+    Parameters
+    ----------
+    stored, now
+        What a run says of itself, and what it would say if it were started now. Under
+        ``"versions"`` each holds versions by library; the stored ones may name several.
+    """
+    before, after = _by_library(stored), _by_library(now)
+    found = [
+        Difference(key, before.get(key), after.get(key))
+        for key in sorted({*before, *after})
+        if not _same(key, before.get(key), after.get(key))
+    ]
+    if before.get(_TRANSFORMERS) != after.get(_TRANSFORMERS):
+        # Versions of it describe one configuration in different words.
+        found = [one for one in found if one.key != "model_settings"]
+    return found
+
+
+def _by_library(config: Mapping[str, Any]) -> dict[str, Any]:
+    versions = config.get("versions", {})
+    rest = {key: value for key, value in config.items() if key != "versions"}
+    return rest | {f"{_VERSION_OF}{name}": version for name, version in versions.items()}
+
+
+def _is_version(key: str) -> bool:
+    return key.startswith(_VERSION_OF)
+
+
+def _same(key: str, stored: Any, now: Any) -> bool:
+    if _is_version(key) and isinstance(stored, str):
+        return now in stored.split(_BETWEEN_VERSIONS)
+    return bool(stored == now)
+
+
+def refuse_other(
+    where: object,
+    stored: Mapping[str, Any],
+    now: Mapping[str, Any],
+    *,
+    accept_versions: bool = False,
+) -> None:
+    """Refuse to go on with a run that was started otherwise.
+
+    Parameters
+    ----------
+    where
+        The run, as the error names it.
+    stored, now
+        As for :func:`differences`.
+    accept_versions
+        Whether libraries may have other versions than those that began the run.
+
+    Raises
+    ------
+    ConfigMismatchError
+        If anything else differs, with both values.
+    """
+    found = [
+        one for one in differences(stored, now) if not (accept_versions and _is_version(one.key))
+    ]
+    if not found:
+        return
+    only_versions = all(_is_version(one.key) for one in found)
+    kind = "other versions" if only_versions else "another configuration"
+    lines = "".join(f"\n  {one.name}: {one.there} there, {one.here} now" for one in found)
+    what = f"{where}: this run was started with {kind}:{lines}"
+    if all(one.is_of_weights for one in found):
+        raise ConfigMismatchError(
+            what,
+            why="Files of the model or of an SAE changed under the same name: the run would mix "
+            "two.",
+            remedy="Restore the files, choose another --output, or replace the run with "
+            "--overwrite.",
+        )
+    if only_versions:
+        raise ConfigMismatchError(
+            what,
+            why="Other versions of these libraries may compute or store other numbers.",
+            remedy="Install the versions of the run, replace it with --overwrite, or go on with "
+            "--accept-versions: its traces then name both.",
+        )
+    tokens = "Scenarios were edited, or the tokenizer makes other tokens of them."
+    raise ConfigMismatchError(
+        what,
+        why=tokens if {one.key for one in found} == {"prompts"} else "",
+        remedy="Repeat the old options to go on, choose another --output, or replace the run "
+        "with --overwrite.",
+    )
+
+
+def combined_versions(stored: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
+    """Name the versions of those who began something and of those who go on with it.
+
+    Returns
+    -------
+    dict
+        As in ``{"torch": "2.4.0, 2.13.0"}``, in the order in which they wrote.
+    """
+    combined = dict(stored)
+    for name, version in now.items():
+        known = stored[name].split(_BETWEEN_VERSIONS) if name in stored else []
+        if version not in known:
+            combined[name] = _BETWEEN_VERSIONS.join([*known, version])
+    return combined
+
+
+def _brief(value: Any, other: Any) -> str:
+    """Describe a value; a long list or mapping by what the other one lacks."""
+    if not isinstance(value, list | dict) or len(value) <= 4:
+        return repr(value)
+    parts, known = _parts(value), _parts(other)
+    reordered = parts.keys() == known.keys()
+    own = [part for part in parts if reordered or part not in known]
+    shown = ", ".join(own[:3])
+    return f"{len(parts)}" + (f" ({shown}{', …' if len(own) > 3 else ''})" if own else "")
+
+
+def _parts(value: Any) -> dict[str, None]:
+    """Return the elements of a list or mapping as text, in order."""
+    if isinstance(value, dict):
+        return dict.fromkeys(f"{name}: {part!r}" for name, part in value.items())
+    return dict.fromkeys(map(repr, value)) if isinstance(value, list) else {}

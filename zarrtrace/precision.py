@@ -1,0 +1,144 @@
+"""Records in the precision in which a trace stores them.
+
+Finite values must stay finite: ``nonfinite`` of what :func:`cast_record` returns is about the
+stored values, not the computed ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from numcodecs import BitRound
+
+from zarrtrace.errors import NonFiniteError
+from zarrtrace.format.attributes import TraceAttributes
+from zarrtrace.records import FeatureRecord, LayerRecord, Nonzeros, TokensRecord
+
+
+def cast_record(
+    record: LayerRecord | TokensRecord, attributes: TraceAttributes
+) -> LayerRecord | TokensRecord:
+    """Cast and round a record's arrays as a trace stores them.
+
+    Activations too small for the stored precision become its smallest number, with their sign: a
+    feature that fires is not stored as 0. Attention too small for it becomes 0.
+
+    Parameters
+    ----------
+    record
+        A layer, or rows of it; what the model says next is stored as it is.
+    attributes
+        The trace's, which name the precisions.
+
+    Returns
+    -------
+    LayerRecord or TokensRecord
+        `record` itself if nothing changes. Values too large for the precision are infinite, and
+        named by its ``nonfinite``.
+    """
+    if isinstance(record, TokensRecord):
+        return record
+    attention, dtype = record.attention, attributes.attention_dtype
+    if attention is not None and dtype == "float16":
+        with np.errstate(over="ignore"):
+            attention = np.asarray(attention).astype(np.float16, copy=False)
+    if attention is not None and attributes.attention_keepbits is not None:
+        attention = _rounded(np.asarray(attention), attributes.attention_keepbits)
+    features = record.features
+    if attributes.feature_dtype is not None:
+        kind = np.dtype(attributes.feature_dtype)
+        features = {name: _cast(one, kind) for name, one in features.items()}
+    changed = attention is not record.attention or any(
+        features[name] is not one for name, one in record.features.items()
+    )
+    return replace(record, attention=attention, features=features) if changed else record
+
+
+def _rounded(values: np.ndarray, keepbits: int) -> np.ndarray:
+    """Round to some bits of the mantissa; zeros behind them compress well."""
+    rounded: np.ndarray = BitRound(keepbits).encode(values).view(values.dtype)
+    # BitRound makes -0 of the NaN of GPUs, whose bits are all 1, and infinity of the largest.
+    odd = ~(np.isfinite(values) & np.isfinite(rounded))
+    if odd.any():
+        rounded = np.where(odd, values, rounded)
+    return rounded
+
+
+def _cast(record: FeatureRecord, dtype: np.dtype) -> FeatureRecord:
+    """Cast activations; ones that become infinite are noted in the record."""
+    activations = record.activations
+    if isinstance(activations, Nonzeros):
+        if all(values.dtype == dtype for values in activations.values):
+            return record
+        values = tuple(_narrowed(values, dtype) for values in activations.values)
+        finite = all(np.isfinite(one).all() for one in values)
+        cast: np.ndarray | Nonzeros = replace(activations, values=values)
+    else:
+        if activations.dtype == dtype:
+            return record
+        cast = _narrowed(activations, dtype)
+        finite = bool(np.isfinite(cast).all())
+    return replace(record, activations=cast, nonfinite=record.nonfinite or not finite)
+
+
+def _narrowed(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore", under="ignore"):
+        cast = values.astype(dtype)
+    lost = (cast == 0) & (values != 0)
+    if lost.any():
+        cast[lost] = np.copysign(np.finfo(dtype).smallest_subnormal, values[lost])
+    return cast
+
+
+def refusal(
+    record: LayerRecord | TokensRecord,
+    stored: LayerRecord | TokensRecord,
+    attributes: TraceAttributes,
+) -> NonFiniteError:
+    """Return the error that says why stored values are not finite.
+
+    Parameters
+    ----------
+    record
+        As the model computed it.
+    stored
+        What :func:`cast_record` made of it.
+    attributes
+        The trace's.
+    """
+    names = ", ".join(stored.nonfinite)
+    if isinstance(record, LayerRecord):
+        where = f"layer {record.layer}"
+        cast = [name for name in stored.nonfinite if not _computed(record, name)]
+        if cast:
+            return _too_large(f"{record.scenario}: {cast[0]} of {where}", cast[0], attributes)
+    else:
+        where = "the last layer"
+    model = attributes.model
+    return NonFiniteError(
+        f"{record.scenario}: the model computed NaN or infinity in {where} ({names})",
+        why=f"The model runs in {model.dtype if model else 'an unknown precision'}; float16 ends "
+        "at 65,504, which some models exceed. Damaged weights do this, too.",
+        remedy="Use --dtype bfloat16 or float32, or store such values with --allow-nonfinite.",
+    )
+
+
+def _computed(record: LayerRecord, name: str) -> bool:
+    """Whether NaN or infinity was computed, and not made by the cast."""
+    if name in record.features:
+        return record.features[name].nonfinite
+    # The mean over heads is taken before attention is cast.
+    return record.attention_mean is not None and not np.isfinite(record.attention_mean).all()
+
+
+def _too_large(what: str, name: str, attributes: TraceAttributes) -> NonFiniteError:
+    attention = name == "attention"
+    dtype = attributes.attention_dtype if attention else attributes.feature_dtype
+    option = "--attention-dtype" if attention else "--feature-dtype"
+    return NonFiniteError(
+        f"{what} has values that are infinite in {dtype}",
+        why="The largest number of float16 is 65,504; the values are finite in float32.",
+        remedy=f"Use {option} float32 (with --overwrite if the run exists), or store infinity "
+        "with --allow-nonfinite.",
+    )
