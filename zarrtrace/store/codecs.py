@@ -11,7 +11,7 @@ import google_crc32c
 import numpy as np
 from numcodecs import Blosc, VLenUTF8, Zstd, blosc
 
-from zarrtrace.format.layout import ArrayLayout
+from zarrtrace.format.layout import NO_ID, ArrayLayout
 
 #: Bytes of a checksum, at the end of what it is of.
 CRC_BYTES = 4
@@ -28,6 +28,8 @@ _INDEX_CODECS = [_BYTES, _CRC]
 _BLOSC_BLOCK = 2**19
 # A decoded chunk, or a text, above these sizes is damage: it is refused before memory is allocated.
 _MOST_DECODED, _MOST_TEXT = 2**31, 2**28
+# Highest level of Zstandard.
+_MOST_LEVEL = 22
 _TYPES = ("bool", "float16", "float32", "int64", "string", "uint32", "uint64")
 _FIELDS = {"attributes", "chunk_grid", "chunk_key_encoding", "codecs", "data_type",
            "dimension_names", "fill_value", "node_type", "shape", "storage_transformers",
@@ -99,12 +101,13 @@ class ArrayEncoding:
         self.chunks, self.is_sharded = self.file_shape, codecs[0]["name"] == "sharding_indexed"
         if self.is_sharded:
             outer = codecs[0]["configuration"]
-            if outer["index_location"] != "end" or _plain(outer["index_codecs"]) != _INDEX_CODECS:
+            index_codecs = _plain(outer["index_codecs"])
+            if (len(codecs), outer["index_location"], index_codecs) != (1, "end", _INDEX_CODECS):
                 raise ValueError("another kind of shard")
             self.chunks = _whole_numbers(outer["chunk_shape"])
             codecs = outer["codecs"]
         codecs = _plain(codecs)
-        if (not self.is_sharded and codecs[-1] != _CRC) or len(codecs) != 3:
+        if codecs[-1] != _CRC or len(codecs) != 3:
             raise ValueError("other codecs than zarrtrace's")
         serializer, compressor, _ = codecs
         if serializer not in ([_TEXT] if self.is_text else [_BYTES, _ONE_BYTE]) or (
@@ -114,7 +117,7 @@ class ArrayEncoding:
         self._is_blosc = compressor["name"] == "blosc"
         if not self._is_blosc and compressor["name"] != "zstd":
             raise ValueError(f"unknown codec {compressor['name']!r}")
-        self._compressor: Any = _compressor(compressor["configuration"], is_blosc=self._is_blosc)
+        self._compressor: Any = _compressor(compressor, self.dtype.itemsize)
         self._check_sizes()
         self.grid = tuple(f // c for f, c in zip(self.file_shape, self.chunks, strict=True))
         self.strides = tuple(math.prod(self.grid[at + 1 :]) for at in range(len(self.grid)))
@@ -205,23 +208,34 @@ def _whole_numbers(sizes: Any) -> tuple[int, ...]:
 
 
 def _fill(value: Any, dtype: np.dtype[Any]) -> Any:
-    """Return a fill value; it must be one that the type has, and NaN for floats."""
+    """Return the value of what is not stored: NaN, no text, false, 0 or no id."""
     if dtype.kind == "f" and value == "NaN":
         return dtype.type(math.nan)
-    if type(value) is not {"O": str, "b": bool, "f": None}.get(dtype.kind, int):
+    known = {"O": [""], "b": [False], "f": []}.get(dtype.kind, [0, NO_ID])
+    if value not in known or type(value) is not type(known[0]):
         raise ValueError(f"fill_value {value!r}")
-    return value if dtype.kind == "O" else np.array(value, dtype=dtype)[()]
+    return value if dtype.kind == "O" else dtype.type(value)
 
 
-def _compressor(options: Mapping[str, Any], *, is_blosc: bool) -> Any:
+def _compressor(codec: Mapping[str, Any], itemsize: int) -> Any:
     """Return the codec of numcodecs."""
-    level, block = options["clevel" if is_blosc else "level"], options.get("blocksize", 0)
-    if type(level) is not int or not 0 <= level <= 22 or type(block) is not int or block < 0:
+    options = codec["configuration"]
+    is_blosc = codec["name"] == "blosc"
+    level, block = options["clevel" if is_blosc else "level"], options.get("blocksize", 1)
+    expected = (
+        {"typesize": itemsize, "cname": "zstd", "shuffle": "shuffle", "clevel": level}
+        if is_blosc
+        else {"level": level, "checksum": False}
+    )
+    if (
+        options != (expected | {"blocksize": block} if is_blosc else expected)
+        or any(type(size) is not int or size < 1 for size in (level, block))
+        or level > _MOST_LEVEL
+        or block > _MOST_DECODED
+    ):
         raise ValueError(f"codec with {options!r}")
     if not is_blosc:
         return Zstd(level=level)
-    if options["cname"] != "zstd" or options["shuffle"] not in ("shuffle", "noshuffle"):
-        raise ValueError(f"codec with {options!r}")
     return Blosc(cname="zstd", clevel=level, shuffle=Blosc.SHUFFLE, blocksize=block)
 
 

@@ -160,6 +160,8 @@ class StagedTrace:
     def _resume(
         self, coordinates: Mapping[str, np.ndarray], expected: Mapping[int, Iterable[str]]
     ) -> bool:
+        if any(path.is_symlink() for path in self.folder.rglob("*")):
+            return False  # what is appended must not go elsewhere
         lines = read_lines(self.folder)
         header, end = next(lines, ({}, 0))
         files, wanted = header.pop("files", None), json.loads(json.dumps(self._header()))
@@ -257,7 +259,7 @@ class StagedTrace:
     def _cut_files(self) -> None:
         """Cut off what was written after the last line of the journal."""
         for file in self.folder.iterdir():
-            if file.is_file() and file.name != JOURNAL:
+            if file.name not in self._layouts and file.name != JOURNAL:
                 file.unlink()
         for name in self._layouts:
             for file in (self.folder / name).iterdir():

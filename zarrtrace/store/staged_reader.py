@@ -52,7 +52,7 @@ def read_staged(
         for name, node in nodes.items():
             node["attributes"][CHECKSUMS] = files.get(name, {})
         labels = labels_of(nodes).split()
-        check_nodes(nodes, labels, attributes)
+        check_nodes(nodes, labels, attributes, is_whole=False)
     except (*NONSENSE, IntegrityError):
         return None  # nor does a writer go on with it: it begins anew
     group = Group(here, attributes, header["attributes"], frozenset(labels), nodes)
@@ -114,5 +114,6 @@ def _indexes(
     found = {}
     for key, of_file in stored.items():
         entries, size = index_entries(encoding, of_file)
-        found[key] = FileIndex(size, "", entries)
+        crcs = {number: crc for number, (_, crc) in of_file.items()}
+        found[key] = FileIndex(size, "", entries, crcs)
     return found
