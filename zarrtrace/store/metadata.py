@@ -79,6 +79,8 @@ class Group(Generic[_Attributes]):
         Names of the coordinates that are no index.
     nodes
         Metadata of its arrays; of a run, of everything below it.
+    encodings
+        How its arrays are cut and encoded; empty for a run.
     """
 
     path: Location
@@ -86,6 +88,7 @@ class Group(Generic[_Attributes]):
     plain: dict[str, Any]
     labels: frozenset[str]
     nodes: Nodes
+    encodings: Mapping[str, ArrayEncoding]
 
 
 # --- writing -----------------------------------------------------------------------------------
@@ -291,7 +294,10 @@ def _attributes_of(path: Location, group: Mapping[str, Any], wanted: str) -> dic
             why="It was written before the first release.",
             remedy="Extract it again.",
         )
-    if plain.get("kind") not in list(_MODELS) or "format_version" not in plain:
+    is_known = plain.get("kind") in list(_MODELS)
+    if "seal" in plain and not is_known:
+        raise damaged_metadata(path / "zarr.json", f"attribute kind: {plain.get('kind')!r}")
+    if not is_known or "format_version" not in plain:
         raise NotATraceError(
             f"{path}: exists, but is not a zarrtrace {wanted}",
             why="Its zarr.json lacks the attributes 'kind' and 'format_version'.",
@@ -325,12 +331,12 @@ def _read(path: Location, wanted: Kind) -> Group[Any]:
     labels = plain.pop("coordinates", "")
     attributes = parse_attributes(file, plain, wanted)
     try:
-        nodes = _consolidated(group)
+        nodes, encodings = _consolidated(group), {}
         if wanted != "run":
-            check_nodes(nodes, labels.split(), attributes, is_whole=wanted == "trace")
+            encodings = check_nodes(nodes, labels.split(), attributes, is_whole=wanted == "trace")
     except NONSENSE as error:
         raise damaged_metadata(file, error) from error
-    return Group(path, attributes, plain, frozenset(labels.split()), nodes)
+    return Group(path, attributes, plain, frozenset(labels.split()), nodes, encodings)
 
 
 def _consolidated(group: Mapping[str, Any]) -> Nodes:
@@ -375,8 +381,10 @@ def check_nodes(
     attributes: TraceAttributes | IndexAttributes,
     *,
     is_whole: bool,
-) -> None:
+) -> dict[str, ArrayEncoding]:
     """Refuse metadata that no group of zarrtrace has, before anything is read by it.
+
+    Returns how the arrays are encoded.
 
     Parameters
     ----------
@@ -399,19 +407,20 @@ def check_nodes(
     sizes = {"layer": len(attributes.layers)}
     if isinstance(attributes, TraceAttributes):
         sizes["attention_layer"] = len(attributes.layers_of("attention_layer"))
-    labels = set(labels)
+    labels, encodings = set(labels), {}
     for name, node in nodes.items():
         try:
-            _check_node(name, node, sizes, is_whole=is_whole or name in labels)
+            encodings[name] = _check_node(name, node, sizes, is_whole=is_whole or name in labels)
         except NONSENSE as error:
             raise ValueError(f"array {name!r}: {error}") from error
     if isinstance(attributes, TraceAttributes) and not {"layer", "key"} <= nodes.keys():
         raise ValueError("it has no coordinates 'layer' and 'key'")
+    return encodings
 
 
 def _check_node(
     name: str, node: Mapping[str, Any], sizes: dict[str, int], *, is_whole: bool
-) -> None:
+) -> ArrayEncoding:
     """Check an array, whose dimensions have the `sizes` seen so far."""
     if not _ARRAY_NAME.fullmatch(name):
         raise ValueError("zarrtrace writes no such name")
@@ -432,6 +441,7 @@ def _check_node(
     # A layer that is missing reads as NaN, and is seen; a label that is missing would be wrong.
     must_be_whole = name in dims or (is_whole and not encoding.is_sharded)
     _check_files(checksums_of(node), counts, is_whole=must_be_whole)
+    return encoding
 
 
 def _check_files(files: Checksums, counts: Sequence[int], *, is_whole: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from zarrtrace.errors import IntegrityError
 from zarrtrace.format.attributes import TraceAttributes
@@ -52,12 +51,15 @@ def read_staged(
         for name, node in nodes.items():
             node["attributes"][CHECKSUMS] = files.get(name, {})
         labels = labels_of(nodes).split()
-        check_nodes(nodes, labels, attributes, is_whole=False)
+        encodings = check_nodes(nodes, labels, attributes, is_whole=False)
     except (*NONSENSE, IntegrityError):
         return None  # nor does a writer go on with it: it begins anew
-    group = Group(here, attributes, header["attributes"], frozenset(labels), nodes)
+    group = Group(here, attributes, header["attributes"], frozenset(labels), nodes, encodings)
     layers, chunks = _stored(lines, group)
-    indexes = {name: _indexes(nodes[name], found) for name, found in chunks.items()}
+    indexes = {
+        name: _indexes(nodes[name]["dimension_names"], encodings[name], found)
+        for name, found in chunks.items()
+    }
     return group, attributes.layers[len(layers) :], indexes
 
 
@@ -69,11 +71,10 @@ def _stored(
     Checksums of the next-token arrays are entered in the metadata. The first line that nobody
     wrote ends the journal.
     """
-    encodings = {name: ArrayEncoding(node) for name, node in group.nodes.items()}
     dims = {name: node["dimension_names"] for name, node in group.nodes.items()}
     grids = {
         name: LayerGrid(dims[name], encoding)
-        for name, encoding in encodings.items()
+        for name, encoding in group.encodings.items()
         if encoding.is_sharded and {*dims[name]} & {*ROWS}
     }
     layers: list[int] = []
@@ -84,7 +85,7 @@ def _stored(
                 stored_versions(line["versions"])
                 continue
             if "layer" not in line:
-                for name, files in stored_tokens(line, encodings).files.items():
+                for name, files in stored_tokens(line, group.encodings).files.items():
                     group.nodes[name]["attributes"][CHECKSUMS] = files
                 continue
             found = stored_layer(line, grids)
@@ -101,11 +102,12 @@ def _stored(
 
 
 def _indexes(
-    node: Mapping[str, Any], chunks: Mapping[int, Sequence[tuple[int, int]]]
+    dims: Sequence[str],
+    encoding: ArrayEncoding,
+    chunks: Mapping[int, Sequence[tuple[int, int]]],
 ) -> dict[str, FileIndex]:
     """Return the index of each file of an array, from the chunks of its layers."""
-    encoding = ArrayEncoding(node)
-    grid = LayerGrid(node["dimension_names"], encoding)
+    grid = LayerGrid(dims, encoding)
     stored: dict[str, dict[int, tuple[int, int]]] = {}
     for place, pairs in sorted(chunks.items()):
         for number, (length, crc) in enumerate(pairs):
