@@ -18,6 +18,8 @@ from zarrtrace.format.attributes import Frozen
 TOP_FEATURES = 32
 #: How many continuations ``next_token`` holds at each position.
 NEXT_TOKENS = 10
+#: The arrays of continuations.
+NEXT_TOKEN = ("next_token", "next_token_logprob", "next_token_text")
 #: Stands for no feature and no token in arrays of ids.
 NO_ID = 2**32 - 1
 

@@ -205,7 +205,7 @@ def _dataset(
     tokens = 0
     with _damage_explained(trace.path):
         for name, node in sorted(trace.nodes.items()):
-            encoding = ArrayEncoding(node)
+            encoding = trace.encodings[name]
             array = StoredArray(
                 trace.path / name,
                 encoding,
@@ -237,6 +237,8 @@ def _index(
 ) -> tuple[xr.Variable, PandasIndex]:
     """Return the index of a dimension, read only where the attributes do not say what it holds."""
     (size,) = array.shape
+    if array.dtype != np.int64:
+        raise ValueError(f"{name} is of type {array.dtype}")
     labels: np.ndarray
     if name in ("layer", "attention_layer"):
         labels = np.asarray(attributes.layers_of(name), array.dtype)
