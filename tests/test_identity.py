@@ -32,7 +32,7 @@ from zarrtrace.cli import main  # noqa: E402
 from zarrtrace.errors import ConfigMismatchError, SAEError  # noqa: E402
 from zarrtrace.extraction import Options, extract, job  # noqa: E402
 from zarrtrace.identity import combined_versions, differences, refuse_other  # noqa: E402
-from zarrtrace.store import read_run, read_trace, summarize, verify
+from zarrtrace.store import open_trace, read_run, read_trace, summarize, verify
 
 NAMES = ("Risky_40", "Medium_60")
 SAE_FOLDER = "blocks.2.hook_resid_post"
@@ -185,10 +185,11 @@ def test_pickled_weights_and_streamed_ones_are_compared_too(files: Path) -> None
 def test_traces_say_the_fingerprints(files: Path) -> None:
     extract(files / "run", options(files))
     attributes = read_trace(files / "run" / NAMES[0]).attributes
+    ds = open_trace(files / "run" / NAMES[0])
     assert attributes.model is not None
     assert attributes.model.fingerprint == load_model(str(files / "model")).attributes.fingerprint
     assert attributes.model.revision is None
-    found = {sae.id: sae.fingerprint for sae in attributes.saes}
+    found = dict(zip(ds.sae_id.values, ds.sae_fingerprint.values, strict=True))
     assert len(set(found.values())) == 3
     assert read_run(files / "run").attributes.config["saes"] == found
 
@@ -252,7 +253,8 @@ def test_commits_of_model_and_saes_are_compared(hub: Path, tmp_path: Path) -> No
     first = (saes / "refs/main").read_text()
     extract(tmp_path / "run", FROM_HUB)
     attributes = read_trace(tmp_path / "run" / NAMES[0]).attributes
-    assert {(sae.revision, sae.fingerprint) for sae in attributes.saes} == {(first, None)}
+    assert {sae.revision for sae in attributes.saes.values()} == {first}
+    assert "sae_fingerprint" not in open_trace(tmp_path / "run" / NAMES[0])
     assert attributes.model is not None
     assert attributes.model.revision == (model / "refs/main").read_text()
     assert attributes.model.fingerprint is not None

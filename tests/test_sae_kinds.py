@@ -281,8 +281,8 @@ def _check(
     expected = sae.encode(activations).detach().numpy()
     assert (expected > 0).any()
     assert np.array_equal(ds.features.values[0], expected)
-    (attributes,) = ds.attrs["saes"]
-    assert attributes["hook_name"] == f"blocks.{LAYER}.{HOOKS[kind]}"
+    (attributes,) = ds.attrs["saes"].values()
+    assert attributes["hook_name"].format(layer=LAYER) == f"blocks.{LAYER}.{HOOKS[kind]}"
     assert attributes["d_in"] == activations.shape[-1]
     assert attributes["architecture"] == sae.cfg.architecture()
     return attributes
@@ -338,7 +338,7 @@ def test_weights_of_any_precision_compute_in_float32(
     expected = SAE.load_from_disk(folder, dtype="float32").encode(activations).detach().numpy()
     assert (expected > 0).any()
     assert np.array_equal(ds.features.values[0], expected)
-    (attributes,) = ds.attrs["saes"]
+    (attributes,) = ds.attrs["saes"].values()
     assert attributes["dtype"] == "float32"
 
 
@@ -399,7 +399,12 @@ def test_several_saes_on_one_layer_give_several_arrays(
     assert verify(run) == []
     ds = open_trace(run / "short")
     ids = ds.token_id.values.tolist()
-    names = {(sae["layer"], sae["variable"]) for sae in ds.attrs["saes"]}
+    names = {
+        (int(layer), variable)
+        for variable in ds.attrs["saes"]
+        for layer in ds.layer.values
+        if ds[f"sae_id{variable.removeprefix('features')}"].sel(layer=layer).item()
+    }
     assert names == {
         (1, "features"),
         (2, "features"),
@@ -797,8 +802,9 @@ def test_layers_without_an_sae_are_listed_and_have_no_features(
     run = extract(tmp_path / "run", options)
     assert verify(run) == []
     ds = open_trace(run / "short")
-    assert ds.attrs["layers_without_sae"] == [2, 3]
-    assert [sae["release"] for sae in ds.attrs["saes"]] == [release] * 2
+    assert ds.attrs["layers_without_sae"] == "2-3"
+    assert [sae["release"] for sae in ds.attrs["saes"].values()] == [release]
+    assert [bool(text) for text in ds.sae_id.values] == [True, True, False, False]
     assert np.isnan(ds.features.sel(layer=[2, 3])).all()
     assert np.isfinite(ds.attention).all()
     ids = ds.token_id.values.tolist()
