@@ -32,7 +32,7 @@ from zarrtrace.cli import main  # noqa: E402
 from zarrtrace.errors import ConfigMismatchError, SAEError  # noqa: E402
 from zarrtrace.extraction import Options, extract, job  # noqa: E402
 from zarrtrace.identity import combined_versions, differences, refuse_other  # noqa: E402
-from zarrtrace.store import open_trace, read_run, read_trace, summarize, verify
+from zarrtrace.store import open_trace, read_run, read_trace, summarize, verify  # noqa: E402
 
 NAMES = ("Risky_40", "Medium_60")
 SAE_FOLDER = "blocks.2.hook_resid_post"
