@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import fakes
-import numpy as np
+import hostile
 import pytest
 
 import zarrtrace as zt
@@ -25,10 +24,10 @@ _FOREIGN: dict[str, tuple[str, Change]] = {
         "storage_transformers",
         lambda node: node.update(storage_transformers=[{"name": "other"}]),
     ),
-    "keys with dots": (
+    "keys with slashes": (
         "chunk_key_encoding",
         lambda node: node.update(
-            chunk_key_encoding={"name": "default", "configuration": {"separator": "."}}
+            chunk_key_encoding={"name": "default", "configuration": {"separator": "/"}}
         ),
     ),
     "keys of version 2": (
@@ -48,45 +47,18 @@ _FOREIGN: dict[str, tuple[str, Change]] = {
 }
 
 
-def change_array(trace: Path, array: str, change: Change) -> None:
-    """Change an array's metadata, and what the trace says of it, as a foreign writer would."""
-    file = trace / array / "zarr.json"
-    node = json.loads(file.read_bytes())
-    change(node)
-    content = json.dumps(node).encode()
-    file.write_bytes(content)
-    group = json.loads((trace / "zarr.json").read_bytes())
-    group.pop("consolidated_metadata", None)
-    own = group["attributes"]["zarrtrace"]
-    digest = hashlib.blake2b(content, digest_size=8).hexdigest()
-    own["stored"]["metadata"][array] = {"bytes": len(content), "blake2b": digest}
-    own.pop("blake2b", None)
-    (trace / "zarr.json").write_text(json.dumps(group))
-
-
 @pytest.mark.parametrize("name", _FOREIGN)
 @pytest.mark.parametrize("array", ["attention", "features", "token_id"])
 def test_arrays_that_others_read_otherwise_are_refused(
     run: fakes.FakeRun, name: str, array: str
 ) -> None:
     said, change = _FOREIGN[name]
-    change_array(run.trace, array, change)
+    hostile.change_array(run.trace, array, change)
     with pytest.raises(IntegrityError, match=said):
         zt.open_trace(run.trace)
     with pytest.raises(IntegrityError, match=said):
         zt.open_run(run.path)
     assert any(said in problem.message for problem in verify(run.path))
-
-
-def test_what_the_specification_leaves_open_is_read(run: fakes.FakeRun) -> None:
-    def change(node: dict[str, Any]) -> None:
-        node.update(chunk_key_encoding={"name": "default"})  # "/" if nothing is said
-        del node["storage_transformers"]
-        node["note"] = {"must_understand": False, "text": "by somebody"}
-
-    change_array(run.trace, "features", change)
-    found = zt.open_trace(run.trace)["features"].to_numpy()
-    np.testing.assert_array_equal(found, run.truth[fakes.SCENARIOS[0]]["features"])
 
 
 # --- the index ---------------------------------------------------------------------------------
@@ -114,26 +86,15 @@ _INDEX_FILES = (
 @pytest.mark.parametrize("file", _INDEX_FILES)
 def test_damaged_metadata_of_an_index_is_named(run: fakes.FakeRun, damage: str, file: str) -> None:
     build_index(run.path)
+    feature = int(run.truth[fakes.SCENARIOS[0]]["features"][0].max(0).argmax())
+    found = find_feature(run.path, 1, feature)
     (run.path / "index" / file).write_bytes(_DAMAGED[damage])
-    feature = int(run.truth[fakes.SCENARIOS[0]]["features"][0].max(0).argmax())
-    with pytest.raises(ZarrtraceError, match=r"zarr\.json"):
-        find_feature(run.path, 1, feature)
-    assert verify(run.path)
-
-
-@pytest.mark.parametrize("file", _INDEX_FILES[1:])
-def test_any_change_of_an_indexs_metadata_is_refused(run: fakes.FakeRun, file: str) -> None:
-    """Field by field: gone, or of another kind."""
-    build_index(run.path)
-    feature = int(run.truth[fakes.SCENARIOS[0]]["features"][0].max(0).argmax())
-    path = run.path / "index" / file
-    content = json.loads(path.read_bytes())
-    changed = [{**content, field: value} for field in content for value in (None, {}, 7, [[1]])]
-    changed += [{key: content[key] for key in content if key != field} for field in content]
-    for other in changed:
-        path.write_text(json.dumps(other))
-        with pytest.raises(IntegrityError, match=r"zarr\.json"):
+    if file == "zarr.json":
+        with pytest.raises(ZarrtraceError, match=r"zarr\.json|not a zarrtrace"):
             find_feature(run.path, 1, feature)
+    else:  # readers take the sealed copy in the group's
+        assert find_feature(run.path, 1, feature) == found
+    assert verify(run.path)
 
 
 def test_an_index_of_another_run_is_refused(tmp_path: Path) -> None:
@@ -155,12 +116,12 @@ def test_an_index_of_another_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_million_scenarios_that_are_not_there(run: fakes.FakeRun) -> None:
+    def claim(group: Any) -> None:
+        names = group["attributes"]["scenarios"]
+        names += [f"s{number}" for number in range(10**6)]
+
+    hostile.change_group(run.path, claim)
     file = run.path / "zarr.json"
-    group = json.loads(file.read_bytes())
-    own = group["attributes"]["zarrtrace"]
-    own["scenarios"] = [*own["scenarios"], *(f"s{number}" for number in range(10**6))]
-    own.pop("blake2b", None)
-    file.write_text(json.dumps(group))
     # Parsing and checking the names is most of it; a look at the disk for each takes several times
     # as long.
     start = time.process_time()

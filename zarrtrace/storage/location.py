@@ -156,6 +156,16 @@ class Location:
         for name in self.backend.children(self._prefix):
             yield self / name
 
+    def present(self, names: Sequence[str]) -> list[str]:
+        """Return which names may be in the folder: all of them if the store cannot list.
+
+        To ask for each of a million scenarios that are not there would take a minute.
+        """
+        if not self.backend.listable:
+            return list(names)
+        there = set(self.backend.children(self._prefix))
+        return [name for name in names if name in there]
+
     def files(self) -> dict[str, int]:
         """Return the size of every file below the folder, by its path from here.
 
