@@ -225,6 +225,11 @@ def explained(path: object) -> Iterator[None]:
                 f"{path}: cannot be written: a file is where a folder should be",
                 remedy="Choose another --output.",
             ) from error
+        if error.errno == errno.EISDIR:
+            raise StoreError(
+                f"{error.filename2 or error.filename}: cannot be written: a folder is in its place",
+                remedy="Remove it, and run the same command again.",
+            ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise StoreError(
                 f"{path}: cannot be written ({error.strerror})",
