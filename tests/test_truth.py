@@ -88,15 +88,18 @@ def test_removed_run_is_not_read(run: fakes.FakeRun, how: str) -> None:
             ds[name].load()
 
 
-def test_growing_trace_stays_readable(tmp_path: Path) -> None:
-    """Layers that come later change nothing of those that were there."""
+def test_growing_trace_is_opened_again_when_it_is_published(tmp_path: Path) -> None:
     begun = fakes.make_run(tmp_path, drop={"Safe_1": (3,)})
     ds = zt.open_trace(begun.trace, missing="nan")
-    whole = fakes.make_run(tmp_path)
     np.testing.assert_array_equal(
-        ds.attention.sel(layer=[1, 2]), whole.truth["Safe_1"]["attention"][:2]
+        ds.attention.sel(layer=[1, 2]), begun.truth["Safe_1"]["attention"][:2]
     )
     assert np.isnan(ds.attention.sel(layer=3)).all()
+    unread = zt.open_trace(begun.trace, missing="nan")
+    fakes.make_run(tmp_path)
+    with pytest.raises(IntegrityError, match="Open it again"):
+        unread.attention.load()
+    assert not np.isnan(zt.open_trace(begun.trace).attention).any()
 
 
 def test_viewer_does_not_mix_two_runs(run: fakes.FakeRun) -> None:
@@ -288,11 +291,18 @@ def test_exchanged_scenarios_are_not_summarised_indexed_copied_or_exported(
 def test_exchanged_scenarios_are_not_resumed_but_repaired(
     tmp_path: Path, shared_run: fakes.FakeRun
 ) -> None:
-    begun = fakes.make_run(tmp_path, drop={"Safe_1": (3,), "Risky_2": (3,)})
+    begun = fakes.make_run(tmp_path, finish=False)
     exchange(begun.path / "Safe_1", begun.path / "Risky_2")
     with pytest.raises(IntegrityError, match=r"(?s)holds scenario.*--repair"):
         fakes.make_run(tmp_path)
     again = fakes.make_run(tmp_path, repair=True)
+    assert fakes.files_in(again.path) == fakes.files_in(shared_run.path)
+
+
+def test_exchanged_staged_traces_are_begun_anew(tmp_path: Path, shared_run: fakes.FakeRun) -> None:
+    begun = fakes.make_run(tmp_path, drop={"Safe_1": (3,), "Risky_2": (3,)})
+    exchange(begun.path / ".staged" / "Safe_1", begun.path / ".staged" / "Risky_2")
+    again = fakes.make_run(tmp_path)
     assert fakes.files_in(again.path) == fakes.files_in(shared_run.path)
 
 

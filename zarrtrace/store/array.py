@@ -146,24 +146,25 @@ class StoredArray(BackendArray):
             if not self.encoding.is_sharded:
                 content = file.read()
                 if written is not None:
-                    _compare(file, len(content), crc_of(content), *written)
+                    _compare(len(content), crc_of(content), *written)
                 return [content]
             if index is None:
                 index = read_index(file, self.encoding)
                 if written is not None:
-                    _compare(file, index.size, index.fingerprint, *written)
+                    _compare(index.size, index.fingerprint, *written)
             ranges = {number: index.range_of(number) for number in numbers}
             stored = {number: one for number, one in ranges.items() if one is not None}
             found = dict(zip(stored, file.read_ranges([*stored.values()]), strict=True))
-            for number in stored if index.crcs is not None else ():
-                if crc_of(found[number]) != f"{index.crcs[number]:08x}":
+            for number, crc in (index.crcs or {}).items():
+                if number in found and crc_of(found[number]) != f"{crc:08x}":
                     raise ValueError(f"chunk {number} is not the one that the journal names")
         except (FileNotFoundError, ValueError) as error:
             gone = isinstance(error, FileNotFoundError)
             raise IntegrityError(
                 f"{file}: {'is gone' if gone else error}",
-                why="Files were lost, cut short or replaced since the trace was written or opened.",
-                remedy=REPAIR,
+                why="The run was replaced or removed since it was opened, or files were lost, cut "
+                "short or exchanged.",
+                remedy=f"Open it again; if that fails, too: {REPAIR}",
             ) from error
         return [found.get(number) for number in numbers]
 
@@ -179,15 +180,11 @@ class StoredArray(BackendArray):
             ) from error
 
 
-def _compare(file: Location, size: int, found: str, written: int, checksum: str) -> None:
+def _compare(size: int, found: str, written: int, checksum: str) -> None:
     if size != written:
         raise ValueError(f"has {size} bytes, {written} were written")
     if found != checksum:
-        raise IntegrityError(
-            f"{file}: is not the file that belongs to this array",
-            why="The run was replaced since it was opened, or files of two runs were exchanged.",
-            remedy=f"Open it again; if that fails, too: {REPAIR}",
-        )
+        raise ValueError("is not the file that belongs to this array")
 
 
 def as_lazy(array: StoredArray) -> Any:

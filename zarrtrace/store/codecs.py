@@ -213,7 +213,8 @@ def _fill(value: Any, dtype: np.dtype[Any]) -> Any:
     """Return the value of what is not stored: NaN, no text, false, 0 or no id."""
     if dtype.kind == "f" and value == "NaN":
         return dtype.type(math.nan)
-    known = {"O": [""], "b": [False], "f": []}.get(dtype.kind, [0, NO_ID])
+    kinds: dict[str, list[Any]] = {"O": [""], "b": [False], "f": []}
+    known = kinds.get(dtype.kind, [0, NO_ID])
     if value not in known or type(value) is not type(known[0]):
         raise ValueError(f"fill_value {value!r}")
     return value if dtype.kind == "O" else dtype.type(value)

@@ -26,6 +26,7 @@ from zarrtrace.store.metadata import (
     kind_of,
     read_index_group,
     read_run,
+    read_scenario,
     read_trace,
     refuse_foreign,
 )
@@ -118,7 +119,7 @@ def _groups(run: Location) -> list[Group[TraceAttributes] | Group[IndexAttribute
 
     def read(name: str) -> Group[TraceAttributes] | None:
         try:
-            return read_trace(run / name)
+            return read_scenario(run, name)
         except NotATraceError:
             return None
 

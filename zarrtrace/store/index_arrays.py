@@ -29,6 +29,7 @@ from zarrtrace.store.metadata import (
     encoded,
     read_index_group,
     read_run,
+    read_scenario,
     read_trace,
     sealed_group,
 )
@@ -85,7 +86,7 @@ def indexable_traces(run: Address) -> Iterator[IndexableTrace]:
 
 def _indexable(path: Location) -> IndexableTrace | None:
     try:
-        trace = read_trace(path)
+        trace = read_scenario(path.parent, path.name)
     except NotATraceError:
         return None
     arrays = _feature_arrays(trace)

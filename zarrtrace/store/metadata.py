@@ -212,6 +212,24 @@ def read_trace(path: Address) -> Group[TraceAttributes]:
     return _read(locate(path), "trace")
 
 
+def read_scenario(run: Location, name: str) -> Group[TraceAttributes]:
+    """Read the metadata of a run's trace, which must be of the scenario that its folder names.
+
+    Raises
+    ------
+    NotATraceError, FormatVersionError, IntegrityError
+    """
+    trace = read_trace(run / name)
+    if trace.attributes.scenario != name:
+        raise IntegrityError(
+            f"{run / name}: holds scenario {trace.attributes.scenario!r}",
+            why="Folders of the run were renamed or exchanged.",
+            remedy="Rename them back, or let the 'zarrtrace extract' that made the run write them "
+            "again, with --repair.",
+        )
+    return trace
+
+
 def read_index_group(path: Address) -> Group[IndexAttributes]:
     """Read the metadata of a run's index.
 
@@ -410,7 +428,9 @@ def check_nodes(
     labels, encodings = set(labels), {}
     for name, node in nodes.items():
         try:
-            encodings[name] = _check_node(name, node, sizes, is_whole=is_whole or name in labels)
+            encodings[name] = _check_node(
+                name, node, sizes, is_whole=is_whole or len(node["dimension_names"]) == 1
+            )
         except NONSENSE as error:
             raise ValueError(f"array {name!r}: {error}") from error
     if isinstance(attributes, TraceAttributes) and not {"layer", "key"} <= nodes.keys():

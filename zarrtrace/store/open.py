@@ -18,8 +18,16 @@ from zarrtrace.storage import Address, Location, at_once, locate
 from zarrtrace.store.array import StoredArray, as_lazy
 from zarrtrace.store.chunks import FileIndex
 from zarrtrace.store.codecs import ArrayEncoding
-from zarrtrace.store.metadata import CHECKSUMS, REPAIR, Group, checksums_of, read_run, read_trace
-from zarrtrace.store.publish import replaced
+from zarrtrace.store.metadata import (
+    CHECKSUMS,
+    REPAIR,
+    Group,
+    checksums_of,
+    read_run,
+    read_scenario,
+    read_trace,
+)
+from zarrtrace.store.publish import beside
 from zarrtrace.store.staged import staging_folder
 from zarrtrace.store.staged_reader import read_staged
 from zarrtrace.store.trace_writer import incomplete
@@ -75,10 +83,10 @@ def open_trace(
     path = locate(path, storage_options)
     try:
         trace = read_trace(path)
-    except NotATraceError:
+    except NotATraceError as error:
         staged = read_staged(path)
         if staged is None:
-            raise
+            raise _between_two(path.parent, error) from None
         group, missing_layers, indexes = staged
         if missing == "raise":
             raise incomplete(path, group.attributes.layers, missing_layers) from None
@@ -122,7 +130,7 @@ def open_run(
     names = run.attributes.scenarios
     each = map if path.path is not None else at_once
     present = path.present(names)
-    found = each(lambda name: _child(path / name, chunks), present)
+    found = each(lambda name: _child(path, name, chunks), present)
     opened = {**dict.fromkeys(names), **dict(zip(present, found, strict=True))}
     absent = [name for name, ds in opened.items() if ds is None]
     if absent and missing == "raise":
@@ -143,29 +151,21 @@ def open_run(
     return tree
 
 
-def _child(path: Location, chunks: ChunkSpec) -> xr.Dataset | None:
+def _child(run: Location, name: str, chunks: ChunkSpec) -> xr.Dataset | None:
     """Open a trace of a run; None if it is not complete."""
     try:
-        trace = read_trace(path)
+        return _dataset(read_scenario(run, name), chunks)
     except NotATraceError:
         return None
-    own = trace.attributes.scenario
-    if own != path.name:
-        raise IntegrityError(
-            f"{path}: is the trace of {own!r}",
-            why="Folders of the run were renamed or exchanged.",
-            remedy="Rename them back; 'zarrtrace verify' names all of them.",
-        )
-    return _dataset(trace, chunks)
 
 
 def _between_two(path: Location, error: NotATraceError) -> NotATraceError:
     """Say where both runs are while one replaces the other."""
     here = path.resolved().path
-    if here is None or here.exists() or not replaced(here).is_dir():
+    if here is None or here.exists() or not beside(here, "old").is_dir():
         return error
     return NotATraceError(
-        f"{path}: is being replaced; the run before is {replaced(here)}",
+        f"{path}: is being replaced: {beside(here, 'old')} by {beside(here, 'new')}",
         why="The file system cannot exchange two folders at once, or the process that replaced "
         "the run has ended between two renames.",
         remedy="Try again in a moment; else run the same 'zarrtrace extract --overwrite' again.",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from zarrtrace.errors import RemoteError
 from zarrtrace.storage import Location, at_once, disk
+from zarrtrace.store.journal import JOURNAL
 
 
 def publish_folder(folder: Path, target: Location) -> None:
@@ -36,37 +37,49 @@ def publish_folder(folder: Path, target: Location) -> None:
 
 
 def put_in_place(folder: Path, target: Path) -> None:
-    """Put a folder in the place of another one, which is removed.
-
-    Where the file system cannot exchange two folders, there is a moment in which neither is in
-    place; :func:`end_replacing` brings an interrupted replacement to its end.
-    """
-    if not target.exists():
-        folder.rename(target)
-    elif disk.exchange(folder, target):
-        disk.remove_folder(folder)
+    """Put a folder in the place of another one, which is removed."""
+    if target.exists():
+        disk.remove_folder(exchange_folders(folder, target, old_of(folder)))
     else:
-        old = replaced(target)
-        disk.remove_folder(old)
-        target.rename(old)
         folder.rename(target)
-        disk.remove_folder(old)
     with contextlib.suppress(OSError):  # not every file system does that for folders
         disk.sync_path(target.parent)
 
 
-def replaced(target: Path) -> Path:
-    """Return the name that a folder has while another one takes its place."""
-    return target.with_name(f".{target.name}.zarrtrace-old")
+def exchange_folders(folder: Path, target: Path, aside: Path) -> Path:
+    """Put a folder in the place of another one, and return where that one is now.
+
+    Where the file system cannot exchange two folders, there is a moment in which neither is in
+    place: the one before is `aside` then.
+    """
+    if disk.exchange(folder, target):
+        return folder
+    target.rename(aside)
+    folder.rename(target)
+    return aside
 
 
-def end_replacing(folder: Path, target: Path) -> None:
-    """Bring a replacement to its end that was interrupted between two renames."""
-    old = replaced(target)
-    if old.is_dir() and not target.exists():
-        (folder if (folder / "zarr.json").is_file() else old).rename(target)
-    if old.is_dir() and target.exists():
-        disk.remove_folder(old)
+def old_of(folder: Path) -> Path:
+    """Return where a trace is while a staged one takes its place."""
+    return folder.with_name(f"{folder.name}.old")
+
+
+def end_publishing(folder: Path, target: Path) -> None:
+    """Publish a staged trace that was complete when its writer was killed, or undo half of that."""
+    if target.exists():
+        return
+    if (folder / "zarr.json").is_file() and not (folder / JOURNAL).exists():
+        folder.rename(target)
+    elif old_of(folder).is_dir():
+        old_of(folder).rename(target)
+
+
+def beside(path: Path, what: str) -> Path:
+    """Return the path of a file or folder of zarrtrace's own beside a run.
+
+    A user may well have a `.run.old`, but no name that zarrtrace is a part of.
+    """
+    return path.with_name(f".{path.name}.zarrtrace-{what}")
 
 
 def upload(folder: Path, target: Location) -> None:

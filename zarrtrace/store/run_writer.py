@@ -19,16 +19,23 @@ from zarrtrace.records import TracePlan
 from zarrtrace.scenarios import check_name
 from zarrtrace.storage import Address, Location, at_once, disk, locate
 from zarrtrace.storage.locks import FileLock
-from zarrtrace.store.metadata import Nodes, read_run, read_trace, repeated_nodes, sealed_group
-from zarrtrace.store.publish import end_replacing, move, put_in_place, remove
+from zarrtrace.store.metadata import (
+    Nodes,
+    kind_of,
+    read_run,
+    read_trace,
+    repeated_nodes,
+    sealed_group,
+)
+from zarrtrace.store.publish import beside, exchange_folders, move, remove
 from zarrtrace.store.staged import staging_folder
 from zarrtrace.store.trace_writer import TraceWriter
 
-# A file among the staged traces of a run that is to replace another one. Folders are exchanged at
-# once, and removed a while later: it tells the new run from the old one.
-_SUCCESSOR = "successor"
 #: A run of more traces holds no copy of their metadata: it would be large, and slow to read.
 MOST_CONSOLIDATED = 1000
+
+# File in a run that is about to replace another, or has just done so.
+_REPLACING = ".zarrtrace-replacing"
 
 
 class RunWriter:
@@ -111,12 +118,7 @@ class RunWriter:
             self.path = self._new
             if self._can_resume(self._new):
                 return
-            self._refuse_foreign_successor()
-            remove(self._new)
-            if self._new.path is not None:
-                marker = staging_folder(self._new) / _SUCCESSOR
-                marker.parent.mkdir(parents=True)
-                marker.touch()
+            remove_run(self._new)
         self._write_group(self.path, self._attributes, None)
 
     def _resume(self, previous: RunAttributes) -> None:
@@ -160,51 +162,47 @@ class RunWriter:
 
     def _can_resume(self, path: Location) -> bool:
         """Whether an earlier writer that was to replace the run was asked for the same."""
-        if not _is_successor(path):
-            return False
         try:
             return _is_same(read_run(path).attributes, self._attributes)
         except StoreError:
             return False
 
-    def _refuse_foreign_successor(self) -> None:
-        """Refuse to remove what this program did not write."""
-        if self._new.exists():
-            try:
-                read_run(self._new)
-            except StoreError as error:
-                raise NotATraceError(
-                    f"{self._new}: is in the way, and is not a run",
-                    why="The new run is written there before it replaces the old one.",
-                    remedy="Move it away, and run the same command again.",
-                ) from error
-
     def _end_earlier_replacement(self) -> bool:
-        """Bring to its end what an interrupted writer began; returns whether it did."""
-        if self._final.path is not None and _is_successor(self._final):
-            end_replacing(Path(self._new), self._final.path)
-            remove(self._new)  # the old run
-            disk.remove_folder(staging_folder(self._final))
+        """Bring to its end what a killed writer began; returns whether the run was replaced."""
+        if (final := self._final.path) is None:
+            if not self._can_resume(self._new) or not read_run(self._new).attributes.complete:
+                return False
+            move(self._new, self._final)
             return True
-        if not self._can_resume(self._new) or not read_run(self._new).attributes.complete:
-            if (path := self._final.path) is not None and not path.exists():
-                end_replacing(Path(self._new), path)
+        new, old = beside(final, "new"), beside(final, "old")
+        if not final.exists():
+            if (new / _REPLACING).exists():
+                new.rename(final)
+            elif _is_run(old):
+                old.rename(final)
+        if not (final / _REPLACING).exists():
             return False
-        self._replace()
+        self._tidy_up(new, old)
         return True
 
     def _replace(self) -> None:
         """Put the finished new run in the place of the old one."""
-        new, final = self._new.path, self._final.path
-        if new is None or final is None:
+        final, new = self._final.path, self._new.path
+        if final is None or new is None:
             move(self._new, self._final)
         else:
-            end_replacing(new, final)
-            if new.exists():
-                put_in_place(new, final)
-        for run in (self._new, self._final):
-            disk.remove_folder(staging_folder(run))
+            # Tells a later writer which of the two is the new one.
+            (new / _REPLACING).touch()
+            disk.sync_path(new)
+            left = exchange_folders(new, final, beside(final, "old"))
+            disk.sync_path(final.parent)
+            self._tidy_up(left)
         self.path = self._final
+
+    def _tidy_up(self, *left: Path) -> None:
+        for folder in left:
+            remove_run(folder)
+        (Path(self._final) / _REPLACING).unlink()
 
     def trace(self, plan: TracePlan) -> TraceWriter:
         """Return the writer of one scenario's trace, which may hold layers already."""
@@ -240,15 +238,48 @@ class RunWriter:
             self._write_group(self.path, complete, nodes if few else None)
             if (folder := self.path.path) is not None:
                 disk.sync_path(folder / "zarr.json")
-            if self.path == self._final:
-                disk.remove_folder(staging_folder(self.path))
-            else:
+            disk.remove_folder(staging_folder(self.path))
+            if self.path != self._final:
                 self._replace()
 
 
-def _is_successor(run: Location) -> bool:
-    """Whether a run was written to replace another one; in an object store nothing tells."""
-    return run.path is None or (staging_folder(run) / _SUCCESSOR).is_file()
+def remove_run(folder: Location | Path) -> None:
+    """Remove a run that a writer left beside another, if it is one.
+
+    On a disk its ``zarr.json`` goes last: what is left of it if the process is killed is still
+    known as a run.
+
+    Raises
+    ------
+    StoreError
+        If something else is there.
+    """
+    folder = locate(folder)
+    if (path := folder.path) is None:
+        remove(folder)
+        return
+    if not path.exists() and not path.is_symlink():
+        return
+    if path.is_symlink() or not (_is_run(path) or (path.is_dir() and not any(path.iterdir()))):
+        raise StoreError(
+            f"{path}: is in the way, and no run that zarrtrace wrote",
+            why="A run that replaces another has this name until it is whole.",
+            remedy="Move it away, and run the same command again.",
+        )
+    for child in path.iterdir():
+        if child.is_dir() and not child.is_symlink():
+            disk.remove_folder(child)
+        elif child.name != "zarr.json":
+            child.unlink()
+    (path / "zarr.json").unlink(missing_ok=True)
+    path.rmdir()
+
+
+def _is_run(folder: Path) -> bool:
+    try:
+        return kind_of(folder) == "run"
+    except StoreError:
+        return False
 
 
 def lock_run(run: Location) -> FileLock:

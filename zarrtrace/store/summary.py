@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 from pydantic import BaseModel
 
@@ -11,7 +12,14 @@ from zarrtrace.format.attributes import FORMAT_VERSION, TraceAttributes
 from zarrtrace.storage import Address, Location, at_once, locate
 from zarrtrace.store.array import StoredArray
 from zarrtrace.store.codecs import ArrayEncoding
-from zarrtrace.store.metadata import Group, checksums_of, kind_of, read_run, read_trace
+from zarrtrace.store.metadata import (
+    Group,
+    checksums_of,
+    kind_of,
+    read_run,
+    read_scenario,
+    read_trace,
+)
 from zarrtrace.store.staged import staging_folder
 from zarrtrace.store.staged_reader import read_staged
 
@@ -74,7 +82,8 @@ def summarize(path: Address) -> RunSummary:
         begun = {*path.present(names), *locate(staging_folder(path)).present(names)}
         folders = [path / name for name in names if name in begun]
     each = map if path.path is not None else at_once
-    traces = tuple(trace for trace in each(_trace, folders) if trace is not None)
+    found = each(partial(_trace, in_run=names != ("",)), folders)
+    traces = tuple(trace for trace in found if trace is not None)
     summarized = {trace.scenario for trace in traces}
     return RunSummary(
         path=str(path),
@@ -87,12 +96,12 @@ def summarize(path: Address) -> RunSummary:
     )
 
 
-def _trace(path: Location) -> TraceSummary | None:
+def _trace(path: Location, *, in_run: bool) -> TraceSummary | None:
     """Summarise a trace, complete or staged; None if it was not begun."""
     missing: tuple[int, ...] = ()
     is_complete = True
     try:
-        group = read_trace(path)
+        group = read_scenario(path.parent, path.name) if in_run else read_trace(path)
     except NotATraceError:
         staged = read_staged(path)
         if staged is None:

@@ -11,15 +11,15 @@ from typing import Any, Self
 
 import numpy as np
 
-from zarrtrace.errors import IncompleteError, IntegrityError, StoreError
+from zarrtrace.errors import IncompleteError, StoreError
 from zarrtrace.format.attributes import TraceAttributes, share_saes
 from zarrtrace.format.layout import ArrayLayout, trace_layout
 from zarrtrace.precision import cast_record, refusal
 from zarrtrace.records import LayerRecord, Nonzeros, TokensRecord, TracePlan
 from zarrtrace.storage import Address, Location, disk, locate
 from zarrtrace.store.chunks import encode_rows
-from zarrtrace.store.metadata import read_trace
-from zarrtrace.store.publish import end_replacing, publish_folder
+from zarrtrace.store.metadata import read_scenario
+from zarrtrace.store.publish import end_publishing, publish_folder
 from zarrtrace.store.repair import SoundParts, sound_parts
 from zarrtrace.store.staged import StagedTrace, staging_folder
 
@@ -67,7 +67,7 @@ class TraceWriter:
         self._rows: dict[str, int] = {}
         with disk.explained(self.path):
             if self.path.path is not None:
-                end_replacing(folder, self.path.path)
+                end_publishing(folder, self.path.path)
             self._is_published = self._open(repair=repair)
             if not self._is_published and self._source is None:
                 self._begun = self._staged.resume(self._coordinates, self._expected)
@@ -79,14 +79,7 @@ class TraceWriter:
         if repair:
             self._source = sound_parts(self.path, self._attributes, self._layouts)
             return self._source.is_whole
-        trace = read_trace(self.path)
-        if trace.attributes.scenario != self._attributes.scenario:
-            raise IntegrityError(
-                f"{self.path}: is the trace of {trace.attributes.scenario!r}",
-                why="Folders of the run were renamed or exchanged.",
-                remedy="Rename them back, or let 'zarrtrace extract' write them again with "
-                "--repair.",
-            )
+        read_scenario(self.path.parent, self.path.name)
         return True
 
     # --- what is left to write -----------------------------------------------------------------

@@ -21,6 +21,7 @@ from zarrtrace.store.metadata import (
     kind_of,
     read_index_group,
     read_run,
+    read_scenario,
     read_trace,
     repeated_nodes,
 )
@@ -92,7 +93,7 @@ def _trace(path: Location, scenario: str | None) -> Iterator[Problem]:
         return
     own = trace.attributes.scenario
     if scenario not in (None, own):
-        yield Problem(scenario=scenario, message=f"is the trace of {own!r}: folders were exchanged")
+        yield Problem(scenario=scenario, message=f"holds scenario {own!r}: folders were exchanged")
     for damage in find_damage(path, trace.nodes):
         yield from _problems(scenario or own, trace, damage)
 
@@ -128,7 +129,7 @@ def _consolidated(run: Group[RunAttributes]) -> Iterator[Problem]:
             yield Problem(scenario=None, message=f"repeats metadata of {scenario!r}: no such trace")
             continue
         with contextlib.suppress(StoreError):  # said of the trace itself
-            if nodes != repeated_nodes(read_trace(run.path / scenario)):
+            if nodes != repeated_nodes(read_scenario(run.path, scenario)):
                 yield Problem(scenario=scenario, message=message)
 
 
