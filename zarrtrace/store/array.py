@@ -103,8 +103,8 @@ class StoredArray(BackendArray):
         found: dict[str, list[Piece]] = {}
         for files_at in itertools.product(*(files.items() for files in by_dimension)):
             pieces = found.setdefault(file_key([file for file, _ in files_at]), [])
-            for inside in itertools.product(*(parts for _, parts in files_at)):
-                numbers, goes_to, taken_from = zip(*inside, strict=True)
+            for places in itertools.product(*(parts for _, parts in files_at)):
+                numbers, goes_to, taken_from = zip(*places, strict=True)
                 pieces.append((sum(numbers), goes_to, taken_from))
         return found
 
