@@ -425,7 +425,7 @@ def check_nodes(
     sizes = {"layer": len(attributes.layers)}
     if isinstance(attributes, TraceAttributes):
         sizes["attention_layer"] = len(attributes.layers_of("attention_layer"))
-    labels, encodings = set(labels), {}
+    encodings = {}
     for name, node in nodes.items():
         try:
             encodings[name] = _check_node(
