@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -26,6 +27,7 @@ import xarray as xr
 from processes import extracting, said_after
 
 import zarrtrace as zt
+from zarrtrace import cli
 from zarrtrace.cli import analyze_, main
 from zarrtrace.storage import locate
 
@@ -338,3 +340,62 @@ with interruptible() as came:
 assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+        ImportError("libblas.so: cannot allocate memory in static TLS block"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("can't start new thread"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_a_memory_limit_is_a_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    """Also if it is reached while a command's module is imported."""
+
+    def fail(_name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(cli.importlib, "import_module", fail)
+    monkeypatch.setattr(sys, "argv", ["zarrtrace", "info", "run"])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # main() sets its own
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert "memory" in said
+    assert "ulimit" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("error", [ImportError("no module"), RuntimeError("odd"), LookupError()])
+def test_other_errors_stay_errors(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(_name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(cli.importlib, "import_module", fail)
+    monkeypatch.setattr(sys, "argv", ["zarrtrace", "info", "run"])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    with pytest.raises(type(error)):
+        cli.main()
+
+
+def test_memory_that_runs_out_while_libraries_are_imported() -> None:
+    """With 4 MB left, less than NumPy's shared objects take."""
+    code = (
+        "import resource, pathlib; from zarrtrace.cli import main; "
+        "held = int(pathlib.Path('/proc/self/statm').read_text().split()[0]); "
+        "limit = held * resource.getpagesize() + 4 * 2**20; "
+        "resource.setrlimit(resource.RLIMIT_AS, (limit, limit)); main()"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, "info", "nothing"], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 1
+    assert "no more memory" in ended.stderr
+    assert "Traceback" not in ended.stderr

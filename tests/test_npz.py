@@ -524,6 +524,9 @@ _FLOATS = {
 }
 
 
+_weights = st.floats(0, 1, width=16)
+
+
 @st.composite
 def _npz_any_values(draw: st.DrawFn) -> Values:
     tokens, heads, features = (draw(st.integers(1, high)) for high in (7, 5, 70))
@@ -531,14 +534,14 @@ def _npz_any_values(draw: st.DrawFn) -> Values:
     keys = draw(st.sampled_from([("attention",), ("features",), ("features", "attention")]))
     layers = draw(st.integers(0, 40))
     shapes = {"attention": (heads, tokens, tokens), "features": (tokens, features)}
-    return {
+    values = {
         name: {
             layer: {
                 key: draw(
                     hnp.arrays(
                         dtypes[key[0]],
                         shapes[key],
-                        elements=_FLOATS[dtypes[key[0]]],
+                        elements=_FLOATS[dtypes[key[0]]] if key == "features" else _weights,
                         fill=st.just(0),
                     )
                 )
@@ -548,6 +551,22 @@ def _npz_any_values(draw: st.DrawFn) -> Values:
         }
         for name in ("A", "b.c")[: draw(st.integers(1, 2))]
     }
+    for by_layer in values.values():
+        for layer, arrays in by_layer.items():
+            _make_plausible(layer, **arrays)
+    return values
+
+
+def _make_plausible(
+    layer: int, attention: np.ndarray | None = None, features: np.ndarray | None = None
+) -> None:
+    """Change values in place to those of a causal model, with other ones in each layer."""
+    if attention is not None:
+        attention /= 2 * attention.shape[-1]
+        attention *= np.tri(attention.shape[-1], dtype=attention.dtype)
+        attention[0, :, 0] = 0.25 + 0.25 * (layer % 2)
+    if features is not None:
+        features[0, 0] = 1 + layer % 2
 
 
 @settings(max_examples=5, deadline=None)
@@ -893,6 +912,135 @@ def test_bad_input_is_refused_by_name(tmp_path: Path, name: str) -> None:
     assert caught.value.remedy
     if name not in ("NaN", "infinity", "odd row"):  # only reading the values shows these
         assert not (tmp_path / "run").exists()
+
+
+def _scores(attention: np.ndarray) -> np.ndarray:
+    attention[1, 4, 2] = -5
+    return attention
+
+
+def _above_one(attention: np.ndarray) -> np.ndarray:
+    attention[1, 4, 2] = 1.5
+    return attention
+
+
+def _large_sum(attention: np.ndarray) -> np.ndarray:
+    attention[1, 4, :5] = 0.3
+    return attention
+
+
+def _empty_row(attention: np.ndarray) -> np.ndarray:
+    attention[:, 4] = 0
+    return attention
+
+
+_NO_ATTENTION: dict[str, tuple[Callable[[np.ndarray], np.ndarray], str]] = {
+    "a score": (_scores, r"holds -5, which is no probability"),
+    "above 1": (_above_one, r"holds 1\.5, which is no probability"),
+    "a sum above 1": (_large_sum, r"weights sum to 1\.5"),
+    "transposed": (lambda a: a.swapaxes(1, 2), r"attend to tokens behind"),
+    "reversed": (lambda a: a[:, :, ::-1], r"attend to tokens behind"),
+    "never filled in": (_empty_row, r"0 in every head at token 4"),
+    "zeros": (np.zeros_like, r"0 in every head at token 0"),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("name", _NO_ATTENTION)
+def test_attention_that_is_none_is_refused(tmp_path: Path, name: str, dtype: str) -> None:
+    folder = npz_old_folder(tmp_path / "old", npz_values(attention_dtype=dtype))
+    change, message = _NO_ATTENTION[name]
+    arrays = npz_members(folder)
+    npz_resave(folder, **{**arrays, "attention": np.ascontiguousarray(change(arrays["attention"]))})
+    with pytest.raises(NPZError, match=rf"layer_2.*'attention' .*{message}"):
+        import_npz(folder, tmp_path / "run")
+
+
+@pytest.mark.parametrize("bits", [1, 2, 7])
+def test_rounded_attention_is_imported(tmp_path: Path, bits: int) -> None:
+    values = npz_values(tokens=40)
+    for by_layer in values.values():
+        for arrays in by_layer.values():
+            exponent = np.exp2(np.floor(np.log2(np.maximum(arrays["attention"], 2**-100))) - bits)
+            rounded = np.round(arrays["attention"] / exponent) * exponent
+            arrays["attention"] = rounded.astype(np.float32)
+    import_npz(npz_old_folder(tmp_path / "old", values), tmp_path / "run")
+
+
+def test_attention_with_a_sink_is_imported(tmp_path: Path) -> None:
+    values = npz_values()
+    for by_layer in values.values():
+        for arrays in by_layer.values():
+            arrays["attention"] *= np.float32(0.01)
+    import_npz(npz_old_folder(tmp_path / "old", values), tmp_path / "run")
+
+
+def _copy_file(folder: Path, source: str, target: str) -> None:
+    (folder / target).write_bytes((folder / source).read_bytes())
+
+
+def test_files_of_scenarios_with_other_lengths_are_told_apart(tmp_path: Path) -> None:
+    folder = npz_old_folder(tmp_path / "old", npz_values())
+    _copy_file(folder, "Desperate_10/layer_1.npz", "Risky_40/layer_1.npz")
+    with pytest.raises(NPZError, match=r"Risky_40/layer_1.*shape"):
+        import_npz(folder, tmp_path / "run")
+
+
+@pytest.mark.parametrize("keys", [("features",), ("attention",), ("features", "attention")])
+def test_a_layer_that_is_a_copy_of_another_is_refused(
+    tmp_path: Path, keys: tuple[str, ...]
+) -> None:
+    folder = npz_old_folder(tmp_path / "old", npz_values(keys=keys))
+    _copy_file(folder, "Risky_40/layer_1.npz", "Risky_40/layer_3.npz")
+    with pytest.raises(NPZError, match=r"layer_3.*holds the same '(features|attention)' as .*_1"):
+        import_npz(folder, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def _equal_lengths() -> Values:
+    values = npz_values(scenarios=("A",)) | npz_values(scenarios=("X", "B"), tokens=8)
+    del values["X"]
+    return values
+
+
+def _tokens_of_b(metadata: dict[str, Any]) -> None:
+    metadata["scenarios"][1]["token_ids"] = list(range(500, 509))
+
+
+def test_a_scenario_that_is_a_copy_of_another_is_refused(tmp_path: Path) -> None:
+    folder = npz_old_folder(tmp_path / "old", _equal_lengths())
+    _copy_file(folder, "A/layer_2.npz", "B/layer_2.npz")
+    npz_edit(folder, _tokens_of_b)
+    with pytest.raises(NPZError, match=r"B/layer_2.*holds the same"):
+        import_npz(folder, tmp_path / "run")
+
+
+def test_equal_files_that_are_plausible_are_imported(tmp_path: Path) -> None:
+    """Of two scenarios with the same tokens; of silent features; of one token."""
+    folder = npz_old_folder(tmp_path / "tokens", _equal_lengths())
+    for layer in (1, 2, 3):
+        _copy_file(folder, f"A/layer_{layer}.npz", f"B/layer_{layer}.npz")
+    import_npz(folder, tmp_path / "run of tokens")
+    silent = npz_values()
+    for by_layer in silent.values():
+        for arrays in by_layer.values():
+            arrays["features"][:] = 0
+    import_npz(npz_old_folder(tmp_path / "silent", silent), tmp_path / "run of silent")
+    one = npz_values(scenarios=("A",), keys=("attention",))
+    for arrays in one["A"].values():
+        arrays["attention"] = np.ones((2, 1, 1), np.float32)
+    metadata = npz_plain_metadata(one)
+    import_npz(npz_old_folder(tmp_path / "one", one, scenarios=metadata), tmp_path / "run of one")
+
+
+def test_the_command_says_what_it_cannot_tell(tmp_path: Path) -> None:
+    folder = npz_old_folder(tmp_path / "old", npz_values())
+    command = [sys.executable, "-m", "zarrtrace", "import", str(folder), "-o"]
+    said = subprocess.run(
+        [*command, str(tmp_path / "run")], capture_output=True, text=True, check=True
+    )
+    assert "Not told by NPZ files" in said.stderr
+    assert "Not told" not in said.stdout
 
 
 def test_missing_folder(tmp_path: Path) -> None:

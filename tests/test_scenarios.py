@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
 import fakes
+import numpy as np
 import pytest
 import strategies
 import xarray as xr
@@ -523,3 +525,53 @@ def test_the_ten_scenarios_in_tokens(demo_tokenizer: Any, scenario: Scenario) ->
         assert text.strip().rstrip(".") == marked(scenario, name)[0]
     assert positions["decision"] == [len(encoding.ids) - 1]
     check_spans_against_bytes(demo_tokenizer, scenario.prompt, dict(scenario.spans))
+
+
+def test_positions_equal_those_of_a_scan_over_all_ranges() -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(200):
+        starts = rng.integers(0, 30, 12)
+        offsets = [(int(at), int(at + rng.integers(0, 5))) for at in starts]
+        ranges = [(int(at), int(at + rng.integers(1, 9))) for at in rng.integers(0, 30, 3)]
+        scanned = [
+            position
+            for position, (start, end) in enumerate(offsets)
+            if start < end and any(start < stop and begin < end for begin, stop in ranges)
+        ]
+        assert token_positions(ranges, offsets) == scanned
+
+
+@pytest.mark.parametrize("names", ["one", "many"])
+def test_time_for_marks_grows_with_their_number(names: str) -> None:
+    """Ten times as many marks must not take a hundred times as long."""
+
+    def seconds(count: int) -> float:
+        template = " ".join(f"[[s{n if names == 'many' else ''}:x]]" for n in range(count))
+        start = time.process_time()
+        prompt, spans = render_template(template, {})
+        offsets = [(at, at + 1) for at in range(len(prompt))]
+        span_positions(Scenario("a", prompt, spans), offsets)
+        return time.process_time() - start
+
+    few = min(seconds(2_000) for _ in range(3))
+    assert min(seconds(20_000) for _ in range(3)) < 40 * few
+
+
+def test_time_for_texts_grows_with_their_number(tmp_path: Path) -> None:
+    entry = {
+        "name": "a",
+        "prompt": "x " * 20_000,
+        "spans": {f"s{n}": {"text": "x", "occurrence": n + 1} for n in range(20_000)},
+    }
+    (tmp_path / "suite.jsonl").write_text(json.dumps(entry))
+    start = time.process_time()
+    (scenario,) = load_suite(tmp_path / "suite.jsonl")
+    assert scenario.spans["s7"] == ((14, 15),)
+    # A search through the prompt for each name is 400 million steps, minutes anywhere.
+    assert time.process_time() - start < 20
+
+
+def test_occurrences_may_overlap(tmp_path: Path) -> None:
+    entry = {"name": "a", "prompt": "aaa", "spans": {"s": {"text": "aa", "occurrence": "all"}}}
+    (tmp_path / "suite.jsonl").write_text(json.dumps(entry))
+    assert load_suite(tmp_path / "suite.jsonl")[0].spans["s"] == ((0, 2), (1, 3))

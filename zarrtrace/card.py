@@ -19,6 +19,7 @@ from zarrtrace.format.attributes import ranges
 from zarrtrace.format.layout import INDEX
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import RunSummary, TraceSummary, summarize
+from zarrtrace.text import markdown_text
 
 _MARK = re.compile(r"<!-- zarrtrace card ([0-9a-f]{16}) -->\n\Z")
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"))
@@ -77,7 +78,7 @@ def write_card(
         )
     name = title or run.resolved().name
     metadata = _metadata(summary, license, name)
-    front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
+    front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=False)
     text = f"---\n{front}---\n\n{_body(summary, name, indexed=(run / INDEX).is_folder())}\n"
     card.write(f"{text}<!-- zarrtrace card {_digest(text)} -->\n".encode())
     return card
@@ -124,7 +125,7 @@ def _body(summary: RunSummary, name: str, *, indexed: bool) -> str:
     traces = summary.traces
     tokens = sum(trace.tokens for trace in traces)
     lines = [
-        f"# {_escaped(name)}",
+        f"# {markdown_text(name)}",
         "",
         (
             "Attention and SAE features of a language model, for every layer and token of "
@@ -154,9 +155,9 @@ def _sources(traces: tuple[TraceSummary, ...]) -> list[str]:
     models = Counter(trace.model for trace in traces if trace.model)
     releases = Counter(trace.sae_release for trace in traces if trace.sae_release)
     layers = sorted({layer for trace in traces for layer in trace.layers})
-    out = [f"- Model: {', '.join(f'`{model}`' for model in models) or 'not known'}"]
+    out = [f"- Model: {', '.join(map(markdown_text, models)) or 'not known'}"]
     if releases:
-        out.append(f"- SAEs: {', '.join(f'`{release}`' for release in releases)}")
+        out.append(f"- SAEs: {', '.join(map(markdown_text, releases))}")
     return [*out, f"- Layers: {ranges(layers)} (decoder blocks, counted from 0)", ""]
 
 
@@ -184,14 +185,18 @@ def _arrays(traces: tuple[TraceSummary, ...]) -> list[str]:
         return ["None yet."]
     first = traces[0]
     out = [
-        f"Sizes are those of `{first.scenario}`; prompts differ in their number of tokens.",
+        (
+            f"Sizes are those of {markdown_text(first.scenario)}; prompts differ in their number "
+            "of tokens."
+        ),
         "",
         "| array | shape | |",
         "|---|---|---|",
     ]
     for name, shape in first.arrays.items():
         base = re.sub(r"^(features|top_feature|top_activation)_.*", r"\1", name)
-        out.append(f"| `{name}` | {' × '.join(map(str, shape))} | {_ARRAYS.get(base, '')} |")
+        shown = f"`{name}`" if re.fullmatch(r"\w+", name) else markdown_text(name)
+        out.append(f"| {shown} | {' × '.join(map(str, shape))} | {_ARRAYS.get(base, '')} |")
     return [
         *out,
         "",
@@ -205,13 +210,7 @@ def _arrays(traces: tuple[TraceSummary, ...]) -> list[str]:
 def _prompts(traces: tuple[TraceSummary, ...]) -> list[str]:
     out = ["| name | tokens | tags |", "|---|---|---|"]
     for trace in traces[:_SCENARIOS_SHOWN]:
-        tags = ", ".join(_escaped(tag) for tag in trace.tags)
-        out.append(f"| {_escaped(trace.scenario)} | {trace.tokens} | {tags} |")
+        tags = ", ".join(markdown_text(tag) for tag in trace.tags)
+        out.append(f"| {markdown_text(trace.scenario)} | {trace.tokens} | {tags} |")
     more = len(traces) - _SCENARIOS_SHOWN
     return [*out, *(["", f"And {more} more."] if more > 0 else [])]
-
-
-def _escaped(text: str) -> str:
-    """Return text that Markdown shows as it is, on one line."""
-    plain = " ".join(text.split())
-    return re.sub(r"([\\`*_{}\[\]<>()#+!|~-])", r"\\\1", plain)

@@ -27,9 +27,14 @@ Each message says what failed, why that usually happens and what to do about it.
 
 from __future__ import annotations
 
+from zarrtrace.text import terminal_text, without_secrets
+
 
 class ZarrtraceError(Exception):
     """Base of all errors that zarrtrace raises on purpose.
+
+    Messages quote files, servers and addresses: control characters are escaped in them, and secrets
+    in addresses left out, because a message ends on a terminal, in a notebook or in a log.
 
     Parameters
     ----------
@@ -44,8 +49,10 @@ class ZarrtraceError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, *, why: str = "", remedy: str = "") -> None:
-        self.what, self.why, self.remedy = what, why, remedy
-        super().__init__("\n".join(part for part in (what, why, remedy) if part))
+        self.what, self.why, self.remedy = (
+            without_secrets(terminal_text(part, lines=True)) for part in (what, why, remedy)
+        )
+        super().__init__("\n".join(part for part in (self.what, self.why, self.remedy) if part))
 
     def __reduce__(self) -> tuple[object, ...]:
         # Errors cross process boundaries (Dask workers); keyword arguments need help to survive.

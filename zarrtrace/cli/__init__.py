@@ -6,11 +6,17 @@ Nothing but click is imported until a subcommand runs.
 from __future__ import annotations
 
 import importlib
+import io
 import os
+import re
 import signal
 import sys
+from types import TracebackType
 
 import click
+
+from zarrtrace.cli.shared import say
+from zarrtrace.text import without_secrets
 
 # Help of each subcommand beside its name: listing them must not import them.
 _COMMANDS = {
@@ -28,6 +34,11 @@ _COMMANDS = {
     "copy": "Copy a run between disks and object stores, verified by checksum.",
     "card": "Make a run a Hugging Face dataset folder.",
 }
+
+# How the dynamic linker, PyTorch and threading say it, in errors of other types than MemoryError.
+_NO_MEMORY = re.compile(
+    r"failed to map segment|can(?:no|')t allocate memory|can't start new thread", re.IGNORECASE
+)
 
 
 class _Commands(click.Group):
@@ -60,7 +71,7 @@ def _version(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> N
     if wanted:
         import importlib.metadata
 
-        click.echo(f"zarrtrace {importlib.metadata.version('zarrtrace')}")
+        say(f"zarrtrace {importlib.metadata.version('zarrtrace')}")
         ctx.exit()
 
 
@@ -81,9 +92,19 @@ def main() -> None:
     """Run the command line; the console script's entry point."""
     from zarrtrace.cli.interruption import interruptible
 
+    sys.excepthook = _show_traceback
     with interruptible() as signals:
         code = _run(signals)
     sys.exit(code)
+
+
+def _show_traceback(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    """Print the traceback of an error that nobody expected, which may quote what was read."""
+    from traceback import format_exception
+
+    say(without_secrets("".join(format_exception(kind, error, traceback))).rstrip(), err=True)
 
 
 def _run(signals: list[int]) -> int:
@@ -93,31 +114,47 @@ def _run(signals: list[int]) -> int:
     try:
         code = group(prog_name="zarrtrace", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()  # it quotes arguments
+        error.show(shown)
+        say(without_secrets(shown.getvalue()).rstrip(), err=True)
         return error.exit_code
     except ZarrtraceError as error:
-        click.echo(f"zarrtrace: error: {error}", err=True)
+        say(f"zarrtrace: error: {error}", err=True)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         number = signals[0] if signals else signal.SIGINT
-        click.echo(f"zarrtrace: stopped by {signal.Signals(number).name}", err=True)
+        say(f"zarrtrace: stopped by {signal.Signals(number).name}", err=True)
         return 128 + number
     except BrokenPipeError:
         # Whoever read our output has stopped; Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
-        if error.errno is None:  # not the system's
+    except (OSError, MemoryError, ImportError, RuntimeError) as error:
+        said = _refused(error)
+        if said is None:
             raise
-        click.echo(f"zarrtrace: error: {_refused(error)}", err=True)
+        say(f"zarrtrace: error: {said}", err=True)
         return 1
     return code if isinstance(code, int) else 0
 
 
-def _refused(error: OSError) -> str:
-    """Say what the system refused; what stores and NPZ files refuse says more by itself."""
+def _refused(error: Exception) -> str | None:
+    """Say what the system refused, None if it refused nothing.
+
+    What stores and NPZ files refuse says more by itself.
+    """
     import errno
 
+    no_memory = isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))
+    if no_memory or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return (
+            "the system gives this command no more memory\n"
+            "A limit for it was reached ('ulimit -v', a container's or a job's), or all of the "
+            "machine's memory is taken.\n"
+            "Raise the limit, or free memory, and run the same command again."
+        )
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
     where = "" if error.filename is None else f"{error.filename}: "
     what = f"{where}{error.strerror}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -13,10 +13,12 @@ from zarrtrace.cli.shared import (
     computing,
     quiet_option,
     run_argument,
+    say,
     scheduler_option,
     show_progress,
     workers_option,
 )
+from zarrtrace.text import terminal_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -218,7 +220,7 @@ def _run(function: str, given: dict[str, Any]) -> None:
     with computing(scheduler, workers, progress=show_progress(quiet=quiet)):
         result = _compute(function, _open(run, on_cluster="://" in scheduler), given).compute()
     if output is None:
-        click.echo(_table(result))
+        say(_table(result))
     else:
         _write(result, output)
 
@@ -286,7 +288,8 @@ def _table(result: xr.DataArray | xr.Dataset) -> str:
     lines: list[str] = []
     for part in _parts(result):
         frame = _frame(part)
-        shown = frame.head(_ROWS_SHOWN).to_string(index=False, float_format="{:.4g}".format)
+        head = _on_lines(frame.head(_ROWS_SHOWN))
+        shown = head.to_string(index=False, float_format="{:.4g}".format)
         lines += ["", shown] if lines else [shown]
         if len(frame) > _ROWS_SHOWN:
             more = len(frame) - _ROWS_SHOWN
@@ -296,6 +299,13 @@ def _table(result: xr.DataArray | xr.Dataset) -> str:
             found = result.attrs[name]
             lines += ["", *([found] if isinstance(found, str) else map(str, found))]
     return "\n".join(lines)
+
+
+def _on_lines(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a table whose texts, names of columns included, are safe on one line."""
+    texts = {name: frame[name].map(str) for name in frame if frame[name].dtype == object}
+    safe = frame.assign(**{str(k): v.map(terminal_text) for k, v in texts.items()})
+    return safe.rename(columns=lambda name: terminal_text(str(name)))
 
 
 def _write(result: xr.DataArray | xr.Dataset, output: Path) -> None:

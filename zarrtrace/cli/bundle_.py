@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zarrtrace.cli.shared import PATH, Layers, bar, quiet_option, run_argument
+from zarrtrace.cli.shared import PATH, Layers, bar, quiet_option, run_argument, say
 from zarrtrace.errors import readable
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def command(
     layout, expected = plan(run, output, scenarios=names, layers=layers)
     rounded = "; attention rounded to 8 bits" if expected.eight_bit else ""
     if not quiet:
-        click.echo(
+        say(
             f"about {readable(expected.bytes)} in {expected.files} file"
             f"{'' if expected.files == 1 else 's'}{rounded}",
             err=True,
@@ -76,5 +76,5 @@ def command(
             layout, output, max_bytes=max_size, overwrite=overwrite, progress=progress
         )
     if not quiet:
-        click.echo(f"{readable(written)} written", err=True)
-    click.echo(str(output))
+        say(f"{readable(written)} written", err=True)
+    say(str(output))

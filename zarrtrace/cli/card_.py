@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from zarrtrace.cli.shared import run_argument
+from zarrtrace.cli.shared import run_argument, say
 
 if TYPE_CHECKING:
     from zarrtrace.storage import Location
@@ -23,4 +23,4 @@ def command(run: Location, license_id: str | None, title: str | None) -> None:
     """
     from zarrtrace.card import write_card
 
-    click.echo(str(write_card(run, license=license_id, title=title)))
+    say(str(write_card(run, license=license_id, title=title)))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from zarrtrace.cli.shared import Address, bar, quiet_option, storage_option, target_option
+from zarrtrace.cli.shared import Address, bar, quiet_option, say, storage_option, target_option
 from zarrtrace.errors import readable
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def command(source: Location, target: Location, quiet: bool) -> None:  # noqa: F
     with bar("copy", quiet=quiet, unit="B") as progress:
         done = copy_run(source, target, progress=progress)
     if not quiet:
-        click.echo(
+        say(
             f"{target}: {done.scenarios} scenarios, {readable(done.bytes)} copied and verified, "
             f"{readable(done.bytes_there)} were there"
         )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from zarrtrace.cli.shared import PATH, Layers, bar, quiet_option, run_argument
+from zarrtrace.cli.shared import PATH, Layers, bar, quiet_option, run_argument, say
 
 if TYPE_CHECKING:
     from zarrtrace.storage import Location
@@ -48,4 +48,4 @@ def command(
             workers=workers,
             progress=progress,
         )
-    click.echo(str(metadata))
+    say(str(metadata))

@@ -12,9 +12,11 @@ from zarrtrace.cli.shared import (
     Layers,
     Queries,
     json_option,
+    json_text,
     missing_for_cluster,
     overwrite_option,
     quiet_option,
+    say,
     show_progress,
     storage_option,
     table,
@@ -123,19 +125,19 @@ def command(**given: Any) -> None:
     options = _options(given)
     if given["dry_run"]:
         job = prepare(options, weights=False)
-        click.echo(_plan(job, estimate(job), given["output"], as_json=given["as_json"]))
+        say(_plan(job, estimate(job), given["output"], as_json=given["as_json"]))
         return
     quiet = given["quiet"]
     try:
         _extract(given, options)
     except KeyboardInterrupt as stop:
         where = str(stop) or "nothing was computed yet"
-        click.echo(f"zarrtrace: {where}; the same command goes on there", err=True)
+        say(f"zarrtrace: {where}; the same command goes on there", err=True)
         raise
     if not quiet:
         from zarrtrace.cli.info_ import show
 
-        click.echo(show(given["output"], as_json=given["as_json"]))
+        say(show(given["output"], as_json=given["as_json"]))
 
 
 def _extract(given: dict[str, Any], options: Options) -> None:
@@ -216,7 +218,6 @@ def _plan(job: Job, need: Estimate, output: Location, *, as_json: bool) -> str:
 
     if as_json:
         import dataclasses
-        import json
 
         plan: dict[str, Any] = {
             "output": str(output),
@@ -224,7 +225,7 @@ def _plan(job: Job, need: Estimate, output: Location, *, as_json: bool) -> str:
             **dataclasses.asdict(need),
         }
         plan["notes"] = list(job.notes)
-        return json.dumps(plan, indent=2)
+        return json_text(plan)
     rows = [[name, str(count)] for name, count in need.tokens.items()]
     saes = f"{len(job.saes)} SAEs" if job.saes else "no SAEs"
     model = job.model.attributes.id

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zarrtrace.cli.shared import PATH, bar, quiet_option, run_argument
+from zarrtrace.cli.shared import PATH, bar, quiet_option, run_argument, say
 
 if TYPE_CHECKING:
     from zarrtrace.storage import Location
@@ -67,4 +67,4 @@ def command(
             workers=os.cpu_count() or 1,
             progress=progress,
         )
-    click.echo(str(page))
+    say(str(page))

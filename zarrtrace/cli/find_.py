@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from zarrtrace.cli.shared import json_option, run_argument, table
+from zarrtrace.cli.shared import json_option, json_text, run_argument, say, table
 
 if TYPE_CHECKING:
     from zarrtrace.index import FeatureUse
@@ -39,11 +39,10 @@ def command(
     found = find_feature(run, layer, feature, top=top, array=array)
     if as_json:
         import dataclasses
-        import json
 
-        click.echo(json.dumps(dataclasses.asdict(found), indent=2, ensure_ascii=False))
+        say(json_text(dataclasses.asdict(found)))
     else:
-        click.echo(_text(found))
+        say(_text(found))
 
 
 def _text(found: FeatureUse) -> str:
@@ -62,17 +61,10 @@ def _text(found: FeatureUse) -> str:
             f"{one.activation:.4f}",
             one.scenario,
             str(one.position),
-            f"{_plain(one.before)}»{_plain(one.token)}«{_plain(one.after)}",
+            f"{one.before}»{one.token}«{one.after}",
         ]
         for one in found.tokens
     ]
     return "\n".join(
         [*lines, "", table(["activation", "scenario", "position", "»token« in context"], rows)]
-    )
-
-
-def _plain(text: str) -> str:
-    """Return text on one line, without what a terminal would obey."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )

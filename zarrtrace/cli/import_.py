@@ -14,6 +14,7 @@ from zarrtrace.cli.shared import (
     bar,
     overwrite_option,
     quiet_option,
+    say,
     storage_option,
 )
 
@@ -56,5 +57,7 @@ def command(
         )
     if not quiet:
         from zarrtrace.cli.info_ import show
+        from zarrtrace.npz.plausibility import NOT_TOLD
 
-        click.echo(show(output))
+        say(show(output))
+        say(NOT_TOLD, err=True)

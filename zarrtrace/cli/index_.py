@@ -10,6 +10,7 @@ from zarrtrace.cli.shared import (
     computing,
     quiet_option,
     run_argument,
+    say,
     scheduler_option,
     show_progress,
     workers_option,
@@ -43,7 +44,7 @@ def command(
     with computing(scheduler, workers, progress=show_progress(quiet=quiet)):
         made = build_index(run, rebuild=rebuild)
     if not quiet:
-        click.echo(
+        say(
             f"{run}: index {made.how}, {made.added} scenarios read, {made.indexed} of "
             f"{made.scenarios} in it"
         )

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from zarrtrace.cli.shared import json_option, run_argument, table
+from zarrtrace.cli.shared import json_option, json_text, run_argument, say, table
 from zarrtrace.errors import readable
+from zarrtrace.text import terminal_text
 
 if TYPE_CHECKING:
     from zarrtrace.storage import Location
@@ -25,7 +26,7 @@ def command(run: Location, as_json: bool) -> None:  # noqa: FBT001 -- click pass
     from zarrtrace.store import summarize
 
     summary = summarize(run)
-    click.echo(_json(summary) if as_json else _text(summary))
+    say(_json(summary) if as_json else _text(summary))
     if not summary.complete:
         raise SystemExit(3)
 
@@ -39,7 +40,7 @@ def show(run: Location, *, as_json: bool = False) -> str:
 
 
 def _json(summary: RunSummary) -> str:
-    return summary.model_dump_json(indent=2)
+    return json_text(summary.model_dump(mode="json"))
 
 
 def _text(summary: RunSummary) -> str:
@@ -74,7 +75,7 @@ def _text(summary: RunSummary) -> str:
         for trace in summary.traces
     ] + [[name, "-", "-", "all", "-", "-", "-"] for name in summary.scenarios_missing]
     header = ["scenario", "tokens", "layers", "missing", "on disk", "ratio", "tags"]
-    return "\n".join([*lines, table(header, rows)])
+    return "\n".join([*map(terminal_text, lines), table(header, rows)])
 
 
 def _saes(summary: RunSummary) -> str:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from zarrtrace.text import terminal_text
+
 if TYPE_CHECKING:
     from zarrtrace.errors import ConfigError
     from zarrtrace.storage import Location
@@ -104,7 +106,8 @@ def _keep_options(ctx: click.Context, param: click.Parameter, given: tuple[str, 
     for one in given:
         name, equals, value = one.partition("=")
         if not equals or not name:
-            raise click.BadParameter(f"{one!r} is not key=value", ctx, param)
+            # Not repeated: it may be a secret whose name was forgotten.
+            raise click.BadParameter("give it as KEY=VALUE", ctx, param)
         options[name] = value
     ctx.meta[f"zarrtrace.{param.name}"] = options
 
@@ -132,6 +135,18 @@ def run_argument(command: Callable[..., Any]) -> Callable[..., Any]:
     """Have a command take a run, by its path or address."""
     taking: Callable[..., Any] = click.argument("run", type=Address())(storage_option(command))
     return taking
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print text, of one or more lines, with nothing in it that a terminal would obey."""
+    click.echo(terminal_text(text, lines=True), err=err)
+
+
+def json_text(value: Any) -> str:
+    """Write JSON in printable ASCII: what a terminal would obey is escaped as JSON escapes."""
+    import json
+
+    return json.dumps(value, indent=2).replace("\x7f", "\\u007f")
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -214,8 +229,9 @@ def computing(scheduler: str, workers: int | None, *, progress: bool) -> Iterato
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Align columns; numbers to the right."""
-    lines = [list(header), *map(list, rows)]
+    """Align columns; numbers to the right. Each cell stays on its line."""
+    rows = [[terminal_text(cell) for cell in row] for row in rows]
+    lines = [list(header), *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     right = [all(_numeric(row[i]) for row in rows) for i in range(len(header))]
     return "\n".join(

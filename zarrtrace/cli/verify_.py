@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from zarrtrace.cli.shared import json_option, run_argument, table
+from zarrtrace.cli.shared import json_option, json_text, run_argument, say, table
 
 if TYPE_CHECKING:
     from zarrtrace.storage import Location
@@ -24,9 +24,7 @@ def command(run: Location, as_json: bool) -> None:  # noqa: FBT001 -- click pass
 
     problems = verify(run)
     if as_json:
-        import json
-
-        click.echo(json.dumps([problem.model_dump() for problem in problems], indent=2))
+        say(json_text([problem.model_dump() for problem in problems]))
     elif problems:
         rows = [
             [
@@ -38,8 +36,8 @@ def command(run: Location, as_json: bool) -> None:  # noqa: FBT001 -- click pass
             ]
             for problem in problems
         ]
-        click.echo(table(["scenario", "array", "layer", "chunk", "problem"], rows))
+        say(table(["scenario", "array", "layer", "chunk", "problem"], rows))
     else:
-        click.echo(f"{run}: everything is there and as it was written")
+        say(f"{run}: everything is there and as it was written")
     if problems:
         raise SystemExit(1)

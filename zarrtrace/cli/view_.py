@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from zarrtrace.cli.shared import quiet_option, run_argument
+from zarrtrace.cli.shared import quiet_option, run_argument, say
 
 if TYPE_CHECKING:
     from zarrtrace.storage import Location
@@ -34,9 +34,9 @@ def command(run: Location, host: str, port: int, no_browser: bool, quiet: bool) 
     from zarrtrace.viewer.server import serve
 
     server = serve(run, host=host, port=port)
-    click.echo(server.url)
+    say(server.url)
     if not quiet:
-        click.echo("Ctrl-C stops.", err=True)
+        say("Ctrl-C stops.", err=True)
     if not no_browser:
         webbrowser.open(server.url)
     try:

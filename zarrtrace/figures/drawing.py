@@ -308,7 +308,8 @@ def lines_by_layer(ax: Axes, values: xr.DataArray, groups: Groups | None) -> lis
     """
     layers = np.asarray(values["layer"])
     if "scenario" not in values.dims:
-        return list(ax.plot(layers, values, color=COLOURS[0], label=str(values["scenario"].item())))
+        label = drawable(str(values["scenario"].item()))
+        return list(ax.plot(layers, values, color=COLOURS[0], label=label))
     values = values.transpose("scenario", "layer")
     names = [str(name) for name in np.asarray(values["scenario"])]
     groups = groups or {f"mean of {len(names)} scenarios": names}

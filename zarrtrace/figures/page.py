@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import html
 import multiprocessing
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +24,7 @@ from zarrtrace.figures.drawing import box_of, metadata_of, save
 from zarrtrace.scenarios import DECISION
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import open_run
+from zarrtrace.text import html_text
 
 #: Writes ``done, total``.
 Progress = Callable[[int, int], None]
@@ -379,27 +379,27 @@ def _page(run: xr.DataTree, names: Sequence[str], results: Sequence[_Result]) ->
         by_scenario[result.task.scenario].append(result)
     metadata = metadata_of(run)
     facts = "".join(
-        f"<dt>{html.escape(label)}</dt><dd>{html.escape(metadata[key])}</dd>"
+        f"<dt>{html_text(label)}</dt><dd>{html_text(metadata[key])}</dd>"
         for key, label in _NAMES.items()
         if key in metadata
     )
     links = "".join(
-        f'<a href="#s{number}">{html.escape(name)}</a>' for number, name in enumerate(names)
+        f'<a href="#s{number}">{html_text(name)}</a>' for number, name in enumerate(names)
     )
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
         '<meta name="viewport" content="width=device-width">',
-        f"<title>Figures of {html.escape(run.name or 'a run')}</title>",
+        f"<title>Figures of {html_text(run.name or 'a run')}</title>",
         f"<style>{_STYLE}</style></head><body>",
-        f"<h1>Figures of {html.escape(run.name or 'a run')}</h1>",
+        f"<h1>Figures of {html_text(run.name or 'a run')}</h1>",
         f"<dl>{facts}</dl><nav>{links}</nav>",
         "<h2>Over all scenarios</h2>",
         *map(_item, by_scenario[None]),
     ]
     for number, name in enumerate(names):
-        parts.append(f'<h2 id="s{number}">{html.escape(name)}</h2>')
+        parts.append(f'<h2 id="s{number}">{html_text(name)}</h2>')
         parts += map(_item, by_scenario[name])
     parts += [_not_drawn(results), "</body></html>", ""]
     return "\n".join(part for part in parts if part)
@@ -410,18 +410,18 @@ def _item(result: _Result) -> str:
         return ""
     drawing = _BY_KEY[result.task.scenario is None, result.task.key]
     links = " · ".join(
-        f'<a href="{quote(file)}">{html.escape(Path(file).suffix[1:].upper())}</a>'
+        f'<a href="{quote(file)}">{html_text(Path(file).suffix[1:].upper())}</a>'
         for file in result.files
     )
     image = next((file for file in result.files if file.endswith(".png")), None)
     shown = (
-        f'<img src="{quote(image)}" loading="lazy" alt="{html.escape(drawing.title)}">'
+        f'<img src="{quote(image)}" loading="lazy" alt="{html_text(drawing.title)}">'
         if image
         else ""
     )
     return (
-        f"<figure><h3>{html.escape(drawing.title)}</h3>{shown}"
-        f"<figcaption>{html.escape(drawing.caption)} {links}</figcaption></figure>"
+        f"<figure><h3>{html_text(drawing.title)}</h3>{shown}"
+        f"<figcaption>{html_text(drawing.caption)} {links}</figcaption></figure>"
     )
 
 
@@ -436,8 +436,7 @@ def _not_drawn(results: Sequence[_Result]) -> str:
     if not reasons:
         return ""
     items = "".join(
-        f"<li><b>{html.escape(title)}</b> ({html.escape(', '.join(where))}): "
-        f"{html.escape(why)}</li>"
+        f"<li><b>{html_text(title)}</b> ({html_text(', '.join(where))}): {html_text(why)}</li>"
         for (title, why), where in reasons.items()
     )
     return f"<h2>Not drawn</h2><ul>{items}</ul>"

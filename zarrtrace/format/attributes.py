@@ -44,7 +44,7 @@ class Frozen(BaseModel):
 
 # --- layers ------------------------------------------------------------------------------------
 
-_RANGES = re.compile(r"(\d+(-\d+)?(,\d+(-\d+)?)*)?")
+_RANGES = re.compile(r"([0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*)?")
 # More blocks than any model has: a damaged range must not ask for memory.
 _MOST_LAYERS = 100_000
 
@@ -239,10 +239,7 @@ def _template(value: str, layer: int) -> str:
 
 Seal = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 
-_SEAL = (
-    "BLAKE2b (8 bytes) of the other attributes and of all arrays' metadata, as the JSON of "
-    '{"attributes": …, "metadata": …} with sorted keys, no spaces and ASCII alone.'
-)
+_SEAL = "BLAKE2b (8 bytes) of this very zarr.json, with sixteen zeros in place of the seal."
 
 
 class TraceAttributes(Frozen):

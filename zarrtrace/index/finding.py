@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from zarrtrace.errors import ConfigError, ScenarioError
+from zarrtrace.errors import ConfigError, IntegrityError, ScenarioError
 from zarrtrace.format.layout import INDEX_TOKENS
 from zarrtrace.scenarios import check_name
 from zarrtrace.storage import Address, Location, locate
@@ -148,6 +148,8 @@ def _tokens(
     out = []
     for activation, number, position in strongest:
         words, here = texts[int(number)], int(position)
+        if here >= len(words):
+            raise _of_another_run(run)
         out.append(
             TokenUse(
                 activation=activation,
@@ -161,7 +163,17 @@ def _tokens(
     return tuple(out)
 
 
+def _of_another_run(run: Location) -> IntegrityError:
+    return IntegrityError(
+        f"{run}: its index speaks of tokens that the run does not have",
+        why="The index is that of another run, or damaged.",
+        remedy="Build the index again: 'zarrtrace index --rebuild'.",
+    )
+
+
 def _name(run: Location, index: RunIndex, number: int) -> str:
+    if number >= index.attributes.scenarios:
+        raise _of_another_run(run)
     # It becomes a path: a file from elsewhere must not lead out of the run.
     try:
         return check_name(str(index.read("scenario", number)))

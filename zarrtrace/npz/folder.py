@@ -15,6 +15,7 @@ from zarrtrace.errors import ConfigError, NPZError
 from zarrtrace.npz.archive import Header, keys_of, read_header
 from zarrtrace.npz.files import check_inside, reading
 from zarrtrace.npz.metadata import Metadata, ScenarioMetadata, find_metadata
+from zarrtrace.npz.plausibility import Content, check_distinct
 
 # Counting further would take long where a metadata file claims millions.
 _ENOUGH_MISSING = 10_000
@@ -107,7 +108,10 @@ def _look_at_files(folder: Folder) -> Folder:
     digest = hashlib.blake2b(json.dumps(described).encode(), digest_size=8)
     headers: dict[str, Header] = {}
     keys: dict[int, tuple[str, ...]] = {}
+    contents: dict[Path, list[Content]] = {}
+    token_ids: dict[Path, tuple[int, ...]] = {}
     for scenario in folder.metadata.scenarios:
+        ids = tuple(scenario.token_ids)
         for layer in folder.layers:
             file = folder.file(scenario, layer)
             check_inside(folder.path, file)
@@ -117,11 +121,15 @@ def _look_at_files(folder: Folder) -> Folder:
                     key: read_header(file, archive, key, scenario.seq_len)
                     for key in keys_of(file, archive)
                 }
+                infos = {key: archive.getinfo(f"{key}.npy") for key in found}
+            contents[file] = [Content(key, one.CRC, one.file_size) for key, one in infos.items()]
             _check_keys(folder, file, tuple(found), keys.setdefault(layer, tuple(found)))
+            token_ids[file] = ids
             _check_alike(file, found, headers)
     for key in folder.metadata.keys:
         if key not in headers:
             raise _no_array(folder.path, key, "no file has any")
+    check_distinct(contents, token_ids)
     return Folder(folder.path, folder.metadata, folder.layers, headers, keys, digest.hexdigest())
 
 

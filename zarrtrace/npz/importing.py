@@ -17,6 +17,7 @@ from zarrtrace.npz.archive import read_array
 from zarrtrace.npz.files import Progress, reading, run_jobs
 from zarrtrace.npz.folder import Folder, look_at
 from zarrtrace.npz.metadata import ScenarioMetadata
+from zarrtrace.npz.plausibility import check_attention
 from zarrtrace.records import FeatureRecord, LayerRecord, Tokens, TracePlan
 from zarrtrace.scenarios import DECISION
 from zarrtrace.storage import Address
@@ -38,9 +39,11 @@ def import_npz(
 ) -> None:
     """Turn a folder in the documented NPZ layout into a run.
 
-    Every file's headers are checked before anything is written. An interrupted import goes on
-    where it was when it is called again. The run has no model, prompt or next tokens: the layout
-    does not hold them.
+    Before anything is written, every file's headers are checked, and that no file is a copy of
+    another's; when it is read, that attention is a causal model's. The layout does not hold what
+    would tell whether layers, or scenarios with equally many tokens, were exchanged. An interrupted
+    import goes on where it was when it is called again. The run has no model, prompt or next
+    tokens: the layout does not hold them.
 
     Parameters
     ----------
@@ -170,6 +173,8 @@ def _import_layer(
                 why="The model overflowed, or the file is damaged.",
                 remedy="Extract this scenario again, with a wider dtype.",
             )
+    if attention is not None:
+        check_attention(file, attention, np.asarray(queries or range(scenario.seq_len)))
     trace.append(
         LayerRecord(
             scenario=scenario.scenario,

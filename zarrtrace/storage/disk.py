@@ -147,9 +147,18 @@ def open_own(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
-def append(file: Path, parts: Sequence[bytes]) -> None:
-    """Append to a file; it is created if it does not exist."""
+def append(file: Path, parts: Sequence[bytes], size: int | None = None) -> None:
+    """Append to a file; it is created if it does not exist.
+
+    Parameters
+    ----------
+    size
+        Bytes of the file that stay; what an append that failed left behind them is cut off. None
+        keeps all.
+    """
     with file.open("ab", buffering=0) as stream:
+        if size is not None and stream.tell() > size:
+            stream.truncate(size)
         view = memoryview(b"".join(parts))
         while view:
             view = view[stream.write(view) :]

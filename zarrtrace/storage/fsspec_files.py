@@ -21,12 +21,12 @@ class FsspecFiles:
         fsspec = import_package("fsspec", base.partition("://")[0])
         try:
             self._files, self._root = fsspec.core.url_to_fs(base, **options)
-        except Exception as error:  # an unknown scheme, a missing package, options, a refusal
+        except Exception as error:  # noqa: BLE001 -- an unknown scheme, a missing package, options, a refusal
             raise ConfigError(
                 f"{base}: {first_line(error)}",
                 why="Neither obstore nor fsspec opens such an address here.",
                 remedy="Check it, and install the package that fsspec needs for it, if any.",
-            ) from error
+            ) from None  # the cause quotes addresses
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}"
@@ -37,12 +37,12 @@ class FsspecFiles:
             yield
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             raise FileNotFoundError(f"{self._base}/{key}") from error
-        except Exception as error:  # each package behind fsspec has its own
+        except Exception as error:  # noqa: BLE001 -- each package behind fsspec has its own
             raise RemoteError(
                 f"{self._base}/{key}: {first_line(error) or type(error).__name__}",
                 why="The server cannot be reached, or refuses.",
                 remedy="Check address and credentials, and run the same command again.",
-            ) from error
+            ) from None  # the cause quotes addresses
 
     def get(self, key: str) -> Content:
         """Read a file."""

@@ -70,7 +70,7 @@ class ObjectStore:
                 f"{base}: {first_line(error)}",
                 why="The address, or an option that was given for it, is not understood.",
                 remedy="Options are those of obstore's store for this kind of address.",
-            ) from error
+            ) from None  # the cause quotes addresses, with signatures
 
     @property
     def _store(self) -> Any:
@@ -91,14 +91,14 @@ class ObjectStore:
                 why="Credentials are taken from the environment, as AWS_ACCESS_KEY_ID and "
                 "AWS_SECRET_ACCESS_KEY.",
                 remedy="Set them; for a public bucket, --storage-option skip_signature=true.",
-            ) from error
+            ) from None  # the cause quotes addresses
         except known.BaseError as error:
             raise RemoteError(
                 f"{self._base}/{key}: {first_line(error)}",
                 why="The store cannot be reached, or there are no credentials for it in the "
                 "environment; requests were repeated.",
                 remedy="Check these, and run the same command again: what is stored stays.",
-            ) from error
+            ) from None  # the cause quotes addresses
 
     def get(self, key: str) -> Content:
         """Read an object."""

@@ -193,9 +193,11 @@ def _refuse_foreign(metadata: Mapping[str, Any]) -> None:
         raise ValueError(f"data_type {metadata['data_type']!r}")
     key = metadata["chunk_key_encoding"]
     if key != {"name": "default", "configuration": {"separator": "."}}:
-        raise ValueError(f"chunk keys are encoded as {key}")
-    if metadata["chunk_grid"]["name"] != "regular" or metadata.get("storage_transformers"):
-        raise ValueError("another chunk grid, or storage transformers")
+        raise ValueError(f"chunk_key_encoding is {key}")
+    if metadata["chunk_grid"]["name"] != "regular":
+        raise ValueError(f"chunk_grid is {metadata['chunk_grid']['name']!r}")
+    if metadata.get("storage_transformers"):
+        raise ValueError("it has storage_transformers")
     if found := sorted(_SCALED & {*metadata["attributes"]}):
         raise ValueError(f"attribute {found[0]!r} would change its numbers")
 

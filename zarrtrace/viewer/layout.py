@@ -24,6 +24,7 @@ from zlib_ng import zlib_ng
 from zarrtrace.errors import ConfigError, IncompleteError
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import kind_of, open_run, open_trace
+from zarrtrace.text import terminal_text
 from zarrtrace.viewer.arrays import BundleArray, run_arrays, trace_arrays
 from zarrtrace.viewer.neuronpedia import source_of
 
@@ -107,8 +108,8 @@ class Layout:
         model = first.attrs.get("model") or {}
         run: dict[str, Any] = {
             "version": BUNDLE_VERSION,
-            "title": self.path.resolved().name,
-            "model": model.get("id"),
+            "title": terminal_text(self.path.resolved().name),
+            "model": model.get("id") and terminal_text(model["id"]),
             "vocabulary": _vocabulary(self.traces),
             "scenarios": [self._scenario(name, ds) for name, ds in self.traces.items()],
             "sources": _sources(self.traces),
@@ -124,14 +125,17 @@ class Layout:
         stored = set(attributes["stored"])
         return {
             "name": name,
-            "tags": list(attributes["tags"]),
+            "tags": [terminal_text(tag) for tag in attributes["tags"]],
             "tokens": [str(text) for text in np.asarray(ds["query_token"])],
             "token_ids": [int(token) for token in np.asarray(ds["token_id"])]
             if "token_id" in ds.coords
             else [],
-            "spans": {span: found["tokens"] for span, found in attributes["spans"].items()},
+            "spans": {
+                terminal_text(span): found["tokens"] for span, found in attributes["spans"].items()
+            },
             "options": {
-                option: found["token_id"] for option, found in attributes["options"].items()
+                terminal_text(option): found["token_id"]
+                for option, found in attributes["options"].items()
             },
             "layers": layers,
             "missing": [layer for layer in layers if str(layer) not in stored],

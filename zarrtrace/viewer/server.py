@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from zarrtrace.errors import ConfigError
 from zarrtrace.storage import Address
+from zarrtrace.text import terminal_text, without_secrets
 from zarrtrace.viewer.layout import Layout
 
 _CACHE_BYTES = 256 * 2**20
@@ -169,11 +170,8 @@ class _Handler(BaseHTTPRequestHandler):
         except KeyError:
             self._send(404, b"Not found.\n", body=body)
         except Exception as error:  # noqa: BLE001 -- a damaged chunk must not stop the others
-            self._send(
-                500,
-                f"This part of the run cannot be read: {error}\n".encode(errors="replace"),
-                body=body,
-            )
+            why = without_secrets(terminal_text(str(error), lines=True))
+            self._send(500, f"This part of the run cannot be read: {why}\n".encode(), body=body)
         else:
             kind = _TYPES.get(Path(name).suffix, "application/octet-stream")
             self._send(200, content, kind, body=body)

@@ -1,0 +1,131 @@
+"""Values and files of an NPZ folder that no capture of a causal model can have produced."""
+
+from __future__ import annotations
+
+import itertools
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from zarrtrace.errors import NPZError
+from zarrtrace.npz.archive import read_array
+from zarrtrace.npz.files import reading
+
+#: What an NPZ folder does not say, so that an import cannot tell.
+NOT_TOLD = (
+    "Not told by NPZ files, so not checked: whether a file belongs to the layer that its name "
+    "says, and, of scenarios with equally many tokens, to the scenario of its folder."
+)
+
+# A softmax that multiplies by the reciprocal of a sum may exceed 1 by a unit of its precision, here
+# bfloat16's. One bit of the mantissa, the least that 'extract --attention-keepbits' leaves, rounds
+# each weight of a row by at most a quarter of it.
+_LARGEST_WEIGHT, _LARGEST_SUM = 1 + 2**-7, 1.25 * (1 + 2**-7)
+# A sum of rounded weights is itself rounded, in float32, once a weight at most.
+_EPSILON = float(np.finfo(np.float32).eps)
+
+
+def check_attention(file: Path, attention: np.ndarray, queries: np.ndarray) -> None:
+    """Refuse what is no attention probability of a causal model.
+
+    Parameters
+    ----------
+    file
+        Where it is from.
+    attention
+        ``(head, query, key)``, finite.
+    queries
+        Positions of its rows.
+
+    Raises
+    ------
+    NPZError
+        If a weight is negative or above 1, a row's sum is above 1 by more than rounding, a token
+        attends to one behind it, or a row is 0 in every head.
+    """
+    problem = ""
+    low, high = float(attention.min()), float(attention.max())
+    tokens = attention.shape[-1]
+    sums = attention.sum(axis=-1, dtype=np.float32)
+    behind = np.arange(tokens) > queries[:, np.newaxis]
+    if low < 0 or high > _LARGEST_WEIGHT:
+        problem = f"holds {low if low < 0 else high:.4g}, which is no probability"
+    elif any(head[behind].any() for head in attention):
+        problem = "has tokens that attend to tokens behind them"
+    elif (largest := float(sums.max())) > _LARGEST_SUM + tokens * _EPSILON:
+        problem = f"has a row whose weights sum to {largest:.4g}"
+    elif not attention.any(axis=(0, 2)).all():
+        empty = int(queries[np.flatnonzero(~attention.any(axis=(0, 2)))[0]])
+        problem = f"is 0 in every head at token {empty}"
+    if problem:
+        raise NPZError(
+            f"{file}: 'attention' {problem}",
+            why="It holds scores before the softmax, is transposed, is of an encoder, or was never "
+            "filled in. The rows (head, query, key) of a causal model are probabilities.",
+            remedy="Write the file again, with the attention weights behind the softmax.",
+        )
+
+
+class Content(NamedTuple):
+    """One array of a layer file, by what its archive says of it.
+
+    Attributes
+    ----------
+    key, crc, size
+        Name, checksum and bytes of the array.
+    """
+
+    key: str
+    crc: int
+    size: int
+
+
+def check_distinct(
+    files: Mapping[Path, Iterable[Content]], token_ids: Mapping[Path, tuple[int, ...]]
+) -> None:
+    """Refuse layer files that hold the same numbers as another of other tokens or another layer.
+
+    Equal numbers are plausible only where nothing is said: one token attends to itself alone, and
+    features may all be silent; and in one layer of two scenarios with the same tokens.
+
+    Parameters
+    ----------
+    files
+        What each holds.
+    token_ids
+        Tokens of the scenario that each is from.
+
+    Raises
+    ------
+    NPZError
+    """
+    seen: dict[Content, list[Path]] = {}
+    for file, contents in files.items():
+        for content in contents:
+            if content.key == "attention" and len(token_ids[file]) == 1:
+                continue
+            seen.setdefault(content, []).append(file)
+    for content, alike in seen.items():
+        for one, other in itertools.pairwise(alike):
+            if one.name == other.name and token_ids[one] == token_ids[other]:
+                continue
+            if _hold_the_same(content.key, one, other):
+                raise NPZError(
+                    f"{other}: holds the same {content.key!r} as {one}",
+                    why="A file was copied to another layer or scenario: no two of them have equal "
+                    "numbers.",
+                    remedy="Restore the file, or write the folder again.",
+                )
+
+
+def _hold_the_same(key: str, one: Path, other: Path) -> bool:
+    """Whether two arrays are equal and not all 0; their checksums are."""
+    arrays = []
+    for file in (one, other):
+        with reading(file), zipfile.ZipFile(file) as archive:
+            arrays.append(read_array(archive, key))
+    first, second = arrays
+    return first.tobytes() == second.tobytes() and bool(np.nan_to_num(first).any())
