@@ -222,12 +222,13 @@ def kind_of(path: Address) -> Literal["run", "trace"]:
 
 
 def refuse_foreign(path: Location) -> None:
-    """Refuse to write where something exists that is not a run.
+    """Refuse to write where something exists that is not a run, or where nothing can be written.
 
     Raises
     ------
-    NotATraceError, FormatVersionError, IntegrityError
+    ConfigError, NotATraceError, FormatVersionError, IntegrityError
     """
+    path.refuse_read_only()
     if path.is_file() or (path.is_folder() and any(True for _ in path.children())):
         kind_of(path)
 

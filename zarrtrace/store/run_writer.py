@@ -110,6 +110,8 @@ class RunWriter:
                 return
             self._refuse_foreign_successor()
             remove(self._new)
+        # In the folder of temporary files an earlier run at this address may have left traces.
+        disk.remove_folder(staging_folder(self.path))
         self._write_group(self.path, self._attributes, None)
 
     def _resume(self, previous: RunAttributes) -> None:
@@ -234,9 +236,12 @@ def lock_run(run: Location) -> FileLock:
 
     Raises
     ------
+    ConfigError
+        If its address is read only.
     LockedError
         If another process has the lock.
     """
+    run.refuse_read_only()
     path = run.path or staging_folder(run)
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(path.with_name(f".{path.name}.zarrtrace-lock"), run)
