@@ -33,8 +33,9 @@ _RETRIES: Any = {
         "base": 4,
     },
 }
-# How often an answer is asked for again that was cut short: obstore does not repeat a listing.
-_LISTINGS = 5
+# obstore does not repeat a listing whose answer was cut short: how often it is asked for, and what
+# obstore 0.12 says then.
+_LISTINGS, _CUT_SHORT = 5, "list response body"
 _CLIENT = {"connect_timeout": "10s", "timeout": "60s"}
 # Options of the HTTP client, not of the store.
 _OF_CLIENT = frozenset(
@@ -178,11 +179,14 @@ class ObjectStore:
 
     def _repeated(self, prefix: str, ask: Any) -> Any:
         """List, again if the answer was cut short."""
-        for _ in range(_LISTINGS - 1):
-            with contextlib.suppress(RemoteError), self._explained(prefix):
-                return ask()
-        with self._explained(prefix):
-            return ask()
+        for attempt in range(1, _LISTINGS + 1):
+            try:
+                with self._explained(prefix):
+                    return ask()
+            except RemoteError as error:
+                if attempt == _LISTINGS or _CUT_SHORT not in error.what:
+                    raise
+        return None
 
     def zarr_store(self) -> tuple[Any, str]:
         """Return a read-only store of zarr-python."""
