@@ -90,6 +90,7 @@ def _execute(
 ) -> None:
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None  # as the environment says
     os.chdir(folder)
     for file, number in zip(said, (1, 2), strict=True):
         end = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOCTTY)

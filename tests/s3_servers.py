@@ -27,6 +27,8 @@ from urllib.parse import unquote
 import obstore
 from obstore.store import S3Store
 
+from zarrtrace.storage import Location, locate
+
 BIN = Path(__file__).parent.parent / ".venv-servers" / "bin"
 USER, PASSWORD = "test:tester", "testing"
 CREDENTIALS = {
@@ -279,12 +281,12 @@ class Server(NamedTuple):
     processes: Processes
     proxy: Proxy
 
-    def folder(self) -> ObjectPath:
+    def folder(self) -> Location:
         """Return a folder of the test's own."""
         name = f"{BUCKET}/{uuid.uuid4().hex}"
         if self.proxy.google:  # the service account's key says where its endpoint is
-            return ObjectPath.of(f"gs://{name}", {"allow_http": "true"})
-        return ObjectPath.of(f"s3://{name}", {"endpoint": self.proxy.address})
+            return locate(f"gs://{name}", {"allow_http": "true"})
+        return locate(f"s3://{name}", {"endpoint": self.proxy.address})
 
     @contextlib.contextmanager
     def google(self, key: Path) -> Iterator[Server]:
@@ -307,26 +309,14 @@ def serving(folder: Path) -> Iterator[Server]:
 
 
 def _from_google(path: str, headers: dict[str, str]) -> tuple[str, dict[str, str]]:
-    """Say to S3 what was said to Google: their XML interfaces differ in names of headers.
-
-    Google's numbers of versions are made of S3's ETags here (:func:`_generation`).
-    """
+    """Say to S3 what was said to Google: their XML interfaces differ in names of headers."""
     own = {name.lower(): value for name, value in headers.items()}
     # moto does not check it, but looks into it for the service that is meant.
     own["authorization"] = "AWS4-HMAC-SHA256 Credential=any/20260101/us-east-1/s3/aws4_request"
-    condition = own.pop("x-goog-if-generation-match", None)
-    if condition == "0":
-        own["If-None-Match"] = "*"
-    elif condition is not None:
-        own["If-Match"] = f'"{int(condition):032x}"'
     if source := own.pop("x-goog-copy-source", None):
         own["x-amz-copy-source"] = unquote(source)
     name, mark, query = path.partition("?")
     return f"{unquote(name)}{mark}{query}", own
-
-
-def _generation(etag: str) -> str:
-    return str(int(etag.strip('"').partition("-")[0], 16))
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -370,8 +360,6 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in answer.getheaders():
             if name.lower() not in ("transfer-encoding", "connection", "date", "server"):
                 self.send_header(name, value)
-        if self.proxy.google and (etag := answer.getheader("ETag")):
-            self.send_header("x-goog-generation", _generation(etag))
         if answer.getheader("Content-Length") is None:
             self.send_header("Content-Length", str(len(content)))
         self.end_headers()

@@ -15,11 +15,25 @@ import numpy as np
 import pytest
 
 import zarrtrace as zt
+from zarrtrace.format.layout import Limits
 from zarrtrace.index import build_index
 
 ZARRITA = "0.7.5"
 HERE = Path(__file__).parent
-ARRAYS = ("attention", "attention_mean", "features", "top_feature", "query_token", "token_id")
+ARRAYS = (
+    "attention",
+    "attention_mean",
+    "features",
+    "key_token",
+    "layer",
+    "next_token_logprob",
+    "next_token_text",
+    "query_token",
+    "special",
+    "token_id",
+    "top_activation",
+    "top_feature",
+)
 
 
 def not_run(why: str) -> NoReturn:
@@ -46,8 +60,17 @@ def install() -> None:
 
 def test_zarrita_reads_what_numpy_wrote(tmp_path: Path) -> None:
     install()
-    # The second is long enough for several chunks a shard, some of them left out.
-    run = fakes.make_run(tmp_path, tokens=(7, 300), layers=(1, 2), features=16)
+    # The second is long enough for several chunks a layer, the third for several files an array;
+    # layer 2 has no SAE, so that its chunks of features are absent.
+    run = fakes.make_run(
+        tmp_path,
+        scenarios=("Safe_1", "Risky_2", "Safe_3"),
+        tokens=(7, 300, 40),
+        layers=(1, 2, 3),
+        features=16,
+        without_sae=(2,),
+        limits=Limits(file_bytes=40_000),
+    )
     build_index(run.path)
     paths = [f"{scenario}/{name}" for scenario in run.truth for name in ARRAYS]
     of_index = ["index/scenario", "index/maximum", "index/token_activation", "index/active"]
@@ -65,7 +88,7 @@ def test_zarrita_reads_what_numpy_wrote(tmp_path: Path) -> None:
             np.testing.assert_array_equal(values, truth[name])
         assert found["arrays"][f"{scenario}/attention"]["dims"] == ["layer", "head", "query", "key"]
     assert found["arrays"]["index/scenario"]["values"] == list(run.truth)
-    every = np.concatenate([truth["features"] for truth in run.truth.values()], axis=1)
+    every = np.concatenate([truth["features"][[0, 2]] for truth in run.truth.values()], axis=1)
     strongest = -np.sort(-every, axis=1)[:, :20].swapaxes(1, 2)
     for name, values in (
         ("maximum", every.max(1)),

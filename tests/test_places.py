@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import traceback
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from typing import Any, ClassVar
 
 import dask
 import fakes
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -31,6 +31,7 @@ from zarrtrace.cli import group
 from zarrtrace.errors import LockedError, NoSpaceError, RemoteError, StoreError, ZarrtraceError
 from zarrtrace.index import build_index
 from zarrtrace.npz import export_npz, import_npz
+from zarrtrace.storage import Location, locate
 from zarrtrace.store import RunWriter, copy_run, summarize, verify
 from zarrtrace.viewer.bundle import plan, write_bundle
 
@@ -531,14 +532,19 @@ class _Bucket(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     objects: ClassVar[dict[str, bytes]]
     cut: ClassVar[Callable[[str], bool]]
+    refused: ClassVar[Callable[[str], bool]]
 
     def do_GET(self) -> None:
         url = urllib.parse.urlsplit(self.path)
         asked = dict(urllib.parse.parse_qsl(url.query))
-        if "list-type" in asked:
+        if type(self).refused(self.path):
+            self._answer(403, b"<Error><Code>AccessDenied</Code></Error>")
+        elif "list-type" in asked:
             self._answer(200, self._list(asked.get("prefix", ""), asked.get("delimiter")))
-            return
-        content = self.objects.get(urllib.parse.unquote(url.path).split("/", 2)[2])
+        else:
+            self._read(self.objects.get(urllib.parse.unquote(url.path).split("/", 2)[2]))
+
+    def _read(self, content: bytes | None) -> None:
         if content is None:
             self._answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
         elif bounds := self.headers.get("Range"):
@@ -588,7 +594,7 @@ class _Bucket(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def bucket(run: fakes.FakeRun) -> Iterator[tuple[type[_Bucket], ObjectPath]]:
+def bucket(run: fakes.FakeRun) -> Iterator[tuple[type[_Bucket], Location]]:
     """A server that holds the run, and the run's address there."""
 
     class Bucket(_Bucket):
@@ -596,6 +602,7 @@ def bucket(run: fakes.FakeRun) -> Iterator[tuple[type[_Bucket], ObjectPath]]:
             f"a/run/{name}": content for name, content in fakes.files_in(run.path).items()
         }
         cut: ClassVar[Callable[[str], bool]] = lambda _: False
+        refused: ClassVar[Callable[[str], bool]] = lambda _: False
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Bucket) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -604,14 +611,17 @@ def bucket(run: fakes.FakeRun) -> Iterator[tuple[type[_Bucket], ObjectPath]]:
             "region": "us-east-1",
             "skip_signature": "true",
         }
-        yield Bucket, ObjectPath.of("s3://bucket/a/run", options)
+        yield Bucket, locate("s3://bucket/a/run", options)
         server.shutdown()
 
 
-@pytest.mark.parametrize("kind", ["LIST", "GET"])
-@pytest.mark.parametrize("call", ["open", "verify", "info", "copy"])
+@pytest.mark.parametrize(
+    ("call", "kind"),
+    [(call, kind) for call in ("open", "verify", "copy") for kind in ("LIST", "GET")]
+    + [("info", "GET")],  # it lists nothing
+)
 def test_cut_answers_of_a_server_are_asked_for_again(
-    bucket: tuple[type[_Bucket], ObjectPath], tmp_path: Path, kind: str, call: str
+    bucket: tuple[type[_Bucket], Location], tmp_path: Path, kind: str, call: str
 ) -> None:
     server, there = bucket
     calls: dict[str, Callable[[], object]] = {
@@ -637,13 +647,78 @@ def test_cut_answers_of_a_server_are_asked_for_again(
         assert verify(tmp_path / "copy") == []
 
 
-def test_a_server_that_always_cuts_ends_in_an_error(
-    bucket: tuple[type[_Bucket], ObjectPath], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_server_that_always_cuts_ends_in_an_error(bucket: tuple[type[_Bucket], Location]) -> None:
     server, there = bucket
-    server.cut = lambda path: "list-type" in path
-    passed = [0.0]
-    monkeypatch.setattr(time, "sleep", lambda seconds: passed.__setitem__(0, passed[0] + seconds))
-    monkeypatch.setattr(time, "monotonic", lambda: passed[0])
+    asked: list[str] = []
+
+    def cut(path: str) -> bool:
+        if "list-type" not in path:
+            return False
+        asked.append(path)
+        return True
+
+    server.cut = cut
     with pytest.raises(RemoteError, match="list response body"):
         zt.open_trace(there / "Safe_1")
+    assert len(asked) == 5
+
+
+def test_refused_listing_is_not_repeated(bucket: tuple[type[_Bucket], Location]) -> None:
+    server, there = bucket
+    asked: list[str] = []
+
+    def refuse(path: str) -> bool:
+        asked.append(path)
+        return "list-type" in path
+
+    server.refused = refuse
+    with pytest.raises(RemoteError, match="403 Forbidden"):
+        zt.open_trace(there / "Safe_1")
+    assert len(asked) == 2  # its zarr.json, and the listing
+
+
+# --- Azure, which knows no range of the last bytes ---------------------------------------------
+
+
+class _Container(_Bucket):
+    """Reading and listing as Azure's blobs do."""
+
+    def do_GET(self) -> None:
+        asked = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(self.path).query))
+        if asked.get("comp") != "list":
+            super().do_GET()
+            return
+        prefix = asked.get("prefix", "")
+        blobs = "".join(
+            f"<Blob><Name>{key}</Name><Properties><Content-Length>{len(content)}</Content-Length>"
+            "<Last-Modified>Thu, 01 Jan 2026 00:00:00 GMT</Last-Modified><Etag>x</Etag>"
+            "<Content-Type>application/octet-stream</Content-Type></Properties></Blob>"
+            for key, content in sorted(self.objects.items())
+            if key.startswith(prefix)
+        )
+        self._answer(
+            200, f"<EnumerationResults><Blobs>{blobs}</Blobs></EnumerationResults>".encode()
+        )
+
+    do_HEAD = do_GET  # noqa: N815
+
+
+def test_azure_is_read(run: fakes.FakeRun) -> None:
+    class Container(_Container):
+        objects: ClassVar[dict[str, bytes]] = {
+            f"a/run/{name}": content for name, content in fakes.files_in(run.path).items()
+        }
+        cut: ClassVar[Callable[[str], bool]] = lambda _: False
+        refused: ClassVar[Callable[[str], bool]] = lambda _: False
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Container) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        options = {
+            "azure_storage_account_name": "account",
+            "azure_endpoint": f"http://127.0.0.1:{server.server_port}",
+            "azure_skip_signature": "true",
+        }
+        opened = zt.open_trace("az://container/a/run/Safe_1", storage_options=options)
+        for name, expected in run.truth["Safe_1"].items():
+            np.testing.assert_array_equal(opened[name].values, expected)
+        server.shutdown()

@@ -203,6 +203,8 @@ class TracePlan:
         The SAEs of its layers.
     queries
         Positions whose rows of attention are stored; None for all.
+    settings
+        Hash of everything else that decides what is computed.
     """
 
     attributes: TraceAttributes
@@ -210,6 +212,7 @@ class TracePlan:
     tokens: Tokens
     saes: tuple[SAEAttributes, ...] = ()
     queries: tuple[int, ...] | None = None
+    settings: str = ""
 
 
 _Array = np.ndarray | BFloat16

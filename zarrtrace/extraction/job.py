@@ -200,7 +200,14 @@ class Job:
             tokens=prompt.tokens,
             saes=tuple(sae for found in self.saes.values() for sae in found),
             queries=self.queries(prompt),
+            settings=self._settings,
         )
+
+    @property
+    def _settings(self) -> str:
+        """Hash what a run is asked for, its prompts and the versions of libraries left out."""
+        asked = {k: v for k, v in self.config.items() if k not in ("prompts", "versions")}
+        return hashlib.blake2b(json.dumps(asked).encode(), digest_size=8).hexdigest()
 
     def _attributes(self, prompt: Any) -> TraceAttributes:
         reasons: dict[str, list[int]] = {}

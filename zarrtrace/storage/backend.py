@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 
@@ -35,8 +36,8 @@ class Backend(Protocol):
     def size(self, key: str) -> int:
         """Return the size of a file."""
 
-    def put(self, key: str, data: bytes) -> None:
-        """Write a file."""
+    def put(self, key: str, data: bytes | Path) -> None:
+        """Write a file; the content of a file on a disk is read in parts."""
 
     def copy(self, source: str, target: str) -> None:
         """Copy a file within the store."""

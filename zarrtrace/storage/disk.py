@@ -48,9 +48,9 @@ class Disk:
             raise _odd(key)
         return found.st_size
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes | Path) -> None:
         """Write a file whole or not at all."""
-        write_whole(Path(key), data)
+        write_whole(Path(key), data.read_bytes() if isinstance(data, Path) else data)
 
     def copy(self, source: str, target: str) -> None:
         """Copy a file."""
@@ -65,7 +65,7 @@ class Disk:
         """Return the size of every regular file below a folder."""
         return {
             path: os.stat(path).st_size  # noqa: PTH116 -- called for each file of a run
-            for folder, _, names in os.walk(prefix)
+            for folder, _, names in os.walk(prefix.rstrip("/"))
             for path in (f"{folder}/{name}" for name in names)
             if Path(path).is_file()
         }

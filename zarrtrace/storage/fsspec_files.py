@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from zarrtrace.errors import ConfigError, RemoteError
@@ -68,26 +69,17 @@ class FsspecFiles:
             raise FileNotFoundError(f"{self._base}/{key}")
         return int(found["size"])
 
-    def put(self, key: str, data: bytes) -> None:
-        """Refuse to write."""
-        del data
-        raise self._read_only(key)
+    def put(self, key: str, data: bytes | Path) -> None:
+        """Not to be called: :attr:`writable` is false."""
+        raise NotImplementedError(key)
 
     def copy(self, source: str, target: str) -> None:
-        """Refuse to write."""
-        del source
-        raise self._read_only(target)
+        """Not to be called: :attr:`writable` is false."""
+        raise NotImplementedError(target)
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Refuse to write."""
-        raise self._read_only(keys[0])
-
-    def _read_only(self, key: str) -> ConfigError:
-        return ConfigError(
-            f"{self._base}/{key}: such addresses are read only",
-            why="zarrtrace writes to disks, Amazon S3, Google Cloud Storage and Azure.",
-            remedy="Write to a disk, and copy the run with the tools of that file system.",
-        )
+        """Not to be called: :attr:`writable` is false."""
+        raise NotImplementedError(keys)
 
     def sizes(self, prefix: str) -> dict[str, int]:
         """Return the size of every file below a folder."""

@@ -116,9 +116,25 @@ class Location:
         """Return the size of the file."""
         return self.backend.size(self.key)
 
-    def write(self, data: bytes) -> None:
-        """Write the file, whole or not at all."""
+    def write(self, data: bytes | Path) -> None:
+        """Write the file, whole or not at all; a path stands for the content of that file."""
+        self.refuse_read_only()
         self.backend.put(self.key, data)
+
+    def refuse_read_only(self) -> None:
+        """Refuse to write to a web server, or to what fsspec reads.
+
+        Raises
+        ------
+        ConfigError
+        """
+        if not self.backend.writable:
+            raise ConfigError(
+                f"{self}: such addresses are read only",
+                why="zarrtrace writes to disks, Amazon S3, Google Cloud Storage and Azure.",
+                remedy="Write to a disk, or to the bucket behind a web server, as "
+                "s3://bucket/run; other tools can copy a run from a disk to anywhere.",
+            )
 
     def is_file(self) -> bool:
         """Whether there is such a file."""

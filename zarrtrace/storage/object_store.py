@@ -7,16 +7,16 @@ import datetime as dt
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from zarrtrace.errors import ConfigError, RemoteError
 from zarrtrace.storage.backend import Content
 from zarrtrace.storage.packages import first_line, import_package
 
+_AZURE = frozenset({"az", "adl", "azure", "abfs", "abfss"})
 #: Kinds of addresses that obstore opens.
-SCHEMES = frozenset(
-    {"s3", "s3a", "gs", "az", "adl", "azure", "abfs", "abfss", "http", "https", "memory"}
-)
+SCHEMES = frozenset({"s3", "s3a", "gs", "http", "https", "memory", *_AZURE})
 
 # Objects above this size are sent in parts, a few at a time.
 _PART, _PARTS_AT_ONCE = 8 * 2**20, 4
@@ -33,8 +33,9 @@ _RETRIES: Any = {
         "base": 4,
     },
 }
-# How often an answer is asked for again that was cut short: obstore does not repeat a listing.
-_LISTINGS = 5
+# obstore does not repeat a listing whose answer was cut short: how often it is asked for, and what
+# obstore 0.12 says then.
+_LISTINGS, _CUT_SHORT = 5, "list response body"
 _CLIENT = {"connect_timeout": "10s", "timeout": "60s"}
 # Options of the HTTP client, not of the store.
 _OF_CLIENT = frozenset(
@@ -59,6 +60,7 @@ class ObjectStore:
         scheme = base.partition("://")[0]
         self._obstore = import_package("obstore", scheme)
         self._has_answered = False
+        self._lacks_suffixes = scheme in _AZURE  # "the last 100 bytes" is no request there
         self.writable = self.listable = scheme not in ("http", "https")
         try:
             self._patient, self._prefix = _open(base, options, _RETRIES)
@@ -108,6 +110,9 @@ class ObjectStore:
 
     def get_end(self, key: str, length: int) -> Content:
         """Read the last bytes of an object."""
+        if self._lacks_suffixes:
+            size = self.size(key)
+            return Content(self.get_ranges(key, [(max(0, size - length), size)])[0], size)
         with self._explained(key):
             options = {"range": {"suffix": length}}
             found = self._obstore.get(self._store, self._prefix + key, options=options)
@@ -127,14 +132,8 @@ class ObjectStore:
         with self._explained(key):
             return int(self._obstore.head(self._store, self._prefix + key)["size"])
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes | Path) -> None:
         """Write an object."""
-        if not self.writable:
-            raise RemoteError(
-                f"{self._base}: is read-only",
-                why="A web server is read from.",
-                remedy="Write to the bucket behind it, as s3://bucket/run.",
-            )
         with self._explained(key):
             self._obstore.put(
                 self._store,
@@ -180,11 +179,14 @@ class ObjectStore:
 
     def _repeated(self, prefix: str, ask: Any) -> Any:
         """List, again if the answer was cut short."""
-        for _ in range(_LISTINGS - 1):
-            with contextlib.suppress(RemoteError), self._explained(prefix):
-                return ask()
-        with self._explained(prefix):
-            return ask()
+        for attempt in range(1, _LISTINGS + 1):
+            try:
+                with self._explained(prefix):
+                    return ask()
+            except RemoteError as error:
+                if attempt == _LISTINGS or _CUT_SHORT not in error.what:
+                    raise
+        return None
 
     def zarr_store(self) -> tuple[Any, str]:
         """Return a read-only store of zarr-python."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from zarrtrace.errors import ConfigMismatchError, IntegrityError, NotATraceError, StoreError
 from zarrtrace.format.attributes import IndexAttributes, TraceAttributes
@@ -18,7 +18,7 @@ from zarrtrace.format.layout import INDEX
 from zarrtrace.storage import Address, Location, at_once, disk, locate
 from zarrtrace.store.chunks import Checksum
 from zarrtrace.store.codecs import ArrayEncoding
-from zarrtrace.store.damage import file_damage
+from zarrtrace.store.damage import check_sizes, file_damage
 from zarrtrace.store.metadata import (
     REPAIR,
     Group,
@@ -106,8 +106,6 @@ def copy_run(source: Address, target: Address, *, progress: Progress | None = No
             if not is_trace:
                 for name in ("README.md", "zarr.json"):
                     _copy_file(source / name, target / name)
-                if target.path is not None:
-                    disk.remove_folder(target.path / STAGED)
         finally:
             lock.release()
     traces = sum(group.path.name != INDEX or is_trace for group in groups)
@@ -176,7 +174,9 @@ def _copy_group(
     total = _bytes_of(group)
     with contextlib.suppress(StoreError):
         read = read_index_group if group.path.name == INDEX else read_trace
-        if read(target).attributes.seal == group.attributes.seal:
+        there: Group[Any] = read(target)
+        if there.attributes.seal == group.attributes.seal:
+            check_sizes(there)
             counter.add(there=total)
             return
     folder = staging_folder(target.parent) / target.name
@@ -210,6 +210,8 @@ def _copy_group(
         publish_folder(folder, target)
     finally:
         disk.remove_folder(folder)
+        with contextlib.suppress(OSError):  # the last trace that is staged leaves no folder
+            folder.parent.rmdir()
 
 
 def _copy_file(source: Location, target: Location) -> None:

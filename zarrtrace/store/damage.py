@@ -13,7 +13,7 @@ from zarrtrace.errors import IntegrityError, StoreError
 from zarrtrace.storage import Location, at_once
 from zarrtrace.store.chunks import ABSENT, Checksum, fingerprint
 from zarrtrace.store.codecs import CRC_BYTES, FINGERPRINT_BYTES, ArrayEncoding, checked
-from zarrtrace.store.metadata import Nodes, checksums_of
+from zarrtrace.store.metadata import REPAIR, Group, Nodes, checksums_of
 
 _METADATA = "zarr.json"
 
@@ -37,6 +37,37 @@ class Damage(NamedTuple):
     file: str | None
     first: tuple[int, ...] | None
     message: str
+
+
+def check_sizes(group: Group[Any], remedy: str = REPAIR) -> None:
+    """Refuse a group in which files are gone or have another size.
+
+    Where files cannot be listed, that is said when one of them is read.
+
+    Raises
+    ------
+    IntegrityError
+    """
+    sizes = None
+    if group.path.path is None:
+        if not group.path.backend.listable:
+            return
+        sizes = group.path.files()
+    for name, node in group.nodes.items():
+        for key, written in checksums_of(node).items():
+            file = group.path / name / key
+            try:
+                found = file.size() if sizes is None else sizes.get(f"{name}/{key}")
+            except FileNotFoundError:
+                found = None
+            if found != written.bytes:
+                raise IntegrityError(
+                    f"{file}: {'is gone' if found is None else f'has {found} bytes'}, "
+                    f"{written.bytes} bytes were written",
+                    why="Files were lost, cut short or replaced, for example by an interrupted "
+                    "copy.",
+                    remedy=remedy,
+                )
 
 
 def find_damage(group: Location, nodes: Nodes) -> list[Damage]:

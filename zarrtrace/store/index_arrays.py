@@ -20,6 +20,7 @@ from zarrtrace.storage import Address, Location, at_once, disk, locate
 from zarrtrace.store.array import StoredArray
 from zarrtrace.store.chunks import Checksum, encode_file, file_key
 from zarrtrace.store.codecs import ArrayEncoding
+from zarrtrace.store.damage import check_sizes
 from zarrtrace.store.metadata import (
     REPAIR,
     Group,
@@ -206,16 +207,7 @@ class RunIndex:
         ------
         IntegrityError
         """
-        for name, node in self._group.nodes.items():
-            for key, written in checksums_of(node).items():
-                file = self.path / name / key
-                found = file.size() if file.is_file() else 0
-                if found != written.bytes:
-                    raise IntegrityError(
-                        f"{file}: has {found} bytes, {written.bytes} were written",
-                        why="Files were lost, cut short or replaced.",
-                        remedy=_REBUILD,
-                    )
+        check_sizes(self._group, _REBUILD)
 
     def layer(self, array: str, layer: int) -> dict[str, np.ndarray]:
         """Return all that is known of one layer of an array of features, by name."""

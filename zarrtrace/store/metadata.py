@@ -255,12 +255,13 @@ def kind_of(path: Address) -> Literal["run", "trace"]:
 
 
 def refuse_foreign(path: Location) -> None:
-    """Refuse to write where something exists that is not a run.
+    """Refuse to write where something exists that is not a run, or where nothing can be written.
 
     Raises
     ------
-    NotATraceError, FormatVersionError, IntegrityError
+    ConfigError, NotATraceError, FormatVersionError, IntegrityError
     """
+    path.refuse_read_only()
     if path.is_file() or (path.is_folder() and any(True for _ in path.children())):
         kind_of(path)
 
@@ -351,7 +352,7 @@ def _read(path: Location, wanted: Kind) -> Group[Any]:
     try:
         nodes, encodings = _consolidated(group), {}
         if wanted != "run":
-            encodings = check_nodes(nodes, labels.split(), attributes, is_whole=wanted == "trace")
+            encodings = check_nodes(nodes, attributes, is_whole=wanted == "trace")
     except NONSENSE as error:
         raise damaged_metadata(file, error) from error
     return Group(path, attributes, plain, frozenset(labels.split()), nodes, encodings)
@@ -395,7 +396,6 @@ def parse_attributes(file: Location, plain: Mapping[str, Any], kind: Kind) -> An
 
 def check_nodes(
     nodes: Nodes,
-    labels: Iterable[str],
     attributes: TraceAttributes | IndexAttributes,
     *,
     is_whole: bool,
@@ -408,8 +408,6 @@ def check_nodes(
     ----------
     nodes
         Metadata of arrays by name.
-    labels
-        Names of coordinates that are no index.
     attributes
         Of the group.
     is_whole

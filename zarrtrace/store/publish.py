@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from zarrtrace.errors import RemoteError
 from zarrtrace.storage import Location, at_once, disk
 from zarrtrace.store.journal import JOURNAL
+
+_METADATA = "zarr.json"
 
 
 def publish_folder(folder: Path, target: Location) -> None:
@@ -83,34 +86,44 @@ def beside(path: Path, what: str) -> Path:
 
 
 def upload(folder: Path, target: Location) -> None:
-    """Write a folder to an object store, its ``zarr.json`` last.
+    """Write a folder to an object store, its ``zarr.json`` last and its journal not at all.
 
     Another writer of the same command may upload at the same time. On equal hardware its bytes are
-    the same; else sizes tell, and all is written once more.
+    the same; else sizes tell, and all is written once more. Of bytes that differ and have one size,
+    ``verify`` names the mixture.
+
+    Raises
+    ------
+    RemoteError
+        If the store holds other files than were written.
     """
-    remove(target)
-    names = {
+    sizes = {
         file.relative_to(folder).as_posix(): file.stat().st_size
         for file in sorted(folder.rglob("*"))
-        if file.is_file()
+        if file.is_file() and file.name != JOURNAL
     }
-    last = "zarr.json"
-    for attempt in range(2):
-        at_once(
-            lambda name: (target / name).write((folder / name).read_bytes()),
-            [name for name in names if name != last],
-        )
-        found = {name: size for name, size in target.files().items() if name != last}
-        if found == {name: size for name, size in names.items() if name != last}:
-            break
-        if attempt:
-            raise RemoteError(
-                f"{target}: holds other files than were written",
-                why="Another process writes the same run.",
-                remedy="Let one process write a run; then run the same command again.",
-            )
+    values, metadata, _ = _in_order(sizes)
+    for _ in range(2):
         remove(target)
-    (target / last).write((folder / last).read_bytes())
+        for names in (values, metadata):
+            at_once(lambda name: (target / name).write(folder / name), names)
+        # The other writer may have written its zarr.json by now.
+        if {**target.files(), _METADATA: sizes[_METADATA]} == sizes:
+            (target / _METADATA).write(folder / _METADATA)
+            return
+    raise RemoteError(
+        f"{target}: holds other files than were written",
+        why="Another process writes the same run.",
+        remedy="Let one process write a run; then run the same command again.",
+    )
+
+
+def _in_order(names: Iterable[str]) -> list[list[str]]:
+    """Sort files by the order in which they are written: values, metadata, the group's own."""
+    steps: list[list[str]] = [[], [], []]
+    for name in sorted(names):
+        steps[(name == _METADATA) + (name.rpartition("/")[2] == _METADATA)].append(name)
+    return steps
 
 
 def remove(folder: Location) -> None:
@@ -118,19 +131,13 @@ def remove(folder: Location) -> None:
     if (path := folder.path) is not None:
         disk.remove_folder(path)
         return
-    names = sorted(folder.files(), key=lambda name: (name != "zarr.json", name))
-    for some in (names[:1], names[1:]):
-        folder.backend.delete([(folder / name).key for name in some])
+    for names in reversed(_in_order(folder.files())):
+        folder.backend.delete([(folder / name).key for name in names])
 
 
 def move(source: Location, target: Location) -> None:
     """Put a folder of an object store in another's place, its ``zarr.json`` last."""
     remove(target)
-    names = [name for name in source.files() if name != "zarr.json"]
-
-    def copy(name: str) -> None:
-        source.backend.copy((source / name).key, (target / name).key)
-
-    at_once(copy, names)
-    copy("zarr.json")
+    for names in _in_order(source.files()):
+        at_once(lambda name: source.backend.copy((source / name).key, (target / name).key), names)
     remove(source)

@@ -119,6 +119,8 @@ class RunWriter:
             if self._can_resume(self._new):
                 return
             remove_run(self._new)
+        # In the folder of temporary files an earlier run at this address may have left traces.
+        disk.remove_folder(staging_folder(self.path))
         self._write_group(self.path, self._attributes, None)
 
     def _resume(self, previous: RunAttributes) -> None:
@@ -287,9 +289,12 @@ def lock_run(run: Location) -> FileLock:
 
     Raises
     ------
+    ConfigError
+        If its address is read only.
     LockedError
         If another process has the lock.
     """
+    run.refuse_read_only()
     path = run.path or staging_folder(run)
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(path.with_name(f".{path.name}.zarrtrace-lock"), run)

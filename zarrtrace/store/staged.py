@@ -7,9 +7,9 @@ is on a disk, else in the system's folder of temporary files. Nothing there is a
 from __future__ import annotations
 
 import contextlib
-import getpass
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -56,7 +56,7 @@ def staging_folder(run: Location) -> Path:
     if (path := run.path) is not None:
         return path / STAGED
     digest = hashlib.blake2b(str(run).encode(), digest_size=8).hexdigest()
-    return Path(tempfile.gettempdir()) / f"zarrtrace-{getpass.getuser()}" / digest
+    return Path(tempfile.gettempdir()) / f"zarrtrace-{os.getuid()}" / digest
 
 
 class StagedTrace:
@@ -70,6 +70,8 @@ class StagedTrace:
         The attributes that the trace will have.
     layouts
         Its arrays.
+    settings
+        Hash of what else must be the same to resume it, where no run beside it says so.
 
     Attributes
     ----------
@@ -80,9 +82,14 @@ class StagedTrace:
     """
 
     def __init__(
-        self, folder: Path, attributes: TraceAttributes, layouts: Mapping[str, ArrayLayout]
+        self,
+        folder: Path,
+        attributes: TraceAttributes,
+        layouts: Mapping[str, ArrayLayout],
+        settings: str = "",
     ) -> None:
         self.folder, self._attributes, self._layouts = folder, attributes, layouts
+        self._settings = settings
         self.encodings = {
             name: ArrayEncoding(array_metadata(layout)) for name, layout in layouts.items()
         }
@@ -108,7 +115,7 @@ class StagedTrace:
     def _header(self) -> Line:
         plain = self._attributes.model_dump(mode="json", exclude={"seal", "nonfinite"})
         nodes = {name: array_metadata(layout) for name, layout in self._layouts.items()}
-        return {"attributes": plain, "arrays": nodes}
+        return {"attributes": plain, "arrays": nodes, "settings": self._settings}
 
     def create(
         self, coordinates: Mapping[str, np.ndarray], versions: Mapping[str, str] | None = None

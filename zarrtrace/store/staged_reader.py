@@ -51,7 +51,7 @@ def read_staged(
         for name, node in nodes.items():
             node["attributes"][CHECKSUMS] = files.get(name, {})
         labels = labels_of(nodes).split()
-        encodings = check_nodes(nodes, labels, attributes, is_whole=False)
+        encodings = check_nodes(nodes, attributes, is_whole=False)
     except (*NONSENSE, IntegrityError):
         return None  # nor does a writer go on with it: it begins anew
     group = Group(here, attributes, header["attributes"], frozenset(labels), nodes, encodings)

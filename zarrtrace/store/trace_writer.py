@@ -56,7 +56,9 @@ class TraceWriter:
         self.path = run / plan.attributes.scenario
         self._attributes, self._layouts, self._coordinates = _described(plan)
         folder = staging_folder(run) / plan.attributes.scenario
-        self._staged = StagedTrace(folder, self._attributes, self._layouts)
+        # On a disk the run that holds the folder was compared with what is asked for.
+        settings = "" if run.path is not None else plan.settings
+        self._staged = StagedTrace(folder, self._attributes, self._layouts, settings)
         self._mutex = threading.Lock()
         self._begun, self._allow_nonfinite = False, allow_nonfinite
         self._source: SoundParts | None = None
@@ -274,8 +276,14 @@ class TraceWriter:
         if self._is_published:
             return
         with disk.explained(self.path):
-            self._staged.end()
-            publish_folder(self._staged.folder, self.path)
+            if self.path.path is not None:
+                self._staged.end()  # an upload that is interrupted still needs the journal
+                publish_folder(self._staged.folder, self.path)
+            elif self._source is None and (self.path / "zarr.json").is_file():
+                # Another writer of the same command was faster: its trace is whole.
+                disk.remove_folder(self._staged.folder)
+            else:
+                publish_folder(self._staged.folder, self.path)
         self._is_published = True
         # A run may have thousands of traces.
         self._waiting, self._source = {}, None
