@@ -34,8 +34,8 @@ from zarrtrace.errors import (
 from zarrtrace.format.attributes import SpanAttributes, TraceAttributes
 from zarrtrace.format.layout import TraceShape
 from zarrtrace.npz import archive, export_npz, exporting, import_npz, importing
-from zarrtrace.records import FeatureRecord, LayerRecord, Tokens
-from zarrtrace.store import RunWriter, open_run, open_trace, read_run_attributes
+from zarrtrace.records import FeatureRecord, LayerRecord, Tokens, TracePlan
+from zarrtrace.store import RunWriter, open_run, open_trace, read_run
 
 WHEN = datetime(2025, 10, 17, 12, 0, 0)
 STAMP = "20251017_120000"
@@ -135,10 +135,9 @@ def npz_write_run(path: Path, values: Values, *, stop_before: int | None = None)
                 model=None,
                 layers=layers,
                 layers_without_sae=tuple(missing.get("features", ())),
-                layers_without_attention={
-                    str(layer): "recurrent" for layer in missing.get("attention", ())
-                },
-                queries=queries,
+                layers_without_attention={"recurrent": tuple(missing["attention"])}
+                if missing.get("attention")
+                else {},
                 attention_dtype=None if attention is None else attention.dtype.name,
                 feature_dtype=None if features is None else features.dtype.name,
                 versions={},
@@ -154,10 +153,9 @@ def npz_write_run(path: Path, values: Values, *, stop_before: int | None = None)
                 attention_layers=len(layers) - len(missing["attention"])
                 if missing.get("attention")
                 else None,
-                chosen_queries=queries is not None,
             )
             tokens = Tokens(ids=range(size), texts=[f" té\n{at}" for at in range(size)])
-            trace = run.trace(attributes, shape, tokens)
+            trace = run.trace(TracePlan(attributes, shape, tokens, queries=queries))
             for layer, arrays in by_layer.items():
                 if layer != stop_before:
                     trace.append(npz_record(scenario, layer, arrays))
@@ -643,11 +641,25 @@ def test_import_of_the_old_scripts_folder(tmp_path: Path) -> None:
         "choices": (),
         "decision": (9,),
     }
-    assert (said.model, said.prompt, said.complete) == (None, None, True)
+    assert (said.model, said.prompt) == (None, None)
     assert "next_token" not in ds
     assert calls[-1] == (6, 6)
     assert str(tmp_path) not in (tmp_path / "run/zarr.json").read_text()
-    assert read_run_attributes(tmp_path / "run").config["imported_from"] == "npz"
+    assert read_run(tmp_path / "run").attributes.config["imported_from"] == "npz"
+
+
+def test_import_keeps_the_rows_that_are_numbers(tmp_path: Path) -> None:
+    values = npz_values(queries=(0, 4, 8))
+    import_npz(npz_old_folder(tmp_path / "old", values), tmp_path / "run")
+
+    ds = open_trace(tmp_path / "run/Desperate_10")
+
+    assert ds.attention.dims == ("layer", "head", "attention_query", "key")
+    assert ds.attention_query.values.tolist() == [0, 4, 8]
+    for layer, arrays in values["Desperate_10"].items():
+        rows = arrays["attention"][:, [0, 4, 8]]
+        np.testing.assert_array_equal(ds.attention.sel(layer=layer), rows)
+    assert ds.features.sizes["query"] == 10
 
 
 def test_some_layers_only(tmp_path: Path) -> None:

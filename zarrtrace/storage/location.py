@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 from zarrtrace.errors import ConfigError, StoreError
 from zarrtrace.storage.backend import Backend, Content
 from zarrtrace.storage.disk import Disk
-from zarrtrace.text import without_secrets
 
 #: How many requests a process makes at the same time, multipart uploads aside.
 REQUESTS_AT_ONCE = 16
@@ -27,9 +26,6 @@ _CREDENTIAL_WORDS = (
     "credential",
     "access_key",
     "account_key",
-    "api_key",
-    "passphrase",
-    "pkey",
     "sas",
 )
 
@@ -121,7 +117,9 @@ class Location:
         self.backend.put(self.key, data)
 
     def is_file(self) -> bool:
-        """Whether there is such a file."""
+        """Whether there is such a file; a folder is none."""
+        if (path := self.path) is not None and path.is_dir():
+            return False
         try:
             self.size()
         except (FileNotFoundError, NotADirectoryError):
@@ -218,16 +216,17 @@ def locate(address: Address, storage_options: Mapping[str, str] | None = None) -
 def _remote(address: str, options: Mapping[str, str] | None) -> Location:
     scheme, _, rest = address.partition("://")
     parts = [part for part in rest.split("/") if part]
-    shown = without_secrets(address)
-    if shown != address and "?" not in address:
-        raise _credential(f"the address {shown} holds a password or a key")
     # Below s3://bucket itself nothing can lie beside the run, where its successor is written.
     if len(parts) < 2 or any(part in (".", "..") for part in parts) or "?" in address:
+        shown = address.partition("?")[0]  # a query may hold a signature
         raise ConfigError(
             f"{shown}: not the address of a folder in an object store",
             why="A run has a name below a bucket, container or host.",
             remedy=f"Give an address such as {scheme}://bucket/runs/demo.",
         )
+    user, at, _ = parts[0].rpartition("@")
+    if at and ":" in user:
+        raise _credential(f"an address at {parts[0].rpartition('@')[2]} holds a password")
     for name in options or ():
         if any(word in name.lower() for word in _CREDENTIAL_WORDS):
             raise _credential(f"storage option {name!r} looks like a credential")
