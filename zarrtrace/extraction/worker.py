@@ -28,9 +28,9 @@ from zarrtrace.extraction.job import (
     prepare,
     with_scenarios,
 )
-from zarrtrace.extraction.memory import keep_freed
 from zarrtrace.extraction.running import SECONDS_GIVEN_UP, fill
 from zarrtrace.identity import differences
+from zarrtrace.memory import keep_freed
 from zarrtrace.scenarios import Scenario
 from zarrtrace.storage import Location
 from zarrtrace.store import only_writer

@@ -1,4 +1,4 @@
-"""Giving freed memory back to the system."""
+"""Memory of the host: what is free, and giving freed memory back to the system."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import os
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 # Of malloc.h.
@@ -42,3 +43,12 @@ def keep_freed() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
         libc.mallopt(_M_TRIM_THRESHOLD, 64 * 2**20)
+
+
+def memory_sizes() -> dict[str, int]:
+    """Return Linux's account of memory in bytes, such as ``MemAvailable``; empty elsewhere."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return {line.split(":")[0]: 1024 * int(line.split()[1]) for line in lines}
+    except (OSError, ValueError, IndexError):
+        return {}
