@@ -32,7 +32,7 @@ from zarrtrace.errors import (
     NPZError,
 )
 from zarrtrace.format.attributes import SpanAttributes, TraceAttributes
-from zarrtrace.format.layout import TraceShape
+from zarrtrace.format.layout import NO_ID, TraceShape
 from zarrtrace.npz import archive, export_npz, exporting, import_npz, importing
 from zarrtrace.records import FeatureRecord, LayerRecord, Tokens, TracePlan
 from zarrtrace.store import RunWriter, open_run, open_trace, read_run
@@ -498,11 +498,11 @@ def test_killed_export_leaves_whole_files_only(tmp_path: Path, default_run: Path
 
 def test_damaged_store_is_named(tmp_path: Path) -> None:
     run = npz_write_run(tmp_path / "run", npz_values(keys=("attention",)))
-    file = run / "Risky_40/attention/c/1/0/0/0"
+    file = run / "Risky_40/attention/c.0.0.0.0"
     content = bytearray(file.read_bytes())
     content[40] ^= 255
     file.write_bytes(content)
-    with pytest.raises(IntegrityError, match=r"(?s)Risky_40.*attention of layer 2.*verify"):
+    with pytest.raises(IntegrityError, match=r"(?s)Risky_40/attention/c\.0\.0\.0\.0.*verify"):
         export_npz(run, tmp_path / "out")
     assert not list((tmp_path / "out").rglob("*.partial"))
 
@@ -604,8 +604,8 @@ def npz_plain_metadata(values: Values) -> list[dict[str, Any]]:
 def test_strongest_features_are_those_of_a_stable_sort(values: np.ndarray) -> None:
     found = importing.with_strongest(values)
     order = np.argsort(-np.abs(values), axis=1, kind="stable")[:, :32]
-    np.testing.assert_array_equal(found.top_feature, order)
     top = np.take_along_axis(values, order, axis=1)
+    np.testing.assert_array_equal(found.top_feature, np.where(top != 0, order, NO_ID))
     np.testing.assert_array_equal(found.top_activation, top)
     assert found.top_activation.dtype == np.float32
 
