@@ -11,7 +11,14 @@ from zarrtrace.format.attributes import FORMAT_VERSION, TraceAttributes
 from zarrtrace.storage import Address, Location, at_once, locate
 from zarrtrace.store.array import StoredArray
 from zarrtrace.store.codecs import ArrayEncoding
-from zarrtrace.store.metadata import Group, checksums_of, kind_of, read_run, read_trace
+from zarrtrace.store.metadata import (
+    Group,
+    checksums_of,
+    encoded,
+    kind_of,
+    read_run,
+    read_trace,
+)
 from zarrtrace.store.staged_reader import read_staged
 
 _ITEMSIZE = {"float16": 2, "float32": 4, "uint32": 4, "int64": 8, "bool": 1}
@@ -98,8 +105,9 @@ def _trace(path: Location) -> TraceSummary | None:
         (group, missing, indexes), is_complete = staged, False
         on_disk = sum(one.size for files in indexes.values() for one in files.values())
     else:
-        on_disk = sum(
-            one.bytes for node in group.nodes.values() for one in checksums_of(node).values()
+        on_disk = (path / "zarr.json").size() + sum(
+            len(encoded(node)) + sum(one.bytes for one in checksums_of(node).values())
+            for node in group.nodes.values()
         )
     dims: dict[str, int] = {}
     arrays: dict[str, tuple[int, ...]] = {}
