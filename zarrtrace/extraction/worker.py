@@ -178,7 +178,7 @@ def settle(setup: Setup, lengths: Sequence[int], alone: Sequence[bool]) -> Settl
     capture = capture_package()
     with _alone:
         job = _job(setup, ())
-        size = setup.options.batch_size or capture.default_batch_size(job.model, lengths)
+        size = capture.choose_batch_size(job.model, lengths, setup.options.batch_size)
     return Settled(
         config={**job.config, "batch_size": size, "prompts": {}},
         batch_size=size,

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from zarrtrace.errors import ConfigError, StoreError
 from zarrtrace.storage.backend import Backend, Content
 from zarrtrace.storage.disk import Disk
+from zarrtrace.text import without_secrets
 
 #: How many requests a process makes at the same time, multipart uploads aside.
 REQUESTS_AT_ONCE = 16
@@ -26,6 +27,9 @@ _CREDENTIAL_WORDS = (
     "credential",
     "access_key",
     "account_key",
+    "api_key",
+    "passphrase",
+    "pkey",
     "sas",
 )
 
@@ -117,12 +121,12 @@ class Location:
         self.backend.put(self.key, data)
 
     def is_file(self) -> bool:
-        """Whether there is such a file; a folder is none."""
-        if (path := self.path) is not None and path.is_dir():
-            return False
+        """Whether there is such a file."""
+        if (path := self.path) is not None:
+            return path.is_file()
         try:
             self.size()
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             return False
         return True
 
@@ -151,6 +155,16 @@ class Location:
         self._refuse_unlistable()
         for name in self.backend.children(self._prefix):
             yield self / name
+
+    def present(self, names: Sequence[str]) -> list[str]:
+        """Return which names may be in the folder: all of them if the store cannot list.
+
+        To ask for each of a million scenarios that are not there would take a minute.
+        """
+        if not self.backend.listable:
+            return list(names)
+        there = set(self.backend.children(self._prefix))
+        return [name for name in names if name in there]
 
     def files(self) -> dict[str, int]:
         """Return the size of every file below the folder, by its path from here.
@@ -216,17 +230,16 @@ def locate(address: Address, storage_options: Mapping[str, str] | None = None) -
 def _remote(address: str, options: Mapping[str, str] | None) -> Location:
     scheme, _, rest = address.partition("://")
     parts = [part for part in rest.split("/") if part]
+    shown = without_secrets(address)
+    if shown != address and "?" not in address:
+        raise _credential(f"the address {shown} holds a password or a key")
     # Below s3://bucket itself nothing can lie beside the run, where its successor is written.
     if len(parts) < 2 or any(part in (".", "..") for part in parts) or "?" in address:
-        shown = address.partition("?")[0]  # a query may hold a signature
         raise ConfigError(
             f"{shown}: not the address of a folder in an object store",
             why="A run has a name below a bucket, container or host.",
             remedy=f"Give an address such as {scheme}://bucket/runs/demo.",
         )
-    user, at, _ = parts[0].rpartition("@")
-    if at and ":" in user:
-        raise _credential(f"an address at {parts[0].rpartition('@')[2]} holds a password")
     for name in options or ():
         if any(word in name.lower() for word in _CREDENTIAL_WORDS):
             raise _credential(f"storage option {name!r} looks like a credential")

@@ -19,7 +19,7 @@ from zarrtrace.records import TracePlan
 from zarrtrace.scenarios import check_name
 from zarrtrace.storage import Address, Location, at_once, disk, locate
 from zarrtrace.storage.locks import FileLock
-from zarrtrace.store.metadata import Nodes, labels_of, read_run, read_trace, sealed_group
+from zarrtrace.store.metadata import Nodes, read_run, read_trace, repeated_nodes, sealed_group
 from zarrtrace.store.publish import end_replacing, move, put_in_place, remove
 from zarrtrace.store.staged import staging_folder
 from zarrtrace.store.trace_writer import TraceWriter
@@ -245,16 +245,9 @@ def lock_run(run: Location) -> FileLock:
 def _nodes_of(trace: Location) -> Nodes | None:
     """Return what a run repeats of a trace's metadata; None if the trace is not complete."""
     try:
-        found = read_trace(trace)
+        return repeated_nodes(read_trace(trace))
     except NotATraceError:
         return None
-    group = {
-        "attributes": {**found.plain, "coordinates": labels_of(found.nodes)},
-        "zarr_format": 3,
-        "node_type": "group",
-        "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": {}},
-    }
-    return {"": group, **found.nodes}
 
 
 def _compared(run: RunAttributes) -> dict[str, Any]:

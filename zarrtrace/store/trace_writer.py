@@ -23,8 +23,6 @@ from zarrtrace.store.publish import end_replacing, publish_folder
 from zarrtrace.store.repair import SoundParts, sound_parts
 from zarrtrace.store.staged import StagedTrace, staging_folder
 
-_TOKENS = ("next_token", "next_token_logprob", "next_token_text")
-
 
 class TraceWriter:
     """Write one trace layer by layer, in any order, from any thread.
@@ -72,7 +70,7 @@ class TraceWriter:
                 end_replacing(folder, self.path.path)
             self._is_published = self._open(repair=repair)
             if not self._is_published and self._source is None:
-                self._begun = self._staged.resume(self._coordinates)
+                self._begun = self._staged.resume(self._coordinates, self._expected)
 
     def _open(self, *, repair: bool) -> bool:
         """Whether the trace is there, complete; notes its sound parts if it is to be repaired."""
