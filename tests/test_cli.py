@@ -314,7 +314,8 @@ def test_a_signal_says_where_to_go_on(tmp_path: Path, number: int, code: int) ->
     arguments = ["-o", str(tmp_path / "run"), "--no-features"]
     arguments += [part for name in names for part in ("--scenario", name)]
     with extracting(*arguments) as process:
-        while not (tmp_path / "run" / "Bankruptcy_90_all_in" / "attention" / "c").exists():
+        staged = tmp_path / "run/.staged/Bankruptcy_90_all_in"
+        while not (staged / "attention/c.0.0.0.0").exists():
             time.sleep(0.02)
             assert process.poll() is None
         stderr = said_after(process, number)
