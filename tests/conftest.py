@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import counted_reads
 import fakes
 
 # As many of torch's threads in every process that tests start: another number of them may cut a
@@ -99,6 +100,12 @@ def opened_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(io, "open", watched(io.open))
     monkeypatch.setattr(builtins, "open", watched(builtins.open))
     return watcher
+
+
+@pytest.fixture
+def chunk_reads(monkeypatch: pytest.MonkeyPatch) -> counted_reads.ChunkReads:
+    """Chunks of stores read since (or since its last ``clear()``), in any thread."""
+    return counted_reads.ChunkReads(monkeypatch)
 
 
 @pytest.fixture(scope="session")

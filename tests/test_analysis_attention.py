@@ -241,16 +241,15 @@ def test_every_value_is_read_once(run, name):
     assert counters["attention_mean"].read == 0
 
 
-def test_only_the_files_that_are_needed_are_opened(shared_run, opened_files):
+def test_only_the_chunks_that_are_needed_are_read(shared_run, chunk_reads):
     run = open_run(shared_run.path, chunks={"layer": 1})
-    opened_files.clear()
+    chunk_reads.clear()
     found = analysis.attention_to(run, "balance").sel(layer=2)
-    assert not opened_files
+    assert not chunk_reads.below(shared_run.path)
     with dask.config.set(scheduler="synchronous"):
         found.load()
-    chunks = {file.split("/c/")[0].rsplit("/", 1)[-1] for file in opened_files if "/c/" in file}
-    assert chunks == {"attention_mean"}
-    assert all("/attention_mean/c/1/" in file for file in opened_files if "/c/" in file)
+    wanted = {f"{name}/attention_mean/1.0.0": 1 for name in run.children}
+    assert chunk_reads.below(shared_run.path) == wanted
     truth = shared_run.truth["Safe_1"]["attention_mean"][1, -1, [1, 2]].mean(dtype=float)
     assert float(found.sel(scenario="Safe_1")) == pytest.approx(float(truth))
 
@@ -308,11 +307,7 @@ def test_features_only_traces_are_refused_by_name(name):
 
 def test_chosen_queries():
     ds = planted.make_trace()
-    attributes = {**ds.attrs, "queries": [16, 27]}
-    rows = ds["query"].isin([16, 27])
-    partial = ds.assign(
-        attention=ds.attention.where(rows), attention_mean=ds.attention_mean.where(rows)
-    ).assign_attrs({NAMESPACE: attributes})
+    partial = synthetic.with_queries(ds, [16, 27])
     xr.testing.assert_allclose(analysis.attention_to(partial), analysis.attention_to(ds))
     with pytest.raises(ConfigError, match="attention of token 14 is not stored"):
         analysis.attention_to(partial, "goal", "balance")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import combinations
 
+import counted_reads
 import fakes
 import numpy as np
 import pytest
@@ -323,17 +324,16 @@ class TestRefusals:
 
 
 def test_reads_one_array_only(
-    tmp_path_factory: pytest.TempPathFactory, opened_files: list[str]
+    tmp_path_factory: pytest.TempPathFactory, chunk_reads: counted_reads.ChunkReads
 ) -> None:
     path = fakes.make_run(
         tmp_path_factory.mktemp("contrast"), scenarios=["Safe_1", "Safe_2", "Risky_1", "Risky_2"]
     ).path
     run = open_run(path)
     for what, array in (("features", "features"), ("attention", "attention_mean")):
-        opened_files.clear()
+        chunk_reads.clear()
         contrast(run, "risky", "safe", what=what)  # type: ignore[arg-type]
-        read = {file for file in opened_files if "/c/" in file}
-        assert {file.removeprefix(f"{path}/").split("/")[1] for file in read} == {array}
+        assert chunk_reads.arrays(path) == {array}
 
 
 def test_correlations_against_scipy() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import counted_reads
 import fakes
 import numpy as np
 import pandas as pd
@@ -282,15 +283,14 @@ class TestSeveralSAEs:
 
     @pytest.mark.parametrize("chunks", [None, "auto"])
     def test_the_other_ones_features_take_their_place(
-        self, two: fakes.FakeRun, opened_files: list[str], chunks: Any
+        self, two: fakes.FakeRun, chunk_reads: counted_reads.ChunkReads, chunks: Any
     ) -> None:
         run = open_run(two.path, chunks=chunks)
-        opened_files.clear()
+        chunk_reads.clear()
         other = of_sae(run, "mlp_out")
-        assert not [file for file in opened_files if "/c/" in file]
+        assert not chunk_reads.below(two.path)
         found = feature_trajectory(other, 23).load()
-        read = {file.split("/c/")[0].split("/")[-1] for file in opened_files if "/c/" in file}
-        assert read == {"features_mlp_out"}
+        assert chunk_reads.arrays(two.path) == {"features_mlp_out"}
         for name in run.children:
             expected = two.truth[name]["features_mlp_out"][:, -1, 23]
             np.testing.assert_array_equal(found.sel(scenario=name), expected)
@@ -326,32 +326,27 @@ class TestSeveralSAEs:
 
 
 class TestReadsOnlyWhatItNeeds:
-    """Every chunk is a file of the store: opened files count the chunks read."""
+    """The chunks that are read are counted."""
 
-    def chunks(self, opened: list[str], path: Path) -> set[str]:
-        inside = [Path(file).relative_to(path) for file in opened if str(path) in file]
-        return {str(file) for file in inside if "c" in file.parts}
-
-    @pytest.mark.parametrize("chunks", [None, "auto"])
+    @pytest.mark.parametrize("chunks", [None, {"layer": 1}])
     def test_one_layer_of_a_trajectory(
-        self, shared_run: fakes.FakeRun, opened_files: list[str], chunks: str | None
+        self, shared_run: fakes.FakeRun, chunk_reads: counted_reads.ChunkReads, chunks: Any
     ) -> None:
-        run = open_run(shared_run.path, chunks=chunks)  # type: ignore[arg-type]
-        opened_files.clear()
+        run = open_run(shared_run.path, chunks=chunks)
+        chunk_reads.clear()
         found = feature_trajectory(run["Safe_1"].to_dataset().sel(layer=slice(2, 2)), 3)
         if chunks:
-            assert self.chunks(opened_files, shared_run.path) == set()
+            assert not chunk_reads.below(shared_run.path)
         found.load()
-        assert self.chunks(opened_files, shared_run.path) == {"Safe_1/features/c/1/0/0"}
+        assert chunk_reads.below(shared_run.path) == {"Safe_1/features/1.0.0": 1}
 
     def test_pathways_leave_the_attention_of_heads_alone(
-        self, shared_run: fakes.FakeRun, opened_files: list[str]
+        self, shared_run: fakes.FakeRun, chunk_reads: counted_reads.ChunkReads
     ) -> None:
         run = open_run(shared_run.path, chunks="auto")
-        opened_files.clear()
+        chunk_reads.clear()
         pathway_features(run, "balance").load()
-        read = {chunk.split("/")[1] for chunk in self.chunks(opened_files, shared_run.path)}
-        assert read == {"features", "attention_mean"}
+        assert chunk_reads.arrays(shared_run.path) == {"features", "attention_mean"}
 
 
 def test_indexes_know_their_labels_before_threads_ask(

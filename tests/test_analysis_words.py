@@ -7,6 +7,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import ClassVar
 
+import counted_reads
 import fakes
 import numpy as np
 import pandas as pd
@@ -116,13 +117,16 @@ class TestWordAssociations:
                 found.query("layer == 2").reset_index(drop=True), expected.reset_index(drop=True)
             )
 
-    def test_reads_the_index_only(self, shared_run: fakes.FakeRun, opened_files: list[str]) -> None:
+    def test_reads_the_index_only(
+        self, shared_run: fakes.FakeRun, chunk_reads: counted_reads.ChunkReads
+    ) -> None:
         run = open_run(shared_run.path)
-        opened_files.clear()
+        chunk_reads.clear()
         word_associations(run)
-        read = {file.removeprefix(f"{shared_run.path}/") for file in opened_files if "/c/" in file}
-        arrays = Counter(file.split("/")[1] for file in read)
-        # scenarios × layers: each chunk once; the texts of each scenario
+        read = chunk_reads.below(shared_run.path)
+        assert set(read.values()) == {1}
+        arrays = Counter(chunk.split("/")[1] for chunk in read)
+        # Chunks are scenarios × layers; texts, scenarios.
         assert arrays == {"top_feature": 2 * 3, "top_activation": 2 * 3, "query_token": 2}
 
     def test_refusals(self, run: xr.DataTree) -> None:
@@ -372,16 +376,12 @@ class TestDecision:
         xr.testing.assert_identical(found.compute(), decision(run))
 
     def test_reads_the_last_token_only(
-        self, shared_run: fakes.FakeRun, opened_files: list[str]
+        self, shared_run: fakes.FakeRun, chunk_reads: counted_reads.ChunkReads
     ) -> None:
         run = open_run(shared_run.path)
-        opened_files.clear()
+        chunk_reads.clear()
         decision(run).load()
-        read = [file for file in opened_files if "/c/" in file]
-        assert {file.removeprefix(f"{shared_run.path}/").split("/")[1] for file in read} == {
-            "next_token",
-            "next_token_logprob",
-        }
+        assert chunk_reads.arrays(shared_run.path) == {"next_token", "next_token_logprob"}
 
     def test_refusals(self, run: xr.DataTree) -> None:
         ds = synthetic.trace("S")
@@ -461,16 +461,17 @@ class TestRelate:
 def test_layers_without_an_sae_or_not_stored_yet(tmp_path: Path) -> None:
     names = ("Safe_1", "Safe_2", "Risky_1", "Risky_2")
     no_sae = open_run(fakes.make_run(tmp_path, name="a", scenarios=names, without_sae=(2,)).path)
-    dropped = open_run(
-        fakes.make_run(tmp_path, name="b", scenarios=names, drop=dict.fromkeys(names, (2,))).path,
+    staged = open_run(
+        fakes.make_run(tmp_path, name="b", scenarios=names, drop=dict.fromkeys(names, (3,))).path,
         missing="nan",
     )
-    for run in (no_sae, dropped):
-        assert set(word_associations(run)["layer"].to_numpy()) == {1, 3}
-        assert set(contrast(run, "risky", "safe")["layer"].to_numpy()) == {1, 3}
-        assert (position_specific_features(run)["feature"].sel(layer=2) == -1).all()
-        assert (pathway_features(run, "balance")["feature"].sel(layer=2) == -1).all()
-        assert np.isnan(feature_trajectory(run, 1).sel(layer=2)).all()
+    for run, layer in ((no_sae, 2), (staged, 3)):
+        rest = {1, 2, 3} - {layer}
+        assert set(word_associations(run)["layer"].to_numpy()) == rest
+        assert set(contrast(run, "risky", "safe")["layer"].to_numpy()) == rest
+        assert (position_specific_features(run)["feature"].sel(layer=layer) == -1).all()
+        assert (pathway_features(run, "balance")["feature"].sel(layer=layer) == -1).all()
+        assert np.isnan(feature_trajectory(run, 1).sel(layer=layer)).all()
         table = table_of({f: "x" if f < 8 else "y" for f in range(16)})
         found = crossreference(run, table, {"x": "balance"})
-        assert (found["n_features"].sel(layer=2) == 0).all()
+        assert (found["n_features"].sel(layer=layer) == 0).all()

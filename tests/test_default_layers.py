@@ -89,6 +89,7 @@ def test_blocks_of_a_release(monkeypatch: pytest.MonkeyPatch) -> None:
         return {**more, "hook_name": sae_id, "metadata": {"hook_name": sae_id}}
 
     monkeypatch.setattr(saes, "load_sae_config_from_huggingface", config)
+    monkeypatch.setattr(saes, "snapshot_download", lambda *_, **__: "snapshots/0123abc")
     for patterns in ((), ("blocks.{layer}.hook_resid_pre",)):
         job = _job(sae_release="gpt2-small-res-jb", sae_ids=patterns)
         assert job.layers == BLOCKS[:12]

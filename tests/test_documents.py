@@ -150,14 +150,14 @@ def test_caption_agrees_with_the_picture(demo_run: Path) -> None:
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     ds = zt.open_trace(demo_run / "Bankruptcy_90_all_in")
     colours = span_colours(cells_of_spans(ds))
-    for span, named in (("balance", "blue"), ("goal", "green")):
+    for span, named in (("balance", "green"), ("goal", "orange")):
         said = re.search(rf"ayers ([\d, and]+) (?:attend )?to the {span} \({named}\)", text)
         assert said, span
         strong = attention_to(ds, span)
         assert [int(n) for n in re.findall(r"\d+", said[1])] == [
             int(layer) for layer in strong.layer[strong > 0.05]
         ]
-        assert colours[span] == {"blue": "#0072B2", "green": "#009E73"}[named]
+        assert colours[span] == {"green": "#009E73", "orange": "#D55E00"}[named]
 
 
 def test_quickstart_ends_with_commands_that_parse() -> None:

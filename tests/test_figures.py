@@ -134,6 +134,19 @@ def test_rows_and_layers_that_are_not_stored_are_masked() -> None:
     assert "not stored" in {text.get_text() for text in gone.texts}
 
 
+def test_rows_that_were_not_chosen_are_masked(ds: xr.Dataset) -> None:
+    chosen = synthetic.with_queries(ds, [5, 27])
+    for ax, weights in (
+        (figures.attention_map(chosen, 3), ds["attention_mean"].sel(layer=3)),
+        (figures.attention_map(chosen, 3, head=1), ds["attention"].sel(layer=3, head=1)),
+    ):
+        shown = image(ax)
+        assert shown.shape == (planted.TOKENS, planted.TOKENS)
+        assert np.flatnonzero(~shown.mask.all(axis=1)).tolist() == [5, 27]
+        for row in (5, 27):
+            np.testing.assert_array_equal(shown[row, : row + 1], weights[row, : row + 1])
+
+
 def test_layers_of_a_hybrid_model(ds: xr.Dataset) -> None:
     hybrid = ds.drop_vars(["features", "top_feature", "top_activation"]).sel(layer=[2, 4])
     hybrid = hybrid.rename(layer="attention_layer")
@@ -363,7 +376,7 @@ def hostile_trace() -> xr.Dataset:
     coords = {"query_token": ("query", texts), "key_token": ("key", texts)}
     found = make_trace().assign_coords(coords)
     name = "<script>alert(1)</script> 🎰 $a$ $b$"
-    return found.assign_attrs({NAMESPACE: {**found.attrs, "scenario": name}})
+    return found.assign_attrs(scenario=name)
 
 
 def test_hostile_text_is_drawn_as_text_without_warnings() -> None:
@@ -386,9 +399,7 @@ def test_hostile_text_is_drawn_as_text_without_warnings() -> None:
 
 
 def test_metadata_is_in_the_files(ds: xr.Dataset, run: xr.DataTree, tmp_path: Path) -> None:
-    attributes = dict(ds.attrs)
-    attributes["saes"] = [{"release": "llama_scope_lxr_8x"}]
-    ds = ds.assign_attrs({NAMESPACE: attributes})
+    ds = ds.assign_attrs(saes={"features": {"release": "llama_scope_lxr_8x"}})
     figure = figures.feature_timeline(ds).figure
     png = figures.save(figure, tmp_path / "a.png", ds, title="Timeline", dpi=50)
     with Image.open(png) as opened:

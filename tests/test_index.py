@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import counted_reads
 import fakes
 import numpy as np
 import pytest
 import rounding
 import xarray as xr
-import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +25,9 @@ from zarrtrace.format.layout import index_layout
 from zarrtrace.index import build_index, find_feature
 from zarrtrace.index.counting import FeatureCounts
 from zarrtrace.store import kind_of, locked, summarize, verify
+from zarrtrace.store.chunks import encode_file
+from zarrtrace.store.codecs import ArrayEncoding
+from zarrtrace.store.metadata import read_index_group, sealed_group
 
 NAMES = ("Safe_1", "Risky_2", "Medium_3", "Late_4")
 SIZES: dict[str, Any] = {
@@ -142,14 +145,18 @@ def test_find(tmp_path: Path) -> None:
         assert one.after == "".join(texts[at + 1 : at + 4])
 
 
-def test_find_reads_little(tmp_path: Path, opened_files: list[str]) -> None:
+def test_find_reads_little(
+    tmp_path: Path, chunk_reads: counted_reads.ChunkReads, opened_files: list[str]
+) -> None:
     run = fakes.make_run(tmp_path, layers=(1,), features=5000, heads=None, tokens=3)
     build_index(run.path)
+    chunk_reads.clear()
     opened_files.clear()
     feature = int(np.argmax(run.truth["Safe_1"]["features"][0].max(0)))
     assert find_feature(run.path, 1, feature, top=1).tokens
-    chunks = [name for name in opened_files if "/index/" in name and "/c/" in name]
-    assert len(chunks) == len(set(chunks)) == 7  # six arrays, and the name of one scenario
+    chunks = chunk_reads.below(run.path / "index")
+    assert set(chunks.values()) == {1}
+    assert len(chunks) == 7  # six arrays, and the name of one scenario
     assert not [name for name in opened_files if name.endswith("run/zarr.json")]
     for layout in index_layout(31, {"features": 32_768}, 10**6).values():
         assert np.prod(layout.chunks) <= 1024 * 32
@@ -203,34 +210,37 @@ def test_order_and_grouping_do_not_matter(data: st.DataObject) -> None:
 
 def test_damage_is_found(run: fakes.FakeRun) -> None:
     build_index(run.path)
-    file = run.path / "index" / "token_activation" / "c" / "1" / "0" / "0"
+    file = run.path / "index" / "token_activation" / "c.1.0.0"
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     (problem,) = verify(run.path)
     assert (problem.array, problem.layer) == ("index/token_activation", 2)
-    file.unlink()
-    with pytest.raises(IntegrityError, match="layer 2"):
-        find_feature(run.path, 2, 0)
-    assert find_feature(run.path, 1, 0).indexed == 2
+    for damage in (lambda: None, file.unlink, file.mkdir):
+        damage()
+        with pytest.raises(IntegrityError, match=r"token_activation/c\.1\.0\.0") as caught:
+            find_feature(run.path, 2, 0)
+        assert "zarrtrace index --rebuild" in caught.value.remedy
+        assert find_feature(run.path, 1, 0).indexed == 2
+    file.rmdir()
     assert build_index(run.path).how == "built"  # and not updated from damaged numbers
     assert verify(run.path) == []
 
 
 def test_lost_features_are_not_counted_as_silent(run: fakes.FakeRun) -> None:
-    next((run.trace / "features" / "c" / "1").rglob("0")).rename(run.path.parent / "gone")
-    shutil.rmtree(run.trace / "features" / "c" / "1")
-    with pytest.raises(IntegrityError, match="0 bytes on disk for layer 2"):
+    (run.trace / "features/c.0.0.0").unlink()
+    with pytest.raises(IntegrityError, match=r"features/c\.0\.0\.0: is gone"):
         build_index(run.path)
     assert not (run.path / "index").exists()
+    assert not (run.path / ".staged").exists()
 
 
 def test_a_killed_writer_leaves_nothing_that_counts(run: fakes.FakeRun) -> None:
     build_index(run.path)
-    (run.path.parent / ".run.zarrtrace-index-1a2b3c4d" / "maximum").mkdir(parents=True)
-    (run.path / "index").rename(run.path.parent / ".run.zarrtrace-index-old")  # between two renames
+    (run.path / ".staged/index/maximum").mkdir(parents=True)
+    (run.path / "index").rename(run.path / ".index.zarrtrace-old")  # between two renames
     assert build_index(run.path).how == "unchanged"
     assert build_index(run.path, rebuild=True).how == "built"
-    assert [file.name for file in run.path.parent.iterdir()] == ["run"]
+    assert {file.name for file in run.path.iterdir()} == {"zarr.json", "index", *fakes.SCENARIOS}
     with locked(run.path), pytest.raises(LockedError):
         build_index(run.path)
 
@@ -250,7 +260,12 @@ def test_what_cannot_be_indexed_or_found(run: fakes.FakeRun, tmp_path: Path) -> 
 
 def test_a_foreign_name_leads_nowhere(run: fakes.FakeRun) -> None:
     build_index(run.path)
-    zarr.open_array(run.path / "index" / "scenario", mode="r+")[:] = ["../../x", "../y"]
+    group = read_index_group(run.path / "index")
+    node = group.nodes["scenario"]
+    content, checksum = encode_file(ArrayEncoding(node), np.array(["../../x", "../y"], object))
+    (run.path / "index/scenario/c.0").write_bytes(content)
+    node["attributes"]["checksums"]["c.0"] = list(checksum)
+    (run.path / "index/zarr.json").write_bytes(sealed_group(group.attributes, group.nodes))
     with pytest.raises(ConfigError, match="not safe"):
         find_feature(run.path, 1, int(np.argmax(run.truth["Safe_1"]["features"][0].max(0))))
 

@@ -90,12 +90,12 @@ def test_activations_beyond_float16_are_refused_or_named(tmp_path: Path) -> None
     assert said.what == "Risky_40: features of layer 3 has values that are infinite in float16"
     assert "--feature-dtype float32" in said.remedy
     extract(tmp_path / "run", options, allow_nonfinite=True)
-    assert zt.open_trace(tmp_path / "run/Risky_40").attrs["nonfinite"] == ["3"]
+    assert zt.open_trace(tmp_path / "run/Risky_40").attrs["nonfinite"] == {"features": "3"}
     assert verify(tmp_path / "run") == []
     extract(tmp_path / "exact", replace(options, feature_dtype="float32"))
     exact = _features(tmp_path / "exact")
     assert np.isfinite(exact).all()
-    assert zt.open_trace(tmp_path / "exact/Risky_40").attrs["nonfinite"] == []
+    assert zt.open_trace(tmp_path / "exact/Risky_40").attrs["nonfinite"] == {}
     with np.errstate(over="ignore"):
         np.testing.assert_array_equal(_features(tmp_path / "run"), exact.astype(np.float16))
 
@@ -110,10 +110,8 @@ def test_features_that_fire_are_not_stored_as_silent(tmp_path: Path) -> None:
     np.testing.assert_allclose(found.astype(np.float64), exact, rtol=2**-11, atol=2**-24)
 
 
-def _writer(path: Path, **attributes: Any) -> TraceWriter:
-    given = fakes.make_trace_attributes(layers=(1,), features=16, heads=2, saes=(), **attributes)
-    shape = fakes.make_shape(layers=(1,), next_token=False, **attributes)
-    return TraceWriter(path, given, shape, fakes.make_tokens(7))
+def _writer(run: Path, **sizes: Any) -> TraceWriter:
+    return fakes.make_trace_writer(run, layers=(1,), next_token=False, **sizes)
 
 
 def _record(change: Callable[[LayerRecord], LayerRecord]) -> LayerRecord:
@@ -141,7 +139,7 @@ def test_attention_beyond_float16_is_refused(tmp_path: Path, form: str) -> None:
     if form == "float16 already":  # as a GPU casts it
         with np.errstate(over="ignore"):
             record = replace(record, attention=values.astype(np.float16))
-    writer = _writer(tmp_path / "t", attention_dtype="float16")
+    writer = _writer(tmp_path / "run", attention_dtype="float16")
     with pytest.raises(NonFiniteError) as caught:
         writer.append(record)
     assert "attention of layer 1 has values that are infinite in float16" in caught.value.what
@@ -156,9 +154,9 @@ def test_large_finite_values_are_not_taken_for_infinite(tmp_path: Path) -> None:
     record = _record(_with_attention(np.full((2, 7, 7), 3e37, np.float32)))
     with np.errstate(over="ignore"):
         assert np.isinf(record.attention_mean.sum())
-    with _writer(tmp_path / "t") as writer:
+    with _writer(tmp_path / "run") as writer:
         writer.append(record)
-    assert open_trace(tmp_path / "t").attrs["nonfinite"] == []
+    assert open_trace(tmp_path / "run/Safe_1").attrs["nonfinite"] == {}
 
 
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800000, 0x7FFF0000])

@@ -32,10 +32,10 @@ from zarrtrace.errors import (
     NPZError,
 )
 from zarrtrace.format.attributes import SpanAttributes, TraceAttributes
-from zarrtrace.format.layout import TraceShape
+from zarrtrace.format.layout import NO_ID, TraceShape
 from zarrtrace.npz import archive, export_npz, exporting, import_npz, importing
-from zarrtrace.records import FeatureRecord, LayerRecord, Tokens
-from zarrtrace.store import RunWriter, open_run, open_trace, read_run_attributes
+from zarrtrace.records import FeatureRecord, LayerRecord, Tokens, TracePlan
+from zarrtrace.store import RunWriter, open_run, open_trace, read_run
 
 WHEN = datetime(2025, 10, 17, 12, 0, 0)
 STAMP = "20251017_120000"
@@ -135,10 +135,9 @@ def npz_write_run(path: Path, values: Values, *, stop_before: int | None = None)
                 model=None,
                 layers=layers,
                 layers_without_sae=tuple(missing.get("features", ())),
-                layers_without_attention={
-                    str(layer): "recurrent" for layer in missing.get("attention", ())
-                },
-                queries=queries,
+                layers_without_attention={"recurrent": tuple(missing["attention"])}
+                if missing.get("attention")
+                else {},
                 attention_dtype=None if attention is None else attention.dtype.name,
                 feature_dtype=None if features is None else features.dtype.name,
                 versions={},
@@ -154,10 +153,9 @@ def npz_write_run(path: Path, values: Values, *, stop_before: int | None = None)
                 attention_layers=len(layers) - len(missing["attention"])
                 if missing.get("attention")
                 else None,
-                chosen_queries=queries is not None,
             )
             tokens = Tokens(ids=range(size), texts=[f" té\n{at}" for at in range(size)])
-            trace = run.trace(attributes, shape, tokens)
+            trace = run.trace(TracePlan(attributes, shape, tokens, queries=queries))
             for layer, arrays in by_layer.items():
                 if layer != stop_before:
                     trace.append(npz_record(scenario, layer, arrays))
@@ -500,11 +498,11 @@ def test_killed_export_leaves_whole_files_only(tmp_path: Path, default_run: Path
 
 def test_damaged_store_is_named(tmp_path: Path) -> None:
     run = npz_write_run(tmp_path / "run", npz_values(keys=("attention",)))
-    file = run / "Risky_40/attention/c/1/0/0/0"
+    file = run / "Risky_40/attention/c.0.0.0.0"
     content = bytearray(file.read_bytes())
     content[40] ^= 255
     file.write_bytes(content)
-    with pytest.raises(IntegrityError, match=r"(?s)Risky_40.*attention of layer 2.*verify"):
+    with pytest.raises(IntegrityError, match=r"(?s)Risky_40/attention/c\.0\.0\.0\.0.*verify"):
         export_npz(run, tmp_path / "out")
     assert not list((tmp_path / "out").rglob("*.partial"))
 
@@ -606,8 +604,8 @@ def npz_plain_metadata(values: Values) -> list[dict[str, Any]]:
 def test_strongest_features_are_those_of_a_stable_sort(values: np.ndarray) -> None:
     found = importing.with_strongest(values)
     order = np.argsort(-np.abs(values), axis=1, kind="stable")[:, :32]
-    np.testing.assert_array_equal(found.top_feature, order)
     top = np.take_along_axis(values, order, axis=1)
+    np.testing.assert_array_equal(found.top_feature, np.where(top != 0, order, NO_ID))
     np.testing.assert_array_equal(found.top_activation, top)
     assert found.top_activation.dtype == np.float32
 
@@ -643,11 +641,25 @@ def test_import_of_the_old_scripts_folder(tmp_path: Path) -> None:
         "choices": (),
         "decision": (9,),
     }
-    assert (said.model, said.prompt, said.complete) == (None, None, True)
+    assert (said.model, said.prompt) == (None, None)
     assert "next_token" not in ds
     assert calls[-1] == (6, 6)
     assert str(tmp_path) not in (tmp_path / "run/zarr.json").read_text()
-    assert read_run_attributes(tmp_path / "run").config["imported_from"] == "npz"
+    assert read_run(tmp_path / "run").attributes.config["imported_from"] == "npz"
+
+
+def test_import_keeps_the_rows_that_are_numbers(tmp_path: Path) -> None:
+    values = npz_values(queries=(0, 4, 8))
+    import_npz(npz_old_folder(tmp_path / "old", values), tmp_path / "run")
+
+    ds = open_trace(tmp_path / "run/Desperate_10")
+
+    assert ds.attention.dims == ("layer", "head", "attention_query", "key")
+    assert ds.attention_query.values.tolist() == [0, 4, 8]
+    for layer, arrays in values["Desperate_10"].items():
+        rows = arrays["attention"][:, [0, 4, 8]]
+        np.testing.assert_array_equal(ds.attention.sel(layer=layer), rows)
+    assert ds.features.sizes["query"] == 10
 
 
 def test_some_layers_only(tmp_path: Path) -> None:

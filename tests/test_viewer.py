@@ -7,8 +7,10 @@ import gzip
 import http.client
 import json
 import re
+import shutil
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -24,6 +26,7 @@ import zarrtrace as zt
 from zarrtrace.analysis import contrast, word_associations
 from zarrtrace.cli import bundle_, view_
 from zarrtrace.errors import ConfigError, IncompleteError
+from zarrtrace.records import LayerRecord, TokensRecord
 from zarrtrace.store import RunWriter
 from zarrtrace.viewer import Layout, Server, plan, write_bundle
 from zarrtrace.viewer.bundle import single_page
@@ -88,8 +91,7 @@ def test_two_saes_of_a_layer_are_both_there(tmp_path: Path) -> None:
     sizes = {"features": {"features": 40, "features_mlp": 48}}
     records = list(fakes.make_records(**sizes))
     with RunWriter(tmp_path / "run", ["Safe_1"], fakes.CONFIG) as run:
-        attributes = fakes.make_trace_attributes("Safe_1", saes=())
-        writer = run.trace(attributes, fakes.make_shape(**sizes), fakes.make_tokens(7))
+        writer = run.trace(fakes.make_plan("Safe_1", **sizes))
         for record in records:
             writer.append(record)
         writer.finish()
@@ -106,7 +108,7 @@ def test_plain_zarr_reads_a_bundle(tmp_path: Path) -> None:
     write_bundle(Layout(run.path), tmp_path / "bundle")
     group = zarr.open_group(tmp_path / "bundle/data", mode="r")
     truth = run.truth["Long"]
-    names = [name for name in truth if truth[name].ndim > 1]
+    names = [name for name in truth if truth[name].ndim > 1 and truth[name].dtype != object]
     assert {"attention", "attention_mean", "features", "next_token"} <= set(names)
     for name in names:
         assert group[f"Long/{name}"].shards is None
@@ -140,10 +142,73 @@ def test_index_says_what_the_run_says(whole: fakes.FakeRun, server: Server) -> N
     assert found["spans"]["balance"] == zt.span(ds, "balance")
     assert found["layers"] == ds.layer.values.tolist()
     assert found["tags"] == ["risky"]
-    assert index["vocabulary"]["3"] == "1"  # the option's text
     for name, array in found["arrays"].items():
         assert array["shape"] == list(ds[name].shape)
         assert array["dims"] == list(ds[name].dims)
+
+
+def test_ids_of_prompts_options_and_next_tokens_have_texts(whole: fakes.FakeRun) -> None:
+    expected = {"3": "1"}  # the option
+    for ids, texts in (("token_id", "key_token"), ("next_token", "next_token_text")):
+        for truth in whole.truth.values():
+            numbers = map(str, truth[ids].flat)
+            expected |= dict(zip(numbers, truth[texts].flat, strict=True))
+    assert json.loads(Layout(whole.path).index)["vocabulary"] == expected
+
+
+def test_a_trace_without_next_tokens_yet_has_no_text_for_none(tmp_path: Path) -> None:
+    writer = fakes.make_trace_writer(tmp_path / "run", "Safe_1")
+    with RunWriter(tmp_path / "run", ["Safe_1"], fakes.CONFIG):
+        writer.append(next(fakes.make_records("Safe_1")))
+    index = json.loads(Layout(tmp_path / "run").index)
+    assert index["scenarios"][0]["missing"] == [2, 3]
+    assert str(2**32 - 1) not in index["vocabulary"]
+
+
+def test_saes_that_neuronpedia_shows_are_linked(tmp_path: Path) -> None:
+    plan_of = fakes.make_plan("Safe_1", without_sae=(2,))
+    saes = tuple(
+        sae.model_copy(update={"release": "llama_scope_lxr_8x", "id": f"l{sae.layer}r_8x"})
+        for sae in plan_of.saes
+    )
+    with RunWriter(tmp_path / "run", ["Safe_1"], fakes.CONFIG) as run:
+        with run.trace(replace(plan_of, saes=saes)) as writer:
+            for record in fakes.make_records("Safe_1", without_sae=(2,)):
+                writer.append(record)
+        run.finish()
+    assert json.loads(Layout(tmp_path / "run").index)["sources"] == {
+        "features": {str(n): f"llama3.1-8b/{n}-llamascope-res-32k" for n in (1, 3)}
+    }
+
+
+def only_rows(record: LayerRecord | TokensRecord, rows: list[int]) -> LayerRecord | TokensRecord:
+    if isinstance(record, TokensRecord):
+        return record
+    return replace(
+        record,
+        attention=record.attention[:, rows],
+        attention_mean=record.attention_mean[rows],
+    )
+
+
+@pytest.mark.parametrize("tokens", [7, 300])
+def test_rows_that_were_not_chosen_are_nan(tmp_path: Path, tokens: int) -> None:
+    queries = (2, tokens - 1)
+    planned = fakes.make_plan("Safe_1", tokens=tokens, features=0)
+    records = list(fakes.make_records("Safe_1", tokens=tokens, features=0))
+    with RunWriter(tmp_path / "run", ["Safe_1"], fakes.CONFIG) as run:
+        with run.trace(replace(planned, queries=queries)) as writer:
+            for record in records:
+                writer.append(only_rows(record, list(queries)))
+        run.finish()
+    write_bundle(Layout(tmp_path / "run"), tmp_path / "bundle")
+    group = zarr.open_group(tmp_path / "bundle/data/Safe_1", mode="r")
+    truth = fakes.truth_of(records, fakes.LAYERS, planned.tokens)
+    for name in ("attention", "attention_mean"):
+        expected = np.full_like(truth[name], np.nan)
+        expected[..., queries, :] = truth[name][..., queries, :]
+        np.testing.assert_array_equal(group[name][:], expected)
+        assert group[name].metadata.dimension_names[-2:] == ("query", "key")
 
 
 def test_words_equal_the_analysis(whole: fakes.FakeRun) -> None:
@@ -233,8 +298,7 @@ def test_a_trace_alone_is_a_run_of_one(whole: fakes.FakeRun) -> None:
 
 def test_a_run_without_scenarios_says_so(tmp_path: Path) -> None:
     run = fakes.make_run(tmp_path, drop=dict.fromkeys(fakes.SCENARIOS, fakes.LAYERS))
-    for name in fakes.SCENARIOS:
-        (run.path / name / "zarr.json").unlink()
+    shutil.rmtree(run.path / ".staged")
     with pytest.raises(IncompleteError, match="no scenario"):
         Layout(run.path)
 
@@ -364,11 +428,10 @@ def test_a_taken_port_is_named(server: Server, whole: fakes.FakeRun) -> None:
 
 
 def test_damage_stays_where_it_is(run: fakes.FakeRun) -> None:
-    # Attention of layer 1 is one file: flip a byte in the middle, keep its size.
-    shard = run.path / "Safe_1/attention/c/0/0/0/0"
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 3] ^= 0xFF
-    shard.write_bytes(content)
+    file = run.path / "Safe_1/attention/c.0.0.0.0"
+    content = bytearray(file.read_bytes())
+    content[40] ^= 0xFF  # layer 1 comes first
+    file.write_bytes(content)
     with Server(run.path) as live:
         status, _, body = get(live.url, "/data/Safe_1/attention/c/0/0/0/0")
         assert status == 500

@@ -9,6 +9,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import xarray as xr
 
 import zarrtrace as zt
 from zarrtrace.analysis import contrast, word_associations
-from zarrtrace.records import Tokens
+from zarrtrace.records import Tokens, TokensRecord
 from zarrtrace.store import RunWriter
 from zarrtrace.viewer import Layout, Server, write_bundle
 
@@ -258,6 +259,8 @@ def test_what_is_shown_is_what_is_stored(
     np.testing.assert_allclose(
         [p for _, p in nexts], np.exp(truth["next_token_logprob"][6].astype(float))
     )
+    shown = page.locator("#next .token-text").all_text_contents()
+    assert shown == truth["next_token_text"][6].tolist()
     gaps = page.eval_on_selector_all(
         "#next .of-token",
         "of => of.map(({children: [token, option]}) => option.getBoundingClientRect().left"
@@ -447,15 +450,15 @@ def test_a_public_release_is_linked_and_not_asked(
 
 
 def test_missing_layers_are_named(tmp_path: Path, look: Open) -> None:
-    run = fakes.make_run(tmp_path, drop={"Risky_2": (2,)})
+    run = fakes.make_run(tmp_path, drop={"Risky_2": (3,)})
     with Server(run.path) as live:
-        page = look(live.url, scenario="Risky_2", layer=2, head=0)
-        assert messages(page) == ["Not stored: layers 2."]
-        page.keyboard.press("ArrowDown")
+        page = look(live.url, scenario="Risky_2", layer=3, head=0)
+        assert messages(page) == ["Not stored: layers 3."]
+        page.keyboard.press("ArrowUp")
         ready(page)
         exactly(
             rows(page, "#attends-to", "position")[0][1],
-            run.truth["Risky_2"]["attention"][2, 0, 6].max(),
+            run.truth["Risky_2"]["attention"][1, 0, 6].max(),
         )
 
 
@@ -465,7 +468,9 @@ def test_queries_that_were_not_chosen_are_said(tmp_path: Path, look: Open) -> No
 
     asked = Options(layers=(1, 2), only=("Risky_40",), features=False, queries=(5, -1))
     run = extract(tmp_path / "run", asked)
-    attention = zt.open_trace(run / "Risky_40").attention.sel(layer=1, head=2).values
+    chosen = zt.open_trace(run / "Risky_40").attention.sel(layer=1, head=2)
+    assert chosen.attention_query.values.tolist() == [5, chosen.sizes["key"] - 1]
+    attention, tokens = chosen.values, chosen.sizes["key"]
     with Server(run) as live:
 
         def weights(token: int, where: str) -> dict[int, float]:
@@ -477,15 +482,15 @@ def test_queries_that_were_not_chosen_are_said(tmp_path: Path, look: Open) -> No
                 return {}
             return {int(at): weight for at, weight in rows(page, where, "position")}
 
-        for token, stored in ((5, True), (6, False)):
-            found = weights(token, "#attends-to")
-            assert bool(found) == stored
-            for key, weight in found.items():
-                exactly(weight, attention[token, key])
+        found = weights(5, "#attends-to")
+        assert found
+        for key, weight in found.items():
+            exactly(weight, attention[0, key])
+        assert not weights(6, "#attends-to")
         found = weights(3, "#attended-by")
-        assert set(found) <= {5, len(attention) - 1}
-        exactly(found[5], attention[5, 3])
-        assert not weights(len(attention) - 2, "#attends-to")
+        assert set(found) <= {5, tokens - 1}
+        exactly(found[5], attention[0, 3])
+        assert not weights(tokens - 2, "#attends-to")
 
 
 @pytest.mark.parametrize(
@@ -564,12 +569,20 @@ def test_a_long_prompt_has_an_overview(tmp_path: Path, look: Open) -> None:
 
 
 def hostile_run(path: Path) -> xr.Dataset:
-    attributes = fakes.make_trace_attributes("Safe_1", tags=tuple(HOSTILE[:3]))
-    labels = Tokens(ids=range(len(HOSTILE)), texts=HOSTILE)
+    planned = fakes.make_plan("Safe_1", tokens=len(HOSTILE))
+    planned = replace(
+        planned,
+        attributes=planned.attributes.model_copy(update={"tags": tuple(HOSTILE[:3])}),
+        tokens=Tokens(ids=range(len(HOSTILE)), texts=HOSTILE),
+    )
     with RunWriter(path, ["Safe_1"], fakes.CONFIG) as run:
-        writer = run.trace(attributes, fakes.make_shape(tokens=len(HOSTILE)), labels)
+        writer = run.trace(planned)
         for record in fakes.make_records(tokens=len(HOSTILE), active=0.6):
-            writer.append(record)
+            if isinstance(record, TokensRecord):
+                texts = np.resize(np.array(HOSTILE, object), record.next_token.shape)
+                writer.append(replace(record, next_token_text=texts))
+            else:
+                writer.append(record)
         writer.finish()
         run.finish()
     return zt.open_trace(path / "Safe_1")
@@ -615,9 +628,9 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:40])
 
 
-def flip(path: Path) -> None:
+def flip(path: Path, at: int | None = None) -> None:
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 0xFF
+    content[len(content) // 2 if at is None else at] ^= 0xFF
     path.write_bytes(content)
 
 
@@ -649,7 +662,7 @@ def test_a_damaged_chunk_is_said_and_the_rest_is_shown(
 
 def test_damage_in_the_store_is_said(tmp_path: Path, look: Open) -> None:
     run = fakes.make_run(tmp_path)
-    flip(run.path / "Safe_1/attention/c/0/0/0/0")
+    flip(run.path / "Safe_1/attention/c.0.0.0.0", 40)  # layer 1 comes first
     with Server(run.path) as live:
         page = look(live.url, damaged=True, layer=1, head=0, token=6)
         assert any("cannot be read" in message for message in messages(page))

@@ -34,6 +34,7 @@ _ARRAYS = {
     "top_activation": "their activations",
     "next_token": "the most likely next tokens",
     "next_token_logprob": "natural logarithms of their probabilities",
+    "next_token_text": "their texts",
 }
 
 
@@ -57,7 +58,7 @@ def write_card(
 
     Returns
     -------
-    Path or ObjectPath
+    Location
         The card.
 
     Raises
@@ -201,8 +202,9 @@ def _arrays(traces: tuple[TraceSummary, ...]) -> list[str]:
         *out,
         "",
         (
-            "`query_token`, `key_token` and `token_id` label the positions. The attributes of each "
-            "group hold the prompt, spans, tags, model, SAEs and a journal of checksums."
+            "`key_token`, `token_id`, `special` and `query_token` label the positions, `sae_id` "
+            "the layers. The attributes of each group hold the prompt, spans, tags, model and "
+            "SAEs, those of each array the checksums of its files."
         ),
     ]
 

@@ -210,21 +210,25 @@ class _Span(NamedTuple):
     after
         Those behind it whose attention is stored ``(query,)`` bool; none if they are too few to be
         ranked.
+    rows
+        Numbers of their rows in the stored attention, in the order of the tokens.
     """
 
     tokens: np.ndarray
     after: np.ndarray
+    rows: np.ndarray
 
 
 def _spans(ds: xr.Dataset, names: Sequence[str]) -> dict[str, _Span]:
     found = {}
-    at = query_labels(ds)
+    at, stored = query_labels(ds), pd.Index(stored_queries(ds))
     for name in names:
         if has_span(ds, name):
             tokens = np.isin(at, positions(ds, name))
             after = np.arange(len(tokens)) > np.flatnonzero(tokens)[-1]
-            after &= np.isin(at, stored_queries(ds))
-            found[name] = _Span(tokens, after & (after.sum() >= _FEWEST))
+            after &= np.isin(at, stored)
+            after &= after.sum() >= _FEWEST
+            found[name] = _Span(tokens, after, stored.get_indexer(at[after]))
     return found
 
 
@@ -298,9 +302,9 @@ def _attention_to(
 ) -> dict[str, np.ndarray]:
     """Return the mean attention to each span's tokens of the tokens after it."""
     return {
-        name: layer[np.ix_(after, tokens)].mean(1, dtype=np.float64)
-        for name, (tokens, after) in spans.items()
-        if after.any()
+        name: layer[np.ix_(place.rows, place.tokens)].mean(1, dtype=np.float64)
+        for name, place in spans.items()
+        if len(place.rows)
     }
 
 

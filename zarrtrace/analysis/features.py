@@ -29,6 +29,7 @@ from zarrtrace.analysis.selecting import (
     whole,
 )
 from zarrtrace.errors import ConfigError
+from zarrtrace.format.attributes import SAE_FIELDS, sae_coordinate
 from zarrtrace.scenarios import DECISION
 
 #: How the tokens of a place become one number.
@@ -77,9 +78,9 @@ def of_sae(data: _DataT, name: str) -> _DataT:
             remedy="Give what stands behind 'features_'; without it, the first SAE's are taken.",
         )
     rest: xr.Dataset = ds.drop_dims(["feature", "feature_rank"], errors="ignore")
-    rest = rest.drop_vars([n for n in rest.coords if n in ("sae_id", "sae_fingerprint")])
-    names = ("features", "top_feature", "top_activation", "feature", "feature_rank", "sae_id",
-             "sae_fingerprint")  # fmt: skip
+    of_layers = [sae_coordinate(field, "features") for field in SAE_FIELDS]
+    rest = rest.drop_vars(of_layers, errors="ignore")
+    names = ("features", "top_feature", "top_activation", "feature", "feature_rank", *of_layers)
     there: set[Any] = {*rest.variables, *rest.dims}
     renamed = rest.rename({f"{n}_{name}": n for n in names if f"{n}_{name}" in there})
     sae = ds.attrs.get("saes", {}).get(variable)
@@ -175,8 +176,7 @@ def _trajectory(
     chosen = _choose_features(ds, wanted, rows)
     if reduce == "none":
         tokens = chosen.sel(query=positions(ds, here[0]))
-        texts = ["query_token", "token_id"] if of_run else []
-        return tokens.drop_vars(texts, errors="ignore")
+        return tokens.drop_vars("query_token", errors="ignore") if of_run else tokens
     reduced: list[xr.DataArray] = [
         _reduced(chosen.sel(query=positions(ds, place)), reduce) for place in here
     ]
@@ -206,7 +206,13 @@ def _choose_features(
             why=f"The SAE has latents {index.min()} to {index.max()}.",
             remedy="Give indices of these.",
         )
-    return taken(ds["features"], feature=wanted, query=rows)
+    return taken(_activations(ds), feature=wanted, query=rows)
+
+
+def _activations(ds: xr.Dataset) -> xr.DataArray:
+    """Return a trace's features without what is said of each layer's SAE, unloaded."""
+    of_layers = [sae_coordinate(field, "features") for field in SAE_FIELDS]
+    return ds["features"].drop_vars(of_layers, errors="ignore")
 
 
 def pathway_features(
@@ -286,7 +292,7 @@ def _on_pathway(ds: xr.Dataset, source: Place, target: Place, top: int) -> xr.Da
     src, dst = positions(ds, source), positions(ds, target)
     require_queries(ds, dst)
     rows = np.unique([*src, *dst])
-    activations = ds["features"].drop_vars(["query_token", "token_id"], errors="ignore")
+    activations = _activations(ds).drop_vars("query_token", errors="ignore")
     of_both = taken(activations, query=rows).drop_vars("query")
     weights = taken(attention(ds, "mean"), query=dst, key=src).drop_vars(["query", "key"])
     strongest = xr.apply_ufunc(

@@ -206,7 +206,10 @@ def _weights(ds: xr.Dataset, layer: int, head: int | None) -> np.ma.MaskedArray:
                 f"{scenario_of(ds)}: the trace has no attention of {dim} {value}",
                 remedy=f"It has {', '.join(map(str, np.asarray(ds[dim])))}.",
             )
-    values = np.asarray(ds[name].sel(wanted).transpose("query", "key"), dtype=np.float64)
+    weights = ds[name].sel(wanted).reset_coords(drop=True)
+    if "attention_query" in weights.dims:
+        weights = weights.rename(attention_query="query").reindex(query=ds["query"])
+    values = np.asarray(weights.transpose("query", "key"), dtype=np.float64)
     future = np.asarray(ds["key"])[None, :] > np.asarray(ds["query"])[:, None]
     return np.ma.masked_where(future | np.isnan(values), values)
 

@@ -176,6 +176,8 @@ class SAESetAttributes(Frozen):
 #: Fields of an SAE that always are coordinates along `layer`; others become one if they differ.
 _BY_LAYER = ("id", "fingerprint")
 _TEXTS = ("hook_name", "architecture", "dtype")
+#: Fields of an SAE that may be coordinates along `layer`; see :func:`sae_coordinate`.
+SAE_FIELDS = (*_BY_LAYER, *_TEXTS)
 
 
 def sae_coordinate(field: str, variable: str) -> str:
@@ -208,7 +210,7 @@ def share_saes(
         found = {sae.layer: sae for sae in saes if sae.variable == variable}
         first = next(iter(found.values()))
         texts: dict[str, str | None] = {}
-        for field in (*_BY_LAYER, *_TEXTS):
+        for field in SAE_FIELDS:
             values = {layer: getattr(sae, field) or "" for layer, sae in found.items()}
             templates = {_template(value, layer) for layer, value in values.items()}
             texts[field] = templates.pop() if len(templates) == 1 else None

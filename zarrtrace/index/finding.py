@@ -110,7 +110,6 @@ def find_feature(
             f"{known.features[array] - 1}.",
             remedy="Give one of these.",
         )
-    index.check()
     suffix, at = array.removeprefix("features"), known.layers.index(layer)
 
     def value(name: str, *rest: slice) -> list[float]:

@@ -34,7 +34,7 @@ from zarrtrace.store.metadata import (
     read_trace,
     sealed_group,
 )
-from zarrtrace.store.publish import publish_folder
+from zarrtrace.store.publish import end_replacing, publish_folder
 from zarrtrace.store.run_writer import lock_run
 from zarrtrace.store.staged import staging_folder
 
@@ -198,7 +198,10 @@ class RunIndex:
             except (ValueError, KeyError, TypeError) as error:
                 raise IntegrityError(f"{self.path / array}: {error}", remedy=_REBUILD) from error
             self._arrays[array] = StoredArray(self.path / array, encoding, checksums_of(node))
-        return self._arrays[array][indexing.BasicIndexer(key)]
+        try:
+            return self._arrays[array][indexing.BasicIndexer(key)]
+        except IntegrityError as error:
+            raise IntegrityError(error.what, why=error.why, remedy=_REBUILD) from error
 
     def check(self) -> None:
         """Refuse an index of which files are gone or have another size.
@@ -246,17 +249,21 @@ def stale_scenarios(run: Location, names: Sequence[str]) -> Iterator[tuple[str |
 
 
 @contextlib.contextmanager
-def locked(run: Location) -> Iterator[None]:
-    """Hold a run's lock, for its index to be written.
+def locked(run: Address) -> Iterator[None]:
+    """Hold a run's lock, for its index to be written; an interrupted replacement is ended first.
 
     Raises
     ------
     LockedError
         If another process is writing the run or its index.
     """
+    run = locate(run).resolved()
     with disk.explained(run):
         lock = lock_run(run)
     try:
+        if (index := (run / INDEX).path) is not None:
+            with disk.explained(run):
+                end_replacing(staging_folder(run) / INDEX, index)
         yield
     finally:
         lock.release()

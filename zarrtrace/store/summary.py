@@ -15,6 +15,7 @@ from zarrtrace.store.codecs import ArrayEncoding
 from zarrtrace.store.metadata import (
     Group,
     checksums_of,
+    encoded,
     kind_of,
     read_run,
     read_scenario,
@@ -109,8 +110,9 @@ def _trace(path: Location, *, in_run: bool) -> TraceSummary | None:
         (group, missing, indexes), is_complete = staged, False
         on_disk = sum(one.size for files in indexes.values() for one in files.values())
     else:
-        on_disk = sum(
-            one.bytes for node in group.nodes.values() for one in checksums_of(node).values()
+        on_disk = (path / "zarr.json").size() + sum(
+            len(encoded(node)) + sum(one.bytes for one in checksums_of(node).values())
+            for node in group.nodes.values()
         )
     dims: dict[str, int] = {}
     arrays: dict[str, tuple[int, ...]] = {}

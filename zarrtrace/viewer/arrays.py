@@ -60,7 +60,7 @@ class BundleArray:
         return itertools.product(*(range(n) for n in self._grid_shape))
 
     def has(self, place: tuple[int, ...]) -> bool:
-        """Tell whether there is a chunk at `place`."""
+        """Whether there is a chunk at `place`."""
         return len(place) == len(self.shape) and all(
             at < n for at, n in zip(place, self._grid_shape, strict=True)
         )
@@ -124,7 +124,7 @@ def trace_arrays(ds: xr.Dataset, *, eight_bit: bool = False) -> list[BundleArray
     return [
         _of_variable(str(name), variable, eight_bit=eight_bit)
         for name, variable in sorted(ds.data_vars.items())
-        if variable.ndim > 1
+        if variable.ndim > 1 and variable.dtype.kind != "O"  # text is in index.json
     ]
 
 
@@ -132,6 +132,11 @@ def _of_variable(name: str, variable: xr.DataArray, *, eight_bit: bool) -> Bundl
     def load(box: tuple[slice, ...]) -> np.ndarray:
         return np.asarray(variable.isel(dict(zip(variable.dims, box, strict=True))).values)
 
+    dims, shape = tuple(map(str, variable.dims)), variable.shape
+    if "attention_query" in dims:
+        axis, load = dims.index("attention_query"), _with_all_rows(variable)
+        dims = (*dims[:axis], "query", *dims[axis + 1 :])
+        shape = (*shape[:axis], variable.sizes["key"], *shape[axis + 1 :])
     eight_bit = eight_bit and name == "attention"
     attributes: dict[str, Any] = {}
     first = str(variable.dims[0])
@@ -143,13 +148,29 @@ def _of_variable(name: str, variable: xr.DataArray, *, eight_bit: bool) -> Bundl
         dtype = "uint8"
     return BundleArray(
         name=name,
-        dims=tuple(map(str, variable.dims)),
-        shape=variable.shape,
-        chunks=_chunks(name, variable.shape),
+        dims=dims,
+        shape=shape,
+        chunks=_chunks(name, shape),
         dtype=dtype,
         load=(lambda box: _eight_bit(load(box))) if eight_bit else load,
         attributes=attributes,
     )
+
+
+def _with_all_rows(attention: xr.DataArray) -> Load:
+    """Return what loads attention of chosen rows with a row for every token, NaN if not stored."""
+    axis = attention.dims.index("attention_query")
+    stored = np.asarray(attention["attention_query"])
+
+    def load(box: tuple[slice, ...]) -> np.ndarray:
+        rows = box[axis]
+        at = np.flatnonzero((stored >= rows.start) & (stored < rows.stop))
+        wanted = {**dict(zip(attention.dims, box, strict=True)), "attention_query": at}
+        out = np.full([part.stop - part.start for part in box], np.nan, attention.dtype)
+        out[(slice(None),) * axis + (stored[at] - rows.start,)] = attention.isel(wanted).values
+        return out
+
+    return load
 
 
 def _chunks(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:

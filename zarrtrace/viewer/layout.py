@@ -22,8 +22,10 @@ import xarray as xr
 from zlib_ng import zlib_ng
 
 from zarrtrace.errors import ConfigError, IncompleteError
+from zarrtrace.format.attributes import sae_coordinate
+from zarrtrace.format.layout import NO_ID
 from zarrtrace.storage import Address, Location, locate
-from zarrtrace.store import kind_of, open_run, open_trace
+from zarrtrace.store import kind_of, open_run, open_trace, read_run, summarize
 from zarrtrace.text import terminal_text
 from zarrtrace.viewer.arrays import BundleArray, run_arrays, trace_arrays
 from zarrtrace.viewer.neuronpedia import source_of
@@ -84,6 +86,7 @@ class Layout:
     ) -> None:
         self.path = locate(path)
         self.eight_bit = eight_bit
+        self._missing = _missing_layers(self.path)
         self.traces = _only_layers(_only_scenarios(_open(self.path), scenarios), layers)
         self._lock = threading.Lock()
 
@@ -122,14 +125,12 @@ class Layout:
     def _scenario(self, name: str, ds: xr.Dataset) -> dict[str, Any]:
         attributes = ds.attrs
         layers = [int(layer) for layer in np.asarray(ds["layer"])]
-        stored = set(attributes["stored"])
+        missing = self._missing.get(name, ())
         return {
             "name": name,
             "tags": [terminal_text(tag) for tag in attributes["tags"]],
-            "tokens": [str(text) for text in np.asarray(ds["query_token"])],
-            "token_ids": [int(token) for token in np.asarray(ds["token_id"])]
-            if "token_id" in ds.coords
-            else [],
+            "tokens": [str(text) for text in np.asarray(ds["key_token"])],
+            "token_ids": [int(token) for token in np.asarray(ds["token_id"])],
             "spans": {
                 terminal_text(span): found["tokens"] for span, found in attributes["spans"].items()
             },
@@ -138,7 +139,7 @@ class Layout:
                 for option, found in attributes["options"].items()
             },
             "layers": layers,
-            "missing": [layer for layer in layers if str(layer) not in stored],
+            "missing": [layer for layer in layers if layer in missing],
             "arrays": {
                 array.name: array.described(path)
                 for path, array in self.arrays.items()
@@ -218,10 +219,17 @@ def _open(path: Location) -> dict[str, xr.Dataset]:
     if not found:
         raise IncompleteError(
             f"{path}: no scenario is stored yet",
-            why="The extraction was interrupted, or is still going on.",
-            remedy="Run the same 'zarrtrace extract' again to go on.",
+            why="The extraction was interrupted, or is still running.",
+            remedy="Run the same 'zarrtrace extract' again to resume it.",
         )
     return found
+
+
+def _missing_layers(path: Location) -> dict[str, tuple[int, ...]]:
+    """Return the layers that each trace lacks, of a run that is not complete."""
+    if kind_of(path) == "trace" or read_run(path).attributes.complete:
+        return {}
+    return {trace.scenario: trace.missing_layers for trace in summarize(path).traces}
 
 
 def _only_scenarios(
@@ -260,26 +268,38 @@ def _only_layers(
 
 
 def _vocabulary(traces: dict[str, xr.Dataset]) -> dict[str, str]:
-    """Texts of token ids, as far as the run knows them: from its prompts and options."""
+    """Return the text of every token id that the run holds."""
     found: dict[int, str] = {}
     for ds in traces.values():
         for option in ds.attrs["options"].values():
             found.setdefault(int(option["token_id"]), str(option["text"]))
     for ds in traces.values():
-        if "token_id" in ds.coords:
-            ids, texts = np.asarray(ds["token_id"]), np.asarray(ds["query_token"])
-            found |= {int(i): str(text) for i, text in zip(ids, texts, strict=True)}
+        found |= _texts_by_id(ds["token_id"], ds["key_token"])
+    for ds in traces.values():
+        if "next_token" in ds:
+            found |= _texts_by_id(ds["next_token"], ds["next_token_text"])
+    found.pop(NO_ID, None)
     return {str(number): found[number] for number in sorted(found)}
 
 
+def _texts_by_id(ids: xr.DataArray, texts: xr.DataArray) -> dict[int, str]:
+    numbers, first = np.unique(np.asarray(ids).ravel(), return_index=True)
+    return {
+        int(number): str(text)
+        for number, text in zip(numbers, np.asarray(texts).ravel()[first], strict=True)
+    }
+
+
 def _sources(traces: dict[str, xr.Dataset]) -> dict[str, dict[str, str]]:
-    """Where Neuronpedia shows an SAE's features, by array and layer."""
+    """Return where Neuronpedia shows an SAE's features, by array and layer."""
     out: dict[str, dict[str, str]] = {}
     for ds in traces.values():
-        for sae in ds.attrs["saes"]:
-            source = source_of(sae["release"], sae["id"])
-            if source:
-                out.setdefault(sae.get("variable", "features"), {})[str(sae["layer"])] = source
+        for variable, sae in ds.attrs["saes"].items():
+            ids = np.asarray(ds[sae_coordinate("id", variable)])
+            for layer, sae_id in zip(np.asarray(ds["layer"]), ids, strict=True):
+                source = source_of(sae["release"], str(sae_id))
+                if source:
+                    out.setdefault(variable, {})[str(layer)] = source
     return out
 
 

@@ -212,17 +212,14 @@ export async function continuations(of, token) {
   const ids = of.arrays.next_token, logs = of.arrays.next_token_logprob;
   if (!ids || !logs) return null;
   const [id, log] = await Promise.all([ofToken(ids, token), ofToken(logs, token)]);
+  if (log.every(Number.isNaN)) return null; // a trace that is still being extracted
   return new Map(Array.from(id, (number_, i) => [number_, Math.exp(log[i])]));
 }
 
 /** A token id as text, with the option it stands for. @param {Scenario} of @param {number} id */
 export function nameOfToken(of, id) {
-  const known = index.vocabulary[String(id)];
-  const label = known === undefined
-    ? element("span", { class: "unknown", title: "token id; its text is in no prompt of this run" }, `#${id}`)
-    : tokenText(known);
   const option = Object.keys(of.options).find((name) => of.options[name] === id) || "";
-  return [label, element("span", { class: "option" }, option)];
+  return [tokenText(index.vocabulary[String(id)]), element("span", { class: "option" }, option)];
 }
 
 /** What the model says next after the active token. @param {number} token */

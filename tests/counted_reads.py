@@ -1,0 +1,88 @@
+"""Counting the chunks that are read, by the ranges of files that the process reads."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+
+class ChunkReads:
+    """Reads of files since the last :meth:`clear`, in any thread."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._ranges: list[tuple[Path, int, int]] = []
+        paths: dict[int, Path] = {}
+        opening, reading = os.open, os.pread
+
+        def watched_open(file: Any, *arguments: Any, **options: Any) -> int:
+            handle = opening(file, *arguments, **options)
+            paths[handle] = Path(os.fspath(file))
+            return handle
+
+        def watched_pread(handle: int, length: int, start: int) -> bytes:
+            self._ranges.append((paths[handle], start, length))
+            return reading(handle, length, start)
+
+        monkeypatch.setattr(os, "open", watched_open)
+        monkeypatch.setattr(os, "pread", watched_pread)
+
+    def clear(self) -> None:
+        """Forget what was read."""
+        self._ranges.clear()
+
+    def below(self, folder: Path) -> Counter[str]:
+        """Count how often each chunk below a folder was read.
+
+        Returns
+        -------
+        Counter
+            By names such as ``Safe_1/features/1.0.0`` (the second chunk along the first dimension);
+            those of which any byte was read.
+        """
+        found: Counter[str] = Counter()
+        for file, start, length in self._ranges:
+            if folder in file.parents and file.name.startswith("c."):
+                array = file.parent.relative_to(folder)
+                found.update(f"{array}/{chunk}" for chunk in _chunks(file, start, start + length))
+        return found
+
+    def arrays(self, folder: Path) -> set[str]:
+        """Return the names of arrays of which chunks were read."""
+        return {chunk.split("/")[-2] for chunk in self.below(folder)}
+
+
+def _chunks(file: Path, start: int, stop: int) -> list[str]:
+    """Name the chunks that a range of a file overlaps."""
+    place = np.array([int(number) for number in file.name.split(".")[1:]])
+    grid = _grid(file)
+    if grid is None:
+        return [".".join(map(str, place))]
+    return [
+        ".".join(map(str, place * grid + np.unravel_index(number, grid)))
+        for number, (offset, length) in enumerate(chunk_ranges(file))
+        if offset < stop and start < offset + length
+    ]
+
+
+def _grid(file: Path) -> np.ndarray | None:
+    """Return how many chunks a file holds along each dimension; None for one without an index."""
+    node = json.loads((file.parent / "zarr.json").read_text())
+    (codec, *_) = node["codecs"]
+    if codec["name"] != "sharding_indexed":
+        return None
+    shard = np.array(node["chunk_grid"]["configuration"]["chunk_shape"])
+    return shard // np.array(codec["configuration"]["chunk_shape"])
+
+
+def chunk_ranges(file: Path) -> list[tuple[int, int]]:
+    """Return offset and length of each chunk of a file that holds several."""
+    content = file.read_bytes()
+    count = int(np.prod(_grid(file)))
+    entries = np.frombuffer(content[-4 - 16 * count : -4], "<u8").reshape(count, 2)
+    return [(offset, length) for offset, length in entries.tolist()]
