@@ -51,7 +51,7 @@ class Limits:
     file_bytes: int = 2**29
     record_bytes: int = 2**26
     keys: int = 1024
-    queries: int = 16
+    queries: int = 32
     tokens: int = 64
     features: int = 4096
 
