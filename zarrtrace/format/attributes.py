@@ -238,8 +238,8 @@ def _template(value: str, layer: int) -> str:
 Seal = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 
 _SEAL = (
-    "BLAKE2b (8 bytes) of the other attributes and of all arrays' metadata, as the JSON of "
-    '{"attributes": …, "metadata": …} with sorted keys, no spaces and ASCII alone.'
+    "BLAKE2b (8 bytes, in hexadecimal digits) of the bytes of this zarr.json, with zeros in place "
+    "of the seal."
 )
 
 
