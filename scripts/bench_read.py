@@ -6,7 +6,7 @@ repeats in turns: other jobs of the machine change them little. Selections are t
 that are open; opening is a figure of its own. NumPy opens each of its files, there is no other way.
 
     python scripts/bench_read.py [--tokens 121 277] [--active 50 1000] [--heads 32] [--repeats 5]
-                                 [--rows 16 --feature-tokens 64 --feature-columns 4096]
+                                 [--rows 32 --feature-tokens 64 --feature-columns 4096]
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,13 @@ import zarr
 
 import zarrtrace as zt
 from zarrtrace.format.attributes import SpanAttributes, TraceAttributes
-from zarrtrace.format.layout import DEFAULT_LIMITS, NEXT_TOKENS, Limits, TraceShape
+from zarrtrace.format.layout import (
+    DEFAULT_LIMITS,
+    NEXT_TOKENS,
+    Limits,
+    TraceShape,
+    attention_chunk_rows,
+)
 from zarrtrace.records import (
     BFloat16,
     LayerRecord,
@@ -288,27 +295,21 @@ class Measured(NamedTuple):
 def measure(folder: Path, case: Case, repeats: int) -> Measured:
     """Write both, compare what all readers read, and time them."""
     found = records(case)
-    writing = medians(
-        {"trace": lambda: write_trace(folder, case, found)}, max(1, repeats)
-    ) | medians({NPZ: lambda: write_npz(folder, found)}, 1)
+    writing = medians({"trace": partial(write_trace, folder, case, found)}, repeats)
+    writing |= medians({NPZ: partial(write_npz, folder, found)}, 1)
     del found
     size = {"trace": size_of(folder / NAME), NPZ: size_of(folder / "npz")}
-    opening = medians(
-        {name: lambda one=one: one.open(folder) for name, one in READERS.items()}, repeats
-    )
+    opening = medians({name: partial(one.open, folder) for name, one in READERS.items()}, repeats)
     opened = {name: one.open(folder) for name, one in READERS.items()}
     reading = {}
     for question, (array, chosen) in QUESTIONS.items():
         acts = {
-            name: lambda name=name: READERS[name].read(opened[name], array, chosen)  # noqa: B023
-            for name in READERS
+            name: partial(one.read, opened[name], array, chosen) for name, one in READERS.items()
         }
         right = acts[NPZ]()
         for name, act in acts.items():
             np.testing.assert_array_equal(act(), right, err_msg=f"{name}: {question}")
-        times = medians({n: act for n, act in acts.items() if n != NPZ}, repeats)
-        # A loop over NPZ files takes seconds, and varies less.
-        reading[question] = medians({NPZ: acts[NPZ]}, max(1, repeats // 2)) | times
+        reading[question] = medians(acts, repeats)
     return Measured(reading, opening, writing, size)
 
 
@@ -319,7 +320,8 @@ def row(name: str, cells: list[str]) -> None:
 
 def report(case: Case, found: Measured) -> None:
     """Print the tables of one case; in brackets how many times as fast as NPZ."""
-    print(f"\n{case}; chunks of {case.limits.queries} rows of attention, ", end="")
+    rows = attention_chunk_rows(case.tokens, case.limits)
+    print(f"\n{case}; chunks of {rows} rows of attention, ", end="")
     print(f"{case.limits.tokens} tokens × {case.limits.features:,} features\n")
     row("CPU ms", list(READERS))
     print("|---" * (len(READERS) + 1) + "|")
@@ -329,7 +331,10 @@ def report(case: Case, found: Measured) -> None:
         row(question, [f"{base:.0f}", *cells])
     row("opening", [f"{ms:.1f}" for ms in found.opening.values()])
     ours, theirs = found.size["trace"], found.size[NPZ]
-    print(f"\n{ours / 1e6:.2f} MB, {ours / theirs:.3f} of NPZ's {theirs / 1e6:.2f}; written in ")
+    print(
+        f"\n{ours / 1e6:.2f} MB, {ours / theirs:.3f} of NPZ's {theirs / 1e6:.2f}; written in ",
+        end="",
+    )
     print(f"{found.writing['trace']:.0f} CPU ms, NPZ in {found.writing[NPZ]:.0f}", flush=True)
 
 
@@ -341,7 +346,9 @@ def main() -> None:
     parser.add_argument("--heads", type=int, nargs="+", default=[32])
     parser.add_argument("--layers", type=int, help="31 of a short prompt, else 2")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=DEFAULT_LIMITS.queries)
+    parser.add_argument(
+        "--rows", type=int, default=DEFAULT_LIMITS.queries, help="of a short prompt"
+    )
     parser.add_argument("--feature-tokens", type=int, default=DEFAULT_LIMITS.tokens)
     parser.add_argument("--feature-columns", type=int, default=DEFAULT_LIMITS.features)
     parser.add_argument("--json", type=Path)
