@@ -3,7 +3,7 @@
 Runs the properties of ``tests/test_fuzz.py`` again and again, with new examples each time. With
 ``--guided`` (extra "fuzz"), atheris instead changes good files so that ever more of our code, and
 of what parses for us, is reached: scenario files, metadata of NPZ folders, attributes and array
-metadata of traces, NPZ files and the arrays in them.
+metadata of traces, their journals, NPZ files and the arrays in them.
 
     python scripts/fuzz.py [--minutes 10] [--guided]
 """
@@ -64,8 +64,11 @@ def with_atheris(folder: Path, seconds: float) -> None:
         lambda content: targets.layer(content, whole=False),
         targets.metadata_bytes,
         *(lambda content, name=name: targets.store_bytes(name, content) for name in fuzzing.FILES),
-        # Deeper: one value of JSON that parses, and the trace's seal fits again.
+        # Deeper: one value of JSON that parses, and the seal or the checksum fits again.
         lambda content: targets.metadata(_replacing(atheris, fuzzing, content)),
+        lambda content: targets.journal(
+            content[0] if content else 0, _replacing(atheris, fuzzing, content[1:])
+        ),
         *(
             lambda content, name=name: targets.store(name, _replacing(atheris, fuzzing, content))
             for name in fuzzing.FILES

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,6 +156,11 @@ def save_model(name: str, folder: Path, dtype: str = "float32", **changes: Any) 
             **changes,
         }
     )
+    return save_random(config, folder, dtype)
+
+
+def save_random(config: Any, folder: Path, dtype: str = "float32") -> Path:
+    """Save a random model of a configuration and the embedded tokenizer."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     with torch.no_grad():  # what starts at 0 or 1 would hide mistakes
@@ -164,6 +169,7 @@ def save_model(name: str, folder: Path, dtype: str = "float32", **changes: Any) 
                 parameter.add_(0.2 * torch.randn_like(parameter))
     with quiet():
         model.save_pretrained(folder)
+        config.save_pretrained(folder)  # with its part for images, of which the model has none
         AutoTokenizer.from_pretrained(demo.model_path()).save_pretrained(folder)
     return folder
 
@@ -286,22 +292,46 @@ def blocks_of(name: str, model: Any) -> list[torch.nn.Module]:
 
 def reference(name: str, path: Path, ids: Sequence[int]) -> Reference:
     """Run a prompt alone through transformers' eager attention."""
+    architecture = ARCHITECTURES[name]
+    return reference_of(load_eager(path), architecture.blocks, architecture.attention_layers, ids)
+
+
+def load_eager(path: Path) -> Any:
+    """Load a model by transformers alone, with eager attention."""
     with quiet():
-        model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+        return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+
+
+def reference_of(model: Any, blocks: str, layers: Sequence[int], ids: Sequence[int]) -> Reference:
+    """Run a prompt alone through a model that transformers loaded.
+
+    Parameters
+    ----------
+    model
+        From :func:`load_eager`.
+    blocks
+        Name of the module that holds the decoder blocks.
+    layers
+        Blocks that have attention: transformers gives one matrix for each, and no other.
+    ids
+        The prompt.
+    """
     outputs: dict[int, torch.Tensor] = {}
 
     def keep(layer: int) -> Any:
         def hook(_module: Any, _args: Any, output: Any) -> None:
-            outputs[layer] = (output[0] if isinstance(output, tuple) else output)[0]
+            outputs[layer] = (output[0] if isinstance(output, tuple | list) else output)[0]
 
         return hook
 
-    for layer, block in enumerate(blocks_of(name, model)):
-        block.register_forward_hook(keep(layer))
-    with torch.no_grad():
+    with ExitStack() as stack, torch.no_grad():
+        for layer, block in enumerate(model.get_submodule(blocks)):
+            stack.callback(block.register_forward_hook(keep(layer)).remove)
         made = model(torch.tensor([list(ids)]), output_attentions=True, use_cache=False)
-    weights = [found[0] for found in made.attentions if found is not None]
-    layers = ARCHITECTURES[name].attention_layers
+    square = (len(ids), len(ids))  # MiniMax's states of linear attention stand among them
+    weights = [
+        found[0] for found in made.attentions if found is not None and found.shape[2:] == square
+    ]
     return Reference(dict(zip(layers, weights, strict=True)), outputs, made.logits[0])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import gc
 import importlib.util
 import io
 import os
@@ -25,8 +24,6 @@ import fakes
 # matrix product otherwise, and tests compare what processes store bit for bit.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
-
-gc.disable()  # what is imported stays: to look for garbage among it takes a fifth of the time
 
 settings.register_profile(
     "zarrtrace",
@@ -57,28 +54,18 @@ def pytest_report_header() -> list[str]:
     ]
 
 
-def pytest_collection_finish() -> None:
-    """Collect garbage from now on, but not among what was imported."""
-    gc.freeze()
-    gc.enable()
-
-
-#: Files whose tests start processes of ``processes.py``, or servers: what these import takes ten
-#: seconds of a core, so that on few cores one process of pytest runs them all.
-_TOGETHER = (
+#: Files whose tests take longest. They are begun first, so that no core waits for one at the end.
+_LONG = (
     "test_faults.py",
     "test_cluster.py",
     "test_distributed.py",
     "test_objects.py",
+    "test_families.py",
     "test_cli.py",
     "test_https.py",
     "test_mission.py",
-)
-#: Files whose tests take longest. They are begun first, so that no core waits for one at the end.
-_LONG = (
-    *_TOGETHER,
     "test_viewer_page.py",
-    "test_readme.py",
+    "test_documents.py",
     "test_figures.py",
     "test_store.py",
     "test_bad_input.py",
@@ -92,21 +79,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return _LONG.index(item.path.name) if item.path.name in _LONG else len(_LONG)
 
     items.sort(key=place)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With ``--dist loadfile`` a file stays in one process; on few cores, those above together."""
-    if config.getoption("dist") != "loadfile" or (config.getoption("numprocesses") or 0) > 2:
-        return None
-    from xdist.scheduler import LoadFileScheduling
-
-    class Scheduling(LoadFileScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = super()._split_scope(nodeid)
-            return "together" if Path(file).name in _TOGETHER else file
-
-    return Scheduling(config, log)
 
 
 @pytest.fixture

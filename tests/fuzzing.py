@@ -7,23 +7,24 @@ import shutil
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import fakes
+import hostile
 import numpy as np
 from hypothesis import strategies as st
-from zarrtrace.store.attributes import sealed
 
-from zarrtrace.errors import ZarrtraceError
+from zarrtrace.errors import IntegrityError, ZarrtraceError
+from zarrtrace.format.layout import NO_ID
 from zarrtrace.npz import import_npz
 from zarrtrace.scenarios import load_suite
-from zarrtrace.store import open_run, summarize, verify
+from zarrtrace.store import open_run, open_trace, summarize, verify
 
 #: Metadata of a run and of a trace that is fuzzed.
-FILES = ["zarr.json", "Safe_1/zarr.json", "Safe_1/features/zarr.json", "Safe_1/query/zarr.json"]
+FILES = ["zarr.json", "Safe_1/zarr.json", "Safe_1/features/zarr.json"]
 
 #: Metadata of a folder in the documented NPZ layout.
 METADATA = "metadata_L1_2.json"
@@ -80,7 +81,10 @@ class Targets:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._run = fakes.make_run(folder, name="good").path
+        good = fakes.make_run(folder, name="good")
+        self._run, self._truth = good.path, good.truth["Safe_1"]
+        begun = fakes.make_run(folder, name="begun", drop={"Safe_1": fakes.LAYERS[-1:]})
+        self._begun = begun.path
         self._layout = folder / "npz"
         make_layout(self._layout)
 
@@ -112,12 +116,12 @@ class Targets:
         ]
 
     def store(self, name: str, change: Callable[[Any], Any]) -> None:
-        """Read a run of which one file's JSON was changed."""
+        """Read a run of which one file's JSON was changed; the seal fits again."""
         found = change(json.loads((self._run / name).read_bytes()))
-        self.store_bytes(name, json.dumps(found).encode())
+        self.store_bytes(name, hostile.sealed(found))
 
     def store_bytes(self, name: str, content: bytes) -> None:
-        """Open, summarise and verify a run in which one file is other bytes."""
+        """Open, read, summarise and verify a run in which one file is other bytes."""
         with tempfile.TemporaryDirectory(dir=self._folder) as made:
             run = Path(made) / "run"
             shutil.copytree(self._run, run)
@@ -125,6 +129,56 @@ class Targets:
             for read in (open_run, summarize, verify):
                 with only_our_errors():
                     read(run)
+            self._read_the_same(run)
+
+    def _read_the_same(self, run: Path) -> None:
+        """Read a trace: what was written, nothing where layers are missing, or an error."""
+        with only_our_errors():
+            ds = open_trace(run / "Safe_1", missing="nan")
+            for name, expected in self._truth.items():
+                if name not in ds.variables:
+                    continue
+                with suppress(IntegrityError):
+                    found = ds[name].values
+                    same = found == expected
+                    if expected.dtype.kind == "f":
+                        same |= np.isnan(found)
+                    elif name in ("top_feature", "next_token"):
+                        same |= found == NO_ID
+                    elif name == "next_token_text":
+                        same |= found == ""
+                    assert np.all(same), name
+
+    def journal(self, number: int, change: Callable[[Any], Any]) -> None:
+        """Read and go on with a trace whose journal has another line; its checksum fits."""
+        with tempfile.TemporaryDirectory(dir=self._folder) as made:
+            run = Path(made) / "begun"
+            shutil.copytree(self._begun, run)
+            staged = run / ".staged" / "Safe_1"
+            lines = hostile.journal_of(staged)
+            lines[number % len(lines)] = change(lines[number % len(lines)])
+            hostile.write_journal(staged, lines)
+            with only_our_errors():
+                summarize(run)
+            self._read_the_same(run)
+            again = fakes.make_run(Path(made), name="begun")
+            assert verify(again.path) == []
+            ds = open_trace(again.trace)
+            for name, expected in self._truth.items():
+                np.testing.assert_array_equal(ds[name].values, expected, err_msg=name)
+
+    def index(self, entries: Sequence[tuple[int, int, int]]) -> None:
+        """Read a trace of which the index of a file says other places; its checksum fits."""
+        with tempfile.TemporaryDirectory(dir=self._folder) as made:
+            run = Path(made) / "run"
+            shutil.copytree(self._run, run)
+            found = hostile.index_of(run / "Safe_1", "features")
+            for chunk, offset, length in entries:
+                found[chunk % len(found)] = offset, length
+            hostile.replace_index(run / "Safe_1", "features", found)
+            self._read_the_same(run)
+            with only_our_errors():
+                verify(run)
 
     def layer(self, content: bytes, *, whole: bool) -> None:
         """Import a folder in which a layer's file, or the array in it, is other bytes."""
@@ -175,12 +229,10 @@ def make_layout(layout: Path) -> None:
 
 
 def changed(found: Any, way: list[int], value: Any) -> Any:
-    """Follow numbers down into JSON, replace what is there; a trace's seal fits again."""
+    """Follow numbers down into JSON, and replace what is there."""
     if not way or not isinstance(found, dict | list) or not found:
         return value
     keys = list(found) if isinstance(found, dict) else list(range(len(found)))
     key = keys[way[0] % len(keys)]
     found[key] = changed(found[key], way[1:], value)
-    if isinstance(found, dict) and isinstance(found.get("zarrtrace"), dict):
-        found["zarrtrace"] = sealed(found["zarrtrace"])
     return found

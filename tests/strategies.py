@@ -6,6 +6,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from zarrtrace.format.layout import Limits
+
 #: Block indices of a trace: ascending, with gaps.
 layers = st.lists(st.integers(0, 40), min_size=1, max_size=3, unique=True).map(
     lambda found: tuple(sorted(found))
@@ -13,7 +15,18 @@ layers = st.lists(st.integers(0, 40), min_size=1, max_size=3, unique=True).map(
 
 #: Sequence lengths around the places where the layout changes.
 lengths = st.one_of(
-    st.integers(1, 40), st.integers(1, 300), st.sampled_from([15, 16, 17, 255, 256, 257])
+    st.integers(1, 40), st.integers(1, 300), st.sampled_from([15, 16, 17, 64, 65, 129, 300, 301])
+)
+
+#: Limits small enough that small traces are cut as those of long prompts are.
+small_limits = st.builds(
+    Limits,
+    file_bytes=st.sampled_from([2**9, 2**11, 2**13, 2**16]),
+    record_bytes=st.sampled_from([2**9, 2**12, 2**16]),
+    keys=st.sampled_from([3, 8, 1024]),
+    queries=st.sampled_from([1, 5, 16]),
+    tokens=st.sampled_from([2, 3, 64]),
+    features=st.sampled_from([5, 13, 4096]),
 )
 
 #: Sizes for fakes.make_shape and fakes.make_records.
@@ -32,7 +45,10 @@ trace_sizes: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
 model_sizes: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {
         "layers": layers,
-        "tokens": st.one_of(st.integers(1, 3000), st.sampled_from([2048, 8192, 32768, 131072])),
+        "tokens": st.one_of(
+            st.integers(1, 3000),
+            st.sampled_from([300, 301, 600, 601, 1024, 1025, 2048, 8192, 32768, 131072]),
+        ),
         "heads": st.sampled_from([1, 8, 32, 40, 128]),
         "features": st.sampled_from([1, 512, 4095, 4096, 4097, 32768, 131072, 1_048_576]),
         "attention_dtype": st.sampled_from(["float16", "float32"]),

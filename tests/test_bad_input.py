@@ -9,7 +9,6 @@ functions (lines of scenario files, layer files of NPZ folders) is not repeated 
 from __future__ import annotations
 
 import bz2
-import hashlib
 import http.server
 import json
 import os
@@ -24,10 +23,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import fakes
+import hostile
 import numpy as np
 import pytest
 from numcodecs import Zstd
-from zarrtrace.store.attributes import sealed
 
 from zarrtrace import demo
 from zarrtrace.cli import main
@@ -295,30 +294,15 @@ def attributes(change: Change, *, of_run: bool = False) -> Callable[[Path], None
     """Change attributes as an attacker would: the seal fits again."""
 
     def act(trace: Path) -> None:
-        def both(group: dict[str, Any]) -> None:
-            found = group["attributes"]["zarrtrace"]
-            change(found)
-            group["attributes"]["zarrtrace"] = sealed(found)
-
-        rewrite((trace.parent if of_run else trace) / "zarr.json", both)
+        folder = trace.parent if of_run else trace
+        hostile.change_group(folder, lambda group: change(group["attributes"]))
 
     return act
 
 
 def array(name: str, change: Change) -> Callable[[Path], None]:
-    """Change an array's metadata, and the journal so that it fits."""
-
-    def act(trace: Path) -> None:
-        file = trace / name / "zarr.json"
-        rewrite(file, change)
-        content = file.read_bytes()
-        entry = {
-            "bytes": len(content),
-            "blake2b": hashlib.blake2b(content, digest_size=8).hexdigest(),
-        }
-        attributes(lambda found: found["stored"]["metadata"].update({name: entry}))(trace)
-
-    return act
+    """Change an array's metadata likewise."""
+    return lambda trace: hostile.change_array(trace, name, change)
 
 
 def raw(content: bytes, file: str = "zarr.json") -> Callable[[Path], int]:
@@ -326,16 +310,7 @@ def raw(content: bytes, file: str = "zarr.json") -> Callable[[Path], int]:
     return lambda trace: (trace / file).write_bytes(content)
 
 
-def _set(*path: Any) -> Change:
-    """Set what stands at `path[:-1]` in nested JSON to `path[-1]`."""
-
-    def act(found: Any) -> None:
-        *way, key, value = path
-        for step in way:
-            found = found[step]
-        found[key] = value
-
-    return act
+_set = hostile.setting
 
 
 def _grid(shape: Any) -> Change:
@@ -343,8 +318,13 @@ def _grid(shape: Any) -> Change:
 
 
 def _pipe_for_metadata(trace: Path) -> None:
-    (trace / "features" / "zarr.json").unlink()
-    os.mkfifo(trace / "features" / "zarr.json")
+    (trace / "zarr.json").unlink()
+    os.mkfifo(trace / "zarr.json")
+
+
+def _pipe_for_a_file(trace: Path) -> None:
+    (trace / "features" / "c.0.0.0").unlink()
+    os.mkfifo(trace / "features" / "c.0.0.0")
 
 
 def _folder_for_metadata(trace: Path) -> None:
@@ -352,106 +332,148 @@ def _folder_for_metadata(trace: Path) -> None:
     (trace / "zarr.json").mkdir()
 
 
-def _unsaid_array(trace: Path) -> None:
-    """Add an array that the journal does not know."""
-    (trace / "extra").mkdir()
-    (trace / "extra" / "zarr.json").write_text('{"shape": [3], "node_type": "array"}')
+def _huge_metadata(trace: Path) -> None:
+    with (trace / "zarr.json").open("r+b") as out:
+        out.truncate(2**36)  # sparse: 64 GB that take no room
 
 
 def chunk(name: str, content: Callable[[], bytes]) -> Callable[[Path], None]:
-    """Replace an array's first chunk, and the journal so that it fits."""
-
-    def act(trace: Path) -> None:
-        file = next(file for file in sorted((trace / name / "c").rglob("*")) if file.is_file())
-        file.write_bytes(content())
-        entry = {
-            "bytes": file.stat().st_size,
-            "blake2b": hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest(),
-        }
-        attributes(lambda found: found["stored"]["coordinates"].update({name: entry}))(trace)
-
-    return act
+    """Replace a coordinate's chunk, and its checksum so that it fits."""
+    return lambda trace: hostile.replace_chunk(trace, name, content())
 
 
 def _zstd_bomb() -> bytes:
-    return bytes(Zstd(level=1, checksum=True).encode(bytes(2**30)))
+    return bytes(Zstd(level=1).encode(bytes(2**30)))
+
+
+def _one_giant_chunk(trace: Path) -> None:
+    """Let the trace be as long as a chunk of its features claims: 10 GB."""
+
+    def change(node: Any) -> None:
+        tokens = 10**10 // 64
+        node["shape"][1] = tokens
+        node["chunk_grid"]["configuration"]["chunk_shape"] = [3, tokens, 16]
+        node["codecs"][0]["configuration"]["chunk_shape"] = [1, tokens, 16]
+
+    hostile.change_array(trace, "features", change)
 
 
 _STORES: dict[str, Case] = {
     name: case._replace(code=1)
     for name, case in {
         "shape of 10^18": Case(
-            store(array("query", _set("shape", [10**18]))), ("query/zarr.json", "shape")
+            store(array("query", _set("shape", [10**18]))), ("Safe_1/zarr.json", "query", "shape")
         ),
         "shape of 10^9, no chunks": Case(
             store(
-                lambda trace: (
-                    shutil.rmtree(trace / "query" / "c"),
-                    array("query", lambda m: (_set("shape", [10**9])(m), _grid([10**9])(m)))(trace),
-                    attributes(_set("stored", "coordinates", "query", "bytes", 0))(trace),
+                array(
+                    "query",
+                    lambda m: (
+                        _set("shape", [10**9])(m),
+                        _grid([10**9])(m),
+                        _set("attributes", "checksums", {})(m),
+                    ),
                 )
             ),
-            ("query/zarr.json", "shape"),
+            ("Safe_1/zarr.json", "query", "8000000000 bytes"),
         ),
         "more files than there can be": Case(
-            store(array("features", _set("shape", [3, 10**18, 16]))),
-            ("features/zarr.json", "shape"),
+            store(array("features", _set("shape", [3, 10**18, 16]))), ("features", "shape")
         ),
+        "chunk of 10 GB": Case(store(_one_giant_chunk), ("features", "10000000000 bytes")),
         "negative shape": Case(
-            store(array("features", _set("shape", [3, -7, 16]))), ("features/zarr.json", "shape")
+            store(array("features", _set("shape", [3, -7, 16]))), ("features", "-7")
         ),
-        "chunks of nothing": Case(
-            store(array("features", _grid([1, 0, 16]))), ("features/zarr.json", "chunk")
-        ),
+        "chunks of nothing": Case(store(array("features", _grid([1, 0, 16]))), ("features", "0")),
         "negative chunks": Case(
-            store(array("features", _grid([-1, -7, -16]))), ("features/zarr.json", "chunk")
+            store(array("features", _grid([-1, -7, -16]))), ("features", "-16")
         ),
-        "chunks of fewer dimensions": Case(
-            store(array("features", _grid([1]))), ("features/zarr.json", "chunk")
-        ),
+        "chunks of fewer dimensions": Case(store(array("features", _grid([1]))), ("features",)),
         "infinite shape": Case(
-            store(array("features", _set("shape", [float("inf"), 7, 16]))), ("features/zarr.json",)
+            store(array("features", _set("shape", [float("inf"), 7, 16]))), ("Infinity",)
         ),
         "shape in words": Case(
-            store(array("features", _set("shape", "large"))), ("features/zarr.json",)
+            store(array("features", _set("shape", "large"))), ("features", "'large'")
         ),
         "other dimensions": Case(
             store(array("features", _set("dimension_names", ["layer", "query", "query"]))),
-            ("features",),
+            ("features", "dimensions"),
         ),
         "no dimensions": Case(
-            store(array("features", _set("dimension_names", None))), ("features/zarr.json",)
+            store(array("features", _set("dimension_names", None))), ("features", "dimensions")
         ),
         "dimensions that are no text": Case(
-            store(array("features", _set("dimension_names", [["a"], {}, 3]))),
-            ("features/zarr.json",),
+            store(array("features", _set("dimension_names", [["a"], {}, 3]))), ("features",)
+        ),
+        "dimension of another size": Case(
+            store(array("key", lambda m: (_set("shape", [6])(m), _grid([6])(m)))), ("along key",)
         ),
         "unknown codec": Case(
             store(array("features", _set("codecs", 0, {"name": "from_the_future"}))), ("features",)
         ),
         "codecs that are none": Case(store(array("features", _set("codecs", 7))), ("features",)),
+        "no checksums in chunks": Case(
+            store(array("features", lambda m: m["codecs"][0]["configuration"]["codecs"].pop())),
+            ("features", "codecs"),
+        ),
+        "scaled numbers": Case(
+            store(array("features", _set("attributes", "scale_factor", 2))), ("scale_factor",)
+        ),
         "unknown type of numbers": Case(
-            store(array("features", _set("data_type", "quaternion"))), ("features",)
+            store(array("features", _set("data_type", "quaternion"))), ("features", "quaternion")
         ),
         "pickled objects": Case(
-            store(array("features", _set("data_type", {"name": "object"}))), ("features",)
+            store(array("features", _set("data_type", {"name": "object"}))), ("features", "object")
         ),
-        "array nested deep": Case(
-            store(raw(b"[" * 100_000, "features/zarr.json")), ("features/zarr.json",)
+        "file of a length in words": Case(
+            store(array("features", _set("attributes", "checksums", "c.0.0.0", 0, "long"))),
+            ("features", "c.0.0.0"),
+        ),
+        "file that cannot be": Case(
+            store(array("features", _set("attributes", "checksums", "c.9.9.9", [1, "0" * 16]))),
+            ("features", "c.9.9.9"),
+        ),
+        "file outside the trace": Case(
+            store(array("features", _set("attributes", "checksums", "../../x", [1, "0" * 16]))),
+            ("features", "../../x"),
+        ),
+        "label that is missing": Case(
+            store(array("key_token", _set("attributes", "checksums", {}))), ("key_token",)
+        ),
+        "array outside the trace": Case(
+            store(
+                lambda trace: hostile.change_group(
+                    trace,
+                    _set("consolidated_metadata", "metadata", "../../x", {}),
+                )
+            ),
+            ("../../x",),
         ),
         "array that is a list": Case(
-            store(array("features", lambda _: None), "export", "FOLDER/run/nope", "-o", "FOLDER/o"),
-            ("nope",),
+            store(
+                lambda trace: hostile.change_group(
+                    trace, _set("consolidated_metadata", "metadata", "features", [1])
+                )
+            ),
+            ("Safe_1/zarr.json",),
         ),
-        "gigabyte of text in a chunk": Case(store(chunk("query_token", _zstd_bomb)), ("claims",)),
+        "no consolidated metadata": Case(
+            store(lambda trace: hostile.change_group(trace, _set("consolidated_metadata", None))),
+            ("Safe_1/zarr.json", "consolidated"),
+        ),
+        "folder in the run that is not there": Case(
+            store(lambda _: None, "export", "FOLDER/run/nope", "-o", "FOLDER/o"), ("nope",)
+        ),
+        "gigabyte of text in a chunk": Case(store(chunk("key_token", _zstd_bomb)), ("claims",)),
         "gigabyte of numbers in a chunk": Case(store(chunk("token_id", _zstd_bomb)), ("claims",)),
         "chunk that claims an exabyte": Case(
             store(chunk("token_id", lambda: b"(\xb5/\xfd\xe4" + b"\xff" * 7 + b"\x0f" + bytes(9))),
             ("claims",),
         ),
-        "array the journal does not know": Case(store(_unsaid_array), ("extra",)),
-        "pipe for metadata": Case(store(_pipe_for_metadata), ("features/zarr.json",)),
+        "pipe for metadata": Case(store(_pipe_for_metadata), ("Safe_1/zarr.json", "regular")),
+        "pipe for a file": Case(store(_pipe_for_a_file), ("features/c.0.0.0", "regular")),
         "folder for metadata": Case(store(_folder_for_metadata), ("zarr.json",)),
+        "metadata of 64 GB": Case(store(_huge_metadata), ("zarr.json", "bytes")),
         "group nested deep": Case(store(raw(b'{"a":' * 100_000)), ("zarr.json",)),
         "group that is a list": Case(store(raw(b"[1, 2]")), ("zarr.json",)),
         "group of bytes": Case(store(raw(b"\xff\xfe\x00")), ("zarr.json",)),
@@ -459,41 +481,49 @@ _STORES: dict[str, Case] = {
         "number of 9,000 digits": Case(
             store(raw(b'{"attributes": ' + b"9" * 9000 + b"}")), ("zarr.json",)
         ),
+        "seal of something else": Case(
+            store(lambda t: rewrite(t / "zarr.json", _set("attributes", "prompt", "Stop."))),
+            ("zarr.json", "not the metadata that was written"),
+        ),
         "coordinates that are a number": Case(
-            store(lambda t: rewrite(t / "zarr.json", _set("attributes", "coordinates", 3))),
-            ("zarr.json", "coordinates"),
+            store(attributes(_set("coordinates", 3))), ("zarr.json",)
         ),
         "unknown attribute": Case(
-            store(attributes(_set("scenaro", "x"))), ("zarr.json", "zarrtrace.scenaro")
+            store(attributes(_set("scenaro", "x"))), ("zarr.json", "attribute scenaro")
         ),
         "attribute of another type": Case(
-            store(attributes(_set("layers", "1-3"))), ("zarr.json", "zarrtrace.layers")
+            store(attributes(_set("spans", "1-3"))), ("zarr.json", "attribute spans")
         ),
-        "negative layers": Case(store(attributes(_set("layers", [-1]))), ("zarrtrace.layers.0",)),
-        "layer the trace does not have": Case(
-            store(attributes(lambda a: a["stored"].update({"99": a["stored"]["1"]}))),
-            ("zarr.json", "99"),
+        "negative layers": Case(store(attributes(_set("layers", "-1"))), ("attribute layers",)),
+        "layers of a thousand million": Case(
+            store(attributes(_set("layers", "0-999999999"))), ("attribute layers",)
         ),
-        "layer in superscript": Case(
-            store(attributes(lambda a: a["stored"].update({"²": a["stored"]["1"]}))),
-            ("zarr.json", "²"),
+        "layer that is there twice": Case(
+            store(attributes(_set("layers", "1,1,2"))), ("attribute layers", "twice")
         ),
-        "array outside the trace": Case(
-            store(
-                attributes(
-                    lambda a: a["stored"]["1"].update({"../../x": a["stored"]["1"]["features"]})
-                )
-            ),
-            ("zarr.json", "../../x"),
+        "layer in superscript": Case(store(attributes(_set("layers", "²"))), ("attribute layers",)),
+        "more layers than there are": Case(store(attributes(_set("layers", "1-4"))), ("layer",)),
+        "span beyond the prompt": Case(
+            store(attributes(_set("spans", "goal", {"characters": [], "tokens": [3, 5000]}))),
+            ("'goal'", "beyond"),
         ),
         "scenario outside the run": Case(
             store(attributes(_set("scenarios", ["../../etc"]), of_run=True)),
             ("run/zarr.json", "../../etc"),
         ),
-        "format of the future": Case(
-            store(attributes(_set("format_version", 10**30))), ("Safe_1", "upgrade")
+        "trace of another scenario": Case(
+            store(attributes(_set("scenario", "Risky_2"))), ("Safe_1", "Risky_2")
         ),
-        "kind that is none": Case(store(attributes(_set("kind", ["run"]))), ("Safe_1",)),
+        "format of the future": Case(
+            store(attributes(_set("format_version", 10**30))), ("Safe_1", "newer zarrtrace")
+        ),
+        "format of the past": Case(
+            store(attributes(_set("zarrtrace", {"format_version": 1}))), ("Safe_1", "version 1")
+        ),
+        "format in words": Case(
+            store(attributes(_set("format_version", "two"))), ("attribute format_version",)
+        ),
+        "kind that is none": Case(store(attributes(_set("kind", ["run"]))), ("attribute kind",)),
     }.items()
 }
 
@@ -759,10 +789,6 @@ CASES = {
     }.items()
     for name, case in cases.items()
 }
-
-
-def test_the_table_is_long() -> None:
-    assert len(CASES) >= 60
 
 
 @pytest.mark.parametrize(

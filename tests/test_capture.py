@@ -22,6 +22,7 @@ from zarrtrace.capture import LoadedModel, Prompt, Request, load_model, tokenize
 from zarrtrace.capture.batches import batches, waves
 from zarrtrace.capture.saes import FolderSAEs
 from zarrtrace.format.attributes import SAEAttributes
+from zarrtrace.format.layout import NO_ID
 from zarrtrace.records import LayerRecord, TokensRecord
 from zarrtrace.scenarios import Scenario, load_suite
 
@@ -128,14 +129,16 @@ def test_everything_is_what_the_libraries_compute(
             features = record.features["features"]
             np.testing.assert_array_equal(np.asarray(features.activations), encoded)
             np.testing.assert_array_equal(features.top_activation, encoded.topk(32).values)
-            picked = np.take_along_axis(
-                np.asarray(features.activations), features.top_feature, axis=1
-            )
-            fires = features.top_activation > 0
-            np.testing.assert_array_equal(picked[fires], features.top_activation[fires])
+            fires = features.top_activation != 0
+            assert (features.top_feature[~fires] == NO_ID).all()
+            tokens, _ = np.nonzero(fires)
+            picked = np.asarray(features.activations)[tokens, features.top_feature[fires]]
+            np.testing.assert_array_equal(picked, features.top_activation[fires])
         likeliest = made.logits[0].log_softmax(-1).topk(10)
         np.testing.assert_array_equal(found[name, -1].next_token, likeliest.indices)
         np.testing.assert_array_equal(found[name, -1].next_token_logprob, likeliest.values)
+        texts = [[model.tokenizer.decode([token]) for token in row] for row in likeliest.indices]
+        assert found[name, -1].next_token_text.tolist() == texts
 
 
 def test_no_token_sees_what_follows(model: LoadedModel, prompts: list[Prompt]) -> None:

@@ -38,6 +38,21 @@ def test_metadata_and_attributes(
     targets.store(name, lambda found: fuzzing.changed(found, way, value))
 
 
+@settings(max_examples=40)
+@given(st.integers(0, 4), ways, fuzzing.anything)
+def test_journals(targets: fuzzing.Targets, number: int, way: list[int], value: Any) -> None:
+    targets.journal(number, lambda found: fuzzing.changed(found, way, value))
+
+
+offsets = st.one_of(st.integers(0, 2000), st.sampled_from([2**31, 2**63, 2**64 - 1]))
+
+
+@settings(max_examples=40)
+@given(st.lists(st.tuples(st.integers(0, 2), offsets, offsets), min_size=1, max_size=4))
+def test_indexes_of_files(targets: fuzzing.Targets, entries: list[tuple[int, int, int]]) -> None:
+    targets.index(entries)
+
+
 @settings(max_examples=50)
 @given(st.binary(max_size=200), st.booleans())
 def test_npz(targets: fuzzing.Targets, content: bytes, whole: bool) -> None:

@@ -32,7 +32,7 @@ from zarrtrace.cli import main  # noqa: E402
 from zarrtrace.errors import ConfigMismatchError, SAEError  # noqa: E402
 from zarrtrace.extraction import Options, extract, job  # noqa: E402
 from zarrtrace.identity import combined_versions, differences, refuse_other  # noqa: E402
-from zarrtrace.store import read_run_attributes, read_trace_attributes, verify
+from zarrtrace.store import open_trace, read_run, read_trace, summarize, verify  # noqa: E402
 
 NAMES = ("Risky_40", "Medium_60")
 SAE_FOLDER = "blocks.2.hook_resid_post"
@@ -73,7 +73,7 @@ def begin(run: Path, asked: Options) -> None:
         patch.setattr(FolderSAEs, "load", load)
         with pytest.raises(ConnectionError, match="ended"):
             extract(run, asked)
-    assert read_trace_attributes(run / NAMES[0]).missing_layers
+    assert summarize(run).traces[0].missing_layers
 
 
 def change_tensors(file: Path, name: str) -> None:
@@ -184,13 +184,14 @@ def test_pickled_weights_and_streamed_ones_are_compared_too(files: Path) -> None
 
 def test_traces_say_the_fingerprints(files: Path) -> None:
     extract(files / "run", options(files))
-    attributes = read_trace_attributes(files / "run" / NAMES[0])
+    attributes = read_trace(files / "run" / NAMES[0]).attributes
+    ds = open_trace(files / "run" / NAMES[0])
     assert attributes.model is not None
     assert attributes.model.fingerprint == load_model(str(files / "model")).attributes.fingerprint
     assert attributes.model.revision is None
-    found = {sae.id: sae.fingerprint for sae in attributes.saes}
+    found = dict(zip(ds.sae_id.values, ds.sae_fingerprint.values, strict=True))
     assert len(set(found.values())) == 3
-    assert read_run_attributes(files / "run").config["saes"] == found
+    assert read_run(files / "run").attributes.config["saes"] == found
 
 
 def test_an_sae_that_is_replaced_during_a_run_ends_it(
@@ -206,7 +207,8 @@ def test_an_sae_that_is_replaced_during_a_run_ends_it(
     monkeypatch.setattr(FolderSAEs, "find", find)
     with pytest.raises(SAEError, match=r"its weights have fingerprint \w{16}, not \w{16}"):
         extract(files / "run", options(files))
-    assert read_trace_attributes(files / "run" / NAMES[0]).complete_layers == (1,)
+    found = summarize(files / "run").traces[0]
+    assert set(found.layers) - set(found.missing_layers) == {1}
 
 
 # --- from the hub ------------------------------------------------------------------------------
@@ -250,8 +252,9 @@ def test_commits_of_model_and_saes_are_compared(hub: Path, tmp_path: Path) -> No
     )
     first = (saes / "refs/main").read_text()
     extract(tmp_path / "run", FROM_HUB)
-    attributes = read_trace_attributes(tmp_path / "run" / NAMES[0])
-    assert {(sae.revision, sae.fingerprint) for sae in attributes.saes} == {(first, None)}
+    attributes = read_trace(tmp_path / "run" / NAMES[0]).attributes
+    assert {sae.revision for sae in attributes.saes.values()} == {first}
+    assert "sae_fingerprint" not in open_trace(tmp_path / "run" / NAMES[0])
     assert attributes.model is not None
     assert attributes.model.revision == (model / "refs/main").read_text()
     assert attributes.model.fingerprint is not None
@@ -323,9 +326,9 @@ def test_other_versions_are_refused_or_both_are_said(
             assert call(monkeypatch, *command) == 0  # it has been accepted
     both = {**today, "torch": f"2.4.0, {today['torch']}", "zarr": f"3.1.0, {today['zarr']}"}
     assert begun != fakes.files_in(files / "begun")
-    assert read_run_attributes(files / "begun").config["versions"] == both
+    assert read_run(files / "begun").attributes.config["versions"] == both
     for name in NAMES:
-        assert read_trace_attributes(files / "begun" / name).versions == both
+        assert read_trace(files / "begun" / name).attributes.versions == both
     assert verify(files / "begun") == []
 
 
@@ -351,7 +354,7 @@ def test_a_repaired_trace_says_both_versions_and_the_others_keep_theirs(
     assert verify(files / "run") == []
     both = f"5.0.0, {today['transformers']}"
     for name, expected in zip(NAMES, (both, "5.0.0"), strict=True):
-        found = read_trace_attributes(files / "run" / name).versions["transformers"]
+        found = read_trace(files / "run" / name).attributes.versions["transformers"]
         assert found == expected
 
 

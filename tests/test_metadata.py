@@ -1,10 +1,9 @@
-"""Metadata that is damaged, foreign or implausible is named and refused."""
+"""``zarr.json`` equals what zarr-python writes, is sealed, and is read only if it is format 2."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import time
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,163 +11,282 @@ from typing import Any
 import fakes
 import numpy as np
 import pytest
+import zarr
+from hypothesis import given
+from hypothesis import strategies as st
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ZstdCodec
 
 import zarrtrace as zt
-from zarrtrace.errors import IncompleteError, IntegrityError, ZarrtraceError
-from zarrtrace.index import build_index, find_feature
-from zarrtrace.store import summarize, verify
-
-Change = Callable[[dict[str, Any]], object]
-
-_FOREIGN: dict[str, tuple[str, Change]] = {
-    "storage transformers": (
-        "storage_transformers",
-        lambda node: node.update(storage_transformers=[{"name": "other"}]),
-    ),
-    "keys with dots": (
-        "chunk_key_encoding",
-        lambda node: node.update(
-            chunk_key_encoding={"name": "default", "configuration": {"separator": "."}}
-        ),
-    ),
-    "keys of version 2": (
-        "chunk_key_encoding",
-        lambda node: node.update(
-            chunk_key_encoding={"name": "v2", "configuration": {"separator": "/"}}
-        ),
-    ),
-    "another grid": ("chunk_grid", lambda node: node["chunk_grid"].update(name="rectangular")),
-    "an unknown field": ("unknown field", lambda node: node.update(scaling={"factor": 2})),
-    "another node": ("not an array", lambda node: node.update(node_type="group")),
-    "scale factor": ("scale_factor", lambda node: node["attributes"].update(scale_factor=2.0)),
-    "offset": ("add_offset", lambda node: node["attributes"].update(add_offset=1.0)),
-    "fill value": ("_FillValue", lambda node: node["attributes"].update(_FillValue=0.0)),
-    "missing value": ("missing_value", lambda node: node["attributes"].update(missing_value=0.0)),
-    "dates": ("units", lambda node: node["attributes"].update(units="days since 2000-01-01")),
-}
-
-
-def change_array(trace: Path, array: str, change: Change) -> None:
-    """Change an array's metadata, and what the trace says of it, as a foreign writer would."""
-    file = trace / array / "zarr.json"
-    node = json.loads(file.read_bytes())
-    change(node)
-    content = json.dumps(node).encode()
-    file.write_bytes(content)
-    group = json.loads((trace / "zarr.json").read_bytes())
-    group.pop("consolidated_metadata", None)
-    own = group["attributes"]["zarrtrace"]
-    digest = hashlib.blake2b(content, digest_size=8).hexdigest()
-    own["stored"]["metadata"][array] = {"bytes": len(content), "blake2b": digest}
-    own.pop("blake2b", None)
-    (trace / "zarr.json").write_text(json.dumps(group))
-
-
-@pytest.mark.parametrize("name", _FOREIGN)
-@pytest.mark.parametrize("array", ["attention", "features", "token_id"])
-def test_arrays_that_others_read_otherwise_are_refused(
-    run: fakes.FakeRun, name: str, array: str
-) -> None:
-    said, change = _FOREIGN[name]
-    change_array(run.trace, array, change)
-    with pytest.raises(IntegrityError, match=said):
-        zt.open_trace(run.trace)
-    with pytest.raises(IntegrityError, match=said):
-        zt.open_run(run.path)
-    assert any(said in problem.message for problem in verify(run.path))
-
-
-def test_what_the_specification_leaves_open_is_read(run: fakes.FakeRun) -> None:
-    def change(node: dict[str, Any]) -> None:
-        node.update(chunk_key_encoding={"name": "default"})  # "/" if nothing is said
-        del node["storage_transformers"]
-        node["note"] = {"must_understand": False, "text": "by somebody"}
-
-    change_array(run.trace, "features", change)
-    found = zt.open_trace(run.trace)["features"].to_numpy()
-    np.testing.assert_array_equal(found, run.truth[fakes.SCENARIOS[0]]["features"])
-
-
-# --- the index ---------------------------------------------------------------------------------
-
-_DAMAGED = {
-    "empty": b"",
-    "no text": b"\xff\xfe\x00",
-    "cut short": b'{"shape": [3',
-    "a list": b"[]",
-    "null": b"null",
-    "no fields": b"{}",
-    "nested deep": b"[" * 100_000,
-    "a long number": b'{"shape": [' + b"9" * 5000 + b"]}",
-}
-_INDEX_FILES = (
-    "zarr.json",
-    *(
-        f"{name}/zarr.json"
-        for name in ("maximum", "token_activation", "token_scenario", "scenario")
-    ),
+from zarrtrace.errors import FormatVersionError, IntegrityError
+from zarrtrace.format.attributes import TraceAttributes
+from zarrtrace.format.layout import (
+    ArrayLayout,
+    Limits,
+    TraceShape,
+    index_layout,
+    trace_layout,
+)
+from zarrtrace.store import RunWriter, kind_of, read_run, read_trace, summarize, verify
+from zarrtrace.store.chunks import encode_file
+from zarrtrace.store.codecs import ArrayEncoding
+from zarrtrace.store.metadata import (
+    array_metadata,
+    encoded,
+    read_index_group,
+    seal_holds,
+    sealed_group,
 )
 
-
-@pytest.mark.parametrize("damage", _DAMAGED)
-@pytest.mark.parametrize("file", _INDEX_FILES)
-def test_damaged_metadata_of_an_index_is_named(run: fakes.FakeRun, damage: str, file: str) -> None:
-    build_index(run.path)
-    (run.path / "index" / file).write_bytes(_DAMAGED[damage])
-    feature = int(run.truth[fakes.SCENARIOS[0]]["features"][0].max(0).argmax())
-    with pytest.raises(ZarrtraceError, match=r"zarr\.json"):
-        find_feature(run.path, 1, feature)
-    assert verify(run.path)
-
-
-@pytest.mark.parametrize("file", _INDEX_FILES[1:])
-def test_any_change_of_an_indexs_metadata_is_refused(run: fakes.FakeRun, file: str) -> None:
-    """Field by field: gone, or of another kind."""
-    build_index(run.path)
-    feature = int(run.truth[fakes.SCENARIOS[0]]["features"][0].max(0).argmax())
-    path = run.path / "index" / file
-    content = json.loads(path.read_bytes())
-    changed = [{**content, field: value} for field in content for value in (None, {}, 7, [[1]])]
-    changed += [{key: content[key] for key in content if key != field} for field in content]
-    for other in changed:
-        path.write_text(json.dumps(other))
-        with pytest.raises(IntegrityError, match=r"zarr\.json"):
-            find_feature(run.path, 1, feature)
-
-
-def test_an_index_of_another_run_is_refused(tmp_path: Path) -> None:
-    """Its scenarios and positions are beyond those of the run."""
-    small = fakes.make_run(tmp_path, name="small", tokens=2, scenarios=("Safe_1",))
-    large = fakes.make_run(tmp_path, name="large", tokens=9)
-    build_index(large.path)
-    (large.path / "index").rename(small.path / "index")
-    refused = 0
-    for feature in range(16):
-        try:
-            find_feature(small.path, 1, feature)
-        except ZarrtraceError:
-            refused += 1
-    assert refused > 0
+LAYOUTS = {
+    **trace_layout(
+        TraceShape(
+            layers=3,
+            tokens=300,
+            heads=2,
+            features={"features": 9000, "features_mlp_out": 24},
+            attention_dtype="float16",
+            attention_layers=2,
+            sae_fields=("sae_id",),
+        )
+    ),
+    **{
+        f"long_{name}": layout
+        for name, layout in trace_layout(
+            TraceShape(
+                layers=2,
+                tokens=50,
+                heads=2,
+                features={"features": 24},
+                feature_dtype="float16",
+                attention_queries=3,
+                next_token=False,
+                limits=Limits(file_bytes=2**10, keys=16, queries=4, tokens=8, features=16),
+            )
+        ).items()
+    },
+    **{f"index_{name}": one for name, one in index_layout(2, {"features": 3000}, 7).items()},
+}
 
 
-# --- many scenarios ----------------------------------------------------------------------------
+# --- arrays ------------------------------------------------------------------------------------
 
 
-def test_a_million_scenarios_that_are_not_there(run: fakes.FakeRun) -> None:
-    file = run.path / "zarr.json"
-    group = json.loads(file.read_bytes())
-    own = group["attributes"]["zarrtrace"]
-    own["scenarios"] = [*own["scenarios"], *(f"s{number}" for number in range(10**6))]
-    own.pop("blake2b", None)
-    file.write_text(json.dumps(group))
-    # Parsing and checking the names is most of it; a look at the disk for each takes several times
-    # as long.
-    start = time.process_time()
-    json.loads(file.read_bytes())
-    parsing = time.process_time() - start
-    start = time.process_time()
-    with pytest.raises(IncompleteError, match="1000000 of 1000002"):
-        zt.open_run(run.path)
-    assert time.process_time() - start < 60 * parsing
-    assert len(summarize(run.path).traces) == 2
-    assert len(zt.open_run(run.path, missing="nan").children) == 2
+def made_by_zarr(folder: Path, layout: ArrayLayout) -> dict[str, Any]:
+    """Return what zarr-python writes for an array of the format's codecs."""
+    text, one_byte = layout.dtype == "string", layout.dtype == "bool"
+    blosc = BloscCodec(cname="zstd", clevel=1, shuffle="shuffle", blocksize=2**19)
+    compressor = blosc if layout.codec == "attention" else ZstdCodec(level=1, checksum=False)
+    zarr.create_array(
+        folder,
+        shape=layout.shape,
+        dtype=str if text else layout.dtype,
+        chunks=layout.chunks,
+        shards=layout.shards,
+        dimension_names=layout.dims,
+        fill_value=layout.fill_value,
+        attributes=dict(layout.attributes),
+        # Types of one byte have no order of bytes.
+        serializer="auto" if text else BytesCodec(endian=None if one_byte else "little"),
+        compressors=[compressor, Crc32cCodec()],
+        chunk_key_encoding={"name": "default", "separator": "."},
+    )
+    found: dict[str, Any] = json.loads((folder / "zarr.json").read_bytes())
+    return found
+
+
+def plain(node: Any) -> Any:
+    """Leave out what versions of zarr-python write or omit, and means nothing."""
+    if isinstance(node, dict):
+        return {key: plain(value) for key, value in node.items() if value not in ({}, [])}
+    return [plain(value) for value in node] if isinstance(node, list) else node
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_arrays_are_what_zarr_creates(name: str, tmp_path: Path) -> None:
+    layout = LAYOUTS[name]
+    expected = made_by_zarr(tmp_path / "zarr", layout)
+    assert plain(array_metadata(layout)) == plain(expected)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_arrays_written_by_zarr_are_read(name: str, tmp_path: Path) -> None:
+    """Metadata as zarr-python writes it, empty configurations included, is ours."""
+    made = made_by_zarr(tmp_path / "zarr", LAYOUTS[name])
+    ours = ArrayEncoding(array_metadata(LAYOUTS[name]))
+    theirs = ArrayEncoding(made)
+    assert (theirs.shape, theirs.chunks, theirs.file_shape) == (
+        ours.shape,
+        ours.chunks,
+        ours.file_shape,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("features", lambda node: node["attributes"].update(scale_factor=2.0)),
+        ("features", lambda node: node["attributes"].update(_FillValue=0)),
+        ("features", lambda node: outer(node)["codecs"].pop()),
+        ("features", lambda node: outer(node)["index_codecs"].pop()),
+        (
+            "features",
+            lambda node: outer(node).update(index_location="start"),
+        ),
+        ("features", lambda node: inner(node).insert(0, {"name": "transpose"})),
+        ("features", lambda node: inner(node)[1].update(name="gzip")),
+        ("features", lambda node: inner(node)[0]["configuration"].update(endian="big")),
+        ("features", lambda node: node["chunk_grid"].update(name="rectangular")),
+        ("features", lambda node: node.update(storage_transformers=[{"name": "x"}])),
+        ("features", lambda node: outer(node).update(chunk_shape=[1, 7, 5])),
+        ("features", lambda node: outer(node).update(chunk_shape=[1, 0, 5])),
+        ("next_token", lambda node: node["codecs"].pop()),
+        ("next_token", lambda node: node["chunk_key_encoding"].update(name="v2")),
+        (
+            "next_token",
+            lambda node: node["chunk_key_encoding"].update(configuration={"separator": "/"}),
+        ),
+    ],
+)
+def test_foreign_encodings_are_refused(name: str, change: Callable[[Any], object]) -> None:
+    """They would change the meaning of bytes or numbers, and zarrtrace never writes them."""
+    node = json.loads(encoded(array_metadata(LAYOUTS[name])))
+    ArrayEncoding(node)
+    change(node)
+    with pytest.raises((ValueError, KeyError, TypeError)):
+        ArrayEncoding(node)
+
+
+def outer(node: dict[str, Any]) -> Any:
+    return node["codecs"][0]["configuration"]
+
+
+def inner(node: dict[str, Any]) -> Any:
+    return outer(node)["codecs"]
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=9))
+def test_texts_are_what_zarr_reads(texts: list[str]) -> None:
+    layout = ArrayLayout(
+        dims=("key",), dtype="string", shape=(len(texts),), chunks=(4,), fill_value=""
+    )
+    encoding = ArrayEncoding(array_metadata(layout))
+    values = np.asarray(texts, dtype=object)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        (path / "zarr.json").write_bytes(encoded(array_metadata(layout)))
+        for number, start in enumerate(range(0, len(texts), 4)):
+            content, checksum = encode_file(encoding, values[start : start + 4])
+            (path / f"c.{number}").write_bytes(content)
+            assert checksum.bytes == len(content)
+            found = encoding.decode(content)[: len(texts) - start]
+            assert found.tolist() == texts[start : start + 4]
+        assert [str(one) for one in zarr.open_array(path, mode="r")[:]] == texts
+
+
+# --- groups ------------------------------------------------------------------------------------
+
+NASTY = st.sampled_from(['"seal": "0000000000000000"', '"seal": "', "é🎰", "", "\\", '","seal":'])
+
+
+@given(st.dictionaries(NASTY, NASTY), NASTY)
+def test_any_text_in_the_attributes_is_sealed(names: dict[str, str], prompt: str) -> None:
+    attributes = fakes.make_trace_attributes(prompt=prompt, tags=tuple(names), versions=names)
+    content = sealed_group(attributes, {"features": array_metadata(LAYOUTS["features"])})
+    assert seal_holds(content)
+    plain = json.loads(content)["attributes"]
+    plain.pop("coordinates")
+    found = TraceAttributes.model_validate(plain)
+    assert found.model_copy(update={"seal": None}) == attributes
+    edited = json.loads(content)
+    edited["attributes"]["prompt"] += "!"
+    assert not seal_holds(encoded(edited))
+
+
+def test_every_byte_of_a_group_is_sealed(run: fakes.FakeRun) -> None:
+    for node in (run.path, run.trace):
+        content = (node / "zarr.json").read_bytes()
+        assert seal_holds(content)
+        for at in range(0, len(content), max(1, len(content) // 300)):
+            bad = bytearray(content)
+            bad[at] ^= 1 << (at % 7)
+            assert not seal_holds(bytes(bad)), at
+
+
+@pytest.mark.parametrize("of_run", [True, False])
+def test_edited_attributes_are_refused(run: fakes.FakeRun, *, of_run: bool) -> None:
+    node = run.path if of_run else run.trace
+    file = node / "zarr.json"
+    file.write_text(file.read_text().replace("fake/model", "fake/other"))
+    opening = zt.open_run if of_run else zt.open_trace
+    with pytest.raises(IntegrityError, match="not the metadata that was written"):
+        opening(node)
+
+
+def test_a_group_holds_the_metadata_of_its_arrays(shared_run: fakes.FakeRun) -> None:
+    trace = read_trace(shared_run.trace)
+    run = read_run(shared_run.path)
+    folders = {file.parent.name for file in shared_run.trace.glob("*/zarr.json")}
+    assert set(trace.nodes) == folders
+    for name, node in trace.nodes.items():
+        assert json.loads((shared_run.trace / name / "zarr.json").read_text()) == node
+        assert run.nodes[f"{shared_run.trace.name}/{name}"] == node
+
+
+def test_attributes_are_short_and_flat(shared_run: fakes.FakeRun) -> None:
+    attributes = zt.open_trace(shared_run.trace).attrs
+    assert attributes["scenario"] == "Safe_1"
+    assert attributes["layers"] == "1-3"
+    assert attributes["layers_without_sae"] == ""
+    assert attributes["tags"] == ["safe"]
+    assert attributes["spans"]["balance"]["tokens"] == [1, 2]
+    assert attributes["saes"]["features"]["hook_name"] == "blocks.{layer}.hook_resid_post"
+    assert attributes["format_version"] == 2
+    assert attributes["zarr_conventions"][0]["name"] == "zarrtrace"
+    assert len(attributes) > 10  # xarray folds them
+    for name, value in attributes.items():
+        assert name in ("prompt", "spans") or len(json.dumps(value)) <= 500, name
+
+
+# --- other formats -----------------------------------------------------------------------------
+
+
+def format_1(folder: Path, kind: str) -> None:
+    """Write a group as format 1 had it."""
+    attributes = {"zarrtrace": {"format_version": 1, "kind": kind, "scenario": "Safe_1"}}
+    zarr.create_group(folder, zarr_format=3, attributes=attributes)
+
+
+def test_format_1_is_refused_with_a_sentence(tmp_path: Path) -> None:
+    format_1(tmp_path / "run", "run")
+    format_1(tmp_path / "run" / "Safe_1", "trace")
+    before = fakes.files_in(tmp_path)
+    run, trace = tmp_path / "run", tmp_path / "run" / "Safe_1"
+    for opening, path in (
+        (zt.open_run, run),
+        (zt.open_trace, trace),
+        (summarize, run),
+        (verify, run),
+        (kind_of, trace),
+        (read_index_group, run),
+    ):
+        with pytest.raises(FormatVersionError, match=r"format version 1, .* does not read") as e:
+            opening(path)  # type: ignore[operator]
+        assert "Extract it again" in str(e.value)
+        assert e.value.exit_code == 1
+    for options in ({}, {"overwrite": True}, {"repair": True}):
+        with pytest.raises(FormatVersionError), RunWriter(run, ["Safe_1"], {}, **options):
+            pass
+    assert fakes.files_in(tmp_path) == before
+
+
+def test_a_newer_format_version_is_refused(run: fakes.FakeRun) -> None:
+    for node in (run.path, run.trace):
+        group = json.loads((node / "zarr.json").read_text())
+        group["attributes"] |= {"format_version": 99, "surprise": True}
+        (node / "zarr.json").write_text(json.dumps(group))
+    for opening, path in ((zt.open_run, run.path), (zt.open_trace, run.trace)):
+        with pytest.raises(FormatVersionError, match=r"(?s)version 99.*newer") as e:
+            opening(path)
+        assert e.value.exit_code == 1
+    with pytest.raises(FormatVersionError):
+        summarize(run.path)

@@ -35,12 +35,13 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 from sae_lens.registry import SAE_CLASS_REGISTRY
 from transformers import AutoModelForCausalLM
 
-from zarrtrace import spec
 from zarrtrace.capture import sae_configs, saes
 from zarrtrace.capture.hooks import place
 from zarrtrace.capture.saes import ReleaseSAEs
 from zarrtrace.errors import ConfigError, SAEError
 from zarrtrace.extraction import Options, extract
+from zarrtrace.format import layout
+from zarrtrace.format.layout import Limits
 from zarrtrace.store import open_trace, verify
 
 pytestmark = pytest.mark.torch
@@ -151,7 +152,7 @@ def test_every_architecture_of_sae_lens_is_compared_or_refused(tmp_path: Path) -
 def test_some_features_at_a_time_are_those_of_all(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spec, "_FEATURES_PER_CHUNK", 24)
+    monkeypatch.setattr(layout, "DEFAULT_LIMITS", Limits(features=24))
     (KINDS | TRANSCODERS)[kind](tmp_path, "blocks.0.hook_resid_post", 32)
     sae = SAE.load_from_disk(tmp_path)
     tokens = torch.randn(9, 32, generator=torch.Generator().manual_seed(1))
@@ -280,8 +281,8 @@ def _check(
     expected = sae.encode(activations).detach().numpy()
     assert (expected > 0).any()
     assert np.array_equal(ds.features.values[0], expected)
-    (attributes,) = ds.attrs["saes"]
-    assert attributes["hook_name"] == f"blocks.{LAYER}.{HOOKS[kind]}"
+    (attributes,) = ds.attrs["saes"].values()
+    assert attributes["hook_name"].format(layer=LAYER) == f"blocks.{LAYER}.{HOOKS[kind]}"
     assert attributes["d_in"] == activations.shape[-1]
     assert attributes["architecture"] == sae.cfg.architecture()
     return attributes
@@ -337,7 +338,7 @@ def test_weights_of_any_precision_compute_in_float32(
     expected = SAE.load_from_disk(folder, dtype="float32").encode(activations).detach().numpy()
     assert (expected > 0).any()
     assert np.array_equal(ds.features.values[0], expected)
-    (attributes,) = ds.attrs["zarrtrace"]["saes"]
+    (attributes,) = ds.attrs["saes"].values()
     assert attributes["dtype"] == "float32"
 
 
@@ -398,7 +399,12 @@ def test_several_saes_on_one_layer_give_several_arrays(
     assert verify(run) == []
     ds = open_trace(run / "short")
     ids = ds.token_id.values.tolist()
-    names = {(sae["layer"], sae["variable"]) for sae in ds.attrs["saes"]}
+    names = {
+        (int(layer), variable)
+        for variable in ds.attrs["saes"]
+        for layer in ds.layer.values
+        if ds[f"sae_id{variable.removeprefix('features')}"].sel(layer=layer).item()
+    }
     assert names == {
         (1, "features"),
         (2, "features"),
@@ -574,7 +580,7 @@ def _with_bos(folder: Path, layer: int, prepend_bos: bool | None) -> None:
 
 
 def _bos_used(options: Options, run: Path) -> bool:
-    attributes = open_trace(extract(run, options) / "short").attrs["zarrtrace"]
+    attributes = open_trace(extract(run, options) / "short").attrs
     used: bool = attributes["model"]["prepend_bos"]
     return used
 
@@ -796,8 +802,9 @@ def test_layers_without_an_sae_are_listed_and_have_no_features(
     run = extract(tmp_path / "run", options)
     assert verify(run) == []
     ds = open_trace(run / "short")
-    assert ds.attrs["layers_without_sae"] == [2, 3]
-    assert [sae["release"] for sae in ds.attrs["saes"]] == [release] * 2
+    assert ds.attrs["layers_without_sae"] == "2-3"
+    assert [sae["release"] for sae in ds.attrs["saes"].values()] == [release]
+    assert [bool(text) for text in ds.sae_id.values] == [True, True, False, False]
     assert np.isnan(ds.features.sel(layer=[2, 3])).all()
     assert np.isfinite(ds.attention).all()
     ids = ds.token_id.values.tolist()

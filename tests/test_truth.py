@@ -268,7 +268,7 @@ def test_exchanged_scenarios_are_not_opened(exchanged: fakes.FakeRun, missing: A
         zt.open_run(exchanged.path, missing=missing)
     # By itself, a trace is what it says it is: folders of single traces may be renamed.
     ds = zt.open_trace(exchanged.path / "Safe_1")
-    assert ds.attrs["zarrtrace"]["scenario"] == "Risky_2"
+    assert ds.attrs["scenario"] == "Risky_2"
 
 
 def test_exchanged_scenarios_are_not_summarised_indexed_copied_or_exported(

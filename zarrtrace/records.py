@@ -345,8 +345,8 @@ def strongest(features: Nonzeros) -> tuple[np.ndarray, np.ndarray]:
     Returns
     -------
     feature, activation
-        ``(query, rank)`` uint32 and float32 with its sign, strongest first; 0 where fewer features
-        fire, which means that they are not 0. NaN comes before all.
+        ``(query, rank)`` uint32 and float32 with its sign, strongest first; NO_ID and 0 where fewer
+        features fire, which means that they are not 0. NaN comes before all.
     """
     (tokens, width), columns = features.shape, features.columns
     count = min(TOP_FEATURES, width)

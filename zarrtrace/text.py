@@ -19,8 +19,10 @@ _REMOVED = "***"
 _PASSWORD = re.compile(r"([a-z][a-z0-9+.-]*://[^\s/@:?#]*:)(?!\d+/)[^\s'\"]*@", re.IGNORECASE)
 _WEB_USER = re.compile(r"(https?://)[^\s/@:?#'\"]+@", re.IGNORECASE)
 _QUERY = re.compile(r"([a-z][a-z0-9+.-]*://[^\s?#'\"<>]*[?#])[^\s'\"<>:]*", re.IGNORECASE)
+# Arrays of a trace or an index are no secrets.
+_ARRAYS = r"(?:next|key|query)_token|token_(?:id|activation|scenario|position)"
 _SETTING = re.compile(
-    r"(?<![\w-])((?!skip_)[\w-]*(?:signature|secret|password|passphrase|token|credential|access_?key|account_?key|\bsig)"
+    rf"(?<![\w-])((?!skip_|{_ARRAYS})[\w-]*(?:signature|secret|password|passphrase|token|credential|access_?key|account_?key|\bsig)"
     r"[\w-]*(?:=|['\"]\s*:\s*)['\"]?)[^\s&'\",;)]+",
     re.IGNORECASE,
 )

@@ -5,12 +5,13 @@ The only package that imports torch. It yields plain records (:mod:`zarrtrace.re
 seconds: attention alone does without it.
 """
 
-from zarrtrace.capture.batches import Request, default_batch_size, grouped
-from zarrtrace.capture.checks import blocks_are_exact, check_additions, wants_blocks
+from zarrtrace.capture.batches import Request, grouped
+from zarrtrace.capture.checks import check_additions, choose_batch_size, wants_blocks
 from zarrtrace.capture.encoders import KeptEncoders
 from zarrtrace.capture.fingerprint import settings_fingerprint
 from zarrtrace.capture.model import LoadedModel, gpu_count, hide_progress, load_model, renamed
 from zarrtrace.capture.pipeline import capture
+from zarrtrace.capture.probe import probe_model
 from zarrtrace.capture.prompts import Prompt, tokenize
 
 __all__ = [
@@ -18,14 +19,14 @@ __all__ = [
     "LoadedModel",
     "Prompt",
     "Request",
-    "blocks_are_exact",
     "capture",
     "check_additions",
-    "default_batch_size",
+    "choose_batch_size",
     "gpu_count",
     "grouped",
     "hide_progress",
     "load_model",
+    "probe_model",
     "renamed",
     "settings_fingerprint",
     "tokenize",

@@ -10,6 +10,7 @@ import torch
 from zarrtrace.capture.lockstep import Pass, Step
 from zarrtrace.capture.model import LoadedModel
 from zarrtrace.capture.prompts import Prompt
+from zarrtrace.errors import ModelError
 from zarrtrace.format.attributes import SAEAttributes
 
 # What all batches of a wave may hold between two blocks. A wave walks through the layers once, so
@@ -122,8 +123,23 @@ class Batch:
             self._pass.stop()
             self._pass = None
 
-    def tokens(self, padded: torch.Tensor) -> torch.Tensor:
-        """Take the real tokens ``(token, d)`` of ``(sequence, token, d)``."""
+    def tokens(self, padded: torch.Tensor, width: int) -> torch.Tensor:
+        """Take the real tokens ``(token, width)`` of ``(sequence, token, width)``.
+
+        Raises
+        ------
+        ModelError
+            If the model passes on something else than one vector of this width a token.
+        """
+        expected = len(self.requests), max(self.lengths), width
+        if padded.shape != expected:
+            raise ModelError(
+                f"{self._model.attributes.id}: a hook point gives an array of shape "
+                f"{tuple(padded.shape)}, and SAEs read {expected}",
+                why="SAEs read one vector a token. Some models pass on several, or the SAEs are "
+                "those of another model.",
+                remedy="Use --no-features, or choose other SAEs.",
+            )
         return padded[0] if len(self.requests) == 1 else padded.flatten(0, 1)[self._real]
 
 

@@ -9,7 +9,7 @@ matrix is the rounding of a smaller matrix product.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -60,11 +60,17 @@ class Sink:
         Layers whose rows are wanted.
     queries
         Token positions; None for all.
+    rows
+        Queries of one block; None for as many as memory allows.
+    layer
+        The block that runs; blocks may share their attention module.
     """
 
     take: Callable[[AttentionRows], None]
     layers: frozenset[int]
     queries: tuple[int, ...] | None
+    rows: int | None = None
+    layer: int = 0
 
 
 _sinks: list[Sink] = []
@@ -122,16 +128,17 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Compute attention as transformers' attention functions do, sending weights to the sink."""
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    sink = next((sink for sink in _sinks if layer in sink.layers), None)
+    running = _sinks[-1]
+    sink = running if running.layer in running.layers else None
     eager = partial(_eager(module), module, **kwargs)
     tokens, heads = query.shape[2], query.shape[1]
     if (sink is None or sink.queries is not None) and _plain(kwargs):
         if sink is not None:
-            _chosen_rows(sink, layer, eager, query, key, value, attention_mask)
-        return _fast(query, key, value, attention_mask, kwargs.get("scaling")), None
+            _chosen_rows(sink, eager, query, key, value, attention_mask)
+        scaling = kwargs.get("scaling")
+        return _fast(query, key, value, attention_mask, scaling, running.rows), None
     out = []
-    for rows in _blocks(tokens, heads, key.shape[2]):
+    for rows in _blocks(tokens, heads, key.shape[2], running.rows):
         keys = slice(0, rows.stop)
         part, weights = eager(
             query[:, :, rows.start : rows.stop],
@@ -141,24 +148,23 @@ def _attention(
         )
         out.append(part)
         if sink is not None:
-            _send(sink, layer, rows, weights)
+            _send(sink, rows, weights)
         del weights
     return torch.cat(out, dim=1), None
 
 
-def _send(sink: Sink, layer: int, rows: range, weights: torch.Tensor) -> None:
+def _send(sink: Sink, rows: range, weights: torch.Tensor) -> None:
     if sink.queries is None:
-        sink.take(AttentionRows(layer, rows, weights[0]))
+        sink.take(AttentionRows(sink.layer, rows, weights[0]))
         return
     wanted = tuple(query for query in sink.queries if query in rows)
     if wanted:
         at = [query - rows.start for query in wanted]
-        sink.take(AttentionRows(layer, wanted, weights[0][:, at]))
+        sink.take(AttentionRows(sink.layer, wanted, weights[0][:, at]))
 
 
 def _chosen_rows(
     sink: Sink,
-    layer: int,
     eager: Callable[..., tuple[torch.Tensor, torch.Tensor]],
     query: torch.Tensor,
     key: torch.Tensor,
@@ -174,7 +180,7 @@ def _chosen_rows(
             value[:, :, :stop],
             mask.added(position, stop),
         )
-        sink.take(AttentionRows(layer, (position,), weights[0]))
+        sink.take(AttentionRows(sink.layer, (position,), weights[0]))
 
 
 def _fast(
@@ -183,6 +189,7 @@ def _fast(
     value: torch.Tensor,
     mask: _Mask,
     scaling: float | None,
+    step: int | None,
 ) -> torch.Tensor:
     """Torch's fused attention, block by block so that its mask stays small."""
     out = [
@@ -194,7 +201,7 @@ def _fast(
             scale=scaling,
             enable_gqa=key.shape[1] != query.shape[1],
         )
-        for rows in _blocks(query.shape[2], 1, key.shape[2])
+        for rows in _blocks(query.shape[2], 1, key.shape[2], step)
     ]
     return torch.cat(out, dim=2).transpose(1, 2).contiguous()
 
@@ -211,19 +218,10 @@ def _eager(module: nn.Module) -> Callable[..., tuple[torch.Tensor, torch.Tensor]
     return found
 
 
-def _blocks(tokens: int, heads: int, keys: int) -> Iterator[range]:
-    step = max(_ROWS, _BLOCK_BYTES // (heads * keys * 4) // _ROWS * _ROWS)
+def _blocks(tokens: int, heads: int, keys: int, step: int | None) -> Iterator[range]:
+    step = step or max(_ROWS, _BLOCK_BYTES // (heads * keys * 4) // _ROWS * _ROWS)
     for start in range(0, tokens, step):
         yield range(start, min(start + step, tokens))
-
-
-def supports(attentions: Sequence[nn.Module]) -> bool:
-    """Whether these attention modules find their function through transformers' interface."""
-    return all(
-        hasattr(sys.modules[type(module).__module__], "eager_attention_forward")
-        and hasattr(module, "layer_idx")
-        for module in attentions
-    )
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)

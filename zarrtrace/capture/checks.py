@@ -1,22 +1,26 @@
-"""What must hold of a model before its traces may be called exact, found out by trying."""
+"""Choosing how to capture, and what must hold of a model for that."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import torch
 
-from zarrtrace.capture.blocked import AttentionRows, supports
+from zarrtrace.capture.batches import default_batch_size
 from zarrtrace.capture.hooks import parse_hook
 from zarrtrace.capture.lockstep import BlockState, Pass, taps
 from zarrtrace.capture.model import LoadedModel
+from zarrtrace.capture.probe import random_tokens
 from zarrtrace.errors import SAEError
+
+_log = logging.getLogger(__name__)
 
 # A layer's whole attention matrix may be this large; beyond, it is computed by blocks of queries.
 _WHOLE_BYTES = 256 * 2**20
 _TOKENS = 40
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 
 
 def wants_blocks(model: LoadedModel, tokens: int, *, mode: str) -> bool:
@@ -31,31 +35,38 @@ def wants_blocks(model: LoadedModel, tokens: int, *, mode: str) -> bool:
     """
     itemsize = torch.empty(0, dtype=model.model.dtype).element_size()
     large = model.n_heads * tokens**2 * itemsize > _WHOLE_BYTES
-    return mode == "blocked" or (mode == "auto" and large)
+    wanted = mode == "blocked" or (mode == "auto" and large)
+    if wanted and not model.permitted.blocks:
+        _warn_once(
+            f"{model.attributes.id}: attention is captured whole, because by blocks of queries "
+            "this architecture computes something else; long prompts take more memory"
+        )
+    return wanted and model.permitted.blocks
 
 
-def blocks_are_exact(model: LoadedModel) -> bool:
-    """Whether attention by blocks of queries gives what the whole matrix gives.
+def choose_batch_size(model: LoadedModel, lengths: Iterable[int], wanted: int | None) -> int:
+    """Choose how many prompts go through the model together.
 
-    Tried on a few random tokens, within rounding of the model's precision. Architectures that do
-    not take their attention function from transformers' interface fail.
+    Parameters
+    ----------
+    model, lengths
+        The model, and the lengths of the prompts.
+    wanted
+        What was asked for; None chooses from the memory of the device, 1 on a CPU.
     """
-    if model.model.device.type == "meta":
-        return supports(list(model.attentions.values()))
-    if not supports(list(model.attentions.values())):
-        return False
-    ids = _random_tokens(model)
-    whole = {state.layer: state.attention for state in _states(model, ids)}
-    tolerance = _TOLERANCE[model.model.dtype]
-    for step in _steps(model, ids, blocked=(frozenset(model.attentions), None)):
-        if isinstance(step, AttentionRows):
-            expected = whole[step.layer]
-            if expected is None:
-                return False
-            rows = expected[0, :, list(step.queries), : step.weights.shape[-1]]
-            if not torch.allclose(rows.float(), step.weights.float(), rtol=0, atol=tolerance):
-                return False
-    return True
+    size = wanted or default_batch_size(model, lengths)
+    if size > 1 and not model.permitted.batches:
+        _warn_once(
+            f"{model.attributes.id}: one prompt at a time instead of {size}, because this model "
+            "computes something else for prompts of unequal lengths together"
+        )
+        return 1
+    return size
+
+
+@cache
+def _warn_once(message: str) -> None:
+    _log.warning("zarrtrace: %s", message)
 
 
 def check_additions(model: LoadedModel, hooks: Iterable[tuple[int, str]]) -> None:
@@ -79,12 +90,14 @@ def check_additions(model: LoadedModel, hooks: Iterable[tuple[int, str]]) -> Non
     if not layers:
         return
     kinds = frozenset({"resid_pre", "attn_out", "mlp_out", "resid_post"})
-    for state in _states(model, _random_tokens(model), dict.fromkeys(layers, kinds)):
+    for state in _states(model, random_tokens(model, _TOKENS)[:1], dict.fromkeys(layers, kinds)):
         if state.layer in layers:
             hooked = {kind: value.float() for kind, value in state.hooks.items()}
             made = hooked["resid_pre"] + hooked["attn_out"] + hooked["mlp_out"]
-            scale = hooked["resid_post"].abs().max().item()
-            tolerance = _TOLERANCE[model.model.dtype] * max(scale, 1e-6)
+            # Two additions, and what is added may have been rounded to the dtype as well.
+            added = (hooked[kind].abs() for kind in ("resid_pre", "attn_out", "mlp_out"))
+            size = torch.stack([*added]).sum(0).max().item()
+            tolerance = 4 * torch.finfo(model.model.dtype).eps * size
             if not torch.allclose(made, hooked["resid_post"], rtol=0, atol=tolerance):
                 raise SAEError(
                     f"{model.attributes.id}: block {state.layer} adds something else than the "
@@ -94,26 +107,13 @@ def check_additions(model: LoadedModel, hooks: Iterable[tuple[int, str]]) -> Non
                 )
 
 
-def _random_tokens(model: LoadedModel) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = int(model.model.config.get_text_config().vocab_size)
-    ids = torch.randint(0, vocabulary, (1, _TOKENS), generator=generator)
-    return ids.to(model.device)
-
-
-def _steps(
-    model: LoadedModel, ids: torch.Tensor, kinds: Any = None, **options: Any
-) -> Iterable[Any]:
-    with taps(model, attention=True, kinds=kinds or {}):
-        going = Pass(model, ids, torch.ones_like(ids), **options)
+def _states(model: LoadedModel, ids: torch.Tensor, kinds: Any) -> Iterable[BlockState]:
+    with taps(model, attention=False, kinds=kinds):
+        going = Pass(model, ids, torch.ones_like(ids))
         while True:
             with torch.inference_mode():
                 step = going.advance()
-            if not isinstance(step, AttentionRows | BlockState):
+            if not isinstance(step, BlockState):
                 break
             yield step
         going.stop()
-
-
-def _states(model: LoadedModel, ids: torch.Tensor, kinds: Any = None) -> Iterable[BlockState]:
-    return (step for step in _steps(model, ids, kinds) if isinstance(step, BlockState))

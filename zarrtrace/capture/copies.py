@@ -52,7 +52,10 @@ class Made:
                 halves = attention.dtype == torch.bfloat16 and dtype == "float32"
                 attention = attention.view(torch.int16) if halves else attention.to(DTYPES[dtype])
             inputs = {
-                one.attributes.variable: (one, batch.tokens(state.hooks[one.hook.kind]))
+                one.attributes.variable: (
+                    one,
+                    batch.tokens(state.hooks[one.hook.kind], one.attributes.d_in),
+                )
                 for one in encoders
             }
         return cls(batch, state.layer, attention, mean, inputs)

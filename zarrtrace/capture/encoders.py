@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import torch
 
-from zarrtrace.capture.host import give_back
 from zarrtrace.format.attributes import SAEAttributes
+from zarrtrace.memory import memory_sizes, release_freed
 
 if TYPE_CHECKING:
     from zarrtrace.capture.encoder import Encoder
@@ -82,7 +81,7 @@ class Encoders:
         loaded = self._next.result()
         self._prefetch()
         if self._device.type == "cpu":
-            give_back()
+            release_freed()
         return loaded
 
 
@@ -132,8 +131,5 @@ def _free_share(device: torch.device) -> float:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return free / total
-    with suppress(OSError, KeyError, ValueError, IndexError):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        sizes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
-        return sizes["MemAvailable"] / sizes["MemTotal"]
-    return 0.0
+    sizes = memory_sizes()
+    return sizes.get("MemAvailable", 0) / sizes.get("MemTotal", 1)

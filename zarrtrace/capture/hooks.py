@@ -132,6 +132,6 @@ def _child(module: nn.Module | None, names: tuple[str, ...]) -> nn.Module | None
 
 
 def first_tensor(value: Any) -> torch.Tensor:
-    """Return the tensor of a module's output, which may be a tuple that starts with it."""
-    tensor: torch.Tensor = value[0] if isinstance(value, tuple) else value
+    """Return the tensor of a module's output, which may be a tuple or list that starts with it."""
+    tensor: torch.Tensor = value[0] if isinstance(value, tuple | list) else value
     return tensor

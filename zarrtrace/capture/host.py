@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
-
 import numpy as np
 import torch
 
@@ -30,15 +27,3 @@ def begin_copy(tensor: torch.Tensor) -> torch.Tensor:
     """
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
-
-
-def give_back() -> None:
-    """Give memory that was freed back to the system, where the C library can be asked to.
-
-    What passes hold between two blocks lies between what was freed, so that it keeps all of it.
-    """
-    trim = None
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
-    if trim is not None:
-        trim(0)

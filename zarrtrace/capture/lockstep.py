@@ -8,8 +8,8 @@ holds no more than its residual stream.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,9 @@ from torch import nn
 
 from zarrtrace.capture.blocked import IMPLEMENTATION, AttentionRows, Sink, collecting
 from zarrtrace.capture.hooks import first_tensor, mlp_of, place
+from zarrtrace.capture.messages import forward_errors
 from zarrtrace.capture.model import LoadedModel
+from zarrtrace.capture.modules import Attention, not_exact
 from zarrtrace.errors import ModelError
 
 # Above this, logits are made some rows at a time: a vocabulary is large.
@@ -83,6 +85,10 @@ class Pass(greenlet):
     blocked
         None captures whole attention matrices. Else attention is computed by blocks of queries:
         the layers whose rows are wanted, and which queries (None for all); one sequence only.
+    block_rows
+        Queries of one block; None for as many as memory allows.
+    logit_rows
+        Tokens whose logits are made together, in a prompt that has more.
     """
 
     def __init__(
@@ -92,11 +98,14 @@ class Pass(greenlet):
         mask: torch.Tensor,
         *,
         blocked: tuple[frozenset[int], tuple[int, ...] | None] | None = None,
+        block_rows: int | None = None,
+        logit_rows: int | None = None,
     ) -> None:
         super().__init__()
         self._model, self._ids, self._mask = model, ids, mask
         self.state = BlockState(0)
-        self._sink = None if blocked is None else Sink(self.give, *blocked)
+        self._logit_rows = logit_rows or _LOGIT_ROWS
+        self._sink = None if blocked is None else Sink(self.give, *blocked, block_rows)
 
     @property
     def whole(self) -> bool:
@@ -108,30 +117,40 @@ class Pass(greenlet):
         assert self.parent is not None  # noqa: S101 -- a pass is only ever run by advance()
         self.parent.switch(step)
 
+    def next_block(self) -> BlockState:
+        """Start with the next block; return what the one before has made."""
+        state, self.state = self.state, BlockState(self.state.layer + 1)
+        if self._sink is not None:
+            self._sink.layer += 1
+        return state
+
     def run(self) -> None:
         """Run the model; the greenlet's body."""
-        model, inputs = self._model.model, {"attention_mask": self._mask, "use_cache": False}
+        model, decoder = self._model.model, self._model.decoder.module
         tokens = self._ids.shape[1]
-        if tokens <= _LOGIT_ROWS:
-            self.give(Logits(0, model(input_ids=self._ids, **inputs).logits))
+        if tokens <= self._logit_rows or not self._model.permitted.parts:
+            logits = model(input_ids=self._ids, attention_mask=self._mask, use_cache=False).logits
+            self.give(Logits(0, logits))
             return
-        base = getattr(model, model.base_model_prefix)
-        made = base(input_ids=self._ids, **inputs)
-        for start in range(0, tokens, _LOGIT_ROWS):
-            rows = slice(start, start + _LOGIT_ROWS)
-            part = type(made)(last_hidden_state=made.last_hidden_state[:, rows])
-            with _returning(base, part):  # the model's own way from its last norm to logits
+        with _last_hidden_state(decoder) as made, suppress(_Decoded):
+            model(input_ids=self._ids, attention_mask=self._mask, use_cache=False)
+        [output] = made
+        for start in range(0, tokens, self._logit_rows):
+            rows = slice(start, start + self._logit_rows)
+            part = type(output)(last_hidden_state=output.last_hidden_state[:, rows])
+            with _forward_of(decoder, lambda *_, part=part, **__: part):
+                # The model's own way from its last norm to logits.
                 logits = model(input_ids=self._ids[:, rows], use_cache=False).logits
             self.give(Logits(start, logits))
 
     def advance(self) -> Step:
         """Go on to the next step; must be called under :func:`torch.inference_mode`."""
-        step: Step
-        if self._sink is None:
-            step = self.switch()
-        else:
-            with collecting(self._sink), _implementation(self._model.model.config):
-                step = self.switch()
+        with ExitStack() as stack:
+            stack.enter_context(forward_errors(self._model.attributes.id))
+            if self._sink is not None:
+                stack.enter_context(collecting(self._sink))
+                stack.enter_context(_implementation(self._model.model.config))
+            step: Step = self.switch()
         return step
 
     def stop(self) -> None:
@@ -140,14 +159,35 @@ class Pass(greenlet):
             self.throw(GreenletExit)
 
 
+class _Decoded(Exception):  # noqa: N818 -- control flow, not an error
+    """Ends a forward pass behind its last block and norm."""
+
+
 @contextmanager
-def _returning(module: Any, output: Any) -> Iterator[None]:
-    """Make a module return `output` instead of running."""
-    module.forward = lambda *_args, **_kwargs: output
+def _last_hidden_state(decoder: nn.Module) -> Iterator[list[Any]]:
+    """Let a decoder put its output into the list, and end the forward pass there."""
+    made: list[Any] = []
+    forward = decoder.forward
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        made.append(forward(*args, **kwargs))
+        raise _Decoded
+
+    with _forward_of(decoder, stop):
+        yield made
+
+
+@contextmanager
+def _forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module compute something else."""
+    before = vars(module).get("forward")
+    module.forward = forward
     try:
         yield
     finally:
         del module.forward
+        if before is not None:
+            module.forward = before
 
 
 @contextmanager
@@ -163,7 +203,11 @@ def _implementation(config: Any) -> Iterator[None]:
 
 @contextmanager
 def taps(
-    model: LoadedModel, *, attention: bool, kinds: Mapping[int, frozenset[str]]
+    model: LoadedModel,
+    *,
+    attention: bool,
+    kinds: Mapping[int, frozenset[str]],
+    mlp_tokens: int | None = None,
 ) -> Iterator[None]:
     """Put hooks on the model that feed the running :class:`Pass`; they go with the context.
 
@@ -173,31 +217,47 @@ def taps(
         Whether attention probabilities are wanted.
     kinds
         By layer, the hook points that are wanted (:data:`zarrtrace.capture.hooks.KINDS`).
+    mlp_tokens
+        Tokens that an MLP computes together, in a prompt that has more.
     """
     with ExitStack() as stack:
+        if attention:
+            shared = {one.module: one for one in model.decoder.attentions.values()}  # hooked once
+            for one in shared.values():
+                handles = [one.module.register_forward_hook(_after_attention(model, one))]
+                if one.waits_to_be_asked:
+                    handles.append(
+                        one.module.register_forward_pre_hook(_ask_for_attention, with_kwargs=True)
+                    )
+                for handle in handles:
+                    stack.callback(handle.remove)
         for layer, block in enumerate(model.blocks):
-            stack.enter_context(_some_tokens_at_a_time(mlp_of(block)))
+            if model.permitted.parts:
+                stack.enter_context(
+                    _some_tokens_at_a_time(mlp_of(block), mlp_tokens or _MLP_TOKENS)
+                )
             handles = []
+            own = model.decoder.attentions.get(layer)
             for kind in sorted(kinds.get(layer, ())):
-                module, side = place(block, model.attentions.get(layer), kind)
+                module, side = place(block, own.module if own else None, kind)
                 if side == "input":
                     handles.append(
                         module.register_forward_pre_hook(_before(kind), with_kwargs=True)
                     )
                 else:
                     handles.append(module.register_forward_hook(_after(kind)))
-            if attention and layer in model.attentions:
-                handles.append(
-                    model.attentions[layer].register_forward_hook(_after_attention(layer))
-                )
-            handles.append(block.register_forward_hook(_after_block(layer)))  # last: it pauses
+            expected = attention and own is not None
+            # Last: it pauses.
+            handles.append(
+                block.register_forward_hook(_after_block(model, layer, attention=expected))
+            )
             for handle in handles:
                 stack.callback(handle.remove)
         yield
 
 
 @contextmanager
-def _some_tokens_at_a_time(mlp: nn.Module | None) -> Iterator[None]:
+def _some_tokens_at_a_time(mlp: nn.Module | None, tokens: int) -> Iterator[None]:
     """Let an MLP, which takes each token by itself, compute a long prompt in parts.
 
     Only one that takes a tensor and returns a tensor: others may look at all tokens.
@@ -205,25 +265,20 @@ def _some_tokens_at_a_time(mlp: nn.Module | None) -> Iterator[None]:
     if mlp is None:
         yield
         return
-    whole, before = mlp.forward, vars(mlp).get("forward")
+    whole = mlp.forward
 
     def forward(hidden: Any, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or hidden.ndim != 3 or hidden.shape[1] <= _MLP_TOKENS:
+        if args or kwargs or hidden.ndim != 3 or hidden.shape[1] <= tokens:
             return whole(hidden, *args, **kwargs)
         made = []
-        for some in hidden.split(_MLP_TOKENS, dim=1):
+        for some in hidden.split(tokens, dim=1):
             made.append(whole(some))
             if not isinstance(made[-1], torch.Tensor) or made[-1].shape[:2] != some.shape[:2]:
                 return whole(hidden)
         return torch.cat(made, dim=1)
 
-    mlp.forward = forward
-    try:
+    with _forward_of(mlp, forward):
         yield
-    finally:
-        del mlp.forward
-        if before is not None:
-            mlp.forward = before
 
 
 def _current() -> Pass | None:
@@ -249,30 +304,40 @@ def _after(kind: str) -> Any:
     return hook
 
 
-def _after_attention(layer: int) -> Any:
-    def hook(module: Any, _args: Any, output: Any) -> None:
+def _not_exact(model: LoadedModel, why: str) -> ModelError:
+    return not_exact(model.attributes.id, model.model, why)
+
+
+def _ask_for_attention(
+    _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, {**kwargs, "output_attentions": True}
+
+
+def _after_attention(model: LoadedModel, attention: Attention) -> Any:
+    def hook(_module: Any, _args: Any, output: Any) -> None:
         running = _current()
         if running is None or not running.whole:
             return
-        weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
-        if weights is None or weights.ndim != 4:
-            raise ModelError(
-                f"{type(module).__name__} of layer {layer} gives no attention probabilities",
-                why="It does not compute them eagerly.",
-                remedy="Use --no-attention, or choose another architecture.",
-            )
-        running.state.attention = weights
+        if running.state.layer in model.decoder.attentions:
+            running.state.attention = attention.weights(output)
 
     return hook
 
 
-def _after_block(layer: int) -> Any:
-    def hook(_module: Any, _args: Any, _output: Any) -> None:
+def _after_block(model: LoadedModel, layer: int, *, attention: bool) -> Any:
+    def hook(module: Any, _args: Any, _output: Any) -> None:
         running = _current()
         if running is None:
             return
-        state, running.state = running.state, BlockState(layer + 1)
-        state.layer = layer
+        state = running.next_block()
+        if state.layer != layer:
+            raise _not_exact(model, f"Block {layer} runs where block {state.layer} should.")
+        if attention and running.whole and getattr(state.attention, "ndim", None) != 4:
+            raise _not_exact(
+                model,
+                f"{type(module).__name__} of layer {layer} returns no attention probabilities.",
+            )
         running.give(state)
 
     return hook

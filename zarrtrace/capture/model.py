@@ -1,8 +1,8 @@
-"""Loading a language model and finding its pieces: blocks, attention modules, sizes."""
+"""Loading a language model, and its sizes."""
 
 from __future__ import annotations
 
-import pickle
+import contextlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,23 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from huggingface_hub.utils.tqdm import disable_progress_bars
-from safetensors import SafetensorError
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from zarrtrace.capture.fingerprint import model_fingerprint
+from zarrtrace.capture.messages import LOADING_ERRORS, forward_errors, load_error
+from zarrtrace.capture.modules import Decoder, find_decoder, not_exact
 from zarrtrace.capture.streaming import BlockStream
 from zarrtrace.errors import ConfigError, ModelError
 from zarrtrace.format.attributes import ModelAttributes
@@ -34,18 +32,23 @@ from zarrtrace.format.attributes import ModelAttributes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-# What transformers raises for files that are missing, damaged or of another kind.
-_LOADING_ERRORS = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    SafetensorError,
-    TypeError,
-    ValueError,
-    pickle.UnpicklingError,
-)
+@dataclass(frozen=True)
+class Permitted:
+    """Ways to compute that give what a prompt alone gives, in one piece.
+
+    Attributes
+    ----------
+    blocks
+        Attention by blocks of queries (:mod:`zarrtrace.capture.blocked`).
+    batches
+        Prompts of unequal lengths, padded on the right, in one forward pass.
+    parts
+        MLPs and logits of a long prompt, some tokens at a time.
+    """
+
+    blocks: bool = True
+    batches: bool = True
+    parts: bool = True
 
 
 @dataclass(frozen=True)
@@ -56,27 +59,37 @@ class LoadedModel:
     ----------
     model, tokenizer
         As transformers loads them; the model computes attention eagerly.
-    blocks
-        The decoder blocks, in order.
-    attentions
-        The module that makes a block's attention probabilities, by the block's index.
+    decoder
+        Its decoder blocks and their attention.
     n_heads, d_model, d_heads
         Query heads, width of the residual stream, and of all heads' outputs side by side.
     max_tokens
         Longest prompt, or None if the model has no limit.
     attributes
         What a trace says of the model.
+    permitted
+        What a probe of the model found (:mod:`zarrtrace.capture.probe`).
     """
 
     model: Any
     tokenizer: Any
-    blocks: tuple[nn.Module, ...]
-    attentions: Mapping[int, nn.Module]
+    decoder: Decoder
     n_heads: int
     d_model: int
     d_heads: int
     max_tokens: int | None
     attributes: ModelAttributes
+    permitted: Permitted = Permitted()
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """The decoder blocks, in order."""
+        return self.decoder.blocks
+
+    @property
+    def attentions(self) -> Mapping[int, nn.Module]:
+        """By index of the block, the attention module of the blocks that have one."""
+        return {layer: one.module for layer, one in self.decoder.attentions.items()}
 
     @property
     def device(self) -> torch.device:
@@ -134,7 +147,7 @@ def load_model(
             )
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         to = "meta" if not weights else "cpu" if low_memory else device
-        model = _build(source, config, dtype, options, to)
+        model = _build(_auto_class(config, name), source, config, dtype, options, to)
     except ImportError as error:
         raise ModelError(
             f"{name}: transformers needs another package to load it: {error}",
@@ -147,39 +160,39 @@ def load_model(
             why="Its weights are larger than what is free there.",
             remedy="Try --low-memory, --dtype bfloat16, or another --device.",
         ) from error
-    except _LOADING_ERRORS as error:
-        raise _load_error(name, error) from error
+    except LOADING_ERRORS as error:
+        raise load_error(name, error) from error
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(
             f"{name}: its tokenizer gives no character offsets",
             why="Only 'fast' tokenizers do, and spans are found through them.",
             remedy="Convert the tokenizer to tokenizer.json (transformers does it on saving).",
         )
-    blocks, attentions = find_pieces(model, name)
+    decoder = find_decoder(model, name)
     fingerprint = model_fingerprint(model) if weights else None
     if weights and low_memory:
-        BlockStream(model, blocks, torch.device(device))
+        BlockStream(model, decoder.blocks, torch.device(device))
     text_config = model.config.get_text_config()
+    n_heads, d_model, d_heads = _sizes(model, name)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
-        blocks=blocks,
-        attentions=attentions,
-        n_heads=int(text_config.num_attention_heads),
-        d_model=int(text_config.hidden_size),
-        d_heads=_d_heads(text_config),
+        decoder=decoder,
+        n_heads=n_heads,
+        d_model=d_model,
+        d_heads=d_heads,
         max_tokens=getattr(text_config, "max_position_embeddings", None),
         attributes=ModelAttributes(
             id=name,
             revision=_commit(source, options) or revision,
             fingerprint=fingerprint,
             architecture=type(model).__name__,
-            n_layers=len(blocks),
-            n_heads=int(text_config.num_attention_heads),
-            d_model=int(text_config.hidden_size),
+            n_layers=len(decoder.blocks),
+            n_heads=n_heads,
+            d_model=d_model,
             dtype=str(model.dtype).removeprefix("torch."),
             attn_implementation=text_config._attn_implementation,  # noqa: SLF001 -- no other way
-            softmax_dtype=_softmax_dtype(model, attentions),
+            softmax_dtype=_softmax_dtype(model, decoder, name),
             tokenizer=type(tokenizer).__name__,
             quantization=_quantization(model.config),
             prepend_bos=False,  # the SAEs have a say in it, see `tokenize`
@@ -199,12 +212,14 @@ def renamed(model: LoadedModel, name: str, *, prepend_bos: bool) -> LoadedModel:
     return replace(model, attributes=attributes)
 
 
-def _build(source: str, config: Any, dtype: str, options: Mapping[str, Any], device: str) -> Any:
+def _build(
+    kind: Any, source: str, config: Any, dtype: str, options: Mapping[str, Any], device: str
+) -> Any:
     """Build the model on a device, its weights read straight to it; on "meta" without them."""
     wanted = getattr(config.get_text_config(), "dtype", None) if dtype == "auto" else DTYPES[dtype]
     if device == "meta":
         with torch.device(device):
-            model = AutoModelForCausalLM.from_config(
+            model = kind.from_config(
                 config,
                 attn_implementation="eager",
                 dtype=wanted,
@@ -213,10 +228,24 @@ def _build(source: str, config: Any, dtype: str, options: Mapping[str, Any], dev
         return model.eval().to(device)
     # On the CPU, weights are the files' own pages; a map would read them into memory.
     place = {} if device == "cpu" else {"device_map": {"": device}}
-    model = AutoModelForCausalLM.from_pretrained(
+    model = kind.from_pretrained(
         source, attn_implementation="eager", dtype=wanted or "auto", **place, **options
     )
     return model.eval()
+
+
+def _auto_class(config: Any, name: str) -> Any:
+    """Return the class of transformers that loads a model: a vision-language model has its own."""
+    for kind in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in kind._model_mapping:  # noqa: SLF001 -- no other way
+            return kind
+    if getattr(config, "auto_map", None):
+        return AutoModelForCausalLM  # of the model's own code
+    raise ModelError(
+        f"{name}: transformers has no class that continues text for a {config.model_type} model",
+        why="It is an encoder, or a model of something else than text.",
+        remedy="Choose a causal language model.",
+    )
 
 
 def gpu_count() -> int:
@@ -259,62 +288,6 @@ def _source(name: str) -> str:
     return name
 
 
-def _load_error(name: str, error: Exception) -> ModelError:  # noqa: PLR0911 -- one a cause
-    """Say in our words why transformers could not load a model."""
-    if isinstance(error, ModelError):
-        return error
-    causes: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in causes:
-        causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
-
-    def any_of(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(cause, kinds) for cause in causes)
-
-    first_line = str(error).strip().partition("\n")[0]
-    if any_of(GatedRepoError) or "gated repo" in str(error):
-        return ModelError(
-            f"{name}: you have no access to this gated model",
-            why="Its owner asks you to accept a licence first.",
-            remedy=f"Accept it on https://huggingface.co/{name}, then log in: hf auth login.",
-        )
-    if "trust_remote_code" in str(error):
-        return ModelError(
-            f"{name}: comes with code of its own, which is not run unasked",
-            why="Its configuration names classes that transformers does not have.",
-            remedy="Read that code; if you trust it, add --trust-remote-code.",
-        )
-    if any_of(pickle.UnpicklingError):
-        return ModelError(
-            f"{name}: its weights are a pickle that holds more than tensors",
-            why="Reading it could run code.",
-            remedy="Use a copy of the model in safetensors.",
-        )
-    if any_of(RevisionNotFoundError):
-        return ModelError(
-            f"{name}: no such revision", remedy="Check --revision: a branch, tag or commit."
-        )
-    if any_of(RepositoryNotFoundError, HFValidationError):
-        return ModelError(
-            f"{name}: no such model",
-            why="It is neither a folder here nor an id on the Hugging Face hub.",
-            remedy="Check the spelling of --model; for a private model log in: hf auth login.",
-        )
-    if any_of(LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError):
-        return ModelError(
-            f"{name}: not in the local cache, and the Hugging Face hub cannot be reached",
-            why="There is no connection, or HF_HUB_OFFLINE is set.",
-            remedy="Connect, or copy the model into HF_HOME; check the spelling of --model, too.",
-        )
-    return ModelError(
-        f"{name}: transformers cannot load it: {first_line}",
-        why="Files are missing or damaged, or the architecture is newer than the installed "
-        "transformers.",
-        remedy="Check the folder or id; pip install --upgrade transformers.",
-    )
-
-
 def _quantization(config: Any) -> str | None:
     found = getattr(config, "quantization_config", None)
     method = found.get("quant_method") if isinstance(found, dict) else None
@@ -330,46 +303,17 @@ def _commit(source: str, options: Mapping[str, Any]) -> str | None:
     return parent.name if parent.parent.name == "snapshots" else None
 
 
-def _d_heads(config: Any) -> int:
-    heads = int(config.num_attention_heads)
-    return heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-
-
-def find_pieces(model: Any, name: str) -> tuple[tuple[nn.Module, ...], Mapping[int, nn.Module]]:
-    """Find decoder blocks and attention modules from what transformers declares of the class.
-
-    Raises
-    ------
-    ModelError
-        If the architecture does not declare them, or they are not where its declaration says.
-    """
-    base = getattr(model, model.base_model_prefix, model)
-    declared = getattr(base, "_can_record_outputs", None) or {}
-    block_class, attention_class = (
-        getattr(kind, "target_class", kind)
-        for kind in (declared.get("hidden_states"), declared.get("attentions"))
-    )
-    if block_class is None or attention_class is None:
-        raise ModelError(
-            f"{name}: {type(model).__name__} cannot be captured exactly",
-            why="transformers does not declare which of its modules are decoder blocks and "
-            "attention.",
-            remedy="Choose another architecture, or ask for this one on zarrtrace's tracker.",
+def _sizes(model: Any, name: str) -> tuple[int, int, int]:
+    """Return a model's heads, the width of its residual stream, and of all heads' outputs."""
+    config = model.config.get_text_config()
+    # Sizes that differ between layers raise; the probe finds heads that do.
+    config.allow_global_per_layer_attribute_access = True
+    heads, width = (getattr(config, size, None) for size in ("num_attention_heads", "hidden_size"))
+    if not isinstance(heads, int) or not isinstance(width, int):
+        raise not_exact(
+            name, model, "Its configuration gives no single number of attention heads and width."
         )
-    blocks = tuple(module for module in base.modules() if isinstance(module, block_class))
-    attentions: dict[int, nn.Module] = {}
-    for index, block in enumerate(blocks):
-        for module in block.modules():
-            if isinstance(module, attention_class):
-                if index in attentions or getattr(module, "layer_idx", None) != index:
-                    raise ModelError(
-                        f"{name}: {type(model).__name__} cannot be captured exactly",
-                        why=f"Block {index} holds attention of layer "
-                        f"{getattr(module, 'layer_idx', None)}, or more than one.",
-                        remedy="Choose another architecture.",
-                    )
-                attentions[index] = module
-    return blocks, attentions
+    return heads, width, heads * int(getattr(config, "head_dim", None) or width // heads)
 
 
 class _FirstSoftmax(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -388,11 +332,11 @@ class _Enough(Exception):  # noqa: N818 -- control flow, not an error
     """Ends a forward pass early."""
 
 
-def _softmax_dtype(model: Any, attentions: Mapping[int, nn.Module]) -> str:
+def _softmax_dtype(model: Any, decoder: Decoder, name: str) -> str:
     """Find out in which precision the model makes attention probabilities."""
-    if not attentions or model.device.type == "meta":
+    if model.device.type == "meta":
         return str(model.dtype).removeprefix("torch.")
-    first = attentions[min(attentions)]
+    first = decoder.attentions[min(decoder.attentions)].module
 
     def stop(*_: object) -> None:
         raise _Enough
@@ -400,10 +344,14 @@ def _softmax_dtype(model: Any, attentions: Mapping[int, nn.Module]) -> str:
     handle = first.register_forward_hook(stop)
     mode = _FirstSoftmax()  # type: ignore[no-untyped-call]
     try:
-        with torch.inference_mode(), mode, warnings.catch_warnings():
+        with (
+            torch.inference_mode(),
+            mode,
+            warnings.catch_warnings(),
+            forward_errors(name),
+            contextlib.suppress(_Enough),
+        ):
             model(torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=False)
-    except _Enough:
-        pass
     finally:
         handle.remove()
     return str(mode.dtype or model.dtype).removeprefix("torch.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from zarrtrace.capture.features import encode
 from zarrtrace.capture.hooks import parse_hook
 from zarrtrace.capture.host import to_host
 from zarrtrace.capture.lockstep import BlockState, Logits, taps
+from zarrtrace.capture.messages import full_memory
 from zarrtrace.capture.model import LoadedModel
 from zarrtrace.capture.prompts import token_texts
 from zarrtrace.capture.rows import RowBuffer
@@ -80,26 +80,12 @@ def capture(
     in_step = list(waves(model, todo, [sae for found in saes.values() for sae in found]))
     order = [layer for wave in in_step for layer in sorted(_layers(wave)) if layer in saes]
     with (
-        _full_memory(model),
+        full_memory(model.attributes.id, model.device),
         taps(model, attention=wanted, kinds=kinds),
         Encoders(saes, source, model.device, order) as encoders,
     ):
         for wave in in_step:
             yield from _run_wave(model, wave, attention_dtype, encoders)
-
-
-@contextmanager
-def _full_memory(model: LoadedModel) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ModelError(
-            f"{model.attributes.id}: the memory of {model.device} is full",
-            why="The model fits, but not with what a pass or an SAE computes beside it; or another "
-            "process has taken the rest.",
-            remedy="Try --low-memory, a smaller --batch-size, --attention-capture blocked, or "
-            "--queries last. What was stored is kept; another --batch-size wants --overwrite.",
-        ) from error
 
 
 def _layers(wave: Sequence[Batch]) -> frozenset[int]:
@@ -166,6 +152,14 @@ def _through_block(
             why=f"Block {layer} was expected to run next.",
             remedy="This architecture cannot be captured exactly; choose another.",
         )
+    tokens = max(batch.lengths)
+    if step.attention is not None and step.attention.shape[2:] != (tokens, tokens):
+        raise ModelError(
+            f"{model.attributes.id}: attention of layer {layer} is no matrix over {tokens} tokens",
+            why=f"Its shape is {tuple(step.attention.shape)}: prompts of this length are computed "
+            "in another way than short ones.",
+            remedy="Choose another architecture, or shorter prompts.",
+        )
     if layer in batch.layers:
         yield from _block_records(batch, step, attention_dtype, encoders, copies)
     step.clear()
@@ -189,7 +183,7 @@ def _block_records(
         step = feature_rows(longest, encoder.attributes.d_sae)
         for start in range(0, longest, step):
             rows = slice(start, start + step)
-            inputs = batch.tokens(state.hooks[encoder.hook.kind])[rows]
+            inputs = batch.tokens(state.hooks[encoder.hook.kind], encoder.attributes.d_in)[rows]
             features = encode(encoder, inputs).record()
             yield LayerRecord(
                 scenario=batch.requests[0].prompt.scenario.name,

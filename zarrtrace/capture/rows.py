@@ -9,6 +9,7 @@ import torch
 
 from zarrtrace.capture.blocked import AttentionRows
 from zarrtrace.capture.model import DTYPES
+from zarrtrace.errors import ModelError
 
 
 class RowBuffer:
@@ -53,7 +54,18 @@ class RowBuffer:
         ------
         start, weights, mean
             Number of the first row, ``(head, row, key)`` and ``(row, key)``.
+
+        Raises
+        ------
+        ModelError
+            If there are more rows than were announced.
         """
+        if self._start + self._filled + len(step.queries) > self._total:
+            raise ModelError(
+                f"layer {step.layer} gives more than {self._total} rows of attention",
+                why="Its block computes attention more than once.",
+                remedy="Use --attention-capture whole.",
+            )
         keys = step.weights.shape[-1]
         weights = step.weights.to(DTYPES[self._dtype]).cpu().numpy()
         mean = step.weights.mean(0, dtype=torch.float32).cpu().numpy()

@@ -292,7 +292,7 @@ def prepare(
         capture.tokenize(model, scenario, prepend_bos=prepend_bos) for scenario in scenarios
     )
     if weights:
-        model = _load_model(options, capture, weights=True)
+        model = capture.probe_model(_load_model(options, capture, weights=True))
         capture.check_additions(model, _kinds(saes))
     job = _assembled(options, model, layers, source, saes, prompts, prepend_bos=prepend_bos)
     return replace(job, notes=notes)
@@ -322,7 +322,7 @@ def _assembled(
 ) -> Job:
     capture = capture_package()
     lengths = [len(prompt.tokens.ids) for prompt in prompts]
-    batch_size = options.batch_size or capture.default_batch_size(model, lengths)
+    batch_size = capture.choose_batch_size(model, lengths, options.batch_size)
     blocked = _blocked(options, model, prompts)
     model = capture.renamed(model, options.model or DEMO_MODEL, prepend_bos=prepend_bos)
     job = Job(
@@ -344,12 +344,11 @@ def _assembled(
 def _blocked(options: Options, model: Any, prompts: Sequence[Any]) -> frozenset[str]:
     """Name the scenarios whose attention is computed by blocks of queries."""
     capture = capture_package()
-    blocked = frozenset(
+    return frozenset(
         prompt.scenario.name
         for prompt in prompts
         if capture.wants_blocks(model, len(prompt.tokens.ids), mode=options.attention_capture)
     )
-    return blocked if blocked and capture.blocks_are_exact(model) else frozenset()
 
 
 def _load_model(options: Options, capture: Any, *, weights: bool) -> Any:

@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from queue import Empty, Queue
 
+from zarrtrace.memory import memory_sizes
+
 _THREADS = 3
 # After each read a thread wants Python's lock, which imports give away every few milliseconds.
 _BYTES = 32 * 2**20
@@ -35,7 +37,7 @@ class ReadAhead:
     """
 
     def __init__(self, *, limit: float = 0.5) -> None:
-        self._room = limit * _available()
+        self._room = limit * memory_sizes().get("MemAvailable", 0)
         self._parts: Queue[tuple[Path, int]] = Queue()
         self._threads: list[threading.Thread] = []
 
@@ -100,20 +102,3 @@ def weight_files(model: str, revision: str | None = None) -> list[Stretch]:
             commit = name
         folder = repository / "snapshots" / commit
     return [(file, 0, file.stat().st_size) for file in sorted(folder.glob("*.safetensors"))]
-
-
-def _available() -> int:
-    """Bytes of memory that the system could give; 0 where it does not say."""
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + _cached()
-    except (AttributeError, ValueError, OSError):
-        return 0
-
-
-def _cached() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    found = (line.split()[1] for line in lines if line.startswith("Cached:"))
-    return 1024 * int(next(found, 0))

@@ -28,9 +28,9 @@ from zarrtrace.extraction.job import (
     prepare,
     with_scenarios,
 )
-from zarrtrace.extraction.memory import keep_freed
 from zarrtrace.extraction.running import SECONDS_GIVEN_UP, fill
 from zarrtrace.identity import differences
+from zarrtrace.memory import keep_freed
 from zarrtrace.scenarios import Scenario
 from zarrtrace.storage import Location
 from zarrtrace.store import only_writer
@@ -178,7 +178,7 @@ def settle(setup: Setup, lengths: Sequence[int], alone: Sequence[bool]) -> Settl
     capture = capture_package()
     with _alone:
         job = _job(setup, ())
-        size = setup.options.batch_size or capture.default_batch_size(job.model, lengths)
+        size = capture.choose_batch_size(job.model, lengths, setup.options.batch_size)
     return Settled(
         config={**job.config, "batch_size": size, "prompts": {}},
         batch_size=size,

@@ -12,8 +12,8 @@ from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
 
-from zarrtrace.extraction.memory import release_freed
 from zarrtrace.extraction.progress import Watch
+from zarrtrace.memory import release_freed
 from zarrtrace.records import LayerBatch, LayerRecord, TokensRecord, TracePlan
 from zarrtrace.storage import Location, disk
 from zarrtrace.store import TraceWriter

@@ -44,7 +44,7 @@ class Frozen(BaseModel):
 
 # --- layers ------------------------------------------------------------------------------------
 
-_RANGES = re.compile(r"(\d+(-\d+)?(,\d+(-\d+)?)*)?")
+_RANGES = re.compile(r"([0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*)?")
 # More blocks than any model has: a damaged range must not ask for memory.
 _MOST_LAYERS = 100_000
 
@@ -66,7 +66,7 @@ def layers_in(text: str) -> tuple[int, ...]:
     Raises
     ------
     ValueError
-        If the text is not a list of ranges, or names more layers than a model has.
+        If the text is not a list of ranges, or names a layer twice, or more than a model has.
     """
     if not _RANGES.fullmatch(text):
         raise ValueError(f"{text!r} is not a list of layers such as '0-30' or '1,5-7'")
@@ -74,9 +74,11 @@ def layers_in(text: str) -> tuple[int, ...]:
     for part in text.split(",") if text else []:
         first, _, last = part.partition("-")
         start, stop = int(first), int(last or first) + 1
-        if stop - start + len(found) > _MOST_LAYERS:
+        if stop > _MOST_LAYERS or stop - start + len(found) > _MOST_LAYERS:
             raise ValueError(f"{text!r} names more layers than any model has")
         found += range(start, stop)
+    if len(set(found)) < len(found):
+        raise ValueError(f"{text!r} names a layer twice")
     return tuple(found)
 
 
@@ -237,10 +239,7 @@ def _template(value: str, layer: int) -> str:
 
 Seal = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 
-_SEAL = (
-    "BLAKE2b (8 bytes, in hexadecimal digits) of the bytes of this zarr.json, with zeros in place "
-    "of the seal."
-)
+_SEAL = "BLAKE2b (8 bytes) of this very zarr.json, with sixteen zeros in place of the seal."
 
 
 class TraceAttributes(Frozen):

@@ -18,6 +18,8 @@ from zarrtrace.format.attributes import Frozen
 TOP_FEATURES = 32
 #: How many continuations ``next_token`` holds at each position.
 NEXT_TOKENS = 10
+#: The arrays of continuations.
+NEXT_TOKEN = ("next_token", "next_token_logprob", "next_token_text")
 #: Stands for no feature and no token in arrays of ids.
 NO_ID = 2**32 - 1
 
@@ -27,7 +29,8 @@ INDEX = "index"
 INDEX_TOKENS = 20
 
 #: Coordinates that are no index; a group's ``coordinates`` attribute names those it has.
-LABELS = ("token_id", "key_token", "special", "generated", "query_token")
+# Text among the data would make Dataset.where() of plain xarray fail: it has no NaN.
+LABELS = ("token_id", "key_token", "special", "generated", "query_token", "next_token_text")
 
 #: How chunks are compressed: schema/README.md, "Codecs".
 Codec = Literal["attention", "sparse", "plain"]
@@ -59,7 +62,8 @@ class Limits:
 DEFAULT_LIMITS = Limits()
 
 # Chunks of `attention_mean`, `top_feature` and `top_activation` hold this many times the rows of a
-# chunk of `attention` or `features`; records of a long prompt begin at multiples of both.
+# chunk of `attention` or `features`, but no more rows than a record: records of a long prompt begin
+# at multiples of both.
 _SMALL = 8
 
 
@@ -130,7 +134,7 @@ class TraceShape:
     attention_queries: int | None = None
     special: bool = True
     sae_fields: tuple[str, ...] = ()
-    limits: Limits = DEFAULT_LIMITS
+    limits: Limits = field(default_factory=lambda: DEFAULT_LIMITS)
 
 
 def trace_layout(shape: TraceShape) -> dict[str, ArrayLayout]:
@@ -162,12 +166,14 @@ def _attention_layouts(shape: TraceShape, heads: int) -> dict[str, ArrayLayout]:
     layers = shape.layers if shape.attention_layers is None else shape.attention_layers
     rows = tokens if shape.attention_queries is None else shape.attention_queries
     keys = min(tokens, limits.keys)
+    step = attention_chunk_rows(tokens, limits)
+    record_rows = attention_rows(tokens, heads, dtype, limits)
     return {
         "attention": _by_layer(
             dims=(layer, "head", query, "key"),
             dtype=dtype,
             shape=(layers, heads, rows, tokens),
-            chunks=(1, heads, min(rows, attention_chunk_rows(tokens, limits)), keys),
+            chunks=(1, heads, min(rows, step), keys),
             limits=limits,
             codec="attention",
             attributes={
@@ -179,7 +185,7 @@ def _attention_layouts(shape: TraceShape, heads: int) -> dict[str, ArrayLayout]:
             dims=(layer, query, "key"),
             dtype="float32",
             shape=(layers, rows, tokens),
-            chunks=(1, min(rows, _SMALL * attention_chunk_rows(tokens, limits)), keys),
+            chunks=(1, min(rows, _SMALL * step, record_rows), keys),
             limits=limits,
             codec="attention",
             attributes={"long_name": "attention probability, mean over heads"},
@@ -187,8 +193,9 @@ def _attention_layouts(shape: TraceShape, heads: int) -> dict[str, ArrayLayout]:
     }
 
 
-def attention_chunk_rows(tokens: int, limits: Limits = DEFAULT_LIMITS) -> int:
+def attention_chunk_rows(tokens: int, limits: Limits | None = None) -> int:
     """Return how many rows of attention a chunk holds: fewer where rows are long."""
+    limits = limits or DEFAULT_LIMITS
     halvings = next((n for n, most in enumerate((150, 300, 600)) if tokens <= most), 3)
     return max(1, limits.queries >> halvings)
 
@@ -198,7 +205,8 @@ def _feature_layouts(name: str, shape: TraceShape, features: int) -> dict[str, A
     layers, tokens = shape.layers, shape.tokens
     ranks = min(TOP_FEATURES, features)
     top_dims = ("layer", "query", f"feature_rank{suffix}")
-    top_shape, top_chunks = (layers, tokens, ranks), (1, min(tokens, _SMALL * limits.tokens), ranks)
+    top_rows = min(_SMALL * limits.tokens, feature_rows(tokens, features, limits))
+    top_shape, top_chunks = (layers, tokens, ranks), (1, top_rows, ranks)
     return {
         name: _by_layer(
             dims=("layer", "query", f"feature{suffix}"),
@@ -232,9 +240,9 @@ def _feature_layouts(name: str, shape: TraceShape, features: int) -> dict[str, A
     }
 
 
-def feature_columns(features: int, limits: Limits = DEFAULT_LIMITS) -> int:
+def feature_columns(features: int, limits: Limits | None = None) -> int:
     """Return how many features one chunk of features holds."""
-    return min(features, limits.features)
+    return min(features, (limits or DEFAULT_LIMITS).features)
 
 
 def _by_layer(
@@ -270,23 +278,25 @@ def _by_layer(
     )
 
 
-def attention_rows(tokens: int, heads: int, dtype: str, limits: Limits = DEFAULT_LIMITS) -> int:
+def attention_rows(tokens: int, heads: int, dtype: str, limits: Limits | None = None) -> int:
     """Return how many rows of attention one record holds: whole chunks, within a bound."""
+    limits = limits or DEFAULT_LIMITS
     step = attention_chunk_rows(tokens, limits)
-    return _record_rows(tokens, step, heads * tokens * _itemsize(dtype), limits)
+    return min(tokens, _record_rows(step, heads * tokens * _itemsize(dtype), limits))
 
 
-def feature_rows(
-    tokens: int, features: int, dtype: str = "float32", limits: Limits = DEFAULT_LIMITS
-) -> int:
+def feature_rows(tokens: int, features: int, limits: Limits | None = None) -> int:
     """Return how many tokens one record of features holds: whole chunks, within a bound."""
-    return _record_rows(tokens, limits.tokens, features * _itemsize(dtype), limits)
+    limits = limits or DEFAULT_LIMITS
+    # Records hold float32, whatever is stored.
+    return min(tokens, _record_rows(limits.tokens, features * 4, limits))
 
 
-def _record_rows(rows: int, step: int, row_bytes: int, limits: Limits) -> int:
-    step *= _SMALL if rows > _SMALL * step else 1
-    fitting = max(1, limits.record_bytes // (row_bytes * step)) * step
-    return min(_round_up(rows, step), fitting)
+def _record_rows(step: int, row_bytes: int, limits: Limits) -> int:
+    """Return the most rows of a record, in chunks of `step`: eight each where they fit."""
+    if _SMALL * step * row_bytes <= limits.record_bytes:
+        step *= _SMALL
+    return max(1, limits.record_bytes // (row_bytes * step)) * step
 
 
 # --- other arrays ------------------------------------------------------------------------------

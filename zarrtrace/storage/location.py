@@ -122,9 +122,11 @@ class Location:
 
     def is_file(self) -> bool:
         """Whether there is such a file."""
+        if (path := self.path) is not None:
+            return path.is_file()
         try:
             self.size()
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             return False
         return True
 
@@ -153,6 +155,16 @@ class Location:
         self._refuse_unlistable()
         for name in self.backend.children(self._prefix):
             yield self / name
+
+    def present(self, names: Sequence[str]) -> list[str]:
+        """Return which names may be in the folder: all of them if the store cannot list.
+
+        To ask for each of a million scenarios that are not there would take a minute.
+        """
+        if not self.backend.listable:
+            return list(names)
+        there = set(self.backend.children(self._prefix))
+        return [name for name in names if name in there]
 
     def files(self) -> dict[str, int]:
         """Return the size of every file below the folder, by its path from here.

@@ -152,8 +152,12 @@ class StoredArray(BackendArray):
                 index = read_index(file, self.encoding)
                 if written is not None:
                     _compare(file, index.size, index.fingerprint, *written)
-            ranges = [index.range_of(number) for number in numbers]
-            found = iter(file.read_ranges([one for one in ranges if one is not None]))
+            ranges = {number: index.range_of(number) for number in numbers}
+            stored = {number: one for number, one in ranges.items() if one is not None}
+            found = dict(zip(stored, file.read_ranges([*stored.values()]), strict=True))
+            for number in stored if index.crcs is not None else ():
+                if crc_of(found[number]) != f"{index.crcs[number]:08x}":
+                    raise ValueError(f"chunk {number} is not the one that the journal names")
         except (FileNotFoundError, ValueError) as error:
             gone = isinstance(error, FileNotFoundError)
             raise IntegrityError(
@@ -161,7 +165,7 @@ class StoredArray(BackendArray):
                 why="Files were lost, cut short or replaced since the trace was written or opened.",
                 remedy=REPAIR,
             ) from error
-        return [None if one is None else next(found) for one in ranges]
+        return [found.get(number) for number in numbers]
 
     def _decoded(self, key: str, number: int, content: bytes) -> np.ndarray:
         try:

@@ -79,6 +79,12 @@ def file_key(place: Sequence[int]) -> str:
     return ".".join(("c", *map(str, place)))
 
 
+def file_keys(encoding: ArrayEncoding) -> list[str]:
+    """Return the keys of all files of an array that is cut along its first dimension alone."""
+    count = -(-encoding.shape[0] // encoding.file_shape[0])
+    return [file_key([at, *[0] * (len(encoding.shape) - 1)]) for at in range(count)]
+
+
 def encode_rows(
     layout: ArrayLayout, encoding: ArrayEncoding, rows: np.ndarray | BFloat16 | Nonzeros
 ) -> Iterator[bytes]:
@@ -220,11 +226,14 @@ class FileIndex(NamedTuple):
         Hexadecimal digits.
     entries
         Offset and length by number of the chunk ``(chunk, 2)``.
+    crcs
+        CRC-32C of each chunk by its number, where a journal says it.
     """
 
     size: int
     fingerprint: str
     entries: np.ndarray
+    crcs: Mapping[int, int] | None = None
 
     def range_of(self, number: int) -> tuple[int, int] | None:
         """Return start and end of a chunk's bytes; None if it is not stored."""
@@ -239,14 +248,20 @@ def read_index(file: Location, encoding: ArrayEncoding) -> FileIndex:
     ------
     FileNotFoundError
     ValueError
-        If it is damaged, or points beyond the file.
+        If it is damaged, or names other places than those of chunks one after the other.
     """
     data, size = file.read_end(encoding.tail_bytes)
     if len(data) < encoding.tail_bytes:
         raise ValueError("it is too short to hold its index")
     entries = np.frombuffer(checked(data[FINGERPRINT_BYTES:]), "<u8").reshape(encoding.count, 2)
-    stored = entries[entries[:, 0] != ABSENT]
-    ends = stored.sum(1, dtype=np.uint64)
-    if len(stored) and (ends.max() > size or (ends < stored[:, 0]).any()):
-        raise ValueError("its index points beyond its end")
+    is_absent = entries[:, 0] == ABSENT
+    offsets, lengths = entries[~is_absent].T
+    ends = np.cumsum(lengths, dtype=np.uint64)
+    if (
+        (lengths > size).any()
+        or (offsets != ends - lengths).any()
+        or size != encoding.tail_bytes + int(ends[-1] if len(ends) else 0)
+        or (entries[is_absent, 1] != ABSENT).any()
+    ):
+        raise ValueError("its index does not say where its chunks are")
     return FileIndex(size, data[:FINGERPRINT_BYTES].hex(), entries)

@@ -11,7 +11,7 @@ import google_crc32c
 import numpy as np
 from numcodecs import Blosc, VLenUTF8, Zstd, blosc
 
-from zarrtrace.format.layout import ArrayLayout
+from zarrtrace.format.layout import NO_ID, ArrayLayout
 from zarrtrace.records import BFloat16
 
 #: Bytes of a checksum, at the end of what it is of.
@@ -29,6 +29,15 @@ _INDEX_CODECS = [_BYTES, _CRC]
 _BLOSC_BLOCK = 2**19
 # A decoded chunk, or a text, above these sizes is damage: it is refused before memory is allocated.
 _MOST_DECODED, _MOST_TEXT = 2**31, 2**28
+# Highest level of Zstandard.
+_MOST_LEVEL = 22
+_TYPES = ("bool", "float16", "float32", "int64", "string", "uint32", "uint64")
+_FIELDS = {"attributes", "chunk_grid", "chunk_key_encoding", "codecs", "data_type",
+           "dimension_names", "fill_value", "node_type", "shape", "storage_transformers",
+           "zarr_format"}  # fmt: skip
+# Attributes by which xarray computes other numbers from those that are stored.
+_SCALED = {"scale_factor", "add_offset", "_FillValue", "missing_value", "dtype", "_Unsigned",
+           "units", "calendar"}  # fmt: skip
 # CRC-32C of anything that is followed by its own CRC-32C.
 _CHECKED = 0x48674BC7
 
@@ -78,55 +87,56 @@ class ArrayEncoding:
 
     Raises
     ------
-    ValueError, KeyError, TypeError
+    ValueError, KeyError, TypeError, AttributeError, LookupError, OverflowError
         If it is encoded in another way than zarrtrace does.
     """
 
     def __init__(self, metadata: Mapping[str, Any]) -> None:
         _refuse_foreign(metadata)
-        self.shape = tuple(map(int, metadata["shape"]))
+        self.shape = _whole_numbers(metadata["shape"])
         self.is_text = metadata["data_type"] == "string"
         self.dtype = np.dtype(object if self.is_text else metadata["data_type"])
-        fill = metadata["fill_value"]
-        self.fill: Any = fill if self.is_text else np.array(fill, dtype=self.dtype)[()]
-        self.file_shape = tuple(map(int, metadata["chunk_grid"]["configuration"]["chunk_shape"]))
+        self.fill: Any = _fill(metadata["fill_value"], self.dtype)
+        self.file_shape = _whole_numbers(metadata["chunk_grid"]["configuration"]["chunk_shape"])
         codecs = metadata["codecs"]
         self.chunks, self.is_sharded = self.file_shape, codecs[0]["name"] == "sharding_indexed"
         if self.is_sharded:
             outer = codecs[0]["configuration"]
-            if outer["index_location"] != "end" or _plain(outer["index_codecs"]) != _INDEX_CODECS:
+            index_codecs = _plain(outer["index_codecs"])
+            if (len(codecs), outer["index_location"], index_codecs) != (1, "end", _INDEX_CODECS):
                 raise ValueError("another kind of shard")
-            self.chunks = tuple(map(int, outer["chunk_shape"]))
+            self.chunks = _whole_numbers(outer["chunk_shape"])
             codecs = outer["codecs"]
         codecs = _plain(codecs)
-        if (not self.is_sharded and codecs[-1] != _CRC) or len(codecs) != 3:
+        if codecs[-1] != _CRC or len(codecs) != 3:
             raise ValueError("other codecs than zarrtrace's")
         serializer, compressor, _ = codecs
-        if serializer not in ([_TEXT] if self.is_text else [_BYTES, _ONE_BYTE]):
+        if serializer not in ([_TEXT] if self.is_text else [_BYTES, _ONE_BYTE]) or (
+            serializer == _ONE_BYTE and self.dtype.itemsize > 1
+        ):
             raise ValueError("another serializer")
         self._is_blosc = compressor["name"] == "blosc"
         if not self._is_blosc and compressor["name"] != "zstd":
             raise ValueError(f"unknown codec {compressor['name']!r}")
-        self._compressor: Any = (
-            Blosc(
-                cname=compressor["configuration"]["cname"],
-                clevel=int(compressor["configuration"]["clevel"]),
-                shuffle=Blosc.SHUFFLE,
-                blocksize=int(compressor["configuration"]["blocksize"]),
-            )
-            if self._is_blosc
-            else Zstd(level=int(compressor["configuration"]["level"]))
-        )
-        pairs = list(zip(self.file_shape, self.chunks, strict=True))
-        if any(not chunk or size % chunk for size, chunk in pairs):
-            raise ValueError("files do not hold whole chunks")
-        self.grid = tuple(size // chunk for size, chunk in pairs)
+        self._compressor: Any = _compressor(compressor, self.dtype.itemsize)
+        self._check_sizes()
+        self.grid = tuple(f // c for f, c in zip(self.file_shape, self.chunks, strict=True))
         self.strides = tuple(math.prod(self.grid[at + 1 :]) for at in range(len(self.grid)))
         self.count = math.prod(self.grid)
         self.decoded = self.dtype.itemsize * math.prod(self.chunks)
         if self.decoded > _MOST_DECODED:
             raise ValueError(f"chunks of {self.decoded} bytes")
         self._little = self.dtype.newbyteorder("<")
+
+    def _check_sizes(self) -> None:
+        """Refuse chunks larger than the array, and files that do not hold whole chunks of it."""
+        for size, file, chunk in zip(self.shape, self.file_shape, self.chunks, strict=True):
+            most = max(size, 1)
+            if not 1 <= chunk <= most or file % chunk or not 1 <= file <= -(-most // chunk) * chunk:
+                raise ValueError(
+                    f"chunk_shape {list(self.chunks)} in {list(self.file_shape)}, the array's "
+                    f"shape is {list(self.shape)}"
+                )
 
     @property
     def tail_bytes(self) -> int:
@@ -156,12 +166,17 @@ class ArrayEncoding:
         compressed = checked(content)
         if self.is_text:
             _check_size(_zstd_size(compressed), None)
-            text: np.ndarray = VLenUTF8().decode(self._compressor.decode(compressed))
+            content = self._compressor.decode(compressed)
+            # Memory for so many texts is allocated before the first is read.
+            _check_size(int.from_bytes(content[:CRC_BYTES], "little"), math.prod(self.chunks))
+            text: np.ndarray = VLenUTF8().decode(content)
             return text.reshape(self.chunks)
         room = _scratch(self.decoded)
         if self._is_blosc:
-            # Header of C-Blosc: four bytes of versions and flags, then the size of the content.
+            # Header of C-Blosc: four bytes of versions and flags, then the sizes of the content, of
+            # a block, and of all of it. C-Blosc believes the last, and reads beyond the chunk.
             _check_size(int.from_bytes(compressed[4:8], "little"), self.decoded)
+            _check_size(int.from_bytes(compressed[12:16], "little"), len(compressed))
             blosc.decompress(compressed, room)
         else:
             _check_size(_zstd_size(compressed), self.decoded)
@@ -171,14 +186,60 @@ class ArrayEncoding:
 
 def _refuse_foreign(metadata: Mapping[str, Any]) -> None:
     """Refuse what would change the meaning of bytes or numbers, and zarrtrace never writes."""
+    if metadata["zarr_format"] != 3 or metadata["node_type"] != "array":
+        raise ValueError("not an array of Zarr's format 3")
+    if unknown := sorted(metadata.keys() - _FIELDS):
+        raise ValueError(f"unknown field {unknown[0]!r}")
+    if metadata["data_type"] not in _TYPES:
+        raise ValueError(f"data_type {metadata['data_type']!r}")
     key = metadata["chunk_key_encoding"]
     if key != {"name": "default", "configuration": {"separator": "."}}:
-        raise ValueError(f"chunk keys are encoded as {key}")
-    if metadata["chunk_grid"]["name"] != "regular" or metadata.get("storage_transformers"):
-        raise ValueError("another chunk grid, or storage transformers")
-    scaled = {"scale_factor", "add_offset", "_FillValue", "missing_value", "dtype", "_Unsigned"}
-    if found := sorted(scaled & {*metadata["attributes"]}):
+        raise ValueError(f"chunk_key_encoding is {key}")
+    if metadata["chunk_grid"]["name"] != "regular":
+        raise ValueError(f"chunk_grid is {metadata['chunk_grid']['name']!r}")
+    if metadata.get("storage_transformers"):
+        raise ValueError("it has storage_transformers")
+    if found := sorted(_SCALED & {*metadata["attributes"]}):
         raise ValueError(f"attribute {found[0]!r} would change its numbers")
+
+
+def _whole_numbers(sizes: Any) -> tuple[int, ...]:
+    """Return sizes as they stand in JSON: no fractions, no truth values, no text."""
+    if not isinstance(sizes, list) or any(type(size) is not int or size < 0 for size in sizes):
+        raise ValueError(f"sizes {sizes!r}")
+    return tuple(sizes)
+
+
+def _fill(value: Any, dtype: np.dtype[Any]) -> Any:
+    """Return the value of what is not stored: NaN, no text, false, 0 or no id."""
+    if dtype.kind == "f" and value == "NaN":
+        return dtype.type(math.nan)
+    known = {"O": [""], "b": [False], "f": []}.get(dtype.kind, [0, NO_ID])
+    if value not in known or type(value) is not type(known[0]):
+        raise ValueError(f"fill_value {value!r}")
+    return value if dtype.kind == "O" else dtype.type(value)
+
+
+def _compressor(codec: Mapping[str, Any], itemsize: int) -> Any:
+    """Return the codec of numcodecs."""
+    options = codec["configuration"]
+    is_blosc = codec["name"] == "blosc"
+    level, block = options["clevel" if is_blosc else "level"], options.get("blocksize", 1)
+    expected = (
+        {"typesize": itemsize, "cname": "zstd", "shuffle": "shuffle", "clevel": level}
+        if is_blosc
+        else {"level": level, "checksum": False}
+    )
+    if (
+        options != (expected | {"blocksize": block} if is_blosc else expected)
+        or any(type(size) is not int or size < 1 for size in (level, block))
+        or level > _MOST_LEVEL
+        or block > _MOST_DECODED
+    ):
+        raise ValueError(f"codec with {options!r}")
+    if not is_blosc:
+        return Zstd(level=level)
+    return Blosc(cname="zstd", clevel=level, shuffle=Blosc.SHUFFLE, blocksize=block)
 
 
 def _plain(codecs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -62,7 +62,7 @@ def _array(path: Location, node: Mapping[str, Any]) -> Iterator[Damage]:
             yield Damage(name, _METADATA, (), "is not the metadata that was written")
     except FileNotFoundError:
         yield Damage(name, _METADATA, (), "is gone")
-    except (IntegrityError, ValueError, OSError) as error:
+    except (IntegrityError, ValueError, RecursionError, OSError) as error:
         yield Damage(name, _METADATA, (), _said(error))
     encoding = ArrayEncoding(node)
     for key, written in checksums_of(node).items():
@@ -104,6 +104,8 @@ def file_damage(
             yield Damage(name, key, all_of_it, "is not the file that was written")
         return
     try:
+        if len(content) < encoding.tail_bytes:
+            raise ValueError("the file is too short to hold it")
         entries = np.frombuffer(checked(content[-16 * encoding.count - CRC_BYTES :]), "<u8")
     except ValueError as error:
         yield Damage(name, key, all_of_it, f"its index is damaged: {error}")

@@ -76,10 +76,11 @@ def indexable_traces(run: Address) -> Iterator[IndexableTrace]:
     """
     run = locate(run)
     names = read_run(run).attributes.scenarios
+    numbers = {name: number for number, name in enumerate(names)}
     each = map if run.path is not None else at_once
-    for number, trace in enumerate(each(lambda name: _indexable(run / name), names)):
+    for trace in each(lambda name: _indexable(run / name), run.present(names)):
         if trace is not None:
-            yield trace._replace(number=number)
+            yield trace._replace(number=numbers[trace.path.name])
 
 
 def _indexable(path: Location) -> IndexableTrace | None:
@@ -271,8 +272,8 @@ def locked(run: Location) -> Iterator[None]:
 class IndexWriter:
     """Write the index of a run: layers in any order and from any process, then :meth:`finish`.
 
-    A context manager, to be used while the run is :func:`locked`. The index that was there stays until the
-    new one is whole.
+    A context manager, to be used while the run is :func:`locked`. The index that was there stays
+    until the new one is whole.
 
     Parameters
     ----------

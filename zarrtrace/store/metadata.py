@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
@@ -28,7 +29,7 @@ from zarrtrace.format.layout import LABELS, ArrayLayout
 from zarrtrace.scenarios import check_name
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store.chunks import Checksum, Checksums
-from zarrtrace.store.codecs import codecs_of, sharding
+from zarrtrace.store.codecs import ArrayEncoding, codecs_of, sharding
 
 Kind = Literal["run", "trace", "index"]
 #: Metadata of arrays by name.
@@ -46,11 +47,13 @@ _NO_SEAL = "0" * 16
 _SEAL = re.compile(rb'"seal": "([0-9a-f]{16})"')
 _GROUP = {"zarr_format": 3, "node_type": "group"}
 # What no trace exceeds; above it, metadata would only make us ask for memory or for files.
-_MOST_LABELS, _MOST_FILES = 2**24, 2**18
+_MOST_LABELS, _MOST_FILES, _MOST_BYTES, _MOST_SEALS = 2**24, 2**18, 2**30, 100
 # Names of arrays become folders.
 _ARRAY_NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)
-_JSON_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError,
-                RecursionError)  # fmt: skip
+_CHECKSUM = re.compile(r"[0-9a-f]{8}|[0-9a-f]{16}", re.ASCII)
+_FILE_KEY = re.compile(r"c(\.(0|[1-9]\d{0,8}))+", re.ASCII)
+#: What nonsense in JSON raises when it is parsed and taken for metadata.
+NONSENSE = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 
 _Attributes = TypeVar("_Attributes", IndexAttributes, RunAttributes, TraceAttributes)
 _MODELS: dict[str, type[IndexAttributes | RunAttributes | TraceAttributes]] = {
@@ -76,6 +79,8 @@ class Group(Generic[_Attributes]):
         Names of the coordinates that are no index.
     nodes
         Metadata of its arrays; of a run, of everything below it.
+    encodings
+        How its arrays are cut and encoded; empty for a run.
     """
 
     path: Location
@@ -83,6 +88,7 @@ class Group(Generic[_Attributes]):
     plain: dict[str, Any]
     labels: frozenset[str]
     nodes: Nodes
+    encodings: Mapping[str, ArrayEncoding]
 
 
 # --- writing -----------------------------------------------------------------------------------
@@ -145,11 +151,9 @@ def sealed_group(
             "metadata": nodes,
         }
     content = encoded(group)
-    return content.replace(_sealed(_NO_SEAL), _sealed(_hash(content)), 1)
-
-
-def _sealed(seal: str) -> bytes:
-    return f'"seal": "{seal}"'.encode()
+    # The attributes come first, and the seal is the last of them.
+    end = len(b'{"attributes": ') + len(encoded(plain)) - len(b'"}')
+    return content[: end - len(_NO_SEAL)] + _hash(content).encode() + content[end:]
 
 
 def _hash(content: bytes) -> str:
@@ -158,11 +162,12 @@ def _hash(content: bytes) -> str:
 
 def seal_holds(content: bytes) -> bool:
     """Whether a group's ``zarr.json`` is the one that was written."""
-    found = _SEAL.search(content)
-    if found is None:
-        return False
-    seal = found.group(1).decode()
-    return _hash(content.replace(_sealed(seal), _sealed(_NO_SEAL), 1)) == seal
+    # Something else may be called so, in the configuration of a run.
+    return any(
+        _hash(content[: found.start(1)] + _NO_SEAL.encode() + content[found.end(1) :])
+        == found.group(1).decode()
+        for found in itertools.islice(_SEAL.finditer(content), _MOST_SEALS)
+    )
 
 
 def labels_of(names: Iterable[str]) -> str:
@@ -172,6 +177,16 @@ def labels_of(names: Iterable[str]) -> str:
         [name for name in LABELS if name in there]
         + sorted(name for name in there if name.startswith("sae_"))
     )
+
+
+def repeated_nodes(trace: Group[TraceAttributes]) -> Nodes:
+    """Return what a run repeats of a trace's metadata, by path below the trace."""
+    group = {
+        "attributes": {**trace.plain, "coordinates": labels_of(trace.nodes)},
+        **_GROUP,
+        "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": {}},
+    }
+    return {"": group, **trace.nodes}
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -236,8 +251,10 @@ def _load(path: Location, wanted: str) -> tuple[bytes, dict[str, Any]]:
     """Read a group's ``zarr.json``."""
     file = path / "zarr.json"
     try:
+        if path.path is not None and (size := file.size()) > _MOST_BYTES:
+            raise ValueError(f"no zarr.json has {size} bytes")
         content = file.read()
-        group = json.loads(content)
+        group = json.loads(content, parse_constant=_refuse_constant)
         if not isinstance(group["attributes"], dict):
             raise TypeError("its attributes are not an object")
     except (FileNotFoundError, NotADirectoryError):
@@ -250,9 +267,13 @@ def _load(path: Location, wanted: str) -> tuple[bytes, dict[str, Any]]:
             why="It has no zarr.json.",
             remedy="Choose another path; nothing there was changed.",
         ) from None
-    except _JSON_ERRORS as error:
+    except (OSError, *NONSENSE) as error:
         raise damaged_metadata(file, error) from error
     return content, group
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def damaged_metadata(file: Location, error: object) -> IntegrityError:
@@ -273,7 +294,10 @@ def _attributes_of(path: Location, group: Mapping[str, Any], wanted: str) -> dic
             why="It was written before the first release.",
             remedy="Extract it again.",
         )
-    if plain.get("kind") not in _MODELS or "format_version" not in plain:
+    is_known = plain.get("kind") in list(_MODELS)
+    if "seal" in plain and not is_known:
+        raise damaged_metadata(path / "zarr.json", f"attribute kind: {plain.get('kind')!r}")
+    if not is_known or "format_version" not in plain:
         raise NotATraceError(
             f"{path}: exists, but is not a zarrtrace {wanted}",
             why="Its zarr.json lacks the attributes 'kind' and 'format_version'.",
@@ -306,13 +330,21 @@ def _read(path: Location, wanted: Kind) -> Group[Any]:
         )
     labels = plain.pop("coordinates", "")
     attributes = parse_attributes(file, plain, wanted)
-    nodes = (group.get("consolidated_metadata") or {}).get("metadata", {})
-    if wanted != "run":
-        try:
-            check_nodes(nodes)
-        except _JSON_ERRORS as error:
-            raise damaged_metadata(file, error) from error
-    return Group(path, attributes, plain, frozenset(labels.split()), nodes)
+    try:
+        nodes, encodings = _consolidated(group), {}
+        if wanted != "run":
+            encodings = check_nodes(nodes, labels.split(), attributes, is_whole=wanted == "trace")
+    except NONSENSE as error:
+        raise damaged_metadata(file, error) from error
+    return Group(path, attributes, plain, frozenset(labels.split()), nodes, encodings)
+
+
+def _consolidated(group: Mapping[str, Any]) -> Nodes:
+    """Return the metadata of all nodes below; none if there is none."""
+    nodes: Any = (group.get("consolidated_metadata") or {"metadata": {}})["metadata"]
+    if not all(isinstance(node, dict) for node in nodes.values()):
+        raise TypeError("consolidated_metadata: not an object of objects")
+    return dict(nodes)
 
 
 def parse_attributes(file: Location, plain: Mapping[str, Any], kind: Kind) -> Any:
@@ -343,35 +375,83 @@ def parse_attributes(file: Location, plain: Mapping[str, Any], kind: Kind) -> An
     return attributes
 
 
-def check_nodes(nodes: Nodes) -> None:
+def check_nodes(
+    nodes: Nodes,
+    labels: Iterable[str],
+    attributes: TraceAttributes | IndexAttributes,
+    *,
+    is_whole: bool,
+) -> dict[str, ArrayEncoding]:
     """Refuse metadata that no group of zarrtrace has, before anything is read by it.
+
+    Returns how the arrays are encoded.
+
+    Parameters
+    ----------
+    nodes
+        Metadata of arrays by name.
+    labels
+        Names of coordinates that are no index.
+    attributes
+        Of the group.
+    is_whole
+        Whether no file may be missing of arrays that are not written layer by layer; of coordinates
+        none ever may.
 
     Raises
     ------
-    ValueError, KeyError, TypeError
+    ValueError, LookupError, TypeError, AttributeError, OverflowError
     """
     if not nodes:
         raise ValueError("it has no consolidated metadata")
-    sizes: dict[str, int] = {}
+    sizes = {"layer": len(attributes.layers)}
+    if isinstance(attributes, TraceAttributes):
+        sizes["attention_layer"] = len(attributes.layers_of("attention_layer"))
+    labels, encodings = set(labels), {}
     for name, node in nodes.items():
-        if not _ARRAY_NAME.fullmatch(name):
-            raise ValueError(f"unknown array {name!r}")
-        shape = [int(size) for size in node["shape"]]
-        steps = [int(step) for step in node["chunk_grid"]["configuration"]["chunk_shape"]]
-        dims = node["dimension_names"]
-        if not all(isinstance(dim, str) for dim in dims) or len(set(dims)) < len(dims):
-            raise ValueError(f"dimensions {dims} of {name!r}")
-        if not shape or min(shape) < 0 or not len(shape) == len(dims) == len(steps):
-            raise ValueError(f"shape {shape} of {name!r} does not fit dimensions {dims}")
-        if min(steps) < 1:
-            raise ValueError(f"chunk_shape {steps} of {name!r}")
-        for dim, size in zip(dims, shape, strict=True):
-            if sizes.setdefault(dim, size) != size:
-                raise ValueError(f"{name!r} has {size} along {dim}, others {sizes[dim]}")
-        files = math.prod(-(-size // step) for size, step in zip(shape, steps, strict=True))
-        if files > _MOST_FILES or (len(shape) == 1 and shape[0] > _MOST_LABELS):
-            raise ValueError(f"no array has shape {shape} in files of {steps}")
-        checksums_of(node)
+        try:
+            encodings[name] = _check_node(name, node, sizes, is_whole=is_whole or name in labels)
+        except NONSENSE as error:
+            raise ValueError(f"array {name!r}: {error}") from error
+    if isinstance(attributes, TraceAttributes) and not {"layer", "key"} <= nodes.keys():
+        raise ValueError("it has no coordinates 'layer' and 'key'")
+    return encodings
+
+
+def _check_node(
+    name: str, node: Mapping[str, Any], sizes: dict[str, int], *, is_whole: bool
+) -> ArrayEncoding:
+    """Check an array, whose dimensions have the `sizes` seen so far."""
+    if not _ARRAY_NAME.fullmatch(name):
+        raise ValueError("zarrtrace writes no such name")
+    encoding, dims = ArrayEncoding(node), node["dimension_names"]
+    if not isinstance(dims, list) or not all(map(_ARRAY_NAME.fullmatch, dims)):
+        raise TypeError(f"dimensions {dims!r}")
+    shape = encoding.shape
+    if not shape or len(shape) != len(dims) or len(set(dims)) < len(dims):
+        raise ValueError(f"shape {shape} does not fit dimensions {dims}")
+    for dim, size in zip(dims, shape, strict=True):
+        if sizes.setdefault(dim, size) != size:
+            raise ValueError(f"shape {shape}: others have {sizes[dim]} along {dim}")
+    if name in dims and dims != [name]:
+        raise ValueError(f"it is the index of a dimension, and has dimensions {dims}")
+    counts = [-(-size // step) for size, step in zip(shape, encoding.file_shape, strict=True)]
+    if math.prod(counts) > _MOST_FILES or (len(shape) == 1 and shape[0] > _MOST_LABELS):
+        raise ValueError(f"no array has shape {shape} in files of {encoding.file_shape}")
+    # A layer that is missing reads as NaN, and is seen; a label that is missing would be wrong.
+    must_be_whole = name in dims or (is_whole and not encoding.is_sharded)
+    _check_files(checksums_of(node), counts, is_whole=must_be_whole)
+    return encoding
+
+
+def _check_files(files: Checksums, counts: Sequence[int], *, is_whole: bool) -> None:
+    """Compare an array's files with how many there can be along each dimension."""
+    for key in files:
+        place = list(map(int, key.split(".")[1:]))
+        if len(place) != len(counts) or any(at >= n for at, n in zip(place, counts, strict=True)):
+            raise ValueError(f"no file {key!r} belongs to it")
+    if is_whole and len(files) < math.prod(counts):
+        raise ValueError("files are missing")
 
 
 def checksums_of(node: Mapping[str, Any]) -> dict[str, Checksum]:
@@ -379,11 +459,13 @@ def checksums_of(node: Mapping[str, Any]) -> dict[str, Checksum]:
 
     Raises
     ------
-    ValueError, KeyError, TypeError, AttributeError
+    ValueError, LookupError, TypeError, AttributeError
         If they are missing or damaged.
     """
     found = {key: Checksum(*one) for key, one in node["attributes"][CHECKSUMS].items()}
     for key, one in found.items():
-        if not re.fullmatch(r"c(\.\d{1,9})+", key) or not isinstance(one.bytes, int):
+        if not _FILE_KEY.fullmatch(key) or type(one.bytes) is not int or one.bytes < 0:
             raise ValueError(f"no file {key!r} belongs to an array")
+        if not _CHECKSUM.fullmatch(one.checksum):
+            raise ValueError(f"no checksum of {key!r}: {one.checksum!r}")
     return found

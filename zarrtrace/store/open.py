@@ -20,6 +20,7 @@ from zarrtrace.store.chunks import FileIndex
 from zarrtrace.store.codecs import ArrayEncoding
 from zarrtrace.store.metadata import CHECKSUMS, REPAIR, Group, checksums_of, read_run, read_trace
 from zarrtrace.store.publish import replaced
+from zarrtrace.store.staged import staging_folder
 from zarrtrace.store.staged_reader import read_staged
 from zarrtrace.store.trace_writer import incomplete
 
@@ -120,7 +121,9 @@ def open_run(
         raise _between_two(path, error) from None
     names = run.attributes.scenarios
     each = map if path.path is not None else at_once
-    opened = dict(zip(names, each(lambda name: _child(path / name, chunks), names), strict=True))
+    present = path.present(names)
+    found = each(lambda name: _child(path / name, chunks), present)
+    opened = {**dict.fromkeys(names), **dict(zip(present, found, strict=True))}
     absent = [name for name, ds in opened.items() if ds is None]
     if absent and missing == "raise":
         raise IncompleteError(
@@ -130,7 +133,7 @@ def open_run(
             remedy="Run the same 'zarrtrace extract' again to resume it, or open the run with "
             "missing='nan'.",
         )
-    for name in absent:
+    for name in locate(staging_folder(path)).present(absent):
         with contextlib.suppress(NotATraceError):
             opened[name] = open_trace(path / name, chunks=chunks, missing=missing)
     tree = xr.DataTree(xr.Dataset(attrs=run.plain), name=path.name)
@@ -205,7 +208,7 @@ def _dataset(
     tokens = 0
     with _damage_explained(trace.path):
         for name, node in sorted(trace.nodes.items()):
-            encoding = ArrayEncoding(node)
+            encoding = trace.encodings[name]
             array = StoredArray(
                 trace.path / name,
                 encoding,
@@ -237,6 +240,8 @@ def _index(
 ) -> tuple[xr.Variable, PandasIndex]:
     """Return the index of a dimension, read only where the attributes do not say what it holds."""
     (size,) = array.shape
+    if array.dtype != np.int64:
+        raise ValueError(f"{name} is of type {array.dtype}")
     labels: np.ndarray
     if name in ("layer", "attention_layer"):
         labels = np.asarray(attributes.layers_of(name), array.dtype)

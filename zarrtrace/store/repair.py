@@ -9,15 +9,13 @@ import numpy as np
 
 from zarrtrace.errors import StoreError
 from zarrtrace.format.attributes import TraceAttributes
-from zarrtrace.format.layout import ArrayLayout
+from zarrtrace.format.layout import NEXT_TOKEN, ArrayLayout
 from zarrtrace.storage import Location
 from zarrtrace.store.array import StoredArray
 from zarrtrace.store.chunks import LayerGrid, read_index
 from zarrtrace.store.codecs import ArrayEncoding
 from zarrtrace.store.damage import find_damage
 from zarrtrace.store.metadata import Nodes, array_metadata, checksums_of, read_trace
-
-_TOKENS = ("next_token", "next_token_logprob", "next_token_text")
 
 
 @dataclass
@@ -78,9 +76,9 @@ class SoundParts:
             name: StoredArray(
                 self.path / name, ArrayEncoding(self.nodes[name]), checksums_of(self.nodes[name])
             ).load()
-            for name in _TOKENS
+            for name in NEXT_TOKEN
         }
-        return values, [name for name in _TOKENS if name in self.nonfinite]
+        return values, [name for name in NEXT_TOKEN if name in self.nonfinite]
 
 
 def sound_parts(
@@ -121,7 +119,7 @@ def sound_parts(
             places = range(len(layers)) if one.first is None else one.first
             bad |= {layers[place] for place in places if place < len(layers)}
     found.layers = set(attributes.layers) - bad
-    found.has_tokens = not any(one.array in _TOKENS for one in damage)
+    found.has_tokens = not any(one.array in NEXT_TOKEN for one in damage)
     found.is_whole = not damage
     found.nonfinite, found.nodes = trace.attributes.nonfinite, trace.nodes
     found.versions = trace.attributes.versions

@@ -18,6 +18,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
+from zarrtrace.errors import IntegrityError
 from zarrtrace.format.attributes import TraceAttributes
 from zarrtrace.format.layout import ArrayLayout
 from zarrtrace.identity import combined_versions
@@ -26,13 +27,25 @@ from zarrtrace.storage.locks import FileLock
 from zarrtrace.store.chunks import (
     Checksum,
     LayerGrid,
+    crc_of,
     encode_file,
     file_key,
     tail_of,
 )
 from zarrtrace.store.codecs import CRC_BYTES, ArrayEncoding
-from zarrtrace.store.journal import JOURNAL, Line, append_line, cut_journal, read_lines
-from zarrtrace.store.metadata import Nodes, array_metadata, encoded, sealed_group
+from zarrtrace.store.journal import (
+    JOURNAL,
+    Line,
+    StoredLayer,
+    StoredTokens,
+    append_line,
+    cut_journal,
+    read_lines,
+    stored_layer,
+    stored_tokens,
+    stored_versions,
+)
+from zarrtrace.store.metadata import NONSENSE, Nodes, array_metadata, encoded, sealed_group
 
 #: Name of the folder in a run in which traces are written.
 STAGED = ".staged"
@@ -120,20 +133,42 @@ class StagedTrace:
             self._write_whole(name, values)
         append_line(self.folder, {**self._header(), "files": self._recorded(coordinates)})
 
-    def resume(self, coordinates: Mapping[str, np.ndarray]) -> bool:
+    def resume(
+        self, coordinates: Mapping[str, np.ndarray], expected: Mapping[int, Iterable[str]]
+    ) -> bool:
         """Continue what an earlier process left; False if there is nothing to continue.
 
         What follows the last line of the journal that holds is cut off. If other versions of
-        libraries began the trace, both are named. Bytes of all chunks are
-        compared with their checksums: after a loss of power, files may hold other bytes.
+        libraries began the trace, both are named. Bytes of all chunks are compared with their
+        checksums: after a loss of power, files may hold other bytes.
+
+        Parameters
+        ----------
+        coordinates
+            Values of coordinates.
+        expected
+            The arrays that each layer has.
         """
         self._clear()
+        try:
+            is_there = self._resume(coordinates, expected)
+        except (*NONSENSE, FileNotFoundError, IsADirectoryError, IntegrityError):
+            is_there = False  # not what was written: to begin anew loses nothing but time
+        if not is_there:
+            self._clear()
+        return is_there
+
+    def _resume(
+        self, coordinates: Mapping[str, np.ndarray], expected: Mapping[int, Iterable[str]]
+    ) -> bool:
+        if any(path.is_symlink() for path in self.folder.rglob("*")):
+            return False  # what is appended must not go elsewhere
         lines = read_lines(self.folder)
         header, end = next(lines, ({}, 0))
-        files, expected = header.pop("files", None), json.loads(json.dumps(self._header()))
-        now = expected["attributes"].pop("versions")
-        known = header.get("attributes", {}).pop("versions", None)
-        if expected != header or not isinstance(files, dict):
+        files, wanted = header.pop("files", None), json.loads(json.dumps(self._header()))
+        now = wanted["attributes"].pop("versions")
+        known = stored_versions(header.get("attributes", {}).pop("versions", {}))
+        if wanted != header or not isinstance(files, dict):
             return False
         for name, values in coordinates.items():
             content, checksum = encode_file(self.encodings[name], values)
@@ -141,7 +176,7 @@ class StagedTrace:
                 return False
             self._whole[name] = {"c.0": checksum}
         for line, behind in lines:
-            if not self._holds(line):
+            if not self._holds(line, expected):
                 break
             known, end = line.get("versions", known), behind
         cut_journal(self.folder, end)
@@ -158,36 +193,48 @@ class StagedTrace:
         except FileNotFoundError:
             return b""
 
-    def _holds(self, line: Line) -> bool:
+    def _holds(self, line: Line, expected: Mapping[int, Iterable[str]]) -> bool:
         """Take a line of the journal, if its bytes are there."""
-        if "versions" in line:
-            return True
-        if "layer" not in line:
-            whole = {n: {k: Checksum(*c) for k, c in f.items()} for n, f in line["files"].items()}
-            if any(
-                len(content := self._read(name, key)) != one.bytes
-                or f"{google_crc32c.value(content[:-CRC_BYTES]):08x}" != one.checksum
-                for name, files in whole.items()
-                for key, one in files.items()
-            ):
-                return False
-            self._whole |= whole
-            self.has_tokens = True
-            self._note_nonfinite(line["nonfinite"], None)
-            return True
-        before = dict(self._sizes)
-        for name, pairs in line["chunks"].items():
-            if not self._chunks_hold(name, self._place(name, line["layer"]), pairs):
-                self._sizes = before
-                return False
-        for name, pairs in line["chunks"].items():
-            self._chunks[name, self._place(name, line["layer"])] = np.array(pairs, np.uint32)
-        self.layers.append(line["layer"])
-        self._note_nonfinite(line["nonfinite"], line["layer"])
+        try:
+            if "versions" in line:
+                return bool(stored_versions(line["versions"]))
+            if "layer" not in line:
+                return self._tokens_hold(stored_tokens(line, self.encodings))
+            return self._layer_holds(stored_layer(line, self.grids), expected)
+        except NONSENSE:
+            return False
+
+    def _tokens_hold(self, found: StoredTokens) -> bool:
+        if self.has_tokens or any(
+            not _is_written(self._read(name, key), one)
+            for name, files in found.files.items()
+            for key, one in files.items()
+        ):
+            return False
+        self._whole |= found.files
+        self.has_tokens = True
+        self._note_nonfinite(found.nonfinite, None)
         return True
 
-    def _chunks_hold(self, name: str, layer: int, pairs: Sequence[Sequence[int]]) -> bool:
-        by_file: dict[str, list[Sequence[int]]] = {}
+    def _layer_holds(self, found: StoredLayer, expected: Mapping[int, Iterable[str]]) -> bool:
+        # Chunks stand in the order of layers: no other layer can have come next.
+        if [*self.layers, found.layer] != [*self._attributes.layers[: len(self.layers) + 1]]:
+            return False
+        if set(found.chunks) != set(expected[found.layer]):
+            return False
+        before = dict(self._sizes)
+        for name, pairs in found.chunks.items():
+            if not self._chunks_hold(name, self._place(name, found.layer), pairs):
+                self._sizes = before
+                return False
+        for name, pairs in found.chunks.items():
+            self._chunks[name, self._place(name, found.layer)] = np.array(pairs, np.uint32)
+        self.layers.append(found.layer)
+        self._note_nonfinite(found.nonfinite, found.layer)
+        return True
+
+    def _chunks_hold(self, name: str, layer: int, pairs: Sequence[tuple[int, int]]) -> bool:
+        by_file: dict[str, list[tuple[int, int]]] = {}
         for number, pair in enumerate(pairs):
             by_file.setdefault(self.grids[name].file_of(layer, number)[0], []).append(pair)
         for key, found in by_file.items():
@@ -212,7 +259,7 @@ class StagedTrace:
     def _cut_files(self) -> None:
         """Cut off what was written after the last line of the journal."""
         for file in self.folder.iterdir():
-            if file.is_file() and file.name != JOURNAL:
+            if file.name not in self._layouts and file.name != JOURNAL:
                 file.unlink()
         for name in self._layouts:
             for file in (self.folder / name).iterdir():
@@ -238,10 +285,12 @@ class StagedTrace:
         by_file: dict[str, list[bytes]] = {}
         for number, chunk in enumerate(chunks, len(known)):
             by_file.setdefault(grid.file_of(place, number)[0], []).append(chunk)
+        sizes = {}
         for key, parts in by_file.items():
-            disk.append(self.folder / name / key, parts)
             size = self._sizes.get((name, key), 0)
-            self._sizes[name, key] = size + sum(map(len, parts))
+            disk.append(self.folder / name / key, parts, size)
+            sizes[name, key] = size + sum(map(len, parts))
+        self._sizes |= sizes
         pairs = [(len(one), int.from_bytes(one[-CRC_BYTES:], "little")) for one in chunks]
         self._chunks[name, place] = np.concatenate([known, np.array(pairs, np.uint32)])
 
@@ -295,7 +344,7 @@ class StagedTrace:
         checksums = {name: dict(self._whole.get(name, {})) for name in self._layouts}
         for name, key, stored in self._stored_chunks():
             tail, checksums[name][key] = tail_of(self.encodings[name], stored)
-            disk.append(self.folder / name / key, [tail])
+            disk.append(self.folder / name / key, [tail], self._sizes[name, key])
         nodes: Nodes = {}
         for name, layout in sorted(self._layouts.items()):
             nodes[name] = array_metadata(layout, checksums[name])
@@ -311,6 +360,12 @@ class StagedTrace:
     def end(self) -> None:
         """Remove the journal: the trace is complete, and the disk holds it."""
         (self.folder / JOURNAL).unlink()
+
+
+def _is_written(content: bytes, checksum: Checksum) -> bool:
+    """Whether a file of one chunk is the one that was written."""
+    crc = f"{google_crc32c.value(content[:-CRC_BYTES]):08x}"
+    return (len(content), crc, crc_of(content)) == (*checksum, checksum.checksum)
 
 
 # --- several writers of one run ----------------------------------------------------------------

@@ -12,6 +12,7 @@ from zarrtrace.storage import Address, Location, at_once, locate
 from zarrtrace.store.array import StoredArray
 from zarrtrace.store.codecs import ArrayEncoding
 from zarrtrace.store.metadata import Group, checksums_of, kind_of, read_run, read_trace
+from zarrtrace.store.staged import staging_folder
 from zarrtrace.store.staged_reader import read_staged
 
 _ITEMSIZE = {"float16": 2, "float32": 4, "uint32": 4, "int64": 8, "bool": 1}
@@ -70,16 +71,17 @@ def summarize(path: Address) -> RunSummary:
     if kind_of(path) == "run":
         run = read_run(path).attributes
         names, is_complete = run.scenarios, run.complete
-        folders = [path / name for name in names]
+        begun = {*path.present(names), *locate(staging_folder(path)).present(names)}
+        folders = [path / name for name in names if name in begun]
     each = map if path.path is not None else at_once
-    found = dict(zip(names, each(_trace, folders), strict=True))
-    traces = tuple(trace for trace in found.values() if trace is not None)
+    traces = tuple(trace for trace in each(_trace, folders) if trace is not None)
+    summarized = {trace.scenario for trace in traces}
     return RunSummary(
         path=str(path),
         format_version=FORMAT_VERSION,
         complete=is_complete and len(traces) == len(names) and all(t.complete for t in traces),
         traces=traces,
-        scenarios_missing=tuple(name for name, trace in found.items() if trace is None),
+        scenarios_missing=tuple(name for name in names if name and name not in summarized),
         bytes_on_disk=sum(trace.bytes_on_disk for trace in traces),
         bytes_dense=sum(trace.bytes_dense for trace in traces),
     )

@@ -23,8 +23,6 @@ from zarrtrace.store.publish import end_replacing, publish_folder
 from zarrtrace.store.repair import SoundParts, sound_parts
 from zarrtrace.store.staged import StagedTrace, staging_folder
 
-_TOKENS = ("next_token", "next_token_logprob", "next_token_text")
-
 
 class TraceWriter:
     """Write one trace layer by layer, in any order, from any thread.
@@ -72,7 +70,7 @@ class TraceWriter:
                 end_replacing(folder, self.path.path)
             self._is_published = self._open(repair=repair)
             if not self._is_published and self._source is None:
-                self._begun = self._staged.resume(self._coordinates)
+                self._begun = self._staged.resume(self._coordinates, self._expected)
 
     def _open(self, *, repair: bool) -> bool:
         """Whether the trace is there, complete; notes its sound parts if it is to be repaired."""
@@ -191,11 +189,12 @@ class TraceWriter:
                 f"on; the array's is {inner}",
                 remedy="Give every record the sizes that the trace was created with.",
             )
-        step = layout.chunks[axis + 1]
-        if start % step:
+        step, end = layout.chunks[axis + 1], start + rows
+        if start % step or (end % step and end < inner[axis]):
+            where = f"start at {start}" if start % step else f"end at {end}"
             raise StoreError(
-                f"{self.path}: rows of {name} start at {start}, in the middle of a chunk",
-                remedy=f"Start records at multiples of {step} rows.",
+                f"{self.path}: rows of {name} {where}, in the middle of a chunk",
+                remedy=f"Start and end records at multiples of {step} rows.",
             )
         return rows, list(encode_rows(layout, self._staged.encodings[name], value))
 
@@ -218,13 +217,15 @@ class TraceWriter:
             for name, rows in expected.items():
                 waiting = self._waiting.get((name, layer), {})
                 while (start := self._rows.get(name, 0)) in waiting and start < rows:
-                    count, chunks = waiting.pop(start)
+                    count, chunks = waiting[start]
                     self._staged.append(name, layer, chunks)
                     self._rows[name] = start + count
+                    del waiting[start]
             if any(self._rows.get(name, 0) < rows for name, rows in expected.items()):
                 return
-            found = dict.fromkeys(self._nonfinite.pop(layer))
+            found = dict.fromkeys(self._nonfinite[layer])
             self._staged.end_layer(layer, list(expected), list(found))
+            del self._nonfinite[layer]
             self._rows.clear()
             for name in expected:
                 self._waiting.pop((name, layer), None)

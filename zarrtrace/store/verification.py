@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,12 +10,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pydantic import BaseModel
 
 from zarrtrace.errors import StoreError
-from zarrtrace.format.attributes import TraceAttributes
+from zarrtrace.format.attributes import RunAttributes, TraceAttributes
 from zarrtrace.format.layout import INDEX
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store.damage import Damage, find_damage
 from zarrtrace.store.index_arrays import stale_scenarios
-from zarrtrace.store.metadata import Group, kind_of, read_index_group, read_run, read_trace
+from zarrtrace.store.metadata import (
+    Group,
+    Nodes,
+    kind_of,
+    read_index_group,
+    read_run,
+    read_trace,
+    repeated_nodes,
+)
 from zarrtrace.store.staged import STAGED
 
 # Files beside the traces of a run that belong to it.
@@ -107,18 +116,20 @@ def _problems(scenario: str, trace: Group[TraceAttributes], damage: Damage) -> I
         )
 
 
-def _consolidated(run: Group) -> Iterator[Problem]:  # type: ignore[type-arg]
+def _consolidated(run: Group[RunAttributes]) -> Iterator[Problem]:
     """Compare the metadata that a run repeats with that of its traces."""
+    repeated: dict[str, Nodes] = {}
     for name, node in run.nodes.items():
-        scenario = name.partition("/")[0]
-        try:
-            trace = read_trace(run.path / scenario)
-        except StoreError:
-            continue  # said of the trace itself
-        own = trace.nodes.get(name.partition("/")[2])
-        if "/" in name and own != node:
-            yield Problem(scenario=scenario, message="the run's copy of its metadata is another")
-            return
+        scenario, _, array = name.partition("/")
+        repeated.setdefault(scenario, {})[array] = node
+    for scenario, nodes in repeated.items():
+        message = "the run's copy of its metadata is another"
+        if scenario not in run.attributes.scenarios:
+            yield Problem(scenario=None, message=f"repeats metadata of {scenario!r}: no such trace")
+            continue
+        with contextlib.suppress(StoreError):  # said of the trace itself
+            if nodes != repeated_nodes(read_trace(run.path / scenario)):
+                yield Problem(scenario=scenario, message=message)
 
 
 def _unknown(path: Location, names: Sequence[str]) -> Iterator[Problem]:
