@@ -209,3 +209,10 @@ def test_chunks_are_those_of_the_table(tokens: int) -> None:
         if one.shards is not None:
             itemsize = np.dtype(one.dtype).itemsize
             assert math.prod(one.shards) * itemsize <= 2**29
+
+
+def test_chunks_of_what_is_small_hold_no_more_rows_than_64_mib_of_what_is_large() -> None:
+    layout = trace_layout(fakes.make_shape(tokens=40_000, heads=32, features=2**17))
+    row = 32 * 40_000 * 4
+    assert layout["attention_mean"].chunks[1] == 2**26 // (4 * row) * 4 == 12
+    assert layout["top_feature"].chunks[1] == 2**26 // (2**17 * 4) == 128
