@@ -26,16 +26,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from zarrtrace.store.attributes import read_trace_attributes
-from zarrtrace.store.nodes import consolidate
 
 import zarrtrace as zt
 from zarrtrace import analysis
 from zarrtrace.cli.shared import computing
 from zarrtrace.format.attributes import OptionAttributes, SpanAttributes, TraceAttributes
 from zarrtrace.format.layout import TraceShape
-from zarrtrace.records import FeatureRecord, LayerRecord, Tokens, TokensRecord
-from zarrtrace.store import RunWriter
+from zarrtrace.records import FeatureRecord, LayerRecord, Tokens, TokensRecord, TracePlan
+from zarrtrace.store import RunWriter, read_trace
+from zarrtrace.store.metadata import sealed_group
 
 LAYERS, HEADS, TOKENS, FEATURES, ACTIVE = tuple(range(1, 32)), 32, 121, 32_768, 50
 STORED = 8
@@ -104,13 +103,15 @@ def _write_trace(run: RunWriter, name: str, number: int) -> None:
         versions={},
     )
     words = [f" word{i % 40}" for i in range(TOKENS)]
-    with run.trace(attributes, shape, Tokens(ids=list(range(TOKENS)), texts=words)) as trace:
+    tokens = Tokens(ids=list(range(TOKENS)), texts=words)
+    with run.trace(TracePlan(attributes, shape, tokens)) as trace:
         for layer in trace.missing_layers:
             trace.append(_layer(rng, name, layer))
         ids = np.tile(np.arange(10, dtype=np.uint32), (TOKENS, 1))
         logprobs = -np.sort(rng.exponential(3, (TOKENS, 10))).astype(np.float32)
         if trace.needs_tokens:
-            trace.append(TokensRecord(name, ids, logprobs))
+            texts = np.full(ids.shape, " word", object)
+            trace.append(TokensRecord(name, ids, logprobs, texts))
 
 
 def _layer(rng: np.random.Generator, name: str, layer: int) -> LayerRecord:
@@ -126,9 +127,11 @@ def _layer(rng: np.random.Generator, name: str, layer: int) -> LayerRecord:
 
 
 def _copy_trace(source: Path, target: Path) -> None:
+    """Copy a trace under another name; its sealed metadata is written anew."""
+    trace = read_trace(source)
     shutil.copytree(source, target)
-    attributes = read_trace_attributes(target).model_dump(mode="json")
-    consolidate(target, {**attributes, "scenario": target.name})
+    attributes = trace.attributes.model_copy(update={"scenario": target.name})
+    (target / "zarr.json").write_bytes(sealed_group(attributes, trace.nodes))
 
 
 def used() -> tuple[float, float]:

@@ -4,7 +4,7 @@ The embedded model with attention and features. Contenders take turns; libraries
 loaded before the clock starts. "one core" pins a whole process, with the threads that compress and
 write, to one core, as a cluster would be that leaves no core free; without it, the writers of one
 process use the second core already. The last lines are the costs that `scripts/plan_cluster.py`
-takes: of a task and of a report at the scheduler, of tokenising, and of finishing the manifest.
+takes: of a task and of a report at the scheduler, of tokenising, and of finishing the run.
 
     python scripts/bench_cluster.py [--scenarios 20] [--repeats 3] [--json FILE]
 """

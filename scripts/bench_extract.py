@@ -122,7 +122,7 @@ def features_and_entropy(run: Path) -> dict[str, float]:
 
     size = bits = 0.0
     for name in zt.open_run(run).children:
-        size += size_of(run / name / "features" / "c")
+        size += size_of(run / name / "features")
         layers = zt.open_trace(run / name)["features"]
         for at in range(len(layers)):
             values = layers[at].values

@@ -23,7 +23,7 @@ import numpy as np
 from zarrtrace.format.attributes import SpanAttributes, TraceAttributes
 from zarrtrace.format.layout import TraceShape
 from zarrtrace.index import build_index, find_feature
-from zarrtrace.records import FeatureRecord, LayerRecord, Tokens, TokensRecord
+from zarrtrace.records import FeatureRecord, LayerRecord, Tokens, TokensRecord, TracePlan
 from zarrtrace.store import RunWriter
 
 LAYERS, HEADS, TOKENS, FEATURES, ACTIVE = (1, 2, 3, 4), 4, 64, 4096, 50
@@ -60,7 +60,8 @@ def _write_trace(run: RunWriter, name: str, number: int) -> None:
         layers=len(LAYERS), tokens=TOKENS, heads=HEADS, features={"features": FEATURES}
     )
     ids = rng.integers(0, 1000, TOKENS).tolist()
-    with run.trace(attributes, shape, Tokens(ids, [f" w{at}" for at in ids])) as trace:
+    tokens = Tokens(ids, [f" w{at}" for at in ids])
+    with run.trace(TracePlan(attributes, shape, tokens)) as trace:
         for layer in LAYERS:
             trace.append(_layer(rng, name, layer))
         trace.append(
@@ -68,6 +69,7 @@ def _write_trace(run: RunWriter, name: str, number: int) -> None:
                 scenario=name,
                 next_token=rng.integers(0, 1000, (TOKENS, 10), dtype=np.uint32),
                 next_token_logprob=-np.sort(rng.exponential(3, (TOKENS, 10))).astype(np.float32),
+                next_token_text=np.full((TOKENS, 10), " word", object),
             )
         )
 

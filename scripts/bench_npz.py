@@ -22,7 +22,7 @@ import numpy as np
 from zarrtrace.format.attributes import SpanAttributes, TraceAttributes
 from zarrtrace.format.layout import TraceShape
 from zarrtrace.npz import export_npz
-from zarrtrace.records import FeatureRecord, LayerRecord, Tokens
+from zarrtrace.records import FeatureRecord, LayerRecord, Tokens, TracePlan
 from zarrtrace.store import RunWriter
 
 TOKENS, HEADS, FEATURES = 121, 32, 32768
@@ -92,7 +92,7 @@ def write_run(path: Path, layers: list[Arrays]) -> None:
     )
     tokens = Tokens(ids=range(TOKENS), texts=[str(at) for at in range(TOKENS)])
     with RunWriter(path, ["bench"], {}) as run:
-        with run.trace(attributes, shape, tokens) as trace:
+        with run.trace(TracePlan(attributes, shape, tokens)) as trace:
             for layer, arrays in enumerate(layers):
                 trace.append(record(layer, arrays))
         run.finish()

@@ -1,264 +1,374 @@
-"""Compare reading from a store with reading NPZ files, one a layer, as the user's scripts do.
+"""Compare a trace with NPZ files of the same values: reading by several readers, writing, size.
 
-Both start with closed files. NumPy reads ``layer_N.npz`` layer after layer; zarrtrace opens the
-trace and selects. Plain Zarr opens the array alone, without labels, and reads the same chunks, with
-its own codec pipeline and with that of zarrs. At last, how long ``zarrtrace --help`` and ``info``
-take, as processes of their own with compiled bytecode.
+Values are those of a model in bfloat16: causal softmax of random scores with a sink, and features
+of which some fire at each token. Times are CPU time of this process, all its threads, medians of
+repeats in turns: other jobs of the machine change them little. Selections are timed on datasets
+that are open; opening is a figure of its own. NumPy opens each of its files, there is no other way.
 
-    python scripts/bench_read.py [--repeats 5] [--json FILE]
+    python scripts/bench_read.py [--tokens 121 277] [--active 50 1000] [--heads 32] [--repeats 5]
+                                 [--rows 32 --feature-tokens 64 --feature-columns 4096]
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import os
+import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import tensorstore
+import xarray as xr
 import zarr
 
 import zarrtrace as zt
 from zarrtrace.format.attributes import SpanAttributes, TraceAttributes
-from zarrtrace.format.layout import TraceShape
-from zarrtrace.records import FeatureRecord, LayerRecord, Tokens
+from zarrtrace.format.layout import (
+    DEFAULT_LIMITS,
+    NEXT_TOKENS,
+    Limits,
+    TraceShape,
+    attention_chunk_rows,
+)
+from zarrtrace.records import (
+    BFloat16,
+    LayerRecord,
+    SparseFeatures,
+    Tokens,
+    TokensRecord,
+    TracePlan,
+)
 from zarrtrace.store import TraceWriter
 
-HEADS, FEATURES, ACTIVE = 32, 32_768, 50
-BALANCE, FEATURE = [51, 52, 53], 14_826
-
-#: Tokens and layers: the mission's shape, and few layers of a long prompt.
-SHAPES = ((121, 31), (2_048, 4))
+FEATURES, FEATURE, KEYS = 32_768, 14_826, slice(51, 54)
+NAME = "bench"
 
 
-def attention(rng: np.random.Generator, tokens: int) -> np.ndarray:
-    """Return causal softmax attention ``(head, query, key)``, float32."""
-    scores = rng.normal(0, 2, (HEADS, tokens, tokens)).astype(np.float32)
-    scores[:, ~np.tri(tokens, dtype=bool)] = -np.inf
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    found: np.ndarray = weights / weights.sum(-1, keepdims=True)
+class Case(NamedTuple):
+    """The sizes of a trace, and active features a token."""
+
+    tokens: int
+    heads: int
+    active: int
+    layers: int
+    limits: Limits = DEFAULT_LIMITS
+
+    def __str__(self) -> str:
+        layers = "layer" if self.layers == 1 else "layers"
+        return (
+            f"{self.tokens:,} tokens, {self.layers} {layers}, {self.heads} heads, "
+            f"{self.active:,} active"
+        )
+
+
+# --- values ------------------------------------------------------------------------------------
+
+
+def attention(rng: np.random.Generator, heads: int, tokens: int) -> np.ndarray:
+    """Return causal softmax attention ``(head, query, key)``; the first token is a sink."""
+    found = np.empty((heads, tokens, tokens), np.float32)
+    for head in found:
+        weights = np.exp(2 * rng.standard_normal((tokens, tokens), np.float32))
+        weights[:, 0] *= 20
+        weights *= np.tri(tokens, dtype=np.float32)
+        head[:] = weights / weights.sum(-1, keepdims=True)
     return found
 
 
-def features(rng: np.random.Generator, tokens: int) -> np.ndarray:
-    """Return ``(query, feature)`` of which `ACTIVE` a token are above 0, float32."""
+def features(rng: np.random.Generator, tokens: int, active: int) -> np.ndarray:
+    """Return ``(query, feature)`` of which `active` a token are above 0, float32."""
     values = np.zeros((tokens, FEATURES), np.float32)
     for row in values:
-        row[rng.choice(FEATURES, ACTIVE, replace=False)] = rng.gamma(2.0, size=ACTIVE) + 0.3
+        row[rng.choice(FEATURES, active, replace=False)] = rng.gamma(2.0, size=active) + 0.3
     values[:, FEATURE] = 1  # the answer is not empty
     return values
 
 
-def build(folder: Path, tokens: int, layers: int) -> None:
-    """Write the same values as a trace and as NPZ files."""
+def bfloat16(values: np.ndarray) -> BFloat16:
+    """Cut values to bfloat16."""
+    return BFloat16((values.view(np.uint32) >> 16).astype(np.uint16))
+
+
+def sparse(values: np.ndarray, columns: int) -> SparseFeatures:
+    """Return what is not 0, as capture hands it over."""
+    blocks = [values[:, at : at + columns].reshape(-1) for at in range(0, FEATURES, columns)]
+    at = tuple(np.flatnonzero(block) for block in blocks)
+    found = tuple(block[here] for block, here in zip(blocks, at, strict=True))
+    return SparseFeatures(FEATURES, columns, at, found, np.ones(len(values), bool))
+
+
+def records(case: Case) -> list[LayerRecord | TokensRecord]:
+    """Return what a capture yields of one prompt."""
     rng = np.random.default_rng(0)
+    found: list[LayerRecord | TokensRecord] = []
+    for layer in range(case.layers):
+        weights = attention(rng, case.heads, case.tokens)
+        active = np.asarray(bfloat16(features(rng, case.tokens, case.active)))
+        record = sparse(active, case.limits.features).record()
+        found.append(
+            LayerRecord(NAME, layer, 0, bfloat16(weights), weights.mean(0), {"features": record})
+        )
+    ids = rng.integers(0, 128_000, (case.tokens, NEXT_TOKENS), dtype=np.uint32)
+    logprobs = -np.sort(rng.exponential(3, ids.shape)).astype(np.float32)
+    texts = np.vectorize(lambda number: f" word{number}", otypes=[object])(ids)
+    return [*found, TokensRecord(NAME, ids, logprobs, texts)]
+
+
+def plan(case: Case) -> TracePlan:
+    """Return the trace before its first layer."""
     attributes = TraceAttributes(
-        scenario="bench",
+        scenario=NAME,
         prompt=None,
-        spans={
-            "balance": SpanAttributes(characters=(), tokens=tuple(BALANCE)),
-            "decision": SpanAttributes(characters=(), tokens=(tokens - 1,)),
-        },
+        spans={"decision": SpanAttributes(characters=(), tokens=(case.tokens - 1,))},
         model=None,
-        layers=tuple(range(layers)),
+        layers=tuple(range(case.layers)),
         attention_dtype="float32",
         feature_dtype="float32",
         versions={},
     )
     shape = TraceShape(
-        layers=layers,
-        tokens=tokens,
-        heads=HEADS,
+        layers=case.layers,
+        tokens=case.tokens,
+        heads=case.heads,
         features={"features": FEATURES},
         attention_dtype="float32",
         feature_dtype="float32",
-        next_token=False,
+        limits=case.limits,
     )
-    labels = Tokens(ids=range(tokens), texts=[str(at) for at in range(tokens)])
-    npz = folder / "npz"
-    npz.mkdir()
-    with TraceWriter(folder / "bench", attributes, shape, labels) as trace:
-        for layer in range(layers):
-            weights, active = attention(rng, tokens), features(rng, tokens)
-            top = np.zeros((tokens, 32), np.uint32)
-            record = FeatureRecord(active, top, top.astype(np.float32))
-            trace.append(
-                LayerRecord(
-                    scenario="bench",
-                    layer=layer,
-                    attention=weights,
-                    attention_mean=weights.mean(0),
-                    features={"features": record},
-                )
+    texts = [f" word{at}" for at in range(case.tokens)]
+    return TracePlan(attributes, shape, Tokens(range(case.tokens), texts))
+
+
+# --- writing -----------------------------------------------------------------------------------
+
+
+def write_trace(folder: Path, case: Case, found: list[LayerRecord | TokensRecord]) -> None:
+    """Write the records as a trace."""
+    shutil.rmtree(folder / NAME, ignore_errors=True)
+    with TraceWriter(folder, plan(case)) as writer:
+        for record in found:
+            writer.append(record)
+
+
+def write_npz(folder: Path, found: list[LayerRecord | TokensRecord]) -> None:
+    """Write the same values as NumPy does."""
+    (folder / "npz").mkdir(exist_ok=True)
+    for record in found:
+        if isinstance(record, LayerRecord):
+            np.savez_compressed(
+                folder / "npz" / f"layer_{record.layer}.npz",
+                attention=np.asarray(record.attention),
+                features=np.asarray(record.features["features"].activations),
             )
-            np.savez_compressed(npz / f"layer_{layer}.npz", attention=weights, features=active)
 
 
-def files(folder: Path, layers: int) -> list[Path]:
-    """Return the NPZ files."""
-    return [folder / "npz" / f"layer_{layer}.npz" for layer in range(layers)]
+def size_of(folder: Path) -> int:
+    """Return the bytes of all files in a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def npz(folder: Path, layers: int, key: str, at: Any) -> np.ndarray:
-    """Read a part of every layer as the user's loop does."""
-    return np.stack([np.load(file)[key][at] for file in files(folder, layers)])
+# --- reading -----------------------------------------------------------------------------------
+
+#: What is asked for: an array, and an index of each of its dimensions.
+QUESTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "attention row, all layers": ("attention", {"query": -1, "key": KEYS}),
+    "one feature, all layers": ("features", {"feature": FEATURE}),
+    "last token's features, all layers": ("features", {"query": -1}),
+    "one layer of features": ("features", {"layer": 1}),
+    "one layer of attention": ("attention", {"layer": 1}),
+}
+DIMS = {"attention": ("layer", "head", "query", "key"), "features": ("layer", "query", "feature")}
 
 
-#: Codec pipelines of zarr-python.
-PIPELINES = {
-    "zarr": "zarr.core.codec_pipeline.BatchedCodecPipeline",
-    "zarrs": "zarrs.ZarrsCodecPipeline",
+def indices(array: str, chosen: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return an index of every dimension of an array."""
+    return tuple(chosen.get(dim, slice(None)) for dim in DIMS[array])
+
+
+class Reader(NamedTuple):
+    """How to open a trace, and to answer a question with what was opened."""
+
+    open: Callable[[Path], Any]
+    read: Callable[[Any, str, Mapping[str, Any]], np.ndarray]
+
+
+def _select(dataset: Any, array: str, chosen: Mapping[str, Any]) -> np.ndarray:
+    values: np.ndarray = dataset[array].isel(chosen).values
+    return values
+
+
+@contextlib.contextmanager
+def zarrs() -> Iterator[None]:
+    """Have zarr-python use the codecs of zarrs."""
+    with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
+        yield
+
+
+def _open_npz(folder: Path) -> list[Path]:
+    return [folder / "npz" / f"layer_{n}.npz" for n in range(len(list((folder / "npz").iterdir())))]
+
+
+def _read_npz(files: list[Path], array: str, chosen: Mapping[str, Any]) -> np.ndarray:
+    if "layer" in chosen:
+        one: np.ndarray = np.load(files[chosen["layer"]])[array]
+        return one
+    index = indices(array, chosen)[1:]
+    return np.stack([np.load(file)[array][index] for file in files])
+
+
+def _open_tensorstore(folder: Path) -> dict[str, Any]:
+    return {
+        name: tensorstore.open(
+            {
+                "driver": "zarr3",
+                "kvstore": {"driver": "file", "path": f"{folder / NAME / name}/"},
+            }
+        ).result()
+        for name in DIMS
+    }
+
+
+def _read_tensorstore(opened: Any, array: str, chosen: Mapping[str, Any]) -> np.ndarray:
+    at = {dim: n - 1 if chosen.get(dim) == -1 else None for dim, n in _sizes(opened[array], array)}
+    known = {dim: at[dim] if at[dim] is not None else index for dim, index in chosen.items()}
+    found: np.ndarray = opened[array][indices(array, known)].read().result()
+    return found
+
+
+def _sizes(opened: Any, array: str) -> list[tuple[str, int]]:
+    return list(zip(DIMS[array], opened.shape, strict=True))
+
+
+def _open_zarrs(folder: Path) -> Any:
+    with zarrs():
+        return xr.open_zarr(folder / NAME, chunks=None)
+
+
+def _read_zarrs(dataset: Any, array: str, chosen: Mapping[str, Any]) -> np.ndarray:
+    with zarrs():
+        return _select(dataset, array, chosen)
+
+
+NPZ = "NPZ"
+READERS: dict[str, Reader] = {
+    NPZ: Reader(_open_npz, _read_npz),
+    "open_trace": Reader(lambda folder: zt.open_trace(folder / NAME), _select),
+    "xarray": Reader(lambda folder: xr.open_zarr(folder / NAME, chunks=None), _select),
+    "xarray, zarrs": Reader(_open_zarrs, _read_zarrs),
+    "tensorstore": Reader(_open_tensorstore, _read_tensorstore),
 }
 
 
-def plain_zarr(folder: Path, parts: dict[str, Any], pipeline: str) -> list[np.ndarray]:
-    """Read parts of arrays with Zarr alone."""
-    with zarr.config.set({"codec_pipeline.path": PIPELINES[pipeline]}):
-        opened: dict[str, Any] = {
-            key: zarr.open_array(folder / "bench" / key, mode="r") for key in parts
-        }
-        return [opened[key][at] for key, at in parts.items()]
+def cpu_ms(act: Callable[[], Any]) -> float:
+    """Return the CPU milliseconds that something takes in all threads."""
+    start = time.process_time()
+    act()
+    return 1e3 * (time.process_time() - start)
 
 
-QUESTIONS: dict[str, tuple[Callable[[Any], Any], str, Any, Any]] = {
-    "attention[:, :, -1, balance], all layers": (
-        lambda ds: ds.attention.isel(query=-1, key=BALANCE),
-        "attention",
-        (slice(None), -1, BALANCE),
-        lambda tokens: (slice(None), slice(None), slice(tokens - 1, tokens), slice(51, 54)),
-    ),
-    "one feature, all layers and tokens": (
-        lambda ds: ds.features.sel(feature=FEATURE),
-        "features",
-        (slice(None), FEATURE),
-        lambda _tokens: (slice(None), slice(None), slice(FEATURE, FEATURE + 1)),
-    ),
-    "last token, all features, all layers": (
-        lambda ds: ds.features.isel(query=-1),
-        "features",
-        (-1,),
-        lambda tokens: (slice(None), slice(tokens - 1, tokens), slice(None)),
-    ),
-}
-
-
-def median(read: Callable[[], Any], repeats: int) -> float:
-    """Return the median of some repeats, in seconds."""
-    taken = []
+def medians(acts: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Return the median CPU milliseconds of each, measured in turns."""
+    taken: dict[str, list[float]] = {name: [] for name in acts}
     for _ in range(repeats):
-        start = time.perf_counter()
-        read()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+        for name, act in acts.items():
+            taken[name].append(cpu_ms(act))
+    return {name: statistics.median(found) for name, found in taken.items()}
 
 
-def whole_layer(folder: Path) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Return how each side reads attention and features of layer 2."""
+class Measured(NamedTuple):
+    """CPU milliseconds of readers by question, of opening by reader, of writing; and bytes."""
 
-    def old() -> list[np.ndarray]:
-        with np.load(folder / "npz" / "layer_2.npz") as opened:
-            return [opened[key] for key in ("attention", "features")]
-
-    def new() -> list[np.ndarray]:
-        ds = zt.open_trace(folder / "bench").sel(layer=2)
-        return [ds[key].values for key in ("attention", "features")]
-
-    return old, new
+    reading: dict[str, dict[str, float]]
+    opening: dict[str, float]
+    writing: dict[str, float]
+    size: dict[str, int]
 
 
-def measure(folder: Path, tokens: int, layers: int, repeats: int) -> dict[str, dict[str, float]]:
-    """Time every question; check that both sides answer alike."""
-    out = {}
-    for name, (ask, key, at, chunks) in QUESTIONS.items():
+def measure(folder: Path, case: Case, repeats: int) -> Measured:
+    """Write both, compare what all readers read, and time them."""
+    found = records(case)
+    writing = medians({"trace": partial(write_trace, folder, case, found)}, repeats)
+    writing |= medians({NPZ: partial(write_npz, folder, found)}, 1)
+    del found
+    size = {"trace": size_of(folder / NAME), NPZ: size_of(folder / "npz")}
+    opening = medians({name: partial(one.open, folder) for name, one in READERS.items()}, repeats)
+    opened = {name: one.open(folder) for name, one in READERS.items()}
+    reading = {}
+    for question, (array, chosen) in QUESTIONS.items():
+        acts = {
+            name: partial(one.read, opened[name], array, chosen) for name, one in READERS.items()
+        }
+        right = acts[NPZ]()
+        for name, act in acts.items():
+            np.testing.assert_array_equal(act(), right, err_msg=f"{name}: {question}")
+        reading[question] = medians(acts, repeats)
+    return Measured(reading, opening, writing, size)
 
-        def new(ask: Callable[[Any], Any] = ask) -> np.ndarray:
-            found: np.ndarray = ask(zt.open_trace(folder / "bench")).values
-            return found
 
-        np.testing.assert_array_equal(new(), npz(folder, layers, key, at))
-        few = 2 if tokens > 1000 else repeats
-        old = partial(npz, folder, layers, key, at)
-        out[name] = _times(folder, old, new, {key: chunks(tokens)}, few, repeats)
-    old_layer, new_layer = whole_layer(folder)
-    parts = {"attention": 2, "features": 2}
-    out["one whole layer, features and attention"] = _times(
-        folder, old_layer, new_layer, parts, repeats, repeats
+def row(name: str, cells: list[str]) -> None:
+    """Print a row of a table."""
+    print("|", " | ".join([name, *cells]), "|", flush=True)
+
+
+def report(case: Case, found: Measured) -> None:
+    """Print the tables of one case; in brackets how many times as fast as NPZ."""
+    rows = attention_chunk_rows(case.tokens, case.limits)
+    print(f"\n{case}; chunks of {rows} rows of attention, ", end="")
+    print(f"{case.limits.tokens} tokens × {case.limits.features:,} features\n")
+    row("CPU ms", list(READERS))
+    print("|---" * (len(READERS) + 1) + "|")
+    for question, times in found.reading.items():
+        base = times[NPZ]
+        cells = [f"{ms:.1f} ({base / ms:.1f})" for name, ms in times.items() if name != NPZ]
+        row(question, [f"{base:.0f}", *cells])
+    row("opening", [f"{ms:.1f}" for ms in found.opening.values()])
+    ours, theirs = found.size["trace"], found.size[NPZ]
+    print(
+        f"\n{ours / 1e6:.2f} MB, {ours / theirs:.3f} of NPZ's {theirs / 1e6:.2f}; written in ",
+        end="",
     )
-    return out
-
-
-def _times(
-    folder: Path,
-    old: Callable[[], Any],
-    new: Callable[[], Any],
-    parts: dict[str, Any],
-    few: int,
-    repeats: int,
-) -> dict[str, float]:
-    return {
-        "npz": median(old, few),
-        "zarrtrace": median(new, repeats),
-        **{
-            pipeline: median(partial(plain_zarr, folder, parts, pipeline), repeats)
-            for pipeline in PIPELINES
-        },
-    }
-
-
-def commands(folder: Path, repeats: int) -> dict[str, float]:
-    """Time what starts a process, beside a Python that does nothing."""
-    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(folder / "bytecode")}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    programs = {
-        "python -c pass": ["-c", "pass"],
-        "zarrtrace --help": ["-m", "zarrtrace", "--help"],
-        "zarrtrace info": ["-m", "zarrtrace", "info", str(folder / "bench")],
-    }
-
-    def start(arguments: list[str]) -> None:
-        command = [sys.executable, *arguments]
-        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
-
-    for arguments in programs.values():
-        start(arguments)  # compiles
-    return {
-        name: median(partial(start, arguments), repeats) for name, arguments in programs.items()
-    }
+    print(f"{found.writing['trace']:.0f} CPU ms, NPZ in {found.writing[NPZ]:.0f}", flush=True)
 
 
 def main() -> None:
-    """Print a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Print a table for each case."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[121, 277])
+    parser.add_argument("--active", type=int, nargs="+", default=[50])
+    parser.add_argument("--heads", type=int, nargs="+", default=[32])
+    parser.add_argument("--layers", type=int, help="31 of a short prompt, else 2")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--rows", type=int, default=DEFAULT_LIMITS.queries, help="of a short prompt"
+    )
+    parser.add_argument("--feature-tokens", type=int, default=DEFAULT_LIMITS.tokens)
+    parser.add_argument("--feature-columns", type=int, default=DEFAULT_LIMITS.features)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    results: dict[str, dict[str, dict[str, float]]] = {}
-    print("| shape | what | NPZ ms | zarrtrace ms | times faster | Zarr ms | with zarrs |")
-    print("|---" * 7 + "|", flush=True)
-    for tokens, layers in SHAPES:
-        with tempfile.TemporaryDirectory() as work:
-            build(Path(work), tokens, layers)
-            found = measure(Path(work), tokens, layers, given.repeats)
-            started = commands(Path(work), given.repeats)
-        results[f"{tokens}"] = found
-        for name, row in found.items():
-            print(
-                f"| {layers} layers, {tokens} tokens | {name} | {row['npz'] * 1e3:.0f} | "
-                f"{row['zarrtrace'] * 1e3:.1f} | {row['npz'] / row['zarrtrace']:.1f} | "
-                f"{row['zarr'] * 1e3:.1f} | {row['zarrs'] * 1e3:.1f} |",
-                flush=True,
-            )
-    for command, seconds in started.items():
-        print(f"{command}: {seconds:.2f} s")
-    results["commands"] = {"seconds": started}
+    limits = replace(
+        DEFAULT_LIMITS,
+        queries=given.rows,
+        tokens=given.feature_tokens,
+        features=given.feature_columns,
+    )
+    results = {}
+    for tokens in given.tokens:
+        for heads in given.heads:
+            for active in given.active:
+                layers = given.layers or (31 if tokens <= 600 else 2)
+                case = Case(tokens, heads, active, layers, limits)
+                with tempfile.TemporaryDirectory() as work:
+                    found = measure(Path(work), case, given.repeats)
+                report(case, found)
+                results[str(case)] = found._asdict()
     if given.json:
         given.json.write_text(json.dumps(results, indent=2))
 

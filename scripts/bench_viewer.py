@@ -17,17 +17,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from bench_read import ACTIVE, FEATURES, attention, features
+from bench_read import FEATURES, NAME, Case, records, write_trace
 from playwright.sync_api import sync_playwright
 
-from zarrtrace.format.attributes import SpanAttributes, TraceAttributes
-from zarrtrace.format.layout import TraceShape
-from zarrtrace.records import FeatureRecord, LayerRecord, Tokens, TokensRecord
-from zarrtrace.store import TraceWriter
 from zarrtrace.viewer import Server
 
-TOP = 32
+ACTIVE = 50
 #: The mission's shape, and a long prompt: tokens, layers, heads.
 SHAPES = {"121 tokens, 31 layers": (121, 31, 32), "4,096 tokens, 3 layers": (4_096, 3, 8)}
 #: Limits in ms, for the first shape.
@@ -63,68 +58,8 @@ _TIMED = """async ([selector, kind, name, init]) => {
 
 def build(folder: Path, tokens: int, layers: int, heads: int) -> None:
     """Write a trace of random attention and features."""
-    rng = np.random.default_rng(0)
-    attributes = TraceAttributes(
-        scenario="bench",
-        prompt=None,
-        spans={
-            "balance": SpanAttributes(characters=(), tokens=(51, 52, 53)),
-            "decision": SpanAttributes(characters=(), tokens=(tokens - 1,)),
-        },
-        model=None,
-        layers=tuple(range(1, layers + 1)),
-        attention_dtype="float32",
-        feature_dtype="float32",
-        versions={},
-    )
-    shape = TraceShape(
-        layers=layers,
-        tokens=tokens,
-        heads=heads,
-        features={"features": FEATURES},
-        attention_dtype="float32",
-        feature_dtype="float32",
-        next_token=True,
-    )
-    labels = Tokens(ids=range(tokens), texts=[f" word{at}" for at in range(tokens)])
-    with TraceWriter(folder, attributes, shape, labels) as trace:
-        for layer in attributes.layers:
-            weights = _weights(rng, tokens, heads)
-            trace.append(
-                LayerRecord(
-                    scenario="bench",
-                    layer=layer,
-                    attention=weights,
-                    attention_mean=weights.mean(0),
-                    features={"features": _with_index(features(rng, tokens))},
-                )
-            )
-        logs = -np.sort(rng.exponential(3, (tokens, 10))).astype(np.float32)
-        ids = rng.integers(0, 128_000, (tokens, 10), dtype=np.uint32)
-        trace.append(TokensRecord(scenario="bench", next_token=ids, next_token_logprob=logs))
-        trace.finish()
-
-
-def _weights(rng: np.random.Generator, tokens: int, heads: int) -> np.ndarray:
-    if tokens <= 256:
-        return attention(rng, tokens)
-    found = np.empty((heads, tokens, tokens), np.float32)
-    for head in range(heads):
-        weights = np.exp(2 * rng.standard_normal((tokens, tokens), np.float32))
-        weights *= np.tri(tokens, dtype=np.float32)
-        found[head] = weights / weights.sum(-1, keepdims=True)
-    return found
-
-
-def _with_index(dense: np.ndarray) -> FeatureRecord:
-    top = np.argpartition(-dense, TOP, axis=-1)[:, :TOP]
-    values = np.take_along_axis(dense, top, axis=-1)
-    order = np.argsort(-values, axis=-1)
-    return FeatureRecord(
-        activations=dense,
-        top_feature=np.take_along_axis(top, order, axis=-1).astype(np.uint32),
-        top_activation=np.take_along_axis(values, order, axis=-1),
-    )
+    case = Case(tokens, heads, ACTIVE, layers)
+    write_trace(folder, case, records(case))
 
 
 def measure(browser: Any, server: Server, tokens: int, layers: int, repeats: int) -> dict[str, Any]:
@@ -199,8 +134,8 @@ def main() -> None:
             executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
         )
         for name, (tokens, layers, heads) in SHAPES.items():
-            path = Path(folder) / "bench"
-            build(path, tokens, layers, heads)
+            path = Path(folder) / NAME
+            build(Path(folder), tokens, layers, heads)
             with Server(path) as server:
                 found[name] = measure(browser, server, tokens, layers, options.repeats)
             shutil.rmtree(path)

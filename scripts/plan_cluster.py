@@ -4,7 +4,7 @@ A simulation of discrete events. Workers ask the scheduler for tasks, which it h
 the other; a task takes as long as the slowest of: computing, its node's network, the bucket's
 bandwidth, the bucket's requests. Shared resources are divided by the workers that use them at that
 moment. Before the first task each node reads the weights once; after the last one the client
-finishes the manifest alone. Costs come from `scripts/bench_gpu.py` on an H100 and, for scheduler
+finishes the run's metadata alone. Costs come from `scripts/bench_gpu.py` on an H100 and, for scheduler
 and client, from `scripts/bench_cluster.py`; every one is an option.
 
     python scripts/plan_cluster.py [--scenarios 100000] [--json FILE] [--finish-ms 3 ...]
@@ -40,7 +40,7 @@ class Costs:
     weights_gb
         Bytes of model and SAEs that a node reads.
     scenario_mb, scenario_puts
-        Bytes and requests to store a scenario: an object a file, and its journal once a layer.
+        Bytes and requests to store a scenario: an object a file.
     node_gbps, bucket_gbps
         Gigabits a second of a node's network, and of the object store for all nodes.
     bucket_puts, partitions
@@ -63,7 +63,7 @@ class Costs:
     start_s: float = 15.0
     weights_gb: float = 24.4
     scenario_mb: float = 13.4
-    scenario_puts: int = 215
+    scenario_puts: int = 37
     node_gbps: float = 25.0
     bucket_gbps: float = 100.0
     bucket_puts: float = 3500.0

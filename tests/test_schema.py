@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import fakes
+import google_crc32c
+import numpy as np
 import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
 from zarrtrace import demo, schemas
-from zarrtrace.format.layout import trace_layout
+from zarrtrace.format.layout import index_layout, trace_layout
+from zarrtrace.index import build_index
 from zarrtrace.scenarios import load_suite
 
 FOLDER = Path(__file__).parents[1] / "schema"
+#: Names that later versions of the code may store in the same format.
+RESERVED = ("residual", "generated", "repeat", "SCENARIO~K", 'kind: "table"')
 SCHEMAS = sorted(path.name for path in FOLDER.glob("*.schema.json"))
 
 
@@ -25,8 +32,10 @@ def validator(name: str) -> Draft202012Validator:
 
 
 def attributes(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((path / "zarr.json").read_text(encoding="utf-8"))
-    return found["attributes"][NAMESPACE]
+    """Return a group's attributes without the names of coordinates, which are xarray's."""
+    content = json.loads((path / "zarr.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = content["attributes"]
+    return {name: value for name, value in found.items() if name != "coordinates"}
 
 
 def test_schema_folder_is_what_the_code_generates() -> None:
@@ -72,8 +81,8 @@ def test_wrong_suites_are_invalid(wrong: dict[str, Any]) -> None:
 
 def test_prose_names_every_array_and_its_example_works(tmp_path: Path) -> None:
     prose = (FOLDER / "README.md").read_text(encoding="utf-8")
-    for name in trace_layout(fakes.make_shape()):
-        assert f"`{name}`" in prose
+    names = [*trace_layout(fakes.make_shape()), *index_layout(1, {"features": 8}, 1), *RESERVED]
+    assert [name for name in names if f"`{name}" not in prose] == []
     example = tmp_path / "example.yaml"
     example.write_text(prose.split("```yaml")[1].split("```")[0], encoding="utf-8")
     _, own = load_suite(example)
@@ -90,20 +99,30 @@ def test_a_real_run_is_valid(shared_run: fakes.FakeRun) -> None:
         validator("trace.schema.json").validate(attributes(shared_run.path / scenario))
 
 
+def test_index_of_a_real_run_is_valid(tmp_path: Path) -> None:
+    run = fakes.make_run(tmp_path)
+    build_index(run.path)
+    validator("index.schema.json").validate(attributes(run.path / "index"))
+
+
 def test_the_example_is_valid() -> None:
     example = json.loads((FOLDER / "example-trace.zarr.json").read_text(encoding="utf-8"))
-    validator("trace.schema.json").validate(example["attributes"][NAMESPACE])
+    del example["attributes"]["coordinates"]
+    validator("trace.schema.json").validate(example["attributes"])
 
 
 @pytest.mark.parametrize(
     ("where", "wrong"),
     [
-        ("format_version", 2),
+        ("format_version", 1),
         ("kind", "run"),
         ("scenario", None),
         ("layers", ["one"]),
         ("spans", {"balance": {"tokens": [1]}}),
-        ("stored", {"1": {"attention": {"bytes": 5, "blake2b": "short"}}}),
+        ("layers", "1-2,"),
+        ("saes", {"features": {"release": None}}),
+        ("nonfinite", {"attention": [1, 2]}),
+        ("seal", "short"),
         ("colour", "red"),
     ],
 )
@@ -121,3 +140,79 @@ def test_wrong_run_attributes_are_invalid(shared_run: fakes.FakeRun) -> None:
     assert not validator("run.schema.json").is_valid({**good, "scenarios": "all"})
     del good["config"]
     assert not validator("run.schema.json").is_valid(good)
+
+
+# --- the prose, by a second reader -------------------------------------------------------------
+
+
+def crc32c_of(data: bytes) -> int:
+    return int(google_crc32c.value(data))
+
+
+def test_seal_is_what_the_prose_says(shared_run: fakes.FakeRun) -> None:
+    for folder in (shared_run.path, shared_run.trace):
+        content = (folder / "zarr.json").read_bytes()
+        seal = json.loads(content)["attributes"]["seal"]
+        blank = content.replace(f'"seal": "{seal}"'.encode(), b'"seal": "' + b"0" * 16 + b'"', 1)
+        assert hashlib.blake2b(blank, digest_size=8).hexdigest() == seal
+
+
+def test_files_end_and_are_named_as_the_prose_says(shared_run: fakes.FakeRun) -> None:
+    there = {file.parent.name: file for file in shared_run.trace.glob("*/c.*")}
+    for name, file in there.items():
+        node = json.loads((file.parent / "zarr.json").read_text(encoding="utf-8"))
+        content = file.read_bytes()
+        size, checksum = node["attributes"]["checksums"][file.name]
+        assert size == len(content)
+        if node["codecs"][0]["name"] != "sharding_indexed":
+            assert int(checksum, 16) == int.from_bytes(content[-4:], "little"), name
+            assert int(checksum, 16) == crc32c_of(content[:-4]), name
+            continue
+        outer = node["chunk_grid"]["configuration"]["chunk_shape"]
+        inner = node["codecs"][0]["configuration"]["chunk_shape"]
+        count = math.prod(a // b for a, b in zip(outer, inner, strict=True))
+        index = content[-4 - 16 * count : -4]
+        assert crc32c_of(index) == int.from_bytes(content[-4:], "little"), name
+        end, crcs = 0, b""
+        for offset, length in np.frombuffer(index, "<u8").reshape(-1, 2).tolist():
+            if offset == 2**64 - 1:
+                continue
+            assert offset == end, "chunks stand in order, with nothing between"
+            end += length
+            assert crc32c_of(content[offset : end - 4]) == int.from_bytes(
+                content[end - 4 : end], "little"
+            )
+            crcs += content[end - 4 : end]
+        mark = hashlib.blake2b(crcs, digest_size=8).digest()
+        assert content[end:] == mark + index + content[-4:], name
+        assert checksum == mark.hex(), name
+
+
+def test_trace_of_a_short_prompt_has_the_files_that_the_prose_counts(tmp_path: Path) -> None:
+    trace = fakes.make_run(tmp_path, layers=range(1, 32), tokens=300, features=4096).trace
+    found = [*trace.rglob("*")]
+    files, folders = [p for p in found if p.is_file()], [trace, *(p for p in found if p.is_dir())]
+    prose = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert f"is {len(files)} files in {len(folders)} folders" in prose
+
+
+@pytest.mark.parametrize("tokens", [7, 150, 300, 600, 1100])
+def test_chunks_are_those_of_the_table(tokens: int) -> None:
+    layout = trace_layout(fakes.make_shape(tokens=tokens, heads=4, features=32_768))
+    q = min(tokens, 32 if tokens <= 150 else 16 if tokens <= 300 else 8 if tokens <= 600 else 4)
+    keys = min(tokens, 1024)
+    assert layout["attention"].chunks == (1, 4, q, keys)
+    assert layout["attention_mean"].chunks == (1, min(tokens, 8 * q), keys)
+    assert layout["features"].chunks == (1, min(tokens, 64), 4096)
+    assert layout["top_feature"].chunks == (1, min(tokens, 512), 32)
+    for one in layout.values():
+        if one.shards is not None:
+            itemsize = np.dtype(one.dtype).itemsize
+            assert math.prod(one.shards) * itemsize <= 2**29
+
+
+def test_chunks_of_what_is_small_hold_no_more_rows_than_64_mib_of_what_is_large() -> None:
+    layout = trace_layout(fakes.make_shape(tokens=40_000, heads=32, features=2**17))
+    row = 32 * 40_000 * 4
+    assert layout["attention_mean"].chunks[1] == 2**26 // (4 * row) * 4 == 12
+    assert layout["top_feature"].chunks[1] == 2**26 // (2**17 * 4) == 128

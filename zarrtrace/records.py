@@ -73,6 +73,15 @@ class BFloat16:
     bits: np.ndarray
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The array's shape."""
+        return self.bits.shape
+
+    def __getitem__(self, key: Any) -> BFloat16:
+        """Return a part, indexed as NumPy does; nothing is copied for slices."""
+        return BFloat16(self.bits[key])
+
+    @property
     def nbytes(self) -> int:
         """Bytes that are held."""
         return self.bits.nbytes

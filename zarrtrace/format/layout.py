@@ -47,14 +47,14 @@ class Limits:
     record_bytes
         Dense size of the rows that a record of a long prompt holds.
     keys, queries, tokens, features
-        Sizes of chunks along these dimensions: of `attention` (`queries` for prompts of up to 300
-        tokens) and of `features`.
+        Sizes of chunks along these dimensions: of `attention` (`queries` for prompts of up to 150
+        tokens, fewer for longer ones) and of `features`.
     """
 
     file_bytes: int = 2**29
     record_bytes: int = 2**26
     keys: int = 1024
-    queries: int = 16
+    queries: int = 32
     tokens: int = 64
     features: int = 4096
 
@@ -196,8 +196,8 @@ def _attention_layouts(shape: TraceShape, heads: int) -> dict[str, ArrayLayout]:
 def attention_chunk_rows(tokens: int, limits: Limits | None = None) -> int:
     """Return how many rows of attention a chunk holds: fewer where rows are long."""
     limits = limits or DEFAULT_LIMITS
-    return max(1, limits.queries if tokens <= 300 else limits.queries // 2 if tokens <= 600
-               else limits.queries // 4)  # fmt: skip
+    halvings = next((n for n, most in enumerate((150, 300, 600)) if tokens <= most), 3)
+    return max(1, limits.queries >> halvings)
 
 
 def _feature_layouts(name: str, shape: TraceShape, features: int) -> dict[str, ArrayLayout]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,12 +21,14 @@ import google_crc32c
 import numpy as np
 
 from zarrtrace.format.layout import ROWS, ArrayLayout
-from zarrtrace.records import Nonzeros
+from zarrtrace.records import BFloat16, Nonzeros
 from zarrtrace.storage.location import Location
 from zarrtrace.store.codecs import CRC_BYTES, FINGERPRINT_BYTES, ArrayEncoding, checked
 
 #: Offset and length of a chunk that is not stored.
 ABSENT = 2**64 - 1
+
+_LOCAL = threading.local()
 
 
 class Checksum(NamedTuple):
@@ -83,7 +86,7 @@ def file_keys(encoding: ArrayEncoding) -> list[str]:
 
 
 def encode_rows(
-    layout: ArrayLayout, encoding: ArrayEncoding, rows: np.ndarray | Nonzeros
+    layout: ArrayLayout, encoding: ArrayEncoding, rows: np.ndarray | BFloat16 | Nonzeros
 ) -> Iterator[bytes]:
     """Encode some rows of one layer, as chunks in order.
 
@@ -99,18 +102,18 @@ def encode_rows(
     sizes, steps = rows.shape, layout.chunks[1:]
     for start in range(0, sizes[axis], steps[axis]):
         for column in range(0, sizes[-1], steps[-1]):
-            part: list[slice] = [slice(None)] * rows.ndim
-            part[axis] = slice(start, start + steps[axis])
-            if axis < rows.ndim - 1:
+            part: list[slice | None] = [None, *[slice(None)] * len(sizes)]
+            part[axis + 1] = slice(start, start + steps[axis])
+            if axis < len(sizes) - 1:
                 part[-1] = slice(column, column + steps[-1])
-            yield encoding.encode(rows[tuple(part)][np.newaxis])
+            yield encoding.encode(rows[tuple(part)])
 
 
 def _dense_chunks(layout: ArrayLayout, rows: Nonzeros) -> Iterator[np.ndarray]:
     """Yield the chunks of sparse rows; each is valid until the next.
 
     One chunk's memory is filled and cleared again and again: to make all rows dense first takes
-    longer than to compress them.
+    longer than to compress them. Each thread keeps its own, for fresh memory costs time, too.
     """
     (_, step, columns), (tokens, _) = layout.chunks, rows.shape
     if columns != rows.columns:
@@ -121,7 +124,10 @@ def _dense_chunks(layout: ArrayLayout, rows: Nonzeros) -> Iterator[np.ndarray]:
         (at, values, np.searchsorted(at, ends).tolist())
         for at, values in zip(rows.at, rows.values, strict=True)
     ]
-    memory = np.zeros((1, step, columns), np.dtype(layout.dtype).newbyteorder("<"))
+    shape, dtype = (1, step, columns), np.dtype(layout.dtype).newbyteorder("<")
+    memory: np.ndarray | None = _LOCAL.__dict__.pop("zeros", None)
+    if memory is None or memory.shape != shape or memory.dtype != dtype:
+        memory = np.zeros(shape, dtype)
     flat = memory.reshape(-1)
     for down, start in enumerate(starts):
         for at, values, places in parts:
@@ -130,6 +136,7 @@ def _dense_chunks(layout: ArrayLayout, rows: Nonzeros) -> Iterator[np.ndarray]:
             flat[filled] = values[here]
             yield memory
             flat[filled] = 0
+    _LOCAL.zeros = memory  # unless something failed before: then it may hold values
 
 
 # --- whole files -------------------------------------------------------------------------------

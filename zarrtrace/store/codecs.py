@@ -12,6 +12,7 @@ import numpy as np
 from numcodecs import Blosc, VLenUTF8, Zstd, blosc
 
 from zarrtrace.format.layout import NO_ID, ArrayLayout
+from zarrtrace.records import BFloat16
 
 #: Bytes of a checksum, at the end of what it is of.
 CRC_BYTES = 4
@@ -142,7 +143,7 @@ class ArrayEncoding:
         """Bytes at the end of a file that hold its fingerprint, index and checksum."""
         return FINGERPRINT_BYTES + 16 * self.count + CRC_BYTES if self.is_sharded else CRC_BYTES
 
-    def encode(self, values: np.ndarray) -> bytes:
+    def encode(self, values: np.ndarray | BFloat16) -> bytes:
         """Encode the values of one chunk; at the array's edge they may be fewer."""
         content = np.ascontiguousarray(values, self._little)
         if content.shape != self.chunks:

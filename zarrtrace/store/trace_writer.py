@@ -15,7 +15,7 @@ from zarrtrace.errors import IncompleteError, StoreError
 from zarrtrace.format.attributes import TraceAttributes, share_saes
 from zarrtrace.format.layout import ArrayLayout, trace_layout
 from zarrtrace.precision import cast_record, refusal
-from zarrtrace.records import LayerRecord, Nonzeros, TokensRecord, TracePlan
+from zarrtrace.records import BFloat16, LayerRecord, Nonzeros, TokensRecord, TracePlan
 from zarrtrace.storage import Address, Location, disk, locate
 from zarrtrace.store.chunks import encode_rows
 from zarrtrace.store.metadata import read_scenario
@@ -166,7 +166,7 @@ class TraceWriter:
                 self._append_next()
 
     def _encoded(
-        self, layer: int, name: str, start: int, value: np.ndarray | Nonzeros
+        self, layer: int, name: str, start: int, value: np.ndarray | BFloat16 | Nonzeros
     ) -> tuple[int, list[bytes]]:
         """Check and encode some rows of an array; returns their number and chunks."""
         layout = self._layouts.get(name)
@@ -362,11 +362,10 @@ def _described(
     return attributes, layouts, coordinates
 
 
-def _arrays_of(record: LayerRecord) -> Mapping[str, np.ndarray | Nonzeros]:
-    values: dict[str, np.ndarray | Nonzeros] = {}
+def _arrays_of(record: LayerRecord) -> Mapping[str, np.ndarray | BFloat16 | Nonzeros]:
+    values: dict[str, np.ndarray | BFloat16 | Nonzeros] = {}
     if record.attention is not None and record.attention_mean is not None:
-        attention = np.asarray(record.attention)
-        values = {"attention": attention, "attention_mean": record.attention_mean}
+        values = {"attention": record.attention, "attention_mean": record.attention_mean}
     for name, features in record.features.items():
         suffix = name.removeprefix("features")
         values[name] = features.activations
