@@ -24,9 +24,9 @@ small_limits = st.builds(
     file_bytes=st.sampled_from([2**9, 2**11, 2**13, 2**16]),
     record_bytes=st.sampled_from([2**9, 2**12, 2**16]),
     keys=st.sampled_from([3, 8, 1024]),
-    queries=st.sampled_from([1, 2, 5, 16]),
-    tokens=st.sampled_from([1, 3, 64]),
-    features=st.sampled_from([2, 5, 4096]),
+    queries=st.sampled_from([1, 5, 16]),
+    tokens=st.sampled_from([2, 3, 64]),
+    features=st.sampled_from([5, 13, 4096]),
 )
 
 #: Sizes for fakes.make_shape and fakes.make_records.

@@ -11,10 +11,10 @@ import fakes
 import numpy as np
 import pandas as pd
 import pytest
-import reading
 import rounding
 import synthetic
 import xarray as xr
+from chunk_reads import ChunkReads
 from scipy import stats
 
 from zarrtrace.analysis import words
@@ -117,9 +117,7 @@ class TestWordAssociations:
                 found.query("layer == 2").reset_index(drop=True), expected.reset_index(drop=True)
             )
 
-    def test_reads_the_index_only(
-        self, shared_run: fakes.FakeRun, chunk_reads: reading.ChunkReads
-    ) -> None:
+    def test_reads_the_index_only(self, shared_run: fakes.FakeRun, chunk_reads: ChunkReads) -> None:
         run = open_run(shared_run.path)
         chunk_reads.clear()
         word_associations(run)
@@ -376,7 +374,7 @@ class TestDecision:
         xr.testing.assert_identical(found.compute(), decision(run))
 
     def test_reads_the_last_token_only(
-        self, shared_run: fakes.FakeRun, chunk_reads: reading.ChunkReads
+        self, shared_run: fakes.FakeRun, chunk_reads: ChunkReads
     ) -> None:
         run = open_run(shared_run.path)
         chunk_reads.clear()

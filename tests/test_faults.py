@@ -7,29 +7,21 @@ import os
 import random
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import fakes
+import hostile
 import numpy as np
 import processes
 import pytest
-import xarray as xr
 
 import zarrtrace as zt
 from zarrtrace import demo
 from zarrtrace.cli import main
 from zarrtrace.errors import IntegrityError, NonFiniteError, StoreError
-from zarrtrace.format.layout import ArrayLayout, TraceShape, trace_layout
-from zarrtrace.store import (
-    TraceWriter,
-    nodes,
-    open_trace,
-    read_trace_attributes,
-    trace_writer,
-    verify,
-)
+from zarrtrace.format.layout import Limits
+from zarrtrace.store import TraceWriter, open_trace, read_trace, summarize, verify
 
 # --- bit rot -----------------------------------------------------------------------------------
 
@@ -41,8 +33,30 @@ def flip(file: Path, seed: int) -> None:
     file.write_bytes(content)
 
 
+def flip_in_layer_2(file: Path, _seed: int) -> None:
+    """Flip a bit of a chunk of the second layer; of other files, in the middle."""
+    content = bytearray(file.read_bytes())
+    at = len(content) // 2
+    if file.parent.name in LAYERED and file.name != "zarr.json":
+        entries = hostile.index_of(file.parents[1], file.parent.name)
+        offset, length = entries[len(entries) // 3].tolist()
+        at = offset + length // 2
+    content[at] ^= 4
+    file.write_bytes(content)
+
+
+def flip_at_the_end(file: Path, _seed: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[-6] ^= 1
+    file.write_bytes(content)
+
+
 def cut(file: Path, _seed: int) -> None:
     file.write_bytes(file.read_bytes()[:-5])
+
+
+def lengthen(file: Path, _seed: int) -> None:
+    file.write_bytes(file.read_bytes() + b" ")
 
 
 def empty(file: Path, _seed: int) -> None:
@@ -53,35 +67,68 @@ def delete(file: Path, _seed: int) -> None:
     file.unlink()
 
 
-# File below the run, and how many layers have to be computed again once it is damaged.
-FILES = {
-    "Safe_1/attention/c/1/0/0/0": 1,
-    "Safe_1/attention_mean/c/1/0/0": 1,
-    "Safe_1/features/c/1/0/0": 1,
-    "Safe_1/top_feature/c/1/0/0": 1,
-    "Safe_1/next_token/c/0/0": 0,
-    "Safe_1/query_token/c/0": 0,
-    "Safe_1/layer/c/0": 0,
-    "Safe_1/features/zarr.json": 0,
-    "Safe_1/query_token/zarr.json": 0,
-    "Safe_1/zarr.json": 3,
-    "zarr.json": 0,
-}
+def put_a_folder(file: Path, _seed: int) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def put_a_pipe(file: Path, _seed: int) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+def exchange(file: Path, _seed: int) -> None:
+    """Put the same file of the other trace there."""
+    other = Path(str(file).replace("Safe_1", "Risky_2"))
+    file.write_bytes(other.read_bytes())
+
+
+LAYERED = ("attention", "attention_mean", "features", "top_feature", "top_activation")
+FILES = (
+    "Safe_1/attention/c.0.0.0.0",
+    "Safe_1/attention_mean/c.0.0.0",
+    "Safe_1/features/c.0.0.0",
+    "Safe_1/top_feature/c.0.0.0",
+    "Safe_1/top_activation/c.0.0.0",
+    "Safe_1/next_token/c.0.0",
+    "Safe_1/next_token_text/c.0.0",
+    "Safe_1/query_token/c.0",
+    "Safe_1/token_id/c.0",
+    "Safe_1/layer/c.0",
+    "Safe_1/features/zarr.json",
+    "Safe_1/query_token/zarr.json",
+    "Safe_1/zarr.json",
+    "zarr.json",
+)
+DAMAGES = [
+    (flip, 0),
+    (flip, 1),
+    (flip, 2),
+    (flip_in_layer_2, 0),
+    (flip_at_the_end, 0),
+    (cut, 0),
+    (lengthen, 0),
+    (empty, 0),
+    (delete, 0),
+    (put_a_folder, 0),
+    (put_a_pipe, 0),
+    (exchange, 0),
+]
 
 
 def means_the_same(before: bytes, file: Path) -> bool:
-    """Whether JSON still says what it said: a flipped bit can turn one blank into another."""
+    """Whether the file holds what it held: JSON also if a blank became another blank."""
     try:
-        return file.name == "zarr.json" and json.loads(before) == json.loads(file.read_bytes())
-    except (OSError, ValueError):
+        after = file.read_bytes() if file.is_file() else b""
+        is_array = file.name == "zarr.json" and file.parent.name not in ("Safe_1", "run")
+        return before == after or (is_array and json.loads(before) == json.loads(after))
+    except ValueError:
         return False
 
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize(
-    ("damage", "seed"),
-    [(flip, 0), (flip, 1), (cut, 0), (empty, 0), (delete, 0)],
-    ids=lambda value: getattr(value, "__name__", str(value)),
+    ("damage", "seed"), DAMAGES, ids=lambda value: getattr(value, "__name__", str(value))
 )
 def test_damage_is_found_never_read_and_repaired(
     run: fakes.FakeRun,
@@ -94,71 +141,110 @@ def test_damage_is_found_never_read_and_repaired(
     before = path.read_bytes()
     damage(path, seed)
     if means_the_same(before, path):
+        assert damage in (flip, lengthen, exchange)
         assert verify(run.path) == []
         return
-    assert_found(run.path, file)
+    layers = layers_found(run.path, file)
+    if damage is flip_in_layer_2 and path.parent.name in LAYERED and path.name != "zarr.json":
+        assert layers == {2}
     assert_never_read(run)
+    if damage is put_a_folder and file == "zarr.json":
+        with pytest.raises(StoreError, match="a folder is in its place"):
+            fakes.make_run(run.path.parent, repair=True)
+        path.rmdir()
     again = fakes.make_run(run.path.parent, repair=True)
     assert verify(again.path) == []
     assert fakes.files_in(again.path) == fakes.files_in(shared_run.path)
-    assert len(again.written) <= FILES[file]
+    assert {layer for _, layer in again.written} == layers
+    assert {scenario for scenario, _ in again.written} <= {"Safe_1"}
 
 
-def assert_found(run: Path, file: str) -> None:
-    if file == "zarr.json":
-        try:
-            problems = verify(run)
-        except StoreError:  # the run's own metadata: nothing else can be checked
-            return
-    else:
-        problems = verify(run)
-    assert problems
-    *folders, _ = Path(file).parts
+def layers_found(run: Path, file: str) -> set[int]:
+    """Return the layers that have to be computed again; `verify` must name the file."""
+    *folders, name = Path(file).parts
     scenario, array = (*folders[:2], None, None)[:2]
+    try:
+        problems = verify(run)
+    except StoreError:  # the run's own metadata: nothing else can be checked
+        assert scenario is None
+        return set()
+    assert problems
     assert {problem.scenario for problem in problems} == {scenario}
-    if array is not None:
-        assert {problem.array for problem in problems} == {array}
-        if array in ("attention", "attention_mean", "features") and "/c/" in file:
-            assert {problem.layer for problem in problems} == {2}
+    if array is None:
+        return set() if scenario is None else set(fakes.LAYERS)
+    assert {problem.array for problem in problems} == {array}
+    assert {problem.chunk for problem in problems} == {name}
+    if name == "zarr.json" or array not in LAYERED:
+        return set()
+    named = {problem.layer for problem in problems}
+    return set(fakes.LAYERS) if None in named else {layer for layer in named if layer is not None}
 
 
 def assert_never_read(run: fakes.FakeRun) -> None:
     """Whatever can still be read equals what was written."""
     for name, values in run.truth["Safe_1"].items():
-        try:
-            found = zt.open_trace(run.path / "Safe_1")[name].values
-        except Exception:  # noqa: BLE001, S112  whatever Zarr and its codecs raise
-            continue
-        np.testing.assert_array_equal(found, values, err_msg=name)
+        for opened in (zt.open_trace, lambda trace: zt.open_run(trace.parent)[trace.name]):
+            try:
+                found = opened(run.trace)[name].values
+            except StoreError:
+                continue
+            np.testing.assert_array_equal(found, values, err_msg=name)
 
 
-def test_damaged_consolidated_metadata_is_found(run: fakes.FakeRun) -> None:
-    for folder, scenario in ((run.trace, "Safe_1"), (run.path, None)):
-        file = folder / "zarr.json"
-        good = file.read_text()
-        metadata = json.loads(good)
-        nodes = metadata["consolidated_metadata"]["metadata"]
-        nodes[next(name for name in nodes if name.endswith("attention"))]["fill_value"] = 0.5
-        file.write_text(json.dumps(metadata))
-        problems = verify(run.path)
-        assert "consolidated metadata differs" in problems[0].message
-        assert problems[0].scenario == scenario
-        file.write_text(good)
+def test_a_trace_that_was_exchanged_as_a_whole_is_named(run: fakes.FakeRun) -> None:
+    (run.path / "Safe_1").rename(run.path / "x")
+    (run.path / "Risky_2").rename(run.path / "Safe_1")
+    (run.path / "x").rename(run.path / "Risky_2")
+    assert {problem.scenario for problem in verify(run.path)} == {"Safe_1", "Risky_2"}
+    with pytest.raises(IntegrityError, match="is the trace of 'Risky_2'"):
+        zt.open_run(run.path)
+
+
+def test_what_does_not_belong_to_a_run_is_named(run: fakes.FakeRun) -> None:
+    for file in ("notes.txt", "Safe_1/notes.txt", "Safe_1/features/c.0.0.1"):
+        (run.path / file).write_bytes(b"x")
+        (problem,) = verify(run.path)
+        assert "does not belong" in problem.message
+        assert problem.scenario == ("Safe_1" if "/" in file else None)
+        (run.path / file).unlink()
     assert verify(run.path) == []
 
 
-def test_files_that_damaged_metadata_claims_are_not_looked_for(run: fakes.FakeRun) -> None:
-    file = run.trace / "query" / "zarr.json"
-    metadata = json.loads(file.read_text())
-    (chunk,) = metadata["chunk_grid"]["configuration"]["chunk_shape"]
-    metadata["shape"] = [chunk * 200_000]
-    file.write_text(json.dumps(metadata))
+def test_damaged_consolidated_metadata_is_found(run: fakes.FakeRun) -> None:
+    """Also with a seal that fits."""
+    for folder, name, said in (
+        (run.trace, "attention", "is not the metadata that was written"),
+        (run.path, "Safe_1/attention", "the run's copy of its metadata is another"),
+    ):
+        good = (folder / "zarr.json").read_bytes()
+        group = json.loads(good)
+        group["consolidated_metadata"]["metadata"][name]["attributes"]["long_name"] = "x"
+        (folder / "zarr.json").write_text(json.dumps(group))
+        if folder == run.path:
+            with pytest.raises(IntegrityError, match="not the metadata"):
+                verify(run.path)
+        else:
+            assert "not the metadata" in verify(run.path)[0].message
+        (folder / "zarr.json").write_bytes(hostile.sealed(group))
+        problems = verify(run.path)
+        assert said in problems[0].message
+        assert {problem.scenario for problem in problems} == {"Safe_1"}
+        (folder / "zarr.json").write_bytes(good)
+    assert verify(run.path) == []
+
+
+def test_files_that_damaged_metadata_claims_are_not_looked_for(
+    run: fakes.FakeRun, opened_files: list[str]
+) -> None:
+    def change(node: Any) -> None:
+        node["shape"] = [200_000]
+        node["attributes"]["checksums"] = {f"c.{n}": [9, "0" * 8] for n in range(200_000)}
+
+    hostile.change_array(run.trace, "query", change)
+    opened_files.clear()
     (problem,) = verify(run.path)
-    assert (problem.scenario, problem.array, problem.chunk) == ("Safe_1", "query", None)
-    metadata["shape"] = [chunk * 2**20]
-    file.write_text(json.dumps(metadata))
-    (problem,) = verify(run.path)
-    assert "no array of a trace has shape" in problem.message
+    assert (problem.scenario, problem.array) == ("Safe_1", None)
+    assert not [file for file in opened_files if "Safe_1/query/" in file]
 
 
 def test_damaged_metadata_without_repair_is_refused(run: fakes.FakeRun) -> None:
@@ -185,42 +271,26 @@ def test_repair_does_not_mix_two_configurations(run: fakes.FakeRun) -> None:
     assert zt.open_trace(again.trace).attention.dtype == np.float16
 
 
-@pytest.mark.parametrize("damaged", [False, True])
-@pytest.mark.parametrize("codec", ["plain", "sparse_by_token"])
-def test_what_was_cut_otherwise_is_gone_on_with(tmp_path: Path, codec: str, damaged: bool) -> None:
-    """A run that another version of zarrtrace began: the chunks on the disk count."""
+@pytest.mark.parametrize("is_complete", [True, False])
+@pytest.mark.parametrize("repair", [True, False])
+def test_what_was_cut_otherwise_is_not_mixed(
+    tmp_path: Path, is_complete: bool, repair: bool
+) -> None:
+    """A trace that another version began is begun anew; one that is complete stays."""
     sizes: dict[str, Any] = {"scenarios": ("Safe_1",), "tokens": 20, "features": 64}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("zarrtrace.spec._QUERIES_PER_SHORT_CHUNK", 5)
-        patch.setattr("zarrtrace.spec._FEATURES_PER_CHUNK", 16)
-        patch.setattr(trace_writer, "trace_layout", partial(_earlier_layout, codec=codec))
-        patch.setattr(nodes, "ATTENTION_BLOCK", 0)
-        begun = fakes.make_run(tmp_path, **sizes, drop={"Safe_1": fakes.LAYERS[-1:]})
-    for name in ("attention", "features") if damaged else ():
-        (begun.trace / name / "zarr.json").write_bytes(b"{}")  # nothing says how they were cut
-    again = fakes.make_run(tmp_path, **sizes, repair=damaged)
-    assert [layer for _, layer in again.written] == list(fakes.LAYERS[0 if damaged else -1 :])
+    drop = None if is_complete else {"Safe_1": fakes.LAYERS[-1:]}
+    begun = fakes.make_run(tmp_path, **sizes, drop=drop, limits=Limits(queries=5, features=16))
+    again = fakes.make_run(tmp_path, **sizes, repair=repair)
+    stays = is_complete and not repair
+    assert len(again.written) == (0 if stays else 3)
     assert verify(again.path) == []
     found = open_trace(again.trace)
-    assert found.attention.encoding["chunks"][2] == (8 if damaged else 5)
-    assert found.features.encoding["chunks"][2] == (64 if damaged else 16)
-    xr.testing.assert_identical(found, xr.open_zarr(again.trace, consolidated=False))
-    sharding = json.loads((again.trace / "features" / "zarr.json").read_bytes())["codecs"][0]
-    codecs = [one["name"] for one in sharding["configuration"]["codecs"]]
-    if damaged:
-        assert codecs == ["transpose", "bytes", "zstd", "crc32c"]
-    else:
-        assert codecs == ["bytes", "zstd", *(["crc32c"] if codec == "sparse_by_token" else [])]
-    for name in ("attention", "features"):
-        np.testing.assert_array_equal(found[name], again.truth["Safe_1"][name])
-
-
-def _earlier_layout(shape: TraceShape, *, codec: str) -> dict[str, ArrayLayout]:
-    """Features were once compressed token by token, and before that with a checksum within zstd."""
-    return {
-        name: layout.model_copy(update={"codec": codec}) if layout.codec == "sparse" else layout
-        for name, layout in trace_layout(shape).items()
-    }
+    assert found.attention.encoding["chunks"][2] == (5 if stays else 16)
+    assert found.features.encoding["chunks"][2] == (16 if stays else 64)
+    for name, expected in begun.truth["Safe_1"].items():
+        if is_complete or not name.startswith(LAYERED):
+            np.testing.assert_array_equal(found[name], expected)
+    assert not np.isnan(found.features).any()
 
 
 def test_repair_leaves_foreign_folders_alone(tmp_path: Path) -> None:
@@ -246,16 +316,14 @@ def test_extract_repairs(
 
     assert call() == 0
     good = fakes.files_in(tmp_path / "run")
-    flip(tmp_path / "run/Risky_40/attention/c/1/0/0/0", 5)
-    flip(tmp_path / "run/Risky_40/token_id/c/0", 5)
-    untouched = tmp_path / "run/Risky_40/attention/c/0/0/0/0"
-    written = untouched.stat().st_mtime_ns
+    flip_in_layer_2(tmp_path / "run/Risky_40/attention/c.0.0.0.0", 5)
+    flip(tmp_path / "run/Risky_40/token_id/c.0", 5)
+    cut(tmp_path / "run/Risky_40/query_token/c.0", 0)
     capsys.readouterr()
     assert call() == 1
     assert "--repair" in capsys.readouterr().err
     assert call("--repair") == 0
     assert fakes.files_in(tmp_path / "run") == good
-    assert untouched.stat().st_mtime_ns == written
     assert call("--repair", "--overwrite") == 2
 
 
@@ -266,6 +334,13 @@ def options(**changes: Any) -> Any:
     from zarrtrace.extraction import Options
 
     return Options(**{"layers": (1, 2, 3), "features": False, "only": ("Risky_40",), **changes})
+
+
+def stored_layers(run: Path) -> tuple[int, ...]:
+    """Return the stored layers of a trace that is not complete."""
+    (trace,) = summarize(run).traces
+    assert not trace.complete
+    return tuple(layer for layer in trace.layers if layer not in trace.missing_layers)
 
 
 @pytest.mark.torch
@@ -284,9 +359,8 @@ def test_a_failing_writer_ends_the_run(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(RuntimeError, match="the codec broke"):
         extract(tmp_path / "run", options(layers=tuple(range(32))))
     assert len(seen) < 12  # what was in flight, not all 32
-    attributes = read_trace_attributes(tmp_path / "run" / "Risky_40")
-    assert not attributes.complete
-    assert len(attributes.complete_layers) == len(seen) - 1
+    assert not (tmp_path / "run" / "Risky_40").exists()
+    assert stored_layers(tmp_path / "run") == tuple(range(seen[1].layer))
     monkeypatch.undo()
     extract(tmp_path / "run", options(layers=tuple(range(32))))
     assert verify(tmp_path / "run") == []
@@ -307,8 +381,7 @@ def test_a_failing_sae_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(FolderSAEs, "load", load)
     with pytest.raises(ConnectionError, match="the hub went away"):
         extract(tmp_path / "run", options(features=True))
-    attributes = read_trace_attributes(tmp_path / "run" / "Risky_40")
-    assert attributes.complete_layers == (1,)
+    assert stored_layers(tmp_path / "run") == (1,)
 
 
 # --- NaN and infinity --------------------------------------------------------------------------
@@ -339,11 +412,11 @@ def test_nonfinite_values_are_named(tmp_path: Path, overflowing: Path) -> None:
         extract(tmp_path / "run", asked)
     assert "Risky_40: the model computed NaN or infinity in layer 2 (features)" in str(error.value)
     assert "--allow-nonfinite" in error.value.remedy
-    assert read_trace_attributes(tmp_path / "run/Risky_40").complete_layers == (1,)
+    assert stored_layers(tmp_path / "run") == (1,)
     extract(tmp_path / "run", asked, allow_nonfinite=True)
-    attributes = read_trace_attributes(tmp_path / "run/Risky_40")
-    assert attributes.complete
-    assert attributes.nonfinite == ("2", "3", "tokens")
+    attributes = read_trace(tmp_path / "run/Risky_40").attributes
+    assert {*attributes.nonfinite} >= {"attention", "features", "next_token_logprob"}
+    assert attributes.nonfinite["features"] == (2, 3)
     assert verify(tmp_path / "run") == []
     stored = open_trace(tmp_path / "run/Risky_40")
     assert np.isnan(stored.attention.sel(layer=3)).any()
@@ -389,7 +462,7 @@ first = call(*command)
 subprocess.run(["mount", "-o", "remount,size=60m", disk], check=True)
 second = call(*command)
 verified, _ = call("verify", f"{disk}/run")
-leftover = subprocess.run(["find", disk, "-name", "*.partial"], capture_output=True, text=True)
+leftover = subprocess.run(["find", disk, "-name", "*partial*"], capture_output=True, text=True)
 print(json.dumps([*first, *second, verified, leftover.stdout]))
 """
 
@@ -422,10 +495,10 @@ from pathlib import Path
 
 import numpy as np
 import zarr, xarray
-from zarrtrace.errors import NotATraceError
+from zarrtrace.errors import IntegrityError
 from zarrtrace.extraction import Options, extract, job
 from zarrtrace.extraction.job import capture_package
-from zarrtrace.store import RunWriter, TraceWriter, open_run, read_trace_attributes, verify
+from zarrtrace.store import RunWriter, TraceWriter, open_run, summarize, verify
 
 capture = capture_package()
 capture.hide_progress()
@@ -433,8 +506,7 @@ import zarrtrace.capture.saes
 
 folder, seed, kills = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 OPTIONS = Options(layers=tuple(range(1, 9)), only=("Risky_40", "Safe_140_near_goal"))
-LAYERED = ("attention", "attention_mean", "features", "top_feature", "top_activation")
-PHASES = ("loading", "capture", "writing", "consolidation")
+PHASES = ("loading", "capture", "writing", "publishing")
 # By phase: how often it was entered, in how many threads it is, the longest stay in seconds.
 entered, inside, longest = (memoryview(mmap.mmap(-1, 32)).cast("d") for _ in range(3))
 mutex = threading.Lock()
@@ -471,8 +543,9 @@ def watched_records(*arguments, real=capture.capture, **options):
 job._load_model = watched("loading", job._load_model)
 capture.capture = watched_records
 TraceWriter.append = watched("writing", TraceWriter.append)
-TraceWriter.finish = watched("consolidation", TraceWriter.finish)
-RunWriter.finish = watched("consolidation", RunWriter.finish)
+TraceWriter.complete = watched("publishing", TraceWriter.complete)
+TraceWriter.publish = watched("publishing", TraceWriter.publish)
+RunWriter.finish = watched("publishing", RunWriter.finish)
 
 
 def start(body):
@@ -496,47 +569,56 @@ def must(body):
     assert end(start(body)) == 0
 
 
+def stored_layers():
+    "Layers of each trace that are stored, complete or staged."
+    if not (run / "zarr.json").exists():
+        return {}
+    return {
+        trace.scenario: [n for n in trace.layers if n not in trace.missing_layers]
+        for trace in summarize(run).traces
+    }
+
+
 def journalled():
-    "Files of layers that are stored, and when they were written."
+    "Of each layer that is stored, which file holds it: one begun anew is another."
     found = {}
-    for trace in (run / name for name in OPTIONS.only):
-        try:
-            attributes = read_trace_attributes(trace)
-        except Exception:
-            continue
-        for layer in attributes.complete_layers:
-            at = attributes.layers.index(layer)
-            for array in LAYERED:  # the journal speaks of next_token for itself
-                for file in trace.glob(f"{array}/c/{at}/**/*"):
-                    if file.is_file() and not file.name.endswith(".partial"):
-                        found[file] = file.stat().st_mtime_ns
+    for name, layers in stored_layers().items():
+        folder = run / name if (run / name).exists() else run / ".staged" / name
+        for layer in layers:
+            found[name, layer] = (folder / "attention" / "c.0.0.0.0").stat().st_ino
     return found
-
-
-def stored_layers(name):
-    try:
-        return read_trace_attributes(run / name).complete_layers
-    except NotATraceError:  # not begun
-        return ()
 
 
 def readable():
     "What a reader sees: complete layers or honest gaps."
     if not (run / "zarr.json").exists():
         return
-    stored = {name: stored_layers(name) for name in OPTIONS.only}  # more may come meanwhile
+    stored = stored_layers()  # more may come meanwhile
     seen, whole = open_run(run, missing="nan"), open_run(truth)
     for name, node in seen.children.items():
         for array in ("attention", "features", "top_activation"):
             for layer in node["layer"].values:
                 value = node[array].sel(layer=layer).values
-                if layer in stored[name] or not np.isnan(value).all():
+                if layer in stored.get(name, ()) or not np.isnan(value).all():
                     np.testing.assert_array_equal(value, whole[name][array].sel(layer=layer).values)
+
+
+def published():
+    return [name for name in OPTIONS.only if (run / name).exists()]
+
+
+def readable_beside_a_writer():
+    "A staged trace that is published meanwhile is not where it was: nothing else is an error."
+    before = published()
+    try:
+        readable()
+    except IntegrityError as error:
+        assert "is gone" in str(error) and published() != before, error
 
 
 def keep_reading():
     while not stop[0]:
-        readable()
+        readable_beside_a_writer()
         time.sleep(0.05)
 
 
@@ -569,7 +651,7 @@ while len(log) < kills:
     stop[0] = 1
     assert end(reader) == 0, "a reader beside the extraction"
     now = journalled()
-    assert {file: now.get(file) for file in before} == before, "a stored layer was written again"
+    assert {key: now.get(key) for key in before} == before, "a stored layer was written again"
     before = now
     must(readable)
     if code == -signal.SIGKILL:
@@ -580,7 +662,7 @@ while len(log) < kills:
         shutil.rmtree(run)  # it came to its end: from the beginning
         before = {}
 must(lambda: extract(run, OPTIONS))
-assert {file: journalled().get(file) for file in before} == before
+assert {key: journalled().get(key) for key in before} == before
 
 
 def equal():
@@ -614,11 +696,11 @@ def test_kill_9(tmp_path: Path, seed: int) -> None:
     assert len({files for *_, files in log}) > 1, "every kill hit the same moment"
     if kills >= 20:
         hit = {phase for *_, there, _ in log for phase in there}
-        assert hit == {"loading", "capture", "writing", "consolidation"}
+        assert hit == {"loading", "capture", "writing", "publishing"}
 
 
 def test_integrity_errors_name_the_remedy(run: fakes.FakeRun) -> None:
-    delete(run.path / "Safe_1/features/c/1/0/0", 0)
+    delete(run.path / "Safe_1/features/c.0.0.0", 0)
     for reading in (
         lambda: zt.open_trace(run.path / "Safe_1"),
         zt.open_run(run.path)["Safe_1"]["features"].load,

@@ -29,7 +29,8 @@ INDEX = "index"
 INDEX_TOKENS = 20
 
 #: Coordinates that are no index; a group's ``coordinates`` attribute names those it has.
-LABELS = ("token_id", "key_token", "special", "generated", "query_token")
+# Text among the data would make Dataset.where() of plain xarray fail: it has no NaN.
+LABELS = ("token_id", "key_token", "special", "generated", "query_token", "next_token_text")
 
 #: How chunks are compressed: schema/README.md, "Codecs".
 Codec = Literal["attention", "sparse", "plain"]

@@ -147,9 +147,18 @@ def open_own(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
-def append(file: Path, parts: Sequence[bytes]) -> None:
-    """Append to a file; it is created if it does not exist."""
+def append(file: Path, parts: Sequence[bytes], size: int | None = None) -> None:
+    """Append to a file; it is created if it does not exist.
+
+    Parameters
+    ----------
+    size
+        Bytes of the file that stay; what an append that failed left behind them is cut off. None
+        keeps all.
+    """
     with file.open("ab", buffering=0) as stream:
+        if size is not None and stream.tell() > size:
+            stream.truncate(size)
         view = memoryview(b"".join(parts))
         while view:
             view = view[stream.write(view) :]
@@ -215,6 +224,11 @@ def explained(path: object) -> Iterator[None]:
             raise StoreError(
                 f"{path}: cannot be written: a file is where a folder should be",
                 remedy="Choose another --output.",
+            ) from error
+        if error.errno == errno.EISDIR:
+            raise StoreError(
+                f"{error.filename2 or error.filename}: cannot be written: a folder is in its place",
+                remedy="Remove it, and run the same command again.",
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise StoreError(

@@ -24,6 +24,9 @@ from zarrtrace.store.publish import end_replacing, move, put_in_place, remove
 from zarrtrace.store.staged import staging_folder
 from zarrtrace.store.trace_writer import TraceWriter
 
+# A file among the staged traces of a run that is to replace another one. Folders are exchanged at
+# once, and removed a while later: it tells the new run from the old one.
+_SUCCESSOR = "successor"
 #: A run of more traces holds no copy of their metadata: it would be large, and slow to read.
 MOST_CONSOLIDATED = 1000
 
@@ -110,6 +113,10 @@ class RunWriter:
                 return
             self._refuse_foreign_successor()
             remove(self._new)
+            if self._new.path is not None:
+                marker = staging_folder(self._new) / _SUCCESSOR
+                marker.parent.mkdir(parents=True)
+                marker.touch()
         self._write_group(self.path, self._attributes, None)
 
     def _resume(self, previous: RunAttributes) -> None:
@@ -153,6 +160,8 @@ class RunWriter:
 
     def _can_resume(self, path: Location) -> bool:
         """Whether an earlier writer that was to replace the run was asked for the same."""
+        if not _is_successor(path):
+            return False
         try:
             return _is_same(read_run(path).attributes, self._attributes)
         except StoreError:
@@ -172,6 +181,11 @@ class RunWriter:
 
     def _end_earlier_replacement(self) -> bool:
         """Bring to its end what an interrupted writer began; returns whether it did."""
+        if self._final.path is not None and _is_successor(self._final):
+            end_replacing(Path(self._new), self._final.path)
+            remove(self._new)  # the old run
+            disk.remove_folder(staging_folder(self._final))
+            return True
         if not self._can_resume(self._new) or not read_run(self._new).attributes.complete:
             if (path := self._final.path) is not None and not path.exists():
                 end_replacing(Path(self._new), path)
@@ -188,6 +202,8 @@ class RunWriter:
             end_replacing(new, final)
             if new.exists():
                 put_in_place(new, final)
+        for run in (self._new, self._final):
+            disk.remove_folder(staging_folder(run))
         self.path = self._final
 
     def trace(self, plan: TracePlan) -> TraceWriter:
@@ -222,11 +238,17 @@ class RunWriter:
             complete = self._attributes.model_copy(update={"complete": True})
             few = len(names) <= MOST_CONSOLIDATED
             self._write_group(self.path, complete, nodes if few else None)
-            disk.remove_folder(staging_folder(self.path))
             if (folder := self.path.path) is not None:
                 disk.sync_path(folder / "zarr.json")
-            if self.path != self._final:
+            if self.path == self._final:
+                disk.remove_folder(staging_folder(self.path))
+            else:
                 self._replace()
+
+
+def _is_successor(run: Location) -> bool:
+    """Whether a run was written to replace another one; in an object store nothing tells."""
+    return run.path is None or (staging_folder(run) / _SUCCESSOR).is_file()
 
 
 def lock_run(run: Location) -> FileLock:

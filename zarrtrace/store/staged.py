@@ -27,6 +27,7 @@ from zarrtrace.storage.locks import FileLock
 from zarrtrace.store.chunks import (
     Checksum,
     LayerGrid,
+    crc_of,
     encode_file,
     file_key,
     tail_of,
@@ -205,8 +206,7 @@ class StagedTrace:
 
     def _tokens_hold(self, found: StoredTokens) -> bool:
         if self.has_tokens or any(
-            len(content := self._read(name, key)) != one.bytes
-            or f"{google_crc32c.value(content[:-CRC_BYTES]):08x}" != one.checksum
+            not _is_written(self._read(name, key), one)
             for name, files in found.files.items()
             for key, one in files.items()
         ):
@@ -285,10 +285,12 @@ class StagedTrace:
         by_file: dict[str, list[bytes]] = {}
         for number, chunk in enumerate(chunks, len(known)):
             by_file.setdefault(grid.file_of(place, number)[0], []).append(chunk)
+        sizes = {}
         for key, parts in by_file.items():
-            disk.append(self.folder / name / key, parts)
             size = self._sizes.get((name, key), 0)
-            self._sizes[name, key] = size + sum(map(len, parts))
+            disk.append(self.folder / name / key, parts, size)
+            sizes[name, key] = size + sum(map(len, parts))
+        self._sizes |= sizes
         pairs = [(len(one), int.from_bytes(one[-CRC_BYTES:], "little")) for one in chunks]
         self._chunks[name, place] = np.concatenate([known, np.array(pairs, np.uint32)])
 
@@ -342,7 +344,7 @@ class StagedTrace:
         checksums = {name: dict(self._whole.get(name, {})) for name in self._layouts}
         for name, key, stored in self._stored_chunks():
             tail, checksums[name][key] = tail_of(self.encodings[name], stored)
-            disk.append(self.folder / name / key, [tail])
+            disk.append(self.folder / name / key, [tail], self._sizes[name, key])
         nodes: Nodes = {}
         for name, layout in sorted(self._layouts.items()):
             nodes[name] = array_metadata(layout, checksums[name])
@@ -358,6 +360,12 @@ class StagedTrace:
     def end(self) -> None:
         """Remove the journal: the trace is complete, and the disk holds it."""
         (self.folder / JOURNAL).unlink()
+
+
+def _is_written(content: bytes, checksum: Checksum) -> bool:
+    """Whether a file of one chunk is the one that was written."""
+    crc = f"{google_crc32c.value(content[:-CRC_BYTES]):08x}"
+    return (len(content), crc, crc_of(content)) == (*checksum, checksum.checksum)
 
 
 # --- several writers of one run ----------------------------------------------------------------

@@ -189,11 +189,12 @@ class TraceWriter:
                 f"on; the array's is {inner}",
                 remedy="Give every record the sizes that the trace was created with.",
             )
-        step = layout.chunks[axis + 1]
-        if start % step:
+        step, end = layout.chunks[axis + 1], start + rows
+        if start % step or (end % step and end < inner[axis]):
+            where = f"start at {start}" if start % step else f"end at {end}"
             raise StoreError(
-                f"{self.path}: rows of {name} start at {start}, in the middle of a chunk",
-                remedy=f"Start records at multiples of {step} rows.",
+                f"{self.path}: rows of {name} {where}, in the middle of a chunk",
+                remedy=f"Start and end records at multiples of {step} rows.",
             )
         return rows, list(encode_rows(layout, self._staged.encodings[name], value))
 
@@ -216,13 +217,15 @@ class TraceWriter:
             for name, rows in expected.items():
                 waiting = self._waiting.get((name, layer), {})
                 while (start := self._rows.get(name, 0)) in waiting and start < rows:
-                    count, chunks = waiting.pop(start)
+                    count, chunks = waiting[start]
                     self._staged.append(name, layer, chunks)
                     self._rows[name] = start + count
+                    del waiting[start]
             if any(self._rows.get(name, 0) < rows for name, rows in expected.items()):
                 return
-            found = dict.fromkeys(self._nonfinite.pop(layer))
+            found = dict.fromkeys(self._nonfinite[layer])
             self._staged.end_layer(layer, list(expected), list(found))
+            del self._nonfinite[layer]
             self._rows.clear()
             for name in expected:
                 self._waiting.pop((name, layer), None)
