@@ -18,7 +18,6 @@ from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import counted_reads
 import fakes
 
 # As many of torch's threads in every process that tests start: another number of them may cut a
@@ -103,9 +102,11 @@ def opened_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture
-def chunk_reads(monkeypatch: pytest.MonkeyPatch) -> counted_reads.ChunkReads:
+def chunk_reads(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Chunks of stores read since (or since its last ``clear()``), in any thread."""
-    return counted_reads.ChunkReads(monkeypatch)
+    from chunk_reads import ChunkReads
+
+    return ChunkReads(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from itertools import combinations
 
-import counted_reads
 import fakes
 import numpy as np
 import pytest
 import synthetic
 import xarray as xr
+from chunk_reads import ChunkReads
 from scipy import stats
 
 from zarrtrace.analysis import resampling
@@ -324,7 +324,7 @@ class TestRefusals:
 
 
 def test_reads_one_array_only(
-    tmp_path_factory: pytest.TempPathFactory, chunk_reads: counted_reads.ChunkReads
+    tmp_path_factory: pytest.TempPathFactory, chunk_reads: ChunkReads
 ) -> None:
     path = fakes.make_run(
         tmp_path_factory.mktemp("contrast"), scenarios=["Safe_1", "Safe_2", "Risky_1", "Risky_2"]

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import counted_reads
 import fakes
 import numpy as np
 import pandas as pd
@@ -14,6 +13,7 @@ import pytest
 import rounding
 import synthetic
 import xarray as xr
+from chunk_reads import ChunkReads
 from click.testing import CliRunner
 
 from zarrtrace.analysis.features import feature_trajectory, of_sae, pathway_features
@@ -283,7 +283,7 @@ class TestSeveralSAEs:
 
     @pytest.mark.parametrize("chunks", [None, "auto"])
     def test_the_other_ones_features_take_their_place(
-        self, two: fakes.FakeRun, chunk_reads: counted_reads.ChunkReads, chunks: Any
+        self, two: fakes.FakeRun, chunk_reads: ChunkReads, chunks: Any
     ) -> None:
         run = open_run(two.path, chunks=chunks)
         chunk_reads.clear()
@@ -330,7 +330,7 @@ class TestReadsOnlyWhatItNeeds:
 
     @pytest.mark.parametrize("chunks", [None, {"layer": 1}])
     def test_one_layer_of_a_trajectory(
-        self, shared_run: fakes.FakeRun, chunk_reads: counted_reads.ChunkReads, chunks: Any
+        self, shared_run: fakes.FakeRun, chunk_reads: ChunkReads, chunks: Any
     ) -> None:
         run = open_run(shared_run.path, chunks=chunks)
         chunk_reads.clear()
@@ -341,7 +341,7 @@ class TestReadsOnlyWhatItNeeds:
         assert chunk_reads.below(shared_run.path) == {"Safe_1/features/1.0.0": 1}
 
     def test_pathways_leave_the_attention_of_heads_alone(
-        self, shared_run: fakes.FakeRun, chunk_reads: counted_reads.ChunkReads
+        self, shared_run: fakes.FakeRun, chunk_reads: ChunkReads
     ) -> None:
         run = open_run(shared_run.path, chunks="auto")
         chunk_reads.clear()

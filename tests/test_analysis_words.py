@@ -7,7 +7,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import ClassVar
 
-import counted_reads
 import fakes
 import numpy as np
 import pandas as pd
@@ -15,6 +14,7 @@ import pytest
 import rounding
 import synthetic
 import xarray as xr
+from chunk_reads import ChunkReads
 from scipy import stats
 
 from zarrtrace.analysis import words
@@ -117,9 +117,7 @@ class TestWordAssociations:
                 found.query("layer == 2").reset_index(drop=True), expected.reset_index(drop=True)
             )
 
-    def test_reads_the_index_only(
-        self, shared_run: fakes.FakeRun, chunk_reads: counted_reads.ChunkReads
-    ) -> None:
+    def test_reads_the_index_only(self, shared_run: fakes.FakeRun, chunk_reads: ChunkReads) -> None:
         run = open_run(shared_run.path)
         chunk_reads.clear()
         word_associations(run)
@@ -376,7 +374,7 @@ class TestDecision:
         xr.testing.assert_identical(found.compute(), decision(run))
 
     def test_reads_the_last_token_only(
-        self, shared_run: fakes.FakeRun, chunk_reads: counted_reads.ChunkReads
+        self, shared_run: fakes.FakeRun, chunk_reads: ChunkReads
     ) -> None:
         run = open_run(shared_run.path)
         chunk_reads.clear()

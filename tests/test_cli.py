@@ -19,11 +19,11 @@ import unittest.mock
 from dataclasses import replace
 from pathlib import Path
 
-import counted_reads
 import fakes
 import numpy as np
 import pandas as pd
 import pytest
+import reading
 import xarray as xr
 from processes import extracting, said_after
 
@@ -111,11 +111,7 @@ def test_info_of_a_partial_run(tmp_path: Path) -> None:
 
 def test_verify(run: fakes.FakeRun) -> None:
     assert call("verify", run.path).returncode == 0
-    file = run.trace / "features/c.0.0.0"
-    offset, _ = counted_reads.chunk_ranges(file)[1]
-    content = bytearray(file.read_bytes())
-    content[offset + 3] ^= 1
-    file.write_bytes(content)
+    reading.flip_byte_of_layer(run.trace, "features", 1)
     done = call("verify", run.path)
     assert done.returncode == 1
     assert "Safe_1" in done.stdout

@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import counted_reads
 import fakes
 import numpy as np
 import pytest
 import rounding
 import xarray as xr
+from chunk_reads import ChunkReads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -146,7 +146,7 @@ def test_find(tmp_path: Path) -> None:
 
 
 def test_find_reads_little(
-    tmp_path: Path, chunk_reads: counted_reads.ChunkReads, opened_files: list[str]
+    tmp_path: Path, chunk_reads: ChunkReads, opened_files: list[str]
 ) -> None:
     run = fakes.make_run(tmp_path, layers=(1,), features=5000, heads=None, tokens=3)
     build_index(run.path)

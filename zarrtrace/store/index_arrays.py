@@ -34,7 +34,7 @@ from zarrtrace.store.metadata import (
     read_trace,
     sealed_group,
 )
-from zarrtrace.store.publish import end_replacing, publish_folder
+from zarrtrace.store.publish import end_publishing, publish_folder
 from zarrtrace.store.run_writer import lock_run
 from zarrtrace.store.staged import staging_folder
 
@@ -263,7 +263,7 @@ def locked(run: Address) -> Iterator[None]:
     try:
         if (index := (run / INDEX).path) is not None:
             with disk.explained(run):
-                end_replacing(staging_folder(run) / INDEX, index)
+                end_publishing(staging_folder(run) / INDEX, index)
         yield
     finally:
         lock.release()

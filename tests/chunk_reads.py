@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from reading import index_of
 
 
 class ChunkReads:
@@ -60,29 +61,13 @@ class ChunkReads:
 def _chunks(file: Path, start: int, stop: int) -> list[str]:
     """Name the chunks that a range of a file overlaps."""
     place = np.array([int(number) for number in file.name.split(".")[1:]])
-    grid = _grid(file)
-    if grid is None:
+    node = json.loads((file.parent / "zarr.json").read_text())
+    if node["codecs"][0]["name"] != "sharding_indexed":
         return [".".join(map(str, place))]
+    index = index_of(file)
+    grid = index.shape[:-1]
     return [
         ".".join(map(str, place * grid + np.unravel_index(number, grid)))
-        for number, (offset, length) in enumerate(chunk_ranges(file))
+        for number, (offset, length) in enumerate(index.reshape(-1, 2).tolist())
         if offset < stop and start < offset + length
     ]
-
-
-def _grid(file: Path) -> np.ndarray | None:
-    """Return how many chunks a file holds along each dimension; None for one without an index."""
-    node = json.loads((file.parent / "zarr.json").read_text())
-    (codec, *_) = node["codecs"]
-    if codec["name"] != "sharding_indexed":
-        return None
-    shard = np.array(node["chunk_grid"]["configuration"]["chunk_shape"])
-    return shard // np.array(codec["configuration"]["chunk_shape"])
-
-
-def chunk_ranges(file: Path) -> list[tuple[int, int]]:
-    """Return offset and length of each chunk of a file that holds several."""
-    content = file.read_bytes()
-    count = int(np.prod(_grid(file)))
-    entries = np.frombuffer(content[-4 - 16 * count : -4], "<u8").reshape(count, 2)
-    return [(offset, length) for offset, length in entries.tolist()]
