@@ -143,8 +143,8 @@ class SAEAttributes(Frozen):
 class SAESetAttributes(Frozen):
     """The SAEs of one array, as far as its layers share it.
 
-    In `hook_name`, ``{layer}`` stands for the layer's number. A field that differs otherwise is null, and
-    stored by layer in a coordinate such as ``sae_dtype (layer)``.
+    In `hook_name`, ``{layer}`` stands for the layer's number. A field that differs otherwise is
+    null, and stored by layer in a coordinate such as ``sae_dtype (layer)``.
     """
 
     release: str | None
