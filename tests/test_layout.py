@@ -386,6 +386,15 @@ def test_layers_share_what_is_equal_but_for_their_number() -> None:
     assert by_layer == {"sae_id": ["l1", "l11", "l12"]}
 
 
+@pytest.mark.parametrize("layers", [(32,), (31, 32)])
+def test_numbers_that_name_no_layer_stay(layers: tuple[int, ...]) -> None:
+    """The data type float32 in layer 32."""
+    shared, by_layer = share_saes(fakes.make_saes(layers, 16), layers)
+    assert shared["features"].dtype == "float32"
+    assert shared["features"].hook_name == "blocks.{layer}.hook_resid_post"
+    assert by_layer.keys() == {"sae_id"}
+
+
 def test_fields_that_differ_are_stored_by_layer() -> None:
     saes = [sae(1, dtype="float32"), sae(3, dtype="bfloat16", hook_name="blocks.3.hook_mlp_out")]
     shared, by_layer = share_saes(saes, (1, 2, 3))

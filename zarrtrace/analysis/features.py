@@ -78,7 +78,7 @@ def of_sae(data: _DataT, name: str) -> _DataT:
             remedy="Give what stands behind 'features_'; without it, the first SAE's are taken.",
         )
     rest: xr.Dataset = ds.drop_dims(["feature", "feature_rank"], errors="ignore")
-    of_layers = [sae_coordinate(field, "features") for field in SAE_FIELDS]
+    of_layers: list[str] = [sae_coordinate(field, "features") for field in SAE_FIELDS]
     rest = rest.drop_vars(of_layers, errors="ignore")
     names = ("features", "top_feature", "top_activation", "feature", "feature_rank", *of_layers)
     there: set[Any] = {*rest.variables, *rest.dims}

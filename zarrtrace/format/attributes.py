@@ -159,8 +159,8 @@ class SAEAttributes(Frozen):
 class SAESetAttributes(Frozen):
     """The SAEs of one array, as far as its layers share it.
 
-    In texts ``{layer}`` stands for the layer's number. A field that differs otherwise is null, and
-    stored by layer in a coordinate such as ``sae_dtype (layer)``.
+    In `hook_name`, ``{layer}`` stands for the layer's number. A field that differs otherwise is
+    null, and stored by layer in a coordinate such as ``sae_dtype (layer)``.
     """
 
     release: str | None
@@ -212,7 +212,10 @@ def share_saes(
         texts: dict[str, str | None] = {}
         for field in SAE_FIELDS:
             values = {layer: getattr(sae, field) or "" for layer, sae in found.items()}
-            templates = {_template(value, layer) for layer, value in values.items()}
+            templates = {  # "float32" of layer 32 names no layer
+                _template(value, layer) if field == "hook_name" else value
+                for layer, value in values.items()
+            }
             texts[field] = templates.pop() if len(templates) == 1 else None
             if texts[field] is None or (field in _BY_LAYER and any(values.values())):
                 by_layer[sae_coordinate(field, variable)] = [values.get(n, "") for n in layers]

@@ -129,12 +129,14 @@ def trace_arrays(ds: xr.Dataset, *, eight_bit: bool = False) -> list[BundleArray
 
 
 def _of_variable(name: str, variable: xr.DataArray, *, eight_bit: bool) -> BundleArray:
-    def load(box: tuple[slice, ...]) -> np.ndarray:
+    def of_box(box: tuple[slice, ...]) -> np.ndarray:
         return np.asarray(variable.isel(dict(zip(variable.dims, box, strict=True))).values)
 
+    load: Callable[[tuple[slice, ...]], np.ndarray] = of_box
     dims, shape = tuple(map(str, variable.dims)), variable.shape
     if "attention_query" in dims:
-        axis, load = dims.index("attention_query"), _with_all_rows(variable)
+        axis = dims.index("attention_query")
+        load = _with_all_rows(variable)
         dims = (*dims[:axis], "query", *dims[axis + 1 :])
         shape = (*shape[:axis], variable.sizes["key"], *shape[axis + 1 :])
     eight_bit = eight_bit and name == "attention"
