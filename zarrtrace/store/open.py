@@ -18,6 +18,7 @@ from zarrtrace.storage import Address, Location, at_once, locate
 from zarrtrace.store.array import StoredArray, as_lazy
 from zarrtrace.store.chunks import FileIndex
 from zarrtrace.store.codecs import ArrayEncoding
+from zarrtrace.store.damage import check_sizes
 from zarrtrace.store.metadata import CHECKSUMS, REPAIR, Group, checksums_of, read_run, read_trace
 from zarrtrace.store.publish import replaced
 from zarrtrace.store.staged import staging_folder
@@ -83,7 +84,7 @@ def open_trace(
         if missing == "raise":
             raise incomplete(path, group.attributes.layers, missing_layers) from None
         return _dataset(group, chunks, indexes)
-    _check_sizes(trace)
+    check_sizes(trace)
     return _dataset(trace, chunks)
 
 
@@ -170,30 +171,6 @@ def _between_two(path: Location, error: NotATraceError) -> NotATraceError:
         "the run has ended between two renames.",
         remedy="Try again in a moment; else run the same 'zarrtrace extract --overwrite' again.",
     )
-
-
-def _check_sizes(trace: Group[TraceAttributes]) -> None:
-    """Refuse a trace in which files are gone or have another size."""
-    sizes = None
-    if trace.path.path is None:
-        if not trace.path.backend.listable:
-            return  # said when a file is read
-        sizes = trace.path.files()
-    for name, node in trace.nodes.items():
-        for key, written in checksums_of(node).items():
-            file = trace.path / name / key
-            try:
-                found = file.size() if sizes is None else sizes.get(f"{name}/{key}")
-            except FileNotFoundError:
-                found = None
-            if found != written.bytes:
-                raise IntegrityError(
-                    f"{file}: {'is gone' if found is None else f'has {found} bytes'}, "
-                    f"{written.bytes} bytes were written",
-                    why="Files were lost, cut short or replaced, for example by an interrupted "
-                    "copy.",
-                    remedy=REPAIR,
-                )
 
 
 def _dataset(

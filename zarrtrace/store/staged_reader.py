@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from zarrtrace.errors import IntegrityError
 from zarrtrace.format.attributes import TraceAttributes
-from zarrtrace.format.layout import ROWS
+from zarrtrace.format.layout import NEXT_TOKEN, ROWS
 from zarrtrace.storage import Location, locate
 from zarrtrace.store.chunks import FileIndex, LayerGrid, index_entries
 from zarrtrace.store.codecs import ArrayEncoding
@@ -51,7 +51,8 @@ def read_staged(
         for name, node in nodes.items():
             node["attributes"][CHECKSUMS] = files.get(name, {})
         labels = labels_of(nodes).split()
-        encodings = check_nodes(nodes, labels, attributes, is_whole=False)
+        written_last = set(NEXT_TOKEN)
+        encodings = check_nodes(nodes, {*labels} - written_last, attributes, is_whole=False)
     except (*NONSENSE, IntegrityError):
         return None  # nor does a writer go on with it: it begins anew
     group = Group(here, attributes, header["attributes"], frozenset(labels), nodes, encodings)

@@ -18,6 +18,7 @@ from zarrtrace.precision import cast_record, refusal
 from zarrtrace.records import LayerRecord, Nonzeros, TokensRecord, TracePlan
 from zarrtrace.storage import Address, Location, disk, locate
 from zarrtrace.store.chunks import encode_rows
+from zarrtrace.store.damage import check_sizes
 from zarrtrace.store.metadata import read_trace
 from zarrtrace.store.publish import end_replacing, publish_folder
 from zarrtrace.store.repair import SoundParts, sound_parts
@@ -87,6 +88,7 @@ class TraceWriter:
                 remedy="Rename them back, or let 'zarrtrace extract' write them again with "
                 "--repair.",
             )
+        check_sizes(trace)
         return True
 
     # --- what is left to write -----------------------------------------------------------------
