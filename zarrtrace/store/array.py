@@ -155,8 +155,8 @@ class StoredArray(BackendArray):
             ranges = {number: index.range_of(number) for number in numbers}
             stored = {number: one for number, one in ranges.items() if one is not None}
             found = dict(zip(stored, file.read_ranges([*stored.values()]), strict=True))
-            for number in stored if index.crcs is not None else ():
-                if crc_of(found[number]) != f"{index.crcs[number]:08x}":
+            for number, crc in (index.crcs or {}).items():
+                if number in found and crc_of(found[number]) != f"{crc:08x}":
                     raise ValueError(f"chunk {number} is not the one that the journal names")
         except (FileNotFoundError, ValueError) as error:
             gone = isinstance(error, FileNotFoundError)
