@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import hostile
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError
@@ -250,10 +251,10 @@ def test_another_configuration(tmp_path: Path) -> None:
 def test_newer_format(tmp_path: Path) -> None:
     extract(tmp_path / "run", small())
     file = tmp_path / "run" / "zarr.json"
-    file.write_text(file.read_text().replace('"format_version": 1', '"format_version": 2'))
+    file.write_text(file.read_text().replace('"format_version": 2', '"format_version": 3'))
     with pytest.raises(FormatVersionError) as error:
         open_run(tmp_path / "run")
-    assert "up-to-date clone" in message(error)
+    assert "Install a newer zarrtrace" in message(error)
 
 
 def test_no_space_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,7 +262,7 @@ def test_no_space_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
 
     def full(self: Path, mode: str = "r", *more: Any, **options: Any) -> Any:
-        if "attention" in str(self) and "w" in mode:
+        if "attention" in str(self) and "a" in mode:
             written.append(self)
             if len(written) > 2:
                 raise OSError(errno.ENOSPC, "No space left on device")
@@ -270,7 +271,7 @@ def test_no_space_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "open", full)
     with pytest.raises(NoSpaceError) as error:
         extract(tmp_path / "run", small())
-    assert re.search(r"The run needs about \d+ kB in all; .* are free now", message(error))
+    assert re.search(r"The run needs about \d+ kB in all\. .* are free now", message(error))
     monkeypatch.undo()
     extract(tmp_path / "run", small())
     assert len(open_run(tmp_path / "run")["Risky_40"].layer) == 2
@@ -305,10 +306,11 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
 
 def test_spans_beyond_the_prompt(tmp_path: Path) -> None:
     extract(tmp_path / "run", small())
-    file = tmp_path / "run" / "Risky_40" / "zarr.json"
-    content = json.loads(file.read_text())
-    content["attributes"]["zarrtrace"]["spans"]["goal"]["tokens"] = [3, 5000]
-    file.write_text(json.dumps(content))
+
+    def change(group: Any) -> None:
+        group["attributes"]["spans"]["goal"]["tokens"] = [3, 5000]
+
+    hostile.change_group(tmp_path / "run" / "Risky_40", change)
     with pytest.raises(IntegrityError) as error:
         open_run(tmp_path / "run")
     assert "span 'goal' has positions beyond the prompt's" in message(error)

@@ -227,7 +227,7 @@ def stage(folder: Path) -> Path:
     return begun.path / ".staged" / "Safe_1"
 
 
-def goes_on(staged: Path) -> fakes.FakeRun:
+def goes_on(staged: Path, *, readable: bool = False) -> fakes.FakeRun:
     """Read a staged trace, then complete it: what was stored, and nothing else."""
     run = staged.parents[1]
     truth = fakes.make_run(run.parent, name="truth", scenarios=("Safe_1",))
@@ -236,6 +236,7 @@ def goes_on(staged: Path) -> fakes.FakeRun:
         found = zt.open_trace(run / "Safe_1", missing="nan")
     except StoreError:
         found = None
+        assert not readable
     for name, expected in truth.truth["Safe_1"].items() if found is not None else ():
         assert found is not None
         try:
@@ -319,7 +320,7 @@ def test_a_line_that_nobody_wrote_ends_the_journal(staged: Path, what: str) -> N
     change(lines)
     hostile.write_journal(staged, lines)
     begun = time.monotonic()
-    assert len(goes_on(staged).written) == again
+    assert len(goes_on(staged, readable=again < 3).written) == again
     assert time.monotonic() - begun < 30
 
 

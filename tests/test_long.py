@@ -19,15 +19,19 @@ from sae_lens import SAE, StandardSAEConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from zarrtrace import spec
+from zarrtrace import memory
 from zarrtrace.capture import blocked, checks, lockstep
 from zarrtrace.errors import IncompleteError
-from zarrtrace.extraction import Options, extract, memory, running
+from zarrtrace.extraction import Options, extract, running
+from zarrtrace.format import layout
+from zarrtrace.format.layout import Limits
 from zarrtrace.store import open_trace, verify
 
 pytestmark = pytest.mark.torch
 
 TOKENS = 400
+#: Layers are cut into as many records and files as can be.
+CUT = Limits(file_bytes=1, record_bytes=1)
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_long.py"
 
 
@@ -38,9 +42,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make blocks, shards and pieces of logits as small against 400 tokens as they are in truth."""
+    """Make blocks, records and pieces of logits as small against 400 tokens as in truth."""
     monkeypatch.setattr(blocked, "_BLOCK_BYTES", 4 * 4 * TOKENS * 16)
-    monkeypatch.setattr(spec, "_MAX_SHARD_BYTES", 4 * 4 * TOKENS * 64)
+    limits = Limits(record_bytes=4 * 4 * TOKENS * 64)
+    monkeypatch.setattr(layout, "DEFAULT_LIMITS", limits)
     monkeypatch.setattr(lockstep, "_LOGIT_ROWS", 64)
 
 
@@ -158,14 +163,13 @@ def test_layers_in_several_records_are_the_same_layers(
 ) -> None:
     options = _options(models, tmp_path)
     whole = open_trace(extract(tmp_path / "whole", options) / "long")
-    monkeypatch.setattr(spec, "_MAX_SHARD_BYTES", 1)
-    monkeypatch.setattr(spec, "_TOKENS_PER_CHUNK", 64)
+    monkeypatch.setattr(layout, "DEFAULT_LIMITS", CUT)
     monkeypatch.setattr(lockstep, "_LOGIT_ROWS", 64)
     blocks = _options(models, tmp_path, attention_capture="blocked")
     run = extract(tmp_path / "rows", blocks)
     assert verify(run) == []
     rows = open_trace(run / "long")
-    assert len(list((run / "long" / "features" / "c" / "0").iterdir())) > 3
+    assert len(list((tmp_path / "rows" / "long" / "features").glob("c.0.*"))) > 3
     allowed = _deviations(models, whole)
     for name in ("attention", "attention_mean", "next_token_logprob"):
         rounding.assert_close(rows[name], whole[name], allowed[name])
@@ -181,7 +185,7 @@ def test_layers_in_several_records_are_the_same_layers(
 def test_a_run_stopped_between_two_records_of_a_layer_goes_on(
     models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spec, "_MAX_SHARD_BYTES", 1)
+    monkeypatch.setattr(layout, "DEFAULT_LIMITS", CUT)
     options = _options(models, tmp_path, attention_capture="blocked")
     expected = open_trace(extract(tmp_path / "expected", options) / "long")
     real = running.WriterThreads.submit

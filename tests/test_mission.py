@@ -114,9 +114,10 @@ def test_llama_with_llama_scope(
     assert done.returncode == 0, done.stderr
     assert verify(tmp_path / "runs/llama") == []
     trace = tmp_path / "runs/llama/Very_risky_25"
-    attributes = json.loads((trace / "zarr.json").read_text())["attributes"]["zarrtrace"]
+    attributes = json.loads((trace / "zarr.json").read_text())["attributes"]
     assert attributes["model"]["revision"] is not None
-    assert [sae["id"] for sae in attributes["saes"]] == [f"l{n}r_8x" for n in range(1, 32)]
+    ids = zt.open_trace(trace).sae_id.values.tolist()
+    assert ids == [f"l{n}r_8x" for n in range(1, 32)]
     expected = of_the_libraries(
         "meta-llama/Llama-3.1-8B",
         "llama_scope_lxr_8x",
@@ -142,12 +143,14 @@ def test_gpt2(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> No
         main()
     assert not ended.value.code
     trace = tmp_path / "runs/gpt2/Risky_40"
-    attributes = json.loads((trace / "zarr.json").read_text())["attributes"]["zarrtrace"]
+    attributes = json.loads((trace / "zarr.json").read_text())["attributes"]
     ds = zt.open_trace(trace)
     assert list(ds.query_token.values).count("<|begin_of_text|>") == 1
     # the release has a second SAE for the last block: it gets an array of its own
-    by_variable = {sae["variable"]: sae["hook_name"] for sae in attributes["saes"]}
-    assert by_variable["features_resid_post"] == "blocks.11.hook_resid_post"
+    saes = attributes["saes"]
+    assert saes["features"]["hook_name"] == "blocks.{layer}.hook_resid_pre"
+    assert saes["features_resid_post"]["hook_name"] == "blocks.{layer}.hook_resid_post"
+    assert ds.sae_id_resid_post.values.tolist()[:-1] == [""] * 11
     assert bool(np.isnan(ds.features_resid_post.sel(layer=3)).all())
     assert bool((ds.features_resid_post.sel(layer=11) > 0).any())
     expected = of_the_libraries(

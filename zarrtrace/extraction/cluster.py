@@ -95,7 +95,7 @@ def extract_on_cluster(
     plan = _plan(client, Setup(asked, Path.cwd()), tuple(scenarios.values()))
     say(plan.settled.notes, progress)
     with (
-        saying_how_much_room(output, plan.disk_bytes),
+        saying_how_much_room(plan.disk_bytes),
         RunWriter(
             output,
             list(scenarios),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -29,7 +28,6 @@ from zarrtrace.extraction.writers import (
 )
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import RunWriter, read_run, refuse_foreign, wait_for_writers
-from zarrtrace.store.staged import staging_folder
 
 #: How long to wait for a worker that was given up, and still writes what is to be done again.
 SECONDS_GIVEN_UP = 600
@@ -92,7 +90,7 @@ def extract(
     say(job.notes, progress)
     layers = {prompt.scenario.name: len(job.layers) for prompt in job.prompts}
     with (
-        saying_how_much_room(output, estimate(job).disk_bytes),
+        saying_how_much_room(estimate(job).disk_bytes),
         RunWriter(
             output,
             list(layers),
@@ -110,17 +108,14 @@ def extract(
 
 
 @contextlib.contextmanager
-def saying_how_much_room(output: Location, needed: int) -> Iterator[None]:
-    """Add to the error of a full disk how many bytes the run needs, if it is bytes that lack."""
+def saying_how_much_room(needed: int) -> Iterator[None]:
+    """Add to the error of a full disk how many bytes the run needs."""
     try:
         yield
     except NoSpaceError as error:
-        if error.why:
-            raise
-        free = readable(shutil.disk_usage(str(staging_folder(output).parent)).free)
         raise NoSpaceError(
             error.what,
-            why=f"The run needs about {readable(needed)} in all; {free} are free now.",
+            why=f"The run needs about {readable(needed)} in all. {error.why}".rstrip(),
             remedy=error.remedy,
         ) from error
 

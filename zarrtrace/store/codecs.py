@@ -216,7 +216,7 @@ def _fill(value: Any, dtype: np.dtype[Any]) -> Any:
         return dtype.type(math.nan)
     kinds: dict[str, list[Any]] = {"O": [""], "b": [False], "f": []}
     known = kinds.get(dtype.kind, [0, NO_ID])
-    if value not in known or type(value) is not type(known[0]):
+    if not any(value == one and type(value) is type(one) for one in known):
         raise ValueError(f"fill_value {value!r}")
     return value if dtype.kind == "O" else dtype.type(value)
 

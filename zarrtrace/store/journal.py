@@ -18,6 +18,7 @@ from zarrtrace.format.layout import NEXT_TOKEN
 from zarrtrace.storage import disk
 from zarrtrace.store.chunks import Checksum, LayerGrid, file_keys
 from zarrtrace.store.codecs import CRC_BYTES, ArrayEncoding
+from zarrtrace.store.metadata import parse_checksums
 
 #: Name of the file, beside the arrays of the trace.
 JOURNAL = "journal"
@@ -104,16 +105,10 @@ def stored_tokens(line: Line, encodings: Mapping[str, ArrayEncoding]) -> StoredT
     ValueError, LookupError, TypeError, AttributeError
         If no such line was written.
     """
-    found = {
-        name: {key: Checksum(*one) for key, one in files.items()}
-        for name, files in line["files"].items()
-    }
+    found = {name: parse_checksums(files) for name, files in line["files"].items()}
     known = {name: file_keys(encodings[name]) for name in NEXT_TOKEN if name in encodings}
     if {name: list(files) for name, files in found.items()} != known:
         raise ValueError(f"files {found}")
-    for one in (one for files in found.values() for one in files.values()):
-        if type(one.bytes) is not int or type(one.checksum) is not str:
-            raise TypeError(f"checksum {one}")
     nonfinite = line["nonfinite"]
     if not set(nonfinite) <= found.keys():
         raise ValueError(f"nonfinite {nonfinite}")

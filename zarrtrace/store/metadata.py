@@ -480,7 +480,18 @@ def checksums_of(node: Mapping[str, Any]) -> dict[str, Checksum]:
     ValueError, LookupError, TypeError, AttributeError
         If they are missing or damaged.
     """
-    found = {key: Checksum(*one) for key, one in node["attributes"][CHECKSUMS].items()}
+    return parse_checksums(node["attributes"][CHECKSUMS])
+
+
+def parse_checksums(files: Mapping[str, Sequence[Any]]) -> dict[str, Checksum]:
+    """Return sizes and checksums of files as they stand in JSON, by key.
+
+    Raises
+    ------
+    ValueError, LookupError, TypeError, AttributeError
+        If they are damaged.
+    """
+    found = {key: Checksum(*one) for key, one in files.items()}
     for key, one in found.items():
         if not _FILE_KEY.fullmatch(key) or type(one.bytes) is not int or one.bytes < 0:
             raise ValueError(f"no file {key!r} belongs to an array")

@@ -18,6 +18,7 @@ from zarrtrace.precision import cast_record, refusal
 from zarrtrace.records import BFloat16, LayerRecord, Nonzeros, TokensRecord, TracePlan
 from zarrtrace.storage import Address, Location, disk, locate
 from zarrtrace.store.chunks import encode_rows
+from zarrtrace.store.damage import check_sizes
 from zarrtrace.store.metadata import read_scenario
 from zarrtrace.store.publish import end_publishing, publish_folder
 from zarrtrace.store.repair import SoundParts, sound_parts
@@ -81,7 +82,7 @@ class TraceWriter:
         if repair:
             self._source = sound_parts(self.path, self._attributes, self._layouts)
             return self._source.is_whole
-        read_scenario(self.path.parent, self.path.name)
+        check_sizes(read_scenario(self.path.parent, self.path.name))
         return True
 
     # --- what is left to write -----------------------------------------------------------------
