@@ -34,7 +34,16 @@ from zarrtrace.errors import (
 from zarrtrace.extraction import Options, extract
 from zarrtrace.extraction.job import library_versions
 from zarrtrace.extraction.progress import Progress
-from zarrtrace.store import RunWriter, only_writer, read_run_attributes, verify, wait_for_writers
+from zarrtrace.records import TokensRecord
+from zarrtrace.storage import locate
+from zarrtrace.store import (
+    RunWriter,
+    TraceWriter,
+    only_writer,
+    read_run,
+    verify,
+    wait_for_writers,
+)
 
 pytest.importorskip("distributed")
 
@@ -70,13 +79,22 @@ def client() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What one process stores."""
-    return fakes.files_in(extract(tmp_path_factory.mktemp("single") / "run", options()))
+    return files_of(extract(tmp_path_factory.mktemp("single") / "run", options()))
 
 
 @pytest.fixture(scope="module")
 def single_attention(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What one process stores without features."""
-    return fakes.files_in(extract(tmp_path_factory.mktemp("single") / "run", ATTENTION))
+    return files_of(extract(tmp_path_factory.mktemp("single") / "run", ATTENTION))
+
+
+def files_of(run: Any) -> dict[str, bytes]:
+    return fakes.files_in(Path(run))
+
+
+def has_begun(run: Path) -> bool:
+    """Whether a worker has stored layers of a trace that it has not published."""
+    return any(run.glob(".staged/*/attention/c.*"))
 
 
 def assert_same(run: Path, expected: dict[str, bytes]) -> None:
@@ -84,6 +102,7 @@ def assert_same(run: Path, expected: dict[str, bytes]) -> None:
     assert found.keys() == expected.keys()
     assert {name: found[name] for name in expected if found[name] != expected[name]} == {}
     assert sorted(path.name for path in run.parent.iterdir()) == [run.name]  # no lock is left
+    assert sorted(path.name for path in run.iterdir()) == sorted([*NAMES, "zarr.json"])
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
@@ -116,7 +135,8 @@ def test_equals_one_process(
     client: Any, single: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = options()
-    assert extract_on_cluster(client, tmp_path / "run", asked, progress="bars") == tmp_path / "run"
+    made = extract_on_cluster(client, tmp_path / "run", asked, progress="bars")
+    assert str(made) == str(tmp_path / "run")
     assert_same(tmp_path / "run", single)
     bars = capsys.readouterr().err
     assert "15/15" in bars
@@ -131,7 +151,7 @@ def test_workers_write_to_an_object_store(client: Any, single: dict[str, bytes],
     client.run(os.environ.update, s3_servers.CREDENTIALS)
     run = s3.folder() / "run"
     extract_on_cluster(client, run, options())
-    assert {name: (run / name).read_bytes() for name in sorted(run.files())} == single
+    assert {name: (run / name).read() for name in sorted(run.files())} == single
     assert {name.split("/")[0] for name in run.parent.files()} == {"run"}  # no lock is left
 
 
@@ -141,7 +161,7 @@ def test_batches_are_those_of_one_process(
     asked = options(batch_size=2, layers=(1, 30), queries="spans", sae_path=Path("saes"))
     monkeypatch.chdir(demo.sae_path().parent)  # workers run elsewhere
     (tmp_path / "one").mkdir()
-    expected = fakes.files_in(extract(tmp_path / "one/run", asked))
+    expected = files_of(extract(tmp_path / "one/run", asked))
     (tmp_path / "two").mkdir()
     extract_on_cluster(client, tmp_path / "two/run", asked)
     assert_same(tmp_path / "two/run", expected)
@@ -156,10 +176,10 @@ def test_a_killed_worker_is_replaced(
     killed: list[int] = []
 
     def kill() -> None:
-        wait_for(lambda: any((tmp_path / "run").glob("*/attention/c/3/0/0/0")))
+        wait_for(lambda: has_begun(tmp_path / "run"))
         busy = [address for address, tasks in client.processing().items() if tasks]
         pid = client.run(os.getpid, workers=busy[:1])[busy[0]]
-        assert not read_run_attributes(tmp_path / "run").complete
+        assert not read_run(tmp_path / "run").attributes.complete
         os.kill(pid, signal.SIGKILL)
         killed.append(pid)
 
@@ -199,9 +219,9 @@ def test_a_worker_that_computes_nonsense_ends_the_run(client: Any, tmp_path: Pat
     assert "the model computed NaN or infinity in" in error.value.what
     assert "--allow-nonfinite" in error.value.remedy
     with RunWriter(
-        tmp_path / "runs/run", NAMES, read_run_attributes(tmp_path / "runs/run").config
+        tmp_path / "runs/run", NAMES, read_run(tmp_path / "runs/run").attributes.config
     ):  # the lock was given back
-        assert not read_run_attributes(tmp_path / "runs/run").complete
+        assert not read_run(tmp_path / "runs/run").attributes.complete
     extract_on_cluster(client, tmp_path / "runs/run", asked, allow_nonfinite=True)
     assert verify(tmp_path / "runs/run") == []
 
@@ -211,14 +231,14 @@ def test_a_signal_stops_workers_too(
 ) -> None:
     asked = ["-o", tmp_path / "run", "--scheduler", client.scheduler.address, *ASKED]
     with extracting(*asked) as process:
-        wait_for(lambda: any((tmp_path / "run").glob("*/attention/c/3/0/0/0")))
+        wait_for(lambda: has_begun(tmp_path / "run"))
         said = said_after(process)
     assert process.returncode == 130
     assert "of 155 layers" in said
     assert "the same command goes on there" in said
     assert "Traceback" not in said
     before = fakes.files_in(tmp_path / "run")
-    assert not read_run_attributes(tmp_path / "run").complete
+    assert not read_run(tmp_path / "run").attributes.complete
     assert before == fakes.files_in(tmp_path / "run")  # nobody writes any more
     extract_on_cluster(client, tmp_path / "run", ATTENTION)
     assert_same(tmp_path / "run", single_attention)
@@ -238,7 +258,7 @@ def test_another_environment_is_refused(
         return real(function, *arguments, **how)
 
     monkeypatch.setattr(client, "submit", submit)
-    changes: dict[str, Any] = {"folder": Path("/nowhere/run")}
+    changes: dict[str, Any] = {"folder": locate("/nowhere/run")}
     other: dict[str, Any] = {}
     with pytest.raises(ClusterError, match="does not see /nowhere/run"):
         extract_on_cluster(client, tmp_path / "run", options())
@@ -383,20 +403,108 @@ def test_progress_counts_what_a_dead_worker_stored(
     assert ("4/4" in capsys.readouterr().err) == (shown == "bars")
 
 
-def test_a_worker_that_is_left_over_is_waited_for(tmp_path: Path) -> None:
-    run = tmp_path / "run"
+# --- workers that a cluster has given up -------------------------------------------------------
+
+
+def test_worker_that_is_left_over_is_waited_for(tmp_path: Path) -> None:
+    run = locate(tmp_path / "run")
     with only_writer(run, ["a", "b"], seconds=0):
         for wait in (
             lambda: only_writer(run, ["b"], seconds=0.2).__enter__(),
             lambda: wait_for_writers(run, seconds=0.2),
         ):
-            with pytest.raises(LockedError, match="is still writing this trace"):
+            with pytest.raises(LockedError, match="another process is writing it"):
                 wait()
         with only_writer(run, ["c"], seconds=0):
             pass
     wait_for_writers(run, seconds=0)
-    assert not any(tmp_path.iterdir())
+    assert fakes.files_in(tmp_path) == {}
     wait_for_writers(run, seconds=0)
+
+
+_WRITER = """
+import sys, time
+from pathlib import Path
+
+sys.path.insert(0, sys.argv[1])
+import fakes
+from zarrtrace.storage import locate
+from zarrtrace.store import TraceWriter, only_writer
+
+run = locate(sys.argv[2])
+with only_writer(run, ["Safe_1"], seconds=0):
+    writer = TraceWriter(run, fakes.make_plan())
+    records = list(fakes.make_records())
+    writer.append(records[0])
+    print("one layer", flush=True)
+    while not Path(sys.argv[3]).exists():
+        time.sleep(0.01)
+    for record in records[1:]:
+        writer.append(record)
+    writer.finish()
+"""
+
+
+@pytest.mark.parametrize("end", ["killed", "alive"])
+def test_successor_of_a_worker_goes_on_where_it_ended(tmp_path: Path, end: str) -> None:
+    """Its locks are the kernel's: a dead one has none, a live one is waited for."""
+    expected = fakes.make_run(tmp_path / "whole", scenarios=("Safe_1",))
+    run, go_on = locate(tmp_path / "run"), tmp_path / "go on"
+    found: list[tuple[int, ...]] = []
+
+    def succeed() -> None:
+        with (
+            only_writer(run, ["Safe_1"], seconds=60),
+            TraceWriter(run, fakes.make_plan()) as writer,
+        ):
+            found.append(writer.missing_layers)
+            for record in fakes.make_records():
+                if isinstance(record, TokensRecord):
+                    if writer.needs_tokens:
+                        writer.append(record)
+                elif record.layer in writer.missing_layers:
+                    writer.append(record)
+
+    arguments = (Path(__file__).parent, run, go_on)
+    with (
+        RunWriter(run, ["Safe_1"], fakes.CONFIG) as client,
+        forked(_WRITER, *arguments) as first,
+    ):
+        journal = Path(run) / ".staged" / "Safe_1" / "journal"
+        wait_for(lambda: journal.is_file() and journal.read_bytes().count(b"\n") == 2)
+        successor = threading.Thread(target=succeed)
+        successor.start()
+        time.sleep(0.5)
+        assert not found  # it waits
+        if end == "killed":
+            first.kill()
+        else:
+            go_on.touch()
+        first.wait()
+        successor.join(60)
+        client.finish()
+    assert found == [(2, 3) if end == "killed" else ()]
+    assert fakes.files_in(Path(run)) == fakes.files_in(expected.path)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name[0] == ".") == []
+
+
+def test_next_client_waits_for_a_worker_of_the_last_one(tmp_path: Path) -> None:
+    """`extract` in one process, after a client whose workers go on writing."""
+    run = tmp_path / "run"
+    extract(run, ATTENTION)
+    with only_writer(locate(run), [NAMES[0]], seconds=0):
+        done = threading.Event()
+
+        def again() -> None:
+            extract(run, ATTENTION)
+            done.set()
+
+        client = threading.Thread(target=again)
+        client.start()
+        assert not done.wait(3)
+    client.join(60)
+    assert done.is_set()
+    assert not (run / ".staged").exists()
 
 
 def test_cluster_errors_survive_the_wire() -> None:

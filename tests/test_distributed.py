@@ -18,7 +18,7 @@ import zarrtrace as zt
 from zarrtrace import analysis
 from zarrtrace.errors import IntegrityError
 from zarrtrace.index import build_index
-from zarrtrace.store import opening
+from zarrtrace.store import RunWriter
 
 NAMES = tuple(f"{kind}_{i}" for i in range(2) for kind in ("Risky", "Safe"))
 
@@ -121,27 +121,41 @@ def test_graphs_stay_small(run: fakes.FakeRun, name: str, tasks: int) -> None:
     assert len(dict(graph.__dask_graph__())) <= tasks * blocks
 
 
-def test_blocks_are_files(run: fakes.FakeRun) -> None:
-    for chunks in ("auto", {}):
-        for child in zt.open_run(run.path, chunks=chunks).children.values():
-            for array in child.data_vars.values():
-                file = array.encoding["shards"] or array.encoding["chunks"]
-                for sizes, of_file in zip(array.chunks, file, strict=True):
-                    assert all(size == of_file for size in sizes[:-1])
+def begun(folder: Path, **sizes: Any) -> Path:
+    """Begin a trace of any size: no layer of it is stored."""
+    with RunWriter(folder / "run", ["Safe_1"], fakes.CONFIG) as run:
+        writer = run.trace(fakes.make_plan(**sizes))
+        for record in fakes.make_records(layers=(), tokens=sizes["tokens"]):
+            writer.append(record)
+    return folder / "run"
 
 
-@pytest.mark.parametrize(("layers", "wanted"), [(1, (1, 1, 1)), (2, (2, 1)), (3, (3,))])
-def test_blocks_are_several_small_files(
-    run: fakes.FakeRun, monkeypatch: pytest.MonkeyPatch, layers: int, wanted: tuple[int, ...]
+@pytest.mark.parametrize(
+    ("tokens", "wanted"), [(250, (1, 1, 1)), (120, (2, 1)), (60, (3,))], ids=["one", "two", "three"]
+)
+def test_blocks_are_several_small_layers(
+    tmp_path: Path, tokens: int, wanted: tuple[int, ...]
 ) -> None:
-    ds = zt.open_trace(run.path / NAMES[0])
-    monkeypatch.setattr(opening, "_BLOCK_BYTES", layers * ds["features"][0].nbytes + 1)
+    """A layer of 32,768 features is 8 to 33 MB, a block of dask's at most 34."""
+    run = begun(tmp_path, tokens=tokens, features=32768, heads=0)
     for opened in (
-        zt.open_trace(run.path / NAMES[0], chunks="auto"),
-        zt.open_run(run.path, chunks="auto")[NAMES[0]],
+        zt.open_trace(run / "Safe_1", chunks="auto", missing="nan"),
+        zt.open_run(run, chunks="auto", missing="nan")["Safe_1"],
     ):
         assert opened["features"].chunksizes["layer"] == wanted
         assert opened["next_token"].chunks is not None
+
+
+@pytest.mark.parametrize("chunks", ["auto", {}])
+def test_blocks_are_whole_chunks(tmp_path: Path, chunks: Any) -> None:
+    """A block that held a part of a chunk would have it decoded twice."""
+    run = begun(tmp_path, tokens=5000, features=32768, heads=8)
+    several = 0
+    for array in zt.open_trace(run / "Safe_1", chunks=chunks, missing="nan").data_vars.values():
+        for sizes, chunk in zip(array.chunks, array.encoding["chunks"], strict=True):
+            assert all(size % chunk == 0 for size in sizes[:-1])
+            several += len(sizes) > 1
+    assert several > 4
 
 
 def test_an_array_that_is_sent_is_small(run: fakes.FakeRun) -> None:
@@ -153,10 +167,8 @@ def test_an_array_that_is_sent_is_small(run: fakes.FakeRun) -> None:
 def test_workers_refuse_lost_files(client: Client, tmp_path: Path) -> None:
     run = fakes.make_run(tmp_path)
     opened = zt.open_run(run.path, chunks="auto")
-    for file in (run.trace / "features" / "c" / "1").rglob("*"):
-        if file.is_file():
-            file.unlink()
-    with pytest.raises(IntegrityError, match="0 bytes on disk"):
+    (run.trace / "features" / "c.0.0.0").unlink()
+    with pytest.raises(IntegrityError, match=r"features/c\.0\.0\.0: is gone"):
         analysis.feature_trajectory(opened, 3).compute()
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import dask
 import fakes
 import numpy as np
 import processes
@@ -462,6 +463,38 @@ def test_replaced_run_is_not_read(s3: Server) -> None:
         for name in ds.data_vars:
             with pytest.raises(IntegrityError):
                 ds[name][1:].load()
+
+
+# --- the index ---------------------------------------------------------------------------------
+
+
+def test_index_is_built_on_machines_with_other_disks(
+    s3: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tasks share the object store with the client, and no folder of temporary files."""
+    local, there = fakes.make_run(tmp_path), s3.folder() / "run"
+    build_index(local.path)
+    copy_run(fakes.make_run(tmp_path, name="plain").path, there)
+    (tmp_path / "elsewhere").mkdir()
+
+    def elsewhere(graph: Any, keys: Any, **_: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(tempfile, "tempdir", str(tmp_path / "elsewhere"))
+            return dask.get(graph, keys)
+
+    with dask.config.set(scheduler=elsewhere):
+        build_index(there)
+        assert contents(there) == fakes.files_in(local.path)
+        s3.proxy.fault = lambda request: (
+            403 if request.method == "PUT" and request.path.endswith("index/zarr.json") else None
+        )
+        with pytest.raises(RemoteError):
+            build_index(there, rebuild=True)
+        s3.proxy.fault = lambda _: None
+        build_index(there)
+    assert contents(there) == fakes.files_in(local.path)
+    assert beside(there) == {"run"}
+    assert fakes.files_in(tmp_path / "elsewhere") == {}
 
 
 # --- two writers -------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import dask
@@ -55,10 +54,10 @@ def build_index(run: Address, *, rebuild: bool = False) -> IndexUpdate:
     For each layer and feature: maximum, mean and frequency over all tokens, and the 20 strongest
     tokens of all scenarios (those of largest magnitude; signs are kept).
     It reads the features of complete scenarios that are not in the index, on whatever scheduler
-    dask is set to; tasks write their layer themselves, so a cluster needs the
-    run's folder under the same path. If a scenario that is in the index was changed or taken away,
-    all of it is built again: maxima cannot be taken back. An index that grew equals one that was
-    built at once, bit for bit.
+    dask is set to; tasks write their layer themselves, so a cluster needs the run in an object
+    store, or its folder under the same path. If a scenario that is in the index was changed or
+    taken away, all of it is built again: maxima cannot be taken back. An index that grew equals one
+    that was built at once, bit for bit.
 
     Parameters
     ----------
@@ -151,7 +150,7 @@ def _indexed(index: RunIndex) -> set[int]:
 
 def _layer_graph(
     earlier: Location | None,
-    target: Path,
+    target: Location,
     traces: Sequence[IndexableTrace],
     layers: Sequence[int],
     features: Mapping[str, int],
@@ -190,7 +189,7 @@ def _together(parts: Sequence[FeatureCounts]) -> FeatureCounts:
 
 def _write(
     earlier: Location | None,
-    target: Path,
+    target: Location,
     parts: Sequence[FeatureCounts],
     layers: Sequence[int],
     features: Mapping[str, int],

@@ -10,7 +10,6 @@ import google_crc32c
 import numpy as np
 
 from zarrtrace.errors import IntegrityError, StoreError
-from zarrtrace.format.attributes import TraceAttributes
 from zarrtrace.storage import Location, at_once
 from zarrtrace.store.chunks import ABSENT, Checksum, fingerprint
 from zarrtrace.store.codecs import CRC_BYTES, FINGERPRINT_BYTES, ArrayEncoding, checked
@@ -85,35 +84,6 @@ def find_damage(group: Location, nodes: Nodes) -> list[Damage]:
     found = [one for some in each(lambda name: list(_array(group / name, nodes[name])), nodes)
              for one in some]  # fmt: skip
     return found + list(_unknown_files(group, nodes))
-
-
-def check_sizes(trace: Group[TraceAttributes]) -> None:
-    """Refuse a trace in which files are gone or have another size.
-
-    Raises
-    ------
-    IntegrityError
-    """
-    sizes = None
-    if trace.path.path is None:
-        if not trace.path.backend.listable:
-            return  # said when a file is read
-        sizes = trace.path.files()
-    for name, node in trace.nodes.items():
-        for key, written in checksums_of(node).items():
-            file = trace.path / name / key
-            try:
-                found = file.size() if sizes is None else sizes.get(f"{name}/{key}")
-            except FileNotFoundError:
-                found = None
-            if found != written.bytes:
-                raise IntegrityError(
-                    f"{file}: {'is gone' if found is None else f'has {found} bytes'}, "
-                    f"{written.bytes} bytes were written",
-                    why="Files were lost, cut short or replaced, for example by an interrupted "
-                    "copy.",
-                    remedy=REPAIR,
-                )
 
 
 def _array(path: Location, node: Mapping[str, Any]) -> Iterator[Damage]:

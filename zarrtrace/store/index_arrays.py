@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -34,7 +33,7 @@ from zarrtrace.store.metadata import (
     read_trace,
     sealed_group,
 )
-from zarrtrace.store.publish import end_publishing, publish_folder
+from zarrtrace.store.publish import end_publishing, remove, replace_folder
 from zarrtrace.store.run_writer import lock_run
 from zarrtrace.store.staged import staging_folder
 
@@ -285,7 +284,10 @@ class IndexWriter:
 
     def __init__(self, run: Address, layers: Sequence[int], features: Mapping[str, int]) -> None:
         self._run = locate(run).resolved()
-        self.path = staging_folder(self._run) / INDEX
+        # Tasks on other machines write it, too: in an object store it stands beside the run.
+        is_remote = self._run.path is None
+        beside = self._run.with_name(f".{self._run.name}.zarrtrace-index")
+        self.path = beside if is_remote else locate(staging_folder(self._run) / INDEX)
         self._layers, self._features = tuple(layers), dict(features)
         self._names = read_run(self._run).attributes.scenarios
         self.scenarios = len(self._names)
@@ -293,9 +295,10 @@ class IndexWriter:
 
     def __enter__(self) -> Self:
         with disk.explained(self._run):
-            disk.remove_folder(self.path)
-            for name in self._layout:
-                (self.path / name).mkdir(parents=True)
+            remove(self.path)
+            if (folder := self.path.path) is not None:
+                for name in self._layout:
+                    (folder / name).mkdir(parents=True)
         return self
 
     def __exit__(
@@ -304,9 +307,10 @@ class IndexWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        disk.remove_folder(self.path)
-        if self.path.parent.is_dir() and not any(self.path.parent.iterdir()):
-            self.path.parent.rmdir()
+        remove(self.path)
+        if (folder := self.path.path) is not None:
+            with contextlib.suppress(OSError):  # what else is staged stays
+                folder.parent.rmdir()
 
     def finish(
         self, digests: Sequence[int], stored: Mapping[str, Mapping[str, Checksum]]
@@ -340,28 +344,27 @@ class IndexWriter:
                         self.path, name, layout, values.get(name, np.arange(layout.shape[0]))
                     )
                 nodes[name] = array_metadata(layout, found)
-                disk.write_whole(self.path / name / "zarr.json", encoded(nodes[name]))
-            disk.write_whole(self.path / "zarr.json", sealed_group(attributes, nodes))
-            disk.sync(self.path)
-            publish_folder(self.path, self._run / INDEX)
+                (self.path / name / "zarr.json").write(encoded(nodes[name]))
+            (self.path / "zarr.json").write(sealed_group(attributes, nodes))
+            replace_folder(self.path, self._run / INDEX)
         return attributes
 
 
 def _write_coordinate(
-    folder: Path, name: str, layout: ArrayLayout, values: np.ndarray
+    folder: Location, name: str, layout: ArrayLayout, values: np.ndarray
 ) -> dict[str, Checksum]:
     found, step = {}, layout.chunks[0]
     encoding = ArrayEncoding(array_metadata(layout))
     for number, start in enumerate(range(0, len(values), step)):
         content, checksum = encode_file(encoding, values[start : start + step])
         key = file_key([number])
-        disk.write_whole(folder / name / key, content)
+        (folder / name / key).write(content)
         found[key] = checksum
     return found
 
 
 def write_index_layer(
-    folder: Path,
+    folder: Location,
     layers: Sequence[int],
     features: Mapping[str, int],
     layer: int,
@@ -387,6 +390,6 @@ def write_index_layer(
             encoding = ArrayEncoding(array_metadata(layout[name]))
             content, checksum = encode_file(encoding, np.asarray(value)[np.newaxis])
             key = file_key([at, *[0] * np.ndim(value)])
-            disk.write_whole(folder / name / key, content)
+            (folder / name / key).write(content)
             out[name] = {key: checksum}
     return out

@@ -135,6 +135,15 @@ def remove(folder: Location) -> None:
         folder.backend.delete([(folder / name).key for name in names])
 
 
+def replace_folder(source: Location, target: Location) -> None:
+    """Put a complete folder in the place of another one; in an object store by copies."""
+    if source.path is None or target.path is None:
+        move(source, target)
+    else:
+        disk.sync(source.path)
+        put_in_place(source.path, target.path)
+
+
 def move(source: Location, target: Location) -> None:
     """Put a folder of an object store in another's place, its ``zarr.json`` last."""
     remove(target)
