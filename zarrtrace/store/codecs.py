@@ -213,7 +213,8 @@ def _fill(value: Any, dtype: np.dtype[Any]) -> Any:
     """Return the value of what is not stored: NaN, no text, false, 0 or no id."""
     if dtype.kind == "f" and value == "NaN":
         return dtype.type(math.nan)
-    known: list[Any] = {"O": [""], "b": [False], "f": []}.get(dtype.kind, [0, NO_ID])
+    by_kind: dict[str, list[Any]] = {"O": [""], "b": [False], "f": []}
+    known = by_kind.get(dtype.kind, [0, NO_ID])
     if not any(value == one and type(value) is type(one) for one in known):
         raise ValueError(f"fill_value {value!r}")
     return value if dtype.kind == "O" else dtype.type(value)
