@@ -12,6 +12,7 @@ import numpy as np
 from numcodecs import Blosc, VLenUTF8, Zstd, blosc
 
 from zarrtrace.format.layout import NO_ID, ArrayLayout
+from zarrtrace.records import BFloat16
 
 #: Bytes of a checksum, at the end of what it is of.
 CRC_BYTES = 4
@@ -142,7 +143,7 @@ class ArrayEncoding:
         """Bytes at the end of a file that hold its fingerprint, index and checksum."""
         return FINGERPRINT_BYTES + 16 * self.count + CRC_BYTES if self.is_sharded else CRC_BYTES
 
-    def encode(self, values: np.ndarray) -> bytes:
+    def encode(self, values: np.ndarray | BFloat16) -> bytes:
         """Encode the values of one chunk; at the array's edge they may be fewer."""
         content = np.ascontiguousarray(values, self._little)
         if content.shape != self.chunks:
@@ -213,8 +214,8 @@ def _fill(value: Any, dtype: np.dtype[Any]) -> Any:
     """Return the value of what is not stored: NaN, no text, false, 0 or no id."""
     if dtype.kind == "f" and value == "NaN":
         return dtype.type(math.nan)
-    by_kind: dict[str, list[Any]] = {"O": [""], "b": [False], "f": []}
-    known = by_kind.get(dtype.kind, [0, NO_ID])
+    kinds: dict[str, list[Any]] = {"O": [""], "b": [False], "f": []}
+    known = kinds.get(dtype.kind, [0, NO_ID])
     if not any(value == one and type(value) is type(one) for one in known):
         raise ValueError(f"fill_value {value!r}")
     return value if dtype.kind == "O" else dtype.type(value)
