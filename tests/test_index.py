@@ -237,7 +237,7 @@ def test_lost_features_are_not_counted_as_silent(run: fakes.FakeRun) -> None:
 def test_a_killed_writer_leaves_nothing_that_counts(run: fakes.FakeRun) -> None:
     build_index(run.path)
     (run.path / ".staged/index/maximum").mkdir(parents=True)
-    (run.path / "index").rename(run.path / ".index.zarrtrace-old")  # between two renames
+    (run.path / "index").rename(run.path / ".staged/index.old")  # between two renames
     assert build_index(run.path).how == "unchanged"
     assert build_index(run.path, rebuild=True).how == "built"
     assert {file.name for file in run.path.iterdir()} == {"zarr.json", "index", *fakes.SCENARIOS}
