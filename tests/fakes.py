@@ -258,7 +258,7 @@ def truth_of(
 def make_trace_writer(
     path: Path, scenario: str = SCENARIOS[0], *, next_token: bool = True, **sizes: Any
 ) -> TraceWriter:
-    """Return the writer of a fake trace in the run at `path`; see :func:`make_shape` for `sizes`."""
+    """Return the writer of a fake trace in the run at `path`; `sizes` as of :func:`make_shape`."""
     return TraceWriter(path, make_plan(scenario, next_token=next_token, **sizes))
 
 
