@@ -12,6 +12,7 @@ takes: of a task and of a report at the scheduler, of tokenising, and of finishi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -51,7 +52,8 @@ def cpu_seconds() -> float:
 def pin(cores: set[int]) -> None:
     """Let every thread of this process, and those that it will start, use these cores alone."""
     for thread in Path("/proc/self/task").iterdir():
-        os.sched_setaffinity(int(thread.name), cores)
+        with contextlib.suppress(ProcessLookupError):  # it ended in between
+            os.sched_setaffinity(int(thread.name), cores)
 
 
 def write_suite(file: Path, count: int) -> None:

@@ -320,7 +320,7 @@ def row(name: str, cells: list[str]) -> None:
 
 def report(case: Case, found: Measured) -> None:
     """Print the tables of one case; in brackets how many times as fast as NPZ."""
-    rows = attention_chunk_rows(case.tokens, case.limits)
+    rows = attention_chunk_rows(case.tokens, case.heads, case.limits)
     print(f"\n{case}; chunks of {rows} rows of attention, ", end="")
     print(f"{case.limits.tokens} tokens × {case.limits.features:,} features\n")
     row("CPU ms", list(READERS))

@@ -4,8 +4,8 @@ A simulation of discrete events. Workers ask the scheduler for tasks, which it h
 the other; a task takes as long as the slowest of: computing, its node's network, the bucket's
 bandwidth, the bucket's requests. Shared resources are divided by the workers that use them at that
 moment. Before the first task each node reads the weights once; after the last one the client
-finishes the run's metadata alone. Costs come from `scripts/bench_gpu.py` on an H100 and, for
-scheduler and client, from `scripts/bench_cluster.py`; every one is an option.
+finishes the run alone. Costs come from `scripts/bench_gpu.py` on an H100 and, for scheduler
+and client, from `scripts/bench_cluster.py`; every one is an option.
 
     python scripts/plan_cluster.py [--scenarios 100000] [--json FILE] [--finish-ms 3 ...]
 """
@@ -166,7 +166,7 @@ def _tasks(costs: Costs) -> Iterator[int]:
 
 def show(costs: Costs, outcomes: list[Outcome]) -> str:
     """Lay the outcomes out as a table, with what saturates first."""
-    columns = ["GPUs", "start s", "work s", "manifest s", "scenarios/s at work", "over all"]
+    columns = ["GPUs", "start s", "work s", "finish s", "scenarios/s at work", "over all"]
     columns += ["GPUs busy", *demands(costs)]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for one in outcomes:

@@ -196,7 +196,7 @@ def test_a_trace_that_was_exchanged_as_a_whole_is_named(run: fakes.FakeRun) -> N
     (run.path / "Risky_2").rename(run.path / "Safe_1")
     (run.path / "x").rename(run.path / "Risky_2")
     assert {problem.scenario for problem in verify(run.path)} == {"Safe_1", "Risky_2"}
-    with pytest.raises(IntegrityError, match="is the trace of 'Risky_2'"):
+    with pytest.raises(IntegrityError, match="holds scenario 'Risky_2'"):
         zt.open_run(run.path)
 
 

@@ -205,7 +205,7 @@ def test_layout_of_the_missions_model() -> None:
     layouts = layout_for(layers=range(1, 32), heads=32, tokens=121, features=32768)
     assert layouts["attention"].dims == ("layer", "head", "query", "key")
     assert layouts["attention"].shape == (31, 32, 121, 121)
-    assert layouts["attention"].chunks == (1, 32, 16, 121)
+    assert layouts["attention"].chunks == (1, 32, 32, 121)
     assert layouts["attention"].shards == (31, 32, 128, 121)
     assert layouts["features"].dims == ("layer", "query", "feature")
     assert layouts["features"].shape == (31, 121, 32768)
@@ -258,11 +258,11 @@ def test_missing_numbers_read_as_nan_and_missing_ids_as_no_id(tokens: int) -> No
             assert layout.fill_value == NO_ID == 2**32 - 1, name
 
 
-def test_chunks_of_attention_hold_fewer_rows_where_rows_are_long() -> None:
-    found = [attention_chunk_rows(tokens) for tokens in (1, 300, 301, 600, 601, 10**6)]
-    assert found == sorted(found, reverse=True)
-    assert found[-1] >= 1
-    assert attention_chunk_rows(10**6, Limits(queries=1)) == 1
+def test_chunks_of_attention_hold_fewer_rows_where_rows_are_large() -> None:
+    found = [attention_chunk_rows(tokens, 32) for tokens in (1, 150, 300, 600, 1100, 10**6)]
+    assert found == [32, 32, 16, 8, 4, 4]
+    assert [attention_chunk_rows(277, heads) for heads in (8, 32, 128, 10**6)] == [32, 16, 4, 1]
+    assert attention_chunk_rows(10**6, 32, Limits(queries=1)) == 1
 
 
 def test_rows_are_along_one_dimension() -> None:

@@ -175,7 +175,7 @@ def test_exchanged_traces_are_put_right(run: fakes.FakeRun, shared_run: fakes.Fa
     (run.path / "Safe_1").rename(run.path / "x")
     (run.path / "Risky_2").rename(run.path / "Safe_1")
     (run.path / "x").rename(run.path / "Risky_2")
-    with pytest.raises(IntegrityError, match="is the trace of 'Risky_2'"):
+    with pytest.raises(IntegrityError, match="holds scenario 'Risky_2'"):
         fakes.make_run(run.path.parent)
     assert len(repaired(run)) == 6
     assert fakes.files_in(run.path) == fakes.files_in(shared_run.path)
@@ -227,7 +227,7 @@ def test_notes_of_nonfinite_values_are_kept(tmp_path: Path) -> None:
         "Safe_1", 2, attention=bad[0], attention_mean=bad[1], features=layers[1].features  # type: ignore[union-attr]
     )  # fmt: skip
     with RunWriter(run, ["Safe_1"], {}) as writer:
-        with writer.trace(plan) as trace:
+        with TraceWriter(writer, plan, allow_nonfinite=True) as trace:
             for record in (*layers, tokens):
                 trace.append(record)
         writer.finish()

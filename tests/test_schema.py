@@ -198,11 +198,13 @@ def test_trace_of_a_short_prompt_has_the_files_that_the_prose_counts(tmp_path: P
 
 @pytest.mark.parametrize("tokens", [7, 150, 300, 600, 1100])
 def test_chunks_are_those_of_the_table(tokens: int) -> None:
-    layout = trace_layout(fakes.make_shape(tokens=tokens, heads=4, features=32_768))
-    q = min(tokens, 32 if tokens <= 150 else 16 if tokens <= 300 else 8 if tokens <= 600 else 4)
+    layout = trace_layout(fakes.make_shape(tokens=tokens, heads=32, features=32_768))
+    q = min(tokens, {7: 32, 150: 32, 300: 16, 600: 8, 1100: 4}[tokens])
     keys = min(tokens, 1024)
-    assert layout["attention"].chunks == (1, 4, q, keys)
+    assert layout["attention"].chunks == (1, 32, q, keys)
     assert layout["attention_mean"].chunks == (1, min(tokens, 8 * q), keys)
+    few = trace_layout(fakes.make_shape(tokens=tokens, heads=8))
+    assert few["attention"].chunks == (1, 8, min(tokens, 32 if tokens <= 600 else 16), keys)
     assert layout["features"].chunks == (1, min(tokens, 64), 4096)
     assert layout["top_feature"].chunks == (1, min(tokens, 512), 32)
     for one in layout.values():

@@ -617,10 +617,10 @@ def test_exchanged_and_renamed_traces_are_noticed(run: fakes.FakeRun) -> None:
     (run.path / "Safe_1").rename(run.path / "x")
     (run.path / "Risky_2").rename(run.path / "Safe_1")
     (run.path / "x").rename(run.path / "Risky_2")
-    with pytest.raises(IntegrityError, match=r"Safe_1: is the trace of 'Risky_2'"):
+    with pytest.raises(IntegrityError, match=r"Safe_1: holds scenario 'Risky_2'"):
         zt.open_run(run.path)
     messages = {problem.scenario: problem.message for problem in verify(run.path)}
-    assert "is the trace of 'Risky_2'" in messages["Safe_1"]
+    assert "holds scenario 'Risky_2'" in messages["Safe_1"]
 
 
 def test_a_pipe_in_place_of_a_file_is_not_waited_for(run: fakes.FakeRun) -> None:

@@ -47,8 +47,9 @@ class Limits:
     record_bytes
         Dense size of the rows that a record of a long prompt holds.
     keys, queries, tokens, features
-        Sizes of chunks along these dimensions: of `attention` (`queries` for prompts of up to 150
-        tokens, fewer for longer ones) and of `features`.
+        Most that a chunk has along these dimensions: of `attention`, and of `features`.
+    attention
+        Numbers that a chunk of `attention` stays within: `queries` is halved until it does.
     """
 
     file_bytes: int = 2**29
@@ -57,6 +58,7 @@ class Limits:
     queries: int = 32
     tokens: int = 64
     features: int = 4096
+    attention: int = 160 * 1024
 
 
 DEFAULT_LIMITS = Limits()
@@ -166,7 +168,7 @@ def _attention_layouts(shape: TraceShape, heads: int) -> dict[str, ArrayLayout]:
     layers = shape.layers if shape.attention_layers is None else shape.attention_layers
     rows = tokens if shape.attention_queries is None else shape.attention_queries
     keys = min(tokens, limits.keys)
-    step = attention_chunk_rows(tokens, limits)
+    step = attention_chunk_rows(tokens, heads, limits)
     record_rows = attention_rows(tokens, heads, dtype, limits)
     return {
         "attention": _by_layer(
@@ -193,11 +195,13 @@ def _attention_layouts(shape: TraceShape, heads: int) -> dict[str, ArrayLayout]:
     }
 
 
-def attention_chunk_rows(tokens: int, limits: Limits | None = None) -> int:
-    """Return how many rows of attention a chunk holds: fewer where rows are long."""
+def attention_chunk_rows(tokens: int, heads: int, limits: Limits | None = None) -> int:
+    """Return how many rows of attention a chunk holds: fewer where rows are large."""
     limits = limits or DEFAULT_LIMITS
-    halvings = next((n for n, most in enumerate((150, 300, 600)) if tokens <= most), 3)
-    return max(1, limits.queries >> halvings)
+    row, rows = heads * min(tokens, limits.keys), limits.queries
+    while rows > 1 and rows * row > limits.attention:
+        rows //= 2
+    return rows
 
 
 def _feature_layouts(name: str, shape: TraceShape, features: int) -> dict[str, ArrayLayout]:
@@ -281,7 +285,7 @@ def _by_layer(
 def attention_rows(tokens: int, heads: int, dtype: str, limits: Limits | None = None) -> int:
     """Return how many rows of attention one record holds: whole chunks, within a bound."""
     limits = limits or DEFAULT_LIMITS
-    step = attention_chunk_rows(tokens, limits)
+    step = attention_chunk_rows(tokens, heads, limits)
     return min(tokens, _record_rows(step, heads * tokens * _itemsize(dtype), limits))
 
 
