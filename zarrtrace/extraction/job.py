@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from zarrtrace import demo
 from zarrtrace.errors import ConfigError, ScenarioError, install_command
@@ -21,6 +21,10 @@ from zarrtrace.format.attributes import SAEAttributes, TraceAttributes, ranges
 from zarrtrace.format.layout import TraceShape
 from zarrtrace.records import TracePlan
 from zarrtrace.scenarios import Scenario, load_suite
+
+if TYPE_CHECKING:  # they import torch
+    from zarrtrace.capture import LoadedModel, Prompt
+    from zarrtrace.capture.saes import SAESource
 
 #: What the embedded model is called in a trace.
 DEMO_MODEL = "zarrtrace-demo"
@@ -132,17 +136,17 @@ class Job:
     """
 
     options: Options
-    model: Any
-    prompts: tuple[Any, ...]
+    model: LoadedModel
+    prompts: tuple[Prompt, ...]
     layers: tuple[int, ...]
-    source: Any
+    source: SAESource | None
     saes: SAEs
     blocked: frozenset[str]
     batch_size: int
     config: Mapping[str, Any]
     notes: tuple[str, ...] = ()
 
-    def queries(self, prompt: Any) -> tuple[int, ...] | None:
+    def queries(self, prompt: Prompt) -> tuple[int, ...] | None:
         """Token positions whose attention is stored; None for all.
 
         Raises
@@ -178,7 +182,7 @@ class Job:
         half = self.model.attributes.dtype == "float16"
         return self.options.attention_dtype or ("float16" if half else "float32")
 
-    def shape(self, prompt: Any) -> TraceShape:
+    def shape(self, prompt: Prompt) -> TraceShape:
         """Sizes of a prompt's trace."""
         return TraceShape(
             layers=len(self.layers),
@@ -192,7 +196,7 @@ class Job:
             else None,
         )
 
-    def plan(self, prompt: Any) -> TracePlan:
+    def plan(self, prompt: Prompt) -> TracePlan:
         """Return everything that is known of a prompt's trace before it is computed."""
         return TracePlan(
             attributes=self._attributes(prompt),
@@ -209,7 +213,7 @@ class Job:
         asked = {k: v for k, v in self.config.items() if k not in ("prompts", "versions")}
         return hashlib.blake2b(json.dumps(asked).encode(), digest_size=8).hexdigest()
 
-    def _attributes(self, prompt: Any) -> TraceAttributes:
+    def _attributes(self, prompt: Prompt) -> TraceAttributes:
         reasons: dict[str, list[int]] = {}
         for layer in self.layers if self.options.attention else ():
             if layer not in self.attention_layers:
@@ -319,11 +323,11 @@ def with_scenarios(job: Job, scenarios: Sequence[Scenario]) -> Job:
 
 def _assembled(
     options: Options,
-    model: Any,
+    model: LoadedModel,
     layers: tuple[int, ...],
-    source: Any,
+    source: SAESource | None,
     saes: SAEs,
-    prompts: tuple[Any, ...],
+    prompts: tuple[Prompt, ...],
     *,
     prepend_bos: bool,
 ) -> Job:
@@ -348,7 +352,7 @@ def _assembled(
     return job
 
 
-def _blocked(options: Options, model: Any, prompts: Sequence[Any]) -> frozenset[str]:
+def _blocked(options: Options, model: LoadedModel, prompts: Sequence[Prompt]) -> frozenset[str]:
     """Name the scenarios whose attention is computed by blocks of queries."""
     capture = capture_package()
     return frozenset(
@@ -358,8 +362,8 @@ def _blocked(options: Options, model: Any, prompts: Sequence[Any]) -> frozenset[
     )
 
 
-def _load_model(options: Options, capture: Any, *, weights: bool) -> Any:
-    return capture.load_model(
+def _load_model(options: Options, capture: Any, *, weights: bool) -> LoadedModel:
+    model: LoadedModel = capture.load_model(
         options.model or str(demo.model_path()),
         revision=options.revision,
         device=options.device,
@@ -368,6 +372,7 @@ def _load_model(options: Options, capture: Any, *, weights: bool) -> Any:
         weights=weights,
         low_memory=options.low_memory,
     )
+    return model
 
 
 def capture_package() -> Any:
@@ -446,7 +451,7 @@ def find_scenarios(options: Options) -> tuple[Scenario, ...]:
     return tuple(s for s in scenarios if not options.only or s.name in options.only)
 
 
-def _sae_source(options: Options) -> Any:
+def _sae_source(options: Options) -> SAESource:
     from zarrtrace.capture.saes import FolderSAEs, ReleaseSAEs  # noqa: PLC0415 -- takes seconds
 
     if options.sae_release:
@@ -458,7 +463,7 @@ def _sae_source(options: Options) -> Any:
     )
 
 
-def _find_saes(source: Any, layers: Sequence[int], model: Any) -> SAEs:
+def _find_saes(source: SAESource, layers: Sequence[int], model: LoadedModel) -> SAEs:
     from zarrtrace.capture.saes import check_fit  # noqa: PLC0415
 
     found: SAEs = source.find(layers)
@@ -471,7 +476,7 @@ def _kinds(saes: SAEs) -> set[tuple[int, str]]:
     return {(sae.layer, sae.hook_name) for found in saes.values() for sae in found}
 
 
-def _prepend_bos(options: Options, model: Any, source: Any) -> bool:
+def _prepend_bos(options: Options, model: LoadedModel, source: SAESource | None) -> bool:
     if options.prepend_bos is not None:
         return options.prepend_bos
     trained = None if source is None else source.prepend_bos
@@ -480,10 +485,10 @@ def _prepend_bos(options: Options, model: Any, source: Any) -> bool:
 
 def _config(
     options: Options,
-    model: Any,
+    model: LoadedModel,
     layers: Sequence[int],
     saes: SAEs,
-    prompts: Sequence[Any],
+    prompts: Sequence[Prompt],
     batch_size: int,
 ) -> dict[str, Any]:
     """Everything that decides what is stored, as JSON."""
@@ -515,7 +520,7 @@ def _config(
     }
 
 
-def _digest(prompt: Any) -> str:
+def _digest(prompt: Prompt) -> str:
     """Hash a scenario, and what the tokenizer makes of it."""
     scenario = prompt.scenario
     content = [

@@ -172,7 +172,7 @@ def _writers(job: Job, traces: Traces, watch: Watch) -> Writers:
     return WriterProcesses(traces, watch, job.batch_size)
 
 
-def _in_order(job: Job) -> list[Any]:
+def _in_order(job: Job) -> list[Prompt]:
     """Return a job's prompts as they go through the model, those of a batch side by side."""
     lengths = [len(prompt.tokens.ids) for prompt in job.prompts]
     alone = [prompt.scenario.name in job.blocked for prompt in job.prompts]
