@@ -35,6 +35,7 @@ from zarrtrace.extraction import Options, prepare
 from zarrtrace.extraction.cluster import extract_on_cluster
 from zarrtrace.extraction.connecting import connected
 from zarrtrace.extraction.job import with_scenarios
+from zarrtrace.extraction.processes import WriterPool
 from zarrtrace.extraction.progress import Progress
 from zarrtrace.extraction.running import fill
 from zarrtrace.scenarios import load_suite
@@ -88,7 +89,7 @@ class Bench:
             RunWriter(self._run(), list(layers), self.job.config) as run,
             Progress(layers, None) as bars,
         ):
-            fill(run.path, self.job, bars)
+            fill(run.path, self.job, bars, WriterPool())
             run.finish()
 
     def on(self, client: Any) -> Callable[[], None]:
@@ -171,7 +172,7 @@ def costs(bench: Bench) -> dict[str, float]:
     with_scenarios(cheap, [prompt.scenario for prompt in cheap.prompts])
     found["tokenise_ms"] = 1e3 * (cpu_seconds() - start) / _CHEAP
     with RunWriter(bench.folder / "cheap", names, cheap.config) as run:
-        fill(run.path, cheap, Progress(dict.fromkeys(names, 1), None))
+        fill(run.path, cheap, Progress(dict.fromkeys(names, 1), None), WriterPool())
         start = cpu_seconds()
         run.finish()
         found["finish_ms"] = 1e3 * (cpu_seconds() - start) / _CHEAP

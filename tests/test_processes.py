@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from zarrtrace.errors import NonFiniteError, StoreError
-from zarrtrace.extraction import Options, extract, processes, running
+from zarrtrace.extraction import Options, extract, running
 from zarrtrace.extraction.channel import Channel, pair
-from zarrtrace.extraction.processes import WriterProcesses, start_writers
+from zarrtrace.extraction.processes import WriterPool, WriterProcesses
 from zarrtrace.store import open_run, verify
 
 pytestmark = pytest.mark.torch
@@ -31,12 +31,13 @@ ASKED = Options(layers=(1, 4), only=("Risky_40", "Desperate_10", "Medium_60"))
 
 
 @pytest.fixture
-def two(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Extraction on a CPU writes with two processes."""
-    monkeypatch.setattr(processes, "_count", lambda: 2)
-    monkeypatch.setattr(running, "WriterThreads", WriterProcesses)
-    yield
-    processes.end_writers()
+def two(monkeypatch: pytest.MonkeyPatch) -> Iterator[WriterPool]:
+    """Extraction on a CPU writes with two processes, the same ones in every run."""
+    with WriterPool(2) as pool:
+        monkeypatch.setattr(
+            running, "WriterThreads", lambda traces, watch: WriterProcesses(traces, watch, pool)
+        )
+        yield pool
 
 
 @given(
@@ -74,13 +75,14 @@ def test_what_is_more_than_a_socket_holds_arrives() -> None:
     np.testing.assert_array_equal(np.concatenate(got[0]), np.concatenate(large))
 
 
-@pytest.mark.usefixtures("two")
-def test_a_run_is_the_same_byte_for_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    start_writers(3)
-    before = [process._process.pid for process in processes._idle]
+def test_a_run_is_the_same_byte_for_byte(
+    tmp_path: Path, two: WriterPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two.start(3)
+    before = [process._process.pid for process in two._idle]
     extract(tmp_path / "processes", ASKED)
     # The same ones write the next run, too; here the rest of one that was stopped.
-    assert sorted(process._process.pid for process in processes._idle) == sorted(before)
+    assert sorted(process._process.pid for process in two._idle) == sorted(before)
     stopped, seen = WriterProcesses.submit, []
 
     def submit(self: WriterProcesses, record: Any) -> None:
@@ -102,9 +104,8 @@ def test_a_run_is_the_same_byte_for_byte(tmp_path: Path, monkeypatch: pytest.Mon
     assert set(open_run(tmp_path / "again").children) == set(ASKED.only)
 
 
-@pytest.mark.usefixtures("two")
 def test_a_process_that_dies_is_named_and_the_run_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, two: WriterPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, seen = WriterProcesses.submit, []
 
@@ -119,7 +120,7 @@ def test_a_process_that_dies_is_named_and_the_run_goes_on(
         patch.setattr(WriterProcesses, "submit", submit)
         with pytest.raises(StoreError, match="process that wrote it has ended"):
             extract(tmp_path / "run", ASKED)
-    assert not processes._idle
+    assert not two._idle
     extract(tmp_path / "run", ASKED)
     assert verify(tmp_path / "run") == []
 
@@ -138,9 +139,9 @@ def test_errors_of_a_process_are_raised_here(
 
 def test_no_process_outlives_its_parent(tmp_path: Path) -> None:
     code = (
-        "import os, time; from zarrtrace.extraction import processes;"
-        "processes._count = lambda: 1; processes.start_writers(3);"
-        "print(processes._idle[0]._process.pid, flush=True); time.sleep(60)"
+        "import time; from zarrtrace.extraction.processes import WriterPool;"
+        "pool = WriterPool(1); pool.start(3);"
+        "print(pool._idle[0]._process.pid, flush=True); time.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None

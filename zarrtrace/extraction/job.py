@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from zarrtrace import demo
 from zarrtrace.errors import ConfigError, ScenarioError, install_command
 from zarrtrace.extraction.layers import choose_layers
-from zarrtrace.extraction.processes import FEW_TRACES, start_writers
+from zarrtrace.extraction.processes import FEW_TRACES, WriterPool
 from zarrtrace.extraction.reading_ahead import ReadAhead, weight_files
 from zarrtrace.format.attributes import SAEAttributes, TraceAttributes, ranges
 from zarrtrace.format.layout import TraceShape
@@ -259,6 +259,7 @@ def prepare(
     scenarios: Sequence[Scenario] | None = None,
     weights: bool = True,
     progress: bool = True,
+    pool: WriterPool | None = None,
 ) -> Job:
     """Check options against the model, the SAEs and each other.
 
@@ -272,6 +273,8 @@ def prepare(
         False leaves out the model's weights; enough to estimate a run.
     progress
         Whether transformers may draw a bar while it loads weights.
+    pool
+        Is started where its processes will write, while the weights are read.
 
     Raises
     ------
@@ -289,8 +292,8 @@ def prepare(
     source = _sae_source(options) if options.features else None
     # All that can be wrong is found out before the weights are read, which takes minutes.
     model = _load_model(options, capture, weights=False)
-    if weights and model.device.type != "cpu" and len(scenarios) >= FEW_TRACES:
-        start_writers(len(scenarios))
+    if pool and model.device.type != "cpu" and len(scenarios) >= FEW_TRACES:
+        pool.start(len(scenarios))
     layers, notes = choose_layers(options, len(model.blocks), source)
     saes = {} if source is None else _find_saes(source, layers, model)
     without = [layer for layer in layers if saes and layer not in saes]

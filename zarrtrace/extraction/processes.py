@@ -6,7 +6,6 @@ that drives the GPU, would wait for Python's lock. Each trace has one process th
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import json
 import os
@@ -52,9 +51,6 @@ _PROGRAM = (
     "from zarrtrace.extraction.processes import serve; serve(int(sys.argv[2]), int(sys.argv[3]))"
 )
 
-_idle: list[_Process] = []
-_mutex = threading.Lock()
-
 
 class _Process:
     """A process that writes traces for this one, and ends with it."""
@@ -84,29 +80,39 @@ class _Process:
         self._process.wait()
 
 
-def start_writers(traces: int) -> None:
-    """Start processes that will write so many traces, while the weights are still being read."""
-    with _mutex:
-        _idle.extend(_Process() for _ in range(min(_count(), traces) - len(_idle)))
+class WriterPool:
+    """Processes that write traces, kept from one run to the next; a context manager ends them.
 
+    Parameters
+    ----------
+    most
+        How many at most; by default all cores but one, which drives the GPU.
+    """
 
-@atexit.register
-def end_writers() -> None:
-    """Let those end that no run has taken, or that are kept for the next run."""
-    while _idle:
-        _idle.pop().end()
+    def __init__(self, most: int | None = None) -> None:
+        self._most = most or max(1, min(_MOST, (os.cpu_count() or 1) - 1))
+        self._idle: list[_Process] = []
 
+    def start(self, traces: int) -> None:
+        """Start processes that will write so many traces, while weights are still read."""
+        self._idle += [_Process() for _ in range(min(self._most, traces) - len(self._idle))]
 
-def _count() -> int:
-    """Choose how many processes write: all cores but one, which drives the GPU."""
-    return max(1, min(_MOST, (os.cpu_count() or 1) - 1))
+    def take(self, traces: int) -> list[_Process]:
+        """Return processes for so many traces, which are the caller's until they are given back."""
+        self.start(traces)
+        taken, self._idle = self._idle, []
+        return taken
 
+    def give_back(self, processes: list[_Process]) -> None:
+        """Take processes back that have nothing to do."""
+        self._idle += processes
 
-def _take(traces: int) -> list[_Process]:
-    start_writers(traces)
-    with _mutex:
-        taken, _idle[:] = _idle[:], []
-    return taken
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._idle:
+            self._idle.pop().end()
 
 
 class WriterProcesses:
@@ -118,14 +124,16 @@ class WriterProcesses:
         Where to.
     watch
         Is told of what was stored.
+    pool
+        Its processes write.
     together
         How many traces that follow each other come in one batch. Some of them have one process, if
         there are enough for all.
     """
 
-    def __init__(self, traces: Traces, watch: Watch, together: int = 1) -> None:
-        self._watch = watch
-        self._processes = _take(len(traces.each))
+    def __init__(self, traces: Traces, watch: Watch, pool: WriterPool, together: int = 1) -> None:
+        self._watch, self._pool = watch, pool
+        self._processes = pool.take(len(traces.each))
         count = len(self._processes)
         self._room = Room(count * _BYTES_A_PROCESS)
         self._queues: list[SimpleQueue[Record | None]] = [SimpleQueue() for _ in range(count)]
@@ -206,8 +214,7 @@ class WriterProcesses:
         else:
             for process in self._processes:
                 process.send(None)
-            with _mutex:
-                _idle.extend(self._processes)
+            self._pool.give_back(self._processes)
         if kind is None:
             self._raise_first()
 

@@ -10,13 +10,13 @@ import contextlib
 import os
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from zarrtrace.errors import IntegrityError, NoSpaceError, readable
 from zarrtrace.extraction.estimate import estimate
 from zarrtrace.extraction.interrupts import held_back
 from zarrtrace.extraction.job import Job, Options, capture_package, prepare
-from zarrtrace.extraction.processes import FEW_TRACES, WriterProcesses
+from zarrtrace.extraction.processes import FEW_TRACES, WriterPool, WriterProcesses
 from zarrtrace.extraction.progress import Progress, Shown, Watch, say
 from zarrtrace.extraction.writers import (
     THREADS,
@@ -28,6 +28,9 @@ from zarrtrace.extraction.writers import (
 )
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import RunWriter, read_run, refuse_foreign, wait_for_writers
+
+if TYPE_CHECKING:
+    from zarrtrace.capture import Prompt
 
 #: How long to wait for a worker that was given up, and still writes what is to be done again.
 SECONDS_GIVEN_UP = 600
@@ -84,26 +87,29 @@ def extract(
     output = locate(output)
     if not repair:
         refuse_foreign(output)  # before hours of work
-    job = prepare(
-        as_before(output, options or Options(), overwrite=overwrite), progress=progress == "bars"
-    )
-    say(job.notes, progress)
-    layers = {prompt.scenario.name: len(job.layers) for prompt in job.prompts}
-    with (
-        saying_how_much_room(estimate(job).disk_bytes),
-        RunWriter(
-            output,
-            list(layers),
-            job.config,
-            overwrite=overwrite,
-            repair=repair,
-            accept_versions=accept_versions,
-        ) as run,
-        Progress(layers, progress) as bars,
-    ):
-        wait_for_writers(run.path, seconds=SECONDS_GIVEN_UP)
-        fill(run.path, job, bars, repair=repair, allow_nonfinite=allow_nonfinite)
-        run.finish()
+    with WriterPool() as pool:
+        job = prepare(
+            as_before(output, options or Options(), overwrite=overwrite),
+            progress=progress == "bars",
+            pool=pool,
+        )
+        say(job.notes, progress)
+        layers = {prompt.scenario.name: len(job.layers) for prompt in job.prompts}
+        with (
+            saying_how_much_room(estimate(job).disk_bytes),
+            RunWriter(
+                output,
+                list(layers),
+                job.config,
+                overwrite=overwrite,
+                repair=repair,
+                accept_versions=accept_versions,
+            ) as run,
+            Progress(layers, progress) as bars,
+        ):
+            wait_for_writers(run.path, seconds=SECONDS_GIVEN_UP)
+            fill(run.path, job, bars, pool, repair=repair, allow_nonfinite=allow_nonfinite)
+            run.finish()
     return output
 
 
@@ -124,6 +130,7 @@ def fill(
     folder: Location,
     job: Job,
     watch: Watch,
+    pool: WriterPool,
     *,
     repair: bool = False,
     allow_nonfinite: bool = False,
@@ -138,6 +145,8 @@ def fill(
         Its prompts are computed in batches made of all of them, done or not.
     watch
         Is told of what was found and stored.
+    pool
+        Its processes write what a GPU computes for several traces.
     repair, allow_nonfinite
         As for :func:`extract`.
 
@@ -152,7 +161,7 @@ def fill(
         repair,
         allow_nonfinite,
     )
-    opened = _writers(job, traces, watch)
+    opened = _writers(job, traces, watch, pool)
     with held_back() as interrupted, opened as writers:
         for name, lack in writers.lacks.items():
             watch.found(name, len(lack.layers), complete=not any(lack))
@@ -164,12 +173,12 @@ def fill(
                 interrupted()
 
 
-def _writers(job: Job, traces: Traces, watch: Watch) -> Writers:
+def _writers(job: Job, traces: Traces, watch: Watch, pool: WriterPool) -> Writers:
     if job.model.device.type == "cpu":
         return WriterThreads(traces, watch)
     if len(traces.each) < FEW_TRACES:  # each would have one process
         return WriterThreads(traces, watch, os.cpu_count() or THREADS)
-    return WriterProcesses(traces, watch, job.batch_size)
+    return WriterProcesses(traces, watch, pool, job.batch_size)
 
 
 def _in_order(job: Job) -> list[Prompt]:

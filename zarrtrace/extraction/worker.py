@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from zarrtrace.extraction.job import (
     prepare,
     with_scenarios,
 )
+from zarrtrace.extraction.processes import WriterPool
 from zarrtrace.extraction.running import SECONDS_GIVEN_UP, fill
 from zarrtrace.identity import differences
 from zarrtrace.memory import keep_freed
@@ -141,8 +142,35 @@ class _Stopped(Exception):  # noqa: N818 -- a request, not an error
     """The client asked this worker to stop."""
 
 
-_alone = threading.Lock()
-_kept: dict[Setup, Job] = {}
+@dataclass
+class _Held:
+    """What a worker holds from one task to the next.
+
+    Attributes
+    ----------
+    alone
+        Held by the task that uses the model.
+    kept
+        The model last used, as a job without scenarios.
+    pool
+        Processes that write beside a GPU.
+    active, stopped
+        Names of the runs that it works for, and of those that are to end.
+    """
+
+    alone: threading.Lock = field(default_factory=threading.Lock)
+    kept: dict[Setup, Job] = field(default_factory=dict)
+    pool: WriterPool = field(default_factory=WriterPool)
+    active: list[str] = field(default_factory=list)
+    stopped: set[str] = field(default_factory=set)
+
+
+def _held(dask_worker: Any = None) -> _Held:
+    """Return what this worker holds; Dask keeps it as long as the worker."""
+    held: _Held = vars(dask_worker or get_worker()).setdefault("zarrtrace", _Held())
+    return held
+
+
 # Options of which the model and its SAEs know nothing.
 _NOT_LOADED: dict[str, Any] = {
     "scenarios": None,
@@ -155,13 +183,11 @@ _NOT_LOADED: dict[str, Any] = {
     "attention_keepbits": None,
     "feature_dtype": "float32",
 }
-_active: list[str] = []
-_stopped: set[str] = set()
 
 
 def measure(setup: Setup, scenarios: Sequence[Scenario]) -> Measured:
     """Load what `setup` names, if it is not loaded yet, and tokenise scenarios."""
-    with _alone:
+    with _held().alone:
         job = _job(setup, scenarios)
     return Measured(
         tokens={prompt.scenario.name: len(prompt.tokens.ids) for prompt in job.prompts},
@@ -176,7 +202,7 @@ def measure(setup: Setup, scenarios: Sequence[Scenario]) -> Measured:
 def settle(setup: Setup, lengths: Sequence[int], alone: Sequence[bool]) -> Settled:
     """Choose the batch size, and group scenarios as a single process does."""
     capture = capture_package()
-    with _alone:
+    with _held().alone:
         job = _job(setup, ())
         size = capture.choose_batch_size(job.model, lengths, setup.options.batch_size)
     return Settled(
@@ -203,7 +229,7 @@ def extract_some(
     _check(order)
     names = [scenario.name for scenario in scenarios]
     reports = _Reports(order.run)
-    with contextlib.suppress(_Stopped), _going(order.run), _alone, reports:
+    with contextlib.suppress(_Stopped), _going(order.run), _held().alone, reports:
         reports.check()
         with only_writer(order.folder, names, seconds=SECONDS_GIVEN_UP):
             job = _job(order.setup, scenarios, order.batch_size)
@@ -214,16 +240,18 @@ def extract_some(
                 order.folder,
                 job,
                 reports,
+                _held().pool,
                 repair=order.repair,
                 allow_nonfinite=order.allow_nonfinite,
             )
     return reports.states
 
 
-def stop(run: str) -> bool:
-    """End what this worker does for a run, after the record in hand; say if it is still at it."""
-    _stopped.add(run)
-    return run in _active
+def stop(run: str, dask_worker: Any = None) -> bool:
+    """End what a worker does for a run, after the record in hand; say if it is still at it."""
+    held = _held(dask_worker)
+    held.stopped.add(run)
+    return run in held.active
 
 
 def dask_setup(_worker: Any) -> None:
@@ -235,14 +263,16 @@ def dask_setup(_worker: Any) -> None:
 def _job(setup: Setup, scenarios: Sequence[Scenario], batch_size: int | None = None) -> Job:
     """Return the job for some scenarios, with the model that is kept."""
     loaded = replace(setup, options=replace(setup.options, **_NOT_LOADED))
-    if loaded not in _kept:
+    held = _held()
+    kept = held.kept
+    if loaded not in kept:
         keep_freed()
-        _kept.clear()  # two models may not fit into the memory of a device
-        job = prepare(_resolved(setup), scenarios=scenarios, progress=False)
+        kept.clear()  # two models may not fit into the memory of a device
+        job = prepare(_resolved(setup), scenarios=scenarios, progress=False, pool=held.pool)
         source = job.source and capture_package().KeptEncoders(job.source)
-        _kept[loaded] = replace(job, source=source)
+        kept[loaded] = replace(job, source=source)
     options = replace(setup.options, batch_size=batch_size or setup.options.batch_size)
-    return with_scenarios(replace(_kept[loaded], options=options), scenarios)
+    return with_scenarios(replace(kept[loaded], options=options), scenarios)
 
 
 def _resolved(setup: Setup) -> Options:
@@ -289,18 +319,19 @@ def refuse_other_worker(worker: str, expected: Mapping[str, Any], found: Mapping
 
 @contextlib.contextmanager
 def _going(run: str) -> Iterator[None]:
-    _active.append(run)
+    active = _held().active
+    active.append(run)
     try:
         yield
     finally:
-        _active.remove(run)
+        active.remove(run)
 
 
 class _Reports:
     """Tells the client how far the scenarios of a task are, twice a second; a context manager."""
 
     def __init__(self, run: str) -> None:
-        self._run, self._worker = run, get_worker()
+        self._run, self._worker, self._held = run, get_worker(), _held()
         self._mutex = threading.Lock()
         self._found: dict[str, State] = {}
         self._news: dict[str, State] = {}
@@ -320,7 +351,7 @@ class _Reports:
             self._send_sometimes()
 
     def check(self) -> None:
-        if self._run in _stopped:
+        if self._run in self._held.stopped:
             raise _Stopped
         if self._found:  # at once: else layers of a worker that dies would seem an earlier run's
             with self._mutex:
