@@ -602,7 +602,7 @@ def test_a_batched_run_equals_one_prompt_at_a_time(
         rounding.assert_close(b.attention, a.attention, allowed["attention"])
         rounding.assert_close(b.next_token_logprob, a.next_token_logprob, allowed["logprob"])
         ours, theirs = a.attrs, b.attrs
-        own = {"stored", "blake2b"}
+        own = {"stored", "seal"}
         assert {k: v for k, v in ours.items() if k not in own} == {
             k: v for k, v in theirs.items() if k not in own
         }

@@ -285,7 +285,7 @@ def test_what_was_cut_otherwise_is_not_mixed(
     assert len(again.written) == (0 if stays else 3)
     assert verify(again.path) == []
     found = open_trace(again.trace)
-    assert found.attention.encoding["chunks"][2] == (5 if stays else 16)
+    assert found.attention.encoding["chunks"][2] == (5 if stays else 20)
     assert found.features.encoding["chunks"][2] == (16 if stays else 64)
     for name, expected in begun.truth["Safe_1"].items():
         if is_complete or not name.startswith(LAYERED):

@@ -206,13 +206,13 @@ def test_opening_a_trace_is_one_get_and_one_list(s3: Server, tall: fakes.FakeRun
     ]
 
 
-def test_opening_a_run_is_one_get_a_trace(s3: Server) -> None:
+def test_opening_a_run_is_one_get_a_trace_and_one_list(s3: Server) -> None:
     names = tuple(f"Safe_{number}" for number in range(5))
     made = fakes.make_run(s3.folder(), scenarios=names, layers=(1,), features=0, tokens=3)
     asked(s3)
     zt.open_run(made.path)
     files = [file.rpartition("run/")[2] for _, file in asked(s3)]
-    assert sorted(files) == sorted(["zarr.json", *(f"{name}/zarr.json" for name in names)])
+    assert sorted(files) == sorted(["LIST", "zarr.json", *(f"{name}/zarr.json" for name in names)])
 
 
 @pytest.mark.parametrize(

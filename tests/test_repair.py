@@ -227,7 +227,7 @@ def test_notes_of_nonfinite_values_are_kept(tmp_path: Path) -> None:
         "Safe_1", 2, attention=bad[0], attention_mean=bad[1], features=layers[1].features  # type: ignore[union-attr]
     )  # fmt: skip
     with RunWriter(run, ["Safe_1"], {}) as writer:
-        with TraceWriter(writer, plan, allow_nonfinite=True) as trace:
+        with TraceWriter(writer.path, plan, allow_nonfinite=True) as trace:
             for record in (*layers, tokens):
                 trace.append(record)
         writer.finish()

@@ -273,7 +273,9 @@ def test_nonfinite_arrays_are_noted_by_layer(tmp_path: Path) -> None:
     })  # fmt: skip
     assert isinstance(tokens, TokensRecord)
     tokens = replace(tokens, next_token_logprob=np.full_like(tokens.next_token_logprob, np.nan))
-    write(tmp_path / "run", [tokens, bad, layers[2], layers[0]], {})
+    with TraceWriter(tmp_path / "run", fakes.make_plan(), allow_nonfinite=True) as writer:
+        for record in (tokens, bad, layers[2], layers[0]):
+            writer.append(record)
     attributes = zt.open_trace(tmp_path / "run" / "Safe_1").attrs
     assert attributes["nonfinite"] == {"features": "2", "next_token_logprob": ""}
 

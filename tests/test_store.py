@@ -172,7 +172,7 @@ def test_long_prompts_are_cut_by_layers_and_then_by_rows(
         tmp_path, tokens=1100, heads=1, features=8, scenarios=("a",), limits=limits
     )
     assert len(data_files(run.trace, "attention")) == files
-    assert zarr.open_array(run.trace / "attention", mode="r").chunks == (1, 1, 4, 1024)
+    assert zarr.open_array(run.trace / "attention", mode="r").chunks == (1, 1, 32, 1024)
     truth = run.truth["a"]
     ds = zt.open_trace(run.trace)
     assert_equals(ds, truth)

@@ -350,12 +350,13 @@ def _read(path: Location, wanted: Kind) -> Group[Any]:
     labels = plain.pop("coordinates", "")
     attributes = parse_attributes(file, plain, wanted)
     try:
+        coordinates = frozenset(str.split(labels))
         nodes, encodings = _consolidated(group), {}
         if wanted != "run":
             encodings = check_nodes(nodes, attributes, is_whole=wanted == "trace")
     except NONSENSE as error:
         raise damaged_metadata(file, error) from error
-    return Group(path, attributes, plain, frozenset(labels.split()), nodes, encodings)
+    return Group(path, attributes, plain, coordinates, nodes, encodings)
 
 
 def _consolidated(group: Mapping[str, Any]) -> Nodes:
