@@ -484,7 +484,7 @@ def test_killed_export_leaves_whole_files_only(tmp_path: Path, default_run: Path
     assert process.returncode == -signal.SIGKILL
 
     left = npz_files(out)
-    assert any(name.endswith(".partial") for name in left)
+    assert any(name.endswith("-partial") for name in left)
     assert not any(name.startswith("metadata") for name in left)
     for name in (name for name in left if name.endswith(".npz")):
         scenario, layer = name.removesuffix(".npz").split("/layer_")
@@ -504,7 +504,7 @@ def test_damaged_store_is_named(tmp_path: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(IntegrityError, match=r"(?s)Risky_40/attention/c\.0\.0\.0\.0.*verify"):
         export_npz(run, tmp_path / "out")
-    assert not list((tmp_path / "out").rglob("*.partial"))
+    assert not list((tmp_path / "out").rglob("*-partial"))
 
 
 def test_output_that_is_a_file(tmp_path: Path, default_run: Path) -> None:

@@ -6,6 +6,7 @@ import base64
 import gzip
 import http.client
 import json
+import os
 import re
 import shutil
 import socket
@@ -324,6 +325,37 @@ def test_what_is_there_is_kept(whole: fakes.FakeRun, tmp_path: Path) -> None:
             write_bundle(layout, output)
         write_bundle(layout, output, overwrite=True)
     assert (precious / "file").read_text() == "x"
+
+
+def test_a_pipe_in_place_of_a_bundle_s_index_is_not_waited_for(
+    whole: fakes.FakeRun, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    os.mkfifo(bundle / "index.json")
+    with pytest.raises(ConfigError, match=r"its index.json is not that of a bundle"):
+        write_bundle(Layout(whole.path), bundle, overwrite=True)
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_kill_while_replacing_loses_no_bundle(
+    whole: fakes.FakeRun, tmp_path: Path, *, overwrite: bool
+) -> None:
+    """Where folders cannot be exchanged, between the two renames."""
+    layout, bundle = Layout(whole.path, scenarios=["Safe_1"]), tmp_path / "bundle"
+    write_bundle(layout, bundle)
+    before = fakes.files_in(bundle)
+    left = tmp_path / ".bundle.zarrtrace-bundle-x"
+    left.mkdir()
+    write_bundle(layout, left / "whole")
+    bundle.rename(left / "whole.old")
+    if overwrite:
+        write_bundle(layout, bundle, overwrite=True)
+    else:
+        with pytest.raises(ConfigError, match="overwrite"):
+            write_bundle(layout, bundle)
+    assert fakes.files_in(bundle) == before
+    assert list(tmp_path.iterdir()) == [bundle]
 
 
 def test_no_name_ends_the_element_of_a_single_page() -> None:

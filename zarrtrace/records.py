@@ -325,7 +325,7 @@ def settled(feature: np.ndarray, activation: np.ndarray) -> tuple[np.ndarray, np
     top, numbers = (np.take_along_axis(one, first, 1) for one in (activation, feature))
     fires = top != 0
     return (
-        np.where(fires, numbers, NO_ID).astype(np.uint32, copy=False),
+        np.where(fires, numbers.astype(np.uint32, copy=False), np.uint32(NO_ID)),
         np.where(fires, top, np.float32(0)),
     )
 

@@ -15,6 +15,7 @@ from zarrtrace.capture.lockstep import BlockState, Pass, taps
 from zarrtrace.capture.model import LoadedModel
 from zarrtrace.capture.probe import random_tokens
 from zarrtrace.errors import SAEError
+from zarrtrace.text import terminal_text
 
 _log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def choose_batch_size(model: LoadedModel, lengths: Iterable[int], wanted: int | 
 
 @cache
 def _warn_once(message: str) -> None:
-    _log.warning("zarrtrace: %s", message)
+    _log.warning("zarrtrace: %s", terminal_text(message))
 
 
 def check_additions(model: LoadedModel, hooks: Iterable[tuple[int, str]]) -> None:

@@ -48,7 +48,7 @@ def writing(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def replacing(file: Path) -> Iterator[IO[bytes]]:
     """Open a file that appears under its name only once it is whole."""
-    partial = file.with_name(f"{file.name}.partial")
+    partial = file.with_name(f".{file.name}.zarrtrace-partial")
     with writing(file):
         try:
             with open(partial, "wb", opener=disk.open_own) as out:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from typing import NamedTuple
 from zarrtrace.errors import ConfigError, StoreError
 from zarrtrace.storage import Address, disk, locate
 from zarrtrace.storage.locks import take_lock
-from zarrtrace.store.publish import put_in_place
+from zarrtrace.store.publish import old_of, put_in_place
 from zarrtrace.viewer.layout import PAGE_FILES, Layout, page_file, sample
 
 #: A larger single file is refused: browsers hold all of it in memory, base64 and all.
@@ -115,6 +116,7 @@ def write_bundle(
         If the disk is full.
     """
     output = Path(locate(output).resolved())
+    _remove_left(output)
     _check_output(output, overwrite=overwrite)
     limit = MAX_HTML_BYTES if max_bytes is None and _is_html(output) else max_bytes
     with disk.explained(output):
@@ -133,12 +135,8 @@ def write_bundle(
 @contextlib.contextmanager
 def _workspace(output: Path) -> Iterator[Path]:
     """Yield a folder beside the output; if this process is killed, the next call removes it."""
-    prefix = f".{output.name}.zarrtrace-bundle-"
-    for left in output.parent.iterdir():
-        if left.name.startswith(prefix):
-            _remove_left(left)
     while True:
-        made = Path(tempfile.mkdtemp(dir=output.parent, prefix=prefix))
+        made = Path(tempfile.mkdtemp(dir=output.parent, prefix=_prefix(output)))
         handle = os.open(made, os.O_RDONLY)
         with contextlib.suppress(StoreError):  # no locks there: nobody removes it, either
             if not take_lock(handle, made):  # another call takes it for a left-over
@@ -152,19 +150,31 @@ def _workspace(output: Path) -> Iterator[Path]:
         os.close(handle)
 
 
-def _remove_left(folder: Path) -> None:
-    """Remove what a killed call left; one that is alive holds its folder's lock."""
-    if folder.is_symlink() or not folder.is_dir():
-        return
-    if not {path.name for path in folder.iterdir()} <= {"whole"}:
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(StoreError):
-            if take_lock(handle, folder):
-                shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(handle)
+def _prefix(output: Path) -> str:
+    return f".{output.name}.zarrtrace-bundle-"
+
+
+def _remove_left(output: Path) -> None:
+    """Remove what killed calls left; one that is alive holds its folder's lock.
+
+    Where folders cannot be exchanged, the bundle that was being replaced may be in it, and is put
+    back.
+    """
+    for folder in output.parent.glob(f"{glob.escape(_prefix(output))}*"):
+        whole = folder / "whole"
+        if folder.is_symlink() or not folder.is_dir():
+            continue
+        if not set(folder.iterdir()) <= {whole, old_of(whole)}:
+            continue
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            with contextlib.suppress(StoreError):
+                if take_lock(handle, folder):
+                    if old_of(whole).is_dir() and not output.exists():
+                        old_of(whole).rename(output)
+                    shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(handle)
 
 
 def refuse_larger(size: int, limit: int | None) -> None:
@@ -212,9 +222,9 @@ def _other_than_a_bundle(output: Path) -> str | None:
     if strange:
         return f"it holds {strange[0]}"
     try:
-        found = json.loads((output / "index.json").read_bytes())
+        found = json.loads((locate(output) / "index.json").read())  # a pipe is not waited for
         ours = {"version", "title", "scenarios"} <= set(found)
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, StoreError):
         ours = False
     return None if ours else "its index.json is not that of a bundle"
 
