@@ -18,6 +18,15 @@ from zarrtrace.storage.backend import Content
 
 # Of linux/fs.h: renameat2 puts two folders in each other's place.
 _EXCHANGE, _HERE = 2, -100
+# The last three: a link or a pipe has the name of the file that is being written; a long name.
+_NOT_WRITABLE = (
+    errno.EACCES,
+    errno.EROFS,
+    errno.EPERM,
+    errno.ELOOP,
+    errno.ENXIO,
+    errno.ENAMETOOLONG,
+)
 
 
 class Disk:
@@ -43,14 +52,16 @@ class Disk:
 
     def size(self, key: str) -> int:
         """Return the size of a file."""
-        found = os.stat(key)  # noqa: PTH116 -- called for each file of a run
+        with _reading(key):
+            found = os.stat(key)  # noqa: PTH116 -- called for each file of a run
         if not stat.S_ISREG(found.st_mode):
             raise _odd(key)
         return found.st_size
 
     def put(self, key: str, data: bytes | Path) -> None:
         """Write a file whole or not at all."""
-        write_whole(Path(key), data.read_bytes() if isinstance(data, Path) else data)
+        with explained(key):
+            write_whole(Path(key), data.read_bytes() if isinstance(data, Path) else data)
 
     def copy(self, source: str, target: str) -> None:
         """Copy a file."""
@@ -87,14 +98,8 @@ class Disk:
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[tuple[int, int]]:
     """Open a regular file; a pipe in its place would be waited for without end."""
-    try:
+    with _reading(path):
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except NotADirectoryError as error:
-        raise FileNotFoundError(error.errno, "No such file", path) from error
-    except OSError as error:
-        if error.errno in (errno.ENXIO, errno.ELOOP):  # a socket; links in a circle
-            raise _odd(path) from error
-        raise
     try:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
@@ -102,6 +107,47 @@ def _opened(path: str) -> Iterator[tuple[int, int]]:
         yield handle, found.st_size
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """Say what is in a file's place, or why it cannot be read."""
+    try:
+        yield
+    except NotADirectoryError as error:
+        raise FileNotFoundError(error.errno, "No such file", path) from error
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.ELOOP):  # a socket; links in a circle
+            raise _odd(path) from error
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise IntegrityError(
+                f"{path}: cannot be read ({error.strerror})",
+                why="Its permissions, or those of a folder above it, do not let you.",
+                remedy="Ask its owner to let you read it.",
+            ) from error
+        raise
+
+
+def refuse_link_out(path: str, folder: str) -> None:
+    """Refuse a path from which links lead out of a folder that it is in.
+
+    Raises
+    ------
+    IntegrityError
+    """
+    home = Path(folder).resolve()
+    for parent in (home, *home.parents):
+        # The Hugging Face cache keeps files in blobs/, and links to them in snapshots/REVISION/.
+        cache = parent.parent.parent
+        if parent.parent.name == "snapshots" and (cache / "blobs").is_dir():
+            home = cache
+            break
+    if not Path(os.path.realpath(path)).is_relative_to(home):
+        raise IntegrityError(
+            f"{path}: is a link that leads elsewhere",
+            why=f"What it leads to is not in {folder}: it may be of another run, or private.",
+            remedy="Put the file or folder itself in its place.",
+        )
 
 
 def _odd(path: str) -> IntegrityError:
@@ -165,8 +211,13 @@ def append(file: Path, parts: Sequence[bytes], size: int | None = None) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder and everything in it, if it exists."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Remove a folder and everything in it, or a link or a pipe in its place; never a file."""
+    is_known = folder.is_dir() or folder.is_file() or not folder.exists()
+    if folder.is_symlink() or not is_known:
+        with contextlib.suppress(OSError):  # rmtree would wait for a pipe without end
+            folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def sync(folder: Path) -> None:
@@ -230,7 +281,7 @@ def explained(path: object) -> Iterator[None]:
                 f"{error.filename2 or error.filename}: cannot be written: a folder is in its place",
                 remedy="Remove it, and run the same command again.",
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno in _NOT_WRITABLE:
             raise StoreError(
                 f"{path}: cannot be written ({error.strerror})",
                 remedy="Choose an --output that you may write to.",

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from zarrtrace.errors import ConfigError, StoreError
 from zarrtrace.storage.backend import Backend, Content
-from zarrtrace.storage.disk import Disk
+from zarrtrace.storage.disk import Disk, refuse_link_out
 from zarrtrace.text import without_secrets
 
 #: How many requests a process makes at the same time, multipart uploads aside.
@@ -97,8 +97,35 @@ class Location:
         return self.parent / name
 
     def resolved(self) -> Location:
-        """Return the absolute path, links followed; an address is returned as it is."""
-        return self if self.base else replace(self, key=str(Path(self.key).resolve()))
+        """Return the absolute path, links followed; an address is returned as it is.
+
+        Raises
+        ------
+        StoreError
+            If it is a link that leads to itself.
+        """
+        if self.base:
+            return self
+        try:
+            return replace(self, key=str(Path(self.key).resolve()))
+        except (OSError, RuntimeError) as error:
+            raise StoreError(
+                f"{self}: cannot be followed: {error}",
+                why="It is, or is behind, a link that leads to itself.",
+                remedy="Remove the link, or give the path of a folder.",
+            ) from error
+
+    def inside(self, folder: Location) -> Location:
+        """Return this location, from which no link leads out of a folder that it is in.
+
+        Raises
+        ------
+        IntegrityError
+            If one does.
+        """
+        if not self.base:
+            refuse_link_out(self.key, folder.key)
+        return self
 
     def read(self) -> bytes:
         """Read the file."""

@@ -42,8 +42,11 @@ class FileLock:
             self.handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
                 is_ours = take_lock(self.handle, file)
-            except BaseException:
-                os.close(self.handle)
+            except BaseException as error:
+                if isinstance(error, StoreError):  # no locks: nobody has one on the file
+                    self.release()
+                else:
+                    os.close(self.handle)
                 raise
             if is_ours:
                 # Its former owner may have removed the file since it was opened.

@@ -102,10 +102,11 @@ def copy_run(source: Address, target: Address, *, progress: Progress | None = No
         lock = lock_run(target)
         try:
             for group in groups:
-                _copy_group(group, target if is_trace else target / group.path.name, counter)
+                to = target if is_trace else target / group.path.name
+                _copy_group(group, source, to, counter)
             if not is_trace:
                 for name in ("README.md", "zarr.json"):
-                    _copy_file(source / name, target / name)
+                    _copy_file(source, name, target)
         finally:
             lock.release()
     traces = sum(group.path.name != INDEX or is_trace for group in groups)
@@ -168,9 +169,12 @@ def _bytes_of(group: Group[TraceAttributes] | Group[IndexAttributes]) -> int:
 
 
 def _copy_group(
-    group: Group[TraceAttributes] | Group[IndexAttributes], target: Location, counter: _Counter
+    group: Group[TraceAttributes] | Group[IndexAttributes],
+    source: Location,
+    target: Location,
+    counter: _Counter,
 ) -> None:
-    """Copy a trace or an index: staged, then published."""
+    """Copy a trace or an index: staged, then published. No link may lead out of the source."""
     total = _bytes_of(group)
     with contextlib.suppress(StoreError):
         read = read_index_group if group.path.name == INDEX else read_trace
@@ -186,11 +190,12 @@ def _copy_group(
         (folder / name).mkdir(parents=True)
         encoding = ArrayEncoding(node)
         files += [(name, key, encoding, one) for key, one in checksums_of(node).items()]
-        (folder / name / "zarr.json").write_bytes((group.path / name / "zarr.json").read())
+        metadata = (group.path / name / "zarr.json").inside(source).read()
+        (folder / name / "zarr.json").write_bytes(metadata)
 
     def copy(item: tuple[str, str, ArrayEncoding, Checksum]) -> None:
         name, key, encoding, written = item
-        file = group.path / name / key
+        file = (group.path / name / key).inside(source)
         content = file.read()
         damage = next(iter(file_damage(content, key, name, encoding, written)), None)
         if damage is not None:
@@ -205,7 +210,7 @@ def _copy_group(
     try:
         for _ in (map if group.path.path is not None else at_once)(copy, files):
             pass
-        (folder / "zarr.json").write_bytes((group.path / "zarr.json").read())
+        (folder / "zarr.json").write_bytes((group.path / "zarr.json").inside(source).read())
         disk.sync(folder)
         publish_folder(folder, target)
     finally:
@@ -214,7 +219,7 @@ def _copy_group(
             folder.parent.rmdir()
 
 
-def _copy_file(source: Location, target: Location) -> None:
+def _copy_file(source: Location, name: str, target: Location) -> None:
     """Copy a small file beside the traces, if it exists."""
     with contextlib.suppress(FileNotFoundError):
-        target.write(source.read())
+        (target / name).write((source / name).inside(source).read())

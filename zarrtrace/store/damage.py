@@ -81,15 +81,15 @@ def find_damage(group: Location, nodes: Nodes) -> list[Damage]:
         Metadata of its arrays, as the sealed ``zarr.json`` of the group holds it.
     """
     each = map if group.path is not None else at_once
-    found = [one for some in each(lambda name: list(_array(group / name, nodes[name])), nodes)
+    found = [one for some in each(lambda name: list(_array(group, name, nodes[name])), nodes)
              for one in some]  # fmt: skip
     return found + list(_unknown_files(group, nodes))
 
 
-def _array(path: Location, node: Mapping[str, Any]) -> Iterator[Damage]:
-    name = path.name
+def _array(group: Location, name: str, node: Mapping[str, Any]) -> Iterator[Damage]:
+    path = group / name
     try:
-        if json.loads((path / _METADATA).read()) != node:
+        if json.loads((path / _METADATA).inside(group).read()) != node:
             yield Damage(name, _METADATA, (), "is not the metadata that was written")
     except FileNotFoundError:
         yield Damage(name, _METADATA, (), "is gone")
@@ -97,17 +97,17 @@ def _array(path: Location, node: Mapping[str, Any]) -> Iterator[Damage]:
         yield Damage(name, _METADATA, (), _said(error))
     encoding = ArrayEncoding(node)
     for key, written in checksums_of(node).items():
-        yield from _file(path / key, key, name, encoding, written)
+        yield from _file(group, key, name, encoding, written)
 
 
 def _file(
-    file: Location, key: str, name: str, encoding: ArrayEncoding, written: Checksum
+    group: Location, key: str, name: str, encoding: ArrayEncoding, written: Checksum
 ) -> Iterator[Damage]:
     first = int(key.split(".")[1])
     step = encoding.grid[0] if encoding.is_sharded else 1
     all_of_it = tuple(range(first * step, (first + 1) * step))
     try:
-        content = file.read()
+        content = (group / name / key).inside(group).read()
     except FileNotFoundError:
         yield Damage(name, key, all_of_it, "is gone")
         return

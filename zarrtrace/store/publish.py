@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from zarrtrace.errors import RemoteError
+from zarrtrace.errors import RemoteError, StoreError
 from zarrtrace.storage import Location, at_once, disk
 from zarrtrace.store.journal import JOURNAL
 
@@ -40,7 +40,18 @@ def publish_folder(folder: Path, target: Location) -> None:
 
 
 def put_in_place(folder: Path, target: Path) -> None:
-    """Put a folder in the place of another one, which is removed."""
+    """Put a folder in the place of another one, which is removed.
+
+    Raises
+    ------
+    StoreError
+        If a file is there: somebody else wrote it.
+    """
+    if target.is_file() and not target.is_symlink():
+        raise StoreError(
+            f"{target}: cannot be written: a file is where a folder should be",
+            remedy="Move it away, and run the same command again.",
+        )
     if target.exists():
         disk.remove_folder(exchange_folders(folder, target, old_of(folder)))
     else:

@@ -74,6 +74,7 @@ def verify(path: Address) -> list[Problem]:
     path = locate(path)
     if kind_of(path) == "trace":
         return list(_trace(path, None))
+    (path / "zarr.json").inside(path)
     run = read_run(path)
     names = run.attributes.scenarios
     with ThreadPoolExecutor(4, thread_name_prefix="zarrtrace-verify") as pool:
@@ -87,6 +88,7 @@ def _trace(path: Location, scenario: str | None) -> Iterator[Problem]:
         yield Problem(scenario=scenario, message="not there: not extracted yet, or deleted")
         return
     try:
+        (path / "zarr.json").inside(path if scenario is None else path.parent)
         trace = read_trace(path)
     except StoreError as error:
         yield Problem(scenario=scenario or path.name, message=error.what)
@@ -145,9 +147,10 @@ def _unknown(path: Location, names: Sequence[str]) -> Iterator[Problem]:
 def _index(run: Location, names: Sequence[str]) -> Iterator[Problem]:
     """Check the run's index, if it has one."""
     path = run / INDEX
-    if not path.is_folder():
+    if not (path.is_folder() if path.path is None else path.exists()):
         return
     try:
+        (path / "zarr.json").inside(run)
         index = read_index_group(path)
     except StoreError as error:
         yield Problem(scenario=None, array=INDEX, message=error.what)
