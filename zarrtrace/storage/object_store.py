@@ -33,9 +33,9 @@ _RETRIES: Any = {
         "base": 4,
     },
 }
-# obstore does not repeat a listing whose answer was cut short: how often it is asked for, and what
-# obstore 0.12 says then.
-_LISTINGS, _CUT_SHORT = 5, "list response body"
+# obstore does not repeat a listing, copy or deletion whose answer was cut short: how often it is
+# asked for, and what obstore 0.12 says then.
+_ATTEMPTS, _CUT_SHORT = 5, ("response body", "body error", "invalid list response")
 _CLIENT = {"connect_timeout": "10s", "timeout": "60s"}
 # Options of the HTTP client, not of the store.
 _OF_CLIENT = frozenset(
@@ -145,14 +145,15 @@ class ObjectStore:
 
     def copy(self, source: str, target: str) -> None:
         """Copy an object within the store."""
-        with self._explained(source):
-            self._obstore.copy(self._store, self._prefix + source, self._prefix + target)
+        names = self._prefix + source, self._prefix + target
+        self._repeated(source, lambda: self._obstore.copy(self._store, *names))
 
     def delete(self, keys: Sequence[str]) -> None:
         """Delete objects."""
         if keys:
-            with contextlib.suppress(FileNotFoundError), self._explained(keys[0]):
-                self._obstore.delete(self._store, [self._prefix + key for key in keys])
+            names = [self._prefix + key for key in keys]
+            with contextlib.suppress(FileNotFoundError):
+                self._repeated(keys[0], lambda: self._obstore.delete(self._store, names))
 
     def sizes(self, prefix: str) -> dict[str, int]:
         """Return the size of every object below a folder."""
@@ -178,13 +179,13 @@ class ObjectStore:
         return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
 
     def _repeated(self, prefix: str, ask: Any) -> Any:
-        """List, again if the answer was cut short."""
-        for attempt in range(1, _LISTINGS + 1):
+        """List, copy or delete, again if the answer was cut short: obstore repeats all others."""
+        for attempt in range(1, _ATTEMPTS + 1):
             try:
                 with self._explained(prefix):
                     return ask()
             except RemoteError as error:
-                if attempt == _LISTINGS or _CUT_SHORT not in error.what:
+                if attempt == _ATTEMPTS or not any(one in error.what for one in _CUT_SHORT):
                     raise
         return None
 
