@@ -8,9 +8,11 @@ import shutil
 import sys
 import textwrap
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import zarr
 
 import zarrtrace as zt
 from zarrtrace.analysis import attention_to
@@ -89,8 +91,16 @@ def runnable(name: str) -> bool:
     return any(language in ("python", "console", "yaml") for language, _ in blocks(text))
 
 
+@pytest.fixture
+def zarr_settings() -> Iterator[None]:
+    """Put the codec pipeline back that an example chooses."""
+    with zarr.config.set({"codec_pipeline.path": zarr.config.get("codec_pipeline.path")}):
+        yield
+
+
 @pytest.mark.torch
 @pytest.mark.parametrize("name", [name for name in NAMES if runnable(name)])
+@pytest.mark.usefixtures("zarr_settings")
 def test_examples_run_in_order(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     namespace: dict[str, object] = {}
     for language, block in blocks((ROOT / name).read_text(encoding="utf-8")):
