@@ -127,7 +127,7 @@ def _layer(rng: np.random.Generator, name: str, layer: int) -> LayerRecord:
 
 
 def _copy_trace(source: Path, target: Path) -> None:
-    """Copy a trace under another name; its sealed metadata is written anew."""
+    """Copy a trace under another name, and write its sealed metadata for that name."""
     trace = read_trace(source)
     shutil.copytree(source, target)
     attributes = trace.attributes.model_copy(update={"scenario": target.name})
@@ -157,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scenarios", type=int, default=200)
     parser.add_argument("--only", nargs="*", choices=list(ANALYSES), default=list(ANALYSES))
-    parser.add_argument("--run", type=Path, help="Folder of the run; kept, and gone on with.")
+    parser.add_argument("--run", type=Path, help="Folder of the run; kept, and resumed.")
     parser.add_argument("--scheduler", choices=["threads", "processes"], default="threads")
     parser.add_argument("--chunks", choices=["none", "auto"], default="none", help="Of dask.")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)

@@ -98,7 +98,7 @@ def bfloat16(values: np.ndarray) -> BFloat16:
 
 
 def sparse(values: np.ndarray, columns: int) -> SparseFeatures:
-    """Return what is not 0, as capture hands it over."""
+    """Return the values that are not 0, as capture returns them."""
     blocks = [values[:, at : at + columns].reshape(-1) for at in range(0, FEATURES, columns)]
     at = tuple(np.flatnonzero(block) for block in blocks)
     found = tuple(block[here] for block, here in zip(blocks, at, strict=True))

@@ -276,7 +276,7 @@ def test_repair_does_not_mix_two_configurations(run: fakes.FakeRun) -> None:
 def test_what_was_cut_otherwise_is_not_mixed(
     tmp_path: Path, is_complete: bool, repair: bool
 ) -> None:
-    """A trace that another version began is begun anew; one that is complete stays."""
+    """A trace that another version began is started again; a complete one stays."""
     sizes: dict[str, Any] = {"scenarios": ("Safe_1",), "tokens": 20, "features": 64}
     drop = None if is_complete else {"Safe_1": fakes.LAYERS[-1:]}
     begun = fakes.make_run(tmp_path, **sizes, drop=drop, limits=Limits(queries=5, features=16))
@@ -580,7 +580,7 @@ def stored_layers():
 
 
 def journalled():
-    "Of each layer that is stored, which file holds it: one begun anew is another."
+    "The file that holds each stored layer; a file that was started again is another one."
     found = {}
     for name, layers in stored_layers().items():
         folder = run / name if (run / name).exists() else run / ".staged" / name

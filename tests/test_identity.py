@@ -1,4 +1,4 @@
-"""Runs that are gone on with: by the same weights, tokens and libraries, or not at all."""
+"""A run is resumed with the same weights, tokens and libraries, or not at all."""
 
 from __future__ import annotations
 

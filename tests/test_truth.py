@@ -71,7 +71,7 @@ def test_replaced_run_is_not_read(
 
 @pytest.mark.parametrize("how", OPENED)
 def test_rewritten_run_with_the_same_values_is_read(run: fakes.FakeRun, how: str) -> None:
-    """A repair, or the same command once more, takes nothing from whoever has the run open."""
+    """A repair, or the same command again, leaves datasets readable that are open."""
     ds = opened(run.path, how)
     fakes.make_run(run.path.parent, repair=True)
     fakes.make_run(run.path.parent, overwrite=True)

@@ -30,7 +30,7 @@ _LONGER = 131
 # Two ways to compute differ by several roundings of each number. The measure is what one rounding
 # of the embeddings changes, so that it fits the model, its dtype and any processor.
 _ROUNDINGS = 8
-# What differs between blocks that are alike.
+# Attributes that differ between blocks of one kind.
 _INDICES = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number"})
 
 
@@ -91,8 +91,8 @@ def _probed(model: LoadedModel, first: LoadedModel, ids: torch.Tensor) -> Loaded
 def _first_blocks(model: LoadedModel) -> Iterator[LoadedModel]:
     """Let the model run its first blocks alone: two, or up to the last of a new kind.
 
-    With --low-memory, each block travels to the device, perhaps from a disk. Where all blocks are
-    alike, the first two tell what the others do.
+    With --low-memory, each block is copied to the device, perhaps from a disk. Blocks of one kind
+    compute alike, so two are enough.
     """
     kinds: set[Any] = set()
     count = min(2, len(model.blocks))

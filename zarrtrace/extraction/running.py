@@ -48,7 +48,7 @@ def extract(
 ) -> Location:
     """Run a model over scenarios and store attention, features and continuations.
 
-    A run that exists is gone on with, if it was asked for alike.
+    A run that exists is resumed if its configuration is the same.
 
     Parameters
     ----------

@@ -70,15 +70,15 @@ class FsspecFiles:
         return int(found["size"])
 
     def put(self, key: str, data: bytes | Path) -> None:
-        """Not to be called: :attr:`writable` is false."""
+        """Never reached: `Location.refuse_read_only` raises ConfigError before it."""
         raise NotImplementedError(key)
 
     def copy(self, source: str, target: str) -> None:
-        """Not to be called: :attr:`writable` is false."""
+        """Never reached: `Location.refuse_read_only` raises ConfigError before it."""
         raise NotImplementedError(target)
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Not to be called: :attr:`writable` is false."""
+        """Never reached: `Location.refuse_read_only` raises ConfigError before it."""
         raise NotImplementedError(keys)
 
     def sizes(self, prefix: str) -> dict[str, int]:
