@@ -41,6 +41,7 @@ from zarrtrace.format.layout import (
 from zarrtrace.records import (
     BFloat16,
     LayerRecord,
+    Nonzeros,
     SparseFeatures,
     Tokens,
     TokensRecord,
@@ -102,7 +103,8 @@ def sparse(values: np.ndarray, columns: int) -> SparseFeatures:
     blocks = [values[:, at : at + columns].reshape(-1) for at in range(0, FEATURES, columns)]
     at = tuple(np.flatnonzero(block) for block in blocks)
     found = tuple(block[here] for block, here in zip(blocks, at, strict=True))
-    return SparseFeatures(FEATURES, columns, at, found, np.ones(len(values), bool))
+    nonzeros = Nonzeros(values.shape, columns, at, found)
+    return SparseFeatures(nonzeros, np.ones(len(values), bool))
 
 
 def records(case: Case) -> list[LayerRecord | TokensRecord]:

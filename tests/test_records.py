@@ -151,8 +151,8 @@ def test_records_hold_the_features(
         encoding.begin()
         found = encoding.arrived()
         assert (found.top is not None) == (way == "device")  # there was no room: made anew
-    assert len(found.at) == 3
-    assert any((value < 0).any() for value in found.values)
+    assert len(found.nonzeros.at) == 3
+    assert any((value < 0).any() for value in found.nonzeros.values)
     parts, start = torch.split(dense.float(), lengths), 0
     for length, part in zip(lengths, parts, strict=True):
         record = found.part(start, start + length).record()
@@ -259,7 +259,7 @@ def test_parts_of_a_batch_have_its_records(data: Any) -> None:
         sorted(wanted),
         BFloat16(bits),
         rng.random((len(lengths), longest, longest)).astype(np.float32),
-        {"features": SparseFeatures(20, 20, sparse.at, sparse.values, np.ones(len(dense), bool))},
+        {"features": SparseFeatures(sparse, np.ones(len(dense), bool))},
     )
     starts = np.cumsum([0, *lengths])
     whole, each = list(batch.records()), [r for one in batch.each() for r in one.records()]

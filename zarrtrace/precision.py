@@ -27,15 +27,14 @@ def cast_record(
     Parameters
     ----------
     record
-        A layer, or rows of it; what the model says next is stored as it is.
+        A layer, or rows of it; next tokens are stored as they are.
     attributes
         The trace's, which name the precisions.
 
     Returns
     -------
     LayerRecord or TokensRecord
-        `record` itself if nothing changes. Values too large for the precision are infinite, and
-        named by its ``nonfinite``.
+        Values too large for the precision are infinite, and its ``nonfinite`` names their arrays.
     """
     if isinstance(record, TokensRecord):
         return record
@@ -49,10 +48,7 @@ def cast_record(
     if attributes.feature_dtype is not None:
         kind = np.dtype(attributes.feature_dtype)
         features = {name: _cast(one, kind) for name, one in features.items()}
-    changed = attention is not record.attention or any(
-        features[name] is not one for name, one in record.features.items()
-    )
-    return replace(record, attention=attention, features=features) if changed else record
+    return replace(record, attention=attention, features=features)
 
 
 def _rounded(values: np.ndarray, keepbits: int) -> np.ndarray:
@@ -66,20 +62,15 @@ def _rounded(values: np.ndarray, keepbits: int) -> np.ndarray:
 
 
 def _cast(record: FeatureRecord, dtype: np.dtype) -> FeatureRecord:
-    """Cast activations; ones that become infinite are noted in the record."""
-    activations = record.activations
-    if isinstance(activations, Nonzeros):
-        if all(values.dtype == dtype for values in activations.values):
-            return record
-        values = tuple(_narrowed(values, dtype) for values in activations.values)
-        finite = all(np.isfinite(one).all() for one in values)
-        cast: np.ndarray | Nonzeros = replace(activations, values=values)
-    else:
-        if activations.dtype == dtype:
-            return record
-        cast = _narrowed(activations, dtype)
-        finite = bool(np.isfinite(cast).all())
-    return replace(record, activations=cast, nonfinite=record.nonfinite or not finite)
+    """Cast activations; the record notes whether any become infinite."""
+    found = record.activations
+    parts = found.values if isinstance(found, Nonzeros) else (found,)
+    if all(part.dtype == dtype for part in parts):
+        return record
+    cast = tuple(_narrowed(part, dtype) for part in parts)
+    finite = all(np.isfinite(part).all() for part in cast)
+    activations = replace(found, values=cast) if isinstance(found, Nonzeros) else cast[0]
+    return replace(record, activations=activations, nonfinite=record.nonfinite or not finite)
 
 
 def _narrowed(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -108,14 +99,12 @@ def refusal(
         The trace's.
     """
     names = ", ".join(stored.nonfinite)
+    model, where = attributes.model, "the last layer"
     if isinstance(record, LayerRecord):
         where = f"layer {record.layer}"
-        cast = [name for name in stored.nonfinite if not _computed(record, name)]
+        cast = [name for name in stored.nonfinite if not _is_computed(record, name)]
         if cast:
             return _too_large(f"{record.scenario}: {cast[0]} of {where}", cast[0], attributes)
-    else:
-        where = "the last layer"
-    model = attributes.model
     return NonFiniteError(
         f"{record.scenario}: the model computed NaN or infinity in {where} ({names})",
         why=f"The model runs in {model.dtype if model else 'an unknown precision'}; float16 ends "
@@ -124,8 +113,8 @@ def refusal(
     )
 
 
-def _computed(record: LayerRecord, name: str) -> bool:
-    """Whether NaN or infinity was computed, and not made by the cast."""
+def _is_computed(record: LayerRecord, name: str) -> bool:
+    """Whether the model computed NaN or infinity, rather than the cast."""
     if name in record.features:
         return record.features[name].nonfinite
     # The mean over heads is taken before attention is cast.
@@ -133,9 +122,9 @@ def _computed(record: LayerRecord, name: str) -> bool:
 
 
 def _too_large(what: str, name: str, attributes: TraceAttributes) -> NonFiniteError:
-    attention = name == "attention"
-    dtype = attributes.attention_dtype if attention else attributes.feature_dtype
-    option = "--attention-dtype" if attention else "--feature-dtype"
+    dtype, option = attributes.feature_dtype, "--feature-dtype"
+    if name == "attention":
+        dtype, option = attributes.attention_dtype, "--attention-dtype"
     return NonFiniteError(
         f"{what} has values that are infinite in {dtype}",
         why="The largest number of float16 is 65,504; the values are finite in float32.",

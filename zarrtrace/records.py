@@ -1,4 +1,4 @@
-"""What capture hands to whoever stores it: layers of one prompt, or of several in one piece.
+"""Records that capture hands to the store: layers of one prompt, or of a batch of prompts.
 
 A batch goes to its writers in one piece: to copy, send and split it prompt by prompt would keep the
 process that drives a GPU busier than the GPU.
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,20 +19,20 @@ from zarrtrace.format.layout import NO_ID, TOP_FEATURES, TraceShape
 
 @dataclass(frozen=True)
 class Nonzeros:
-    """What is not 0 of an array ``(query, feature)``: a hundredth of it, and often less.
+    """The non-zero values of an array ``(query, feature)``: a hundredth of it, and often less.
 
-    It comes by blocks of columns, as wide as the chunks of the array that it goes to.
+    They come by blocks of columns, as wide as the chunks of the array that they go to.
 
     Attributes
     ----------
     shape
-        Of the array.
+        Shape of the array.
     columns
         Width of a block; the last one of the array may be narrower.
     at
-        Of each block, places ``row * columns + column`` ``(n,)``, ascending.
+        Positions ``row * columns + column`` in each block, ascending ``(n,)``.
     values
-        Of each block, what is there ``(n,)``.
+        Values at these positions, by block ``(n,)``.
     """
 
     shape: tuple[int, int]
@@ -42,14 +41,20 @@ class Nonzeros:
     values: tuple[np.ndarray, ...]
 
     @property
-    def ndim(self) -> int:
-        """How many dimensions the array has."""
-        return len(self.shape)
-
-    @property
     def nbytes(self) -> int:
         """Bytes that are held."""
         return sum(part.nbytes for part in (*self.at, *self.values))
+
+    def part(self, start: int, stop: int) -> Nonzeros:
+        """Return some of the rows; only positions are copied."""
+        cuts = [np.searchsorted(at, [n * self.columns for n in (start, stop)]) for at in self.at]
+        kept = [slice(*cut.tolist()) for cut in cuts]
+        return Nonzeros(
+            (stop - start, self.shape[1]),
+            self.columns,
+            tuple(at[k] - start * self.columns for at, k in zip(self.at, kept, strict=True)),
+            tuple(values[k] for values, k in zip(self.values, kept, strict=True)),
+        )
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:  # noqa: FBT001 -- NumPy's protocol
         """Return the array."""
@@ -62,12 +67,12 @@ class Nonzeros:
 
 @dataclass(frozen=True)
 class BFloat16:
-    """An array of bfloat16, for which NumPy has no type; its values are float32's as well.
+    """An array of bfloat16, for which NumPy has no type.
 
     Attributes
     ----------
     bits
-        The upper halves of the float32 values, uint16.
+        The upper halves of the values in float32, uint16.
     """
 
     bits: np.ndarray
@@ -101,12 +106,12 @@ class FeatureRecord:
     Attributes
     ----------
     activations
-        ``(query, feature)``, whole or what is not 0 of it.
+        ``(query, feature)``, dense or its non-zero values.
     top_feature, top_activation
         ``(query, feature_rank)``: the features of largest magnitude, largest first, and their
         activations with their signs.
     nonfinite
-        Whether activations, or what the SAE reads, hold NaN or infinity.
+        Whether activations, or the inputs of the SAE, hold NaN or infinity.
     """
 
     activations: np.ndarray | Nonzeros
@@ -126,7 +131,7 @@ class LayerRecord:
     layer
         Index of the decoder block.
     start
-        Number of the first row: a token position, or a place in the chosen queries.
+        Number of the first row: a token position, or an index into the chosen queries.
     attention
         ``(head, query, key)``, or None.
     attention_mean
@@ -156,7 +161,7 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class TokensRecord:
-    """What the model says next, after the last layer of one scenario.
+    """The most likely next tokens at each position of one scenario.
 
     Attributes
     ----------
@@ -198,7 +203,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class TracePlan:
-    """Everything that is known of a trace before its first layer is computed.
+    """A trace before its first layer is computed.
 
     Attributes
     ----------
@@ -224,9 +229,6 @@ class TracePlan:
     settings: str = ""
 
 
-_Array = np.ndarray | BFloat16
-
-
 @dataclass(frozen=True)
 class Member:
     """A prompt of a batch.
@@ -236,7 +238,7 @@ class Member:
     scenario
         Its name.
     length
-        Its tokens; what a batch holds beyond them is padding.
+        Number of its tokens; longer rows of a batch are padded.
     queries
         Token positions whose attention is stored; None for all.
     """
@@ -248,61 +250,48 @@ class Member:
 
 @dataclass(frozen=True)
 class SparseFeatures:
-    """What is not 0 of the features of some prompts, one behind another.
+    """Features of the tokens of some prompts, one prompt behind another.
 
     Attributes
     ----------
-    width
-        Features of the SAE.
-    columns
-        Width of a block of features, as a chunk has it.
-    at, values
-        Of each block, places ``token * columns + column`` ``(n,)``, ascending, and what is there.
-    sound
-        Of each token, whether what was encoded is finite: thresholds turn NaN into 0.
+    nonzeros
+        ``(token, feature)``
+    is_finite
+        Whether the input of the encoder is finite, by token: thresholds turn NaN into 0.
     top
-        Number and activation of each token's strongest features (of largest magnitude) and of one
-        more, strongest first, ``(token, rank)``; equal ones in any order. None if not known yet.
+        Number and activation of each token's features of largest magnitude and of one more,
+        largest first, ``(token, rank)``; equal ones in any order. None if not known yet.
     """
 
-    width: int
-    columns: int
-    at: tuple[np.ndarray, ...]
-    values: tuple[np.ndarray, ...]
-    sound: np.ndarray
+    nonzeros: Nonzeros
+    is_finite: np.ndarray
     top: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes that are held."""
-        parts = (*self.at, *self.values, self.sound, *(self.top or ()))
-        return sum(part.nbytes for part in parts)
+        return sum(part.nbytes for part in (self.nonzeros, self.is_finite, *(self.top or ())))
 
     def part(self, start: int, stop: int) -> SparseFeatures:
-        """Return some of the tokens; nothing is copied but places."""
-        if not start and stop == len(self.sound):
+        """Return some of the tokens; only positions are copied."""
+        if not start and stop == len(self.is_finite):
             return self
-        cuts = [np.searchsorted(at, [n * self.columns for n in (start, stop)]) for at in self.at]
-        kept = [slice(*cut.tolist()) for cut in cuts]
-        return replace(
-            self,
-            at=tuple(at[k] - start * self.columns for at, k in zip(self.at, kept, strict=True)),
-            values=tuple(values[k] for values, k in zip(self.values, kept, strict=True)),
-            sound=self.sound[start:stop],
-            top=self.top and (self.top[0][start:stop], self.top[1][start:stop]),
+        return SparseFeatures(
+            self.nonzeros.part(start, stop),
+            self.is_finite[start:stop],
+            self.top and (self.top[0][start:stop], self.top[1][start:stop]),
         )
 
     def record(self) -> FeatureRecord:
         """Return the record of all tokens, which are one prompt's."""
-        found = Nonzeros((len(self.sound), self.width), self.columns, self.at, self.values)
-        top = None if self.top is None else settled(*self.top)
-        top_feature, top_activation = strongest(found) if top is None else top
-        finite = self.sound.all() and all(np.isfinite(one).all() for one in self.values)
-        return FeatureRecord(found, top_feature, top_activation, nonfinite=not finite)
+        found = self.nonzeros
+        top = (settled(*self.top) if self.top else None) or strongest(found)
+        finite = self.is_finite.all() and all(np.isfinite(one).all() for one in found.values)
+        return FeatureRecord(found, *top, nonfinite=not finite)
 
 
 def settled(feature: np.ndarray, activation: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Make of the strongest features what :func:`strongest` does.
+    """Sort the strongest features as :func:`strongest` does.
 
     Parameters
     ----------
@@ -312,7 +301,7 @@ def settled(feature: np.ndarray, activation: np.ndarray) -> tuple[np.ndarray, np
     Returns
     -------
     tuple or None
-        None where one that is left out may be equal to one that is not.
+        None if a feature that is left out may be equal to one that is not.
     """
     rank = _rank(activation)
     count = min(TOP_FEATURES, rank.shape[1])
@@ -322,17 +311,24 @@ def settled(feature: np.ndarray, activation: np.ndarray) -> tuple[np.ndarray, np
     first = np.arange(count)[None]
     if equal.any():
         first = np.lexsort((feature, rank), axis=1)[:, :count]
-    top, numbers = (np.take_along_axis(one, first, 1) for one in (activation, feature))
-    fires = top != 0
-    return (
-        np.where(fires, numbers.astype(np.uint32, copy=False), np.uint32(NO_ID)),
-        np.where(fires, top, np.float32(0)),
-    )
+    return _top(feature, activation, first)
 
 
 def _rank(activation: np.ndarray) -> np.ndarray:
     """Sort key of activations: largest magnitude first, NaN before all."""
     return np.where(np.isnan(activation), -np.inf, -np.abs(activation))
+
+
+def _top(
+    feature: np.ndarray, activation: np.ndarray, first: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Take features in an order ``(token, rank)``; NO_ID and 0 stand for those that do not fire."""
+    feature, activation = (np.take_along_axis(one, first, 1) for one in (feature, activation))
+    fires = activation != 0
+    return (
+        np.where(fires, feature.astype(np.uint32, copy=False), np.uint32(NO_ID)),
+        np.where(fires, activation, np.float32(0)),
+    )
 
 
 def strongest(features: Nonzeros) -> tuple[np.ndarray, np.ndarray]:
@@ -348,8 +344,8 @@ def strongest(features: Nonzeros) -> tuple[np.ndarray, np.ndarray]:
     Returns
     -------
     feature, activation
-        ``(query, rank)`` uint32 and float32 with its sign, strongest first; NO_ID and 0 where fewer
-        features fire, which means that they are not 0. NaN comes before all.
+        ``(query, rank)`` uint32 and float32 with its sign, strongest first; NO_ID and 0 if fewer
+        features are not 0. NaN comes before all.
     """
     (tokens, width), columns = features.shape, features.columns
     count = min(TOP_FEATURES, width)
@@ -359,24 +355,17 @@ def strongest(features: Nonzeros) -> tuple[np.ndarray, np.ndarray]:
     # Stable, and of 16 bits where that is enough: NumPy then sorts by digits.
     order = np.argsort(token.astype(np.uint16 if tokens <= 2**16 else np.int64), kind="stable")
     token = token[order]
-    each = np.bincount(token, minlength=tokens)
-    place = np.arange(len(token)) - np.repeat(np.cumsum(each) - each, each)
-    room = max(count, int(each.max(initial=0)))
-    values = np.zeros((tokens, room), np.float32)
-    values[token, place] = value[order]
-    numbers = np.zeros((tokens, room), np.uint32)
-    numbers[token, place] = number[order]
+    counts = np.bincount(token, minlength=tokens)
+    # Features of a token side by side, zeros behind them.
+    place = np.arange(len(token)) - np.repeat(np.cumsum(counts) - counts, counts)
+    shape = (tokens, max(count, int(counts.max(initial=0))))
+    values, numbers = np.zeros(shape, np.float32), np.zeros(shape, np.uint32)
+    values[token, place], numbers[token, place] = value[order], number[order]
     rank = _rank(values)
-    if room > 2 * count:  # most need not be sorted
+    if shape[1] > 2 * count:  # most need not be sorted
         some = np.sort(np.argpartition(rank, count - 1, axis=1)[:, :count], axis=1)
         values, numbers, rank = (np.take_along_axis(a, some, 1) for a in (values, numbers, rank))
-    first = np.argsort(rank, axis=1, kind="stable")[:, :count]
-    top = np.take_along_axis(values, first, 1)
-    fires = top != 0
-    return (
-        np.where(fires, np.take_along_axis(numbers, first, 1), np.uint32(NO_ID)),
-        np.where(fires, top, np.float32(0)),
-    )
+    return _top(numbers, values, np.argsort(rank, axis=1, kind="stable")[:, :count])
 
 
 @dataclass(frozen=True)
@@ -390,13 +379,13 @@ class LayerBatch:
     members
         The prompts, in the order of the arrays.
     wanted
-        Places of those whose records are wanted.
+        Indices of the prompts whose records are wanted.
     attention
         ``(sequence, head, query, key)`` with padding at the end of both, or None.
     attention_mean
         ``(sequence, query, key)`` float32, or None.
     features
-        By array name, the prompts' tokens one behind another.
+        Features by array name.
     """
 
     layer: int
@@ -418,45 +407,35 @@ class LayerBatch:
         return sum(array.nbytes for array in arrays if array is not None)
 
     def part(self, wanted: Sequence[int]) -> LayerBatch:
-        """Return a batch of those of the wanted prompts that lie together."""
+        """Return the smallest batch that holds some of the wanted prompts."""
         start, stop = min(wanted), max(wanted) + 1
         if stop - start == len(self.members):
             return replace(self, wanted=wanted)
-        token = np.cumsum([0, *(one.length for one in self.members)])
+        token = np.cumsum([0, *(one.length for one in self.members)]).tolist()
         attention, mean = self.attention, self.attention_mean
         return LayerBatch(
             self.layer,
             self.members[start:stop],
             [at - start for at in wanted],
-            None if attention is None else _of(attention, slice(start, stop)),
+            None if attention is None else attention[start:stop],
             None if mean is None else mean[start:stop],
             {name: f.part(token[start], token[stop]) for name, f in self.features.items()},
         )
 
     def each(self) -> Iterator[LayerBatch]:
-        """Yield a batch of each of the prompts that are wanted."""
+        """Yield a batch of each of the wanted prompts."""
         return (self.part([at]) for at in self.wanted)
 
     def records(self) -> Iterator[LayerRecord]:
-        """Yield the records of the prompts that are wanted."""
-        tokens = np.cumsum([0, *(one.length for one in self.members)])
-        edges = list(pairwise(tokens.tolist()))
-        for at in self.wanted:
-            one = self.members[at]
-            attention, mean = self.attention, self.attention_mean
+        """Yield the records of the wanted prompts."""
+        for batch in self.each():
+            (one,), attention, mean = batch.members, batch.attention, batch.attention_mean
             keys = slice(one.length)
             queries = keys if one.queries is None else list(one.queries)
-            if attention is not None:
-                attention = _of(_of(attention, at), (slice(None), queries, keys))
             yield LayerRecord(
                 scenario=one.scenario,
                 layer=self.layer,
-                attention=attention,
-                attention_mean=None if mean is None else mean[at][queries, keys],
-                features={name: f.part(*edges[at]).record() for name, f in self.features.items()},
+                attention=None if attention is None else attention[0][:, queries, keys],
+                attention_mean=None if mean is None else mean[0][queries, keys],
+                features={name: found.record() for name, found in batch.features.items()},
             )
-
-
-def _of(array: _Array, index: Any) -> _Array:
-    part: np.ndarray = (array.bits if isinstance(array, BFloat16) else array)[index]
-    return BFloat16(part) if isinstance(array, BFloat16) else part

@@ -156,7 +156,7 @@ class Copy:
         self._done.synchronize()
         features = {name: encoding.arrived() for name, encoding in self._features.items()}
         for name, found in features.items():
-            active = sum(map(len, found.at)) / max(1, len(found.sound))
+            active = sum(map(len, found.nonzeros.at)) / max(1, len(found.is_finite))
             most[name] = max(most.get(name, 0.0), active)
         attention, mean = (
             None if one is None else one.numpy() for one in (self._attention, self._mean)

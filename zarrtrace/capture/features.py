@@ -14,7 +14,7 @@ from torch import nn
 
 from zarrtrace.capture.host import begin_copy, to_host
 from zarrtrace.format.layout import TOP_FEATURES, feature_columns
-from zarrtrace.records import SparseFeatures
+from zarrtrace.records import Nonzeros, SparseFeatures
 
 if TYPE_CHECKING:
     from zarrtrace.capture.encoder import Encoder, Tile
@@ -40,7 +40,7 @@ def encode(encoder: Encoder, inputs: torch.Tensor) -> SparseFeatures:
     tiles = [partial(_nonzero, tile, columns) for tile in encoder.tiles(inputs)]
     made = [tiles[0]()] if len(tiles) == 1 else _pool(os.getpid()).map(lambda tile: tile(), tiles)
     at, values = zip(*made, strict=True)
-    return SparseFeatures(width, columns, at, values, sound)
+    return SparseFeatures(Nonzeros((len(inputs), width), columns, at, values), sound)
 
 
 def _sound(inputs: torch.Tensor) -> torch.Tensor:
@@ -129,14 +129,8 @@ def _joined(width: int, parts: Sequence[_Found], sound: np.ndarray) -> SparseFea
             values[block].append(part.values[here])
         start += part.tokens
     top = (np.concatenate([p.number for p in parts]), np.concatenate([p.strongest for p in parts]))
-    return SparseFeatures(
-        width,
-        columns,
-        tuple(map(np.concatenate, at)),
-        tuple(map(np.concatenate, values)),
-        sound,
-        top,
-    )
+    found = tuple(map(np.concatenate, at)), tuple(map(np.concatenate, values))
+    return SparseFeatures(Nonzeros((start, width), columns, *found), sound, top)
 
 
 class Encoding:
