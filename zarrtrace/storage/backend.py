@@ -1,10 +1,13 @@
-"""What is asked of a disk or an object store."""
+"""Protocols of disks and object stores, and what their implementations share."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+
+from zarrtrace.errors import ConfigError
 
 
 class Content(NamedTuple):
@@ -15,12 +18,9 @@ class Content(NamedTuple):
 
 
 class Backend(Protocol):
-    """A disk or an object store. A key that does not exist raises FileNotFoundError.
+    """A disk or an object store, to read. A key that does not exist raises FileNotFoundError."""
 
-    Files are written whole or not at all.
-    """
-
-    #: Whether it can be written to, and whether it can list its keys.
+    #: Whether it is a :class:`WritableBackend`, and whether it can list its keys.
     writable: bool
     listable: bool
 
@@ -36,6 +36,16 @@ class Backend(Protocol):
     def size(self, key: str) -> int:
         """Return the size of a file."""
 
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Return the size of every file below a folder, by key."""
+
+    def children(self, prefix: str) -> list[str]:
+        """Return the names in a folder, sorted; none if it does not exist."""
+
+
+class WritableBackend(Backend, Protocol):
+    """A disk or an object store. Files are written whole or not at all."""
+
     def put(self, key: str, data: bytes | Path) -> None:
         """Write a file; the content of a file on a disk is read in parts."""
 
@@ -45,11 +55,25 @@ class Backend(Protocol):
     def delete(self, keys: Sequence[str]) -> None:
         """Delete files; those that do not exist are no error."""
 
-    def sizes(self, prefix: str) -> dict[str, int]:
-        """Return the size of every file below a folder, by key."""
 
-    def children(self, prefix: str) -> list[str]:
-        """Return the names in a folder, sorted; none if it does not exist."""
+def import_package(name: str, scheme: str) -> Any:
+    """Import a package of the extra ``cloud`` that an address needs.
 
-    def zarr_store(self) -> tuple[Any, str]:
-        """Return a read-only store of zarr-python, and the prefix of its keys."""
+    Raises
+    ------
+    ConfigError
+        If it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{scheme}:// needs {name}, which is not installed",
+            why="Runs on a disk do not need it, so it is an extra.",
+            remedy=f"Install it: pip install {name}. The extra 'cloud' names all such packages.",
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message."""
+    return str(error).partition("\n")[0]

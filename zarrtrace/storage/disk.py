@@ -30,7 +30,7 @@ _NOT_WRITABLE = (
 
 
 class Disk:
-    """The file system, as a :class:`~zarrtrace.storage.backend.Backend`; keys are paths."""
+    """The file system, as a :class:`~zarrtrace.storage.backend.WritableBackend`; keys are paths."""
 
     writable = listable = True
 
@@ -87,12 +87,6 @@ class Disk:
             return sorted(os.listdir(prefix or "."))  # noqa: PTH208 -- names are wanted
         except (FileNotFoundError, NotADirectoryError):
             return []
-
-    def zarr_store(self) -> tuple[Any, str]:
-        """Return a store of zarr-python for the whole file system."""
-        from zarr.storage import LocalStore  # noqa: PLC0415 -- half a second
-
-        return LocalStore("/", read_only=True), ""
 
 
 @contextlib.contextmanager
@@ -161,15 +155,9 @@ def _odd(path: str) -> IntegrityError:
 def _pread(handle: int, length: int, start: int) -> bytes:
     """Read all of a range: one call returns at most 2 GiB."""
     data = os.pread(handle, length, start)
-    if len(data) == length or not data:
-        return data
-    parts = [data]
-    while (done := sum(map(len, parts))) < length:
-        part = os.pread(handle, length - done, start + done)
-        if not part:
-            break
-        parts.append(part)
-    return b"".join(parts)
+    while len(data) < length and (more := os.pread(handle, length - len(data), start + len(data))):
+        data += more
+    return data
 
 
 # --- writing -----------------------------------------------------------------------------------

@@ -1,19 +1,16 @@
-"""Whatever fsspec knows, to read: sftp, HDFS, WebDAV and so on."""
+"""Files that fsspec reads: sftp, HDFS, WebDAV and so on."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 from zarrtrace.errors import ConfigError, RemoteError
-from zarrtrace.storage.backend import Content
-from zarrtrace.storage.packages import first_line, import_package
+from zarrtrace.storage.backend import Content, first_line, import_package
 
 
 class FsspecFiles:
-    """A file system of fsspec, as a :class:`~zarrtrace.storage.backend.Backend`; read-only."""
+    """A file system of fsspec, as a :class:`~zarrtrace.storage.backend.Backend`."""
 
     writable, listable = False, True
 
@@ -69,18 +66,6 @@ class FsspecFiles:
             raise FileNotFoundError(f"{self._base}/{key}")
         return int(found["size"])
 
-    def put(self, key: str, data: bytes | Path) -> None:
-        """Never reached: `Location.refuse_read_only` raises ConfigError before it."""
-        raise NotImplementedError(key)
-
-    def copy(self, source: str, target: str) -> None:
-        """Never reached: `Location.refuse_read_only` raises ConfigError before it."""
-        raise NotImplementedError(target)
-
-    def delete(self, keys: Sequence[str]) -> None:
-        """Never reached: `Location.refuse_read_only` raises ConfigError before it."""
-        raise NotImplementedError(keys)
-
     def sizes(self, prefix: str) -> dict[str, int]:
         """Return the size of every file below a folder."""
         with self._explained(prefix):
@@ -95,13 +80,3 @@ class FsspecFiles:
         except FileNotFoundError:
             return []
         return sorted(path.rstrip("/").rpartition("/")[2] for path in found)
-
-    def zarr_store(self) -> tuple[Any, str]:
-        """Return a read-only store of zarr-python."""
-        from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper  # noqa: PLC0415
-        from zarr.storage import FsspecStore  # noqa: PLC0415
-
-        files = self._files
-        if not files.async_impl:
-            files = AsyncFileSystemWrapper(files, asynchronous=True)
-        return FsspecStore(files, read_only=True, path=self._root), ""

@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 from zarrtrace.errors import ConfigError, StoreError
-from zarrtrace.storage.backend import Backend, Content
+from zarrtrace.storage.backend import Backend, Content, WritableBackend
 from zarrtrace.storage.disk import Disk, refuse_link_out
+from zarrtrace.storage.fsspec_files import FsspecFiles
+from zarrtrace.storage.object_store import SCHEMES, ObjectStore
 from zarrtrace.text import without_secrets
 
 #: How many requests a process makes at the same time, multipart uploads aside.
 REQUESTS_AT_ONCE = 16
 
 _THREADS = "zarrtrace-requests"
-_CREDENTIAL_WORDS = (
-    "secret",
-    "token",
-    "password",
-    "credential",
-    "access_key",
-    "account_key",
-    "api_key",
-    "passphrase",
-    "pkey",
-    "sas",
+_CREDENTIAL = re.compile(
+    "secret|token|password|credential|access_key|account_key|api_key|passphrase|pkey|sas",
+    re.IGNORECASE,
 )
 
 _In = TypeVar("_In")
@@ -76,9 +71,6 @@ class Location:
 
     def __truediv__(self, name: str) -> Location:
         return replace(self, key=f"{self.key.rstrip('/')}/{name}" if self.key else name)
-
-    def __lt__(self, other: Location) -> bool:
-        return str(self) < str(other)
 
     @property
     def name(self) -> str:
@@ -145,15 +137,15 @@ class Location:
 
     def write(self, data: bytes | Path) -> None:
         """Write the file, whole or not at all; a path stands for the content of that file."""
-        self.refuse_read_only()
-        self.backend.put(self.key, data)
+        self.writable_backend().put(self.key, data)
 
-    def refuse_read_only(self) -> None:
-        """Refuse to write to a web server, or to what fsspec reads.
+    def writable_backend(self) -> WritableBackend:
+        """Return the backend to write to.
 
         Raises
         ------
         ConfigError
+            If it is a web server or one of fsspec's, which are only read.
         """
         if not self.backend.writable:
             raise ConfigError(
@@ -162,6 +154,11 @@ class Location:
                 remedy="Write to a disk, or to the bucket behind a web server, as "
                 "s3://bucket/run; other tools can copy a run from a disk to anywhere.",
             )
+        return cast("WritableBackend", self.backend)
+
+    def refuse_read_only(self) -> None:
+        """Raise ConfigError where :meth:`writable_backend` does."""
+        self.writable_backend()
 
     def is_file(self) -> bool:
         """Whether there is such a file."""
@@ -233,17 +230,8 @@ class Location:
                 remedy="Give the address of the bucket, or copy the run to a disk.",
             )
 
-    def zarr_store(self) -> Any:
-        """Return what zarr-python opens to read what is here."""
-        from zarr.storage import StorePath  # noqa: PLC0415 -- half a second
 
-        if self.path is not None:
-            return self.path
-        store, prefix = self.backend.zarr_store()
-        return StorePath(store, f"{prefix}{self.key}")
-
-
-#: What users give: a path, an address such as ``s3://bucket/run``, or a location.
+#: A path, an address such as ``s3://bucket/run``, or a location.
 Address = str | os.PathLike[str]
 
 
@@ -254,7 +242,7 @@ def locate(address: Address, storage_options: Mapping[str, str] | None = None) -
     ----------
     address
         A path, or an address such as ``s3://bucket/run``; ``gs://``, ``az://``, ``https://`` (to
-        read), ``memory://`` (of this process), and whatever fsspec can read.
+        read), ``memory://`` (of this process), and others that fsspec can read.
     storage_options
         How to reach the store, as obstore or fsspec name it: ``{"endpoint": "http://…"}``.
         Credentials are taken from the environment alone.
@@ -284,7 +272,7 @@ def _remote(address: str, options: Mapping[str, str] | None) -> Location:
             remedy=f"Give an address such as {scheme}://bucket/runs/demo.",
         )
     for name in options or ():
-        if any(word in name.lower() for word in _CREDENTIAL_WORDS):
+        if _CREDENTIAL.search(name):
             raise _credential(f"storage option {name!r} looks like a credential")
     given = tuple(sorted((str(name), str(value)) for name, value in (options or {}).items()))
     root = "/" if rest.startswith("/") else ""  # as in local:///folder
@@ -315,6 +303,5 @@ def _pool(_process: int) -> ThreadPoolExecutor:
 def _backend(base: str, options: tuple[tuple[str, str], ...], _process: int) -> Backend:
     if not base:
         return Disk()
-    from zarrtrace.storage.connect import connect  # noqa: PLC0415 -- an extra, slow to import
-
-    return connect(base, dict(options))
+    kind = ObjectStore if base.partition("://")[0] in SCHEMES else FsspecFiles
+    return kind(base, dict(options))

@@ -43,19 +43,16 @@ class FileLock:
             try:
                 is_ours = take_lock(self.handle, file)
             except BaseException as error:
-                if isinstance(error, StoreError):  # no locks: nobody has one on the file
-                    self.release()
-                else:
-                    os.close(self.handle)
+                # If the file system has no locks, nobody has one on the file.
+                self.release(remove=isinstance(error, StoreError))
                 raise
             if is_ours:
-                # Its former owner may have removed the file since it was opened.
                 with contextlib.suppress(FileNotFoundError):
                     if os.path.samestat(os.fstat(self.handle), file.stat()):
                         return
-                os.close(self.handle)
-                continue
             os.close(self.handle)
+            if is_ours:  # but its former owner has removed the file since it was opened
+                continue
             if time.monotonic() >= until:
                 raise LockedError(
                     f"{subject}: another process is writing it",

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zarrtrace.errors import ConfigError, RemoteError
-from zarrtrace.storage.backend import Content
-from zarrtrace.storage.packages import first_line, import_package
+from zarrtrace.storage.backend import Content, first_line, import_package
 
 _AZURE = frozenset({"az", "adl", "azure", "abfs", "abfss"})
 #: Kinds of addresses that obstore opens.
@@ -53,7 +52,10 @@ _OF_CLIENT = frozenset(
 
 
 class ObjectStore:
-    """A store of obstore, as a :class:`~zarrtrace.storage.backend.Backend`."""
+    """A store of obstore, as a :class:`~zarrtrace.storage.backend.WritableBackend`.
+
+    Web servers can neither be written to nor list their keys.
+    """
 
     def __init__(self, base: str, options: Mapping[str, str]) -> None:
         self._base = base
@@ -188,12 +190,6 @@ class ObjectStore:
                 if attempt == _ATTEMPTS or not any(one in error.what for one in _CUT_SHORT):
                     raise
         return None
-
-    def zarr_store(self) -> tuple[Any, str]:
-        """Return a read-only store of zarr-python."""
-        from zarr.storage import ObjectStore as ZarrObjectStore  # noqa: PLC0415
-
-        return ZarrObjectStore(self._store, read_only=True), self._prefix
 
 
 def _open(base: str, options: Mapping[str, str], retries: Any) -> tuple[Any, str]:

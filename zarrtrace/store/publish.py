@@ -143,7 +143,7 @@ def remove(folder: Location) -> None:
         disk.remove_folder(path)
         return
     for names in reversed(_in_order(folder.files())):
-        folder.backend.delete([(folder / name).key for name in names])
+        folder.writable_backend().delete([(folder / name).key for name in names])
 
 
 def replace_folder(source: Location, target: Location) -> None:
@@ -158,6 +158,7 @@ def replace_folder(source: Location, target: Location) -> None:
 def move(source: Location, target: Location) -> None:
     """Put a folder of an object store in another's place, its ``zarr.json`` last."""
     remove(target)
+    store = source.writable_backend()
     for names in _in_order(source.files()):
-        at_once(lambda name: source.backend.copy((source / name).key, (target / name).key), names)
+        at_once(lambda name: store.copy((source / name).key, (target / name).key), names)
     remove(source)
