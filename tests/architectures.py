@@ -254,6 +254,7 @@ class Activations:
 class _Unchanged:
     def __init__(self, attributes: SAEAttributes) -> None:
         self.attributes = attributes
+        self.columns = attributes.d_sae
         self.hook = parse_hook(attributes.hook_name)
 
     def __call__(self, activations: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,21 @@
-"""Captures taken apart into the records of each prompt."""
+"""Captures taken apart into the records of each prompt, and runs of small limits."""
 
 from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
-from zarrtrace.capture import capture
+from zarrtrace.capture import CaptureLimits, capture
+from zarrtrace.extraction import Options
+from zarrtrace.extraction.job import prepare
+from zarrtrace.extraction.processes import WriterPool
+from zarrtrace.extraction.progress import Progress
+from zarrtrace.extraction.running import fill
 from zarrtrace.records import LayerBatch, LayerRecord, TokensRecord
+from zarrtrace.storage import locate
+from zarrtrace.store import RunWriter
 
 
 def records_of(*given: Any, **options: Any) -> Generator[LayerRecord | TokensRecord]:
@@ -18,3 +26,14 @@ def records_of(*given: Any, **options: Any) -> Generator[LayerRecord | TokensRec
                 yield from one.records()
             else:
                 yield one
+
+
+def extract_within(limits: CaptureLimits, output: Path, options: Options) -> Path:
+    """Extract a run in parts that are smaller than :func:`zarrtrace.extract` makes them."""
+    with WriterPool() as pool:
+        job = prepare(options, progress=False, pool=pool, limits=limits)
+        layers = {prompt.scenario.name: len(job.layers) for prompt in job.prompts}
+        with RunWriter(output, list(layers), job.config) as run, Progress(layers, None) as bars:
+            fill(locate(output), job, bars, pool)
+            run.finish()
+    return output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,15 @@ import rounding
 import torch
 import xarray as xr
 from architectures import ARCHITECTURES, Activations, Models
-from capturing import records_of
+from capturing import extract_within, records_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zarrtrace.capture import batches, blocked, hooks, lockstep, probe_model
+from zarrtrace.capture import CaptureLimits, batches, blocked, hooks, lockstep, probe_model
 from zarrtrace.capture.checks import wants_blocks
-from zarrtrace.capture.model import Permitted
+from zarrtrace.capture.model import LoadedModel, Permitted
 from zarrtrace.errors import ConfigError, ZarrtraceError
 from zarrtrace.extraction import Options, extract
-from zarrtrace.format import layout
 from zarrtrace.format.layout import Limits
 from zarrtrace.records import LayerRecord, TokensRecord
 from zarrtrace.store import open_trace, verify
@@ -60,13 +60,14 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make several blocks, records, shards and pieces of logits of a short prompt."""
-    monkeypatch.setattr(blocked, "_BLOCK_BYTES", 1)
-    monkeypatch.setattr(blocked, "_ROWS", 7)
-    monkeypatch.setattr(layout, "DEFAULT_LIMITS", Limits(file_bytes=1, record_bytes=1))
-    monkeypatch.setattr(lockstep, "_LOGIT_ROWS", 10)
+#: Several blocks, records, files and pieces of logits of a short prompt.
+IN_PARTS = CaptureLimits(
+    layout=Limits(file_bytes=1, record_bytes=1), block_bytes=1, block_rows=7, logit_rows=10
+)
+
+
+def in_parts(model: LoadedModel, limits: CaptureLimits = IN_PARTS) -> LoadedModel:
+    return replace(model, limits=limits)
 
 
 def _options(path: Path, suite: Path, **changes: Any) -> Options:
@@ -113,10 +114,10 @@ def _tokens(records: list[Any]) -> TokensRecord:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_blocked_attention_is_what_queries_and_keys_give_in_float64(
-    models: Models, small_blocks: None, name: str, dtype: str
+    models: Models, name: str, dtype: str
 ) -> None:
     """Each layer from its own input: over several, one unit in the last place may grow to 1."""
-    tokens, model = 50, models(name, dtype)
+    tokens, model = 50, in_parts(models(name, dtype))
     request = architectures.request(architectures.random_ids(tokens), blocked=True)
     with numerics.attention_calls() as calls:
         records = list(records_of(model, [request], attention_dtype="float32"))
@@ -132,14 +133,12 @@ def test_blocked_attention_is_what_queries_and_keys_give_in_float64(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_blocked_equals_transformers_eager_within_rounding(
-    models: Models, small_blocks: None, name: str
-) -> None:
+def test_blocked_equals_transformers_eager_within_rounding(models: Models, name: str) -> None:
     tokens = 50
     ids, path = architectures.random_ids(tokens), models.path(name)
     expected, allowed = architectures.reference(name, path, ids), _deviations(name, path, ids)
     request = architectures.request(ids, blocked=True)
-    records = list(records_of(models(name), [request], attention_dtype="float32"))
+    records = list(records_of(in_parts(models(name)), [request], attention_dtype="float32"))
     found = _attention_by_layer(records, tokens)
     assert list(found) == list(expected.attention)
     for layer, weights in expected.attention.items():
@@ -169,8 +168,6 @@ def test_an_architecture_that_differs_by_blocks_is_captured_whole(
     models: Models, suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blocked._Mask, "added", lambda self, start, stop: 0.0)  # not causal
-    monkeypatch.setattr(blocked, "_ROWS", 7)
-    monkeypatch.setattr(blocked, "_BLOCK_BYTES", 1)
     assert not probe_model(models("Llama")).permitted.blocks
     path = models.path("Llama")
     run = extract(tmp_path / "run", _options(path, suite, attention_capture="blocked"))
@@ -190,11 +187,12 @@ def test_blocks_are_chosen_where_a_whole_matrix_is_large(models: Models) -> None
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma 2", "Qwen3-Next"])
 def test_a_blocked_run_equals_a_whole_one(
-    models: Models, suite: Path, tmp_path: Path, small_blocks: None, name: str
+    models: Models, suite: Path, tmp_path: Path, name: str
 ) -> None:
     path = models.path(name)
-    whole = extract(tmp_path / "whole", _options(path, suite))
-    run = extract(tmp_path / "blocked", _options(path, suite, attention_capture="blocked"))
+    whole = extract_within(IN_PARTS, tmp_path / "whole", _options(path, suite))
+    blocks = _options(path, suite, attention_capture="blocked")
+    run = extract_within(IN_PARTS, tmp_path / "blocked", blocks)
     assert verify(run) == []
     for scenario in ("short", "longer"):
         expected, found = open_trace(whole / scenario), open_trace(run / scenario)
@@ -219,16 +217,11 @@ def test_a_blocked_run_equals_a_whole_one(
 @pytest.mark.parametrize("queries", ["last", "spans", (0, 5, -1)])
 @pytest.mark.parametrize("name", ["Llama", "Gemma 2", "Qwen3-Next"])
 def test_chosen_queries_are_stored_and_nothing_else(
-    models: Models,
-    suite: Path,
-    tmp_path: Path,
-    small_blocks: None,
-    name: str,
-    queries: Any,
-    way: Any,
+    models: Models, suite: Path, tmp_path: Path, name: str, queries: Any, way: Any
 ) -> None:
     path = models.path(name)
-    run = extract(tmp_path / "run", _options(path, suite, queries=queries, attention_capture=way))
+    options = _options(path, suite, queries=queries, attention_capture=way)
+    run = extract_within(IN_PARTS, tmp_path / "run", options)
     assert verify(run) == []
     for scenario in ("short", "longer"):
         ds = open_trace(run / scenario)
@@ -335,7 +328,7 @@ def test_analysis_reads_stored_rows_and_refuses_others_by_name(
 
 @pytest.mark.parametrize("way", ["whole", "blocked"])
 def test_long_prompts_are_cut_into_files_and_read_as_one(
-    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: Any
+    models: Models, tmp_path: Path, way: Any
 ) -> None:
     suite = tmp_path / "long.yaml"
     prompt = "You now hold $90. " * 110
@@ -343,9 +336,9 @@ def test_long_prompts_are_cut_into_files_and_read_as_one(
         json.dumps({"scenarios": [{"name": "long", "prompt": prompt.strip()}]}), encoding="utf-8"
     )
     limits = Limits(file_bytes=4 * 4 * 768 * 192, record_bytes=4 * 4 * 768 * 64)
-    monkeypatch.setattr(layout, "DEFAULT_LIMITS", limits)
     path = models.path("Llama", max_position_embeddings=2048)
-    run = extract(tmp_path / "run", _options(path, suite, layers=(1,), attention_capture=way))
+    options = _options(path, suite, layers=(1,), attention_capture=way)
+    run = extract_within(CaptureLimits(layout=limits), tmp_path / "run", options)
     assert verify(run) == []
     ds = open_trace(run / "long")
     tokens = ds.sizes["query"]
@@ -416,19 +409,15 @@ def test_blocked_capture_equals_whole_for_any_blocks_and_queries(
     ids = architectures.random_ids(tokens)
     some = st.sets(st.integers(0, tokens - 1), min_size=1).map(lambda chosen: tuple(sorted(chosen)))
     queries = data.draw(st.none() | some)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocked, "_BLOCK_BYTES", 1)
-        patch.setattr(blocked, "_ROWS", rows)
-        limits = Limits(file_bytes=1, record_bytes=1, queries=chunk_rows)
-        patch.setattr(layout, "DEFAULT_LIMITS", limits)
-        requests = [
-            architectures.request(ids, layers=layers, blocked=way, queries=queries)
-            for way in (False, True)
-        ]
-        whole, found = (
-            list(records_of(models(name), [request], attention_dtype="float32"))
-            for request in requests
-        )
+    layout = Limits(file_bytes=1, record_bytes=1, queries=chunk_rows)
+    model = in_parts(models(name), CaptureLimits(layout, block_bytes=1, block_rows=rows))
+    requests = [
+        architectures.request(ids, layers=layers, blocked=way, queries=queries)
+        for way in (False, True)
+    ]
+    whole, found = (
+        list(records_of(model, [request], attention_dtype="float32")) for request in requests
+    )
     expected, stored = _attention_by_layer(whole, tokens), _attention_by_layer(found, tokens)
     assert list(stored) == list(expected)
     for layer, weights in expected.items():
@@ -456,7 +445,7 @@ def test_mlps_compute_a_long_prompt_in_parts(
     whole = list(records_of(model, [request], attention_dtype="float32"))
     assert set(lengths) == {20}
     lengths.clear()
-    monkeypatch.setattr(lockstep, "_MLP_TOKENS", 8)
+    model = in_parts(model, CaptureLimits(mlp_tokens=8))
     found = list(records_of(model, [request], attention_dtype="float32"))
     if 20 not in lengths:  # or it may look at all tokens: a mixture of experts
         assert lengths == [8, 8, 4] * len(model.blocks)

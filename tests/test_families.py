@@ -18,7 +18,7 @@ from architectures import Activations, Reference
 from capturing import records_of
 from families import FAMILIES, REFUSALS
 
-from zarrtrace.capture import Request, blocked
+from zarrtrace.capture import CaptureLimits, Request, blocked
 from zarrtrace.errors import ModelError
 from zarrtrace.extraction import Options
 from zarrtrace.extraction.job import Job, prepare, with_scenarios
@@ -118,9 +118,11 @@ class Captured(NamedTuple):
 
 
 def _prepare(path: Path) -> Job:
-    """Load and examine a model, as a run does."""
+    """Load and examine a model, as a run does; blocks of queries are small."""
     return prepare(
-        Options(model=str(path), features=False), scenarios=[Scenario("short", PROMPTS["short"])]
+        Options(model=str(path), features=False),
+        scenarios=[Scenario("short", PROMPTS["short"])],
+        limits=CaptureLimits(block_bytes=1, block_rows=7),
     )
 
 
@@ -180,7 +182,7 @@ def _put_together(records: Sequence[Any]) -> Captured:
 
 @pytest.fixture
 def block_counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Let attention be computed by blocks of few queries; the counts of blocks."""
+    """Count the blocks of queries of each attention matrix."""
     counts: list[int] = []
     blocks = blocked._blocks
 
@@ -189,8 +191,6 @@ def block_counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         counts.append(len(found))
         return iter(found)
 
-    monkeypatch.setattr(blocked, "_BLOCK_BYTES", 1)
-    monkeypatch.setattr(blocked, "_ROWS", 7)
     monkeypatch.setattr(blocked, "_blocks", counted)
     return counts
 

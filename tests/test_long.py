@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,16 +15,15 @@ import pytest
 import rounding
 import xarray as xr
 from architectures import Activations, Models
-from capturing import records_of
+from capturing import extract_within, records_of
 from sae_lens import SAE, StandardSAEConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from zarrtrace import memory
-from zarrtrace.capture import blocked, checks, lockstep
+from zarrtrace.capture import CaptureLimits, LoadedModel
 from zarrtrace.errors import IncompleteError
 from zarrtrace.extraction import Options, extract, running
-from zarrtrace.format import layout
 from zarrtrace.format.layout import Limits
 from zarrtrace.store import open_trace, verify
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.torch
 
 TOKENS = 400
 #: Layers are cut into as many records and files as can be.
-CUT = Limits(file_bytes=1, record_bytes=1)
+CUT = CaptureLimits(layout=Limits(file_bytes=1, record_bytes=1), logit_rows=64)
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_long.py"
 
 
@@ -40,13 +40,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return Models(tmp_path_factory.mktemp("models"))
 
 
-@pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make blocks, records and pieces of logits as small against 400 tokens as in truth."""
-    monkeypatch.setattr(blocked, "_BLOCK_BYTES", 4 * 4 * TOKENS * 16)
-    limits = Limits(record_bytes=4 * 4 * TOKENS * 64)
-    monkeypatch.setattr(layout, "DEFAULT_LIMITS", limits)
-    monkeypatch.setattr(lockstep, "_LOGIT_ROWS", 64)
+#: Blocks, records and pieces of logits as small against 400 tokens as they are in truth.
+LIMITS = CaptureLimits(
+    layout=Limits(record_bytes=4 * 4 * TOKENS * 64),
+    block_bytes=4 * 4 * TOKENS * 16,
+    logit_rows=64,
+)
+
+
+def in_parts(model: LoadedModel) -> LoadedModel:
+    return replace(model, limits=LIMITS)
 
 
 class Largest(TorchDispatchMode):
@@ -68,7 +71,7 @@ def _largest(models: Models, name: str, **options: Any) -> int:
     request = architectures.request(architectures.random_ids(TOKENS), **options)
     largest = Largest()
     with largest:
-        for record in records_of(models(name), [request], attention_dtype="float32"):
+        for record in records_of(in_parts(models(name)), [request], attention_dtype="float32"):
             attention = getattr(record, "attention", None)
             if attention is not None:
                 largest.elements = max(largest.elements, attention.size)
@@ -78,7 +81,7 @@ def _largest(models: Models, name: str, **options: Any) -> int:
 @pytest.mark.parametrize("queries", [None, (0, 200, 399)])
 @pytest.mark.parametrize("name", ["Llama", "GPT-2", "Gemma 2", "gpt-oss"])
 def test_no_whole_matrix_is_ever_made(
-    models: Models, small_blocks: None, name: str, queries: tuple[int, ...] | None
+    models: Models, name: str, queries: tuple[int, ...] | None
 ) -> None:
     whole = 4 * TOKENS**2
     assert _largest(models, name) >= whole  # or this test could not fail
@@ -86,26 +89,24 @@ def test_no_whole_matrix_is_ever_made(
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma 2"])
-def test_work_grows_as_the_square_and_no_worse(
-    models: Models, small_blocks: None, name: str
-) -> None:
+def test_work_grows_as_the_square_and_no_worse(models: Models, name: str) -> None:
     flops = []
     for tokens in (200, 400, 800):
         request = architectures.request(architectures.random_ids(tokens), blocked=True)
         with FlopCounterMode(display=False) as counter:
-            list(records_of(models(name), [request], attention_dtype="float32"))
+            list(records_of(in_parts(models(name)), [request], attention_dtype="float32"))
         flops.append(counter.get_total_flops())
     assert flops[1] / flops[0] <= 4
     assert flops[2] / flops[1] <= 4
 
 
-def test_blocks_do_no_more_work_than_whole_matrices(models: Models, small_blocks: None) -> None:
+def test_blocks_do_no_more_work_than_whole_matrices(models: Models) -> None:
     """Keys behind a block's last query are left out: about half the work of attention."""
     counted = []
     for way in (False, True):
         request = architectures.request(architectures.random_ids(TOKENS), blocked=way)
         with FlopCounterMode(display=False) as counter:
-            list(records_of(models("Llama"), [request], attention_dtype="float32"))
+            list(records_of(in_parts(models("Llama")), [request], attention_dtype="float32"))
         counted.append(counter.get_total_flops())
     assert counted[1] < counted[0]
 
@@ -158,15 +159,11 @@ def _assert_features_close(
         numerics.assert_features_close(one, other, sae, allowed["blocks"], size)
 
 
-def test_layers_in_several_records_are_the_same_layers(
-    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layers_in_several_records_are_the_same_layers(models: Models, tmp_path: Path) -> None:
     options = _options(models, tmp_path)
     whole = open_trace(extract(tmp_path / "whole", options) / "long")
-    monkeypatch.setattr(layout, "DEFAULT_LIMITS", CUT)
-    monkeypatch.setattr(lockstep, "_LOGIT_ROWS", 64)
     blocks = _options(models, tmp_path, attention_capture="blocked")
-    run = extract(tmp_path / "rows", blocks)
+    run = extract_within(CUT, tmp_path / "rows", blocks)
     assert verify(run) == []
     rows = open_trace(run / "long")
     assert len(list((tmp_path / "rows" / "long" / "features").glob("c.0.*"))) > 3
@@ -185,9 +182,8 @@ def test_layers_in_several_records_are_the_same_layers(
 def test_a_run_stopped_between_two_records_of_a_layer_goes_on(
     models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layout, "DEFAULT_LIMITS", CUT)
     options = _options(models, tmp_path, attention_capture="blocked")
-    expected = open_trace(extract(tmp_path / "expected", options) / "long")
+    expected = open_trace(extract_within(CUT, tmp_path / "expected", options) / "long")
     real = running.WriterThreads.submit
     submitted = []
 
@@ -200,35 +196,33 @@ def test_a_run_stopped_between_two_records_of_a_layer_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(running.WriterThreads, "submit", stop_later)
         with pytest.raises(KeyboardInterrupt):
-            extract(tmp_path / "run", options)
+            extract_within(CUT, tmp_path / "run", options)
     with pytest.raises(IncompleteError, match="not complete"):
         open_trace(tmp_path / "run" / "long")
-    run = extract(tmp_path / "run", options)
+    run = extract_within(CUT, tmp_path / "run", options)
     assert verify(run) == []
     xr.testing.assert_identical(open_trace(run / "long").drop_attrs(), expected.drop_attrs())
 
 
-def test_features_of_long_prompts_come_from_blocks_too(
-    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_features_of_long_prompts_come_from_blocks_too(models: Models, tmp_path: Path) -> None:
     """Without attention to store, eager attention would still make its whole matrices."""
     options = _options(models, tmp_path, attention=False)
     whole = open_trace(extract(tmp_path / "whole", options) / "long")
-    monkeypatch.setattr(checks, "_WHOLE_BYTES", 1000)
-    found = open_trace(extract(tmp_path / "blocks", options) / "long")
+    limits = CaptureLimits(whole_bytes=1000)
+    found = open_trace(extract_within(limits, tmp_path / "blocks", options) / "long")
     implementations = [ds.attrs["model"]["attn_implementation"] for ds in (whole, found)]
     assert implementations == ["eager", "blocked"]
     _assert_features_close(found, whole, options, models)
 
 
-def test_features_alone_need_no_attention_matrix(models: Models, small_blocks: None) -> None:
+def test_features_alone_need_no_attention_matrix(models: Models) -> None:
     source = Activations()
     request = architectures.request(architectures.random_ids(TOKENS), blocked=True)
     largest = Largest()
     with largest:
         records = list(
             records_of(
-                models("Llama"),
+                in_parts(models("Llama")),
                 [request],
                 attention_dtype=None,
                 saes=source.find(range(4)),

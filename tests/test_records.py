@@ -135,16 +135,16 @@ def test_records_hold_the_features(
     dense[dense.abs() < 0.7] = 0
     dense = dense.half()
     dense[4] = 0
-    fake, inputs = _Fake(dense), torch.arange(float(tokens))[:, None]
-    monkeypatch.setattr(features, "feature_columns", lambda _: columns)
+    fake, inputs = _Fake(dense, columns), torch.arange(float(tokens))[:, None]
     monkeypatch.setattr(features, "begin_copy", lambda tensor: tensor)
     if way == "host":
         found = features.encode(fake, inputs)
     elif way == "device, waiting":
         rows = features._some_rows(inputs)
         assert [len(some) for some in rows] == [700, 700, 700]
-        parts = [features._on_host(features._found(fake(some), None), to_host) for some in rows]
-        found = features._joined(width, parts, np.ones(tokens, bool))
+        made = [features._found(fake(some), columns, None) for some in rows]
+        parts = [features._on_host(one, to_host) for one in made]
+        found = features._joined(fake, parts, np.ones(tokens, bool))
         assert found.top is not None
     else:
         encoding = features.Encoding(fake, inputs, None if way == "device" else -5.0)
@@ -173,17 +173,15 @@ def test_records_hold_the_features(
 class _Fake:
     """An encoder whose features are known; tokens are their numbers."""
 
-    def __init__(self, dense: Any) -> None:
+    def __init__(self, dense: Any, columns: int = 4096) -> None:
         self.attributes, self._dense = SimpleNamespace(d_sae=dense.shape[1]), dense
+        self.columns = columns
 
     def __call__(self, inputs: Any) -> Any:
         return self._dense[inputs[:, 0].nan_to_num(posinf=0).long()]
 
     def tiles(self, inputs: Any) -> Any:
-        from zarrtrace.capture import features
-
-        columns = features.feature_columns(self.attributes.d_sae)
-        return [part.contiguous for part in self(inputs).split(columns, dim=1)]
+        return [part.contiguous for part in self(inputs).split(self.columns, dim=1)]
 
 
 @pytest.mark.torch

@@ -41,7 +41,7 @@ class Difference(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What differs, as a reader of the error knows it."""
+        """The part of the run that differs, as a reader of the error knows it."""
         return _WEIGHTS[self.key] if self.is_of_weights else self.key
 
     @property
@@ -97,7 +97,7 @@ def refuse_other(
     *,
     accept_versions: bool = False,
 ) -> None:
-    """Refuse to go on with a run that was started otherwise.
+    """Refuse to resume a run that was started otherwise.
 
     Parameters
     ----------
@@ -147,7 +147,7 @@ def refuse_other(
 
 
 def combined_versions(stored: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
-    """Name the versions of those who began something and of those who go on with it.
+    """Name the versions that began a run or a trace, and those that resume it.
 
     Returns
     -------

@@ -9,12 +9,14 @@ from zarrtrace.capture.batches import Request, grouped
 from zarrtrace.capture.checks import check_additions, choose_batch_size, wants_blocks
 from zarrtrace.capture.encoders import KeptEncoders
 from zarrtrace.capture.fingerprint import settings_fingerprint
+from zarrtrace.capture.limits import CaptureLimits
 from zarrtrace.capture.model import LoadedModel, gpu_count, hide_progress, load_model, renamed
 from zarrtrace.capture.pipeline import capture
 from zarrtrace.capture.probe import probe_model
 from zarrtrace.capture.prompts import Prompt, tokenize
 
 __all__ = [
+    "CaptureLimits",
     "KeptEncoders",
     "LoadedModel",
     "Prompt",

@@ -20,13 +20,10 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask, sdpa_mask
 
+from zarrtrace.capture.limits import CaptureLimits
+
 #: The name under which transformers finds this implementation.
 IMPLEMENTATION = "zarrtrace_blocked"
-
-# Scores of one block, in bytes; eager functions hold about four times that. No larger: blocks
-# grow with their keys, and the allocator keeps what it freed of each size.
-_BLOCK_BYTES = 8 * 2**20
-_ROWS = 16
 
 
 @dataclass
@@ -60,8 +57,8 @@ class Sink:
         Layers whose rows are wanted.
     queries
         Token positions; None for all.
-    rows
-        Queries of one block; None for as many as memory allows.
+    limits
+        Sizes of the blocks.
     layer
         The block that runs; blocks may share their attention module.
     """
@@ -69,7 +66,7 @@ class Sink:
     take: Callable[[AttentionRows], None]
     layers: frozenset[int]
     queries: tuple[int, ...] | None
-    rows: int | None = None
+    limits: CaptureLimits
     layer: int = 0
 
 
@@ -136,9 +133,9 @@ def _attention(
         if sink is not None:
             _chosen_rows(sink, eager, query, key, value, attention_mask)
         scaling = kwargs.get("scaling")
-        return _fast(query, key, value, attention_mask, scaling, running.rows), None
+        return _fast(query, key, value, attention_mask, scaling, running.limits), None
     out = []
-    for rows in _blocks(tokens, heads, key.shape[2], running.rows):
+    for rows in _blocks(tokens, heads, key.shape[2], running.limits):
         keys = slice(0, rows.stop)
         part, weights = eager(
             query[:, :, rows.start : rows.stop],
@@ -189,7 +186,7 @@ def _fast(
     value: torch.Tensor,
     mask: _Mask,
     scaling: float | None,
-    step: int | None,
+    limits: CaptureLimits,
 ) -> torch.Tensor:
     """Torch's fused attention, block by block so that its mask stays small."""
     out = [
@@ -201,7 +198,7 @@ def _fast(
             scale=scaling,
             enable_gqa=key.shape[1] != query.shape[1],
         )
-        for rows in _blocks(query.shape[2], 1, key.shape[2], step)
+        for rows in _blocks(query.shape[2], 1, key.shape[2], limits)
     ]
     return torch.cat(out, dim=2).transpose(1, 2).contiguous()
 
@@ -218,8 +215,9 @@ def _eager(module: nn.Module) -> Callable[..., tuple[torch.Tensor, torch.Tensor]
     return found
 
 
-def _blocks(tokens: int, heads: int, keys: int, step: int | None) -> Iterator[range]:
-    step = step or max(_ROWS, _BLOCK_BYTES // (heads * keys * 4) // _ROWS * _ROWS)
+def _blocks(tokens: int, heads: int, keys: int, limits: CaptureLimits) -> Iterator[range]:
+    rows = limits.block_rows
+    step = max(rows, limits.block_bytes // (heads * keys * 4) // rows * rows)
     for start in range(0, tokens, step):
         yield range(start, min(start + step, tokens))
 

@@ -19,8 +19,6 @@ from zarrtrace.text import terminal_text
 
 _log = logging.getLogger(__name__)
 
-# A layer's whole attention matrix may be this large; beyond, it is computed by blocks of queries.
-_WHOLE_BYTES = 256 * 2**20
 _TOKENS = 40
 
 
@@ -35,7 +33,7 @@ def wants_blocks(model: LoadedModel, tokens: int, *, mode: str) -> bool:
         ``"whole"``, ``"blocked"``, or ``"auto"``: where a whole matrix is larger than 256 MiB.
     """
     itemsize = torch.empty(0, dtype=model.model.dtype).element_size()
-    large = model.n_heads * tokens**2 * itemsize > _WHOLE_BYTES
+    large = model.n_heads * tokens**2 * itemsize > model.limits.whole_bytes
     wanted = mode == "blocked" or (mode == "auto" and large)
     if wanted and not model.permitted.blocks:
         _warn_once(

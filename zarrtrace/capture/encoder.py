@@ -36,6 +36,8 @@ class Encoder:
 
     def __init__(self, sae: Any, attributes: SAEAttributes) -> None:
         self.attributes = attributes
+        #: Features of a tile, as many as a chunk holds.
+        self.columns = feature_columns(attributes.d_sae)
         self.hook: HookPoint = parse_hook(attributes.hook_name)
         self._sae = sae
         self._parts: list[Any] = []
@@ -53,8 +55,7 @@ class Encoder:
 
         Each part has its weights side by side: the processor multiplies them faster.
         """
-        width = self.attributes.d_sae
-        columns = feature_columns(width)
+        width, columns = self.attributes.d_sae, self.columns
         if width > columns and self._sae.cfg.architecture() in _EACH_ALONE:
             self._parts = [self._part(at, columns) for at in range(0, width, columns)]
             self._sae = None  # all its weights have been copied
@@ -78,8 +79,7 @@ class Encoder:
         """
         if self._parts:
             return [partial(part.encode, activations) for part in self._parts]
-        columns = feature_columns(self.attributes.d_sae)
-        whole = torch.split(self(activations), columns, dim=1)
+        whole = torch.split(self(activations), self.columns, dim=1)
         return [partial(torch.Tensor.contiguous, one) for one in whole]
 
 

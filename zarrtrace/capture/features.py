@@ -1,4 +1,4 @@
-"""Encoding what a block did, and bringing what is not 0 of the features to the host."""
+"""Encoding the activations of a block, and bringing non-zero features to the host."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from zarrtrace.capture.host import begin_copy, to_host
-from zarrtrace.format.layout import TOP_FEATURES, feature_columns
+from zarrtrace.format.layout import TOP_FEATURES
 from zarrtrace.records import Nonzeros, SparseFeatures
 
 if TYPE_CHECKING:
@@ -29,18 +29,18 @@ _ACTIVE = 256
 def encode(encoder: Encoder, inputs: torch.Tensor) -> SparseFeatures:
     """Encode the tokens of some prompts together ``(token, d_in)``, and bring them to the host.
 
-    Nearly all features are 0; what is not comes. A GPU is waited for.
+    Nearly all features are 0; only the others are brought. A GPU is waited for.
     """
-    width, sound = encoder.attributes.d_sae, to_host(_sound(inputs))
+    columns, sound = encoder.columns, to_host(_sound(inputs))
     if inputs.device.type != "cpu":
-        found = [_found(encoder(rows), None) for rows in _some_rows(inputs)]
-        return _joined(width, [_on_host(one, to_host) for one in found], sound)
+        found = [_found(encoder(rows), columns, None) for rows in _some_rows(inputs)]
+        return _joined(encoder, [_on_host(one, to_host) for one in found], sound)
     # Some features at a time: what is made of them stays in the processor's cache.
-    columns = feature_columns(width)
     tiles = [partial(_nonzero, tile, columns) for tile in encoder.tiles(inputs)]
     made = [tiles[0]()] if len(tiles) == 1 else _pool(os.getpid()).map(lambda tile: tile(), tiles)
     at, values = zip(*made, strict=True)
-    return SparseFeatures(Nonzeros((len(inputs), width), columns, at, values), sound)
+    shape = len(inputs), encoder.attributes.d_sae
+    return SparseFeatures(Nonzeros(shape, columns, at, values), sound)
 
 
 def _sound(inputs: torch.Tensor) -> torch.Tensor:
@@ -58,7 +58,7 @@ def _pool(_process: int) -> ThreadPoolExecutor:
 
 @torch.inference_mode()
 def _nonzero(encode_tile: Tile, columns: int) -> tuple[np.ndarray, np.ndarray]:
-    """Encode a block of columns and find what is not 0: NumPy does it ten times as fast."""
+    """Encode a block of columns and find non-zero values: NumPy does it ten times as fast."""
     tile = encode_tile()
     width, flat = tile.shape[1], tile.float().numpy().reshape(-1)
     at = np.flatnonzero(flat != 0)
@@ -74,16 +74,17 @@ def _some_rows(inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 class _Found(NamedTuple):
-    """What is not 0 of the features of some tokens.
+    """Non-zero features of some tokens.
 
     Attributes
     ----------
     tokens
         How many there are.
     at, values
-        Places in blocks of :func:`feature_columns`, one block behind the other, and what is there.
+        Positions in blocks of :attr:`Encoder.columns`, one block behind the other, and values.
     number, strongest
-        Of each token's features of largest magnitude and one more ``(token, rank)``.
+        Index and activation of each token's features of largest magnitude and of one more
+        ``(token, rank)``.
     """
 
     tokens: int
@@ -93,13 +94,12 @@ class _Found(NamedTuple):
     strongest: Any
 
 
-def _found(features: torch.Tensor, room: int | None) -> _Found:
-    """Find what is not 0 on a device.
+def _found(features: torch.Tensor, columns: int, room: int | None) -> _Found:
+    """Find non-zero values on a device.
 
-    With room for so many it is not waited for: places are -1 behind the last one.
+    With a fixed `room` the GPU is not waited for: unused positions are -1.
     """
     tokens, width = features.shape
-    columns = feature_columns(width)
     whole = nn.functional.pad(features, (0, -width % columns))
     flat = whole.reshape(tokens, -1, columns).transpose(0, 1).flatten()
     if room is None:
@@ -115,9 +115,9 @@ def _on_host(found: _Found, copy: Callable[[torch.Tensor], Any]) -> _Found:
     return _Found(found.tokens, *map(copy, found[1:]))
 
 
-def _joined(width: int, parts: Sequence[_Found], sound: np.ndarray) -> SparseFeatures:
+def _joined(encoder: Encoder, parts: Sequence[_Found], sound: np.ndarray) -> SparseFeatures:
     """Put what was found of some tokens each, on the host, behind one another."""
-    columns = feature_columns(width)
+    width, columns = encoder.attributes.d_sae, encoder.columns
     blocks, start = range(-(-width // columns)), 0
     at: list[list[np.ndarray]] = [[] for _ in blocks]
     values: list[list[np.ndarray]] = [[] for _ in blocks]
@@ -137,7 +137,7 @@ class Encoding:
     """Features on their way from a GPU, which is not waited for.
 
     How many are not 0, only the GPU knows: so room is made for more than there were before. Where
-    that is not enough, the tokens are encoded anew.
+    that is not enough, the tokens are encoded again.
 
     Parameters
     ----------
@@ -154,7 +154,9 @@ class Encoding:
         self._encoder, self._inputs = encoder, inputs
         each = _ACTIVE if active is None else int(1.5 * active) + 16
         self._sound = _sound(inputs)
-        self._found = [_found(encoder(rows), len(rows) * each) for rows in _some_rows(inputs)]
+        self._found = [
+            _found(encoder(rows), encoder.columns, len(rows) * each) for rows in _some_rows(inputs)
+        ]
 
     @torch.inference_mode()
     def begin(self) -> None:
@@ -173,4 +175,4 @@ class Encoding:
             if count == len(part.at):  # there may be more
                 return encode(self._encoder, self._inputs)
             parts.append(part._replace(at=part.at[:count], values=part.values[:count]))
-        return _joined(self._encoder.attributes.d_sae, parts, self._sound.numpy())
+        return _joined(self._encoder, parts, self._sound.numpy())

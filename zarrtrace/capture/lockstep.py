@@ -24,11 +24,6 @@ from zarrtrace.capture.model import LoadedModel
 from zarrtrace.capture.modules import Attention, not_exact
 from zarrtrace.errors import ModelError
 
-# Above this, logits are made some rows at a time: a vocabulary is large.
-_LOGIT_ROWS = 512
-# And so is what MLPs make within: of a long prompt, more than all else.
-_MLP_TOKENS = 8192
-
 
 @dataclass
 class BlockState:
@@ -85,10 +80,6 @@ class Pass(greenlet):
     blocked
         None captures whole attention matrices. Else attention is computed by blocks of queries:
         the layers whose rows are wanted, and which queries (None for all); one sequence only.
-    block_rows
-        Queries of one block; None for as many as memory allows.
-    logit_rows
-        Tokens whose logits are made together, in a prompt that has more.
     """
 
     def __init__(
@@ -98,14 +89,11 @@ class Pass(greenlet):
         mask: torch.Tensor,
         *,
         blocked: tuple[frozenset[int], tuple[int, ...] | None] | None = None,
-        block_rows: int | None = None,
-        logit_rows: int | None = None,
     ) -> None:
         super().__init__()
         self._model, self._ids, self._mask = model, ids, mask
         self.state = BlockState(0)
-        self._logit_rows = logit_rows or _LOGIT_ROWS
-        self._sink = None if blocked is None else Sink(self.give, *blocked, block_rows)
+        self._sink = None if blocked is None else Sink(self.give, *blocked, model.limits)
 
     @property
     def whole(self) -> bool:
@@ -127,16 +115,16 @@ class Pass(greenlet):
     def run(self) -> None:
         """Run the model; the greenlet's body."""
         model, decoder = self._model.model, self._model.decoder.module
-        tokens = self._ids.shape[1]
-        if tokens <= self._logit_rows or not self._model.permitted.parts:
+        tokens, step = self._ids.shape[1], self._model.limits.logit_rows
+        if tokens <= step or not self._model.permitted.parts:
             logits = model(input_ids=self._ids, attention_mask=self._mask, use_cache=False).logits
             self.give(Logits(0, logits))
             return
         with _last_hidden_state(decoder) as made, suppress(_Decoded):
             model(input_ids=self._ids, attention_mask=self._mask, use_cache=False)
         [output] = made
-        for start in range(0, tokens, self._logit_rows):
-            rows = slice(start, start + self._logit_rows)
+        for start in range(0, tokens, step):
+            rows = slice(start, start + step)
             part = type(output)(last_hidden_state=output.last_hidden_state[:, rows])
             with _forward_of(decoder, lambda *_, part=part, **__: part):
                 # The model's own way from its last norm to logits.
@@ -203,11 +191,7 @@ def _implementation(config: Any) -> Iterator[None]:
 
 @contextmanager
 def taps(
-    model: LoadedModel,
-    *,
-    attention: bool,
-    kinds: Mapping[int, frozenset[str]],
-    mlp_tokens: int | None = None,
+    model: LoadedModel, *, attention: bool, kinds: Mapping[int, frozenset[str]]
 ) -> Iterator[None]:
     """Put hooks on the model that feed the running :class:`Pass`; they go with the context.
 
@@ -217,8 +201,6 @@ def taps(
         Whether attention probabilities are wanted.
     kinds
         By layer, the hook points that are wanted (:data:`zarrtrace.capture.hooks.KINDS`).
-    mlp_tokens
-        Tokens that an MLP computes together, in a prompt that has more.
     """
     with ExitStack() as stack:
         if attention:
@@ -233,9 +215,7 @@ def taps(
                     stack.callback(handle.remove)
         for layer, block in enumerate(model.blocks):
             if model.permitted.parts:
-                stack.enter_context(
-                    _some_tokens_at_a_time(mlp_of(block), mlp_tokens or _MLP_TOKENS)
-                )
+                stack.enter_context(_some_tokens_at_a_time(mlp_of(block), model.limits.mlp_tokens))
             handles = []
             own = model.decoder.attentions.get(layer)
             for kind in sorted(kinds.get(layer, ())):

@@ -23,6 +23,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from zarrtrace.capture.fingerprint import model_fingerprint
+from zarrtrace.capture.limits import DEFAULT_CAPTURE_LIMITS, CaptureLimits
 from zarrtrace.capture.messages import LOADING_ERRORS, forward_errors, load_error
 from zarrtrace.capture.modules import Decoder, find_decoder, not_exact
 from zarrtrace.capture.streaming import BlockStream
@@ -69,6 +70,8 @@ class LoadedModel:
         What a trace says of the model.
     permitted
         What a probe of the model found (:mod:`zarrtrace.capture.probe`).
+    limits
+        From which sizes on it computes a prompt in parts.
     """
 
     model: Any
@@ -80,6 +83,7 @@ class LoadedModel:
     max_tokens: int | None
     attributes: ModelAttributes
     permitted: Permitted = Permitted()
+    limits: CaptureLimits = DEFAULT_CAPTURE_LIMITS
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:

@@ -22,7 +22,7 @@ from zarrtrace.capture.prompts import token_texts
 from zarrtrace.capture.rows import RowBuffer
 from zarrtrace.errors import ModelError
 from zarrtrace.format.attributes import SAEAttributes
-from zarrtrace.format.layout import NEXT_TOKENS, attention_rows, feature_rows
+from zarrtrace.format.layout import NEXT_TOKENS, Limits, attention_rows, feature_rows
 from zarrtrace.records import LayerBatch, LayerRecord, TokensRecord
 
 if TYPE_CHECKING:
@@ -134,7 +134,9 @@ def _through_block(
             continue
         request = batch.requests[0]
         if buffer is None:
-            rows = attention_rows(request.length, model.n_heads, attention_dtype)
+            rows = attention_rows(
+                request.length, model.n_heads, attention_dtype, model.limits.layout
+            )
             buffer = RowBuffer(
                 model.n_heads, request.length, rows, request.queries, attention_dtype
             )
@@ -161,7 +163,8 @@ def _through_block(
             remedy="Choose another architecture, or shorter prompts.",
         )
     if layer in batch.layers:
-        yield from _block_records(batch, step, attention_dtype, encoders, copies)
+        limits = model.limits.layout
+        yield from _block_records(batch, step, attention_dtype, encoders, copies, limits)
     step.clear()
 
 
@@ -171,16 +174,17 @@ def _block_records(
     attention_dtype: str | None,
     encoders: Sequence[Encoder],
     copies: Copies,
+    limits: Limits,
 ) -> Iterator[LayerBatch | LayerRecord]:
     """Yield attention matrices and features of blocks, features some rows at a time if large."""
     longest = max(batch.lengths)
-    large = [e for e in encoders if longest > feature_rows(longest, e.attributes.d_sae)]
+    large = [e for e in encoders if longest > feature_rows(longest, e.attributes.d_sae, limits)]
     if len(batch.requests) > 1:
         large = []
     whole = [encoder for encoder in encoders if encoder not in large]
     yield from copies.of(Made.by(batch, state, attention_dtype, whole))
     for encoder in large:
-        step = feature_rows(longest, encoder.attributes.d_sae)
+        step = feature_rows(longest, encoder.attributes.d_sae, limits)
         for start in range(0, longest, step):
             rows = slice(start, start + step)
             inputs = batch.tokens(state.hooks[encoder.hook.kind], encoder.attributes.d_in)[rows]

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from zarrtrace.capture.blocked import AttentionRows
+from zarrtrace.capture.limits import DEFAULT_CAPTURE_LIMITS, CaptureLimits
 from zarrtrace.capture.lockstep import BlockState, Logits, Pass, taps
 from zarrtrace.capture.messages import forward_errors, full_memory
 from zarrtrace.capture.model import LoadedModel, Permitted
@@ -24,7 +25,9 @@ from zarrtrace.capture.modules import find_decoder, not_exact
 from zarrtrace.errors import ModelError
 
 # Lengths that no head has as its size, and about a third of the longer one.
-_LONG, _SHORT, _ROWS = 47, 29, 16
+_LONG, _SHORT = 47, 29
+_IN_BLOCKS = CaptureLimits(block_bytes=1, block_rows=16)
+_IN_PARTS = CaptureLimits(logit_rows=16, mlp_tokens=16)
 # Longer than the pieces into which some attention cuts a prompt.
 _LONGER = 131
 # Two ways to compute differ by several roundings of each number. The measure is what one rounding
@@ -74,15 +77,11 @@ def _probed(model: LoadedModel, first: LoadedModel, ids: torch.Tensor) -> Loaded
     chosen = tuple(sorted({0, last // 2, last}))
     permitted = Permitted(
         blocks=all(
-            same.holds(
-                [(plain, long)],
-                blocked=(frozenset(first.attentions), queries),
-                block_rows=_ROWS,
-            )
+            same.holds([(plain, long)], _IN_BLOCKS, (frozenset(first.attentions), queries))
             for queries in (None, chosen)
         ),
         batches=not _selects_keys(first) and same.holds([(plain, long), (alone, short)]),
-        parts=same.holds([(plain, long)], logit_rows=_ROWS),
+        parts=same.holds([(plain, long)], _IN_PARTS),
     )
     return replace(model, permitted=permitted)
 
@@ -158,6 +157,10 @@ def _special_ids(config: Any) -> set[int]:
 # --- what is compared ---------------------------------------------------------------------------
 
 
+# Layers and queries whose attention is computed by blocks of queries, as for Pass.
+_Blocked = tuple[frozenset[int], tuple[int, ...] | None] | None
+
+
 @dataclass
 class _Observed:
     """What a model makes of one prompt.
@@ -185,7 +188,12 @@ class _Observed:
             del self.attention[layer], self.queries[layer]
 
 
-def _observe(model: LoadedModel, ids: Sequence[torch.Tensor], **options: Any) -> list[_Observed]:
+def _observe(
+    model: LoadedModel,
+    ids: Sequence[torch.Tensor],
+    limits: CaptureLimits = DEFAULT_CAPTURE_LIMITS,
+    blocked: _Blocked = None,
+) -> list[_Observed]:
     """Let prompts ``(1, token)`` go through the model together, and keep what it makes of each."""
     lengths = [one.shape[1] for one in ids]
     padded = ids[0].new_zeros((len(ids), max(lengths)))
@@ -195,8 +203,9 @@ def _observe(model: LoadedModel, ids: Sequence[torch.Tensor], **options: Any) ->
         mask[row, : lengths[row]] = 1
     kinds = dict.fromkeys(range(len(model.blocks)), frozenset({"resid_post"}))
     steps: list[Any] = []
-    with taps(model, attention=True, kinds=kinds, mlp_tokens=options.get("logit_rows")):
-        running = Pass(model, padded, mask, **options)
+    model = replace(model, limits=limits)
+    with taps(model, attention=True, kinds=kinds):
+        running = Pass(model, padded, mask, blocked=blocked)
         try:
             while not running.dead:
                 with torch.inference_mode():
@@ -252,13 +261,18 @@ class _Comparison:
             for key, value in self._values(plain).items()
         }
 
-    def holds(self, expected: Sequence[tuple[_Observed, torch.Tensor]], **options: Any) -> bool:
+    def holds(
+        self,
+        expected: Sequence[tuple[_Observed, torch.Tensor]],
+        limits: CaptureLimits = DEFAULT_CAPTURE_LIMITS,
+        blocked: _Blocked = None,
+    ) -> bool:
         """Whether prompts that go through the model together give what is expected of each."""
         try:
-            found = _observe(self._model, [ids for _, ids in expected], **options)
+            found = _observe(self._model, [ids for _, ids in expected], limits, blocked)
         except ModelError:
             return False
-        queries = (options.get("blocked") or (None, None))[1]
+        queries = blocked[1] if blocked else None
         return all(
             self._same(one, other, ids.shape[1], queries)
             for one, (other, ids) in zip(found, expected, strict=True)

@@ -23,7 +23,7 @@ from zarrtrace.records import TracePlan
 from zarrtrace.scenarios import Scenario, load_suite
 
 if TYPE_CHECKING:  # they import torch
-    from zarrtrace.capture import LoadedModel, Prompt
+    from zarrtrace.capture import CaptureLimits, LoadedModel, Prompt
     from zarrtrace.capture.saes import SAESource
 
 #: What the embedded model is called in a trace.
@@ -194,6 +194,7 @@ class Job:
             attention_layers=len(self.attention_layers)
             if self.options.attention and len(self.attention_layers) < len(self.layers)
             else None,
+            limits=self.model.limits.layout,
         )
 
     def plan(self, prompt: Prompt) -> TracePlan:
@@ -260,6 +261,7 @@ def prepare(
     weights: bool = True,
     progress: bool = True,
     pool: WriterPool | None = None,
+    limits: CaptureLimits | None = None,
 ) -> Job:
     """Check options against the model, the SAEs and each other.
 
@@ -275,6 +277,8 @@ def prepare(
         Whether transformers may draw a bar while it loads weights.
     pool
         Is started where its processes will write, while the weights are read.
+    limits
+        From which sizes on long prompts are captured in parts; None for the usual ones.
 
     Raises
     ------
@@ -308,6 +312,7 @@ def prepare(
     if weights:
         model = capture.probe_model(_load_model(options, capture, weights=True))
         capture.check_additions(model, _kinds(saes))
+    model = replace(model, limits=limits) if limits else model
     job = _assembled(options, model, layers, source, saes, prompts, prepend_bos=prepend_bos)
     return replace(job, notes=notes)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt
 
@@ -136,7 +136,81 @@ class TraceShape:
     attention_queries: int | None = None
     special: bool = True
     sae_fields: tuple[str, ...] = ()
-    limits: Limits = field(default_factory=lambda: DEFAULT_LIMITS)
+    limits: Limits = DEFAULT_LIMITS
+
+
+# --- the arrays of a trace ---------------------------------------------------------------------
+
+
+class _Array(NamedTuple):
+    """An array without the sizes of its dimensions."""
+
+    dims: str
+    dtype: str
+    long_name: str
+    description: str = ""
+    fill_value: float | None = None
+    codec: Codec = "plain"
+
+
+_ARRAYS = {
+    "attention": _Array(
+        "layer head query key", "float32", "attention probability",
+        "how much the query token attends to the key token, by query head", codec="attention"),
+    "attention_mean": _Array(
+        "layer query key", "float32", "attention probability, mean over heads", codec="attention"),
+    "features": _Array("layer query feature", "float32", "SAE feature activation", codec="sparse"),
+    "top_feature": _Array(
+        "layer query feature_rank", "uint32", "strongest features of a token, strongest first",
+        f"by magnitude; {NO_ID} where no further feature fires", NO_ID),
+    "top_activation": _Array(
+        "layer query feature_rank", "float32", "activations of the strongest features"),
+    "next_token": _Array(
+        "query rank", "uint32", "most likely next tokens, most likely first", fill_value=NO_ID),
+    "next_token_logprob": _Array(
+        "query rank", "float32", "natural logarithm of the next token's probability"),
+    "next_token_text": _Array("query rank", "string", "texts of the most likely next tokens"),
+    "layer": _Array("layer", "int64", "index of the decoder block, from 0"),
+    "head": _Array("head", "int64", "query head"),
+    "attention_layer": _Array(
+        "attention_layer", "int64", "decoder block that has attention, from 0"),
+    "attention_query": _Array(
+        "attention_query", "int64", "position of a token whose row of attention is stored"),
+    "feature": _Array("feature", "int64", "index of the SAE's latent"),
+    "query": _Array("query", "int64", "position of the token in the prompt"),
+    "key": _Array("key", "int64", "position of the token in the prompt"),
+    "token_id": _Array("key", "uint32", "id of the token in the model's vocabulary"),
+    "key_token": _Array("key", "string", "text of the token"),
+    "query_token": _Array("query", "string", "text of the token"),
+    "special": _Array("key", "bool", "whether the tokenizer calls the token special"),
+}  # fmt: skip
+_TOKENS = ("query", "key", "token_id", "key_token", "query_token", "special")
+
+
+def _layout(
+    array: _Array,
+    sizes: Mapping[str, int],
+    steps: Mapping[str, int] | None = None,
+    *,
+    names: Mapping[str, str] | None = None,
+    dtype: str | None = None,
+) -> ArrayLayout:
+    """Lay out an array; along a dimension without a step, a chunk has all.
+
+    `names` and `dtype` replace the names of dimensions and the data type of the table.
+    """
+    dims, steps, names, dtype = array.dims.split(), steps or {}, names or {}, dtype or array.dtype
+    missing = {"float16": math.nan, "float32": math.nan, "string": "", "bool": False}.get(dtype, 0)
+    described = {"description": array.description} if array.description else {}
+    return ArrayLayout(
+        dims=tuple(names.get(dim, dim) for dim in dims),
+        dtype=dtype,
+        shape=tuple(sizes[dim] for dim in dims),
+        chunks=tuple(max(1, min(sizes[dim], steps.get(dim, sizes[dim]))) for dim in dims),
+        codec=array.codec,
+        fill_value=missing if array.fill_value is None else array.fill_value,
+        attributes={"long_name": array.long_name, **described},
+    )
 
 
 def trace_layout(shape: TraceShape) -> dict[str, ArrayLayout]:
@@ -151,147 +225,107 @@ def trace_layout(shape: TraceShape) -> dict[str, ArrayLayout]:
     if shape.heads is not None:
         out |= _attention_layouts(shape, shape.heads)
     for name, features in shape.features.items():
-        out |= _feature_layouts(name, shape, features)
+        out |= _feature_layouts(name.removeprefix("features"), shape, features)
     if shape.next_token:
-        out |= _next_token_layouts(shape.tokens)
+        sizes = {"query": shape.tokens, "rank": NEXT_TOKENS}
+        out |= {name: _layout(_ARRAYS[name], sizes, {"query": 4096}) for name in NEXT_TOKEN}
     return out | _coordinate_layouts(shape)
 
 
-# --- arrays by layer ---------------------------------------------------------------------------
-
-
 def _attention_layouts(shape: TraceShape, heads: int) -> dict[str, ArrayLayout]:
-    limits, tokens = shape.limits, shape.tokens
-    dtype = shape.attention_dtype or "float32"
-    layer = "layer" if shape.attention_layers is None else "attention_layer"
-    query = "query" if shape.attention_queries is None else "attention_query"
-    layers = shape.layers if shape.attention_layers is None else shape.attention_layers
-    rows = tokens if shape.attention_queries is None else shape.attention_queries
-    keys = min(tokens, limits.keys)
+    limits, tokens, dtype = shape.limits, shape.tokens, shape.attention_dtype or "float32"
+    sizes = {"layer": shape.layers, "head": heads, "query": tokens, "key": tokens}
+    names = {}
+    for dim, size in (("layer", shape.attention_layers), ("query", shape.attention_queries)):
+        if size is not None:
+            sizes[dim], names[dim] = size, f"attention_{dim}"
     step = attention_chunk_rows(tokens, heads, limits)
-    record_rows = attention_rows(tokens, heads, dtype, limits)
+    rows = min(_SMALL * step, attention_rows(tokens, heads, dtype, limits))
+    out = {}
+    for name, most, kind in (("attention", step, dtype), ("attention_mean", rows, "float32")):
+        steps = {"layer": 1, "query": most, "key": limits.keys}
+        layout = _layout(_ARRAYS[name], sizes, steps, names=names, dtype=kind)
+        out[name] = _in_files(layout, limits)
+    return out
+
+
+def _feature_layouts(suffix: str, shape: TraceShape, features: int) -> dict[str, ArrayLayout]:
+    limits, tokens = shape.limits, shape.tokens
+    ranks = min(TOP_FEATURES, features)
+    sizes = {"layer": shape.layers, "query": tokens, "feature": features, "feature_rank": ranks}
+    names = {dim: f"{dim}{suffix}" for dim in ("feature", "feature_rank")}
+    rows = min(_SMALL * limits.tokens, feature_rows(tokens, features, limits))
+    out = {}
+    for name in ("features", "top_feature", "top_activation"):
+        most, dtype = (limits.tokens, shape.feature_dtype) if name == "features" else (rows, None)
+        steps = {"layer": 1, "query": most, "feature": limits.features}
+        layout = _layout(_ARRAYS[name], sizes, steps, names=names, dtype=dtype)
+        out[f"{name}{suffix}"] = _in_files(layout, limits)
+    return out
+
+
+def _in_files(layout: ArrayLayout, limits: Limits) -> ArrayLayout:
+    """Cut an array that is written layer by layer into files: as many layers each as fit."""
+    chunks, axis = layout.chunks, layout.row_axis
+    shards = [_round_up(size, step) for size, step in zip(layout.shape, chunks, strict=True)]
+    layer_bytes = math.prod(shards[1:]) * _itemsize(layout.dtype)
+    shards[0] = max(1, min(layout.shape[0], limits.file_bytes // layer_bytes))
+    if layer_bytes > limits.file_bytes:
+        row_bytes = layer_bytes // shards[axis] * chunks[axis]
+        rows = max(1, limits.file_bytes // row_bytes) * chunks[axis]
+        shards[axis] = min(shards[axis], rows)
+    return layout.model_copy(update={"shards": tuple(shards)})
+
+
+def _coordinate_layouts(shape: TraceShape) -> dict[str, ArrayLayout]:
+    indexes = {"layer": shape.layers}
+    if shape.heads is not None:
+        indexes["head"] = shape.heads
+        if shape.attention_layers is not None:
+            indexes["attention_layer"] = shape.attention_layers
+        if shape.attention_queries is not None:
+            indexes["attention_query"] = shape.attention_queries
+    out = {name: _layout(_ARRAYS[name], indexes) for name in indexes}
+    out |= _feature_indexes(shape.features)
+    for name in shape.sae_fields:
+        out[name] = _layout(_Array("layer", "string", f"{name} of the layer's SAE"), indexes)
+    sizes = {"query": shape.tokens, "key": shape.tokens}
+    names = (name for name in _TOKENS if shape.special or name != "special")
+    return out | {name: _layout(_ARRAYS[name], sizes) for name in names}
+
+
+def _feature_indexes(features: Mapping[str, int]) -> dict[str, ArrayLayout]:
+    names = {f"feature{name.removeprefix('features')}": size for name, size in features.items()}
     return {
-        "attention": _by_layer(
-            dims=(layer, "head", query, "key"),
-            dtype=dtype,
-            shape=(layers, heads, rows, tokens),
-            chunks=(1, heads, min(rows, step), keys),
-            limits=limits,
-            codec="attention",
-            attributes={
-                "long_name": "attention probability",
-                "description": "how much the query token attends to the key token, by query head",
-            },
-        ),
-        "attention_mean": _by_layer(
-            dims=(layer, query, "key"),
-            dtype="float32",
-            shape=(layers, rows, tokens),
-            chunks=(1, min(rows, _SMALL * step, record_rows), keys),
-            limits=limits,
-            codec="attention",
-            attributes={"long_name": "attention probability, mean over heads"},
-        ),
+        name: _layout(_ARRAYS["feature"], {"feature": size}, names={"feature": name})
+        for name, size in names.items()
     }
 
 
-def attention_chunk_rows(tokens: int, heads: int, limits: Limits | None = None) -> int:
+# --- chunks and records ------------------------------------------------------------------------
+
+
+def attention_chunk_rows(tokens: int, heads: int, limits: Limits = DEFAULT_LIMITS) -> int:
     """Return how many rows of attention a chunk holds: fewer where rows are large."""
-    limits = limits or DEFAULT_LIMITS
     row, rows = heads * min(tokens, limits.keys), limits.queries
     while rows > 1 and rows * row > limits.attention:
         rows //= 2
     return rows
 
 
-def _feature_layouts(name: str, shape: TraceShape, features: int) -> dict[str, ArrayLayout]:
-    limits, suffix = shape.limits, name.removeprefix("features")
-    layers, tokens = shape.layers, shape.tokens
-    ranks = min(TOP_FEATURES, features)
-    top_dims = ("layer", "query", f"feature_rank{suffix}")
-    top_rows = min(_SMALL * limits.tokens, feature_rows(tokens, features, limits))
-    top_shape, top_chunks = (layers, tokens, ranks), (1, top_rows, ranks)
-    return {
-        name: _by_layer(
-            dims=("layer", "query", f"feature{suffix}"),
-            dtype=shape.feature_dtype or "float32",
-            shape=(layers, tokens, features),
-            chunks=(1, min(tokens, limits.tokens), feature_columns(features, limits)),
-            limits=limits,
-            codec="sparse",
-            attributes={"long_name": "SAE feature activation"},
-        ),
-        f"top_feature{suffix}": _by_layer(
-            dims=top_dims,
-            dtype="uint32",
-            shape=top_shape,
-            chunks=top_chunks,
-            limits=limits,
-            fill_value=NO_ID,
-            attributes={
-                "long_name": "strongest features of a token, strongest first",
-                "description": f"by magnitude; {NO_ID} where no further feature fires",
-            },
-        ),
-        f"top_activation{suffix}": _by_layer(
-            dims=top_dims,
-            dtype="float32",
-            shape=top_shape,
-            chunks=top_chunks,
-            limits=limits,
-            attributes={"long_name": "activations of the strongest features"},
-        ),
-    }
-
-
-def feature_columns(features: int, limits: Limits | None = None) -> int:
+def feature_columns(features: int, limits: Limits = DEFAULT_LIMITS) -> int:
     """Return how many features one chunk of features holds."""
-    return min(features, (limits or DEFAULT_LIMITS).features)
+    return min(features, limits.features)
 
 
-def _by_layer(
-    *,
-    dims: tuple[str, ...],
-    dtype: str,
-    shape: tuple[int, ...],
-    chunks: tuple[int, ...],
-    limits: Limits,
-    attributes: dict[str, str],
-    codec: Codec = "plain",
-    fill_value: float = math.nan,
-) -> ArrayLayout:
-    """Lay out an array that is written layer by layer: as many layers a file as fit."""
-    whole = [_round_up(size, step) for size, step in zip(shape, chunks, strict=True)]
-    layer_bytes = math.prod(whole[1:]) * _itemsize(dtype)
-    layers = max(1, min(shape[0], limits.file_bytes // layer_bytes))
-    axis = next(at for at, dim in enumerate(dims) if dim in ROWS)
-    rows = whole[axis]
-    if layer_bytes > limits.file_bytes:
-        chunk_rows = layer_bytes // rows * chunks[axis]
-        rows = min(rows, max(1, limits.file_bytes // chunk_rows) * chunks[axis])
-    shards = (layers, *whole[1:axis], rows, *whole[axis + 1 :])
-    return ArrayLayout(
-        dims=dims,
-        dtype=dtype,
-        shape=shape,
-        chunks=chunks,
-        shards=shards,
-        codec=codec,
-        fill_value=fill_value,
-        attributes=attributes,
-    )
-
-
-def attention_rows(tokens: int, heads: int, dtype: str, limits: Limits | None = None) -> int:
+def attention_rows(tokens: int, heads: int, dtype: str, limits: Limits = DEFAULT_LIMITS) -> int:
     """Return how many rows of attention one record holds: whole chunks, within a bound."""
-    limits = limits or DEFAULT_LIMITS
     step = attention_chunk_rows(tokens, heads, limits)
     return min(tokens, _record_rows(step, heads * tokens * _itemsize(dtype), limits))
 
 
-def feature_rows(tokens: int, features: int, limits: Limits | None = None) -> int:
+def feature_rows(tokens: int, features: int, limits: Limits = DEFAULT_LIMITS) -> int:
     """Return how many tokens one record of features holds: whole chunks, within a bound."""
-    limits = limits or DEFAULT_LIMITS
     # Records hold float32, whatever is stored.
     return min(tokens, _record_rows(limits.tokens, features * 4, limits))
 
@@ -303,87 +337,29 @@ def _record_rows(step: int, row_bytes: int, limits: Limits) -> int:
     return max(1, limits.record_bytes // (row_bytes * step)) * step
 
 
-# --- other arrays ------------------------------------------------------------------------------
-
-
-def _next_token_layouts(tokens: int) -> dict[str, ArrayLayout]:
-    def layout(dtype: str, fill_value: float | str, long_name: str) -> ArrayLayout:
-        return ArrayLayout(
-            dims=("query", "rank"),
-            dtype=dtype,
-            shape=(tokens, NEXT_TOKENS),
-            chunks=(min(tokens, 4096), NEXT_TOKENS),
-            fill_value=fill_value,
-            attributes={"long_name": long_name},
-        )
-
-    return {
-        "next_token": layout("uint32", NO_ID, "most likely next tokens, most likely first"),
-        "next_token_logprob": layout(
-            "float32", math.nan, "natural logarithm of the next token's probability"
-        ),
-        "next_token_text": layout("string", "", "texts of the most likely next tokens"),
-    }
-
-
-def _index_layout(dim: str, size: int, long_name: str) -> ArrayLayout:
-    """Lay out the index of a dimension."""
-    return _label_layout(dim, size, "int64", long_name)
-
-
-def _label_layout(dim: str, size: int, dtype: str, long_name: str) -> ArrayLayout:
-    """Lay out a coordinate of one dimension, in one chunk."""
-    return ArrayLayout(
-        dims=(dim,),
-        dtype=dtype,
-        shape=(size,),
-        chunks=(max(size, 1),),
-        fill_value={"string": "", "bool": False}.get(dtype, 0),
-        attributes={"long_name": long_name},
-    )
-
-
-def _coordinate_layouts(shape: TraceShape) -> dict[str, ArrayLayout]:
-    layers, tokens = shape.layers, shape.tokens
-    out = {"layer": _index_layout("layer", layers, "index of the decoder block, from 0")}
-    if shape.heads is not None:
-        out["head"] = _index_layout("head", shape.heads, "query head")
-        if shape.attention_layers is not None:
-            out["attention_layer"] = _index_layout(
-                "attention_layer",
-                shape.attention_layers,
-                "decoder block that has attention, from 0",
-            )
-        if shape.attention_queries is not None:
-            out["attention_query"] = _index_layout(
-                "attention_query",
-                shape.attention_queries,
-                "position of a token whose row of attention is stored",
-            )
-    for name, size in shape.features.items():
-        dim = f"feature{name.removeprefix('features')}"
-        out[dim] = _index_layout(dim, size, "index of the SAE's latent")
-    for name in shape.sae_fields:
-        out[name] = _label_layout("layer", layers, "string", f"{name} of the layer's SAE")
-    out["query"] = _index_layout("query", tokens, "position of the token in the prompt")
-    out["key"] = _index_layout("key", tokens, "position of the token in the prompt")
-    labels = {
-        "token_id": ("key", "uint32", "id of the token in the model's vocabulary"),
-        "key_token": ("key", "string", "text of the token"),
-        "query_token": ("query", "string", "text of the token"),
-    }
-    if shape.special:
-        labels["special"] = ("key", "bool", "whether the tokenizer calls the token special")
-    for name, (dim, dtype, long_name) in labels.items():
-        out[name] = _label_layout(dim, tokens, dtype, long_name)
-    return out
-
-
 # --- the index of a run ------------------------------------------------------------------------
 
 # One feature is looked up: what is decoded for it stays small.
-_FEATURES_PER_INDEX_CHUNK = 1024
-_SCENARIOS_PER_CHUNK = 1024
+_INDEX_STEPS = {"layer": 1, "feature": 1024, "scenario": 1024}
+_INDEX = {
+    "maximum": _Array("layer feature", "float32", "largest activation"),
+    "mean": _Array("layer feature", "float32", "mean activation over all tokens"),
+    "frequency": _Array(
+        "layer feature", "float32", "fraction of tokens at which the feature fires"),
+    "token_activation": _Array(
+        "layer feature token_rank", "float32",
+        "activations at the strongest tokens, strongest first"),
+    "token_scenario": _Array("layer feature token_rank", "uint32", "numbers of their scenarios"),
+    "token_position": _Array("layer feature token_rank", "uint32", "their positions in the prompt"),
+    "active": _Array("layer feature", "int64", "number of tokens at which the feature fires"),
+    "total": _Array(
+        "layer feature part", "int64", "sum of activations, in units of 2**-18 and of 2**-50"),
+    "tokens": _Array("layer", "int64", "number of tokens that were seen"),
+}  # fmt: skip
+_SCENARIOS = {
+    "scenario": _Array("scenario", "string", "name of the scenario, in the run's order"),
+    "digest": _Array("scenario", "uint64", "of the scenario's features; 0 if they are not indexed"),
+}
 
 
 def index_layout(
@@ -404,65 +380,20 @@ def index_layout(
         :class:`ArrayLayout` by array name.
     """
     out: dict[str, ArrayLayout] = {}
+    sizes = {"layer": layers, "scenario": scenarios, "token_rank": INDEX_TOKENS, "part": 2}
     for name, size in features.items():
-        out |= _index_layouts(name.removeprefix("features"), layers, size)
-    for name, size in features.items():
-        dim = f"feature{name.removeprefix('features')}"
-        out[dim] = _index_layout(dim, size, "index of the SAE's latent")
-
-    def by_scenario(dtype: str, long_name: str) -> ArrayLayout:
-        layout = _label_layout("scenario", scenarios, dtype, long_name)
-        chunks = (min(max(scenarios, 1), _SCENARIOS_PER_CHUNK),)
-        return layout.model_copy(update={"chunks": chunks})
-
-    return out | {
-        "layer": _index_layout("layer", layers, "index of the decoder block, from 0"),
-        "scenario": by_scenario("string", "name of the scenario, in the run's order"),
-        "digest": by_scenario("uint64", "of the scenario's features; 0 if they are not indexed"),
-    }
-
-
-def _index_layouts(suffix: str, layers: int, size: int) -> dict[str, ArrayLayout]:
-    """Lay out what is known of each feature: one file a layer, for layers are written apart."""
-    dims = ("layer", f"feature{suffix}")
-    width = min(size, _FEATURES_PER_INDEX_CHUNK)
-    whole = _round_up(size, width)
-
-    def layout(dtype: str, long_name: str, dim: str = "", more: int = 0) -> ArrayLayout:
-        tail = (more,) if dim else ()
-        return ArrayLayout(
-            dims=(*dims, dim) if dim else dims,
-            dtype=dtype,
-            shape=(layers, size, *tail),
-            chunks=(1, width, *tail),
-            shards=(1, whole, *tail),
-            fill_value=math.nan if dtype == "float32" else 0,
-            attributes={"long_name": long_name},
-        )
-
-    rank = ("token_rank", INDEX_TOKENS)
-    tokens = ArrayLayout(
-        dims=dims[:1],
-        dtype="int64",
-        shape=(layers,),
-        chunks=(1,),
-        attributes={"long_name": "number of tokens that were seen"},
-    )
-    return {
-        f"maximum{suffix}": layout("float32", "largest activation"),
-        f"mean{suffix}": layout("float32", "mean activation over all tokens"),
-        f"frequency{suffix}": layout("float32", "fraction of tokens at which the feature fires"),
-        f"token_activation{suffix}": layout(
-            "float32", "activations at the strongest tokens, strongest first", *rank
-        ),
-        f"token_scenario{suffix}": layout("uint32", "numbers of their scenarios", *rank),
-        f"token_position{suffix}": layout("uint32", "their positions in the prompt", *rank),
-        f"active{suffix}": layout("int64", "number of tokens at which the feature fires"),
-        f"total{suffix}": layout(
-            "int64", "sum of activations, in units of 2**-18 and of 2**-50", "part", 2
-        ),
-        f"tokens{suffix}": tokens,
-    }
+        suffix = name.removeprefix("features")
+        for array, found in _INDEX.items():
+            names = {"feature": f"feature{suffix}"}
+            layout = _layout(found, {**sizes, "feature": size}, _INDEX_STEPS, names=names)
+            if len(layout.dims) > 1:  # one file a layer, because layers are written apart
+                _, step, *more = layout.chunks
+                files = {"shards": (1, _round_up(size, step), *more)}
+                layout = layout.model_copy(update=files)
+            out[f"{array}{suffix}"] = layout
+    out |= _feature_indexes(features)
+    out["layer"] = _layout(_ARRAYS["layer"], sizes)
+    return out | {name: _layout(one, sizes, _INDEX_STEPS) for name, one in _SCENARIOS.items()}
 
 
 def _round_up(size: int, multiple: int) -> int:
