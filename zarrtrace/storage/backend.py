@@ -24,11 +24,8 @@ class Backend(Protocol):
     writable: bool
     listable: bool
 
-    def get(self, key: str) -> Content:
-        """Read a file."""
-
-    def get_end(self, key: str, length: int) -> Content:
-        """Read the last bytes of a file, at most `length`."""
+    def get(self, key: str, last: int | None = None) -> Content:
+        """Read a file, or its `last` bytes."""
 
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """Read ranges ``[start, end)`` of a file."""

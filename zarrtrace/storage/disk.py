@@ -16,7 +16,7 @@ from typing import Any
 from zarrtrace.errors import IntegrityError, NoSpaceError, StoreError, readable
 from zarrtrace.storage.backend import Content
 
-# Of linux/fs.h: renameat2 puts two folders in each other's place.
+# From linux/fs.h: renameat2 puts two folders in each other's place.
 _EXCHANGE, _HERE = 2, -100
 # The last three: a link or a pipe has the name of the file that is being written; a long name.
 _NOT_WRITABLE = (
@@ -34,15 +34,11 @@ class Disk:
 
     writable = listable = True
 
-    def get(self, key: str) -> Content:
-        """Read a file."""
+    def get(self, key: str, last: int | None = None) -> Content:
+        """Read a file, or its last bytes."""
         with _opened(key) as (handle, size):
-            return Content(_pread(handle, size, 0), size)
-
-    def get_end(self, key: str, length: int) -> Content:
-        """Read the last bytes of a file."""
-        with _opened(key) as (handle, size):
-            return Content(_pread(handle, min(length, size), max(0, size - length)), size)
+            length = size if last is None else min(last, size)
+            return Content(_pread(handle, length, size - length), size)
 
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """Read ranges of a file."""

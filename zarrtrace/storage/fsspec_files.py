@@ -42,16 +42,14 @@ class FsspecFiles:
                 remedy="Check address and credentials, and run the same command again.",
             ) from None  # the cause quotes addresses
 
-    def get(self, key: str) -> Content:
-        """Read a file."""
+    def get(self, key: str, last: int | None = None) -> Content:
+        """Read a file, or its last bytes."""
+        if last is not None:
+            size = self.size(key)
+            return Content(self.get_ranges(key, [(max(0, size - last), size)])[0], size)
         with self._explained(key):
             data = bytes(self._files.cat_file(self._path(key)))
         return Content(data, len(data))
-
-    def get_end(self, key: str, length: int) -> Content:
-        """Read the last bytes of a file."""
-        size = self.size(key)
-        return Content(self.get_ranges(key, [(max(0, size - length), size)])[0], size)
 
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """Read ranges of a file."""

@@ -125,7 +125,7 @@ class Location:
 
     def read_end(self, length: int) -> Content:
         """Read the last bytes of the file, at most `length`."""
-        return self.backend.get_end(self.key, length)
+        return self.backend.get(self.key, length)
 
     def read_ranges(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """Read ranges ``[start, end)`` of the file."""

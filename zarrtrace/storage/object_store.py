@@ -104,19 +104,13 @@ class ObjectStore:
                 remedy="Check these, and run the same command again: what is stored stays.",
             ) from None  # the cause quotes addresses
 
-    def get(self, key: str) -> Content:
-        """Read an object."""
-        with self._explained(key):
-            found = self._obstore.get(self._store, self._prefix + key)
-            return Content(found.bytes().to_bytes(), found.meta["size"])
-
-    def get_end(self, key: str, length: int) -> Content:
-        """Read the last bytes of an object."""
-        if self._lacks_suffixes:
+    def get(self, key: str, last: int | None = None) -> Content:
+        """Read an object, or its last bytes."""
+        if last is not None and self._lacks_suffixes:
             size = self.size(key)
-            return Content(self.get_ranges(key, [(max(0, size - length), size)])[0], size)
+            return Content(self.get_ranges(key, [(max(0, size - last), size)])[0], size)
+        options = None if last is None else {"range": {"suffix": last}}
         with self._explained(key):
-            options = {"range": {"suffix": length}}
             found = self._obstore.get(self._store, self._prefix + key, options=options)
             return Content(found.bytes().to_bytes(), found.meta["size"])
 
@@ -161,15 +155,12 @@ class ObjectStore:
         """Return the size of every object below a folder."""
         folder = self._prefix + prefix.rstrip("/")
 
-        def listed() -> dict[str, int]:
-            return {
-                one["path"].removeprefix(self._prefix): int(one["size"])
-                for some in self._obstore.list(self._store, folder)
-                for one in some
-            }
-
-        found: dict[str, int] = self._repeated(prefix, listed)
-        return found
+        pages = self._repeated(prefix, lambda: list(self._obstore.list(self._store, folder)))
+        return {
+            one["path"].removeprefix(self._prefix): int(one["size"])
+            for page in pages
+            for one in page
+        }
 
     def children(self, prefix: str) -> list[str]:
         """Return the names in a folder."""
@@ -180,16 +171,15 @@ class ObjectStore:
         paths = [*found["common_prefixes"], *(one["path"] for one in found["objects"])]
         return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
 
-    def _repeated(self, prefix: str, ask: Any) -> Any:
+    def _repeated(self, key: str, ask: Any, attempts: int = _ATTEMPTS) -> Any:
         """List, copy or delete, again if the answer was cut short: obstore repeats all others."""
-        for attempt in range(1, _ATTEMPTS + 1):
-            try:
-                with self._explained(prefix):
-                    return ask()
-            except RemoteError as error:
-                if attempt == _ATTEMPTS or not any(one in error.what for one in _CUT_SHORT):
-                    raise
-        return None
+        try:
+            with self._explained(key):
+                return ask()
+        except RemoteError as error:
+            if attempts == 1 or not any(one in error.what for one in _CUT_SHORT):
+                raise
+        return self._repeated(key, ask, attempts - 1)
 
 
 def _open(base: str, options: Mapping[str, str], retries: Any) -> tuple[Any, str]:
