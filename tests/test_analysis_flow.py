@@ -11,7 +11,6 @@ import pytest
 import xarray as xr
 
 from zarrtrace import analysis
-from zarrtrace.analysis import flow
 from zarrtrace.errors import ConfigError
 
 SPANS = {"goal": (2,), "balance": (4, 5)}
@@ -137,10 +136,16 @@ def test_gaps_are_refused_by_name(function):
         function(planted.make_trace(spans={}))
 
 
-def test_too_large_a_graph_is_refused(monkeypatch):
-    monkeypatch.setattr(flow, "_MOST_EDGES", 2000)
-    with pytest.raises(ConfigError, match=r"2,436 edges.*\n.*\n.*attention_rollout"):
-        analysis.attention_flow(planted.make_trace())
+def test_too_large_a_graph_is_refused():
+    layers, tokens = 31, 1200
+    mean = np.broadcast_to(np.float32(1 / tokens), (layers, tokens, tokens))  # takes no memory
+    ds = xr.Dataset(
+        {"attention_mean": (("layer", "query", "key"), mean)},
+        {"layer": range(layers), "query": range(tokens), "key": range(tokens)},
+        planted.make_trace().attrs,
+    )
+    with pytest.raises(ConfigError, match=r"22,338,600 edges.*\n.*\n.*attention_rollout"):
+        analysis.attention_flow(ds)
 
 
 def test_rollout_holds_one_layer_at_a_time():

@@ -95,12 +95,15 @@ class TestWordAssociations:
         keys = np.random.default_rng(0).integers(0, 50, 999) * (most // 50)
         np.testing.assert_array_equal(_stable_order(keys), np.argsort(keys, kind="stable"))
 
-    def test_layers_are_read_some_at_a_time(
-        self, run: xr.DataTree, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        expected = word_associations(run)
-        monkeypatch.setattr(words, "_AT_ONCE", 1)
-        xr.testing.assert_identical(word_associations(run), expected)
+    def test_layers_are_read_some_at_a_time(self, run: xr.DataTree) -> None:
+        runs = [child.to_dataset() for child in run.children.values()]
+        ids = [np.arange(ds.sizes["query"]) for ds in runs]
+        together, apart = (list(words._by_layer(runs, ids, most)) for most in (2**24, 1))
+        assert [layer for layer, _ in together] == [layer for layer, _ in apart] == [1, 2, 3]
+        for (_, expected), (_, found) in zip(together, apart, strict=True):
+            for one, other in zip(expected, found, strict=True):
+                for values, same in zip(one, other, strict=True):
+                    np.testing.assert_array_equal(values, same)
 
     def test_lazy_equals_eager(self, run: xr.DataTree) -> None:
         xr.testing.assert_identical(word_associations(synthetic.lazy(run)), word_associations(run))

@@ -215,18 +215,17 @@ def test_analyze_writes_by_ending(shared_run: fakes.FakeRun, tmp_path: Path, end
     np.testing.assert_allclose(values, expected)
 
 
-def test_long_prompts_are_analysed_in_blocks(
-    shared_run: fakes.FakeRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def blocks() -> bool:
-        data = analyze_._open(locate(shared_run.path), on_cluster=False)
+def test_long_prompts_are_analysed_in_blocks(shared_run: fakes.FakeRun) -> None:
+    def is_in_blocks(**limit: int) -> bool:
+        data = analyze_._open(locate(shared_run.path), on_cluster=False, **limit)
         return data["Safe_1"]["attention"].chunks is not None
 
-    assert not blocks()
     layer = zt.open_trace(shared_run.path / "Safe_1")["attention"][:1].nbytes
-    monkeypatch.setattr(analyze_, "_LARGE_LAYER", layer - 1)
-    assert blocks()
-    single = analyze_._open(locate(shared_run.path / "Safe_1"), on_cluster=False)
+    assert not is_in_blocks()
+    assert not is_in_blocks(large_layer=layer)
+    assert is_in_blocks(large_layer=layer - 1)
+    trace = locate(shared_run.path / "Safe_1")
+    single = analyze_._open(trace, on_cluster=False, large_layer=layer - 1)
     assert single["attention"].chunks is not None
 
 

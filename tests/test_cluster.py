@@ -323,10 +323,12 @@ def test_a_scenario_that_ends_its_workers_is_named(
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     client.run_on_scheduler(be_strict)
-    monkeypatch.setattr(worker, "extract_some", end_on("Medium_60"))
-    monkeypatch.setattr("zarrtrace.extraction.cluster._TASKS_A_WORKER", 1)
-    with pytest.raises(ClusterError, match="every worker that computes Medium_60 ends"):
-        extract_on_cluster(client, tmp_path / "run", options())
+    monkeypatch.setattr(worker, "extract_some", end_on("s7"))
+    suite = tmp_path / "suite.yaml"  # more than there are tasks: most hold several
+    scenarios = [{"name": f"s{at}", "prompt": f"You hold ${at}."} for at in range(40)]
+    suite.write_text(json.dumps({"scenarios": scenarios}), encoding="utf-8")
+    with pytest.raises(ClusterError, match="every worker that computes s7 ends"):
+        extract_on_cluster(client, tmp_path / "run", options(scenarios=suite, only=()))
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
@@ -376,10 +378,12 @@ def test_clusters_that_are_none(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("zarrtrace.extraction.connecting._SECONDS", 0.5)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(sys, "argv", ["zarrtrace", "extract", "-o", str(tmp_path / "run"), *asked])
-    with pytest.raises(SystemExit) as ended:
+    with (
+        dask.config.set({"distributed.comm.timeouts.connect": "0.5s"}),
+        pytest.raises(SystemExit) as ended,
+    ):
         main()
     assert ended.value.code in (1, 2)
     assert said in capsys.readouterr().err

@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from zarrtrace import analysis, figures
 from zarrtrace.cli.figures_ import command
 from zarrtrace.errors import ConfigError, ScenarioError
 from zarrtrace.figures import labels, page
+from zarrtrace.storage import locate
 
 HOSTILE = ["<s>", " <b>x</b>", "🎰", "你好", "\u202ertl", "$x^2$", "$10", "\n", "\t", "", "e\u0301"]
 
@@ -557,22 +559,21 @@ def test_unknown_scenario_and_format(shared_run: fakes.FakeRun, tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
-def test_processes_draw_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_draw_the_same_files(tmp_path: Path) -> None:
     run = fakes.make_run(tmp_path, scenarios=("Risky_1",))
-    monkeypatch.setattr(page, "_WORTH_A_WORKER", 1)
-    monkeypatch.setattr(page, "_OF_RUN", page._OF_RUN[:1])
-    monkeypatch.setattr(page, "_OF_SCENARIO", page._OF_SCENARIO[-2:])
+    tasks = page._tasks(["Risky_1"])
+    some = [tasks[0], *tasks[-2:]]
     for workers in (1, 2):
-        figures.draw_run(
-            run.path, tmp_path / str(workers), formats=["png"], dpi=40, workers=workers
-        )
+        out = tmp_path / str(workers)
+        out.mkdir()
+        draw = partial(page._draw, locate(run.path), str(out), formats=("png",), dpi=40)
+        drawn = list(page._in_processes(draw, some, workers))
+        assert [one.task for one in drawn] == some
+    assert len(fakes.files_in(tmp_path / "1")) == 3
     assert fakes.files_in(tmp_path / "1") == fakes.files_in(tmp_path / "2")
 
 
-def test_command(
-    shared_run: fakes.FakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(page, "_OF_RUN", page._OF_RUN[:1])
+def test_command(shared_run: fakes.FakeRun, tmp_path: Path) -> None:
     output = tmp_path / "out"
     arguments = [str(shared_run.path), "-o", str(output), "--scenario", "Safe_1"]
     options = ["--format", "pdf", "--dpi", "40", "--quiet"]

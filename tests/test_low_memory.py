@@ -149,12 +149,10 @@ def test_reading_ahead_reads_each_part_once_and_keeps_its_limit(
     ]
     read: list[tuple[str, int]] = []
     monkeypatch.setattr(ReadAhead, "_read", lambda _, file, at, __: read.append((file.name, at)))
-    monkeypatch.setattr("zarrtrace.extraction.reading_ahead._SECONDS_IDLE", 0.01)
-    monkeypatch.setattr("zarrtrace.extraction.reading_ahead._BYTES", 400)
     monkeypatch.setattr(
         "zarrtrace.extraction.reading_ahead.memory_sizes", lambda: {"MemAvailable": 3000}
     )
-    ahead = ReadAhead()
+    ahead = ReadAhead(step=400, idle=0.01)
     ahead.add(files)  # both together are more than half of what is available
     for thread in ahead._threads:
         thread.join()

@@ -378,14 +378,12 @@ def test_a_single_file_holds_the_same_bytes(whole: fakes.FakeRun, tmp_path: Path
     assert not re.search(r"<(script|link|img)[^>]*(src|href)=[\"'](?!data:)", page)
 
 
-def test_large_single_files_are_rounded(
-    whole: fakes.FakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("zarrtrace.viewer.bundle._EIGHT_BIT_FROM", 1000)
-    layout, expected = plan(whole.path, tmp_path / "page.html")
+def test_large_single_files_are_rounded(whole: fakes.FakeRun, tmp_path: Path) -> None:
+    layout, expected = plan(whole.path, tmp_path / "page.html", eight_bit_from=1000)
     assert layout.eight_bit
     assert expected.eight_bit
-    assert not plan(whole.path, tmp_path / "folder")[1].eight_bit
+    assert not plan(whole.path, tmp_path / "page.html")[1].eight_bit
+    assert not plan(whole.path, tmp_path / "folder", eight_bit_from=1000)[1].eight_bit
 
 
 # --- the server --------------------------------------------------------------------------------

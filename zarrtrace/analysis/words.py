@@ -132,11 +132,11 @@ class _Seen(NamedTuple):
 
 
 def _by_layer(
-    runs: Sequence[xr.Dataset], words: Sequence[np.ndarray]
+    runs: Sequence[xr.Dataset], words: Sequence[np.ndarray], most: int = _AT_ONCE
 ) -> Iterator[tuple[int, list[_Seen]]]:
     """Yield each layer with what the traces that have it say; several layers are read at once."""
     layers = all_layers(runs)
-    step = max(1, _AT_ONCE // sum(math.prod(ds["top_feature"].shape[1:]) for ds in runs))
+    step = max(1, most // sum(math.prod(ds["top_feature"].shape[1:]) for ds in runs))
     for start in range(0, len(layers), step):
         here = set(layers[start : start + step])
         found: dict[int, list[_Seen]] = {layer: [] for layer in sorted(here)}

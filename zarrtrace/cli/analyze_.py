@@ -225,7 +225,7 @@ def _run(function: str, given: dict[str, Any]) -> None:
         _write(result, output)
 
 
-def _open(run: Location, *, on_cluster: bool) -> Any:
+def _open(run: Location, *, on_cluster: bool, large_layer: int = _LARGE_LAYER) -> Any:
     """Open a run or a trace; in dask's blocks only what needs them, for they take time."""
     from zarrtrace.analysis.selecting import traces
     from zarrtrace.store import kind_of, open_run, open_trace
@@ -233,7 +233,7 @@ def _open(run: Location, *, on_cluster: bool) -> Any:
     reader = open_trace if kind_of(run) == "trace" else open_run
     data = reader(run)
     attention = [ds["attention"][:1].nbytes for ds in traces(data).values() if "attention" in ds]
-    if on_cluster or max(attention, default=0) > _LARGE_LAYER:
+    if on_cluster or max(attention, default=0) > large_layer:
         return reader(run, chunks="auto")
     return data
 

@@ -16,8 +16,6 @@ from distributed import Client, Nanny, Scheduler, SpecCluster
 from zarrtrace.errors import ClusterError, ConfigError
 from zarrtrace.extraction.job import capture_package
 
-_SECONDS = 30
-
 
 @contextlib.contextmanager
 def connected(
@@ -63,7 +61,7 @@ def connected(
 @contextlib.contextmanager
 def _client(address: Any = None, **where: Any) -> Iterator[Client]:
     try:
-        client = Client(address, timeout=_SECONDS, set_as_default=False, **where)
+        client = Client(address, set_as_default=False, **where)
     except (OSError, ValueError) as error:  # a TimeoutError is an OSError
         raise ClusterError(
             f"no scheduler answers: {error}",

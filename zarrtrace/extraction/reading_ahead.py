@@ -17,10 +17,6 @@ from queue import Empty, Queue
 from zarrtrace.memory import memory_sizes
 
 _THREADS = 3
-# After each read a thread wants Python's lock, which imports give away every few milliseconds.
-_BYTES = 32 * 2**20
-# Importing sae-lens, between the model's files and the SAEs', takes longer than reading them.
-_SECONDS_IDLE = 60
 
 #: A file, and the bytes of it from ... to ... that are needed.
 Stretch = tuple[Path, int, int]
@@ -32,11 +28,18 @@ class ReadAhead:
     Parameters
     ----------
     limit
-        Share of the memory that is available which they may fill. What goes beyond is not read:
-        it would be gone again before it is used.
+        Share of the available memory to fill. Files beyond it are not read: they would be gone
+        again before they are used.
+    step
+        Bytes of one read. After each one a thread wants Python's lock, which imports give away
+        every few milliseconds.
+    idle
+        Seconds without files after which the threads end. Importing sae-lens, between the model's
+        files and the SAEs', takes longer than reading them.
     """
 
-    def __init__(self, *, limit: float = 0.5) -> None:
+    def __init__(self, *, limit: float = 0.5, step: int = 32 * 2**20, idle: float = 60) -> None:
+        self._step, self._idle = step, idle
         self._room = limit * memory_sizes().get("MemAvailable", 0)
         self._parts: Queue[tuple[Path, int]] = Queue()
         self._threads: list[threading.Thread] = []
@@ -47,7 +50,7 @@ class ReadAhead:
             if stop - start > self._room:
                 break
             self._room -= stop - start
-            for at in range(start, stop, _BYTES):
+            for at in range(start, stop, self._step):
                 self._parts.put((file, at))
         if not self._threads and not self._parts.empty():
             self._threads = [
@@ -58,13 +61,13 @@ class ReadAhead:
                 thread.start()
 
     def _work(self) -> None:
-        buffer = bytearray(_BYTES)
+        buffer = bytearray(self._step)
         while True:
             try:
-                file, start = self._parts.get(timeout=_SECONDS_IDLE)
+                file, start = self._parts.get(timeout=self._idle)
             except Empty:
                 return
-            # Whoever needs the file will say what is wrong with it.
+            # The reader that needs the file reports what is wrong with it.
             with suppress(OSError):
                 self._read(file, start, buffer)
 

@@ -87,13 +87,7 @@ def draw_run(
     run = open_run(path)
     names = _chosen(run, scenarios)
     output.mkdir(parents=True, exist_ok=True)
-    stems = _stems(names)
-    tasks = [_Task(drawing.key, None, f"run_{drawing.key}") for drawing in _OF_RUN]
-    tasks += [
-        _Task(drawing.key, name, f"{stem}_{drawing.key}")
-        for name, stem in zip(names, stems, strict=True)
-        for drawing in _OF_SCENARIO
-    ]
+    tasks = _tasks(names)
     draw = functools.partial(
         _draw, path, str(output), formats=tuple(dict.fromkeys(formats)), dpi=dpi
     )
@@ -105,6 +99,16 @@ def draw_run(
     page = output / "index.html"
     page.write_text(_page(run, names, results), encoding="utf-8")
     return page
+
+
+def _tasks(scenarios: Sequence[str]) -> list[_Task]:
+    """List the figures of a run, those over scenarios first."""
+    tasks = [_Task(drawing.key, None, f"run_{drawing.key}") for drawing in _OF_RUN]
+    return tasks + [
+        _Task(drawing.key, name, f"{stem}_{drawing.key}")
+        for name, stem in zip(scenarios, _stems(scenarios), strict=True)
+        for drawing in _OF_SCENARIO
+    ]
 
 
 def default_groups(data: Data) -> dict[str, list[str]]:

@@ -70,11 +70,12 @@ def plan(
     *,
     scenarios: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
+    eight_bit_from: int = _EIGHT_BIT_FROM,
 ) -> tuple[Layout, Estimate]:
     """Choose what a bundle holds: attention in a large single file is rounded to 8 bits."""
     layout = Layout(run, scenarios=scenarios, layers=layers)
     found = estimate(layout, output)
-    if _is_html(output) and found.bytes > _EIGHT_BIT_FROM:
+    if _is_html(output) and found.bytes > eight_bit_from:
         layout = Layout(run, scenarios=scenarios, layers=layers, eight_bit=True)
         found = estimate(layout, output)
     return layout, found
