@@ -14,7 +14,8 @@ class CaptureLimits:
     Attributes
     ----------
     layout
-        How arrays are cut into files, and layers into records.
+        How arrays are cut into files, and layers into records. Encoders always cut features as the
+        default says.
     whole_bytes
         Size up to which a layer's attention matrix is computed whole.
     block_bytes

@@ -256,21 +256,15 @@ def explained(path: object) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise no_space(path, error) from error
         if error.errno in (errno.EEXIST, errno.ENOTDIR):
-            raise StoreError(
-                f"{path}: cannot be written: a file is where a folder should be",
-                remedy="Choose another --output.",
-            ) from error
-        if error.errno == errno.EISDIR:
-            raise StoreError(
-                f"{error.filename2 or error.filename}: cannot be written: a folder is in its place",
-                remedy="Remove it, and run the same command again.",
-            ) from error
-        if error.errno in _NOT_WRITABLE:
-            raise StoreError(
-                f"{path}: cannot be written ({error.strerror})",
-                remedy="Choose an --output that you may write to.",
-            ) from error
-        raise
+            why, remedy = ": a file is where a folder should be", "Choose another --output."
+        elif error.errno == errno.EISDIR:
+            path = error.filename2 or error.filename
+            why, remedy = ": a folder is in its place", "Remove it, and run the same command again."
+        elif error.errno in _NOT_WRITABLE:
+            why, remedy = f" ({error.strerror})", "Choose an --output that you may write to."
+        else:
+            raise
+        raise StoreError(f"{path}: cannot be written{why}", remedy=remedy) from error
 
 
 def no_space(path: object, error: OSError) -> NoSpaceError:

@@ -42,9 +42,11 @@ class FileLock:
             self.handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
                 is_ours = take_lock(self.handle, file)
-            except BaseException as error:
-                # If the file system has no locks, nobody has one on the file.
-                self.release(remove=isinstance(error, StoreError))
+            except StoreError:  # the file system has no locks: nobody has one on the file
+                self.release()
+                raise
+            except BaseException:
+                os.close(self.handle)
                 raise
             if is_ours:
                 with contextlib.suppress(FileNotFoundError):
@@ -61,18 +63,10 @@ class FileLock:
                 )
             time.sleep(_SECONDS_A_TRY)
 
-    def release(self, *, remove: bool = True) -> None:
-        """Release the lock.
-
-        Parameters
-        ----------
-        remove
-            Whether to remove the file, too; before the lock is released, so that nobody locks a
-            file without a name.
-        """
-        if remove:
-            with contextlib.suppress(OSError):
-                self.file.unlink()
+    def release(self) -> None:
+        """Remove the file, then release the lock: nobody locks a file without a name."""
+        with contextlib.suppress(OSError):
+            self.file.unlink()
         os.close(self.handle)
 
 
