@@ -19,7 +19,7 @@ import threading
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numcodecs import Zstd
@@ -30,34 +30,28 @@ _BLOCK = 2**17
 _RUN = 128
 # No copy may be shorter than 3 bytes.
 _SHORTEST = 4
-# Smaller chunks, and those with more values, zstd compresses as fast.
-_LEAST_BYTES, _BYTES_A_VALUE = 2**16, 256
+# zstd itself is as fast below these: bytes of the chunks of one call, bytes for each value in one.
+_LEAST_BYTES, _BYTES_A_VALUE = 2**21, 512
 # libzstd may read this far behind the literals.
 _MARGIN = 8
 
 _LOCAL = threading.local()
 
 #: Places in a chunk, ascending, and the values there, little endian.
-Nonzero = tuple[np.ndarray, np.ndarray]
+SparseChunk = tuple[np.ndarray, np.ndarray]
+# Sequences ``(n, 4)`` and literals of chunks one behind another, and where those of each end.
+_Parse = tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]
 
 
-class _Parse(NamedTuple):
-    """Chunks one behind another: sequences ``(n, 4)``, literals, and where those of each end."""
-
-    sequences: np.ndarray
-    literals: np.ndarray
-    ends: list[tuple[int, int]]
-
-
-def sparse_frames(chunks: Sequence[Nonzero], size: int) -> list[bytes | None]:
+def sparse_frames(chunks: Sequence[SparseChunk], size: int) -> list[bytes | None]:
     """Return a frame of each chunk; None where it is to be compressed as usual.
 
     Parameters
     ----------
     chunks
-        What is not 0 of them, all of one data type.
+        Their non-zero values, all of one data type.
     size
-        Values of a whole chunk.
+        Elements of each, zeros included.
 
     Raises
     ------
@@ -65,8 +59,8 @@ def sparse_frames(chunks: Sequence[Nonzero], size: int) -> list[bytes | None]:
         If places do not ascend.
     """
     total = size * chunks[0][1].itemsize
-    fits = [total >= max(_LEAST_BYTES, len(at) * _BYTES_A_VALUE) for at, _ in chunks]
-    library = _library() if any(fits) else None
+    fits = [len(at) * _BYTES_A_VALUE <= total for at, _ in chunks]
+    library = _library() if sum(fits) * total >= _LEAST_BYTES else None
     if library is None:
         return [None] * len(chunks)
     chosen = [chunk for chunk, fit in zip(chunks, fits, strict=True) if fit]
@@ -75,13 +69,13 @@ def sparse_frames(chunks: Sequence[Nonzero], size: int) -> list[bytes | None]:
 
 
 def _compressed(library: Any, parse: _Parse, total: int) -> list[bytes | None]:
-    """Make frames of `total` bytes; None where libzstd makes none, as of what gains nothing."""
+    """Make frames of `total` bytes; None where a block would not be smaller than its content."""
     ffi, lib = library.ffi, library.lib
     context, room = _context(library), np.empty(total, np.uint8)
-    sequences = ffi.from_buffer("ZSTD_Sequence[]", parse.sequences)
-    literals, target = ffi.from_buffer(parse.literals), ffi.from_buffer(room)
+    sequences = ffi.from_buffer("ZSTD_Sequence[]", parse[0])
+    literals, target = ffi.from_buffer(parse[1]), ffi.from_buffer(room)
     frames: list[bytes | None] = []
-    for (first, start), (last, stop) in pairwise([(0, 0), *parse.ends]):
+    for (first, start), (last, stop) in pairwise([(0, 0), *parse[2]]):
         written = lib.ZSTD_compressSequencesAndLiterals(
             context, target, total, sequences + first, last - first,
             literals + start, stop - start, stop - start + _MARGIN, total,
@@ -90,16 +84,16 @@ def _compressed(library: Any, parse: _Parse, total: int) -> list[bytes | None]:
     return frames
 
 
-def _parse(chunks: Sequence[Nonzero], size: int) -> _Parse:
+def _parse(chunks: Sequence[SparseChunk], size: int) -> _Parse:
     """Describe chunks as literals and copies."""
     item, count = chunks[0][1].itemsize, len(chunks)
     values = np.concatenate([one for _, one in chunks])
     # The low bytes of bfloat16's values are zeros: they end the run of zeros before the value.
     low = 2 if item == 4 and not (values.view(np.uint32) & 0xFFFF).any() else 0
-    start_bytes = np.concatenate([at + number * size for number, (at, _) in enumerate(chunks)])
-    start_bytes *= item
-    start_bytes += low
-    # Copies end with their block, where a piece without literals begins; any other has a value.
+    places = [at + number * size for number, (at, _) in enumerate(chunks)]
+    start_bytes = np.concatenate(places, dtype=np.int64) * item + low
+    # A piece is a value and the zeros behind it, or the zeros at a block's start: copies, too, end
+    # with their block.
     first = np.arange(0, size * item, _BLOCK)
     blocks = (first + size * item * np.arange(count)[:, None]).ravel()
     opens = np.searchsorted(start_bytes, blocks) + np.arange(len(blocks))
@@ -113,20 +107,20 @@ def _parse(chunks: Sequence[Nonzero], size: int) -> _Parse:
     zeros = np.diff(start) - width
     if (zeros < 0).any():
         raise ValueError("places of values do not ascend")
-    zeros_before = np.empty_like(zeros)
-    zeros_before[1:] = zeros[:-1]
+    zeros_before = np.roll(zeros, 1)
     zeros_before[opens[:: len(first)]] = 0  # nothing stands before a chunk
     is_long = zeros >= _RUN + _SHORTEST
     from_before = is_long & (zeros_before >= _RUN)
     # Otherwise the first zero is a literal, and is copied; up to three are all literals.
     spelt = np.where(zeros < _SHORTEST, zeros, ~from_before)
+    in_two = is_long & ~(from_before & (width == 0))
 
     # Of each piece: its first copy, the rest of it, and the end of its block.
     sequences = np.zeros((len(zeros), 3, 4), np.uint32)
     sequences[:, 0, 0] = np.where(from_before, _RUN + width, 1)
     sequences[:, 1, 0] = _RUN
-    sequences[:, 0, 2] = np.where(is_long, _RUN, zeros) - spelt
-    sequences[:, 1, 2] = np.maximum(zeros - _RUN, 0) * is_long
+    sequences[:, 0, 2] = np.where(in_two, _RUN, zeros) - spelt
+    sequences[:, 1, 2] = np.where(in_two, zeros - _RUN, 0)
     is_there = sequences[:, :, 2] > 0
     is_there[opens[1:] - 1, 2] = is_there[-1, 2] = True
     kept = np.flatnonzero(is_there)
@@ -134,13 +128,13 @@ def _parse(chunks: Sequence[Nonzero], size: int) -> _Parse:
     behind = np.cumsum(width + spelt)
     sequences[:, 1] = np.diff(behind.take(kept // 3), prepend=0)
 
-    literals = np.zeros(behind[-1] + 8, np.uint8)
+    literals = np.zeros(behind[-1] + _MARGIN, np.uint8)
     at = (behind - width - spelt)[has_value]
     for number in range(low, item):
         literals[at + (number - low)] = values.view(np.uint8)[number::item]
     last = np.append(opens[len(first) :: len(first)], len(zeros)) - 1
     ends = zip(np.searchsorted(kept, last * 3 + 3).tolist(), behind[last].tolist(), strict=True)
-    return _Parse(sequences, literals, list(ends))
+    return sequences, literals, list(ends)
 
 
 def _context(library: Any) -> Any:
@@ -149,8 +143,12 @@ def _context(library: Any) -> Any:
     if context is None:
         lib = library.lib
         context = library.ffi.gc(lib.ZSTD_createCCtx(), lib.ZSTD_freeCCtx)
+        if not context:
+            raise MemoryError("libzstd gets no memory")
         for parameter, value in (
             (lib.ZSTD_c_compressionLevel, 1),
+            # From this strategy on it weighs its tables of codes: a seventh less for few values.
+            (lib.ZSTD_c_strategy, lib.ZSTD_lazy),
             (lib.ZSTD_c_blockDelimiters, lib.ZSTD_sf_explicitBlockDelimiters),
             (lib.ZSTD_c_repcodeResolution, lib.ZSTD_ps_enable),
         ):
@@ -162,7 +160,7 @@ def _context(library: Any) -> Any:
 
 @cache
 def _library() -> Any:
-    """Return the module with libzstd's functions; None if it is not there, or makes wrong frames."""
+    """Return the module of libzstd's functions; None if it is missing or makes wrong frames."""
     try:
         library = importlib.import_module("zstandard._cffi")
         is_right = _makes_right_frames(library)
