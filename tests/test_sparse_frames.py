@@ -108,14 +108,14 @@ def test_frames_decode_to_the_dense_chunks(
     made: tuple[list[tuple[np.ndarray, np.ndarray]], int],
 ) -> None:
     chunks, size = made
-    module_frames = sparse_frames(chunks, size)
+    module_frames = sparse_frames(chunks, (1, size))
     # A chunk that libzstd cannot make smaller, as one of a few bytes, has none.
     both = [(f, c) for f, c in zip(module_frames, chunks, strict=True) if f is not None]
     check([f for f, _ in both], [c for _, c in both], size)
     if size * chunks[0][1].itemsize >= BLOCK and all(len(at) < size // 20 for at, _ in chunks):
         assert len(both) == len(chunks)
     # A frame depends on nothing but its chunk's values, and on whether all are bfloat16.
-    assert sparse_frames(chunks, size) == module_frames
+    assert sparse_frames(chunks, (1, size)) == module_frames
 
 
 def features(rng: np.random.Generator, size: int, active: int, dtype: Any) -> Any:
@@ -127,7 +127,7 @@ def features(rng: np.random.Generator, size: int, active: int, dtype: Any) -> An
 def test_chunks_as_they_are_written(dtype: Any) -> None:
     rng, size = np.random.default_rng(0), 64 * 4096
     chunks = [features(rng, size, active, dtype) for active in (0, 1, 30, 400, 1000, 400, 7, 900)]
-    frames = sparse_frames(chunks, size)
+    frames = sparse_frames(chunks, (1, size))
     check(frames, chunks, size)
     dense = [Zstd(level=1).encode(dense_of(*chunk, size)) for chunk in chunks]
     assert sum(len(frame or b"") for frame in frames) < 1.02 * sum(map(len, dense))
@@ -138,13 +138,14 @@ def test_a_frame_is_the_same_in_every_thread_and_in_any_company() -> None:
     chunks = [features(rng, size, active, np.float32) for active in (400, 30, 500, 0)]
     found: list[list[bytes | None]] = []
     threads = [
-        threading.Thread(target=lambda: found.append(sparse_frames(chunks, size))) for _ in range(3)
+        threading.Thread(target=lambda: found.append(sparse_frames(chunks, (1, size))))
+        for _ in range(3)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    found.append(sparse_frames(chunks[::-1], size)[::-1])
+    found.append(sparse_frames(chunks[::-1], (1, size))[::-1])
     assert None not in found[0]
     assert found == [found[0]] * 4
 
@@ -152,10 +153,24 @@ def test_a_frame_is_the_same_in_every_thread_and_in_any_company() -> None:
 def test_dense_chunks_and_small_amounts_are_left_to_zstd() -> None:
     rng, size = np.random.default_rng(2), 64 * 4096
     some, many = (features(rng, size, active, np.float32) for active in (400, 5000))
-    frames = sparse_frames([some, many, some, some], size)
+    frames = sparse_frames([some, many, some, some], (64, 4096))
     assert [frame is None for frame in frames] == [False, True, False, False]
-    assert sparse_frames([some], size) == [None]
-    assert sparse_frames([(at[:3], values[:3]) for at, values in [some] * 8], 4096) == [None] * 8
+    assert sparse_frames([some], (64, 4096)) == [None]
+    assert (
+        sparse_frames([(at[:3], values[:3]) for at, values in [some] * 8], (1, 4096)) == [None] * 8
+    )
+
+
+@pytest.mark.parametrize(("share", "is_left"), [(0.5, False), (0.9, True)])
+def test_rows_that_repeat_are_left_to_zstd(share: float, is_left: bool) -> None:
+    rng, dense = np.random.default_rng(4), np.zeros((64, 4096), np.float32)
+    columns = rng.choice(4096, 20, replace=False)
+    for row in dense:
+        columns = np.where(rng.random(20) < share, columns, rng.choice(4096, 20))
+        row[columns] = rng.gamma(2.0, size=20) + 0.3
+    at = np.flatnonzero(dense)
+    frames = sparse_frames([(at, dense.reshape(-1)[at])] * 2, dense.shape)
+    assert [frame is None for frame in frames] == [is_left] * 2
 
 
 @pytest.mark.usefixtures("every_chunk")
@@ -163,7 +178,7 @@ def test_dense_chunks_and_small_amounts_are_left_to_zstd() -> None:
 def test_places_that_do_not_ascend_are_refused(places: list[int]) -> None:
     chunk = np.array(places), np.ones(len(places), np.float32)
     with pytest.raises(ValueError, match="do not ascend"):
-        sparse_frames([chunk], 2**17)
+        sparse_frames([chunk], (1, 2**17))
 
 
 # --- without the library -----------------------------------------------------------------------

@@ -135,7 +135,7 @@ def _encode_nonzeros(
         for at, values, places in parts:
             here = slice(*places[down : down + 2])
             chunks.append((at[here] - start * columns, values[here]))
-        for chunk, frame in zip(chunks, sparse_frames(chunks, step * columns), strict=True):
+        for chunk, frame in zip(chunks, sparse_frames(chunks, (step, columns)), strict=True):
             yield _encode_dense(encoding, dtype, *chunk) if frame is None else with_checksum(frame)
 
 

@@ -15,6 +15,7 @@ zstd's own frames, from 128 bytes as long.
 from __future__ import annotations
 
 import importlib
+import math
 import threading
 from collections.abc import Sequence
 from functools import cache
@@ -32,6 +33,8 @@ _RUN = 128
 _SHORTEST = 4
 # zstd itself is as fast below these: bytes of the chunks of one call, bytes for each value in one.
 _LEAST_BYTES, _BYTES_A_VALUE = 2**21, 512
+# Share of values that stand right below another; from here on frames are larger than zstd's own.
+_MOST_REPEATED = 0.7
 # libzstd may read this far behind the literals.
 _MARGIN = 8
 
@@ -43,29 +46,36 @@ SparseChunk = tuple[np.ndarray, np.ndarray]
 _Parse = tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]
 
 
-def sparse_frames(chunks: Sequence[SparseChunk], size: int) -> list[bytes | None]:
+def sparse_frames(chunks: Sequence[SparseChunk], shape: tuple[int, int]) -> list[bytes | None]:
     """Return a frame of each chunk; None where it is to be compressed as usual.
 
     Parameters
     ----------
     chunks
         Their non-zero values, all of one data type.
-    size
-        Elements of each, zeros included.
+    shape
+        Rows and columns of each.
 
     Raises
     ------
     ValueError
         If places do not ascend.
     """
-    total = size * chunks[0][1].itemsize
+    size, total = math.prod(shape), math.prod(shape) * chunks[0][1].itemsize
     fits = [len(at) * _BYTES_A_VALUE <= total for at, _ in chunks]
     library = _library() if sum(fits) * total >= _LEAST_BYTES else None
-    if library is None:
-        return [None] * len(chunks)
     chosen = [chunk for chunk, fit in zip(chunks, fits, strict=True) if fit]
+    if library is None or _repeats_rows(max((at for at, _ in chosen), key=len), shape[1]):
+        return [None] * len(chunks)
     frames = iter(_compressed(library, _parse(chosen, size), total))
     return [next(frames) if fit else None for fit in fits]
+
+
+def _repeats_rows(at: np.ndarray, columns: int) -> bool:
+    """Whether most values stand below others: then zstd finds longer copies, from a row back."""
+    above = at - columns
+    found = np.append(at, -1)[np.searchsorted(at, above)] == above
+    return bool(np.count_nonzero(found) > _MOST_REPEATED * len(at))
 
 
 def _compressed(library: Any, parse: _Parse, total: int) -> list[bytes | None]:
