@@ -23,6 +23,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import tensorstore
@@ -47,10 +48,10 @@ from zarrtrace.records import (
     TokensRecord,
     TracePlan,
 )
-from zarrtrace.store import TraceWriter
+from zarrtrace.store import TraceWriter, chunks
 
 FEATURES, FEATURE, KEYS = 32_768, 14_826, slice(51, 54)
-NAME = "bench"
+NAME, SEARCHED = "bench", "searched"
 
 
 class Case(NamedTuple):
@@ -158,6 +159,12 @@ def write_trace(folder: Path, case: Case, found: list[LayerRecord | TokensRecord
     with TraceWriter(folder, plan(case)) as writer:
         for record in found:
             writer.append(record)
+
+
+def write_searched(folder: Path, case: Case, found: list[LayerRecord | TokensRecord]) -> None:
+    """Write the records as a trace of which zstd searches all chunks, as without zstandard."""
+    with mock.patch.object(chunks, "sparse_frames", lambda parts, _: [None] * len(parts)):
+        write_trace(folder, case, found)
 
 
 def write_npz(folder: Path, found: list[LayerRecord | TokensRecord]) -> None:
@@ -297,10 +304,16 @@ class Measured(NamedTuple):
 def measure(folder: Path, case: Case, repeats: int) -> Measured:
     """Write both, compare what all readers read, and time them."""
     found = records(case)
-    writing = medians({"trace": partial(write_trace, folder, case, found)}, repeats)
-    writing |= medians({NPZ: partial(write_npz, folder, found)}, 1)
+    writers = {
+        "trace": partial(write_trace, folder, case, found),
+        SEARCHED: partial(write_searched, folder / SEARCHED, case, found),
+    }
+    writing = medians(writers, repeats) | medians({NPZ: partial(write_npz, folder, found)}, 1)
     del found
-    size = {"trace": size_of(folder / NAME), NPZ: size_of(folder / "npz")}
+    size = {
+        name: size_of(folder / path)
+        for name, path in (("trace", NAME), (SEARCHED, f"{SEARCHED}/{NAME}"), (NPZ, "npz"))
+    }
     opening = medians({name: partial(one.open, folder) for name, one in READERS.items()}, repeats)
     opened = {name: one.open(folder) for name, one in READERS.items()}
     reading = {}
@@ -338,6 +351,9 @@ def report(case: Case, found: Measured) -> None:
         end="",
     )
     print(f"{found.writing['trace']:.0f} CPU ms, NPZ in {found.writing[NPZ]:.0f}", flush=True)
+    ratio = found.size[SEARCHED] / ours
+    print(f"If zstd searches all chunks: {ratio:.4f} as large, ", end="")
+    print(f"written in {found.writing[SEARCHED]:.0f} CPU ms", flush=True)
 
 
 def main() -> None:

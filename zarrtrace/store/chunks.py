@@ -23,7 +23,14 @@ import numpy as np
 from zarrtrace.format.layout import ROWS, ArrayLayout
 from zarrtrace.records import BFloat16, Nonzeros
 from zarrtrace.storage.location import Location
-from zarrtrace.store.codecs import CRC_BYTES, FINGERPRINT_BYTES, ArrayEncoding, checked
+from zarrtrace.store.codecs import (
+    CRC_BYTES,
+    FINGERPRINT_BYTES,
+    ArrayEncoding,
+    checked,
+    with_checksum,
+)
+from zarrtrace.store.sparse_frames import sparse_frames
 
 #: Offset and length of a chunk that is not stored.
 ABSENT = 2**64 - 1
@@ -96,7 +103,7 @@ def encode_rows(
         Values without the dimension of layers, from the first row of a chunk on.
     """
     if isinstance(rows, Nonzeros):
-        yield from map(encoding.encode, _dense_chunks(layout, rows))
+        yield from _encode_nonzeros(layout, encoding, rows)
         return
     axis = layout.row_axis - 1
     sizes, steps = rows.shape, layout.chunks[1:]
@@ -109,34 +116,46 @@ def encode_rows(
             yield encoding.encode(rows[tuple(part)])
 
 
-def _dense_chunks(layout: ArrayLayout, rows: Nonzeros) -> Iterator[np.ndarray]:
-    """Yield the chunks of sparse rows; each is valid until the next.
-
-    One chunk's memory is filled and cleared again and again: to make all rows dense first takes
-    longer than to compress them. Each thread keeps its own, for fresh memory costs time, too.
-    """
+def _encode_nonzeros(
+    layout: ArrayLayout, encoding: ArrayEncoding, rows: Nonzeros
+) -> Iterator[bytes]:
+    """Encode the chunks of sparse rows; those that hold many values are made dense first."""
     (_, step, columns), (tokens, _) = layout.chunks, rows.shape
     if columns != rows.columns:
         raise ValueError(f"blocks of {rows.columns} features, not {columns}")
     starts = range(0, tokens, step)
     ends = np.array([*starts, tokens]) * columns
+    dtype = np.dtype(layout.dtype).newbyteorder("<")
     parts = [
-        (at, values, np.searchsorted(at, ends).tolist())
+        (at, values.astype(dtype, copy=False), np.searchsorted(at, ends).tolist())
         for at, values in zip(rows.at, rows.values, strict=True)
     ]
-    shape, dtype = (1, step, columns), np.dtype(layout.dtype).newbyteorder("<")
-    memory: np.ndarray | None = _LOCAL.__dict__.pop("zeros", None)
-    if memory is None or memory.shape != shape or memory.dtype != dtype:
-        memory = np.zeros(shape, dtype)
-    flat = memory.reshape(-1)
     for down, start in enumerate(starts):
+        chunks = []
         for at, values, places in parts:
             here = slice(*places[down : down + 2])
-            filled = at[here] - start * columns
-            flat[filled] = values[here]
-            yield memory
-            flat[filled] = 0
+            chunks.append((at[here] - start * columns, values[here]))
+        for chunk, frame in zip(chunks, sparse_frames(chunks, (step, columns)), strict=True):
+            yield _encode_dense(encoding, dtype, *chunk) if frame is None else with_checksum(frame)
+
+
+def _encode_dense(
+    encoding: ArrayEncoding, dtype: np.dtype[Any], at: np.ndarray, values: np.ndarray
+) -> bytes:
+    """Encode a chunk by its values that are not 0.
+
+    One chunk's memory is filled and cleared again and again: to make all rows dense first takes
+    longer than to compress them. Each thread keeps its own, for fresh memory costs time, too.
+    """
+    memory: np.ndarray | None = _LOCAL.__dict__.pop("zeros", None)
+    if memory is None or memory.shape != encoding.chunks or memory.dtype != dtype:
+        memory = np.zeros(encoding.chunks, dtype)
+    flat = memory.reshape(-1)
+    flat[at] = values
+    encoded = encoding.encode(memory)
+    flat[at] = 0
     _LOCAL.zeros = memory  # unless something failed before: then it may hold values
+    return encoded
 
 
 # --- whole files -------------------------------------------------------------------------------

@@ -152,8 +152,7 @@ class ArrayEncoding:
             content = padded
         if self.is_text:
             content = VLenUTF8().encode(content)
-        compressed = bytes(self._compressor.encode(content))
-        return compressed + int(google_crc32c.value(compressed)).to_bytes(CRC_BYTES, "little")
+        return with_checksum(bytes(self._compressor.encode(content)))
 
     def decode(self, content: bytes) -> np.ndarray:
         """Decode a chunk; the values are valid until this thread decodes the next.
@@ -246,6 +245,11 @@ def _compressor(codec: Mapping[str, Any], itemsize: int) -> Any:
 def _plain(codecs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Leave out configurations that are empty."""
     return [{k: v for k, v in codec.items() if k == "name" or v} for codec in codecs]
+
+
+def with_checksum(compressed: bytes) -> bytes:
+    """Return a compressed chunk as it is stored."""
+    return compressed + int(google_crc32c.value(compressed)).to_bytes(CRC_BYTES, "little")
 
 
 def checked(content: bytes | memoryview) -> memoryview:
