@@ -6,7 +6,6 @@ import contextlib
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -19,7 +18,7 @@ from zarrtrace.records import BFloat16, LayerRecord, Nonzeros, TokensRecord, Tra
 from zarrtrace.storage import Address, Location, disk, locate
 from zarrtrace.store.chunks import encode_rows
 from zarrtrace.store.damage import check_sizes
-from zarrtrace.store.metadata import read_scenario
+from zarrtrace.store.metadata import array_metadata, read_scenario
 from zarrtrace.store.publish import end_publishing, publish_folder
 from zarrtrace.store.repair import SoundParts, sound_parts
 from zarrtrace.store.staged import StagedTrace, staging_folder
@@ -59,11 +58,14 @@ class TraceWriter:
         folder = staging_folder(run) / plan.attributes.scenario
         # On a disk the run that holds the folder was compared with what is asked for.
         settings = "" if run.path is not None else plan.settings
-        self._staged = StagedTrace(folder, self._attributes, self._layouts, settings)
+        self._expected = {n: self._arrays_of_layer(n, plan) for n in self._attributes.layers}
+        nodes = {name: array_metadata(layout) for name, layout in self._layouts.items()}
+        self._staged = StagedTrace(folder, self._attributes, nodes, self._expected, settings)
         self._mutex = threading.Lock()
         self._begun, self._allow_nonfinite = False, allow_nonfinite
+        # A damaged trace that is there, and what of it is sound.
+        self._replaces = False
         self._source: SoundParts | None = None
-        self._expected = {n: self._arrays_of_layer(n, plan) for n in self._attributes.layers}
         # Encoded rows that wait, by array and layer: number of rows and chunks, by first row.
         self._waiting: dict[tuple[str, int], dict[int, tuple[int, list[bytes]]]] = {}
         self._nonfinite: dict[int, list[str]] = {}
@@ -73,17 +75,18 @@ class TraceWriter:
                 end_publishing(folder, self.path.path)
             self._is_published = self._open(repair=repair)
             if not self._is_published and self._source is None:
-                self._begun = self._staged.resume(self._coordinates, self._expected)
+                self._begun = self._staged.resume(self._coordinates)
 
     def _open(self, *, repair: bool) -> bool:
         """Whether the trace is there, complete; notes its sound parts if it is to be repaired."""
         if not (self.path / "zarr.json").is_file():
             return False
-        if repair:
-            self._source = sound_parts(self.path, self._attributes, self._layouts)
-            return self._source.is_whole
-        check_sizes(read_scenario(self.path.parent, self.path.name))
-        return True
+        if not repair:
+            check_sizes(read_scenario(self.path.parent, self.path.name))
+            return True
+        self._source = sound_parts(self.path, self._attributes, self._layouts)
+        self._replaces = True
+        return self._source is not None and self._source.is_whole
 
     # --- what is left to write -----------------------------------------------------------------
 
@@ -91,8 +94,7 @@ class TraceWriter:
     def _stored(self) -> set[int]:
         if self._is_published:
             return set(self._attributes.layers)
-        sound = set() if self._source is None else self._source.layers
-        return {*self._staged.layers, *sound}
+        return {*self._staged.stored.layers, *(self._source.layers if self._source else ())}
 
     @property
     def missing_layers(self) -> tuple[int, ...]:
@@ -103,9 +105,10 @@ class TraceWriter:
     @property
     def needs_tokens(self) -> bool:
         """Whether the next-token arrays are left to write."""
-        if "next_token" not in self._layouts or self._is_published or self._staged.has_tokens:
+        if "next_token" not in self._layouts or self._is_published:
             return False
-        return self._source is None or not self._source.has_tokens
+        is_sound = self._source is not None and self._source.has_tokens
+        return not is_sound and not self._staged.stored.has_tokens
 
     @property
     def is_published(self) -> bool:
@@ -196,19 +199,17 @@ class TraceWriter:
 
     def _begin(self) -> None:
         if not self._begun:
-            versions = None if self._source is None else self._source.versions
+            versions = self._source.trace.attributes.versions if self._source else {}
             self._staged.create(self._coordinates, versions)
             self._begun = True
-            self._append_next()  # sound layers of a trace that is repaired
 
     def _append_next(self) -> None:
         """Append what is there of the next layers, in their order."""
-        for layer in self._attributes.layers[len(self._staged.layers) :]:
+        for layer in self._attributes.layers[len(self._staged.stored.layers) :]:
+            expected = self._expected[layer]
             if self._source is not None and layer in self._source.layers:
                 self._copy(self._source, layer)
-                continue
-            expected = self._expected[layer]
-            if layer not in self._nonfinite:  # no record of it has come
+            elif layer not in self._nonfinite:  # no record of it has come
                 return
             for name, rows in expected.items():
                 waiting = self._waiting.get((name, layer), {})
@@ -219,8 +220,7 @@ class TraceWriter:
                     del waiting[start]
             if any(self._rows.get(name, 0) < rows for name, rows in expected.items()):
                 return
-            found = dict.fromkeys(self._nonfinite[layer])
-            self._staged.end_layer(layer, list(expected), list(found))
+            self._staged.end_layer(layer, list(dict.fromkeys(self._nonfinite[layer])))
             del self._nonfinite[layer]
             self._rows.clear()
             for name in expected:
@@ -228,11 +228,12 @@ class TraceWriter:
 
     def _copy(self, source: SoundParts, layer: int) -> None:
         """Copy the chunks of a layer from the trace that is repaired."""
-        names = list(self._expected[layer])
-        for name in names:
-            self._staged.append(name, layer, source.chunks(name, layer))
-        nonfinite = [name for name in names if layer in source.nonfinite.get(name, ())]
-        self._staged.end_layer(layer, names, nonfinite)
+        for name, rows in self._expected[layer].items():
+            if name not in self._rows:  # else it was copied before the disk was full
+                self._staged.append(name, layer, source.chunks(name, layer))
+                self._rows[name] = rows
+        known = source.trace.attributes.nonfinite
+        self._nonfinite[layer] = [n for n in self._expected[layer] if layer in known.get(n, ())]
 
     def _append_tokens(self, record: TokensRecord) -> None:
         values = {
@@ -268,7 +269,8 @@ class TraceWriter:
         with disk.explained(self.path), self._mutex:
             self._begin()
             self._append_next()
-            if self._source is not None and not self._staged.has_tokens and self._source.has_tokens:
+            has_tokens = self._staged.stored.has_tokens
+            if self._source is not None and self._source.has_tokens and not has_tokens:
                 self._staged.add_tokens(*self._source.tokens())
             self._staged.complete()
 
@@ -280,7 +282,7 @@ class TraceWriter:
             if self.path.path is not None:
                 self._staged.end()  # an upload that is interrupted still needs the journal
                 publish_folder(self._staged.folder, self.path)
-            elif self._source is None and (self.path / "zarr.json").is_file():
+            elif not self._replaces and (self.path / "zarr.json").is_file():
                 # Another writer of the same command was faster: its trace is whole.
                 disk.remove_folder(self._staged.folder)
             else:
@@ -288,7 +290,7 @@ class TraceWriter:
         self._is_published = True
         # A run may have thousands of traces.
         self._waiting, self._source = {}, None
-        self._staged = StagedTrace(self._staged.folder, self._attributes, {})
+        self._staged = StagedTrace(self._staged.folder, self._attributes, {}, {})
 
     def finish(self) -> None:
         """Complete the trace, have the disk hold it, and publish it.
@@ -310,12 +312,7 @@ class TraceWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.finish()
 
