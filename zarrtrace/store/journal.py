@@ -7,7 +7,7 @@ first line holds the trace's metadata. The first line that does not hold ends th
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from zarrtrace.errors import IntegrityError
 from zarrtrace.format.attributes import TraceAttributes
 from zarrtrace.format.layout import NEXT_TOKEN, ROWS
 from zarrtrace.storage import disk
-from zarrtrace.store.chunks import Checksum, LayerGrid, file_keys
+from zarrtrace.store.chunks import LayerGrid, file_keys
 from zarrtrace.store.codecs import CRC_BYTES
-from zarrtrace.store.metadata import NONSENSE, Group, parse_checksums
+from zarrtrace.store.metadata import NONSENSE, Group
 
 #: Name of the file, beside the arrays of the trace.
 JOURNAL = "journal"
@@ -29,8 +29,6 @@ JOURNAL = "journal"
 Line = dict[str, Any]
 #: A file of a trace: its array and its key.
 FileId = tuple[str, str]
-#: Checksums of files, by array and key.
-Files = dict[str, dict[str, Checksum]]
 
 
 @dataclass
@@ -42,22 +40,20 @@ class StoredParts:
     layers
         Layers of which all is stored, in order.
     chunks
-        Number in its file, length and CRC-32C of each chunk ``(chunk, 3)``, by file.
-    files
-        Checksums of the files of arrays without layers, by array and key.
+        Number in its file, length and CRC-32C of each chunk ``(chunk, 3)``, by file; but for
+        coordinates, which are stored before all others.
     nonfinite
         Layers by array in which the model computed NaN or infinity.
     """
 
     layers: list[int] = field(default_factory=list)
     chunks: dict[FileId, np.ndarray] = field(default_factory=dict)
-    files: Files = field(default_factory=dict)
     nonfinite: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def has_tokens(self) -> bool:
         """Whether the next-token arrays are stored."""
-        return not self.files.keys().isdisjoint(NEXT_TOKEN)
+        return any(name in NEXT_TOKEN for name, _ in self.chunks)
 
     def size(self, file: FileId) -> int:
         """Return how many bytes the chunks of a file have."""
@@ -69,73 +65,102 @@ class StoredParts:
         for file, chunks in others.chunks.items():
             known = self.chunks.get(file)
             self.chunks[file] = chunks if known is None else np.concatenate([known, chunks])
-        self.files |= others.files
         for name, layers in others.nonfinite.items():
             self.nonfinite.setdefault(name, []).extend(layers)
 
 
 def chunk_places(
-    trace: Group[TraceAttributes], name: str, layer: int, first: int = 0
+    trace: Group[TraceAttributes], name: str, layer: int | None, first: int = 0
 ) -> Iterator[tuple[str, int]]:
-    """Return key of the file and number in it of each chunk of a layer, from the first on.
+    """Return key of the file and number in it of each chunk of an array, from the first on.
+
+    Parameters
+    ----------
+    layer
+        Which of its layers; None for an array that has none.
 
     Raises
     ------
     ValueError
         If the array has no such layer.
     """
-    dims = trace.nodes[name]["dimension_names"]
-    if not trace.encodings[name].is_sharded or {*dims}.isdisjoint(ROWS):
-        raise ValueError(f"{name!r} has no layers")
-    grid = LayerGrid(dims, trace.encodings[name])
-    place = trace.attributes.layers_of(dims[0]).index(layer)
+    dims, encoding = trace.nodes[name]["dimension_names"], trace.encodings[name]
+    if encoding.is_sharded != (layer is not None) or {*dims}.isdisjoint(ROWS):
+        raise ValueError(f"{name!r} has no layer {layer}")
+    if layer is None:
+        return ((key, 0) for key in file_keys(encoding)[first:])
+    grid, place = LayerGrid(dims, encoding), trace.attributes.layers_of(dims[0]).index(layer)
     return (grid.file_of(place, number) for number in range(first, grid.count))
 
 
 # --- lines -------------------------------------------------------------------------------------
 
 
-def parse_line(
+def replay(
+    lines: Iterable[Line],
+    trace: Group[TraceAttributes],
+    stored: StoredParts,
+    *,
+    expected: Mapping[int, Collection[str]] | None = None,
+    is_there: Callable[[StoredParts], bool] = lambda _: True,
+) -> list[Line]:
+    """Add the parts that lines name, up to the first line that does not hold.
+
+    Parameters
+    ----------
+    lines
+        Lines of the journal behind the first.
+    trace
+        The trace, as the first line describes it.
+    stored
+        The parts that are stored; the others are added to it.
+    expected
+        The arrays that each layer has; None if only the journal says that.
+    is_there
+        Whether files hold the parts of a line.
+
+    Returns
+    -------
+    list
+        The lines that hold.
+    """
+    kept = []
+    for line in lines:
+        try:
+            found = parts_of(line, trace, stored, expected)
+        except NONSENSE:  # nobody wrote such a line
+            break
+        if not is_there(found):
+            break
+        stored.add(found)
+        kept.append(line)
+    return kept
+
+
+def parts_of(
     line: Line,
     trace: Group[TraceAttributes],
     stored: StoredParts,
     expected: Mapping[int, Collection[str]] | None = None,
-) -> StoredParts | None:
-    """Return the parts that a line names; None if no such line was written.
-
-    Parameters
-    ----------
-    line
-        A line of the journal behind the first.
-    trace
-        The trace, as the first line describes it.
-    stored
-        The parts that the lines before it name.
-    expected
-        The arrays that each layer has; None if only the journal says that.
-    """
-    try:
-        if "layer" in line:
-            return _parse_layer(line, trace, stored, expected)
-        return _parse_tokens(line, trace, stored)
-    except NONSENSE:
-        return None
-
-
-def _parse_layer(
-    line: Line,
-    trace: Group[TraceAttributes],
-    stored: StoredParts,
-    expected: Mapping[int, Collection[str]] | None,
 ) -> StoredParts:
-    layer, by_array = line["layer"], line["chunks"]
-    # Chunks stand in the order of layers: no other layer can have come next.
-    if type(layer) is not int or layer != trace.attributes.layers[len(stored.layers)]:
-        raise ValueError(f"layer {layer!r}")
-    if expected is not None and by_array.keys() != {*expected[layer]}:
-        raise ValueError(f"arrays {sorted(by_array)}")
-    found = StoredParts([layer], nonfinite=_nonfinite(line, by_array, [layer]))
-    for name, chunks in by_array.items():
+    """Return the parts that a line names, for the parameters of :func:`replay`.
+
+    Raises
+    ------
+    ValueError, LookupError, TypeError, AttributeError, OverflowError
+        If no such line was written.
+    """
+    layer, arrays = line.get("layer"), line["chunks"]
+    if layer is None:
+        layers, names = [], trace.nodes.keys() & NEXT_TOKEN
+        is_next = not stored.has_tokens
+    else:  # chunks stand in the order of layers: no other layer can have come next
+        layers, names = [layer], {*(arrays if expected is None else expected[layer])}
+        is_next = type(layer) is int and layer == trace.attributes.layers[len(stored.layers)]
+    if not is_next or arrays.keys() != names or not names.issuperset(line["nonfinite"]):
+        raise ValueError(f"no such line can follow: layer {layer!r}, arrays {sorted(arrays)}")
+    found = StoredParts(layers, nonfinite={name: [*layers] for name in line["nonfinite"]})
+    for name, chunks in arrays.items():
         for length, crc in chunks:
             if type(length) is not int or type(crc) is not int:
                 raise TypeError(f"chunk {length!r}, {crc!r}")
@@ -143,22 +168,6 @@ def _parse_layer(
                 raise ValueError(f"chunk {length}, {crc}")
         found.chunks |= by_file(name, chunk_places(trace, name, layer), chunks)
     return found
-
-
-def _parse_tokens(line: Line, trace: Group[TraceAttributes], stored: StoredParts) -> StoredParts:
-    files = {name: parse_checksums(of_array) for name, of_array in line["files"].items()}
-    known = {
-        name: file_keys(trace.encodings[name]) for name in NEXT_TOKEN if name in trace.encodings
-    }
-    if stored.has_tokens or {name: list(of_array) for name, of_array in files.items()} != known:
-        raise ValueError(f"files {files}")
-    return StoredParts(files=files, nonfinite=_nonfinite(line, files, []))
-
-
-def _nonfinite(line: Line, names: Collection[str], layers: list[int]) -> dict[str, list[int]]:
-    if not set(line["nonfinite"]) <= set(names):
-        raise ValueError(f"nonfinite {line['nonfinite']}")
-    return {name: list(layers) for name in line["nonfinite"]}
 
 
 def by_file(

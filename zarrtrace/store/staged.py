@@ -13,9 +13,7 @@ import json
 import os
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -27,9 +25,7 @@ from zarrtrace.storage import Location, disk, locate
 from zarrtrace.storage.locks import FileLock
 from zarrtrace.store.chunks import (
     Checksum,
-    Checksums,
     FileIndex,
-    crc_of,
     encode_file,
     file_keys,
     index_entries,
@@ -38,15 +34,14 @@ from zarrtrace.store.chunks import (
 from zarrtrace.store.codecs import CRC_BYTES, ArrayEncoding
 from zarrtrace.store.journal import (
     JOURNAL,
-    FileId,
-    Files,
     Line,
     StoredParts,
     by_file,
     chunk_places,
     encode_line,
-    parse_line,
+    parts_of,
     read_lines,
+    replay,
 )
 from zarrtrace.store.metadata import (
     CHECKSUMS,
@@ -80,7 +75,7 @@ class StagedTrace:
     folder
         Where they are; :meth:`resume` or :meth:`create` makes it ready.
     attributes, nodes
-        Attributes of the trace, and metadata of its arrays without checksums.
+        Attributes of the trace, and metadata of its arrays; checksums are entered into it.
     expected
         The arrays that each layer has.
     settings
@@ -111,6 +106,8 @@ class StagedTrace:
         self.stored = StoredParts()
         # Length and CRC-32C of the chunks that the next layer has already, by array.
         self._next_layer: dict[str, list[tuple[int, int]]] = {}
+        self._versions: Mapping[str, str] = {}
+        self._journal_bytes = 0
 
     # --- beginning -----------------------------------------------------------------------------
 
@@ -128,7 +125,7 @@ class StagedTrace:
         self._clear()
         for name in self._trace.nodes:
             (self.folder / name).mkdir(parents=True)
-        self.stored.files |= self._write_whole(coordinates)
+        self._write_coordinates(coordinates)
         self._write_journal(versions, [])
 
     def resume(self, coordinates: Mapping[str, np.ndarray]) -> bool:
@@ -152,94 +149,82 @@ class StagedTrace:
         return is_there
 
     def _resume(self, coordinates: Mapping[str, np.ndarray]) -> bool:
-        lines, kept = read_lines(self.folder), []
+        lines = read_lines(self.folder)
         if (header := next(lines, None)) is None:
             return False
         if any(path.is_symlink() for path in self.folder.rglob("*")):
             return False  # what is appended must not go elsewhere
-        contents, self.stored.files = self._encode(coordinates)
+        self._write_coordinates(coordinates)
         versions = TraceAttributes.model_validate(header["attributes"]).versions
-        expected = self._trace.attributes.model_copy(update={"versions": versions})
-        if header != json.loads(json.dumps(self._header(expected))) or any(
-            self._read(*file) != content for file, content in contents.items()
-        ):
+        if header != json.loads(json.dumps(self._header(versions))):
             return False
-        for line in lines:
-            found = parse_line(line, self._trace, self.stored, self._expected)
-            if found is None or not self._is_there(found):
-                break
-            self.stored.add(found)
-            kept.append(line)
+        kept = replay(
+            lines, self._trace, self.stored, expected=self._expected, is_there=self._is_there
+        )
         self._cut_files()
         self._write_journal(versions, kept)
         return True
 
-    def _header(self, attributes: TraceAttributes) -> Line:
+    def _write_coordinates(self, coordinates: Mapping[str, np.ndarray]) -> None:
+        for name, values in coordinates.items():
+            written = self._write_whole(name, values)
+            checksums = {key: _checksum(*pair) for key, pair in written.items()}
+            self._trace.nodes[name]["attributes"][CHECKSUMS] = checksums
+
+    def _header(self, versions: Mapping[str, str]) -> Line:
         """Return the first line of the journal."""
+        plain = self._trace.attributes.model_dump(mode="json", exclude={"seal", "nonfinite"})
         return {
-            "attributes": attributes.model_dump(mode="json", exclude={"seal", "nonfinite"}),
+            "attributes": {**plain, "versions": versions},
             "arrays": self._trace.nodes,
             "settings": self._settings,
-            "files": self.stored.files,
         }
 
     def _write_journal(self, versions: Mapping[str, str], lines: Iterable[Line]) -> None:
         """Write the first line, which names today's libraries after those before, and others."""
-        attributes = self._trace.attributes
-        update = {"versions": combined_versions(versions, attributes.versions)}
-        attributes = attributes.model_copy(update=update)
-        content = b"".join(map(encode_line, [self._header(attributes), *lines]))
+        self._versions = combined_versions(versions, self._trace.attributes.versions)
+        content = b"".join(map(encode_line, [self._header(self._versions), *lines]))
         disk.write_whole(self.folder / JOURNAL, content)
-        self._trace, self._journal_bytes = replace(self._trace, attributes=attributes), len(content)
-
-    def _read(self, name: str, key: str) -> bytes:
-        try:
-            return disk.Disk().get(str(self.folder / name / key)).data
-        except FileNotFoundError:
-            return b""
+        self._journal_bytes = len(content)
 
     def _is_there(self, parts: StoredParts) -> bool:
         """Whether files hold the bytes that a line of the journal names."""
-        for (name, key), chunks in parts.chunks.items():
-            start = self.stored.size((name, key))
+        for file, chunks in parts.chunks.items():
+            start = self.stored.size(file)
             ends = list(itertools.accumulate(chunks[:, 1].tolist(), initial=start))
             try:
-                file = str(self.folder / name / key)
-                contents = disk.Disk().get_ranges(file, list(itertools.pairwise(ends)))
+                path = str(self.folder.joinpath(*file))
+                contents = disk.Disk().get_ranges(path, list(itertools.pairwise(ends)))
             except FileNotFoundError:
                 return False
             for content, (_, length, crc) in zip(contents, chunks.tolist(), strict=True):
-                if not _is_written(content, Checksum(length, f"{crc:08x}")):
+                crc_now = google_crc32c.value(content[:-CRC_BYTES])
+                if _pair(content) != (length, crc) or crc_now != crc:
                     return False
-        return all(
-            _is_written(self._read(name, key), written)
-            for name, files in parts.files.items()
-            for key, written in files.items()
-        )
+        return True
 
     def _cut_files(self) -> None:
         """Cut off what was written after the last line of the journal that holds."""
         for path in self.folder.iterdir():
             if path.name not in self._trace.nodes and path.name != JOURNAL:
                 path.unlink()
-        for name in self._trace.nodes:
+        for name, node in self._trace.nodes.items():
             for file in (self.folder / name).iterdir():
                 if size := self.stored.size((name, file.name)):
                     os.truncate(file, size)
-                elif file.name not in self.stored.files.get(name, {}):
+                elif file.name not in node["attributes"][CHECKSUMS]:
                     file.unlink()
 
     # --- adding --------------------------------------------------------------------------------
 
     def append(self, name: str, layer: int, chunks: Sequence[bytes]) -> None:
         """Append the next chunks of a layer to their files."""
-        known = self._next_layer.setdefault(name, [])
-        added = [(len(one), int.from_bytes(one[-CRC_BYTES:], "little")) for one in chunks]
+        known, added = self._next_layer.setdefault(name, []), list(map(_pair, chunks))
         places = itertools.islice(chunk_places(self._trace, name, layer, len(known)), len(added))
         parts, rest = StoredParts(chunks=by_file(name, places, added)), iter(chunks)
-        for (_, key), of_file in parts.chunks.items():
+        for file, of_file in parts.chunks.items():
             contents = list(itertools.islice(rest, len(of_file)))
-            disk.append(self.folder / name / key, contents, self.stored.size((name, key)))
+            disk.append(self.folder.joinpath(*file), contents, self.stored.size(file))
         self.stored.add(parts)
         known += added
 
@@ -252,9 +237,11 @@ class StagedTrace:
 
     def add_tokens(self, values: Mapping[str, np.ndarray], nonfinite: Sequence[str]) -> None:
         """Write the next-token arrays, and enter them in the journal."""
-        files = self._write_whole(values)
-        self._enter({"files": files, "nonfinite": nonfinite})
-        self.stored.add(StoredParts(files=files, nonfinite={name: [] for name in nonfinite}))
+        written = {name: self._write_whole(name, value) for name, value in values.items()}
+        chunks = {name: list(pairs.values()) for name, pairs in written.items()}
+        line: Line = {"chunks": chunks, "nonfinite": nonfinite}
+        self._enter(line)
+        self.stored.add(parts_of(line, self._trace, self.stored))
 
     def _enter(self, line: Line) -> None:
         """Append a line to the journal."""
@@ -262,42 +249,35 @@ class StagedTrace:
         disk.append(self.folder / JOURNAL, [content], self._journal_bytes)
         self._journal_bytes += len(content)
 
-    def _write_whole(self, arrays: Mapping[str, np.ndarray]) -> Files:
-        """Write all files of arrays that have no layers; returns their checksums."""
-        contents, checksums = self._encode(arrays)
-        for (name, key), content in contents.items():
+    def _write_whole(self, name: str, values: np.ndarray) -> dict[str, tuple[int, int]]:
+        """Write an array that has no layers; returns length and CRC-32C of each file by key."""
+        encoding, written = self.encodings[name], {}
+        rows = encoding.file_shape[0]
+        for number, key in enumerate(file_keys(encoding)):
+            content, _ = encode_file(encoding, values[number * rows : (number + 1) * rows])
             disk.write_whole(self.folder / name / key, content)
-        return checksums
-
-    def _encode(self, arrays: Mapping[str, np.ndarray]) -> tuple[dict[FileId, bytes], Files]:
-        """Return content and checksum of all files of arrays that have no layers."""
-        contents: dict[FileId, bytes] = {}
-        checksums: Files = {name: {} for name in arrays}
-        for name, values in arrays.items():
-            encoding = self.encodings[name]
-            rows = encoding.file_shape[0]
-            for number, key in enumerate(file_keys(encoding)):
-                part = values[number * rows : (number + 1) * rows]
-                contents[name, key], checksums[name][key] = encode_file(encoding, part)
-        return contents, checksums
+            written[key] = _pair(content)
+        return written
 
     # --- completing ----------------------------------------------------------------------------
 
     def complete(self) -> None:
         """Write the indexes of files, and all metadata; the trace is ready to be published."""
-        checksums = {name: dict(self.stored.files.get(name, {})) for name in self._trace.nodes}
+        nodes = dict(sorted(self._trace.nodes.items()))
         for (name, key), chunks in self.stored.chunks.items():
-            of_file = {number: (length, crc) for number, length, crc in chunks.tolist()}
-            tail, checksums[name][key] = tail_of(self.encodings[name], of_file)
-            disk.append(self.folder / name / key, [tail], self.stored.size((name, key)))
-        nodes = {
-            name: _with_checksums(node, checksums[name])
-            for name, node in sorted(self._trace.nodes.items())
-        }
+            if self.encodings[name].is_sharded:
+                tail, checksum = tail_of(self.encodings[name], _by_number(chunks))
+                disk.append(self.folder / name / key, [tail], self.stored.size((name, key)))
+            else:
+                checksum = _checksum(*chunks[0, 1:].tolist())
+            nodes[name]["attributes"][CHECKSUMS][key] = checksum
         for name, node in nodes.items():
+            checksums = node["attributes"][CHECKSUMS]
+            node["attributes"][CHECKSUMS] = dict(sorted(checksums.items()))
             disk.write_whole(self.folder / name / "zarr.json", encoded(node))
         nonfinite = {name: tuple(n) for name, n in sorted(self.stored.nonfinite.items())}
-        attributes = self._trace.attributes.model_copy(update={"nonfinite": nonfinite})
+        update = {"nonfinite": nonfinite, "versions": self._versions}
+        attributes = self._trace.attributes.model_copy(update=update)
         disk.write_whole(self.folder / "zarr.json", sealed_group(attributes, nodes))
 
     def end(self) -> None:
@@ -305,16 +285,19 @@ class StagedTrace:
         (self.folder / JOURNAL).unlink()
 
 
-def _is_written(content: bytes, written: Checksum) -> bool:
-    """Whether a chunk, or a file of one chunk, is the one that was written."""
-    crc = f"{google_crc32c.value(content[:-CRC_BYTES]):08x}"
-    return (len(content), crc, crc_of(content)) == (*written, written.checksum)
+def _pair(chunk: bytes) -> tuple[int, int]:
+    """Return length and CRC-32C of a chunk."""
+    return len(chunk), int.from_bytes(chunk[-CRC_BYTES:], "little")
 
 
-def _with_checksums(node: Mapping[str, Any], files: Checksums) -> dict[str, Any]:
-    """Return the metadata of an array that has these files."""
-    checksums = {key: list(one) for key, one in sorted(files.items())}
-    return {**node, "attributes": {**node["attributes"], CHECKSUMS: checksums}}
+def _checksum(length: int, crc: int) -> Checksum:
+    """Return the checksum of a file of one chunk."""
+    return Checksum(length, f"{crc:08x}")
+
+
+def _by_number(chunks: np.ndarray) -> dict[int, tuple[int, int]]:
+    """Return length and CRC-32C of chunks by their number in the file."""
+    return {number: (length, crc) for number, length, crc in chunks.tolist()}
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -344,27 +327,22 @@ def read_staged(
     header: Line = next(lines, {})
     try:
         attributes = parse_attributes(here, header["attributes"], "trace")
-        nodes = {
-            name: _with_checksums(node, header["files"].get(name, {}))
-            for name, node in header["arrays"].items()
-        }
+        nodes = header["arrays"]
         labels = frozenset(labels_of(nodes).split())
         encodings = check_nodes(nodes, attributes, is_whole=False)
     except (*NONSENSE, IntegrityError):
         return None  # nor does a writer resume it: it begins again
     group = Group(here, attributes, header["attributes"], labels, nodes, encodings)
     stored = StoredParts()
-    for line in lines:
-        if (found := parse_line(line, group, stored)) is None:
-            break
-        stored.add(found)
-    nodes |= {name: _with_checksums(nodes[name], files) for name, files in stored.files.items()}
+    replay(lines, group, stored)
     indexes: dict[str, dict[str, FileIndex]] = {}
     for (name, key), chunks in stored.chunks.items():
-        of_file = {number: (length, crc) for number, length, crc in chunks.tolist()}
-        entries, size = index_entries(encodings[name], of_file)
-        crcs = dict(chunks[:, [0, 2]].tolist())
-        indexes.setdefault(name, {})[key] = FileIndex(size, "", entries, crcs)
+        if encodings[name].is_sharded:
+            entries, size = index_entries(encodings[name], _by_number(chunks))
+            crcs = dict(chunks[:, [0, 2]].tolist())
+            indexes.setdefault(name, {})[key] = FileIndex(size, "", entries, crcs)
+        else:
+            nodes[name]["attributes"][CHECKSUMS][key] = _checksum(*chunks[0, 1:].tolist())
     return group, attributes.layers[len(stored.layers) :], indexes
 
 

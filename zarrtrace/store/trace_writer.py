@@ -59,7 +59,7 @@ class TraceWriter:
         # On a disk the run that holds the folder was compared with what is asked for.
         settings = "" if run.path is not None else plan.settings
         self._expected = {n: self._arrays_of_layer(n, plan) for n in self._attributes.layers}
-        nodes = {name: array_metadata(layout) for name, layout in self._layouts.items()}
+        nodes = {name: array_metadata(layout, {}) for name, layout in self._layouts.items()}
         self._staged = StagedTrace(folder, self._attributes, nodes, self._expected, settings)
         self._mutex = threading.Lock()
         self._begun, self._allow_nonfinite = False, allow_nonfinite
