@@ -12,7 +12,7 @@ import numpy as np
 
 from zarrtrace.errors import IncompleteError, StoreError
 from zarrtrace.format.attributes import TraceAttributes, share_saes
-from zarrtrace.format.layout import ArrayLayout, trace_layout
+from zarrtrace.format.layout import NEXT_TOKEN, ArrayLayout, trace_layout
 from zarrtrace.precision import cast_record, refusal
 from zarrtrace.records import BFloat16, LayerRecord, Nonzeros, TokensRecord, TracePlan
 from zarrtrace.storage import Address, Location, disk, locate
@@ -22,6 +22,8 @@ from zarrtrace.store.metadata import array_metadata, read_scenario
 from zarrtrace.store.publish import end_publishing, publish_folder
 from zarrtrace.store.repair import SoundParts, sound_parts
 from zarrtrace.store.staged import StagedTrace, staging_folder
+
+_SAME_SIZES = "Give every record the sizes that the trace was created with."
 
 
 class TraceWriter:
@@ -91,15 +93,11 @@ class TraceWriter:
     # --- what is left to write -----------------------------------------------------------------
 
     @property
-    def _stored(self) -> set[int]:
-        if self._is_published:
-            return set(self._attributes.layers)
-        return {*self._staged.stored.layers, *(self._source.layers if self._source else ())}
-
-    @property
     def missing_layers(self) -> tuple[int, ...]:
         """Layers that are left to write."""
-        stored = self._stored
+        if self._is_published:
+            return ()
+        stored = {*self._staged.stored.layers, *(self._source.layers if self._source else ())}
         return tuple(layer for layer in self._attributes.layers if layer not in stored)
 
     @property
@@ -154,9 +152,9 @@ class TraceWriter:
                 self._append_tokens(record)
                 return
             if record.layer not in self._expected:
-                raise StoreError(
-                    f"{self.path}: layer {record.layer} is not one of this trace's layers",
-                    remedy="Create the trace with all the layers that it will hold.",
+                raise self._refused(
+                    f"layer {record.layer} is not one of this trace's layers",
+                    "Create the trace with all the layers that it will hold.",
                 )
             encoded = {
                 name: self._encoded(record.layer, name, record.start, value)
@@ -173,29 +171,29 @@ class TraceWriter:
         self, layer: int, name: str, start: int, value: np.ndarray | BFloat16 | Nonzeros
     ) -> tuple[int, list[bytes]]:
         """Check and encode some rows of an array; returns their number and chunks."""
-        layout = self._layouts.get(name)
-        if layout is None or name not in self._expected[layer]:
-            raise StoreError(
-                f"{self.path}: the record of layer {layer} holds {name}, which it should not",
-                remedy="Create the trace with all the arrays that it will hold.",
+        if name not in self._expected[layer]:
+            raise self._refused(
+                f"the record of layer {layer} holds {name}, which it should not",
+                "Create the trace with all the arrays that it will hold.",
             )
+        layout = self._layouts[name]
         axis, inner = layout.row_axis - 1, layout.shape[1:]
-        rows = value.shape[axis] if len(value.shape) == len(inner) else -1
-        others = (*value.shape[:axis], *value.shape[axis + 1 :])
-        if rows < 0 or start + rows > inner[axis] or others != (*inner[:axis], *inner[axis + 1 :]):
-            raise StoreError(
-                f"{self.path}: {name} of layer {layer} has shape {value.shape} from row {start} "
-                f"on; the array's is {inner}",
-                remedy="Give every record the sizes that the trace was created with.",
+        some_rows = value.shape[axis : axis + 1]
+        end = start + sum(some_rows)
+        if value.shape != (*inner[:axis], *some_rows, *inner[axis + 1 :]) or end > inner[axis]:
+            raise self._refused(
+                f"{name} of layer {layer} has shape {value.shape} from row {start} on; the array's "
+                f"is {inner}",
+                _SAME_SIZES,
             )
-        step, end = layout.chunks[axis + 1], start + rows
+        step = layout.chunks[axis + 1]
         if start % step or (end % step and end < inner[axis]):
             where = f"start at {start}" if start % step else f"end at {end}"
-            raise StoreError(
-                f"{self.path}: rows of {name} {where}, in the middle of a chunk",
-                remedy=f"Start and end records at multiples of {step} rows.",
+            raise self._refused(
+                f"rows of {name} {where}, in the middle of a chunk",
+                f"Start and end records at multiples of {step} rows.",
             )
-        return rows, list(encode_rows(layout, self._staged.encodings[name], value))
+        return end - start, list(encode_rows(layout, self._staged.encodings[name], value))
 
     def _begin(self) -> None:
         if not self._begun:
@@ -236,21 +234,17 @@ class TraceWriter:
         self._nonfinite[layer] = [n for n in self._expected[layer] if layer in known.get(n, ())]
 
     def _append_tokens(self, record: TokensRecord) -> None:
-        values = {
-            "next_token": record.next_token,
-            "next_token_logprob": record.next_token_logprob,
-            "next_token_text": record.next_token_text,
-        }
+        values: dict[str, np.ndarray] = {name: getattr(record, name) for name in NEXT_TOKEN}
         for name, value in values.items():
-            if name not in self._layouts or value.shape != self._layouts[name].shape:
-                wanted = self._layouts[name].shape if name in self._layouts else "none"
-                raise StoreError(
-                    f"{self.path}: {name} has shape {value.shape}, not {wanted}",
-                    remedy="Give every record the sizes that the trace was created with.",
-                )
+            shape = self._layouts[name].shape if name in self._layouts else "none"
+            if value.shape != shape:
+                raise self._refused(f"{name} has shape {value.shape}, not {shape}", _SAME_SIZES)
         with self._mutex:
             self._begin()
             self._staged.add_tokens(values, record.nonfinite)
+
+    def _refused(self, what: str, remedy: str) -> StoreError:
+        return StoreError(f"{self.path}: {what}", remedy=remedy)
 
     # --- finishing -----------------------------------------------------------------------------
 
