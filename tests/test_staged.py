@@ -674,6 +674,34 @@ def test_a_full_disk_loses_only_the_layer_being_written(
     assert fakes.files_in(run) == expected
 
 
+@pytest.mark.parametrize("failing", ["next_token_logprob", "journal"])
+def test_next_tokens_are_appended_again_once_there_is_room(
+    expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    run, (*layers, tokens) = tmp_path / "run", records(**SIZES)
+    writer = fakes.make_trace_writer(run, **SIZES)
+    writer.append(layers[0])
+    original = disk.append
+
+    def full(file: Path, parts: Any, *arguments: Any) -> None:
+        if failing in (file.name, file.parent.name):
+            original(file, [b"".join(parts)[:11]], *arguments)
+            raise OSError(errno.ENOSPC, "full")
+        original(file, parts, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "append", full)
+        with pytest.raises(NoSpaceError):
+            writer.append(tokens)
+    assert writer.needs_tokens
+    for record in (tokens, *layers[1:], tokens):  # a second record says nothing new
+        writer.append(record)
+    assert len(journal_lines(run)) == 2 + len(LAYERS)
+    assert fakes.make_trace_writer(run, **SIZES).missing_layers == ()
+    writer.finish()
+    assert fakes.files_in(run) == expected
+
+
 def test_a_disk_full_when_indexes_are_written_is_finished_later(
     expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

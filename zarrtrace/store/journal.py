@@ -44,16 +44,14 @@ class StoredParts:
         coordinates, which are stored before all others.
     nonfinite
         Layers by array in which the model computed NaN or infinity.
+    has_tokens
+        Whether all next tokens are stored.
     """
 
     layers: list[int] = field(default_factory=list)
     chunks: dict[FileId, np.ndarray] = field(default_factory=dict)
     nonfinite: dict[str, list[int]] = field(default_factory=dict)
-
-    @property
-    def has_tokens(self) -> bool:
-        """Whether the next-token arrays are stored."""
-        return any(name in NEXT_TOKEN for name, _ in self.chunks)
+    has_tokens: bool = False
 
     def size(self, file: FileId) -> int:
         """Return how many bytes the chunks of a file have."""
@@ -67,6 +65,13 @@ class StoredParts:
             self.chunks[file] = chunks if known is None else np.concatenate([known, chunks])
         for name, layers in others.nonfinite.items():
             self.nonfinite.setdefault(name, []).extend(layers)
+        self.has_tokens = self.has_tokens or others.has_tokens
+
+    def end(self, layer: int | None, nonfinite: Iterable[str]) -> None:
+        """Note that all chunks of a layer are stored, or of next tokens."""
+        layers = [] if layer is None else [layer]
+        nonfinite_layers = dict.fromkeys(nonfinite, layers)
+        self.add(StoredParts(layers, {}, nonfinite_layers, has_tokens=layer is None))
 
 
 def chunk_places(
@@ -77,7 +82,7 @@ def chunk_places(
     Parameters
     ----------
     layer
-        Which of its layers; None for an array that has none.
+        Which of its layers; None for next tokens, which have none.
 
     Raises
     ------
@@ -101,7 +106,7 @@ def replay(
     trace: Group[TraceAttributes],
     stored: StoredParts,
     *,
-    expected: Mapping[int, Collection[str]] | None = None,
+    expected: Mapping[int | None, Collection[str]] | None = None,
     is_there: Callable[[StoredParts], bool] = lambda _: True,
 ) -> list[Line]:
     """Add the parts that lines name, up to the first line that does not hold.
@@ -115,7 +120,7 @@ def replay(
     stored
         The parts that are stored; the others are added to it.
     expected
-        The arrays that each layer has; None if only the journal says that.
+        The arrays of each layer; None if only the journal names them.
     is_there
         Whether files hold the parts of a line.
 
@@ -127,7 +132,7 @@ def replay(
     kept = []
     for line in lines:
         try:
-            found = parts_of(line, trace, stored, expected)
+            found = _parts_of(line, trace, stored, expected)
         except NONSENSE:  # nobody wrote such a line
             break
         if not is_there(found):
@@ -137,29 +142,21 @@ def replay(
     return kept
 
 
-def parts_of(
+def _parts_of(
     line: Line,
     trace: Group[TraceAttributes],
     stored: StoredParts,
-    expected: Mapping[int, Collection[str]] | None = None,
+    expected: Mapping[int | None, Collection[str]] | None,
 ) -> StoredParts:
-    """Return the parts that a line names, for the parameters of :func:`replay`.
-
-    Raises
-    ------
-    ValueError, LookupError, TypeError, AttributeError, OverflowError
-        If no such line was written.
-    """
-    layer, arrays = line.get("layer"), line["chunks"]
+    layer, arrays = line["layer"], line["chunks"]
     if layer is None:
-        layers, names = [], trace.nodes.keys() & NEXT_TOKEN
-        is_next = not stored.has_tokens
+        names, is_next = trace.nodes.keys() & NEXT_TOKEN, not stored.has_tokens
     else:  # chunks stand in the order of layers: no other layer can have come next
-        layers, names = [layer], {*(arrays if expected is None else expected[layer])}
+        names = {*(arrays if expected is None else expected[layer])}
         is_next = type(layer) is int and layer == trace.attributes.layers[len(stored.layers)]
     if not is_next or arrays.keys() != names or not names.issuperset(line["nonfinite"]):
         raise ValueError(f"no such line can follow: layer {layer!r}, arrays {sorted(arrays)}")
-    found = StoredParts(layers, nonfinite={name: [*layers] for name in line["nonfinite"]})
+    found = StoredParts()
     for name, chunks in arrays.items():
         for length, crc in chunks:
             if type(length) is not int or type(crc) is not int:
@@ -167,6 +164,7 @@ def parts_of(
             if not CRC_BYTES < length < 2**32 or not 0 <= crc < 2**32:
                 raise ValueError(f"chunk {length}, {crc}")
         found.chunks |= by_file(name, chunk_places(trace, name, layer), chunks)
+    found.end(layer, line["nonfinite"])
     return found
 
 

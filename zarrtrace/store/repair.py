@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
-
-import numpy as np
 
 from zarrtrace.errors import StoreError
 from zarrtrace.format.attributes import TraceAttributes
 from zarrtrace.format.layout import NEXT_TOKEN, ArrayLayout
 from zarrtrace.storage import Location
-from zarrtrace.store.array import StoredArray
 from zarrtrace.store.chunks import read_index
 from zarrtrace.store.damage import find_damage
 from zarrtrace.store.journal import chunk_places
@@ -29,39 +26,32 @@ class SoundParts:
     trace
         The trace, whose metadata is sound.
     layers
-        Layers of which all arrays are sound.
-    has_tokens
-        Whether it has next-token arrays, and they are sound.
+        Layers of which all arrays are sound; None among them stands for next tokens.
     is_whole
         Whether everything is sound.
     """
 
     trace: Group[TraceAttributes]
-    layers: frozenset[int]
-    has_tokens: bool
+    layers: frozenset[int | None]
     is_whole: bool
 
-    def chunks(self, name: str, layer: int) -> list[bytes]:
-        """Read the chunks of a layer of an array, in order."""
+    def chunks(self, name: str, layer: int | None) -> list[bytes]:
+        """Read the chunks of a layer of an array, or of next tokens, in order."""
         found: list[bytes] = []
         for key, in_file in groupby(chunk_places(self.trace, name, layer), itemgetter(0)):
             file = self.trace.path / name / key
+            if layer is None:
+                found.append(file.read())
+                continue
             index = read_index(file, self.trace.encodings[name])
             ranges = [index.range_of(number) for _, number in in_file]
             found += file.read_ranges([one for one in ranges if one is not None])
         return found
 
-    def tokens(self) -> tuple[dict[str, np.ndarray], list[str]]:
-        """Read the next-token arrays; returns those that hold NaN or infinity, too."""
-        values = {
-            name: StoredArray(
-                self.trace.path / name,
-                self.trace.encodings[name],
-                checksums_of(self.trace.nodes[name]),
-            ).load()
-            for name in NEXT_TOKEN
-        }
-        return values, [name for name in NEXT_TOKEN if name in self.trace.attributes.nonfinite]
+    def nonfinite(self, names: Iterable[str], layer: int | None) -> list[str]:
+        """Return the arrays in which the model computed NaN or infinity in a layer."""
+        known = self.trace.attributes.nonfinite
+        return [name for name in names if name in known and layer in (None, *known[name])]
 
 
 def sound_parts(
@@ -91,16 +81,13 @@ def sound_parts(
     ):
         return None
     damage = find_damage(path, trace.nodes)
-    bad: set[int] = set()
+    bad: set[int | None] = set()
     for one in damage:
+        if one.array in NEXT_TOKEN:
+            bad.add(None)
         layout = layouts.get(one.array)
         if layout is not None and layout.has_layers:
             layers = attributes.layers_of(layout.dims[0])
             places = range(len(layers)) if one.first is None else one.first
             bad |= {layers[place] for place in places if place < len(layers)}
-    return SoundParts(
-        trace,
-        frozenset(attributes.layers) - bad,
-        has_tokens=NEXT_TOKEN[0] in layouts and not any(d.array in NEXT_TOKEN for d in damage),
-        is_whole=not damage,
-    )
+    return SoundParts(trace, frozenset({*attributes.layers, None} - bad), is_whole=not damage)

@@ -39,7 +39,6 @@ from zarrtrace.store.journal import (
     by_file,
     chunk_places,
     encode_line,
-    parts_of,
     read_lines,
     replay,
 )
@@ -77,7 +76,7 @@ class StagedTrace:
     attributes, nodes
         Attributes of the trace, and metadata of its arrays; checksums are entered into it.
     expected
-        The arrays that each layer has.
+        The arrays of each layer; for None, those of next tokens.
     settings
         Hash of what else must be the same to resume it, where no run beside it says so.
 
@@ -94,7 +93,7 @@ class StagedTrace:
         folder: Path,
         attributes: TraceAttributes,
         nodes: Nodes,
-        expected: Mapping[int, Collection[str]],
+        expected: Mapping[int | None, Collection[str]],
         settings: str = "",
     ) -> None:
         self.folder, self._expected, self._settings = folder, expected, settings
@@ -104,8 +103,8 @@ class StagedTrace:
 
     def _clear(self) -> None:
         self.stored = StoredParts()
-        # Length and CRC-32C of the chunks that the next layer has already, by array.
-        self._next_layer: dict[str, list[tuple[int, int]]] = {}
+        # Length and CRC-32C of chunks that the journal does not name yet, by array.
+        self._pending: dict[str, list[tuple[int, int]]] = {}
         self._versions: Mapping[str, str] = {}
         self._journal_bytes = 0
 
@@ -167,9 +166,10 @@ class StagedTrace:
 
     def _write_coordinates(self, coordinates: Mapping[str, np.ndarray]) -> None:
         for name, values in coordinates.items():
-            written = self._write_whole(name, values)
-            checksums = {key: _checksum(*pair) for key, pair in written.items()}
-            self._trace.nodes[name]["attributes"][CHECKSUMS] = checksums
+            checksums = self._trace.nodes[name]["attributes"][CHECKSUMS]
+            for key in file_keys(self.encodings[name]):  # one, or none of an empty array
+                content, checksums[key] = encode_file(self.encodings[name], values)
+                disk.write_whole(self.folder / name / key, content)
 
     def _header(self, versions: Mapping[str, str]) -> Line:
         """Return the first line of the journal."""
@@ -217,9 +217,15 @@ class StagedTrace:
 
     # --- adding --------------------------------------------------------------------------------
 
-    def append(self, name: str, layer: int, chunks: Sequence[bytes]) -> None:
-        """Append the next chunks of a layer to their files."""
-        known, added = self._next_layer.setdefault(name, []), list(map(_pair, chunks))
+    def append(self, name: str, layer: int | None, chunks: Sequence[bytes]) -> None:
+        """Append the next chunks of an array to their files.
+
+        Parameters
+        ----------
+        layer
+            The layer that they belong to; None for next tokens.
+        """
+        known, added = self._pending.setdefault(name, []), list(map(_pair, chunks))
         places = itertools.islice(chunk_places(self._trace, name, layer, len(known)), len(added))
         parts, rest = StoredParts(chunks=by_file(name, places, added)), iter(chunks)
         for file, of_file in parts.chunks.items():
@@ -228,36 +234,15 @@ class StagedTrace:
         self.stored.add(parts)
         known += added
 
-    def end_layer(self, layer: int, nonfinite: Sequence[str]) -> None:
-        """Enter a layer in the journal, after all chunks of its arrays."""
-        chunks = {name: self._next_layer[name] for name in self._expected[layer]}
-        self._enter({"layer": layer, "chunks": chunks, "nonfinite": nonfinite})
-        self.stored.add(StoredParts([layer], nonfinite={name: [layer] for name in nonfinite}))
-        self._next_layer = {}
-
-    def add_tokens(self, values: Mapping[str, np.ndarray], nonfinite: Sequence[str]) -> None:
-        """Write the next-token arrays, and enter them in the journal."""
-        written = {name: self._write_whole(name, value) for name, value in values.items()}
-        chunks = {name: list(pairs.values()) for name, pairs in written.items()}
-        line: Line = {"chunks": chunks, "nonfinite": nonfinite}
-        self._enter(line)
-        self.stored.add(parts_of(line, self._trace, self.stored))
-
-    def _enter(self, line: Line) -> None:
-        """Append a line to the journal."""
-        content = encode_line(line)
+    def end_layer(self, layer: int | None, nonfinite: Sequence[str]) -> None:
+        """Enter a layer, or next tokens, in the journal, after all chunks of their arrays."""
+        chunks = {name: self._pending[name] for name in self._expected[layer]}
+        content = encode_line({"layer": layer, "chunks": chunks, "nonfinite": nonfinite})
         disk.append(self.folder / JOURNAL, [content], self._journal_bytes)
         self._journal_bytes += len(content)
-
-    def _write_whole(self, name: str, values: np.ndarray) -> dict[str, tuple[int, int]]:
-        """Write an array that has no layers; returns length and CRC-32C of each file by key."""
-        encoding, written = self.encodings[name], {}
-        rows = encoding.file_shape[0]
-        for number, key in enumerate(file_keys(encoding)):
-            content, _ = encode_file(encoding, values[number * rows : (number + 1) * rows])
-            disk.write_whole(self.folder / name / key, content)
-            written[key] = _pair(content)
-        return written
+        self.stored.end(layer, nonfinite)
+        for name in chunks:
+            del self._pending[name]
 
     # --- completing ----------------------------------------------------------------------------
 

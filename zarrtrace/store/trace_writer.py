@@ -16,12 +16,15 @@ from zarrtrace.format.layout import NEXT_TOKEN, ArrayLayout, trace_layout
 from zarrtrace.precision import cast_record, refusal
 from zarrtrace.records import BFloat16, LayerRecord, Nonzeros, TokensRecord, TracePlan
 from zarrtrace.storage import Address, Location, disk, locate
-from zarrtrace.store.chunks import encode_rows
+from zarrtrace.store.chunks import encode_file, encode_rows
 from zarrtrace.store.damage import check_sizes
 from zarrtrace.store.metadata import array_metadata, read_scenario
 from zarrtrace.store.publish import end_publishing, publish_folder
 from zarrtrace.store.repair import SoundParts, sound_parts
 from zarrtrace.store.staged import StagedTrace, staging_folder
+
+# How many rows, and their chunks.
+_Rows = tuple[int, list[bytes]]
 
 _SAME_SIZES = "Give every record the sizes that the trace was created with."
 
@@ -60,7 +63,9 @@ class TraceWriter:
         folder = staging_folder(run) / plan.attributes.scenario
         # On a disk the run that holds the folder was compared with what is asked for.
         settings = "" if run.path is not None else plan.settings
-        self._expected = {n: self._arrays_of_layer(n, plan) for n in self._attributes.layers}
+        self._expected = {
+            layer: self._arrays_of_layer(layer, plan) for layer in (None, *self._attributes.layers)
+        }
         nodes = {name: array_metadata(layout, {}) for name, layout in self._layouts.items()}
         self._staged = StagedTrace(folder, self._attributes, nodes, self._expected, settings)
         self._mutex = threading.Lock()
@@ -68,9 +73,10 @@ class TraceWriter:
         # A damaged trace that is there, and what of it is sound.
         self._replaces = False
         self._source: SoundParts | None = None
-        # Encoded rows that wait, by array and layer: number of rows and chunks, by first row.
-        self._waiting: dict[tuple[str, int], dict[int, tuple[int, list[bytes]]]] = {}
-        self._nonfinite: dict[int, list[str]] = {}
+        # By array and layer (None: next tokens) the encoded rows that wait, by first row.
+        self._waiting: dict[tuple[str, int | None], dict[int, _Rows]] = {}
+        self._nonfinite: dict[int | None, list[str]] = {}
+        # How many rows of the next layer and of next tokens are appended, by array.
         self._rows: dict[str, int] = {}
         with disk.explained(self.path):
             if self.path.path is not None:
@@ -97,25 +103,31 @@ class TraceWriter:
         """Layers that are left to write."""
         if self._is_published:
             return ()
-        stored = {*self._staged.stored.layers, *(self._source.layers if self._source else ())}
+        stored = {*self._staged.stored.layers, *self._sound}
         return tuple(layer for layer in self._attributes.layers if layer not in stored)
 
     @property
     def needs_tokens(self) -> bool:
         """Whether the next-token arrays are left to write."""
-        if "next_token" not in self._layouts or self._is_published:
+        if self._is_published or None in self._sound:
             return False
-        is_sound = self._source is not None and self._source.has_tokens
-        return not is_sound and not self._staged.stored.has_tokens
+        return bool(self._expected[None]) and not self._staged.stored.has_tokens
+
+    @property
+    def _sound(self) -> frozenset[int | None]:
+        """Layers that are copied from the trace that is repaired; for next tokens, None."""
+        return frozenset() if self._source is None else self._source.layers
 
     @property
     def is_published(self) -> bool:
         """Whether readers find the trace."""
         return self._is_published
 
-    def _arrays_of_layer(self, layer: int, plan: TracePlan) -> dict[str, int]:
-        """Return the arrays that a layer has, and the number of their rows."""
+    def _arrays_of_layer(self, layer: int | None, plan: TracePlan) -> dict[str, int]:
+        """Return the arrays of a layer, or of next tokens, and the number of their rows."""
         attributes, expected = self._attributes, {}
+        if layer is None:
+            return {n: self._layouts[n].shape[0] for n in NEXT_TOKEN if n in self._layouts}
         variables = {sae.variable for sae in plan.saes if sae.layer == layer}
         for name, layout in self._layouts.items():
             if not layout.has_layers:
@@ -149,27 +161,42 @@ class TraceWriter:
             raise refusal(computed, record, self._attributes)
         with disk.explained(self.path):
             if isinstance(record, TokensRecord):
-                self._append_tokens(record)
-                return
-            if record.layer not in self._expected:
-                raise self._refused(
-                    f"layer {record.layer} is not one of this trace's layers",
-                    "Create the trace with all the layers that it will hold.",
-                )
-            encoded = {
-                name: self._encoded(record.layer, name, record.start, value)
-                for name, value in _arrays_of(record).items()
-            }
+                layer, start, encoded = None, 0, self._encoded_tokens(record)
+            else:
+                layer, start, encoded = record.layer, record.start, self._encoded_layer(record)
             with self._mutex:
                 self._begin()
                 for name, rows in encoded.items():
-                    self._waiting.setdefault((name, record.layer), {})[record.start] = rows
-                self._nonfinite.setdefault(record.layer, []).extend(record.nonfinite)
+                    self._waiting.setdefault((name, layer), {})[start] = rows
+                self._nonfinite.setdefault(layer, []).extend(record.nonfinite)
                 self._append_next()
+
+    def _encoded_layer(self, record: LayerRecord) -> dict[str, _Rows]:
+        if record.layer not in self._expected:
+            raise self._refused(
+                f"layer {record.layer} is not one of this trace's layers",
+                "Create the trace with all the layers that it will hold.",
+            )
+        return {
+            name: self._encoded(record.layer, name, record.start, value)
+            for name, value in _arrays_of(record).items()
+        }
+
+    def _encoded_tokens(self, record: TokensRecord) -> dict[str, _Rows]:
+        encoded = {}
+        for name in NEXT_TOKEN:
+            value: np.ndarray = getattr(record, name)
+            shape = self._layouts[name].shape if name in self._layouts else "none"
+            if value.shape != shape:
+                raise self._refused(f"{name} has shape {value.shape}, not {shape}", _SAME_SIZES)
+            encoding, step = self._staged.encodings[name], self._layouts[name].chunks[0]
+            parts = (value[start : start + step] for start in range(0, len(value), step))
+            encoded[name] = len(value), [encode_file(encoding, part)[0] for part in parts]
+        return encoded
 
     def _encoded(
         self, layer: int, name: str, start: int, value: np.ndarray | BFloat16 | Nonzeros
-    ) -> tuple[int, list[bytes]]:
+    ) -> _Rows:
         """Check and encode some rows of an array; returns their number and chunks."""
         if name not in self._expected[layer]:
             raise self._refused(
@@ -202,46 +229,39 @@ class TraceWriter:
             self._begun = True
 
     def _append_next(self) -> None:
-        """Append what is there of the next layers, in their order."""
+        """Append what is there of next tokens, and of the next layers, in their order."""
+        if self._expected[None] and not self._staged.stored.has_tokens:
+            self._append_layer(None)
         for layer in self._attributes.layers[len(self._staged.stored.layers) :]:
-            expected = self._expected[layer]
-            if self._source is not None and layer in self._source.layers:
-                self._copy(self._source, layer)
-            elif layer not in self._nonfinite:  # no record of it has come
+            if not self._append_layer(layer):
                 return
+
+    def _append_layer(self, layer: int | None) -> bool:
+        """Append what is there of a layer, or of next tokens; returns whether that is all."""
+        expected = self._expected[layer]
+        if self._source is not None and layer in self._source.layers:
             for name, rows in expected.items():
-                waiting = self._waiting.get((name, layer), {})
-                while (start := self._rows.get(name, 0)) in waiting and start < rows:
-                    count, chunks = waiting[start]
-                    self._staged.append(name, layer, chunks)
-                    self._rows[name] = start + count
-                    del waiting[start]
-            if any(self._rows.get(name, 0) < rows for name, rows in expected.items()):
-                return
-            self._staged.end_layer(layer, list(dict.fromkeys(self._nonfinite[layer])))
-            del self._nonfinite[layer]
-            self._rows.clear()
-            for name in expected:
-                self._waiting.pop((name, layer), None)
-
-    def _copy(self, source: SoundParts, layer: int) -> None:
-        """Copy the chunks of a layer from the trace that is repaired."""
-        for name, rows in self._expected[layer].items():
-            if name not in self._rows:  # else it was copied before the disk was full
-                self._staged.append(name, layer, source.chunks(name, layer))
-                self._rows[name] = rows
-        known = source.trace.attributes.nonfinite
-        self._nonfinite[layer] = [n for n in self._expected[layer] if layer in known.get(n, ())]
-
-    def _append_tokens(self, record: TokensRecord) -> None:
-        values: dict[str, np.ndarray] = {name: getattr(record, name) for name in NEXT_TOKEN}
-        for name, value in values.items():
-            shape = self._layouts[name].shape if name in self._layouts else "none"
-            if value.shape != shape:
-                raise self._refused(f"{name} has shape {value.shape}, not {shape}", _SAME_SIZES)
-        with self._mutex:
-            self._begin()
-            self._staged.add_tokens(values, record.nonfinite)
+                if name not in self._rows:  # else it was copied before the disk was full
+                    self._staged.append(name, layer, self._source.chunks(name, layer))
+                    self._rows[name] = rows
+            self._nonfinite[layer] = self._source.nonfinite(expected, layer)
+        elif layer not in self._nonfinite:  # no record of it has come
+            return False
+        for name, rows in expected.items():
+            waiting = self._waiting.get((name, layer), {})
+            while (start := self._rows.get(name, 0)) in waiting and start < rows:
+                count, chunks = waiting[start]
+                self._staged.append(name, layer, chunks)
+                self._rows[name] = start + count
+                del waiting[start]
+        if any(self._rows.get(name, 0) < rows for name, rows in expected.items()):
+            return False
+        self._staged.end_layer(layer, list(dict.fromkeys(self._nonfinite[layer])))
+        del self._nonfinite[layer]
+        for name in expected:
+            self._rows.pop(name, None)
+            self._waiting.pop((name, layer), None)
+        return True
 
     def _refused(self, what: str, remedy: str) -> StoreError:
         return StoreError(f"{self.path}: {what}", remedy=remedy)
@@ -263,9 +283,6 @@ class TraceWriter:
         with disk.explained(self.path), self._mutex:
             self._begin()
             self._append_next()
-            has_tokens = self._staged.stored.has_tokens
-            if self._source is not None and self._source.has_tokens and not has_tokens:
-                self._staged.add_tokens(*self._source.tokens())
             self._staged.complete()
 
     def publish(self) -> None:
