@@ -61,25 +61,24 @@ def put_in_place(folder: Path, target: Path) -> None:
             f"{target}: cannot be written: a file is where a folder should be",
             remedy="Move it away, and run the same command again.",
         )
-    if target.exists():
-        disk.remove_folder(exchange_folders(folder, target, old_of(folder)))
-    else:
+    old = old_of(folder)
+    exchange_folders(folder, target, old)
+    for left in (folder, old):
+        disk.remove_folder(left)
+
+
+def exchange_folders(folder: Path, target: Path, aside: Path) -> None:
+    """Put a folder in a place, and what is there in the folder's.
+
+    Where the file system cannot exchange two folders, there is a moment in which neither is in
+    place; the one before is `aside` from then on.
+    """
+    if not target.exists() or not disk.exchange(folder, target):
+        if target.exists():
+            target.rename(aside)
         folder.rename(target)
     with contextlib.suppress(OSError):  # not every file system does that for folders
         disk.sync_path(target.parent)
-
-
-def exchange_folders(folder: Path, target: Path, aside: Path) -> Path:
-    """Put a folder in the place of another one, and return where that one is now.
-
-    Where the file system cannot exchange two folders, there is a moment in which neither is in
-    place: the one before is `aside` then.
-    """
-    if disk.exchange(folder, target):
-        return folder
-    target.rename(aside)
-    folder.rename(target)
-    return aside
 
 
 def old_of(folder: Path) -> Path:

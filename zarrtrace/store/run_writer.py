@@ -172,11 +172,7 @@ class RunWriter:
             return is_finished
         old = beside(final, "old")
         if (new / _REPLACING).exists():
-            if final.exists():
-                exchange_folders(new, final, old)
-            else:
-                new.rename(final)
-            disk.sync_path(final.parent)
+            exchange_folders(new, final, old)
         elif not final.exists() and _is_run(old):
             old.rename(final)
         if not (final / _REPLACING).exists():

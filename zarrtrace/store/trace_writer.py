@@ -165,7 +165,6 @@ class TraceWriter:
             else:
                 layer, start, encoded = record.layer, record.start, self._encoded_layer(record)
             with self._mutex:
-                self._begin()
                 for name, rows in encoded.items():
                     self._waiting.setdefault((name, layer), {})[start] = rows
                 self._nonfinite.setdefault(layer, []).extend(record.nonfinite)
@@ -222,14 +221,12 @@ class TraceWriter:
             )
         return end - start, list(encode_rows(layout, self._staged.encodings[name], value))
 
-    def _begin(self) -> None:
+    def _append_next(self) -> None:
+        """Append what is there of next tokens, and of the next layers, in their order."""
         if not self._begun:
             versions = self._source.trace.attributes.versions if self._source else {}
             self._staged.create(self._coordinates, versions)
             self._begun = True
-
-    def _append_next(self) -> None:
-        """Append what is there of next tokens, and of the next layers, in their order."""
         if self._expected[None] and not self._staged.stored.has_tokens:
             self._append_layer(None)
         for layer in self._attributes.layers[len(self._staged.stored.layers) :]:
@@ -281,7 +278,6 @@ class TraceWriter:
         if self.missing_layers or self.needs_tokens:
             raise incomplete(self.path, self._attributes.layers, self.missing_layers)
         with disk.explained(self.path), self._mutex:
-            self._begin()
             self._append_next()
             self._staged.complete()
 
