@@ -261,8 +261,10 @@ JOURNALS: dict[str, tuple[int, Callable[[list[Any]], object]]] = {
     "a header that is no JSON": (3, lambda lines: lines.__setitem__(0, b"\xff")),
     "attributes of nothing": (3, lambda lines: lines[0].update(attributes=None)),
     "arrays of nothing": (3, lambda lines: lines[0].update(arrays=[])),
-    "files of nothing": (3, lambda lines: lines[0].update(files=None)),
-    "files that are text": (3, lambda lines: lines[0]["files"].update(query="c.0")),
+    "files of nothing": (
+        3, lambda lines: lines[0]["arrays"]["query"]["attributes"].update(checksums=None)),
+    "files that are text": (
+        3, lambda lines: lines[0]["arrays"]["query"]["attributes"].update(checksums="c.0")),
     "an array of absurd size": (
         3, lambda lines: lines[0]["arrays"]["features"].update(shape=[3, 10**18, 16])),
     "versions of numbers": (3, lambda lines: lines[0]["attributes"].update(versions={"a": 1})),
@@ -299,16 +301,19 @@ JOURNALS: dict[str, tuple[int, Callable[[list[Any]], object]]] = {
     "no nonfinite": (3, lambda lines: lines[1].pop("nonfinite")),
     "nonfinite of an array it has not": (3, lambda lines: lines[1].update(nonfinite=["x"])),
     "nonfinite of nothing": (3, lambda lines: lines[1].update(nonfinite=None)),
-    "next tokens of nothing": (1, lambda lines: lines[3].update(files=None)),
-    "next tokens without a file": (1, lambda lines: lines[3]["files"].update(next_token={})),
+    "next tokens of nothing": (1, lambda lines: lines[3].update(chunks=None)),
+    "next tokens without a file": (1, lambda lines: lines[3]["chunks"].update(next_token=[])),
+    "next tokens without an array": (1, lambda lines: lines[3]["chunks"].pop("next_token_text")),
     "next tokens elsewhere": (
-        1, lambda lines: lines[3]["files"].update(next_token={"../../x": [9, "a"]})),
+        1, lambda lines: lines[3]["chunks"].update({"../../x": [[9, 9]]})),
+    "next tokens that are a coordinate": (
+        1, lambda lines: lines[3].update(chunks={"query": [[9, 9]]})),
     "next tokens of absurd size": (
-        1, lambda lines: lines[3]["files"]["next_token"].update({"c.0.0": [10**30, "a"]})),
-    "a checksum that is a number": (
-        1, lambda lines: lines[3]["files"]["next_token"].update({"c.0.0": [9, 9]})),
+        1, lambda lines: lines[3]["chunks"]["next_token"][0].__setitem__(0, 10**30)),
+    "a checksum that is text": (
+        1, lambda lines: lines[3]["chunks"]["next_token"][0].__setitem__(1, "a")),
     "next tokens twice": (1, lambda lines: lines.append(lines[3])),
-    "later versions of numbers": (1, lambda lines: lines.append({"versions": {"numpy": 1}})),
+    "a line of another kind": (1, lambda lines: lines.append({"versions": {"numpy": 1}})),
     "a line behind them of nothing": (1, lambda lines: lines.append({})),
 }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,10 @@ import pytest
 from reading import assert_equals, data_files, flip_byte_of_layer
 
 import zarrtrace as zt
-from zarrtrace.errors import IntegrityError
+from zarrtrace.errors import IntegrityError, NoSpaceError
 from zarrtrace.format.layout import Limits
 from zarrtrace.records import LayerRecord
+from zarrtrace.storage import disk
 from zarrtrace.store import RunWriter, TraceWriter, verify
 
 LAYERED = ("attention", "attention_mean", "features", "top_feature", "top_activation")
@@ -199,6 +201,31 @@ def test_a_damaged_trace_stays_until_it_is_repaired(
         zt.open_trace(run.trace).features.sel(layer=2), run.truth["Safe_1"]["features"][1]
     )
     assert {layer for _, layer in repaired(run)} == {1, 3}
+    assert fakes.files_in(run.path) == fakes.files_in(shared_run.path)
+
+
+@pytest.mark.parametrize("failing", ["features", "next_token_text", "journal"])
+def test_a_disk_full_while_sound_parts_are_copied_copies_them_later(
+    run: fakes.FakeRun, shared_run: fakes.FakeRun, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    """The same writer continues once there is room."""
+    (run.trace / "features" / "zarr.json").unlink()
+    writer = writer_for_repair(run)
+    original = disk.append
+
+    def full(file: Path, parts: Any, *arguments: Any) -> None:
+        if failing in (file.name, file.parent.name):
+            original(file, [b"".join(parts)[:11]], *arguments)
+            raise OSError(errno.ENOSPC, "full")
+        original(file, parts, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "append", full)
+        with pytest.raises(NoSpaceError):
+            writer.finish()
+    writer.finish()
+    assert verify(run.path) == []
+    assert repaired(run) == []
     assert fakes.files_in(run.path) == fakes.files_in(shared_run.path)
 
 

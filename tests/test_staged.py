@@ -419,10 +419,19 @@ def test_changed_bytes_of_a_journalled_layer_end_the_journal(
         shutil.rmtree(run)
 
 
-@pytest.mark.parametrize("array", ["next_token", "next_token_text", "query_token", "layer"])
+@pytest.mark.parametrize(
+    ("array", "again"),
+    [
+        ("next_token", ["tokens"]),
+        ("next_token_text", ["tokens"]),
+        ("query_token", []),
+        ("layer", []),
+    ],
+)
 def test_changed_bytes_of_whole_files_are_written_again(
-    expected: dict[str, bytes], tmp_path: Path, array: str
+    expected: dict[str, bytes], tmp_path: Path, array: str, again: list[str]
 ) -> None:
+    """Coordinates are known: nothing is computed for them."""
     run, kept = tmp_path / "run", tmp_path / "kept"
     interrupted(run, 5)
     run.rename(kept)
@@ -432,7 +441,7 @@ def test_changed_bytes_of_whole_files_are_written_again(
         bad = bytearray(good)
         bad[at] ^= 2
         data_files(staged(run), array)[0].write_bytes(bad)
-        assert resumed(run), at
+        assert resumed(run) == again, at
         assert fakes.files_in(run) == expected
         shutil.rmtree(run)
     shutil.copytree(kept, run)
@@ -661,6 +670,34 @@ def test_a_full_disk_loses_only_the_layer_being_written(
         assert writer.missing_layers == (2, 5, 6)
     for record in all_records[1:]:
         writer.append(record)
+    writer.finish()
+    assert fakes.files_in(run) == expected
+
+
+@pytest.mark.parametrize("failing", ["next_token_logprob", "journal"])
+def test_next_tokens_are_appended_again_once_there_is_room(
+    expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    run, (*layers, tokens) = tmp_path / "run", records(**SIZES)
+    writer = fakes.make_trace_writer(run, **SIZES)
+    writer.append(layers[0])
+    original = disk.append
+
+    def full(file: Path, parts: Any, *arguments: Any) -> None:
+        if failing in (file.name, file.parent.name):
+            original(file, [b"".join(parts)[:11]], *arguments)
+            raise OSError(errno.ENOSPC, "full")
+        original(file, parts, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "append", full)
+        with pytest.raises(NoSpaceError):
+            writer.append(tokens)
+    assert writer.needs_tokens
+    for record in (tokens, *layers[1:], tokens):  # a second record says nothing new
+        writer.append(record)
+    assert len(journal_lines(run)) == 2 + len(LAYERS)
+    assert fakes.make_trace_writer(run, **SIZES).missing_layers == ()
     writer.finish()
     assert fakes.files_in(run) == expected
 

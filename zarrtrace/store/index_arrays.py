@@ -33,7 +33,7 @@ from zarrtrace.store.metadata import (
     read_trace,
     sealed_group,
 )
-from zarrtrace.store.publish import end_publishing, remove, replace_folder
+from zarrtrace.store.publish import end_publishing, publish_folder, remove
 from zarrtrace.store.run_writer import lock_run
 from zarrtrace.store.staged import staging_folder
 
@@ -346,7 +346,9 @@ class IndexWriter:
                 nodes[name] = array_metadata(layout, found)
                 (self.path / name / "zarr.json").write(encoded(nodes[name]))
             (self.path / "zarr.json").write(sealed_group(attributes, nodes))
-            replace_folder(self.path, self._run / INDEX)
+            if (folder := self.path.path) is not None:
+                disk.sync(folder)
+            publish_folder(self.path, self._run / INDEX)
         return attributes
 
 

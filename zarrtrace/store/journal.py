@@ -1,4 +1,4 @@
-"""The journal of a trace that is being written: one line a step, appended.
+"""The journal of a trace that is being written, and the parts of the trace that it names.
 
 A line is the CRC-32C of its JSON in hexadecimal digits, a blank, the JSON, and a line feed. The
 first line holds the trace's metadata. The first line that does not hold ends the journal.
@@ -7,160 +7,204 @@ first line holds the trace's metadata. The first line that does not hold ends th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import google_crc32c
+import numpy as np
 
 from zarrtrace.errors import IntegrityError
-from zarrtrace.format.layout import NEXT_TOKEN
+from zarrtrace.format.attributes import TraceAttributes
+from zarrtrace.format.layout import NEXT_TOKEN, ROWS
 from zarrtrace.storage import disk
-from zarrtrace.store.chunks import Checksum, LayerGrid, file_keys
-from zarrtrace.store.codecs import CRC_BYTES, ArrayEncoding
-from zarrtrace.store.metadata import parse_checksums
+from zarrtrace.store.chunks import LayerGrid, file_keys
+from zarrtrace.store.codecs import CRC_BYTES
+from zarrtrace.store.metadata import NONSENSE, Group
 
 #: Name of the file, beside the arrays of the trace.
 JOURNAL = "journal"
 
 Line = dict[str, Any]
+#: A file of a trace: its array and its key.
+FileId = tuple[str, str]
 
 
-class StoredLayer(NamedTuple):
-    """What the journal says of a layer.
+@dataclass
+class StoredParts:
+    """Parts of a trace that are stored.
 
     Attributes
     ----------
-    layer
-        Which one.
+    layers
+        Layers of which all is stored, in order.
     chunks
-        Length and CRC-32C of each of its chunks, by array.
+        Number in its file, length and CRC-32C of each chunk ``(chunk, 3)``, by file; but for
+        coordinates, which are stored before all others.
     nonfinite
-        Arrays in which the model computed NaN or infinity.
+        Layers by array in which the model computed NaN or infinity.
+    has_tokens
+        Whether all next tokens are stored.
     """
 
-    layer: int
-    chunks: dict[str, list[tuple[int, int]]]
-    nonfinite: list[str]
+    layers: list[int] = field(default_factory=list)
+    chunks: dict[FileId, np.ndarray] = field(default_factory=dict)
+    nonfinite: dict[str, list[int]] = field(default_factory=dict)
+    has_tokens: bool = False
+
+    def size(self, file: FileId) -> int:
+        """Return how many bytes the chunks of a file have."""
+        return int(self.chunks[file][:, 1].sum(dtype=np.int64)) if file in self.chunks else 0
+
+    def add(self, others: StoredParts) -> None:
+        """Add parts that are stored behind these."""
+        self.layers += others.layers
+        for file, chunks in others.chunks.items():
+            known = self.chunks.get(file)
+            self.chunks[file] = chunks if known is None else np.concatenate([known, chunks])
+        for name, layers in others.nonfinite.items():
+            self.nonfinite.setdefault(name, []).extend(layers)
+        self.has_tokens = self.has_tokens or others.has_tokens
+
+    def end(self, layer: int | None, nonfinite: Iterable[str]) -> None:
+        """Note that all chunks of a layer are stored, or of next tokens."""
+        layers = [] if layer is None else [layer]
+        nonfinite_layers = dict.fromkeys(nonfinite, layers)
+        self.add(StoredParts(layers, {}, nonfinite_layers, has_tokens=layer is None))
 
 
-def stored_layer(line: Line, grids: Mapping[str, LayerGrid]) -> StoredLayer:
-    """Take what a line says of a layer.
+def chunk_places(
+    trace: Group[TraceAttributes], name: str, layer: int | None, first: int = 0
+) -> Iterator[tuple[str, int]]:
+    """Return key of the file and number in it of each chunk of an array, from the first on.
 
     Parameters
     ----------
-    line
-        A line of the journal.
-    grids
-        How the layers of arrays are cut.
+    layer
+        Which of its layers; None for next tokens, which have none.
 
     Raises
     ------
-    ValueError, LookupError, TypeError, AttributeError
-        If no such line was written.
+    ValueError
+        If the array has no such layer.
     """
-    found: dict[str, list[tuple[int, int]]] = {}
-    for name, pairs in line["chunks"].items():
-        if len(pairs) != grids[name].count:
-            raise ValueError(f"{len(pairs)} chunks of {name!r}")
-        for length, crc in pairs:
+    dims, encoding = trace.nodes[name]["dimension_names"], trace.encodings[name]
+    if encoding.is_sharded != (layer is not None) or {*dims}.isdisjoint(ROWS):
+        raise ValueError(f"{name!r} has no layer {layer}")
+    if layer is None:
+        return ((key, 0) for key in file_keys(encoding)[first:])
+    grid, place = LayerGrid(dims, encoding), trace.attributes.layers_of(dims[0]).index(layer)
+    return (grid.file_of(place, number) for number in range(first, grid.count))
+
+
+# --- lines -------------------------------------------------------------------------------------
+
+
+def replay(
+    lines: Iterable[Line],
+    trace: Group[TraceAttributes],
+    stored: StoredParts,
+    *,
+    expected: Mapping[int | None, Collection[str]] | None = None,
+    is_there: Callable[[StoredParts], bool] = lambda _: True,
+) -> list[Line]:
+    """Add the parts that lines name, up to the first line that does not hold.
+
+    Parameters
+    ----------
+    lines
+        Lines of the journal behind the first.
+    trace
+        The trace, as the first line describes it.
+    stored
+        The parts that are stored; the others are added to it.
+    expected
+        The arrays of each layer; None if only the journal names them.
+    is_there
+        Whether files hold the parts of a line.
+
+    Returns
+    -------
+    list
+        The lines that hold.
+    """
+    kept = []
+    for line in lines:
+        try:
+            found = _parts_of(line, trace, stored, expected)
+        except NONSENSE:  # nobody wrote such a line
+            break
+        if not is_there(found):
+            break
+        stored.add(found)
+        kept.append(line)
+    return kept
+
+
+def _parts_of(
+    line: Line,
+    trace: Group[TraceAttributes],
+    stored: StoredParts,
+    expected: Mapping[int | None, Collection[str]] | None,
+) -> StoredParts:
+    layer, arrays = line["layer"], line["chunks"]
+    if layer is None:
+        names, is_next = trace.nodes.keys() & NEXT_TOKEN, not stored.has_tokens
+    else:  # chunks stand in the order of layers: no other layer can have come next
+        names = {*(arrays if expected is None else expected[layer])}
+        is_next = type(layer) is int and layer == trace.attributes.layers[len(stored.layers)]
+    if not is_next or arrays.keys() != names or not names.issuperset(line["nonfinite"]):
+        raise ValueError(f"no such line can follow: layer {layer!r}, arrays {sorted(arrays)}")
+    found = StoredParts()
+    for name, chunks in arrays.items():
+        for length, crc in chunks:
             if type(length) is not int or type(crc) is not int:
                 raise TypeError(f"chunk {length!r}, {crc!r}")
             if not CRC_BYTES < length < 2**32 or not 0 <= crc < 2**32:
                 raise ValueError(f"chunk {length}, {crc}")
-        found[name] = [(length, crc) for length, crc in pairs]
-    nonfinite = line["nonfinite"]
-    if type(line["layer"]) is not int or not set(nonfinite) <= found.keys():
-        raise ValueError("no such layer")
-    return StoredLayer(line["layer"], found, list(nonfinite))
-
-
-class StoredTokens(NamedTuple):
-    """What the journal says of the next-token arrays.
-
-    Attributes
-    ----------
-    files
-        Checksums of their files, by array and key.
-    nonfinite
-        Arrays in which the model computed NaN or infinity.
-    """
-
-    files: dict[str, dict[str, Checksum]]
-    nonfinite: list[str]
-
-
-def stored_tokens(line: Line, encodings: Mapping[str, ArrayEncoding]) -> StoredTokens:
-    """Take what a line says of the next-token arrays.
-
-    Parameters
-    ----------
-    line
-        A line of the journal.
-    encodings
-        How the arrays of the trace are cut.
-
-    Raises
-    ------
-    ValueError, LookupError, TypeError, AttributeError
-        If no such line was written.
-    """
-    found = {name: parse_checksums(files) for name, files in line["files"].items()}
-    known = {name: file_keys(encodings[name]) for name in NEXT_TOKEN if name in encodings}
-    if {name: list(files) for name, files in found.items()} != known:
-        raise ValueError(f"files {found}")
-    nonfinite = line["nonfinite"]
-    if not set(nonfinite) <= found.keys():
-        raise ValueError(f"nonfinite {nonfinite}")
-    return StoredTokens(found, list(nonfinite))
-
-
-def stored_versions(versions: Any) -> dict[str, str]:
-    """Take what a line says of libraries' versions.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If no such line was written.
-    """
-    found = dict(versions)
-    if not all(isinstance(text, str) for text in found.values()):
-        raise TypeError(f"versions {versions!r}")
+        found.chunks |= by_file(name, chunk_places(trace, name, layer), chunks)
+    found.end(layer, line["nonfinite"])
     return found
 
 
-def append_line(folder: Path, line: Mapping[str, Any]) -> None:
-    """Append a line to the journal in a folder."""
-    disk.append(folder / JOURNAL, [_encoded(line)])
+def by_file(
+    name: str, places: Iterable[tuple[str, int]], chunks: Iterable[tuple[int, int]]
+) -> dict[FileId, np.ndarray]:
+    """Sort chunks of an array by their files, as :class:`StoredParts` has them.
+
+    Parameters
+    ----------
+    places, chunks
+        Of each chunk, key of the file and number in it, and length and CRC-32C.
+    """
+    found: dict[FileId, list[tuple[int, int, int]]] = {}
+    for (key, number), (length, crc) in zip(places, chunks, strict=True):
+        found.setdefault((name, key), []).append((number, length, crc))
+    return {file: np.array(of_file, np.uint32) for file, of_file in found.items()}
 
 
-def _encoded(line: Mapping[str, Any]) -> bytes:
+def encode_line(line: Mapping[str, Any]) -> bytes:
+    """Return the bytes of a line."""
     content = json.dumps(line, separators=(",", ":")).encode()
     return b"%08x %s\n" % (google_crc32c.value(content), content)
 
 
-def read_lines(folder: Path) -> Iterator[tuple[Line, int]]:
-    """Yield the lines of a journal that hold, each with the position behind it."""
+def read_lines(folder: Path) -> Iterator[Line]:
+    """Yield the lines of the journal in a folder that hold."""
     try:
         content = disk.Disk().get(str(folder / JOURNAL)).data
     except (FileNotFoundError, IntegrityError):  # none, or no regular file
         return
-    start = 0
-    while (end := content.find(b"\n", start)) >= 0:
-        crc, _, text = content[start:end].partition(b" ")
+    *lines, _ = content.split(b"\n")  # behind the last line feed, half a line may be
+    for line in lines:
+        crc, _, text = line.partition(b" ")
         if crc != b"%08x" % google_crc32c.value(text):
             return
         try:
-            line = json.loads(text)
+            parsed = json.loads(text)
         except (ValueError, RecursionError):
             return
-        if not isinstance(line, dict):
+        if not isinstance(parsed, dict):
             return
-        start = end + 1
-        yield line, start
-
-
-def cut_journal(folder: Path, length: int) -> None:
-    """Cut off what follows the last line that holds."""
-    with (folder / JOURNAL).open("rb+") as stream:
-        stream.truncate(length)
+        yield parsed

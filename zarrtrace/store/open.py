@@ -29,8 +29,7 @@ from zarrtrace.store.metadata import (
     read_trace,
 )
 from zarrtrace.store.publish import beside
-from zarrtrace.store.staged import staging_folder
-from zarrtrace.store.staged_reader import read_staged
+from zarrtrace.store.staged import read_staged, staging_folder
 from zarrtrace.store.trace_writer import incomplete
 
 Missing = Literal["raise", "nan"]

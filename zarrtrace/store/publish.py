@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeVar
 
 from zarrtrace.errors import RemoteError, StoreError
-from zarrtrace.storage import Location, at_once, disk
+from zarrtrace.storage import Address, Location, at_once, disk, locate
 from zarrtrace.store.journal import JOURNAL
 
 _METADATA = "zarr.json"
+_Path = TypeVar("_Path", Path, Location)
 
 
-def publish_folder(folder: Path, target: Location) -> None:
+def publish_folder(folder: Address, target: Location) -> None:
     """Put a complete folder in its place, instead of what is there.
 
     Readers find the old one or the new one. In an object store, where nothing can be exchanged at
@@ -23,7 +25,8 @@ def publish_folder(folder: Path, target: Location) -> None:
     Parameters
     ----------
     folder
-        On a disk; if `target` is, too, on the same file system. It is gone afterwards.
+        On a disk, or in the object store of `target`; if both are on a disk, on one file system. It
+        is gone afterwards.
     target
         Where it belongs.
 
@@ -32,11 +35,18 @@ def publish_folder(folder: Path, target: Location) -> None:
     RemoteError
         If the store holds other files afterwards.
     """
-    if (path := target.path) is None:
-        upload(folder, target)
-        disk.remove_folder(folder)
+    source = locate(folder)
+    if source.path is None:
+        remove(target)
+        store = source.writable_backend()
+        for names in _in_order(source.files()):
+            at_once(lambda n: store.copy((source / n).key, (target / n).key), names)
+        remove(source)
+    elif target.path is None:
+        upload(source.path, target)
+        disk.remove_folder(source.path)
     else:
-        put_in_place(folder, path)
+        put_in_place(source.path, target.path)
 
 
 def put_in_place(folder: Path, target: Path) -> None:
@@ -52,25 +62,24 @@ def put_in_place(folder: Path, target: Path) -> None:
             f"{target}: cannot be written: a file is where a folder should be",
             remedy="Move it away, and run the same command again.",
         )
-    if target.exists():
-        disk.remove_folder(exchange_folders(folder, target, old_of(folder)))
-    else:
+    old = old_of(folder)
+    exchange_folders(folder, target, old)
+    for left in (folder, old):
+        disk.remove_folder(left)
+
+
+def exchange_folders(folder: Path, target: Path, aside: Path) -> None:
+    """Put a folder in a place, and what is there in the folder's.
+
+    Where the file system cannot exchange two folders, there is a moment in which neither is in
+    place; the one before is `aside` from then on.
+    """
+    if not target.exists() or not disk.exchange(folder, target):
+        if target.exists():
+            target.rename(aside)
         folder.rename(target)
     with contextlib.suppress(OSError):  # not every file system does that for folders
         disk.sync_path(target.parent)
-
-
-def exchange_folders(folder: Path, target: Path, aside: Path) -> Path:
-    """Put a folder in the place of another one, and return where that one is now.
-
-    Where the file system cannot exchange two folders, there is a moment in which neither is in
-    place: the one before is `aside` then.
-    """
-    if disk.exchange(folder, target):
-        return folder
-    target.rename(aside)
-    folder.rename(target)
-    return aside
 
 
 def old_of(folder: Path) -> Path:
@@ -88,7 +97,7 @@ def end_publishing(folder: Path, target: Path) -> None:
         old_of(folder).rename(target)
 
 
-def beside(path: Path, what: str) -> Path:
+def beside(path: _Path, what: str) -> _Path:
     """Return the path of a file or folder of zarrtrace's own beside a run.
 
     A user may well have a `.run.old`, but no name that zarrtrace is a part of.
@@ -144,21 +153,3 @@ def remove(folder: Location) -> None:
         return
     for names in reversed(_in_order(folder.files())):
         folder.writable_backend().delete([(folder / name).key for name in names])
-
-
-def replace_folder(source: Location, target: Location) -> None:
-    """Put a complete folder in the place of another one; in an object store by copies."""
-    if source.path is None or target.path is None:
-        move(source, target)
-    else:
-        disk.sync(source.path)
-        put_in_place(source.path, target.path)
-
-
-def move(source: Location, target: Location) -> None:
-    """Put a folder of an object store in another's place, its ``zarr.json`` last."""
-    remove(target)
-    store = source.writable_backend()
-    for names in _in_order(source.files()):
-        at_once(lambda name: store.copy((source / name).key, (target / name).key), names)
-    remove(source)

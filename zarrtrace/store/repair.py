@@ -2,91 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-
-import numpy as np
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 from zarrtrace.errors import StoreError
 from zarrtrace.format.attributes import TraceAttributes
 from zarrtrace.format.layout import NEXT_TOKEN, ArrayLayout
 from zarrtrace.storage import Location
-from zarrtrace.store.array import StoredArray
-from zarrtrace.store.chunks import LayerGrid, read_index
-from zarrtrace.store.codecs import ArrayEncoding
+from zarrtrace.store.chunks import read_index
 from zarrtrace.store.damage import find_damage
-from zarrtrace.store.metadata import Nodes, array_metadata, checksums_of, read_trace
+from zarrtrace.store.journal import chunk_places
+from zarrtrace.store.metadata import Group, array_metadata, checksums_of, read_trace
 
 
-@dataclass
+@dataclass(frozen=True)
 class SoundParts:
     """Parts of a trace whose every byte is as it was written.
 
     Attributes
     ----------
-    path
-        The trace.
-    attributes
-        Its attributes.
-    layouts
-        Its arrays.
+    trace
+        The trace, whose metadata is sound.
     layers
-        Layers of which all arrays are sound.
-    has_tokens
-        Whether the next-token arrays are.
+        Layers of which all arrays are sound; None among them stands for next tokens.
     is_whole
-        Whether everything is.
-    nonfinite
-        Layers by array in which the model computed NaN or infinity.
-    nodes, versions
-        Metadata of its arrays, and the libraries it was made with.
+        Whether everything is sound.
     """
 
-    path: Location
-    attributes: TraceAttributes
-    layouts: Mapping[str, ArrayLayout]
-    layers: set[int] = field(default_factory=set)
-    has_tokens: bool = False
-    is_whole: bool = False
-    nonfinite: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    nodes: Nodes = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
+    trace: Group[TraceAttributes]
+    layers: frozenset[int | None]
+    is_whole: bool
 
-    def chunks(self, name: str, layer: int) -> list[bytes]:
-        """Read the chunks of a layer of an array, in order."""
-        layout = self.layouts[name]
-        place = self.attributes.layers_of(layout.dims[0]).index(layer)
-        encoding = ArrayEncoding(self.nodes[name])
-        grid = LayerGrid(layout.dims, encoding)
-        by_file: dict[str, list[int]] = {}
-        for number in range(grid.count):
-            key, inside = grid.file_of(place, number)
-            by_file.setdefault(key, []).append(inside)
+    def chunks(self, name: str, layer: int | None) -> list[bytes]:
+        """Read the chunks of a layer of an array, or of next tokens, in order."""
         found: list[bytes] = []
-        for key, numbers in by_file.items():
-            file = self.path / name / key
-            index = read_index(file, encoding)
-            ranges = [index.range_of(number) for number in numbers]
+        for key, in_file in groupby(chunk_places(self.trace, name, layer), itemgetter(0)):
+            file = self.trace.path / name / key
+            if layer is None:
+                found.append(file.read())
+                continue
+            index = read_index(file, self.trace.encodings[name])
+            ranges = [index.range_of(number) for _, number in in_file]
             found += file.read_ranges([one for one in ranges if one is not None])
         return found
 
-    def tokens(self) -> tuple[dict[str, np.ndarray], list[str]]:
-        """Read the next-token arrays; returns those that hold NaN or infinity, too."""
-        values = {
-            name: StoredArray(
-                self.path / name, ArrayEncoding(self.nodes[name]), checksums_of(self.nodes[name])
-            ).load()
-            for name in NEXT_TOKEN
-        }
-        return values, [name for name in NEXT_TOKEN if name in self.nonfinite]
+    def nonfinite(self, names: Iterable[str], layer: int | None) -> list[str]:
+        """Return the arrays in which the model computed NaN or infinity in a layer."""
+        known = self.trace.attributes.nonfinite
+        return [name for name in names if name in known and layer in (None, *known[name])]
 
 
 def sound_parts(
     path: Location, attributes: TraceAttributes, layouts: Mapping[str, ArrayLayout]
-) -> SoundParts:
+) -> SoundParts | None:
     """Read every byte of a trace, and tell what is as it was written.
 
-    Nothing is sound if its metadata is damaged, or is another trace's than `attributes`.
+    None if its metadata is damaged, or is another trace's than `attributes`.
 
     Parameters
     ----------
@@ -95,32 +68,26 @@ def sound_parts(
     attributes, layouts
         What it should be.
     """
-    found = SoundParts(path, attributes, layouts)
     try:
         trace = read_trace(path)
     except StoreError:
-        return found
+        return None
     changing = {"nonfinite", "seal", "versions"}
     if trace.attributes.model_dump(exclude=changing) != attributes.model_dump(exclude=changing):
-        return found
-    expected = {
-        name: array_metadata(layout, checksums_of(trace.nodes[name]))
+        return None
+    if layouts.keys() != trace.nodes.keys() or any(
+        array_metadata(layout, checksums_of(trace.nodes[name])) != trace.nodes[name]
         for name, layout in layouts.items()
-        if name in trace.nodes
-    }
-    if expected != trace.nodes or expected.keys() != layouts.keys():
-        return found
+    ):
+        return None
     damage = find_damage(path, trace.nodes)
-    bad: set[int] = set()
+    bad: set[int | None] = set()
     for one in damage:
+        if one.array in NEXT_TOKEN:
+            bad.add(None)
         layout = layouts.get(one.array)
         if layout is not None and layout.has_layers:
             layers = attributes.layers_of(layout.dims[0])
             places = range(len(layers)) if one.first is None else one.first
             bad |= {layers[place] for place in places if place < len(layers)}
-    found.layers = set(attributes.layers) - bad
-    found.has_tokens = not any(one.array in NEXT_TOKEN for one in damage)
-    found.is_whole = not damage
-    found.nonfinite, found.nodes = trace.attributes.nonfinite, trace.nodes
-    found.versions = trace.attributes.versions
-    return found
+    return SoundParts(trace, frozenset({*attributes.layers, None} - bad), is_whole=not damage)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
-from zarrtrace.errors import (
-    IncompleteError,
-    IntegrityError,
-    NotATraceError,
-    StoreError,
-)
+from zarrtrace.errors import IncompleteError, IntegrityError, NotATraceError, StoreError
 from zarrtrace.format.attributes import RunAttributes
 from zarrtrace.identity import combined_versions, differences, refuse_other
 from zarrtrace.records import TracePlan
@@ -27,14 +22,15 @@ from zarrtrace.store.metadata import (
     repeated_nodes,
     sealed_group,
 )
-from zarrtrace.store.publish import beside, exchange_folders, move, remove
+from zarrtrace.store.publish import beside, exchange_folders, publish_folder, remove
 from zarrtrace.store.staged import staging_folder
 from zarrtrace.store.trace_writer import TraceWriter
 
 #: A run of more traces holds no copy of their metadata: it would be large, and slow to read.
 MOST_CONSOLIDATED = 1000
 
-# File in a run that is about to replace another, or has just done so.
+# File in a finished run that is about to replace another, or has just done so: it tells which of
+# the two is the new one.
 _REPLACING = ".zarrtrace-replacing"
 
 
@@ -85,6 +81,8 @@ class RunWriter:
         self._overwrite, self._repair = overwrite, repair
         self._accept_versions = accept_versions
         self.path = self._final
+        # Where a run is written that replaces another one.
+        self._new = beside(self._final, "new")
 
     def __enter__(self) -> Self:
         with disk.explained(self._final):
@@ -96,16 +94,11 @@ class RunWriter:
                 raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._lock.release()
 
     def _open(self) -> None:
-        was_replaced = self._end_earlier_replacement()
+        was_replaced = self._end_replacement()
         if self._final.is_file() or (
             self._final.is_folder() and any(True for _ in self._final.children())
         ):
@@ -116,7 +109,7 @@ class RunWriter:
             if was_replaced and _is_same(previous, self._attributes):
                 return
             self.path = self._new
-            if self._can_resume(self._new):
+            if self._successor() is not None:
                 return
             remove_run(self._new)
         # In the folder of temporary files an earlier run at this address may have left traces.
@@ -157,54 +150,37 @@ class RunWriter:
         names = self._attributes.scenarios
         return any((self._final / name / "zarr.json").is_file() for name in names)
 
-    @property
-    def _new(self) -> Location:
-        """Where a run is written that replaces another one."""
-        return self._final.with_name(f".{self._final.name}.zarrtrace-new")
+    def _successor(self) -> RunAttributes | None:
+        """Return the attributes of the new run, if an earlier writer was asked for the same."""
+        with contextlib.suppress(StoreError):
+            found = read_run(self._new).attributes
+            return found if _is_same(found, self._attributes) else None
+        return None
 
-    def _can_resume(self, path: Location) -> bool:
-        """Whether an earlier writer that was to replace the run was asked for the same."""
-        try:
-            return _is_same(read_run(path).attributes, self._attributes)
-        except StoreError:
-            return False
+    def _end_replacement(self) -> bool:
+        """Put the new run in the place of the old one, if it is finished.
 
-    def _end_earlier_replacement(self) -> bool:
-        """Bring to its end what a killed writer began; returns whether the run was replaced."""
-        if (final := self._final.path) is None:
-            if not self._can_resume(self._new) or not read_run(self._new).attributes.complete:
-                return False
-            move(self._new, self._final)
-            return True
-        new, old = beside(final, "new"), beside(final, "old")
-        if not final.exists():
-            if (new / _REPLACING).exists():
-                new.rename(final)
-            elif _is_run(old):
-                old.rename(final)
-        if not (final / _REPLACING).exists():
-            return False
-        self._tidy_up(new, old)
-        return True
-
-    def _replace(self) -> None:
-        """Put the finished new run in the place of the old one."""
+        A writer that was killed meanwhile is continued from any step on. Returns whether the run
+        was replaced.
+        """
         final, new = self._final.path, self._new.path
         if final is None or new is None:
-            move(self._new, self._final)
-        else:
-            # Tells a later writer which of the two is the new one.
-            (new / _REPLACING).touch()
-            disk.sync_path(new)
-            left = exchange_folders(new, final, beside(final, "old"))
-            disk.sync_path(final.parent)
-            self._tidy_up(left)
-        self.path = self._final
-
-    def _tidy_up(self, *left: Path) -> None:
-        for folder in left:
-            remove_run(folder)
-        (Path(self._final) / _REPLACING).unlink()
+            successor = self._successor()
+            is_finished = successor is not None and successor.complete
+            if is_finished:
+                publish_folder(self._new, self._final)
+            return is_finished
+        old = beside(final, "old")
+        if (new / _REPLACING).exists():
+            exchange_folders(new, final, old)
+        elif not final.exists() and _is_run(old):
+            old.rename(final)
+        if not (final / _REPLACING).exists():
+            return False
+        for folder in (new, old):
+            remove_run(locate(folder))
+        (final / _REPLACING).unlink()
+        return True
 
     def trace(self, plan: TracePlan) -> TraceWriter:
         """Return the writer of one scenario's trace, which may hold layers already."""
@@ -241,11 +217,16 @@ class RunWriter:
             if (folder := self.path.path) is not None:
                 disk.sync_path(folder / "zarr.json")
             disk.remove_folder(staging_folder(self.path))
-            if self.path != self._final:
-                self._replace()
+            if self.path == self._final:
+                return
+            if folder is not None:
+                (folder / _REPLACING).touch()
+                disk.sync_path(folder)
+            self._end_replacement()
+            self.path = self._final
 
 
-def remove_run(folder: Location | Path) -> None:
+def remove_run(folder: Location) -> None:
     """Remove a run that a writer left beside another, if it is one.
 
     On a disk its ``zarr.json`` goes last: what is left of it if the process is killed is still
@@ -256,7 +237,6 @@ def remove_run(folder: Location | Path) -> None:
     StoreError
         If something else is there.
     """
-    folder = locate(folder)
     if (path := folder.path) is None:
         remove(folder)
         return

@@ -8,44 +8,51 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import google_crc32c
 import numpy as np
 
 from zarrtrace.errors import IntegrityError
 from zarrtrace.format.attributes import TraceAttributes
-from zarrtrace.format.layout import ArrayLayout
 from zarrtrace.identity import combined_versions
-from zarrtrace.storage import Location, disk
+from zarrtrace.storage import Location, disk, locate
 from zarrtrace.storage.locks import FileLock
 from zarrtrace.store.chunks import (
     Checksum,
-    LayerGrid,
-    crc_of,
+    FileIndex,
     encode_file,
-    file_key,
+    file_keys,
+    index_entries,
     tail_of,
 )
 from zarrtrace.store.codecs import CRC_BYTES, ArrayEncoding
 from zarrtrace.store.journal import (
     JOURNAL,
     Line,
-    StoredLayer,
-    StoredTokens,
-    append_line,
-    cut_journal,
+    StoredParts,
+    by_file,
+    chunk_places,
+    encode_line,
     read_lines,
-    stored_layer,
-    stored_tokens,
-    stored_versions,
+    replay,
 )
-from zarrtrace.store.metadata import NONSENSE, Nodes, array_metadata, encoded, sealed_group
+from zarrtrace.store.metadata import (
+    CHECKSUMS,
+    NONSENSE,
+    Group,
+    Nodes,
+    check_nodes,
+    encoded,
+    labels_of,
+    parse_attributes,
+    sealed_group,
+)
 
 #: Name of the folder in a run in which traces are written.
 STAGED = ".staged"
@@ -66,60 +73,44 @@ class StagedTrace:
     ----------
     folder
         Where they are; :meth:`resume` or :meth:`create` makes it ready.
-    attributes
-        The attributes that the trace will have.
-    layouts
-        Its arrays.
+    attributes, nodes
+        Attributes of the trace, and metadata of its arrays; checksums are entered into it.
+    expected
+        The arrays of each layer; for None, those of next tokens.
     settings
         Hash of what else must be the same to resume it, where no run beside it says so.
 
     Attributes
     ----------
-    layers
-        Layers that are stored, in order.
-    has_tokens
-        Whether the next-token arrays are stored.
+    stored
+        The parts of it that are stored.
+    encodings
+        How its arrays are cut and encoded.
     """
 
     def __init__(
         self,
         folder: Path,
         attributes: TraceAttributes,
-        layouts: Mapping[str, ArrayLayout],
+        nodes: Nodes,
+        expected: Mapping[int | None, Collection[str]],
         settings: str = "",
     ) -> None:
-        self.folder, self._attributes, self._layouts = folder, attributes, layouts
-        self._settings = settings
-        self.encodings = {
-            name: ArrayEncoding(array_metadata(layout)) for name, layout in layouts.items()
-        }
-        self.grids = {
-            name: LayerGrid(layout.dims, self.encodings[name])
-            for name, layout in layouts.items()
-            if layout.has_layers
-        }
+        self.folder, self._expected, self._settings = folder, expected, settings
+        self.encodings = {name: ArrayEncoding(node) for name, node in nodes.items()}
+        self._trace = Group(locate(folder), attributes, {}, frozenset(), nodes, self.encodings)
         self._clear()
 
     def _clear(self) -> None:
-        self.layers: list[int] = []
-        self.has_tokens = False
-        # Length and CRC-32C of each chunk of a layer, by array and the layer's place in it.
-        self._chunks: dict[tuple[str, int], np.ndarray] = {}
-        # Bytes of files that grow, and checksums of those written at once; by array and key.
-        self._sizes: dict[tuple[str, str], int] = {}
-        self._whole: dict[str, dict[str, Checksum]] = {}
-        self._nonfinite: dict[str, list[int]] = {}
+        self.stored = StoredParts()
+        # Length and CRC-32C of chunks that the journal does not name yet, by array.
+        self._pending: dict[str, list[tuple[int, int]]] = {}
+        self._versions: Mapping[str, str] = {}
+        self._journal_bytes = 0
 
     # --- beginning -----------------------------------------------------------------------------
 
-    def _header(self) -> Line:
-        plain = self._attributes.model_dump(mode="json", exclude={"seal", "nonfinite"})
-        nodes = {name: array_metadata(layout) for name, layout in self._layouts.items()}
-        return {"attributes": plain, "arrays": nodes, "settings": self._settings}
-
-    def create(
-        self, coordinates: Mapping[str, np.ndarray], versions: Mapping[str, str] | None = None
-    ) -> None:
+    def create(self, coordinates: Mapping[str, np.ndarray], versions: Mapping[str, str]) -> None:
         """Begin the trace: coordinates, then the first line of the journal.
 
         Parameters
@@ -129,20 +120,14 @@ class StagedTrace:
         versions
             Libraries that made parts of it before, if it is repaired.
         """
-        combined = combined_versions(versions or {}, self._attributes.versions)
-        self._attributes = self._attributes.model_copy(update={"versions": combined})
         disk.remove_folder(self.folder)
         self._clear()
-        self.folder.mkdir(parents=True)
-        for name in self._layouts:
-            (self.folder / name).mkdir()
-        for name, values in coordinates.items():
-            self._write_whole(name, values)
-        append_line(self.folder, {**self._header(), "files": self._recorded(coordinates)})
+        for name in self._trace.nodes:
+            (self.folder / name).mkdir(parents=True)
+        self._write_coordinates(coordinates)
+        self._write_journal(versions, [])
 
-    def resume(
-        self, coordinates: Mapping[str, np.ndarray], expected: Mapping[int, Iterable[str]]
-    ) -> bool:
+    def resume(self, coordinates: Mapping[str, np.ndarray]) -> bool:
         """Continue what an earlier process left; False if there is nothing to continue.
 
         What follows the last line of the journal that holds is cut off. If other versions of
@@ -152,216 +137,132 @@ class StagedTrace:
         Parameters
         ----------
         coordinates
-            Values of coordinates.
-        expected
-            The arrays that each layer has.
+            Values by array.
         """
-        self._clear()
         try:
-            is_there = self._resume(coordinates, expected)
+            is_there = self._resume(coordinates)
         except (*NONSENSE, FileNotFoundError, IsADirectoryError, IntegrityError):
-            is_there = False  # not what was written: to begin anew loses nothing but time
+            is_there = False  # not what was written: to begin again loses nothing but time
         if not is_there:
             self._clear()
         return is_there
 
-    def _resume(
-        self, coordinates: Mapping[str, np.ndarray], expected: Mapping[int, Iterable[str]]
-    ) -> bool:
+    def _resume(self, coordinates: Mapping[str, np.ndarray]) -> bool:
+        lines = read_lines(self.folder)
+        if (header := next(lines, None)) is None:
+            return False
         if any(path.is_symlink() for path in self.folder.rglob("*")):
             return False  # what is appended must not go elsewhere
-        lines = read_lines(self.folder)
-        header, end = next(lines, ({}, 0))
-        files, wanted = header.pop("files", None), json.loads(json.dumps(self._header()))
-        now = wanted["attributes"].pop("versions")
-        known = stored_versions(header.get("attributes", {}).pop("versions", {}))
-        if wanted != header or not isinstance(files, dict):
+        self._write_coordinates(coordinates)
+        versions = TraceAttributes.model_validate(header["attributes"]).versions
+        if header != json.loads(json.dumps(self._header(versions))):
             return False
-        for name, values in coordinates.items():
-            content, checksum = encode_file(self.encodings[name], values)
-            if files.get(name) != {"c.0": list(checksum)} or self._read(name, "c.0") != content:
-                return False
-            self._whole[name] = {"c.0": checksum}
-        for line, behind in lines:
-            if not self._holds(line, expected):
-                break
-            known, end = line.get("versions", known), behind
-        cut_journal(self.folder, end)
+        kept = replay(
+            lines, self._trace, self.stored, expected=self._expected, is_there=self._is_there
+        )
         self._cut_files()
-        versions = combined_versions(known, now)
-        self._attributes = self._attributes.model_copy(update={"versions": versions})
-        if versions != known:
-            append_line(self.folder, {"versions": versions})
+        self._write_journal(versions, kept)
         return True
 
-    def _read(self, name: str, key: str) -> bytes:
-        try:
-            return disk.Disk().get(str(self.folder / name / key)).data
-        except FileNotFoundError:
-            return b""
+    def _write_coordinates(self, coordinates: Mapping[str, np.ndarray]) -> None:
+        for name, values in coordinates.items():
+            checksums = self._trace.nodes[name]["attributes"][CHECKSUMS]
+            for key in file_keys(self.encodings[name]):  # one, or none of an empty array
+                content, checksums[key] = encode_file(self.encodings[name], values)
+                disk.write_whole(self.folder / name / key, content)
 
-    def _holds(self, line: Line, expected: Mapping[int, Iterable[str]]) -> bool:
-        """Take a line of the journal, if its bytes are there."""
-        try:
-            if "versions" in line:
-                return bool(stored_versions(line["versions"]))
-            if "layer" not in line:
-                return self._tokens_hold(stored_tokens(line, self.encodings))
-            return self._layer_holds(stored_layer(line, self.grids), expected)
-        except NONSENSE:
-            return False
+    def _header(self, versions: Mapping[str, str]) -> Line:
+        """Return the first line of the journal."""
+        plain = self._trace.attributes.model_dump(mode="json", exclude={"seal", "nonfinite"})
+        return {
+            "attributes": {**plain, "versions": versions},
+            "arrays": self._trace.nodes,
+            "settings": self._settings,
+        }
 
-    def _tokens_hold(self, found: StoredTokens) -> bool:
-        if self.has_tokens or any(
-            not _is_written(self._read(name, key), one)
-            for name, files in found.files.items()
-            for key, one in files.items()
-        ):
-            return False
-        self._whole |= found.files
-        self.has_tokens = True
-        self._note_nonfinite(found.nonfinite, None)
-        return True
+    def _write_journal(self, versions: Mapping[str, str], lines: Iterable[Line]) -> None:
+        """Write the first line, which names today's libraries after those before, and others."""
+        self._versions = combined_versions(versions, self._trace.attributes.versions)
+        content = b"".join(map(encode_line, [self._header(self._versions), *lines]))
+        disk.write_whole(self.folder / JOURNAL, content)
+        self._journal_bytes = len(content)
 
-    def _layer_holds(self, found: StoredLayer, expected: Mapping[int, Iterable[str]]) -> bool:
-        # Chunks stand in the order of layers: no other layer can have come next.
-        if [*self.layers, found.layer] != [*self._attributes.layers[: len(self.layers) + 1]]:
-            return False
-        if set(found.chunks) != set(expected[found.layer]):
-            return False
-        before = dict(self._sizes)
-        for name, pairs in found.chunks.items():
-            if not self._chunks_hold(name, self._place(name, found.layer), pairs):
-                self._sizes = before
-                return False
-        for name, pairs in found.chunks.items():
-            self._chunks[name, self._place(name, found.layer)] = np.array(pairs, np.uint32)
-        self.layers.append(found.layer)
-        self._note_nonfinite(found.nonfinite, found.layer)
-        return True
-
-    def _chunks_hold(self, name: str, layer: int, pairs: Sequence[tuple[int, int]]) -> bool:
-        by_file: dict[str, list[tuple[int, int]]] = {}
-        for number, pair in enumerate(pairs):
-            by_file.setdefault(self.grids[name].file_of(layer, number)[0], []).append(pair)
-        for key, found in by_file.items():
-            start = self._sizes.get((name, key), 0)
-            ranges = []
-            for length, _ in found:
-                ranges.append((start, start + length))
-                start += length
+    def _is_there(self, parts: StoredParts) -> bool:
+        """Whether files hold the bytes that a line of the journal names."""
+        for file, chunks in parts.chunks.items():
+            start = self.stored.size(file)
+            ends = list(itertools.accumulate(chunks[:, 1].tolist(), initial=start))
             try:
-                contents = disk.Disk().get_ranges(str(self.folder / name / key), ranges)
+                path = str(self.folder.joinpath(*file))
+                contents = disk.Disk().get_ranges(path, list(itertools.pairwise(ends)))
             except FileNotFoundError:
                 return False
-            for content, (length, crc) in zip(contents, found, strict=True):
-                end = crc.to_bytes(CRC_BYTES, "little")
-                if len(content) != length or content[-CRC_BYTES:] != end:
+            for content, (_, length, crc) in zip(contents, chunks.tolist(), strict=True):
+                crc_now = google_crc32c.value(content[:-CRC_BYTES])
+                if _pair(content) != (length, crc) or crc_now != crc:
                     return False
-                if google_crc32c.value(content[:-CRC_BYTES]) != crc:
-                    return False
-            self._sizes[name, key] = start
         return True
 
     def _cut_files(self) -> None:
-        """Cut off what was written after the last line of the journal."""
-        for file in self.folder.iterdir():
-            if file.name not in self._layouts and file.name != JOURNAL:
-                file.unlink()
-        for name in self._layouts:
+        """Cut off what was written after the last line of the journal that holds."""
+        for path in self.folder.iterdir():
+            if path.name not in self._trace.nodes and path.name != JOURNAL:
+                path.unlink()
+        for name, node in self._trace.nodes.items():
             for file in (self.folder / name).iterdir():
-                if name in self._whole:
-                    if file.name not in self._whole[name]:
-                        file.unlink()
-                elif size := self._sizes.get((name, file.name)):
-                    with file.open("rb+") as stream:
-                        stream.truncate(size)
-                else:
+                if size := self.stored.size((name, file.name)):
+                    os.truncate(file, size)
+                elif file.name not in node["attributes"][CHECKSUMS]:
                     file.unlink()
 
     # --- adding --------------------------------------------------------------------------------
 
-    def _place(self, name: str, layer: int) -> int:
-        """Return the place of a layer along an array's first dimension."""
-        return self._attributes.layers_of(self._layouts[name].dims[0]).index(layer)
+    def append(self, name: str, layer: int | None, chunks: Sequence[bytes]) -> None:
+        """Append the next chunks of an array to their files.
 
-    def append(self, name: str, layer: int, chunks: Sequence[bytes]) -> None:
-        """Append the next chunks of a layer to their files."""
-        place, grid = self._place(name, layer), self.grids[name]
-        known = self._chunks.get((name, place), np.empty((0, 2), np.uint32))
-        by_file: dict[str, list[bytes]] = {}
-        for number, chunk in enumerate(chunks, len(known)):
-            by_file.setdefault(grid.file_of(place, number)[0], []).append(chunk)
-        sizes = {}
-        for key, parts in by_file.items():
-            size = self._sizes.get((name, key), 0)
-            disk.append(self.folder / name / key, parts, size)
-            sizes[name, key] = size + sum(map(len, parts))
-        self._sizes |= sizes
-        pairs = [(len(one), int.from_bytes(one[-CRC_BYTES:], "little")) for one in chunks]
-        self._chunks[name, place] = np.concatenate([known, np.array(pairs, np.uint32)])
+        Parameters
+        ----------
+        layer
+            The layer that they belong to; None for next tokens.
+        """
+        known, added = self._pending.setdefault(name, []), list(map(_pair, chunks))
+        places = itertools.islice(chunk_places(self._trace, name, layer, len(known)), len(added))
+        parts, rest = StoredParts(chunks=by_file(name, places, added)), iter(chunks)
+        for file, of_file in parts.chunks.items():
+            contents = list(itertools.islice(rest, len(of_file)))
+            disk.append(self.folder.joinpath(*file), contents, self.stored.size(file))
+        self.stored.add(parts)
+        known += added
 
-    def end_layer(self, layer: int, names: Sequence[str], nonfinite: Sequence[str]) -> None:
-        """Enter a layer in the journal, after all chunks of its arrays."""
-        chunks = {name: self._chunks[name, self._place(name, layer)].tolist() for name in names}
-        line = {"layer": layer, "chunks": chunks, "nonfinite": list(nonfinite)}
-        append_line(self.folder, line)
-        self.layers.append(layer)
-        self._note_nonfinite(nonfinite, layer)
-
-    def add_tokens(self, values: Mapping[str, np.ndarray], nonfinite: Sequence[str]) -> None:
-        """Write the next-token arrays, and enter them in the journal."""
-        for name, value in values.items():
-            self._write_whole(name, value)
-        line = {"files": self._recorded(values), "nonfinite": list(nonfinite)}
-        append_line(self.folder, line)
-        self.has_tokens = True
-        self._note_nonfinite(nonfinite, None)
-
-    def _note_nonfinite(self, names: Sequence[str], layer: int | None) -> None:
-        for name in names:
-            self._nonfinite.setdefault(name, []).extend([] if layer is None else [layer])
-
-    def _write_whole(self, name: str, values: np.ndarray) -> None:
-        """Write all files of an array that has no layers."""
-        step = self._layouts[name].chunks[0]
-        self._whole[name] = {}
-        for number, start in enumerate(range(0, len(values), step)):
-            content, checksum = encode_file(self.encodings[name], values[start : start + step])
-            key = file_key([number, *[0] * (values.ndim - 1)])
-            disk.write_whole(self.folder / name / key, content)
-            self._whole[name][key] = checksum
-
-    def _recorded(self, names: Mapping[str, Any]) -> dict[str, dict[str, list[Any]]]:
-        return {n: {k: list(c) for k, c in self._whole[n].items()} for n in names}
+    def end_layer(self, layer: int | None, nonfinite: Sequence[str]) -> None:
+        """Enter a layer, or next tokens, in the journal, after all chunks of their arrays."""
+        chunks = {name: self._pending[name] for name in self._expected[layer]}
+        content = encode_line({"layer": layer, "chunks": chunks, "nonfinite": nonfinite})
+        disk.append(self.folder / JOURNAL, [content], self._journal_bytes)
+        self._journal_bytes += len(content)
+        self.stored.end(layer, nonfinite)
+        for name in chunks:
+            del self._pending[name]
 
     # --- completing ----------------------------------------------------------------------------
 
-    def _stored_chunks(self) -> list[tuple[str, str, dict[int, tuple[int, int]]]]:
-        """Return length and CRC-32C of the chunks of each file that grows, in their order."""
-        found: dict[tuple[str, str], dict[int, tuple[int, int]]] = {}
-        for (name, place), pairs in sorted(self._chunks.items()):
-            for number, (length, crc) in enumerate(pairs.tolist()):
-                key, inside = self.grids[name].file_of(place, number)
-                found.setdefault((name, key), {})[inside] = length, crc
-        return [(name, key, stored) for (name, key), stored in found.items()]
-
     def complete(self) -> None:
         """Write the indexes of files, and all metadata; the trace is ready to be published."""
-        checksums = {name: dict(self._whole.get(name, {})) for name in self._layouts}
-        for name, key, stored in self._stored_chunks():
-            tail, checksums[name][key] = tail_of(self.encodings[name], stored)
-            disk.append(self.folder / name / key, [tail], self._sizes[name, key])
-        nodes: Nodes = {}
-        for name, layout in sorted(self._layouts.items()):
-            nodes[name] = array_metadata(layout, checksums[name])
-            disk.write_whole(self.folder / name / "zarr.json", encoded(nodes[name]))
-        order = {layer: at for at, layer in enumerate(self._attributes.layers)}
-        nonfinite = {
-            name: tuple(sorted(layers, key=order.__getitem__))
-            for name, layers in sorted(self._nonfinite.items())
-        }
-        attributes = self._attributes.model_copy(update={"nonfinite": nonfinite})
+        nodes = dict(sorted(self._trace.nodes.items()))
+        for (name, key), chunks in self.stored.chunks.items():
+            if self.encodings[name].is_sharded:
+                tail, checksum = tail_of(self.encodings[name], _by_number(chunks))
+                disk.append(self.folder / name / key, [tail], self.stored.size((name, key)))
+            else:
+                checksum = _checksum(*chunks[0, 1:].tolist())
+            nodes[name]["attributes"][CHECKSUMS][key] = checksum
+        for name, node in nodes.items():
+            checksums = node["attributes"][CHECKSUMS]
+            node["attributes"][CHECKSUMS] = dict(sorted(checksums.items()))
+            disk.write_whole(self.folder / name / "zarr.json", encoded(node))
+        nonfinite = {name: tuple(n) for name, n in sorted(self.stored.nonfinite.items())}
+        update = {"nonfinite": nonfinite, "versions": self._versions}
+        attributes = self._trace.attributes.model_copy(update=update)
         disk.write_whole(self.folder / "zarr.json", sealed_group(attributes, nodes))
 
     def end(self) -> None:
@@ -369,10 +270,65 @@ class StagedTrace:
         (self.folder / JOURNAL).unlink()
 
 
-def _is_written(content: bytes, checksum: Checksum) -> bool:
-    """Whether a file of one chunk is the one that was written."""
-    crc = f"{google_crc32c.value(content[:-CRC_BYTES]):08x}"
-    return (len(content), crc, crc_of(content)) == (*checksum, checksum.checksum)
+def _pair(chunk: bytes) -> tuple[int, int]:
+    """Return length and CRC-32C of a chunk."""
+    return len(chunk), int.from_bytes(chunk[-CRC_BYTES:], "little")
+
+
+def _checksum(length: int, crc: int) -> Checksum:
+    """Return the checksum of a file of one chunk."""
+    return Checksum(length, f"{crc:08x}")
+
+
+def _by_number(chunks: np.ndarray) -> dict[int, tuple[int, int]]:
+    """Return length and CRC-32C of chunks by their number in the file."""
+    return {number: (length, crc) for number, length, crc in chunks.tolist()}
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+def read_staged(
+    path: Location,
+) -> tuple[Group[TraceAttributes], tuple[int, ...], dict[str, dict[str, FileIndex]]] | None:
+    """Read what there is of a trace that is not published: being written, or interrupted.
+
+    Parameters
+    ----------
+    path
+        Where the trace will be.
+
+    Returns
+    -------
+    group
+        Its metadata.
+    missing
+        Layers that it lacks.
+    indexes
+        Index of each file that grows, by array and key.
+    """
+    here = locate(staging_folder(path.parent) / path.name)
+    lines = read_lines(Path(here))
+    header: Line = next(lines, {})
+    try:
+        attributes = parse_attributes(here, header["attributes"], "trace")
+        nodes = header["arrays"]
+        labels = frozenset(labels_of(nodes).split())
+        encodings = check_nodes(nodes, attributes, is_whole=False)
+    except (*NONSENSE, IntegrityError):
+        return None  # nor does a writer resume it: it begins again
+    group = Group(here, attributes, header["attributes"], labels, nodes, encodings)
+    stored = StoredParts()
+    replay(lines, group, stored)
+    indexes: dict[str, dict[str, FileIndex]] = {}
+    for (name, key), chunks in stored.chunks.items():
+        if encodings[name].is_sharded:
+            entries, size = index_entries(encodings[name], _by_number(chunks))
+            crcs = dict(chunks[:, [0, 2]].tolist())
+            indexes.setdefault(name, {})[key] = FileIndex(size, "", entries, crcs)
+        else:
+            nodes[name]["attributes"][CHECKSUMS][key] = _checksum(*chunks[0, 1:].tolist())
+    return group, attributes.layers[len(stored.layers) :], indexes
 
 
 # --- several writers of one run ----------------------------------------------------------------

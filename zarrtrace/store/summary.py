@@ -21,8 +21,7 @@ from zarrtrace.store.metadata import (
     read_scenario,
     read_trace,
 )
-from zarrtrace.store.staged import staging_folder
-from zarrtrace.store.staged_reader import read_staged
+from zarrtrace.store.staged import read_staged, staging_folder
 
 _ITEMSIZE = {"float16": 2, "float32": 4, "uint32": 4, "int64": 8, "bool": 1}
 

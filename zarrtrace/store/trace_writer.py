@@ -6,23 +6,27 @@ import contextlib
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
 from zarrtrace.errors import IncompleteError, StoreError
 from zarrtrace.format.attributes import TraceAttributes, share_saes
-from zarrtrace.format.layout import ArrayLayout, trace_layout
+from zarrtrace.format.layout import NEXT_TOKEN, ArrayLayout, trace_layout
 from zarrtrace.precision import cast_record, refusal
 from zarrtrace.records import BFloat16, LayerRecord, Nonzeros, TokensRecord, TracePlan
 from zarrtrace.storage import Address, Location, disk, locate
-from zarrtrace.store.chunks import encode_rows
+from zarrtrace.store.chunks import encode_file, encode_rows
 from zarrtrace.store.damage import check_sizes
-from zarrtrace.store.metadata import read_scenario
+from zarrtrace.store.metadata import array_metadata, read_scenario
 from zarrtrace.store.publish import end_publishing, publish_folder
 from zarrtrace.store.repair import SoundParts, sound_parts
 from zarrtrace.store.staged import StagedTrace, staging_folder
+
+# How many rows, and their chunks.
+_Rows = tuple[int, list[bytes]]
+
+_SAME_SIZES = "Give every record the sizes that the trace was created with."
 
 
 class TraceWriter:
@@ -59,62 +63,71 @@ class TraceWriter:
         folder = staging_folder(run) / plan.attributes.scenario
         # On a disk the run that holds the folder was compared with what is asked for.
         settings = "" if run.path is not None else plan.settings
-        self._staged = StagedTrace(folder, self._attributes, self._layouts, settings)
+        self._expected = {
+            layer: self._arrays_of_layer(layer, plan) for layer in (None, *self._attributes.layers)
+        }
+        nodes = {name: array_metadata(layout, {}) for name, layout in self._layouts.items()}
+        self._staged = StagedTrace(folder, self._attributes, nodes, self._expected, settings)
         self._mutex = threading.Lock()
         self._begun, self._allow_nonfinite = False, allow_nonfinite
+        # A damaged trace that is there, and what of it is sound.
+        self._replaces = False
         self._source: SoundParts | None = None
-        self._expected = {n: self._arrays_of_layer(n, plan) for n in self._attributes.layers}
-        # Encoded rows that wait, by array and layer: number of rows and chunks, by first row.
-        self._waiting: dict[tuple[str, int], dict[int, tuple[int, list[bytes]]]] = {}
-        self._nonfinite: dict[int, list[str]] = {}
+        # By array and layer (None: next tokens) the encoded rows that wait, by first row.
+        self._waiting: dict[tuple[str, int | None], dict[int, _Rows]] = {}
+        self._nonfinite: dict[int | None, list[str]] = {}
+        # How many rows of the next layer and of next tokens are appended, by array.
         self._rows: dict[str, int] = {}
         with disk.explained(self.path):
             if self.path.path is not None:
                 end_publishing(folder, self.path.path)
             self._is_published = self._open(repair=repair)
             if not self._is_published and self._source is None:
-                self._begun = self._staged.resume(self._coordinates, self._expected)
+                self._begun = self._staged.resume(self._coordinates)
 
     def _open(self, *, repair: bool) -> bool:
         """Whether the trace is there, complete; notes its sound parts if it is to be repaired."""
         if not (self.path / "zarr.json").is_file():
             return False
-        if repair:
-            self._source = sound_parts(self.path, self._attributes, self._layouts)
-            return self._source.is_whole
-        check_sizes(read_scenario(self.path.parent, self.path.name))
-        return True
+        if not repair:
+            check_sizes(read_scenario(self.path.parent, self.path.name))
+            return True
+        self._source = sound_parts(self.path, self._attributes, self._layouts)
+        self._replaces = True
+        return self._source is not None and self._source.is_whole
 
     # --- what is left to write -----------------------------------------------------------------
 
     @property
-    def _stored(self) -> set[int]:
-        if self._is_published:
-            return set(self._attributes.layers)
-        sound = set() if self._source is None else self._source.layers
-        return {*self._staged.layers, *sound}
-
-    @property
     def missing_layers(self) -> tuple[int, ...]:
         """Layers that are left to write."""
-        stored = self._stored
+        if self._is_published:
+            return ()
+        stored = {*self._staged.stored.layers, *self._sound}
         return tuple(layer for layer in self._attributes.layers if layer not in stored)
 
     @property
     def needs_tokens(self) -> bool:
         """Whether the next-token arrays are left to write."""
-        if "next_token" not in self._layouts or self._is_published or self._staged.has_tokens:
+        if self._is_published or None in self._sound:
             return False
-        return self._source is None or not self._source.has_tokens
+        return bool(self._expected[None]) and not self._staged.stored.has_tokens
+
+    @property
+    def _sound(self) -> frozenset[int | None]:
+        """Layers that are copied from the trace that is repaired; for next tokens, None."""
+        return frozenset() if self._source is None else self._source.layers
 
     @property
     def is_published(self) -> bool:
         """Whether readers find the trace."""
         return self._is_published
 
-    def _arrays_of_layer(self, layer: int, plan: TracePlan) -> dict[str, int]:
-        """Return the arrays that a layer has, and the number of their rows."""
+    def _arrays_of_layer(self, layer: int | None, plan: TracePlan) -> dict[str, int]:
+        """Return the arrays of a layer, or of next tokens, and the number of their rows."""
         attributes, expected = self._attributes, {}
+        if layer is None:
+            return {n: self._layouts[n].shape[0] for n in NEXT_TOKEN if n in self._layouts}
         variables = {sae.variable for sae in plan.saes if sae.layer == layer}
         for name, layout in self._layouts.items():
             if not layout.has_layers:
@@ -148,108 +161,107 @@ class TraceWriter:
             raise refusal(computed, record, self._attributes)
         with disk.explained(self.path):
             if isinstance(record, TokensRecord):
-                self._append_tokens(record)
-                return
-            if record.layer not in self._expected:
-                raise StoreError(
-                    f"{self.path}: layer {record.layer} is not one of this trace's layers",
-                    remedy="Create the trace with all the layers that it will hold.",
-                )
-            encoded = {
-                name: self._encoded(record.layer, name, record.start, value)
-                for name, value in _arrays_of(record).items()
-            }
+                layer, start, encoded = None, 0, self._encoded_tokens(record)
+            else:
+                layer, start, encoded = record.layer, record.start, self._encoded_layer(record)
             with self._mutex:
-                self._begin()
                 for name, rows in encoded.items():
-                    self._waiting.setdefault((name, record.layer), {})[record.start] = rows
-                self._nonfinite.setdefault(record.layer, []).extend(record.nonfinite)
+                    self._waiting.setdefault((name, layer), {})[start] = rows
+                self._nonfinite.setdefault(layer, []).extend(record.nonfinite)
                 self._append_next()
+
+    def _encoded_layer(self, record: LayerRecord) -> dict[str, _Rows]:
+        if record.layer not in self._expected:
+            raise self._refused(
+                f"layer {record.layer} is not one of this trace's layers",
+                "Create the trace with all the layers that it will hold.",
+            )
+        return {
+            name: self._encoded(record.layer, name, record.start, value)
+            for name, value in _arrays_of(record).items()
+        }
+
+    def _encoded_tokens(self, record: TokensRecord) -> dict[str, _Rows]:
+        encoded = {}
+        for name in NEXT_TOKEN:
+            value: np.ndarray = getattr(record, name)
+            shape = self._layouts[name].shape if name in self._layouts else "none"
+            if value.shape != shape:
+                raise self._refused(f"{name} has shape {value.shape}, not {shape}", _SAME_SIZES)
+            encoding, step = self._staged.encodings[name], self._layouts[name].chunks[0]
+            parts = (value[start : start + step] for start in range(0, len(value), step))
+            encoded[name] = len(value), [encode_file(encoding, part)[0] for part in parts]
+        return encoded
 
     def _encoded(
         self, layer: int, name: str, start: int, value: np.ndarray | BFloat16 | Nonzeros
-    ) -> tuple[int, list[bytes]]:
+    ) -> _Rows:
         """Check and encode some rows of an array; returns their number and chunks."""
-        layout = self._layouts.get(name)
-        if layout is None or name not in self._expected[layer]:
-            raise StoreError(
-                f"{self.path}: the record of layer {layer} holds {name}, which it should not",
-                remedy="Create the trace with all the arrays that it will hold.",
+        if name not in self._expected[layer]:
+            raise self._refused(
+                f"the record of layer {layer} holds {name}, which it should not",
+                "Create the trace with all the arrays that it will hold.",
             )
+        layout = self._layouts[name]
         axis, inner = layout.row_axis - 1, layout.shape[1:]
-        rows = value.shape[axis] if len(value.shape) == len(inner) else -1
-        others = (*value.shape[:axis], *value.shape[axis + 1 :])
-        if rows < 0 or start + rows > inner[axis] or others != (*inner[:axis], *inner[axis + 1 :]):
-            raise StoreError(
-                f"{self.path}: {name} of layer {layer} has shape {value.shape} from row {start} "
-                f"on; the array's is {inner}",
-                remedy="Give every record the sizes that the trace was created with.",
+        some_rows = value.shape[axis : axis + 1]
+        end = start + sum(some_rows)
+        if value.shape != (*inner[:axis], *some_rows, *inner[axis + 1 :]) or end > inner[axis]:
+            raise self._refused(
+                f"{name} of layer {layer} has shape {value.shape} from row {start} on; the array's "
+                f"is {inner}",
+                _SAME_SIZES,
             )
-        step, end = layout.chunks[axis + 1], start + rows
+        step = layout.chunks[axis + 1]
         if start % step or (end % step and end < inner[axis]):
             where = f"start at {start}" if start % step else f"end at {end}"
-            raise StoreError(
-                f"{self.path}: rows of {name} {where}, in the middle of a chunk",
-                remedy=f"Start and end records at multiples of {step} rows.",
+            raise self._refused(
+                f"rows of {name} {where}, in the middle of a chunk",
+                f"Start and end records at multiples of {step} rows.",
             )
-        return rows, list(encode_rows(layout, self._staged.encodings[name], value))
-
-    def _begin(self) -> None:
-        if not self._begun:
-            versions = None if self._source is None else self._source.versions
-            self._staged.create(self._coordinates, versions)
-            self._begun = True
-            self._append_next()  # sound layers of a trace that is repaired
+        return end - start, list(encode_rows(layout, self._staged.encodings[name], value))
 
     def _append_next(self) -> None:
-        """Append what is there of the next layers, in their order."""
-        for layer in self._attributes.layers[len(self._staged.layers) :]:
-            if self._source is not None and layer in self._source.layers:
-                self._copy(self._source, layer)
-                continue
-            expected = self._expected[layer]
-            if layer not in self._nonfinite:  # no record of it has come
+        """Append what is there of next tokens, and of the next layers, in their order."""
+        if not self._begun:
+            versions = self._source.trace.attributes.versions if self._source else {}
+            self._staged.create(self._coordinates, versions)
+            self._begun = True
+        if self._expected[None] and not self._staged.stored.has_tokens:
+            self._append_layer(None)
+        for layer in self._attributes.layers[len(self._staged.stored.layers) :]:
+            if not self._append_layer(layer):
                 return
+
+    def _append_layer(self, layer: int | None) -> bool:
+        """Append what is there of a layer, or of next tokens; returns whether that is all."""
+        expected = self._expected[layer]
+        if self._source is not None and layer in self._source.layers:
             for name, rows in expected.items():
-                waiting = self._waiting.get((name, layer), {})
-                while (start := self._rows.get(name, 0)) in waiting and start < rows:
-                    count, chunks = waiting[start]
-                    self._staged.append(name, layer, chunks)
-                    self._rows[name] = start + count
-                    del waiting[start]
-            if any(self._rows.get(name, 0) < rows for name, rows in expected.items()):
-                return
-            found = dict.fromkeys(self._nonfinite[layer])
-            self._staged.end_layer(layer, list(expected), list(found))
-            del self._nonfinite[layer]
-            self._rows.clear()
-            for name in expected:
-                self._waiting.pop((name, layer), None)
+                if name not in self._rows:  # else it was copied before the disk was full
+                    self._staged.append(name, layer, self._source.chunks(name, layer))
+                    self._rows[name] = rows
+            self._nonfinite[layer] = self._source.nonfinite(expected, layer)
+        elif layer not in self._nonfinite:  # no record of it has come
+            return False
+        for name, rows in expected.items():
+            waiting = self._waiting.get((name, layer), {})
+            while (start := self._rows.get(name, 0)) in waiting and start < rows:
+                count, chunks = waiting[start]
+                self._staged.append(name, layer, chunks)
+                self._rows[name] = start + count
+                del waiting[start]
+        if any(self._rows.get(name, 0) < rows for name, rows in expected.items()):
+            return False
+        self._staged.end_layer(layer, list(dict.fromkeys(self._nonfinite[layer])))
+        del self._nonfinite[layer]
+        for name in expected:
+            self._rows.pop(name, None)
+            self._waiting.pop((name, layer), None)
+        return True
 
-    def _copy(self, source: SoundParts, layer: int) -> None:
-        """Copy the chunks of a layer from the trace that is repaired."""
-        names = list(self._expected[layer])
-        for name in names:
-            self._staged.append(name, layer, source.chunks(name, layer))
-        nonfinite = [name for name in names if layer in source.nonfinite.get(name, ())]
-        self._staged.end_layer(layer, names, nonfinite)
-
-    def _append_tokens(self, record: TokensRecord) -> None:
-        values = {
-            "next_token": record.next_token,
-            "next_token_logprob": record.next_token_logprob,
-            "next_token_text": record.next_token_text,
-        }
-        for name, value in values.items():
-            if name not in self._layouts or value.shape != self._layouts[name].shape:
-                wanted = self._layouts[name].shape if name in self._layouts else "none"
-                raise StoreError(
-                    f"{self.path}: {name} has shape {value.shape}, not {wanted}",
-                    remedy="Give every record the sizes that the trace was created with.",
-                )
-        with self._mutex:
-            self._begin()
-            self._staged.add_tokens(values, record.nonfinite)
+    def _refused(self, what: str, remedy: str) -> StoreError:
+        return StoreError(f"{self.path}: {what}", remedy=remedy)
 
     # --- finishing -----------------------------------------------------------------------------
 
@@ -266,10 +278,7 @@ class TraceWriter:
         if self.missing_layers or self.needs_tokens:
             raise incomplete(self.path, self._attributes.layers, self.missing_layers)
         with disk.explained(self.path), self._mutex:
-            self._begin()
             self._append_next()
-            if self._source is not None and not self._staged.has_tokens and self._source.has_tokens:
-                self._staged.add_tokens(*self._source.tokens())
             self._staged.complete()
 
     def publish(self) -> None:
@@ -280,7 +289,7 @@ class TraceWriter:
             if self.path.path is not None:
                 self._staged.end()  # an upload that is interrupted still needs the journal
                 publish_folder(self._staged.folder, self.path)
-            elif self._source is None and (self.path / "zarr.json").is_file():
+            elif not self._replaces and (self.path / "zarr.json").is_file():
                 # Another writer of the same command was faster: its trace is whole.
                 disk.remove_folder(self._staged.folder)
             else:
@@ -288,7 +297,7 @@ class TraceWriter:
         self._is_published = True
         # A run may have thousands of traces.
         self._waiting, self._source = {}, None
-        self._staged = StagedTrace(self._staged.folder, self._attributes, {})
+        self._staged = StagedTrace(self._staged.folder, self._attributes, {}, {})
 
     def finish(self) -> None:
         """Complete the trace, have the disk hold it, and publish it.
@@ -310,12 +319,7 @@ class TraceWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.finish()
 
