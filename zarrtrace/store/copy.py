@@ -18,7 +18,7 @@ from zarrtrace.format.layout import INDEX
 from zarrtrace.storage import Address, Location, at_once, disk, locate
 from zarrtrace.store.chunks import Checksum
 from zarrtrace.store.codecs import ArrayEncoding
-from zarrtrace.store.damage import check_sizes, file_damage
+from zarrtrace.store.damage import check_sizes, compare_file
 from zarrtrace.store.metadata import (
     REPAIR,
     Group,
@@ -188,7 +188,7 @@ def _copy_group(
     files = []
     for name, node in group.nodes.items():
         (folder / name).mkdir(parents=True)
-        encoding = ArrayEncoding(node)
+        encoding = group.encodings[name]
         files += [(name, key, encoding, one) for key, one in checksums_of(node).items()]
         metadata = (group.path / name / "zarr.json").inside(source).read()
         (folder / name / "zarr.json").write_bytes(metadata)
@@ -197,10 +197,9 @@ def _copy_group(
         name, key, encoding, written = item
         file = (group.path / name / key).inside(source)
         content = file.read()
-        damage = next(iter(file_damage(content, key, name, encoding, written)), None)
-        if damage is not None:
+        for _, message in compare_file(content, encoding, written):
             raise IntegrityError(
-                f"{file}: {damage.message}",
+                f"{file}: {message}",
                 why="The source is damaged; nothing of this trace was copied.",
                 remedy=REPAIR,
             )

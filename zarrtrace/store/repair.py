@@ -56,7 +56,7 @@ class SoundParts:
         """Read the chunks of a layer of an array, in order."""
         layout = self.layouts[name]
         place = self.attributes.layers_of(layout.dims[0]).index(layer)
-        encoding = ArrayEncoding(self.nodes[name])
+        encoding = ArrayEncoding(self.layouts[name])
         grid = LayerGrid(layout.dims, encoding)
         by_file: dict[str, list[int]] = {}
         for number in range(grid.count):
@@ -74,7 +74,7 @@ class SoundParts:
         """Read the next-token arrays; returns those that hold NaN or infinity, too."""
         values = {
             name: StoredArray(
-                self.path / name, ArrayEncoding(self.nodes[name]), checksums_of(self.nodes[name])
+                self.path / name, ArrayEncoding(self.layouts[name]), checksums_of(self.nodes[name])
             ).load()
             for name in NEXT_TOKEN
         }
@@ -110,7 +110,7 @@ def sound_parts(
     }
     if expected != trace.nodes or expected.keys() != layouts.keys():
         return found
-    damage = find_damage(path, trace.nodes)
+    damage = find_damage(trace)
     bad: set[int] = set()
     for one in damage:
         layout = layouts.get(one.array)

@@ -90,9 +90,7 @@ class StagedTrace:
     ) -> None:
         self.folder, self._attributes, self._layouts = folder, attributes, layouts
         self._settings = settings
-        self.encodings = {
-            name: ArrayEncoding(array_metadata(layout)) for name, layout in layouts.items()
-        }
+        self.encodings = {name: ArrayEncoding(layout) for name, layout in layouts.items()}
         self.grids = {
             name: LayerGrid(layout.dims, self.encodings[name])
             for name, layout in layouts.items()

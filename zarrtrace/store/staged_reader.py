@@ -8,7 +8,7 @@ from zarrtrace.errors import IntegrityError
 from zarrtrace.format.attributes import TraceAttributes
 from zarrtrace.format.layout import ROWS
 from zarrtrace.storage import Location, locate
-from zarrtrace.store.chunks import FileIndex, LayerGrid, index_entries
+from zarrtrace.store.chunks import Checksum, FileIndex, LayerGrid, index_entries
 from zarrtrace.store.codecs import ArrayEncoding
 from zarrtrace.store.journal import Line, read_lines, stored_layer, stored_tokens, stored_versions
 from zarrtrace.store.metadata import (
@@ -117,5 +117,5 @@ def _indexes(
     for key, of_file in stored.items():
         entries, size = index_entries(encoding, of_file)
         crcs = {number: crc for number, (_, crc) in of_file.items()}
-        found[key] = FileIndex(size, "", entries, crcs)
+        found[key] = FileIndex(Checksum(size, ""), entries, crcs)
     return found

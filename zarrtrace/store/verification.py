@@ -6,6 +6,7 @@ import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -96,27 +97,28 @@ def _trace(path: Location, scenario: str | None) -> Iterator[Problem]:
     own = trace.attributes.scenario
     if scenario not in (None, own):
         yield Problem(scenario=scenario, message=f"holds scenario {own!r}: folders were exchanged")
-    for damage in find_damage(path, trace.nodes):
-        yield from _problems(scenario or own, trace, damage)
+    for damage in find_damage(trace):
+        for layer in _layers(trace, damage):
+            yield Problem(
+                scenario=scenario or own,
+                array=damage.array,
+                layer=layer,
+                chunk=damage.file,
+                message=damage.message,
+            )
 
 
-def _problems(scenario: str, trace: Group[TraceAttributes], damage: Damage) -> Iterator[Problem]:
-    node = trace.nodes.get(damage.array)
-    dim = "" if node is None else node["dimension_names"][0]
-    layers: Sequence[int | None] = [None]
-    if damage.first and dim in ("layer", "attention_layer") and len(node["shape"]) > 1:  # type: ignore[index]
-        known = trace.attributes.layers_of(dim)
-        layers = [known[place] for place in damage.first if place < len(known)]
-    if len(layers) == len(trace.attributes.layers) > 1:
-        layers = [None]
-    for layer in layers:
-        yield Problem(
-            scenario=scenario,
-            array=damage.array,
-            layer=layer,
-            chunk=damage.file,
-            message=damage.message,
-        )
+def _layers(group: Group[Any], damage: Damage) -> Sequence[int | None]:
+    """Return the layers that are damaged; None stands for all of them, and for no layer."""
+    if damage.array not in group.encodings:
+        return [None]
+    dim = group.encodings[damage.array].layout.dims[0]
+    if dim not in ("layer", "attention_layer"):
+        return [None]
+    is_trace = isinstance(group.attributes, TraceAttributes)
+    known = group.attributes.layers_of(dim) if is_trace else group.attributes.layers
+    layers = [known[place] for place in damage.first or () if place < len(known)]
+    return layers if 0 < len(layers) < max(len(known), 2) else [None]
 
 
 def _consolidated(run: Group[RunAttributes]) -> Iterator[Problem]:
@@ -155,18 +157,16 @@ def _index(run: Location, names: Sequence[str]) -> Iterator[Problem]:
     except StoreError as error:
         yield Problem(scenario=None, array=INDEX, message=error.what)
         return
-    damage = find_damage(path, index.nodes)
+    damage = find_damage(index)
     for one in damage:
-        layer = None
-        if one.first and len(one.first) == 1 and one.first[0] < len(index.attributes.layers):
-            layer = index.attributes.layers[one.first[0]]
-        yield Problem(
-            scenario=None,
-            array=f"{INDEX}/{one.array}",
-            layer=layer,
-            chunk=one.file,
-            message=one.message,
-        )
+        for layer in _layers(index, one):
+            yield Problem(
+                scenario=None,
+                array=f"{INDEX}/{one.array}",
+                layer=layer,
+                chunk=one.file,
+                message=one.message,
+            )
     if not damage:
         for scenario, message in stale_scenarios(run, names):
             yield Problem(scenario=scenario, array=INDEX, message=message)
