@@ -27,8 +27,10 @@ from zarrtrace.store.chunks import (
     read_index,
 )
 from zarrtrace.store.codecs import ArrayEncoding
-from zarrtrace.store.metadata import REPAIR, Group, checksums_of
+from zarrtrace.store.metadata import REPAIR, Group
 
+#: Along one dimension: what is chosen, counted from the beginning.
+Choice = range | np.ndarray
 #: Along one dimension: the number of a chunk, where its part goes, and which part of it.
 Part = tuple[int, slice | np.ndarray, slice | np.ndarray]
 #: A chunk's number in its file, where its part goes, and which part of it.
@@ -87,26 +89,26 @@ class StoredArray:
             If a file is not the one that was there when the array was opened.
         IndexError
         """
-        key = tuple(_counted(one, n) for one, n in zip(key, self.encoding.shape, strict=True))
-        shape = [_length(one, n) for one, n in zip(key, self.encoding.shape, strict=True)]
-        out = np.empty(shape, self.encoding.dtype)
-        by_file = self._pieces(key)
+        shape = self.encoding.shape
+        choices = [_counted(one, size) for one, size in zip(key, shape, strict=True)]
+        out = np.empty([len(one) for one in choices], self.encoding.dtype)
+        by_file = self._pieces(choices)
         each = map if self.path.path is not None else at_once
         for _ in each(lambda file: self._read_file(file, by_file[file], out), by_file):
             pass
-        squeezed = tuple(0 if isinstance(one, int) else slice(None) for one in key)
+        squeezed = tuple(0 if isinstance(one, int | np.integer) else slice(None) for one in key)
         found: np.ndarray = out[squeezed]
         return found
 
-    def _pieces(self, key: tuple[Any, ...]) -> dict[str, list[Piece]]:
+    def _pieces(self, choices: Sequence[Choice]) -> dict[str, list[Piece]]:
         """Return which chunks of which files to read, by key of the file."""
         by_dimension: list[dict[int, list[Part]]] = []
         how = self.encoding
-        for one, size, chunk, count, stride in zip(
-            key, how.shape, how.chunks, how.grid, how.strides, strict=True
+        for chosen, chunk, count, stride in zip(
+            choices, how.chunks, how.grid, how.strides, strict=True
         ):
             files: dict[int, list[Part]] = {}
-            for number, into, of in _parts(one, size, chunk):
+            for number, into, of in _parts(chosen, chunk):
                 file, inside = divmod(number, count)
                 files.setdefault(file, []).append((inside * stride, into, of))
             by_dimension.append(files)
@@ -190,8 +192,7 @@ def open_array(
     group: Group[Any], name: str, staged: Mapping[str, FileIndex] | None = None
 ) -> StoredArray:
     """Return an array of a group, to be read; parameters as for :class:`StoredArray`."""
-    files = checksums_of(group.nodes[name])
-    return StoredArray(group.path / name, group.encodings[name], files, staged)
+    return StoredArray(group.path / name, group.encodings[name], group.checksums[name], staged)
 
 
 @cache
@@ -200,47 +201,33 @@ def _pool(_process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_THREADS, thread_name_prefix="zarrtrace-decode")
 
 
-def _counted(key: Any, size: int) -> Any:
-    """Count indices from the beginning; neighbours become a slice, which is faster to take."""
+def _counted(key: Any, size: int) -> Choice:
+    """Count indices from the beginning; neighbours become a range, which is faster to take."""
     if isinstance(key, slice):
-        return key
-    at = np.asarray(key)
+        chosen = range(*key.indices(size))
+        return chosen if chosen.step == 1 else np.asarray(chosen)
+    at = np.atleast_1d(np.asarray(key, dtype=np.int64))
     counted = np.where(at < 0, at + size, at)
     if ((counted < 0) | (counted >= size)).any():
         raise IndexError(f"index {key} is out of bounds for a dimension of size {size}")
-    if at.ndim == 0:
-        return int(counted)
-    neighbours = len(at) > 0 and counted[0] + len(at) == counted[-1] + 1
-    if neighbours and (np.diff(counted) == 1).all():
-        return slice(int(counted[0]), int(counted[-1]) + 1)
+    if len(counted) and (np.diff(counted) == 1).all():
+        return range(int(counted[0]), int(counted[-1]) + 1)
     return counted
 
 
-def _length(key: Any, size: int) -> int:
-    if isinstance(key, slice):
-        return len(range(*key.indices(size)))
-    return 1 if isinstance(key, int | np.integer) else len(key)
-
-
-def _parts(key: Any, size: int, chunk: int) -> Iterator[Part]:
-    """Cut an index along one dimension into parts that lie in one chunk each."""
-    if isinstance(key, int):
-        key = slice(key, key + 1)
-    if isinstance(key, slice):
-        chosen = range(*key.indices(size))
-        if chosen.step == 1:
-            for number in range(chosen.start // chunk, -(-chosen.stop // chunk)):
-                first = max(chosen.start, number * chunk)
-                last = min(chosen.stop, (number + 1) * chunk)
-                into = slice(first - chosen.start, last - chosen.start)
-                yield number, into, slice(first - number * chunk, last - number * chunk)
-            return
-        key = np.asarray(chosen)
-    chosen_at = np.atleast_1d(np.asarray(key, dtype=np.int64))
-    numbers = chosen_at // chunk
+def _parts(chosen: Choice, chunk: int) -> Iterator[Part]:
+    """Cut what is chosen along one dimension into parts that lie in one chunk each."""
+    if isinstance(chosen, range):
+        for number in range(chosen.start // chunk, -(-chosen.stop // chunk)):
+            first = max(chosen.start, number * chunk)
+            last = min(chosen.stop, (number + 1) * chunk)
+            into = slice(first - chosen.start, last - chosen.start)
+            yield number, into, slice(first - number * chunk, last - number * chunk)
+        return
+    numbers = chosen // chunk
     for number in np.unique(numbers):
         into_at = np.flatnonzero(numbers == number)
-        yield int(number), into_at, chosen_at[into_at] - number * chunk
+        yield int(number), into_at, chosen[into_at] - number * chunk
 
 
 def _outer(parts: Sequence[slice | np.ndarray]) -> Any:

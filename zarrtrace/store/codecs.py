@@ -36,7 +36,7 @@ _LOCAL = threading.local()
 
 
 def codecs_of(layout: ArrayLayout) -> list[dict[str, Any]]:
-    """Return the codecs of an array's chunks, as ``zarr.json`` lists them."""
+    """Return an array's codecs, as ``zarr.json`` lists them."""
     if layout.codec == "attention":
         blosc_options = {
             "typesize": np.dtype(layout.dtype).itemsize,
@@ -45,21 +45,23 @@ def codecs_of(layout: ArrayLayout) -> list[dict[str, Any]]:
             "shuffle": "shuffle",
             "blocksize": _BLOSC_BLOCK,
         }
-        return [_BYTES, {"name": "blosc", "configuration": blosc_options}, _CRC]
-    if layout.dtype == "string":
-        return [_TEXT, _ZSTD, _CRC]
-    return [_ONE_BYTE if layout.dtype == "bool" else _BYTES, _ZSTD, _CRC]
-
-
-def sharding(layout: ArrayLayout) -> list[dict[str, Any]]:
-    """Return the codec of files that hold many chunks and an index at their end."""
-    configuration = {
+        codecs: list[dict[str, Any]] = [
+            _BYTES,
+            {"name": "blosc", "configuration": blosc_options},
+            _CRC,
+        ]
+    else:
+        serializer = {"string": _TEXT, "bool": _ONE_BYTE}.get(layout.dtype, _BYTES)
+        codecs = [serializer, _ZSTD, _CRC]
+    if layout.shards is None:
+        return codecs
+    sharding = {
         "chunk_shape": list(layout.chunks),
-        "codecs": codecs_of(layout),
+        "codecs": codecs,
         "index_codecs": _INDEX_CODECS,
         "index_location": "end",
     }
-    return [{"name": "sharding_indexed", "configuration": configuration}]
+    return [{"name": "sharding_indexed", "configuration": sharding}]
 
 
 class ArrayEncoding:

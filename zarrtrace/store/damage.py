@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from pydantic import BaseModel
 
 from zarrtrace.errors import IntegrityError, StoreError
+from zarrtrace.format.attributes import IndexAttributes
 from zarrtrace.storage import at_once
 from zarrtrace.store.chunks import Checksum, checksum_of, fingerprint, parse_index
 from zarrtrace.store.codecs import CRC_BYTES, ArrayEncoding, checked
-from zarrtrace.store.metadata import REPAIR, Group, checksums_of
+from zarrtrace.store.metadata import REPAIR, Group
 
 _METADATA = "zarr.json"
 
 
-class Damage(NamedTuple):
-    """Something that is wrong with an array.
+class Problem(BaseModel):
+    """Something that is wrong with a run, and where.
 
     Attributes
     ----------
-    array
-        Its name.
-    file
-        Key of the file in the array; None if it is about all of them.
-    first
-        Places along the array's first dimension that are damaged; None for all.
+    scenario
+        None if it is about the run itself.
+    array, layer
+        None if it is about all of them.
+    chunk
+        Key of the damaged file in its array, such as ``c.0.0.0.0``; None if it is about all.
     message
         What is wrong.
     """
 
-    array: str
-    file: str | None
-    first: tuple[int, ...] | None
+    scenario: str | None
+    array: str | None = None
+    layer: int | None = None
+    chunk: str | None = None
     message: str
 
 
@@ -50,8 +55,8 @@ def check_sizes(group: Group[Any], remedy: str = REPAIR) -> None:
         if not group.path.backend.listable:
             return
         sizes = group.path.files()
-    for name, node in group.nodes.items():
-        for key, written in checksums_of(node).items():
+    for name, files in group.checksums.items():
+        for key, written in files.items():
             file = group.path / name / key
             try:
                 found = file.size() if sizes is None else sizes.get(f"{name}/{key}")
@@ -67,36 +72,49 @@ def check_sizes(group: Group[Any], remedy: str = REPAIR) -> None:
                 )
 
 
-def find_damage(group: Group[Any]) -> list[Damage]:
+def find_damage(group: Group[Any], scenario: str | None = None) -> list[Problem]:
     """Read all files of a group's arrays, and compare them with the group's metadata."""
     each = map if group.path.path is not None else at_once
-    found: list[Damage] = []
-    for some in each(lambda name: list(_array(group, name)), group.nodes):
+    problem = partial(Problem, scenario=scenario)
+    found = list(_unknown_files(group, problem))
+    for some in each(lambda name: list(_array(group, name, problem)), group.nodes):
         found += some
-    return found + list(_unknown_files(group))
+    return found
 
 
-def _array(group: Group[Any], name: str) -> Iterator[Damage]:
+def _array(group: Group[Any], name: str, problem: Callable[..., Problem]) -> Iterator[Problem]:
     try:
         content = (group.path / name / _METADATA).inside(group.path).read()
         if json.loads(content) != group.nodes[name]:
-            yield Damage(name, _METADATA, (), "is not the metadata that was written")
+            said = "is not the metadata that was written"
+            yield problem(array=name, chunk=_METADATA, message=said)
     except (IntegrityError, OSError) as error:
-        yield Damage(name, _METADATA, (), _said(error))
+        yield problem(array=name, chunk=_METADATA, message=_said(error))
     except (ValueError, RecursionError):
-        yield Damage(name, _METADATA, (), "is not JSON")
+        yield problem(array=name, chunk=_METADATA, message="is not JSON")
     encoding = group.encodings[name]
-    for key, written in checksums_of(group.nodes[name]).items():
-        size = encoding.file_shape[0]
-        start = size * int(key.split(".")[1])
+    for key, written in group.checksums[name].items():
         try:
             content = (group.path / name / key).inside(group.path).read()
+            damage = list(compare_file(content, encoding, written))
         except (IntegrityError, OSError) as error:
-            yield Damage(name, key, tuple(range(start, start + size)), _said(error))
-            continue
-        for place, message in compare_file(content, encoding, written):
-            places = range(size) if place is None else [place]
-            yield Damage(name, key, tuple(start + one for one in places), message)
+            damage = [(None, _said(error))]
+        for place, message in damage:
+            for layer in _layers(group, name, int(key.split(".")[1]), place):
+                yield problem(array=name, layer=layer, chunk=key, message=message)
+
+
+def _layers(group: Group[Any], name: str, file: int, place: int | None) -> Sequence[int | None]:
+    """Return the layers at a place in a file; None stands for all of them, and for no layer."""
+    encoding, attributes = group.encodings[name], group.attributes
+    dim, size = encoding.layout.dims[0], encoding.file_shape[0]
+    if dim not in ("layer", "attention_layer"):
+        return [None]
+    is_index = isinstance(attributes, IndexAttributes)
+    layers = attributes.layers if is_index else attributes.layers_of(dim)
+    start = file * size
+    here = layers[start : start + size] if place is None else layers[start + place :][:1]
+    return here if 0 < len(here) < max(len(attributes.layers), 2) else [None]
 
 
 def compare_file(
@@ -152,15 +170,15 @@ def _said(error: BaseException) -> str:
     return what.rpartition(": ")[2] or type(error).__name__
 
 
-def _unknown_files(group: Group[Any]) -> Iterator[Damage]:
+def _unknown_files(group: Group[Any], problem: Callable[..., Problem]) -> Iterator[Problem]:
     """Name what is in the group's folders and does not belong there."""
     if not group.path.backend.listable:
         return
+    said = "does not belong to the trace"
     for child in group.path.children():
         if child.name not in group.nodes and child.name != _METADATA:
-            yield Damage(child.name, None, (), "does not belong to the trace")
-    for name, node in group.nodes.items():
-        known = {_METADATA, *checksums_of(node)}
+            yield problem(array=child.name, message=said)
+    for name, files in group.checksums.items():
         for child in (group.path / name).children():
-            if child.name not in known:
-                yield Damage(name, child.name, (), "does not belong to the trace")
+            if child.name not in files and child.name != _METADATA:
+                yield problem(array=name, chunk=child.name, message=said)

@@ -24,7 +24,6 @@ from zarrtrace.store.metadata import (
     Group,
     Nodes,
     array_metadata,
-    checksums_of,
     encoded,
     read_index_group,
     read_run,
@@ -116,7 +115,7 @@ def _layers_with(trace: Group[TraceAttributes], name: str) -> tuple[int, ...]:
 
 def digest_of(trace: Group[TraceAttributes]) -> int:
     """Return a number that stands for the features of a trace; never 0."""
-    content = {name: checksums_of(trace.nodes[name]) for name in _feature_arrays(trace)}
+    content = {name: trace.checksums[name] for name in _feature_arrays(trace)}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16) or 1
 
@@ -203,7 +202,7 @@ class RunIndex:
         found = {}
         for name in _names(suffix):
             rest = len(self._group.encodings[name].shape) - 1
-            if file_key([at, *[0] * rest]) in checksums_of(self._group.nodes[name]):
+            if file_key([at, *[0] * rest]) in self._group.checksums[name]:
                 found[name.removesuffix(suffix)] = self.read(name, at, *[slice(None)] * rest)
         return found
 

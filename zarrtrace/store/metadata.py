@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import ValidationError
@@ -29,7 +30,7 @@ from zarrtrace.format.layout import LABELS, NO_ID, ArrayLayout
 from zarrtrace.scenarios import check_name
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store.chunks import Checksum, Checksums
-from zarrtrace.store.codecs import ArrayEncoding, codecs_of, sharding
+from zarrtrace.store.codecs import ArrayEncoding, codecs_of
 
 Kind = Literal["run", "trace", "index"]
 #: Metadata of arrays by name.
@@ -98,6 +99,11 @@ class Group(Generic[_Attributes]):
     nodes: Nodes
     encodings: Mapping[str, ArrayEncoding]
 
+    @cached_property
+    def checksums(self) -> dict[str, dict[str, Checksum]]:
+        """Sizes and checksums of its arrays' files, by array and key."""
+        return {name: checksums_of(self.nodes[name]) for name in self.encodings}
+
 
 # --- writing -----------------------------------------------------------------------------------
 
@@ -121,7 +127,7 @@ def array_metadata(layout: ArrayLayout, checksums: Checksums | None = None) -> d
         },
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
         "fill_value": "NaN" if isinstance(fill, float) and math.isnan(fill) else fill,
-        "codecs": codecs_of(layout) if layout.shards is None else sharding(layout),
+        "codecs": codecs_of(layout),
         "attributes": attributes,
         "dimension_names": list(layout.dims),
         "zarr_format": 3,
@@ -454,7 +460,7 @@ def layout_of(node: Mapping[str, Any]) -> ArrayLayout:
             shape=node["shape"],
             chunks=chunks,
             shards=shards,
-            codec="attention" if any(one["name"] == "blosc" for one in codecs) else "plain",
+            codec="attention" if "blosc" in [one["name"] for one in codecs] else "plain",
             fill_value=math.nan if fill == "NaN" else fill,
             attributes=attributes,
         )

@@ -235,8 +235,6 @@ def _index(
         labels = array.load()
     else:
         labels = np.arange(size, dtype=dtype)
-    if len(labels) != size:
-        raise ValueError(f"{name} has {size} values, not {len(labels)}")
     first = int(labels[0]) if size else 0
     counted = pd.RangeIndex(first, first + size)
     # Most are: one of 32,768 features is then looked up without a table made for it.

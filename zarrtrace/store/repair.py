@@ -113,11 +113,11 @@ def sound_parts(
     damage = find_damage(trace)
     bad: set[int] = set()
     for one in damage:
-        layout = layouts.get(one.array)
-        if layout is not None and layout.has_layers:
-            layers = attributes.layers_of(layout.dims[0])
-            places = range(len(layers)) if one.first is None else one.first
-            bad |= {layers[place] for place in places if place < len(layers)}
+        array = one.array or ""
+        layout = layouts.get(array)
+        # Metadata and files that do not belong there are written again without computing anything.
+        if layout is not None and layout.has_layers and one.chunk in trace.checksums[array]:
+            bad |= set(attributes.layers) if one.layer is None else {one.layer}
     found.layers = set(attributes.layers) - bad
     found.has_tokens = not any(one.array in NEXT_TOKEN for one in damage)
     found.is_whole = not damage

@@ -13,7 +13,6 @@ from zarrtrace.storage import Address, Location, at_once, locate
 from zarrtrace.store.array import open_array
 from zarrtrace.store.metadata import (
     Group,
-    checksums_of,
     encoded,
     kind_of,
     read_run,
@@ -108,8 +107,8 @@ def _trace(path: Location, *, in_run: bool) -> TraceSummary | None:
         on_disk = sum(one.checksum.bytes for files in indexes.values() for one in files.values())
     else:
         on_disk = (path / "zarr.json").size() + sum(
-            len(encoded(node)) + sum(one.bytes for one in checksums_of(node).values())
-            for node in group.nodes.values()
+            len(encoded(node)) + sum(one.bytes for one in group.checksums[name].values())
+            for name, node in group.nodes.items()
         )
     dims: dict[str, int] = {}
     arrays: dict[str, tuple[int, ...]] = {}

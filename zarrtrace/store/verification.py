@@ -6,15 +6,12 @@ import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
-
-from pydantic import BaseModel
 
 from zarrtrace.errors import StoreError
-from zarrtrace.format.attributes import RunAttributes, TraceAttributes
+from zarrtrace.format.attributes import RunAttributes
 from zarrtrace.format.layout import INDEX
 from zarrtrace.storage import Address, Location, locate
-from zarrtrace.store.damage import Damage, find_damage
+from zarrtrace.store.damage import Problem, find_damage
 from zarrtrace.store.index_arrays import stale_scenarios
 from zarrtrace.store.metadata import (
     Group,
@@ -30,28 +27,6 @@ from zarrtrace.store.staged import STAGED
 
 # Files beside the traces of a run that belong to it.
 _OF_RUN = ("zarr.json", "README.md", INDEX, STAGED)
-
-
-class Problem(BaseModel):
-    """Something that is wrong with a run, and where.
-
-    Attributes
-    ----------
-    scenario
-        None if it is about the run itself.
-    array, layer
-        None if it is about all of them.
-    chunk
-        Key of the damaged file in its array, such as ``c.0.0.0.0``; None if it is about all.
-    message
-        What is wrong.
-    """
-
-    scenario: str | None
-    array: str | None = None
-    layer: int | None = None
-    chunk: str | None = None
-    message: str
 
 
 def verify(path: Address) -> list[Problem]:
@@ -97,28 +72,7 @@ def _trace(path: Location, scenario: str | None) -> Iterator[Problem]:
     own = trace.attributes.scenario
     if scenario not in (None, own):
         yield Problem(scenario=scenario, message=f"holds scenario {own!r}: folders were exchanged")
-    for damage in find_damage(trace):
-        for layer in _layers(trace, damage):
-            yield Problem(
-                scenario=scenario or own,
-                array=damage.array,
-                layer=layer,
-                chunk=damage.file,
-                message=damage.message,
-            )
-
-
-def _layers(group: Group[Any], damage: Damage) -> Sequence[int | None]:
-    """Return the layers that are damaged; None stands for all of them, and for no layer."""
-    if damage.array not in group.encodings:
-        return [None]
-    dim = group.encodings[damage.array].layout.dims[0]
-    if dim not in ("layer", "attention_layer"):
-        return [None]
-    is_trace = isinstance(group.attributes, TraceAttributes)
-    known = group.attributes.layers_of(dim) if is_trace else group.attributes.layers
-    layers = [known[place] for place in damage.first or () if place < len(known)]
-    return layers if 0 < len(layers) < max(len(known), 2) else [None]
+    yield from find_damage(trace, scenario or own)
 
 
 def _consolidated(run: Group[RunAttributes]) -> Iterator[Problem]:
@@ -158,15 +112,8 @@ def _index(run: Location, names: Sequence[str]) -> Iterator[Problem]:
         yield Problem(scenario=None, array=INDEX, message=error.what)
         return
     damage = find_damage(index)
-    for one in damage:
-        for layer in _layers(index, one):
-            yield Problem(
-                scenario=None,
-                array=f"{INDEX}/{one.array}",
-                layer=layer,
-                chunk=one.file,
-                message=one.message,
-            )
+    for problem in damage:
+        yield problem.model_copy(update={"array": f"{INDEX}/{problem.array}"})
     if not damage:
         for scenario, message in stale_scenarios(run, names):
             yield Problem(scenario=scenario, array=INDEX, message=message)
