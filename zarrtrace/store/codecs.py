@@ -27,6 +27,10 @@ _ZSTD = {"name": "zstd", "configuration": {"level": _LEVEL, "checksum": False}}
 _INDEX_CODECS = [_BYTES, _CRC]
 # Left to itself, Blosc compresses 32 KiB at once: a third more time, and twice as much to read.
 _BLOSC_BLOCK = 2**19
+_BLOSC_CODEC: Any = Blosc(
+    cname="zstd", clevel=_LEVEL, shuffle=Blosc.SHUFFLE, blocksize=_BLOSC_BLOCK
+)
+_ZSTD_CODEC: Any = Zstd(level=_LEVEL)
 # A decoded chunk, or a text, above these sizes is damage: it is refused before memory is allocated.
 _MOST_DECODED, _MOST_TEXT = 2**31, 2**28
 # CRC-32C of anything that is followed by its own CRC-32C.
@@ -96,7 +100,7 @@ class ArrayEncoding:
         self.layout, self.shape = layout, layout.shape
         self.is_text = layout.dtype == "string"
         self.dtype = np.dtype(object if self.is_text else layout.dtype)
-        self.fill = np.array(layout.fill_value, self.dtype)[()]
+        self.fill: Any = "" if self.is_text else self.dtype.type(layout.fill_value)
         self.chunks, self.is_sharded = layout.chunks, layout.shards is not None
         self.file_shape = layout.shards or layout.chunks
         self._check_sizes()
@@ -104,11 +108,7 @@ class ArrayEncoding:
         self.strides = tuple(math.prod(self.grid[at + 1 :]) for at in range(len(self.grid)))
         self.count = math.prod(self.grid)
         self._is_blosc = layout.codec == "attention"
-        self._compressor: Any = (
-            Blosc(cname="zstd", clevel=_LEVEL, shuffle=Blosc.SHUFFLE, blocksize=_BLOSC_BLOCK)
-            if self._is_blosc
-            else Zstd(level=_LEVEL)
-        )
+        self._compressor = _BLOSC_CODEC if self._is_blosc else _ZSTD_CODEC
         self._little = self.dtype.newbyteorder("<")
 
     def _check_sizes(self) -> None:

@@ -57,9 +57,10 @@ def check_sizes(group: Group[Any], remedy: str = REPAIR) -> None:
         sizes = group.path.files()
     for name, files in group.checksums.items():
         for key, written in files.items():
-            file = group.path / name / key
+            place = f"{name}/{key}"
+            file = group.path / place
             try:
-                found = file.size() if sizes is None else sizes.get(f"{name}/{key}")
+                found = file.size() if sizes is None else sizes.get(place)
             except FileNotFoundError:
                 found = None
             if found != written.bytes:

@@ -439,8 +439,8 @@ def layout_of(node: Mapping[str, Any]) -> ArrayLayout:
     Raises
     ------
     ValueError, LookupError, TypeError, AttributeError
-        If it is not what :func:`array_metadata` writes for that layout: other readers would take
-        its bytes for other numbers.
+        If it is not what :func:`array_metadata` writes for that layout: another meaning of bytes
+        or numbers, which zarrtrace does not know, would be read wrongly.
     """
     attributes = {name: one for name, one in node["attributes"].items() if name != CHECKSUMS}
     if found := sorted(_SCALED & attributes.keys()):
@@ -470,12 +470,17 @@ def layout_of(node: Mapping[str, Any]) -> ArrayLayout:
     if fill not in _FILLS.get(layout.dtype, ()):
         raise ValueError(f"fill_value {fill!r} of data_type {dtype!r}")
     expected = {**array_metadata(layout), "attributes": node["attributes"]}
-    for field in {**expected, **node}:
-        if field not in expected:
-            raise ValueError(f"unknown field {field!r}")
-        if node.get(field) != expected[field]:
-            raise ValueError(f"{field} is {node.get(field)!r}, not {expected[field]!r}")
+    if node != expected:
+        raise ValueError(_difference(node, expected))
     return layout
+
+
+def _difference(node: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """Name the first field that differs."""
+    if unknown := sorted(node.keys() - expected.keys()):
+        return f"unknown field {unknown[0]!r}"
+    field = next(name for name, one in expected.items() if node.get(name) != one)
+    return f"{field} is {node.get(field)!r}, not {expected[field]!r}"
 
 
 def _check_dims(name: str, encoding: ArrayEncoding, sizes: dict[str, int]) -> None:
