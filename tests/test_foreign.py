@@ -38,7 +38,7 @@ _FOREIGN: dict[str, tuple[str, Change]] = {
     ),
     "another grid": ("chunk_grid", lambda node: node["chunk_grid"].update(name="rectangular")),
     "an unknown field": ("unknown field", lambda node: node.update(scaling={"factor": 2})),
-    "another node": ("not an array", lambda node: node.update(node_type="group")),
+    "another node": ("node_type", lambda node: node.update(node_type="group")),
     "scale factor": ("scale_factor", lambda node: node["attributes"].update(scale_factor=2.0)),
     "offset": ("add_offset", lambda node: node["attributes"].update(add_offset=1.0)),
     "fill value": ("_FillValue", lambda node: node["attributes"].update(_FillValue=0.0)),

@@ -26,7 +26,6 @@ from zarrtrace.index import build_index, find_feature
 from zarrtrace.index.counting import FeatureCounts
 from zarrtrace.store import kind_of, locked, summarize, verify
 from zarrtrace.store.chunks import encode_file
-from zarrtrace.store.codecs import ArrayEncoding
 from zarrtrace.store.metadata import read_index_group, sealed_group
 
 NAMES = ("Safe_1", "Risky_2", "Medium_3", "Late_4")
@@ -262,7 +261,9 @@ def test_a_foreign_name_leads_nowhere(run: fakes.FakeRun) -> None:
     build_index(run.path)
     group = read_index_group(run.path / "index")
     node = group.nodes["scenario"]
-    content, checksum = encode_file(ArrayEncoding(node), np.array(["../../x", "../y"], object))
+    content, checksum = encode_file(
+        group.encodings["scenario"], np.array(["../../x", "../y"], object)
+    )
     (run.path / "index/scenario/c.0").write_bytes(content)
     node["attributes"]["checksums"]["c.0"] = list(checksum)
     (run.path / "index/zarr.json").write_bytes(sealed_group(group.attributes, group.nodes))

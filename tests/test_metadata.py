@@ -32,6 +32,7 @@ from zarrtrace.store.codecs import ArrayEncoding
 from zarrtrace.store.metadata import (
     array_metadata,
     encoded,
+    layout_of,
     read_index_group,
     seal_holds,
     sealed_group,
@@ -109,16 +110,11 @@ def test_arrays_are_what_zarr_creates(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_arrays_written_by_zarr_are_read(name: str, tmp_path: Path) -> None:
-    """Metadata as zarr-python writes it, empty configurations included, is ours."""
-    made = made_by_zarr(tmp_path / "zarr", LAYOUTS[name])
-    ours = ArrayEncoding(array_metadata(LAYOUTS[name]))
-    theirs = ArrayEncoding(made)
-    assert (theirs.shape, theirs.chunks, theirs.file_shape) == (
-        ours.shape,
-        ours.chunks,
-        ours.file_shape,
-    )
+def test_a_layout_is_read_back(name: str) -> None:
+    node = json.loads(encoded(array_metadata(LAYOUTS[name])))
+    found, codec = layout_of(node), "attention" if LAYOUTS[name].codec == "attention" else "plain"
+    # NaN is unequal to itself, and sparse arrays are stored as others are.
+    assert repr(found) == repr(LAYOUTS[name].model_copy(update={"codec": codec}))
 
 
 @pytest.mark.parametrize(
@@ -134,6 +130,9 @@ def test_arrays_written_by_zarr_are_read(name: str, tmp_path: Path) -> None:
         ),
         ("features", lambda node: inner(node).insert(0, {"name": "transpose"})),
         ("features", lambda node: inner(node)[1].update(name="gzip")),
+        ("features", lambda node: inner(node)[1]["configuration"].update(level=3)),
+        ("attention", lambda node: inner(node)[1]["configuration"].update(blocksize=0)),
+        ("attention", lambda node: inner(node)[1]["configuration"].update(cname="lz4")),
         ("features", lambda node: inner(node)[0]["configuration"].update(endian="big")),
         ("features", lambda node: node["chunk_grid"].update(name="rectangular")),
         ("features", lambda node: node.update(storage_transformers=[{"name": "x"}])),
@@ -150,10 +149,10 @@ def test_arrays_written_by_zarr_are_read(name: str, tmp_path: Path) -> None:
 def test_foreign_encodings_are_refused(name: str, change: Callable[[Any], object]) -> None:
     """They would change the meaning of bytes or numbers, and zarrtrace never writes them."""
     node = json.loads(encoded(array_metadata(LAYOUTS[name])))
-    ArrayEncoding(node)
+    layout_of(node)
     change(node)
     with pytest.raises((ValueError, KeyError, TypeError)):
-        ArrayEncoding(node)
+        ArrayEncoding(layout_of(node))
 
 
 def outer(node: dict[str, Any]) -> Any:
@@ -170,7 +169,7 @@ def test_texts_are_what_zarr_reads(texts: list[str]) -> None:
     layout = ArrayLayout(
         dims=("key",), dtype="string", shape=(len(texts),), chunks=(rows,), fill_value=""
     )
-    encoding = ArrayEncoding(array_metadata(layout))
+    encoding = ArrayEncoding(layout)
     values = np.asarray(texts, dtype=object)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)

@@ -72,7 +72,7 @@ def test_sparse_rows_are_encoded_as_dense_ones_byte_for_byte(
     dense = data.draw(npst.arrays(np.float32, layout.shape[1:], elements=VALUES))
     sparse = nonzeros_of(dense, layout.chunks[-1])
     np.testing.assert_array_equal(np.asarray(sparse), dense)
-    encoding = ArrayEncoding(array_metadata(layout))
+    encoding = ArrayEncoding(layout)
     chunks = list(encode_rows(layout, encoding, sparse))
     assert chunks == list(encode_rows(layout, encoding, dense))
     assert len(chunks) == LayerGrid(layout.dims, encoding).count
@@ -96,7 +96,7 @@ def test_sparse_rows_are_encoded_as_dense_ones_byte_for_byte(
 @given(layouts(), st.data())
 def test_parts_of_a_layer_are_encoded_as_the_whole_is(layout: ArrayLayout, data: Any) -> None:
     dense = data.draw(npst.arrays(np.float32, layout.shape[1:], elements=VALUES))
-    sparse, encoding = nonzeros_of(dense, layout.chunks[-1]), ArrayEncoding(array_metadata(layout))
+    sparse, encoding = nonzeros_of(dense, layout.chunks[-1]), ArrayEncoding(layout)
     cut = layout.chunks[1] * data.draw(st.integers(0, -(-layout.shape[1] // layout.chunks[1])))
     parts = [nonzeros_of(one, layout.chunks[-1]) for one in (dense[:cut], dense[cut:]) if len(one)]
     found = [chunk for part in parts for chunk in encode_rows(layout, encoding, part)]
@@ -107,7 +107,7 @@ def test_sparse_rows_of_other_blocks_are_refused() -> None:
     layout = trace_layout(fakes.make_shape())["features"]
     sparse = nonzeros_of(np.ones((7, 16), np.float32), 5)
     with pytest.raises(ValueError, match="blocks of 5 features, not 16"):
-        list(encode_rows(layout, ArrayEncoding(array_metadata(layout)), sparse))
+        list(encode_rows(layout, ArrayEncoding(layout), sparse))
 
 
 @given(npst.arrays(np.uint16, npst.array_shapes(max_dims=3, max_side=5)))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zarrtrace.store.copy import copy_run
+    from zarrtrace.store.damage import Problem
     from zarrtrace.store.index_arrays import (
         IndexableTrace,
         IndexWriter,
@@ -23,13 +24,13 @@ if TYPE_CHECKING:
     from zarrtrace.store.staged import only_writer, wait_for_writers
     from zarrtrace.store.summary import RunSummary, TraceSummary, summarize
     from zarrtrace.store.trace_writer import TraceWriter
-    from zarrtrace.store.verification import Problem, verify
+    from zarrtrace.store.verification import verify
 
 # Resolved on first use: a summary needs neither Zarr nor xarray, which take half a second.
 _HOME = {
     "IndexWriter": "index_arrays",
     "IndexableTrace": "index_arrays",
-    "Problem": "verification",
+    "Problem": "damage",
     "RunIndex": "index_arrays",
     "RunSummary": "summary",
     "RunWriter": "run_writer",

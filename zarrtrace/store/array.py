@@ -7,7 +7,6 @@ has the figures), and because Zarr cannot notice that a file was exchanged for a
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,15 +15,22 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from xarray.backends import BackendArray
-from xarray.core import indexing
 
 from zarrtrace.errors import IntegrityError
 from zarrtrace.storage import Location, at_once
-from zarrtrace.store.chunks import Checksums, FileIndex, crc_of, file_key, read_index
+from zarrtrace.store.chunks import (
+    Checksums,
+    FileIndex,
+    checksum_of,
+    crc_of,
+    file_key,
+    read_index,
+)
 from zarrtrace.store.codecs import ArrayEncoding
-from zarrtrace.store.metadata import REPAIR
+from zarrtrace.store.metadata import REPAIR, Group
 
+#: Along one dimension: what is chosen, counted from the beginning.
+Choice = range | np.ndarray
 #: Along one dimension: the number of a chunk, where its part goes, and which part of it.
 Part = tuple[int, slice | np.ndarray, slice | np.ndarray]
 #: A chunk's number in its file, where its part goes, and which part of it.
@@ -35,8 +41,8 @@ _THREADS = os.cpu_count() or 1
 _FEW_BYTES = 2**19
 
 
-class StoredArray(BackendArray):
-    """One array of a trace, for xarray to index.
+class StoredArray:
+    """One array of a trace or an index, read chunk by chunk.
 
     Parameters
     ----------
@@ -57,46 +63,52 @@ class StoredArray(BackendArray):
         checksums: Checksums,
         staged: Mapping[str, FileIndex] | None = None,
     ) -> None:
-        self.path, self.encoding = path, encoding
-        self.shape, self.dtype = encoding.shape, encoding.dtype
-        self._checksums, self._staged = checksums, staged
-
-    def __dask_tokenize__(self) -> tuple[str, str, str]:
-        """Name what is read, so that dask can tell whether two graphs read the same."""
-        content = repr((sorted(self._checksums.items()), self.shape, self.dtype.str))
-        token = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
-        return ("zarrtrace", str(self.path), token)
-
-    def __getitem__(self, key: Any) -> Any:
-        """Index as xarray asks."""
-        support = indexing.IndexingSupport.OUTER
-        return indexing.explicit_indexing_adapter(key, self.shape, support, self._read)
+        self.path, self.encoding, self.checksums = path, encoding, checksums
+        self._staged = staged or {}
 
     def load(self) -> np.ndarray:
-        """Read all of it."""
-        return self._read((slice(None),) * len(self.shape))
+        """Read all of it.
 
-    def _read(self, key: tuple[Any, ...]) -> np.ndarray:
-        key = tuple(_counted(one, size) for one, size in zip(key, self.shape, strict=True))
-        shape = [_length(one, size) for one, size in zip(key, self.shape, strict=True)]
-        out = np.empty(shape, self.dtype)
-        by_file = self._pieces(key)
+        Raises
+        ------
+        IntegrityError
+        """
+        return self.read((slice(None),) * len(self.encoding.shape))
+
+    def read(self, key: tuple[Any, ...]) -> np.ndarray:
+        """Read what is chosen along each dimension by itself.
+
+        Parameters
+        ----------
+        key
+            For each dimension a number, a slice, or an array of numbers.
+
+        Raises
+        ------
+        IntegrityError
+            If a file is not the one that was there when the array was opened.
+        IndexError
+        """
+        shape = self.encoding.shape
+        choices = [_counted(one, size) for one, size in zip(key, shape, strict=True)]
+        out = np.empty([len(one) for one in choices], self.encoding.dtype)
+        by_file = self._pieces(choices)
         each = map if self.path.path is not None else at_once
         for _ in each(lambda file: self._read_file(file, by_file[file], out), by_file):
             pass
-        squeezed = tuple(0 if isinstance(one, int) else slice(None) for one in key)
+        squeezed = tuple(0 if isinstance(one, int | np.integer) else slice(None) for one in key)
         found: np.ndarray = out[squeezed]
         return found
 
-    def _pieces(self, key: tuple[Any, ...]) -> dict[str, list[Piece]]:
+    def _pieces(self, choices: Sequence[Choice]) -> dict[str, list[Piece]]:
         """Return which chunks of which files to read, by key of the file."""
         by_dimension: list[dict[int, list[Part]]] = []
         how = self.encoding
-        for one, size, chunk, count, stride in zip(
-            key, self.shape, how.chunks, how.grid, how.strides, strict=True
+        for chosen, chunk, count, stride in zip(
+            choices, how.chunks, how.grid, how.strides, strict=True
         ):
             files: dict[int, list[Part]] = {}
-            for number, into, of in _parts(one, size, chunk):
+            for number, into, of in _parts(chosen, chunk):
                 file, inside = divmod(number, count)
                 files.setdefault(file, []).append((inside * stride, into, of))
             by_dimension.append(files)
@@ -113,45 +125,41 @@ class StoredArray(BackendArray):
         """Read some chunks of a file and put their parts where they belong."""
         contents = self._contents(key, [number for number, _, _ in pieces])
 
-        def put(job: tuple[Piece, bytes | None]) -> None:
-            (number, into, of), content = job
+        def put(piece: Piece) -> None:
+            number, into, of = piece
             out[_outer(into)] = (
-                self.encoding.fill
-                if content is None
-                else self._decoded(key, number, content)[_outer(of)]
+                self._decoded(key, number, contents[number])[_outer(of)]
+                if number in contents
+                else self.encoding.fill
             )
 
-        jobs = list(zip(pieces, contents, strict=True))
-        if len(jobs) < 2 or self.encoding.decoded * len(jobs) < _FEW_BYTES:
-            for job in jobs:
-                put(job)
+        if len(pieces) < 2 or self.encoding.decoded * len(pieces) < _FEW_BYTES:
+            for piece in pieces:
+                put(piece)
             return
-        shares = [jobs[at :: 2 * _THREADS] for at in range(min(len(jobs), 2 * _THREADS))]
+        shares = [pieces[at :: 2 * _THREADS] for at in range(min(len(pieces), 2 * _THREADS))]
         for _ in _pool(os.getpid()).map(lambda share: list(map(put, share)), shares):
             pass
 
-    def _contents(self, key: str, numbers: Sequence[int]) -> Sequence[bytes | None]:
-        """Read the bytes of chunks by their numbers in a file; None for those not stored.
+    def _contents(self, key: str, numbers: Sequence[int]) -> dict[int, bytes]:
+        """Read the bytes of chunks that are stored, by their numbers in a file.
 
         Raises
         ------
         IntegrityError
             If the file is not the one that was there when the array was opened.
         """
-        file, written = self.path / key, self._checksums.get(key)
-        index = None if self._staged is None else self._staged.get(key)
-        if written is None and index is None:
-            return [None] * len(numbers)
+        file, written, index = self.path / key, self.checksums.get(key), self._staged.get(key)
         try:
-            if not self.encoding.is_sharded:
-                content = file.read()
-                if written is not None:
-                    _compare(len(content), crc_of(content), *written)
-                return [content]
             if index is None:
+                if written is None:
+                    return {}
+                if not self.encoding.is_sharded:
+                    content = file.read()
+                    written.refuse_other(checksum_of(content))
+                    return {0: content}
                 index = read_index(file, self.encoding)
-                if written is not None:
-                    _compare(index.size, index.fingerprint, *written)
+                written.refuse_other(index.checksum)
             ranges = {number: index.range_of(number) for number in numbers}
             stored = {number: one for number, one in ranges.items() if one is not None}
             found = dict(zip(stored, file.read_ranges([*stored.values()]), strict=True))
@@ -166,7 +174,7 @@ class StoredArray(BackendArray):
                 "short or exchanged.",
                 remedy=f"Open it again; if that fails, too: {REPAIR}",
             ) from error
-        return [found.get(number) for number in numbers]
+        return found
 
     def _decoded(self, key: str, number: int, content: bytes) -> np.ndarray:
         try:
@@ -180,18 +188,11 @@ class StoredArray(BackendArray):
             ) from error
 
 
-def _compare(size: int, found: str, written: int, checksum: str) -> None:
-    if size != written:
-        raise ValueError(f"has {size} bytes, {written} were written")
-    if found != checksum:
-        raise ValueError("is not the file that belongs to this array")
-
-
-def as_lazy(array: StoredArray) -> Any:
-    """Wrap an array as xarray's own backends do: lazy, read once, and safe to assign to."""
-    lazy: Any = indexing.LazilyIndexedArray(array)
-    cached: Any = indexing.MemoryCachedArray
-    return cached(indexing.CopyOnWriteArray(lazy))
+def open_array(
+    group: Group[Any], name: str, staged: Mapping[str, FileIndex] | None = None
+) -> StoredArray:
+    """Return an array of a group, to be read; parameters as for :class:`StoredArray`."""
+    return StoredArray(group.path / name, group.encodings[name], group.checksums[name], staged)
 
 
 @cache
@@ -200,47 +201,33 @@ def _pool(_process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_THREADS, thread_name_prefix="zarrtrace-decode")
 
 
-def _counted(key: Any, size: int) -> Any:
-    """Count indices from the beginning; neighbours become a slice, which is faster to take."""
+def _counted(key: Any, size: int) -> Choice:
+    """Count indices from the beginning; neighbours become a range, which is faster to take."""
     if isinstance(key, slice):
-        return key
-    at = np.asarray(key)
+        chosen = range(*key.indices(size))
+        return chosen if chosen.step == 1 else np.asarray(chosen)
+    at = np.atleast_1d(np.asarray(key, dtype=np.int64))
     counted = np.where(at < 0, at + size, at)
     if ((counted < 0) | (counted >= size)).any():
         raise IndexError(f"index {key} is out of bounds for a dimension of size {size}")
-    if at.ndim == 0:
-        return int(counted)
-    neighbours = len(at) > 0 and counted[0] + len(at) == counted[-1] + 1
-    if neighbours and (np.diff(counted) == 1).all():
-        return slice(int(counted[0]), int(counted[-1]) + 1)
+    if len(counted) and (np.diff(counted) == 1).all():
+        return range(int(counted[0]), int(counted[-1]) + 1)
     return counted
 
 
-def _length(key: Any, size: int) -> int:
-    if isinstance(key, slice):
-        return len(range(*key.indices(size)))
-    return 1 if isinstance(key, int | np.integer) else len(key)
-
-
-def _parts(key: Any, size: int, chunk: int) -> Iterator[Part]:
-    """Cut an index along one dimension into parts that lie in one chunk each."""
-    if isinstance(key, int):
-        key = slice(key, key + 1)
-    if isinstance(key, slice):
-        chosen = range(*key.indices(size))
-        if chosen.step == 1:
-            for number in range(chosen.start // chunk, -(-chosen.stop // chunk)):
-                first = max(chosen.start, number * chunk)
-                last = min(chosen.stop, (number + 1) * chunk)
-                into = slice(first - chosen.start, last - chosen.start)
-                yield number, into, slice(first - number * chunk, last - number * chunk)
-            return
-        key = np.asarray(chosen)
-    chosen_at = np.atleast_1d(np.asarray(key, dtype=np.int64))
-    numbers = chosen_at // chunk
+def _parts(chosen: Choice, chunk: int) -> Iterator[Part]:
+    """Cut what is chosen along one dimension into parts that lie in one chunk each."""
+    if isinstance(chosen, range):
+        for number in range(chosen.start // chunk, -(-chosen.stop // chunk)):
+            first = max(chosen.start, number * chunk)
+            last = min(chosen.stop, (number + 1) * chunk)
+            into = slice(first - chosen.start, last - chosen.start)
+            yield number, into, slice(first - number * chunk, last - number * chunk)
+        return
+    numbers = chosen // chunk
     for number in np.unique(numbers):
         into_at = np.flatnonzero(numbers == number)
-        yield int(number), into_at, chosen_at[into_at] - number * chunk
+        yield int(number), into_at, chosen[into_at] - number * chunk
 
 
 def _outer(parts: Sequence[slice | np.ndarray]) -> Any:

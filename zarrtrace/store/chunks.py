@@ -44,6 +44,18 @@ class Checksum(NamedTuple):
     bytes: int
     checksum: str
 
+    def refuse_other(self, found: Checksum) -> None:
+        """Refuse a file with another size or checksum than was written.
+
+        Raises
+        ------
+        ValueError
+        """
+        if found.bytes != self.bytes:
+            raise ValueError(f"has {found.bytes} bytes, {self.bytes} were written")
+        if found.checksum != self.checksum:
+            raise ValueError("is not the file that belongs to this array")
+
 
 Checksums = Mapping[str, Checksum]
 
@@ -171,7 +183,7 @@ def encode_file(encoding: ArrayEncoding, values: np.ndarray) -> tuple[bytes, Che
     """
     if not encoding.is_sharded:
         content = encoding.encode(values)
-        return content, Checksum(len(content), crc_of(content))
+        return content, checksum_of(content)
     chunks: dict[int, bytes] = {}
     for place in np.ndindex(
         *(-(-s // c) for s, c in zip(values.shape, encoding.chunks, strict=True))
@@ -234,23 +246,25 @@ def crc_of(content: bytes | memoryview) -> str:
     return bytes(content[-CRC_BYTES:])[::-1].hex()
 
 
+def checksum_of(content: bytes) -> Checksum:
+    """Return what tells a file of one chunk from others; whether it is sound is not compared."""
+    return Checksum(len(content), crc_of(content))
+
+
 class FileIndex(NamedTuple):
     """The end of a file of many chunks.
 
     Attributes
     ----------
-    size
-        Of the file.
-    fingerprint
-        Hexadecimal digits.
+    checksum
+        Size of the file, and its fingerprint; no fingerprint while the file grows.
     entries
         Offset and length by number of the chunk ``(chunk, 2)``.
     crcs
         CRC-32C of each chunk by its number, where a journal says it.
     """
 
-    size: int
-    fingerprint: str
+    checksum: Checksum
     entries: np.ndarray
     crcs: Mapping[int, int] | None = None
 
@@ -269,7 +283,17 @@ def read_index(file: Location, encoding: ArrayEncoding) -> FileIndex:
     ValueError
         If it is damaged, or names other places than those of chunks one after the other.
     """
-    data, size = file.read_end(encoding.tail_bytes)
+    return parse_index(*file.read_end(encoding.tail_bytes), encoding)
+
+
+def parse_index(data: bytes, size: int, encoding: ArrayEncoding) -> FileIndex:
+    """Take the index from the last `tail_bytes` of a file of `size` bytes.
+
+    Raises
+    ------
+    ValueError
+        As for :func:`read_index`.
+    """
     if len(data) < encoding.tail_bytes:
         raise ValueError("it is too short to hold its index")
     entries = np.frombuffer(checked(data[FINGERPRINT_BYTES:]), "<u8").reshape(encoding.count, 2)
@@ -283,4 +307,4 @@ def read_index(file: Location, encoding: ArrayEncoding) -> FileIndex:
         or (entries[is_absent, 1] != ABSENT).any()
     ):
         raise ValueError("its index does not say where its chunks are")
-    return FileIndex(size, data[:FINGERPRINT_BYTES].hex(), entries)
+    return FileIndex(Checksum(size, data[:FINGERPRINT_BYTES].hex()), entries)

@@ -17,12 +17,10 @@ from zarrtrace.format.attributes import IndexAttributes, TraceAttributes
 from zarrtrace.format.layout import INDEX
 from zarrtrace.storage import Address, Location, at_once, disk, locate
 from zarrtrace.store.chunks import Checksum
-from zarrtrace.store.codecs import ArrayEncoding
-from zarrtrace.store.damage import check_sizes, file_damage
+from zarrtrace.store.damage import check_sizes, compare_file
 from zarrtrace.store.metadata import (
     REPAIR,
     Group,
-    checksums_of,
     kind_of,
     read_index_group,
     read_run,
@@ -165,7 +163,7 @@ def _seal(path: Location) -> str | None:
 
 
 def _bytes_of(group: Group[TraceAttributes] | Group[IndexAttributes]) -> int:
-    return sum(one.bytes for node in group.nodes.values() for one in checksums_of(node).values())
+    return sum(one.bytes for files in group.checksums.values() for one in files.values())
 
 
 def _copy_group(
@@ -186,21 +184,19 @@ def _copy_group(
     folder = staging_folder(target.parent) / target.name
     disk.remove_folder(folder)
     files = []
-    for name, node in group.nodes.items():
+    for name, checksums in group.checksums.items():
         (folder / name).mkdir(parents=True)
-        encoding = ArrayEncoding(node)
-        files += [(name, key, encoding, one) for key, one in checksums_of(node).items()]
+        files += [(name, key, written) for key, written in checksums.items()]
         metadata = (group.path / name / "zarr.json").inside(source).read()
         (folder / name / "zarr.json").write_bytes(metadata)
 
-    def copy(item: tuple[str, str, ArrayEncoding, Checksum]) -> None:
-        name, key, encoding, written = item
+    def copy(item: tuple[str, str, Checksum]) -> None:
+        name, key, written = item
         file = (group.path / name / key).inside(source)
         content = file.read()
-        damage = next(iter(file_damage(content, key, name, encoding, written)), None)
-        if damage is not None:
+        for _, message in compare_file(content, group.encodings[name], written):
             raise IntegrityError(
-                f"{file}: {damage.message}",
+                f"{file}: {message}",
                 why="The source is damaged; nothing of this trace was copied.",
                 remedy=REPAIR,
             )

@@ -3,39 +3,41 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
-import google_crc32c
-import numpy as np
+from pydantic import BaseModel
 
 from zarrtrace.errors import IntegrityError, StoreError
-from zarrtrace.storage import Location, at_once
-from zarrtrace.store.chunks import ABSENT, Checksum, fingerprint
-from zarrtrace.store.codecs import CRC_BYTES, FINGERPRINT_BYTES, ArrayEncoding, checked
-from zarrtrace.store.metadata import REPAIR, Group, Nodes, checksums_of
+from zarrtrace.format.attributes import IndexAttributes
+from zarrtrace.storage import at_once
+from zarrtrace.store.chunks import Checksum, checksum_of, fingerprint, parse_index
+from zarrtrace.store.codecs import CRC_BYTES, ArrayEncoding, checked
+from zarrtrace.store.metadata import REPAIR, Group
 
 _METADATA = "zarr.json"
 
 
-class Damage(NamedTuple):
-    """Something that is wrong with an array.
+class Problem(BaseModel):
+    """Something that is wrong with a run, and where.
 
     Attributes
     ----------
-    array
-        Its name.
-    file
-        Key of the file in the array; None if it is about all of them.
-    first
-        Places along the array's first dimension that are damaged; None for all.
+    scenario
+        None if it is about the run itself.
+    array, layer
+        None if it is about all of them.
+    chunk
+        Key of the damaged file in its array, such as ``c.0.0.0.0``; None if it is about all.
     message
         What is wrong.
     """
 
-    array: str
-    file: str | None
-    first: tuple[int, ...] | None
+    scenario: str | None
+    array: str | None = None
+    layer: int | None = None
+    chunk: str | None = None
     message: str
 
 
@@ -53,11 +55,12 @@ def check_sizes(group: Group[Any], remedy: str = REPAIR) -> None:
         if not group.path.backend.listable:
             return
         sizes = group.path.files()
-    for name, node in group.nodes.items():
-        for key, written in checksums_of(node).items():
-            file = group.path / name / key
+    for name, files in group.checksums.items():
+        for key, written in files.items():
+            place = f"{name}/{key}"
+            file = group.path / place
             try:
-                found = file.size() if sizes is None else sizes.get(f"{name}/{key}")
+                found = file.size() if sizes is None else sizes.get(place)
             except FileNotFoundError:
                 found = None
             if found != written.bytes:
@@ -70,130 +73,113 @@ def check_sizes(group: Group[Any], remedy: str = REPAIR) -> None:
                 )
 
 
-def find_damage(group: Location, nodes: Nodes) -> list[Damage]:
-    """Read all files of a group's arrays, and compare them with the metadata in the group.
-
-    Parameters
-    ----------
-    group
-        Its folder.
-    nodes
-        Metadata of its arrays, as the sealed ``zarr.json`` of the group holds it.
-    """
-    each = map if group.path is not None else at_once
-    found = [one for some in each(lambda name: list(_array(group, name, nodes[name])), nodes)
-             for one in some]  # fmt: skip
-    return found + list(_unknown_files(group, nodes))
+def find_damage(group: Group[Any], scenario: str | None = None) -> list[Problem]:
+    """Read all files of a group's arrays, and compare them with the group's metadata."""
+    each = map if group.path.path is not None else at_once
+    problem = partial(Problem, scenario=scenario)
+    found = list(_unknown_files(group, problem))
+    for some in each(lambda name: list(_array(group, name, problem)), group.nodes):
+        found += some
+    return found
 
 
-def _array(group: Location, name: str, node: Mapping[str, Any]) -> Iterator[Damage]:
-    path = group / name
+def _array(group: Group[Any], name: str, problem: Callable[..., Problem]) -> Iterator[Problem]:
     try:
-        if json.loads((path / _METADATA).inside(group).read()) != node:
-            yield Damage(name, _METADATA, (), "is not the metadata that was written")
-    except FileNotFoundError:
-        yield Damage(name, _METADATA, (), "is gone")
-    except (IntegrityError, ValueError, RecursionError, OSError) as error:
-        yield Damage(name, _METADATA, (), _said(error))
-    encoding = ArrayEncoding(node)
-    for key, written in checksums_of(node).items():
-        yield from _file(group, key, name, encoding, written)
-
-
-def _file(
-    group: Location, key: str, name: str, encoding: ArrayEncoding, written: Checksum
-) -> Iterator[Damage]:
-    first = int(key.split(".")[1])
-    step = encoding.grid[0] if encoding.is_sharded else 1
-    all_of_it = tuple(range(first * step, (first + 1) * step))
-    try:
-        content = (group / name / key).inside(group).read()
-    except FileNotFoundError:
-        yield Damage(name, key, all_of_it, "is gone")
-        return
+        content = (group.path / name / _METADATA).inside(group.path).read()
+        if json.loads(content) != group.nodes[name]:
+            said = "is not the metadata that was written"
+            yield problem(array=name, chunk=_METADATA, message=said)
     except (IntegrityError, OSError) as error:
-        yield Damage(name, key, all_of_it, _said(error))
-        return
-    yield from file_damage(content, key, name, encoding, written)
+        yield problem(array=name, chunk=_METADATA, message=_said(error))
+    except (ValueError, RecursionError):
+        yield problem(array=name, chunk=_METADATA, message="is not JSON")
+    encoding = group.encodings[name]
+    for key, written in group.checksums[name].items():
+        try:
+            content = (group.path / name / key).inside(group.path).read()
+            damage = list(compare_file(content, encoding, written))
+        except (IntegrityError, OSError) as error:
+            damage = [(None, _said(error))]
+        for place, message in damage:
+            for layer in _layers(group, name, int(key.split(".")[1]), place):
+                yield problem(array=name, layer=layer, chunk=key, message=message)
 
 
-def file_damage(
-    content: bytes,
-    key: str,
-    name: str,
-    encoding: ArrayEncoding,
-    written: Checksum,
-) -> Iterator[Damage]:
-    """Compare a file's content with its checksums."""
-    step = encoding.grid[0] if encoding.is_sharded else 1
-    first = int(key.split(".")[1])
-    all_of_it = tuple(range(first * step, (first + 1) * step))
+def _layers(group: Group[Any], name: str, file: int, place: int | None) -> Sequence[int | None]:
+    """Return the layers at a place in a file; None stands for all of them, and for no layer."""
+    encoding, attributes = group.encodings[name], group.attributes
+    dim, size = encoding.layout.dims[0], encoding.file_shape[0]
+    if dim not in ("layer", "attention_layer"):
+        return [None]
+    is_index = isinstance(attributes, IndexAttributes)
+    layers = attributes.layers if is_index else attributes.layers_of(dim)
+    start = file * size
+    here = layers[start : start + size] if place is None else layers[start + place :][:1]
+    return here if 0 < len(here) < max(len(attributes.layers), 2) else [None]
+
+
+def compare_file(
+    content: bytes, encoding: ArrayEncoding, written: Checksum
+) -> Iterator[tuple[int | None, str]]:
+    """Compare a file's content with what was written, chunk by chunk.
+
+    Yields
+    ------
+    place
+        Along the array's first dimension, in this file; None for all of them.
+    message
+        What is wrong.
+    """
     if not encoding.is_sharded:
-        if _crc(content[:-CRC_BYTES]) != content[-CRC_BYTES:]:
-            yield Damage(name, key, all_of_it, "is damaged: its checksum is another")
-        elif (len(content), content[-CRC_BYTES:][::-1].hex()) != written:
-            yield Damage(name, key, all_of_it, "is not the file that was written")
+        if not _is_sound(content):
+            yield None, "is damaged: its checksum is another"
+        elif checksum_of(content) != written:
+            yield None, "is not the file that was written"
         return
     try:
-        if len(content) < encoding.tail_bytes:
-            raise ValueError("the file is too short to hold it")
-        entries = np.frombuffer(checked(content[-16 * encoding.count - CRC_BYTES :]), "<u8")
+        index = parse_index(content[-encoding.tail_bytes :], len(content), encoding)
     except ValueError as error:
-        yield Damage(name, key, all_of_it, f"its index is damaged: {error}")
+        yield None, f"its index is damaged: {error}"
         return
-    yield from _chunks(content, entries.reshape(-1, 2), key, name, encoding, written)
+    crcs, damaged = [], dict[int, list[int]]()
+    for number in range(encoding.count):
+        if (place := index.range_of(number)) is not None:
+            chunk = content[slice(*place)]
+            crcs.append(int.from_bytes(chunk[-CRC_BYTES:], "little"))
+            if not _is_sound(chunk):
+                damaged.setdefault(number // encoding.strides[0], []).append(number)
+    for layer, numbers in damaged.items():
+        shown = ", ".join(map(str, numbers[:3])) + (", …" if len(numbers) > 3 else "")
+        yield layer, f"{len(numbers)} chunks are damaged ({shown})"
+    if not damaged and (index.checksum != written or fingerprint(crcs).hex() != written.checksum):
+        yield None, "is not the file that was written: files of two runs were exchanged"
 
 
-def _chunks(
-    content: bytes,
-    entries: np.ndarray,
-    key: str,
-    name: str,
-    encoding: ArrayEncoding,
-    written: Checksum,
-) -> Iterator[Damage]:
-    start = int(key.split(".")[1]) * encoding.grid[0]
-    crcs, bad = [], []
-    for number, (offset, length) in enumerate(entries.tolist()):
-        if offset == ABSENT:
-            continue
-        chunk = content[offset : offset + length]
-        crcs.append(int.from_bytes(chunk[-CRC_BYTES:], "little"))
-        if len(chunk) != length or _crc(chunk[:-CRC_BYTES]) != chunk[-CRC_BYTES:]:
-            bad.append(number)
-    if bad:
-        layers = sorted({start + number // encoding.strides[0] for number in bad})
-        shown = ", ".join(map(str, bad[:3])) + (", …" if len(bad) > 3 else "")
-        for layer in layers:
-            here = [n for n in bad if start + n // encoding.strides[0] == layer]
-            yield Damage(name, key, (layer,), f"{len(here)} chunks are damaged ({shown})")
-        return
-    mark = content[len(content) - encoding.tail_bytes :][:FINGERPRINT_BYTES].hex()
-    if (len(content), mark) != written or fingerprint(crcs).hex() != mark:
-        size = encoding.grid[0]
-        yield Damage(name, key, tuple(range(start, start + size)), "is not the file that was "
-                     "written: files of two runs were exchanged")  # fmt: skip
-
-
-def _crc(content: bytes) -> bytes:
-    return int(google_crc32c.value(content)).to_bytes(CRC_BYTES, "little")
+def _is_sound(chunk: bytes) -> bool:
+    try:
+        checked(chunk)
+    except ValueError:
+        return False
+    return True
 
 
 def _said(error: BaseException) -> str:
     """Return what an error says, without the path that is said beside it."""
+    if isinstance(error, FileNotFoundError):
+        return "is gone"
     what = error.what if isinstance(error, StoreError) else str(error)
     return what.rpartition(": ")[2] or type(error).__name__
 
 
-def _unknown_files(group: Location, nodes: Nodes) -> Iterator[Damage]:
+def _unknown_files(group: Group[Any], problem: Callable[..., Problem]) -> Iterator[Problem]:
     """Name what is in the group's folders and does not belong there."""
-    if not group.backend.listable:
+    if not group.path.backend.listable:
         return
-    for child in group.children():
-        if child.name not in nodes and child.name != _METADATA:
-            yield Damage(child.name, None, (), "does not belong to the trace")
-    for name, node in nodes.items():
-        known = {_METADATA, *checksums_of(node)}
-        for child in (group / name).children():
-            if child.name not in known:
-                yield Damage(name, child.name, (), "does not belong to the trace")
+    said = "does not belong to the trace"
+    for child in group.path.children():
+        if child.name not in group.nodes and child.name != _METADATA:
+            yield problem(array=child.name, message=said)
+    for name, files in group.checksums.items():
+        for child in (group.path / name).children():
+            if child.name not in files and child.name != _METADATA:
+                yield problem(array=name, chunk=child.name, message=said)

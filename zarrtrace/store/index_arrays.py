@@ -10,13 +10,12 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
-from xarray.core import indexing
 
 from zarrtrace.errors import IntegrityError, NotATraceError, StoreError
 from zarrtrace.format.attributes import IndexAttributes, TraceAttributes
 from zarrtrace.format.layout import INDEX, ArrayLayout, index_layout
 from zarrtrace.storage import Address, Location, at_once, disk, locate
-from zarrtrace.store.array import StoredArray
+from zarrtrace.store.array import open_array
 from zarrtrace.store.chunks import Checksum, encode_file, file_key
 from zarrtrace.store.codecs import ArrayEncoding
 from zarrtrace.store.damage import check_sizes
@@ -25,7 +24,6 @@ from zarrtrace.store.metadata import (
     Group,
     Nodes,
     array_metadata,
-    checksums_of,
     encoded,
     read_index_group,
     read_run,
@@ -110,16 +108,14 @@ def _layers_with(trace: Group[TraceAttributes], name: str) -> tuple[int, ...]:
     without = set(trace.attributes.layers_without_sae)
     ids = f"sae_id{name.removeprefix('features')}"
     if ids in trace.nodes:
-        node = trace.nodes[ids]
-        found = StoredArray(trace.path / ids, ArrayEncoding(node), checksums_of(node)).load()
-        pairs = zip(trace.attributes.layers, found, strict=True)
+        pairs = zip(trace.attributes.layers, open_array(trace, ids).load(), strict=True)
         without |= {layer for layer, sae in pairs if not sae}
     return tuple(layer for layer in trace.attributes.layers if layer not in without)
 
 
 def digest_of(trace: Group[TraceAttributes]) -> int:
     """Return a number that stands for the features of a trace; never 0."""
-    content = {name: checksums_of(trace.nodes[name]) for name in _feature_arrays(trace)}
+    content = {name: trace.checksums[name] for name in _feature_arrays(trace)}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16) or 1
 
@@ -135,10 +131,8 @@ def read_features(trace: IndexableTrace, array: str, layer: int) -> np.ndarray |
     if layer not in trace.layers.get(array, ()):
         return None
     found = read_trace(trace.path)
-    node = found.nodes[array]
-    opened = StoredArray(trace.path / array, ArrayEncoding(node), checksums_of(node))
     at = found.attributes.layers.index(layer)
-    return np.asarray(opened[indexing.BasicIndexer((at, slice(None), slice(None)))])
+    return open_array(found, array).read((at, slice(None), slice(None)))
 
 
 def read_token_texts(trace: Location) -> list[str]:
@@ -149,11 +143,10 @@ def read_token_texts(trace: Location) -> list[str]:
     IntegrityError
         If they are gone or damaged.
     """
-    node = read_trace(trace).nodes.get("key_token")
-    if node is None:
+    found = read_trace(trace)
+    if "key_token" not in found.nodes:
         raise IntegrityError(f"{trace}: has no 'key_token'", remedy=REPAIR)
-    texts = StoredArray(trace / "key_token", ArrayEncoding(node), checksums_of(node)).load()
-    return [str(text) for text in texts]
+    return [str(text) for text in open_array(found, "key_token").load()]
 
 
 # --- reading the index -------------------------------------------------------------------------
@@ -186,19 +179,11 @@ class RunIndex:
             )
         self._group = read_index_group(self.path)
         self.attributes = self._group.attributes
-        self._arrays: dict[str, StoredArray] = {}
 
     def read(self, array: str, *key: int | slice) -> Any:
         """Read a part of one of its arrays."""
-        if array not in self._arrays:
-            node = self._group.nodes[array]
-            try:
-                encoding = ArrayEncoding(node)
-            except (ValueError, KeyError, TypeError) as error:
-                raise IntegrityError(f"{self.path / array}: {error}", remedy=_REBUILD) from error
-            self._arrays[array] = StoredArray(self.path / array, encoding, checksums_of(node))
         try:
-            return self._arrays[array][indexing.BasicIndexer(key)]
+            return open_array(self._group, array).read(key)
         except IntegrityError as error:
             raise IntegrityError(error.what, why=error.why, remedy=_REBUILD) from error
 
@@ -216,10 +201,9 @@ class RunIndex:
         suffix, at = array.removeprefix("features"), self.attributes.layers.index(layer)
         found = {}
         for name in _names(suffix):
-            node = self._group.nodes[name]
-            if file_key([at, *[0] * (len(node["shape"]) - 1)]) in checksums_of(node):
-                rest = [slice(None)] * (len(node["shape"]) - 1)
-                found[name.removesuffix(suffix)] = self.read(name, at, *rest)
+            rest = len(self._group.encodings[name].shape) - 1
+            if file_key([at, *[0] * rest]) in self._group.checksums[name]:
+                found[name.removesuffix(suffix)] = self.read(name, at, *[slice(None)] * rest)
         return found
 
 
@@ -340,9 +324,11 @@ class IndexWriter:
             for name, layout in sorted(self._layout.items()):
                 found = dict(stored.get(name, {}))
                 if len(layout.dims) == 1 and not name.startswith("tokens"):
-                    found = _write_coordinate(
-                        self.path, name, layout, values.get(name, np.arange(layout.shape[0]))
-                    )
+                    value = values.get(name, np.arange(layout.shape[0]))
+                    step = layout.chunks[0]
+                    for place, start in enumerate(range(0, len(value), step)):
+                        part = value[start : start + step]
+                        found |= _write_file(self.path, name, layout, place, part)
                 nodes[name] = array_metadata(layout, found)
                 (self.path / name / "zarr.json").write(encoded(nodes[name]))
             (self.path / "zarr.json").write(sealed_group(attributes, nodes))
@@ -352,17 +338,14 @@ class IndexWriter:
         return attributes
 
 
-def _write_coordinate(
-    folder: Location, name: str, layout: ArrayLayout, values: np.ndarray
+def _write_file(
+    folder: Location, name: str, layout: ArrayLayout, place: int, values: np.ndarray
 ) -> dict[str, Checksum]:
-    found, step = {}, layout.chunks[0]
-    encoding = ArrayEncoding(array_metadata(layout))
-    for number, start in enumerate(range(0, len(values), step)):
-        content, checksum = encode_file(encoding, values[start : start + step])
-        key = file_key([number])
-        (folder / name / key).write(content)
-        found[key] = checksum
-    return found
+    """Write an array's file with this place along the first dimension; return its checksum."""
+    content, checksum = encode_file(ArrayEncoding(layout), values)
+    key = file_key([place, *[0] * (values.ndim - 1)])
+    (folder / name / key).write(content)
+    return {key: checksum}
 
 
 def write_index_layer(
@@ -386,12 +369,8 @@ def write_index_layer(
         Values by name, without the dimension of layers.
     """
     layout, at = index_layout(len(layers), features, 1), list(layers).index(layer)
-    out = {}
     with disk.explained(folder):
-        for name, value in arrays.items():
-            encoding = ArrayEncoding(array_metadata(layout[name]))
-            content, checksum = encode_file(encoding, np.asarray(value)[np.newaxis])
-            key = file_key([at, *[0] * np.ndim(value)])
-            (folder / name / key).write(content)
-            out[name] = {key: checksum}
-    return out
+        return {
+            name: _write_file(folder, name, layout[name], at, np.asarray(value)[np.newaxis])
+            for name, value in arrays.items()
+        }

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import ValidationError
@@ -25,11 +26,11 @@ from zarrtrace.format.attributes import (
     RunAttributes,
     TraceAttributes,
 )
-from zarrtrace.format.layout import LABELS, ArrayLayout
+from zarrtrace.format.layout import LABELS, NO_ID, ArrayLayout
 from zarrtrace.scenarios import check_name
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store.chunks import Checksum, Checksums
-from zarrtrace.store.codecs import ArrayEncoding, codecs_of, sharding
+from zarrtrace.store.codecs import ArrayEncoding, codecs_of
 
 Kind = Literal["run", "trace", "index"]
 #: Metadata of arrays by name.
@@ -48,6 +49,14 @@ _SEAL = re.compile(rb'"seal": "([0-9a-f]{16})"')
 _GROUP = {"zarr_format": 3, "node_type": "group"}
 # What no trace exceeds; above it, metadata would only make us ask for memory or for files.
 _MOST_LABELS, _MOST_FILES, _MOST_BYTES, _MOST_SEALS = 2**24, 2**18, 2**30, 100
+# Attributes by which xarray computes other numbers from those that are stored.
+_SCALED = {"scale_factor", "add_offset", "_FillValue", "missing_value", "dtype", "_Unsigned",
+           "units", "calendar"}  # fmt: skip
+# What an array may hold where nothing is stored, by its data type.
+_FILLS: dict[str, tuple[Any, ...]] = {
+    "bool": (False,), "float16": ("NaN",), "float32": ("NaN",), "string": ("",),
+    "int64": (0,), "uint32": (0, NO_ID), "uint64": (0,),
+}  # fmt: skip
 # Names of arrays become folders.
 _ARRAY_NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)
 _CHECKSUM = re.compile(r"[0-9a-f]{8}|[0-9a-f]{16}", re.ASCII)
@@ -90,6 +99,11 @@ class Group(Generic[_Attributes]):
     nodes: Nodes
     encodings: Mapping[str, ArrayEncoding]
 
+    @cached_property
+    def checksums(self) -> dict[str, dict[str, Checksum]]:
+        """Sizes and checksums of its arrays' files, by array and key."""
+        return {name: checksums_of(self.nodes[name]) for name in self.encodings}
+
 
 # --- writing -----------------------------------------------------------------------------------
 
@@ -113,7 +127,7 @@ def array_metadata(layout: ArrayLayout, checksums: Checksums | None = None) -> d
         },
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
         "fill_value": "NaN" if isinstance(fill, float) and math.isnan(fill) else fill,
-        "codecs": codecs_of(layout) if layout.shards is None else sharding(layout),
+        "codecs": codecs_of(layout),
         "attributes": attributes,
         "dimension_names": list(layout.dims),
         "zarr_format": 3,
@@ -249,9 +263,8 @@ def kind_of(path: Address) -> Literal["run", "trace"]:
         If it is neither.
     FormatVersionError, IntegrityError
     """
-    path = locate(path)
-    plain = _attributes_of(path, _load(path, "run or a trace")[1], "run or a trace")
-    return "run" if plain["kind"] == "run" else "trace"
+    _, group = _load(locate(path), "run or a trace")
+    return "run" if group["attributes"]["kind"] == "run" else "trace"
 
 
 def refuse_foreign(path: Location) -> None:
@@ -266,81 +279,14 @@ def refuse_foreign(path: Location) -> None:
         kind_of(path)
 
 
-def _load(path: Location, wanted: str) -> tuple[bytes, dict[str, Any]]:
-    """Read a group's ``zarr.json``."""
-    file = path / "zarr.json"
-    try:
-        if path.path is not None and (size := file.size()) > _MOST_BYTES:
-            raise ValueError(f"no zarr.json has {size} bytes")
-        content = file.read()
-        group = json.loads(content, parse_constant=_refuse_constant)
-        if not isinstance(group["attributes"], dict):
-            raise TypeError("its attributes are not an object")
-    except (FileNotFoundError, NotADirectoryError):
-        if not path.exists():
-            raise NotATraceError(
-                f"{path}: no such folder", remedy=f"Give the folder of a {wanted}; check the path."
-            ) from None
-        raise NotATraceError(
-            f"{path}: exists, but is not a zarrtrace run or trace",
-            why="It has no zarr.json.",
-            remedy="Choose another path; nothing there was changed.",
-        ) from None
-    except (OSError, *NONSENSE) as error:
-        raise damaged_metadata(file, error) from error
-    return content, group
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def damaged_metadata(file: Location, error: object) -> IntegrityError:
-    """Return the error that says what is wrong with a ``zarr.json``."""
-    return IntegrityError(
-        f"{file}: damaged: {error}",
-        why="It is not the metadata that zarrtrace wrote.",
-        remedy=REPAIR,
-    )
-
-
-def _attributes_of(path: Location, group: Mapping[str, Any], wanted: str) -> dict[str, Any]:
-    """Return a group's attributes if they are those of zarrtrace's format."""
-    plain: dict[str, Any] = dict(group["attributes"])
-    if "zarrtrace" in plain:
-        raise FormatVersionError(
-            f"{path}: format version 1, which this zarrtrace does not read",
-            why="It was written before the first release.",
-            remedy="Extract it again.",
-        )
-    is_known = plain.get("kind") in list(_MODELS)
-    if "seal" in plain and not is_known:
-        raise damaged_metadata(path / "zarr.json", f"attribute kind: {plain.get('kind')!r}")
-    if not is_known or "format_version" not in plain:
-        raise NotATraceError(
-            f"{path}: exists, but is not a zarrtrace {wanted}",
-            why="Its zarr.json lacks the attributes 'kind' and 'format_version'.",
-            remedy="Choose another path; nothing there was changed.",
-        )
-    version = plain["format_version"]
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise FormatVersionError(
-            f"{path}: format version {version}, this zarrtrace reads version {FORMAT_VERSION}",
-            why="It was written by a newer zarrtrace.",
-            remedy="Install a newer zarrtrace.",
-        )
-    return plain
-
-
 def _read(path: Location, wanted: Kind) -> Group[Any]:
     content, group = _load(path, wanted)
-    plain = _attributes_of(path, group, wanted)
+    file, plain = path / "zarr.json", group["attributes"]
     if plain["kind"] != wanted:
         raise NotATraceError(
             f"{path}: is a {plain['kind']}, not a {wanted}",
             remedy="A run holds one trace a scenario; give the other folder.",
         )
-    file = path / "zarr.json"
     if not seal_holds(content):
         raise IntegrityError(
             f"{file}: not the metadata that was written",
@@ -350,21 +296,74 @@ def _read(path: Location, wanted: Kind) -> Group[Any]:
     labels = plain.pop("coordinates", "")
     attributes = parse_attributes(file, plain, wanted)
     try:
+        nodes = (group.get("consolidated_metadata") or {"metadata": {}})["metadata"]
+        if not isinstance(nodes, dict):
+            raise TypeError("consolidated_metadata: not an object of objects")
+        encodings = {} if wanted == "run" else check_nodes(nodes, attributes)
         coordinates = frozenset(str.split(labels))
-        nodes, encodings = _consolidated(group), {}
-        if wanted != "run":
-            encodings = check_nodes(nodes, attributes, is_whole=wanted == "trace")
     except NONSENSE as error:
-        raise damaged_metadata(file, error) from error
+        raise _damaged(file, error) from error
     return Group(path, attributes, plain, coordinates, nodes, encodings)
 
 
-def _consolidated(group: Mapping[str, Any]) -> Nodes:
-    """Return the metadata of all nodes below; none if there is none."""
-    nodes: Any = (group.get("consolidated_metadata") or {"metadata": {}})["metadata"]
-    if not all(isinstance(node, dict) for node in nodes.values()):
-        raise TypeError("consolidated_metadata: not an object of objects")
-    return dict(nodes)
+def _load(path: Location, wanted: str) -> tuple[bytes, dict[str, Any]]:
+    """Read a group's ``zarr.json``, if its attributes are those of zarrtrace's format."""
+    file = path / "zarr.json"
+    try:
+        if path.path is not None and (size := file.size()) > _MOST_BYTES:
+            raise ValueError(f"no zarr.json has {size} bytes")
+        content = file.read()
+        group: dict[str, Any] = json.loads(content, parse_constant=_refuse_constant)
+        if not isinstance(plain := group["attributes"], dict):
+            raise TypeError("its attributes are not an object")
+    except (FileNotFoundError, NotADirectoryError):
+        if not path.exists():
+            raise NotATraceError(
+                f"{path}: no such folder", remedy=f"Give the folder of a {wanted}; check the path."
+            ) from None
+        raise _not_ours(path, "run or trace", "It has no zarr.json.") from None
+    except (OSError, *NONSENSE) as error:
+        raise _damaged(file, error) from error
+    if "zarrtrace" in plain:
+        raise FormatVersionError(
+            f"{path}: format version 1, which this zarrtrace does not read",
+            why="It was written before the first release.",
+            remedy="Extract it again.",
+        )
+    is_known = plain.get("kind") in list(_MODELS)
+    if "seal" in plain and not is_known:
+        raise _damaged(file, f"attribute kind: {plain.get('kind')!r}")
+    if not is_known or "format_version" not in plain:
+        why = "Its zarr.json lacks the attributes 'kind' and 'format_version'."
+        raise _not_ours(path, wanted, why)
+    version = plain["format_version"]
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise FormatVersionError(
+            f"{path}: format version {version}, this zarrtrace reads version {FORMAT_VERSION}",
+            why="It was written by a newer zarrtrace.",
+            remedy="Install a newer zarrtrace.",
+        )
+    return content, group
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _not_ours(path: Location, wanted: str, why: str) -> NotATraceError:
+    return NotATraceError(
+        f"{path}: exists, but is not a zarrtrace {wanted}",
+        why=why,
+        remedy="Choose another path; nothing there was changed.",
+    )
+
+
+def _damaged(file: Location, error: object) -> IntegrityError:
+    return IntegrityError(
+        f"{file}: damaged: {error}",
+        why="It is not the metadata that zarrtrace wrote.",
+        remedy=REPAIR,
+    )
 
 
 def parse_attributes(file: Location, plain: Mapping[str, Any], kind: Kind) -> Any:
@@ -391,15 +390,12 @@ def parse_attributes(file: Location, plain: Mapping[str, Any], kind: Kind) -> An
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise damaged_metadata(file, f"attribute {where}: {first['msg']}") from None
+        raise _damaged(file, f"attribute {where}: {first['msg']}") from None
     return attributes
 
 
 def check_nodes(
-    nodes: Nodes,
-    attributes: TraceAttributes | IndexAttributes,
-    *,
-    is_whole: bool,
+    nodes: Nodes, attributes: TraceAttributes | IndexAttributes, *, is_whole: bool = True
 ) -> dict[str, ArrayEncoding]:
     """Refuse metadata that no group of zarrtrace has, before anything is read by it.
 
@@ -427,9 +423,9 @@ def check_nodes(
     encodings = {}
     for name, node in nodes.items():
         try:
-            encodings[name] = _check_node(
-                name, node, sizes, is_whole=is_whole or len(node["dimension_names"]) == 1
-            )
+            encodings[name] = ArrayEncoding(layout_of(node))
+            _check_dims(name, encodings[name], sizes)
+            _check_files(checksums_of(node), encodings[name], is_whole=is_whole)
         except NONSENSE as error:
             raise ValueError(f"array {name!r}: {error}") from error
     if isinstance(attributes, TraceAttributes) and not {"layer", "key"} <= nodes.keys():
@@ -437,39 +433,85 @@ def check_nodes(
     return encodings
 
 
-def _check_node(
-    name: str, node: Mapping[str, Any], sizes: dict[str, int], *, is_whole: bool
-) -> ArrayEncoding:
-    """Check an array, whose dimensions have the `sizes` seen so far."""
-    if not _ARRAY_NAME.fullmatch(name):
-        raise ValueError("zarrtrace writes no such name")
-    encoding, dims = ArrayEncoding(node), node["dimension_names"]
+def layout_of(node: Mapping[str, Any]) -> ArrayLayout:
+    """Return the layout that an array's ``zarr.json`` describes.
+
+    Raises
+    ------
+    ValueError, LookupError, TypeError, AttributeError
+        If it is not what :func:`array_metadata` writes for that layout: another meaning of bytes
+        or numbers, which zarrtrace does not know, would be read wrongly.
+    """
+    attributes = {name: one for name, one in node["attributes"].items() if name != CHECKSUMS}
+    if found := sorted(_SCALED & attributes.keys()):
+        raise ValueError(f"attribute {found[0]!r} would change its numbers")
+    dims, dtype, fill = node["dimension_names"], node["data_type"], node["fill_value"]
     if not isinstance(dims, list) or not all(map(_ARRAY_NAME.fullmatch, dims)):
         raise TypeError(f"dimensions {dims!r}")
-    shape = encoding.shape
-    if not shape or len(shape) != len(dims) or len(set(dims)) < len(dims):
+    file_shape, codecs = node["chunk_grid"]["configuration"]["chunk_shape"], node["codecs"]
+    chunks, shards = file_shape, None
+    if codecs[0]["name"] == "sharding_indexed":
+        chunks, shards = codecs[0]["configuration"]["chunk_shape"], file_shape
+        codecs = codecs[0]["configuration"]["codecs"]
+    try:
+        layout = ArrayLayout(
+            dims=dims,
+            dtype=dtype,
+            shape=node["shape"],
+            chunks=chunks,
+            shards=shards,
+            codec="attention" if "blosc" in [one["name"] for one in codecs] else "plain",
+            fill_value=math.nan if fill == "NaN" else fill,
+            attributes=attributes,
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{first['loc'][0]} {first['input']!r}: {first['msg']}") from None
+    if fill not in _FILLS.get(layout.dtype, ()):
+        raise ValueError(f"fill_value {fill!r} of data_type {dtype!r}")
+    expected = {**array_metadata(layout), "attributes": node["attributes"]}
+    if node != expected:
+        raise ValueError(_difference(node, expected))
+    return layout
+
+
+def _difference(node: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """Name the first field that differs."""
+    if unknown := sorted(node.keys() - expected.keys()):
+        return f"unknown field {unknown[0]!r}"
+    field = next(name for name, one in expected.items() if node.get(name) != one)
+    return f"{field} is {node.get(field)!r}, not {expected[field]!r}"
+
+
+def _check_dims(name: str, encoding: ArrayEncoding, sizes: dict[str, int]) -> None:
+    """Compare an array's dimensions with its name, and with the `sizes` of those seen so far."""
+    dims, shape = encoding.layout.dims, encoding.shape
+    if not _ARRAY_NAME.fullmatch(name):
+        raise ValueError("zarrtrace writes no such name")
+    if not dims or len(shape) != len(dims) or len(set(dims)) < len(dims):
         raise ValueError(f"shape {shape} does not fit dimensions {dims}")
     for dim, size in zip(dims, shape, strict=True):
         if sizes.setdefault(dim, size) != size:
             raise ValueError(f"shape {shape}: others have {sizes[dim]} along {dim}")
-    if name in dims and dims != [name]:
+    if name in dims and dims != (name,):
         raise ValueError(f"it is the index of a dimension, and has dimensions {dims}")
-    counts = [-(-size // step) for size, step in zip(shape, encoding.file_shape, strict=True)]
-    if math.prod(counts) > _MOST_FILES or (len(shape) == 1 and shape[0] > _MOST_LABELS):
-        raise ValueError(f"no array has shape {shape} in files of {encoding.file_shape}")
-    # A layer that is missing reads as NaN, and is seen; a label that is missing would be wrong.
-    must_be_whole = name in dims or (is_whole and not encoding.is_sharded)
-    _check_files(checksums_of(node), counts, is_whole=must_be_whole)
-    return encoding
+    if len(shape) == 1 and shape[0] > _MOST_LABELS:
+        raise ValueError(f"no array has shape {shape}")
 
 
-def _check_files(files: Checksums, counts: Sequence[int], *, is_whole: bool) -> None:
+def _check_files(files: Checksums, encoding: ArrayEncoding, *, is_whole: bool) -> None:
     """Compare an array's files with how many there can be along each dimension."""
+    shape, file_shape = encoding.shape, encoding.file_shape
+    counts = [-(-size // step) for size, step in zip(shape, file_shape, strict=True)]
+    if math.prod(counts) > _MOST_FILES:
+        raise ValueError(f"no array has shape {shape} in files of {file_shape}")
     for key in files:
         place = list(map(int, key.split(".")[1:]))
         if len(place) != len(counts) or any(at >= n for at, n in zip(place, counts, strict=True)):
             raise ValueError(f"no file {key!r} belongs to it")
-    if is_whole and len(files) < math.prod(counts):
+    # A layer that is missing reads as NaN, and is seen; a label that is missing would be wrong.
+    must_be_whole = len(shape) == 1 or (is_whole and not encoding.is_sharded)
+    if must_be_whole and len(files) < math.prod(counts):
         raise ValueError("files are missing")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any, Literal
@@ -10,24 +11,17 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import xarray as xr
+from xarray.backends import BackendArray
+from xarray.core import indexing
 from xarray.core.indexes import PandasIndex
 
 from zarrtrace.errors import IncompleteError, IntegrityError, NotATraceError, ZarrtraceError
 from zarrtrace.format.attributes import TraceAttributes
 from zarrtrace.storage import Address, Location, at_once, locate
-from zarrtrace.store.array import StoredArray, as_lazy
+from zarrtrace.store.array import StoredArray, open_array
 from zarrtrace.store.chunks import FileIndex
-from zarrtrace.store.codecs import ArrayEncoding
 from zarrtrace.store.damage import check_sizes
-from zarrtrace.store.metadata import (
-    CHECKSUMS,
-    REPAIR,
-    Group,
-    checksums_of,
-    read_run,
-    read_scenario,
-    read_trace,
-)
+from zarrtrace.store.metadata import REPAIR, Group, read_run, read_scenario, read_trace
 from zarrtrace.store.publish import beside
 from zarrtrace.store.staged import read_staged, staging_folder
 from zarrtrace.store.trace_writer import incomplete
@@ -183,56 +177,68 @@ def _dataset(
     indexes: dict[Hashable, PandasIndex] = {}
     tokens = 0
     with _damage_explained(trace.path):
-        for name, node in sorted(trace.nodes.items()):
-            encoding = trace.encodings[name]
-            array = StoredArray(
-                trace.path / name,
-                encoding,
-                checksums_of(node),
-                None if staged is None else staged.get(name, {}),
-            )
-            if node["dimension_names"] == [name]:
-                coordinates[name], indexes[name] = _index(name, array, node, trace.attributes)
-                tokens = array.shape[0] if name == "key" else tokens
+        for name in sorted(trace.nodes):
+            array = open_array(trace, name, None if staged is None else staged.get(name))
+            if array.encoding.layout.dims == (name,):
+                coordinates[name], indexes[name] = _index(name, array, trace.attributes)
+                tokens = array.encoding.shape[0] if name == "key" else tokens
                 continue
             target = coordinates if name in trace.labels else variables
-            target[name] = _variable(as_lazy(array), encoding, node)
+            target[name] = _variable(array)
         _check_spans(trace.attributes, tokens)
         ds = xr.Dataset(variables, xr.Coordinates(coordinates, indexes), trace.plain)
     return ds if chunks is None else _chunk(ds, chunks)
 
 
-def _variable(data: Any, encoding: ArrayEncoding, node: Mapping[str, Any]) -> xr.Variable:
-    cut = {"chunks": encoding.chunks}
-    if encoding.is_sharded:
-        cut["shards"] = encoding.file_shape
-    attributes = {k: v for k, v in node["attributes"].items() if k != CHECKSUMS}
+class _LazyArray(BackendArray):
+    """An array of a trace, for xarray to index."""
+
+    def __init__(self, array: StoredArray) -> None:
+        self._array = array
+        self.shape, self.dtype = array.encoding.shape, array.encoding.dtype
+
+    def __dask_tokenize__(self) -> tuple[str, str, str]:
+        """Name what is read, so that dask can tell whether two graphs read the same."""
+        content = repr((sorted(self._array.checksums.items()), self.shape, self.dtype.str))
+        token = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+        return ("zarrtrace", str(self._array.path), token)
+
+    def __getitem__(self, key: Any) -> Any:
+        """Index as xarray asks."""
+        support = indexing.IndexingSupport.OUTER
+        return indexing.explicit_indexing_adapter(key, self.shape, support, self._array.read)
+
+
+def _variable(array: StoredArray) -> xr.Variable:
+    """Wrap an array as xarray's own backends do: lazy, read once, and safe to assign to."""
+    how = array.encoding
+    lazy: Any = indexing.LazilyIndexedArray(_LazyArray(array))
+    cached: Any = indexing.MemoryCachedArray
+    data = cached(indexing.CopyOnWriteArray(lazy))
+    cut = {"chunks": how.chunks} | ({"shards": how.file_shape} if how.is_sharded else {})
     # fastpath: pandas would look whether text is dates.
-    return xr.Variable(node["dimension_names"], data, attributes, cut, fastpath=True)
+    return xr.Variable(how.layout.dims, data, how.layout.attributes, cut, fastpath=True)
 
 
 def _index(
-    name: str, array: StoredArray, node: Mapping[str, Any], attributes: TraceAttributes
+    name: str, array: StoredArray, attributes: TraceAttributes
 ) -> tuple[xr.Variable, PandasIndex]:
     """Return the index of a dimension, read only where the attributes do not say what it holds."""
-    (size,) = array.shape
-    if array.dtype != np.int64:
-        raise ValueError(f"{name} is of type {array.dtype}")
+    (size,), dtype = array.encoding.shape, array.encoding.dtype
+    if dtype != np.int64:
+        raise ValueError(f"{name} is of type {dtype}")
     labels: np.ndarray
     if name in ("layer", "attention_layer"):
-        labels = np.asarray(attributes.layers_of(name), array.dtype)
+        labels = np.asarray(attributes.layers_of(name), dtype)
     elif name == "attention_query":
         labels = array.load()
     else:
-        labels = np.arange(size, dtype=array.dtype)
-    if len(labels) != size:
-        raise ValueError(f"{name} has {size} values, not {len(labels)}")
+        labels = np.arange(size, dtype=dtype)
     first = int(labels[0]) if size else 0
     counted = pd.RangeIndex(first, first + size)
     # Most are: one of 32,768 features is then looked up without a table made for it.
     index = PandasIndex(counted if np.array_equal(counted, labels) else labels, name)
-    attrs = {k: v for k, v in node["attributes"].items() if k != CHECKSUMS}
-    variable = xr.Variable((name,), index.index, attrs)
+    variable = xr.Variable((name,), index.index, array.encoding.layout.attributes)
     return index.create_variables({name: variable})[name], index
 
 

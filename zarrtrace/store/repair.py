@@ -80,14 +80,13 @@ def sound_parts(
         for name, layout in layouts.items()
     ):
         return None
-    damage = find_damage(path, trace.nodes)
+    damage = find_damage(trace)
     bad: set[int | None] = set()
     for one in damage:
-        if one.array in NEXT_TOKEN:
+        name = one.array or ""
+        if name in NEXT_TOKEN:
             bad.add(None)
-        layout = layouts.get(one.array)
-        if layout is not None and layout.has_layers:
-            layers = attributes.layers_of(layout.dims[0])
-            places = range(len(layers)) if one.first is None else one.first
-            bad |= {layers[place] for place in places if place < len(layers)}
+        # Metadata and files that do not belong there are written again without computing anything.
+        elif name in layouts and layouts[name].has_layers and one.chunk in trace.checksums[name]:
+            bad |= set(attributes.layers) if one.layer is None else {one.layer}
     return SoundParts(trace, frozenset({*attributes.layers, None} - bad), is_whole=not damage)

@@ -20,6 +20,7 @@ import numpy as np
 
 from zarrtrace.errors import IntegrityError
 from zarrtrace.format.attributes import TraceAttributes
+from zarrtrace.format.layout import ArrayLayout
 from zarrtrace.identity import combined_versions
 from zarrtrace.storage import Location, disk, locate
 from zarrtrace.storage.locks import FileLock
@@ -46,7 +47,7 @@ from zarrtrace.store.metadata import (
     CHECKSUMS,
     NONSENSE,
     Group,
-    Nodes,
+    array_metadata,
     check_nodes,
     encoded,
     labels_of,
@@ -73,8 +74,8 @@ class StagedTrace:
     ----------
     folder
         Where they are; :meth:`resume` or :meth:`create` makes it ready.
-    attributes, nodes
-        Attributes of the trace, and metadata of its arrays; checksums are entered into it.
+    attributes, layouts
+        Attributes of the trace, and its arrays.
     expected
         The arrays of each layer; for None, those of next tokens.
     settings
@@ -92,12 +93,13 @@ class StagedTrace:
         self,
         folder: Path,
         attributes: TraceAttributes,
-        nodes: Nodes,
+        layouts: Mapping[str, ArrayLayout],
         expected: Mapping[int | None, Collection[str]],
         settings: str = "",
     ) -> None:
         self.folder, self._expected, self._settings = folder, expected, settings
-        self.encodings = {name: ArrayEncoding(node) for name, node in nodes.items()}
+        self.encodings = {name: ArrayEncoding(layout) for name, layout in layouts.items()}
+        nodes = {name: array_metadata(layout, {}) for name, layout in layouts.items()}
         self._trace = Group(locate(folder), attributes, {}, frozenset(), nodes, self.encodings)
         self._clear()
 
@@ -325,7 +327,7 @@ def read_staged(
         if encodings[name].is_sharded:
             entries, size = index_entries(encodings[name], _by_number(chunks))
             crcs = dict(chunks[:, [0, 2]].tolist())
-            indexes.setdefault(name, {})[key] = FileIndex(size, "", entries, crcs)
+            indexes.setdefault(name, {})[key] = FileIndex(Checksum(size, ""), entries, crcs)
         else:
             nodes[name]["attributes"][CHECKSUMS][key] = _checksum(*chunks[0, 1:].tolist())
     return group, attributes.layers[len(stored.layers) :], indexes

@@ -7,14 +7,12 @@ from functools import partial
 
 from pydantic import BaseModel
 
-from zarrtrace.errors import IntegrityError, NotATraceError
+from zarrtrace.errors import NotATraceError
 from zarrtrace.format.attributes import FORMAT_VERSION, TraceAttributes
 from zarrtrace.storage import Address, Location, at_once, locate
-from zarrtrace.store.chunks import crc_of
+from zarrtrace.store.array import open_array
 from zarrtrace.store.metadata import (
-    REPAIR,
     Group,
-    checksums_of,
     encoded,
     kind_of,
     read_run,
@@ -22,8 +20,6 @@ from zarrtrace.store.metadata import (
     read_trace,
 )
 from zarrtrace.store.staged import read_staged, staging_folder
-
-_ITEMSIZE = {"float16": 2, "float32": 4, "uint32": 4, "int64": 8, "bool": 1}
 
 
 class TraceSummary(BaseModel):
@@ -107,21 +103,20 @@ def _trace(path: Location, *, in_run: bool) -> TraceSummary | None:
         if staged is None:
             return None
         (group, missing, indexes), is_complete = staged, False
-        on_disk = sum(one.size for files in indexes.values() for one in files.values())
+        on_disk = sum(one.checksum.bytes for files in indexes.values() for one in files.values())
     else:
         on_disk = (path / "zarr.json").size() + sum(
-            len(encoded(node)) + sum(one.bytes for one in checksums_of(node).values())
-            for node in group.nodes.values()
+            len(encoded(node)) + sum(one.bytes for one in group.checksums[name].values())
+            for name, node in group.nodes.items()
         )
     dims: dict[str, int] = {}
     arrays: dict[str, tuple[int, ...]] = {}
     dense = 0
-    for name, node in group.nodes.items():
-        shape = tuple(map(int, node["shape"]))
-        dims |= dict(zip(node["dimension_names"], shape, strict=True))
-        if len(shape) > 1:
-            arrays[name] = shape
-            dense += math.prod(shape) * _ITEMSIZE.get(str(node["data_type"]), 8)
+    for name, how in group.encodings.items():
+        dims |= dict(zip(how.layout.dims, how.shape, strict=True))
+        if len(how.shape) > 1:
+            arrays[name] = how.shape
+            dense += math.prod(how.shape) * how.dtype.itemsize
     attributes = group.attributes
     return TraceSummary(
         scenario=attributes.scenario,
@@ -141,22 +136,5 @@ def _trace(path: Location, *, in_run: bool) -> TraceSummary | None:
 
 
 def _sae_ids(group: Group[TraceAttributes]) -> tuple[str, ...]:
-    """Read them without xarray, which takes longer to import than the rest takes to run."""
-    found: list[str] = []
-    for name in (one for one in group.nodes if one.startswith("sae_id")):
-        for key, written in checksums_of(group.nodes[name]).items():
-            file = group.path / name / key
-            try:
-                content = file.read()
-                if (len(content), crc_of(content)) != written:
-                    raise ValueError("is not the file that belongs to this array")
-                texts = group.encodings[name].decode(content)
-            except (FileNotFoundError, ValueError) as error:
-                gone = isinstance(error, FileNotFoundError)
-                raise IntegrityError(
-                    f"{file}: {'is gone' if gone else error}",
-                    why="Files were lost, cut short or exchanged.",
-                    remedy=REPAIR,
-                ) from error
-            found += [text for text in texts.tolist() if text]
-    return tuple(found)
+    names = [name for name in group.nodes if name.startswith("sae_id")]
+    return tuple(text for name in names for text in open_array(group, name).load() if text)

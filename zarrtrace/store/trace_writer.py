@@ -18,7 +18,7 @@ from zarrtrace.records import BFloat16, LayerRecord, Nonzeros, TokensRecord, Tra
 from zarrtrace.storage import Address, Location, disk, locate
 from zarrtrace.store.chunks import encode_file, encode_rows
 from zarrtrace.store.damage import check_sizes
-from zarrtrace.store.metadata import array_metadata, read_scenario
+from zarrtrace.store.metadata import read_scenario
 from zarrtrace.store.publish import end_publishing, publish_folder
 from zarrtrace.store.repair import SoundParts, sound_parts
 from zarrtrace.store.staged import StagedTrace, staging_folder
@@ -66,8 +66,9 @@ class TraceWriter:
         self._expected = {
             layer: self._arrays_of_layer(layer, plan) for layer in (None, *self._attributes.layers)
         }
-        nodes = {name: array_metadata(layout, {}) for name, layout in self._layouts.items()}
-        self._staged = StagedTrace(folder, self._attributes, nodes, self._expected, settings)
+        self._staged = StagedTrace(
+            folder, self._attributes, self._layouts, self._expected, settings
+        )
         self._mutex = threading.Lock()
         self._begun, self._allow_nonfinite = False, allow_nonfinite
         # A damaged trace that is there, and what of it is sound.

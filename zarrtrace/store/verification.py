@@ -7,13 +7,11 @@ import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from pydantic import BaseModel
-
 from zarrtrace.errors import StoreError
-from zarrtrace.format.attributes import RunAttributes, TraceAttributes
+from zarrtrace.format.attributes import RunAttributes
 from zarrtrace.format.layout import INDEX
 from zarrtrace.storage import Address, Location, locate
-from zarrtrace.store.damage import Damage, find_damage
+from zarrtrace.store.damage import Problem, find_damage
 from zarrtrace.store.index_arrays import stale_scenarios
 from zarrtrace.store.metadata import (
     Group,
@@ -29,28 +27,6 @@ from zarrtrace.store.staged import STAGED
 
 # Files beside the traces of a run that belong to it.
 _OF_RUN = ("zarr.json", "README.md", INDEX, STAGED)
-
-
-class Problem(BaseModel):
-    """Something that is wrong with a run, and where.
-
-    Attributes
-    ----------
-    scenario
-        None if it is about the run itself.
-    array, layer
-        None if it is about all of them.
-    chunk
-        Key of the damaged file in its array, such as ``c.0.0.0.0``; None if it is about all.
-    message
-        What is wrong.
-    """
-
-    scenario: str | None
-    array: str | None = None
-    layer: int | None = None
-    chunk: str | None = None
-    message: str
 
 
 def verify(path: Address) -> list[Problem]:
@@ -96,27 +72,7 @@ def _trace(path: Location, scenario: str | None) -> Iterator[Problem]:
     own = trace.attributes.scenario
     if scenario not in (None, own):
         yield Problem(scenario=scenario, message=f"holds scenario {own!r}: folders were exchanged")
-    for damage in find_damage(path, trace.nodes):
-        yield from _problems(scenario or own, trace, damage)
-
-
-def _problems(scenario: str, trace: Group[TraceAttributes], damage: Damage) -> Iterator[Problem]:
-    node = trace.nodes.get(damage.array)
-    dim = "" if node is None else node["dimension_names"][0]
-    layers: Sequence[int | None] = [None]
-    if damage.first and dim in ("layer", "attention_layer") and len(node["shape"]) > 1:  # type: ignore[index]
-        known = trace.attributes.layers_of(dim)
-        layers = [known[place] for place in damage.first if place < len(known)]
-    if len(layers) == len(trace.attributes.layers) > 1:
-        layers = [None]
-    for layer in layers:
-        yield Problem(
-            scenario=scenario,
-            array=damage.array,
-            layer=layer,
-            chunk=damage.file,
-            message=damage.message,
-        )
+    yield from find_damage(trace, scenario or own)
 
 
 def _consolidated(run: Group[RunAttributes]) -> Iterator[Problem]:
@@ -155,18 +111,9 @@ def _index(run: Location, names: Sequence[str]) -> Iterator[Problem]:
     except StoreError as error:
         yield Problem(scenario=None, array=INDEX, message=error.what)
         return
-    damage = find_damage(path, index.nodes)
-    for one in damage:
-        layer = None
-        if one.first and len(one.first) == 1 and one.first[0] < len(index.attributes.layers):
-            layer = index.attributes.layers[one.first[0]]
-        yield Problem(
-            scenario=None,
-            array=f"{INDEX}/{one.array}",
-            layer=layer,
-            chunk=one.file,
-            message=one.message,
-        )
+    damage = find_damage(index)
+    for problem in damage:
+        yield problem.model_copy(update={"array": f"{INDEX}/{problem.array}"})
     if not damage:
         for scenario, message in stale_scenarios(run, names):
             yield Problem(scenario=scenario, array=INDEX, message=message)
