@@ -122,6 +122,9 @@ class StagedTrace:
         versions
             Libraries that made parts of it before, if it is repaired.
         """
+        if not self.folder.is_symlink():
+            # A folder without a journal is taken for complete: its metadata goes first.
+            (self.folder / "zarr.json").unlink(missing_ok=True)
         disk.remove_folder(self.folder)
         self._clear()
         for name in self._trace.nodes:
