@@ -412,6 +412,8 @@ def _good(result: _Labelled | ZarrtraceError | None) -> _Labelled | None:
 
 #: Tells coordinates that hold metadata from others.
 METADATA = "metadata of the scenario"
+# Dimensions of some results: such a column has another name in all, so that they can be combined.
+_DIMENSIONS = frozenset(("source", "target", "role", "place", "option", "hypothesis", "band"))
 
 
 def _with_metadata(result: _Labelled, data: Data) -> _Labelled:
@@ -420,12 +422,15 @@ def _with_metadata(result: _Labelled, data: Data) -> _Labelled:
         return result
     scenario = result["scenario"]
     at = pd.Index(traces(data)).get_indexer(pd.Index(np.atleast_1d(scenario.values)))
-    taken = {*result.dims, *result.coords}
+    taken = {*_DIMENSIONS, *result.dims, *result.coords}
     taken |= {result.name} if isinstance(result, xr.DataArray) else {*result.data_vars}
+    columns = metadata(data)
     coords = {}
-    for name, values in metadata(data).items():
+    for name, values in columns.items():
         own = values[at] if scenario.ndim else values[at[0]]
-        called = f"metadata_{name}" if name in taken else name
+        called = name
+        while called in taken or (called != name and called in columns):
+            called = f"metadata_{called}"
         coords[called] = xr.Variable(scenario.dims, own, {"description": METADATA})
     return result.assign_coords(coords)
 

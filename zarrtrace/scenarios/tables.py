@@ -58,6 +58,7 @@ def parse_csv(path: Path, text: str) -> tuple[SuiteFile, list[str]]:
     if not rows:
         raise ScenarioError(f"{path}: is empty", remedy="Begin it with a line of column names.")
     header, *rows = rows
+    header = [name.strip() for name in header]
     for row, line in zip(rows, lines[1:], strict=True):
         if len(row) != len(header):
             raise ScenarioError(
@@ -171,7 +172,7 @@ def _check_header(table: str, header: Sequence[Any]) -> None:
             raise ScenarioError(f"{table}: column {name!r} {problem}", remedy=remedy)
     if "prompt" not in header:
         close = difflib.get_close_matches("prompt", map(str, header), n=1)
-        hint = f"Did you mean {close[0]!r}? Rename it" if close else "Name a column so"
+        hint = f"Did you mean {close[0]!r}? Rename it to 'prompt'" if close else "Name one so"
         raise ScenarioError(
             f"{table}: there is no column 'prompt'",
             why=f"The columns are: {', '.join(map(str, header[:20]))}.",
