@@ -120,7 +120,11 @@ class Problem(NamedTuple):
 
 def problem_of(error: ValidationError) -> Problem:
     """Return the first problem that pydantic found, in words of the file format."""
-    first, *others = error.errors()
+    first, *others = sorted(
+        error.errors(),
+        # A misspelt field also makes the right one missing.
+        key=lambda e: e["type"] != "extra_forbidden",
+    )
     if _UNION_MEMBER.match(str(first["loc"][-1:] and first["loc"][-1])):
         # None of several forms fits: the one that fits furthest is what was meant.
         same = [e for e in others if e["loc"][: len(first["loc"]) - 1] == first["loc"][:-1]]

@@ -152,24 +152,12 @@ def _entries(
 
 
 def _check_header(table: str, header: Sequence[Any]) -> None:
-    for name in header:
-        problem = ""
-        remedy = "Rename the column, or leave it out."
-        if list(header).count(name) > 1:
-            problem = "stands twice"
-        elif name == "messages":
-            problem = "holds chat prompts, which come in a later version"
-            remedy = "Give a column 'prompt' with texts, and leave 'messages' out."
-        elif name == "":
-            problem = "has no name"
-            remedy = "A frame's index? Write it with index=False, or name the column."
-        elif name not in _FIELDS:
-            try:
-                check_metadata_name(name)
-            except ValueError as error:
-                problem = f"cannot be metadata: {error}"
-        if problem:
-            raise ScenarioError(f"{table}: column {name!r} {problem}", remedy=remedy)
+    """Refuse a table without prompts, or with columns that cannot be metadata."""
+    if "messages" in header:
+        raise ScenarioError(
+            f"{table}: column 'messages' holds chat prompts, which come in a later version",
+            remedy="Give a column 'prompt' with texts, and leave 'messages' out.",
+        )
     if "prompt" not in header:
         close = difflib.get_close_matches("prompt", map(str, header), n=1)
         hint = f"Did you mean {close[0]!r}? Rename it to 'prompt'" if close else "Name one so"
@@ -178,6 +166,20 @@ def _check_header(table: str, header: Sequence[Any]) -> None:
             why=f"The columns are: {', '.join(map(str, header[:20]))}.",
             remedy=f"{hint}; columns are separated by commas in CSV.",
         )
+    for name in header:
+        problem, remedy = "", "Rename the column, or leave it out."
+        if list(header).count(name) > 1:
+            problem = "stands twice"
+        elif name == "":
+            problem = "has no name"
+            remedy = "If it is a frame's index, write the file with index=False, or name it."
+        elif name not in _FIELDS:
+            try:
+                check_metadata_name(name)
+            except ValueError as error:
+                problem = f"cannot be metadata: {error}"
+        if problem:
+            raise ScenarioError(f"{table}: column {name!r} {problem}", remedy=remedy)
 
 
 def _entry(row: Mapping[str, Any], where: str) -> ScenarioEntry:
