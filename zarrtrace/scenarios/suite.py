@@ -56,6 +56,12 @@ def load_suite(path: str | Path) -> tuple[Scenario, ...]:
     suffix = path.suffix.lower()
     try:
         _refuse_odd_file(path)
+        if suffix not in _ENDINGS:
+            raise ScenarioError(
+                f"{path}: unknown kind of scenario file {suffix or '(no ending)'!r}",
+                remedy="Name it .yaml (a list under 'scenarios'), .jsonl (one scenario a line), "
+                ".csv or .parquet (a column 'prompt').",
+            )
         content = path.read_bytes()
         text = "" if suffix == ".parquet" else content.decode("utf-8-sig")
     except FileNotFoundError:
@@ -67,14 +73,8 @@ def load_suite(path: str | Path) -> tuple[Scenario, ...]:
         ) from error
     if suffix == ".parquet":
         suite, places = parse_parquet(path, content)
-    elif suffix in _TEXT_FILES:
-        suite, places = _TEXT_FILES[suffix](path, text)
     else:
-        raise ScenarioError(
-            f"{path}: unknown kind of scenario file {suffix or '(no ending)'!r}",
-            remedy="Name it .yaml (a list under 'scenarios'), .jsonl (one scenario a line), .csv "
-            "or .parquet (a column 'prompt').",
-        )
+        suite, places = _TEXT_FILES[suffix](path, text)
     return _suite(_drafts(suite, places), str(path))
 
 
@@ -241,7 +241,10 @@ def _entry_draft(entry: ScenarioEntry, place: int, suite: SuiteFile, where: str 
                 remedy=f"The template takes: {', '.join(taken) or 'none'}.",
             )
         given = {**suite.defaults, **entry.values}
-        prompt, marked = render_template(template, given)
+        try:
+            prompt, marked = render_template(template, given)
+        except ScenarioError as error:
+            raise _at(label(name), error) from None
         values = {one: _metadata_of(one, given[one]) for one in taken if one not in RESERVED}
     else:
         raise ScenarioError(
