@@ -53,6 +53,7 @@ def test_a_scenario_reads_its_marks() -> None:
     assert scenario.spans["hold"][0][0] == text.rindex("o")
     assert (scenario.name, scenario.tags) == ("poor", ("risky", "low"))
     assert scenario.options == {"bet": "1"}
+    assert Scenario("x", tags={"b", "a", "c"}).tags == ("a", "b", "c")  # type: ignore[arg-type]
     types = {name: type(value) for name, value in scenario.metadata.items()}
     assert types == {"balance": float, "game": str, "won": bool, "round": int}
 

@@ -170,9 +170,11 @@ def checked_entry(given: Mapping[str, Any], label: str) -> ScenarioEntry:
 
 
 def plain(value: Any) -> Any:
-    """Return a value with NumPy's arrays and numbers within it as Python's."""
+    """Return a value with NumPy's arrays and numbers within it as Python's, sets as lists."""
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
         return plain(value.tolist())
     if isinstance(value, Mapping):
         return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, set | frozenset):  # whose order differs from process to process
+        return sorted(map(plain, value), key=str)
     return [plain(one) for one in value] if isinstance(value, list | tuple) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -105,8 +106,8 @@ def as_scenarios(given: Any) -> tuple[Scenario, ...]:
     ScenarioError
         If it is something else, or a scenario is not valid; the message names it.
     """
-    if isinstance(given, Path):
-        return load_suite(given)
+    if isinstance(given, os.PathLike):
+        return load_suite(Path(given))
     if isinstance(given, str):
         return load_suite(given) if _is_file(given) else _suite([_draft(given, 0)])
     kind = _kind(given)
