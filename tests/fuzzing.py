@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from zarrtrace.errors import IntegrityError, ZarrtraceError
 from zarrtrace.format.layout import NO_ID
 from zarrtrace.npz import import_npz
-from zarrtrace.scenarios import load_suite
+from zarrtrace.scenarios import as_scenarios, load_suite
 from zarrtrace.store import open_run, open_trace, summarize, verify
 
 #: Metadata of a run and of a trace that is fuzzed.
@@ -50,9 +50,23 @@ anything: st.SearchStrategy[Any] = st.recursive(
 
 #: Fields of a scenario, right and wrong.
 entries = st.dictionaries(
-    st.sampled_from(["name", "prompt", "template", "values", "spans", "tags", "options", "promt"]),
+    st.sampled_from(
+        ["name", "prompt", "template", "values", "spans", "tags", "options", "metadata", "promt"]
+    ),
     st.one_of(anything, st.sampled_from(["a", "{x}", "[[goal:a]] b", {"goal": "a"}, ["risky"]])),
 )
+
+#: Pieces of CSV, glued together.
+csv_text = st.lists(
+    st.one_of(
+        st.sampled_from(
+            ["prompt,", "name,", "tags,", "spans,", "a,", "a b,", "\n", "\r", "x,", '"', "{", "[1]",
+             '"{""s"": ""x""}",', "nan", "1e5", "007", "true", "\0", "\ufeff", ";"]
+        ),
+        st.text(max_size=6),
+    ),
+    max_size=16,
+).map(lambda pieces: "prompt,a" + "".join(pieces))  # fmt: skip
 
 #: Pieces of YAML, glued together.
 yaml_text = st.lists(
@@ -94,6 +108,11 @@ class Targets:
         file.write_bytes(content)
         with only_our_errors():
             load_suite(file)
+
+    def scenarios(self, given: Any) -> None:
+        """Take scenarios from Python."""
+        with only_our_errors():
+            assert as_scenarios(as_scenarios(given))
 
     def seeds(self) -> list[bytes]:
         """Return good files: YAML, JSONL, an NPZ file, an array in it, metadata, stores."""

@@ -121,7 +121,7 @@ def _prepare(path: Path) -> Job:
     """Load and examine a model, as a run does; blocks of queries are small."""
     return prepare(
         Options(model=str(path), features=False),
-        scenarios=[Scenario("short", PROMPTS["short"])],
+        scenarios=[Scenario(PROMPTS["short"], name="short", marks=False)],
         limits=CaptureLimits(block_bytes=1, block_rows=7),
     )
 
@@ -131,7 +131,7 @@ def _in_way(job: Job, way: str) -> Job:
     options, prompts = WAYS[way]
     return with_scenarios(
         replace(job, options=replace(job.options, **options)),
-        [Scenario(name, PROMPTS[name]) for name in prompts],
+        [Scenario(PROMPTS[name], name=name, marks=False) for name in prompts],
     )
 
 

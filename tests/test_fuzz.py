@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import fuzzing
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,6 +29,24 @@ def test_yaml(targets: fuzzing.Targets, text: str) -> None:
 def test_entries(targets: fuzzing.Targets, entries: list[Any]) -> None:
     targets.suite("\n".join(map(json.dumps, entries)).encode(), ".jsonl")
     targets.suite(json.dumps({"scenarios": entries}).encode(), ".yaml")
+    targets.scenarios(entries)
+    frame = pd.DataFrame([{"prompt": "x", **entry} for entry in entries], dtype=object)
+    targets.scenarios(frame)
+
+
+@given(st.one_of(fuzzing.anything, st.text()))
+def test_whatever_is_given_as_scenarios(targets: fuzzing.Targets, given: Any) -> None:
+    targets.scenarios(given)
+
+
+@given(fuzzing.csv_text)
+def test_csv(targets: fuzzing.Targets, text: str) -> None:
+    targets.suite(text.encode("utf-8", "surrogatepass"), ".csv")
+
+
+@given(st.binary(max_size=200))
+def test_parquet(targets: fuzzing.Targets, content: bytes) -> None:
+    targets.suite(b"PAR1" + content + b"PAR1", ".parquet")
 
 
 @settings(max_examples=40)
