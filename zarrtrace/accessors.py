@@ -39,7 +39,7 @@ def source_of(path: Location) -> dict[str, Any]:
     return {_SOURCE: str(path), **({_OPTIONS: dict(path.options)} if path.options else {})}
 
 
-@xr.register_dataset_accessor("zt")
+@xr.register_dataset_accessor("zt")  # type: ignore[no-untyped-call]
 class TraceAccessor:
     """A trace: its spans, its tokens, where it comes from, a view of it."""
 
@@ -114,7 +114,7 @@ class TraceAccessor:
             layers=np.atleast_1d(self._ds["layer"]).tolist() if "layer" in self._ds else None,
         )
 
-    def _attributes(self) -> Mapping[str, Any]:
+    def _attributes(self) -> Mapping[Any, Any]:
         return _attributes_of(self._ds, "trace")
 
 
@@ -198,7 +198,6 @@ class RunAccessor:
         return found
 
 
-@xr.register_datatree_accessor("zt")
 def _accessor_of(node: xr.DataTree) -> RunAccessor | TraceAccessor:
     """Return what a run offers, or the trace that is a node of its tree."""
     if node.attrs.get("kind") != "trace":
@@ -210,7 +209,10 @@ def _accessor_of(node: xr.DataTree) -> RunAccessor | TraceAccessor:
     return TraceAccessor(ds)
 
 
-def _attributes_of(data: xr.Dataset | xr.DataTree, kind: str) -> Mapping[str, Any]:
+xr.register_datatree_accessor("zt")(_accessor_of)  # type: ignore[no-untyped-call]
+
+
+def _attributes_of(data: xr.Dataset | xr.DataTree, kind: str) -> Mapping[Any, Any]:
     """Return the attributes of a trace or a run; refuse other data."""
     if data.attrs.get("kind") == kind:
         return data.attrs
@@ -221,7 +223,7 @@ def _attributes_of(data: xr.Dataset | xr.DataTree, kind: str) -> Mapping[str, An
     )
 
 
-def _provenance(attributes: Mapping[str, Any], encoding: Mapping[str, Any]) -> dict[str, Any]:
+def _provenance(attributes: Mapping[Any, Any], encoding: Mapping[Any, Any]) -> dict[str, Any]:
     model = attributes["model"] or {}
     return {
         "model": model.get("id"),
@@ -236,7 +238,7 @@ def _provenance(attributes: Mapping[str, Any], encoding: Mapping[str, Any]) -> d
     }
 
 
-def _location(encoding: Mapping[str, Any], name: str) -> Location:
+def _location(encoding: Mapping[Any, Any], name: str) -> Location:
     if _SOURCE not in encoding:
         raise ConfigError(
             f"{name}: where it is stored is not known",
@@ -248,7 +250,7 @@ def _location(encoding: Mapping[str, Any], name: str) -> Location:
 
 def _view(
     source: Location,
-    traces: Mapping[str, Mapping[str, Any]],
+    traces: Mapping[str, Mapping[Any, Any]],
     scenario: str,
     choice: Mapping[str, int | None],
     height: int,

@@ -321,7 +321,7 @@ class RunAttributes(Frozen):
         if not isinstance(config, dict):
             return given
         keys = ("model", "dtype", "layers", "sae_release")
-        return {**{key: config.get(key) for key in keys}, **given}
+        return {**{key: config[key] for key in keys if isinstance(config.get(key), str)}, **given}
 
 
 class IndexAttributes(Frozen):
