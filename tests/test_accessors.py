@@ -208,6 +208,14 @@ def test_a_run_that_was_replaced_is_not_shown_as_the_old_one(tmp_path: Path) -> 
     assert zt.open_trace(run.trace).zt.view().page
 
 
+def test_what_there_is_of_an_incomplete_run_is_shown(tmp_path: Path) -> None:
+    run = fakes.make_run(tmp_path, drop={"Risky_2": (2,)})
+    ds = zt.open_trace(run.path / "Risky_2", missing="nan")
+    for view in (ds.zt.view(layer=1), zt.open_run(run.path, missing="nan").zt.view(layer=1)):
+        assert any("data/Risky_2/attention/" in file for file in files(view))
+        assert shlex.split(view.command)[2] == str(run.path)
+
+
 def test_text_of_a_run_is_text_in_the_notebook(tmp_path: Path) -> None:
     run = fakes.make_run(tmp_path, name='"><script>alert(1)<')
     shown = zt.open_run(run.path).zt.view(layer=1)._repr_html_()

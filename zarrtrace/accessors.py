@@ -105,8 +105,11 @@ class TraceAccessor:
             If the trace was replaced since it was opened.
         """
         attributes = self._attributes()
+        source = _location(self._ds.encoding, attributes["scenario"])
+        if attributes.get("seal") is None:  # not complete: only its run leads to it
+            source = source.parent
         return _view(
-            _location(self._ds.encoding, attributes["scenario"]),
+            source,
             {attributes["scenario"]: attributes},
             attributes["scenario"],
             {"layer": layer, "head": head},
