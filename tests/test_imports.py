@@ -45,6 +45,11 @@ CLI = "from zarrtrace.cli import main\nmain()"
 
 def test_import_is_light() -> None:
     assert imported("import zarrtrace") == set()
+    alone = "import sys; old = {*sys.modules}; import zarrtrace; print(len({*sys.modules} - old))"
+    found = subprocess.run(
+        [sys.executable, "-Sc", alone], cwd=ROOT, capture_output=True, check=True
+    )
+    assert int(found.stdout) < 10  # neither typing nor functools
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["extract", "--help"]])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
-from collections.abc import Callable
-from typing import Any
+
+TYPE_CHECKING = False  # typing itself would take most of the time that importing zarrtrace takes
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 
 def lazy(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
@@ -24,20 +26,12 @@ def lazy(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], li
     tuple
         To be assigned to ``__getattr__`` and ``__dir__``.
     """
+    known: dict[str, tuple[str, str]] = {}
 
-    @functools.cache
     def homes() -> dict[str, tuple[str, str]]:
-        """Return module and name there of every public name."""
-        import ast  # noqa: PLC0415 -- five milliseconds, and importing a package must be cheap
-
-        with open(f"{file.rpartition('.')[0]}.pyi", encoding="utf-8") as stub:  # noqa: PTH123 -- as cheap
-            statements = ast.parse(stub.read()).body
-        return {
-            alias.asname or alias.name: (str(statement.module), alias.name)
-            for statement in statements
-            if isinstance(statement, ast.ImportFrom)
-            for alias in statement.names
-        }
+        if not known:
+            known.update(_imports_of(f"{file.rpartition('.')[0]}.pyi"))
+        return known
 
     def attribute(name: str) -> Any:
         if name == "__all__":  # "from package import *" asks for it
@@ -53,3 +47,17 @@ def lazy(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], li
         return sorted(homes())
 
     return attribute, names
+
+
+def _imports_of(stub: str) -> dict[str, tuple[str, str]]:
+    """Return module and name there of every name that a stub imports."""
+    import ast  # noqa: PLC0415 -- five milliseconds, and importing a package must be cheap
+
+    with open(stub, encoding="utf-8") as file:  # noqa: PTH123 -- pathlib takes as long
+        statements = ast.parse(file.read()).body
+    return {
+        alias.asname or alias.name: (str(statement.module), alias.name)
+        for statement in statements
+        if isinstance(statement, ast.ImportFrom)
+        for alias in statement.names
+    }
