@@ -107,6 +107,26 @@ def test_the_frame_shows_what_was_chosen(shared_run: fakes.FakeRun, page: Any) -
     assert chosen(frame) == ("Safe_1", "L1", "mean")
 
 
+#: A policy like that of VS Code's notebooks, which the frame inherits.
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; "
+    "img-src https: data:; font-src https:; connect-src https:; child-src https: data:"
+)
+
+
+def test_a_notebook_with_a_policy_shows_it_and_saves_pictures(
+    shared_run: fakes.FakeRun, page: Any
+) -> None:
+    shown = zt.open_trace(shared_run.trace).zt.view(layer=2)._repr_html_()
+    policy = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+    page.set_content(f"<!doctype html>{policy}<body>{shown}</body>")
+    frame = page.frame_locator("iframe")
+    assert chosen(frame) == ("Safe_1", "L2", "mean")
+    with page.expect_download() as saved:
+        frame.locator("#large-panel button.copy").click()
+    assert saved.value.suggested_filename == "large-panel.png"
+
+
 def test_the_frame_cannot_reach_the_notebook(shared_run: fakes.FakeRun, browser: Any) -> None:
     view = zt.open_trace(shared_run.trace).zt.view()
     page = browser.new_page()
