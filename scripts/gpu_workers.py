@@ -117,7 +117,7 @@ def warm(home: Path, scale: Scale, device: str, asked: Mapping[str, Any]) -> dic
             _wrap_all(clocks)
         shutil.rmtree(output, ignore_errors=True)
         start = time.perf_counter()
-        running.extract(output, options)
+        running.extract_run(output, options)
         out["seconds"].append(time.perf_counter() - start)
     if with_clocks:
         out["seconds with clocks"] = out["seconds"].pop()
@@ -185,7 +185,7 @@ def correctness(home: Path, scale: Scale, device: str, asked: Mapping[str, Any])
     from sae_lens import SAE
 
     from zarrtrace import open_trace
-    from zarrtrace.extraction import Options, extract
+    from zarrtrace.extraction import Options, extract_run
 
     out: dict[str, Any] = {}
     model, _ = gpu_shape.load(home, device)
@@ -202,7 +202,7 @@ def correctness(home: Path, scale: Scale, device: str, asked: Mapping[str, Any])
             batch_size=size,
             low_memory=low,
         )
-        extract(folders[label], options)
+        extract_run(folders[label], options)
         out[label] = {"layers": 0, "attention equal": 0, "features equal": 0}
         out[label] |= {"attention: largest difference": 0.0, "features: largest difference": 0.0}
         out[label] |= {"members that differ": 0, "members": 0}

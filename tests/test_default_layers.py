@@ -15,7 +15,7 @@ from zarrtrace import demo
 from zarrtrace.capture import saes
 from zarrtrace.cli import main
 from zarrtrace.errors import ConfigError, SAEError
-from zarrtrace.extraction import Job, Options, extract, prepare
+from zarrtrace.extraction import Job, Options, extract_run, prepare
 from zarrtrace.store import open_trace
 
 pytestmark = pytest.mark.torch
@@ -148,5 +148,5 @@ def test_the_command_names_what_it_leaves_out(
 
 def test_the_python_function_takes_the_same_default(tmp_path: Path) -> None:
     options = Options(model=MODEL, sae_path=_saes(tmp_path / "saes", 0), only=("Risky_40",))
-    run = extract(tmp_path / "run", options)
+    run = extract_run(tmp_path / "run", options)
     assert open_trace(run / "Risky_40").layer.values.tolist() == [0]
