@@ -267,6 +267,7 @@ class Job:
             tags=tuple(prompt.scenario.tags),
             spans=prompt.spans,
             options=prompt.options,
+            metadata=dict(prompt.scenario.metadata),
             model=self.model.attributes.model_copy(
                 update={"attn_implementation": "blocked"}
                 if prompt.scenario.name in self.blocked
@@ -653,6 +654,7 @@ def _digest(prompt: Prompt) -> str:
         sorted(scenario.spans.items()),
         list(scenario.tags),
         sorted(scenario.options.items()),
+        sorted((name, repr(value)) for name, value in scenario.metadata.items()),
         list(prompt.tokens.ids),
         list(prompt.tokens.texts),
         sorted((name, span.tokens) for name, span in prompt.spans.items()),
