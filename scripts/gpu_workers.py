@@ -95,8 +95,7 @@ def warm(home: Path, scale: Scale, device: str, asked: Mapping[str, Any]) -> dic
             given[name] = tuple(given[name])
     if given.get("features", True):
         given["sae_release"] = RELEASE
-    if "scenarios" in given:
-        given["scenarios"] = Path(given["scenarios"])
+    given["scenarios"] = given.get("scenarios", "slot-machine")
     options = Options(model=gpu_shape.MODEL, device=device, **given)
     start = time.perf_counter()
     job = prepare(options)
@@ -196,6 +195,7 @@ def correctness(home: Path, scale: Scale, device: str, asked: Mapping[str, Any])
         shutil.rmtree(folders[label], ignore_errors=True)
         options = Options(
             model=gpu_shape.MODEL,
+            scenarios="slot-machine",
             sae_release=RELEASE,
             only=names,
             device=device,

@@ -163,7 +163,10 @@ def main() -> None:
         watch_layers(watch)
         start = time.monotonic()
         try:
-            extract_run(folder / "run", Options(scenarios=folder / "suite.jsonl", layers=layers))
+            extract_run(
+                folder / "run",
+                Options(model="demo", scenarios=folder / "suite.jsonl", layers=layers),
+            )
         except KeyboardInterrupt:
             if not watch.stopped:
                 raise

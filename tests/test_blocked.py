@@ -228,7 +228,9 @@ def test_chosen_queries_are_stored_and_nothing_else(
     way: Any,
 ) -> None:
     path = models.path(name)
-    run = extract_run(tmp_path / "run", _options(path, suite, queries=queries, attention_capture=way))
+    run = extract_run(
+        tmp_path / "run", _options(path, suite, queries=queries, attention_capture=way)
+    )
     assert verify(run) == []
     for scenario in ("short", "longer"):
         ds = open_trace(run / scenario)
@@ -318,7 +320,9 @@ def test_analysis_reads_stored_rows_and_refuses_others_by_name(
     from zarrtrace.analysis import attention_flow, attention_to
 
     path = models.path("Llama")
-    chosen = open_trace(extract_run(tmp_path / "last", _options(path, suite, queries="last")) / "short")
+    chosen = open_trace(
+        extract_run(tmp_path / "last", _options(path, suite, queries="last")) / "short"
+    )
     whole = open_trace(extract_run(tmp_path / "all", _options(path, suite)) / "short")
     alone, together = (attention_to(ds, "balance", "decision") for ds in (chosen, whole))
     weights = 4 * len(chosen.attrs["spans"]["balance"]["tokens"])  # of four heads

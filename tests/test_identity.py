@@ -52,6 +52,7 @@ def options(files: Path, **changes: Any) -> Options:
     return Options(
         **{
             "model": str(files / "model"),
+            "scenarios": "slot-machine",
             "sae_path": files / "saes",
             "layers": (1, 2, 3),
             "only": NAMES,
@@ -241,7 +242,11 @@ def move_on(repository: Path) -> str:
 
 
 FROM_HUB = Options(
-    model="some/llama", sae_release="llama_scope_lxr_8x", layers=(1, 2), only=NAMES[:1]
+    model="some/llama",
+    scenarios="slot-machine",
+    sae_release="llama_scope_lxr_8x",
+    layers=(1, 2),
+    only=NAMES[:1],
 )
 
 
@@ -308,6 +313,7 @@ def test_other_versions_are_refused_or_both_are_said(
     begun = fakes.files_in(files / "begun")
     for run, only in (("run", NAMES[1:]), ("begun", NAMES)):
         command = ["-o", str(files / run), "--model", str(files / "model"), "--layers", "1-3"]
+        command += ["--scenarios", "slot-machine"]
         command += ["--sae-path", str(files / "saes"), "-q"]
         command += [part for name in only for part in ("--scenario", name)]
         before = fakes.files_in(files / run)

@@ -136,7 +136,8 @@ def test_batches_of_one_are_said_once(
     _warn_once.cache_clear()
     path = models.path("Llama")
     runs = [
-        extract_run(tmp_path / str(size), _options(path, suite, batch_size=size)) for size in (1, 2, 2)
+        extract_run(tmp_path / str(size), _options(path, suite, batch_size=size))
+        for size in (1, 2, 2)
     ]
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "one prompt at a time instead of 2" in caplog.text

@@ -272,7 +272,9 @@ def _check(
     """Extract with one SAE and compare with sae-lens; return what the trace says of it."""
     path, folder = models.path(name), tmp_path / "saes" / "one"
     make(folder, f"blocks.{LAYER}.{HOOKS[kind]}", _width(kind, name))
-    run = extract_run(tmp_path / "run", _options(path, suite, sae_path=tmp_path / "saes", **options))
+    run = extract_run(
+        tmp_path / "run", _options(path, suite, sae_path=tmp_path / "saes", **options)
+    )
     assert verify(run) == []
     ds = open_trace(run / "short")
     activations = _hooked(name, path, ds.token_id.values.tolist(), PLACES[name][kind])

@@ -102,7 +102,9 @@ class LoadedSAEs:
         self._used = {}
         for layer in layers:
             hooks = [HookPoint(layer, kind) for kind in variables]
-            here = [self._attributes(hook, variables[hook.kind]) for hook in hooks if hook in chosen]
+            here = [
+                self._attributes(hook, variables[hook.kind]) for hook in hooks if hook in chosen
+            ]
             if here:
                 found[layer] = tuple(here)
         return found
@@ -124,7 +126,7 @@ class LoadedSAEs:
         dtype = str(sae.W_enc.dtype).removeprefix("torch.")
         return attributes.model_copy(update={"dtype": dtype})
 
-    def stretches(self, saes: Sequence[SAEAttributes]) -> list[tuple[Path, int, int]]:
+    def stretches(self, _saes: Sequence[SAEAttributes]) -> list[tuple[Path, int, int]]:
         """Say what :meth:`load` will read: no file."""
         return []
 

@@ -90,8 +90,7 @@ def hook_name_of(config: dict[str, Any], name: str) -> str:
         raise SAEError(
             f"SAE {name}: does not say which hook point it reads",
             why="Its configuration lacks hook_name.",
-            remedy="Add metadata.hook_name to its configuration, as in "
-            "'blocks.3.hook_resid_post'.",
+            remedy="Add metadata.hook_name to its configuration, as in 'blocks.3.hook_resid_post'.",
         )
     if hook_name.endswith(_AMBIGUOUS):
         module = str(metadata_of(config, "hf_hook_name"))

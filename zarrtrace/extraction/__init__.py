@@ -1,7 +1,7 @@
 """The main job: scenarios in, one labelled Zarr store each out."""
 
-from zarrtrace.extraction.estimate import Estimate, estimate
 from zarrtrace.extraction.call import extract
+from zarrtrace.extraction.estimate import Estimate, estimate
 from zarrtrace.extraction.job import DEMO_MODEL, Job, Loaded, Options, prepare
 from zarrtrace.extraction.running import extract_run
 

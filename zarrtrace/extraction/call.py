@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from zarrtrace.errors import ConfigError, missing_for_cluster
 from zarrtrace.extraction.job import (
@@ -32,9 +32,11 @@ if TYPE_CHECKING:
     from sae_lens import SAE
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from zarrtrace.scenarios import Scenarios
+    from zarrtrace.scenarios import Scenario
 
-    SAEs = (
+    # pandas frames and Datasets are iterables, too.
+    Scenarios: TypeAlias = str | Path | Scenario | Mapping[str, Any] | Iterable[Any]
+    SAEs: TypeAlias = (
         str
         | Path
         | tuple[str, ...]
@@ -83,8 +85,9 @@ def extract(
 ) -> xr.DataTree:
     """Run a model over prompts, store its attention and SAE features, and open the run.
 
-    If the run exists, it is resumed: what is stored is not computed again. The same prompts, weights
-    and options are needed for that; whether the model was given by name or loaded does not matter.
+    If the run exists, it is resumed: what is stored is not computed again. The same prompts,
+    weights and options are needed for that; whether the model was given by name or loaded does not
+    matter.
 
     Parameters
     ----------
@@ -197,7 +200,7 @@ def extract(
             revision=revision,
             fold_decoder_norm=fold_decoder_norm,
             device=_device(device, gpu),
-            dtype=str(dtype).removeprefix("torch."),  # type: ignore[arg-type] -- checked later
+            dtype=cast("Dtype", str(dtype).removeprefix("torch.")),  # checked with all others
             low_memory=low_memory,
             batch_size=batch_size,
             attention_capture=attention_capture,

@@ -415,9 +415,7 @@ def _blocked(options: Options, model: LoadedModel, prompts: Sequence[Prompt]) ->
     )
 
 
-def _load_model(
-    options: Options, loaded: Loaded, capture: Any, *, weights: bool
-) -> LoadedModel:
+def _load_model(options: Options, loaded: Loaded, capture: Any, *, weights: bool) -> LoadedModel:
     model: LoadedModel
     if loaded.model is not None:
         model = capture.take_model(loaded.model, loaded.tokenizer, options.model)
