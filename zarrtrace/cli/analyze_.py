@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,8 +122,9 @@ _ANALYSES: dict[str, tuple[str, str, tuple[Callable[..., Any], ...]]] = {
         "contrast",
         "What separates two groups of scenarios.",
         (
-            _option("--group-a", default="risky", show_default=True, help="A tag."),
-            _option("--group-b", default="safe", show_default=True, help="A tag."),
+            _option("--group-a", help="A tag, or a value of --by.  [default: risky]"),
+            _option("--group-b", help="A tag, or a value of --by.  [default: safe]"),
+            _option("--by", help="Column of metadata; groups may be left out if it has 2 values."),
             _AT,
             _option("--what", type=click.Choice(["features", "attention"]), default="features"),
             _TARGET,
@@ -220,7 +222,7 @@ def _run(function: str, given: dict[str, Any]) -> None:
     with computing(scheduler, workers, progress=show_progress(quiet=quiet)):
         result = _compute(function, _open(run, on_cluster="://" in scheduler), given).compute()
     if output is None:
-        say(_table(result))
+        say(_table(result, shutil.get_terminal_size().columns))
     else:
         _write(result, output)
 
@@ -243,6 +245,8 @@ def _compute(function: str, data: Any, given: dict[str, Any]) -> Any:
     from zarrtrace import analysis
 
     arguments = {name: _plain(value) for name, value in given.items() if value not in (None, ())}
+    if function == "contrast":
+        arguments |= _groups(data, arguments)
     if "sae" in arguments:
         data = analysis.of_sae(data, arguments.pop("sae"))
     if function == "relate":
@@ -253,6 +257,23 @@ def _compute(function: str, data: Any, given: dict[str, Any]) -> Any:
     if function == "crossreference" and "table" not in arguments:
         arguments["table"] = analysis.word_associations(data)
     return getattr(analysis, function)(data, **arguments)
+
+
+def _groups(data: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the groups of a contrast: tags, or values of a column as the column has them."""
+    from zarrtrace.analysis.selecting import metadata
+
+    if "by" not in given:
+        return {"group_a": "risky", "group_b": "safe"} | dict(given)
+    column = metadata(data).get(given["by"])
+    values = [] if column is None or column.dtype == object else column.tolist()
+    known = {str(value).lower(): value for value in values}
+    groups = {name: text for name, text in given.items() if name in ("group_a", "group_b")}
+    for name, text in groups.items():
+        # 90 is also a way to write 90.0.
+        same = [text.lower(), f"{text}.0"]
+        groups[name] = next((known[one] for one in same if one in known), text)
+    return groups
 
 
 def _plain(value: Any) -> Any:
@@ -269,7 +290,8 @@ def _frame(result: xr.DataArray | xr.Dataset) -> pd.DataFrame:
     frame = result.to_dataframe().dropna(how="all", subset=values).reset_index()
     if "feature" in values:
         frame = frame[frame["feature"] >= 0]  # places in a ranking that no feature takes
-    labels = [name for name in frame if name not in values and name not in ("row", "index")]
+    numbers = {"row", "index"} - {*_metadata_of(result)}
+    labels = [name for name in frame if name not in values and name not in numbers]
     return frame[[*labels, *values]]
 
 
@@ -284,13 +306,23 @@ def _parts(result: xr.DataArray | xr.Dataset) -> list[Any]:
     return sorted(parts, key=lambda part: max(v.size for v in part.data_vars.values()))
 
 
-def _table(result: xr.DataArray | xr.Dataset) -> str:
+def _table(result: xr.DataArray | xr.Dataset, width: int) -> str:
+    """Write a result for a terminal; of metadata, the columns that fit its width."""
     lines: list[str] = []
     for part in _parts(result):
         frame = _frame(part)
+        extra = [name for name in frame if name in _metadata_of(part)]
         head = _on_lines(frame.head(_ROWS_SHOWN))
-        shown = head.to_string(index=False, float_format="{:.4g}".format)
+        shown = _as_text(head.drop(columns=extra))
+        kept: list[Any] = []
+        for name in extra:
+            wider = _as_text(head.drop(columns=[one for one in extra if one not in (*kept, name)]))
+            if len(wider.partition("\n")[0]) <= width:
+                kept, shown = [*kept, name], wider
         lines += ["", shown] if lines else [shown]
+        if len(kept) < len(extra):
+            left = ", ".join(name for name in extra if name not in kept)
+            lines.append(f"... too narrow for {left}; --output FILE writes them")
         if len(frame) > _ROWS_SHOWN:
             more = len(frame) - _ROWS_SHOWN
             lines.append(f"... {more} more rows; --output FILE writes all of them")
@@ -299,6 +331,18 @@ def _table(result: xr.DataArray | xr.Dataset) -> str:
             found = result.attrs[name]
             lines += ["", *([found] if isinstance(found, str) else map(str, found))]
     return "\n".join(lines)
+
+
+def _as_text(frame: pd.DataFrame) -> str:
+    return frame.to_string(index=False, float_format="{:.4g}".format)
+
+
+def _metadata_of(result: xr.DataArray | xr.Dataset) -> list[str]:
+    """Name the coordinates of a result that hold metadata."""
+    from zarrtrace.analysis.selecting import METADATA
+
+    coords = result.coords.items()
+    return [str(name) for name, one in coords if one.attrs.get("description") == METADATA]
 
 
 def _on_lines(frame: pd.DataFrame) -> pd.DataFrame:

@@ -250,8 +250,10 @@ def _stored(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
+_MetadataName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+_Int64 = Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)]
 MetadataValue = Annotated[
-    StrictBool | StrictInt | StrictFloat | StrictStr | None, BeforeValidator(_stored)
+    StrictBool | _Int64 | StrictFloat | StrictStr | None, BeforeValidator(_stored)
 ]
 
 # --- whole groups ------------------------------------------------------------------------------
@@ -272,10 +274,11 @@ class TraceAttributes(Frozen):
     tags: tuple[str, ...] = ()
     spans: dict[str, SpanAttributes]
     options: dict[str, OptionAttributes] = {}
-    metadata: dict[str, MetadataValue] = Field(
+    metadata: dict[_MetadataName, MetadataValue] = Field(
         default_factory=dict,
         description="Columns of the run: the same names, each with one type, in all its traces. A "
         "missing text is empty, a missing number null.",
+        json_schema_extra={"additionalProperties": False},
     )
     model: ModelAttributes | None = Field(description="Null if imported from NPZ files.")
     saes: dict[str, SAESetAttributes] = Field(

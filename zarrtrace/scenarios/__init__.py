@@ -6,7 +6,13 @@ exact when a number splits into several tokens or stands in the prompt twice.
 """
 
 from zarrtrace.scenarios.entries import ScenarioEntry, SuiteFile
-from zarrtrace.scenarios.metadata import RESERVED, Value, check_metadata_name, typed_metadata
+from zarrtrace.scenarios.metadata import (
+    RESERVED,
+    Value,
+    check_metadata_name,
+    is_missing,
+    typed_column,
+)
 from zarrtrace.scenarios.names import DECISION, check_name, name_key
 from zarrtrace.scenarios.scenario import Scenario
 from zarrtrace.scenarios.spans import CharRange, span, span_positions, token_positions
@@ -24,11 +30,12 @@ __all__ = [
     "as_scenarios",
     "check_metadata_name",
     "check_name",
+    "is_missing",
     "load_suite",
     "name_key",
     "render_template",
     "span",
     "span_positions",
     "token_positions",
-    "typed_metadata",
+    "typed_column",
 ]

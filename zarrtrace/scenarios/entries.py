@@ -120,7 +120,11 @@ class Problem(NamedTuple):
 
 def problem_of(error: ValidationError) -> Problem:
     """Return the first problem that pydantic found, in words of the file format."""
-    first, *others = error.errors()
+    first, *others = sorted(
+        error.errors(),
+        # A misspelt field also makes the right one missing.
+        key=lambda e: e["type"] != "extra_forbidden",
+    )
     if _UNION_MEMBER.match(str(first["loc"][-1:] and first["loc"][-1])):
         # None of several forms fits: the one that fits furthest is what was meant.
         same = [e for e in others if e["loc"][: len(first["loc"]) - 1] == first["loc"][:-1]]
@@ -129,11 +133,11 @@ def problem_of(error: ValidationError) -> Problem:
     remedy = "See schema/scenarios.schema.json for what an entry may hold."
     if first["type"] == "extra_forbidden":
         name = str(location[-1])
-        if name == "messages":
-            remedy = "Chat prompts come in a later version; give 'prompt', a text."
         known = [*ScenarioEntry.model_fields, *SuiteFile.model_fields, *TextSpan.model_fields]
         close = difflib.get_close_matches(name, known, n=1)
-        if close and name != "messages":
+        if name == "messages":
+            remedy = "Chat prompts come in a later version; give 'prompt', a text."
+        elif close:
             remedy = f"Did you mean {close[0]!r}? {remedy}"
         elif len(location) == 1 or location[0] == "scenarios":
             remedy = f"Numbers, text and booleans of your own stand under 'metadata'. {remedy}"

@@ -128,7 +128,7 @@ def typed_metadata(
         found = {scenario: values.get(column) for scenario, values in given.items()}
         present = {s: value for s, value in found.items() if not is_missing(value)}
         try:
-            values = _typed(column, found, present)
+            values = typed_column(column, found)
         except ScenarioError:
             if not all((scenario, column) in from_template for scenario in present):
                 raise
@@ -138,9 +138,22 @@ def typed_metadata(
     return typed
 
 
-def _typed(
-    column: str, found: Mapping[str, Value | None], present: Mapping[str, Any]
-) -> dict[str, Value]:
+def typed_column(column: str, found: Mapping[str, Value | None]) -> dict[str, Value]:
+    """Give the values of a column one type, as :func:`typed_metadata` does for all columns.
+
+    Parameters
+    ----------
+    column
+        Its name, for messages.
+    found
+        Values by scenario; None and NaN are missing.
+
+    Raises
+    ------
+    ScenarioError
+        If it mixes types, or lacks a boolean.
+    """
+    present: dict[str, Any] = {s: one for s, one in found.items() if not is_missing(one)}
     kinds: dict[str, str] = {}  # the first scenario of each kind
     for scenario, value in present.items():
         kinds.setdefault(_kind(value), scenario)

@@ -76,7 +76,9 @@ class Scenario:
         *,
         name: str | None = None,
         tags: Sequence[str] = (),
-        spans: Mapping[str, SpanEntry | Mapping[str, Any] | Sequence[CharRange]] = _NONE,
+        spans: Mapping[
+            str, SpanEntry | Mapping[str, Any] | Sequence[int] | Sequence[CharRange]
+        ] = _NONE,
         options: Mapping[str, str] = _NONE,
         metadata: Mapping[str, Value | None] = _NONE,
         marks: bool = True,

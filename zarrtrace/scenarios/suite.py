@@ -109,8 +109,6 @@ def as_scenarios(given: Any) -> tuple[Scenario, ...]:
         return load_suite(given)
     if isinstance(given, str):
         return load_suite(given) if _is_file(given) else _suite([_draft(given, 0)])
-    if isinstance(given, Scenario | Mapping):
-        return _suite([_draft(given, 0)])
     kind = _kind(given)
     if kind == "pandas.DataFrame":
         return _suite(_drafts(*frame_entries(given)))
@@ -118,13 +116,15 @@ def as_scenarios(given: Any) -> tuple[Scenario, ...]:
         return _suite(_drafts(*dataset_entries(given)))
     if kind.startswith("datasets."):
         raise ScenarioError(
-            f"scenarios cannot be taken from a {kind}",
+            f"scenarios cannot be taken from a value of type {kind}",
             remedy="Give one split, as dataset['train']; of an iterable one some rows, as "
             "datasets.Dataset.from_list(list(dataset.take(100))).",
         )
+    if isinstance(given, Scenario | Mapping):
+        return _suite([_draft(given, 0)])
     if isinstance(given, bytes | Set) or not isinstance(given, Iterable):
         raise ScenarioError(
-            f"scenarios cannot be taken from a {type(given).__name__}",
+            f"scenarios cannot be taken from a value of type {type(given).__name__}",
             remedy="Give a prompt, a Scenario, a mapping, a sequence of these, a path, a pandas "
             "DataFrame or a datasets.Dataset.",
         )
@@ -136,11 +136,9 @@ def as_scenarios(given: Any) -> tuple[Scenario, ...]:
 
 def _kind(given: Any) -> str:
     """Name the class of a frame or data set without importing what it comes from."""
-    for one in type(given).__mro__:
-        package = one.__module__.partition(".")[0]
-        if (package, one.__name__) == ("pandas", "DataFrame") or package == "datasets":
-            return f"{package}.{one.__name__}"
-    return ""
+    classes = [f"{one.__module__.partition('.')[0]}.{one.__name__}" for one in type(given).__mro__]
+    known = [one for one in classes if one in ("pandas.DataFrame", "datasets.Dataset")]
+    return known[0] if known else classes[0]
 
 
 def _is_file(text: str) -> bool:
@@ -197,7 +195,7 @@ def _draft(given: Any, place: int) -> _Draft:
         return _Draft(Scenario(given, name=name, marks=False))
     if not isinstance(given, Mapping):
         raise ScenarioError(
-            f"{label(name)} is a {type(given).__name__}",
+            f"{label(name)} is a value of type {type(given).__name__}",
             remedy="Give a prompt, a Scenario or a mapping with 'prompt'; a file or table only by "
             "itself.",
         )

@@ -58,6 +58,7 @@ def parse_csv(path: Path, text: str) -> tuple[SuiteFile, list[str]]:
     if not rows:
         raise ScenarioError(f"{path}: is empty", remedy="Begin it with a line of column names.")
     header, *rows = rows
+    header = [name.strip() for name in header]
     for row, line in zip(rows, lines[1:], strict=True):
         if len(row) != len(header):
             raise ScenarioError(
@@ -151,17 +152,27 @@ def _entries(
 
 
 def _check_header(table: str, header: Sequence[Any]) -> None:
+    """Refuse a table without prompts, or with columns that cannot be metadata."""
+    if "messages" in header:
+        raise ScenarioError(
+            f"{table}: column 'messages' holds chat prompts, which come in a later version",
+            remedy="Give a column 'prompt' with texts, and leave 'messages' out.",
+        )
+    if "prompt" not in header:
+        close = difflib.get_close_matches("prompt", map(str, header), n=1)
+        hint = f"Did you mean {close[0]!r}? Rename it to 'prompt'" if close else "Name one so"
+        raise ScenarioError(
+            f"{table}: there is no column 'prompt'",
+            why=f"The columns are: {', '.join(map(str, header[:20]))}.",
+            remedy=f"{hint}; columns are separated by commas in CSV.",
+        )
     for name in header:
-        problem = ""
-        remedy = "Rename the column, or leave it out."
+        problem, remedy = "", "Rename the column, or leave it out."
         if list(header).count(name) > 1:
             problem = "stands twice"
-        elif name == "messages":
-            problem = "holds chat prompts, which come in a later version"
-            remedy = "Give a column 'prompt' with texts, and leave 'messages' out."
         elif name == "":
             problem = "has no name"
-            remedy = "A frame's index? Write it with index=False, or name the column."
+            remedy = "If it is a frame's index, write the file with index=False, or name it."
         elif name not in _FIELDS:
             try:
                 check_metadata_name(name)
@@ -169,14 +180,6 @@ def _check_header(table: str, header: Sequence[Any]) -> None:
                 problem = f"cannot be metadata: {error}"
         if problem:
             raise ScenarioError(f"{table}: column {name!r} {problem}", remedy=remedy)
-    if "prompt" not in header:
-        close = difflib.get_close_matches("prompt", map(str, header), n=1)
-        hint = f"Did you mean {close[0]!r}? Rename it" if close else "Name a column so"
-        raise ScenarioError(
-            f"{table}: there is no column 'prompt'",
-            why=f"The columns are: {', '.join(map(str, header[:20]))}.",
-            remedy=f"{hint}; columns are separated by commas in CSV.",
-        )
 
 
 def _entry(row: Mapping[str, Any], where: str) -> ScenarioEntry:
