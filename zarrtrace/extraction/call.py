@@ -215,11 +215,13 @@ def extract(
         device_given=device is not None or gpu is not None,
     )
     options, loaded = _with_saes(options, loaded, saes)
-    find_scenarios(options, loaded)  # what is missing is said before torch is imported
+    # Whatever is missing is said before torch is imported.
+    given = find_scenarios(options, loaded)
     loaded = _with_tokenizer(options, loaded)
     if overwrite and repair:
         raise ConfigError("overwrite and repair contradict each other", remedy="Give one of them.")
     how: dict[str, Any] = {
+        "scenarios": given,
         "overwrite": overwrite,
         "repair": repair,
         "allow_nonfinite": allow_nonfinite,

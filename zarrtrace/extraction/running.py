@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ from zarrtrace.store import RunWriter, read_run, refuse_foreign, wait_for_writer
 
 if TYPE_CHECKING:
     from zarrtrace.capture import Prompt
+    from zarrtrace.scenarios import Scenario
 
 _NOTHING = Loaded()
 
@@ -43,6 +44,7 @@ def extract_run(
     output: Address,
     options: Options | None = None,
     *,
+    scenarios: Sequence[Scenario] | None = None,
     loaded: Loaded = _NOTHING,
     overwrite: bool = False,
     repair: bool = False,
@@ -60,6 +62,8 @@ def extract_run(
         Folder of the run, or its address in an object store.
     options
         What to extract; by default the embedded model, SAEs and scenarios.
+    scenarios
+        The scenarios; None reads those that the options name.
     loaded
         A model, a tokenizer and SAEs that are in memory.
     overwrite
@@ -96,6 +100,7 @@ def extract_run(
     with WriterPool() as pool, _borrowed(loaded.model):
         job = prepare(
             as_before(output, options or Options(), overwrite=overwrite),
+            scenarios=scenarios,
             loaded=loaded,
             progress=progress == "bars",
             pool=pool,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from zarrtrace.store.summary import RunSummary, TraceSummary, summarize
     from zarrtrace.store.trace_writer import TraceWriter
     from zarrtrace.store.verification import Problem, verify
+    from zarrtrace.store.write import attention_problem, layer_record, trace_plan, write_trace
 
 # Resolved on first use: a summary needs neither Zarr nor xarray, which take half a second.
 _HOME = {
@@ -35,9 +36,11 @@ _HOME = {
     "RunWriter": "run_writer",
     "TraceSummary": "summary",
     "TraceWriter": "trace_writer",
+    "attention_problem": "write",
     "copy_run": "copy",
     "indexable_traces": "index_arrays",
     "kind_of": "metadata",
+    "layer_record": "write",
     "locked": "index_arrays",
     "only_writer": "staged",
     "open_run": "open",
@@ -48,9 +51,11 @@ _HOME = {
     "read_trace": "metadata",
     "refuse_foreign": "metadata",
     "summarize": "summary",
+    "trace_plan": "write",
     "verify": "verification",
     "wait_for_writers": "staged",
     "write_index_layer": "index_arrays",
+    "write_trace": "write",
 }
 
 __all__ = [
@@ -62,9 +67,11 @@ __all__ = [
     "RunWriter",
     "TraceSummary",
     "TraceWriter",
+    "attention_problem",
     "copy_run",
     "indexable_traces",
     "kind_of",
+    "layer_record",
     "locked",
     "only_writer",
     "open_run",
@@ -75,9 +82,11 @@ __all__ = [
     "read_trace",
     "refuse_foreign",
     "summarize",
+    "trace_plan",
     "verify",
     "wait_for_writers",
     "write_index_layer",
+    "write_trace",
 ]
 
 

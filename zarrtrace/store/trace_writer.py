@@ -43,6 +43,8 @@ class TraceWriter:
         if any is damaged.
     allow_nonfinite
         Whether to store NaN and infinity, and to name their layers in the attributes.
+    fresh
+        Whether to write the whole trace, and to publish it in place of an existing one.
 
     Raises
     ------
@@ -51,7 +53,13 @@ class TraceWriter:
     """
 
     def __init__(
-        self, run: Address, plan: TracePlan, *, repair: bool = False, allow_nonfinite: bool = False
+        self,
+        run: Address,
+        plan: TracePlan,
+        *,
+        repair: bool = False,
+        allow_nonfinite: bool = False,
+        fresh: bool = False,
     ) -> None:
         run = locate(run)
         self.path = run / plan.attributes.scenario
@@ -62,6 +70,7 @@ class TraceWriter:
         self._staged = StagedTrace(folder, self._attributes, self._layouts, settings)
         self._mutex = threading.Lock()
         self._begun, self._allow_nonfinite = False, allow_nonfinite
+        self._is_fresh = fresh
         self._source: SoundParts | None = None
         self._expected = {n: self._arrays_of_layer(n, plan) for n in self._attributes.layers}
         # Encoded rows that wait, by array and layer: number of rows and chunks, by first row.
@@ -71,7 +80,9 @@ class TraceWriter:
         with disk.explained(self.path):
             if self.path.path is not None:
                 end_publishing(folder, self.path.path)
-            self._is_published = self._open(repair=repair)
+            if fresh:
+                disk.remove_folder(folder)
+            self._is_published = not fresh and self._open(repair=repair)
             if not self._is_published and self._source is None:
                 self._begun = self._staged.resume(self._coordinates, self._expected)
 
@@ -280,7 +291,9 @@ class TraceWriter:
             if self.path.path is not None:
                 self._staged.end()  # an upload that is interrupted still needs the journal
                 publish_folder(self._staged.folder, self.path)
-            elif self._source is None and (self.path / "zarr.json").is_file():
+            elif (
+                self._source is None and not self._is_fresh and (self.path / "zarr.json").is_file()
+            ):
                 # Another writer of the same command was faster: its trace is whole.
                 disk.remove_folder(self._staged.folder)
             else:
