@@ -273,7 +273,8 @@ class RunExtension:
         self.path, self._config = path.resolved(), dict(config)
 
     def __enter__(self) -> Self:
-        refuse_foreign(self.path)
+        if not (self.path / "zarr.json").is_file():
+            refuse_foreign(self.path)
         with disk.explained(self.path):
             self._lock = lock_run(self.path)
             try:
