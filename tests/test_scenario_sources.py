@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import math
 import pickle
@@ -13,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -202,7 +202,6 @@ def test_mappings_are_entries() -> None:
         ([{"prmpt": "x"}], "(?s)'scenario_0': prmpt: unknown field.*mean 'prompt'"),
         ([{"prompt": "x", "outcome": 1}], "(?s)unknown field 'outcome'\n.*under 'metadata'"),
         ([{"name": "b", "messages": []}], "(?s)'b': messages: unknown.*later version"),
-        (datasets.DatasetDict(), r"(?s)datasets\.DatasetDict.*dataset\['train'\]"),
         (pd.DataFrame({"prompts": ["x"]}), "(?s)no column 'prompt'\n.*mean 'prompts'"),
         (pd.DataFrame({"prompt": []}), "holds no scenario"),
         (pd.DataFrame({"prompt": ["x", None]}), "row 1: prompt: missing"),
@@ -228,6 +227,16 @@ def test_whatever_cannot_be_scenarios_is_refused(given: Any, message: str) -> No
     with pytest.raises(ScenarioError, match=message) as caught:
         as_scenarios(given)
     assert caught.value.remedy
+
+
+def test_data_sets_with_splits_are_refused() -> None:
+    datasets = pytest.importorskip("datasets")
+    whole = datasets.Dataset.from_dict({"prompt": ["x"]})
+    for splits in (datasets.DatasetDict(train=whole), whole.to_iterable_dataset()):
+        with pytest.raises(ScenarioError, match=type(splits).__name__) as caught:
+            as_scenarios(splits)
+        assert "dataset['train']" in caught.value.remedy
+    assert as_scenarios(datasets.DatasetDict(train=whole)["train"]) == as_scenarios("x")
 
 
 def test_neither_pandas_nor_datasets_is_imported() -> None:
@@ -523,6 +532,7 @@ def _nullable_frame(rows: list[dict[str, Any]], _: Path) -> Any:
 
 
 def _dataset(rows: list[dict[str, Any]], _: Path) -> Any:
+    datasets = pytest.importorskip("datasets")
     return datasets.Dataset.from_dict(_flat(rows) | {"tags": [row["tags"] for row in rows]})
 
 
@@ -543,8 +553,8 @@ _WAYS: tuple[Callable[[list[dict[str, Any]], Path], Any], ...] = (
     _pandas_parquet,
     _frame,
     _nullable_frame,
-    _dataset,
     _python,
+    *([_dataset] if importlib.util.find_spec("datasets") else []),
 )
 
 
