@@ -65,6 +65,7 @@ _LONG = (
     "test_https.py",
     "test_mission.py",
     "test_viewer_page.py",
+    "test_notebook.py",
     "test_documents.py",
     "test_figures.py",
     "test_store.py",
@@ -143,6 +144,35 @@ def s3(s3_server: Any) -> Iterator[Any]:
     s3_server.proxy.seen.clear()
     yield s3_server
     s3_server.proxy.fault = lambda _: None
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium; a test run that must have it says so in ZARRTRACE_REQUIRE_BROWSER."""
+    required = os.environ.get("ZARRTRACE_REQUIRE_BROWSER") == "1"
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        if required:
+            raise
+        pytest.skip("needs playwright: pip install '.[test]'")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if not chromium:
+        message = "needs a browser: apt-get install chromium"
+        pytest.fail(message) if required else pytest.skip(message)
+    arguments = [
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",  # containers have 64 MB there, and a page that needs more dies
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--no-first-run",
+    ]
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium, args=arguments)
+        yield started
+        started.close()
 
 
 @pytest.fixture(scope="session")

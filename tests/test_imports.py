@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 import re
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
 from functools import cache
-from importlib.metadata import packages_distributions
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import fakes
 import pytest
+
+import zarrtrace
 
 HEAVY = (
     "torch", "transformers", "sae_lens", "zarr", "xarray", "pydantic", "pandas", "matplotlib",
@@ -58,13 +62,97 @@ def test_reading_needs_no_torch(shared_run: fakes.FakeRun, tmp_path: Path) -> No
     assert "obstore" not in opened
 
 
+# --- public names ------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parent.parent
+#: Names that users type after ``zt.``
+PUBLIC = {
+    "Scenario", "__version__", "analysis", "copy", "export_npz", "extract", "figures",
+    "import_npz", "index", "load_suite", "open_run", "open_trace", "plot", "span", "summarize",
+    "verify", "write_trace",
+}  # fmt: skip
+#: What is to come with the extraction's Python interface.
+TO_COME = {"write_trace"}
+
+
+def test_dir_lists_what_users_call_and_nothing_else() -> None:
+    code = (
+        "import zarrtrace as zt; print(*dir(zt)); print(*dir(zt.index)); print(*dir(zt.analysis))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    top, index, analysis = (set(line.split()) for line in done.stdout.splitlines())
+    assert top == PUBLIC
+    assert index == {"FeatureUse", "IndexUpdate", "TokenUse", "build_index", "find_feature"}
+    assert {"contrast", "decision", "attention_to"} < analysis
+    assert not {name for name in analysis if name.startswith("_")}
+    assert not analysis & {"importlib", "TYPE_CHECKING", "Any", "annotations", "lazy", "bands"}
+
+
+@pytest.mark.parametrize(
+    "package", ["zarrtrace", "zarrtrace.analysis", "zarrtrace.figures", "zarrtrace.index",
+                "zarrtrace.store"],
+)  # fmt: skip
+def test_every_public_name_is_there(package: str) -> None:
+    pytest.importorskip("torch")  # zt.extract leads to it
+    module = importlib.import_module(package)
+    for name in set(dir(module)) - TO_COME:
+        found = getattr(module, name)
+        assert found is not None
+        assert inspect.getdoc(found), name
+    with pytest.raises(AttributeError, match=rf"module '{package}' has no attribute 'no_such'"):
+        _ = module.no_such
+    assert set(module.__all__) == set(dir(module))
+
+
+def test_version_is_that_of_the_package() -> None:
+    assert zarrtrace.__version__ == version("zarrtrace")
+
+
+@pytest.mark.long  # without .mypy_cache
+@pytest.mark.parametrize(
+    ("expression", "outcome"),
+    [
+        ("reveal_type(zt.extract)", r'note: Revealed type is "def \(output: '),
+        ("reveal_type(zt.open_run)", r"note: .* -> xarray\.core\.datatree\.DataTree"),
+        ("reveal_type(zt.open_trace)", r"note: .* -> xarray\.core\.dataset\.Dataset"),
+        ("reveal_type(zt.copy)", r'note: Revealed type is "def \(source: '),
+        ("reveal_type(zt.analysis.contrast)", r"note: .* -> xarray\.core\.dataset\.Dataset"),
+        ("reveal_type(zt.index.find_feature)", r'note: Revealed type is "def \(run: '),
+        ("reveal_type(zt.plot.attention)", r"note: .* -> matplotlib\.axes\._axes\.Axes"),
+        ("reveal_type(zt.__version__)", r'note: Revealed type is "str"'),
+        ("reveal_type(open_run)", r"note: .* -> xarray\.core\.datatree\.DataTree"),
+        ("zt.no_such_name()", r'error: Module has no attribute "no_such_name"'),
+        ("zt.analysis.no_such_name()", r'error: Module has no attribute "no_such_name"'),
+    ],
+)
+def test_types_are_known(revealed: dict[str, str], expression: str, outcome: str) -> None:
+    assert re.search(outcome, revealed[expression])
+
+
+@pytest.fixture(scope="module")
+def revealed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return what mypy says of the lines of a user's file."""
+    pytest.importorskip("mypy")
+    lines = [case[0] for mark in test_types_are_known.pytestmark if mark.name == "parametrize"
+             for case in mark.args[1]]  # fmt: skip
+    file = tmp_path_factory.mktemp("types") / "user.py"
+    head = ["import zarrtrace as zt", "from zarrtrace import open_run"]
+    file.write_text("\n".join([*head, *lines]), encoding="utf-8")
+    # The configuration, and so the cache, of scripts/check.
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", str(file)], cwd=ROOT, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    said = dict(re.findall(r"user\.py:(\d+): (.*)", done.stdout))
+    return {line: said.get(str(n), "") for n, line in enumerate(lines, len(head) + 1)}
+
+
 def test_the_proof_can_fail() -> None:
     assert "xarray" in imported("import zarrtrace, xarray")
 
 
 # --- declared in pyproject.toml ----------------------------------------------------------------
 
-ROOT = Path(__file__).parent.parent
 #: Extras that may be imported at the top of what is below a path; the longest path counts. Within
 #: functions, all of zarrtrace may import what any of its extras installs.
 EXTRAS = {

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import gzip
 import json
-import os
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -40,36 +38,6 @@ HOSTILE = [
     "${1}{{1}}",
     "\n",
 ]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-dev-shm-usage",  # containers have 64 MB there, and a page that needs more dies
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Chromium; a test run that must have it says so in ZARRTRACE_REQUIRE_BROWSER."""
-    required = os.environ.get("ZARRTRACE_REQUIRE_BROWSER") == "1"
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        if required:
-            raise
-        pytest.skip("needs playwright: pip install '.[test]'")
-    if not CHROMIUM:
-        message = "needs a browser: apt-get install chromium"
-        pytest.fail(message) if required else pytest.skip(message)
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield started
-        started.close()
-
 
 Open = Callable[..., Any]
 

@@ -21,9 +21,15 @@ if TYPE_CHECKING:
     help="Address to listen on; if others can reach it, the page's address holds a secret.",
 )
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="A free one if left out.")
+@click.option(
+    "--at",
+    default="",
+    metavar="VIEW",
+    help="Show this first, written as behind # in the page's address: scenario=NAME&layer=25.",
+)
 @click.option("--no-browser", is_flag=True, help="Only print the address.")
 @quiet_option
-def command(run: Location, host: str, port: int, no_browser: bool, quiet: bool) -> None:  # noqa: FBT001 -- click passes flags so
+def command(run: Location, host: str, port: int, at: str, no_browser: bool, quiet: bool) -> None:  # noqa: FBT001 -- click passes flags so
     """Look at RUN in the browser, from this machine, until Ctrl-C.
 
     Prints the page's address.
@@ -34,11 +40,12 @@ def command(run: Location, host: str, port: int, no_browser: bool, quiet: bool) 
     from zarrtrace.viewer.server import serve
 
     server = serve(run, host=host, port=port)
-    say(server.url)
+    url = f"{server.url}#{at}" if at else server.url
+    say(url)
     if not quiet:
         say("Ctrl-C stops.", err=True)
     if not no_browser:
-        webbrowser.open(server.url)
+        webbrowser.open(url)
     try:
         with contextlib.suppress(KeyboardInterrupt):
             server.run()

@@ -4,6 +4,7 @@ from zarrtrace.extraction.call import extract
 from zarrtrace.extraction.estimate import Estimate, estimate
 from zarrtrace.extraction.job import DEMO_MODEL, Job, Loaded, Options, prepare
 from zarrtrace.extraction.running import extract_run
+from zarrtrace.store import write_trace
 
 __all__ = [
     "DEMO_MODEL",
@@ -15,4 +16,5 @@ __all__ = [
     "extract",
     "extract_run",
     "prepare",
+    "write_trace",
 ]

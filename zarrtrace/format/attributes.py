@@ -24,6 +24,7 @@ from pydantic import (
     StrictInt,
     StrictStr,
     WithJsonSchema,
+    model_validator,
 )
 
 from zarrtrace.errors import ConfigError
@@ -326,9 +327,23 @@ class RunAttributes(Frozen):
     format_version: Literal[2] = 2
     kind: Literal["run"] = "run"
     scenarios: tuple[str, ...] = Field(description="Names of the traces, in the suite's order.")
+    model: str | None = Field(default=None, description="As in `config`, for people.")
+    dtype: str | None = Field(default=None, description="As in `config`.")
+    layers: str | None = Field(default=None, description="As in `config`.")
+    sae_release: str | None = Field(default=None, description="As in `config`.")
     config: dict[str, Any] = Field(description="What was asked for; a resumed run must ask again.")
     complete: bool = False
     seal: Seal | None = Field(default=None, description=_SEAL)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _repeat_for_people(cls, given: Any) -> Any:
+        """Repeat what a reader asks first; xarray folds ten attributes or more."""
+        config = given.get("config") if isinstance(given, dict) else None
+        if not isinstance(config, dict):
+            return given
+        keys = ("model", "dtype", "layers", "sae_release")
+        return {**{key: config[key] for key in keys if isinstance(config.get(key), str)}, **given}
 
 
 class IndexAttributes(Frozen):

@@ -12,6 +12,7 @@ import pandas as pd
 import xarray as xr
 from xarray.core.indexes import PandasIndex
 
+from zarrtrace.accessors import source_of
 from zarrtrace.errors import IncompleteError, IntegrityError, NotATraceError, ZarrtraceError
 from zarrtrace.format.attributes import TraceAttributes
 from zarrtrace.storage import Address, Location, at_once, locate
@@ -91,9 +92,9 @@ def open_trace(
         group, missing_layers, indexes = staged
         if missing == "raise":
             raise incomplete(path, group.attributes.layers, missing_layers) from None
-        return _dataset(group, chunks, indexes)
+        return _dataset(path, group, chunks, indexes)
     check_sizes(trace)
-    return _dataset(trace, chunks)
+    return _dataset(path, trace, chunks)
 
 
 def open_run(
@@ -146,6 +147,7 @@ def open_run(
         with contextlib.suppress(NotATraceError):
             opened[name] = open_trace(path / name, chunks=chunks, missing=missing)
     tree = xr.DataTree(xr.Dataset(attrs=run.plain), name=path.name)
+    tree.encoding = source_of(path)
     tree.children = {  # given to DataTree() they would be copied
         name: xr.DataTree(ds) for name, ds in opened.items() if ds is not None
     }
@@ -155,7 +157,7 @@ def open_run(
 def _child(run: Location, name: str, chunks: ChunkSpec) -> xr.Dataset | None:
     """Open a trace of a run; None if it is not complete."""
     try:
-        return _dataset(read_scenario(run, name), chunks)
+        return _dataset(run / name, read_scenario(run, name), chunks)
     except NotATraceError:
         return None
 
@@ -174,6 +176,7 @@ def _between_two(path: Location, error: NotATraceError) -> NotATraceError:
 
 
 def _dataset(
+    path: Location,
     trace: Group[TraceAttributes],
     chunks: ChunkSpec,
     staged: Mapping[str, Mapping[str, FileIndex]] | None = None,
@@ -200,6 +203,7 @@ def _dataset(
             target[name] = _variable(as_lazy(array), encoding, node)
         _check_spans(trace.attributes, tokens)
         ds = xr.Dataset(variables, xr.Coordinates(coordinates, indexes), trace.plain)
+        ds.encoding = source_of(path)
     return ds if chunks is None else _chunk(ds, chunks)
 
 

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import glob
 import hashlib
+import html
 import json
 import os
 import re
@@ -251,6 +252,32 @@ def _write_folder(
 
 
 def _write_html(layout: Layout, path: Path, limit: int | None, progress: Progress | None) -> int:
+    page = page_of(layout, limit=limit, progress=progress)
+    path.write_bytes(page)
+    return len(page)
+
+
+def page_of(
+    layout: Layout, *, view: str = "", limit: int | None = None, progress: Progress | None = None
+) -> bytes:
+    """Return a bundle as one HTML page.
+
+    Parameters
+    ----------
+    layout
+        What it holds.
+    view
+        What it shows first, as in the part of its address behind ``#``.
+    limit
+        Bytes that it may take.
+    progress
+        Called with the numbers of files done and of all.
+
+    Raises
+    ------
+    ConfigError
+        If the limit is passed.
+    """
     total = 0
     files: dict[str, str] = {}
     for file, content in _contents(layout, progress):
@@ -260,13 +287,12 @@ def _write_html(layout: Layout, path: Path, limit: int | None, progress: Progres
             files[file] = base64.b64encode(content).decode()
             total += len(files[file])
             refuse_larger(total, limit)
-    page = single_page(files)
+    page = single_page(files, view)
     refuse_larger(len(page), limit)
-    path.write_bytes(page)
-    return len(page)
+    return page
 
 
-def single_page(files: dict[str, str]) -> bytes:
+def single_page(files: dict[str, str], view: str = "") -> bytes:
     """Return the page with its style, its modules and `files` (base64 by name) inside."""
     page = page_file("index.html").decode()
     style, script = page_file("style.css").decode(), one_script()
@@ -282,6 +308,8 @@ def single_page(files: dict[str, str]) -> bytes:
         lambda found: found[1] + policy,
         page,
     )
+    if view:
+        page = page.replace("<title>", f'<meta name="view" content="{html.escape(view)}">\n<title>')
     page = page.replace(
         '<link rel="stylesheet" href="style.css">', f"<style>{style}</style>"
     ).replace(

@@ -66,9 +66,15 @@ function settle() {
   if (!["light", "dark"].includes(view.theme)) view.theme = "";
 }
 
+/** Whether the page has an address: one that is given to a frame as text, as in a notebook, has none. */
+const addressed = location.protocol !== "about:";
+
+/** What a page in a notebook shows first, written like the address. */
+const given = /** @type {HTMLMetaElement | null} */ (document.querySelector('meta[name="view"]'));
+
 /** Take the view from the address. */
 function read() {
-  const found = new URLSearchParams(location.hash.slice(1));
+  const found = new URLSearchParams(location.hash.slice(1) || given?.content);
   view.scenario = found.get("scenario") || "";
   const at = scenario();
   view.other = found.get("with") || "";
@@ -119,9 +125,9 @@ export function choose(change) {
   // A new scenario is a step that "back" undoes; moving about within one is not.
   const step = before.scenario !== view.scenario || before.other !== view.other;
   clearTimeout(later);
-  if (step) history.pushState(null, "", address());
+  if (addressed && step) history.pushState(null, "", address());
   // Browsers refuse an address that changes all the time, as under a held arrow key.
-  else later = setTimeout(() => history.replaceState(null, "", address()), 80);
+  else if (addressed) later = setTimeout(() => history.replaceState(null, "", address()), 80);
   tell(before);
 }
 

@@ -1,0 +1,30 @@
+from zarrtrace import analysis, figures, index, plot
+from zarrtrace._version import __version__
+from zarrtrace.extraction import (  # type: ignore[attr-defined,unused-ignore]
+    extract,
+    write_trace,
+)
+from zarrtrace.npz import export_npz, import_npz
+from zarrtrace.scenarios import Scenario, load_suite, span
+from zarrtrace.store import copy_run as copy
+from zarrtrace.store import open_run, open_trace, summarize, verify
+
+__all__ = [
+    "Scenario",
+    "__version__",
+    "analysis",
+    "copy",
+    "export_npz",
+    "extract",
+    "figures",
+    "import_npz",
+    "index",
+    "load_suite",
+    "open_run",
+    "open_trace",
+    "plot",
+    "span",
+    "summarize",
+    "verify",
+    "write_trace",
+]

@@ -1,0 +1,262 @@
+"""``.zt`` on datasets and trees of xarray, however they were opened.
+
+:func:`zarrtrace.open_trace`, :func:`zarrtrace.open_run` and :func:`zarrtrace.extract` register it;
+who opens a trace with xarray alone imports this module.
+
+>>> import xarray as xr
+>>> import zarrtrace.accessors
+>>> ds = xr.open_zarr("runs/demo/Risky_40")
+>>> ds.zt.span("balance")
+[50, 51]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+from zarrtrace.errors import ConfigError, NotATraceError
+from zarrtrace.scenarios import span
+from zarrtrace.storage import Location, locate
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from zarrtrace.viewer.notebook import View
+
+# Where xarray's own readers say what they opened, and our options of an object store.
+_SOURCE = "source"
+_OPTIONS = "storage_options"
+
+
+def source_of(path: Location) -> dict[str, Any]:
+    """Return the encoding of what was opened at a path: where ``view`` finds it again."""
+    if path.path is not None:
+        return {_SOURCE: str(path.path.absolute())}
+    return {_SOURCE: str(path), **({_OPTIONS: dict(path.options)} if path.options else {})}
+
+
+@xr.register_dataset_accessor("zt")  # type: ignore[no-untyped-call]
+class TraceAccessor:
+    """A trace: its spans, its tokens, where it comes from, a view of it."""
+
+    def __init__(self, ds: xr.Dataset) -> None:
+        self._ds = ds
+
+    def span(self, name: str) -> list[int]:
+        """Return the token positions of a span: labels of ``query`` and ``key``.
+
+        Parameters
+        ----------
+        name
+            A span of the scenario, or ``"decision"``.
+
+        Raises
+        ------
+        ScenarioError
+            If the trace has no such span.
+        """
+        self._attributes()
+        return span(self._ds, name)
+
+    @property
+    def tokens(self) -> list[str]:
+        """Text of each token, along ``key``."""
+        self._attributes()
+        return [str(text) for text in np.atleast_1d(self._ds["key_token"])]
+
+    @property
+    def prompt(self) -> str | None:
+        """Text of the prompt without special tokens; None if it is not known."""
+        found: str | None = self._attributes()["prompt"]
+        return found
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Model, SAEs, layers, versions of libraries, and where the trace is stored."""
+        return _provenance(self._attributes(), self._ds.encoding)
+
+    def view(self, *, layer: int | None = None, head: int | None = None, height: int = 800) -> View:
+        """Show the stored trace in a notebook, in the page of ``zarrtrace view``.
+
+        Parameters
+        ----------
+        layer
+            The decoder block to show first; the middle one if None.
+        head
+            The query head to show first; the mean of all if None.
+        height
+            Height in pixels.
+
+        Returns
+        -------
+        View
+            As the last value of a cell, the page. It holds the layers that the dataset has, and
+            shows values as they are stored. If it takes more than 20 MB, a command that shows it.
+
+        Raises
+        ------
+        ConfigError
+            If it is not known where the trace is stored, or it has no such layer or head.
+        IntegrityError
+            If the trace was replaced since it was opened.
+        """
+        attributes = self._attributes()
+        return _view(
+            _location(self._ds.encoding, attributes["scenario"]),
+            {attributes["scenario"]: attributes},
+            attributes["scenario"],
+            {"layer": layer, "head": head},
+            height,
+            layers=np.atleast_1d(self._ds["layer"]).tolist() if "layer" in self._ds else None,
+        )
+
+    def _attributes(self) -> Mapping[Any, Any]:
+        return _attributes_of(self._ds, "trace")
+
+
+class RunAccessor:
+    """A run: its scenarios, where it comes from, a view of it."""
+
+    def __init__(self, run: xr.DataTree) -> None:
+        self._run = run
+
+    @property
+    def scenarios(self) -> pd.DataFrame:
+        """A row a scenario: number of tokens, tags, metadata, prompt."""
+        import pandas as pd  # noqa: PLC0415 -- with xarray it is there
+
+        rows = {
+            name: {
+                "tokens": node.sizes["key"],
+                "tags": ", ".join(node.attrs["tags"]),
+                **node.attrs.get("metadata", {}),
+                "prompt": node.attrs["prompt"],
+            }
+            for name, node in self._traces().items()
+        }
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("scenario")
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Model, SAEs, layers, versions of libraries, and where the run is stored."""
+        first = next(iter(self._traces().values()))
+        return _provenance(first.attrs, self._run.encoding)
+
+    def view(
+        self,
+        *,
+        scenario: str | None = None,
+        layer: int | None = None,
+        head: int | None = None,
+        height: int = 800,
+    ) -> View:
+        """Show the stored run in a notebook, in the page of ``zarrtrace view``.
+
+        Parameters
+        ----------
+        scenario
+            The scenario to show first; the first one if None.
+        layer, head, height
+            As for a trace's ``view``.
+
+        Returns
+        -------
+        View
+            As the last value of a cell, the page, with a menu of the tree's scenarios. If all of
+            them take more than 20 MB, `scenario` alone; if that does, too, a command that shows
+            the run.
+
+        Raises
+        ------
+        ConfigError
+            If it is not known where the run is stored, or it has no such scenario, layer or head.
+        IntegrityError
+            If the run was replaced since it was opened.
+        """
+        traces = self._traces()
+        if scenario is not None and scenario not in traces:
+            raise ConfigError(
+                f"the run has no scenario {scenario!r}", remedy=f"It has: {', '.join(traces)}."
+            )
+        return _view(
+            _location(self._run.encoding, self._run.name or "run"),
+            {name: node.attrs for name, node in traces.items()},
+            scenario or next(iter(traces)),
+            {"layer": layer, "head": head},
+            height,
+        )
+
+    def _traces(self) -> dict[str, xr.DataTree]:
+        _attributes_of(self._run, "run")
+        found = {name: node for name, node in self._run.children.items() if node.has_data}
+        if not found:
+            raise ConfigError("the tree holds no scenario", remedy="Open the run again.")
+        return found
+
+
+def _accessor_of(node: xr.DataTree) -> RunAccessor | TraceAccessor:
+    """Return what a run offers, or the trace that is a node of its tree."""
+    if node.attrs.get("kind") != "trace":
+        return RunAccessor(node)
+    ds = node.to_dataset()
+    if _SOURCE in node.root.encoding:  # xarray.open_datatree says it of the whole tree only
+        root = node.root.encoding
+        ds.encoding = {**root, _SOURCE: f"{root[_SOURCE]}{node.path}".rstrip("/")}
+    return TraceAccessor(ds)
+
+
+xr.register_datatree_accessor("zt")(_accessor_of)  # type: ignore[no-untyped-call]
+
+
+def _attributes_of(data: xr.Dataset | xr.DataTree, kind: str) -> Mapping[Any, Any]:
+    """Return the attributes of a trace or a run; refuse other data."""
+    if data.attrs.get("kind") == kind:
+        return data.attrs
+    raise NotATraceError(
+        f"not a {kind} of zarrtrace",
+        why="Its attributes are gone: some operations of xarray drop them.",
+        remedy=f"Open it with zarrtrace.open_{kind}, and use .zt on the result of that.",
+    )
+
+
+def _provenance(attributes: Mapping[Any, Any], encoding: Mapping[Any, Any]) -> dict[str, Any]:
+    model = attributes["model"] or {}
+    return {
+        "model": model.get("id"),
+        **{key: model.get(key) for key in ("revision", "fingerprint", "architecture", "dtype")},
+        "saes": {
+            array: {key: sae[key] for key in ("release", "hook_name", "architecture", "d_sae")}
+            for array, sae in attributes["saes"].items()
+        },
+        "layers": attributes["layers"],
+        "versions": dict(attributes["versions"]),
+        "source": encoding.get(_SOURCE),
+    }
+
+
+def _location(encoding: Mapping[Any, Any], name: str) -> Location:
+    if _SOURCE not in encoding:
+        raise ConfigError(
+            f"{name}: where it is stored is not known",
+            why="Some operations drop it, and xarray.open_datatree says it of the tree only.",
+            remedy="Use .zt.view() on what zarrtrace.open_trace or zarrtrace.open_run returns.",
+        )
+    return locate(encoding[_SOURCE], encoding.get(_OPTIONS))
+
+
+def _view(
+    source: Location,
+    traces: Mapping[str, Mapping[Any, Any]],
+    scenario: str,
+    choice: Mapping[str, int | None],
+    height: int,
+    layers: list[int] | None = None,
+) -> View:
+    from zarrtrace.viewer.notebook import show  # noqa: PLC0415 -- a floor above this one
+
+    seals = {name: attributes.get("seal") for name, attributes in traces.items()}
+    return show(source, seals, scenario=scenario, choice=choice, layers=layers, height=height)

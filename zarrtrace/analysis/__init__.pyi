@@ -1,0 +1,34 @@
+from zarrtrace.analysis.attention import (
+    attention_locality,
+    attention_to,
+    head_roles,
+)
+from zarrtrace.analysis.bands import layer_bands
+from zarrtrace.analysis.contrasts import contrast
+from zarrtrace.analysis.critical import critical_layers
+from zarrtrace.analysis.crossreferences import crossreference
+from zarrtrace.analysis.decisions import decision, relate
+from zarrtrace.analysis.features import feature_trajectory, of_sae, pathway_features
+from zarrtrace.analysis.flow import attention_flow, attention_rollout
+from zarrtrace.analysis.specificity import position_specific_features
+from zarrtrace.analysis.words import read_table, word_associations
+
+__all__ = [
+    "attention_flow",
+    "attention_locality",
+    "attention_rollout",
+    "attention_to",
+    "contrast",
+    "critical_layers",
+    "crossreference",
+    "decision",
+    "feature_trajectory",
+    "head_roles",
+    "layer_bands",
+    "of_sae",
+    "pathway_features",
+    "position_specific_features",
+    "read_table",
+    "relate",
+    "word_associations",
+]

@@ -1,0 +1,33 @@
+from zarrtrace.figures.contrasts import (
+    critical_chart,
+    difference_heads,
+    difference_map,
+    volcano,
+)
+from zarrtrace.figures.drawing import metadata_of, save
+from zarrtrace.figures.features import feature_timeline, integrated_view, trajectory
+from zarrtrace.figures.flow import bands, flow_diagram, locality, pathway_strength
+from zarrtrace.figures.heatmaps import attention_heads, attention_layers, attention_map
+from zarrtrace.figures.labels import token_label
+from zarrtrace.figures.page import draw_run
+
+__all__ = [
+    "attention_heads",
+    "attention_layers",
+    "attention_map",
+    "bands",
+    "critical_chart",
+    "difference_heads",
+    "difference_map",
+    "draw_run",
+    "feature_timeline",
+    "flow_diagram",
+    "integrated_view",
+    "locality",
+    "metadata_of",
+    "pathway_strength",
+    "save",
+    "token_label",
+    "trajectory",
+    "volcano",
+]

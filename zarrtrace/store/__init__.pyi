@@ -1,0 +1,50 @@
+from zarrtrace.store.copy import copy_run
+from zarrtrace.store.index_arrays import (
+    IndexableTrace,
+    IndexWriter,
+    RunIndex,
+    indexable_traces,
+    locked,
+    read_features,
+    read_token_texts,
+    write_index_layer,
+)
+from zarrtrace.store.metadata import kind_of, read_run, read_trace, refuse_foreign
+from zarrtrace.store.open import open_run, open_trace
+from zarrtrace.store.run_writer import RunWriter
+from zarrtrace.store.staged import only_writer, wait_for_writers
+from zarrtrace.store.summary import RunSummary, TraceSummary, summarize
+from zarrtrace.store.trace_writer import TraceWriter
+from zarrtrace.store.verification import Problem, verify
+from zarrtrace.store.write import attention_problem, layer_record, trace_plan, write_trace
+
+__all__ = [
+    "IndexWriter",
+    "IndexableTrace",
+    "Problem",
+    "RunIndex",
+    "RunSummary",
+    "RunWriter",
+    "TraceSummary",
+    "TraceWriter",
+    "attention_problem",
+    "copy_run",
+    "indexable_traces",
+    "kind_of",
+    "layer_record",
+    "locked",
+    "only_writer",
+    "open_run",
+    "open_trace",
+    "read_features",
+    "read_run",
+    "read_token_texts",
+    "read_trace",
+    "refuse_foreign",
+    "summarize",
+    "trace_plan",
+    "verify",
+    "wait_for_writers",
+    "write_index_layer",
+    "write_trace",
+]
