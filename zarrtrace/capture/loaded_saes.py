@@ -68,6 +68,7 @@ class LoadedSAEs:
         if hook in self._saes:
             raise several("saes", hook.layer, [name, name], "Give one SAE for each hook point.")
         check_config(f"{where} ({name})", config)
+        _check_precision(where, sae)
         found = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
         check_shapes(f"{where} ({name})", config, found)
         self._saes[hook], self._configs[hook] = sae, config
@@ -168,6 +169,9 @@ def _check_kind(where: str, sae: object) -> None:
             remedy="Give what SAE.from_pretrained or SAE.load_from_disk returns, the name of a "
             "release, or a folder.",
         )
+
+
+def _check_precision(where: str, sae: Any) -> None:
     weights = sae.W_enc.dtype
     if sae.dtype != weights or weights not in (torch.float32, torch.bfloat16, torch.float16):
         raise SAEError(

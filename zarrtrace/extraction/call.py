@@ -328,7 +328,7 @@ def _with_tokenizer(options: Options, loaded: Loaded) -> Loaded:
             why="It is neither a folder nor in the local cache."
             if given
             else "A model does not hold its tokenizer, and there is none where it was loaded from.",
-            remedy="Give one, as AutoTokenizer.from_pretrained returns it: it is the argument tokenizer.",
+            remedy="Give what AutoTokenizer.from_pretrained returns as the argument tokenizer.",
         )
     return replace(loaded, tokenizer=tokenizer)
 
