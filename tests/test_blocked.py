@@ -23,7 +23,7 @@ from zarrtrace.capture import CaptureLimits, batches, blocked, hooks, lockstep, 
 from zarrtrace.capture.checks import wants_blocks
 from zarrtrace.capture.model import LoadedModel, Permitted
 from zarrtrace.errors import ConfigError, ZarrtraceError
-from zarrtrace.extraction import Options, extract
+from zarrtrace.extraction import Options, extract_run
 from zarrtrace.format.layout import Limits
 from zarrtrace.records import LayerRecord, TokensRecord
 from zarrtrace.store import open_trace, verify
@@ -170,7 +170,7 @@ def test_an_architecture_that_differs_by_blocks_is_captured_whole(
     monkeypatch.setattr(blocked._Mask, "added", lambda self, start, stop: 0.0)  # not causal
     assert not probe_model(models("Llama")).permitted.blocks
     path = models.path("Llama")
-    run = extract(tmp_path / "run", _options(path, suite, attention_capture="blocked"))
+    run = extract_run(tmp_path / "run", _options(path, suite, attention_capture="blocked"))
     ds = open_trace(run / "short")
     assert ds.attrs["model"]["attn_implementation"] == "eager"
     expected = architectures.reference("Llama", path, ds.token_id.values.tolist())
@@ -249,7 +249,7 @@ def test_chosen_queries_are_stored_and_nothing_else(
 def test_chosen_queries_are_read_without_our_code(
     models: Models, suite: Path, tmp_path: Path
 ) -> None:
-    run = extract(tmp_path / "run", _options(models.path("Llama"), suite, queries="last"))
+    run = extract_run(tmp_path / "run", _options(models.path("Llama"), suite, queries="last"))
     ds = xr.open_zarr(run / "short", chunks=None)
     assert ds.attention_query.values.tolist() == [ds.sizes["key"] - 1]
     assert np.isfinite(ds.attention).all()
@@ -260,7 +260,7 @@ def test_queries_outside_a_prompt_are_refused(models: Models, suite: Path, tmp_p
     path = models.path("Llama")
     for wanted in ((1000,), (-1000,)):
         with pytest.raises(ConfigError, match=f"--queries {wanted[0]}"):
-            extract(tmp_path / "run", _options(path, suite, queries=wanted))
+            extract_run(tmp_path / "run", _options(path, suite, queries=wanted))
         assert not (tmp_path / "run").exists()
 
 
@@ -269,7 +269,7 @@ def test_chosen_queries_go_on_where_they_were_interrupted(
 ) -> None:
     path = models.path("Gemma 2")
     options = _options(path, suite, queries=(0, 5, -1), attention_capture="blocked")
-    expected = extract(tmp_path / "expected", options)
+    expected = extract_run(tmp_path / "expected", options)
     real = lockstep.Pass.advance
     calls = []
 
@@ -282,8 +282,8 @@ def test_chosen_queries_go_on_where_they_were_interrupted(
     with monkeypatch.context() as patch:
         patch.setattr(lockstep.Pass, "advance", fail_later)
         with pytest.raises(KeyboardInterrupt):
-            extract(tmp_path / "run", options)
-    found = extract(tmp_path / "run", options)
+            extract_run(tmp_path / "run", options)
+    found = extract_run(tmp_path / "run", options)
     assert verify(found) == []
     for scenario in ("short", "longer"):
         a, b = open_trace(expected / scenario), open_trace(found / scenario)
@@ -295,7 +295,7 @@ def test_export_writes_rows_that_are_not_stored_as_nan(
 ) -> None:
     from zarrtrace.npz import export_npz
 
-    run = extract(tmp_path / "run", _options(models.path("Llama"), suite, queries=(0, -1)))
+    run = extract_run(tmp_path / "run", _options(models.path("Llama"), suite, queries=(0, -1)))
     export_npz(run, tmp_path / "npz")
     ds = open_trace(run / "short")
     with np.load(tmp_path / "npz" / "short" / "layer_2.npz") as layer:
@@ -311,8 +311,10 @@ def test_analysis_reads_stored_rows_and_refuses_others_by_name(
     from zarrtrace.analysis import attention_flow, attention_to
 
     path = models.path("Llama")
-    chosen = open_trace(extract(tmp_path / "last", _options(path, suite, queries="last")) / "short")
-    whole = open_trace(extract(tmp_path / "all", _options(path, suite)) / "short")
+    chosen = open_trace(
+        extract_run(tmp_path / "last", _options(path, suite, queries="last")) / "short"
+    )
+    whole = open_trace(extract_run(tmp_path / "all", _options(path, suite)) / "short")
     alone, together = (attention_to(ds, "balance", "decision") for ds in (chosen, whole))
     weights = 4 * len(chosen.attrs["spans"]["balance"]["tokens"])  # of four heads
     error = 2 * rounding.rounding("float32", weights, together)
@@ -579,8 +581,8 @@ def test_a_batched_run_equals_one_prompt_at_a_time(
     models: Models, suite: Path, tmp_path: Path
 ) -> None:
     path = models.path("Gemma 3")
-    alone = extract(tmp_path / "alone", _options(path, suite, batch_size=1))
-    together = extract(tmp_path / "together", _options(path, suite, batch_size=2))
+    alone = extract_run(tmp_path / "alone", _options(path, suite, batch_size=1))
+    together = extract_run(tmp_path / "together", _options(path, suite, batch_size=2))
     assert verify(together) == []
     for scenario in ("short", "longer"):
         a, b = open_trace(alone / scenario), open_trace(together / scenario)

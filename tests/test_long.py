@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zarrtrace import memory
 from zarrtrace.capture import CaptureLimits, LoadedModel
 from zarrtrace.errors import IncompleteError
-from zarrtrace.extraction import Options, extract, running
+from zarrtrace.extraction import Options, extract_run, running
 from zarrtrace.format.layout import Limits
 from zarrtrace.store import open_trace, verify
 
@@ -161,7 +161,7 @@ def _assert_features_close(
 
 def test_layers_in_several_records_are_the_same_layers(models: Models, tmp_path: Path) -> None:
     options = _options(models, tmp_path)
-    whole = open_trace(extract(tmp_path / "whole", options) / "long")
+    whole = open_trace(extract_run(tmp_path / "whole", options) / "long")
     blocks = _options(models, tmp_path, attention_capture="blocked")
     run = extract_within(CUT, tmp_path / "rows", blocks)
     assert verify(run) == []
@@ -207,7 +207,7 @@ def test_a_run_stopped_between_two_records_of_a_layer_goes_on(
 def test_features_of_long_prompts_come_from_blocks_too(models: Models, tmp_path: Path) -> None:
     """Without attention to store, eager attention would still make its whole matrices."""
     options = _options(models, tmp_path, attention=False)
-    whole = open_trace(extract(tmp_path / "whole", options) / "long")
+    whole = open_trace(extract_run(tmp_path / "whole", options) / "long")
     limits = CaptureLimits(whole_bytes=1000)
     found = open_trace(extract_within(limits, tmp_path / "blocks", options) / "long")
     implementations = [ds.attrs["model"]["attn_implementation"] for ds in (whole, found)]

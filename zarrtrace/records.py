@@ -368,6 +368,29 @@ def strongest(features: Nonzeros) -> tuple[np.ndarray, np.ndarray]:
     return _top(numbers, values, np.argsort(rank, axis=1, kind="stable")[:, :count])
 
 
+def with_strongest(activations: np.ndarray) -> FeatureRecord:
+    """Find the features of largest magnitude of each token; of equals, the first.
+
+    Parameters
+    ----------
+    activations
+        ``(query, feature)``, float16 or float32.
+    """
+    tokens, features = activations.shape
+    count = min(TOP_FEATURES, features)
+    top = np.empty((tokens, count), dtype=np.uint32)
+    for at in range(0, tokens, 32):
+        rows = np.abs(activations[at : at + 32].astype(np.float32))
+        # Bits of a positive float sort as the float does; lower indices win among equals.
+        keys = rows.view(np.uint32).astype(np.uint64) << np.uint64(32)
+        keys |= np.arange(features, dtype=np.uint64)[::-1]
+        keys.partition(features - count, axis=1)
+        best = np.sort(keys[:, features - count :], axis=1)[:, ::-1]
+        top[at : at + 32] = features - 1 - (best & np.uint64(0xFFFFFFFF))
+    values = np.take_along_axis(activations, top.astype(np.intp), axis=1).astype(np.float32)
+    return FeatureRecord(activations, np.where(values != 0, top, np.uint32(NO_ID)), values)
+
+
 @dataclass(frozen=True)
 class LayerBatch:
     """One layer of several prompts.

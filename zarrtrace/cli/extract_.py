@@ -13,7 +13,6 @@ from zarrtrace.cli.shared import (
     Queries,
     json_option,
     json_text,
-    missing_for_cluster,
     overwrite_option,
     quiet_option,
     say,
@@ -21,7 +20,7 @@ from zarrtrace.cli.shared import (
     storage_option,
     table,
 )
-from zarrtrace.errors import readable
+from zarrtrace.errors import missing_for_cluster, readable
 
 if TYPE_CHECKING:
     from zarrtrace.extraction import Estimate, Job, Options
@@ -142,7 +141,7 @@ def command(**given: Any) -> None:
 
 def _extract(given: dict[str, Any], options: Options) -> None:
     """Extract here, or on a cluster."""
-    from zarrtrace.extraction import extract
+    from zarrtrace.extraction import extract_run
 
     quiet = given["quiet"]
     how: dict[str, Any] = {
@@ -154,7 +153,7 @@ def _extract(given: dict[str, Any], options: Options) -> None:
     }
     where = {name: given[name] for name in _CLUSTER}
     if all(value is None for value in where.values()):
-        extract(given["output"], options, **how)
+        extract_run(given["output"], options, **how)
         return
     try:
         from zarrtrace.extraction.cluster import extract_on_cluster

@@ -14,7 +14,6 @@ import click
 from zarrtrace.text import terminal_text
 
 if TYPE_CHECKING:
-    from zarrtrace.errors import ConfigError
     from zarrtrace.storage import Location
 
 
@@ -160,17 +159,6 @@ scheduler_option = click.option(
 workers_option = click.option("--workers", type=click.IntRange(1), help="Threads or processes.")
 
 
-def missing_for_cluster(error: ModuleNotFoundError) -> ConfigError:
-    """Say what a Dask cluster needs."""
-    from zarrtrace.errors import ConfigError, install_command
-
-    return ConfigError(
-        f"a cluster needs {error.name}, which is not installed",
-        why="Everything works in one process without it, so it is an extra.",
-        remedy=install_command("cluster"),
-    )
-
-
 def show_progress(*, quiet: bool) -> bool:
     """Whether bars make sense: not asked to be quiet, and stderr is a terminal."""
     return not quiet and sys.stderr.isatty()
@@ -210,6 +198,8 @@ def computing(scheduler: str, workers: int | None, *, progress: bool) -> Iterato
         try:
             from distributed import Client
         except ModuleNotFoundError as error:
+            from zarrtrace.errors import missing_for_cluster
+
             raise missing_for_cluster(error) from error
         with Client(scheduler):
             yield

@@ -5,23 +5,21 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 from zarrtrace.errors import NPZError
-from zarrtrace.format.attributes import SpanAttributes, TraceAttributes
-from zarrtrace.format.layout import NO_ID, TOP_FEATURES, TraceShape
+from zarrtrace.format.attributes import SpanAttributes
 from zarrtrace.npz.archive import read_array
 from zarrtrace.npz.files import Progress, reading, run_jobs
 from zarrtrace.npz.folder import Folder, look_at
 from zarrtrace.npz.metadata import ScenarioMetadata
 from zarrtrace.npz.plausibility import check_attention
-from zarrtrace.records import FeatureRecord, LayerRecord, Tokens, TracePlan
+from zarrtrace.records import Tokens, with_strongest
 from zarrtrace.scenarios import DECISION
 from zarrtrace.storage import Address
-from zarrtrace.store import RunWriter, TraceWriter
+from zarrtrace.store import RunWriter, TraceWriter, layer_record, trace_plan
 
 # Rows of attention that a trace holds; None for all of them.
 _Queries = tuple[int, ...] | None
@@ -111,39 +109,26 @@ def _stored_queries(source: Folder, scenario: ScenarioMetadata) -> _Queries:
 def _trace_writer(
     source: Folder, scenario: ScenarioMetadata, queries: _Queries, run: RunWriter
 ) -> TraceWriter:
-    without_attention = source.without("attention")
-    features = source.size("features")
-    shape = TraceShape(
-        layers=len(source.layers),
-        tokens=scenario.seq_len,
-        heads=source.size("attention"),
-        features={} if features is None else {"features": features},
-        attention_dtype=source.dtype("attention"),
-        feature_dtype=source.dtype("features"),
-        next_token=False,
-        attention_layers=len(source.layers) - len(without_attention) if without_attention else None,
-    )
     positions = {**scenario.key_positions, DECISION: [scenario.seq_len - 1]}
-    without_sae = source.without("features")
-    attributes = TraceAttributes(
+    plan = trace_plan(
         scenario=scenario.scenario,
         prompt=None,
+        tags=(),
         spans={
             name: SpanAttributes(characters=(), tokens=tuple(tokens))
             for name, tokens in positions.items()
         },
-        model=None,
         layers=source.layers,
-        layers_without_sae=tuple(without_sae),
-        layers_without_attention={"its NPZ file has none": tuple(without_attention)}
-        if without_attention
-        else {},
+        without_attention={"its NPZ file has none": source.without("attention")},
+        without_sae=source.without("features"),
+        heads=source.size("attention"),
+        features=source.size("features"),
         attention_dtype=source.dtype("attention"),
         feature_dtype=source.dtype("features"),
-        versions={name: version(name) for name in ("numpy", "zarr")},
+        tokens=Tokens(ids=scenario.token_ids, texts=scenario.tokens),
+        queries=queries,
     )
-    tokens = Tokens(ids=scenario.token_ids, texts=scenario.tokens)
-    return run.trace(TracePlan(attributes, shape, tokens, queries=queries))
+    return run.trace(plan)
 
 
 def _import_layer(
@@ -175,35 +160,5 @@ def _import_layer(
             )
     if attention is not None:
         check_attention(file, attention, np.asarray(queries or range(scenario.seq_len)))
-    trace.append(
-        LayerRecord(
-            scenario=scenario.scenario,
-            layer=layer,
-            attention=attention,
-            attention_mean=None if attention is None else attention.mean(axis=0, dtype=np.float32),
-            features={} if features is None else {"features": with_strongest(features)},
-        )
-    )
-
-
-def with_strongest(activations: np.ndarray) -> FeatureRecord:
-    """Find the features of largest magnitude of each token; of equals, the first.
-
-    Parameters
-    ----------
-    activations
-        ``(query, feature)``, float16 or float32.
-    """
-    tokens, features = activations.shape
-    count = min(TOP_FEATURES, features)
-    top = np.empty((tokens, count), dtype=np.uint32)
-    for at in range(0, tokens, 32):
-        rows = np.abs(activations[at : at + 32].astype(np.float32))
-        # Bits of a positive float sort as the float does; lower indices win among equals.
-        keys = rows.view(np.uint32).astype(np.uint64) << np.uint64(32)
-        keys |= np.arange(features, dtype=np.uint64)[::-1]
-        keys.partition(features - count, axis=1)
-        best = np.sort(keys[:, features - count :], axis=1)[:, ::-1]
-        top[at : at + 32] = features - 1 - (best & np.uint64(0xFFFFFFFF))
-    values = np.take_along_axis(activations, top.astype(np.intp), axis=1).astype(np.float32)
-    return FeatureRecord(activations, np.where(values != 0, top, np.uint32(NO_ID)), values)
+    found = None if features is None else with_strongest(features)
+    trace.append(layer_record(scenario.scenario, layer, attention, found))

@@ -13,19 +13,13 @@ import numpy as np
 from zarrtrace.errors import NPZError
 from zarrtrace.npz.archive import read_array
 from zarrtrace.npz.files import reading
+from zarrtrace.store import attention_problem
 
 #: What an NPZ folder does not say, so that an import cannot tell.
 NOT_TOLD = (
     "Not told by NPZ files, so not checked: whether a file belongs to the layer that its name "
     "says, and, of scenarios with equally many tokens, to the scenario of its folder."
 )
-
-# A softmax that multiplies by the reciprocal of a sum may exceed 1 by a unit of its precision, here
-# bfloat16's. One bit of the mantissa, the least that 'extract --attention-keepbits' leaves, rounds
-# each weight of a row by at most a quarter of it.
-_LARGEST_WEIGHT, _LARGEST_SUM = 1 + 2**-7, 1.25 * (1 + 2**-7)
-# A sum of rounded weights is itself rounded, in float32, once a weight at most.
-_EPSILON = float(np.finfo(np.float32).eps)
 
 
 def check_attention(file: Path, attention: np.ndarray, queries: np.ndarray) -> None:
@@ -46,21 +40,7 @@ def check_attention(file: Path, attention: np.ndarray, queries: np.ndarray) -> N
         If a weight is negative or above 1, a row's sum is above 1 by more than rounding, a token
         attends to one behind it, or a row is 0 in every head.
     """
-    problem = ""
-    low, high = float(attention.min()), float(attention.max())
-    tokens = attention.shape[-1]
-    sums = attention.sum(axis=-1, dtype=np.float32)
-    behind = np.arange(tokens) > queries[:, np.newaxis]
-    if low < 0 or high > _LARGEST_WEIGHT:
-        problem = f"holds {low if low < 0 else high:.4g}, which is no probability"
-    elif any(head[behind].any() for head in attention):
-        problem = "has tokens that attend to tokens behind them"
-    elif (largest := float(sums.max())) > _LARGEST_SUM + tokens * _EPSILON:
-        problem = f"has a row whose weights sum to {largest:.4g}"
-    elif not attention.any(axis=(0, 2)).all():
-        empty = int(queries[np.flatnonzero(~attention.any(axis=(0, 2)))[0]])
-        problem = f"is 0 in every head at token {empty}"
-    if problem:
+    if problem := attention_problem(attention, queries, causal=True):
         raise NPZError(
             f"{file}: 'attention' {problem}",
             why="It holds scores before the softmax, is transposed, is of an encoder, or was never "

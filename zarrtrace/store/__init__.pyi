@@ -17,6 +17,7 @@ from zarrtrace.store.staged import only_writer, wait_for_writers
 from zarrtrace.store.summary import RunSummary, TraceSummary, summarize
 from zarrtrace.store.trace_writer import TraceWriter
 from zarrtrace.store.verification import verify
+from zarrtrace.store.write import attention_problem, layer_record, trace_plan, write_trace
 
 __all__ = [
     "IndexWriter",
@@ -27,9 +28,11 @@ __all__ = [
     "RunWriter",
     "TraceSummary",
     "TraceWriter",
+    "attention_problem",
     "copy_run",
     "indexable_traces",
     "kind_of",
+    "layer_record",
     "locked",
     "only_writer",
     "open_run",
@@ -40,7 +43,9 @@ __all__ = [
     "read_trace",
     "refuse_foreign",
     "summarize",
+    "trace_plan",
     "verify",
     "wait_for_writers",
     "write_index_layer",
+    "write_trace",
 ]

@@ -7,11 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from zarrtrace.errors import IncompleteError, IntegrityError, NotATraceError, StoreError
+from zarrtrace.errors import (
+    ConfigError,
+    IncompleteError,
+    IntegrityError,
+    NotATraceError,
+    StoreError,
+)
 from zarrtrace.format.attributes import RunAttributes
 from zarrtrace.identity import combined_versions, differences, refuse_other
 from zarrtrace.records import TracePlan
-from zarrtrace.scenarios import check_name
+from zarrtrace.scenarios import check_name, name_key
 from zarrtrace.storage import Address, Location, at_once, disk, locate
 from zarrtrace.storage.locks import FileLock
 from zarrtrace.store.metadata import (
@@ -19,6 +25,7 @@ from zarrtrace.store.metadata import (
     kind_of,
     read_run,
     read_trace,
+    refuse_foreign,
     repeated_nodes,
     sealed_group,
 )
@@ -28,6 +35,8 @@ from zarrtrace.store.trace_writer import TraceWriter
 
 #: A run of more traces holds no copy of their metadata: it would be large, and slow to read.
 MOST_CONSOLIDATED = 1000
+#: The same of a run to which traces are added one by one, each of which writes the copy.
+MOST_EXTENDED = 100
 
 # File in a finished run that is about to replace another, or has just done so: it tells which of
 # the two is the new one.
@@ -224,6 +233,102 @@ class RunWriter:
                 disk.sync_path(folder)
             self._end_replacement()
             self.path = self._final
+
+
+class RunExtension:
+    """Add traces to a run, one at a time; a context manager that holds the run's lock.
+
+    Parameters
+    ----------
+    path
+        The run; created if need be.
+    config
+        What all its traces share, JSON values only.
+
+    Raises
+    ------
+    NotATraceError
+        If `path` exists and is not a run.
+    ConfigMismatchError
+        If the run has another configuration.
+    LockedError
+        If another process is writing it.
+    """
+
+    def __init__(self, path: Location, config: Mapping[str, Any]) -> None:
+        self.path, self._config = path.resolved(), dict(config)
+
+    def __enter__(self) -> Self:
+        if not (self.path / "zarr.json").is_file():
+            refuse_foreign(self.path)
+        with disk.explained(self.path):
+            self._lock = lock_run(self.path)
+            try:
+                self._open()
+            except BaseException:
+                self._lock.release()
+                raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def _open(self) -> None:
+        if not (self.path / "zarr.json").is_file():
+            self._write((), None)
+        run = read_run(self.path)
+        refuse_other(self.path, run.attributes.config, self._config)
+        self._names, self._nodes = run.attributes.scenarios, run.nodes
+
+    def begin(self, name: str, *, overwrite: bool) -> None:
+        """Get ready to write a trace, new or in place of another one.
+
+        Raises
+        ------
+        ConfigError
+            If the run has it, and `overwrite` is false; or one that some file systems take for it.
+        """
+        if name not in self._names:
+            taken = {name_key(one): one for one in self._names}
+            if (rival := taken.get(name_key(name))) is not None:
+                raise ConfigError(
+                    f"{self.path}: scenario name {name!r} is taken by {rival!r}",
+                    why="Many file systems take both for one folder.",
+                    remedy="Choose another name.",
+                )
+        elif not overwrite:
+            raise ConfigError(
+                f"{self.path}: has scenario {name!r}",
+                remedy="Choose another name, or replace the trace with overwrite=True.",
+            )
+        else:  # a copy of its metadata must not outlive it
+            self._nodes = {}
+            self._write(self._names, None)
+
+    def add(self, name: str) -> None:
+        """Name a trace that is published in the run."""
+        if name not in self._names:
+            self._names = (*self._names, name)
+        nodes: Nodes | None = None
+        if len(self._names) <= MOST_EXTENDED:
+            known = {path.partition("/")[0] for path in self._nodes}
+            for one in self._names:
+                if one not in known or one == name:
+                    found = repeated_nodes(read_trace(self.path / one))
+                    added = {f"{one}/{key}".rstrip("/"): node for key, node in found.items()}
+                    self._nodes |= added
+            nodes = {
+                path: self._nodes[path]
+                for path in sorted(self._nodes, key=lambda path: path.partition("/")[0])
+            }
+        self._write(self._names, nodes)
+
+    def _write(self, names: Sequence[str], nodes: Nodes | None) -> None:
+        attributes = RunAttributes(scenarios=tuple(names), config=self._config, complete=True)
+        with disk.explained(self.path):
+            if (folder := self.path.path) is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+            (self.path / "zarr.json").write(sealed_group(attributes, nodes))
 
 
 def remove_run(folder: Location) -> None:

@@ -47,6 +47,8 @@ class TraceWriter:
         if any is damaged.
     allow_nonfinite
         Whether to store NaN and infinity, and to name their layers in the attributes.
+    fresh
+        Whether to write the whole trace, and to publish it in place of an existing one.
 
     Raises
     ------
@@ -55,7 +57,13 @@ class TraceWriter:
     """
 
     def __init__(
-        self, run: Address, plan: TracePlan, *, repair: bool = False, allow_nonfinite: bool = False
+        self,
+        run: Address,
+        plan: TracePlan,
+        *,
+        repair: bool = False,
+        allow_nonfinite: bool = False,
+        fresh: bool = False,
     ) -> None:
         run = locate(run)
         self.path = run / plan.attributes.scenario
@@ -71,8 +79,8 @@ class TraceWriter:
         )
         self._mutex = threading.Lock()
         self._begun, self._allow_nonfinite = False, allow_nonfinite
-        # A damaged trace that is there, and what of it is sound.
-        self._replaces = False
+        # Whether the trace takes the place of another one.
+        self._replaces = fresh
         self._source: SoundParts | None = None
         # By array and layer (None: next tokens) the encoded rows that wait, by first row.
         self._waiting: dict[tuple[str, int | None], dict[int, _Rows]] = {}
@@ -82,7 +90,9 @@ class TraceWriter:
         with disk.explained(self.path):
             if self.path.path is not None:
                 end_publishing(folder, self.path.path)
-            self._is_published = self._open(repair=repair)
+            if fresh:
+                disk.remove_folder(folder)
+            self._is_published = not fresh and self._open(repair=repair)
             if not self._is_published and self._source is None:
                 self._begun = self._staged.resume(self._coordinates)
 
