@@ -50,6 +50,7 @@ def extract_on_cluster(
     output: Address,
     options: Options | None = None,
     *,
+    scenarios: Sequence[Scenario] | None = None,
     overwrite: bool = False,
     repair: bool = False,
     allow_nonfinite: bool = False,
@@ -65,7 +66,7 @@ def extract_on_cluster(
     ----------
     client
         Connected to the cluster, whose workers have one thread each and see the same files.
-    output, options, overwrite, repair, allow_nonfinite, accept_versions, progress
+    output, options, scenarios, overwrite, repair, allow_nonfinite, accept_versions, progress
         As for :func:`zarrtrace.extraction.extract`. On GPUs the device is ``"cuda"``: the first
         one that a worker sees.
 
@@ -91,20 +92,22 @@ def extract_on_cluster(
             why="Every worker computes on the first GPU that it sees.",
             remedy="Use --device cuda; CUDA_VISIBLE_DEVICES says which GPUs a worker sees.",
         )
-    scenarios = {scenario.name: scenario for scenario in find_scenarios(asked)}
-    plan = _plan(client, Setup(asked, Path.cwd()), tuple(scenarios.values()))
+    if scenarios is None:
+        scenarios = find_scenarios(asked)
+    names = [scenario.name for scenario in scenarios]
+    plan = _plan(client, Setup(asked, Path.cwd()), tuple(scenarios))
     say(plan.settled.notes, progress)
     with (
         saying_how_much_room(plan.disk_bytes),
         RunWriter(
             output,
-            list(scenarios),
+            names,
             plan.config,
             overwrite=overwrite,
             repair=repair,
             accept_versions=accept_versions,
         ) as run,
-        Progress(dict.fromkeys(scenarios, plan.settled.layers), progress) as bars,
+        Progress(dict.fromkeys(names, plan.settled.layers), progress) as bars,
     ):
         order = Order(
             run=f"zarrtrace-{uuid.uuid4().hex}",

@@ -6,21 +6,23 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec
 
 from zarrtrace import demo
-from zarrtrace.errors import ConfigError, ScenarioError, install_command
+from zarrtrace.errors import ConfigError, install_command
 from zarrtrace.extraction.layers import choose_layers
 from zarrtrace.extraction.processes import FEW_TRACES, WriterPool
 from zarrtrace.extraction.reading_ahead import ReadAhead, weight_files
 from zarrtrace.format.attributes import SAEAttributes, TraceAttributes, ranges
 from zarrtrace.format.layout import TraceShape
+from zarrtrace.hub import cache_if_unreachable
 from zarrtrace.records import TracePlan
 from zarrtrace.scenarios import Scenario, load_suite
+from zarrtrace.scenarios.choice import only_named
 
 if TYPE_CHECKING:  # they import torch
     from zarrtrace.capture import LoadedModel, Prompt
@@ -31,6 +33,7 @@ DEMO_MODEL = "zarrtrace-demo"
 
 _LIBRARIES = ("zarrtrace", "numpy", "sae-lens", "torch", "transformers", "zarr")
 
+P = ParamSpec("P")
 SAEs = dict[int, tuple[SAEAttributes, ...]]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 StoredDtype = Literal["float32", "float16"]
@@ -253,6 +256,20 @@ def library_versions() -> dict[str, str]:
     return dict(_versions())
 
 
+def _asking_hub(
+    function: Callable[Concatenate[Options, P], Job],
+) -> Callable[Concatenate[Options, P], Job]:
+    """Have a function use the hub's cache alone if the hub cannot be reached."""
+
+    @wraps(function)
+    def call(options: Options, /, *arguments: P.args, **settings: P.kwargs) -> Job:
+        with cache_if_unreachable(options.model, options.sae_release):
+            return function(options, *arguments, **settings)
+
+    return call
+
+
+@_asking_hub
 def prepare(
     options: Options,
     *,
@@ -281,17 +298,17 @@ def prepare(
     ConfigError, ScenarioError, ModelError, SAEError
         As for :func:`extract`.
     """
+    _check(options)
     if scenarios is None:
         scenarios = find_scenarios(options)
     ahead = ReadAhead() if weights and options.model and options.device != "cpu" else None
     if ahead and options.model:
         ahead.add(weight_files(options.model, options.revision))
     capture = capture_package()
-    if not progress:
-        capture.hide_progress()
-    source = _sae_source(options) if options.features else None
+    capture.hide_progress(downloads=not progress)
     # All that can be wrong is found out before the weights are read, which takes minutes.
     model = _load_model(options, capture, weights=False)
+    source = _sae_source(options) if options.features else None
     if pool and model.device.type != "cpu" and len(scenarios) >= FEW_TRACES:
         pool.start(len(scenarios))
     layers, notes = choose_layers(options, len(model.blocks), source)
@@ -445,13 +462,7 @@ def find_scenarios(options: Options) -> tuple[Scenario, ...]:
     """
     _check(options)
     scenarios = load_suite(options.scenarios or demo.suite_path())
-    names = [scenario.name for scenario in scenarios]
-    for name in options.only:
-        if name not in names:
-            raise ScenarioError(
-                f"no scenario {name!r}", remedy=f"The suite has: {', '.join(names[:20])}."
-            )
-    return tuple(s for s in scenarios if not options.only or s.name in options.only)
+    return only_named(scenarios, options.only)
 
 
 def _sae_source(options: Options) -> SAESource:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -26,11 +26,13 @@ from zarrtrace.extraction.writers import (
     Writers,
     WriterThreads,
 )
+from zarrtrace.hub import cache_if_unreachable
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import RunWriter, read_run, refuse_foreign, wait_for_writers
 
 if TYPE_CHECKING:
     from zarrtrace.capture import Prompt
+    from zarrtrace.scenarios import Scenario
 
 #: How long to wait for a worker that was given up, and still writes what is to be done again.
 SECONDS_GIVEN_UP = 600
@@ -40,6 +42,7 @@ def extract(
     output: Address,
     options: Options | None = None,
     *,
+    scenarios: Sequence[Scenario] | None = None,
     overwrite: bool = False,
     repair: bool = False,
     allow_nonfinite: bool = False,
@@ -56,6 +59,8 @@ def extract(
         Folder of the run, or its address in an object store.
     options
         What to extract; by default the embedded model, SAEs and scenarios.
+    scenarios
+        The prompts; by default those that `options` name.
     overwrite
         Replace a run that exists, once the new one is finished.
     repair
@@ -87,9 +92,13 @@ def extract(
     output = locate(output)
     if not repair:
         refuse_foreign(output)  # before hours of work
-    with WriterPool() as pool:
+    options = as_before(output, options or Options(), overwrite=overwrite)
+    # While it runs, each SAE is read from the hub or its cache.
+    hub = cache_if_unreachable(options.model, options.sae_release)
+    with hub, WriterPool() as pool:
         job = prepare(
-            as_before(output, options or Options(), overwrite=overwrite),
+            options,
+            scenarios=scenarios,
             progress=progress == "bars",
             pool=pool,
         )
