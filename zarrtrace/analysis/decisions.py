@@ -127,9 +127,9 @@ def _distribution(here: xr.Dataset, wanted: xr.DataArray, vocabulary: int | None
             "remainder": remainder,
             "top_token": ids.isel(rank=0, drop=True),
             **{
-                "top_token_text": here[name].isel(rank=0, drop=True)
-                for name in ("next_token_text",)
-                if name in here
+                name: here["next_token_text"].isel(rank=0, drop=True)
+                for name in ("top_token_text",)
+                if "next_token_text" in here
             },
             "top_probability": probability.isel(rank=0, drop=True),
         }
