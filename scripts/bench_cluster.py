@@ -166,7 +166,9 @@ def costs(bench: Bench) -> dict[str, float]:
         found["report_ms"] = 1e3 * (cpu_seconds() - start) / _REPORTS
     file = bench.folder / "many.jsonl"
     write_suite(file, _CHEAP)
-    cheap = prepare(Options(scenarios=file, layers=(1,), features=False), progress=False)
+    cheap = prepare(
+        Options(model="demo", scenarios=file, layers=(1,), features=False), progress=False
+    )
     names = [prompt.scenario.name for prompt in cheap.prompts]
     start = cpu_seconds()
     with_scenarios(cheap, [prompt.scenario for prompt in cheap.prompts])
@@ -190,7 +192,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_suite(folder / "suite.jsonl", given.scenarios)
-        bench = Bench(folder, Options(scenarios=folder / "suite.jsonl"))
+        bench = Bench(folder, Options(model="demo", scenarios=folder / "suite.jsonl"))
         bench.single()  # warms up
         found = contest(bench, given.repeats)
         cost = costs(bench)

@@ -106,7 +106,7 @@ def zarrtrace_way(
     shutil.rmtree(output, ignore_errors=True)
     with Peak() as peak:
         start, cpu = time.perf_counter(), time.process_time()
-        running.extract(output, options)
+        running.extract_run(output, options)
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     found = {"seconds": seconds, "cpu_seconds": cpu, "bytes": size_of(output), "peak": peak.bytes}
     return {**found, **(features_and_entropy(output) if features else {})}

@@ -156,6 +156,8 @@ def cold(bench: Bench, *options: str) -> dict[str, Any]:
     watch = Watch(bench)
     command = [sys.executable, "-m", "zarrtrace", "extract", "-o", str(output), "--quiet"]
     command += ["--model", gpu_shape.MODEL, "--device", bench.device, *options]
+    if "--scenarios" not in options:
+        command += ["--scenarios", "slot-machine"]
     if "--no-features" not in options:
         command += ["--sae-release", gpu_shape.RELEASE]
     seconds, code, _ = watch.run(command)

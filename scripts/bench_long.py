@@ -86,7 +86,7 @@ def measure(way: str, tokens: int, work: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from zarrtrace.capture import hide_progress
-    from zarrtrace.extraction import Options, extract
+    from zarrtrace.extraction import Options, extract_run
 
     hide_progress()
     model_path, suite = str(work / "model"), work / f"{way}{tokens}.yaml"
@@ -113,7 +113,7 @@ def measure(way: str, tokens: int, work: Path) -> dict[str, Any]:
         result = sum(weights.nbytes for weights in made.attentions)
     else:
         run = work / f"{way}{tokens}"
-        extract(run, options)
+        extract_run(run, options)
         result = stored_bytes(run)
     return {
         "seconds": time.perf_counter() - start,

@@ -95,8 +95,7 @@ def warm(home: Path, scale: Scale, device: str, asked: Mapping[str, Any]) -> dic
             given[name] = tuple(given[name])
     if given.get("features", True):
         given["sae_release"] = RELEASE
-    if "scenarios" in given:
-        given["scenarios"] = Path(given["scenarios"])
+    given["scenarios"] = given.get("scenarios", "slot-machine")
     options = Options(model=gpu_shape.MODEL, device=device, **given)
     start = time.perf_counter()
     job = prepare(options)
@@ -117,7 +116,7 @@ def warm(home: Path, scale: Scale, device: str, asked: Mapping[str, Any]) -> dic
             _wrap_all(clocks)
         shutil.rmtree(output, ignore_errors=True)
         start = time.perf_counter()
-        running.extract(output, options)
+        running.extract_run(output, options)
         out["seconds"].append(time.perf_counter() - start)
     if with_clocks:
         out["seconds with clocks"] = out["seconds"].pop()
@@ -185,7 +184,7 @@ def correctness(home: Path, scale: Scale, device: str, asked: Mapping[str, Any])
     from sae_lens import SAE
 
     from zarrtrace import open_trace
-    from zarrtrace.extraction import Options, extract
+    from zarrtrace.extraction import Options, extract_run
 
     out: dict[str, Any] = {}
     model, _ = gpu_shape.load(home, device)
@@ -196,13 +195,14 @@ def correctness(home: Path, scale: Scale, device: str, asked: Mapping[str, Any])
         shutil.rmtree(folders[label], ignore_errors=True)
         options = Options(
             model=gpu_shape.MODEL,
+            scenarios="slot-machine",
             sae_release=RELEASE,
             only=names,
             device=device,
             batch_size=size,
             low_memory=low,
         )
-        extract(folders[label], options)
+        extract_run(folders[label], options)
         out[label] = {"layers": 0, "attention equal": 0, "features equal": 0}
         out[label] |= {"attention: largest difference": 0.0, "features: largest difference": 0.0}
         out[label] |= {"members that differ": 0, "members": 0}

@@ -10,8 +10,11 @@ model=(--model "${MODEL:-meta-llama/Llama-3.1-8B}")
 saes=(--sae-release "${SAE_RELEASE:-llama_scope_lxr_8x}")
 [ -n "${SAE_PATH:-}" ] && saes=(--sae-path "$SAE_PATH")
 layers=(--layers 1-31)
+scenarios=(--scenarios slot-machine)
 [[ " $* " == *" --layer"* ]] && layers=()
+[[ " $* " == *" --scenarios"* || " $* " == *" --prompt"* ]] && scenarios=()
 mkdir -p "$(dirname "$output")"
 log="${output%/}_$(date +%Y%m%d_%H%M%S).log"
 echo "logging to $log"
-zarrtrace extract "${model[@]}" ${layers[@]+"${layers[@]}"} "${saes[@]}" -o "$output" "$@" 2>&1 | tee "$log"
+zarrtrace extract "${model[@]}" ${layers[@]+"${layers[@]}"} "${saes[@]}" \
+    ${scenarios[@]+"${scenarios[@]}"} -o "$output" "$@" 2>&1 | tee "$log"

@@ -28,7 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 from zarrtrace.cli.shared import Layers
-from zarrtrace.extraction import Options, extract
+from zarrtrace.extraction import Options, extract_run
 from zarrtrace.records import LayerRecord
 from zarrtrace.store import TraceWriter, verify
 
@@ -163,7 +163,10 @@ def main() -> None:
         watch_layers(watch)
         start = time.monotonic()
         try:
-            extract(folder / "run", Options(scenarios=folder / "suite.jsonl", layers=layers))
+            extract_run(
+                folder / "run",
+                Options(model="demo", scenarios=folder / "suite.jsonl", layers=layers),
+            )
         except KeyboardInterrupt:
             if not watch.stopped:
                 raise

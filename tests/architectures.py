@@ -217,7 +217,7 @@ def request(
     queries: tuple[int, ...] | None = None,
 ) -> Request:
     """Ask for everything of a prompt that consists of given tokens."""
-    prompt = Prompt(Scenario(name, "."), Tokens(ids, [str(i) for i in ids]), {}, {})
+    prompt = Prompt(Scenario(".", name=name), Tokens(ids, [str(i) for i in ids]), {}, {})
     return Request(prompt, frozenset(layers), next_token=True, blocked=blocked, queries=queries)
 
 

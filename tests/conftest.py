@@ -150,12 +150,12 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Extract the main job, the embedded model over its ten scenarios, which no test may change."""
     from filelock import FileLock
 
-    from zarrtrace.extraction import extract
+    from zarrtrace.extraction import extract_run
 
     own = tmp_path_factory.getbasetemp()
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "demo" / "runs"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name("demo.lock")):  # pytest's processes share one
         if not (folder / "demo").exists():
-            extract(folder / "demo")
+            extract_run(folder / "demo")
     return folder / "demo"

@@ -27,7 +27,7 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 from zarrtrace import demo
 from zarrtrace.capture import load_model
 from zarrtrace.errors import ModelError
-from zarrtrace.extraction import Options, extract
+from zarrtrace.extraction import Options, extract_run
 from zarrtrace.records import TokensRecord
 from zarrtrace.store import open_trace, verify
 
@@ -126,7 +126,7 @@ def test_a_whole_run_stores_what_was_captured(
     models: Models, name: str, tmp_path: Path, suite: Path
 ) -> None:
     path = models.path(name)
-    run = extract(tmp_path / "run", _options(path, suite))
+    run = extract_run(tmp_path / "run", _options(path, suite))
     assert verify(run) == []
     ds = open_trace(run / "short")
     attributes = ds.attrs
@@ -156,7 +156,7 @@ def test_blocks_without_attention_say_so_and_keep_their_features(
         config = StandardSAEConfig(d_in=32, d_sae=48)
         config.metadata.hook_name = f"blocks.{layer}.hook_resid_post"
         SAE.from_dict(config.to_dict()).save_model(tmp_path / "saes" / str(layer))
-    run = extract(
+    run = extract_run(
         tmp_path / "run", _options(path, suite, features=True, sae_path=tmp_path / "saes")
     )
     assert verify(run) == []
@@ -180,7 +180,7 @@ def test_blocks_without_attention_say_so_and_keep_their_features(
 def test_layers_without_attention_alone_still_make_a_trace(
     models: Models, tmp_path: Path, suite: Path
 ) -> None:
-    run = extract(tmp_path / "run", _options(models.path("Qwen3-Next"), suite, layers=(0, 2)))
+    run = extract_run(tmp_path / "run", _options(models.path("Qwen3-Next"), suite, layers=(0, 2)))
     assert verify(run) == []
     ds = open_trace(run / "short")
     assert ds.sizes["attention_layer"] == 0
@@ -197,7 +197,7 @@ def test_attention_is_stored_without_loss(
     models: Models, name: str, dtype: str, stored: str, tmp_path: Path, suite: Path
 ) -> None:
     path = models.path(name, dtype)
-    ds = open_trace(extract(tmp_path / "run", _options(path, suite)) / "short")
+    ds = open_trace(extract_run(tmp_path / "run", _options(path, suite)) / "short")
     assert ds.attention.dtype == stored
     attributes = ds.attrs
     assert attributes["attention_dtype"] == stored
@@ -216,7 +216,7 @@ def test_softmax_precision_is_the_architectures_own(models: Models) -> None:
 
 def test_float16_on_request(models: Models, tmp_path: Path, suite: Path) -> None:
     path = models.path("Llama")
-    run = extract(tmp_path / "run", _options(path, suite, attention_dtype="float16"))
+    run = extract_run(tmp_path / "run", _options(path, suite, attention_dtype="float16"))
     ds = open_trace(run / "short")
     assert ds.attention.dtype == np.float16
     weights = architectures.reference("Llama", path, ds.token_id.values.tolist()).attention
@@ -257,7 +257,7 @@ def test_a_quantised_model_is_captured_exactly(tmp_path: Path, suite: Path) -> N
     save_file(packed, path / "model.safetensors", metadata={"format": "pt"})
     blocks = load_model(str(path)).blocks
     assert "BitLinear" in {type(module).__name__ for module in blocks[0].modules()}
-    ds = open_trace(extract(tmp_path / "run", _options(path, suite)) / "short")
+    ds = open_trace(extract_run(tmp_path / "run", _options(path, suite)) / "short")
     expected = architectures.reference("Llama", path, ds.token_id.values.tolist())
     for layer, weights in expected.attention.items():
         assert np.array_equal(ds.attention.sel(layer=layer).values, weights.numpy())
@@ -269,7 +269,7 @@ def test_a_quantised_model_whose_package_is_missing_is_refused(
     path = architectures.save_model("Llama", tmp_path / "model")
     _quantise(path, "aqlm")
     with pytest.raises(ModelError, match="needs another package to load it") as caught:
-        extract(tmp_path / "run", _options(path, suite))
+        extract_run(tmp_path / "run", _options(path, suite))
     assert "aqlm" in caught.value.what.lower() or "accelerate" in caught.value.what.lower()
     assert not (tmp_path / "run").exists()
 
@@ -304,7 +304,7 @@ def test_other_architectures_are_refused_by_name_before_any_work(
 ) -> None:
     folder = _config_alone(tmp_path / "model", config, architecture)
     with pytest.raises(ModelError, match=what) as caught:
-        extract(tmp_path / "run", _options(folder, suite, layers=(0, 1)))
+        extract_run(tmp_path / "run", _options(folder, suite, layers=(0, 1)))
     assert str(folder) in caught.value.what
     assert caught.value.why
     assert caught.value.remedy
@@ -327,5 +327,5 @@ def test_a_tokenizer_without_offsets_is_refused(tmp_path: Path, suite: Path) -> 
     config.save_pretrained(tmp_path / "model")
     ByT5Tokenizer().save_pretrained(tmp_path / "model")
     with pytest.raises(ModelError, match="gives no character offsets"):
-        extract(tmp_path / "run", _options(tmp_path / "model", suite, layers=(0, 1)))
+        extract_run(tmp_path / "run", _options(tmp_path / "model", suite, layers=(0, 1)))
     assert not (tmp_path / "run").exists()

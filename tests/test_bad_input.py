@@ -105,7 +105,7 @@ def suite(text: str | bytes, name: str = "suite.yaml") -> Callable[[Path], list[
     def arrange(folder: Path) -> list[str]:
         content = text.encode() if isinstance(text, str) else text
         (folder / name).write_bytes(content)
-        return extract(folder, "--scenarios", str(folder / name))
+        return extract(folder, "--model", "demo", "--scenarios", str(folder / name))
 
     return arrange
 
@@ -122,13 +122,13 @@ def entries(*changes: dict[str, Any]) -> Callable[[Path], list[str]]:
 
 def _fifo(folder: Path) -> list[str]:
     os.mkfifo(folder / "suite.yaml")
-    return extract(folder, "--scenarios", str(folder / "suite.yaml"))
+    return extract(folder, "--model", "demo", "--scenarios", str(folder / "suite.yaml"))
 
 
 def _huge_file(folder: Path) -> list[str]:
     with (folder / "suite.yaml").open("wb") as out:
         out.truncate(2**34)  # sparse: 16 GB that take no room
-    return extract(folder, "--scenarios", str(folder / "suite.yaml"))
+    return extract(folder, "--model", "demo", "--scenarios", str(folder / "suite.yaml"))
 
 
 _SUITES: dict[str, Case] = {
@@ -198,7 +198,8 @@ _SUITES: dict[str, Case] = {
     ),
     "pipe": Case(_fifo, ("suite.yaml", "file")),
     "endless device": Case(
-        lambda folder: extract(folder, "--scenarios", "/dev/zero"), ("/dev/zero",)
+        lambda folder: extract(folder, "--model", "demo", "--scenarios", "/dev/zero"),
+        ("/dev/zero",),
     ),
     "16 GB": Case(_huge_file, ("suite.yaml", "larger")),
     "prompt of 10 MB": Case(
@@ -747,7 +748,8 @@ def model(change: Callable[[Path], object]) -> Callable[[Path], list[str]]:
     def arrange(folder: Path) -> list[str]:
         shutil.copytree(demo.model_path(), folder / "model")
         change(folder / "model")
-        return extract(folder, "--model", str(folder / "model"), "--scenario", "Risky_40")
+        chosen = ["--scenarios", "slot-machine", "--scenario", "Risky_40"]
+        return extract(folder, "--model", str(folder / "model"), *chosen)
 
     return arrange
 
@@ -874,7 +876,7 @@ def test_a_token_never_stands_in_an_error(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = extract(tmp_path, "--model", "nobody/secret-model")
+    arguments = extract(tmp_path, "--model", "nobody/secret-model", "--scenarios", "slot-machine")
     done = call(monkeypatch, capsys, arguments)
     assert any(_TOKEN in given for given in hub.given)  # it was sent, and came back
     assert done.code == 1

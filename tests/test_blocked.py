@@ -22,7 +22,7 @@ from zarrtrace.capture import batches, blocked, hooks, lockstep, probe_model
 from zarrtrace.capture.checks import wants_blocks
 from zarrtrace.capture.model import Permitted
 from zarrtrace.errors import ConfigError, ZarrtraceError
-from zarrtrace.extraction import Options, extract
+from zarrtrace.extraction import Options, extract_run
 from zarrtrace.format import layout
 from zarrtrace.format.layout import Limits
 from zarrtrace.records import LayerRecord, TokensRecord
@@ -173,7 +173,7 @@ def test_an_architecture_that_differs_by_blocks_is_captured_whole(
     monkeypatch.setattr(blocked, "_BLOCK_BYTES", 1)
     assert not probe_model(models("Llama")).permitted.blocks
     path = models.path("Llama")
-    run = extract(tmp_path / "run", _options(path, suite, attention_capture="blocked"))
+    run = extract_run(tmp_path / "run", _options(path, suite, attention_capture="blocked"))
     ds = open_trace(run / "short")
     assert ds.attrs["model"]["attn_implementation"] == "eager"
     expected = architectures.reference("Llama", path, ds.token_id.values.tolist())
@@ -193,8 +193,8 @@ def test_a_blocked_run_equals_a_whole_one(
     models: Models, suite: Path, tmp_path: Path, small_blocks: None, name: str
 ) -> None:
     path = models.path(name)
-    whole = extract(tmp_path / "whole", _options(path, suite))
-    run = extract(tmp_path / "blocked", _options(path, suite, attention_capture="blocked"))
+    whole = extract_run(tmp_path / "whole", _options(path, suite))
+    run = extract_run(tmp_path / "blocked", _options(path, suite, attention_capture="blocked"))
     assert verify(run) == []
     for scenario in ("short", "longer"):
         expected, found = open_trace(whole / scenario), open_trace(run / scenario)
@@ -228,7 +228,9 @@ def test_chosen_queries_are_stored_and_nothing_else(
     way: Any,
 ) -> None:
     path = models.path(name)
-    run = extract(tmp_path / "run", _options(path, suite, queries=queries, attention_capture=way))
+    run = extract_run(
+        tmp_path / "run", _options(path, suite, queries=queries, attention_capture=way)
+    )
     assert verify(run) == []
     for scenario in ("short", "longer"):
         ds = open_trace(run / scenario)
@@ -256,7 +258,7 @@ def test_chosen_queries_are_stored_and_nothing_else(
 def test_chosen_queries_are_read_without_our_code(
     models: Models, suite: Path, tmp_path: Path
 ) -> None:
-    run = extract(tmp_path / "run", _options(models.path("Llama"), suite, queries="last"))
+    run = extract_run(tmp_path / "run", _options(models.path("Llama"), suite, queries="last"))
     ds = xr.open_zarr(run / "short", chunks=None)
     assert ds.attention_query.values.tolist() == [ds.sizes["key"] - 1]
     assert np.isfinite(ds.attention).all()
@@ -267,7 +269,7 @@ def test_queries_outside_a_prompt_are_refused(models: Models, suite: Path, tmp_p
     path = models.path("Llama")
     for wanted in ((1000,), (-1000,)):
         with pytest.raises(ConfigError, match=f"--queries {wanted[0]}"):
-            extract(tmp_path / "run", _options(path, suite, queries=wanted))
+            extract_run(tmp_path / "run", _options(path, suite, queries=wanted))
         assert not (tmp_path / "run").exists()
 
 
@@ -276,7 +278,7 @@ def test_chosen_queries_go_on_where_they_were_interrupted(
 ) -> None:
     path = models.path("Gemma 2")
     options = _options(path, suite, queries=(0, 5, -1), attention_capture="blocked")
-    expected = extract(tmp_path / "expected", options)
+    expected = extract_run(tmp_path / "expected", options)
     real = lockstep.Pass.advance
     calls = []
 
@@ -289,8 +291,8 @@ def test_chosen_queries_go_on_where_they_were_interrupted(
     with monkeypatch.context() as patch:
         patch.setattr(lockstep.Pass, "advance", fail_later)
         with pytest.raises(KeyboardInterrupt):
-            extract(tmp_path / "run", options)
-    found = extract(tmp_path / "run", options)
+            extract_run(tmp_path / "run", options)
+    found = extract_run(tmp_path / "run", options)
     assert verify(found) == []
     for scenario in ("short", "longer"):
         a, b = open_trace(expected / scenario), open_trace(found / scenario)
@@ -302,7 +304,7 @@ def test_export_writes_rows_that_are_not_stored_as_nan(
 ) -> None:
     from zarrtrace.npz import export_npz
 
-    run = extract(tmp_path / "run", _options(models.path("Llama"), suite, queries=(0, -1)))
+    run = extract_run(tmp_path / "run", _options(models.path("Llama"), suite, queries=(0, -1)))
     export_npz(run, tmp_path / "npz")
     ds = open_trace(run / "short")
     with np.load(tmp_path / "npz" / "short" / "layer_2.npz") as layer:
@@ -318,8 +320,10 @@ def test_analysis_reads_stored_rows_and_refuses_others_by_name(
     from zarrtrace.analysis import attention_flow, attention_to
 
     path = models.path("Llama")
-    chosen = open_trace(extract(tmp_path / "last", _options(path, suite, queries="last")) / "short")
-    whole = open_trace(extract(tmp_path / "all", _options(path, suite)) / "short")
+    chosen = open_trace(
+        extract_run(tmp_path / "last", _options(path, suite, queries="last")) / "short"
+    )
+    whole = open_trace(extract_run(tmp_path / "all", _options(path, suite)) / "short")
     alone, together = (attention_to(ds, "balance", "decision") for ds in (chosen, whole))
     weights = 4 * len(chosen.attrs["spans"]["balance"]["tokens"])  # of four heads
     error = 2 * rounding.rounding("float32", weights, together)
@@ -345,7 +349,7 @@ def test_long_prompts_are_cut_into_files_and_read_as_one(
     limits = Limits(file_bytes=4 * 4 * 768 * 192, record_bytes=4 * 4 * 768 * 64)
     monkeypatch.setattr(layout, "DEFAULT_LIMITS", limits)
     path = models.path("Llama", max_position_embeddings=2048)
-    run = extract(tmp_path / "run", _options(path, suite, layers=(1,), attention_capture=way))
+    run = extract_run(tmp_path / "run", _options(path, suite, layers=(1,), attention_capture=way))
     assert verify(run) == []
     ds = open_trace(run / "long")
     tokens = ds.sizes["query"]
@@ -590,8 +594,8 @@ def test_a_batched_run_equals_one_prompt_at_a_time(
     models: Models, suite: Path, tmp_path: Path
 ) -> None:
     path = models.path("Gemma 3")
-    alone = extract(tmp_path / "alone", _options(path, suite, batch_size=1))
-    together = extract(tmp_path / "together", _options(path, suite, batch_size=2))
+    alone = extract_run(tmp_path / "alone", _options(path, suite, batch_size=1))
+    together = extract_run(tmp_path / "together", _options(path, suite, batch_size=2))
     assert verify(together) == []
     for scenario in ("short", "longer"):
         a, b = open_trace(alone / scenario), open_trace(together / scenario)

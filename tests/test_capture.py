@@ -302,7 +302,7 @@ def test_inference_mode_does_not_leak(model: LoadedModel, prompts: list[Prompt])
 def test_bos_exactly_once_or_not_at_all(
     model: LoadedModel, text: str, prepend: bool, starts: list[str]
 ) -> None:
-    prompt = tokenize(model, Scenario("a", text), prepend_bos=prepend)
+    prompt = tokenize(model, Scenario(text, name="a", marks=False), prepend_bos=prepend)
     found = [token[:1] if not token.startswith("<") else token for token in prompt.tokens.texts]
     assert found[: len(starts)] == starts
     assert list(prompt.tokens.texts).count("<|begin_of_text|>") == int(prepend)

@@ -31,7 +31,7 @@ from zarrtrace.errors import (
     NonFiniteError,
     ZarrtraceError,
 )
-from zarrtrace.extraction import Options, extract
+from zarrtrace.extraction import Options, extract_run
 from zarrtrace.extraction.job import library_versions
 from zarrtrace.extraction.progress import Progress
 from zarrtrace.records import TokensRecord
@@ -79,13 +79,13 @@ def client() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What one process stores."""
-    return files_of(extract(tmp_path_factory.mktemp("single") / "run", options()))
+    return files_of(extract_run(tmp_path_factory.mktemp("single") / "run", options()))
 
 
 @pytest.fixture(scope="module")
 def single_attention(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What one process stores without features."""
-    return files_of(extract(tmp_path_factory.mktemp("single") / "run", ATTENTION))
+    return files_of(extract_run(tmp_path_factory.mktemp("single") / "run", ATTENTION))
 
 
 def files_of(run: Any) -> dict[str, bytes]:
@@ -161,7 +161,7 @@ def test_batches_are_those_of_one_process(
     asked = options(batch_size=2, layers=(1, 30), queries="spans", sae_path=Path("saes"))
     monkeypatch.chdir(demo.sae_path().parent)  # workers run elsewhere
     (tmp_path / "one").mkdir()
-    expected = files_of(extract(tmp_path / "one/run", asked))
+    expected = files_of(extract_run(tmp_path / "one/run", asked))
     (tmp_path / "two").mkdir()
     extract_on_cluster(client, tmp_path / "two/run", asked)
     assert_same(tmp_path / "two/run", expected)
@@ -491,12 +491,12 @@ def test_successor_of_a_worker_goes_on_where_it_ended(tmp_path: Path, end: str) 
 def test_next_client_waits_for_a_worker_of_the_last_one(tmp_path: Path) -> None:
     """`extract` in one process, after a client whose workers go on writing."""
     run = tmp_path / "run"
-    extract(run, ATTENTION)
+    extract_run(run, ATTENTION)
     with only_writer(locate(run), [NAMES[0]], seconds=0):
         done = threading.Event()
 
         def again() -> None:
-            extract(run, ATTENTION)
+            extract_run(run, ATTENTION)
             done.set()
 
         client = threading.Thread(target=again)

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from architectures import Models
 
+import zarrtrace as zt
 from zarrtrace import demo
 from zarrtrace.capture import saes
 from zarrtrace.cli import main
 from zarrtrace.errors import ConfigError, SAEError
-from zarrtrace.extraction import Job, Options, extract, prepare
+from zarrtrace.extraction import Job, Options, prepare
 from zarrtrace.store import open_trace
 
 pytestmark = pytest.mark.torch
@@ -27,6 +28,7 @@ MODEL = str(demo.model_path())
 
 def _job(**options: Any) -> Job:
     chosen = {"model": MODEL, "only": ("Risky_40",), **options}
+    chosen["scenarios"] = None if chosen["model"] is None else "slot-machine"
     return prepare(Options(**chosen), weights=False)
 
 
@@ -49,7 +51,7 @@ def test_no_block_of_a_small_model_is_dropped(
     name: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = Models(tmp_path_factory.mktemp("models")).path(name)
-    job = prepare(Options(model=str(path), features=False, only=("Risky_40",)), weights=False)
+    job = _job(model=str(path), features=False)
     assert job.layers == tuple(range(4))
     assert job.notes == ()
 
@@ -129,6 +131,7 @@ def test_the_command_names_what_it_leaves_out(
 
     def call(*more: str) -> tuple[str, str]:
         line = ["extract", "-o", str(tmp_path / "run"), "--model", MODEL, "--sae-path", str(folder)]
+        line += ["--scenarios", "slot-machine"]
         monkeypatch.setattr(sys, "argv", ["zarrtrace", *line, "--scenario", "Risky_40", *more])
         with pytest.raises(SystemExit) as ended:
             main()
@@ -147,6 +150,11 @@ def test_the_command_names_what_it_leaves_out(
 
 
 def test_the_python_function_takes_the_same_default(tmp_path: Path) -> None:
-    options = Options(model=MODEL, sae_path=_saes(tmp_path / "saes", 0), only=("Risky_40",))
-    run = extract(tmp_path / "run", options)
-    assert open_trace(run / "Risky_40").layer.values.tolist() == [0]
+    run = zt.extract(
+        tmp_path / "run",
+        "slot-machine",
+        model=MODEL,
+        saes=_saes(tmp_path / "saes", 0),
+        scenario="Risky_40",
+    )
+    assert run["Risky_40"].layer.values.tolist() == [0]

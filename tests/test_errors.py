@@ -31,7 +31,7 @@ from zarrtrace.errors import (
     StoreError,
     ZarrtraceError,
 )
-from zarrtrace.extraction import Options, extract, prepare
+from zarrtrace.extraction import Options, extract_run, prepare
 from zarrtrace.store import open_run
 
 pytestmark = pytest.mark.torch
@@ -45,7 +45,7 @@ def message(error: pytest.ExceptionInfo[ZarrtraceError]) -> str:
 
 def fails(kind: type[ZarrtraceError], **options: Any) -> str:
     with pytest.raises(kind) as error:
-        prepare(Options(**options), weights=False)
+        prepare(Options(**{"model": "demo", "scenarios": "slot-machine", **options}), weights=False)
     return message(error)
 
 
@@ -139,11 +139,11 @@ def test_memory_that_is_full_amid_a_run(tmp_path: Path, monkeypatch: pytest.Monk
     with monkeypatch.context() as patch:
         patch.setattr(LlamaMLP, "forward", full)
         with pytest.raises(ModelError) as error:
-            extract(tmp_path / "run", small(layers=(1, 2, 3, 4)))
+            extract_run(tmp_path / "run", small(layers=(1, 2, 3, 4)))
     said = message(error)
     assert "the memory of cpu is full" in said
     assert "--low-memory" in said
-    extract(tmp_path / "run", small(layers=(1, 2, 3, 4)))  # goes on
+    extract_run(tmp_path / "run", small(layers=(1, 2, 3, 4)))  # goes on
 
 
 # --- SAEs --------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def test_weights_that_are_missing(tmp_path: Path) -> None:
     folder = copy_of_demo_saes(tmp_path / "saes", range(1, 2))
     (folder / "blocks.1.hook_resid_post" / "sae_weights.safetensors").unlink()
     with pytest.raises(SAEError) as error:
-        extract(tmp_path / "run", Options(sae_path=folder, layers=(1,), only=("Risky_40",)))
+        extract_run(tmp_path / "run", Options(sae_path=folder, layers=(1,), only=("Risky_40",)))
     assert "sae_weights.safetensors is missing" in message(error)
 
 
@@ -230,7 +230,7 @@ def test_scenario_that_is_not_in_the_suite() -> None:
 def test_output_that_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(NotATraceError) as error:
-        extract(tmp_path)
+        extract_run(tmp_path)
     assert "nothing there was changed" in message(error)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -241,15 +241,15 @@ def small(**changes: Any) -> Options:
 
 
 def test_another_configuration(tmp_path: Path) -> None:
-    extract(tmp_path / "run", small())
+    extract_run(tmp_path / "run", small())
     with pytest.raises(ConfigMismatchError) as error:
-        extract(tmp_path / "run", small(layers=(1, 3)))
+        extract_run(tmp_path / "run", small(layers=(1, 3)))
     assert "layers: '1-2' there, '1,3' now" in message(error)
     assert error.value.exit_code == 2
 
 
 def test_newer_format(tmp_path: Path) -> None:
-    extract(tmp_path / "run", small())
+    extract_run(tmp_path / "run", small())
     file = tmp_path / "run" / "zarr.json"
     file.write_text(file.read_text().replace('"format_version": 2', '"format_version": 3'))
     with pytest.raises(FormatVersionError) as error:
@@ -270,10 +270,10 @@ def test_no_space_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Path, "open", full)
     with pytest.raises(NoSpaceError) as error:
-        extract(tmp_path / "run", small())
+        extract_run(tmp_path / "run", small())
     assert re.search(r"The run needs about \d+ kB in all\. .* are free now", message(error))
     monkeypatch.undo()
-    extract(tmp_path / "run", small())
+    extract_run(tmp_path / "run", small())
     assert len(open_run(tmp_path / "run")["Risky_40"].layer) == 2
 
 
@@ -282,7 +282,7 @@ def test_a_pickled_model_is_not_read(tmp_path: Path) -> None:
     shutil.copytree(demo.model_path(), folder, ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save({"weights": Evil(tmp_path / "was here")}, folder / "pytorch_model.bin")
     with pytest.raises(ModelError) as error:
-        prepare(Options(model=str(folder), features=False))
+        prepare(Options(model=str(folder), scenarios="slot-machine", features=False))
     assert "a pickle that holds more than tensors" in message(error)
     assert not (tmp_path / "was here").exists()
 
@@ -300,12 +300,12 @@ class Evil:
 def test_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("precious")
     with pytest.raises(StoreError) as error:
-        extract(tmp_path / "file" / "run", small())
+        extract_run(tmp_path / "file" / "run", small())
     assert "a file is where a folder should be" in message(error)
 
 
 def test_spans_beyond_the_prompt(tmp_path: Path) -> None:
-    extract(tmp_path / "run", small())
+    extract_run(tmp_path / "run", small())
 
     def change(group: Any) -> None:
         group["attributes"]["spans"]["goal"]["tokens"] = [3, 5000]

@@ -120,7 +120,8 @@ class Captured(NamedTuple):
 def _prepare(path: Path) -> Job:
     """Load and examine a model, as a run does."""
     return prepare(
-        Options(model=str(path), features=False), scenarios=[Scenario("short", PROMPTS["short"])]
+        Options(model=str(path), features=False),
+        scenarios=[Scenario(PROMPTS["short"], name="short", marks=False)],
     )
 
 
@@ -129,7 +130,7 @@ def _in_way(job: Job, way: str) -> Job:
     options, prompts = WAYS[way]
     return with_scenarios(
         replace(job, options=replace(job.options, **options)),
-        [Scenario(name, PROMPTS[name]) for name in prompts],
+        [Scenario(PROMPTS[name], name=name, marks=False) for name in prompts],
     )
 
 

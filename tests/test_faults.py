@@ -345,7 +345,7 @@ def stored_layers(run: Path) -> tuple[int, ...]:
 
 @pytest.mark.torch
 def test_a_failing_writer_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from zarrtrace.extraction import extract
+    from zarrtrace.extraction import extract_run
 
     original, seen = TraceWriter.append, []
 
@@ -357,19 +357,19 @@ def test_a_failing_writer_ends_the_run(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(TraceWriter, "append", append)
     with pytest.raises(RuntimeError, match="the codec broke"):
-        extract(tmp_path / "run", options(layers=tuple(range(32))))
+        extract_run(tmp_path / "run", options(layers=tuple(range(32))))
     assert len(seen) < 12  # what was in flight, not all 32
     assert not (tmp_path / "run" / "Risky_40").exists()
     assert stored_layers(tmp_path / "run") == tuple(range(seen[1].layer))
     monkeypatch.undo()
-    extract(tmp_path / "run", options(layers=tuple(range(32))))
+    extract_run(tmp_path / "run", options(layers=tuple(range(32))))
     assert verify(tmp_path / "run") == []
 
 
 @pytest.mark.torch
 def test_a_failing_sae_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from zarrtrace.capture.saes import FolderSAEs
-    from zarrtrace.extraction import extract
+    from zarrtrace.extraction import extract_run
 
     original = FolderSAEs.load
 
@@ -380,7 +380,7 @@ def test_a_failing_sae_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(FolderSAEs, "load", load)
     with pytest.raises(ConnectionError, match="the hub went away"):
-        extract(tmp_path / "run", options(features=True))
+        extract_run(tmp_path / "run", options(features=True))
     assert stored_layers(tmp_path / "run") == (1,)
 
 
@@ -405,15 +405,15 @@ def overflowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.torch
 def test_nonfinite_values_are_named(tmp_path: Path, overflowing: Path) -> None:
-    from zarrtrace.extraction import extract
+    from zarrtrace.extraction import extract_run
 
     asked = options(model=str(overflowing), sae_path=demo.sae_path(), features=True)
     with pytest.raises(NonFiniteError) as error:
-        extract(tmp_path / "run", asked)
+        extract_run(tmp_path / "run", asked)
     assert "Risky_40: the model computed NaN or infinity in layer 2 (features)" in str(error.value)
     assert "--allow-nonfinite" in error.value.remedy
     assert stored_layers(tmp_path / "run") == (1,)
-    extract(tmp_path / "run", asked, allow_nonfinite=True)
+    extract_run(tmp_path / "run", asked, allow_nonfinite=True)
     attributes = read_trace(tmp_path / "run/Risky_40").attributes
     assert {*attributes.nonfinite} >= {"attention", "features", "next_token_logprob"}
     assert attributes.nonfinite["features"] == (2, 3)
@@ -496,7 +496,7 @@ from pathlib import Path
 import numpy as np
 import zarr, xarray
 from zarrtrace.errors import IntegrityError
-from zarrtrace.extraction import Options, extract, job
+from zarrtrace.extraction import Options, extract_run, job
 from zarrtrace.extraction.job import capture_package
 from zarrtrace.store import RunWriter, TraceWriter, open_run, summarize, verify
 
@@ -632,17 +632,17 @@ def moment(aim, count, share):
 
 
 run, truth = folder / "run", folder / "truth"
-must(lambda: extract(truth, OPTIONS))
+must(lambda: extract_run(truth, OPTIONS))
 shutil.rmtree(truth)
 longest[:] = memoryview(bytes(32)).cast("d")  # the first finds no file in the cache
-must(lambda: extract(truth, OPTIONS))
+must(lambda: extract_run(truth, OPTIONS))
 moments = random.Random(seed)
 log, before = [], {}
 while len(log) < kills:
     aim = len(log) % len(PHASES)
     entered[:] = inside[:] = memoryview(bytes(32)).cast("d")
     stop[0] = 0
-    child = start(lambda: extract(run, OPTIONS))
+    child = start(lambda: extract_run(run, OPTIONS))
     reader = start(keep_reading)
     share = moments.random()
     moment(aim, moments.randint(1, (2, 1, 6, 3)[aim]), share)
@@ -661,7 +661,7 @@ while len(log) < kills:
         assert code == 0
         shutil.rmtree(run)  # it came to its end: from the beginning
         before = {}
-must(lambda: extract(run, OPTIONS))
+must(lambda: extract_run(run, OPTIONS))
 assert {key: journalled().get(key) for key in before} == before
 
 

@@ -30,7 +30,7 @@ from zarrtrace.capture.fingerprint import (  # noqa: E402
 from zarrtrace.capture.saes import FolderSAEs, ReleaseSAEs  # noqa: E402
 from zarrtrace.cli import main  # noqa: E402
 from zarrtrace.errors import ConfigMismatchError, SAEError  # noqa: E402
-from zarrtrace.extraction import Options, extract, job  # noqa: E402
+from zarrtrace.extraction import Options, extract_run, job  # noqa: E402
 from zarrtrace.identity import combined_versions, differences, refuse_other  # noqa: E402
 from zarrtrace.store import open_trace, read_run, read_trace, summarize, verify  # noqa: E402
 
@@ -52,6 +52,7 @@ def options(files: Path, **changes: Any) -> Options:
     return Options(
         **{
             "model": str(files / "model"),
+            "scenarios": "slot-machine",
             "sae_path": files / "saes",
             "layers": (1, 2, 3),
             "only": NAMES,
@@ -72,7 +73,7 @@ def begin(run: Path, asked: Options) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FolderSAEs, "load", load)
         with pytest.raises(ConnectionError, match="ended"):
-            extract(run, asked)
+            extract_run(run, asked)
     assert summarize(run).traces[0].missing_layers
 
 
@@ -144,7 +145,7 @@ def test_changed_files_are_refused(files: Path, change: Callable[[Path], None], 
     before = fakes.files_in(files / "run")
     change(files)
     with pytest.raises(ConfigMismatchError, match=named) as refused:
-        extract(files / "run", asked)
+        extract_run(files / "run", asked)
     assert "--overwrite" in refused.value.remedy
     assert "another --output" in refused.value.remedy
     assert fakes.files_in(files / "run") == before
@@ -157,12 +158,12 @@ def test_restored_files_are_gone_on_with(files: Path) -> None:
     for change in (change_weights, change_settings, change_sae, change_tokenizer):
         change(files)
     with pytest.raises(ConfigMismatchError):
-        extract(files / "run", asked)
+        extract_run(files / "run", asked)
     for folder, content in good.items():
         for name, data in content.items():
             (files / folder / name).write_bytes(data)
-    extract(files / "run", asked)
-    extract(files / "uninterrupted", asked)
+    extract_run(files / "run", asked)
+    extract_run(files / "uninterrupted", asked)
     assert fakes.files_in(files / "run") == fakes.files_in(files / "uninterrupted")
 
 
@@ -173,17 +174,17 @@ def test_pickled_weights_and_streamed_ones_are_compared_too(files: Path) -> None
     torch.save(weights, files / "model/pytorch_model.bin")
     asked = options(files)
     begin(files / "run", asked)
-    extract(files / "run", options(files, low_memory=True))
+    extract_run(files / "run", options(files, low_memory=True))
     begin(files / "other", asked)
     weights["model.layers.1.self_attn.o_proj.weight"] *= 1.001
     torch.save(weights, files / "model/pytorch_model.bin")
     for low_memory in (False, True):
         with pytest.raises(ConfigMismatchError, match="weights of the model"):
-            extract(files / "other", options(files, low_memory=low_memory))
+            extract_run(files / "other", options(files, low_memory=low_memory))
 
 
 def test_traces_say_the_fingerprints(files: Path) -> None:
-    extract(files / "run", options(files))
+    extract_run(files / "run", options(files))
     attributes = read_trace(files / "run" / NAMES[0]).attributes
     ds = open_trace(files / "run" / NAMES[0])
     assert attributes.model is not None
@@ -206,7 +207,7 @@ def test_an_sae_that_is_replaced_during_a_run_ends_it(
 
     monkeypatch.setattr(FolderSAEs, "find", find)
     with pytest.raises(SAEError, match=r"its weights have fingerprint \w{16}, not \w{16}"):
-        extract(files / "run", options(files))
+        extract_run(files / "run", options(files))
     found = summarize(files / "run").traces[0]
     assert set(found.layers) - set(found.missing_layers) == {1}
 
@@ -241,7 +242,11 @@ def move_on(repository: Path) -> str:
 
 
 FROM_HUB = Options(
-    model="some/llama", sae_release="llama_scope_lxr_8x", layers=(1, 2), only=NAMES[:1]
+    model="some/llama",
+    scenarios="slot-machine",
+    sae_release="llama_scope_lxr_8x",
+    layers=(1, 2),
+    only=NAMES[:1],
 )
 
 
@@ -251,7 +256,7 @@ def test_commits_of_model_and_saes_are_compared(hub: Path, tmp_path: Path) -> No
         for name in ("some/llama", "fnlp/Llama3_1-8B-Base-LXR-8x")
     )
     first = (saes / "refs/main").read_text()
-    extract(tmp_path / "run", FROM_HUB)
+    extract_run(tmp_path / "run", FROM_HUB)
     attributes = read_trace(tmp_path / "run" / NAMES[0]).attributes
     assert {sae.revision for sae in attributes.saes.values()} == {first}
     assert "sae_fingerprint" not in open_trace(tmp_path / "run" / NAMES[0])
@@ -260,20 +265,20 @@ def test_commits_of_model_and_saes_are_compared(hub: Path, tmp_path: Path) -> No
     assert attributes.model.fingerprint is not None
     later = move_on(saes)
     with pytest.raises(ConfigMismatchError, match=rf"weights of SAEs: .*{first}.*{later}"):
-        extract(tmp_path / "run", FROM_HUB)
+        extract_run(tmp_path / "run", FROM_HUB)
     (saes / "refs/main").write_text(first)
-    extract(tmp_path / "run", FROM_HUB)
+    extract_run(tmp_path / "run", FROM_HUB)
     later = move_on(model)
     with pytest.raises(ConfigMismatchError, match=rf"revision: .* there, '{later}' now"):
-        extract(tmp_path / "run", FROM_HUB)
+        extract_run(tmp_path / "run", FROM_HUB)
 
 
 def test_an_edited_snapshot_is_noticed_under_its_old_commit(hub: Path, tmp_path: Path) -> None:
-    extract(tmp_path / "run", FROM_HUB)
+    extract_run(tmp_path / "run", FROM_HUB)
     (file,) = hub.glob("models--some--llama/snapshots/*/model.safetensors")
     change_tensors(file, "model.layers.1.mlp.up_proj.weight")
     with pytest.raises(ConfigMismatchError, match="weights of the model"):
-        extract(tmp_path / "run", FROM_HUB)
+        extract_run(tmp_path / "run", FROM_HUB)
 
 
 def test_a_commit_that_arrives_during_a_run_ends_it(hub: Path) -> None:
@@ -303,11 +308,12 @@ def test_other_versions_are_refused_or_both_are_said(
     old = {**today, "torch": "2.4.0", "zarr": "3.1.0"}
     with monkeypatch.context() as patch:
         patch.setattr(job, "_versions", lambda: tuple(old.items()))
-        extract(files / "run", options(files, only=NAMES[1:]))  # complete, by the old ones
+        extract_run(files / "run", options(files, only=NAMES[1:]))  # complete, by the old ones
         begin(files / "begun", asked)
     begun = fakes.files_in(files / "begun")
     for run, only in (("run", NAMES[1:]), ("begun", NAMES)):
         command = ["-o", str(files / run), "--model", str(files / "model"), "--layers", "1-3"]
+        command += ["--scenarios", "slot-machine"]
         command += ["--sae-path", str(files / "saes"), "-q"]
         command += [part for name in only for part in ("--scenario", name)]
         before = fakes.files_in(files / run)
@@ -340,7 +346,7 @@ def test_a_repaired_trace_says_both_versions_and_the_others_keep_theirs(
     asked = options(files, features=False, sae_path=None)
     with monkeypatch.context() as patch:
         patch.setattr(job, "_versions", lambda: tuple(old.items()))
-        extract(files / "run", asked)
+        extract_run(files / "run", asked)
     (damaged, *_) = sorted(
         (file for file in (files / "run" / NAMES[0] / "attention").rglob("*") if file.is_file()),
         key=lambda file: -file.stat().st_size,
@@ -349,8 +355,8 @@ def test_a_repaired_trace_says_both_versions_and_the_others_keep_theirs(
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
     with pytest.raises(ConfigMismatchError, match=r"version of transformers: '5\.0\.0' there"):
-        extract(files / "run", asked, repair=True)
-    extract(files / "run", asked, repair=True, accept_versions=True)
+        extract_run(files / "run", asked, repair=True)
+    extract_run(files / "run", asked, repair=True, accept_versions=True)
     assert verify(files / "run") == []
     both = f"5.0.0, {today['transformers']}"
     for name, expected in zip(NAMES, (both, "5.0.0"), strict=True):

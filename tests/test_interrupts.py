@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from zarrtrace.extraction import Options, extract
+from zarrtrace.extraction import Options, extract_run
 from zarrtrace.extraction.interrupts import held_back
 from zarrtrace.store import verify
 
@@ -119,9 +119,9 @@ def test_an_extraction_stores_the_layer_in_hand(
     with monkeypatch.context() as patch:
         patch.setattr(capture, "capture", interrupted)
         with pytest.raises(KeyboardInterrupt, match="stopped after 2 of 6 layers"):
-            extract(tmp_path / "run", asked)
+            extract_run(tmp_path / "run", asked)
     assert computed == [1, 2]
-    extract(tmp_path / "run", asked)
+    extract_run(tmp_path / "run", asked)
     assert verify(tmp_path / "run") == []
 
 

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zarrtrace import memory
 from zarrtrace.capture import blocked, checks, lockstep
 from zarrtrace.errors import IncompleteError
-from zarrtrace.extraction import Options, extract, running
+from zarrtrace.extraction import Options, extract_run, running
 from zarrtrace.format import layout
 from zarrtrace.format.layout import Limits
 from zarrtrace.store import open_trace, verify
@@ -162,11 +162,11 @@ def test_layers_in_several_records_are_the_same_layers(
     models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = _options(models, tmp_path)
-    whole = open_trace(extract(tmp_path / "whole", options) / "long")
+    whole = open_trace(extract_run(tmp_path / "whole", options) / "long")
     monkeypatch.setattr(layout, "DEFAULT_LIMITS", CUT)
     monkeypatch.setattr(lockstep, "_LOGIT_ROWS", 64)
     blocks = _options(models, tmp_path, attention_capture="blocked")
-    run = extract(tmp_path / "rows", blocks)
+    run = extract_run(tmp_path / "rows", blocks)
     assert verify(run) == []
     rows = open_trace(run / "long")
     assert len(list((tmp_path / "rows" / "long" / "features").glob("c.0.*"))) > 3
@@ -187,7 +187,7 @@ def test_a_run_stopped_between_two_records_of_a_layer_goes_on(
 ) -> None:
     monkeypatch.setattr(layout, "DEFAULT_LIMITS", CUT)
     options = _options(models, tmp_path, attention_capture="blocked")
-    expected = open_trace(extract(tmp_path / "expected", options) / "long")
+    expected = open_trace(extract_run(tmp_path / "expected", options) / "long")
     real = running.WriterThreads.submit
     submitted = []
 
@@ -200,10 +200,10 @@ def test_a_run_stopped_between_two_records_of_a_layer_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(running.WriterThreads, "submit", stop_later)
         with pytest.raises(KeyboardInterrupt):
-            extract(tmp_path / "run", options)
+            extract_run(tmp_path / "run", options)
     with pytest.raises(IncompleteError, match="not complete"):
         open_trace(tmp_path / "run" / "long")
-    run = extract(tmp_path / "run", options)
+    run = extract_run(tmp_path / "run", options)
     assert verify(run) == []
     xr.testing.assert_identical(open_trace(run / "long").drop_attrs(), expected.drop_attrs())
 
@@ -213,9 +213,9 @@ def test_features_of_long_prompts_come_from_blocks_too(
 ) -> None:
     """Without attention to store, eager attention would still make its whole matrices."""
     options = _options(models, tmp_path, attention=False)
-    whole = open_trace(extract(tmp_path / "whole", options) / "long")
+    whole = open_trace(extract_run(tmp_path / "whole", options) / "long")
     monkeypatch.setattr(checks, "_WHOLE_BYTES", 1000)
-    found = open_trace(extract(tmp_path / "blocks", options) / "long")
+    found = open_trace(extract_run(tmp_path / "blocks", options) / "long")
     implementations = [ds.attrs["model"]["attn_implementation"] for ds in (whole, found)]
     assert implementations == ["eager", "blocked"]
     _assert_features_close(found, whole, options, models)

@@ -18,7 +18,7 @@ from hypothesis.extra import numpy as npst
 import zarrtrace as zt
 from zarrtrace import demo
 from zarrtrace.errors import ConfigError, NonFiniteError
-from zarrtrace.extraction import Options, extract, prepare
+from zarrtrace.extraction import Options, extract_run, prepare
 from zarrtrace.precision import cast_record
 from zarrtrace.records import BFloat16, LayerRecord
 from zarrtrace.store import TraceWriter, open_trace, verify
@@ -30,13 +30,13 @@ SMALL = {"layers": (3, 20), "features": False, "only": ("Risky_40",)}
 
 @pytest.fixture(scope="module")
 def lossless(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
-    run = extract(tmp_path_factory.mktemp("lossless") / "run", Options(**SMALL))
+    run = extract_run(tmp_path_factory.mktemp("lossless") / "run", Options(**SMALL))
     return zt.open_trace(run / "Risky_40").attention.to_numpy()
 
 
 @pytest.mark.parametrize("bits", [4, 10, 23])
 def test_keepbits(tmp_path: Path, lossless: np.ndarray, bits: int) -> None:
-    run = extract(tmp_path / "run", Options(**SMALL, attention_keepbits=bits))
+    run = extract_run(tmp_path / "run", Options(**SMALL, attention_keepbits=bits))
     ds = zt.open_trace(run / "Risky_40")
     found = ds.attention.to_numpy()
     assert ds.attrs["attention_keepbits"] == bits
@@ -47,7 +47,7 @@ def test_keepbits(tmp_path: Path, lossless: np.ndarray, bits: int) -> None:
 
 
 def test_float16(tmp_path: Path, lossless: np.ndarray) -> None:
-    run = extract(tmp_path / "run", Options(**SMALL, attention_dtype="float16"))
+    run = extract_run(tmp_path / "run", Options(**SMALL, attention_dtype="float16"))
     found = zt.open_trace(run / "Risky_40").attention
     np.testing.assert_array_equal(found, lossless.astype(np.float16))
 
@@ -85,14 +85,14 @@ def test_activations_beyond_float16_are_refused_or_named(tmp_path: Path) -> None
     saes = _scaled_saes(tmp_path / "saes", 1e5)
     options = Options(**FEATURES, sae_path=saes, feature_dtype="float16")
     with pytest.raises(NonFiniteError) as caught:
-        extract(tmp_path / "run", options)
+        extract_run(tmp_path / "run", options)
     said = caught.value
     assert said.what == "Risky_40: features of layer 3 has values that are infinite in float16"
     assert "--feature-dtype float32" in said.remedy
-    extract(tmp_path / "run", options, allow_nonfinite=True)
+    extract_run(tmp_path / "run", options, allow_nonfinite=True)
     assert zt.open_trace(tmp_path / "run/Risky_40").attrs["nonfinite"] == {"features": "3"}
     assert verify(tmp_path / "run") == []
-    extract(tmp_path / "exact", replace(options, feature_dtype="float32"))
+    extract_run(tmp_path / "exact", replace(options, feature_dtype="float32"))
     exact = _features(tmp_path / "exact")
     assert np.isfinite(exact).all()
     assert zt.open_trace(tmp_path / "exact/Risky_40").attrs["nonfinite"] == {}
@@ -103,9 +103,9 @@ def test_activations_beyond_float16_are_refused_or_named(tmp_path: Path) -> None
 def test_features_that_fire_are_not_stored_as_silent(tmp_path: Path) -> None:
     saes = _scaled_saes(tmp_path / "saes", 1e-9)
     options = Options(**FEATURES, sae_path=saes)
-    exact = _features(extract(tmp_path / "exact", options))
+    exact = _features(extract_run(tmp_path / "exact", options))
     assert (np.abs(exact[exact != 0]) < 2.0**-25).any()
-    found = _features(extract(tmp_path / "run", replace(options, feature_dtype="float16")))
+    found = _features(extract_run(tmp_path / "run", replace(options, feature_dtype="float16")))
     np.testing.assert_array_equal(found != 0, exact != 0)
     np.testing.assert_allclose(found.astype(np.float64), exact, rtol=2**-11, atol=2**-24)
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.torch
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 LLAMA = (
     "zarrtrace extract --model meta-llama/Llama-3.1-8B --sae-release llama_scope_lxr_8x "
-    "--layers 1-31 -o runs/llama"
+    "--layers 1-31 --scenarios slot-machine -o runs/llama"
 )
 # In a process of its own, forked from one that has imported the libraries; the hub's settings are
 # read where they are imported.
@@ -38,7 +38,10 @@ from zarrtrace.cli import main
 importlib.reload(huggingface_hub.constants)
 main()
 """
-GPT2 = "zarrtrace extract --model gpt2 --sae-release gpt2-small-res-jb --layers 0-11 -o runs/gpt2"
+GPT2 = (
+    "zarrtrace extract --model gpt2 --sae-release gpt2-small-res-jb --layers 0-11 "
+    "--scenarios slot-machine -o runs/gpt2"
+)
 
 
 @pytest.fixture

@@ -343,7 +343,7 @@ def test_server_that_is_gone_for_a_while(s3: Server, tmp_path: Path) -> None:
     """Killed during an extraction, and started again: with Swift all its processes; with moto,
     whose data would be lost, the proxy before it.
     """
-    from zarrtrace.extraction import Options, extract
+    from zarrtrace.extraction import Options, extract_run
 
     puts: list[Request] = []
     killed, back = threading.Event(), threading.Event()
@@ -366,11 +366,11 @@ def test_server_that_is_gone_for_a_while(s3: Server, tmp_path: Path) -> None:
     s3.proxy.fault = fault
     options = Options(layers=(1, 2), features=False, only=("Desperate_10",))
     there = s3.folder() / "run"
-    extract(there, options)
+    extract_run(there, options)
     assert back.wait(60)
     s3.proxy.fault = lambda _: None
     assert len(puts) > 15
-    extract(tmp_path / "run", options)
+    extract_run(tmp_path / "run", options)
     assert contents(there) == fakes.files_in(tmp_path / "run")
 
 

@@ -31,7 +31,7 @@ from zarrtrace.capture.checks import _warn_once
 from zarrtrace.capture.model import LoadedModel, Permitted
 from zarrtrace.capture.rows import RowBuffer
 from zarrtrace.errors import ModelError
-from zarrtrace.extraction import Options, extract
+from zarrtrace.extraction import Options, extract_run
 from zarrtrace.store import open_trace
 
 pytestmark = pytest.mark.torch
@@ -136,7 +136,8 @@ def test_batches_of_one_are_said_once(
     _warn_once.cache_clear()
     path = models.path("Llama")
     runs = [
-        extract(tmp_path / str(size), _options(path, suite, batch_size=size)) for size in (1, 2, 2)
+        extract_run(tmp_path / str(size), _options(path, suite, batch_size=size))
+        for size in (1, 2, 2)
     ]
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "one prompt at a time instead of 2" in caplog.text
@@ -169,7 +170,7 @@ def test_an_encoder_is_refused_before_anything_is_written(tmp_path: Path, suite:
     architectures.save_random(config, tmp_path / "model")
     for changes in ({}, {"attention_capture": "blocked"}):
         with pytest.raises(ModelError, match="behind its query, as encoders do"):
-            extract(tmp_path / "run", _options(tmp_path / "model", suite, **changes))
+            extract_run(tmp_path / "run", _options(tmp_path / "model", suite, **changes))
     assert not (tmp_path / "run").exists()
 
 
@@ -194,7 +195,7 @@ def test_a_forward_pass_that_fails_is_a_message(
 
     monkeypatch.setattr(LlamaMLP, "forward", fail)
     with pytest.raises(ModelError, match="its forward pass failed") as caught:
-        extract(tmp_path / "run", _options(models.path("Llama"), suite))
+        extract_run(tmp_path / "run", _options(models.path("Llama"), suite))
     assert caught.value.what.endswith("RuntimeError: no kernel for this")
     assert not (tmp_path / "run").exists()
 
@@ -284,7 +285,7 @@ def test_text_towers_of_vision_language_models_are_captured(
         "Qwen2VLAttention",
     }
     ds = open_trace(
-        extract(
+        extract_run(
             tmp_path / "run",
             _options(tmp_path / "model", suite, layers=(0, 1, 2, 3), attention_capture="blocked"),
         )

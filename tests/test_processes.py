@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from zarrtrace.errors import NonFiniteError, StoreError
-from zarrtrace.extraction import Options, extract, running
+from zarrtrace.extraction import Options, extract_run, running
 from zarrtrace.extraction.channel import Channel, pair
 from zarrtrace.extraction.processes import WriterPool, WriterProcesses
 from zarrtrace.store import open_run, verify
@@ -80,7 +80,7 @@ def test_a_run_is_the_same_byte_for_byte(
 ) -> None:
     two.start(3)
     before = [process._process.pid for process in two._idle]
-    extract(tmp_path / "processes", ASKED)
+    extract_run(tmp_path / "processes", ASKED)
     # The same ones write the next run, too; here the rest of one that was stopped.
     assert sorted(process._process.pid for process in two._idle) == sorted(before)
     stopped, seen = WriterProcesses.submit, []
@@ -94,10 +94,10 @@ def test_a_run_is_the_same_byte_for_byte(
     with monkeypatch.context() as patch:
         patch.setattr(WriterProcesses, "submit", submit)
         with pytest.raises(KeyboardInterrupt):
-            extract(tmp_path / "again", ASKED)
-    extract(tmp_path / "again", ASKED)
+            extract_run(tmp_path / "again", ASKED)
+    extract_run(tmp_path / "again", ASKED)
     monkeypatch.undo()
-    extract(tmp_path / "threads", ASKED)
+    extract_run(tmp_path / "threads", ASKED)
     expected = fakes.files_in(tmp_path / "threads")
     assert fakes.files_in(tmp_path / "processes") == expected
     assert fakes.files_in(tmp_path / "again") == expected
@@ -119,9 +119,9 @@ def test_a_process_that_dies_is_named_and_the_run_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(WriterProcesses, "submit", submit)
         with pytest.raises(StoreError, match="process that wrote it has ended"):
-            extract(tmp_path / "run", ASKED)
+            extract_run(tmp_path / "run", ASKED)
     assert not two._idle
-    extract(tmp_path / "run", ASKED)
+    extract_run(tmp_path / "run", ASKED)
     assert verify(tmp_path / "run") == []
 
 
@@ -129,11 +129,11 @@ def test_a_process_that_dies_is_named_and_the_run_goes_on(
 def test_errors_of_a_process_are_raised_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    extract(tmp_path / "run", ASKED)
+    extract_run(tmp_path / "run", ASKED)
     file = tmp_path / "run" / "Medium_60" / "zarr.json"
     file.write_bytes(file.read_bytes().replace(b"Medium_60", b"Medium_61", 1))
     with pytest.raises(Exception, match="Medium_60") as caught:
-        extract(tmp_path / "run", ASKED)
+        extract_run(tmp_path / "run", ASKED)
     assert caught.type.__module__ == NonFiniteError.__module__
 
 

@@ -40,7 +40,7 @@ from zarrtrace.capture import sae_configs, saes
 from zarrtrace.capture.hooks import place
 from zarrtrace.capture.saes import ReleaseSAEs
 from zarrtrace.errors import ConfigError, SAEError
-from zarrtrace.extraction import Options, extract
+from zarrtrace.extraction import Options, extract_run
 from zarrtrace.format import layout
 from zarrtrace.format.layout import Limits
 from zarrtrace.store import open_trace, verify
@@ -272,7 +272,9 @@ def _check(
     """Extract with one SAE and compare with sae-lens; return what the trace says of it."""
     path, folder = models.path(name), tmp_path / "saes" / "one"
     make(folder, f"blocks.{LAYER}.{HOOKS[kind]}", _width(kind, name))
-    run = extract(tmp_path / "run", _options(path, suite, sae_path=tmp_path / "saes", **options))
+    run = extract_run(
+        tmp_path / "run", _options(path, suite, sae_path=tmp_path / "saes", **options)
+    )
     assert verify(run) == []
     ds = open_trace(run / "short")
     activations = _hooked(name, path, ds.token_id.values.tolist(), PLACES[name][kind])
@@ -336,7 +338,7 @@ def test_weights_of_any_precision_compute_in_float32(
 ) -> None:
     folder, path = tmp_path / "saes", models.path("Llama")
     _saver(JumpReLUSAEConfig, dtype=dtype)(folder, f"blocks.{LAYER}.hook_resid_post", 32)
-    ds = open_trace(extract(tmp_path / "run", _options(path, suite, sae_path=folder)) / "short")
+    ds = open_trace(extract_run(tmp_path / "run", _options(path, suite, sae_path=folder)) / "short")
     activations = _hooked("Llama", path, ds.token_id.values.tolist(), (None, "output"))
     expected = SAE.load_from_disk(folder, dtype="float32").encode(activations).detach().numpy()
     assert (expected > 0).any()
@@ -383,7 +385,7 @@ def test_topk_saes_whose_choice_would_change_are_not_folded(
         models.path("Llama"), suite, sae_path=tmp_path / "saes", fold_decoder_norm=True
     )
     with pytest.raises(SAEError, match="its decoder norm cannot be folded") as caught:
-        extract(tmp_path / "run", options)
+        extract_run(tmp_path / "run", options)
     assert "--fold-decoder-norm" in caught.value.remedy
 
 
@@ -398,7 +400,7 @@ def test_several_saes_on_one_layer_give_several_arrays(
         KINDS["jumprelu"](folder / f"res{layer}", f"blocks.{layer}.hook_resid_post", 32)
     KINDS["standard"](folder / "mlp", "blocks.2.hook_mlp_out", 32)
     KINDS["topk"](folder / "z", "blocks.1.attn.hook_z", 32)
-    run = extract(tmp_path / "run", _options(path, suite, layers=(1, 2), sae_path=folder))
+    run = extract_run(tmp_path / "run", _options(path, suite, layers=(1, 2), sae_path=folder))
     assert verify(run) == []
     ds = open_trace(run / "short")
     ids = ds.token_id.values.tolist()
@@ -440,7 +442,7 @@ def test_several_saes_on_one_layer_give_several_arrays(
 def _refused(models: Models, suite: Path, tmp_path: Path, name: str = "Llama", **more: Any) -> str:
     options = _options(models.path(name), suite, sae_path=tmp_path / "saes", **more)
     with pytest.raises(SAEError) as caught:
-        extract(tmp_path / "run", options)
+        extract_run(tmp_path / "run", options)
     assert caught.value.why
     assert caught.value.remedy
     assert not (tmp_path / "run").exists()
@@ -554,7 +556,7 @@ def test_weights_of_another_size_are_refused(models: Models, suite: Path, tmp_pa
     (other / "sae_weights.safetensors").rename(tmp_path / "saes/one/sae_weights.safetensors")
     (other / "cfg.json").unlink()
     what = _refused(models, suite, tmp_path)
-    assert "one: by cfg.json, the SAE reads 32 dimensions" in what
+    assert "one: by its configuration, the SAE reads 32 dimensions" in what
     assert "has 48" in what
 
 
@@ -567,7 +569,7 @@ def test_hook_mlp_in_is_behind_the_norm_or_refused(
     what = _refused(models, suite, tmp_path, "Gemma 3")
     assert f"{hook!r} may be before the MLP's norm" in what
     _change(folder, hf_hook_name=f"model.layers.{LAYER}.pre_feedforward_layernorm.output")
-    ds = open_trace(extract(tmp_path / "run", _options(path, suite, sae_path=folder)) / "short")
+    ds = open_trace(extract_run(tmp_path / "run", _options(path, suite, sae_path=folder)) / "short")
     ids = ds.token_id.values.tolist()
     activations = _hooked("Gemma 3", path, ids, ("pre_feedforward_layernorm", "output"))
     expected = SAE.load_from_disk(folder).encode(activations).detach().numpy()
@@ -583,7 +585,7 @@ def _with_bos(folder: Path, layer: int, prepend_bos: bool | None) -> None:
 
 
 def _bos_used(options: Options, run: Path) -> bool:
-    attributes = open_trace(extract(run, options) / "short").attrs
+    attributes = open_trace(extract_run(run, options) / "short").attrs
     used: bool = attributes["model"]["prepend_bos"]
     return used
 
@@ -632,12 +634,12 @@ def test_models_that_scale_what_they_add_are_refused_there(
     KINDS["standard"](tmp_path / "saes", f"blocks.{LAYER}.{HOOKS[kind]}", 32)
     scaled = _options(save(tmp_path / "scaled", 0.22), suite, sae_path=tmp_path / "saes")
     with pytest.raises(SAEError, match="block 2 adds something else than the outputs"):
-        extract(tmp_path / "run", scaled)
+        extract_run(tmp_path / "run", scaled)
     plain = _options(save(tmp_path / "plain", 1.0), suite, sae_path=tmp_path / "saes")
-    extract(tmp_path / "run", plain)
+    extract_run(tmp_path / "run", plain)
     KINDS["standard"](tmp_path / "res", f"blocks.{LAYER}.hook_resid_post", 32)
     residual = _options(tmp_path / "scaled", suite, sae_path=tmp_path / "res")
-    extract(tmp_path / "other", residual)
+    extract_run(tmp_path / "other", residual)
 
 
 # --- registered releases: ids from sae-lens's own table -----------------------------------------
@@ -803,7 +805,7 @@ def test_layers_without_an_sae_are_listed_and_have_no_features(
     monkeypatch.setattr(saes.SAE, "from_pretrained", load)
     path = models.path("GPT-2")
     options = _options(path, suite, attention=True, layers=(0, 1, 2, 3), sae_release=release)
-    run = extract(tmp_path / "run", options)
+    run = extract_run(tmp_path / "run", options)
     assert verify(run) == []
     ds = open_trace(run / "short")
     assert ds.attrs["layers_without_sae"] == "2-3"

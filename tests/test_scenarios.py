@@ -191,7 +191,7 @@ PROMPT = "scenarios:\n- name: a\n  prompt: Bet 5 or 5?\n"
         ("- name: a\n  prompt: x\n", 1, "the file: Input should be a valid dictionary"),
         ("scenarios: []\n", 1, "at least 1 item"),
         ("name: x\n", 1, "scenarios: Field required"),
-        ("scenarios:\n- prompt: x\n", 2, "scenarios.0.name: Field required"),
+        ("scenarios:\n- name: 5\n  prompt: x\n", 2, r"scenarios\.0\.name: .*valid string"),
         ("scenarios:\n- name: a\n", 2, "has no prompt"),
         ("scenarios:\n- name: a\n  prompt: ''\n", 3, "at least 1 character"),
         ("scenarios:\n- name: a\n  prompt: '  '\n", 2, "its prompt is empty"),
@@ -379,13 +379,13 @@ def test_several_tokens_of_one_character_all_belong_to_it() -> None:
 
 
 def test_decision_is_the_last_token() -> None:
-    scenario = Scenario("a", "ab", {"s": ((0, 1),)})
+    scenario = Scenario("ab", name="a", spans={"s": ((0, 1),)})
     assert span_positions(scenario, [(0, 0), (0, 1), (1, 2)]) == {"s": [1], "decision": [2]}
 
 
 def test_a_span_without_a_token_is_refused() -> None:
     with pytest.raises(ScenarioError, match="span 's' covers no token"):
-        span_positions(Scenario("a", "a b", {"s": ((1, 2),)}), [(0, 1), (2, 3)])
+        span_positions(Scenario("a b", name="a", spans={"s": ((1, 2),)}), [(0, 1), (2, 3)])
 
 
 def test_span_of_a_dataset() -> None:
@@ -430,7 +430,9 @@ def check_spans_against_bytes(tokenizer: Any, prompt: str, spans: dict[str, Any]
         extents.append((at, at + size))
         at += size
     assert at == len(prompt.encode())
-    positions = span_positions(Scenario("a", prompt, spans), encoding.offsets)
+    positions = span_positions(
+        Scenario(prompt, name="a", spans=spans, marks=False), encoding.offsets
+    )
     for name, ranges in spans.items():
         expected = set()
         for start, end in ranges:
@@ -472,7 +474,9 @@ def test_the_same_number_twice_and_split_numbers(trained: Any, bos: bool) -> Non
             single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
         )
     encoding = tokenizer.encode(prompt)
-    positions = span_positions(Scenario("a", prompt, spans), encoding.offsets)
+    positions = span_positions(
+        Scenario(prompt, name="a", spans=spans, marks=False), encoding.offsets
+    )
     text = trained.decode([encoding.ids[i] for i in positions["balance"]])
     assert text.strip() == "12345"
     assert len(positions["balance"]) > 1
@@ -550,7 +554,7 @@ def test_time_for_marks_grows_with_their_number(names: str) -> None:
         start = time.process_time()
         prompt, spans = render_template(template, {})
         offsets = [(at, at + 1) for at in range(len(prompt))]
-        span_positions(Scenario("a", prompt, spans), offsets)
+        span_positions(Scenario(prompt, name="a", spans=spans, marks=False), offsets)
         return time.process_time() - start
 
     few = min(seconds(2_000) for _ in range(3))

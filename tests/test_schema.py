@@ -67,7 +67,11 @@ def test_embedded_suite_is_valid() -> None:
     [
         {},
         {"scenarios": []},
-        {"scenarios": [{"prompt": "x"}]},
+        {"scenarios": [{"name": 5, "prompt": "x"}]},
+        {"scenarios": [{"prompt": "x", "metadata": {"layer": 1}}]},
+        {"scenarios": [{"prompt": "x", "metadata": {"a b": 1}}]},
+        {"scenarios": [{"prompt": "x", "metadata": {"a": [1]}}]},
+        {"scenarios": [{"prompt": "x", "outcome": "lost"}]},
         {"scenarios": [{"name": "a", "prmpt": "x"}]},
         {"scenarios": [{"name": "a", "prompt": "x", "spans": {"s": {"occurrence": 1}}}]},
         {"scenarios": [{"name": "a", "prompt": "x", "spans": {"a b": "x"}}]},

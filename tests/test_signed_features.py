@@ -134,7 +134,7 @@ def test_capture_and_index_of_an_abstopk_sae(tmp_path: Path) -> None:
     from sae_lens import SAE, AbsTopKSAEConfig
 
     from zarrtrace import demo
-    from zarrtrace.extraction import Options, extract
+    from zarrtrace.extraction import Options, extract_run
     from zarrtrace.index import build_index, find_feature
     from zarrtrace.store import open_trace
 
@@ -146,7 +146,7 @@ def test_capture_and_index_of_an_abstopk_sae(tmp_path: Path) -> None:
     sae.save_model(tmp_path / "saes")
     assert demo.model_path().is_dir()
     options = Options(sae_path=tmp_path / "saes", layers=(2,), attention=False, only=("Risky_40",))
-    run = extract(tmp_path / "run", options)
+    run = extract_run(tmp_path / "run", options)
     ds = open_trace(run / "Risky_40").load()
     dense = ds.features.values[0]
     assert (dense < 0).any()

@@ -14,17 +14,19 @@ from typing import Any
 
 import yaml
 
-from zarrtrace.errors import IntegrityError, StoreError, readable
-from zarrtrace.format.attributes import ranges
+from zarrtrace.errors import IntegrityError, NotATraceError, StoreError, readable
+from zarrtrace.format.attributes import MetadataValue, ranges
 from zarrtrace.format.layout import INDEX
 from zarrtrace.storage import Address, Location, locate
-from zarrtrace.store import RunSummary, TraceSummary, summarize
+from zarrtrace.store import RunSummary, TraceSummary, kind_of, summarize
 from zarrtrace.text import markdown_text
 
 _MARK = re.compile(r"<!-- zarrtrace card ([0-9a-f]{16}) -->\n\Z")
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"))
 _LARGER = "1M<n<10M"
 _SCENARIOS_SHOWN = 50
+# Of metadata: columns, and characters of a text.
+_COLUMNS_SHOWN, _TEXT_SHOWN = 6, 60
 
 _ARRAYS = {
     "attention": "attention probability, lossless unless the attributes say otherwise",
@@ -69,6 +71,12 @@ def write_card(
         If the run cannot be read.
     """
     run = locate(run)
+    if kind_of(run) == "trace":
+        raise NotATraceError(
+            f"{run}: is the trace of one scenario, not a run",
+            why="A card describes a data set, and a trace holds no other files.",
+            remedy=f"Give the run that it is in: {run.parent}.",
+        )
     summary = summarize(run)
     card = run / "README.md"
     if not _free(card):
@@ -203,16 +211,32 @@ def _arrays(traces: tuple[TraceSummary, ...]) -> list[str]:
         "",
         (
             "`key_token`, `token_id`, `special` and `query_token` label the positions, `sae_id` "
-            "the layers. The attributes of each group hold the prompt, spans, tags, model and "
-            "SAEs, those of each array the checksums of its files."
+            "the layers. The attributes of each group hold the prompt, spans, tags, metadata, "
+            "model and SAEs, those of each array the checksums of its files."
         ),
     ]
 
 
 def _prompts(traces: tuple[TraceSummary, ...]) -> list[str]:
-    out = ["| name | tokens | tags |", "|---|---|---|"]
+    columns = list(dict.fromkeys(name for trace in traces for name in trace.metadata))
+    more_columns = columns[_COLUMNS_SHOWN:]
+    del columns[_COLUMNS_SHOWN:]
+    header = ["name", "tokens", "tags", *(f"`{name}`" for name in columns)]
+    out = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for trace in traces[:_SCENARIOS_SHOWN]:
         tags = ", ".join(markdown_text(tag) for tag in trace.tags)
-        out.append(f"| {markdown_text(trace.scenario)} | {trace.tokens} | {tags} |")
+        cells = [markdown_text(trace.scenario), str(trace.tokens), tags]
+        cells += [_cell(trace.metadata.get(name)) for name in columns]
+        out.append(f"| {' | '.join(cells)} |")
+    if more_columns:
+        out += ["", f"Further metadata: {', '.join(f'`{name}`' for name in more_columns)}."]
     more = len(traces) - _SCENARIOS_SHOWN
     return [*out, *(["", f"And {more} more."] if more > 0 else [])]
+
+
+def _cell(value: MetadataValue) -> str:
+    """Write a value of metadata; nothing for a missing one."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = "" if value is None else str(value)
+    return markdown_text(text if len(text) <= _TEXT_SHOWN else f"{text[: _TEXT_SHOWN - 1]}…")

@@ -78,6 +78,15 @@ def install_command(extras: str = "") -> str:
     return f"In an up-to-date clone of zarrtrace's repository, run: pip install {what}"
 
 
+def missing_for_cluster(error: ModuleNotFoundError) -> ConfigError:
+    """Return the error that says what a Dask cluster needs."""
+    return ConfigError(
+        f"a cluster needs {error.name}, which is not installed",
+        why="Everything works in one process without it, so it is an extra.",
+        remedy=install_command("cluster"),
+    )
+
+
 class UsageError(ZarrtraceError):
     """The request itself is wrong."""
 

@@ -218,7 +218,9 @@ def _measure(data: Data, task_spans: Sequence[str], window: int) -> xr.DataArray
     decided = attention_to(data, spans, reduce="sum").sum("source", min_count=1)
     measures = [local["window_share"], task, decided]
     # One computation: dask reads each block once for all three.
-    loaded = dask.compute(*[m.drop_attrs().rename("value") for m in measures])
+    loaded = dask.compute(
+        *[m.reset_coords(drop=True).drop_attrs().rename("value") for m in measures]
+    )
     together: xr.DataArray = xr.concat(
         loaded,
         dim=xr.DataArray(list(_MEASURES), dims="hypothesis", name="hypothesis"),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -28,6 +28,7 @@ from zarrtrace.analysis.selecting import (
     described,
     has_span,
     label,
+    metadata,
     positions,
     require,
     require_places,
@@ -37,11 +38,12 @@ from zarrtrace.analysis.selecting import (
     taken,
     traces,
 )
-from zarrtrace.errors import ScenarioError
-from zarrtrace.scenarios import DECISION
+from zarrtrace.errors import ConfigError, ScenarioError
+from zarrtrace.scenarios import DECISION, is_missing
 from zarrtrace.suggestions import did_you_mean
 
 Group = str | Sequence[str]
+Value = bool | int | float | str
 
 _STATISTICS = ("mean_a", "mean_b", "cohens_d", "t", "p_welch", "p_permutation")
 _METHOD = (
@@ -55,10 +57,11 @@ _METHOD = (
 
 def contrast(
     data: xr.DataTree,
-    group_a: Group,
-    group_b: Group,
+    group_a: Group | Value | None = None,
+    group_b: Group | Value | None = None,
     at: Place | Sequence[Place] | None = None,
     *,
+    by: str | None = None,
     what: Literal["features", "attention"] = "features",
     target: Place = DECISION,
     heads: Literal["mean", "each"] = "mean",
@@ -76,10 +79,14 @@ def contrast(
     data
         A run.
     group_a, group_b
-        A tag, or names of scenarios; at least two a group, none in both.
+        A tag, or names of scenarios; at least two a group, none in both. With `by`, a value of
+        that column each; without them, its only two values in ascending order (False, True).
     at
         For features: the places to compare, ``"decision"`` if None. For attention: the places
         attended to, every span but `target` if None.
+    by
+        A column of metadata: scenarios belong to the group whose value they have there. Those
+        whose value is missing belong to none.
     what
         ``"features"`` by layer and place, or ``"attention"`` from `target` to each place by layer.
     target
@@ -115,12 +122,13 @@ def contrast(
     Raises
     ------
     ScenarioError
-        If a group names no scenario, is too small, overlaps the other, or no scenario has a span.
+        If a group names no scenario, is too small, overlaps the other, or no scenario has a span;
+        if there is no column `by`, or it has other than two values and no groups are given.
     ConfigError
         If a trace lacks the array, or the target's rows of attention were not stored.
     """
     runs = traces(data)
-    names_a, names_b = _members(runs, group_a), _members(runs, group_b)
+    names_a, names_b = _groups(data, group_a, group_b, by)
     _check_groups(names_a, names_b)
     chosen = {name: runs[name] for name in (*names_a, *names_b)}
     in_a = np.array([name in names_a for name in chosen])
@@ -139,6 +147,7 @@ def contrast(
         "contrast",
         _METHOD,
         what=what,
+        **({"by": by} if by is not None else {}),
         group_a=list(names_a),
         group_b=list(names_b),
         at=[label(place) for place in places],
@@ -190,7 +199,44 @@ class _Plan:
 # --- groups ------------------------------------------------------------------------------------
 
 
-def _members(runs: dict[str, xr.Dataset], group: Group) -> tuple[str, ...]:
+def _groups(
+    data: xr.DataTree, group_a: Any, group_b: Any, by: str | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Name the scenarios of both groups."""
+    runs = traces(data)
+    if by is None:
+        if not all(isinstance(one, str | Sequence) for one in (group_a, group_b)):
+            raise ConfigError(
+                "contrast needs two groups",
+                remedy="Give two tags, two lists of scenarios, or by= a column of metadata.",
+            )
+        return _members(runs, group_a), _members(runs, group_b)
+    columns = metadata(data)
+    if by not in columns:
+        raise ScenarioError(
+            f"the run has no column of metadata {by!r}",
+            remedy=did_you_mean(by, columns, label="It has"),
+        )
+    column = columns[by]
+    names = np.array(list(runs), dtype=object)
+    values = [one for one in np.unique(column).tolist() if one != "" and not is_missing(one)]
+    given = [one for one in (group_a, group_b) if one is not None]
+    unknown = [one for one in given if not isinstance(one, Value) or one not in values]
+    if unknown or len(given) == 1 or (not given and len(values) != 2):
+        shown = ", ".join(map(repr, values[:10])) + (", …" if len(values) > 10 else "")
+        problem = f"has {len(values)} values"
+        if given:
+            problem = f"has no value {unknown[0]!r}" if unknown else "needs a second value"
+        raise ScenarioError(
+            f"metadata {by!r} {problem}",
+            why=f"Its values are: {shown or 'all missing'}.",
+            remedy="Give two of them as group_a and group_b.",
+        )
+    a, b = given or values
+    return tuple(names[column == a]), tuple(names[column == b])
+
+
+def _members(runs: dict[str, xr.Dataset], group: Any) -> tuple[str, ...]:
     if isinstance(group, str):
         found = tuple(name for name, ds in runs.items() if group in tags(ds))
         if not found:

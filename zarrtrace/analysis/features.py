@@ -77,7 +77,11 @@ def of_sae(data: _DataT, name: str) -> _DataT:
             f"{scenario_of(ds)}: the trace has no {variable!r}",
             why="An SAE's name is what stands behind 'features_'; without one, the first SAE's "
             "features are taken.",
-            remedy=did_you_mean(variable, have, label="It has"),
+            remedy=did_you_mean(
+                name,
+                [one.removeprefix("features_") for one in have if one != "features"],
+                label="Names there are",
+            ),
         )
     rest: xr.Dataset = ds.drop_dims(["feature", "feature_rank"], errors="ignore")
     of_layers: list[str] = [sae_coordinate(field, "features") for field in SAE_FIELDS]

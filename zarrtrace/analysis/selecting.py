@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -14,7 +15,7 @@ import xarray as xr
 from zarrtrace.analysis.parallel import all_together
 from zarrtrace.errors import ConfigError, ScenarioError, ZarrtraceError
 from zarrtrace.format.attributes import is_trace
-from zarrtrace.scenarios import DECISION, span
+from zarrtrace.scenarios import DECISION, span, typed_column
 from zarrtrace.suggestions import did_you_mean
 
 #: A trace or a whole run.
@@ -80,6 +81,26 @@ def is_run(data: Data) -> bool:
 def tags(ds: xr.Dataset) -> tuple[str, ...]:
     """Return the tags of a trace's scenario."""
     return tuple(_attributes(ds).get("tags", ()))
+
+
+def metadata(data: Data) -> dict[str, np.ndarray]:
+    """Return the columns of metadata of all scenarios, in the run's order.
+
+    A missing text is empty, a missing number NaN. A column whose values do not fit one type, as
+    only traces put together by hand have one, is left out with a warning.
+    """
+    runs = traces(data)
+    stored = {name: _attributes(ds).get("metadata", {}) for name, ds in runs.items()}
+    columns: dict[str, np.ndarray] = {}
+    for column in dict.fromkeys(column for values in stored.values() for column in values):
+        try:
+            typed = typed_column(column, {name: stored[name].get(column) for name in runs})
+        except ScenarioError as error:
+            warnings.warn(f"{error.what}: it is left out", stacklevel=2)
+            continue
+        values = list(typed.values())
+        columns[column] = np.array(values, object if isinstance(values[0], str) else None)
+    return columns
 
 
 def scenario_of(ds: xr.Dataset) -> str:
@@ -390,10 +411,38 @@ def _good(result: _Labelled | ZarrtraceError | None) -> _Labelled | None:
     return result
 
 
+#: Tells coordinates that hold metadata from others.
+METADATA = "metadata of the scenario"
+# Dimensions of some results: such a column has another name in all, so that they can be combined.
+_DIMENSIONS = frozenset(("source", "target", "role", "place", "option", "hypothesis", "band"))
+
+
+def _with_metadata(result: _Labelled, data: Data) -> _Labelled:
+    """Add the columns of metadata as coordinates along ``scenario``, where a result has that."""
+    if "scenario" not in result.coords:
+        return result
+    scenario = result["scenario"]
+    at = pd.Index(traces(data)).get_indexer(pd.Index(np.atleast_1d(scenario.values)))
+    taken = {*_DIMENSIONS, *result.dims, *result.coords}
+    taken |= {result.name} if isinstance(result, xr.DataArray) else {*result.data_vars}
+    columns = metadata(data)
+    coords = {}
+    for name, values in columns.items():
+        own = values[at] if scenario.ndim else values[at[0]]
+        called = name
+        while called in taken or (called != name and called in columns):
+            called = f"metadata_{called}"
+        coords[called] = xr.Variable(scenario.dims, own, {"description": METADATA})
+    return result.assign_coords(coords)
+
+
 def described(
     result: _Labelled, data: Data, analysis: str, method: str, /, **parameters: Any
 ) -> _Labelled:
-    """Return `result` with attributes that say what was computed, from what and how.
+    """Return `result` with metadata of its scenarios, and attributes that say what it is.
+
+    A column of metadata that is called as something else in the result gets the coordinate
+    ``metadata_NAME``.
 
     Parameters
     ----------
@@ -414,7 +463,7 @@ def described(
         "parameters": json.dumps(parameters, default=_plain),
         **provenance(data),
     }
-    return result.assign_attrs(attributes)
+    return _with_metadata(result, data).assign_attrs(attributes)
 
 
 def provenance(data: Data) -> dict[str, str]:

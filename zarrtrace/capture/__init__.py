@@ -6,10 +6,18 @@ seconds: attention alone does without it.
 """
 
 from zarrtrace.capture.batches import Request, grouped
+from zarrtrace.capture.borrow import borrow, refuse_unknown_ids, take_model
 from zarrtrace.capture.checks import check_additions, choose_batch_size, wants_blocks
 from zarrtrace.capture.encoders import KeptEncoders
 from zarrtrace.capture.fingerprint import settings_fingerprint
-from zarrtrace.capture.model import LoadedModel, gpu_count, hide_progress, load_model, renamed
+from zarrtrace.capture.model import (
+    LoadedModel,
+    gpu_count,
+    hide_progress,
+    load_model,
+    load_tokenizer,
+    renamed,
+)
 from zarrtrace.capture.pipeline import capture
 from zarrtrace.capture.probe import probe_model
 from zarrtrace.capture.prompts import Prompt, tokenize
@@ -19,6 +27,7 @@ __all__ = [
     "LoadedModel",
     "Prompt",
     "Request",
+    "borrow",
     "capture",
     "check_additions",
     "choose_batch_size",
@@ -26,9 +35,12 @@ __all__ = [
     "grouped",
     "hide_progress",
     "load_model",
+    "load_tokenizer",
     "probe_model",
+    "refuse_unknown_ids",
     "renamed",
     "settings_fingerprint",
+    "take_model",
     "tokenize",
     "wants_blocks",
 ]

@@ -41,7 +41,8 @@ class Encoder:
         self._parts: list[Any] = []
         if self.hook.kind == "hook_z":
             sae.turn_off_forward_pass_hook_z_reshaping()  # heads come side by side already
-        _drop_decoder(sae)
+        if not needs_decoder(sae):  # half of the SAE
+            sae.W_dec = nn.Parameter(torch.empty(0, device=sae.W_enc.device))
 
     def __call__(self, activations: torch.Tensor) -> torch.Tensor:
         """Encode ``(token, d_in)`` to ``(token, d_sae)``."""
@@ -83,8 +84,7 @@ class Encoder:
         return [partial(torch.Tensor.contiguous, one) for one in whole]
 
 
-def _drop_decoder(sae: Any) -> None:
-    """Free the decoder: half of an SAE, and not needed to encode."""
-    uses_decoder = getattr(sae.cfg, "rescale_acts_by_decoder_norm", False)
-    if not uses_decoder and sae.cfg.architecture() not in ("matching_pursuit", "temporal"):
-        sae.W_dec = torch.nn.Parameter(torch.empty(0, device=sae.W_enc.device))
+def needs_decoder(sae: Any) -> bool:
+    """Whether an SAE encodes with its decoder."""
+    scales = getattr(sae.cfg, "rescale_acts_by_decoder_norm", False)
+    return bool(scales) or sae.cfg.architecture() in ("matching_pursuit", "temporal")

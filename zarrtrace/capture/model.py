@@ -102,6 +102,7 @@ class LoadedModel:
 def load_model(
     name: str,
     *,
+    tokenizer: Any = None,
     revision: str | None = None,
     device: str = "cpu",
     dtype: str = "auto",
@@ -115,6 +116,8 @@ def load_model(
     ----------
     name
         A folder, or an id on the Hugging Face hub.
+    tokenizer
+        Used instead of the one that comes with the model.
     revision
         Commit, tag or branch on the hub.
     device
@@ -140,13 +143,9 @@ def load_model(
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(name, **options)
-        if getattr(config, "is_encoder_decoder", False):
-            raise ModelError(
-                f"{name}: an encoder-decoder model",
-                why="zarrtrace traces decoder-only models: one sequence, one attention a block.",
-                remedy="Choose a causal language model.",
-            )
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        refuse_encoder_decoder(config, name)
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
         to = "meta" if not weights else "cpu" if low_memory else device
         model = _build(_auto_class(config, name), name, config, dtype, options, to)
     except ImportError as error:
@@ -163,6 +162,66 @@ def load_model(
         ) from error
     except LOADING_ERRORS as error:
         raise load_error(name, error) from error
+    return describe_model(
+        model,
+        tokenizer,
+        name,
+        revision=_commit(name, options) or revision,
+        weights=weights,
+        stream_to=torch.device(device) if weights and low_memory else None,
+    )
+
+
+def refuse_encoder_decoder(config: Any, name: str) -> None:
+    """Refuse a model that reads one sequence and writes another.
+
+    Raises
+    ------
+    ModelError
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{name}: an encoder-decoder model",
+            why="zarrtrace traces decoder-only models: one sequence, one attention a block.",
+            remedy="Choose a causal language model.",
+        )
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load a tokenizer from a folder or the local cache; None if it is in neither."""
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+    except LOADING_ERRORS:
+        return None
+
+
+def describe_model(
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    *,
+    revision: str | None,
+    weights: bool,
+    stream_to: torch.device | None = None,
+) -> LoadedModel:
+    """Find a model's pieces and sizes.
+
+    Parameters
+    ----------
+    model, tokenizer
+        As transformers loads them; the model computes attention eagerly.
+    name, revision
+        Stored with the traces.
+    weights
+        Whether the model has its weights.
+    stream_to
+        Device to which decoder blocks come one at a time; None leaves them where they are.
+
+    Raises
+    ------
+    ModelError
+        If it cannot be captured exactly.
+    """
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(
             f"{name}: its tokenizer gives no character offsets",
@@ -171,8 +230,8 @@ def load_model(
         )
     decoder = find_decoder(model, name)
     fingerprint = model_fingerprint(model) if weights else None
-    if weights and low_memory:
-        BlockStream(model, decoder.blocks, torch.device(device))
+    if stream_to is not None:
+        BlockStream(model, decoder.blocks, stream_to)
     text_config = model.config.get_text_config()
     n_heads, d_model, d_heads = _sizes(model, name)
     return LoadedModel(
@@ -185,7 +244,7 @@ def load_model(
         max_tokens=getattr(text_config, "max_position_embeddings", None),
         attributes=ModelAttributes(
             id=name,
-            revision=_commit(name, options) or revision,
+            revision=revision,
             fingerprint=fingerprint,
             architecture=type(model).__name__,
             n_layers=len(decoder.blocks),

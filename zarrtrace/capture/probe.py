@@ -396,7 +396,11 @@ def _check_recorded(
 
 def _recorded(model: LoadedModel, ids: torch.Tensor) -> list[torch.Tensor]:
     """Return transformers' own attention matrices."""
-    before = [(module, dict(module._forward_hooks)) for module in model.model.modules()]  # noqa: SLF001
+    mark = "_output_capturing_hooks_installed"
+    before = [
+        (module, dict(module._forward_hooks), mark in vars(module))  # noqa: SLF001
+        for module in model.model.modules()
+    ]
     with torch.inference_mode(), forward_errors(model.attributes.id):
         output = model.model(
             input_ids=ids,
@@ -404,11 +408,12 @@ def _recorded(model: LoadedModel, ids: torch.Tensor) -> list[torch.Tensor]:
             use_cache=False,
             output_attentions=True,
         )
-    for module, hooks in before:
+    for module, hooks, had_mark in before:
         # Those that transformers puts on blocks, and says to have put on all.
         for key in set(module._forward_hooks) - set(hooks):  # noqa: SLF001
             del module._forward_hooks[key]  # noqa: SLF001
-        vars(module).pop("_output_capturing_hooks_installed", None)
+        if not had_mark:
+            vars(module).pop(mark, None)
     found = getattr(output, "attentions", None) or ()
     return [
         one for one in found if getattr(one, "ndim", None) == 4 and one.shape[2] == ids.shape[1]

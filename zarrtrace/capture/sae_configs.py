@@ -90,7 +90,7 @@ def hook_name_of(config: dict[str, Any], name: str) -> str:
         raise SAEError(
             f"SAE {name}: does not say which hook point it reads",
             why="Its configuration lacks hook_name.",
-            remedy="Add metadata.hook_name to its cfg.json, as in 'blocks.3.hook_resid_post'.",
+            remedy="Add metadata.hook_name to its configuration, as in 'blocks.3.hook_resid_post'.",
         )
     if hook_name.endswith(_AMBIGUOUS):
         module = str(metadata_of(config, "hf_hook_name"))
@@ -225,13 +225,24 @@ def check_weights(path: Path, config: dict[str, Any]) -> None:
             stored = {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
     except LOADING_ERRORS as error:
         raise unreadable(str(path), error) from error
+    check_shapes(str(path), config, stored)
+
+
+def check_shapes(what: str, config: dict[str, Any], found: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare the shapes of an SAE's weights, by name, with its configuration.
+
+    Raises
+    ------
+    SAEError
+    """
+    stored = dict(found)
     if "log_threshold" in stored:  # sae-lens renames that of older checkpoints
         stored["threshold"] = stored["log_threshold"]
-    for name, shape in shapes_of(str(path), config).items():
+    for name, shape in shapes_of(what, config).items():
         if stored.get(name) != shape:
             sizes = " × ".join(map(str, stored.get(name, ("no weights",))))
             raise SAEError(
-                f"{path}: by cfg.json, the SAE reads {config['d_in']} dimensions and has "
+                f"{what}: by its configuration, the SAE reads {config['d_in']} dimensions and has "
                 f"{config['d_sae']} features (d_sae), but its {name} has {sizes}",
                 why="Files of two SAEs are mixed, or one was edited.",
                 remedy="Fetch the SAE again.",

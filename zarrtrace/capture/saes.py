@@ -154,7 +154,7 @@ class FolderSAEs:
                 remedy="Give --layers that have one, fetch the others, or use --no-features.",
             )
         chosen = {place: names for place, names in by_place.items() if place.layer in layers}
-        variables = _variables(chosen)
+        variables = variables_of(chosen)
         found: Found = {}
         self._used = {}
         for layer in layers:
@@ -425,7 +425,7 @@ class ReleaseSAEs:
         )
 
 
-def _variables(places: Mapping[HookPoint, object]) -> dict[str, str]:
+def variables_of(places: Mapping[HookPoint, object]) -> dict[str, str]:
     """Name the feature array of each kind of hook point: the commonest is ``features``."""
     counts = Counter(place.kind for place in places)
     kinds = sorted(counts, key=lambda kind: (-counts[kind], KINDS.index(kind)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -209,8 +209,13 @@ _ANALYSES: dict[str, Analysis] = {
         "What separates two groups of scenarios.",
         "--group-a risky --group-b safe",
         (
-            _option("--group-a", default="risky", show_default=True, metavar="TAG", help="A tag."),
-            _option("--group-b", default="safe", show_default=True, metavar="TAG", help="A tag."),
+            _option("--group-a", metavar="TAG", help="Tag, or value of --by.  [default: risky]"),
+            _option("--group-b", metavar="TAG", help="Tag, or value of --by.  [default: safe]"),
+            _option(
+                "--by",
+                metavar="COLUMN",
+                help="Column of metadata; groups may be left out if it has 2 values.",
+            ),
             _AT,
             _option(
                 "--what",
@@ -346,7 +351,7 @@ def _run(function: str, given: dict[str, Any]) -> None:
         data = _open(run, on_cluster=where["scheduler"] is not None)
         result = _compute(function, data, given).compute()
     if output is None:
-        say(_table(result))
+        say(_table(result, shutil.get_terminal_size().columns))
     else:
         _write(result, output)
 
@@ -379,6 +384,8 @@ def _compute(function: str, data: Any, given: dict[str, Any]) -> Any:
     from zarrtrace import analysis
 
     arguments = {name: _plain(value) for name, value in given.items() if value not in (None, ())}
+    if function == "contrast":
+        arguments |= _groups(data, arguments)
     if "sae" in arguments:
         data = analysis.of_sae(data, arguments.pop("sae"))
     if function == "relate":
@@ -402,6 +409,23 @@ def _of_option(probability: xr.DataArray, name: str) -> xr.DataArray:
     return probability.sel(option=name)
 
 
+def _groups(data: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the groups of a contrast: tags, or values of a column as the column has them."""
+    from zarrtrace.analysis.selecting import metadata
+
+    if "by" not in given:
+        return {"group_a": "risky", "group_b": "safe"} | dict(given)
+    column = metadata(data).get(given["by"])
+    values = [] if column is None or column.dtype == object else column.tolist()
+    known = {str(value).lower(): value for value in values}
+    groups = {name: text for name, text in given.items() if name in ("group_a", "group_b")}
+    for name, text in groups.items():
+        # 90 is also a way to write 90.0.
+        same = [text.lower(), f"{text}.0"]
+        groups[name] = next((known[one] for one in same if one in known), text)
+    return groups
+
+
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
@@ -416,7 +440,8 @@ def _frame(result: xr.DataArray | xr.Dataset) -> pd.DataFrame:
     frame = result.to_dataframe().dropna(how="all", subset=values).reset_index()
     if "feature" in values:
         frame = frame[frame["feature"] >= 0]  # places in a ranking that no feature takes
-    labels = [name for name in frame if name not in values and name not in ("row", "index")]
+    numbers = {"row", "index"} - {*_metadata_of(result)}
+    labels = [name for name in frame if name not in values and name not in numbers]
     return frame[[*labels, *values]]
 
 
@@ -431,14 +456,24 @@ def _parts(result: xr.DataArray | xr.Dataset) -> list[Any]:
     return sorted(parts, key=lambda part: max(v.size for v in part.data_vars.values()))
 
 
-def _table(result: xr.DataArray | xr.Dataset) -> str:
+def _table(result: xr.DataArray | xr.Dataset, width: int) -> str:
+    """Write a result for a terminal; of metadata, the columns that fit its width."""
     lines: list[str] = []
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for part in _parts(result):
         frame = _with_texts(_frame(part))
+        extra = [name for name in frame if name in _metadata_of(part)]
         head = _on_lines(frame.head(_ROWS_SHOWN))
-        shown = head.to_string(index=False, float_format="{:.4g}".format, line_width=width)
+        shown = _as_text(head.drop(columns=extra))
+        kept: list[Any] = []
+        for name in extra:
+            wider = _as_text(head.drop(columns=[one for one in extra if one not in (*kept, name)]))
+            first = wider.partition("\n")[0]
+            if len(first) <= width and not first.endswith("\\"):  # pandas broke the line
+                kept, shown = [*kept, name], wider
         lines += ["", shown] if lines else [shown]
+        if len(kept) < len(extra):
+            left = ", ".join(name for name in extra if name not in kept)
+            lines.append(f"... too narrow for {left}; --output FILE writes them")
         if len(frame) > _ROWS_SHOWN:
             more = len(frame) - _ROWS_SHOWN
             lines.append(f"... {more} more rows; --output FILE writes all of them")
@@ -456,6 +491,20 @@ def _with_texts(frame: pd.DataFrame) -> pd.DataFrame:
     if "word" in frame:  # most begin with a space
         shown["word"] = frame["word"].map(repr)
     return frame.assign(**shown).drop(columns=texts)
+
+
+def _as_text(frame: pd.DataFrame) -> str:
+    # Only where a person reads it: lines of a pipe are one row each.
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    return frame.to_string(index=False, float_format="{:.4g}".format, line_width=width)
+
+
+def _metadata_of(result: xr.DataArray | xr.Dataset) -> list[str]:
+    """Name the coordinates of a result that hold metadata."""
+    from zarrtrace.analysis.selecting import METADATA
+
+    coords = result.coords.items()
+    return [str(name) for name, one in coords if one.attrs.get("description") == METADATA]
 
 
 def _on_lines(frame: pd.DataFrame) -> pd.DataFrame:

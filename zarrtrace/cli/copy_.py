@@ -35,6 +35,8 @@ def command(source: Location, target: Location, quiet: bool) -> None:  # noqa: F
     """
     from zarrtrace.store import copy_run
 
+    if source.resolved() == target.resolved():
+        raise click.UsageError(f"SOURCE and TARGET are the same: {source}.")
     with bar("copy", quiet=quiet, unit="B") as progress:
         done = copy_run(source, target, progress=progress)
     if not quiet:

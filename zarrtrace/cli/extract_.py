@@ -18,7 +18,6 @@ from zarrtrace.cli.shared import (
     Queries,
     json_option,
     json_text,
-    missing_for_cluster,
     one_of,
     output_option,
     overwrite_option,
@@ -30,7 +29,7 @@ from zarrtrace.cli.shared import (
     table,
     workers_option,
 )
-from zarrtrace.errors import readable
+from zarrtrace.errors import missing_for_cluster, readable
 
 if TYPE_CHECKING:
     from zarrtrace.extraction import Estimate, Job, Options
@@ -38,6 +37,8 @@ if TYPE_CHECKING:
     from zarrtrace.scenarios import Scenario
     from zarrtrace.storage import Location
 
+# How to ask for the embedded scenarios.
+_EMBEDDED = "slot-machine"
 _CLUSTER = ("workers", "scheduler", "scheduler_file")
 _EXAMPLES = [
     ("extract -o runs/demo", "The model that ships with zarrtrace, over its ten scenarios:"),
@@ -209,21 +210,21 @@ def command(**given: Any) -> None:
     """
     _check(given)
     scenarios = _scenarios(given)
-    _check_output(given, [scenario.name for scenario in scenarios])
+    names = _names(scenarios, given["only"])
+    _check_output(given, names)
     if not given["quiet"]:
-        say(f"zarrtrace: {_first_line(given, len(scenarios))}", err=True)
+        say(f"zarrtrace: {_first_line(given, len(names))}", err=True)
     silence_libraries()
-    options = _options(given)
+    options = _options(given, scenarios or given["scenarios"])
     _check_model(given, options)
-    asked = scenarios if given["prompts"] or given["scenarios"] else None  # else the demo's rule
     if given["dry_run"]:
         from zarrtrace.extraction import estimate, prepare
 
-        job = prepare(options, scenarios=asked, weights=False, progress=_progress(given) == "bars")
+        job = prepare(options, weights=False, progress=_progress(given) == "bars")
         say(_plan(job, estimate(job), given["output"], as_json=given["as_json"]))
         return
     try:
-        _extract(given, options, asked)
+        _extract(given, options)
     except KeyboardInterrupt as stop:
         where = str(stop) or "nothing was computed yet"
         say(f"zarrtrace: {where}; the same command resumes there", err=True)
@@ -247,17 +248,24 @@ def _check(given: dict[str, Any]) -> None:
     _device(given)
 
 
-def _scenarios(given: dict[str, Any]) -> tuple[Scenario, ...]:
-    """Read the scenarios, which takes no torch."""
-    from zarrtrace import demo
-    from zarrtrace.scenarios import load_suite
-    from zarrtrace.scenarios.choice import from_prompts, only_named
+def _scenarios(given: dict[str, Any]) -> tuple[Scenario, ...] | None:
+    """Read the scenarios, which takes no torch; None if they are the embedded ones."""
+    from zarrtrace.scenarios import as_scenarios
 
     if given["prompts"]:
-        scenarios = from_prompts(given["prompts"])
-    else:
-        scenarios = load_suite(given["scenarios"] or demo.suite_path())
-    return only_named(scenarios, given["only"])
+        return as_scenarios(given["prompts"])
+    if given["scenarios"] is None or str(given["scenarios"]) == _EMBEDDED:
+        return None
+    return as_scenarios(given["scenarios"])
+
+
+def _names(scenarios: Sequence[Scenario] | None, only: Sequence[str]) -> list[str]:
+    from zarrtrace import demo
+    from zarrtrace.scenarios import load_suite
+    from zarrtrace.scenarios.choice import only_named
+
+    every = load_suite(demo.suite_path()) if scenarios is None else scenarios
+    return [scenario.name for scenario in only_named(every, only)]
 
 
 def _check_output(given: dict[str, Any], names: list[str]) -> None:
@@ -274,18 +282,20 @@ def _check_output(given: dict[str, Any], names: list[str]) -> None:
 
 
 def _check_model(given: dict[str, Any], options: Options) -> None:
-    """Refuse a model that is not there, and layers that it lacks, before torch is imported."""
+    """Refuse what can be refused before torch is imported: options, a model, its layers."""
     import json
 
     from zarrtrace import demo
+    from zarrtrace.extraction.job import find_scenarios
     from zarrtrace.extraction.layers import choose_layers
     from zarrtrace.hub import refuse_absent, snapshot_folder
 
+    find_scenarios(options)
     if any(given[name] is not None for name in _CLUSTER):
         return  # workers may have other files
-    if options.model:
-        refuse_absent(options.model, options.revision)
-    model = options.model or str(demo.model_path())
+    if options.own_model:
+        refuse_absent(options.own_model, options.revision)
+    model = options.own_model or str(demo.model_path())
     try:
         config = json.loads((snapshot_folder(model, options.revision) / "config.json").read_text())
         blocks = config.get("text_config", config)["num_hidden_layers"]
@@ -319,12 +329,11 @@ def _progress(given: dict[str, Any]) -> Shown:
     return "bars" if show_progress(quiet=False) else "lines"
 
 
-def _extract(given: dict[str, Any], options: Options, scenarios: Sequence[Scenario] | None) -> None:
+def _extract(given: dict[str, Any], options: Options) -> None:
     """Extract here, or on a cluster."""
-    from zarrtrace.extraction import extract
+    from zarrtrace.extraction import extract_run
 
     how: dict[str, Any] = {
-        "scenarios": scenarios,
         "overwrite": given["overwrite"],
         "repair": given["repair"],
         "allow_nonfinite": given["allow_nonfinite"],
@@ -333,7 +342,7 @@ def _extract(given: dict[str, Any], options: Options, scenarios: Sequence[Scenar
     }
     where = {name: given[name] for name in _CLUSTER}
     if all(value is None for value in where.values()):
-        extract(given["output"], options, **how)
+        extract_run(given["output"], options, **how)
         return
     try:
         from zarrtrace.extraction.cluster import extract_on_cluster
@@ -344,7 +353,7 @@ def _extract(given: dict[str, Any], options: Options, scenarios: Sequence[Scenar
         extract_on_cluster(client, given["output"], options, **how)
 
 
-def _options(given: dict[str, Any]) -> Options:
+def _options(given: dict[str, Any], scenarios: object) -> Options:
     from zarrtrace.extraction import Options
 
     return Options(
@@ -360,7 +369,7 @@ def _options(given: dict[str, Any]) -> Options:
         layer_end=given["layer_end"],
         features=not given["no_features"],
         attention=not given["no_attention"],
-        scenarios=given["scenarios"],
+        scenarios=scenarios,
         only=given["only"],
         device=_device(given),
         dtype=given["dtype"],

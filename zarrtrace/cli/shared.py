@@ -14,7 +14,6 @@ from zarrtrace.cli.commands import MACHINE, OBJECT_STORES, OUTPUT, PART, QUESTIO
 from zarrtrace.text import terminal_text
 
 if TYPE_CHECKING:
-    from zarrtrace.errors import ConfigError
     from zarrtrace.storage import Location
 
 
@@ -27,6 +26,9 @@ class GivenPath(click.Path):
             self.fail("the path is empty", param, ctx)
         return super().convert(value, param, ctx)
 
+
+# Computations that are shorter have no bar: an analysis may consist of dozens.
+_SECONDS_UNSEEN = 1
 
 PATH = GivenPath(path_type=Path)
 
@@ -199,17 +201,6 @@ def output_option(of_what: str, **settings: Any) -> Callable[..., Any]:
     return option("--output", "-o", group=OUTPUT, help=of_what, **settings)
 
 
-def missing_for_cluster(error: ModuleNotFoundError) -> ConfigError:
-    """Say what a Dask cluster needs."""
-    from zarrtrace.errors import ConfigError, install_command
-
-    return ConfigError(
-        f"a cluster needs {error.name}, which is not installed",
-        why="Everything works in one process without it, so it is an extra.",
-        remedy=install_command("cluster"),
-    )
-
-
 def show_progress(*, quiet: bool) -> bool:
     """Whether bars make sense: not asked to be quiet, and stderr is a terminal."""
     return not quiet and sys.stderr.isatty()
@@ -252,7 +243,11 @@ def computing(
         with _cluster(scheduler):
             yield
         return
-    bar = ProgressBar(out=sys.stderr) if progress else contextlib.nullcontext()
+    bar = (
+        ProgressBar(minimum=_SECONDS_UNSEEN, out=sys.stderr)
+        if progress
+        else contextlib.nullcontext()
+    )
     # Tasks are large, and handed out one at a time: else one process gets six of eight.
     settings: dict[str, Any] = {"num_workers": workers or threads, "chunksize": 1}
     with contextlib.ExitStack() as stack:
@@ -273,6 +268,8 @@ def _cluster(address: str) -> Iterator[None]:
 
         from zarrtrace.extraction.connecting import no_scheduler
     except ModuleNotFoundError as error:
+        from zarrtrace.errors import missing_for_cluster
+
         raise missing_for_cluster(error) from error
     try:
         client = Client(address)

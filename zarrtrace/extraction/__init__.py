@@ -1,15 +1,18 @@
 """The main job: scenarios in, one labelled Zarr store each out."""
 
+from zarrtrace.extraction.call import extract
 from zarrtrace.extraction.estimate import Estimate, estimate
-from zarrtrace.extraction.job import DEMO_MODEL, Job, Options, prepare
-from zarrtrace.extraction.running import extract
+from zarrtrace.extraction.job import DEMO_MODEL, Job, Loaded, Options, prepare
+from zarrtrace.extraction.running import extract_run
 
 __all__ = [
     "DEMO_MODEL",
     "Estimate",
     "Job",
+    "Loaded",
     "Options",
     "estimate",
     "extract",
+    "extract_run",
     "prepare",
 ]

@@ -15,7 +15,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -50,14 +50,13 @@ def extract_on_cluster(
     output: Address,
     options: Options | None = None,
     *,
-    scenarios: Sequence[Scenario] | None = None,
     overwrite: bool = False,
     repair: bool = False,
     allow_nonfinite: bool = False,
     accept_versions: bool = False,
     progress: Shown = None,
 ) -> Location:
-    """Do what :func:`zarrtrace.extraction.extract` does, on the workers of a Dask cluster.
+    """Do what :func:`zarrtrace.extraction.extract_run` does, on the workers of a Dask cluster.
 
     What is stored is the same, bit for bit, where workers compute as this machine would. If a
     worker dies, another one goes on with its scenarios.
@@ -66,8 +65,8 @@ def extract_on_cluster(
     ----------
     client
         Connected to the cluster, whose workers have one thread each and see the same files.
-    output, options, scenarios, overwrite, repair, allow_nonfinite, accept_versions, progress
-        As for :func:`zarrtrace.extraction.extract`. On GPUs the device is ``"cuda"``: the first
+    output, options, overwrite, repair, allow_nonfinite, accept_versions, progress
+        As for :func:`zarrtrace.extraction.extract_run`. On GPUs the device is ``"cuda"``: the first
         one that a worker sees.
 
     Returns
@@ -80,7 +79,7 @@ def extract_on_cluster(
     ClusterError
         If no worker is there, workers differ, or scenarios end each worker that computes them.
     ZarrtraceError
-        As for :func:`zarrtrace.extraction.extract`, from whichever worker it comes.
+        As for :func:`zarrtrace.extraction.extract_run`, from whichever worker it comes.
     """
     output = locate(output)
     if not repair:
@@ -92,22 +91,21 @@ def extract_on_cluster(
             why="Every worker computes on the first GPU that it sees.",
             remedy="Use --device cuda; CUDA_VISIBLE_DEVICES says which GPUs a worker sees.",
         )
-    if scenarios is None:
-        scenarios = find_scenarios(asked)
-    names = [scenario.name for scenario in scenarios]
-    plan = _plan(client, Setup(asked, Path.cwd()), tuple(scenarios))
+    scenarios = {scenario.name: scenario for scenario in find_scenarios(asked)}
+    setup = Setup(replace(asked, scenarios=None), Path.cwd())
+    plan = _plan(client, setup, tuple(scenarios.values()))
     say(plan.settled.notes, progress)
     with (
         saying_how_much_room(plan.disk_bytes),
         RunWriter(
             output,
-            names,
+            list(scenarios),
             plan.config,
             overwrite=overwrite,
             repair=repair,
             accept_versions=accept_versions,
         ) as run,
-        Progress(dict.fromkeys(names, plan.settled.layers), progress) as bars,
+        Progress(dict.fromkeys(scenarios, plan.settled.layers), progress) as bars,
     ):
         order = Order(
             run=f"zarrtrace-{uuid.uuid4().hex}",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, get_args
 
 from zarrtrace import demo
 from zarrtrace.errors import ConfigError, install_command
@@ -21,7 +21,7 @@ from zarrtrace.format.attributes import SAEAttributes, TraceAttributes, ranges
 from zarrtrace.format.layout import TraceShape
 from zarrtrace.hub import cache_if_unreachable
 from zarrtrace.records import TracePlan
-from zarrtrace.scenarios import Scenario, load_suite
+from zarrtrace.scenarios import Scenario, as_scenarios
 from zarrtrace.scenarios.choice import only_named
 
 if TYPE_CHECKING:  # they import torch
@@ -30,6 +30,8 @@ if TYPE_CHECKING:  # they import torch
 
 #: What the embedded model is called in a trace.
 DEMO_MODEL = "zarrtrace-demo"
+#: How to ask for the embedded model and its SAEs, and for the embedded scenarios.
+DEMO, SLOT_MACHINE = "demo", "slot-machine"
 
 _LIBRARIES = ("zarrtrace", "numpy", "sae-lens", "torch", "transformers", "zarr")
 
@@ -37,16 +39,27 @@ P = ParamSpec("P")
 SAEs = dict[int, tuple[SAEAttributes, ...]]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 StoredDtype = Literal["float32", "float16"]
+AttentionCapture = Literal["auto", "whole", "blocked"]
+# Options that take one of a few words.
+_CHOICES = {
+    "dtype": Dtype,
+    "attention_capture": AttentionCapture,
+    "attention_dtype": StoredDtype,
+    "feature_dtype": StoredDtype,
+}
 
 
 @dataclass(frozen=True)
 class Options:
     """What to extract.
 
+    Without `model` and `scenarios` the embedded model runs over the embedded scenarios. One of the
+    two without the other is refused.
+
     Attributes
     ----------
     model, revision, trust_remote_code
-        The language model; None is the embedded one.
+        The language model; ``"demo"`` is the embedded one.
     sae_release, sae_ids, sae_path
         The SAEs: a release that sae-lens knows with optional patterns of ids, or a folder.
     fold_decoder_norm
@@ -59,7 +72,8 @@ class Options:
     features, attention
         What to store.
     scenarios
-        File of scenarios; None is the embedded suite.
+        What :func:`zarrtrace.scenarios.as_scenarios` takes; ``"slot-machine"`` is the embedded
+        suite.
     only
         Names of scenarios; empty means all.
     device, dtype
@@ -98,18 +112,45 @@ class Options:
     layer_end: int | None = None
     features: bool = True
     attention: bool = True
-    scenarios: Path | None = None
+    scenarios: object = None
     only: tuple[str, ...] = ()
     device: str = "cpu"
     dtype: Dtype = "auto"
     batch_size: int | None = None
     queries: str | tuple[int, ...] | None = None
-    attention_capture: Literal["auto", "whole", "blocked"] = "auto"
+    attention_capture: AttentionCapture = "auto"
     attention_dtype: StoredDtype | None = None
     attention_keepbits: int | None = None
     feature_dtype: StoredDtype = "float32"
     prepend_bos: bool | None = None
     low_memory: bool = False
+
+    @property
+    def own_model(self) -> str | None:
+        """Name or folder of the model; None for the embedded one."""
+        return None if self.model == DEMO else self.model
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Objects that the caller has loaded, instead of names.
+
+    Attributes
+    ----------
+    model
+        A model of transformers, borrowed while the job runs; :attr:`Options.model` is its name.
+    tokenizer
+        Used instead of the model's own.
+    saes
+        What :class:`zarrtrace.capture.loaded_saes.LoadedSAEs` takes.
+    """
+
+    model: Any = None
+    tokenizer: Any = None
+    saes: Any = None
+
+
+_NOTHING = Loaded()
 
 
 @dataclass(frozen=True)
@@ -229,6 +270,7 @@ class Job:
             tags=tuple(prompt.scenario.tags),
             spans=prompt.spans,
             options=prompt.options,
+            metadata=dict(prompt.scenario.metadata),
             model=self.model.attributes.model_copy(
                 update={"attn_implementation": "blocked"}
                 if prompt.scenario.name in self.blocked
@@ -263,7 +305,9 @@ def _asking_hub(
 
     @wraps(function)
     def call(options: Options, /, *arguments: P.args, **settings: P.kwargs) -> Job:
-        with cache_if_unreachable(options.model, options.sae_release):
+        is_loaded = getattr(settings.get("loaded"), "model", None) is not None
+        named = None if is_loaded else options.own_model
+        with cache_if_unreachable(named, options.sae_release):
             return function(options, *arguments, **settings)
 
     return call
@@ -274,6 +318,7 @@ def prepare(
     options: Options,
     *,
     scenarios: Sequence[Scenario] | None = None,
+    loaded: Loaded = _NOTHING,
     weights: bool = True,
     progress: bool = True,
     pool: WriterPool | None = None,
@@ -286,6 +331,8 @@ def prepare(
         What to extract.
     scenarios
         The scenarios; None reads those that the options name.
+    loaded
+        A model, a tokenizer and SAEs that are in memory.
     weights
         False leaves out the model's weights; enough to estimate a run.
     progress
@@ -298,17 +345,17 @@ def prepare(
     ConfigError, ScenarioError, ModelError, SAEError
         As for :func:`extract`.
     """
-    _check(options)
     if scenarios is None:
-        scenarios = find_scenarios(options)
-    ahead = ReadAhead() if weights and options.model and options.device != "cpu" else None
-    if ahead and options.model:
-        ahead.add(weight_files(options.model, options.revision))
+        scenarios = find_scenarios(options, loaded)
+    ahead, named = None, options.own_model if loaded.model is None else None
+    if weights and named and options.device != "cpu":
+        ahead = ReadAhead()
+        ahead.add(weight_files(named, options.revision))
     capture = capture_package()
     capture.hide_progress(downloads=not progress)
     # All that can be wrong is found out before the weights are read, which takes minutes.
-    model = _load_model(options, capture, weights=False)
-    source = _sae_source(options) if options.features else None
+    model = _load_model(options, loaded, capture, weights=False)
+    source = _sae_source(options, loaded) if options.features else None
     if pool and model.device.type != "cpu" and len(scenarios) >= FEW_TRACES:
         pool.start(len(scenarios))
     layers, notes = choose_layers(options, len(model.blocks), source)
@@ -322,8 +369,12 @@ def prepare(
     prompts = tuple(
         capture.tokenize(model, scenario, prepend_bos=prepend_bos) for scenario in scenarios
     )
+    if loaded.tokenizer is not None:
+        capture.refuse_unknown_ids(model, (max(prompt.tokens.ids) for prompt in prompts))
     if weights:
-        model = capture.probe_model(_load_model(options, capture, weights=True))
+        if loaded.model is None:
+            model = _load_model(options, loaded, capture, weights=True)
+        model = capture.probe_model(model)
         capture.check_additions(model, _kinds(saes))
     job = _assembled(options, model, layers, source, saes, prompts, prepend_bos=prepend_bos)
     return replace(job, notes=notes)
@@ -355,7 +406,7 @@ def _assembled(
     lengths = [len(prompt.tokens.ids) for prompt in prompts]
     batch_size = capture.choose_batch_size(model, lengths, options.batch_size)
     blocked = _blocked(options, model, prompts)
-    model = capture.renamed(model, options.model or DEMO_MODEL, prepend_bos=prepend_bos)
+    model = capture.renamed(model, options.own_model or DEMO_MODEL, prepend_bos=prepend_bos)
     job = Job(
         options=options,
         model=model,
@@ -382,9 +433,14 @@ def _blocked(options: Options, model: LoadedModel, prompts: Sequence[Prompt]) ->
     )
 
 
-def _load_model(options: Options, capture: Any, *, weights: bool) -> LoadedModel:
-    model: LoadedModel = capture.load_model(
-        options.model or str(demo.model_path()),
+def _load_model(options: Options, loaded: Loaded, capture: Any, *, weights: bool) -> LoadedModel:
+    model: LoadedModel
+    if loaded.model is not None:
+        model = capture.take_model(loaded.model, loaded.tokenizer, options.model)
+        return model
+    model = capture.load_model(
+        options.own_model or str(demo.model_path()),
+        tokenizer=loaded.tokenizer,
         revision=options.revision,
         device=options.device,
         dtype=options.dtype,
@@ -420,27 +476,22 @@ def capture_package() -> Any:
     return capture
 
 
-def _check(options: Options) -> None:
+def _check(options: Options, loaded: Loaded) -> None:
+    _check_presence(options)
+    for name, kind in _CHOICES.items():
+        value = getattr(options, name)
+        if value is not None and value not in get_args(kind):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {value}",
+                remedy=f"Give one of {', '.join(get_args(kind))}.",
+            )
     if not options.attention and not options.features:
         raise ConfigError(
             "--no-attention and --no-features leave nothing to extract",
             remedy="Drop one of the two.",
         )
-    if options.sae_release and options.sae_path:
-        raise ConfigError(
-            "--sae-release and --sae-path both say where SAEs come from",
-            remedy="Give one of the two.",
-        )
-    if options.sae_ids and not options.sae_release:
-        raise ConfigError(
-            "--sae-id chooses from a release, and none is given", remedy="Add --sae-release."
-        )
-    if options.model and options.features and not (options.sae_release or options.sae_path):
-        raise ConfigError(
-            f"no SAEs given for {options.model}",
-            why="Features need SAEs that were trained on this model.",
-            remedy="Add --sae-release or --sae-path, or use --no-features.",
-        )
+    _check_layers(options)
+    _check_saes(options, loaded)
     bits = 10 if options.attention_dtype == "float16" else 23
     if options.attention_keepbits is not None and not 1 <= options.attention_keepbits <= bits:
         raise ConfigError(
@@ -450,9 +501,73 @@ def _check(options: Options) -> None:
         )
     if options.batch_size is not None and options.batch_size < 1:
         raise ConfigError(f"--batch-size {options.batch_size}", remedy="Give 1 or more.")
+    queries = options.queries
+    if isinstance(queries, str) and queries not in ("last", "spans"):
+        raise ConfigError(
+            f"--queries {queries}", remedy="Give last, spans, or positions such as 0,5,-1."
+        )
 
 
-def find_scenarios(options: Options) -> tuple[Scenario, ...]:
+def _check_presence(options: Options) -> None:
+    """Refuse a model without scenarios, and scenarios without a model."""
+    if options.model is not None and options.scenarios is None:
+        raise ConfigError(
+            f"no scenarios given for {options.model}",
+            why="The embedded ten are prompts of one experiment, a slot machine.",
+            remedy="Give your own prompts (--scenarios FILE; in Python, the second argument), or "
+            f"ask for the embedded ones by name: {SLOT_MACHINE}.",
+        )
+    if options.scenarios is not None and options.model is None:
+        raise ConfigError(
+            "no model given for these scenarios",
+            why="The embedded model is for demonstrations: it was trained on the embedded "
+            "scenarios alone.",
+            remedy=f"Give --model (in Python, model), or ask for the embedded one: {DEMO}.",
+        )
+
+
+def _check_layers(options: Options) -> None:
+    start, end = options.layer_start, options.layer_end
+    if options.layers is not None and (start, end) != (None, None):
+        raise ConfigError(
+            "--layers, and --layer-start or --layer-end, both choose layers",
+            remedy="Give one of the two.",
+        )
+    if start is not None and end is not None and end < start:
+        raise ConfigError(
+            f"--layer-end {end} is before --layer-start {start}",
+            remedy="Exchange the two.",
+        )
+
+
+def _check_saes(options: Options, loaded: Loaded) -> None:
+    if loaded.saes is not None:
+        if options.fold_decoder_norm:
+            raise ConfigError(
+                "--fold-decoder-norm with SAEs in memory",
+                why="They are used as they are.",
+                remedy="Call their method fold_W_dec_norm() before.",
+            )
+        return
+    if options.sae_release and options.sae_path:
+        raise ConfigError(
+            "--sae-release and --sae-path both say where SAEs come from",
+            remedy="Give one of the two.",
+        )
+    if options.sae_ids and not options.sae_release:
+        raise ConfigError(
+            "--sae-id chooses from a release, and none is given", remedy="Add --sae-release."
+        )
+    if options.own_model and options.features and not (options.sae_release or options.sae_path):
+        raise ConfigError(
+            f"no SAEs given for {options.model}",
+            why="Features need SAEs that were trained on this model.",
+            remedy="Add --sae-release or --sae-path (in Python, saes), or use --no-features "
+            "(features=False).",
+        )
+
+
+def find_scenarios(options: Options, loaded: Loaded = _NOTHING) -> tuple[Scenario, ...]:
     """Read the scenarios that options name; the options are checked by themselves before.
 
     Raises
@@ -460,13 +575,19 @@ def find_scenarios(options: Options) -> tuple[Scenario, ...]:
     ConfigError, ScenarioError
         If options contradict each other, or a scenario cannot be used.
     """
-    _check(options)
-    scenarios = load_suite(options.scenarios or demo.suite_path())
+    _check(options, loaded)
+    given = options.scenarios
+    is_name = isinstance(given, str | Path) and str(given) == SLOT_MACHINE
+    scenarios = as_scenarios(demo.suite_path() if given is None or is_name else given)
     return only_named(scenarios, options.only)
 
 
-def _sae_source(options: Options) -> SAESource:
-    from zarrtrace.capture.saes import FolderSAEs, ReleaseSAEs  # noqa: PLC0415 -- takes seconds
+def _sae_source(options: Options, loaded: Loaded) -> SAESource:
+    if loaded.saes is not None:
+        from zarrtrace.capture.loaded_saes import LoadedSAEs  # noqa: PLC0415 -- takes seconds
+
+        return LoadedSAEs(loaded.saes)
+    from zarrtrace.capture.saes import FolderSAEs, ReleaseSAEs  # noqa: PLC0415
 
     if options.sae_release:
         return ReleaseSAEs(
@@ -528,6 +649,7 @@ def _config(
         "saes": {
             sae.id: sae.fingerprint or sae.revision for found in saes.values() for sae in found
         },
+        "sae_dtype": sorted({sae.dtype for found in saes.values() for sae in found}),
         "fold_decoder_norm": options.fold_decoder_norm,
         "prompts": {prompt.scenario.name: _digest(prompt) for prompt in prompts},
         "versions": library_versions(),
@@ -542,6 +664,7 @@ def _digest(prompt: Prompt) -> str:
         sorted(scenario.spans.items()),
         list(scenario.tags),
         sorted(scenario.options.items()),
+        sorted((name, repr(value)) for name, value in scenario.metadata.items()),
         list(prompt.tokens.ids),
         list(prompt.tokens.texts),
         sorted((name, span.tokens) for name, span in prompt.spans.items()),

@@ -51,7 +51,7 @@ def choose_layers(options: Options, blocks: int, source: Any) -> LayerChoice:
     SAEError
         If no block has an SAE.
     """
-    own = tuple(range(blocks)) if options.model else demo.LAYERS
+    own = tuple(range(blocks)) if options.own_model else demo.LAYERS
     if options.layers is None and options.layer_start is options.layer_end is None:
         return LayerChoice(own) if source is None else _with_saes(own, blocks, source)
     wanted = options.layers

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
-from tqdm import tqdm
+import tqdm
 
 _SECONDS_A_LINE = 30
 
@@ -21,6 +22,17 @@ def say(notes: Sequence[str], shown: Shown) -> None:
     """Write notes on stderr, if anything is shown there."""
     for note in notes if shown else ():
         sys.stderr.write(f"zarrtrace: {note}\n")
+
+
+def _bar() -> type[tqdm.tqdm[Any]]:
+    """Return the kind of bar that is drawn here: a widget in a notebook that has them."""
+    if "ipykernel.zmqshell" not in sys.modules:
+        return tqdm.tqdm
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", tqdm.TqdmWarning)  # that there are no widgets
+        from tqdm.auto import tqdm as auto  # noqa: PLC0415 -- asyncio, for notebooks alone
+    kind: type[tqdm.tqdm[Any]] = auto
+    return kind
 
 
 class Watch(Protocol):
@@ -59,11 +71,11 @@ class Progress:
         self._found: set[str] = set()
         self._complete: set[str] = set()
         self._stored, self._layers = 0, sum(layers.values())
-        hidden = shown != "bars"
-        self._layer_bar = tqdm(
+        hidden, bar = shown != "bars", _bar()
+        self._layer_bar = bar(
             total=self._layers, desc="layers", unit="layer", disable=hidden, file=sys.stderr
         )
-        self._scenario_bar = tqdm(
+        self._scenario_bar = bar(
             total=len(layers), desc="scenarios", unit="scenario", disable=hidden, file=sys.stderr
         )
 
@@ -82,7 +94,10 @@ class Progress:
             self._found.add(scenario)
             self._layers -= self._missing[scenario] - missing
             self._missing[scenario] = missing
-            self._layer_bar.total = self._layers
+            if self._layer_bar.n:
+                self._layer_bar.total = self._layers
+            else:  # a widget has a total of its own
+                self._layer_bar.reset(self._layers)
             if complete:
                 self._complete.add(scenario)
                 if not self._scenario_bar.disable:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from zarrtrace.errors import IntegrityError, NoSpaceError, readable
 from zarrtrace.extraction.estimate import estimate
 from zarrtrace.extraction.interrupts import held_back
-from zarrtrace.extraction.job import Job, Options, capture_package, prepare
+from zarrtrace.extraction.job import Job, Loaded, Options, capture_package, prepare
 from zarrtrace.extraction.processes import FEW_TRACES, WriterPool, WriterProcesses
 from zarrtrace.extraction.progress import Progress, Shown, Watch, say
 from zarrtrace.extraction.writers import (
@@ -32,24 +33,25 @@ from zarrtrace.store import RunWriter, read_run, refuse_foreign, wait_for_writer
 
 if TYPE_CHECKING:
     from zarrtrace.capture import Prompt
-    from zarrtrace.scenarios import Scenario
+
+_NOTHING = Loaded()
 
 #: How long to wait for a worker that was given up, and still writes what is to be done again.
 SECONDS_GIVEN_UP = 600
 
 
-def extract(
+def extract_run(
     output: Address,
     options: Options | None = None,
     *,
-    scenarios: Sequence[Scenario] | None = None,
+    loaded: Loaded = _NOTHING,
     overwrite: bool = False,
     repair: bool = False,
     allow_nonfinite: bool = False,
     accept_versions: bool = False,
     progress: Shown = None,
 ) -> Location:
-    """Run a model over scenarios and store attention, features and continuations.
+    """Do what :func:`zarrtrace.extract` does, in this process, and return where the run is.
 
     A run that exists is resumed if its configuration is the same.
 
@@ -59,8 +61,8 @@ def extract(
         Folder of the run, or its address in an object store.
     options
         What to extract; by default the embedded model, SAEs and scenarios.
-    scenarios
-        The prompts; by default those that `options` name.
+    loaded
+        A model, a tokenizer and SAEs that are in memory.
     overwrite
         Replace a run that exists, once the new one is finished.
     repair
@@ -94,11 +96,12 @@ def extract(
         refuse_foreign(output)  # before hours of work
     options = as_before(output, options or Options(), overwrite=overwrite)
     # While it runs, each SAE is read from the hub or its cache.
-    hub = cache_if_unreachable(options.model, options.sae_release)
-    with hub, WriterPool() as pool:
+    named = options.own_model if loaded.model is None else None
+    hub = cache_if_unreachable(named, options.sae_release)
+    with hub, WriterPool() as pool, _borrowed(loaded.model):
         job = prepare(
             options,
-            scenarios=scenarios,
+            loaded=loaded,
             progress=progress == "bars",
             pool=pool,
         )
@@ -120,6 +123,13 @@ def extract(
             fill(run.path, job, bars, pool, repair=repair, allow_nonfinite=allow_nonfinite)
             run.finish()
     return output
+
+
+def _borrowed(model: Any) -> AbstractContextManager[None]:
+    if model is None:
+        return contextlib.nullcontext()
+    borrowed: AbstractContextManager[None] = capture_package().borrow(model)
+    return borrowed
 
 
 @contextlib.contextmanager
@@ -157,12 +167,12 @@ def fill(
     pool
         Its processes write what a GPU computes for several traces.
     repair, allow_nonfinite
-        As for :func:`extract`.
+        As for :func:`extract_run`.
 
     Raises
     ------
     ModelError, SAEError, NonFiniteError, StoreError
-        As for :func:`extract`.
+        As for :func:`extract_run`.
     """
     traces = Traces(
         folder,

@@ -73,7 +73,7 @@ class Order:
     batch_size
         Scenarios in one forward pass.
     repair, allow_nonfinite
-        As for :func:`zarrtrace.extraction.extract`.
+        As for :func:`zarrtrace.extraction.extract_run`.
     config
         What every worker must find: versions, weights and options; without the scenarios.
     """
@@ -277,7 +277,7 @@ def _job(setup: Setup, scenarios: Sequence[Scenario], batch_size: int | None = N
 
 def _resolved(setup: Setup) -> Options:
     """Make paths absolute: a worker may run in another folder than the client."""
-    model, saes = setup.options.model, setup.options.sae_path
+    model, saes = setup.options.own_model, setup.options.sae_path
     if model and (setup.base / model).is_dir():
         model = str(setup.base / model)
     return replace(setup.options, model=model, sae_path=saes and setup.base / saes)

@@ -41,7 +41,7 @@ class Traces:
     each
         The traces.
     repair, allow_nonfinite
-        As for :func:`zarrtrace.extraction.extract`.
+        As for :func:`zarrtrace.extraction.extract_run`.
     """
 
     folder: Location

@@ -6,6 +6,7 @@ Each field is an attribute of its own in the ``zarr.json`` of the group, short e
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -18,6 +19,10 @@ from pydantic import (
     NonNegativeInt,
     PlainSerializer,
     PositiveInt,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
     WithJsonSchema,
 )
 
@@ -240,6 +245,17 @@ def _template(value: str, layer: int) -> str:
     return re.sub(rf"(?<!\d){layer}(?!\d)", "{layer}", value)
 
 
+def _stored(value: Any) -> Any:
+    """Return a value of metadata as JSON holds it: NaN, a missing number, is null."""
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+_MetadataName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+_Int64 = Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)]
+MetadataValue = Annotated[
+    StrictBool | _Int64 | StrictFloat | StrictStr | None, BeforeValidator(_stored)
+]
+
 # --- whole groups ------------------------------------------------------------------------------
 
 Seal = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
@@ -258,6 +274,12 @@ class TraceAttributes(Frozen):
     tags: tuple[str, ...] = ()
     spans: dict[str, SpanAttributes]
     options: dict[str, OptionAttributes] = {}
+    metadata: dict[_MetadataName, MetadataValue] = Field(
+        default_factory=dict,
+        description="Columns of the run: the same names, each with one type, in all its traces. A "
+        "missing text is empty, a missing number null.",
+        json_schema_extra={"additionalProperties": False},
+    )
     model: ModelAttributes | None = Field(description="Null if imported from NPZ files.")
     saes: dict[str, SAESetAttributes] = Field(
         default_factory=dict, description="By array: `features`, `features_NAME`."

@@ -6,23 +6,36 @@ exact when a number splits into several tokens or stands in the prompt twice.
 """
 
 from zarrtrace.scenarios.entries import ScenarioEntry, SuiteFile
-from zarrtrace.scenarios.names import check_name, name_key
-from zarrtrace.scenarios.scenario import DECISION, CharRange, Scenario
-from zarrtrace.scenarios.spans import span, span_positions, token_positions
-from zarrtrace.scenarios.suite import load_suite
+from zarrtrace.scenarios.metadata import (
+    RESERVED,
+    Value,
+    check_metadata_name,
+    is_missing,
+    typed_column,
+)
+from zarrtrace.scenarios.names import DECISION, check_name, name_key
+from zarrtrace.scenarios.scenario import Scenario
+from zarrtrace.scenarios.spans import CharRange, span, span_positions, token_positions
+from zarrtrace.scenarios.suite import as_scenarios, load_suite
 from zarrtrace.scenarios.templates import render_template
 
 __all__ = [
     "DECISION",
+    "RESERVED",
     "CharRange",
     "Scenario",
     "ScenarioEntry",
     "SuiteFile",
+    "Value",
+    "as_scenarios",
+    "check_metadata_name",
     "check_name",
+    "is_missing",
     "load_suite",
     "name_key",
     "render_template",
     "span",
     "span_positions",
     "token_positions",
+    "typed_column",
 ]

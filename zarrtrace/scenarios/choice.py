@@ -1,29 +1,12 @@
-"""Which scenarios a run is of: prompts given as they are, or some of a suite."""
+"""Scenarios of a suite by their names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from zarrtrace.errors import ScenarioError
 from zarrtrace.scenarios.scenario import Scenario
 from zarrtrace.suggestions import did_you_mean
-
-
-def from_prompts(prompts: Iterable[str]) -> tuple[Scenario, ...]:
-    """Make scenarios of prompts, word for word, named ``scenario_0`` and so on.
-
-    Raises
-    ------
-    ScenarioError
-        If a prompt is empty.
-    """
-    scenarios = tuple(Scenario(f"scenario_{at}", text) for at, text in enumerate(prompts))
-    for scenario in scenarios:
-        if not scenario.prompt:
-            raise ScenarioError(
-                f"{scenario.name}: the prompt is empty", remedy="Give at least one word."
-            )
-    return scenarios
 
 
 def only_named(scenarios: Sequence[Scenario], names: Sequence[str]) -> tuple[Scenario, ...]:

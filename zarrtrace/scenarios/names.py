@@ -1,4 +1,4 @@
-"""Names of scenarios: each becomes a folder and a Zarr node."""
+"""Names of scenarios, which become folders and Zarr nodes, and of what stands in them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import re
 import unicodedata
 
 from zarrtrace.errors import ScenarioError
+
+#: The span that every scenario has: its last token, where the model decides what to say next.
+DECISION = "decision"
+
+#: Names of spans, values, marks and metadata.
+IDENTIFIER = r"[A-Za-z_][A-Za-z0-9_]*"
 
 _SAFE_NAME = re.compile(r"[^\W_][\w.\-]*")
 _DEVICE_NAMES = frozenset(
@@ -48,3 +54,13 @@ def check_name(name: str) -> str:
 def name_key(name: str) -> str:
     """Return what two names share if a file system may take them for one."""
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+
+
+def default_name(place: int) -> str:
+    """Name a scenario without a name by its place in the suite, counted from 0."""
+    return f"scenario_{place}"
+
+
+def label(name: str) -> str:
+    """Return what messages call a scenario; `name` is empty until a suite names it."""
+    return f"scenario {name!r}" if name else "the scenario"

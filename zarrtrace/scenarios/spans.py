@@ -2,21 +2,62 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from zarrtrace.errors import ScenarioError
 from zarrtrace.scenarios.entries import SpanEntry, TextSpan
-from zarrtrace.scenarios.scenario import DECISION, CharRange, Scenario
+from zarrtrace.scenarios.names import DECISION, label
 from zarrtrace.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     import xarray as xr
 
+    from zarrtrace.scenarios.scenario import Scenario
 
-def occurrences_of(prompt: str, text: str) -> list[CharRange]:
+CharRange = tuple[int, int]
+
+
+def locate_spans(
+    scenario: str,
+    prompt: str,
+    given: Mapping[str, SpanEntry],
+    marked: Mapping[str, Sequence[CharRange]],
+) -> dict[str, tuple[CharRange, ...]]:
+    """Return the character ranges of all spans of an entry.
+
+    Parameters
+    ----------
+    scenario
+        Its name, for messages.
+    prompt
+        Its text.
+    given
+        Spans as the entry gives them.
+    marked
+        Ranges of spans that are marked in its text; a span may be both.
+
+    Raises
+    ------
+    ScenarioError
+        If the prompt has no such text or range, or a span is called ``decision``.
+    """
+    occurrences = functools.cache(functools.partial(_occurrences, prompt))
+    spans = {name: list(ranges) for name, ranges in marked.items()}
+    for name, one in given.items():
+        if name == DECISION:
+            raise ScenarioError(
+                f"{label(scenario)}: span {DECISION!r} is always the last token",
+                remedy="Give your span another name.",
+            )
+        spans.setdefault(name, []).extend(_find_span(scenario, name, one, prompt, occurrences))
+    return {name: tuple(sorted(set(ranges))) for name, ranges in spans.items()}
+
+
+def _occurrences(prompt: str, text: str) -> list[CharRange]:
     """Return where `text` stands in a prompt; occurrences may overlap."""
     found = []
     at = prompt.find(text)
@@ -26,31 +67,14 @@ def occurrences_of(prompt: str, text: str) -> list[CharRange]:
     return found
 
 
-def find_span(
+def _find_span(
     scenario: str,
     name: str,
     given: SpanEntry,
     prompt: str,
     occurrences: Callable[[str], Sequence[CharRange]],
 ) -> list[CharRange]:
-    """Return the character ranges of a span of an entry.
-
-    Parameters
-    ----------
-    scenario, name
-        Of the scenario and the span, for messages.
-    given
-        The span as the entry gives it.
-    prompt
-        Text of the scenario.
-    occurrences
-        Finds all occurrences of a text in the prompt.
-
-    Raises
-    ------
-    ScenarioError
-        If the prompt has no such text or range.
-    """
+    """Return the character ranges of one span."""
     if isinstance(given, str):
         given = TextSpan(text=given)
     if isinstance(given, TextSpan):
@@ -59,7 +83,7 @@ def find_span(
     for start, end in ranges:
         if not start < end <= len(prompt):
             raise ScenarioError(
-                f"scenario {scenario!r}: span {name!r} at [{start}, {end}) is not in its prompt",
+                f"{label(scenario)}: span {name!r} at [{start}, {end}) is not in its prompt",
                 why=f"The prompt has {len(prompt)} characters; a range is [start, end).",
                 remedy="Give start < end, both within the prompt.",
             )
@@ -69,10 +93,10 @@ def find_span(
 def _choose(
     scenario: str, name: str, given: TextSpan, found: Sequence[CharRange]
 ) -> list[CharRange]:
-    label = f"scenario {scenario!r}: span {name!r}"
+    where = f"{label(scenario)}: span {name!r}"
     if not found:
         raise ScenarioError(
-            f"{label}: {given.text!r} is not in the prompt",
+            f"{where}: {given.text!r} is not in the prompt",
             remedy="Spell it as the prompt does, white space included.",
         )
     if given.occurrence == "all":
@@ -82,13 +106,13 @@ def _choose(
     if given.occurrence is None:
         if len(found) > 1:
             raise ScenarioError(
-                f"{label}: {given.text!r} stands in the prompt {len(found)} times",
+                f"{where}: {given.text!r} stands in the prompt {len(found)} times",
                 remedy=f"Say which: occurrence: 1 to {len(found)}, 'last' or 'all'.",
             )
         return [found[0]]
     if given.occurrence > len(found):
         raise ScenarioError(
-            f"{label}: occurrence {given.occurrence} of {given.text!r}, which stands there "
+            f"{where}: occurrence {given.occurrence} of {given.text!r}, which stands there "
             f"{len(found)} time(s)",
             remedy=f"Give 1 to {len(found)}.",
         )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,17 +11,15 @@ import yaml
 from pydantic import ValidationError
 
 from zarrtrace.errors import ScenarioError
-from zarrtrace.scenarios.entries import ScenarioEntry, SuiteFile, TextSpan
+from zarrtrace.scenarios.entries import ScenarioEntry, SuiteFile, problem_of
 
-# How pydantic names the members of a union within an error's location.
-_UNION_MEMBER = re.compile(r"constrained-|literal\[|list\[|tuple\[|TextSpan$|(?:str|int|float)$")
 _YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # Scenarios need 6. libyaml builds deeper ones by recursion that overflows the stack.
 _MAX_YAML_DEPTH = 50
 
 
-def parse_yaml(path: Path, text: str) -> tuple[SuiteFile, list[int]]:
-    """Parse a YAML file; returns the line of each scenario, too."""
+def parse_yaml(path: Path, text: str) -> tuple[SuiteFile, list[str]]:
+    """Parse a YAML file; returns file and line of each scenario, too."""
     loader: Any = None
     try:
         # The reader of its first characters complains at once.
@@ -55,18 +51,19 @@ def parse_yaml(path: Path, text: str) -> tuple[SuiteFile, list[int]]:
         suite = SuiteFile.model_validate(data)
     except ValidationError as error:
         raise _invalid(path, error, lambda loc: _line_of(node, loc)) from None
-    return suite, [_line_of(node, ("scenarios", i)) for i in range(len(suite.scenarios))]
+    lines = [_line_of(node, ("scenarios", i)) for i in range(len(suite.scenarios))]
+    return suite, [f"{path}:{line}" for line in lines]
 
 
-def parse_jsonl(path: Path, text: str) -> tuple[SuiteFile, list[int]]:
-    """Parse a JSONL file; returns the line of each scenario, too."""
-    entries, lines = [], []
+def parse_jsonl(path: Path, text: str) -> tuple[SuiteFile, list[str]]:
+    """Parse a JSONL file; returns file and line of each scenario, too."""
+    entries, places = [], []
     # Not splitlines(): JSON strings may hold U+2028 and its like as they are.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            entry = json.loads(line, object_pairs_hook=_refuse_double_keys)
+            entry = json.loads(line, object_pairs_hook=refuse_double_keys)
             entries.append(ScenarioEntry.model_validate(entry))
         except ScenarioError as error:
             raise ScenarioError(f"{path}:{number}: {error.what}", remedy=error.remedy) from None
@@ -77,13 +74,14 @@ def parse_jsonl(path: Path, text: str) -> tuple[SuiteFile, list[int]]:
                 f"{path}:{number}: not valid JSON: {error}",
                 remedy="Each line of a .jsonl file is one JSON object: a scenario.",
             ) from None
-        lines.append(number)
+        places.append(f"{path}:{number}")
     if not entries:
         raise ScenarioError(f"{path}: holds no scenario", remedy="Write one JSON object a line.")
-    return SuiteFile(scenarios=entries), lines
+    return SuiteFile(scenarios=entries), places
 
 
-def _refuse_double_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def refuse_double_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the pairs of a JSON object, whose keys must differ."""
     entry: dict[str, Any] = {}
     for key, value in pairs:
         if key in entry:
@@ -153,20 +151,6 @@ def _line_of(node: yaml.Node | None, loc: Sequence[str | int]) -> int:
 
 
 def _invalid(path: Path, error: ValidationError, line_of: Any) -> ScenarioError:
-    first, *others = error.errors()
-    if _UNION_MEMBER.match(str(first["loc"][-1:] and first["loc"][-1])):
-        # None of several forms fits: the one that fits furthest is what was meant.
-        alike = [e for e in others if e["loc"][: len(first["loc"]) - 1] == first["loc"][:-1]]
-        first = max([first, *alike], key=lambda e: len(e["loc"]))
-    loc = tuple(step for step in first["loc"] if not _UNION_MEMBER.match(str(step)))
-    where = ".".join(str(step) for step in loc) or "the file"
-    remedy = "See schema/scenarios.schema.json for what an entry may hold."
-    if first["type"] == "extra_forbidden":
-        known = [*ScenarioEntry.model_fields, *SuiteFile.model_fields, *TextSpan.model_fields]
-        close = difflib.get_close_matches(str(loc[-1]), known, n=1)
-        if close:
-            remedy = f"Did you mean {close[0]!r}? {remedy}"
-        reason = f"unknown field {loc[-1]!r}"
-    else:
-        reason = first["msg"]
-    return ScenarioError(f"{path}:{line_of(loc)}: {where}: {reason}", remedy=remedy)
+    problem = problem_of(error)
+    where = f"{path}:{line_of(problem.location)}: {problem.path or 'the file'}"
+    return ScenarioError(f"{where}: {problem.reason}", remedy=problem.remedy)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 
 from zarrtrace.errors import ScenarioError
-from zarrtrace.scenarios.scenario import DECISION, IDENTIFIER, CharRange
+from zarrtrace.scenarios.names import DECISION, IDENTIFIER
+from zarrtrace.scenarios.spans import CharRange
+from zarrtrace.suggestions import closest
 
-_TEMPLATE_TOKEN = re.compile(
-    rf"\{{\{{|\}}\}}|\{{(?P<value>{IDENTIFIER})\}}|\[\[(?P<mark>{IDENTIFIER}):|(?P<close>\]\])|[{{}}]"
-)
+_MARK = rf"\[\[(?P<mark>{IDENTIFIER}):|(?P<close>\]\])"
+_MARK_TOKEN = re.compile(rf"{_MARK}|(?P<value>(?!))")
+_TEMPLATE_TOKEN = re.compile(rf"\{{\{{|\}}\}}|\{{(?P<value>{IDENTIFIER})\}}|{_MARK}|[{{}}]")
 
 
 def value_names(template: str) -> list[str]:
@@ -43,11 +44,33 @@ def render_template(
     ScenarioError
         If a value is missing, a mark is nested, empty or not closed, or a brace stands alone.
     """
+    return _rendered(template, _TEMPLATE_TOKEN, values)
+
+
+def read_marks(text: str) -> tuple[str, dict[str, tuple[CharRange, ...]]]:
+    """Take marks ``[[span:text]]`` out of a prompt, whose other characters are literal.
+
+    Returns
+    -------
+    prompt, spans
+        As of :func:`render_template`.
+
+    Raises
+    ------
+    ScenarioError
+        If a mark is nested, empty or not closed.
+    """
+    return _rendered(text, _MARK_TOKEN, {})
+
+
+def _rendered(
+    template: str, tokens: re.Pattern[str], values: Mapping[str, object]
+) -> tuple[str, dict[str, tuple[CharRange, ...]]]:
     out: list[str] = []
     length = at = 0
     opened: tuple[str, int] | None = None
     spans: dict[str, list[CharRange]] = {}
-    for match in _TEMPLATE_TOKEN.finditer(template):
+    for match in tokens.finditer(template):
         text = template[at : match.start()]
         at = match.end()
         token, start = match[0], length + len(text)
@@ -56,7 +79,7 @@ def render_template(
         elif match["mark"]:
             if opened or match["mark"] == DECISION:
                 raise ScenarioError(
-                    f"the template opens span {match['mark']!r} "
+                    f"the text opens span {match['mark']!r} "
                     + (f"inside span {opened[0]!r}" if opened else "by mark"),
                     remedy=f"Marks do not nest, and {DECISION!r} is always the last token.",
                 )
@@ -87,18 +110,22 @@ def render_template(
     return "".join(out), {name: tuple(ranges) for name, ranges in spans.items()}
 
 
-def _render_value(name: str, values: Mapping[str, object]) -> str:
-    if name not in values:
-        close = difflib.get_close_matches(name, values, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ScenarioError(
-            f"the template needs a value {name!r}",
-            remedy=f"Add it to 'values' or 'defaults'.{hint}",
-        )
-    value = values[name]
+def text_of(name: str, value: object) -> str:
+    """Return a value as a prompt holds it."""
     try:
         return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     except ValueError:  # Python writes no integer of more than 4,300 digits
         raise ScenarioError(
             f"value {name!r} is a number with too many digits", remedy="Write it as text."
         ) from None
+
+
+def _render_value(name: str, values: Mapping[str, object]) -> str:
+    if name not in values:
+        close = closest(name, values)
+        hint = f" Did you mean {close!r}?" if close else ""
+        raise ScenarioError(
+            f"the template needs a value {name!r}",
+            remedy=f"Add it to 'values' or 'defaults'.{hint}",
+        )
+    return text_of(name, values[name])

@@ -8,7 +8,7 @@ from functools import partial
 from pydantic import BaseModel
 
 from zarrtrace.errors import IntegrityError, NotATraceError
-from zarrtrace.format.attributes import FORMAT_VERSION, TraceAttributes
+from zarrtrace.format.attributes import FORMAT_VERSION, MetadataValue, TraceAttributes
 from zarrtrace.storage import Address, Location, at_once, locate
 from zarrtrace.store.chunks import crc_of
 from zarrtrace.store.metadata import (
@@ -40,6 +40,7 @@ class TraceSummary(BaseModel):
     bytes_on_disk: int
     bytes_dense: int
     tags: tuple[str, ...]
+    metadata: dict[str, MetadataValue]
     model: str | None
     sae_release: str | None
     sae_ids: tuple[str, ...]
@@ -135,6 +136,7 @@ def _trace(path: Location, *, in_run: bool) -> TraceSummary | None:
         bytes_on_disk=on_disk,
         bytes_dense=dense,
         tags=attributes.tags,
+        metadata=attributes.metadata,
         model=None if attributes.model is None else attributes.model.id,
         sae_release=next((one.release for one in attributes.saes.values()), None),
         sae_ids=_sae_ids(group),

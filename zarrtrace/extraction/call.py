@@ -1,0 +1,364 @@
+"""The Python call: names or loaded objects in, the opened run out."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+from zarrtrace.errors import ConfigError, missing_for_cluster
+from zarrtrace.extraction.job import (
+    DEMO,
+    AttentionCapture,
+    Dtype,
+    Loaded,
+    Options,
+    StoredDtype,
+    capture_package,
+    find_scenarios,
+)
+from zarrtrace.extraction.progress import Shown
+from zarrtrace.extraction.running import extract_run
+from zarrtrace.format.attributes import layers_in
+from zarrtrace.storage import Address, Location, locate
+from zarrtrace.store import open_run
+
+if TYPE_CHECKING:
+    import torch
+    import xarray as xr
+    from sae_lens import SAE
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from zarrtrace.scenarios import Scenario
+
+    # pandas frames and Datasets are iterables, too.
+    Scenarios: TypeAlias = str | Path | Scenario | Mapping[str, Any] | Iterable[Any]
+    SAEs: TypeAlias = (
+        str
+        | Path
+        | tuple[str, ...]
+        | SAE[Any]
+        | Sequence[SAE[Any]]
+        | Mapping[int, SAE[Any] | Sequence[SAE[Any]]]
+    )
+
+
+def extract(
+    output: Address,
+    scenarios: Scenarios | None = None,
+    *,
+    model: str | Path | PreTrainedModel | None = None,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+    saes: SAEs | None = None,
+    layers: int | str | Iterable[int] | None = None,
+    attention: bool = True,
+    features: bool = True,
+    scenario: str | Sequence[str] = (),
+    queries: str | int | Iterable[int] | None = None,
+    revision: str | None = None,
+    fold_decoder_norm: bool = False,
+    layer_start: int | None = None,
+    layer_end: int | None = None,
+    device: str | torch.device | None = None,
+    gpu: int | None = None,
+    dtype: Dtype | torch.dtype = "auto",
+    low_memory: bool = False,
+    batch_size: int | None = None,
+    attention_capture: AttentionCapture = "auto",
+    attention_dtype: StoredDtype | None = None,
+    attention_keepbits: int | None = None,
+    feature_dtype: StoredDtype = "float32",
+    prepend_bos: bool | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    repair: bool = False,
+    allow_nonfinite: bool = False,
+    accept_versions: bool = False,
+    workers: int | None = None,
+    scheduler: str | None = None,
+    scheduler_file: str | Path | None = None,
+    storage_options: Mapping[str, str] | None = None,
+    quiet: bool = False,
+) -> xr.DataTree:
+    """Run a model over prompts, store its attention and SAE features, and open the run.
+
+    If the run exists, it is resumed: what is stored is not computed again. The same prompts,
+    weights and options are needed for that; whether the model was given by name or loaded does not
+    matter.
+
+    Parameters
+    ----------
+    output
+        Folder of the run, or its address in an object store.
+    scenarios
+        A prompt, a :class:`zarrtrace.Scenario`, a mapping, a sequence of these, a file, a
+        ``datasets.Dataset`` or a pandas frame; ``"slot-machine"`` is the embedded suite.
+    model
+        A name on the Hugging Face hub, a folder, or a loaded model of transformers; ``"demo"`` is
+        the embedded one. A loaded model is used where and as it is, hooks on it included. While it
+        runs it is in evaluation mode and computes attention eagerly; both are put back. Without
+        `model` and `scenarios`, the embedded model runs over the embedded scenarios.
+    tokenizer
+        A tokenizer, or its name or folder. By default the model's own; of a loaded model, the one
+        in the folder or the local cache that it was loaded from.
+    saes
+        A release that sae-lens knows; a tuple of a release and patterns of ids, as
+        ``("llama_scope_lxr_8x", "l{layer}r_8x")``; a folder; or loaded SAEs of sae-lens: one,
+        several, or by layer one or several. Loaded SAEs are used as they are.
+    layers
+        Indices of decoder blocks, or a text such as ``"1-31"``. By default all, with features all
+        that have an SAE.
+    attention, features
+        What to store.
+    scenario
+        Names of scenarios to keep; by default all.
+    queries
+        Rows of attention to store: ``"last"``, ``"spans"`` or token positions, negative ones from
+        the end. By default all.
+    revision
+        Commit, tag or branch of the model on the hub.
+    fold_decoder_norm
+        Scale features to decoder directions of norm 1.
+    layer_start, layer_end
+        First and last block, instead of `layers`.
+    device, gpu
+        Where a model given by name computes: ``"cuda:1"``, or the number of a GPU. By default the
+        CPU.
+    dtype
+        Precision of a model given by name; ``"auto"`` is the checkpoint's.
+    low_memory
+        Keep decoder blocks in host memory, and bring one at a time to the device.
+    batch_size
+        Scenarios in one forward pass. By default 1 on a CPU, more on a GPU that has the memory.
+    attention_capture
+        ``"whole"`` takes attention as whole matrices, ``"blocked"`` by blocks of queries;
+        ``"auto"`` the latter where a matrix is large.
+    attention_dtype
+        Precision of stored attention; by default lossless.
+    attention_keepbits
+        Bits of the mantissa of attention to keep; by default all.
+    feature_dtype
+        Precision of stored features.
+    prepend_bos
+        Whether prompts begin with BOS. By default as the SAEs were trained, else if the tokenizer
+        has a BOS token.
+    trust_remote_code
+        Whether code that comes with the model may run.
+    overwrite
+        Replace a run that exists, once the new one is finished.
+    repair
+        Read every byte of a run that exists, and compute again what is damaged.
+    allow_nonfinite
+        Store NaN and infinity, and say where in the trace's attributes.
+    accept_versions
+        Resume a run that other versions of libraries began.
+    workers
+        Start this many processes, on GPUs one a GPU.
+    scheduler, scheduler_file
+        Use the Dask cluster at this address, or the one whose scheduler wrote this file.
+    storage_options
+        How to reach an object store, as in ``{"endpoint": "http://host:9000"}``.
+    quiet
+        Show no progress.
+
+    Returns
+    -------
+    xr.DataTree
+        The run, one child a scenario, as :func:`zarrtrace.open_run` opens it.
+
+    Raises
+    ------
+    ConfigError, ScenarioError
+        If something is missing, or options do not fit the model, the SAEs or each other.
+    ModelError, SAEError
+        If the model or an SAE cannot be used.
+    NonFiniteError
+        If NaN or infinity would be stored, and `allow_nonfinite` is false.
+    StoreError
+        If `output` cannot be written, or is another run.
+
+    Examples
+    --------
+    >>> run = zt.extract("runs/mine", ["The capital of France is"], model="gpt2", features=False)
+    >>> run = zt.extract("runs/own", prompts, model=hf_model, tokenizer=tok, saes={8: sae_8})
+    >>> ds = run["scenario_0"].to_dataset()
+    """
+    where = locate(output, storage_options)
+    options, loaded = _of_model(
+        Options(
+            layers=_layers(layers),
+            layer_start=layer_start,
+            layer_end=layer_end,
+            attention=attention,
+            features=features,
+            scenarios=scenarios,
+            only=(scenario,) if isinstance(scenario, str) else tuple(scenario),
+            queries=_queries(queries),
+            revision=revision,
+            fold_decoder_norm=fold_decoder_norm,
+            device=_device(device, gpu),
+            dtype=cast("Dtype", str(dtype).removeprefix("torch.")),  # checked with all others
+            low_memory=low_memory,
+            batch_size=batch_size,
+            attention_capture=attention_capture,
+            attention_dtype=attention_dtype,
+            attention_keepbits=attention_keepbits,
+            feature_dtype=feature_dtype,
+            prepend_bos=prepend_bos,
+            trust_remote_code=trust_remote_code,
+        ),
+        model,
+        tokenizer,
+        device_given=device is not None or gpu is not None,
+    )
+    options, loaded = _with_saes(options, loaded, saes)
+    find_scenarios(options, loaded)  # what is missing is said before torch is imported
+    loaded = _with_tokenizer(options, loaded)
+    if overwrite and repair:
+        raise ConfigError("overwrite and repair contradict each other", remedy="Give one of them.")
+    how: dict[str, Any] = {
+        "overwrite": overwrite,
+        "repair": repair,
+        "allow_nonfinite": allow_nonfinite,
+        "accept_versions": accept_versions,
+        "progress": _shown(quiet=quiet),
+    }
+    cluster = {"workers": workers, "scheduler": scheduler, "scheduler_file": scheduler_file}
+    if all(value is None for value in cluster.values()):
+        extract_run(where, options, loaded=loaded, **how)
+    else:
+        _on_cluster(where, options, loaded, cluster, how)
+    return open_run(where)
+
+
+def _layers(given: int | str | Iterable[int] | None) -> tuple[int, ...] | None:
+    if given is None:
+        return None
+    if isinstance(given, str):
+        try:
+            return layers_in(given)
+        except ValueError as error:
+            raise ConfigError(
+                f"layers: {error}", remedy="Give indices such as [1, 2], or text such as '1-31'."
+            ) from None
+    return _integers("layers", given)
+
+
+def _queries(given: str | int | Iterable[int] | None) -> str | tuple[int, ...] | None:
+    return given if given is None or isinstance(given, str) else _integers("queries", given)
+
+
+def _integers(name: str, given: int | Iterable[int]) -> tuple[int, ...]:
+    try:
+        values = tuple(given) if isinstance(given, Iterable) else (given,)
+        return tuple(value.__index__() for value in values)
+    except (AttributeError, TypeError):
+        raise ConfigError(
+            f"{name} {given!r} are no integers", remedy="Give integers such as [1, 2]."
+        ) from None
+
+
+def _device(device: object, gpu: int | None) -> str:
+    if gpu is None:
+        return "cpu" if device is None else str(device)
+    if device is not None:
+        raise ConfigError("device and gpu both say where to compute", remedy="Give one of them.")
+    return f"cuda:{gpu}"
+
+
+def _of_model(
+    options: Options, model: object, tokenizer: object, *, device_given: bool
+) -> tuple[Options, Loaded]:
+    """Tell a model's name or folder from a loaded one."""
+    loaded = Loaded(tokenizer=tokenizer)
+    if model is None or isinstance(model, str | Path):
+        return replace(options, model=None if model is None else str(model)), loaded
+    given = {
+        "revision": options.revision is not None,
+        "device": device_given,
+        "dtype": options.dtype != "auto",
+        "low_memory": options.low_memory,
+        "trust_remote_code": options.trust_remote_code,
+    }
+    if names := [name for name, is_given in given.items() if is_given]:
+        raise ConfigError(
+            f"{' and '.join(names)} with a loaded model",
+            why="A loaded model is used as it is, where it is.",
+            remedy="Leave that out, or give the model's name instead.",
+        )
+    name = getattr(model, "name_or_path", "") or type(model).__name__
+    device = str(getattr(model, "device", "cpu"))
+    options = replace(options, model=f"./{DEMO}" if name == DEMO else str(name), device=device)
+    return options, replace(loaded, model=model)
+
+
+def _with_saes(options: Options, loaded: Loaded, saes: object) -> tuple[Options, Loaded]:
+    """Tell a release, a folder and loaded SAEs from each other."""
+    if saes is None:
+        return options, loaded
+    if isinstance(saes, Path) or (isinstance(saes, str) and _is_folder(saes)):
+        return replace(options, sae_path=Path(saes).expanduser()), loaded
+    names = (saes,) if isinstance(saes, str) else saes
+    if isinstance(names, list | tuple) and names and all(isinstance(one, str) for one in names):
+        release, *ids = names
+        return replace(options, sae_release=release, sae_ids=tuple(ids)), loaded
+    return options, replace(loaded, saes=saes)
+
+
+def _is_folder(text: str) -> bool:
+    return os.path.isdir(text) or text.startswith((".", "~", os.sep))  # noqa: PTH112 -- of any text
+
+
+def _with_tokenizer(options: Options, loaded: Loaded) -> Loaded:
+    """Load the tokenizer that was named, or the one that belongs to a loaded model."""
+    given, name = loaded.tokenizer, options.model
+    if isinstance(given, str | Path):
+        name = str(given)
+    elif given is not None or loaded.model is None:
+        return loaded
+    tokenizer = capture_package().load_tokenizer(name)
+    if tokenizer is None:
+        raise ConfigError(
+            f"no tokenizer {name}" if given else f"no tokenizer for the loaded model {name}",
+            why="It is neither a folder nor in the local cache."
+            if given
+            else "A model does not hold its tokenizer, and there is none where it was loaded from.",
+            remedy="Give tokenizer=AutoTokenizer.from_pretrained(...).",
+        )
+    return replace(loaded, tokenizer=tokenizer)
+
+
+def _shown(*, quiet: bool) -> Shown:
+    if quiet:
+        return None
+    return "bars" if "ipykernel.zmqshell" in sys.modules or sys.stderr.isatty() else "lines"
+
+
+def _on_cluster(
+    output: Location,
+    options: Options,
+    loaded: Loaded,
+    cluster: Mapping[str, Any],
+    how: Mapping[str, Any],
+) -> None:
+    given = [name for name, value in cluster.items() if value is not None]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} contradict each other", remedy="Give one.")
+    if loaded != Loaded():
+        raise ConfigError(
+            f"{given[0]} with a model, a tokenizer or SAEs in memory",
+            why="Other processes load them themselves.",
+            remedy="Give their names or folders instead.",
+        )
+    try:
+        from zarrtrace.extraction.cluster import extract_on_cluster  # noqa: PLC0415 -- an extra
+        from zarrtrace.extraction.connecting import connected  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise missing_for_cluster(error) from error
+    scheduler_file = cluster["scheduler_file"]
+    where = {**cluster, "scheduler_file": None if scheduler_file is None else Path(scheduler_file)}
+    with connected(**where, device=options.device) as client:
+        extract_on_cluster(client, output, options, **how)
