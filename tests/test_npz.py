@@ -317,7 +317,7 @@ def test_part_of_a_run(tmp_path: Path, default_run: Path) -> None:
         tmp_path / "out",
         scenarios=["Desperate_10"],
         layers=[3, 1],
-        dtype="float16",
+        output_dtype="float16",
         progress=lambda *call: calls.append(call),
         timestamp=WHEN,
     )
@@ -393,7 +393,7 @@ def test_archive_is_sound_also_beyond_2_gib(monkeypatch: pytest.MonkeyPatch, lim
 def test_unknown_scenario_and_layer_name_what_there_is(tmp_path: Path, default_run: Path) -> None:
     with pytest.raises(ConfigError, match=r"(?s)'nope'.*Risky_40, Desperate_10"):
         export_npz(default_run, tmp_path / "out", scenarios=["nope"])
-    with pytest.raises(ConfigError, match=r"(?s)layer 9.*1, 2, 3"):
+    with pytest.raises(ConfigError, match=r"(?s)layer 9.*layers 1-3"):
         export_npz(default_run, tmp_path / "out", layers=[1, 9])
     with pytest.raises(ConfigError, match="no layer"):
         export_npz(default_run, tmp_path / "out", layers=[])

@@ -131,6 +131,10 @@ class Group(click.Group):
         write_examples(self.examples, formatter)
 
 
+# Columns of a terminal that an example may take.
+_WIDTH = 76
+
+
 def write_examples(examples: Sequence[tuple[str, str]], formatter: click.HelpFormatter) -> None:
     """Write command lines, each under the sentence that says what it does."""
     if not examples:
@@ -140,4 +144,8 @@ def write_examples(examples: Sequence[tuple[str, str]], formatter: click.HelpFor
             if meaning:
                 formatter.write_text(f"# {meaning}")
             indent = " " * formatter.current_indent
-            formatter.write(f"{indent}$ zarrtrace {line}\n")
+            shown = [f"$ zarrtrace {line}"]
+            while len(shown[-1]) > _WIDTH and " -" in shown[-1][4:_WIDTH]:
+                at = shown[-1].rindex(" -", 4, _WIDTH)  # not within a quoted value
+                shown[-1:] = [shown[-1][:at], f"    {shown[-1][at + 1 :]}"]
+            formatter.write(indent + f" \\\n{indent}".join(shown) + "\n")

@@ -43,12 +43,12 @@ _CLUSTER = ("workers", "scheduler", "scheduler_file")
 _EXAMPLES = [
     ("extract -o runs/demo", "The model that ships with zarrtrace, over its ten scenarios:"),
     (
-        'extract -o runs/mine --model gpt2 --no-features --prompt "The capital of France is"',
+        'extract -o runs/mine --model gpt2 --no-features --prompt "Paris is in"',
         "Attention of your own model and prompt:",
     ),
     (
         "extract -o runs/mine --model gpt2 --sae-release gpt2-small-res-jb --prompts mine.yaml",
-        "With SAE features, for prompts with named spans:",
+        "With SAE features, for a file of prompts with named spans:",
     ),
 ]
 
@@ -69,7 +69,7 @@ _EXAMPLES = [
     group=PROMPTS,
     type=PATH,
     metavar="FILE",
-    help="YAML or JSONL file of prompts.  [default: the ten of the embedded demo]",
+    help="YAML, JSONL, CSV or Parquet file of prompts; slot-machine names the embedded ten.",
 )
 @option(
     "--scenario",
@@ -83,7 +83,7 @@ _EXAMPLES = [
     "--model",
     group=MODEL,
     metavar="NAME",
-    help="Folder or Hugging Face id.  [default: the embedded model]",
+    help="Folder or Hugging Face id; demo names the embedded model.",
 )
 @option("--revision", group=MODEL, help="Commit, tag or branch of the model.")
 @option(
@@ -93,7 +93,12 @@ _EXAMPLES = [
     default="auto",
     help="Precision of the model.  [default: the checkpoint's]",
 )
-@option("--prepend-bos/--no-prepend-bos", group=MODEL, default=None, help="Override SAEs' rule.")
+@option(
+    "--prepend-bos/--no-prepend-bos",
+    group=MODEL,
+    default=None,
+    help="Whether prompts begin with BOS.  [default: as the SAEs were trained]",
+)
 @option(
     "--trust-remote-code", group=MODEL, is_flag=True, help="Run code that comes with the model."
 )
@@ -206,7 +211,8 @@ def command(**given: Any) -> None:
     """Run a model over prompts and store attention and SAE features.
 
     One labelled Zarr store a prompt, in the folder --output or in an object store (s3://, gs://,
-    az://). The same command resumes a run that was interrupted.
+    az://). The same command resumes a run that was interrupted. Without a model and prompts, the
+    embedded model runs over ten embedded ones.
     """
     _check(given)
     scenarios = _scenarios(given)

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     group=PROMPTS,
     type=PATH,
     metavar="FILE",
-    help="YAML or JSONL file that gives the tags.  [default: the metadata JSON's]",
+    help="File of scenarios that gives the tags.  [default: the metadata JSON's]",
 )
 @output_option("Folder of the run, or its address.", type=Address(), required=True)
 @overwrite_option
