@@ -89,6 +89,9 @@ def main() -> None:
     """Run the command line; the console script's entry point."""
     from zarrtrace.cli.interruption import interruptible
 
+    # Else pydantic reads the metadata of every package there is, a tenth of a second before the
+    # first line of an extraction.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
     sys.excepthook = _show_traceback
     with interruptible() as signals:
         code = _run(signals)

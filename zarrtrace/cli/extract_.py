@@ -276,12 +276,12 @@ def _names(scenarios: Sequence[Scenario] | None, only: Sequence[str]) -> list[st
 
 def _check_output(given: dict[str, Any], names: list[str]) -> None:
     """Refuse a folder that is no run, or a run of other scenarios."""
+    output: Location = given["output"]
+    if output.path is None or given["repair"] or not output.path.exists():
+        return  # in an object store this may take long, and is done later
     from zarrtrace.identity import refuse_other_scenarios
     from zarrtrace.store import read_run, refuse_foreign
 
-    output: Location = given["output"]
-    if output.path is None or given["repair"]:
-        return  # in an object store this may take long, and is done later
     refuse_foreign(output)
     if not given["overwrite"] and (output / "zarr.json").is_file():
         refuse_other_scenarios(output, read_run(output).attributes.scenarios, names)
