@@ -633,11 +633,12 @@ def test_decision_shows_texts(shared_run: fakes.FakeRun, tmp_path: Path) -> None
 # --- the Hugging Face hub ----------------------------------------------------------------------
 
 
+@pytest.mark.torch
 def test_a_model_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing listens there: one message, without torch's import and without a wait."""
     for proxy in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(proxy, raising=False)
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     arguments = ["--model", "no-such/model", "--no-features", "--prompt", "Hello"]
     start = time.monotonic()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -90,7 +92,9 @@ def is_reachable() -> bool:
 
     Behind a proxy it is taken for reachable: the proxy alone knows.
     """
-    address = urlsplit(os.environ.get("HF_ENDPOINT") or _ENDPOINT)
+    client = _client()
+    given = client.ENDPOINT if client else os.environ.get("HF_ENDPOINT")
+    address = urlsplit(given or _ENDPOINT)
     if address.scheme in getproxies() or not address.hostname:
         return True
     port = address.port or (80 if address.scheme == "http" else 443)
@@ -132,6 +136,13 @@ def cache_if_unreachable(*names: str | None) -> Iterator[None]:
         constants.HF_HUB_OFFLINE = False
 
 
+def _client() -> Any:
+    """Return the settings of the hub's client if it is imported, which takes a second."""
+    return sys.modules.get("huggingface_hub.constants")
+
+
 def _is_offline() -> bool:
+    if client := _client():
+        return bool(client.HF_HUB_OFFLINE)
     given = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
     return given.upper() in ("1", "ON", "YES", "TRUE")
