@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -128,3 +129,17 @@ def make_gpt2_saes(folder: Path) -> None:
         }
         save_file(weights, sae / "sae_weights.safetensors")
         save_file({"sparsity": torch.zeros(D_SAE)}, sae / "sparsity.safetensors")
+
+
+def fill(home: str | Path) -> None:
+    """Make a cache with everything that README names: Llama 3.1 with Llama Scope, and GPT-2."""
+    repos = {
+        "meta-llama/Llama-3.1-8B": make_llama,
+        "fnlp/Llama3_1-8B-Base-LXR-8x": make_llama_scope,
+        "gpt2": make_gpt2,
+        "jbloom/GPT2-Small-SAEs-Reformatted": make_gpt2_saes,
+    }
+    for name, make in repos.items():
+        with tempfile.TemporaryDirectory() as folder:
+            make(Path(folder))
+            add_repo(Path(home), name, Path(folder))
