@@ -7,7 +7,7 @@ then each analysis runs in a process of its own, from the closed run to its resu
 included; CPU time is that of all.
 
     python scripts/bench_analysis.py [--scenarios 200] [--only attention_to contrast] [--run FOLDER]
-                                     [--scheduler threads] [--chunks auto]
+                                     [--workers 2] [--chunks auto]
 """
 
 from __future__ import annotations
@@ -141,11 +141,11 @@ def used() -> tuple[float, float]:
     return sum(one.ru_utime + one.ru_stime for one in both), peak
 
 
-def measure(path: Path, name: str, scheduler: str, chunks: str) -> dict[str, float]:
+def measure(path: Path, name: str, workers: int | None, chunks: str) -> dict[str, float]:
     """Run one analysis in this process."""
     before, _ = used()
     start = time.perf_counter()
-    with computing(scheduler, None, progress=False):
+    with computing(threads=None, workers=workers, scheduler=None, progress=False):
         ANALYSES[name](zt.open_run(path, chunks="auto" if chunks == "auto" else None)).compute()
     wall = time.perf_counter() - start
     cpu, peak = used()
@@ -158,13 +158,13 @@ def main() -> None:
     parser.add_argument("--scenarios", type=int, default=200)
     parser.add_argument("--only", nargs="*", choices=list(ANALYSES), default=list(ANALYSES))
     parser.add_argument("--run", type=Path, help="Folder of the run; kept, and resumed.")
-    parser.add_argument("--scheduler", choices=["threads", "processes"], default="threads")
+    parser.add_argument("--workers", type=int, help="Processes, instead of threads.")
     parser.add_argument("--chunks", choices=["none", "auto"], default="none", help="Of dask.")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.measure:
         run, name = given.measure
-        print(json.dumps(measure(Path(run), name, given.scheduler, given.chunks)))
+        print(json.dumps(measure(Path(run), name, given.workers, given.chunks)))
         return
     with tempfile.TemporaryDirectory(prefix="zarrtrace-bench-") as scratch:
         path = given.run or Path(scratch) / "run"
@@ -172,7 +172,8 @@ def main() -> None:
             make_run(path, given.scenarios)
         print(f"{given.scenarios} scenarios\n\n| analysis | s | CPU s / s | peak MB |")
         print("|---|---|---|---|")
-        how = ["--scheduler", given.scheduler, "--chunks", given.chunks]
+        how = ["--chunks", given.chunks]
+        how += ["--workers", str(given.workers)] if given.workers else []
         for name in given.only:
             done = subprocess.run(
                 [sys.executable, __file__, "--measure", str(path), name, *how],

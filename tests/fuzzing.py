@@ -204,7 +204,7 @@ class Targets:
 
     def _import(self) -> None:
         with tempfile.TemporaryDirectory(dir=self._folder) as made, only_our_errors():
-            import_npz(self._layout, Path(made) / "run", workers=1)
+            import_npz(self._layout, Path(made) / "run", threads=1)
 
 
 def make_layout(layout: Path) -> None:

@@ -379,7 +379,11 @@ class TestDecision:
         run = open_run(shared_run.path)
         chunk_reads.clear()
         decision(run).load()
-        assert chunk_reads.arrays(shared_run.path) == {"next_token", "next_token_logprob"}
+        assert chunk_reads.arrays(shared_run.path) == {
+            "next_token",
+            "next_token_logprob",
+            "next_token_text",
+        }
 
     def test_refusals(self, run: xr.DataTree) -> None:
         ds = synthetic.trace("S")

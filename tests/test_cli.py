@@ -10,6 +10,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import unittest.mock
 from dataclasses import replace
 from pathlib import Path
 
+import click
 import fakes
 import numpy as np
 import pandas as pd
@@ -75,6 +77,14 @@ def test_a_misspelt_command_is_recognised() -> None:
         (["--layers", "5-2"], "not a range"),
         (["--layers", "1-99999999"], "not a range"),
         (["--layers", "1", "--layer-start", "2"], "either --layers"),
+        (["--layers", "32"], "the model has blocks 0 to 31"),
+        (["--prompt", "a", "--prompts", "b.yaml"], "either --prompt or"),
+        (["--prompt", " ", "--model", "demo"], "prompt is empty"),
+        (["--prompt", "a", "--prompt", "b"], "no model given"),
+        (["--scenario", "Desperate10"], "Did you mean 'Desperate_10'?"),
+        (["--model", "gpt2", "--prompt", "a"], "no SAEs given for gpt2"),
+        (["--overwrite", "--repair"], "either --overwrite or --repair"),
+        (["--workers", "2", "--scheduler", "tcp://127.0.0.1:9"], "Give one of --workers"),
         (["--layer-start", "5", "--layer-end", "2"], "before --layer-start"),
         (["--gpu", "0", "--device", "cpu"], "either --device or --gpu"),
         (["--queries", "first"], "0,5,-1"),
@@ -278,8 +288,11 @@ def test_bars_only_on_a_terminal(tmp_path: Path) -> None:
     arguments = ["--layers", "1-2", "--scenario", "Risky_40", "--no-features"]
     piped = call("extract", *arguments, "-o", tmp_path / "a")
     assert piped.returncode == 0
-    assert piped.stderr == ""
+    first, last = piped.stderr.strip().split("\n\n")
+    assert first.endswith("loading torch and transformers …")
+    assert last == f"Look at it: zarrtrace view {tmp_path / 'a'}"
     assert "complete     yes" in piped.stdout
+    assert call("extract", *arguments, "-o", tmp_path / "a", "--quiet").stderr == ""
     shown = on_a_terminal(*arguments, "-o", tmp_path / "b")
     assert "layers" in shown
     assert "scenarios" in shown
@@ -316,7 +329,7 @@ def test_a_signal_says_where_to_go_on(tmp_path: Path, number: int, code: int) ->
             assert process.poll() is None
         stderr = said_after(process, number)
     assert process.returncode == code
-    assert re.search(r"stopped after \d+ of 93 layers, .*; the same command goes on there", stderr)
+    assert re.search(r"stopped after \d+ of 93 layers, .*; the same command resumes there", stderr)
     assert signal.Signals(number).name in stderr
     assert "Traceback" not in stderr
     if number == signal.SIGINT:
@@ -398,3 +411,242 @@ def test_memory_that_runs_out_while_libraries_are_imported() -> None:
     assert ended.returncode == 1
     assert "no more memory" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+# --- help and options --------------------------------------------------------------------------
+
+
+def commands() -> dict[str, click.Command]:
+    """Return every command of the command line by its words."""
+    found: dict[str, click.Command] = {}
+
+    def walk(command: click.Command, words: str) -> None:
+        found[words] = command
+        if isinstance(command, click.Group):
+            context = click.Context(command)
+            for name in command.list_commands(context):
+                child = command.get_command(context, name)
+                assert child is not None
+                walk(child, f"{words} {name}".strip())
+
+    walk(cli.group, "")
+    return found
+
+
+COMMANDS = commands()
+#: Options whose values differ between commands, and what they say of that.
+DIFFERENT = {"--output": "a folder, a file, or the address of a run"}
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_help_fits_and_shows_an_example(words: str) -> None:
+    done = call(*words.split(), "--help")
+    assert done.returncode == 0
+    assert all(len(line) <= 80 for line in done.stdout.splitlines())
+    _, heading, shown = done.stdout.partition("\nExample")
+    assert heading, "no example"
+    lines = re.findall(r"^  \$ zarrtrace (.*)", shown.replace("\\\n", ""), re.MULTILINE)
+    assert [shlex.split(line) for line in lines] == [
+        shlex.split(line) for line, _ in COMMANDS[words].examples
+    ]
+    for line in lines:
+        arguments = shlex.split(line)
+        if "--help" not in arguments:
+            name, found, rest = cli.group.resolve_command(click.Context(cli.group), arguments)
+            assert name == (words.split() or arguments)[0]
+            found.make_context(name, rest)
+
+
+def test_a_word_means_the_same_in_every_command() -> None:
+    """Each option has one type and takes one or several values wherever it is."""
+    kinds: dict[str, set[tuple[str, object]]] = {}
+    for command in COMMANDS.values():
+        for parameter in command.params:
+            if isinstance(parameter, click.Option):
+                assert parameter.help, parameter.opts
+                for name in parameter.opts:
+                    kinds.setdefault(name, set()).add((parameter.type.name, parameter.nargs))
+    assert {name for name, found in kinds.items() if len(found) > 1} <= {*DIFFERENT, "-o"}
+    assert {type_ for type_, _ in kinds["--scenario"]} == {"text"}
+    assert {type_ for type_, _ in kinds["--scenarios"]} == {"path"}
+
+
+def test_storage_options_are_the_last_thing_in_help() -> None:
+    for words, command in COMMANDS.items():
+        if any("--storage-option" in parameter.opts for parameter in command.params):
+            shown = call(*words.split(), "--help").stdout
+            assert "Object stores:" in shown
+            assert shown.index("--help  ") < shown.index("--storage-option")
+
+
+# --- names that do not exist -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["info", "rnu"], "run"),
+        (["info", "run/Safe1"], "run/Safe_1"),
+        (["infos", "run"], "info"),
+        (["analyze", "decison", "run"], "decision"),
+        (["analyze", "attention-to", "run", "--source", "balence"], "balance"),
+        (["analyze", "contrast", "run", "--group-a", "riskky"], "risky"),
+        (["analyze", "relate", "run", "--option", "bett", "--source", "balance"], "bet"),
+        (["export", "run", "-o", "npz", "--scenario", "safe_1"], "Safe_1"),
+        (["bundle", "run", "-o", "b.html", "--scenario", "Safe1"], "Safe_1"),
+        (["bundle", "run", "-o", "b.html", "--scenarios", "Safe_1"], "--scenario"),
+        (["figures", "run", "--scenario", "Safe_11"], "Safe_1"),
+        (["import", "nzp", "-o", "again"], "npz"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_the_name_that_was_meant(
+    run: fakes.FakeRun, arguments: list[str], meant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.path.parent)
+    run.path.rename("run") if run.path.name != "run" else None
+    Path("npz").mkdir()
+    done = call(*arguments)
+    assert done.returncode in (1, 2)
+    assert f"Did you mean '{meant}'?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["extract", "-o", "x", "--model", "./nowhere", "--prompt", "a", "--no-features"],
+            "./nowhere: no such folder",
+        ),
+        (["info", "notes.txt"], "is a file, not the folder of a run"),
+        (["info", "."], "Did you mean './run'?"),
+        (["import", "run", "-o", "again"], "is a run already"),
+        (["copy", "run", "run"], "are the same"),
+        (["card", "run/Safe_1"], "is the trace of one scenario"),
+        (["export", "run", "-o", "npz", "--layers", "9"], "has layers 1-3"),
+        (["bundle", "run", "-o", "b.html", "--layers", "9"], "It has layers 1-3."),
+        (["analyze", "decision", "run", "-o", "nowhere/x.csv"], "there is no folder nowhere"),
+        (["analyze", "decision", "run", "-o", "run/x.csv", "--threads", "0"], "--threads"),
+        (["analyze", "decision", "run", "--threads", "1", "--workers", "2"], "Give one of"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_of_a_newcomer(
+    run: fakes.FakeRun, arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.path.parent)
+    run.path.rename("run") if run.path.name != "run" else None
+    Path("notes.txt").write_text("mine")
+    done = call(*arguments)
+    assert done.returncode in (1, 2)
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert Path("notes.txt").read_text() == "mine"
+
+
+def test_another_suite_for_a_run_is_told_without_torch(run: fakes.FakeRun) -> None:
+    code = f"""
+import sys
+sys.argv = ["zarrtrace", "extract", "-o", {str(run.path)!r}]
+from zarrtrace.cli import main
+try:
+    main()
+finally:
+    assert "torch" not in sys.modules and "xarray" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"{run.path}: was started with other scenarios" in done.stderr or (
+        f"{run.path}: holds 2 other scenarios: " in done.stderr
+    )
+    assert "AssertionError" not in done.stderr
+    assert "loading" not in done.stderr
+
+
+def test_figures_are_drawn_beside_the_run(
+    run: fakes.FakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Path] = []
+
+    def draw(_run: object, output: Path, **_: object) -> Path:
+        drawn.append(output)
+        return output / "index.html"
+
+    monkeypatch.setattr("zarrtrace.figures.draw_run", draw)
+    assert call("figures", run.path).returncode == 0
+    assert call("figures", ".", cwd=run.path).returncode == 0
+    beside = run.path.with_name(f"{run.path.name}-figures")
+    assert drawn == [beside, beside]
+    assert "Give --output" in call("figures", "s3://bucket/run").stderr
+
+
+def test_import_takes_tags_and_model_from_export(run: fakes.FakeRun, tmp_path: Path) -> None:
+    npz, again = tmp_path / "npz", tmp_path / "again"
+    call("export", run.path, "-o", npz)
+    done = call("import", npz, "-o", again)
+    assert done.returncode == 0, done.stderr
+    for name in fakes.SCENARIOS:
+        before, after = zt.open_trace(run.path / name).attrs, zt.open_trace(again / name).attrs
+        for key in ("tags", "model", "prompt"):
+            assert after[key] == before[key]
+    assert "names no" not in done.stderr
+
+
+def test_import_says_what_other_folders_lack(run: fakes.FakeRun, tmp_path: Path) -> None:
+    npz = tmp_path / "npz"
+    file = Path(call("export", run.path, "-o", npz).stdout.strip())
+    foreign = json.loads(file.read_text())
+    del foreign["zarrtrace"]
+    file.write_text(json.dumps(foreign))
+    done = call("import", npz, "-o", tmp_path / "bare")
+    assert "The run has no tags" in done.stderr
+    assert "The run names no model" in done.stderr
+    suite = tmp_path / "suite.jsonl"
+    lines = [{"name": name, "prompt": "x", "tags": [f"of {name}"]} for name in fakes.SCENARIOS]
+    suite.write_text("\n".join(map(json.dumps, lines)))
+    done = call("import", npz, "-o", tmp_path / "tagged", "--scenarios", suite)
+    assert done.returncode == 0, done.stderr
+    assert "no tags" not in done.stderr
+    for name in fakes.SCENARIOS:
+        assert zt.open_trace(tmp_path / "tagged" / name).attrs["tags"] == [f"of {name}"]
+    suite.write_text(json.dumps(lines[0]))
+    done = call("import", npz, "-o", tmp_path / "x", "--scenarios", suite)
+    assert done.returncode == 2
+    assert f"no scenario {fakes.SCENARIOS[1]!r}" in done.stderr
+
+
+def test_decision_shows_texts(shared_run: fakes.FakeRun, tmp_path: Path) -> None:
+    ds = zt.open_trace(shared_run.path / "Safe_1")
+    text = str(ds["next_token_text"].isel(query=-1, rank=0).values)
+    shown = call("analyze", "decision", shared_run.path).stdout
+    assert repr(text) in shown
+    assert "top_token_text" not in shown
+    file = tmp_path / "decision.csv"
+    call("analyze", "decision", shared_run.path, "-o", file)
+    frame = pd.read_csv(file, dtype=str, keep_default_na=False)
+    row = frame[frame["scenario"] == "Safe_1"].iloc[0]
+    assert row["top_token_text"] == text
+    assert int(row["top_token"]) == int(ds["next_token"].isel(query=-1, rank=0))
+
+
+# --- the Hugging Face hub ----------------------------------------------------------------------
+
+
+@pytest.mark.torch
+def test_a_model_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing listens there: one message, without torch's import and without a wait."""
+    for proxy in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(proxy, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    arguments = ["--model", "no-such/model", "--no-features", "--prompt", "Hello"]
+    start = time.monotonic()
+    done = call("extract", "-o", tmp_path / "run", *arguments)
+    assert time.monotonic() - start < 10
+    assert done.returncode == 1
+    first, error, *rest = done.stderr.splitlines()
+    assert first.startswith("zarrtrace: 1 scenario into ")
+    assert error.startswith("zarrtrace: error: no-such/model: not in the local cache")
+    assert len(rest) == 2
+    assert not (tmp_path / "run").exists()

@@ -235,7 +235,7 @@ def test_a_signal_stops_workers_too(
         said = said_after(process)
     assert process.returncode == 130
     assert "of 155 layers" in said
-    assert "the same command goes on there" in said
+    assert "the same command resumes there" in said
     assert "Traceback" not in said
     before = fakes.files_in(tmp_path / "run")
     assert not read_run(tmp_path / "run").attributes.complete

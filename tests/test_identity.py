@@ -136,7 +136,10 @@ def change_tokenizer(files: Path) -> None:
         (change_settings, r"\n  configuration of the model: '\w{16}' there, '\w{16}' now\n"),
         (change_sae, r"\n  weights of SAEs: .*'\w{16}'.* there, .*'\w{16}'.* now\n"),
         (change_sae_config, r"\n  weights of SAEs: .* there, .* now\n"),
-        (change_tokenizer, r"\n  prompts: .* there, .* now\n.*or the tokenizer makes other tokens"),
+        (
+            change_tokenizer,
+            r"\n  prompts: Risky_40, Medium_60 changed\n.*or the tokenizer makes other tokens",
+        ),
     ],
 )
 def test_changed_files_are_refused(files: Path, change: Callable[[Path], None], named: str) -> None:

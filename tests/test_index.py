@@ -277,7 +277,7 @@ def test_command_line(tmp_path: Path) -> None:
     def call(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
 
-    made = call("index", str(run.path), "--scheduler", "synchronous")
+    made = call("index", str(run.path), "--threads", "1")
     assert (made.returncode, made.stderr) == (3, "")
     assert "1 of 2 in it" in made.stdout
     feature = int(np.argmax(run.truth["Safe_1"]["features"][1].max(0)))

@@ -273,10 +273,14 @@ def test_export_import_export_is_bit_identical(tmp_path: Path, how: dict[str, An
     assert npz_files(out) == npz_files(tmp_path / "two")
 
 
-def test_metadata_has_exactly_the_documented_fields(tmp_path: Path, default_run: Path) -> None:
+def test_metadata_has_the_documented_fields_and_one_more(tmp_path: Path, default_run: Path) -> None:
     file = export_npz(default_run, tmp_path / "out", timestamp=WHEN)
 
     found = json.loads(file.read_text("utf-8"))
+    assert list(found)[-1] == "zarrtrace"
+    own = found.pop("zarrtrace")
+    assert list(own) == [one["scenario"] for one in found["scenarios"]]
+    assert set(own["Risky_40"]) == {"tags", "prompt", "model"}
 
     assert list(found) == [
         "timestamp",
@@ -313,7 +317,7 @@ def test_part_of_a_run(tmp_path: Path, default_run: Path) -> None:
         tmp_path / "out",
         scenarios=["Desperate_10"],
         layers=[3, 1],
-        dtype="float16",
+        output_dtype="float16",
         progress=lambda *call: calls.append(call),
         timestamp=WHEN,
     )
@@ -338,9 +342,9 @@ def test_one_trace(tmp_path: Path, default_run: Path) -> None:
 def test_same_bytes_again_over_an_old_export_and_with_any_number_of_threads(
     tmp_path: Path, default_run: Path
 ) -> None:
-    export_npz(default_run, tmp_path / "out", timestamp=WHEN, workers=1)
+    export_npz(default_run, tmp_path / "out", timestamp=WHEN, threads=1)
     before = npz_files(tmp_path / "out")
-    export_npz(default_run, tmp_path / "out", timestamp=WHEN, workers=5)
+    export_npz(default_run, tmp_path / "out", timestamp=WHEN, threads=5)
     assert npz_files(tmp_path / "out") == before
 
 
@@ -389,14 +393,14 @@ def test_archive_is_sound_also_beyond_2_gib(monkeypatch: pytest.MonkeyPatch, lim
 def test_unknown_scenario_and_layer_name_what_there_is(tmp_path: Path, default_run: Path) -> None:
     with pytest.raises(ConfigError, match=r"(?s)'nope'.*Risky_40, Desperate_10"):
         export_npz(default_run, tmp_path / "out", scenarios=["nope"])
-    with pytest.raises(ConfigError, match=r"(?s)layer 9.*1, 2, 3"):
+    with pytest.raises(ConfigError, match=r"(?s)layer 9.*layers 1-3"):
         export_npz(default_run, tmp_path / "out", layers=[1, 9])
     with pytest.raises(ConfigError, match="no layer"):
         export_npz(default_run, tmp_path / "out", layers=[])
     with pytest.raises(ConfigError, match="no scenario"):
         export_npz(default_run, tmp_path / "out", scenarios=[])
     with pytest.raises(ConfigError, match="float64"):
-        export_npz(default_run, tmp_path / "out", dtype="float64")  # type: ignore[arg-type]
+        export_npz(default_run, tmp_path / "out", output_dtype="float64")  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 
 
@@ -427,7 +431,7 @@ def test_too_large_for_float16(tmp_path: Path) -> None:
     values["a"][2]["features"][0, 0] = 70000
     run = npz_write_run(tmp_path / "run", values)
     with pytest.raises(NPZError, match="too large for float16"):
-        export_npz(run, tmp_path / "out", dtype="float16")
+        export_npz(run, tmp_path / "out", output_dtype="float16")
 
 
 @pytest.mark.parametrize(
@@ -458,7 +462,7 @@ def test_failure_leaves_no_partial_file(
 
     monkeypatch.setattr(exporting, "write_npz", failing)
     with pytest.raises(error):
-        export_npz(default_run, tmp_path / "out", workers=1)
+        export_npz(default_run, tmp_path / "out", threads=1)
     assert list(npz_files(tmp_path / "out")) == ["Risky_40/layer_1.npz"]
 
 
@@ -473,7 +477,7 @@ def compressor(array, pieces, calls=[]):
     os.kill(os.getpid(), signal.SIGKILL)
 
 best, archive._best_compressor = archive._best_compressor, compressor
-export_npz(sys.argv[1], sys.argv[2], workers=2)
+export_npz(sys.argv[1], sys.argv[2], threads=2)
 """
 
 

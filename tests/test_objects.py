@@ -823,7 +823,7 @@ def test_every_command_takes_an_address(
     assert "2 scenarios" in said("copy", local, run)
     assert f"run          {run}" in said("info", run)
     assert "everything is there" in said("verify", run)
-    assert "index built" in said("index", run, "--scheduler", "synchronous")
+    assert "index built" in said("index", run, "--threads", "1")
     assert "index unchanged" in said("index", run)
     found = said("find", run, "--layer", 2, "--feature", 3)
     assert "feature 3 of layer 2" in found

@@ -476,7 +476,7 @@ def test_damage_stays_where_it_is(run: fakes.FakeRun) -> None:
 
 def test_bundle_command(whole: fakes.FakeRun, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    arguments = [str(whole.path), "-o", str(output), "--scenarios", "Safe_1", "--layers", "1-2"]
+    arguments = [str(whole.path), "-o", str(output), "--scenario", "Safe_1", "--layers", "1-2"]
     found = CliRunner().invoke(bundle_.command, arguments, catch_exceptions=False)
     assert found.exit_code == 0
     assert found.stdout == f"{output}\n"

@@ -14,11 +14,11 @@ from typing import Any
 
 import yaml
 
-from zarrtrace.errors import IntegrityError, StoreError, readable
+from zarrtrace.errors import IntegrityError, NotATraceError, StoreError, readable
 from zarrtrace.format.attributes import MetadataValue, ranges
 from zarrtrace.format.layout import INDEX
 from zarrtrace.storage import Address, Location, locate
-from zarrtrace.store import RunSummary, TraceSummary, summarize
+from zarrtrace.store import RunSummary, TraceSummary, kind_of, summarize
 from zarrtrace.text import markdown_text
 
 _MARK = re.compile(r"<!-- zarrtrace card ([0-9a-f]{16}) -->\n\Z")
@@ -71,6 +71,12 @@ def write_card(
         If the run cannot be read.
     """
     run = locate(run)
+    if kind_of(run) == "trace":
+        raise NotATraceError(
+            f"{run}: is the trace of one scenario, not a run",
+            why="A card describes a data set, and a trace holds no other files.",
+            remedy=f"Give the run that it is in: {run.parent}.",
+        )
     summary = summarize(run)
     card = run / "README.md"
     if not _free(card):

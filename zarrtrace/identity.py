@@ -6,7 +6,7 @@ call them with what the run's attribute ``config`` says and with what it would s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from zarrtrace.errors import ConfigMismatchError
@@ -17,6 +17,7 @@ _WEIGHTS = {
     "model_settings": "configuration of the model",
     "saes": "weights of SAEs",
 }
+_NAMES_SHOWN = 5
 _BETWEEN_VERSIONS = ", "
 _VERSION_OF = "version of "
 _TRANSFORMERS = f"{_VERSION_OF}transformers"
@@ -43,6 +44,14 @@ class Difference(NamedTuple):
     def name(self) -> str:
         """What differs, as a reader of the error knows it."""
         return _WEIGHTS[self.key] if self.is_of_weights else self.key
+
+    def __str__(self) -> str:
+        """Say what differs: a hash of a prompt says nothing to a reader, its scenario does."""
+        if self.key == "prompts" and isinstance(self.stored, dict) and isinstance(self.now, dict):
+            both = [name for name in self.stored if name in self.now]
+            names = [name for name in both if self.stored[name] != self.now[name]]
+            return f"prompts: {_listed(names)} changed"
+        return f"{self.name}: {self.there} there, {self.here} now"
 
     @property
     def is_of_weights(self) -> bool:
@@ -118,9 +127,11 @@ def refuse_other(
     ]
     if not found:
         return
+    if "scenarios" in (one.key for one in found):
+        refuse_other_scenarios(where, stored["scenarios"], now["scenarios"])
     only_versions = all(_is_version(one.key) for one in found)
     kind = "other versions" if only_versions else "another configuration"
-    lines = "".join(f"\n  {one.name}: {one.there} there, {one.here} now" for one in found)
+    lines = "".join(f"\n  {one}" for one in found)
     what = f"{where}: this run was started with {kind}:{lines}"
     if all(one.is_of_weights for one in found):
         raise ConfigMismatchError(
@@ -144,6 +155,48 @@ def refuse_other(
         remedy="Repeat the old options to go on, choose another --output, or replace the run "
         "with --overwrite.",
     )
+
+
+def refuse_other_scenarios(where: object, stored: Sequence[str], now: Sequence[str]) -> None:
+    """Refuse to resume a run of other scenarios.
+
+    Parameters
+    ----------
+    where
+        The run, as the error names it.
+    stored, now
+        Names of the run's scenarios, and of those that are asked for.
+
+    Raises
+    ------
+    ConfigMismatchError
+        If they are not the same names.
+    """
+    left = [name for name in stored if name not in set(now)]
+    new = [name for name in now if name not in set(stored)]
+    if not left and not new:
+        return
+    if len(left) == len(stored):
+        what = f"holds {_count(len(stored), 'other scenario')}: {_listed(left)}"
+    else:
+        parts = [f"not asked for now: {_listed(left)}"] if left else []
+        parts += [f"not in the run: {_listed(new)}"] if new else []
+        what = f"was started with other scenarios; {'; '.join(parts)}"
+    raise ConfigMismatchError(
+        f"{where}: {what}",
+        why=f"The scenarios of a run are fixed when it starts. It has {len(stored)}, this command "
+        f"names {len(now)}.",
+        remedy="Choose another --output, or replace the run with --overwrite.",
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def combined_versions(stored: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:

@@ -6,7 +6,6 @@ raw, they clear a terminal, fill the clipboard (OSC 52), or reorder what stands 
 
 from __future__ import annotations
 
-import html
 import re
 import unicodedata
 
@@ -69,6 +68,8 @@ def markdown_text(text: str) -> str:
 
 def html_text(text: str) -> str:
     """Return text that HTML shows as it is, within an element or a quoted attribute."""
+    import html  # noqa: PLC0415 -- its table of entities takes longer than the command line's help
+
     return html.escape(terminal_text(text))
 
 

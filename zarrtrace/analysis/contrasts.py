@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +40,7 @@ from zarrtrace.analysis.selecting import (
 )
 from zarrtrace.errors import ConfigError, ScenarioError
 from zarrtrace.scenarios import DECISION, is_missing
+from zarrtrace.suggestions import did_you_mean
 
 Group = str | Sequence[str]
 Value = bool | int | float | str
@@ -213,11 +213,9 @@ def _groups(
         return _members(runs, group_a), _members(runs, group_b)
     columns = metadata(data)
     if by not in columns:
-        close = difflib.get_close_matches(by, columns, n=1)
         raise ScenarioError(
             f"the run has no column of metadata {by!r}",
-            why=f"It has: {', '.join(columns) or 'none'}.",
-            remedy=f"Did you mean {close[0]!r}?" if close else "Give one of these, or two tags.",
+            remedy=did_you_mean(by, columns, label="It has"),
         )
     column = columns[by]
     names = np.array(list(runs), dtype=object)
@@ -246,15 +244,14 @@ def _members(runs: dict[str, xr.Dataset], group: Any) -> tuple[str, ...]:
             raise ScenarioError(
                 f"no scenario has the tag {group!r}",
                 why="A group is a tag, or a list of names of scenarios.",
-                remedy=f"Tags there are: {', '.join(known) or 'none'}.",
+                remedy=did_you_mean(group, known, label="Tags there are"),
             )
         return found
     absent = [name for name in group if name not in runs]
     if absent:
-        close = difflib.get_close_matches(absent[0], runs, n=1)
         raise ScenarioError(
             f"the run has no scenario {absent[0]!r}",
-            remedy=f"Did you mean {close[0]!r}?" if close else f"It has: {', '.join(runs)}.",
+            remedy=did_you_mean(absent[0], runs, label="It has"),
         )
     return tuple(dict.fromkeys(group))
 

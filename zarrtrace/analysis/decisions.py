@@ -56,8 +56,8 @@ def decision(data: Data, *, vocabulary: int | None = None) -> xr.Dataset:
             Its upper bound, everything else spread evenly; only if `vocabulary` is given.
         ``remainder``
             Probability that the ten stored ones leave.
-        ``top_token``, ``top_probability``
-            The most likely continuation.
+        ``top_token``, ``top_token_text``, ``top_probability``
+            The most likely continuation: id, text and probability.
 
         Options that a scenario does not have are NaN.
 
@@ -92,9 +92,11 @@ def decision(data: Data, *, vocabulary: int | None = None) -> xr.Dataset:
 
 def _at_decision(ds: xr.Dataset) -> xr.Dataset:
     """Return what is stored of the continuations of the last token ``(rank)``."""
-    require(ds, "next_token", "next_token_logprob")
+    names = ["next_token", "next_token_logprob"]
+    require(ds, *names)
     (last,) = positions(ds, DECISION)
-    return ds[["next_token", "next_token_logprob"]].sel(query=last).reset_coords(drop=True)
+    texts = [name for name in ("next_token_text",) if name in ds.variables]
+    return ds.reset_coords(texts)[names + texts].sel(query=last).reset_coords(drop=True)
 
 
 def _ids_of(ds: xr.Dataset, options: list[str]) -> xr.DataArray:
@@ -124,6 +126,11 @@ def _distribution(here: xr.Dataset, wanted: xr.DataArray, vocabulary: int | None
             "entropy": entropy.assign_attrs(units="nat"),
             "remainder": remainder,
             "top_token": ids.isel(rank=0, drop=True),
+            **{
+                name: here["next_token_text"].isel(rank=0, drop=True)
+                for name in ("top_token_text",)
+                if "next_token_text" in here
+            },
             "top_probability": probability.isel(rank=0, drop=True),
         }
     )

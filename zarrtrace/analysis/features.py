@@ -31,6 +31,7 @@ from zarrtrace.analysis.selecting import (
 from zarrtrace.errors import ConfigError
 from zarrtrace.format.attributes import SAE_FIELDS, sae_coordinate
 from zarrtrace.scenarios import DECISION
+from zarrtrace.suggestions import did_you_mean
 
 #: How the tokens of a place become one number.
 Reduce = Literal["mean", "max", "none"]
@@ -74,8 +75,13 @@ def of_sae(data: _DataT, name: str) -> _DataT:
         have = [str(n) for n in ds.data_vars if str(n).startswith("features")]
         raise ConfigError(
             f"{scenario_of(ds)}: the trace has no {variable!r}",
-            why=f"It has: {', '.join(have) or 'no features'}.",
-            remedy="Give what stands behind 'features_'; without it, the first SAE's are taken.",
+            why="An SAE's name is what stands behind 'features_'; without one, the first SAE's "
+            "features are taken.",
+            remedy=did_you_mean(
+                name,
+                [one.removeprefix("features_") for one in have if one != "features"],
+                label="Names there are",
+            ),
         )
     rest: xr.Dataset = ds.drop_dims(["feature", "feature_rank"], errors="ignore")
     of_layers: list[str] = [sae_coordinate(field, "features") for field in SAE_FIELDS]

@@ -16,6 +16,7 @@ from zarrtrace.analysis.parallel import all_together
 from zarrtrace.errors import ConfigError, ScenarioError, ZarrtraceError
 from zarrtrace.format.attributes import is_trace
 from zarrtrace.scenarios import DECISION, span, typed_column
+from zarrtrace.suggestions import did_you_mean
 
 #: A trace or a whole run.
 Data = xr.Dataset | xr.DataTree
@@ -233,7 +234,7 @@ def require_places(data: Data, places: Iterable[Place]) -> None:
             raise ScenarioError(
                 f"no scenario has a span {place!r}",
                 why="Spans are named in the scenarios file.",
-                remedy=f"There are: {', '.join(known)}.",
+                remedy=did_you_mean(place, known),
             )
 
 

@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 
 from zarrtrace.errors import ModelError, ZarrtraceError
+from zarrtrace.hub import not_reached
 
 #: What transformers raises for files that are missing, damaged or of another kind.
 LOADING_ERRORS = (
@@ -76,11 +77,7 @@ def load_error(name: str, error: Exception) -> ModelError:  # noqa: PLR0911 -- o
             remedy="Check the spelling of --model; for a private model log in: hf auth login.",
         )
     if any_of(LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError):
-        return ModelError(
-            f"{name}: not in the local cache, and the Hugging Face hub cannot be reached",
-            why="There is no connection, or HF_HUB_OFFLINE is set.",
-            remedy="Connect, or copy the model into HF_HOME; check the spelling of --model, too.",
-        )
+        return not_reached(name)
     return ModelError(
         f"{name}: transformers cannot load it: {first_line}",
         why="Files are missing or damaged, or the architecture is newer than the installed "

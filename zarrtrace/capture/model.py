@@ -28,6 +28,7 @@ from zarrtrace.capture.modules import Decoder, find_decoder, not_exact
 from zarrtrace.capture.streaming import BlockStream
 from zarrtrace.errors import ConfigError, ModelError
 from zarrtrace.format.attributes import ModelAttributes
+from zarrtrace.hub import refuse_other_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -138,15 +139,15 @@ def load_model(
         If the device does not exist.
     """
     check_device(device)
-    source = _source(name)
+    refuse_other_folder(name)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(source, **options)
+        config = AutoConfig.from_pretrained(name, **options)
         refuse_encoder_decoder(config, name)
         if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
         to = "meta" if not weights else "cpu" if low_memory else device
-        model = _build(_auto_class(config, name), source, config, dtype, options, to)
+        model = _build(_auto_class(config, name), name, config, dtype, options, to)
     except ImportError as error:
         raise ModelError(
             f"{name}: transformers needs another package to load it: {error}",
@@ -165,7 +166,7 @@ def load_model(
         model,
         tokenizer,
         name,
-        revision=_commit(source, options) or revision,
+        revision=_commit(name, options) or revision,
         weights=weights,
         stream_to=torch.device(device) if weights and low_memory else None,
     )
@@ -259,10 +260,17 @@ def describe_model(
     )
 
 
-def hide_progress() -> None:
-    """Keep transformers and the hub from drawing bars of their own."""
+def hide_progress(*, downloads: bool = True) -> None:
+    """Keep transformers from drawing bars of its own, and the hub as well unless told otherwise.
+
+    Parameters
+    ----------
+    downloads
+        Whether bars of downloads, which may take an hour, are hidden, too.
+    """
     transformers_logging.disable_progress_bar()
-    disable_progress_bars()
+    if downloads:
+        disable_progress_bars()
 
 
 def renamed(model: LoadedModel, name: str, *, prepend_bos: bool) -> LoadedModel:
@@ -330,21 +338,6 @@ def check_device(device: str) -> None:
             remedy="Use --device cpu"
             + (f", or --gpu 0 to {count - 1}." if count else ", or install a CUDA build of torch."),
         ) from None
-
-
-def _source(name: str) -> str:
-    """Return `name`, refusing a folder that is none."""
-    path = Path(name)
-    if path.is_absolute() or name.startswith("."):
-        if not path.is_dir():
-            raise ModelError(f"{name}: no such folder", remedy="Check --model.")
-        if not (path / "config.json").is_file():
-            raise ModelError(
-                f"{name}: holds no config.json",
-                why="It is not a model in Hugging Face's layout.",
-                remedy="Give the folder that save_pretrained wrote.",
-            )
-    return name
 
 
 def _quantization(config: Any) -> str | None:

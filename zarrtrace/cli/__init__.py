@@ -15,6 +15,7 @@ from types import TracebackType
 
 import click
 
+from zarrtrace.cli.commands import Group, option
 from zarrtrace.cli.shared import say
 from zarrtrace.text import without_secrets
 
@@ -41,7 +42,7 @@ _NO_MEMORY = re.compile(
 )
 
 
-class _Commands(click.Group):
+class _Commands(Group):
     def list_commands(self, _ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
 
@@ -51,20 +52,8 @@ class _Commands(click.Group):
         command: click.Command = importlib.import_module(f"zarrtrace.cli.{cmd_name}_").command
         return command
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and not args[0].startswith("-") and args[0] not in _COMMANDS:
-            import difflib
-
-            close = difflib.get_close_matches(args[0], _COMMANDS, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            ctx.fail(f"No such command {args[0]!r}.{hint}")
-        return super().resolve_command(ctx, args)
-
-    def format_commands(self, _ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(_COMMANDS.items()))
+    def command_texts(self, _ctx: click.Context) -> list[tuple[str, str]]:
+        return list(_COMMANDS.items())
 
 
 def _version(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> None:  # noqa: FBT001
@@ -75,8 +64,16 @@ def _version(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> N
         ctx.exit()
 
 
-@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option(
+@click.command(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    examples=[
+        ("extract -o runs/demo", "A small model that ships with zarrtrace, over ten prompts:"),
+        ("view runs/demo", "Look at it:"),
+        ("extract --help", "Options of a command:"),
+    ],
+)
+@option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version,
     help="Show the version and exit.",
 )  # fmt: skip
@@ -92,6 +89,9 @@ def main() -> None:
     """Run the command line; the console script's entry point."""
     from zarrtrace.cli.interruption import interruptible
 
+    # Else pydantic reads the metadata of every package there is, a tenth of a second before the
+    # first line of an extraction.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
     sys.excepthook = _show_traceback
     with interruptible() as signals:
         code = _run(signals)

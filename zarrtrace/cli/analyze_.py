@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from zarrtrace.cli.commands import QUESTION, Group, option
 from zarrtrace.cli.shared import (
     PATH,
     computing,
+    output_option,
     quiet_option,
     run_argument,
+    sae_option,
     say,
     scheduler_option,
     show_progress,
+    threads_option,
     workers_option,
 )
+from zarrtrace.errors import ConfigError
+from zarrtrace.suggestions import did_you_mean
 from zarrtrace.text import terminal_text
 
 if TYPE_CHECKING:
@@ -48,132 +55,245 @@ class Place(click.ParamType[str | int]):
 
 
 def _option(*names: str, **settings: Any) -> Callable[..., Any]:
-    return click.option(*names, **settings)
+    return option(*names, group=QUESTION, **settings)
 
 
-_SOURCES = _option("--source", type=Place(), multiple=True, help="Span or position; repeatable.")
-_TARGET = _option("--target", type=Place(), default="decision", show_default=True)
-_AT = _option("--at", type=Place(), multiple=True, help="Span or position; repeatable.")
-_SPANS = _option("--span", "spans", multiple=True, help="Only these spans; repeatable.")
-_HEADS = _option("--heads", type=click.Choice(["mean", "each"]), default="mean", show_default=True)
-_TOP = _option("--top", type=click.IntRange(1), default=10, show_default=True)
-_SEED = _option("--seed", type=int, default=0, show_default=True)
-_PERMUTATIONS = _option(
-    "--permutations", "n_permutations", type=click.IntRange(1), default=9999, show_default=True
+_SOURCES = _option(
+    "--source", type=Place(), multiple=True, help="Span or token position. Repeatable."
 )
-_SAE = _option("--sae", help="Features of another SAE: NAME of features_NAME.")
-_FEATURES = _option("--feature", "features", type=click.IntRange(0), multiple=True, required=True)
-_WINDOW = _option("--window", type=click.IntRange(0), default=5, show_default=True, help="Tokens.")
+_SOURCE = _option("--source", type=Place(), required=True, help="Span or token position.")
+_TARGET = _option(
+    "--target",
+    type=Place(),
+    default="decision",
+    show_default=True,
+    help="Span or token position that attends.",
+)
+_AT = _option("--at", type=Place(), multiple=True, help="Span or token position. Repeatable.")
+_SPANS = _option("--span", "spans", multiple=True, metavar="NAME", help="Only this. Repeatable.")
+_HEADS = _option(
+    "--heads",
+    type=click.Choice(["mean", "each"]),
+    default="mean",
+    show_default=True,
+    help="Their mean, or each by itself.",
+)
+_TOP = _option(
+    "--top", type=click.IntRange(1), default=10, show_default=True, help="Results to list."
+)
+_SEED = _option(
+    "--seed", type=int, default=0, show_default=True, help="Of the random numbers drawn."
+)
+_PERMUTATIONS = _option(
+    "--permutations",
+    "n_permutations",
+    type=click.IntRange(1),
+    default=9999,
+    show_default=True,
+    help="Permutations to draw.",
+)
+_FEATURES = _option(
+    "--feature",
+    "features",
+    type=click.IntRange(0),
+    multiple=True,
+    required=True,
+    help="Index of the latent. Repeatable.",
+)
+_WINDOW = _option(
+    "--window",
+    type=click.IntRange(0),
+    default=5,
+    show_default=True,
+    help="Tokens that count as nearby.",
+)
 
-# Function, help and options of each analysis.
-_ANALYSES: dict[str, tuple[str, str, tuple[Callable[..., Any], ...]]] = {
-    "attention-to": (
+
+class Analysis(NamedTuple):
+    """One analysis: function, help, what follows RUN in the example, and options."""
+
+    function: str
+    text: str
+    example: str = ""
+    options: tuple[Callable[..., Any], ...] = ()
+
+
+_ANALYSES: dict[str, Analysis] = {
+    "attention-to": Analysis(
         "attention_to",
         "Attention from one place to others, by layer.",
+        "--source balance --source goal -o attention.csv",
         (
             _SOURCES,
             _TARGET,
             _HEADS,
-            _option("--reduce", type=click.Choice(["mean", "sum"]), default="mean"),
+            _option(
+                "--reduce",
+                type=click.Choice(["mean", "sum"]),
+                default="mean",
+                show_default=True,
+                help="Over the tokens of a span.",
+            ),
         ),
     ),
-    "feature-trajectory": (
+    "feature-trajectory": Analysis(
         "feature_trajectory",
         "Features at a place, by layer.",
-        (_FEATURES, _AT, _SAE),
+        "--feature 250 --at balance",
+        (_FEATURES, _AT, sae_option),
     ),
-    "pathway-features": (
+    "pathway-features": Analysis(
         "pathway_features",
         "Features active at a span and at the decision, by activation × attention.",
-        (_option("--source", type=Place(), required=True), _TARGET, _TOP, _SAE),
+        "--source balance",
+        (_SOURCE, _TARGET, _TOP, sae_option),
     ),
-    "attention-locality": (
+    "attention-locality": Analysis(
         "attention_locality",
         "Distance, entropy, share nearby and on the first token.",
-        (_HEADS, _WINDOW, _option("--exclude-first", is_flag=True)),
+        "",
+        (
+            _HEADS,
+            _WINDOW,
+            _option("--exclude-first", is_flag=True, help="Leave out attention to token 0."),
+        ),
     ),
-    "layer-bands": (
+    "layer-bands": Analysis(
         "layer_bands",
         "Test that attention is local, then about the task, then about the decision.",
-        (_WINDOW, _option("--resamples", type=click.IntRange(99), default=9999), _SEED),
+        "",
+        (
+            _WINDOW,
+            _option(
+                "--resamples",
+                type=click.IntRange(99),
+                default=9999,
+                show_default=True,
+                help="Bootstrap samples to draw.",
+            ),
+            _SEED,
+        ),
     ),
-    "critical-layers": (
+    "critical-layers": Analysis(
         "critical_layers",
         "Layers whose attention to a span stands out against control tokens.",
+        "--span balance",
         (
             _SPANS,
             _TARGET,
-            _option("--least-ratio", type=click.FloatRange(0), default=2.0, show_default=True),
+            _option(
+                "--least-ratio",
+                type=click.FloatRange(0),
+                default=2.0,
+                show_default=True,
+                help="Attention to the span over that to control tokens.",
+            ),
             _PERMUTATIONS,
             _SEED,
         ),
     ),
-    "attention-rollout": (
+    "attention-rollout": Analysis(
         "attention_rollout",
         "Attention rollout from spans to the decision.",
+        "--source balance",
         (_SOURCES, _TARGET),
     ),
-    "attention-flow": (
+    "attention-flow": Analysis(
         "attention_flow",
         "Maximum flow of attention from spans to the decision.",
+        "--source balance",
         (_SOURCES, _TARGET),
     ),
-    "contrast": (
+    "contrast": Analysis(
         "contrast",
         "What separates two groups of scenarios.",
+        "--group-a risky --group-b safe",
         (
-            _option("--group-a", help="A tag, or a value of --by.  [default: risky]"),
-            _option("--group-b", help="A tag, or a value of --by.  [default: safe]"),
-            _option("--by", help="Column of metadata; groups may be left out if it has 2 values."),
+            _option("--group-a", metavar="TAG", help="Tag, or value of --by.  [default: risky]"),
+            _option("--group-b", metavar="TAG", help="Tag, or value of --by.  [default: safe]"),
+            _option(
+                "--by",
+                metavar="COLUMN",
+                help="Column of metadata; groups may be left out if it has 2 values.",
+            ),
             _AT,
-            _option("--what", type=click.Choice(["features", "attention"]), default="features"),
+            _option(
+                "--what",
+                type=click.Choice(["features", "attention"]),
+                default="features",
+                show_default=True,
+                help="To compare.",
+            ),
             _TARGET,
             _HEADS,
-            _SAE,
+            sae_option,
             _PERMUTATIONS,
             _SEED,
         ),
     ),
-    "position-specific-features": (
+    "position-specific-features": Analysis(
         "position_specific_features",
         "Features that fire at one kind of span and not elsewhere.",
-        (_SPANS, _TOP, _option("--threshold", type=float, default=0.0), _SAE),
-    ),
-    "word-associations": (
-        "word_associations",
-        "Tokens that activate each feature most.",
+        "--span balance",
         (
+            _SPANS,
             _TOP,
-            _option("--min-count", type=click.IntRange(1), default=1),
-            _option("--strip", is_flag=True, help="Take ' bet' and 'bet' for one word."),
-            _SAE,
+            _option(
+                "--threshold",
+                type=float,
+                default=0.0,
+                show_default=True,
+                help="A feature fires above this activation.",
+            ),
+            sae_option,
         ),
     ),
-    "crossreference": (
+    "word-associations": Analysis(
+        "word_associations",
+        "Tokens that activate each feature most.",
+        "--strip -o words.csv",
+        (
+            _TOP,
+            _option(
+                "--min-count",
+                type=click.IntRange(1),
+                default=1,
+                show_default=True,
+                help="Leave out words that stand in the prompts less often.",
+            ),
+            _option("--strip", is_flag=True, help="Take ' bet' and 'bet' for one word."),
+            sae_option,
+        ),
+    ),
+    "crossreference": Analysis(
         "crossreference",
         "Do features that go with a word fire where attention goes to it?",
+        "",
         (
-            _option("--table", help="CSV or Parquet: layer, feature, word, score; else own words."),
-            _SAE,
+            _option(
+                "--table",
+                type=PATH,
+                help="CSV or Parquet with layer, feature, word, score.  [default: own words]",
+            ),
+            sae_option,
             _SEED,
         ),
     ),
-    "head-roles": (
-        "head_roles",
-        "Previous-token, first-token, duplicate-token and induction scores of heads.",
-        (),
+    "head-roles": Analysis(
+        "head_roles", "Previous-token, first-token, duplicate-token and induction scores of heads."
     ),
-    "decision": (
+    "decision": Analysis(
         "decision",
         "What the model would say next: the probability of each option, and entropy.",
-        (),
+        "-o decisions.csv",
     ),
-    "relate": (
+    "relate": Analysis(
         "relate",
         "How attention to a span goes with an option's probability over scenarios.",
+        "--option bet --source balance",
         (
-            _option("--option", required=True, help="Name of an option, as bet."),
-            _option("--source", type=Place(), required=True),
+            _option("--option", required=True, metavar="NAME", help="Name of an option, as bet."),
+            _SOURCE,
             _TARGET,
             _PERMUTATIONS,
             _SEED,
@@ -182,7 +302,14 @@ _ANALYSES: dict[str, tuple[str, str, tuple[Callable[..., Any], ...]]] = {
 }
 
 
-@click.group("analyze")
+@click.group(
+    "analyze",
+    cls=Group,
+    examples=[
+        ("analyze attention-to runs/demo --source balance", ""),
+        ("analyze contrast runs/demo --help", "Options of one analysis:"),
+    ],
+)
 def command() -> None:
     """Answer a question from a run.
 
@@ -190,41 +317,53 @@ def command() -> None:
     """
 
 
-def _add(name: str, function: str, text: str, options: Sequence[Callable[..., Any]]) -> None:
+def _add(name: str, analysis: Analysis) -> None:
     def run_analysis(**given: Any) -> None:
-        _run(function, given)
+        _run(analysis.function, given)
 
-    run_analysis.__doc__ = text
     wrapped: Callable[..., Any] = run_analysis
-    for option in reversed(
+    for decorator in reversed(
         (
             run_argument,
-            *options,
-            _option("--output", "-o", type=PATH, help="File to write."),
-            scheduler_option,
+            *analysis.options,
+            output_option("File to write: .csv, .parquet, .nc or .json.", type=PATH),
+            threads_option,
             workers_option,
+            scheduler_option,
             quiet_option,
         )
     ):
-        wrapped = option(wrapped)
-    command.command(name, help=text)(wrapped)
+        wrapped = decorator(wrapped)
+    example = f"analyze {name} runs/demo {analysis.example}".rstrip()
+    command.command(name, help=analysis.text, examples=[(example, "")])(wrapped)
 
 
-for _name, (_function, _text, _options) in _ANALYSES.items():
-    _add(_name, _function, _text, _options)
+for _name, _analysis in _ANALYSES.items():
+    _add(_name, _analysis)
 
 
 def _run(function: str, given: dict[str, Any]) -> None:
-    run, output = given.pop("run"), given.pop("output")
-    quiet, scheduler, workers = given.pop("quiet"), given.pop("scheduler"), given.pop("workers")
-    if output is not None and output.suffix not in _ENDINGS:
-        raise click.UsageError(f"--output must end in one of {', '.join(_ENDINGS)}.")
-    with computing(scheduler, workers, progress=show_progress(quiet=quiet)):
-        result = _compute(function, _open(run, on_cluster="://" in scheduler), given).compute()
+    run, output, quiet = given.pop("run"), given.pop("output"), given.pop("quiet")
+    where = {name: given.pop(name) for name in ("threads", "workers", "scheduler")}
+    if output is not None:
+        _check_output(output)
+    with computing(**where, progress=show_progress(quiet=quiet)):
+        data = _open(run, on_cluster=where["scheduler"] is not None)
+        result = _compute(function, data, given).compute()
     if output is None:
         say(_table(result, shutil.get_terminal_size().columns))
     else:
         _write(result, output)
+
+
+def _check_output(output: Path) -> None:
+    """Refuse a file that cannot be written, before minutes of work."""
+    if output.suffix not in _ENDINGS:
+        raise click.UsageError(f"--output must end in one of {', '.join(_ENDINGS)}.")
+    if not output.parent.is_dir():
+        raise click.UsageError(f"--output {output}: there is no folder {output.parent}.")
+    if output.is_dir():
+        raise click.UsageError(f"--output {output}: is a folder; give a file.")
 
 
 def _open(run: Location, *, on_cluster: bool) -> Any:
@@ -250,13 +389,24 @@ def _compute(function: str, data: Any, given: dict[str, Any]) -> Any:
     if "sae" in arguments:
         data = analysis.of_sae(data, arguments.pop("sae"))
     if function == "relate":
-        option = arguments.pop("option")
+        chosen = arguments.pop("option")
         places = {name: arguments.pop(name) for name in ("source", "target")}
-        probability = analysis.decision(data)["probability"].sel(option=option)
+        probability = _of_option(analysis.decision(data)["probability"], chosen)
         return analysis.relate(probability, analysis.attention_to(data, **places), **arguments)
     if function == "crossreference" and "table" not in arguments:
         arguments["table"] = analysis.word_associations(data)
     return getattr(analysis, function)(data, **arguments)
+
+
+def _of_option(probability: xr.DataArray, name: str) -> xr.DataArray:
+    known = [str(one) for one in probability.indexes["option"]]
+    if name not in known:
+        raise ConfigError(
+            f"--option {name}: no scenario has such an option",
+            why="Options are named in the scenarios file.",
+            remedy=did_you_mean(name, known),
+        )
+    return probability.sel(option=name)
 
 
 def _groups(data: Any, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -310,14 +460,15 @@ def _table(result: xr.DataArray | xr.Dataset, width: int) -> str:
     """Write a result for a terminal; of metadata, the columns that fit its width."""
     lines: list[str] = []
     for part in _parts(result):
-        frame = _frame(part)
+        frame = _with_texts(_frame(part))
         extra = [name for name in frame if name in _metadata_of(part)]
         head = _on_lines(frame.head(_ROWS_SHOWN))
         shown = _as_text(head.drop(columns=extra))
         kept: list[Any] = []
         for name in extra:
             wider = _as_text(head.drop(columns=[one for one in extra if one not in (*kept, name)]))
-            if len(wider.partition("\n")[0]) <= width:
+            first = wider.partition("\n")[0]
+            if len(first) <= width and not first.endswith("\\"):  # pandas broke the line
                 kept, shown = [*kept, name], wider
         lines += ["", shown] if lines else [shown]
         if len(kept) < len(extra):
@@ -333,8 +484,19 @@ def _table(result: xr.DataArray | xr.Dataset, width: int) -> str:
     return "\n".join(lines)
 
 
+def _with_texts(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a table with texts of tokens in quotes, and in place of their ids."""
+    texts = [str(name) for name in frame if str(name).endswith("token_text")]
+    shown = {name.removesuffix("_text"): frame[name].map(repr) for name in texts}
+    if "word" in frame:  # most begin with a space
+        shown["word"] = frame["word"].map(repr)
+    return frame.assign(**shown).drop(columns=texts)
+
+
 def _as_text(frame: pd.DataFrame) -> str:
-    return frame.to_string(index=False, float_format="{:.4g}".format)
+    # Only where a person reads it: lines of a pipe are one row each.
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    return frame.to_string(index=False, float_format="{:.4g}".format, line_width=width)
 
 
 def _metadata_of(result: xr.DataArray | xr.Dataset) -> list[str]:

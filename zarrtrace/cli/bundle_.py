@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zarrtrace.cli.shared import PATH, Layers, bar, quiet_option, run_argument, say
+from zarrtrace.cli.commands import OUTPUT, Command, option
+from zarrtrace.cli.shared import (
+    PATH,
+    bar,
+    layers_option,
+    output_option,
+    overwrite_option,
+    quiet_option,
+    run_argument,
+    say,
+    scenario_option,
+)
 from zarrtrace.errors import readable
 
 if TYPE_CHECKING:
@@ -32,24 +43,27 @@ class Size(click.ParamType[int]):
         return int(float(found[1]) * _UNITS[found[2]])
 
 
-@click.command("bundle")
-@run_argument
-@click.option(
-    "--output",
-    "-o",
-    type=PATH,
-    required=True,
-    help="Folder to write, or a file ending in .html for one self-contained page.",
+@click.command(
+    "bundle",
+    cls=Command,
+    examples=[
+        ("bundle runs/demo -o demo", "A folder for any web host:"),
+        ("bundle runs/demo -o demo.html --scenario Risky_40 --layers 20-31", "One page:"),
+    ],
 )
-@click.option("--scenarios", help="Only these, separated by commas.")
-@click.option("--layers", type=Layers(), help="Only these layers, as 20-31.")
-@click.option("--max-size", type=Size(), help="Refuse to write more, as 500MB.")
-@click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
+@run_argument
+@scenario_option
+@layers_option
+@output_option(
+    "Folder, or a file ending in .html for one self-contained page.", type=PATH, required=True
+)
+@option("--max-size", group=OUTPUT, type=Size(), help="Refuse to write more, as 500MB.")
+@overwrite_option
 @quiet_option
 def command(
     run: Location,
     output: Path,
-    scenarios: str | None,
+    scenarios: tuple[str, ...],
     layers: tuple[int, ...] | None,
     max_size: int | None,
     overwrite: bool,  # noqa: FBT001 -- click passes flags so
@@ -61,8 +75,7 @@ def command(
     """
     from zarrtrace.viewer.bundle import plan, refuse_larger, write_bundle
 
-    names = [name.strip() for name in scenarios.split(",")] if scenarios else None
-    layout, expected = plan(run, output, scenarios=names, layers=layers)
+    layout, expected = plan(run, output, scenarios=scenarios or None, layers=layers)
     rounded = "; attention rounded to 8 bits" if expected.eight_bit else ""
     if not quiet:
         say(

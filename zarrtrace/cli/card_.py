@@ -6,16 +6,22 @@ from typing import TYPE_CHECKING
 
 import click
 
+from zarrtrace.cli.commands import Command, option
 from zarrtrace.cli.shared import run_argument, say
 
 if TYPE_CHECKING:
     from zarrtrace.storage import Location
 
 
-@click.command("card")
+@click.command("card", cls=Command, examples=[("card runs/demo --license cc-by-4.0", "")])
 @run_argument
-@click.option("--license", "license_id", help="Identifier as the Hub lists them: cc-by-4.0, mit.")
-@click.option("--title", help="Heading; the folder's name if left out.")
+@option(
+    "--license",
+    "license_id",
+    metavar="ID",
+    help="Identifier as the Hub lists them: cc-by-4.0, mit.",
+)
+@option("--title", help="Heading.  [default: the folder's name]")
 def command(run: Location, license_id: str | None, title: str | None) -> None:
     """Make RUN a Hugging Face dataset folder: write README.md with the dataset card.
 

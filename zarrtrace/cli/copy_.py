@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from zarrtrace.cli.commands import Command
 from zarrtrace.cli.shared import Address, bar, quiet_option, say, storage_option, target_option
 from zarrtrace.errors import readable
 
@@ -13,12 +14,19 @@ if TYPE_CHECKING:
     from zarrtrace.storage import Location
 
 
-@click.command("copy")
+@click.command(
+    "copy",
+    cls=Command,
+    examples=[
+        ("copy runs/demo s3://bucket/runs/demo", ""),
+        ("copy s3://bucket/runs/demo runs/demo --storage-option endpoint=http://host:9000", ""),
+    ],
+)
 @click.argument("source", type=Address())
 @click.argument("target", type=Address(of_target=True))
+@quiet_option
 @storage_option
 @target_option
-@quiet_option
 def command(source: Location, target: Location, quiet: bool) -> None:  # noqa: FBT001 -- click
     """Copy the run or trace SOURCE to TARGET: folders, or addresses in object stores.
 
@@ -27,6 +35,8 @@ def command(source: Location, target: Location, quiet: bool) -> None:  # noqa: F
     """
     from zarrtrace.store import copy_run
 
+    if source.resolved() == target.resolved():
+        raise click.UsageError(f"SOURCE and TARGET are the same: {source}.")
     with bar("copy", quiet=quiet, unit="B") as progress:
         done = copy_run(source, target, progress=progress)
     if not quiet:

@@ -7,29 +7,50 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from zarrtrace.cli.shared import PATH, Layers, bar, quiet_option, run_argument, say
+from zarrtrace.cli.commands import OUTPUT, Command, option
+from zarrtrace.cli.shared import (
+    PATH,
+    bar,
+    layers_option,
+    output_option,
+    quiet_option,
+    run_argument,
+    say,
+    scenario_option,
+    threads_option,
+)
 
 if TYPE_CHECKING:
     from zarrtrace.storage import Location
 
 
-@click.command("export")
-@run_argument
-@click.option("--output", "-o", type=PATH, required=True, help="Folder to write to.")
-@click.option("--scenario", multiple=True, help="Only this scenario; may be repeated.")
-@click.option("--layers", type=Layers(), help="Only these layers, as 20-31.")
-@click.option(
-    "--dtype", type=click.Choice(["float32", "float16"]), help="Convert; as stored if left out."
+@click.command(
+    "export",
+    cls=Command,
+    examples=[
+        ("export runs/demo -o demo-npz", ""),
+        ("export runs/demo -o part --scenario Risky_40 --layers 20-31", "A part:"),
+    ],
 )
-@click.option("--workers", type=click.IntRange(1), help="Threads; as many as cores if left out.")
+@run_argument
+@scenario_option
+@layers_option
+@output_option("Folder to write to.", type=PATH, required=True)
+@option(
+    "--output-dtype",
+    group=OUTPUT,
+    type=click.Choice(["float32", "float16"]),
+    help="Convert values.  [default: as stored]",
+)
+@threads_option
 @quiet_option
 def command(
     run: Location,
     output: Path,
-    scenario: tuple[str, ...],
+    scenarios: tuple[str, ...],
     layers: tuple[int, ...] | None,
-    dtype: Literal["float32", "float16"] | None,
-    workers: int | None,
+    output_dtype: Literal["float32", "float16"] | None,
+    threads: int | None,
     quiet: bool,  # noqa: FBT001 -- click passes flags so
 ) -> None:
     """Write RUN as <output>/<scenario>/layer_N.npz and a metadata JSON.
@@ -42,10 +63,10 @@ def command(
         metadata = export_npz(
             run,
             output,
-            scenarios=scenario or None,
+            scenarios=scenarios or None,
             layers=layers,
-            dtype=dtype,
-            workers=workers,
+            output_dtype=output_dtype,
+            threads=threads,
             progress=progress,
         )
     say(str(metadata))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from zarrtrace.cli.commands import CONTENT, MACHINE, MODEL, OUTPUT, PROMPTS, Command, option
 from zarrtrace.cli.shared import (
     PATH,
     Address,
@@ -13,143 +18,333 @@ from zarrtrace.cli.shared import (
     Queries,
     json_option,
     json_text,
+    one_of,
+    output_option,
     overwrite_option,
     quiet_option,
     say,
+    scheduler_option,
     show_progress,
     storage_option,
     table,
+    workers_option,
 )
 from zarrtrace.errors import missing_for_cluster, readable
 
 if TYPE_CHECKING:
     from zarrtrace.extraction import Estimate, Job, Options
+    from zarrtrace.extraction.progress import Shown
+    from zarrtrace.scenarios import Scenario
     from zarrtrace.storage import Location
 
+# How to ask for the embedded scenarios.
+_EMBEDDED = "slot-machine"
 _CLUSTER = ("workers", "scheduler", "scheduler_file")
+_EXAMPLES = [
+    ("extract -o runs/demo", "The model that ships with zarrtrace, over its ten scenarios:"),
+    (
+        'extract -o runs/mine --model gpt2 --no-features --prompt "Paris is in"',
+        "Attention of your own model and prompt:",
+    ),
+    (
+        "extract -o runs/mine --model gpt2 --sae-release gpt2-small-res-jb --prompts mine.yaml",
+        "With SAE features, for a file of prompts with named spans:",
+    ),
+]
 
 
-@click.command("extract")
-@click.option(
-    "--output", "-o", type=Address(), required=True, help="Folder of the run, or its address."
-)
-@storage_option
-@click.option("--model", help="Folder or Hugging Face id; the embedded model if left out.")
-@click.option("--revision", help="Commit, tag or branch of the model.")
-@click.option("--sae-release", help="Release that sae-lens knows, as llama_scope_lxr_8x.")
-@click.option(
-    "--sae-id",
+@click.command("extract", cls=Command, examples=_EXAMPLES)
+@option(
+    "--prompt",
+    "prompts",
+    group=PROMPTS,
     multiple=True,
-    help="Ids within the release, as 'l{layer}r_8x'; repeated, one feature array each.",
+    metavar="TEXT",
+    help="A prompt, word for word, named scenario_0, scenario_1, ... Repeatable.",
 )
-@click.option("--sae-path", type=PATH, help="Folder of SAEs saved by sae-lens.")
-@click.option("--fold-decoder-norm", is_flag=True, help="Scale features to decoder norm 1.")
-@click.option(
-    "--layers",
-    type=Layers(),
-    help="Decoder blocks, from 0.  [default: all, with SAEs those that have one]",
+@option(
+    "--scenarios",
+    "--prompts",
+    "scenarios",
+    group=PROMPTS,
+    type=PATH,
+    metavar="FILE",
+    help="YAML, JSONL, CSV or Parquet file of prompts; slot-machine names the embedded ten.",
 )
-@click.option("--layer-start", type=click.IntRange(0), help="First, instead of --layers.")
-@click.option("--layer-end", type=click.IntRange(0), help="Last, instead of --layers.")
-@click.option("--no-features", is_flag=True, help="Attention only; no SAEs are loaded.")
-@click.option("--no-attention", is_flag=True, help="Features only.")
-@click.option("--scenarios", type=PATH, help="YAML or JSONL file; the ten embedded if left out.")
-@click.option("--scenario", multiple=True, help="Only this scenario; may be repeated.")
-@click.option("--device", help="As cpu or cuda:0.  [default: cpu]")
-@click.option("--gpu", type=click.IntRange(0), help="Number of a GPU, instead of --device.")
-@click.option(
+@option(
+    "--scenario",
+    "only",
+    group=PROMPTS,
+    multiple=True,
+    metavar="NAME",
+    help="Only this scenario. Repeatable.",
+)
+@option(
+    "--model",
+    group=MODEL,
+    metavar="NAME",
+    help="Folder or Hugging Face id; demo names the embedded model.",
+)
+@option("--revision", group=MODEL, help="Commit, tag or branch of the model.")
+@option(
     "--dtype",
+    group=MODEL,
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     default="auto",
-    help="Precision of the model; auto is the checkpoint's.",
+    help="Precision of the model.  [default: the checkpoint's]",
 )
-@click.option("--low-memory", is_flag=True, help="Keep one decoder block at a time on the GPU.")
-@click.option("--batch-size", type=click.IntRange(1), help="Scenarios a forward pass.")
-@click.option(
+@option(
+    "--prepend-bos/--no-prepend-bos",
+    group=MODEL,
+    default=None,
+    help="Whether prompts begin with BOS.  [default: as the SAEs were trained]",
+)
+@option(
+    "--trust-remote-code", group=MODEL, is_flag=True, help="Run code that comes with the model."
+)
+@option(
+    "--sae-release",
+    group=MODEL,
+    metavar="NAME",
+    help="Release that sae-lens knows, as llama_scope_lxr_8x.",
+)
+@option(
+    "--sae-id",
+    "sae_ids",
+    group=MODEL,
+    multiple=True,
+    metavar="ID",
+    help="Id within the release, as 'l{layer}r_8x'. Repeatable, one feature array each.",
+)
+@option("--sae-path", group=MODEL, type=PATH, help="Folder of SAEs saved by sae-lens.")
+@option("--fold-decoder-norm", group=MODEL, is_flag=True, help="Scale features to decoder norm 1.")
+@option(
+    "--layers",
+    group=CONTENT,
+    type=Layers(),
+    help="Decoder blocks, as 1-31 or 1,5,20-31.  [default: all, with SAEs those that have one]",
+)
+@option("--layer-start", group=CONTENT, type=click.IntRange(0), help="First, instead of --layers.")
+@option("--layer-end", group=CONTENT, type=click.IntRange(0), help="Last, instead of --layers.")
+@option("--no-features", group=CONTENT, is_flag=True, help="Attention only; no SAEs are loaded.")
+@option("--no-attention", group=CONTENT, is_flag=True, help="Features only.")
+@option(
     "--queries",
+    group=CONTENT,
     type=Queries(),
-    help="Rows of attention to store: last, spans, or positions as 0,5,-1.  [default: all]",
+    help="Rows of attention: last, spans, or positions as 0,5,-1.  [default: all]",
 )
-@click.option(
+@option(
     "--attention-capture",
+    group=CONTENT,
     type=click.Choice(["auto", "whole", "blocked"]),
     default="auto",
-    help="Whole matrices, or blocks of queries where they are large.",
+    help="Whole matrices, or blocks of queries.  [default: blocks where they are large]",
 )
-@click.option(
+@option(
     "--attention-dtype",
+    group=CONTENT,
     type=click.Choice(["float32", "float16"]),
-    help="Stored precision; lossless if left out.",
+    help="Precision of stored attention.  [default: lossless]",
 )
-@click.option(
+@option(
     "--attention-keepbits",
+    group=CONTENT,
     type=click.IntRange(1, 23),
-    help="Round stored attention to so many bits; lossless if left out.",
+    help="Bits of the mantissa of stored attention.  [default: all]",
 )
-@click.option(
+@option(
     "--feature-dtype",
+    group=CONTENT,
     type=click.Choice(["float32", "float16"]),
     default="float32",
-    help="Stored precision of features; float16 ends at 65,504.",
+    show_default=True,
+    help="Precision of stored features; float16 ends at 65,504.",
 )
-@click.option("--prepend-bos/--no-prepend-bos", default=None, help="Override the SAEs' rule.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@option(
+    "--allow-nonfinite", group=CONTENT, is_flag=True, help="Store NaN and infinity, and say where."
+)
+@output_option("Folder of the run, or its address.", type=Address(), required=True)
 @overwrite_option
-@click.option("--repair", is_flag=True, help="Read every byte that is there; redo what is damaged.")
-@click.option("--allow-nonfinite", is_flag=True, help="Store NaN and infinity, and say where.")
-@click.option(
-    "--accept-versions",
+@option(
+    "--repair",
+    group=OUTPUT,
     is_flag=True,
-    help="Go on with a run that other versions of libraries began; its traces name both.",
+    help="Read every byte that is there; redo what is damaged.",
 )
-@click.option("--workers", type=click.IntRange(1), help="Start so many processes, one a GPU.")
-@click.option("--scheduler", help="Use the Dask cluster at this address, as tcp://host:8786.")
-@click.option("--scheduler-file", type=PATH, help="File in which its scheduler wrote the address.")
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@option(
+    "--accept-versions",
+    group=OUTPUT,
+    is_flag=True,
+    help="Resume a run that other versions of libraries began; its traces name both.",
+)
+@option("--device", group=MACHINE, metavar="NAME", help="As cpu or cuda:0.  [default: cpu]")
+@option(
+    "--gpu", group=MACHINE, type=click.IntRange(0), help="Number of a GPU, instead of --device."
+)
+@option(
+    "--low-memory",
+    group=MACHINE,
+    is_flag=True,
+    help="Keep one decoder block at a time on the GPU.",
+)
+@option(
+    "--batch-size",
+    group=MACHINE,
+    type=click.IntRange(1),
+    help="Scenarios a forward pass.  [default: as many as fit; 1 on a CPU]",
+)
+@workers_option
+@scheduler_option
+@option(
+    "--scheduler-file",
+    group=MACHINE,
+    type=PATH,
+    metavar="FILE",
+    help="File in which the cluster's scheduler wrote its address.",
+)
+@option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @json_option
 @quiet_option
+@storage_option
 def command(**given: Any) -> None:
-    """Run a model over scenarios and store attention and SAE features.
+    """Run a model over prompts and store attention and SAE features.
 
-    One labelled Zarr store a scenario, in the folder --output or in an object store (s3://, gs://,
-    az://). A run that was interrupted is gone
-    on with by the same command.
+    One labelled Zarr store a prompt, in the folder --output or in an object store (s3://, gs://,
+    az://). The same command resumes a run that was interrupted. Without a model and prompts, the
+    embedded model runs over ten embedded ones.
     """
-    from zarrtrace.extraction import estimate, prepare
-
-    if given["overwrite"] and given["repair"]:
-        raise click.UsageError("Give either --overwrite or --repair.")
-    if sum(given[name] is not None for name in _CLUSTER) > 1:
-        raise click.UsageError("Give one of --workers, --scheduler and --scheduler-file.")
-    options = _options(given)
+    _check(given)
+    scenarios = _scenarios(given)
+    names = _names(scenarios, given["only"])
+    _check_output(given, names)
+    if not given["quiet"]:
+        say(f"zarrtrace: {_first_line(given, len(names))}", err=True)
+    silence_libraries()
+    options = _options(given, scenarios or given["scenarios"])
+    _check_model(given, options)
     if given["dry_run"]:
-        job = prepare(options, weights=False)
+        from zarrtrace.extraction import estimate, prepare
+
+        job = prepare(options, weights=False, progress=_progress(given) == "bars")
         say(_plan(job, estimate(job), given["output"], as_json=given["as_json"]))
         return
-    quiet = given["quiet"]
     try:
         _extract(given, options)
     except KeyboardInterrupt as stop:
         where = str(stop) or "nothing was computed yet"
-        say(f"zarrtrace: {where}; the same command goes on there", err=True)
+        say(f"zarrtrace: {where}; the same command resumes there", err=True)
         raise
-    if not quiet:
+    if not given["quiet"]:
         from zarrtrace.cli.info_ import show
 
         say(show(given["output"], as_json=given["as_json"]))
+        view = shlex.join(["zarrtrace", "view", str(given["output"])])
+        say(f"\nLook at it: {view}", err=True)
+
+
+def _check(given: dict[str, Any]) -> None:
+    """Refuse options that contradict each other."""
+    if given["overwrite"] and given["repair"]:
+        raise click.UsageError("Give either --overwrite or --repair.")
+    if given["prompts"] and given["scenarios"]:
+        raise click.UsageError("Give either --prompt or a file of prompts, --scenarios.")
+    one_of({f"--{name.replace('_', '-')}": given[name] for name in _CLUSTER})
+    _check_layers(given)
+    _device(given)
+
+
+def _scenarios(given: dict[str, Any]) -> tuple[Scenario, ...] | None:
+    """Read the scenarios, which takes no torch; None if they are the embedded ones."""
+    from zarrtrace.scenarios import as_scenarios
+
+    if given["prompts"]:
+        return as_scenarios(given["prompts"])
+    if given["scenarios"] is None or str(given["scenarios"]) == _EMBEDDED:
+        return None
+    return as_scenarios(given["scenarios"])
+
+
+def _names(scenarios: Sequence[Scenario] | None, only: Sequence[str]) -> list[str]:
+    from zarrtrace import demo
+    from zarrtrace.scenarios import load_suite
+    from zarrtrace.scenarios.choice import only_named
+
+    every = load_suite(demo.suite_path()) if scenarios is None else scenarios
+    return [scenario.name for scenario in only_named(every, only)]
+
+
+def _check_output(given: dict[str, Any], names: list[str]) -> None:
+    """Refuse a folder that is no run, or a run of other scenarios."""
+    output: Location = given["output"]
+    if output.path is None or given["repair"] or not output.path.exists():
+        return  # in an object store this may take long, and is done later
+    from zarrtrace.identity import refuse_other_scenarios
+    from zarrtrace.store import read_run, refuse_foreign
+
+    refuse_foreign(output)
+    if not given["overwrite"] and (output / "zarr.json").is_file():
+        refuse_other_scenarios(output, read_run(output).attributes.scenarios, names)
+
+
+def _check_model(given: dict[str, Any], options: Options) -> None:
+    """Refuse what can be refused before torch is imported: options, a model, its layers."""
+    import json
+
+    from zarrtrace import demo
+    from zarrtrace.extraction.job import find_scenarios
+    from zarrtrace.extraction.layers import choose_layers
+    from zarrtrace.hub import refuse_absent, snapshot_folder
+
+    find_scenarios(options)
+    if any(given[name] is not None for name in _CLUSTER):
+        return  # workers may have other files
+    if options.own_model:
+        refuse_absent(options.own_model, options.revision)
+    model = options.own_model or str(demo.model_path())
+    try:
+        config = json.loads((snapshot_folder(model, options.revision) / "config.json").read_text())
+        blocks = config.get("text_config", config)["num_hidden_layers"]
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        return  # transformers will say more
+    if isinstance(blocks, int):
+        choose_layers(options, blocks, None)
+
+
+def _first_line(given: dict[str, Any], count: int) -> str:
+    """Say what begins now, and takes seconds."""
+    where = f"{count} scenario{'' if count == 1 else 's'} into {given['output']}"
+    if given["scheduler"] or given["scheduler_file"]:
+        return f"{where}; connecting to the cluster …"
+    if given["workers"]:
+        return f"{where}; starting {given['workers']} processes …"
+    return f"{where}; loading torch and transformers …"
+
+
+def silence_libraries() -> None:
+    """Have libraries say nothing beside what zarrtrace says itself: errors come as exceptions."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    libraries = "huggingface_hub|sae_lens|torch|transformer_lens|transformers"
+    warnings.filterwarnings("ignore", module=rf"({libraries})\b")
+
+
+def _progress(given: dict[str, Any]) -> Shown:
+    if given["quiet"]:
+        return None
+    return "bars" if show_progress(quiet=False) else "lines"
 
 
 def _extract(given: dict[str, Any], options: Options) -> None:
     """Extract here, or on a cluster."""
     from zarrtrace.extraction import extract_run
 
-    quiet = given["quiet"]
     how: dict[str, Any] = {
         "overwrite": given["overwrite"],
         "repair": given["repair"],
         "allow_nonfinite": given["allow_nonfinite"],
         "accept_versions": given["accept_versions"],
-        "progress": None if quiet else "bars" if show_progress(quiet=quiet) else "lines",
+        "progress": _progress(given),
     }
     where = {name: given[name] for name in _CLUSTER}
     if all(value is None for value in where.values()):
@@ -164,16 +359,15 @@ def _extract(given: dict[str, Any], options: Options) -> None:
         extract_on_cluster(client, given["output"], options, **how)
 
 
-def _options(given: dict[str, Any]) -> Options:
+def _options(given: dict[str, Any], scenarios: object) -> Options:
     from zarrtrace.extraction import Options
 
-    _check_layers(given)
     return Options(
         model=given["model"],
         revision=given["revision"],
         trust_remote_code=given["trust_remote_code"],
         sae_release=given["sae_release"],
-        sae_ids=given["sae_id"],
+        sae_ids=given["sae_ids"],
         sae_path=given["sae_path"],
         fold_decoder_norm=given["fold_decoder_norm"],
         layers=given["layers"],
@@ -181,8 +375,8 @@ def _options(given: dict[str, Any]) -> Options:
         layer_end=given["layer_end"],
         features=not given["no_features"],
         attention=not given["no_attention"],
-        scenarios=given["scenarios"],
-        only=given["scenario"],
+        scenarios=scenarios,
+        only=given["only"],
         device=_device(given),
         dtype=given["dtype"],
         batch_size=given["batch_size"],

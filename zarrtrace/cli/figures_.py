@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zarrtrace.cli.shared import PATH, bar, quiet_option, run_argument, say
+from zarrtrace.cli.commands import OUTPUT, PART, Command, option
+from zarrtrace.cli.shared import PATH, bar, output_option, quiet_option, run_argument, say
 
 if TYPE_CHECKING:
     from zarrtrace.storage import Location
@@ -31,22 +32,46 @@ class _Formats(click.ParamType[tuple[str, ...]]):
         return parts
 
 
-@click.command("figures")
+@click.command(
+    "figures",
+    cls=Command,
+    examples=[
+        ("figures runs/demo", "Into runs/demo-figures:"),
+        ("figures runs/demo -o paper --scenario Risky_40 --format pdf", ""),
+    ],
+)
 @run_argument
-@click.option("--output", "-o", type=PATH, required=True, help="Folder to write to.")
-@click.option(
-    "--scenario", multiple=True,
-    help="Draw only this scenario by itself; may be repeated. Figures over scenarios take all.",
-)  # fmt: skip
-@click.option("--format", "formats", type=_Formats(), default="png,pdf", show_default=True,
-              help="What to write.")  # fmt: skip
-@click.option("--dpi", type=click.IntRange(30, 1200), default=300, show_default=True,
-              help="Of PNGs, and of images within PDFs.")  # fmt: skip
+@option(
+    "--scenario",
+    "scenarios",
+    group=PART,
+    multiple=True,
+    metavar="NAME",
+    help="Of single scenarios, only this one. Repeatable. Figures over scenarios take all.",
+)
+@output_option("Folder to write to.  [default: RUN-figures, beside RUN]", type=PATH)
+@option(
+    "--format",
+    "formats",
+    group=OUTPUT,
+    type=_Formats(),
+    default="png,pdf",
+    show_default=True,
+    help="Kinds of files.",
+)
+@option(
+    "--dpi",
+    group=OUTPUT,
+    type=click.IntRange(30, 1200),
+    default=300,
+    show_default=True,
+    help="Of PNGs, and of images within PDFs.",
+)
 @quiet_option
 def command(
     run: Location,
-    output: Path,
-    scenario: tuple[str, ...],
+    output: Path | None,
+    scenarios: tuple[str, ...],
     formats: tuple[str, ...],
     dpi: int,
     quiet: bool,  # noqa: FBT001 -- click passes flags so
@@ -60,11 +85,19 @@ def command(
     with bar("figures", quiet=quiet) as progress:
         page = draw_run(
             run,
-            output,
-            scenarios=scenario or None,
+            output or _beside(run),
+            scenarios=scenarios or None,
             formats=formats,
             dpi=dpi,
             workers=os.cpu_count() or 1,
             progress=progress,
         )
     say(str(page))
+
+
+def _beside(run: Location) -> Path:
+    """Return the folder for figures of a run on a disk."""
+    if run.path is None:
+        raise click.UsageError(f"Give --output: nothing is drawn into an object store ({run}).")
+    folder = run.path if run.path.name not in ("", "..") else run.path.resolve()
+    return folder.with_name(f"{folder.name}-figures")

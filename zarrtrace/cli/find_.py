@@ -6,28 +6,40 @@ from typing import TYPE_CHECKING
 
 import click
 
-from zarrtrace.cli.shared import json_option, json_text, run_argument, say, table
+from zarrtrace.cli.commands import QUESTION, Command, option
+from zarrtrace.cli.shared import json_option, json_text, run_argument, sae_option, say, table
 
 if TYPE_CHECKING:
     from zarrtrace.index import FeatureUse
     from zarrtrace.storage import Location
 
 
-@click.command("find")
-@run_argument
-@click.option("--layer", type=click.IntRange(0), required=True, help="Index of the block.")
-@click.option("--feature", type=click.IntRange(0), required=True, help="Index of the latent.")
-@click.option("--top", type=click.IntRange(1, 20), default=20, show_default=True, help="Tokens.")
-@click.option(
-    "--array", default="features", show_default=True, help="features, or features_<name>."
+@click.command(
+    "find", cls=Command, examples=[("find runs/demo --layer 20 --feature 250 --top 3", "")]
 )
+@run_argument
+@option(
+    "--layer", group=QUESTION, type=click.IntRange(0), required=True, help="Index of the block."
+)
+@option(
+    "--feature", group=QUESTION, type=click.IntRange(0), required=True, help="Index of the latent."
+)
+@option(
+    "--top",
+    group=QUESTION,
+    type=click.IntRange(1, 20),
+    default=20,
+    show_default=True,
+    help="Tokens to list.",
+)
+@sae_option
 @json_option
 def command(
     run: Location,
     layer: int,
     feature: int,
     top: int,
-    array: str,
+    sae: str | None,
     as_json: bool,  # noqa: FBT001 -- click passes flags so
 ) -> None:
     """Say which prompts of RUN drive a feature: its strongest tokens over all scenarios.
@@ -36,7 +48,9 @@ def command(
     """
     from zarrtrace.index import find_feature
 
-    found = find_feature(run, layer, feature, top=top, array=array)
+    found = find_feature(
+        run, layer, feature, top=top, array=f"features_{sae}" if sae else "features"
+    )
     if as_json:
         import dataclasses
 

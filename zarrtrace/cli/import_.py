@@ -7,42 +7,71 @@ from typing import TYPE_CHECKING
 
 import click
 
+from zarrtrace.cli.commands import PART, PROMPTS, Command, option
 from zarrtrace.cli.shared import (
     PATH,
     Address,
-    Layers,
     bar,
+    layers_option,
+    output_option,
     overwrite_option,
     quiet_option,
     say,
     storage_option,
+    threads_option,
 )
 
 if TYPE_CHECKING:
     from zarrtrace.storage import Location
+    from zarrtrace.store import RunSummary
 
 
-@click.command("import")
-@click.argument("folder", type=PATH)
-@click.option(
-    "--output", "-o", type=Address(), required=True, help="Folder of the run, or its address."
+@click.command(
+    "import",
+    cls=Command,
+    examples=[
+        ("import demo-npz -o runs/again", ""),
+        (
+            "import other-npz -o runs/other --scenarios mine.yaml",
+            "Tags come from the file of scenarios:",
+        ),
+    ],
 )
-@storage_option
-@click.option("--layers", type=Layers(), help="Only these layers, as 20-31.")
-@click.option("--metadata", help="Name of the metadata JSON, if FOLDER holds several.")
-@click.option("--workers", type=click.IntRange(1), help="Threads; as many as cores if left out.")
+@click.argument("folder", type=PATH)
+@layers_option
+@option(
+    "--metadata",
+    group=PART,
+    metavar="NAME",
+    help="Name of the metadata JSON, if FOLDER holds several.",
+)
+@option(
+    "--scenarios",
+    group=PROMPTS,
+    type=PATH,
+    metavar="FILE",
+    help="File of scenarios that gives the tags.  [default: the metadata JSON's]",
+)
+@output_option("Folder of the run, or its address.", type=Address(), required=True)
 @overwrite_option
+@threads_option
 @quiet_option
+@storage_option
 def command(
     folder: Path,
     output: Location,
     layers: tuple[int, ...] | None,
     metadata: str | None,
-    workers: int | None,
+    scenarios: Path | None,
+    threads: int | None,
     overwrite: bool,  # noqa: FBT001 -- click passes flags so
     quiet: bool,  # noqa: FBT001
 ) -> None:
-    """Turn FOLDER, in the documented layer_N.npz layout, into a run."""
+    """Turn FOLDER, in the documented layer_N.npz layout, into a run.
+
+    The metadata JSON that 'zarrtrace export' writes also names tags, prompts and the model. One
+    that another program wrote does not, and the run then has none.
+    """
     from zarrtrace.npz import import_npz
 
     with bar("import", quiet=quiet) as progress:
@@ -51,13 +80,27 @@ def command(
             output,
             layers=layers,
             metadata=metadata,
+            scenarios=scenarios,
             overwrite=overwrite,
-            workers=workers,
+            threads=threads,
             progress=progress,
         )
     if not quiet:
-        from zarrtrace.cli.info_ import show
+        from zarrtrace.cli.info_ import as_text
         from zarrtrace.npz.plausibility import NOT_TOLD
+        from zarrtrace.store import summarize
 
-        say(show(output))
-        say(NOT_TOLD, err=True)
+        summary = summarize(output)
+        say(as_text(summary))
+        for sentence in (*_lost(summary), NOT_TOLD):
+            say(sentence, err=True)
+
+
+def _lost(summary: RunSummary) -> list[str]:
+    """Say what the metadata JSON did not name."""
+    lost = []
+    if not any(trace.tags for trace in summary.traces):
+        lost.append("The run has no tags: the metadata JSON names none. Give --scenarios FILE.")
+    if not any(trace.model for trace in summary.traces):
+        lost.append("The run names no model: only the JSON of 'zarrtrace export' does.")
+    return lost

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from zarrtrace.cli.commands import Command, option
 from zarrtrace.cli.shared import (
     computing,
     quiet_option,
@@ -13,6 +14,7 @@ from zarrtrace.cli.shared import (
     say,
     scheduler_option,
     show_progress,
+    threads_option,
     workers_option,
 )
 
@@ -20,17 +22,19 @@ if TYPE_CHECKING:
     from zarrtrace.storage import Location
 
 
-@click.command("index")
+@click.command("index", cls=Command, examples=[("index runs/demo", "")])
 @run_argument
-@click.option("--rebuild", is_flag=True, help="Read all scenarios again.")
-@scheduler_option
+@option("--rebuild", is_flag=True, help="Read all scenarios again.")
+@threads_option
 @workers_option
+@scheduler_option
 @quiet_option
 def command(
     run: Location,
     rebuild: bool,  # noqa: FBT001 -- click passes flags so
-    scheduler: str,
+    threads: int | None,
     workers: int | None,
+    scheduler: str | None,
     quiet: bool,  # noqa: FBT001
 ) -> None:
     """Index the features of RUN, or add the scenarios that are not in its index.
@@ -41,7 +45,12 @@ def command(
     """
     from zarrtrace.index import build_index
 
-    with computing(scheduler, workers, progress=show_progress(quiet=quiet)):
+    with computing(
+        threads=threads,
+        workers=workers,
+        scheduler=scheduler,
+        progress=show_progress(quiet=quiet),
+    ):
         made = build_index(run, rebuild=rebuild)
     if not quiet:
         say(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from zarrtrace.cli.commands import Command
 from zarrtrace.cli.shared import json_option, json_text, run_argument, say, table
 from zarrtrace.errors import readable
 from zarrtrace.text import terminal_text
@@ -15,7 +16,11 @@ if TYPE_CHECKING:
     from zarrtrace.store import RunSummary
 
 
-@click.command("info")
+@click.command(
+    "info",
+    cls=Command,
+    examples=[("info runs/demo", ""), ("info s3://bucket/runs/demo --json", "")],
+)
 @run_argument
 @json_option
 def command(run: Location, as_json: bool) -> None:  # noqa: FBT001 -- click passes flags so
@@ -26,7 +31,7 @@ def command(run: Location, as_json: bool) -> None:  # noqa: FBT001 -- click pass
     from zarrtrace.store import summarize
 
     summary = summarize(run)
-    say(_json(summary) if as_json else _text(summary))
+    say(_json(summary) if as_json else as_text(summary))
     if not summary.complete:
         raise SystemExit(3)
 
@@ -36,14 +41,15 @@ def show(run: Location, *, as_json: bool = False) -> str:
     from zarrtrace.store import summarize
 
     summary = summarize(run)
-    return _json(summary) if as_json else _text(summary)
+    return _json(summary) if as_json else as_text(summary)
 
 
 def _json(summary: RunSummary) -> str:
     return json_text(summary.model_dump(mode="json"))
 
 
-def _text(summary: RunSummary) -> str:
+def as_text(summary: RunSummary) -> str:
+    """Describe a summary in words."""
     from zarrtrace.format.attributes import ranges
 
     lines = [f"run          {summary.path} (format version {summary.format_version})"]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from zarrtrace.cli.commands import MACHINE, OBJECT_STORES, OUTPUT, PART, QUESTION, option
 from zarrtrace.text import terminal_text
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ class GivenPath(click.Path):
             self.fail("the path is empty", param, ctx)
         return super().convert(value, param, ctx)
 
+
+# Computations that are shorter have no bar: an analysis may consist of dozens.
+_SECONDS_UNSEEN = 1
 
 PATH = GivenPath(path_type=Path)
 
@@ -112,8 +115,9 @@ def _keep_options(ctx: click.Context, param: click.Parameter, given: tuple[str, 
 
 
 def _options_of_store(name: str, text: str) -> Callable[..., Any]:
-    made: Callable[..., Any] = click.option(
+    return option(
         name,
+        group=OBJECT_STORES,
         multiple=True,
         is_eager=True,
         expose_value=False,
@@ -121,12 +125,9 @@ def _options_of_store(name: str, text: str) -> Callable[..., Any]:
         metavar="KEY=VALUE",
         help=text,
     )
-    return made
 
 
-storage_option = _options_of_store(
-    "--storage-option", "Of an object store, as endpoint=http://host:9000; may be repeated."
-)
+storage_option = _options_of_store("--storage-option", "As endpoint=http://host:9000. Repeatable.")
 target_option = _options_of_store("--target-option", "The same, of TARGET alone.")
 
 
@@ -148,15 +149,56 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=2).replace("\x7f", "\\u007f")
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress bars, no summary.")
-overwrite_option = click.option(
-    "--overwrite", is_flag=True, help="Replace a run that exists, once the new one is finished."
+json_option = option("--json", "as_json", is_flag=True, help="Print JSON.")
+quiet_option = option("--quiet", "-q", is_flag=True, help="No progress, no summary.")
+overwrite_option = option(
+    "--overwrite",
+    group=OUTPUT,
+    is_flag=True,
+    help="Replace what is there, once the new one is finished.",
 )
-scheduler_option = click.option(
-    "--scheduler", default="threads", help="threads, processes or tcp://HOST:PORT"
+scenario_option = option(
+    "--scenario",
+    "scenarios",
+    group=PART,
+    multiple=True,
+    metavar="NAME",
+    help="Only this scenario. Repeatable.",
 )
-workers_option = click.option("--workers", type=click.IntRange(1), help="Threads or processes.")
+layers_option = option(
+    "--layers", group=PART, type=Layers(), help="Only these layers, as 1-31 or 1,5,20-31."
+)
+sae_option = option(
+    "--sae",
+    group=QUESTION,
+    metavar="NAME",
+    help="Features of another SAE: what stands behind 'features_'.",
+)
+threads_option = option(
+    "--threads",
+    group=MACHINE,
+    type=click.IntRange(1),
+    metavar="N",
+    help="Threads of this process.  [default: one a core]",
+)
+workers_option = option(
+    "--workers",
+    group=MACHINE,
+    type=click.IntRange(1),
+    metavar="N",
+    help="Start N processes on this machine.",
+)
+scheduler_option = option(
+    "--scheduler",
+    group=MACHINE,
+    metavar="ADDRESS",
+    help="Use the Dask cluster at this address, as tcp://host:8786.",
+)
+
+
+def output_option(of_what: str, **settings: Any) -> Callable[..., Any]:
+    """Give a command ``--output``."""
+    return option("--output", "-o", group=OUTPUT, help=of_what, **settings)
 
 
 def show_progress(*, quiet: bool) -> bool:
@@ -186,36 +228,63 @@ def bar(
 
 
 @contextlib.contextmanager
-def computing(scheduler: str, workers: int | None, *, progress: bool) -> Iterator[None]:
-    """Have dask compute where it was asked to."""
+def computing(
+    *, threads: int | None, workers: int | None, scheduler: str | None, progress: bool
+) -> Iterator[None]:
+    """Have dask compute where it was asked to: in threads unless told otherwise."""
     from concurrent.futures import ProcessPoolExecutor
 
     import dask
     from dask.diagnostics import ProgressBar
     from dask.multiprocessing import get_context
 
-    if "://" in scheduler:
-        try:
-            from distributed import Client
-        except ModuleNotFoundError as error:
-            from zarrtrace.errors import missing_for_cluster
-
-            raise missing_for_cluster(error) from error
-        with Client(scheduler):
+    one_of({"--threads": threads, "--workers": workers, "--scheduler": scheduler})
+    if scheduler is not None:
+        with _cluster(scheduler):
             yield
         return
-    if scheduler not in ("threads", "processes", "synchronous"):
-        raise click.UsageError(f"--scheduler {scheduler}: give threads, processes or an address.")
-    bar = ProgressBar(out=sys.stderr) if progress else contextlib.nullcontext()
+    bar = (
+        ProgressBar(minimum=_SECONDS_UNSEEN, out=sys.stderr)
+        if progress
+        else contextlib.nullcontext()
+    )
     # Tasks are large, and handed out one at a time: else one process gets six of eight.
-    settings: dict[str, Any] = {"scheduler": scheduler, "num_workers": workers, "chunksize": 1}
+    settings: dict[str, Any] = {"num_workers": workers or threads, "chunksize": 1}
     with contextlib.ExitStack() as stack:
-        if scheduler == "processes":  # kept, for each imports all libraries
-            pool = ProcessPoolExecutor(workers or os.cpu_count(), get_context())
-            settings["pool"] = stack.enter_context(pool)
+        if workers is None:
+            settings["scheduler"] = "threads"
+        else:  # kept, for each imports all libraries
+            settings["scheduler"] = "processes"
+            settings["pool"] = stack.enter_context(ProcessPoolExecutor(workers, get_context()))
         stack.enter_context(dask.config.set(settings))
         stack.enter_context(bar)
         yield
+
+
+@contextlib.contextmanager
+def _cluster(address: str) -> Iterator[None]:
+    try:
+        from distributed import Client
+
+        from zarrtrace.extraction.connecting import no_scheduler
+    except ModuleNotFoundError as error:
+        from zarrtrace.errors import missing_for_cluster
+
+        raise missing_for_cluster(error) from error
+    try:
+        client = Client(address)
+    except (OSError, ValueError) as error:  # a TimeoutError is an OSError
+        raise no_scheduler(error) from error
+    with client:
+        yield
+
+
+def one_of(given: Mapping[str, Any]) -> None:
+    """Refuse more than one of some options."""
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) > 1:
+        *first, last = given
+        raise click.UsageError(f"Give one of {', '.join(first)} and {last}, not several.")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from zarrtrace.cli.commands import Command
 from zarrtrace.cli.shared import json_option, json_text, run_argument, say, table
 
 if TYPE_CHECKING:
     from zarrtrace.storage import Location
 
 
-@click.command("verify")
+@click.command("verify", cls=Command, examples=[("verify runs/demo", "")])
 @run_argument
 @json_option
 def command(run: Location, as_json: bool) -> None:  # noqa: FBT001 -- click passes flags so

@@ -65,13 +65,18 @@ def _client(address: Any = None, **where: Any) -> Iterator[Client]:
     try:
         client = Client(address, timeout=_SECONDS, set_as_default=False, **where)
     except (OSError, ValueError) as error:  # a TimeoutError is an OSError
-        raise ClusterError(
-            f"no scheduler answers: {error}",
-            why="It is not running there, or a firewall is between.",
-            remedy="Check the address that `dask scheduler` printed, as tcp://10.0.0.1:8786.",
-        ) from error
+        raise no_scheduler(error) from error
     with client:
         yield client
+
+
+def no_scheduler(error: Exception) -> ClusterError:
+    """Say that no scheduler can be reached."""
+    return ClusterError(
+        f"no scheduler answers: {error}",
+        why="It is not running there, or a firewall is between.",
+        remedy="Check the address that `dask scheduler` printed, as tcp://10.0.0.1:8786.",
+    )
 
 
 @contextlib.contextmanager

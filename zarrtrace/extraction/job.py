@@ -6,21 +6,23 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, get_args
 
 from zarrtrace import demo
-from zarrtrace.errors import ConfigError, ScenarioError, install_command
+from zarrtrace.errors import ConfigError, install_command
 from zarrtrace.extraction.layers import choose_layers
 from zarrtrace.extraction.processes import FEW_TRACES, WriterPool
 from zarrtrace.extraction.reading_ahead import ReadAhead, weight_files
 from zarrtrace.format.attributes import SAEAttributes, TraceAttributes, ranges
 from zarrtrace.format.layout import TraceShape
+from zarrtrace.hub import cache_if_unreachable
 from zarrtrace.records import TracePlan
 from zarrtrace.scenarios import Scenario, as_scenarios
+from zarrtrace.scenarios.choice import only_named
 
 if TYPE_CHECKING:  # they import torch
     from zarrtrace.capture import LoadedModel, Prompt
@@ -33,6 +35,7 @@ DEMO, SLOT_MACHINE = "demo", "slot-machine"
 
 _LIBRARIES = ("zarrtrace", "numpy", "sae-lens", "torch", "transformers", "zarr")
 
+P = ParamSpec("P")
 SAEs = dict[int, tuple[SAEAttributes, ...]]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 StoredDtype = Literal["float32", "float16"]
@@ -295,6 +298,22 @@ def library_versions() -> dict[str, str]:
     return dict(_versions())
 
 
+def _asking_hub(
+    function: Callable[Concatenate[Options, P], Job],
+) -> Callable[Concatenate[Options, P], Job]:
+    """Have a function use the hub's cache alone if the hub cannot be reached."""
+
+    @wraps(function)
+    def call(options: Options, /, *arguments: P.args, **settings: P.kwargs) -> Job:
+        is_loaded = getattr(settings.get("loaded"), "model", None) is not None
+        named = None if is_loaded else options.own_model
+        with cache_if_unreachable(named, options.sae_release):
+            return function(options, *arguments, **settings)
+
+    return call
+
+
+@_asking_hub
 def prepare(
     options: Options,
     *,
@@ -333,11 +352,10 @@ def prepare(
         ahead = ReadAhead()
         ahead.add(weight_files(named, options.revision))
     capture = capture_package()
-    if not progress:
-        capture.hide_progress()
-    source = _sae_source(options, loaded) if options.features else None
+    capture.hide_progress(downloads=not progress)
     # All that can be wrong is found out before the weights are read, which takes minutes.
     model = _load_model(options, loaded, capture, weights=False)
+    source = _sae_source(options, loaded) if options.features else None
     if pool and model.device.type != "cpu" and len(scenarios) >= FEW_TRACES:
         pool.start(len(scenarios))
     layers, notes = choose_layers(options, len(model.blocks), source)
@@ -561,13 +579,7 @@ def find_scenarios(options: Options, loaded: Loaded = _NOTHING) -> tuple[Scenari
     given = options.scenarios
     is_name = isinstance(given, str | Path) and str(given) == SLOT_MACHINE
     scenarios = as_scenarios(demo.suite_path() if given is None or is_name else given)
-    names = [scenario.name for scenario in scenarios]
-    for name in options.only:
-        if name not in names:
-            raise ScenarioError(
-                f"no scenario {name!r}", remedy=f"The suite has: {', '.join(names[:20])}."
-            )
-    return tuple(s for s in scenarios if not options.only or s.name in options.only)
+    return only_named(scenarios, options.only)
 
 
 def _sae_source(options: Options, loaded: Loaded) -> SAESource:

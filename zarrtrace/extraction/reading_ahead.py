@@ -7,13 +7,13 @@ read the files in order keep it busy; what they read is thrown away, the system 
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from queue import Empty, Queue
 
+from zarrtrace.hub import snapshot_folder
 from zarrtrace.memory import memory_sizes
 
 _THREADS = 3
@@ -89,16 +89,5 @@ def weight_files(model: str, revision: str | None = None) -> list[Stretch]:
     list
         Empty if it is not here.
     """
-    folder = Path(model)
-    if not folder.is_dir():
-        home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
-        hub = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
-        repository = hub / f"models--{model.replace('/', '--')}"
-        name = revision or "main"
-        reference = repository / "refs" / name
-        try:
-            commit = reference.read_text(encoding="ascii").strip()
-        except (OSError, ValueError):
-            commit = name
-        folder = repository / "snapshots" / commit
+    folder = snapshot_folder(model, revision)
     return [(file, 0, file.stat().st_size) for file in sorted(folder.glob("*.safetensors"))]

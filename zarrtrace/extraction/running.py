@@ -27,6 +27,7 @@ from zarrtrace.extraction.writers import (
     Writers,
     WriterThreads,
 )
+from zarrtrace.hub import cache_if_unreachable
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import RunWriter, read_run, refuse_foreign, wait_for_writers
 
@@ -97,9 +98,13 @@ def extract_run(
     output = locate(output)
     if not repair:
         refuse_foreign(output)  # before hours of work
-    with WriterPool() as pool, _borrowed(loaded.model):
+    options = as_before(output, options or Options(), overwrite=overwrite)
+    # While it runs, each SAE is read from the hub or its cache.
+    named = options.own_model if loaded.model is None else None
+    hub = cache_if_unreachable(named, options.sae_release)
+    with hub, WriterPool() as pool, _borrowed(loaded.model):
         job = prepare(
-            as_before(output, options or Options(), overwrite=overwrite),
+            options,
             scenarios=scenarios,
             loaded=loaded,
             progress=progress == "bars",

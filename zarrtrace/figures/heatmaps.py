@@ -32,6 +32,7 @@ from zarrtrace.figures.drawing import (
     styled,
 )
 from zarrtrace.figures.labels import drawable
+from zarrtrace.format.attributes import ranges
 
 _WEIGHT = "attention weight"
 # Attention is skewed: one key takes most of a row and the rest share little. On a square root
@@ -204,7 +205,7 @@ def _weights(ds: xr.Dataset, layer: int, head: int | None) -> np.ma.MaskedArray:
         if value not in ds.indexes[dim]:
             raise ConfigError(
                 f"{scenario_of(ds)}: the trace has no attention of {dim} {value}",
-                remedy=f"It has {', '.join(map(str, np.asarray(ds[dim])))}.",
+                remedy=f"It has {ranges(np.asarray(ds[dim]).tolist())}.",
             )
     weights = ds[name].sel(wanted).reset_coords(drop=True)
     if "attention_query" in weights.dims:

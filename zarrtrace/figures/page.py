@@ -24,6 +24,7 @@ from zarrtrace.figures.drawing import box_of, metadata_of, save
 from zarrtrace.scenarios import DECISION
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import open_run
+from zarrtrace.suggestions import did_you_mean
 from zarrtrace.text import html_text
 
 #: Writes ``done, total``.
@@ -337,7 +338,8 @@ def _chosen(run: xr.DataTree, scenarios: Sequence[str] | None) -> list[str]:
     for name in scenarios or ():
         if name not in known:
             raise ScenarioError(
-                f"the run has no scenario {name!r}", remedy=f"It has: {', '.join(known)}."
+                f"the run has no scenario {name!r}",
+                remedy=did_you_mean(name, known, label="It has"),
             )
     return known if scenarios is None else [name for name in known if name in scenarios]
 

@@ -9,6 +9,7 @@ from zarrtrace.format.layout import INDEX_TOKENS
 from zarrtrace.scenarios import check_name
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import RunIndex, read_token_texts
+from zarrtrace.suggestions import did_you_mean
 
 _BEFORE, _AFTER = 6, 3
 
@@ -101,7 +102,8 @@ def find_feature(
     known = index.attributes
     if array not in known.features:
         raise ConfigError(
-            f"{run}: the index has no {array!r}", remedy=f"It has: {', '.join(known.features)}."
+            f"{run}: the index has no {array!r}",
+            remedy=did_you_mean(array, known.features, label="It has"),
         )
     if layer not in known.layers or not 0 <= feature < known.features[array]:
         raise ConfigError(

@@ -13,13 +13,14 @@ import numpy as np
 import xarray as xr
 
 from zarrtrace.errors import ConfigError, IntegrityError, NPZError
-from zarrtrace.format.attributes import TraceAttributes
+from zarrtrace.format.attributes import TraceAttributes, ranges
 from zarrtrace.npz.archive import write_npz
 from zarrtrace.npz.files import Progress, replacing, run_jobs, writing
-from zarrtrace.npz.metadata import KEYS, Metadata, ScenarioMetadata, write_metadata
+from zarrtrace.npz.metadata import KEYS, Metadata, Origin, ScenarioMetadata, write_metadata
 from zarrtrace.scenarios import DECISION
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import kind_of, open_run, open_trace
+from zarrtrace.suggestions import did_you_mean
 
 DType = Literal["float16", "float32"]
 
@@ -49,8 +50,8 @@ def export_npz(
     *,
     scenarios: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
-    dtype: DType | None = None,
-    workers: int | None = None,
+    output_dtype: DType | None = None,
+    threads: int | None = None,
     progress: Progress | None = None,
     timestamp: datetime | None = None,
 ) -> Path:
@@ -67,10 +68,10 @@ def export_npz(
         Folder to write into; files of the same name are replaced, each at once.
     scenarios, layers
         What to export; by default everything.
-    dtype
+    output_dtype
         Convert both arrays; by default each keeps its own.
-    workers
-        Threads, by default one a CPU. Each holds one array of one layer at a time.
+    threads
+        By default one a CPU. Each holds one array of one layer at a time.
     progress
         Called with the number of files done and of all files.
     timestamp
@@ -90,8 +91,10 @@ def export_npz(
     NPZError
         If `output` holds layer files that this export would not write, or cannot be written.
     """
-    if dtype not in (None, "float16", "float32"):
-        raise ConfigError(f"dtype {dtype!r} is unknown", remedy="Give 'float16' or 'float32'.")
+    if output_dtype not in (None, "float16", "float32"):
+        raise ConfigError(
+            f"output_dtype {output_dtype!r} is unknown", remedy="Give 'float16' or 'float32'."
+        )
     output = Path(output)
     traces = _traces(locate(run), scenarios)
     chosen = _choose_layers(traces, layers)
@@ -106,8 +109,8 @@ def export_npz(
         for trace in traces:
             (output / trace.metadata.scenario).mkdir(parents=True, exist_ok=True)
     run_jobs(
-        [partial(_export_layer, file, *job, dtype) for file, job in jobs.items()],
-        workers,
+        [partial(_export_layer, file, *job, output_dtype) for file, job in jobs.items()],
+        threads,
         progress,
     )
     return write_metadata(output, metadata)
@@ -126,7 +129,7 @@ def _traces(path: Location, names: Sequence[str] | None) -> list[_Trace]:
     if unknown or (names is not None and not names):
         raise ConfigError(
             f"{path}: no scenario {unknown[0]!r}" if unknown else "no scenario was asked for",
-            remedy=f"It has: {', '.join(folders)}.",
+            remedy=did_you_mean(unknown[0] if unknown else "", folders, label="It has"),
         )
     return [
         _trace(folders[name], datasets[name]) for name in folders if names is None or name in names
@@ -167,7 +170,7 @@ def _choose_layers(traces: Sequence[_Trace], wanted: Sequence[int] | None) -> li
                 f"{trace.path}: layer {min(absent)} is not in every trace"
                 if absent
                 else "no layer was asked for",
-                remedy=f"{trace.metadata.scenario} has layers {', '.join(map(str, there))}.",
+                remedy=f"{trace.metadata.scenario} has layers {ranges(there)}.",
             )
     return sorted(chosen)
 
@@ -187,6 +190,14 @@ def _metadata(traces: Sequence[_Trace], layers: Sequence[int], when: datetime) -
         save_features="features" in saved,
         save_attention="attention" in saved,
         scenarios=[trace.metadata for trace in traces],
+        zarrtrace={
+            trace.metadata.scenario: Origin(
+                tags=trace.attributes.tags,
+                prompt=trace.attributes.prompt,
+                model=trace.attributes.model,
+            )
+            for trace in traces
+        },
     )
 
 

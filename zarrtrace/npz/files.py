@@ -76,10 +76,10 @@ def check_inside(folder: Path, file: Path) -> None:
 
 
 def run_jobs(
-    jobs: Iterable[Callable[[], None]], workers: int | None, progress: Progress | None
+    jobs: Iterable[Callable[[], None]], threads: int | None, progress: Progress | None
 ) -> None:
     """Run jobs on threads, by default one a CPU; after an error, begin no further job."""
-    with ThreadPoolExecutor(workers or _cpus()) as pool:
+    with ThreadPoolExecutor(threads or _cpus()) as pool:
         futures = [pool.submit(job) for job in jobs]
         try:
             for done, future in enumerate(as_completed(futures), 1):

@@ -16,6 +16,7 @@ from zarrtrace.npz.archive import Header, keys_of, read_header
 from zarrtrace.npz.files import check_inside, reading
 from zarrtrace.npz.metadata import Metadata, ScenarioMetadata, find_metadata
 from zarrtrace.npz.plausibility import Content, check_distinct
+from zarrtrace.suggestions import closest_path
 
 # Counting further would take long where a metadata file claims millions.
 _ENOUGH_MISSING = 10_000
@@ -69,7 +70,17 @@ def look_at(path: Path, metadata_name: str | None, layers: Sequence[int] | None)
     NPZError, ConfigError
     """
     if not path.is_dir():
-        raise NPZError(f"{path}: no such folder", remedy="Check the path.")
+        near = closest_path(path)
+        raise NPZError(
+            f"{path}: no such folder",
+            remedy="Check the path." if near is None else f"Did you mean {str(near)!r}?",
+        )
+    if (path / "zarr.json").is_file():
+        raise NPZError(
+            f"{path}: is a run already, not a folder of NPZ files",
+            why="It has a zarr.json.",
+            remedy="Read it as it is; 'zarrtrace export' writes NPZ files.",
+        )
     file, metadata = find_metadata(path, metadata_name)
     first, last = metadata.layer_range
     chosen = tuple(sorted(set(layers))) if layers is not None else tuple(range(first, last + 1))

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from zarrtrace.errors import NPZError
+from zarrtrace.errors import NPZError, ScenarioError
 from zarrtrace.format.attributes import SpanAttributes
 from zarrtrace.npz.archive import read_array
 from zarrtrace.npz.files import Progress, reading, run_jobs
 from zarrtrace.npz.folder import Folder, look_at
-from zarrtrace.npz.metadata import ScenarioMetadata
+from zarrtrace.npz.metadata import Origin, ScenarioMetadata
 from zarrtrace.npz.plausibility import check_attention
 from zarrtrace.records import Tokens, with_strongest
-from zarrtrace.scenarios import DECISION
+from zarrtrace.scenarios import DECISION, load_suite
 from zarrtrace.storage import Address
 from zarrtrace.store import RunWriter, TraceWriter, layer_record, trace_plan
+from zarrtrace.suggestions import did_you_mean
 
 # Rows of attention that a trace holds; None for all of them.
 _Queries = tuple[int, ...] | None
@@ -31,8 +34,9 @@ def import_npz(
     *,
     layers: Sequence[int] | None = None,
     metadata: str | None = None,
+    scenarios: str | Path | None = None,
     overwrite: bool = False,
-    workers: int | None = None,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Turn a folder in the documented NPZ layout into a run.
@@ -40,8 +44,9 @@ def import_npz(
     Before anything is written, every file's headers are checked, and that no file is a copy of
     another's; when it is read, that attention is a causal model's. The layout does not hold what
     would tell whether layers, or scenarios with equally many tokens, were exchanged. An interrupted
-    import goes on where it was when it is called again. The run has no model, prompt or next
-    tokens: the layout does not hold them.
+    import goes on where it was when it is called again. The run has no next tokens: the layout does
+    not hold them. It has tags, prompts and the model if the metadata file comes from
+    :func:`export_npz`.
 
     Parameters
     ----------
@@ -53,10 +58,12 @@ def import_npz(
         Layers to import; by default all of the metadata's ``layer_range``, none missing.
     metadata
         Name of the metadata file; needed if there are several that say different things.
+    scenarios
+        File of scenarios that gives the tags, instead of the metadata file.
     overwrite
         Replace a run that exists.
-    workers
-        Threads, by default one a CPU. Each holds one layer at a time.
+    threads
+        By default one a CPU. Each holds one layer at a time.
     progress
         Called with the number of files done and of all files still to do.
 
@@ -66,33 +73,60 @@ def import_npz(
         If a file is missing, broken, unsafe, or does not fit the others.
     ConfigError
         If a layer is not in the folder.
+    ScenarioError
+        If `scenarios` lacks a scenario of the folder.
     ConfigMismatchError
         If `run` exists and came from other files.
     """
     source = look_at(Path(folder), metadata, layers)
     names = [scenario.scenario for scenario in source.metadata.scenarios]
+    origins = _origins(source, names, scenarios)
     config = {
         "imported_from": "npz",
         "layers": list(source.layers),
         "attention_dtype": source.dtype("attention"),
         "feature_dtype": source.dtype("features"),
         "fingerprint": source.fingerprint,
+        "origins": _digest(origins),
     }
     with RunWriter(run, names, config, overwrite=overwrite) as writer:
         traces: list[TraceWriter] = []
         jobs = []
         for scenario in source.metadata.scenarios:
             queries = _stored_queries(source, scenario)
-            trace = _trace_writer(source, scenario, queries, writer)
+            origin = origins[scenario.scenario]
+            trace = _trace_writer(source, scenario, origin, queries, writer)
             traces.append(trace)
             jobs += [
                 partial(_import_layer, source, scenario, layer, queries, trace)
                 for layer in trace.missing_layers
             ]
-        run_jobs(jobs, workers, progress)
+        run_jobs(jobs, threads, progress)
         for trace in traces:
             trace.finish()
         writer.finish()
+
+
+def _origins(
+    source: Folder, names: Sequence[str], scenarios: str | Path | None
+) -> dict[str, Origin]:
+    """Return what is known of each scenario beside its numbers; `scenarios` gives the tags."""
+    origins = {name: source.metadata.zarrtrace.get(name, Origin()) for name in names}
+    if scenarios is None:
+        return origins
+    tags = {scenario.name: tuple(scenario.tags) for scenario in load_suite(scenarios)}
+    for name in names:
+        if name not in tags:
+            raise ScenarioError(
+                f"{scenarios}: no scenario {name!r}, which {source.path} holds",
+                remedy=did_you_mean(name, tags, label="The file has"),
+            )
+    return {name: one.model_copy(update={"tags": tags[name]}) for name, one in origins.items()}
+
+
+def _digest(origins: Mapping[str, Origin]) -> str:
+    content = [(name, origin.model_dump(mode="json")) for name, origin in origins.items()]
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
 
 
 def _stored_queries(source: Folder, scenario: ScenarioMetadata) -> _Queries:
@@ -107,17 +141,22 @@ def _stored_queries(source: Folder, scenario: ScenarioMetadata) -> _Queries:
 
 
 def _trace_writer(
-    source: Folder, scenario: ScenarioMetadata, queries: _Queries, run: RunWriter
+    source: Folder,
+    scenario: ScenarioMetadata,
+    origin: Origin,
+    queries: _Queries,
+    run: RunWriter,
 ) -> TraceWriter:
     positions = {**scenario.key_positions, DECISION: [scenario.seq_len - 1]}
     plan = trace_plan(
         scenario=scenario.scenario,
-        prompt=None,
-        tags=(),
+        prompt=origin.prompt,
+        tags=origin.tags,
         spans={
             name: SpanAttributes(characters=(), tokens=tuple(tokens))
             for name, tokens in positions.items()
         },
+        model=origin.model,
         layers=source.layers,
         without_attention={"its NPZ file has none": source.without("attention")},
         without_sae=source.without("features"),

@@ -9,6 +9,7 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
 from zarrtrace.errors import NPZError, ScenarioError
+from zarrtrace.format.attributes import ModelAttributes
 from zarrtrace.npz.files import check_inside, reading, replacing
 from zarrtrace.scenarios import DECISION, check_name, name_key
 
@@ -43,8 +44,24 @@ class ScenarioMetadata(BaseModel):
         return self
 
 
+class Origin(BaseModel):
+    """What a trace says of itself and the layout has no field for."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    tags: tuple[str, ...] = ()
+    prompt: str | None = None
+    model: ModelAttributes | None = None
+
+
 class Metadata(BaseModel):
-    """What the metadata file says, checked."""
+    """What the metadata file says, checked.
+
+    Attributes
+    ----------
+    zarrtrace
+        By scenario, what :func:`export_npz` adds to the layout's fields.
+    """
 
     model_config = ConfigDict(frozen=True, strict=True)
 
@@ -54,6 +71,7 @@ class Metadata(BaseModel):
     save_features: bool
     save_attention: bool
     scenarios: list[ScenarioMetadata] = Field(min_length=1)
+    zarrtrace: dict[str, Origin] = {}
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -90,7 +108,8 @@ def write_metadata(folder: Path, metadata: Metadata) -> Path:
     first, last = metadata.layer_range
     file = folder / f"metadata_L{first}_{last}_{metadata.timestamp}.json"
     with replacing(file) as out:
-        text = json.dumps(metadata.model_dump(), indent=2, ensure_ascii=False)
+        content = metadata.model_dump(mode="json")
+        text = json.dumps(content, indent=2, ensure_ascii=False)
         out.write(f"{text}\n".encode())
     return file
 

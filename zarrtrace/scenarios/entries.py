@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
@@ -21,6 +20,7 @@ from pydantic import (
 from zarrtrace.errors import ScenarioError
 from zarrtrace.scenarios.metadata import RESERVED, Value, check_metadata_name, plain_value
 from zarrtrace.scenarios.names import IDENTIFIER
+from zarrtrace.suggestions import closest
 
 _Text = Annotated[str, StringConstraints(min_length=1)]
 _SpanName = Annotated[str, StringConstraints(pattern=rf"^{IDENTIFIER}$")]
@@ -134,11 +134,11 @@ def problem_of(error: ValidationError) -> Problem:
     if first["type"] == "extra_forbidden":
         name = str(location[-1])
         known = [*ScenarioEntry.model_fields, *SuiteFile.model_fields, *TextSpan.model_fields]
-        close = difflib.get_close_matches(name, known, n=1)
+        close = closest(name, known)
         if name == "messages":
             remedy = "Chat prompts come in a later version; give 'prompt', a text."
         elif close:
-            remedy = f"Did you mean {close[0]!r}? {remedy}"
+            remedy = f"Did you mean {close!r}? {remedy}"
         elif len(location) == 1 or location[0] == "scenarios":
             remedy = f"Numbers, text and booleans of your own stand under 'metadata'. {remedy}"
         return Problem(location, f"unknown field {name!r}", remedy)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from zarrtrace.errors import ScenarioError
 from zarrtrace.scenarios.entries import SpanEntry, TextSpan
 from zarrtrace.scenarios.names import DECISION, label
+from zarrtrace.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -197,6 +198,6 @@ def span(ds: xr.Dataset, name: str) -> list[int]:
     if name not in spans:
         raise ScenarioError(
             f"{ds.attrs['scenario']}: no span {name!r}",
-            remedy=f"It has: {', '.join(spans)}.",
+            remedy=did_you_mean(name, spans, label="It has"),
         )
     return [int(position) for position in spans[name]["tokens"]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import json
 import re
@@ -17,6 +16,7 @@ from zarrtrace.errors import ScenarioError
 from zarrtrace.scenarios.entries import ScenarioEntry, SuiteFile, plain, problem_of
 from zarrtrace.scenarios.metadata import Value, check_metadata_name, is_missing
 from zarrtrace.scenarios.suite_file import refuse_double_keys
+from zarrtrace.suggestions import closest
 
 # Columns that are fields of an entry.
 _FIELDS = ("prompt", "name", "tags", "spans", "options")
@@ -159,8 +159,8 @@ def _check_header(table: str, header: Sequence[Any]) -> None:
             remedy="Give a column 'prompt' with texts, and leave 'messages' out.",
         )
     if "prompt" not in header:
-        close = difflib.get_close_matches("prompt", map(str, header), n=1)
-        hint = f"Did you mean {close[0]!r}? Rename it to 'prompt'" if close else "Name one so"
+        close = closest("prompt", map(str, header))
+        hint = f"Did you mean {close!r}? Rename it to 'prompt'" if close else "Name one so"
         raise ScenarioError(
             f"{table}: there is no column 'prompt'",
             why=f"The columns are: {', '.join(map(str, header[:20]))}.",

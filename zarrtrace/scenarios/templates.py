@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 
 from zarrtrace.errors import ScenarioError
 from zarrtrace.scenarios.names import DECISION, IDENTIFIER
 from zarrtrace.scenarios.spans import CharRange
+from zarrtrace.suggestions import closest
 
 _MARK = rf"\[\[(?P<mark>{IDENTIFIER}):|(?P<close>\]\])"
 _MARK_TOKEN = re.compile(rf"{_MARK}|(?P<value>(?!))")
@@ -122,8 +122,8 @@ def text_of(name: str, value: object) -> str:
 
 def _render_value(name: str, values: Mapping[str, object]) -> str:
     if name not in values:
-        close = difflib.get_close_matches(name, values, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        close = closest(name, values)
+        hint = f" Did you mean {close!r}?" if close else ""
         raise ScenarioError(
             f"the template needs a value {name!r}",
             remedy=f"Add it to 'values' or 'defaults'.{hint}",

@@ -30,6 +30,7 @@ from zarrtrace.scenarios import check_name
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store.chunks import Checksum, Checksums
 from zarrtrace.store.codecs import ArrayEncoding, codecs_of, sharding
+from zarrtrace.suggestions import closest_path
 
 Kind = Literal["run", "trace", "index"]
 #: Metadata of arrays by name.
@@ -262,8 +263,16 @@ def refuse_foreign(path: Location) -> None:
     ConfigError, NotATraceError, FormatVersionError, IntegrityError
     """
     path.refuse_read_only()
-    if path.is_file() or (path.is_folder() and any(True for _ in path.children())):
-        kind_of(path)
+    is_file = path.is_file()
+    if not is_file and not (path.is_folder() and any(True for _ in path.children())):
+        return
+    if is_file or (path.path is not None and not (path / "zarr.json").is_file()):
+        raise NotATraceError(
+            f"{path}: exists, but is not a zarrtrace run or trace",
+            why="It is a file; a run is a folder." if is_file else "It has no zarr.json.",
+            remedy="Choose another path; nothing there was changed.",
+        )
+    kind_of(path)
 
 
 def _load(path: Location, wanted: str) -> tuple[bytes, dict[str, Any]]:
@@ -277,18 +286,48 @@ def _load(path: Location, wanted: str) -> tuple[bytes, dict[str, Any]]:
         if not isinstance(group["attributes"], dict):
             raise TypeError("its attributes are not an object")
     except (FileNotFoundError, NotADirectoryError):
-        if not path.exists():
-            raise NotATraceError(
-                f"{path}: no such folder", remedy=f"Give the folder of a {wanted}; check the path."
-            ) from None
-        raise NotATraceError(
-            f"{path}: exists, but is not a zarrtrace run or trace",
-            why="It has no zarr.json.",
-            remedy="Choose another path; nothing there was changed.",
-        ) from None
+        raise _not_there(path, wanted) from None
     except (OSError, *NONSENSE) as error:
         raise damaged_metadata(file, error) from error
     return content, group
+
+
+def _not_there(path: Location, wanted: str) -> NotATraceError:
+    """Say why no ``zarr.json`` is at a path, and where one is that may be meant."""
+    if not path.exists():
+        near = None if path.path is None else closest_path(path.path)
+        return NotATraceError(
+            f"{path}: no such folder",
+            remedy=f"Did you mean {str(near)!r}?"
+            if near is not None
+            else f"Give the folder of a {wanted}; check the path.",
+        )
+    if path.is_file():
+        return NotATraceError(
+            f"{path}: is a file, not the folder of a {wanted}",
+            why="A run is a folder that holds zarr.json and a folder for each scenario.",
+            remedy="Give that folder; nothing was changed.",
+        )
+    runs = [str(one) for one in _runs_below(path)]
+    return NotATraceError(
+        f"{path}: exists, but is not a zarrtrace run or trace",
+        why="It has no zarr.json.",
+        remedy=f"Did you mean {runs[0]!r}?"
+        if len(runs) == 1
+        else f"It holds runs or traces: {', '.join(runs[:5])}."
+        if runs
+        else "Choose another path; nothing there was changed.",
+    )
+
+
+def _runs_below(path: Location) -> list[Location]:
+    """Return the folders in a folder of a disk that hold a ``zarr.json``."""
+    if path.path is None:
+        return []
+    try:
+        return [one for one in sorted(path.children(), key=str) if (one / "zarr.json").is_file()]
+    except OSError:
+        return []
 
 
 def _refuse_constant(name: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from zarrtrace.errors import ConfigError, NonFiniteError, ScenarioError
-from zarrtrace.format.attributes import SpanAttributes, TraceAttributes, ranges
+from zarrtrace.format.attributes import ModelAttributes, SpanAttributes, TraceAttributes, ranges
 from zarrtrace.format.layout import TraceShape, feature_columns
 from zarrtrace.records import (
     BFloat16,
@@ -177,12 +177,13 @@ def trace_plan(
     tokens: Tokens,
     queries: tuple[int, ...] | None,
     metadata: Mapping[str, Any] | None = None,
+    model: ModelAttributes | None = None,
 ) -> TracePlan:
     """Describe a trace whose arrays are there already, and which has no next tokens.
 
     Parameters
     ----------
-    scenario, prompt, tags, spans, metadata
+    scenario, prompt, tags, spans, metadata, model
         As the trace's attributes have them.
     layers
         Ascending.
@@ -206,7 +207,7 @@ def trace_plan(
             tags=tuple(tags),
             spans=dict(spans),
             metadata=dict(metadata or {}),
-            model=None,
+            model=model,
             layers=tuple(layers),
             layers_without_sae=() if features is None else tuple(without_sae),
             layers_without_attention=reasons,

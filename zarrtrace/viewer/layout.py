@@ -22,10 +22,11 @@ import xarray as xr
 from zlib_ng import zlib_ng
 
 from zarrtrace.errors import ConfigError, IncompleteError
-from zarrtrace.format.attributes import sae_coordinate
+from zarrtrace.format.attributes import ranges, sae_coordinate
 from zarrtrace.format.layout import NO_ID
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import kind_of, open_run, open_trace, read_run, summarize
+from zarrtrace.suggestions import did_you_mean
 from zarrtrace.text import terminal_text
 from zarrtrace.viewer.arrays import BundleArray, run_arrays, trace_arrays
 from zarrtrace.viewer.neuronpedia import source_of
@@ -240,7 +241,8 @@ def _only_scenarios(
     absent = [name for name in names if name not in traces]
     if absent:
         raise ConfigError(
-            f"the run has no scenario {absent[0]!r}", remedy=f"It has: {', '.join(traces)}."
+            f"the run has no scenario {absent[0]!r}",
+            remedy=did_you_mean(absent[0], traces, label="It has"),
         )
     return {name: ds for name, ds in traces.items() if name in names}
 
@@ -256,7 +258,7 @@ def _only_layers(
         if absent:
             raise ConfigError(
                 f"{name} has no layer {absent[0]}",
-                remedy="'zarrtrace info' shows which layers a run has.",
+                remedy=f"It has layers {ranges(np.asarray(ds['layer']).tolist())}.",
             )
         chosen = {
             dim: np.isin(np.asarray(ds[dim]), layers)
