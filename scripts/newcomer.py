@@ -114,12 +114,13 @@ class Newcomer:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        said = ""
-        while process.stdout and not (found := re.search(r"http://\S+", said)):
-            line = process.stdout.readline()
+        said, found = "", None
+        for line in process.stdout or ():
             said += line
-            if not line:
-                sys.exit(f"the viewer said no address: {said}")
+            if found := re.search(r"http://\S+", line):
+                break
+        if found is None:
+            sys.exit(f"the viewer said no address: {said}")
         with urllib.request.urlopen(found[0], timeout=60) as page:  # noqa: S310 -- our own server
             size = len(page.read())
         process.send_signal(signal.SIGINT)

@@ -76,8 +76,6 @@ PUBLIC = {
     "import_npz", "index", "load_suite", "open_run", "open_trace", "plot", "span", "summarize",
     "verify", "write_trace",
 }  # fmt: skip
-#: What is to come with the extraction's Python interface.
-TO_COME = {"write_trace"}
 
 
 def test_dir_lists_what_users_call_and_nothing_else() -> None:
@@ -105,7 +103,7 @@ def test_dir_lists_what_users_call_and_nothing_else() -> None:
 )
 def test_every_public_name_is_there(package: str) -> None:
     module = importlib.import_module(package)
-    for name in set(dir(module)) - TO_COME:
+    for name in dir(module):
         found = getattr(module, name)
         assert found is not None
         assert inspect.getdoc(found), name
