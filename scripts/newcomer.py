@@ -49,7 +49,9 @@ prompts = [
     zt.Scenario(text.format(balance), name=name, tags=[tag], metadata={"balance": float(balance)})
     for name, balance, tag in (("poor", 90, "risky"), ("rich", 190, "safe"))
 ]
-run = zt.extract("runs/loaded", prompts, model=model, tokenizer=tokenizer)
+run = zt.extract(
+    "runs/loaded", prompts, model=model, tokenizer=tokenizer, saes=demo.sae_path()
+)
 run
 """,
         "DataTree",

@@ -146,6 +146,15 @@ def s3(s3_server: Any) -> Iterator[Any]:
     s3_server.proxy.fault = lambda _: None
 
 
+@pytest.fixture
+def hub_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A local cache of the hub, which this process reads too."""
+    found = tmp_path / "home"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(found / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return found
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Chromium; a test run that must have it says so in ZARRTRACE_REQUIRE_BROWSER."""

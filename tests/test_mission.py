@@ -44,15 +44,6 @@ GPT2 = (
 )
 
 
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A local cache of the hub, which this process reads too."""
-    found = tmp_path / "home"
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(found / "hub"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    return found
-
-
 def of_the_libraries(
     model_id: str, release: str, pattern: str, prompt: str, *, add_bos: bool, side: str
 ) -> dict[str, np.ndarray]:
@@ -103,14 +94,14 @@ def check(trace: Path, expected: dict[str, np.ndarray], layers: range) -> None:
 
 
 def test_llama_with_llama_scope(
-    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, hub_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert f"$ {LLAMA}\n" in README
     hub_cache.make_llama(tmp_path / "model")
     hub_cache.make_llama_scope(tmp_path / "saes")
-    hub_cache.add_repo(home, "meta-llama/Llama-3.1-8B", tmp_path / "model")
-    hub_cache.add_repo(home, "fnlp/Llama3_1-8B-Base-LXR-8x", tmp_path / "saes")
-    monkeypatch.setenv("HF_HOME", str(home))
+    hub_cache.add_repo(hub_home, "meta-llama/Llama-3.1-8B", tmp_path / "model")
+    hub_cache.add_repo(hub_home, "fnlp/Llama3_1-8B-Base-LXR-8x", tmp_path / "saes")
+    monkeypatch.setenv("HF_HOME", str(hub_home))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     done = processes.python(COMMAND, *shlex.split(LLAMA)[1:])
@@ -133,12 +124,12 @@ def test_llama_with_llama_scope(
 
 
 @pytest.mark.filterwarnings(r"ignore:\s*This SAE has non-empty model_from_pretrained_kwargs")
-def test_gpt2(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpt2(tmp_path: Path, hub_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"$ {GPT2}\n" in README
     hub_cache.make_gpt2(tmp_path / "model")
     hub_cache.make_gpt2_saes(tmp_path / "saes")
-    hub_cache.add_repo(home, "gpt2", tmp_path / "model")
-    hub_cache.add_repo(home, "jbloom/GPT2-Small-SAEs-Reformatted", tmp_path / "saes")
+    hub_cache.add_repo(hub_home, "gpt2", tmp_path / "model")
+    hub_cache.add_repo(hub_home, "jbloom/GPT2-Small-SAEs-Reformatted", tmp_path / "saes")
     # In this process, which has the libraries already: another takes ten seconds to import them.
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", shlex.split(GPT2))

@@ -6,6 +6,7 @@ Everything is loaded through sae-lens, so that its architectures and conversions
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,6 +56,9 @@ from zarrtrace.format.attributes import SAEAttributes, ranges
 
 # More SAEs than this for one layer are not looked into: each is a file to fetch.
 _MAX_CHOICES = 4
+# sae-lens warns once for each place of its code that the model should be loaded without
+# TransformerLens's processing of weights. transformers' own models never are processed so.
+warnings.filterwarnings("ignore", r"\s*This SAE has non-empty model_from_pretrained_kwargs")
 _SAY_WHICH = "Say which with --sae-id, writing {layer} for the layer's number."
 
 
