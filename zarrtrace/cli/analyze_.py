@@ -16,6 +16,7 @@ from zarrtrace.cli.shared import (
     computing,
     output_option,
     quiet_option,
+    refuse_run,
     run_argument,
     sae_option,
     say,
@@ -362,6 +363,7 @@ def _check_output(output: Path) -> None:
         raise click.UsageError(f"--output must end in one of {', '.join(_ENDINGS)}.")
     if not output.parent.is_dir():
         raise click.UsageError(f"--output {output}: there is no folder {output.parent}.")
+    refuse_run(output)
     if output.is_dir():
         raise click.UsageError(f"--output {output}: is a folder; give a file.")
 

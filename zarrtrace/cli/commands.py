@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -112,6 +113,8 @@ class Group(click.Group):
 
             close = closest(args[0], known)
             hint = f" Did you mean {close!r}?" if close else ""
+            if not close and Path(args[0]).exists():
+                hint = f" It is a path; give a command before it, as {known[0]}."
             ctx.fail(f"No such command {args[0]!r}.{hint}")
         return super().resolve_command(ctx, args)
 

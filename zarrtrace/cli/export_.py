@@ -14,6 +14,7 @@ from zarrtrace.cli.shared import (
     layers_option,
     output_option,
     quiet_option,
+    refuse_run,
     run_argument,
     say,
     scenario_option,
@@ -59,6 +60,7 @@ def command(
     """
     from zarrtrace.npz import export_npz
 
+    refuse_run(output)
     with bar("export", quiet=quiet) as progress:
         metadata = export_npz(
             run,

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from zarrtrace.cli.commands import OUTPUT, PART, Command, option
-from zarrtrace.cli.shared import PATH, bar, output_option, quiet_option, run_argument, say
+from zarrtrace.cli.shared import (
+    PATH,
+    bar,
+    output_option,
+    quiet_option,
+    refuse_run,
+    run_argument,
+    say,
+)
 
 if TYPE_CHECKING:
     from zarrtrace.storage import Location
@@ -82,10 +90,12 @@ def command(
     """
     from zarrtrace.figures import draw_run
 
+    output = output or _beside(run)
+    refuse_run(output)
     with bar("figures", quiet=quiet) as progress:
         page = draw_run(
             run,
-            output or _beside(run),
+            output,
             scenarios=scenarios or None,
             formats=formats,
             dpi=dpi,

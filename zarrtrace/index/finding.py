@@ -103,7 +103,11 @@ def find_feature(
     if array not in known.features:
         raise ConfigError(
             f"{run}: the index has no {array!r}",
-            remedy=did_you_mean(array, known.features, label="It has"),
+            remedy=did_you_mean(
+                array,
+                [name for name in known.features if name != "features"],
+                label="Beside 'features' it has",
+            ),
         )
     if layer not in known.layers or not 0 <= feature < known.features[array]:
         raise ConfigError(
