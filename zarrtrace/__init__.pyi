@@ -1,9 +1,6 @@
 from zarrtrace import analysis, figures, index, plot
 from zarrtrace._version import __version__
-from zarrtrace.extraction import (  # type: ignore[attr-defined,unused-ignore]
-    extract,
-    write_trace,
-)
+from zarrtrace.extraction import extract, write_trace
 from zarrtrace.npz import export_npz, import_npz
 from zarrtrace.scenarios import Scenario, load_suite, span
 from zarrtrace.store import copy_run as copy
