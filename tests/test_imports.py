@@ -209,7 +209,9 @@ def imports(source: str) -> Iterator[tuple[str, bool]]:
             called = ast.unparse(node.func).rpartition(".")[2]
             names = [node.args[0].value] if called in ("import_module", "importorskip") else []
         yield from ((name.partition(".")[0], at_top) for name in names)
-        inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or (
+            isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        )
         for child in ast.iter_child_nodes(node):
             yield from visit(child, at_top=at_top and not inside)
 
