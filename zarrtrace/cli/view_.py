@@ -38,14 +38,14 @@ if TYPE_CHECKING:
     help="Port to listen on.  [default: a free one]",
 )
 @option(
-    "--at",
+    "--show",
     default="",
     metavar="VIEW",
-    help="Show this first, written as behind # in the page's address: scenario=NAME&layer=25.",
+    help="First view, written as behind # in the page's address: scenario=NAME&layer=25.",
 )
 @option("--no-browser", is_flag=True, help="Only print the address.")
 @quiet_option
-def command(run: Location, host: str, port: int, at: str, no_browser: bool, quiet: bool) -> None:  # noqa: FBT001 -- click passes flags so
+def command(run: Location, host: str, port: int, show: str, no_browser: bool, quiet: bool) -> None:  # noqa: FBT001 -- click passes flags so
     """Look at RUN in the browser, from this machine, until Ctrl-C.
 
     Prints the page's address.
@@ -56,7 +56,7 @@ def command(run: Location, host: str, port: int, at: str, no_browser: bool, quie
     from zarrtrace.viewer.server import serve
 
     server = serve(run, host=host, port=port)
-    url = f"{server.url}#{at}" if at else server.url
+    url = f"{server.url}#{show}" if show else server.url
     say(url)
     if not quiet:
         say("Ctrl-C stops.", err=True)

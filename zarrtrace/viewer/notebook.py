@@ -149,4 +149,4 @@ def _command(path: Location, at: str) -> str:
     options = [
         part for name, value in path.options for part in ("--storage-option", f"{name}={value}")
     ]
-    return shlex.join(["zarrtrace", "view", str(path), "--at", at, *options])
+    return shlex.join(["zarrtrace", "view", str(path), "--show", at, *options])
