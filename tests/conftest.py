@@ -151,6 +151,7 @@ def hub_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A local cache of the hub, which this process reads too."""
     found = tmp_path / "home"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(found / "hub"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(found / "hub"))  # read before that is imported
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     return found
 

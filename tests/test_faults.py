@@ -407,7 +407,9 @@ def overflowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_nonfinite_values_are_named(tmp_path: Path, overflowing: Path) -> None:
     from zarrtrace.extraction import extract_run
 
-    asked = options(model=str(overflowing), sae_path=demo.sae_path(), features=True)
+    asked = options(
+        model=str(overflowing), scenarios="slot-machine", sae_path=demo.sae_path(), features=True
+    )
     with pytest.raises(NonFiniteError) as error:
         extract_run(tmp_path / "run", asked)
     assert "Risky_40: the model computed NaN or infinity in layer 2 (features)" in str(error.value)
