@@ -311,7 +311,7 @@ class TestSeveralSAEs:
     def test_one_that_is_not_there(self, two: fakes.FakeRun) -> None:
         with pytest.raises(ConfigError, match="no 'features_z'") as caught:
             of_sae(open_run(two.path), "z")
-        assert "features_mlp_out" in caught.value.why
+        assert caught.value.remedy == "Names there are: mlp_out."
 
     def test_the_command(self, two: fakes.FakeRun, tmp_path: Path) -> None:
         command = ["analyze", "feature-trajectory", str(two.path), "--feature", "23"]

@@ -213,7 +213,7 @@ def test_a_worker_that_computes_nonsense_ends_the_run(client: Any, tmp_path: Pat
     weights = load_file(tmp_path / "model/model.safetensors")
     weights["model.layers.2.mlp.down_proj.weight"].mul_(1e38)
     save_file(weights, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
-    asked = options(model=str(tmp_path / "model"), features=False)
+    asked = options(model=str(tmp_path / "model"), scenarios="slot-machine", features=False)
     with pytest.raises(NonFiniteError) as error:
         extract_on_cluster(client, tmp_path / "runs/run", asked)
     assert "the model computed NaN or infinity in" in error.value.what

@@ -678,7 +678,8 @@ def test_what_is_no_run_is_refused_and_untouched(tmp_path: Path) -> None:
     before = fakes.files_in(tmp_path)
     for path in (folder, tmp_path / "other.zarr", file):
         for opening in (open_run, open_trace, verify, summarize):
-            with pytest.raises(NotATraceError, match="exists, but is not a zarrtrace"):
+            said = "is a file, not" if path == file else "exists, but is not a zarrtrace"
+            with pytest.raises(NotATraceError, match=said):
                 opening(path)
         for overwrite in (False, True):
             with (
