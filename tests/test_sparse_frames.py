@@ -239,7 +239,7 @@ def test_what_does_not_pass_its_check_is_not_used(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layout, rows = written_features(np.dtype(np.float32))
-    encoding = ArrayEncoding(array_metadata(layout))
+    encoding = ArrayEncoding(layout)
     dense = list(encode_rows(layout, encoding, np.asarray(rows)))
     made = list(encode_rows(layout, encoding, rows))
     assert made != dense
@@ -287,7 +287,7 @@ def written_features(dtype: np.dtype[Any]) -> tuple[ArrayLayout, Nonzeros]:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_every_reader_decodes_them(dtype: str, tmp_path: Path) -> None:
     layout, rows = written_features(np.dtype(dtype))
-    encoding, expected = ArrayEncoding(array_metadata(layout)), np.asarray(rows)
+    encoding, expected = ArrayEncoding(layout), np.asarray(rows)
     chunks = list(encode_rows(layout, encoding, rows))
     stored = {
         number: (len(chunk), int.from_bytes(chunk[-CRC_BYTES:], "little"))
