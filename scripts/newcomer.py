@@ -14,7 +14,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import tempfile
@@ -106,7 +105,7 @@ class Newcomer:
         return self.enter(f"python {name}")
 
     def view(self, command: str) -> None:
-        """Start the viewer, fetch its page, and stop it as Ctrl-C does."""
+        """Start the viewer, fetch its page, and end it."""
         print(f"\n$ {command}", flush=True)
         process = subprocess.Popen(
             [*shlex.split(command), "--no-browser"],
@@ -125,7 +124,7 @@ class Newcomer:
             sys.exit(f"the viewer said no address: {said}")
         with urllib.request.urlopen(found[0], timeout=60) as page:  # noqa: S310 -- our own server
             size = len(page.read())
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         process.wait(timeout=60)
         print(f"{said.rstrip()}\n[its page has {size:,} bytes]", flush=True)
 
