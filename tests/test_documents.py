@@ -33,7 +33,9 @@ FRONT_DOOR = 1_200
 #: Commands that need a server, a download, a cluster, Ctrl-C or a minute; other tests run them.
 ELSEWHERE = re.compile(r"s3://|tcp://|--scheduler-file|--workers|--model |^(view|figures) ")
 #: Commands for a clone that are not zarrtrace's own.
-FOR_A_CLONE = re.compile(r"source \.venv/bin/activate$|scripts/(?P<script>\w+)( |$)")
+FOR_A_CLONE = re.compile(
+    r"source \.venv/bin/activate$|pip install '\.\[[a-z,]+\]'$|scripts/(?P<script>\w+)( |$)"
+)
 FROM_AN_INDEX = re.compile(r"pip install (--upgrade )?'?zarrtrace")
 
 
