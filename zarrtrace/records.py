@@ -138,6 +138,8 @@ class LayerRecord:
         ``(query, key)`` float32, or None.
     features
         By array name; empty if there is no SAE on this layer.
+    residual
+        ``(query, channel)``, or None.
     """
 
     scenario: str
@@ -146,11 +148,14 @@ class LayerRecord:
     attention: np.ndarray | BFloat16 | None = None
     attention_mean: np.ndarray | None = None
     features: Mapping[str, FeatureRecord] = field(default_factory=dict)
+    residual: np.ndarray | BFloat16 | None = None
 
     @cached_property
     def nonfinite(self) -> tuple[str, ...]:
         """Arrays that hold NaN or infinity, or were computed from such values."""
         names = tuple(name for name, features in self.features.items() if features.nonfinite)
+        if self.residual is not None and not np.isfinite(np.asarray(self.residual)).all():
+            names = (*names, "residual")
         attention, mean = self.attention, self.attention_mean
         # One NaN in any head shows in the mean, which is taken before attention is cast.
         finite = mean is None or np.isfinite(mean).all()
