@@ -35,6 +35,7 @@ from zarrtrace.format.layout import (
     attention_chunk_rows,
     attention_rows,
     feature_rows,
+    residual_rows,
     trace_layout,
 )
 
@@ -123,11 +124,16 @@ def test_records_of_long_prompts_hold_whole_chunks_within_a_bound(
         if not layout.has_layers:
             continue
         rows = attention if name.startswith("attention") else features
+        if name == "residual":
+            rows = residual_rows(tokens, sizes["channels"], limits)
         step = layout.chunks[layout.row_axis]
         assert rows == tokens or (0 < rows < tokens and rows % step == 0), name
-        if name in ("attention", "features"):
-            row = sizes["features"] * 4 if name == "features" else 0
-            row = row or dense_bytes(layout, (heads, tokens))
+        if name in ("attention", "features", "residual"):
+            row = {
+                "attention": dense_bytes(layout, (heads, tokens)),
+                "features": sizes["features"] * 4,
+                "residual": (sizes.get("channels") or 0) * 4,
+            }[name]
             assert rows <= step or rows * row <= limits.record_bytes, name
 
 

@@ -414,6 +414,8 @@ class LayerBatch:
         ``(sequence, query, key)`` float32, or None.
     features
         Features by array name.
+    residual
+        ``(token, channel)``, one prompt behind another without padding, or None.
     """
 
     layer: int
@@ -422,6 +424,7 @@ class LayerBatch:
     attention: np.ndarray | BFloat16 | None = None
     attention_mean: np.ndarray | None = None
     features: Mapping[str, SparseFeatures] = field(default_factory=dict)
+    residual: np.ndarray | BFloat16 | None = None
 
     @property
     def scenarios(self) -> list[str]:
@@ -431,7 +434,7 @@ class LayerBatch:
     @property
     def nbytes(self) -> int:
         """Bytes that are held."""
-        arrays = (self.attention, self.attention_mean, *self.features.values())
+        arrays = (self.attention, self.attention_mean, self.residual, *self.features.values())
         return sum(array.nbytes for array in arrays if array is not None)
 
     def part(self, wanted: Sequence[int]) -> LayerBatch:
@@ -440,7 +443,7 @@ class LayerBatch:
         if stop - start == len(self.members):
             return replace(self, wanted=wanted)
         token = np.cumsum([0, *(one.length for one in self.members)]).tolist()
-        attention, mean = self.attention, self.attention_mean
+        attention, mean, residual = self.attention, self.attention_mean, self.residual
         return LayerBatch(
             self.layer,
             self.members[start:stop],
@@ -448,6 +451,7 @@ class LayerBatch:
             None if attention is None else attention[start:stop],
             None if mean is None else mean[start:stop],
             {name: f.part(token[start], token[stop]) for name, f in self.features.items()},
+            None if residual is None else residual[token[start] : token[stop]],
         )
 
     def each(self) -> Iterator[LayerBatch]:
@@ -466,4 +470,5 @@ class LayerBatch:
                 attention=None if attention is None else attention[0][:, queries, keys],
                 attention_mean=None if mean is None else mean[0][queries, keys],
                 features={name: found.record() for name, found in batch.features.items()},
+                residual=batch.residual,
             )

@@ -361,6 +361,11 @@ def feature_rows(tokens: int, features: int, limits: Limits = DEFAULT_LIMITS) ->
     return min(tokens, _record_rows(limits.tokens, features * 4, limits))
 
 
+def residual_rows(tokens: int, channels: int, limits: Limits = DEFAULT_LIMITS) -> int:
+    """Return how many tokens one record of residual holds: whole chunks, within a bound."""
+    return min(tokens, _record_rows(residual_chunk_rows(channels, limits), channels * 4, limits))
+
+
 def _record_rows(step: int, row_bytes: int, limits: Limits) -> int:
     """Return the most rows of a record, in chunks of `step`: eight each where they fit."""
     if _SMALL * step * row_bytes <= limits.record_bytes:
