@@ -60,7 +60,7 @@ def options(**changes: Any) -> Options:
     return Options(**{"layers": (1, 2, 3), "only": NAMES, "residual": True, **changes})
 
 
-ASKED = ["--no-features", *(part for name in NAMES for part in ("--scenario", name))]
+ASKED = ["--no-features", "--residual", *(part for name in NAMES for part in ("--scenario", name))]
 #: Without SAEs, whose library takes seconds to import; long enough to be ended in the middle.
 ATTENTION = options(layers=tuple(range(1, 32)), features=False)
 
