@@ -140,6 +140,15 @@ def make_features(
     )
 
 
+def make_residual(
+    tokens: int, channels: int, *, seed: int = 0, dtype: str = "float32"
+) -> np.ndarray:
+    """Return a residual stream ``(query, channel)``, with one channel of large values."""
+    values = np.random.default_rng(seed).normal(0, 0.5, (tokens, channels))
+    values[:, channels // 2] *= 300
+    return values.astype(dtype)
+
+
 def make_records(
     scenario: str = SCENARIOS[0],
     *,
@@ -151,6 +160,8 @@ def make_records(
     attention_dtype: str = "float32",
     feature_dtype: str = "float32",
     active: float = 0.1,
+    channels: int | None = None,
+    residual_dtype: str = "float32",
     next_token: bool = True,
     without_sae: Sequence[int] = (),
 ) -> Iterator[LayerRecord | TokensRecord]:
@@ -172,6 +183,9 @@ def make_records(
                 for name, size in _sizes(features).items()
                 if layer not in without_sae
             },
+            residual=make_residual(tokens, channels, seed=at, dtype=residual_dtype)
+            if channels
+            else None,
         )
     if next_token:
         rng = np.random.default_rng(seed)
@@ -194,6 +208,8 @@ def make_shape(
     features: int | Mapping[str, int] = 16,
     attention_dtype: str = "float32",
     feature_dtype: str = "float32",
+    channels: int | None = None,
+    residual_dtype: str = "float32",
     next_token: bool = True,
     limits: Limits = DEFAULT_LIMITS,
 ) -> TraceShape:
@@ -203,8 +219,10 @@ def make_shape(
         tokens=tokens,
         heads=heads or None,
         features=_sizes(features),
+        channels=channels,
         attention_dtype=attention_dtype if heads else None,
         feature_dtype=feature_dtype if _sizes(features) else None,
+        residual_dtype=residual_dtype if channels else None,
         next_token=next_token,
         limits=limits,
     )
@@ -246,6 +264,9 @@ def truth_of(
             put("attention", record.layer, record.attention)
             put("attention_mean", record.layer, record.attention_mean)
             out["head"] = np.arange(record.attention.shape[0])
+        if record.residual is not None:
+            put("residual", record.layer, np.asarray(record.residual))
+            out["channel"] = np.arange(record.residual.shape[1])
         for name, found in record.features.items():
             suffix = name.removeprefix("features")
             put(name, record.layer, found.activations)
@@ -285,6 +306,7 @@ def make_plan(
         attention_dtype=sizes.get("attention_dtype", "float32") if heads else None,
         feature_dtype=sizes.get("feature_dtype", "float32") if features else None,
         layers_without_sae=tuple(without_sae),
+        residual_dtype=sizes.get("residual_dtype", "float32") if sizes.get("channels") else None,
     )
     with_sae = [layer for layer in layers if layer not in without_sae]
     return TracePlan(
@@ -309,6 +331,8 @@ def make_run(
     attention: bool = True,
     attention_dtype: str = "float32",
     feature_dtype: str = "float32",
+    channels: int | None = None,
+    residual_dtype: str = "float32",
     active: float = 0.1,
     without_sae: Sequence[int] = (),
     config: Mapping[str, Any] = CONFIG,
@@ -343,6 +367,8 @@ def make_run(
                 "features": features,
                 "attention_dtype": attention_dtype,
                 "feature_dtype": feature_dtype,
+                "channels": channels,
+                "residual_dtype": residual_dtype,
             }
             records = list(
                 make_records(

@@ -38,6 +38,8 @@ trace_sizes: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "features": st.sampled_from([0, 1, 5, 33, 64]),
         "attention_dtype": st.sampled_from(["float16", "float32"]),
         "feature_dtype": st.sampled_from(["float16", "float32"]),
+        "channels": st.sampled_from([None, 1, 7, 32]),
+        "residual_dtype": st.sampled_from(["float16", "float32"]),
     }
 )
 
@@ -52,6 +54,7 @@ model_sizes: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "heads": st.sampled_from([1, 8, 32, 40, 128]),
         "features": st.sampled_from([1, 512, 4095, 4096, 4097, 32768, 131072, 1_048_576]),
         "attention_dtype": st.sampled_from(["float16", "float32"]),
+        "channels": st.sampled_from([None, 64, 768, 4096, 16384, 200_000]),
     }
 )
 

@@ -75,12 +75,14 @@ def test_attention_blocks_and_continuations_are_transformers_own(
             attention_dtype="float16" if dtype == "float16" else "float32",
             saes=source.find(range(4)),
             source=source,
+            residual={layer: f"blocks.{layer}.hook_resid_post" for layer in range(4)},
         )
     )
     layers = architectures.gather(records)
     assert list(layers) == [0, 1, 2, 3]
     for layer, record in layers.items():
         blocks = expected.blocks[layer].float().numpy()
+        assert np.array_equal(np.asarray(record.residual), blocks)
         assert np.array_equal(np.asarray(record.features["features"].activations), blocks)
         if layer not in expected.attention:
             assert record.attention is None

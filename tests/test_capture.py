@@ -63,7 +63,16 @@ def run(
 ) -> Generator[LayerRecord | TokensRecord]:
     source = options.pop("source", None) or FolderSAEs(demo.sae_path())
     saes = source.find(LAYERS)
-    return records_of(model, wanted, attention_dtype="float32", saes=saes, source=source, **options)
+    residual = {layer: f"blocks.{layer}.hook_resid_post" for layer in LAYERS}
+    return records_of(
+        model,
+        wanted,
+        attention_dtype="float32",
+        saes=saes,
+        source=source,
+        residual=residual,
+        **options,
+    )
 
 
 def by_key(records: Any) -> dict[tuple[str, int], Any]:
@@ -79,7 +88,9 @@ def arrays_of(record: LayerRecord | TokensRecord) -> list[np.ndarray]:
     features = record.features["features"]
     assert record.attention is not None
     assert record.attention_mean is not None
+    assert isinstance(record.residual, np.ndarray)
     return [
+        record.residual,
         record.attention,
         record.attention_mean,
         np.asarray(features.activations),
@@ -124,8 +135,10 @@ def test_everything_is_what_the_libraries_compute(
             np.testing.assert_array_equal(record.attention, attention)
             np.testing.assert_array_equal(record.attention_mean, attention.mean(0))
             sae = SAE.load_from_disk(demo.sae_path() / f"blocks.{layer}.hook_resid_post")
+            np.testing.assert_array_equal(record.residual, outputs[layer][0])
             with torch.no_grad():
                 encoded = sae.encode(outputs[layer])[0]
+                assert torch.equal(sae.encode(torch.from_numpy(record.residual)), encoded)
             features = record.features["features"]
             np.testing.assert_array_equal(np.asarray(features.activations), encoded)
             np.testing.assert_array_equal(features.top_activation, encoded.topk(32).values)

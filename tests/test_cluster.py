@@ -57,10 +57,10 @@ NAMES = ("Desperate_10", "Safe_130_one_win", "Risky_40", "Initial_100_first_roun
 
 
 def options(**changes: Any) -> Options:
-    return Options(**{"layers": (1, 2, 3), "only": NAMES, **changes})
+    return Options(**{"layers": (1, 2, 3), "only": NAMES, "residual": True, **changes})
 
 
-ASKED = ["--no-features", *(part for name in NAMES for part in ("--scenario", name))]
+ASKED = ["--no-features", "--residual", *(part for name in NAMES for part in ("--scenario", name))]
 #: Without SAEs, whose library takes seconds to import; long enough to be ended in the middle.
 ATTENTION = options(layers=tuple(range(1, 32)), features=False)
 

@@ -35,6 +35,7 @@ from zarrtrace.format.layout import (
     attention_chunk_rows,
     attention_rows,
     feature_rows,
+    residual_rows,
     trace_layout,
 )
 
@@ -123,11 +124,16 @@ def test_records_of_long_prompts_hold_whole_chunks_within_a_bound(
         if not layout.has_layers:
             continue
         rows = attention if name.startswith("attention") else features
+        if name == "residual":
+            rows = residual_rows(tokens, sizes["channels"], limits)
         step = layout.chunks[layout.row_axis]
         assert rows == tokens or (0 < rows < tokens and rows % step == 0), name
-        if name in ("attention", "features"):
-            row = sizes["features"] * 4 if name == "features" else 0
-            row = row or dense_bytes(layout, (heads, tokens))
+        if name in ("attention", "features", "residual"):
+            row = {
+                "attention": dense_bytes(layout, (heads, tokens)),
+                "features": sizes["features"] * 4,
+                "residual": (sizes.get("channels") or 0) * 4,
+            }[name]
             assert rows <= step or rows * row <= limits.record_bytes, name
 
 
@@ -193,12 +199,15 @@ def test_arrays_are_those_asked_for(sizes: dict[str, Any]) -> None:
     expected = tokens | next_token
     expected |= attention if sizes["heads"] else set()
     expected |= features if sizes["features"] else set()
+    expected |= {"residual", "channel"} if sizes["channels"] else set()
     assert set(layouts) == expected
     if sizes["heads"]:
         assert layouts["attention"].dtype == sizes["attention_dtype"]
         assert layouts["attention_mean"].dtype == "float32"
     if sizes["features"]:
         assert layouts["features"].dtype == sizes["feature_dtype"]
+    if sizes["channels"]:
+        assert layouts["residual"].dtype == sizes["residual_dtype"]
 
 
 def test_layout_of_the_missions_model() -> None:
@@ -256,6 +265,18 @@ def test_missing_numbers_read_as_nan_and_missing_ids_as_no_id(tokens: int) -> No
             assert math.isnan(float(layout.fill_value)), name
         elif layout.dtype == "uint32" and name not in LABELS:
             assert layout.fill_value == NO_ID == 2**32 - 1, name
+
+
+@pytest.mark.parametrize(
+    ("channels", "rows"), [(64, 64), (768, 64), (2304, 64), (4096, 32), (8192, 16), (200_000, 1)]
+)
+def test_chunks_of_residual_hold_whole_channels_of_some_rows(channels: int, rows: int) -> None:
+    layout = layout_for(tokens=300, channels=channels)["residual"]
+    assert layout.dims == ("layer", "query", "channel")
+    assert layout.chunks == (1, rows, channels)
+    assert layout.shards is not None
+    assert layout.shards[1:] == (-(-300 // rows) * rows, channels)
+    assert dense_bytes(layout, layout.chunks) <= 640 * 2**10 or rows == 1
 
 
 def test_chunks_of_attention_hold_fewer_rows_where_rows_are_large() -> None:

@@ -129,6 +129,7 @@ def _options(models: Models, folder: Path, **changes: Any) -> Options:
         layers=(1, 2),
         sae_path=folder / "saes",
         scenarios=_suite(folder),
+        residual=True,
         **changes,
     )
 

@@ -268,12 +268,13 @@ def _check(
     """Extract with one SAE and compare with sae-lens; return what the trace says of it."""
     path, folder = models.path(name), tmp_path / "saes" / "one"
     make(folder, f"blocks.{LAYER}.{HOOKS[kind]}", _width(kind, name))
-    run = extract_run(
-        tmp_path / "run", _options(path, suite, sae_path=tmp_path / "saes", **options)
-    )
+    asked = _options(path, suite, sae_path=tmp_path / "saes", residual=True, **options)
+    run = extract_run(tmp_path / "run", asked)
     assert verify(run) == []
     ds = open_trace(run / "short")
     activations = _hooked(name, path, ds.token_id.values.tolist(), PLACES[name][kind])
+    assert np.array_equal(ds.residual.values[0], activations.numpy())
+    assert ds.attrs["residual_hook"] == f"blocks.{{layer}}.{HOOKS[kind]}"
     sae = SAE.load_from_disk(folder)
     if options.get("fold_decoder_norm"):
         sae.fold_W_dec_norm()

@@ -37,12 +37,13 @@ from zarrtrace.storage import disk
 from zarrtrace.store import TraceWriter, open_run, summarize, verify
 
 LAYERS = (1, 2, 5, 6)
-SIZES: dict[str, Any] = {"layers": LAYERS}
+SIZES: dict[str, Any] = {"layers": LAYERS, "channels": 5}
 #: Records of this trace hold some rows of a layer each.
 LONG: dict[str, Any] = {
     "layers": (1, 2),
     "tokens": 50,
     "features": 24,
+    "channels": 5,
     "limits": Limits(
         file_bytes=2**12, record_bytes=2**12, keys=16, queries=4, tokens=8, features=16
     ),
@@ -71,10 +72,12 @@ def in_parts(record: LayerRecord | TokensRecord) -> list[LayerRecord | TokensRec
             attention=attention[:, start : start + step],
             attention_mean=record.attention_mean[start : start + step],
             features={},
+            residual=None,
         )
         for start in range(0, tokens, step)
     ]
-    features = record.features["features"]
+    features, residual = record.features["features"], record.residual
+    assert residual is not None
     step = feature_rows(tokens, LONG["features"], limits)
     assert step < tokens
     for start in range(0, tokens, step):
@@ -91,6 +94,7 @@ def in_parts(record: LayerRecord | TokensRecord) -> list[LayerRecord | TokensRec
                 attention=None,
                 attention_mean=None,
                 features={"features": some},
+                residual=residual[rows],
             )
         )
     return parts
@@ -398,7 +402,9 @@ def test_bytes_behind_the_last_line_are_cut_off(expected: dict[str, bytes], tmp_
     assert fakes.files_in(run) == expected
 
 
-@pytest.mark.parametrize("array", ["attention", "attention_mean", "features", "top_activation"])
+@pytest.mark.parametrize(
+    "array", ["attention", "attention_mean", "features", "top_activation", "residual"]
+)
 def test_changed_bytes_of_a_journalled_layer_end_the_journal(
     expected: dict[str, bytes], tmp_path: Path, array: str
 ) -> None:

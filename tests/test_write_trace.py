@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.sparse
+import tensorstore
 import xarray as xr
 
 import zarrtrace as zt
@@ -45,6 +46,11 @@ def features(seed: int = 0) -> np.ndarray:
     values[np.abs(values) < 1.5] = 0
     values[3] = 0
     return values
+
+
+def residual(seed: int = 0) -> np.ndarray:
+    values = np.random.default_rng(seed).normal(size=(5, 24)) * [1000, *[1] * 23]
+    return values.astype(np.float32)
 
 
 def write(run: Path, scenario: Any = SCENARIO, **changes: Any) -> None:
@@ -89,13 +95,20 @@ def test_precisions_are_kept(tmp_path: Path, dtype: str) -> None:
     torch = pytest.importorskip("torch")
     weights = torch.tensor(attention(), requires_grad=True).to(getattr(torch, dtype))
     values = torch.tensor(features()).to(getattr(torch, dtype))
+    stream = torch.tensor(residual(), requires_grad=True).to(getattr(torch, dtype))
     transposed = weights.transpose(1, 2).contiguous().transpose(1, 2)
-    write(tmp_path / "run", attention={1: transposed}, features={1: values.to_sparse()})
+    write(
+        tmp_path / "run",
+        attention={1: transposed},
+        features={1: values.to_sparse()},
+        residual={1: stream},
+    )
     ds = zt.open_run(tmp_path / "run")["poor"].to_dataset()
     expected = "float16" if dtype == "float16" else "float32"
-    assert ds.attention.dtype == ds.features.dtype == expected
+    assert ds.attention.dtype == ds.features.dtype == ds.residual.dtype == expected
     assert np.array_equal(ds.attention[0], weights.detach().float().numpy())
     assert np.array_equal(ds.features[0], values.float().numpy())
+    assert np.array_equal(ds.residual[0], stream.detach().float().numpy())
 
 
 def test_mixed_precisions_are_stored_in_the_wider_one(tmp_path: Path) -> None:
@@ -113,6 +126,38 @@ def test_layers_that_have_only_one_of_both(tmp_path: Path) -> None:
     assert ds.layer.values.tolist() == [0, 1, 2]
     assert ds.attention_layer.values.tolist() == [0, 2]
     assert ds.features.isnull().all(["query", "feature"]).values.tolist() == [True, False, True]
+
+
+def test_the_residual_stream_of_some_layers(tmp_path: Path) -> None:
+    """Other readers find it, and NaN where none was given."""
+    write(tmp_path / "run", residual={2: residual(), 3: residual(1)})
+    assert verify(tmp_path / "run") == []
+    opened = zt.open_run(tmp_path / "run")["poor"].to_dataset()
+    plain = xr.open_zarr(tmp_path / "run" / "poor")
+    store = {"driver": "file", "path": f"{tmp_path}/run/poor/residual/"}
+    other = tensorstore.open({"driver": "zarr3", "kvstore": store}, read=True).result()
+    missing = np.full((5, 24), np.nan, np.float32)
+    expected = np.stack([missing, residual(), residual(1)])
+    for ds in (opened, plain):
+        assert ds.residual.dims == ("layer", "query", "channel")
+        assert ds.layer.values.tolist() == [0, 2, 3]
+        assert ds.channel.values.tolist() == list(range(24))
+        assert ds.residual.dtype == np.float32
+        np.testing.assert_array_equal(ds.residual, expected)
+    np.testing.assert_array_equal(other.read().result(), expected)
+    at = opened.residual.sel(layer=3, query=opened.zt.span("decision"), channel=0)
+    assert at.item() == residual(1)[4, 0]
+    assert opened.attrs["residual_dtype"] == "float32"
+    assert opened.attrs["residual_hook"] is None
+    assert opened.attrs["layers_without_residual"] == "0"
+
+
+def test_the_residual_stream_alone(tmp_path: Path) -> None:
+    write(tmp_path / "run", attention=None, residual={0: residual().astype(np.float16)})
+    ds = zt.open_run(tmp_path / "run")["poor"].to_dataset()
+    assert {*ds.data_vars} == {"residual"}
+    assert ds.residual.dtype == np.float16
+    np.testing.assert_array_equal(ds.residual[0], residual().astype(np.float16))
 
 
 def test_some_rows(tmp_path: Path) -> None:
@@ -278,6 +323,23 @@ def _with(value: float) -> np.ndarray:
             NonFiniteError,
             "features of layer 0 holds NaN or infinity",
         ),
+        ({"residual": {0: residual()[:4]}}, ConfigError, "residual of layer 0 has shape (4, 24)"),
+        (
+            {"residual": {0: residual(), 2: residual()[:, :9]}},
+            ConfigError,
+            "residual of layer 2 has shape (5, 9), not (5, 24)",
+        ),
+        (
+            {"residual": {0: residual().astype(float)}},
+            ConfigError,
+            "residual of layer 0 is float64",
+        ),
+        (
+            {"residual": {2: np.full((5, 24), np.nan, "f4")}},
+            NonFiniteError,
+            "residual of layer 2 holds NaN or infinity",
+        ),
+        ({"residual": {"0": residual()}}, ConfigError, "'0' is no layer"),
         ({"features": {0: features()[:4]}}, ConfigError, "features of layer 0 has shape (4, 5000)"),
         ({"queries": [4, 1]}, ConfigError, "queries [4, 1]"),
         ({"queries": [5]}, ConfigError, "queries [5]"),
@@ -311,6 +373,7 @@ def test_arrays_that_are_none(
         ({"attention": {0: attention()}}, "layers: '0,2' there, '0' now"),
         ({"attention": {0: attention(heads=1), 2: attention(heads=1)}}, "heads: 2 there, 1 now"),
         ({"features": {0: features()}}, "features: None there, 5000 now"),
+        ({"residual": {0: residual()}}, "layers_without_residual: '' there, '2' now"),
         ({"model": "other"}, "model: None there, 'other' now"),
         ({"scenario": zt.Scenario("x", name="n")}, "metadata"),
     ],
@@ -387,9 +450,13 @@ def test_a_cache_of_transformer_lens_is_what_zarrtrace_captures(tmp_path: Path) 
         tmp_path / "run",
         tokens=(lens.to_tokens(SCENARIO.prompt)[0], lens.to_str_tokens(SCENARIO.prompt)),
         attention={layer: cache["pattern", layer] for layer in range(lens.cfg.n_layers)},
+        residual={layer: cache["resid_post", layer] for layer in (8, 20)},
     )
     found, expected = zt.open_run(tmp_path / "run")["poor"], own["poor"]
     assert np.array_equal(found.token_id, expected.token_id)
     assert found.key_token.values.tolist() == expected.key_token.values.tolist()
     assert zt.span(found.to_dataset(), "balance") == zt.span(expected.to_dataset(), "balance")
     assert np.allclose(found.attention, expected.attention, rtol=0, atol=2e-6)
+    for layer in (8, 20):
+        stream = cache["resid_post", layer].numpy()
+        assert np.array_equal(found.residual.sel(layer=layer), stream)

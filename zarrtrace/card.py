@@ -34,6 +34,7 @@ _ARRAYS = {
     "features": "SAE feature activations, dense; 0 where a feature is silent",
     "top_feature": "the strongest features of each token",
     "top_activation": "their activations",
+    "residual": "the residual stream",
     "next_token": "the most likely next tokens",
     "next_token_logprob": "natural logarithms of their probabilities",
     "next_token_text": "their texts",

@@ -13,7 +13,7 @@ from numcodecs import BitRound
 
 from zarrtrace.errors import NonFiniteError
 from zarrtrace.format.attributes import TraceAttributes
-from zarrtrace.records import FeatureRecord, LayerRecord, Nonzeros, TokensRecord
+from zarrtrace.records import BFloat16, FeatureRecord, LayerRecord, Nonzeros, TokensRecord
 
 
 def cast_record(
@@ -22,7 +22,7 @@ def cast_record(
     """Cast and round a record's arrays as a trace stores them.
 
     Activations too small for the stored precision become its smallest number, with their sign: a
-    feature that fires is not stored as 0. Attention too small for it becomes 0.
+    feature that fires is not stored as 0. Attention and residual too small for it become 0.
 
     Parameters
     ----------
@@ -40,15 +40,23 @@ def cast_record(
         return record
     attention, dtype = record.attention, attributes.attention_dtype
     if attention is not None and dtype == "float16":
-        with np.errstate(over="ignore"):
-            attention = np.asarray(attention).astype(np.float16, copy=False)
+        attention = _halves(attention)
     if attention is not None and attributes.attention_keepbits is not None:
         attention = _rounded(np.asarray(attention), attributes.attention_keepbits)
+    residual = record.residual
+    if residual is not None and attributes.residual_dtype == "float16":
+        residual = _halves(residual)
     features = record.features
     if attributes.feature_dtype is not None:
         kind = np.dtype(attributes.feature_dtype)
         features = {name: _cast(one, kind) for name, one in features.items()}
-    return replace(record, attention=attention, features=features)
+    return replace(record, attention=attention, features=features, residual=residual)
+
+
+def _halves(values: np.ndarray | BFloat16) -> np.ndarray:
+    """Cast to float16; values too large for it become infinite."""
+    with np.errstate(over="ignore"):
+        return np.asarray(values).astype(np.float16, copy=False)
 
 
 def _rounded(values: np.ndarray, keepbits: int) -> np.ndarray:
@@ -117,6 +125,8 @@ def _is_computed(record: LayerRecord, name: str) -> bool:
     """Whether the model computed NaN or infinity, rather than the cast."""
     if name in record.features:
         return record.features[name].nonfinite
+    if name == "residual":
+        return not np.isfinite(np.asarray(record.residual)).all()
     # The mean over heads is taken before attention is cast.
     return record.attention_mean is not None and not np.isfinite(record.attention_mean).all()
 
@@ -125,6 +135,8 @@ def _too_large(what: str, name: str, attributes: TraceAttributes) -> NonFiniteEr
     dtype, option = attributes.feature_dtype, "--feature-dtype"
     if name == "attention":
         dtype, option = attributes.attention_dtype, "--attention-dtype"
+    elif name == "residual":
+        dtype, option = attributes.residual_dtype, "--residual-dtype"
     return NonFiniteError(
         f"{what} has values that are infinite in {dtype}",
         why="The largest number of float16 is 65,504; the values are finite in float32.",

@@ -138,6 +138,8 @@ class LayerRecord:
         ``(query, key)`` float32, or None.
     features
         By array name; empty if there is no SAE on this layer.
+    residual
+        ``(query, channel)``, or None.
     """
 
     scenario: str
@@ -146,11 +148,14 @@ class LayerRecord:
     attention: np.ndarray | BFloat16 | None = None
     attention_mean: np.ndarray | None = None
     features: Mapping[str, FeatureRecord] = field(default_factory=dict)
+    residual: np.ndarray | BFloat16 | None = None
 
     @cached_property
     def nonfinite(self) -> tuple[str, ...]:
         """Arrays that hold NaN or infinity, or were computed from such values."""
         names = tuple(name for name, features in self.features.items() if features.nonfinite)
+        if self.residual is not None and not np.isfinite(np.asarray(self.residual)).all():
+            names = (*names, "residual")
         attention, mean = self.attention, self.attention_mean
         # One NaN in any head shows in the mean, which is taken before attention is cast.
         finite = mean is None or np.isfinite(mean).all()
@@ -409,6 +414,8 @@ class LayerBatch:
         ``(sequence, query, key)`` float32, or None.
     features
         Features by array name.
+    residual
+        ``(token, channel)``, one prompt behind another without padding, or None.
     """
 
     layer: int
@@ -417,6 +424,7 @@ class LayerBatch:
     attention: np.ndarray | BFloat16 | None = None
     attention_mean: np.ndarray | None = None
     features: Mapping[str, SparseFeatures] = field(default_factory=dict)
+    residual: np.ndarray | BFloat16 | None = None
 
     @property
     def scenarios(self) -> list[str]:
@@ -426,7 +434,7 @@ class LayerBatch:
     @property
     def nbytes(self) -> int:
         """Bytes that are held."""
-        arrays = (self.attention, self.attention_mean, *self.features.values())
+        arrays = (self.attention, self.attention_mean, self.residual, *self.features.values())
         return sum(array.nbytes for array in arrays if array is not None)
 
     def part(self, wanted: Sequence[int]) -> LayerBatch:
@@ -435,7 +443,7 @@ class LayerBatch:
         if stop - start == len(self.members):
             return replace(self, wanted=wanted)
         token = np.cumsum([0, *(one.length for one in self.members)]).tolist()
-        attention, mean = self.attention, self.attention_mean
+        attention, mean, residual = self.attention, self.attention_mean, self.residual
         return LayerBatch(
             self.layer,
             self.members[start:stop],
@@ -443,6 +451,7 @@ class LayerBatch:
             None if attention is None else attention[start:stop],
             None if mean is None else mean[start:stop],
             {name: f.part(token[start], token[stop]) for name, f in self.features.items()},
+            None if residual is None else residual[token[start] : token[stop]],
         )
 
     def each(self) -> Iterator[LayerBatch]:
@@ -461,4 +470,5 @@ class LayerBatch:
                 attention=None if attention is None else attention[0][:, queries, keys],
                 attention_mean=None if mean is None else mean[0][queries, keys],
                 features={name: found.record() for name, found in batch.features.items()},
+                residual=batch.residual,
             )

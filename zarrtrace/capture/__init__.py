@@ -10,6 +10,7 @@ from zarrtrace.capture.borrow import borrow, refuse_unknown_ids, take_model
 from zarrtrace.capture.checks import check_additions, choose_batch_size, wants_blocks
 from zarrtrace.capture.encoders import KeptEncoders
 from zarrtrace.capture.fingerprint import settings_fingerprint
+from zarrtrace.capture.hooks import parse_hook, residual_hooks
 from zarrtrace.capture.limits import CaptureLimits
 from zarrtrace.capture.model import (
     LoadedModel,
@@ -38,9 +39,11 @@ __all__ = [
     "hide_progress",
     "load_model",
     "load_tokenizer",
+    "parse_hook",
     "probe_model",
     "refuse_unknown_ids",
     "renamed",
+    "residual_hooks",
     "settings_fingerprint",
     "take_model",
     "tokenize",

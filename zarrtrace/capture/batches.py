@@ -135,10 +135,10 @@ class Batch:
         if padded.shape != expected:
             raise ModelError(
                 f"{self._model.attributes.id}: a hook point gives an array of shape "
-                f"{tuple(padded.shape)}, and SAEs read {expected}",
-                why="SAEs read one vector a token. Some models pass on several, or the SAEs are "
-                "those of another model.",
-                remedy="Use --no-features, or choose other SAEs.",
+                f"{tuple(padded.shape)}, not {expected}",
+                why="SAEs and the array residual take one vector a token. Some models pass on "
+                "several, or the SAEs are those of another model.",
+                remedy="Use --no-features without --residual, or choose other SAEs.",
             )
         return padded[0] if len(self.requests) == 1 else padded.flatten(0, 1)[self._real]
 

@@ -32,6 +32,8 @@ class Made:
         ``(sequence, head, query, key)``, bfloat16 as int16, and its mean over heads; or None.
     inputs
         What is to be encoded by which encoder ``(token, d_in)``, by array name.
+    residual
+        ``(token, channel)``, bfloat16 as int16, or None.
     """
 
     batch: Batch
@@ -39,10 +41,16 @@ class Made:
     attention: torch.Tensor | None
     mean: torch.Tensor | None
     inputs: Mapping[str, tuple[Encoder, torch.Tensor]]
+    residual: torch.Tensor | None = None
 
     @classmethod
     def by(
-        cls, batch: Batch, state: BlockState, dtype: str | None, encoders: Sequence[Encoder]
+        cls,
+        batch: Batch,
+        state: BlockState,
+        dtype: str | None,
+        encoders: Sequence[Encoder],
+        residual: torch.Tensor | None = None,
     ) -> Made:
         """Take what is wanted of a block; `dtype` is the precision of stored attention."""
         attention, mean = state.attention if dtype else None, None
@@ -58,7 +66,9 @@ class Made:
                 )
                 for one in encoders
             }
-        return cls(batch, state.layer, attention, mean, inputs)
+            if residual is not None:
+                residual = _own(residual)
+        return cls(batch, state.layer, attention, mean, inputs, residual)
 
     def on_host(self) -> LayerBatch:
         """Encode the tokens of a batch together, and bring all to the host."""
@@ -66,6 +76,7 @@ class Made:
             None if self.attention is None else to_host(self.attention),
             None if self.mean is None else to_host(self.mean),
             {name: encode(*inputs) for name, inputs in self.inputs.items()},
+            None if self.residual is None else to_host(self.residual),
         )
 
     def of(
@@ -73,18 +84,36 @@ class Made:
         attention: np.ndarray | None,
         mean: np.ndarray | None,
         features: Mapping[str, SparseFeatures],
+        residual: np.ndarray | None,
     ) -> LayerBatch:
         """Return the batch of what was brought to the host."""
         requests = self.batch.requests
-        halves = attention is not None and attention.dtype == np.int16
         return LayerBatch(
             self.layer,
             [Member(one.prompt.scenario.name, one.length, one.queries) for one in requests],
             [at for at, one in enumerate(requests) if self.layer in one.layers],
-            BFloat16(attention.view(np.uint16)) if attention is not None and halves else attention,
+            None if attention is None else _with_halves(attention),
             mean,
             features,
+            None if residual is None else _with_halves(residual),
         )
+
+
+def _own(hidden: torch.Tensor) -> torch.Tensor:
+    """Return a copy, bfloat16 as int16: the model may change what it passes on."""
+    copied = hidden.clone()
+    return copied.view(torch.int16) if copied.dtype == torch.bfloat16 else copied
+
+
+def _with_halves(array: np.ndarray) -> np.ndarray | BFloat16:
+    """Return an array of the host's in which bfloat16 is int16."""
+    return BFloat16(array.view(np.uint16)) if array.dtype == np.int16 else array
+
+
+@torch.inference_mode()
+def rows_on_host(hidden: torch.Tensor) -> np.ndarray | BFloat16:
+    """Bring some rows ``(token, channel)`` of what a model passes on to the host, as a copy."""
+    return _with_halves(to_host(_own(hidden)))
 
 
 class Copies:
@@ -147,6 +176,7 @@ class Copy:
         with torch.cuda.stream(side):
             self._attention = None if made.attention is None else begin_copy(made.attention)
             self._mean = None if made.mean is None else begin_copy(made.mean)
+            self._residual = None if made.residual is None else begin_copy(made.residual)
             for encoding in self._features.values():
                 encoding.begin()
             self._done.record(side)
@@ -158,7 +188,8 @@ class Copy:
         for name, found in features.items():
             active = sum(map(len, found.nonzeros.at)) / max(1, len(found.is_finite))
             most[name] = max(most.get(name, 0.0), active)
-        attention, mean = (
-            None if one is None else one.numpy() for one in (self._attention, self._mean)
+        attention, mean, residual = (
+            None if one is None else one.numpy()
+            for one in (self._attention, self._mean, self._residual)
         )
-        return self._made.of(attention, mean, features)
+        return self._made.of(attention, mean, features, residual)

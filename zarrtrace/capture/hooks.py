@@ -15,13 +15,15 @@ The names are TransformerLens's, as SAEs carry them. What they mean here:
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from zarrtrace.errors import SAEError
+from zarrtrace.errors import ConfigError, SAEError
+from zarrtrace.format.attributes import SAEAttributes
 
 _HOOK = re.compile(r"blocks\.(?P<layer>\d+)\.(?P<site>[a-z_0-9.]+)")
 _KIND_OF_SITE = {
@@ -80,6 +82,44 @@ def parse_hook(name: str) -> HookPoint:
             remedy="Choose SAEs that were trained on another hook point.",
         )
     return HookPoint(int(match["layer"]), kind)
+
+
+def residual_hooks(
+    layers: Sequence[int], saes: Mapping[int, Sequence[SAEAttributes]]
+) -> dict[int, str]:
+    """Return by layer the hook point of the residual stream that is stored.
+
+    That is the one that the SAEs of ``features`` read, without SAEs the block's output. Where SAEs
+    read something else than the residual stream, layers without an SAE have none.
+
+    Parameters
+    ----------
+    layers
+        Indices of decoder blocks.
+    saes
+        The SAEs of each layer that has some.
+
+    Raises
+    ------
+    ConfigError
+        If SAEs read different places in different blocks.
+    """
+    read = {
+        layer: sae.hook_name
+        for layer, found in saes.items()
+        for sae in found
+        if sae.variable == "features"
+    }
+    forms = {name.replace(f"blocks.{n}.", "blocks.{layer}.", 1) for n, name in read.items()}
+    if len(forms) > 1:
+        raise ConfigError(
+            f"SAEs read {' and '.join(sorted(forms))}",
+            why="The array residual holds one place of each block.",
+            remedy="Choose SAEs of one kind with --sae-id, or leave out --residual.",
+        )
+    form = forms.pop() if forms else "blocks.{layer}.hook_resid_post"
+    everywhere = parse_hook(form.format(layer=0)).kind in ("resid_pre", "resid_post")
+    return {n: form.format(layer=n) for n in layers if everywhere or n in read}
 
 
 def place(block: nn.Module, attention: nn.Module | None, kind: str) -> tuple[nn.Module, Side]:

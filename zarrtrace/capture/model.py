@@ -96,6 +96,10 @@ class LoadedModel:
         """By index of the block, the attention module of the blocks that have one."""
         return {layer: one.module for layer, one in self.decoder.attentions.items()}
 
+    def width(self, kind: str) -> int:
+        """Return the width of a kind of hook point (:data:`zarrtrace.capture.hooks.KINDS`)."""
+        return self.d_heads if kind == "hook_z" else self.d_model
+
     @property
     def device(self) -> torch.device:
         """Where the model takes its input."""

@@ -10,7 +10,7 @@ import torch
 
 from zarrtrace.capture.batches import Batch, Request, batches, waves
 from zarrtrace.capture.blocked import AttentionRows
-from zarrtrace.capture.copies import Copies, Made
+from zarrtrace.capture.copies import Copies, Made, rows_on_host
 from zarrtrace.capture.encoders import Encoders
 from zarrtrace.capture.features import encode
 from zarrtrace.capture.hooks import parse_hook
@@ -22,7 +22,13 @@ from zarrtrace.capture.prompts import token_texts
 from zarrtrace.capture.rows import RowBuffer
 from zarrtrace.errors import ModelError
 from zarrtrace.format.attributes import SAEAttributes
-from zarrtrace.format.layout import NEXT_TOKENS, Limits, attention_rows, feature_rows
+from zarrtrace.format.layout import (
+    NEXT_TOKENS,
+    Limits,
+    attention_rows,
+    feature_rows,
+    residual_rows,
+)
 from zarrtrace.records import LayerBatch, LayerRecord, TokensRecord
 
 if TYPE_CHECKING:
@@ -39,6 +45,7 @@ def capture(
     attention_dtype: str | None,
     saes: Mapping[int, Sequence[SAEAttributes]] | None = None,
     source: SAESource | None = None,
+    residual: Mapping[int, str] | None = None,
     batch_size: int = 1,
 ) -> Generator[Captured, None, None]:
     """Run the model over prompts and yield what each block does, layer by layer.
@@ -54,6 +61,8 @@ def capture(
         ``"float32"`` or ``"float16"``; None for no attention.
     saes, source
         The SAEs of each layer that has some, and where to load them from; None for no features.
+    residual
+        The hook points of the residual stream that is stored, by layer; None for none.
     batch_size
         Scenarios of similar length in one forward pass.
 
@@ -69,11 +78,12 @@ def capture(
     ModelError, SAEError
         If the model or an SAE does not do what it should.
     """
-    saes = saes or {}
-    kinds = {
-        layer: frozenset(parse_hook(attributes.hook_name).kind for attributes in found)
-        for layer, found in saes.items()
-    }
+    saes, residual = saes or {}, residual or {}
+    hooks = {layer: [attributes.hook_name for attributes in of] for layer, of in saes.items()}
+    for layer, hook in residual.items():
+        hooks.setdefault(layer, []).append(hook)
+    kinds = {layer: frozenset(parse_hook(hook).kind for hook in of) for layer, of in hooks.items()}
+    streams = {layer: parse_hook(hook).kind for layer, hook in residual.items()}
     wanted = attention_dtype is not None
     made = batches(model, requests, batch_size, attention=wanted)
     todo = [batch for batch in made if not batch.done]
@@ -85,7 +95,7 @@ def capture(
         Encoders(saes, source, model.device, order) as encoders,
     ):
         for wave in in_step:
-            yield from _run_wave(model, wave, attention_dtype, encoders)
+            yield from _run_wave(model, wave, attention_dtype, encoders, streams)
 
 
 def _layers(wave: Sequence[Batch]) -> frozenset[int]:
@@ -93,15 +103,23 @@ def _layers(wave: Sequence[Batch]) -> frozenset[int]:
 
 
 def _run_wave(
-    model: LoadedModel, wave: Sequence[Batch], attention_dtype: str | None, encoders: Encoders
+    model: LoadedModel,
+    wave: Sequence[Batch],
+    attention_dtype: str | None,
+    encoders: Encoders,
+    streams: Mapping[int, str],
 ) -> Iterator[Captured]:
+    """Let batches go in step; `streams` says by layer the kind of residual stream to store."""
     wanted, copies = _layers(wave), Copies(model.device)
     active = list(wave)
     try:
         for layer in range(len(model.blocks)):
             here = encoders.take(layer) if layer in wanted else []
+            stream = streams.get(layer)
             for batch in active:
-                yield from _through_block(model, batch, layer, attention_dtype, here, copies)
+                yield from _through_block(
+                    model, batch, layer, attention_dtype, here, stream, copies
+                )
                 if not batch.next_token and layer == max(batch.layers):
                     batch.stop()
             active = [batch for batch in active if batch.next_token or layer < max(batch.layers)]
@@ -120,6 +138,7 @@ def _through_block(
     layer: int,
     attention_dtype: str | None,
     encoders: Sequence[Encoder],
+    stream: str | None,
     copies: Copies,
 ) -> Iterator[LayerBatch | LayerRecord]:
     """Let a batch go through one block and yield what it did."""
@@ -164,7 +183,8 @@ def _through_block(
         )
     if layer in batch.layers:
         limits = model.limits.layout
-        yield from _block_records(batch, step, attention_dtype, encoders, copies, limits)
+        hidden = batch.tokens(step.hooks[stream], model.width(stream)) if stream else None
+        yield from _block_records(batch, step, attention_dtype, encoders, hidden, copies, limits)
     step.clear()
 
 
@@ -173,16 +193,33 @@ def _block_records(
     state: BlockState,
     attention_dtype: str | None,
     encoders: Sequence[Encoder],
+    hidden: torch.Tensor | None,
     copies: Copies,
     limits: Limits,
 ) -> Iterator[LayerBatch | LayerRecord]:
-    """Yield attention matrices and features of blocks, features some rows at a time if large."""
+    """Yield what a block did: features and residual some rows at a time if they are large.
+
+    `hidden` is the residual stream to store ``(token, channel)``.
+    """
     longest = max(batch.lengths)
     large = [e for e in encoders if longest > feature_rows(longest, e.attributes.d_sae, limits)]
     if len(batch.requests) > 1:
         large = []
     whole = [encoder for encoder in encoders if encoder not in large]
-    yield from copies.of(Made.by(batch, state, attention_dtype, whole))
+    parts: Sequence[torch.Tensor] = ()
+    if hidden is not None and len(batch.requests) == 1:
+        step = residual_rows(longest, hidden.shape[1], limits)
+        if longest > step:
+            parts = torch.split(hidden, step)
+            hidden = None
+    yield from copies.of(Made.by(batch, state, attention_dtype, whole, hidden))
+    for number, some in enumerate(parts):
+        yield LayerRecord(
+            scenario=batch.requests[0].prompt.scenario.name,
+            layer=state.layer,
+            start=number * step,
+            residual=rows_on_host(some),
+        )
     for encoder in large:
         step = feature_rows(longest, encoder.attributes.d_sae, limits)
         for start in range(0, longest, step):

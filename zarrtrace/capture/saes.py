@@ -465,8 +465,7 @@ def check_fit(found: Found, model: LoadedModel) -> None:
                     remedy="Choose SAEs of one width with --sae-id, or extract in two runs.",
                 )
             kind = parse_hook(attributes.hook_name).kind
-            width = model.d_heads if kind == "hook_z" else model.d_model
-            if attributes.d_in != width:
+            if attributes.d_in != (width := model.width(kind)):
                 raise SAEError(
                     f"SAE {attributes.id} of layer {layer} reads {attributes.d_in} dimensions, "
                     f"{kind} of the model has {width}",

@@ -129,6 +129,12 @@ _EXAMPLES = [
 @option("--no-features", group=CONTENT, is_flag=True, help="Attention only; no SAEs are loaded.")
 @option("--no-attention", group=CONTENT, is_flag=True, help="Features only.")
 @option(
+    "--residual",
+    group=CONTENT,
+    is_flag=True,
+    help="Store the residual stream, too, where the SAEs read it.  [without SAEs: blocks' output]",
+)
+@option(
     "--queries",
     group=CONTENT,
     type=Queries(),
@@ -160,6 +166,14 @@ _EXAMPLES = [
     default="float32",
     show_default=True,
     help="Precision of stored features; float16 ends at 65,504.",
+)
+@option(
+    "--residual-dtype",
+    group=CONTENT,
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Precision of the stored residual stream.",
 )
 @option(
     "--allow-nonfinite", group=CONTENT, is_flag=True, help="Store NaN and infinity, and say where."
@@ -375,6 +389,7 @@ def _options(given: dict[str, Any], scenarios: object) -> Options:
         layer_end=given["layer_end"],
         features=not given["no_features"],
         attention=not given["no_attention"],
+        residual=given["residual"],
         scenarios=scenarios,
         only=given["only"],
         device=_device(given),
@@ -385,6 +400,7 @@ def _options(given: dict[str, Any], scenarios: object) -> Options:
         attention_dtype=given["attention_dtype"],
         attention_keepbits=given["attention_keepbits"],
         feature_dtype=given["feature_dtype"],
+        residual_dtype=given["residual_dtype"],
         prepend_bos=given["prepend_bos"],
         low_memory=given["low_memory"],
     )

@@ -96,6 +96,6 @@ def _arrays(summary: RunSummary) -> str:
     first = summary.traces[0]
     return ", ".join(
         f"{name} ({' × '.join(map(str, first.arrays[name]))})"
-        for name in ("attention", "features")
+        for name in ("attention", "features", "residual")
         if name in first.arrays
     )

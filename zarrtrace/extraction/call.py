@@ -56,6 +56,7 @@ def extract(
     layers: int | str | Iterable[int] | None = None,
     attention: bool = True,
     features: bool = True,
+    residual: bool = False,
     scenario: str | Sequence[str] = (),
     queries: str | int | Iterable[int] | None = None,
     revision: str | None = None,
@@ -71,6 +72,7 @@ def extract(
     attention_dtype: StoredDtype | None = None,
     attention_keepbits: int | None = None,
     feature_dtype: StoredDtype = "float32",
+    residual_dtype: StoredDtype = "float32",
     prepend_bos: bool | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
@@ -111,8 +113,9 @@ def extract(
     layers
         Indices of decoder blocks, or a text such as ``"1-31"``. By default all, with features all
         that have an SAE.
-    attention, features
-        What to store.
+    attention, features, residual
+        What to store. The residual stream is taken where the SAEs of ``features`` read it, so that
+        they encode it to ``features``; without SAEs it is the output of each block.
     scenario
         Names of scenarios to keep; by default all.
     queries
@@ -140,8 +143,8 @@ def extract(
         Precision of stored attention; by default lossless.
     attention_keepbits
         Bits of the mantissa of attention to keep; by default all.
-    feature_dtype
-        Precision of stored features.
+    feature_dtype, residual_dtype
+        Precision of stored features and residual stream.
     prepend_bos
         Whether prompts begin with BOS. By default as the SAEs were trained, else if the tokenizer
         has a BOS token.
@@ -194,6 +197,7 @@ def extract(
             layer_end=layer_end,
             attention=attention,
             features=features,
+            residual=residual,
             scenarios=scenarios,
             only=(scenario,) if isinstance(scenario, str) else tuple(scenario),
             queries=_queries(queries),
@@ -207,6 +211,7 @@ def extract(
             attention_dtype=attention_dtype,
             attention_keepbits=attention_keepbits,
             feature_dtype=feature_dtype,
+            residual_dtype=residual_dtype,
             prepend_bos=prepend_bos,
             trust_remote_code=trust_remote_code,
         ),

@@ -14,6 +14,9 @@ from zarrtrace.format.layout import trace_layout
 # the precision in which the model computes, per element of the full square.
 _ATTENTION = {"float32": 1.85, "bfloat16": 0.8, "float16": 0.95}
 _ATTENTION_MEAN = 1.9
+# Likewise per value of the residual stream: random ones of Llama-3.1-8B's width, float32 with
+# heavy tails. float16, too, if it is stored so.
+_RESIDUAL = {"float32": 3.4, "bfloat16": 1.4, "float16": 1.8}
 _PER_ACTIVE_FEATURE = 8.5
 _PER_INDEXED_FEATURE = 6.5
 _PER_NEXT_TOKEN = 70
@@ -96,6 +99,11 @@ def _on_disk(job: Job, tokens: int) -> float:
         precision = "float16" if job.attention_dtype == "float16" else computed
         per_head = _ATTENTION[precision] * job.model.n_heads
         size += layers * tokens**2 * (per_head + _ATTENTION_MEAN)
+    if job.channels is not None:
+        computed = job.model.attributes.dtype
+        half = job.options.residual_dtype == "float16" and computed == "float32"
+        each = _RESIDUAL["float16" if half else computed]
+        size += len(job.residual) * tokens * job.channels * each
     indexed = sum(min(32, sae.d_sae) for sae in _all(job))
     active = sum(min(_ACTIVE_FEATURES, sae.d_sae) for sae in _all(job))
     return size + tokens * (indexed * _PER_INDEXED_FEATURE + active * _PER_ACTIVE_FEATURE)

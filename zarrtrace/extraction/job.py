@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, wraps
+from functools import cache, cached_property, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, get_args
 
@@ -46,6 +46,7 @@ _CHOICES = {
     "attention_capture": AttentionCapture,
     "attention_dtype": StoredDtype,
     "feature_dtype": StoredDtype,
+    "residual_dtype": StoredDtype,
 }
 
 
@@ -69,8 +70,9 @@ class Options:
         model, 1 to 31.
     layer_start, layer_end
         First and last block, instead of `layers`; None is the model's own.
-    features, attention
-        What to store.
+    features, attention, residual
+        What to store. `residual` is the residual stream at the hook point that the SAEs of
+        ``features`` read, without SAEs the output of each block.
     scenarios
         What :func:`zarrtrace.scenarios.as_scenarios` takes; ``"slot-machine"`` is the embedded
         suite.
@@ -94,6 +96,8 @@ class Options:
     feature_dtype
         Precision in which features are stored. Activations too large for it are refused; those too
         small for it become its smallest number, so that a feature that fires is not stored as 0.
+    residual_dtype
+        Precision in which the residual stream is stored; values too large for it are refused.
     prepend_bos
         None does as the SAEs were trained, else if the tokenizer has a BOS token.
     low_memory
@@ -112,6 +116,7 @@ class Options:
     layer_end: int | None = None
     features: bool = True
     attention: bool = True
+    residual: bool = False
     scenarios: object = None
     only: tuple[str, ...] = ()
     device: str = "cpu"
@@ -122,6 +127,7 @@ class Options:
     attention_dtype: StoredDtype | None = None
     attention_keepbits: int | None = None
     feature_dtype: StoredDtype = "float32"
+    residual_dtype: StoredDtype = "float32"
     prepend_bos: bool | None = None
     low_memory: bool = False
 
@@ -226,6 +232,28 @@ class Job:
         half = self.model.attributes.dtype == "float16"
         return self.options.attention_dtype or ("float16" if half else "float32")
 
+    @cached_property
+    def residual(self) -> Mapping[int, str]:
+        """Hook points of the residual stream that is stored, by layer; empty for none.
+
+        Raises
+        ------
+        ConfigError
+            If SAEs read different places in different blocks.
+        """
+        if not self.options.residual:
+            return {}
+        found: dict[int, str] = capture_package().residual_hooks(self.layers, self.saes)
+        return found
+
+    @property
+    def channels(self) -> int | None:
+        """Width of the residual stream that is stored; None for none."""
+        if not self.residual:
+            return None
+        hook = next(iter(self.residual.values()))
+        return self.model.width(capture_package().parse_hook(hook).kind)
+
     def shape(self, prompt: Prompt) -> TraceShape:
         """Sizes of a prompt's trace."""
         return TraceShape(
@@ -233,8 +261,10 @@ class Job:
             tokens=len(prompt.tokens.ids),
             heads=self.model.n_heads if self.options.attention else None,
             features={sae.variable: sae.d_sae for found in self.saes.values() for sae in found},
+            channels=self.channels,
             attention_dtype=self.attention_dtype,
             feature_dtype=self.options.feature_dtype if self.saes else None,
+            residual_dtype=self.options.residual_dtype if self.residual else None,
             attention_layers=len(self.attention_layers)
             if self.options.attention and len(self.attention_layers) < len(self.layers)
             else None,
@@ -257,6 +287,13 @@ class Job:
         """Hash what a run is asked for, its prompts and the versions of libraries left out."""
         asked = {k: v for k, v in self.config.items() if k not in ("prompts", "versions")}
         return hashlib.blake2b(json.dumps(asked).encode(), digest_size=8).hexdigest()
+
+    @property
+    def _residual_form(self) -> str | None:
+        """The hook point of the residual stream, ``{layer}`` for the number of the block."""
+        for layer, hook in self.residual.items():
+            return hook.replace(f"blocks.{layer}.", "blocks.{layer}.", 1)
+        return None
 
     def _attributes(self, prompt: Prompt) -> TraceAttributes:
         reasons: dict[str, list[int]] = {}
@@ -285,6 +322,11 @@ class Job:
             attention_dtype=self.attention_dtype,
             attention_keepbits=self.options.attention_keepbits,
             feature_dtype=self.options.feature_dtype if self.saes else None,
+            residual_dtype=self.options.residual_dtype if self.residual else None,
+            residual_hook=self._residual_form,
+            layers_without_residual=tuple(
+                layer for layer in self.layers if self.residual and layer not in self.residual
+            ),
             versions=library_versions(),
         )
 
@@ -423,6 +465,7 @@ def _assembled(
         batch_size=batch_size,
         config=_config(options, model, layers, saes, prompts, batch_size),
     )
+    _ = job.residual  # refuses SAEs that read different places
     for prompt in prompts:
         job.queries(prompt)  # refuses positions that a prompt does not have
     return job
@@ -490,10 +533,10 @@ def _check(options: Options, loaded: Loaded) -> None:
                 f"--{name.replace('_', '-')} {value}",
                 remedy=f"Give one of {', '.join(get_args(kind))}.",
             )
-    if not options.attention and not options.features:
+    if not (options.attention or options.features or options.residual):
         raise ConfigError(
             "--no-attention and --no-features leave nothing to extract",
-            remedy="Drop one of the two.",
+            remedy="Drop one of the two, or add --residual.",
         )
     _check_layers(options)
     _check_saes(options, loaded)
@@ -650,6 +693,8 @@ def _config(
         "attention_keepbits": options.attention_keepbits,
         "features": options.features,
         "feature_dtype": options.feature_dtype,
+        "residual": options.residual,
+        "residual_dtype": options.residual_dtype,
         "sae_release": options.sae_release,
         "saes": {
             sae.id: sae.fingerprint or sae.revision for found in saes.values() for sae in found

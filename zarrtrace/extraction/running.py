@@ -232,6 +232,7 @@ def _captured(job: Job, lacks: Mapping[str, Lack]) -> Generator[Record, None, No
         attention_dtype=job.attention_dtype,
         saes=job.saes,
         source=job.source,
+        residual=job.residual,
         batch_size=job.batch_size,
     )
     return found

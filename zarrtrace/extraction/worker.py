@@ -182,6 +182,8 @@ _NOT_LOADED: dict[str, Any] = {
     "attention_dtype": None,
     "attention_keepbits": None,
     "feature_dtype": "float32",
+    "residual": False,
+    "residual_dtype": "float32",
 }
 
 

@@ -145,7 +145,7 @@ def bytes_of(record: Record) -> int:
         return record.nbytes
     if isinstance(record, TokensRecord):
         return record.next_token.nbytes + record.next_token_logprob.nbytes
-    arrays: list[Any] = [record.attention, record.attention_mean]
+    arrays: list[Any] = [record.attention, record.attention_mean, record.residual]
     arrays += [features.activations for features in record.features.values()]
     return sum(array.nbytes for array in arrays if array is not None)
 

@@ -301,6 +301,15 @@ class TraceAttributes(Frozen):
     feature_dtype: Literal["float16", "float32"] | None = Field(
         description="Null if features were not asked for."
     )
+    residual_dtype: Literal["float16", "float32"] | None = Field(
+        default=None, description="Null if the residual stream was not asked for."
+    )
+    residual_hook: str | None = Field(
+        default=None,
+        description="Hook point that `residual` is from, by TransformerLens's name; `{layer}` "
+        "stands for the layer's number. Null if not known.",
+    )
+    layers_without_residual: Layers = ()
     versions: dict[str, str] = Field(
         description="Libraries the trace was made with; if others completed it, both versions, as "
         "in '2.4.0, 2.13.0'."

@@ -33,7 +33,7 @@ INDEX_TOKENS = 20
 LABELS = ("token_id", "key_token", "special", "generated", "query_token", "next_token_text")
 
 #: How chunks are compressed: schema/README.md, "Codecs".
-Codec = Literal["attention", "sparse", "plain"]
+Codec = Literal["shuffle", "sparse", "plain"]
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,11 @@ class Limits:
     record_bytes
         Dense size of the rows that a record of a long prompt holds.
     keys, queries, tokens, features
-        Most that a chunk has along these dimensions: of `attention`, and of `features`.
+        Most that a chunk has along these dimensions: of `attention`, and of `features` and
+        `residual`.
     attention
-        Numbers that a chunk of `attention` stays within: `queries` is halved until it does.
+        Numbers that a chunk of `attention` or `residual` stays within: its rows, `queries` or
+        `tokens`, are halved until it does.
     """
 
     file_bytes: int = 2**29
@@ -113,8 +115,10 @@ class TraceShape:
         Query heads; None for a trace without attention.
     features
         Numbers of latents by array (``features``, ``features_NAME``); empty for none.
-    attention_dtype, feature_dtype
-        Of `attention` and `features`.
+    channels
+        Width of the residual stream; None for a trace without `residual`.
+    attention_dtype, feature_dtype, residual_dtype
+        Of `attention`, `features` and `residual`.
     next_token
         Whether the most likely next tokens are stored.
     attention_layers, attention_queries
@@ -129,8 +133,10 @@ class TraceShape:
     tokens: int
     heads: int | None = None
     features: Mapping[str, int] = field(default_factory=dict)
+    channels: int | None = None
     attention_dtype: str | None = None
     feature_dtype: str | None = None
+    residual_dtype: str | None = None
     next_token: bool = True
     attention_layers: int | None = None
     attention_queries: int | None = None
@@ -156,15 +162,19 @@ class _Array(NamedTuple):
 _ARRAYS = {
     "attention": _Array(
         "layer head query key", "float32", "attention probability",
-        "how much the query token attends to the key token, by query head", codec="attention"),
+        "how much the query token attends to the key token, by query head", codec="shuffle"),
     "attention_mean": _Array(
-        "layer query key", "float32", "attention probability, mean over heads", codec="attention"),
+        "layer query key", "float32", "attention probability, mean over heads", codec="shuffle"),
     "features": _Array("layer query feature", "float32", "SAE feature activation", codec="sparse"),
     "top_feature": _Array(
         "layer query feature_rank", "uint32", "strongest features of a token, strongest first",
         f"by magnitude; {NO_ID} where no further feature fires", NO_ID),
     "top_activation": _Array(
         "layer query feature_rank", "float32", "activations of the strongest features"),
+    # Its bytes are shuffled: two of each value of a bfloat16 model are 0.
+    "residual": _Array(
+        "layer query channel", "float32", "residual stream",
+        "at the hook point that the attribute residual_hook names", codec="shuffle"),
     "next_token": _Array(
         "query rank", "uint32", "most likely next tokens, most likely first", fill_value=NO_ID),
     "next_token_logprob": _Array(
@@ -177,6 +187,7 @@ _ARRAYS = {
     "attention_query": _Array(
         "attention_query", "int64", "position of a token whose row of attention is stored"),
     "feature": _Array("feature", "int64", "index of the SAE's latent"),
+    "channel": _Array("channel", "int64", "index of the residual stream's channel"),
     "query": _Array("query", "int64", "position of the token in the prompt"),
     "key": _Array("key", "int64", "position of the token in the prompt"),
     "token_id": _Array("key", "uint32", "id of the token in the model's vocabulary"),
@@ -226,6 +237,8 @@ def trace_layout(shape: TraceShape) -> dict[str, ArrayLayout]:
         out |= _attention_layouts(shape, shape.heads)
     for name, features in shape.features.items():
         out |= _feature_layouts(name.removeprefix("features"), shape, features)
+    if shape.channels is not None:
+        out["residual"] = _residual_layout(shape, shape.channels)
     if shape.next_token:
         sizes = {"query": shape.tokens, "rank": NEXT_TOKENS}
         out |= {name: _layout(_ARRAYS[name], sizes, {"query": 4096}) for name in NEXT_TOKEN}
@@ -264,6 +277,13 @@ def _feature_layouts(suffix: str, shape: TraceShape, features: int) -> dict[str,
     return out
 
 
+def _residual_layout(shape: TraceShape, channels: int) -> ArrayLayout:
+    sizes = {"layer": shape.layers, "query": shape.tokens, "channel": channels}
+    steps = {"layer": 1, "query": residual_chunk_rows(channels, shape.limits)}
+    layout = _layout(_ARRAYS["residual"], sizes, steps, dtype=shape.residual_dtype)
+    return _in_files(layout, shape.limits)
+
+
 def _in_files(layout: ArrayLayout, limits: Limits) -> ArrayLayout:
     """Cut an array that is written layer by layer into files: as many layers each as fit."""
     chunks, axis = layout.chunks, layout.row_axis
@@ -285,6 +305,8 @@ def _coordinate_layouts(shape: TraceShape) -> dict[str, ArrayLayout]:
             indexes["attention_layer"] = shape.attention_layers
         if shape.attention_queries is not None:
             indexes["attention_query"] = shape.attention_queries
+    if shape.channels is not None:
+        indexes["channel"] = shape.channels
     out = {name: _layout(_ARRAYS[name], indexes) for name in indexes}
     out |= _feature_indexes(shape.features)
     for name in shape.sae_fields:
@@ -307,7 +329,16 @@ def _feature_indexes(features: Mapping[str, int]) -> dict[str, ArrayLayout]:
 
 def attention_chunk_rows(tokens: int, heads: int, limits: Limits = DEFAULT_LIMITS) -> int:
     """Return how many rows of attention a chunk holds: fewer where rows are large."""
-    row, rows = heads * min(tokens, limits.keys), limits.queries
+    return _halved(limits.queries, heads * min(tokens, limits.keys), limits)
+
+
+def residual_chunk_rows(channels: int, limits: Limits = DEFAULT_LIMITS) -> int:
+    """Return how many tokens a chunk of the residual stream holds, each with all channels."""
+    return _halved(limits.tokens, channels, limits)
+
+
+def _halved(rows: int, row: int, limits: Limits) -> int:
+    """Halve a number of rows until their numbers, `row` in each, stay within a chunk's limit."""
     while rows > 1 and rows * row > limits.attention:
         rows //= 2
     return rows
@@ -328,6 +359,11 @@ def feature_rows(tokens: int, features: int, limits: Limits = DEFAULT_LIMITS) ->
     """Return how many tokens one record of features holds: whole chunks, within a bound."""
     # Records hold float32, whatever is stored.
     return min(tokens, _record_rows(limits.tokens, features * 4, limits))
+
+
+def residual_rows(tokens: int, channels: int, limits: Limits = DEFAULT_LIMITS) -> int:
+    """Return how many tokens one record of residual holds: whole chunks, within a bound."""
+    return min(tokens, _record_rows(residual_chunk_rows(channels, limits), channels * 4, limits))
 
 
 def _record_rows(step: int, row_bytes: int, limits: Limits) -> int:

@@ -58,7 +58,8 @@ def export_npz(
     """Write a run, or one trace, in the documented NPZ layout.
 
     Values are the store's, bit for bit, and the same call writes the same bytes. Arrays that the
-    layout has no place for (means, indices, next tokens, further feature arrays) are left out.
+    layout has no place for (means, indices, next tokens, residual stream, further feature arrays)
+    are left out.
 
     Parameters
     ----------

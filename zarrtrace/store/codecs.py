@@ -41,7 +41,7 @@ _LOCAL = threading.local()
 
 def codecs_of(layout: ArrayLayout) -> list[dict[str, Any]]:
     """Return an array's codecs, as ``zarr.json`` lists them."""
-    if layout.codec == "attention":
+    if layout.codec == "shuffle":
         blosc_options = {
             "typesize": np.dtype(layout.dtype).itemsize,
             "cname": "zstd",
@@ -107,7 +107,7 @@ class ArrayEncoding:
         self.grid = tuple(f // c for f, c in zip(self.file_shape, self.chunks, strict=True))
         self.strides = tuple(math.prod(self.grid[at + 1 :]) for at in range(len(self.grid)))
         self.count = math.prod(self.grid)
-        self._is_blosc = layout.codec == "attention"
+        self._is_blosc = layout.codec == "shuffle"
         self._compressor = _BLOSC_CODEC if self._is_blosc else _ZSTD_CODEC
         self._little = self.dtype.newbyteorder("<")
 

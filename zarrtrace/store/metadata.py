@@ -503,7 +503,7 @@ def layout_of(node: Mapping[str, Any]) -> ArrayLayout:
             shape=node["shape"],
             chunks=chunks,
             shards=shards,
-            codec="attention" if "blosc" in [one["name"] for one in codecs] else "plain",
+            codec="shuffle" if "blosc" in [one["name"] for one in codecs] else "plain",
             fill_value=math.nan if fill == "NaN" else fill,
             attributes=attributes,
         )

@@ -145,6 +145,8 @@ class TraceWriter:
                 continue
             if name.startswith("attention"):
                 has = layer in attributes.layers_of(layout.dims[0])
+            elif name == "residual":
+                has = layer not in attributes.layers_without_residual
             else:
                 suffix = layout.dims[-1].removeprefix("feature_rank").removeprefix("feature")
                 has_sae = f"features{suffix}" in variables if plan.saes else True
@@ -382,6 +384,8 @@ def _arrays_of(record: LayerRecord) -> Mapping[str, np.ndarray | BFloat16 | Nonz
     values: dict[str, np.ndarray | BFloat16 | Nonzeros] = {}
     if record.attention is not None and record.attention_mean is not None:
         values = {"attention": record.attention, "attention_mean": record.attention_mean}
+    if record.residual is not None:
+        values["residual"] = record.residual
     for name, features in record.features.items():
         suffix = name.removeprefix("features")
         values[name] = features.activations

@@ -34,6 +34,11 @@ _Array = np.ndarray | BFloat16
 _LARGEST_WEIGHT, _LARGEST_SUM = 1 + 2**-7, 1.25 * (1 + 2**-7)
 # A sum of rounded weights is itself rounded, in float32, once a weight at most.
 _EPSILON = float(np.finfo(np.float32).eps)
+_DIMS = {
+    "attention": "head, query, key",
+    "features": "query, feature",
+    "residual": "query, channel",
+}
 
 
 def write_trace(
@@ -43,6 +48,7 @@ def write_trace(
     tokens: tuple[Sequence[int], Sequence[str]],
     attention: Mapping[int, Any] | None = None,
     features: Mapping[int, Any] | None = None,
+    residual: Mapping[int, Any] | None = None,
     queries: Sequence[int] | None = None,
     spans: Mapping[str, Sequence[int]] | None = None,
     offsets: Sequence[CharRange] | None = None,
@@ -51,11 +57,11 @@ def write_trace(
     overwrite: bool = False,
     storage_options: Mapping[str, str] | None = None,
 ) -> None:
-    """Store attention and features of one prompt that something else captured.
+    """Store attention, features and residual stream of one prompt that something else captured.
 
     The first call creates the run, further calls add traces to it. After each call the run is
-    complete and can be opened. All its traces have the same layers, heads, features and precisions.
-    They have no next tokens and no description of the model. One process writes a run at a time.
+    complete and can be opened. All its traces have the same layers, sizes and precisions. They
+    have no next tokens and no description of the model. One process writes a run at a time.
 
     Parameters
     ----------
@@ -70,7 +76,10 @@ def write_trace(
         By layer, weights behind the softmax, ``(head, query, key)``.
     features
         By layer, activations ``(query, feature)`` of every token; SciPy's sparse ones, too. Layers
-        may have attention, features or both.
+        may have attention, features, residual, or several of them.
+    residual
+        By layer, the residual stream ``(query, channel)`` at every token, as the outputs of the
+        decoder blocks. The trace does not say which hook point it is from.
     queries
         Token positions of the rows of attention, ascending. By default all.
     spans
@@ -118,7 +127,9 @@ def write_trace(
             remedy="Leave options out.",
         )
     texts = _tokens(label, tokens, special)
-    arrays = _Arrays(label, len(texts.ids), attention or {}, features or {}, queries)
+    arrays = _Arrays(
+        label, len(texts.ids), attention or {}, features or {}, residual or {}, queries
+    )
     found = _spans(label, given, texts.texts, spans or {}, offsets)
     plan = trace_plan(
         scenario=given.name,
@@ -132,10 +143,13 @@ def write_trace(
         layers=arrays.layers,
         without_attention={"none was given": arrays.without(arrays.attention)},
         without_sae=arrays.without(arrays.features),
+        without_residual=arrays.without(arrays.residual),
         heads=arrays.heads,
         features=arrays.width,
+        channels=arrays.channels,
         attention_dtype=arrays.attention_dtype,
         feature_dtype=arrays.feature_dtype,
+        residual_dtype=arrays.residual_dtype,
         tokens=texts,
         queries=arrays.queries,
     )
@@ -145,10 +159,13 @@ def write_trace(
         "layers": ranges(arrays.layers),
         "layers_without_attention": ranges(arrays.without(arrays.attention)),
         "layers_without_features": ranges(arrays.without(arrays.features)),
+        "layers_without_residual": ranges(arrays.without(arrays.residual)),
         "heads": arrays.heads,
         "features": arrays.width,
+        "channels": arrays.channels,
         "attention_dtype": arrays.attention_dtype,
         "feature_dtype": arrays.feature_dtype,
+        "residual_dtype": arrays.residual_dtype,
         "metadata": {name: type(value).__name__ for name, value in given.metadata.items()},
     }
     with RunExtension(location, config) as extended:
@@ -177,6 +194,9 @@ def trace_plan(
     feature_dtype: Any,
     tokens: Tokens,
     queries: tuple[int, ...] | None,
+    without_residual: Sequence[int] = (),
+    channels: int | None = None,
+    residual_dtype: Any = None,
     metadata: Mapping[str, Any] | None = None,
     model: ModelAttributes | None = None,
 ) -> TracePlan:
@@ -188,11 +208,11 @@ def trace_plan(
         As the trace's attributes have them.
     layers
         Ascending.
-    without_attention, without_sae
-        Layers that lack attention, by reason, and layers that lack features.
-    heads, features
+    without_attention, without_sae, without_residual
+        Layers that lack attention, by reason, and layers that lack features and residual.
+    heads, features, channels
         Sizes; None for none.
-    attention_dtype, feature_dtype
+    attention_dtype, feature_dtype, residual_dtype
         Precisions.
     tokens, queries
         The prompt's tokens, and the rows of attention; None for all.
@@ -212,8 +232,10 @@ def trace_plan(
             layers=tuple(layers),
             layers_without_sae=() if features is None else tuple(without_sae),
             layers_without_attention=reasons,
+            layers_without_residual=tuple(without_residual),
             attention_dtype=attention_dtype,
             feature_dtype=feature_dtype,
+            residual_dtype=residual_dtype,
             versions={name: version(name) for name in ("numpy", "zarr")},
         ),
         shape=TraceShape(
@@ -221,8 +243,10 @@ def trace_plan(
             tokens=len(tokens.ids),
             heads=heads,
             features={} if features is None else {"features": features},
+            channels=channels,
             attention_dtype=attention_dtype,
             feature_dtype=feature_dtype,
+            residual_dtype=residual_dtype,
             next_token=False,
             attention_layers=len(layers) - lacking if lacking else None,
         ),
@@ -232,7 +256,11 @@ def trace_plan(
 
 
 def layer_record(
-    scenario: str, layer: int, attention: _Array | None, features: FeatureRecord | None
+    scenario: str,
+    layer: int,
+    attention: _Array | None,
+    features: FeatureRecord | None,
+    residual: _Array | None = None,
 ) -> LayerRecord:
     """Return the record of a layer, with the mean of its attention over heads."""
     mean = None
@@ -244,6 +272,7 @@ def layer_record(
         attention=attention,
         attention_mean=mean,
         features={} if features is None else {"features": features},
+        residual=residual,
     )
 
 
@@ -288,28 +317,33 @@ class _Arrays:
         tokens: int,
         attention: Mapping[int, Any],
         features: Mapping[int, Any],
+        residual: Mapping[int, Any],
         queries: Sequence[int] | None,
     ) -> None:
         self._label = label
         self.attention = {layer: _shaped(value) for layer, value in attention.items()}
         self.features = {layer: _shaped(value) for layer, value in features.items()}
-        self.layers = tuple(sorted({*attention, *features}))
-        if not self.layers:
+        self.residual = {layer: _shaped(value) for layer, value in residual.items()}
+        layers = {*attention, *features, *residual}
+        if not layers:
             raise ConfigError(
-                f"{label}: no array was given", remedy="Give attention, features or both."
+                f"{label}: no array was given", remedy="Give attention, features or residual."
             )
-        for layer in self.layers:
+        for layer in layers:
             if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
                 raise ConfigError(
                     f"{label}: {layer!r} is no layer",
                     remedy="Give arrays by the index of the decoder block, an int from 0.",
                 )
+        self.layers = tuple(sorted(layers))
         self.queries = self._rows(queries, tokens)
         rows = tokens if self.queries is None else len(self.queries)
         self.heads = self._size("attention", self.attention, (None, rows, tokens))
         self.width = self._size("features", self.features, (tokens, None))
+        self.channels = self._size("residual", self.residual, (tokens, None))
         self.attention_dtype = _precision(self.attention.values())
         self.feature_dtype = _precision(self.features.values())
+        self.residual_dtype = _precision(self.residual.values())
 
     def _rows(self, queries: Sequence[int] | None, tokens: int) -> tuple[int, ...] | None:
         if queries is None:
@@ -340,12 +374,11 @@ class _Arrays:
                 size = shape[at]
             wanted = tuple(size if one is None else one for one in expected)
             if shape != wanted:
-                dims = "(head, query, key)" if name == "attention" else "(query, feature)"
                 said = tuple("any" if one is None else one for one in wanted)
                 raise ConfigError(
                     f"{self._label}: {name} of layer {layer} has shape {shape}, not "
                     f"({', '.join(map(str, said))})",
-                    why=f"It is {dims} of one prompt, of the same sizes in all layers.",
+                    why=f"It is ({_DIMS[name]}) of one prompt, of the same sizes in all layers.",
                     remedy="Take one prompt out of a batch, as array[0]; check the tokens.",
                 )
         return size
@@ -356,7 +389,7 @@ class _Arrays:
 
     def record(self, scenario: str, layer: int) -> LayerRecord:
         """Return the record of a layer, after a look at its values."""
-        attention = features = None
+        attention = features = residual = None
         if layer in self.attention:
             attention = _on_host(self.attention[layer])
             self._check_finite("attention", layer, [attention])
@@ -372,7 +405,10 @@ class _Arrays:
                 attention = attention.astype(np.float32, copy=False)
         if layer in self.features:
             features = self._features(layer)
-        return layer_record(scenario, layer, attention, features)
+        if layer in self.residual:
+            residual = _on_host(self.residual[layer])
+            self._check_finite("residual", layer, [residual])
+        return layer_record(scenario, layer, attention, features, residual)
 
     def _features(self, layer: int) -> FeatureRecord:
         given = self.features[layer]

@@ -120,11 +120,13 @@ class BundleArray:
 
 
 def trace_arrays(ds: xr.Dataset, *, eight_bit: bool = False) -> list[BundleArray]:
-    """Return the arrays of one scenario."""
+    """Return the arrays of one scenario, but for the residual stream: the page shows none of it."""
     return [
         _of_variable(str(name), variable, eight_bit=eight_bit)
         for name, variable in sorted(ds.data_vars.items())
-        if variable.ndim > 1 and variable.dtype.kind != "O"  # text is in index.json
+        if variable.ndim > 1
+        and variable.dtype.kind != "O"  # text is in index.json
+        and name != "residual"
     ]
 
 
