@@ -328,8 +328,8 @@ def test_a_scenario_that_ends_its_workers_is_named(
     suite = tmp_path / "suite.yaml"  # more than there are tasks: most hold several
     scenarios = [{"name": f"s{at}", "prompt": f"You hold ${at}."} for at in range(40)]
     suite.write_text(json.dumps({"scenarios": scenarios}), encoding="utf-8")
+    asked = options(model="demo", scenarios=suite, only=())
     with pytest.raises(ClusterError, match="every worker that computes s7 ends"):
-        asked = options(model="demo", scenarios=suite, only=())
         extract_on_cluster(client, tmp_path / "run", asked)
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
