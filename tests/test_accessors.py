@@ -67,7 +67,7 @@ def test_a_trace_says_what_its_file_says(
         "from zarrtrace.store import open_trace; ds = open_trace(path)",
     ],
 )
-def test_whoever_opens_a_trace_has_the_accessor(code: str, shared_run: fakes.FakeRun) -> None:
+def test_every_way_of_opening_registers_the_accessor(code: str, shared_run: fakes.FakeRun) -> None:
     program = f"import sys\npath = sys.argv[1]\n{code}\nprint(ds.zt.span('decision'))"
     done = subprocess.run(
         [sys.executable, "-c", program, str(shared_run.trace)],

@@ -95,7 +95,7 @@ def _weights(data: xr.Dataset | xr.DataArray, layer: int | None, head: int | Non
         if name not in data:
             raise ConfigError(
                 "the dataset has no attention",
-                why="It is no trace, or was extracted with --no-attention.",
+                why="It is not a trace, or was extracted with --no-attention.",
                 remedy=f"It has: {', '.join(map(str, data.data_vars)) or 'nothing'}.",
             )
         data = data[name]

@@ -91,7 +91,7 @@ def _first_blocks(model: LoadedModel) -> Iterator[LoadedModel]:
     """Let the model run its first blocks alone: two, or up to the last of a new kind.
 
     With --low-memory, each block is copied to the device, perhaps from a disk. Blocks of one kind
-    compute alike, so two are enough.
+    compute the same way, so two are enough.
     """
     kinds: set[Any] = set()
     count = min(2, len(model.blocks))

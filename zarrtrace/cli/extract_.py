@@ -289,7 +289,7 @@ def _names(scenarios: Sequence[Scenario] | None, only: Sequence[str]) -> list[st
 
 
 def _check_output(given: dict[str, Any], names: list[str]) -> None:
-    """Refuse a folder that is no run, or a run of other scenarios."""
+    """Refuse a folder that is not a run, or a run of other scenarios."""
     output: Location = given["output"]
     if output.path is None or given["repair"] or not output.path.exists():
         return  # in an object store this may take long, and is done later

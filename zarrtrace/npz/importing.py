@@ -44,7 +44,7 @@ def import_npz(
     Before anything is written, every file's headers are checked, and that no file is a copy of
     another's; when it is read, that attention is a causal model's. The layout does not hold what
     would tell whether layers, or scenarios with equally many tokens, were exchanged. An interrupted
-    import goes on where it was when it is called again. The run has no next tokens: the layout does
+    import is resumed when it is called again. The run has no next tokens: the layout does
     not hold them. It has tags, prompts and the model if the metadata file comes from
     :func:`export_npz`.
 

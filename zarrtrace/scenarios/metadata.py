@@ -1,4 +1,4 @@
-"""Metadata of scenarios: named numbers, texts and booleans, typed alike in a whole suite."""
+"""Metadata of scenarios: named numbers, texts and booleans, of one type in a whole suite."""
 
 from __future__ import annotations
 

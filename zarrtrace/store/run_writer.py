@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -43,7 +44,30 @@ MOST_EXTENDED = 100
 _REPLACING = ".zarrtrace-replacing"
 
 
-class RunWriter:
+class _LockedRun(ABC):
+    """Context manager that holds a run's lock, and has the run opened under it."""
+
+    _final: Location
+
+    def __enter__(self) -> Self:
+        with disk.explained(self._final):
+            self._lock = lock_run(self._final)
+            try:
+                self._open()
+            except BaseException:
+                self._lock.release()
+                raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    @abstractmethod
+    def _open(self) -> None:
+        """Find or make the run."""
+
+
+class RunWriter(_LockedRun):
     """Write a run, one trace a scenario; an existing run is resumed.
 
     Parameters
@@ -92,19 +116,6 @@ class RunWriter:
         self.path = self._final
         # Where a run is written that replaces another one.
         self._new = beside(self._final, "new")
-
-    def __enter__(self) -> Self:
-        with disk.explained(self._final):
-            self._lock = lock_run(self._final)
-            try:
-                self._open()
-            except BaseException:
-                self._lock.release()
-                raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
 
     def _open(self) -> None:
         was_replaced = self._end_replacement()
@@ -235,7 +246,7 @@ class RunWriter:
             self.path = self._final
 
 
-class RunExtension:
+class RunExtension(_LockedRun):
     """Add traces to a run, one at a time; a context manager that holds the run's lock.
 
     Parameters
@@ -256,28 +267,15 @@ class RunExtension:
     """
 
     def __init__(self, path: Location, config: Mapping[str, Any]) -> None:
-        self.path, self._config = path.resolved(), dict(config)
-
-    def __enter__(self) -> Self:
-        if not (self.path / "zarr.json").is_file():
-            refuse_foreign(self.path)
-        with disk.explained(self.path):
-            self._lock = lock_run(self.path)
-            try:
-                self._open()
-            except BaseException:
-                self._lock.release()
-                raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
+        self.path = self._final = path.resolved()
+        self._config = dict(config)
 
     def _open(self) -> None:
-        if not (self.path / "zarr.json").is_file():
+        if not (self._final / "zarr.json").is_file():
+            refuse_foreign(self._final)
             self._write((), None)
-        run = read_run(self.path)
-        refuse_other(self.path, run.attributes.config, self._config)
+        run = read_run(self._final)
+        refuse_other(self._final, run.attributes.config, self._config)
         self._names, self._nodes = run.attributes.scenarios, run.nodes
 
     def begin(self, name: str, *, overwrite: bool) -> None:
@@ -292,13 +290,13 @@ class RunExtension:
             taken = {name_key(one): one for one in self._names}
             if (rival := taken.get(name_key(name))) is not None:
                 raise ConfigError(
-                    f"{self.path}: scenario name {name!r} is taken by {rival!r}",
+                    f"{self._final}: scenario name {name!r} is taken by {rival!r}",
                     why="Many file systems take both for one folder.",
                     remedy="Choose another name.",
                 )
         elif not overwrite:
             raise ConfigError(
-                f"{self.path}: has scenario {name!r}",
+                f"{self._final}: has scenario {name!r}",
                 remedy="Choose another name, or replace the trace with overwrite=True.",
             )
         else:  # a copy of its metadata must not outlive it
@@ -314,7 +312,7 @@ class RunExtension:
             known = {path.partition("/")[0] for path in self._nodes}
             for one in self._names:
                 if one not in known or one == name:
-                    found = repeated_nodes(read_trace(self.path / one))
+                    found = repeated_nodes(read_trace(self._final / one))
                     added = {f"{one}/{key}".rstrip("/"): node for key, node in found.items()}
                     self._nodes |= added
             nodes = {
@@ -325,10 +323,10 @@ class RunExtension:
 
     def _write(self, names: Sequence[str], nodes: Nodes | None) -> None:
         attributes = RunAttributes(scenarios=tuple(names), config=self._config, complete=True)
-        with disk.explained(self.path):
-            if (folder := self.path.path) is not None:
+        with disk.explained(self._final):
+            if (folder := self._final.path) is not None:
                 folder.mkdir(parents=True, exist_ok=True)
-            (self.path / "zarr.json").write(sealed_group(attributes, nodes))
+            (self._final / "zarr.json").write(sealed_group(attributes, nodes))
 
 
 def remove_run(folder: Location) -> None:
