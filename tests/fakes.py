@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 
 from zarrtrace.format.attributes import (
     ModelAttributes,
@@ -24,6 +28,7 @@ from zarrtrace.format.layout import (
     TraceShape,
 )
 from zarrtrace.records import FeatureRecord, LayerRecord, Tokens, TokensRecord, TracePlan
+from zarrtrace.storage import disk
 from zarrtrace.store import RunWriter, TraceWriter
 
 Truth = dict[str, np.ndarray]
@@ -401,3 +406,21 @@ def files_in(folder: Path) -> dict[str, bytes]:
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     }
+
+
+@contextlib.contextmanager
+def full_disk(
+    monkeypatch: pytest.MonkeyPatch, failing: str, number: int = errno.ENOSPC
+) -> Iterator[None]:
+    """Have appending to a file, or to any of a folder, fail after eleven bytes."""
+    original = disk.append
+
+    def append(file: Path, parts: Any, *arguments: Any) -> None:
+        if failing in (file.name, file.parent.name):
+            original(file, [b"".join(parts)[:11]], *arguments)
+            raise OSError(number, os.strerror(number))
+        original(file, parts, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "append", append)
+        yield

@@ -120,6 +120,8 @@ def test_examples_run_in_order(
                 run(command, monkeypatch)
         elif language == "yaml" and (file := re.match(r"# (\w+\.yaml)\n", block)):
             (folder / file[1]).write_text(block, encoding="utf-8")
+        for code, said in re.findall(r"^(\S+) +# token positions: (.*)$", block, re.M):
+            assert repr(eval(code, namespace)) == said  # noqa: S307 -- our own text
 
 
 def test_every_language_is_one_that_runs() -> None:

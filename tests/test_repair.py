@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,6 @@ import zarrtrace as zt
 from zarrtrace.errors import IntegrityError, NoSpaceError
 from zarrtrace.format.layout import Limits
 from zarrtrace.records import LayerRecord
-from zarrtrace.storage import disk
 from zarrtrace.store import RunWriter, TraceWriter, verify
 
 LAYERED = ("attention", "attention_mean", "features", "top_feature", "top_activation")
@@ -211,18 +209,8 @@ def test_a_disk_full_while_sound_parts_are_copied_copies_them_later(
     """The same writer continues once there is room."""
     (run.trace / "features" / "zarr.json").unlink()
     writer = writer_for_repair(run)
-    original = disk.append
-
-    def full(file: Path, parts: Any, *arguments: Any) -> None:
-        if failing in (file.name, file.parent.name):
-            original(file, [b"".join(parts)[:11]], *arguments)
-            raise OSError(errno.ENOSPC, "full")
-        original(file, parts, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(disk, "append", full)
-        with pytest.raises(NoSpaceError):
-            writer.finish()
+    with fakes.full_disk(monkeypatch, failing), pytest.raises(NoSpaceError):
+        writer.finish()
     writer.finish()
     assert verify(run.path) == []
     assert repaired(run) == []

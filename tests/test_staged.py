@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import itertools
 import json
-import os
 import shutil
 import threading
 import warnings
@@ -657,18 +656,11 @@ def test_a_full_disk_loses_only_the_layer_being_written(
     run, all_records = tmp_path / "run", records(**SIZES)
     writer = fakes.make_trace_writer(run, **SIZES)
     writer.append(all_records[0])
-    original = disk.append
-
-    def full(file: Path, parts: Any, *arguments: Any) -> None:
-        if failing in (file.name, file.parent.name):
-            original(file, [b"".join(parts)[:11]], *arguments)
-            raise OSError(number, os.strerror(number))
-        original(file, parts, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(disk, "append", full)
-        with pytest.raises(kind, match=message):
-            writer.append(all_records[1])
+    with (
+        fakes.full_disk(monkeypatch, failing, number),
+        pytest.raises(kind, match=message),
+    ):
+        writer.append(all_records[1])
     assert writer.missing_layers == (2, 5, 6)
     # Once there is room, the trace goes on, be it in the same process.
     if not same_writer:
@@ -687,18 +679,8 @@ def test_next_tokens_are_appended_again_once_there_is_room(
     run, (*layers, tokens) = tmp_path / "run", records(**SIZES)
     writer = fakes.make_trace_writer(run, **SIZES)
     writer.append(layers[0])
-    original = disk.append
-
-    def full(file: Path, parts: Any, *arguments: Any) -> None:
-        if failing in (file.name, file.parent.name):
-            original(file, [b"".join(parts)[:11]], *arguments)
-            raise OSError(errno.ENOSPC, "full")
-        original(file, parts, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(disk, "append", full)
-        with pytest.raises(NoSpaceError):
-            writer.append(tokens)
+    with fakes.full_disk(monkeypatch, failing), pytest.raises(NoSpaceError):
+        writer.append(tokens)
     assert writer.needs_tokens
     for record in (tokens, *layers[1:], tokens):  # a second record says nothing new
         writer.append(record)
