@@ -583,8 +583,12 @@ def stored_layers():
 
 def journalled():
     "The file that holds each stored layer; a file that was started again is another one."
-    found = {}
-    for name, layers in stored_layers().items():
+    found, layers_of = {}, stored_layers()
+    for name in OPTIONS.only:
+        staged = run / ".staged" / name
+        if (staged / "zarr.json").exists() and not (staged / "journal").exists():
+            layers_of[name] = OPTIONS.layers  # complete, but not in its place yet
+    for name, layers in layers_of.items():
         folder = run / name if (run / name).exists() else run / ".staged" / name
         for layer in layers:
             found[name, layer] = (folder / "attention" / "c.0.0.0.0").stat().st_ino
