@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, get_args
 from zarrtrace import demo
 from zarrtrace.errors import ConfigError, install_command
 from zarrtrace.extraction.layers import choose_layers
-from zarrtrace.extraction.positions import Positions, as_text, check_spans, positions_of
+from zarrtrace.extraction.positions import Positions, as_json, as_text, check_spans, positions_of
 from zarrtrace.extraction.processes import FEW_TRACES, WriterPool
 from zarrtrace.extraction.reading_ahead import ReadAhead, weight_files
 from zarrtrace.format.attributes import SAEAttributes, TraceAttributes, ranges
@@ -716,10 +716,8 @@ def _config(
         "prepend_bos": attributes.prepend_bos,
         "device": model.device.type,
         "batch_size": batch_size,
-        "positions": as_text(options.positions),
-        "attention_positions": None
-        if options.attention_positions is None
-        else as_text(options.attention_positions),
+        "positions": as_json(options.positions),
+        "attention_positions": as_json(options.attention_positions),
         "attention_capture": options.attention_capture,
         "layers": ranges(layers),
         "attention": options.attention,

@@ -99,7 +99,7 @@ def _indexable(number: int, trace: Group[TraceAttributes]) -> IndexableTrace:
 
 def _positions(trace: Group[TraceAttributes]) -> tuple[int, ...] | None:
     """Return the token positions that a trace stores; None for all."""
-    if trace.nodes["query"]["shape"] == trace.nodes["key"]["shape"]:
+    if "query" not in trace.nodes or trace.nodes["query"]["shape"] == trace.nodes["key"]["shape"]:
         return None
     return tuple(open_array(trace, "query").load().tolist())
 
@@ -120,7 +120,8 @@ def _layers_with(trace: Group[TraceAttributes], name: str) -> tuple[int, ...]:
 
 def digest_of(trace: Group[TraceAttributes]) -> int:
     """Return a number that stands for the features of a trace; never 0."""
-    content = {name: trace.checksums[name] for name in (*_feature_arrays(trace), "query")}
+    names = (*_feature_arrays(trace), *({"query"} & trace.checksums.keys()))
+    content = {name: trace.checksums[name] for name in names}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16) or 1
 
