@@ -17,7 +17,8 @@ from xarray.core.indexes import PandasIndex
 
 from zarrtrace.accessors import source_of
 from zarrtrace.errors import IncompleteError, IntegrityError, NotATraceError, ZarrtraceError
-from zarrtrace.format.attributes import TraceAttributes
+from zarrtrace.format.attributes import TableAttributes, TraceAttributes
+from zarrtrace.format.layout import ROWS
 from zarrtrace.storage import Address, Location, at_once, locate
 from zarrtrace.store.array import StoredArray, open_array
 from zarrtrace.store.chunks import FileIndex
@@ -85,9 +86,9 @@ def open_trace(
         group, missing_layers, indexes = staged
         if missing == "raise":
             raise incomplete(path, group.attributes.layers, missing_layers) from None
-        return _dataset(path, group, chunks, indexes)
+        return lazy_dataset(path, group, chunks, indexes)
     check_sizes(trace)
-    return _dataset(path, trace, chunks)
+    return lazy_dataset(path, trace, chunks)
 
 
 def open_run(
@@ -150,7 +151,7 @@ def open_run(
 def _child(run: Location, name: str, chunks: ChunkSpec) -> xr.Dataset | None:
     """Open a trace of a run; None if it is not complete."""
     try:
-        return _dataset(run / name, read_scenario(run, name), chunks)
+        return lazy_dataset(run / name, read_scenario(run, name), chunks)
     except NotATraceError:
         return None
 
@@ -168,9 +169,9 @@ def _between_two(path: Location, error: NotATraceError) -> NotATraceError:
     )
 
 
-def _dataset(
+def lazy_dataset(
     path: Location,
-    trace: Group[TraceAttributes],
+    trace: Group[TraceAttributes] | Group[TableAttributes],
     chunks: ChunkSpec,
     staged: Mapping[str, Mapping[str, FileIndex]] | None = None,
 ) -> xr.Dataset:
@@ -188,7 +189,8 @@ def _dataset(
                 continue
             target = coordinates if name in trace.labels else variables
             target[name] = _variable(array)
-        _check_spans(trace.attributes, tokens)
+        if isinstance(trace.attributes, TraceAttributes):
+            _check_spans(trace.attributes, tokens)
         ds = xr.Dataset(variables, xr.Coordinates(coordinates, indexes), trace.plain)
         ds.encoding = source_of(path)
     return ds if chunks is None else _chunk(ds, chunks)
@@ -225,7 +227,7 @@ def _variable(array: StoredArray) -> xr.Variable:
 
 
 def _index(
-    name: str, array: StoredArray, attributes: TraceAttributes
+    name: str, array: StoredArray, attributes: TraceAttributes | TableAttributes
 ) -> tuple[xr.Variable, PandasIndex]:
     """Return the index of a dimension, read only where the attributes do not say what it holds."""
     (size,), dtype = array.encoding.shape, array.encoding.dtype
@@ -273,7 +275,7 @@ def _blocks(variable: xr.Variable) -> dict[Hashable, int]:
         return dict(shape)
     layer_bytes = math.prod(variable.shape[1:]) * variable.dtype.itemsize
     if layer_bytes > 2 * _BLOCK_BYTES:
-        row = next(dim for dim in variable.dims if str(dim).endswith("query"))
+        row = next(dim for dim in variable.dims if dim in ROWS)
         rows = max(1, _BLOCK_BYTES * shape[row] // (layer_bytes * chunks[row])) * chunks[row]
         return {**shape, first: 1, row: min(rows, shape[row])}
     return {**shape, first: max(1, min(shape[first], _BLOCK_BYTES // max(layer_bytes, 1)))}
