@@ -45,8 +45,8 @@ def load_suite(path: str | Path) -> tuple[Scenario, ...]:
     ----------
     path
         YAML (``.yaml``, ``.yml``) holds a list under ``scenarios``, JSONL one such entry a line.
-        CSV and Parquet have columns ``prompt``, ``name``, ``tags``, ``spans`` and ``options``; all
-        others are metadata.
+        CSV and Parquet have columns ``prompt`` or ``messages``, ``name``, ``tags``, ``spans``,
+        ``options`` and ``generation_prompt``; all others are metadata.
 
     Raises
     ------
@@ -61,7 +61,7 @@ def load_suite(path: str | Path) -> tuple[Scenario, ...]:
             raise ScenarioError(
                 f"{path}: unknown kind of scenario file {suffix or '(no ending)'!r}",
                 remedy="Name it .yaml (a list under 'scenarios'), .jsonl (one scenario a line), "
-                ".csv or .parquet (a column 'prompt').",
+                ".csv or .parquet (a column 'prompt' or 'messages').",
             )
         content = path.read_bytes()
         text = "" if suffix == ".parquet" else content.decode("utf-8-sig")
@@ -223,15 +223,19 @@ def _at(where: str, error: ScenarioError) -> ScenarioError:
 
 def _entry_draft(entry: ScenarioEntry, place: int, suite: SuiteFile, where: str = "") -> _Draft:
     name = default_name(place) if entry.name is None else check_name(entry.name)
-    if entry.prompt is not None and (entry.template is not None or entry.values):
+    own = "a prompt" if entry.prompt is not None else "messages" if entry.messages else ""
+    if own and (entry.template is not None or entry.values):
         raise ScenarioError(
-            f"{label(name)} has a prompt and a template or values",
-            remedy="Give either 'prompt', or 'template' and 'values'.",
+            f"{label(name)} has {own} and a template or values",
+            remedy=f"Give either {own}, or 'template' and 'values'.",
         )
     template = entry.template or suite.template
     marked: dict[str, Any] = {}
     values: dict[str, Value | None] = {}
-    if entry.prompt is not None:
+    marks, begins = suite.marks if entry.marks is None else entry.marks, entry.generation_prompt
+    if begins is None and entry.messages:
+        begins = suite.generation_prompt
+    if own:
         prompt = entry.prompt
     elif template is not None:
         taken = value_names(template)
@@ -247,14 +251,19 @@ def _entry_draft(entry: ScenarioEntry, place: int, suite: SuiteFile, where: str 
         except ScenarioError as error:
             raise _at(label(name), error) from None
         values = {one: _metadata_of(one, given[one]) for one in taken if one not in RESERVED}
+        marks = False  # they are read, and values are text
     else:
         raise ScenarioError(
             f"{label(name)} has no prompt",
-            remedy="Give it 'prompt', or 'template' (its own or the file's) and 'values'.",
+            remedy="Give it 'prompt', or 'template' (its own or the file's) and 'values', or "
+            "'messages'.",
         )
     scenario = assembled(
         name=name,
         prompt=prompt,
+        messages=entry.messages,
+        generation_prompt=begins,
+        marks=bool(marks),
         marked=marked,
         spans=entry.spans,
         tags=entry.tags,

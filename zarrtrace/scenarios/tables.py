@@ -19,7 +19,7 @@ from zarrtrace.scenarios.suite_file import refuse_double_keys
 from zarrtrace.suggestions import closest
 
 # Columns that are fields of an entry.
-_FIELDS = ("prompt", "name", "tags", "spans", "options")
+_FIELDS = ("prompt", "messages", "generation_prompt", "name", "tags", "spans", "options")
 # As pandas stores an index without a name.
 _INDEX = re.compile(r"__index_level_\d+__")
 # Text "007" is a label, not the number 7.
@@ -153,12 +153,7 @@ def _entries(
 
 def _check_header(table: str, header: Sequence[Any]) -> None:
     """Refuse a table without prompts, or with columns that cannot be metadata."""
-    if "messages" in header:
-        raise ScenarioError(
-            f"{table}: column 'messages' holds chat prompts, which come in a later version",
-            remedy="Give a column 'prompt' with texts, and leave 'messages' out.",
-        )
-    if "prompt" not in header:
+    if "prompt" not in header and "messages" not in header:
         close = closest("prompt", map(str, header))
         hint = f"Did you mean {close!r}? Rename it to 'prompt'" if close else "Name one so"
         raise ScenarioError(
@@ -186,9 +181,14 @@ def _entry(row: Mapping[str, Any], where: str) -> ScenarioEntry:
     given = {name: None if is_missing(value) else plain(value) for name, value in row.items()}
     entry: dict[str, Any] = {"metadata": {k: v for k, v in given.items() if k not in _FIELDS}}
     try:
-        if given["prompt"] is None:
-            raise ScenarioError("prompt: missing", remedy="Give every row a text.")
-        entry |= {"prompt": given["prompt"], "name": given.get("name") or None}
+        entry |= {"prompt": given.get("prompt"), "name": given.get("name") or None}
+        entry["messages"] = _messages(given.get("messages"))
+        if entry["prompt"] is None and entry["messages"] is None:
+            raise ScenarioError(
+                f"{'prompt' if 'prompt' in given else 'messages'}: missing",
+                remedy="Give every row a prompt, or messages.",
+            )
+        entry["generation_prompt"] = given.get("generation_prompt")
         entry["tags"] = _tags(given.get("tags"))
         entry["spans"] = _mapping("spans", given.get("spans"))
         entry["options"] = _mapping("options", given.get("options")) or None
@@ -212,6 +212,16 @@ def _tags(cell: Any) -> Any:
     if cell.lstrip().startswith("["):
         return _json("tags", cell)
     return [tag.strip() for tag in re.split("[,;]", cell) if tag.strip()]
+
+
+def _messages(cell: Any) -> Any:
+    """Return a cell of messages: a list of structs, or its JSON."""
+    if isinstance(cell, str):
+        return _json("messages", cell)
+    if isinstance(cell, Mapping) and all(isinstance(one, list) for one in cell.values()):
+        names = list(cell)  # a struct of lists, as older versions of Datasets store a list
+        return [dict(zip(names, row, strict=True)) for row in zip(*cell.values(), strict=True)]
+    return cell
 
 
 def _mapping(field: str, cell: Any) -> Any:
@@ -238,7 +248,8 @@ def _json(field: str, cell: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise ScenarioError(
             f"{field}: not valid JSON: {error}",
-            remedy='Write spans and options as {"name": "text"}, tags as ["a", "b"] or a;b.',
+            remedy='Write spans and options as {"name": "text"}, tags as ["a", "b"] or a;b, '
+            'messages as [{"role": "user", "content": "text"}].',
         ) from None
 
 
