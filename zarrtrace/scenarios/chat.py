@@ -252,13 +252,8 @@ def _template(scenario: str, tokenizer: Any) -> str:
 
 def _renderer(scenario: str, chat: Chat, tokenizer: Any, *, generation_prompt: bool) -> _Render:
     """Return a function of contents that applies the template."""
-    try:
-        from jinja2 import TemplateError  # noqa: PLC0415 -- comes with torch
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            "chat templates need jinja2, which is not installed",
-            remedy="Install it: pip install jinja2",
-        ) from error
+    from jinja2 import TemplateError  # noqa: PLC0415 -- of the extra, as is the tokenizer
+
     roles = [message.role for message in chat.messages]
 
     def render(contents: Sequence[str]) -> str:
