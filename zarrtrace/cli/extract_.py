@@ -98,7 +98,15 @@ _EXAMPLES = [
     "--prepend-bos/--no-prepend-bos",
     group=MODEL,
     default=None,
-    help="Whether prompts begin with BOS.  [default: as the SAEs were trained]",
+    help="Whether prompts begin with BOS.  [default: as the SAEs were trained; of messages, as the "
+    "chat template does]",
+)
+@option(
+    "--generation-prompt/--no-generation-prompt",
+    group=PROMPTS,
+    default=True,
+    help="Whether the chat template begins the assistant's next message, or a last message of the "
+    "assistant's is continued.  [default: it does]",
 )
 @option(
     "--trust-remote-code", group=MODEL, is_flag=True, help="Run code that comes with the model."
@@ -411,6 +419,7 @@ def _options(given: dict[str, Any], scenarios: object) -> Options:
         feature_dtype=given["feature_dtype"],
         residual_dtype=given["residual_dtype"],
         prepend_bos=given["prepend_bos"],
+        generation_prompt=given["generation_prompt"],
         low_memory=given["low_memory"],
     )
 

@@ -76,6 +76,7 @@ def extract(
     feature_dtype: StoredDtype = "float32",
     residual_dtype: StoredDtype = "float32",
     prepend_bos: bool | None = None,
+    generation_prompt: bool = True,
     trust_remote_code: bool = False,
     overwrite: bool = False,
     repair: bool = False,
@@ -153,7 +154,10 @@ def extract(
         Precision of stored features and residual stream.
     prepend_bos
         Whether prompts begin with BOS. By default as the SAEs were trained, else if the tokenizer
-        has a BOS token.
+        has a BOS token; prompts of messages, as the chat template writes them.
+    generation_prompt
+        Whether the chat template begins the assistant's next message, for scenarios with messages
+        that do not say it. If not, a last message of the assistant's is continued.
     trust_remote_code
         Whether code that comes with the model may run.
     overwrite
@@ -222,6 +226,7 @@ def extract(
             feature_dtype=feature_dtype,
             residual_dtype=residual_dtype,
             prepend_bos=prepend_bos,
+            generation_prompt=generation_prompt,
             trust_remote_code=trust_remote_code,
         ),
         model,

@@ -18,7 +18,12 @@ from zarrtrace.extraction.layers import choose_layers
 from zarrtrace.extraction.positions import Positions, as_json, as_text, check_spans, positions_of
 from zarrtrace.extraction.processes import FEW_TRACES, WriterPool
 from zarrtrace.extraction.reading_ahead import ReadAhead, weight_files
-from zarrtrace.format.attributes import SAEAttributes, TraceAttributes, ranges
+from zarrtrace.format.attributes import (
+    ModelAttributes,
+    SAEAttributes,
+    TraceAttributes,
+    ranges,
+)
 from zarrtrace.format.layout import TraceShape
 from zarrtrace.hub import cache_if_unreachable
 from zarrtrace.records import TracePlan
@@ -101,7 +106,11 @@ class Options:
     residual_dtype
         Precision in which the residual stream is stored; values too large for it are refused.
     prepend_bos
-        None does as the SAEs were trained, else if the tokenizer has a BOS token.
+        None does as the SAEs were trained, else if the tokenizer has a BOS token; of messages, as
+        the chat template does.
+    generation_prompt
+        Whether chat templates begin the assistant's next message, for scenarios with messages that
+        do not say it.
     low_memory
         Whether decoder blocks stay in host memory and come to the device one at a time.
     """
@@ -132,6 +141,7 @@ class Options:
     feature_dtype: StoredDtype = "float32"
     residual_dtype: StoredDtype = "float32"
     prepend_bos: bool | None = None
+    generation_prompt: bool = True
     low_memory: bool = False
 
     @property
@@ -317,6 +327,15 @@ class Job:
             return hook.replace(f"blocks.{layer}.", "blocks.{layer}.", 1)
         return None
 
+    def _model_attributes(self, prompt: Prompt) -> ModelAttributes:
+        """Return the model's attributes, with what differs from prompt to prompt."""
+        update: dict[str, Any] = {}
+        if prompt.scenario.name in self.blocked:
+            update["attn_implementation"] = "blocked"
+        if prompt.scenario.chat is not None:
+            update["prepend_bos"] = prompt.tokens.ids[0] == self.model.tokenizer.bos_token_id
+        return self.model.attributes.model_copy(update=update)
+
     def _attributes(self, prompt: Prompt) -> TraceAttributes:
         reasons: dict[str, list[int]] = {}
         for layer in self.layers if self.options.attention else ():
@@ -324,18 +343,16 @@ class Job:
                 block = type(self.model.blocks[layer]).__name__
                 reason = f"{block} mixes tokens without attention probabilities"
                 reasons.setdefault(reason, []).append(layer)
+        chat = prompt.scenario.chat
         return TraceAttributes(
             scenario=prompt.scenario.name,
             prompt=prompt.scenario.prompt,
+            chat=None if chat is None else chat.attributes,
             tags=tuple(prompt.scenario.tags),
             spans=prompt.spans,
             options=prompt.options,
             metadata=dict(prompt.scenario.metadata),
-            model=self.model.attributes.model_copy(
-                update={"attn_implementation": "blocked"}
-                if prompt.scenario.name in self.blocked
-                else {}
-            ),
+            model=self._model_attributes(prompt),
             layers=self.layers,
             layers_without_sae=tuple(
                 layer for layer in self.layers if self.saes and layer not in self.saes
@@ -438,9 +455,7 @@ def prepare(
     if ahead and source is not None:
         ahead.add(source.stretches([sae for found in saes.values() for sae in found]))
     prepend_bos = _prepend_bos(options, model, source)
-    prompts = tuple(
-        capture.tokenize(model, scenario, prepend_bos=prepend_bos) for scenario in scenarios
-    )
+    prompts = _prompts(options, model, scenarios, prepend_bos=prepend_bos)
     if loaded.tokenizer is not None:
         capture.refuse_unknown_ids(model, (max(prompt.tokens.ids) for prompt in prompts))
     if weights:
@@ -455,14 +470,28 @@ def prepare(
 
 def with_scenarios(job: Job, scenarios: Sequence[Scenario]) -> Job:
     """Return a job for other scenarios, with the model and the SAEs that it has."""
-    capture, bos = capture_package(), job.model.attributes.prepend_bos
-    prompts = tuple(
-        capture.tokenize(job.model, scenario, prepend_bos=bos) for scenario in scenarios
-    )
+    bos = job.model.attributes.prepend_bos
+    prompts = _prompts(job.options, job.model, scenarios, prepend_bos=bos)
     made = _assembled(
         job.options, job.model, job.layers, job.source, job.saes, prompts, prepend_bos=bos
     )
     return replace(made, notes=job.notes)
+
+
+def _prompts(
+    options: Options, model: LoadedModel, scenarios: Sequence[Scenario], *, prepend_bos: bool
+) -> tuple[Prompt, ...]:
+    """Render chats, and tokenise all scenarios."""
+    capture = capture_package()
+    rendered = (
+        scenario.render(
+            model.tokenizer,
+            generation_prompt=options.generation_prompt,
+            prepend_bos=options.prepend_bos,
+        )
+        for scenario in scenarios
+    )
+    return tuple(capture.tokenize(model, one, prepend_bos=prepend_bos) for one in rendered)
 
 
 def _assembled(
@@ -750,5 +779,6 @@ def _digest(prompt: Prompt) -> str:
         list(prompt.tokens.texts),
         sorted((name, span.tokens) for name, span in prompt.spans.items()),
         sorted((name, option.token_id) for name, option in prompt.options.items()),
+        scenario.chat and (scenario.chat.template, scenario.chat.generation_prompt),
     ]
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()

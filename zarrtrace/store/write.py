@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 
 from zarrtrace.errors import ConfigError, NonFiniteError, ScenarioError
-from zarrtrace.format.attributes import ModelAttributes, SpanAttributes, TraceAttributes, ranges
+from zarrtrace.format.attributes import (
+    ChatAttributes,
+    ModelAttributes,
+    SpanAttributes,
+    TraceAttributes,
+    ranges,
+)
 from zarrtrace.format.layout import TraceShape, feature_columns
 from zarrtrace.records import (
     BFloat16,
@@ -123,6 +129,12 @@ def write_trace(
     label = f"scenario {given.name!r}"
     if not given.name:
         raise ScenarioError("the scenario has no name", remedy="Give Scenario(…, name=…).")
+    if given.messages and not given.prompt:
+        raise ScenarioError(
+            f"{label}: has messages, which are not rendered",
+            why="A tokenizer's chat template makes the prompt of them.",
+            remedy="Give scenario.render(tokenizer).",
+        )
     if given.options:
         raise ConfigError(
             f"{label}: has options",
@@ -143,6 +155,7 @@ def write_trace(
     plan = trace_plan(
         scenario=given.name,
         prompt=None if isinstance(scenario, str) else given.prompt,
+        chat=None if given.chat is None else given.chat.attributes,
         tags=given.tags,
         spans={
             name: SpanAttributes(characters=given.spans.get(name, ()), tokens=tuple(positions))
@@ -210,12 +223,13 @@ def trace_plan(
     residual_dtype: Any = None,
     metadata: Mapping[str, Any] | None = None,
     model: ModelAttributes | None = None,
+    chat: ChatAttributes | None = None,
 ) -> TracePlan:
     """Describe a trace whose arrays are there already, and which has no next tokens.
 
     Parameters
     ----------
-    scenario, prompt, tags, spans, metadata, model
+    scenario, prompt, tags, spans, metadata, model, chat
         As the trace's attributes have them.
     layers
         Ascending.
@@ -237,6 +251,7 @@ def trace_plan(
         attributes=TraceAttributes(
             scenario=scenario,
             prompt=prompt,
+            chat=chat,
             tags=tuple(tags),
             spans=dict(spans),
             metadata=dict(metadata or {}),
