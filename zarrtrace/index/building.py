@@ -86,7 +86,7 @@ def build_index(run: Address, *, rebuild: bool = False) -> IndexUpdate:
 
 
 def _build(run: Location, *, rebuild: bool) -> IndexUpdate:
-    traces = list(indexable_traces(run))
+    traces = indexable_traces(run)
     if not traces:
         raise ConfigError(
             f"{run}: no scenario has features to index",

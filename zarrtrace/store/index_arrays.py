@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from zarrtrace.errors import IntegrityError, NotATraceError, StoreError
+from zarrtrace.errors import IntegrityError, StoreError
 from zarrtrace.format.attributes import IndexAttributes, TraceAttributes
 from zarrtrace.format.layout import INDEX, ArrayLayout, index_layout
-from zarrtrace.storage import Address, Location, at_once, disk, locate
+from zarrtrace.storage import Address, Location, disk, locate
 from zarrtrace.store.array import open_array
 from zarrtrace.store.chunks import Checksum, encode_file, file_key
 from zarrtrace.store.codecs import ArrayEncoding
@@ -24,10 +24,10 @@ from zarrtrace.store.metadata import (
     Group,
     Nodes,
     array_metadata,
+    each_trace,
     encoded,
     read_index_group,
     read_run,
-    read_scenario,
     read_trace,
     sealed_group,
 )
@@ -65,8 +65,8 @@ class IndexableTrace(NamedTuple):
     layers: dict[str, tuple[int, ...]]
 
 
-def indexable_traces(run: Address) -> Iterator[IndexableTrace]:
-    """Yield the complete traces of a run that have features.
+def indexable_traces(run: Address) -> list[IndexableTrace]:
+    """Return the complete traces of a run that have features.
 
     Raises
     ------
@@ -76,23 +76,17 @@ def indexable_traces(run: Address) -> Iterator[IndexableTrace]:
     run = locate(run)
     names = read_run(run).attributes.scenarios
     numbers = {name: number for number, name in enumerate(names)}
-    each = map if run.path is not None else at_once
-    for trace in each(lambda name: _indexable(run / name), run.present(names)):
-        if trace is not None:
-            yield trace._replace(number=numbers[trace.path.name])
+    found = each_trace(
+        run, run.present(names), lambda trace: _indexable(numbers[trace.path.name], trace)
+    )
+    return [trace for trace in found if trace is not None and trace.features]
 
 
-def _indexable(path: Location) -> IndexableTrace | None:
-    try:
-        trace = read_scenario(path.parent, path.name)
-    except NotATraceError:
-        return None
+def _indexable(number: int, trace: Group[TraceAttributes]) -> IndexableTrace:
     arrays = _feature_arrays(trace)
-    if not arrays:
-        return None
     return IndexableTrace(
-        number=-1,
-        path=path,
+        number=number,
+        path=trace.path,
         digest=digest_of(trace),
         features={name: int(trace.nodes[name]["shape"][-1]) for name in arrays},
         layers={name: _layers_with(trace, name) for name in arrays},

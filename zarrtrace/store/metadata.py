@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic, Literal, TypeVar
@@ -65,6 +65,7 @@ _FILE_KEY = re.compile(r"c(\.(0|[1-9]\d{0,8}))+", re.ASCII)
 #: What nonsense in JSON raises when it is parsed and taken for metadata.
 NONSENSE = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 
+_Use = TypeVar("_Use")
 _Attributes = TypeVar("_Attributes", IndexAttributes, RunAttributes, TraceAttributes)
 _MODELS: dict[str, type[IndexAttributes | RunAttributes | TraceAttributes]] = {
     "run": RunAttributes,
@@ -245,6 +246,25 @@ def read_scenario(run: Location, name: str) -> Group[TraceAttributes]:
     return trace
 
 
+def each_trace(
+    run: Location, names: Iterable[str], use: Callable[[Group[TraceAttributes]], _Use]
+) -> list[_Use | None]:
+    """Return what a function makes of each trace's metadata; None for those not complete.
+
+    Raises
+    ------
+    FormatVersionError, IntegrityError
+    """
+
+    def used(name: str) -> _Use | None:
+        try:
+            return use(read_scenario(run, name))
+        except NotATraceError:
+            return None
+
+    return run.each(used, names)
+
+
 def read_index_group(path: Address) -> Group[IndexAttributes]:
     """Read the metadata of a run's index.
 
@@ -275,7 +295,7 @@ def refuse_foreign(path: Location) -> None:
     ------
     ConfigError, NotATraceError, FormatVersionError, IntegrityError
     """
-    path.refuse_read_only()
+    path.writable_backend()  # raises if it is read only
     is_file = path.is_file()
     if not is_file and not (path.is_folder() and any(True for _ in path.children())):
         return

@@ -18,11 +18,11 @@ from xarray.core.indexes import PandasIndex
 from zarrtrace.accessors import source_of
 from zarrtrace.errors import IncompleteError, IntegrityError, NotATraceError, ZarrtraceError
 from zarrtrace.format.attributes import TraceAttributes
-from zarrtrace.storage import Address, Location, at_once, locate
+from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store.array import StoredArray, open_array
 from zarrtrace.store.chunks import FileIndex
 from zarrtrace.store.damage import check_sizes
-from zarrtrace.store.metadata import REPAIR, Group, read_run, read_scenario, read_trace
+from zarrtrace.store.metadata import REPAIR, Group, each_trace, read_run, read_trace
 from zarrtrace.store.publish import beside
 from zarrtrace.store.staged import read_staged, staging_folder
 from zarrtrace.store.trace_writer import incomplete
@@ -123,9 +123,8 @@ def open_run(
     except NotATraceError as error:
         raise _between_two(path, error) from None
     names = run.attributes.scenarios
-    each = map if path.path is not None else at_once
     present = path.present(names)
-    found = each(lambda name: _child(path, name, chunks), present)
+    found = each_trace(path, present, lambda trace: _dataset(trace.path, trace, chunks))
     opened = {**dict.fromkeys(names), **dict(zip(present, found, strict=True))}
     absent = [name for name, ds in opened.items() if ds is None]
     if absent and missing == "raise":
@@ -145,14 +144,6 @@ def open_run(
         name: xr.DataTree(ds) for name, ds in opened.items() if ds is not None
     }
     return tree
-
-
-def _child(run: Location, name: str, chunks: ChunkSpec) -> xr.Dataset | None:
-    """Open a trace of a run; None if it is not complete."""
-    try:
-        return _dataset(run / name, read_scenario(run, name), chunks)
-    except NotATraceError:
-        return None
 
 
 def _between_two(path: Location, error: NotATraceError) -> NotATraceError:
@@ -178,13 +169,12 @@ def _dataset(
     variables: dict[str, xr.Variable] = {}
     coordinates: dict[str, xr.Variable] = {}
     indexes: dict[Hashable, PandasIndex] = {}
-    tokens = 0
     with _damage_explained(trace.path):
+        tokens = open_array(trace, "key", None).encoding.shape[0]
         for name in sorted(trace.nodes):
             array = open_array(trace, name, None if staged is None else staged.get(name))
             if array.encoding.layout.dims == (name,):
-                coordinates[name], indexes[name] = _index(name, array, trace.attributes)
-                tokens = array.encoding.shape[0] if name == "key" else tokens
+                coordinates[name], indexes[name] = _index(name, array, trace.attributes, tokens)
                 continue
             target = coordinates if name in trace.labels else variables
             target[name] = _variable(array)
@@ -225,7 +215,7 @@ def _variable(array: StoredArray) -> xr.Variable:
 
 
 def _index(
-    name: str, array: StoredArray, attributes: TraceAttributes
+    name: str, array: StoredArray, attributes: TraceAttributes, tokens: int
 ) -> tuple[xr.Variable, PandasIndex]:
     """Return the index of a dimension, read only where the attributes do not say what it holds."""
     (size,), dtype = array.encoding.shape, array.encoding.dtype
@@ -234,8 +224,10 @@ def _index(
     labels: np.ndarray
     if name in ("layer", "attention_layer"):
         labels = np.asarray(attributes.layers_of(name), dtype)
-    elif name == "attention_query":
+    elif name == "attention_query" or (name == "query" and size != tokens):
         labels = array.load()
+        if not size or labels[0] < 0 or labels[-1] >= tokens or (np.diff(labels) < 1).any():
+            raise ValueError(f"{name} holds no ascending positions of the {tokens} tokens")
     else:
         labels = np.arange(size, dtype=dtype)
     first = int(labels[0]) if size else 0
