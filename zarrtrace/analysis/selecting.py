@@ -158,7 +158,9 @@ def span_names(data: Scenarios) -> list[str]:
 
 
 def positions(ds: xr.Dataset, place: Place) -> list[int]:
-    """Return the token positions (labels of ``query`` and ``key``) of a place.
+    """Return the token positions (labels of ``key``) of a place.
+
+    Not each of them need be stored: :func:`stored_positions`, :func:`require_queries`.
 
     Parameters
     ----------
@@ -176,10 +178,10 @@ def positions(ds: xr.Dataset, place: Place) -> list[int]:
         _attributes(ds)
         found = span(ds, place)
     else:
-        tokens = query_labels(ds)
+        tokens = token_labels(ds)
         given = [int(place)] if isinstance(place, int | np.integer) else [int(i) for i in place]
         found = [int(tokens[i]) if -len(tokens) <= i < 0 else i for i in given]
-    have = set(query_labels(ds).tolist())
+    have = set(token_labels(ds).tolist())
     outside = [position for position in found if position not in have]
     if outside or not found:
         raise ScenarioError(
@@ -193,9 +195,36 @@ def positions(ds: xr.Dataset, place: Place) -> list[int]:
     return found
 
 
-def query_labels(ds: xr.Dataset) -> np.ndarray:
-    """Return the token positions that a trace (or a part of one) has."""
-    return np.asarray(ds["query"].values)
+def stored_positions(ds: xr.Dataset, place: Place) -> list[int]:
+    """Return the token positions (labels of ``query``) of a place, all of which are stored.
+
+    Raises
+    ------
+    ConfigError
+        If one of them is not stored: the scenario was extracted with chosen positions.
+    ScenarioError
+        As :func:`positions`.
+    """
+    found = positions(ds, place)
+    absent = sorted(set(found) - set(np.asarray(ds["query"]).tolist()))
+    if absent:
+        raise _not_stored(ds, "token", absent)
+    return found
+
+
+def token_labels(ds: xr.Dataset) -> np.ndarray:
+    """Return the token positions that a trace (or a part of one) has as keys: the prompt's."""
+    return np.asarray(ds["key"].values)
+
+
+def _not_stored(ds: xr.Dataset, what: str, absent: list[int]) -> ConfigError:
+    others = f" (nor of {len(absent) - 1} others)" if len(absent) > 1 else ""
+    return ConfigError(
+        f"{scenario_of(ds)}: {what} {absent[0]} is not stored{others}",
+        why="The scenario was extracted with chosen positions (--positions or "
+        "--attention-positions), or this is a part of a trace.",
+        remedy="Choose among the stored positions, or extract the scenario with more of them.",
+    )
 
 
 def label(place: Place) -> str:
@@ -293,7 +322,7 @@ def taken(array: xr.DataArray, **labels: Sequence[int] | np.ndarray) -> xr.DataA
 
 
 def stored_queries(ds: xr.Dataset) -> np.ndarray:
-    """Return the positions whose rows of attention are stored: all, unless queries were chosen."""
+    """Return the positions whose rows of attention are stored."""
     dim = "attention_query" if "attention_query" in ds.dims else "query"
     return np.asarray(ds[dim].values)
 
@@ -308,12 +337,7 @@ def require_queries(ds: xr.Dataset, wanted: Iterable[int]) -> None:
     """
     absent = sorted(set(wanted) - set(stored_queries(ds).tolist()))
     if absent:
-        raise ConfigError(
-            f"{scenario_of(ds)}: attention of token {absent[0]} is not stored"
-            + (f" (nor of {len(absent) - 1} others)" if len(absent) > 1 else ""),
-            why="The scenario was extracted with chosen queries only.",
-            remedy="Choose among the stored queries, or extract the scenario with all of them.",
-        )
+        raise _not_stored(ds, "attention of token", absent)
 
 
 def whole(array: xr.DataArray, *dims: str) -> xr.DataArray:
