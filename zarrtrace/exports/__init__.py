@@ -33,7 +33,7 @@ from zarrtrace.npz.exporting import export_npz
 from zarrtrace.npz.files import DType, Progress, cpus
 from zarrtrace.scenarios import DECISION
 from zarrtrace.storage import Address, locate
-from zarrtrace.store import kind_of, open_run, open_trace
+from zarrtrace.store import kind_of, open_run, open_table, open_trace
 from zarrtrace.suggestions import did_you_mean
 
 __all__ = ["FORMATS", "export"]
@@ -152,7 +152,8 @@ def _open_samples(source: Address | xr.Dataset | xr.DataTree, at: At | None) -> 
     data = source
     if not isinstance(data, xr.Dataset | xr.DataTree):
         path = locate(data)
-        data = open_run(path) if kind_of(path) == "run" else open_trace(path)
+        openers = {"run": open_run, "trace": open_trace, "table": open_table}
+        data = openers[kind_of(path)](path)
     if isinstance(data, xr.Dataset) and data.attrs.get("kind") == "table" and at is None:
         return data
     return table(data, at=DECISION if at is None else at)
@@ -167,6 +168,11 @@ def _folder_of(source: Address | xr.Dataset | xr.DataTree, at: At | None) -> Add
         raise ConfigError(
             "the format 'npz' is made of a run's folder, not of a dataset",
             remedy=f"Give the run's path. {others}",
+        )
+    if kind_of(locate(source)) == "table":
+        raise ConfigError(
+            f"{source}: is a table, and the format 'npz' has a folder for each prompt",
+            remedy=others,
         )
     return source
 

@@ -57,6 +57,7 @@ class LayeredArray:
     """
 
     def __init__(self, array: xr.DataArray, without: Collection[int]) -> None:
+        self._stored = _stored_samples(array)
         self.array = array.transpose("layer", "sample", ...)
         labels = [int(label) for label in array["layer"].values]
         self._at = {label: at for at, label in enumerate(labels) if label not in without}
@@ -75,12 +76,9 @@ class LayeredArray:
         A chunk of a table is read once, in one piece; of traces, each is read once for all layers.
         """
         a_row = self.width * self.dtype.itemsize
-        stored = self.array.encoding.get("preferred_chunks", {}).get("sample")
-        if self.array.chunks is not None:
-            stored = self.array.chunks[1][0]
-        if stored is None or stored < 2:
+        if self._stored is None:
             return max(1, _BYTES // (layers * a_row))
-        return int(min(stored, max(1, 2 * _BYTES // a_row)))
+        return min(self._stored, max(1, 2 * _BYTES // a_row))
 
     @property
     def rows_of_all(self) -> int:
@@ -107,6 +105,14 @@ class LayeredArray:
         # Neighbours as a slice, which any array takes without a copy.
         chosen: Any = slice(at[0], at[-1] + 1) if at[-1] - at[0] == len(at) - 1 else at
         return Block(layers, start, stop, self.array[chosen, start:stop].values)
+
+
+def _stored_samples(array: xr.DataArray) -> int | None:
+    """Return how many samples a chunk holds; None if they come from traces."""
+    if "sample" in array.chunksizes:
+        return int(array.chunksizes["sample"][0])
+    stored = array.encoding.get("chunks")
+    return int(stored[array.dims.index("sample")]) if stored else None
 
 
 @dataclass(frozen=True)
