@@ -369,7 +369,7 @@ def _read(path: Location, wanted: Kind) -> Group[Any]:
         encodings = {} if wanted == "run" else check_nodes(nodes, attributes)
         coordinates = frozenset(str.split(labels))
     except NONSENSE as error:
-        raise _damaged(file, error) from error
+        raise damaged(file, error) from error
     return Group(path, attributes, plain, coordinates, nodes, encodings)
 
 
@@ -386,7 +386,7 @@ def _load(path: Location, wanted: str) -> tuple[bytes, dict[str, Any]]:
     except (FileNotFoundError, NotADirectoryError):
         raise _not_there(path, wanted) from None
     except (OSError, *NONSENSE) as error:
-        raise _damaged(file, error) from error
+        raise damaged(file, error) from error
     if "zarrtrace" in plain:
         raise FormatVersionError(
             f"{path}: format version 1, which this zarrtrace does not read",
@@ -395,7 +395,7 @@ def _load(path: Location, wanted: str) -> tuple[bytes, dict[str, Any]]:
         )
     is_known = plain.get("kind") in list(_MODELS)
     if "seal" in plain and not is_known:
-        raise _damaged(file, f"attribute kind: {plain.get('kind')!r}")
+        raise damaged(file, f"attribute kind: {plain.get('kind')!r}")
     if not is_known or "format_version" not in plain:
         why = "Its zarr.json lacks the attributes 'kind' and 'format_version'."
         raise _not_ours(path, wanted, why)
@@ -421,7 +421,8 @@ def _not_ours(path: Location, wanted: str, why: str) -> NotATraceError:
     )
 
 
-def _damaged(file: Location, error: object) -> IntegrityError:
+def damaged(file: Location, error: object) -> IntegrityError:
+    """Return the error that says what is wrong with a file of metadata, or with labels."""
     return IntegrityError(
         f"{file}: damaged: {error}",
         why="It is not the metadata that zarrtrace wrote.",
@@ -453,7 +454,7 @@ def parse_attributes(file: Location, plain: Mapping[str, Any], kind: Kind) -> An
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise _damaged(file, f"attribute {where}: {first['msg']}") from None
+        raise damaged(file, f"attribute {where}: {first['msg']}") from None
     return attributes
 
 
@@ -491,9 +492,22 @@ def check_nodes(
             _check_files(checksums_of(node), encodings[name], is_whole=is_whole)
         except NONSENSE as error:
             raise ValueError(f"array {name!r}: {error}") from error
-    if isinstance(attributes, TraceAttributes) and not {"layer", "key"} <= nodes.keys():
-        raise ValueError("it has no coordinates 'layer' and 'key'")
+    if isinstance(attributes, TraceAttributes):
+        _check_trace(attributes, encodings)
     return encodings
+
+
+def _check_trace(attributes: TraceAttributes, encodings: Mapping[str, ArrayEncoding]) -> None:
+    """Compare a trace's indexes and spans with its sizes."""
+    if not {"layer", "key"} <= encodings.keys():
+        raise ValueError("it has no coordinates 'layer' and 'key'")
+    for name, encoding in encodings.items():
+        if encoding.layout.dims == (name,) and encoding.layout.dtype != "int64":
+            raise ValueError(f"index {name!r} is of type {encoding.layout.dtype}")
+    (tokens,) = encodings["key"].shape
+    for name, span in attributes.spans.items():
+        if max(span.tokens, default=0) >= tokens:
+            raise ValueError(f"span {name!r} has positions beyond the prompt's {tokens} tokens")
 
 
 def layout_of(node: Mapping[str, Any]) -> ArrayLayout:
