@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -42,6 +43,7 @@ REPAIR = (
     "'zarrtrace verify' names everything damaged; the 'zarrtrace extract' that made the run, with "
     "--repair, computes it again."
 )
+_ELSEWHERE = "Choose another path; nothing there was changed."
 #: The attribute of an array that holds sizes and checksums of its files.
 CHECKSUMS = "checksums"
 
@@ -300,11 +302,8 @@ def refuse_foreign(path: Location) -> None:
     if not is_file and not (path.is_folder() and any(True for _ in path.children())):
         return
     if is_file or (path.path is not None and not (path / "zarr.json").is_file()):
-        raise NotATraceError(
-            f"{path}: exists, but is not a zarrtrace run or trace",
-            why="It is a file; a run is a folder." if is_file else "It has no zarr.json.",
-            remedy="Choose another path; nothing there was changed.",
-        )
+        why = "It is a file; a run is a folder." if is_file else "It has no zarr.json."
+        raise _not_ours(path, "run or trace", why)
     kind_of(path)
 
 
@@ -324,26 +323,14 @@ def _not_there(path: Location, wanted: str) -> NotATraceError:
             why="A run is a folder that holds zarr.json and a folder for each scenario.",
             remedy="Give that folder; nothing was changed.",
         )
-    runs = [str(one) for one in _runs_below(path)]
-    return NotATraceError(
-        f"{path}: exists, but is not a zarrtrace run or trace",
-        why="It has no zarr.json.",
-        remedy=f"Did you mean {runs[0]!r}?"
-        if len(runs) == 1
-        else f"It holds runs or traces: {', '.join(runs[:5])}."
-        if runs
-        else "Choose another path; nothing there was changed.",
-    )
-
-
-def _runs_below(path: Location) -> list[Location]:
-    """Return the folders in a folder of a disk that hold a ``zarr.json``."""
-    if path.path is None:
-        return []
-    try:
-        return [one for one in sorted(path.children(), key=str) if (one / "zarr.json").is_file()]
-    except OSError:
-        return []
+    runs: list[str] = []
+    if path.path is not None:
+        with contextlib.suppress(OSError):
+            runs = [str(one) for one in path.children() if (one / "zarr.json").is_file()]
+    remedy = _ELSEWHERE if not runs else f"It holds runs or traces: {', '.join(runs[:5])}."
+    if len(runs) == 1:
+        remedy = f"Did you mean {runs[0]!r}?"
+    return _not_ours(path, "run or trace", "It has no zarr.json.", remedy)
 
 
 def _read(path: Location, wanted: Kind) -> Group[Any]:
@@ -413,12 +400,9 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _not_ours(path: Location, wanted: str, why: str) -> NotATraceError:
-    return NotATraceError(
-        f"{path}: exists, but is not a zarrtrace {wanted}",
-        why=why,
-        remedy="Choose another path; nothing there was changed.",
-    )
+def _not_ours(path: Location, wanted: str, why: str, remedy: str = _ELSEWHERE) -> NotATraceError:
+    what = f"{path}: exists, but is not a zarrtrace {wanted}"
+    return NotATraceError(what, why=why, remedy=remedy)
 
 
 def damaged(file: Location, error: object) -> IntegrityError:
