@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic, Literal, TypeVar
@@ -584,18 +584,7 @@ def checksums_of(node: Mapping[str, Any]) -> dict[str, Checksum]:
     ValueError, LookupError, TypeError, AttributeError
         If they are missing or damaged.
     """
-    return parse_checksums(node["attributes"][CHECKSUMS])
-
-
-def parse_checksums(files: Mapping[str, Sequence[Any]]) -> dict[str, Checksum]:
-    """Return sizes and checksums of files as they stand in JSON, by key.
-
-    Raises
-    ------
-    ValueError, LookupError, TypeError, AttributeError
-        If they are damaged.
-    """
-    found = {key: Checksum(*one) for key, one in files.items()}
+    found = {key: Checksum(*one) for key, one in node["attributes"][CHECKSUMS].items()}
     for key, one in found.items():
         if not _FILE_KEY.fullmatch(key) or type(one.bytes) is not int or one.bytes < 0:
             raise ValueError(f"no file {key!r} belongs to an array")
