@@ -4,7 +4,7 @@ from zarrtrace.extraction import extract, write_trace
 from zarrtrace.npz import export_npz, import_npz
 from zarrtrace.scenarios import Scenario, load_suite, span
 from zarrtrace.store import copy_run as copy
-from zarrtrace.store import open_run, open_trace, summarize, verify
+from zarrtrace.store import open_run, open_table, open_trace, summarize, verify
 
 __all__ = [
     "Scenario",
@@ -18,6 +18,7 @@ __all__ = [
     "index",
     "load_suite",
     "open_run",
+    "open_table",
     "open_trace",
     "plot",
     "span",
