@@ -1,4 +1,4 @@
-"""``zarr.json`` of groups and arrays: written, sealed, read and checked."""
+"""``zarr.json`` of groups: written, sealed, read and checked."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -28,53 +27,32 @@ from zarrtrace.format.attributes import (
     TableAttributes,
     TraceAttributes,
 )
-from zarrtrace.format.layout import LABELS, NO_ID, ArrayLayout
+from zarrtrace.format.layout import LABELS
 from zarrtrace.scenarios import check_name
 from zarrtrace.storage import Address, Location, locate
-from zarrtrace.store.chunks import Checksum, Checksums
-from zarrtrace.store.codecs import ArrayEncoding, codecs_of
+from zarrtrace.store.chunks import Checksum
+from zarrtrace.store.codecs import ArrayEncoding
+from zarrtrace.store.nodes import NONSENSE, Nodes, check_node, checksums_of, encoded
 from zarrtrace.suggestions import closest_path
 
 Kind = Literal["run", "trace", "table", "index"]
-#: Metadata of arrays by name.
-Nodes = dict[str, dict[str, Any]]
-
 #: What to do about a damaged file.
 REPAIR = (
     "'zarrtrace verify' names everything damaged; the 'zarrtrace extract' that made the run, with "
     "--repair, computes it again."
 )
 _ELSEWHERE = "Choose another path; nothing there was changed."
-#: The attribute of an array that holds sizes and checksums of its files.
-CHECKSUMS = "checksums"
-
 _NO_SEAL = "0" * 16
 _SEAL = re.compile(rb'"seal": "([0-9a-f]{16})"')
 _GROUP = {"zarr_format": 3, "node_type": "group"}
-# What no trace exceeds; above it, metadata would only make us ask for memory or for files.
-_MOST_LABELS, _MOST_FILES, _MOST_BYTES, _MOST_SEALS = 2**24, 2**18, 2**30, 100
-# Attributes by which xarray computes other numbers from those that are stored.
-_SCALED = {"scale_factor", "add_offset", "_FillValue", "missing_value", "dtype", "_Unsigned",
-           "units", "calendar"}  # fmt: skip
+# What no zarr.json exceeds.
+_MOST_BYTES, _MOST_SEALS = 2**30, 100
 # What to do with a group of another kind than was asked for.
 _OTHER_KIND = {
     "table": "A table holds samples of many scenarios: open it with zarrtrace.open_table.",
     "run": "A run holds one trace a scenario: open it with zarrtrace.open_run.",
     "trace": "A run holds one trace a scenario: open one with zarrtrace.open_trace.",
 }
-# What an array may hold where nothing is stored, by its data type.
-_FILLS: dict[str, tuple[Any, ...]] = {
-    "bool": (False,), "float16": ("NaN",), "float32": ("NaN",), "float64": ("NaN",),
-    "string": ("",),
-    "int64": (0,), "uint32": (0, NO_ID), "uint64": (0,),
-}  # fmt: skip
-# Names of arrays become folders.
-_ARRAY_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
-_CHECKSUM = re.compile(r"[0-9a-f]{8}|[0-9a-f]{16}", re.ASCII)
-_FILE_KEY = re.compile(r"c(\.(0|[1-9]\d{0,8}))+", re.ASCII)
-#: What nonsense in JSON raises when it is parsed and taken for metadata.
-NONSENSE = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
-
 _Use = TypeVar("_Use")
 _AnyAttributes = IndexAttributes | RunAttributes | TableAttributes | TraceAttributes
 _Attributes = TypeVar(
@@ -122,39 +100,6 @@ class Group(Generic[_Attributes]):
 
 
 # --- writing -----------------------------------------------------------------------------------
-
-
-def array_metadata(layout: ArrayLayout, checksums: Checksums | None = None) -> dict[str, Any]:
-    """Return the ``zarr.json`` of an array.
-
-    zarr.create_array writes the same, but takes over a millisecond, and a run has thousands; a test
-    compares the two.
-    """
-    fill = layout.fill_value
-    attributes: dict[str, Any] = dict(layout.attributes)
-    if checksums is not None:
-        attributes[CHECKSUMS] = {key: list(one) for key, one in sorted(checksums.items())}
-    return {
-        "shape": list(layout.shape),
-        "data_type": layout.dtype,
-        "chunk_grid": {
-            "name": "regular",
-            "configuration": {"chunk_shape": list(layout.shards or layout.chunks)},
-        },
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-        "fill_value": "NaN" if isinstance(fill, float) and math.isnan(fill) else fill,
-        "codecs": codecs_of(layout),
-        "attributes": attributes,
-        "dimension_names": list(layout.dims),
-        "zarr_format": 3,
-        "node_type": "array",
-        "storage_transformers": [],
-    }
-
-
-def encoded(node: Mapping[str, Any]) -> bytes:
-    """Return the content of an array's ``zarr.json``."""
-    return json.dumps(node, allow_nan=False).encode()
 
 
 def sealed_group(attributes: _AnyAttributes, nodes: Nodes | None) -> bytes:
@@ -494,9 +439,7 @@ def check_nodes(
     encodings = {}
     for name, node in nodes.items():
         try:
-            encodings[name] = ArrayEncoding(layout_of(node))
-            _check_dims(name, encodings[name], sizes)
-            _check_files(checksums_of(node), encodings[name], is_whole=is_whole)
+            encodings[name] = check_node(name, node, sizes, is_whole=is_whole)
         except NONSENSE as error:
             raise ValueError(f"array {name!r}: {error}") from error
     if isinstance(attributes, IndexAttributes):
@@ -516,102 +459,3 @@ def _check_spans(attributes: TraceAttributes, tokens: int) -> None:
     for name, span in attributes.spans.items():
         if max(span.tokens, default=0) >= tokens:
             raise ValueError(f"span {name!r} has positions beyond the prompt's {tokens} tokens")
-
-
-def layout_of(node: Mapping[str, Any]) -> ArrayLayout:
-    """Return the layout that an array's ``zarr.json`` describes.
-
-    Raises
-    ------
-    ValueError, LookupError, TypeError, AttributeError
-        If it is not what :func:`array_metadata` writes for that layout: another meaning of bytes
-        or numbers, which zarrtrace does not know, would be read wrongly.
-    """
-    attributes = {name: one for name, one in node["attributes"].items() if name != CHECKSUMS}
-    if found := sorted(_SCALED & attributes.keys()):
-        raise ValueError(f"attribute {found[0]!r} would change its numbers")
-    dims, dtype, fill = node["dimension_names"], node["data_type"], node["fill_value"]
-    if not isinstance(dims, list) or not all(map(_ARRAY_NAME.fullmatch, dims)):
-        raise TypeError(f"dimensions {dims!r}")
-    file_shape, codecs = node["chunk_grid"]["configuration"]["chunk_shape"], node["codecs"]
-    chunks, shards = file_shape, None
-    if codecs[0]["name"] == "sharding_indexed":
-        chunks, shards = codecs[0]["configuration"]["chunk_shape"], file_shape
-        codecs = codecs[0]["configuration"]["codecs"]
-    try:
-        layout = ArrayLayout(
-            dims=dims,
-            dtype=dtype,
-            shape=node["shape"],
-            chunks=chunks,
-            shards=shards,
-            codec="shuffle" if "blosc" in [one["name"] for one in codecs] else "plain",
-            fill_value=math.nan if fill == "NaN" else fill,
-            attributes=attributes,
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{first['loc'][0]} {first['input']!r}: {first['msg']}") from None
-    if fill not in _FILLS.get(layout.dtype, ()):
-        raise ValueError(f"fill_value {fill!r} of data_type {dtype!r}")
-    expected = {**array_metadata(layout), "attributes": node["attributes"]}
-    if node != expected:
-        raise ValueError(_difference(node, expected))
-    return layout
-
-
-def _difference(node: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
-    """Name the first field that differs."""
-    if unknown := sorted(node.keys() - expected.keys()):
-        return f"unknown field {unknown[0]!r}"
-    field = next(name for name, one in expected.items() if node.get(name) != one)
-    return f"{field} is {node.get(field)!r}, not {expected[field]!r}"
-
-
-def _check_dims(name: str, encoding: ArrayEncoding, sizes: dict[str, int]) -> None:
-    """Compare an array's dimensions with its name, and with the `sizes` of those seen so far."""
-    dims, shape = encoding.layout.dims, encoding.shape
-    if not _ARRAY_NAME.fullmatch(name):
-        raise ValueError("zarrtrace writes no such name")
-    if not dims or len(shape) != len(dims) or len(set(dims)) < len(dims):
-        raise ValueError(f"shape {shape} does not fit dimensions {dims}")
-    for dim, size in zip(dims, shape, strict=True):
-        if sizes.setdefault(dim, size) != size:
-            raise ValueError(f"shape {shape}: others have {sizes[dim]} along {dim}")
-    if name in dims and dims != (name,):
-        raise ValueError(f"it is the index of a dimension, and has dimensions {dims}")
-    if len(shape) == 1 and shape[0] > _MOST_LABELS:
-        raise ValueError(f"no array has shape {shape}")
-
-
-def _check_files(files: Checksums, encoding: ArrayEncoding, *, is_whole: bool) -> None:
-    """Compare an array's files with how many there can be along each dimension."""
-    shape, file_shape = encoding.shape, encoding.file_shape
-    counts = [-(-size // step) for size, step in zip(shape, file_shape, strict=True)]
-    if math.prod(counts) > _MOST_FILES:
-        raise ValueError(f"no array has shape {shape} in files of {file_shape}")
-    for key in files:
-        place = list(map(int, key.split(".")[1:]))
-        if len(place) != len(counts) or any(at >= n for at, n in zip(place, counts, strict=True)):
-            raise ValueError(f"no file {key!r} belongs to it")
-    # A layer that is missing reads as NaN, and is seen; a label that is missing would be wrong.
-    must_be_whole = len(shape) == 1 or (is_whole and not encoding.is_sharded)
-    if must_be_whole and len(files) < math.prod(counts):
-        raise ValueError("files are missing")
-
-
-def checksums_of(node: Mapping[str, Any]) -> dict[str, Checksum]:
-    """Return sizes and checksums of an array's files, by key.
-
-    Raises
-    ------
-    ValueError, LookupError, TypeError, AttributeError
-        If they are missing or damaged.
-    """
-    found = {key: Checksum(*one) for key, one in node["attributes"][CHECKSUMS].items()}
-    for key, one in found.items():
-        if not _FILE_KEY.fullmatch(key) or type(one.bytes) is not int or one.bytes < 0:
-            raise ValueError(f"no file {key!r} belongs to an array")
-        if not _CHECKSUM.fullmatch(one.checksum):
-            raise ValueError(f"no checksum of {key!r}: {one.checksum!r}")
-    return found
