@@ -1,5 +1,6 @@
 from zarrtrace import analysis, figures, index, plot
 from zarrtrace._version import __version__
+from zarrtrace.analysis.samples import table
 from zarrtrace.extraction import extract, write_trace
 from zarrtrace.npz import export_npz, import_npz
 from zarrtrace.scenarios import Scenario, load_suite, span
@@ -23,6 +24,7 @@ __all__ = [
     "plot",
     "span",
     "summarize",
+    "table",
     "verify",
     "write_trace",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from zarrtrace.errors import ConfigError, ScenarioError
 from zarrtrace.scenarios import DECISION, Scenario
@@ -71,6 +71,11 @@ def _is_number(text: str) -> bool:
 def as_text(positions: Positions) -> str:
     """Return positions as the command line takes them."""
     return positions if isinstance(positions, str) else ",".join(map(str, positions))
+
+
+def as_json(positions: Positions | None) -> Any:
+    """Return positions as a run's configuration holds them: a word, or a sorted list."""
+    return sorted(positions, key=str) if isinstance(positions, tuple) else positions
 
 
 def _names(positions: Positions | None) -> tuple[str, ...]:

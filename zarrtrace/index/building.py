@@ -176,7 +176,7 @@ def _count(traces: Sequence[IndexableTrace], array: str, layer: int) -> FeatureC
     for trace in traces:
         activations = read_features(trace, array, layer)
         if activations is not None:
-            counts.add(trace.number, activations)
+            counts.add(trace.number, activations, trace.positions)
     return counts
 
 

@@ -54,6 +54,8 @@ class IndexableTrace(NamedTuple):
         Number of latents by array.
     layers
         Layers of which it has features, by array.
+    positions
+        Token positions of their rows; None for all tokens of the prompt.
     """
 
     number: int
@@ -61,6 +63,7 @@ class IndexableTrace(NamedTuple):
     digest: int
     features: dict[str, int]
     layers: dict[str, tuple[int, ...]]
+    positions: tuple[int, ...] | None
 
 
 def indexable_traces(run: Address) -> list[IndexableTrace]:
@@ -88,7 +91,15 @@ def _indexable(number: int, trace: Group[TraceAttributes]) -> IndexableTrace:
         digest=digest_of(trace),
         features={name: int(trace.nodes[name]["shape"][-1]) for name in arrays},
         layers={name: _layers_with(trace, name) for name in arrays},
+        positions=_positions(trace),
     )
+
+
+def _positions(trace: Group[TraceAttributes]) -> tuple[int, ...] | None:
+    """Return the token positions that a trace stores; None for all."""
+    if "query" not in trace.nodes or trace.nodes["query"]["shape"] == trace.nodes["key"]["shape"]:
+        return None
+    return tuple(open_array(trace, "query").load().tolist())
 
 
 def _feature_arrays(trace: Group[TraceAttributes]) -> list[str]:
@@ -107,7 +118,8 @@ def _layers_with(trace: Group[TraceAttributes], name: str) -> tuple[int, ...]:
 
 def digest_of(trace: Group[TraceAttributes]) -> int:
     """Return a number that stands for the features of a trace; never 0."""
-    content = {name: trace.checksums[name] for name in _feature_arrays(trace)}
+    names = (*_feature_arrays(trace), *({"query"} & trace.checksums.keys()))
+    content = {name: trace.checksums[name] for name in names}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16) or 1
 
