@@ -186,6 +186,14 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Small random models, saved and loaded once for all tests, which put back what they change."""
+    from architectures import Models  # imports torch
+
+    return Models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Extract the main job, the embedded model over its ten scenarios, which no test may change."""
     from filelock import FileLock

@@ -12,6 +12,7 @@ import fakes
 import pytest
 import xarray as xr
 from distributed import Client, LocalCluster
+from everyday import mostly_long
 from processes import import_once
 
 import zarrtrace as zt
@@ -48,6 +49,9 @@ ANALYSES: dict[str, Callable[[Any], Any]] = {
     ),
 }
 
+#: One that reads attention by scenario, one features, one that permutes, one that takes another's.
+EVERY_DAY = ("attention_to", "contrast_features", "decision", "crossreference")
+
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
@@ -75,7 +79,7 @@ def assert_same(found: Any, expected: Any) -> None:
     xr.testing.assert_allclose(found, expected)
 
 
-@pytest.mark.parametrize("name", ANALYSES)
+@pytest.mark.parametrize("name", mostly_long(lambda name: name in EVERY_DAY, ANALYSES))
 def test_a_cluster_finds_what_numpy_finds(client: Client, run: fakes.FakeRun, name: str) -> None:
     in_memory = zt.open_run(run.path).map_over_datasets(lambda ds: ds.load())
     with dask.config.set(scheduler="synchronous"):

@@ -49,11 +49,6 @@ PROMPTS = ["You now hold $90. Your choice:", "Bet or stop?", "The goal is $200."
 WIDTH = architectures.WIDTH
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory.mktemp("models"))
-
-
 def load(path: Path, **options: Any) -> tuple[Any, Any]:
     """Load a model and its tokenizer as most users do."""
     with architectures.quiet():

@@ -37,11 +37,6 @@ SMALL: dict[str, Any] = {"layers": LAYERS, "only": NAMES, "residual": True}
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the embedded model, with its SAEs."""
     path = tmp_path_factory.mktemp("demo") / "run"
