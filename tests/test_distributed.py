@@ -13,7 +13,6 @@ import pytest
 import xarray as xr
 from distributed import Client, LocalCluster
 from everyday import mostly_long
-from processes import import_once
 
 import zarrtrace as zt
 from zarrtrace import analysis
@@ -56,9 +55,7 @@ EVERY_DAY = ("attention_to", "contrast_features", "decision", "crossreference")
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
     """Two worker processes, shared by the tests of this module."""
-    import_once()
     with (
-        dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}),
         LocalCluster(
             n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0"
         ) as cluster,

@@ -474,6 +474,7 @@ print(json.dumps([*first, *second, verified, leftover.stdout]))
 
 
 @pytest.mark.torch
+@pytest.mark.long
 def test_a_full_disk(tmp_path: Path) -> None:
     """A small tmpfs fills in the middle; with more room, the same command goes on."""
     command = ["extract", "-o", str(tmp_path / "run"), "--layers", "1-31", "--no-features"]

@@ -559,6 +559,7 @@ def test_unknown_scenario_and_format(shared_run: fakes.FakeRun, tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_processes_draw_the_same_files(tmp_path: Path) -> None:
     run = fakes.make_run(tmp_path, scenarios=("Risky_1",))
     tasks = page._tasks(["Risky_1"])

@@ -11,7 +11,6 @@ from typing import Any
 
 import hub_cache
 import numpy as np
-import processes
 import pytest
 import torch
 from sae_lens import SAE
@@ -28,20 +27,18 @@ LLAMA = (
     "zarrtrace extract --model meta-llama/Llama-3.1-8B --sae-release llama_scope_lxr_8x "
     "--layers 1-31 --scenarios slot-machine -o runs/llama"
 )
-# In a process of its own, forked from one that has imported the libraries; the hub's settings are
-# read where they are imported.
-COMMAND = """
-import importlib
-import huggingface_hub.constants
-from zarrtrace.cli import main
-
-importlib.reload(huggingface_hub.constants)
-main()
-"""
 GPT2 = (
     "zarrtrace extract --model gpt2 --sae-release gpt2-small-res-jb --layers 0-11 "
     "--scenarios slot-machine -o runs/gpt2"
 )
+
+
+def run(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a command in this process: another takes ten seconds to import the libraries."""
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
 
 
 def of_the_libraries(
@@ -101,11 +98,8 @@ def test_llama_with_llama_scope(
     hub_cache.make_llama_scope(tmp_path / "saes")
     hub_cache.add_repo(hub_home, "meta-llama/Llama-3.1-8B", tmp_path / "model")
     hub_cache.add_repo(hub_home, "fnlp/Llama3_1-8B-Base-LXR-8x", tmp_path / "saes")
-    monkeypatch.setenv("HF_HOME", str(hub_home))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
-    done = processes.python(COMMAND, *shlex.split(LLAMA)[1:])
-    assert done.returncode == 0, done.stderr
+    run(LLAMA, monkeypatch)
     assert verify(tmp_path / "runs/llama") == []
     trace = tmp_path / "runs/llama/Very_risky_25"
     attributes = json.loads((trace / "zarr.json").read_text())["attributes"]
@@ -130,12 +124,8 @@ def test_gpt2(tmp_path: Path, hub_home: Path, monkeypatch: pytest.MonkeyPatch) -
     hub_cache.make_gpt2_saes(tmp_path / "saes")
     hub_cache.add_repo(hub_home, "gpt2", tmp_path / "model")
     hub_cache.add_repo(hub_home, "jbloom/GPT2-Small-SAEs-Reformatted", tmp_path / "saes")
-    # In this process, which has the libraries already: another takes ten seconds to import them.
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", shlex.split(GPT2))
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert not ended.value.code
+    run(GPT2, monkeypatch)
     trace = tmp_path / "runs/gpt2/Risky_40"
     attributes = json.loads((trace / "zarr.json").read_text())["attributes"]
     ds = zt.open_trace(trace)
