@@ -299,7 +299,7 @@ def reference(name: str, path: Path, ids: Sequence[int]) -> Reference:
     """Run a prompt alone through transformers' eager attention."""
     architecture = ARCHITECTURES[name]
     return reference_of(
-        _load_eager_once(path), architecture.blocks, architecture.attention_layers, ids
+        load_eager_once(path), architecture.blocks, architecture.attention_layers, ids
     )
 
 
@@ -310,7 +310,7 @@ def load_eager(path: Path) -> Any:
 
 
 #: A prompt is compared after a prompt: loading a model takes five times as long as running it.
-_load_eager_once = lru_cache(maxsize=16)(load_eager)
+load_eager_once = lru_cache(maxsize=16)(load_eager)
 
 
 def reference_of(model: Any, blocks: str, layers: Sequence[int], ids: Sequence[int]) -> Reference:

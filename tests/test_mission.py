@@ -9,7 +9,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import hub_cache
 import numpy as np
 import pytest
 import torch
@@ -20,7 +19,7 @@ import zarrtrace as zt
 from zarrtrace.cli import main
 from zarrtrace.store import verify
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("hub_home")]
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 LLAMA = (
@@ -90,14 +89,8 @@ def check(trace: Path, expected: dict[str, np.ndarray], layers: range) -> None:
     np.testing.assert_array_equal(ds.next_token_logprob, expected["logprob"])
 
 
-def test_llama_with_llama_scope(
-    tmp_path: Path, hub_home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_llama_with_llama_scope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"$ {LLAMA}\n" in README
-    hub_cache.make_llama(tmp_path / "model")
-    hub_cache.make_llama_scope(tmp_path / "saes")
-    hub_cache.add_repo(hub_home, "meta-llama/Llama-3.1-8B", tmp_path / "model")
-    hub_cache.add_repo(hub_home, "fnlp/Llama3_1-8B-Base-LXR-8x", tmp_path / "saes")
     monkeypatch.chdir(tmp_path)
     run(LLAMA, monkeypatch)
     assert verify(tmp_path / "runs/llama") == []
@@ -118,12 +111,8 @@ def test_llama_with_llama_scope(
 
 
 @pytest.mark.filterwarnings(r"ignore:\s*This SAE has non-empty model_from_pretrained_kwargs")
-def test_gpt2(tmp_path: Path, hub_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpt2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"$ {GPT2}\n" in README
-    hub_cache.make_gpt2(tmp_path / "model")
-    hub_cache.make_gpt2_saes(tmp_path / "saes")
-    hub_cache.add_repo(hub_home, "gpt2", tmp_path / "model")
-    hub_cache.add_repo(hub_home, "jbloom/GPT2-Small-SAEs-Reformatted", tmp_path / "saes")
     monkeypatch.chdir(tmp_path)
     run(GPT2, monkeypatch)
     trace = tmp_path / "runs/gpt2/Risky_40"

@@ -227,8 +227,8 @@ LAYER = 2
 def _hooked(
     name: str, path: Path, ids: list[int], where: tuple[str | None, str], layer: int = LAYER
 ) -> torch.Tensor:
-    """Return ``(token, d)`` at a place of a block, by a hook of our own on a fresh model."""
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+    """Return ``(token, d)`` at a place of a block, by a hook of our own on a model of our own."""
+    model = architectures.load_eager_once(path)
     block = architectures.blocks_of(name, model)[layer]
     module = block if where[0] is None else block.get_submodule(where[0])
     found: list[torch.Tensor] = []
@@ -237,15 +237,16 @@ def _hooked(
         def before(_module: Any, args: Any, kwargs: Any) -> None:
             found.append(args[0] if args else kwargs["hidden_states"])
 
-        module.register_forward_pre_hook(before, with_kwargs=True)
+        handle = module.register_forward_pre_hook(before, with_kwargs=True)
     else:
 
         def after(_module: Any, _args: Any, output: Any) -> None:
             found.append(output[0] if isinstance(output, tuple) else output)
 
-        module.register_forward_hook(after)
+        handle = module.register_forward_hook(after)
     with torch.no_grad():
         model(torch.tensor([ids]), use_cache=False)
+    handle.remove()
     return found[0][0]
 
 
