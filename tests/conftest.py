@@ -69,7 +69,11 @@ _LONG = (
     "test_notebook.py",
     "test_documents.py",
     "test_figures.py",
+    "test_sae_kinds.py",
+    "test_blocked.py",
     "test_store.py",
+    "test_extract_call.py",
+    "test_architectures.py",
     "test_bad_input.py",
 )
 
