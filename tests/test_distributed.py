@@ -12,7 +12,7 @@ import fakes
 import pytest
 import xarray as xr
 from distributed import Client, LocalCluster
-from everyday import mostly_long
+from processes import import_once
 
 import zarrtrace as zt
 from zarrtrace import analysis
@@ -48,14 +48,13 @@ ANALYSES: dict[str, Callable[[Any], Any]] = {
     ),
 }
 
-#: One that reads attention by scenario, one features, one that permutes, one that takes another's.
-EVERY_DAY = ("attention_to", "contrast_features", "decision", "crossreference")
-
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
     """Two worker processes, shared by the tests of this module."""
+    import_once()
     with (
+        dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}),
         LocalCluster(
             n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0"
         ) as cluster,
@@ -76,7 +75,8 @@ def assert_same(found: Any, expected: Any) -> None:
     xr.testing.assert_allclose(found, expected)
 
 
-@pytest.mark.parametrize("name", mostly_long(lambda name: name in EVERY_DAY, ANALYSES))
+@pytest.mark.long
+@pytest.mark.parametrize("name", ANALYSES)
 def test_a_cluster_finds_what_numpy_finds(client: Client, run: fakes.FakeRun, name: str) -> None:
     in_memory = zt.open_run(run.path).map_over_datasets(lambda ds: ds.load())
     with dask.config.set(scheduler="synchronous"):
@@ -165,6 +165,7 @@ def test_an_array_that_is_sent_is_small(run: fakes.FakeRun) -> None:
     assert max(len(cloudpickle.dumps(task)) for task in graph.values()) < 8192
 
 
+@pytest.mark.long
 def test_workers_refuse_lost_files(client: Client, tmp_path: Path) -> None:
     run = fakes.make_run(tmp_path)
     opened = zt.open_run(run.path, chunks="auto")
@@ -173,6 +174,7 @@ def test_workers_refuse_lost_files(client: Client, tmp_path: Path) -> None:
         analysis.feature_trajectory(opened, 3).compute()
 
 
+@pytest.mark.long
 def test_an_index_is_built_on_a_cluster(client: Client, run: fakes.FakeRun, tmp_path: Path) -> None:
     build_index(run.path)
     on_cluster = fakes.files_in(run.path / "index")
