@@ -178,13 +178,12 @@ def _dataset(
     variables: dict[str, xr.Variable] = {}
     coordinates: dict[str, xr.Variable] = {}
     indexes: dict[Hashable, PandasIndex] = {}
-    tokens = 0
     with _damage_explained(trace.path):
+        tokens = open_array(trace, "key", None).encoding.shape[0]
         for name in sorted(trace.nodes):
             array = open_array(trace, name, None if staged is None else staged.get(name))
             if array.encoding.layout.dims == (name,):
-                coordinates[name], indexes[name] = _index(name, array, trace.attributes)
-                tokens = array.encoding.shape[0] if name == "key" else tokens
+                coordinates[name], indexes[name] = _index(name, array, trace.attributes, tokens)
                 continue
             target = coordinates if name in trace.labels else variables
             target[name] = _variable(array)
@@ -225,7 +224,7 @@ def _variable(array: StoredArray) -> xr.Variable:
 
 
 def _index(
-    name: str, array: StoredArray, attributes: TraceAttributes
+    name: str, array: StoredArray, attributes: TraceAttributes, tokens: int
 ) -> tuple[xr.Variable, PandasIndex]:
     """Return the index of a dimension, read only where the attributes do not say what it holds."""
     (size,), dtype = array.encoding.shape, array.encoding.dtype
@@ -234,8 +233,10 @@ def _index(
     labels: np.ndarray
     if name in ("layer", "attention_layer"):
         labels = np.asarray(attributes.layers_of(name), dtype)
-    elif name == "attention_query":
+    elif name == "attention_query" or (name == "query" and size != tokens):
         labels = array.load()
+        if not size or labels[0] < 0 or labels[-1] >= tokens or (np.diff(labels) < 1).any():
+            raise ValueError(f"{name} holds no ascending positions of the {tokens} tokens")
     else:
         labels = np.arange(size, dtype=dtype)
     first = int(labels[0]) if size else 0
