@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
-from zarrtrace.format.layout import NEXT_TOKENS, NO_ID, TableShape, table_columns
+from zarrtrace.format.layout import NEXT_TOKENS, TableShape, table_columns
 from zarrtrace.records import (
     BFloat16,
     LayerBatch,
@@ -18,9 +18,6 @@ from zarrtrace.records import (
     SampleTokens,
     TokensRecord,
 )
-
-# The upper half of a NaN in float32.
-_NAN_BITS = 0x7FC0
 
 
 class _Part(NamedTuple):
@@ -52,7 +49,7 @@ class Group:
     rows
         By scenario, numbers of its first sample and of the one behind its last, from `start` on.
     failed
-        Why the values of a scenario are not stored; they are NaN.
+        Why a scenario has no values.
     """
 
     start: int
@@ -67,7 +64,7 @@ class Group:
         return max(stop for _, stop in self.rows.values())
 
     def add(
-        self, record: LayerBatch | LayerRecord | TokensRecord, dtypes: tuple[str, str] | None
+        self, record: LayerBatch | LayerRecord | TokensRecord, dtypes: tuple[str, str]
     ) -> None:
         """Take what was computed.
 
@@ -75,80 +72,84 @@ class Group:
         ----------
         dtypes
             Precisions in which features and residual are stored: a scenario with a value that is
-            not finite there fails. None takes all values.
+            not finite there fails.
         """
         if isinstance(record, TokensRecord):
             self._tokens.append(record)
-            if dtypes is not None and record.nonfinite:
+            if record.nonfinite:
                 self.fail(record.scenario, "log-probabilities hold NaN or infinity")
             return
         part, owners = _part_of(record, self.rows)
         self._parts.setdefault(record.layer, []).append(part)
-        if dtypes is not None:
-            for at in np.flatnonzero(~_is_sound(record, part, *dtypes)):
-                reason = f"layer {record.layer} holds NaN, infinity, or values too large to store"
-                self.fail(owners[at], reason)
+        for at in np.flatnonzero(~_is_sound(record, part, *dtypes)):
+            reason = f"layer {record.layer} holds NaN, infinity, or values too large to store"
+            self.fail(owners[at], reason)
 
     def fail(self, scenario: str, reason: str) -> None:
         """Note why a scenario has no values; the first reason counts."""
         self.failed.setdefault(scenario, reason)
 
-    def layer(self, layer: int, shape: TableShape) -> SampleRecord:
-        """Return one layer of all samples; values of scenarios that failed are NaN.
+    def layer(self, layer: int, shape: TableShape, done: int) -> Iterator[SampleRecord]:
+        """Yield one layer of the samples that are not stored and did not fail.
 
         Parameters
         ----------
         shape
             The sizes of the table's arrays.
+        done
+            Number of the first sample that is not stored.
         """
-        parts, absent = self._parts.get(layer, []), self._absent()
+        parts = self._parts.get(layer, [])
         features = {
             name: _gathered(
                 [(part.rows, part.features[name]) for part in parts if name in part.features],
                 (self.samples, width),
                 table_columns(width, shape.limits),
-                absent,
             )
             for name, width in shape.features.items()
             if any(name in part.features for part in parts)
         }
-        return SampleRecord(layer, self.start, features, self._residual(parts, absent))
+        residual = self._residual(parts)
+        for start, stop in self._stretches(done):
+            yield SampleRecord(
+                layer,
+                self.start + start,
+                {name: found.part(start, stop) for name, found in features.items()},
+                None if residual is None else residual[start:stop],
+            )
 
-    def _absent(self) -> np.ndarray:
-        """Return the rows of scenarios that failed."""
-        spans = [np.arange(*self.rows[name]) for name in self.failed]
-        return np.concatenate(spans) if spans else np.empty(0, np.int64)
+    def tokens(self, done: int) -> Iterator[SampleTokens]:
+        """Yield the next tokens of these samples."""
+        shape = (self.samples, NEXT_TOKENS)
+        ids, logprobs = np.zeros(shape, np.uint32), np.zeros(shape, np.float32)
+        texts = np.full(shape, "", object)
+        for record in self._tokens:
+            rows = slice(*self.rows[record.scenario])
+            ids[rows], logprobs[rows] = record.next_token, record.next_token_logprob
+            texts[rows] = record.next_token_text
+        for start, stop in self._stretches(done):
+            rows = slice(start, stop)
+            yield SampleTokens(self.start + start, ids[rows], logprobs[rows], texts[rows])
 
-    def _residual(
-        self, parts: Sequence[_Part], absent: np.ndarray
-    ) -> np.ndarray | BFloat16 | None:
+    def _stretches(self, done: int) -> list[tuple[int, int]]:
+        """Return the rows that are not stored, between those of scenarios that failed."""
+        first, last = max(0, done - self.start), self.samples
+        failed = sorted(self.rows[name] for name in self.failed)
+        edges = [first, *(edge for rows in failed for edge in rows), last]
+        pairs = zip(edges[::2], edges[1::2], strict=True)
+        return [(max(first, start), stop) for start, stop in pairs if stop > max(first, start)]
+
+    def _residual(self, parts: Sequence[_Part]) -> np.ndarray | BFloat16 | None:
         """Put rows of the residual stream in the order of samples."""
         found = [(part.rows, part.residual) for part in parts if part.residual is not None]
         if not found:
             return None
         _, first = found[0]
-        is_half = isinstance(first, BFloat16)
         like = first.bits if isinstance(first, BFloat16) else first
-        out = np.full(
-            (self.samples, like.shape[1]), _NAN_BITS if is_half else np.nan, like.dtype
-        )
+        out = np.zeros((self.samples, like.shape[1]), like.dtype)
         for rows, values in found:
             out[rows] = values.bits if isinstance(values, BFloat16) else values
-        out[absent] = _NAN_BITS if is_half else np.nan
-        return BFloat16(out) if is_half else out
-
-    def tokens(self) -> SampleTokens:
-        """Return the next tokens of all samples."""
-        shape = (self.samples, NEXT_TOKENS)
-        ids = np.full(shape, NO_ID, np.uint32)
-        logprobs = np.full(shape, np.nan, np.float32)
-        texts = np.full(shape, "", object)
-        for record in self._tokens:
-            if record.scenario not in self.failed:
-                rows = slice(*self.rows[record.scenario])
-                ids[rows], logprobs[rows] = record.next_token, record.next_token_logprob
-                texts[rows] = record.next_token_text
-        return SampleTokens(self.start, ids, logprobs, texts)
+        return BFloat16(out) if isinstance(first, BFloat16) else out
 
 
 def _part_of(
@@ -200,43 +201,26 @@ def _is_finite(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _gathered(
-    parts: Sequence[tuple[np.ndarray, Nonzeros]],
-    shape: tuple[int, int],
-    columns: int,
-    absent: np.ndarray,
+    parts: Sequence[tuple[np.ndarray, Nonzeros]], shape: tuple[int, int], columns: int
 ) -> Nonzeros:
-    """Put non-zero values in the order of samples, by blocks of so many columns.
+    """Put non-zero values in the order of samples, by blocks of some columns.
 
     Parameters
     ----------
     parts
         Numbers of rows, and their values.
-    absent
-        Rows whose values are NaN.
     """
-    count, width = shape
-    keys, values = [], []
+    (count, width), keys = shape, []
     for rows, found in parts:
-        is_there = ~np.isin(rows, absent)
-        for number, (at, some) in enumerate(zip(found.at, found.values, strict=True)):
+        for number, at in enumerate(found.at):
             row, column = np.divmod(at, found.columns)
-            kept = is_there[row]
-            column = column[kept] + number * found.columns
-            keys.append((column // columns * count + rows[row[kept]]) * columns + column % columns)
-            values.append(some[kept])
-    if len(absent):
-        row, column = np.repeat(absent, width), np.tile(np.arange(width), len(absent))
-        keys.append((column // columns * count + row) * columns + column % columns)
-        values.append(np.full(len(row), np.nan, values[0].dtype))
-    key, value = np.concatenate(keys), np.concatenate(values)
+            block, column = np.divmod(column + number * found.columns, columns)
+            keys.append((block * count + rows[row]) * columns + column)
+    key = np.concatenate(keys)
     order = np.argsort(key, kind="stable")
-    key, value = key[order], value[order]
-    blocks = -(-width // columns)
-    edges = np.arange(1, blocks) * count * columns
-    at = np.split(key, np.searchsorted(key, edges))
-    return Nonzeros(
-        shape,
-        columns,
-        tuple(one - number * count * columns for number, one in enumerate(at)),
-        tuple(np.split(value, np.searchsorted(key, edges))),
-    )
+    key = key[order]
+    value = np.concatenate([one for _, found in parts for one in found.values])[order]
+    first = np.arange(-(-width // columns)) * count * columns  # of each block
+    cuts = np.searchsorted(key, first[1:])
+    at = [one - start for one, start in zip(np.split(key, cuts), first, strict=True)]
+    return Nonzeros(shape, columns, tuple(at), tuple(np.split(value, cuts)))

@@ -105,7 +105,7 @@ class _Samples:
 
 def survey(
     prompts: Iterable[Prompt],
-    positions: Callable[[Prompt], Sequence[int]],
+    positions: Callable[[Prompt], Sequence[int] | None],
     digest: Callable[[Prompt], str],
 ) -> Survey:
     """Look at all prompts once.
@@ -115,7 +115,7 @@ def survey(
     prompts
         The tokenised scenarios, in order.
     positions
-        Which positions of a prompt are samples, ascending.
+        Which positions of a prompt are samples, ascending; None for all.
     digest
         Hashes a prompt.
 
@@ -130,6 +130,7 @@ def survey(
     longest = 0
     for prompt in prompts:
         where = positions(prompt)
+        where = range(len(prompt.tokens.ids)) if where is None else where
         _add(found, prompt, where, texts)
         starts.append(starts[-1] + len(where))
         spans |= dict.fromkeys(prompt.spans)

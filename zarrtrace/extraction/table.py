@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from zarrtrace.errors import ConfigError, ModelError
+from zarrtrace.extraction.estimate import estimate_table
 from zarrtrace.extraction.gathering import Group
 from zarrtrace.extraction.interrupts import held_back
 from zarrtrace.extraction.job import (
@@ -26,15 +27,17 @@ from zarrtrace.extraction.job import (
     library_versions,
     prepare,
     prompt_digest,
-    with_scenarios,
+    with_prompts,
 )
+from zarrtrace.extraction.positions import as_text
 from zarrtrace.extraction.progress import SampleProgress, Shown, say
+from zarrtrace.extraction.running import borrowed, captured, saying_how_much_room
 from zarrtrace.extraction.survey import Survey, survey
-from zarrtrace.extraction.writers import THREADS
+from zarrtrace.extraction.writers import THREADS, Lack
 from zarrtrace.format.attributes import TableAttributes
 from zarrtrace.format.layout import TableShape
 from zarrtrace.hub import cache_if_unreachable
-from zarrtrace.records import TablePlan
+from zarrtrace.records import SampleRecord, SampleTokens, TablePlan
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import TableWriter, refuse_foreign
 
@@ -91,7 +94,7 @@ class TableJob:
         same += ("feature_dtype", "residual_dtype", "residual_hook")
         attributes = TableAttributes(
             scenarios=seen.scenarios,
-            positions=job.options.positions_text,
+            positions=as_text(job.options.positions),
             spans=seen.spans,
             options=seen.options,
             metadata=seen.metadata,
@@ -105,10 +108,11 @@ class TableJob:
 
     def groups(self, done: int) -> list[tuple[int, int]]:
         """Cut the scenarios that are not stored into groups that go through the model together."""
-        return self.survey.groups(self._most_samples, done)
+        return self.survey.groups(self.most_samples, done)
 
     @property
-    def _most_samples(self) -> int:
+    def most_samples(self) -> int:
+        """Return how many samples a group has at most."""
         row = len(self.job.layers) * 4 * (self.job.channels or 0)
         return max(64, min(_SAMPLES, _BYTES // max(row, 1)))
 
@@ -121,13 +125,14 @@ def extract_table(
     loaded: Loaded = _NOTHING,
     overwrite: bool = False,
     repair: bool = False,
-    allow_nonfinite: bool = False,
     accept_versions: bool = False,
     progress: Shown = None,
 ) -> Location:
     """Do what :func:`zarrtrace.extract` does with ``layout="table"``; return where the table is.
 
-    A table that was interrupted is resumed if its configuration is the same.
+    A table that was interrupted is resumed if its configuration is the same. If a scenario cannot be
+    computed, or values of it are not finite, all values of its samples are NaN, and the table's
+    attribute ``failed`` says why.
 
     Parameters
     ----------
@@ -139,10 +144,6 @@ def extract_table(
         The scenarios. They are read twice.
     loaded, overwrite, repair, accept_versions, progress
         As for :func:`zarrtrace.extraction.extract_run`.
-    allow_nonfinite
-        Store NaN and infinity that the model computes. Otherwise all values of such a scenario are
-        NaN, and the table's attribute ``failed`` names it.
-
     Raises
     ------
     ConfigError, ScenarioError, ModelError, SAEError, StoreError
@@ -163,9 +164,27 @@ def extract_table(
             TableWriter(output, table.plan(), **how) as writer,
             SampleProgress(table.survey.samples, writer.done, progress) as bar,
         ):
-            _fill(writer, table, bar, allow_nonfinite=allow_nonfinite)
+            _fill(writer, table, bar)
             writer.finish()
     return output
+
+
+def refuse_for_table(given: Mapping[str, Any]) -> None:
+    """Refuse options that a table does not have; those that were not given are None.
+
+    Raises
+    ------
+    ConfigError
+    """
+    for name in (name for name, value in given.items() if value is not None):
+        why, remedy = "One process writes a table.", "Leave it out."
+        if name.startswith("attention"):
+            why = "A table holds no attention."
+        if name == "allow_nonfinite":
+            why = "In a table, all values of a scenario with NaN or infinity are NaN."
+            remedy = "Leave it out; the table's attribute 'failed' names such scenarios."
+        option = name.replace("_", "-")
+        raise ConfigError(f"--{option} with --layout table", why=why, remedy=remedy)
 
 
 def prepare_table(
@@ -200,7 +219,9 @@ def prepare_table(
     )
     if job.source is not None:  # each is loaded once, as far as there is memory
         job = replace(job, source=capture_package().KeptEncoders(job.source))
-    return TableJob(job, stream, survey(_tokenized(job, stream), job.stored, prompt_digest))
+    if options.attention:
+        job = replace(job, notes=(*job.notes, "a table holds no attention (--no-attention)"))
+    return TableJob(job, stream, survey(_tokenized(job, stream), job.positions, prompt_digest))
 
 
 def _tokenized(job: Job, scenarios: Any) -> Iterator[Prompt]:
@@ -208,13 +229,12 @@ def _tokenized(job: Job, scenarios: Any) -> Iterator[Prompt]:
     return (capture.tokenize(job.model, one, prepend_bos=bos) for one in scenarios)
 
 
-def _fill(
-    writer: TableWriter, table: TableJob, bar: SampleProgress, *, allow_nonfinite: bool
-) -> None:
+def _fill(writer: TableWriter, table: TableJob, bar: SampleProgress) -> None:
     """Compute what a table lacks, group by group, beside compression and writing."""
-    groups, shape = table.groups(writer.done), table.shape
+    done, shape = writer.done, table.shape
+    groups = table.groups(done)
     options = table.job.options
-    dtypes = None if allow_nonfinite else (options.feature_dtype, options.residual_dtype)
+    dtypes = options.feature_dtype, options.residual_dtype
     with (
         held_back() as interrupted,
         ThreadPoolExecutor(1, "zarrtrace-tokenize") as reader,
@@ -233,8 +253,8 @@ def _fill(
             group = _computed(with_prompts(table.job, here), group, dtypes, interrupted)
             for future in waiting:  # rows of a layer come in order
                 future.result()
-            waiting = _written(pool, writer, group, table.job.layers, shape)
-            bar.update(int(starts[-1]) - max(int(starts[0]), writer.begun))
+            bar.update(int(starts[-1]) - max(int(starts[0]), done))
+            waiting = _written(pool, writer, group, table.job.layers, shape, done)
         for future in waiting:
             future.result()
 
@@ -248,7 +268,7 @@ def _prompts_of(table: TableJob, groups: Sequence[tuple[int, int]]) -> Iterator[
             yield list(itertools.islice(prompts, stop - first))
 
 
-def _computed(job: Job, group: Group, dtypes: tuple[str, str] | None, interrupted: Any) -> Group:
+def _computed(job: Job, group: Group, dtypes: tuple[str, str], interrupted: Any) -> Group:
     """Compute a group; if that fails, its scenarios one by one.
 
     Raises
@@ -275,7 +295,7 @@ def _computed(job: Job, group: Group, dtypes: tuple[str, str] | None, interrupte
     return alone
 
 
-def _add_all(job: Job, group: Group, dtypes: tuple[str, str] | None, interrupted: Any) -> None:
+def _add_all(job: Job, group: Group, dtypes: tuple[str, str], interrupted: Any) -> None:
     everything = Lack(job.layers, tokens=True)
     lacks = {prompt.scenario.name: everything for prompt in job.prompts}
     with contextlib.closing(captured(job, lacks)) as records:
@@ -290,15 +310,17 @@ def _written(
     group: Group,
     layers: Sequence[int],
     shape: TableShape,
+    done: int,
 ) -> list[Future[None]]:
     """Have threads write a group: its samples that are not stored yet."""
-    done = writer.begun
 
-    def layer_of(layer: int) -> None:
-        writer.append(group.layer(layer, shape, done))
+    def write(records: Iterator[SampleRecord] | Iterator[SampleTokens]) -> None:
+        for record in records:
+            writer.append(record)
 
-    def tokens_of() -> None:
-        writer.append(group.tokens(done))
-
-    writer.fail(group.failed)
-    return [pool.submit(layer_of, layer) for layer in layers] + [pool.submit(tokens_of)]
+    for name, reason in group.failed.items():
+        start, stop = (group.start + row for row in group.rows[name])
+        if stop > done:
+            writer.fail(name, reason, max(start, done), stop - max(start, done))
+    records = [group.tokens(done), *(group.layer(layer, shape, done) for layer in layers)]
+    return [pool.submit(write, some) for some in records]
