@@ -197,7 +197,8 @@ def _is_sound(
 
 def _is_finite(values: np.ndarray, dtype: str) -> np.ndarray:
     with np.errstate(over="ignore"):
-        return np.isfinite(values.astype(dtype, copy=False))
+        finite: np.ndarray = np.isfinite(values.astype(dtype, copy=False))
+    return finite
 
 
 def _gathered(
@@ -222,5 +223,6 @@ def _gathered(
     value = np.concatenate([one for _, found in parts for one in found.values])[order]
     first = np.arange(-(-width // columns)) * count * columns  # of each block
     cuts = np.searchsorted(key, first[1:])
-    at = [one - start for one, start in zip(np.split(key, cuts), first, strict=True)]
-    return Nonzeros(shape, columns, tuple(at), tuple(np.split(value, cuts)))
+    blocks = zip(np.split(key, cuts), first.tolist(), strict=True)
+    at = tuple(block - start for block, start in blocks)
+    return Nonzeros(shape, columns, at, tuple(np.split(value, cuts)))

@@ -90,8 +90,8 @@ class TableJob:
         """Return everything that is known of the table before its first sample is computed."""
         job, seen = self.job, self.survey
         trace = job.plan(job.prompts[0]).attributes
-        same = ("model", "layers", "layers_without_sae", "layers_without_residual")
-        same += ("feature_dtype", "residual_dtype", "residual_hook")
+        same = ["model", "layers", "layers_without_sae", "layers_without_residual"]
+        same += ["feature_dtype", "residual_dtype", "residual_hook"]
         attributes = TableAttributes(
             scenarios=seen.scenarios,
             positions=as_text(job.options.positions),
@@ -241,11 +241,11 @@ def _fill(writer: TableWriter, table: TableJob, bar: SampleProgress) -> None:
         ThreadPoolExecutor(THREADS, "zarrtrace-write") as pool,
     ):
         prompts = _prompts_of(table, groups)
-        coming = reader.submit(next, prompts, [])
+        coming: Future[tuple[Prompt, ...]] = reader.submit(next, prompts, ())
         waiting: list[Future[None]] = []
         for first, stop in groups:
             here = coming.result()
-            coming = reader.submit(next, prompts, [])
+            coming = reader.submit(next, prompts, ())
             starts = table.survey.starts[first : stop + 1]
             rows = itertools.pairwise((starts - starts[0]).tolist())
             names = [prompt.scenario.name for prompt in here]
@@ -259,13 +259,13 @@ def _fill(writer: TableWriter, table: TableJob, bar: SampleProgress) -> None:
             future.result()
 
 
-def _prompts_of(table: TableJob, groups: Sequence[tuple[int, int]]) -> Iterator[list[Prompt]]:
+def _prompts_of(table: TableJob, groups: Sequence[tuple[int, int]]) -> Iterator[tuple[Prompt, ...]]:
     """Tokenise the scenarios of each group, which follow each other."""
     if groups:
         scenarios = itertools.islice(table.stream, groups[0][0], None)
         prompts = _tokenized(table.job, scenarios)
         for first, stop in groups:
-            yield list(itertools.islice(prompts, stop - first))
+            yield tuple(itertools.islice(prompts, stop - first))
 
 
 def _computed(job: Job, group: Group, dtypes: tuple[str, str], interrupted: Any) -> Group:
@@ -322,5 +322,5 @@ def _written(
         start, stop = (group.start + row for row in group.rows[name])
         if stop > done:
             writer.fail(name, reason, max(start, done), stop - max(start, done))
-    records = [group.tokens(done), *(group.layer(layer, shape, done) for layer in layers)]
-    return [pool.submit(write, some) for some in records]
+    of_layers = [group.layer(layer, shape, done) for layer in layers]
+    return [pool.submit(write, group.tokens(done)), *(pool.submit(write, one) for one in of_layers)]
