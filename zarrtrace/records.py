@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from zarrtrace.format.attributes import SAEAttributes, TraceAttributes
-from zarrtrace.format.layout import NO_ID, TOP_FEATURES, TraceShape
+from zarrtrace.format.attributes import SAEAttributes, TableAttributes, TraceAttributes
+from zarrtrace.format.layout import NO_ID, TOP_FEATURES, TableShape, TraceShape
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,23 @@ class Nonzeros:
             self.columns,
             tuple(at[k] - start * self.columns for at, k in zip(self.at, kept, strict=True)),
             tuple(values[k] for values, k in zip(self.values, kept, strict=True)),
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Nonzeros]) -> Nonzeros:
+        """Return the rows of several arrays of equal width, one array behind another."""
+        if len(parts) == 1:
+            return parts[0]
+        first, blocks = parts[0], range(len(parts[0].at))
+        starts = np.cumsum([0, *(part.shape[0] for part in parts)]) * first.columns
+        return cls(
+            (sum(part.shape[0] for part in parts), first.shape[1]),
+            first.columns,
+            tuple(
+                np.concatenate([p.at[k] + start for p, start in zip(parts, starts, strict=False)])
+                for k in blocks
+            ),
+            tuple(np.concatenate([part.values[k] for part in parts]) for k in blocks),
         )
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:  # noqa: FBT001 -- NumPy's protocol
@@ -237,6 +254,75 @@ class TracePlan:
     positions: tuple[int, ...] | None = None
     attention_positions: tuple[int, ...] | None = None
     settings: str = ""
+
+
+@dataclass(frozen=True)
+class TablePlan:
+    """A table before its first sample is computed.
+
+    Attributes
+    ----------
+    attributes
+        The attributes of its group; `config` and seal are left to the writer, and `saes`, too,
+        where they are given here.
+    shape
+        Sizes and data types of its arrays; those of coordinates are left to the writer.
+    coordinates
+        Values along `sample` by name: ``scenario``, ``position`` and so on, and metadata.
+    config
+        What was asked for, JSON values only. An existing table must have been asked for the same.
+    saes
+        The SAEs of its layers.
+    """
+
+    attributes: TableAttributes
+    shape: TableShape
+    coordinates: Mapping[str, np.ndarray]
+    config: Mapping[str, Any]
+    saes: tuple[SAEAttributes, ...] = ()
+
+
+@dataclass(frozen=True)
+class SampleRecord:
+    """Some samples of one layer.
+
+    Attributes
+    ----------
+    layer
+        Index of the decoder block.
+    start
+        Number of the first sample in the table.
+    features
+        Non-zero values ``(sample, feature)`` by array, in blocks of
+        :func:`~zarrtrace.format.layout.table_columns`; empty if there is no SAE on this layer.
+    residual
+        ``(sample, channel)``, or None.
+    """
+
+    layer: int
+    start: int
+    features: Mapping[str, Nonzeros] = field(default_factory=dict)
+    residual: np.ndarray | BFloat16 | None = None
+
+
+@dataclass(frozen=True)
+class SampleTokens:
+    """The most likely next tokens of some samples.
+
+    Attributes
+    ----------
+    start
+        Number of the first sample in the table.
+    next_token, next_token_logprob
+        ``(sample, rank)``: ids and natural log-probabilities, most likely first.
+    next_token_text
+        ``(sample, rank)``: texts of the ids.
+    """
+
+    start: int
+    next_token: np.ndarray
+    next_token_logprob: np.ndarray
+    next_token_text: np.ndarray
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from zarrtrace.suggestions import did_you_mean
 
 #: A trace or a whole run.
 Data = xr.Dataset | xr.DataTree
+#: The same, or traces by scenario: who looks often looks them up once, a millisecond each.
+Scenarios = Data | dict[str, xr.Dataset]
 #: A span's name, a token position (negative from the end) or several positions.
 Place = str | int | Sequence[int]
 
@@ -40,19 +42,22 @@ _WHY_ABSENT = {
 # --- traces ------------------------------------------------------------------------------------
 
 
-def traces(data: Data) -> dict[str, xr.Dataset]:
+def traces(data: Scenarios) -> dict[str, xr.Dataset]:
     """Return the traces of a run by scenario, in the run's order; a trace is a run of one.
 
     Parameters
     ----------
     data
-        A trace (Dataset, or a DataTree node that holds one) or a run (DataTree).
+        A trace (Dataset, or a DataTree node that holds one), a run (DataTree), or what this
+        function returned.
 
     Raises
     ------
     ConfigError
         If it is neither.
     """
+    if isinstance(data, dict):
+        return data
     if isinstance(data, xr.Dataset):
         return {_attributes(data)["scenario"]: data}
     if data.attrs.get("kind") == "trace":
@@ -83,7 +88,7 @@ def tags(ds: xr.Dataset) -> tuple[str, ...]:
     return tuple(_attributes(ds).get("tags", ()))
 
 
-def metadata(data: Data) -> dict[str, np.ndarray]:
+def metadata(data: Scenarios) -> dict[str, np.ndarray]:
     """Return the columns of metadata of all scenarios, in the run's order.
 
     A missing text is empty, a missing number NaN. A column whose values do not fit one type, as
@@ -146,7 +151,7 @@ def has_span(ds: xr.Dataset, name: str) -> bool:
     return name in _attributes(ds)["spans"]
 
 
-def span_names(data: Data) -> list[str]:
+def span_names(data: Scenarios) -> list[str]:
     """Return the spans of any scenario, in order of first use, ``decision`` last."""
     found = dict.fromkeys(n for ds in traces(data).values() for n in _attributes(ds)["spans"])
     return [n for n in found if n != DECISION] + ([DECISION] if DECISION in found else [])
@@ -249,7 +254,7 @@ def present(ds: xr.Dataset, places: Iterable[Place]) -> list[Place]:
     return [place for place in places if not isinstance(place, str) or has_span(ds, place)]
 
 
-def require_places(data: Data, places: Iterable[Place]) -> None:
+def require_places(data: Scenarios, places: Iterable[Place]) -> None:
     """Refuse a span that no scenario has.
 
     Raises

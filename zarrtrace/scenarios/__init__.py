@@ -16,7 +16,8 @@ from zarrtrace.scenarios.metadata import (
 from zarrtrace.scenarios.names import DECISION, check_name, name_key
 from zarrtrace.scenarios.scenario import Scenario
 from zarrtrace.scenarios.spans import CharRange, span, span_positions, token_positions
-from zarrtrace.scenarios.suite import as_scenarios, load_suite
+from zarrtrace.scenarios.streams import ScenarioStream
+from zarrtrace.scenarios.suite import as_scenarios, load_suite, stream
 from zarrtrace.scenarios.templates import render_template
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "CharRange",
     "Scenario",
     "ScenarioEntry",
+    "ScenarioStream",
     "SuiteFile",
     "Value",
     "as_scenarios",
@@ -36,6 +38,7 @@ __all__ = [
     "render_template",
     "span",
     "span_positions",
+    "stream",
     "token_positions",
     "typed_column",
 ]

@@ -17,7 +17,8 @@ from xarray.core.indexes import PandasIndex
 
 from zarrtrace.accessors import source_of
 from zarrtrace.errors import IncompleteError, IntegrityError, NotATraceError, ZarrtraceError
-from zarrtrace.format.attributes import TraceAttributes
+from zarrtrace.format.attributes import TableAttributes, TraceAttributes
+from zarrtrace.format.layout import ROWS
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store.array import StoredArray, open_array
 from zarrtrace.store.chunks import FileIndex
@@ -85,9 +86,9 @@ def open_trace(
         group, missing_layers, indexes = staged
         if missing == "raise":
             raise incomplete(path, group.attributes.layers, missing_layers) from None
-        return _dataset(path, group, chunks, indexes)
+        return lazy_dataset(path, group, chunks, indexes)
     check_sizes(trace)
-    return _dataset(path, trace, chunks)
+    return lazy_dataset(path, trace, chunks)
 
 
 def open_run(
@@ -124,7 +125,7 @@ def open_run(
         raise _between_two(path, error) from None
     names = run.attributes.scenarios
     present = path.present(names)
-    found = each_trace(path, present, lambda trace: _dataset(trace.path, trace, chunks))
+    found = each_trace(path, present, lambda trace: lazy_dataset(trace.path, trace, chunks))
     opened = {**dict.fromkeys(names), **dict(zip(present, found, strict=True))}
     absent = [name for name, ds in opened.items() if ds is None]
     if absent and missing == "raise":
@@ -159,9 +160,9 @@ def _between_two(path: Location, error: NotATraceError) -> NotATraceError:
     )
 
 
-def _dataset(
+def lazy_dataset(
     path: Location,
-    trace: Group[TraceAttributes],
+    trace: Group[TraceAttributes] | Group[TableAttributes],
     chunks: ChunkSpec,
     staged: Mapping[str, Mapping[str, FileIndex]] | None = None,
 ) -> xr.Dataset:
@@ -170,7 +171,7 @@ def _dataset(
     coordinates: dict[str, xr.Variable] = {}
     indexes: dict[Hashable, PandasIndex] = {}
     with _damage_explained(trace.path):
-        tokens = open_array(trace, "key", None).encoding.shape[0]
+        tokens = open_array(trace, "key", None).encoding.shape[0] if "key" in trace.nodes else 0
         for name in sorted(trace.nodes):
             array = open_array(trace, name, None if staged is None else staged.get(name))
             if array.encoding.layout.dims == (name,):
@@ -178,7 +179,8 @@ def _dataset(
                 continue
             target = coordinates if name in trace.labels else variables
             target[name] = _variable(array)
-        _check_spans(trace.attributes, tokens)
+        if isinstance(trace.attributes, TraceAttributes):
+            _check_spans(trace.attributes, tokens)
         ds = xr.Dataset(variables, xr.Coordinates(coordinates, indexes), trace.plain)
         ds.encoding = source_of(path)
     return ds if chunks is None else _chunk(ds, chunks)
@@ -215,7 +217,7 @@ def _variable(array: StoredArray) -> xr.Variable:
 
 
 def _index(
-    name: str, array: StoredArray, attributes: TraceAttributes, tokens: int
+    name: str, array: StoredArray, attributes: TraceAttributes | TableAttributes, tokens: int
 ) -> tuple[xr.Variable, PandasIndex]:
     """Return the index of a dimension, read only where the attributes do not say what it holds."""
     (size,), dtype = array.encoding.shape, array.encoding.dtype
@@ -265,7 +267,7 @@ def _blocks(variable: xr.Variable) -> dict[Hashable, int]:
         return dict(shape)
     layer_bytes = math.prod(variable.shape[1:]) * variable.dtype.itemsize
     if layer_bytes > 2 * _BLOCK_BYTES:
-        row = next(dim for dim in variable.dims if str(dim).endswith("query"))
+        row = next(dim for dim in variable.dims if dim in ROWS)
         rows = max(1, _BLOCK_BYTES * shape[row] // (layer_bytes * chunks[row])) * chunks[row]
         return {**shape, first: 1, row: min(rows, shape[row])}
     return {**shape, first: max(1, min(shape[first], _BLOCK_BYTES // max(layer_bytes, 1)))}
