@@ -222,5 +222,5 @@ def _gathered(
     first = np.arange(-(-width // columns)) * count * columns  # of each block
     cuts = np.searchsorted(key, first[1:])
     blocks = zip(np.split(key, cuts), first.tolist(), strict=True)
-    at = tuple(block - start for block, start in blocks)
-    return Nonzeros(shape, columns, at, tuple(np.split(value, cuts)))
+    positions = tuple(block - start for block, start in blocks)
+    return Nonzeros(shape, columns, positions, tuple(np.split(value, cuts)))

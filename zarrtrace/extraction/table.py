@@ -280,11 +280,12 @@ def _computed(job: Job, group: Group, dtypes: tuple[str, str], interrupted: Any)
     """
     try:
         _add_all(job, group, dtypes, interrupted)
-        return group
     except ModelError as error:
         if len(job.prompts) == 1:
             raise
         last = error
+    else:
+        return group
     alone = Group(group.start, group.rows)
     for prompt in job.prompts:
         try:
