@@ -80,7 +80,7 @@ class Encoders:
             return []
         loaded = self._next.result()
         self._prefetch()
-        if self._device.type == "cpu":
+        if self._device.type == "cpu" and not isinstance(self._source, KeptEncoders):
             release_freed()
         return loaded
 
