@@ -26,7 +26,7 @@ import zarrtrace as zt  # noqa: E402
 from zarrtrace.capture.prompts import tokenize  # noqa: E402
 from zarrtrace.cli import group  # noqa: E402
 from zarrtrace.errors import ConfigError, ConfigMismatchError, ScenarioError  # noqa: E402
-from zarrtrace.scenarios import Scenario, as_scenarios  # noqa: E402
+from zarrtrace.scenarios import Scenario, as_scenarios, stream  # noqa: E402
 
 USER = {"role": "user", "content": "You hold $90. Bet?"}
 TURNS = [USER, {"role": "assistant", "content": " I bet 1, as "}]
@@ -151,6 +151,8 @@ def test_marks_and_texts_are_cut_where_they_stand() -> None:
         "first": [rendered.prompt[:3]],
     }
     assert rendered.prompt.endswith("Bet?<|eot_id|>" + cut["header"][0] + "\n\n")
+    assert scenario.span_names == rendered.span_names == tuple(rendered.spans)
+    assert stream([scenario]).span_names == scenario.span_names
     assert repr(rendered).startswith(f"Scenario(prompt={rendered.prompt!r}")
     assert rendered.render(TOKENIZERS["gemma"]) is rendered
     for one in (scenario, rendered):

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -537,6 +538,29 @@ def _dataset(rows: list[dict[str, Any]], _: Path) -> Any:
     return datasets.Dataset.from_dict(_flat(rows) | {"tags": [row["tags"] for row in rows]})
 
 
+def _saved_dataset(rows: list[dict[str, Any]], folder: Path) -> Any:
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    shutil.rmtree(folder / "saved", ignore_errors=True)
+    _dataset(rows, folder).save_to_disk(folder / "saved", num_shards=min(2, len(rows)))
+    return folder / "saved"
+
+
+def _parquet_folder(rows: list[dict[str, Any]], folder: Path) -> Any:
+    """As a checkout from the hub: two files below a folder, with one schema."""
+    table = pa.table(_flat(rows))
+    shutil.rmtree(folder / "hub", ignore_errors=True)
+    (folder / "hub" / "data").mkdir(parents=True)
+    for number, rows_of in enumerate((table.slice(0, 1), table.slice(1))):
+        file = folder / "hub" / "data" / f"train-{number:05}-of-00002.parquet"
+        pq.write_table(rows_of, file, row_group_size=2)
+    return str(folder / "hub")
+
+
+def _generator(rows: list[dict[str, Any]], _: Path) -> Any:
+    return (row for row in rows)
+
+
 def _python(rows: list[dict[str, Any]], _: Path) -> Any:
     return [Scenario(**row, marks=False) for row in rows]
 
@@ -555,7 +579,9 @@ _WAYS: tuple[Callable[[list[dict[str, Any]], Path], Any], ...] = (
     _frame,
     _nullable_frame,
     _python,
-    *([_dataset] if importlib.util.find_spec("datasets") else []),
+    _generator,
+    _parquet_folder,
+    *([_dataset, _saved_dataset] if importlib.util.find_spec("datasets") else []),
 )
 
 

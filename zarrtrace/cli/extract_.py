@@ -69,7 +69,8 @@ _EXAMPLES = [
     group=PROMPTS,
     type=PATH,
     metavar="FILE",
-    help="YAML, JSONL, CSV or Parquet file of prompts; slot-machine names the embedded ten.",
+    help="YAML, JSONL, CSV or Parquet file of prompts, or a data set's folder; slot-machine names "
+    "the embedded ten.",
 )
 @option(
     "--scenario",
@@ -289,11 +290,10 @@ def _scenarios(given: dict[str, Any]) -> tuple[Scenario, ...] | None:
 
 def _names(scenarios: Sequence[Scenario] | None, only: Sequence[str]) -> list[str]:
     from zarrtrace import demo
-    from zarrtrace.scenarios import load_suite
-    from zarrtrace.scenarios.choice import only_named
+    from zarrtrace.scenarios import stream
 
-    every = load_suite(demo.suite_path()) if scenarios is None else scenarios
-    return [scenario.name for scenario in only_named(every, only)]
+    every = stream(demo.suite_path() if scenarios is None else scenarios)
+    return [scenario.name for scenario in every.only(only)]
 
 
 def _check_output(given: dict[str, Any], names: list[str]) -> None:

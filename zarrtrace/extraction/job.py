@@ -26,8 +26,7 @@ from zarrtrace.format.attributes import (
 from zarrtrace.format.layout import TraceShape
 from zarrtrace.hub import cache_if_unreachable
 from zarrtrace.records import TracePlan
-from zarrtrace.scenarios import Scenario, as_scenarios
-from zarrtrace.scenarios.choice import only_named
+from zarrtrace.scenarios import Scenario, stream
 
 if TYPE_CHECKING:  # they import torch
     from zarrtrace.capture import CaptureLimits, LoadedModel, Prompt
@@ -79,7 +78,7 @@ class Options:
         What to store. `residual` is the residual stream at the hook point that the SAEs of
         ``features`` read, without SAEs the output of each block.
     scenarios
-        What :func:`zarrtrace.scenarios.as_scenarios` takes; ``"slot-machine"`` is the embedded
+        What :func:`zarrtrace.scenarios.stream` takes; ``"slot-machine"`` is the embedded
         suite.
     only
         Names of scenarios; empty means all.
@@ -655,8 +654,8 @@ def find_scenarios(options: Options, loaded: Loaded = _NOTHING) -> tuple[Scenari
     _check(options, loaded)
     given = options.scenarios
     is_name = isinstance(given, str | Path) and str(given) == SLOT_MACHINE
-    scenarios = as_scenarios(demo.suite_path() if given is None or is_name else given)
-    return only_named(scenarios, options.only)
+    every = stream(demo.suite_path() if given is None or is_name else given)
+    return tuple(every.only(options.only))
 
 
 def _sae_source(options: Options, loaded: Loaded) -> SAESource:

@@ -17,7 +17,8 @@ from zarrtrace.scenarios.metadata import (
 from zarrtrace.scenarios.names import DECISION, check_name, name_key
 from zarrtrace.scenarios.scenario import Scenario
 from zarrtrace.scenarios.spans import CharRange, span, span_positions, token_positions
-from zarrtrace.scenarios.suite import as_scenarios, load_suite
+from zarrtrace.scenarios.streams import ScenarioStream
+from zarrtrace.scenarios.suite import as_scenarios, load_suite, stream
 from zarrtrace.scenarios.templates import render_template
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Message",
     "Scenario",
     "ScenarioEntry",
+    "ScenarioStream",
     "SuiteFile",
     "Value",
     "as_scenarios",
@@ -39,6 +41,7 @@ __all__ = [
     "render_template",
     "span",
     "span_positions",
+    "stream",
     "token_positions",
     "typed_column",
 ]

@@ -36,6 +36,7 @@ _MetadataValue = Annotated[
     BeforeValidator(plain_value),
     WithJsonSchema({"type": ["boolean", "integer", "number", "string", "null"]}),
 ]
+_PLAIN = frozenset((str, int, float, bool, type(None)))
 # How pydantic names the members of a union, and a key, within an error's location.
 _UNION_MEMBER = re.compile(
     r"constrained-|literal\[|list\[|tuple\[|\[key\]|TextSpan$|(?:str|bool|int|float)$"
@@ -223,6 +224,8 @@ def checked_entry(given: Mapping[str, Any], label: str) -> ScenarioEntry:
 
 def plain(value: Any) -> Any:
     """Return a value with NumPy's arrays and numbers within it as Python's, sets as lists."""
+    if type(value) in _PLAIN:
+        return value
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
         return plain(value.tolist())
     if isinstance(value, Mapping):

@@ -45,7 +45,10 @@ def locate_spans(
     ScenarioError
         If the prompt has no such text or range, or a span is called ``decision``.
     """
-    search = functools.cache(functools.partial(occurrences, prompt))
+    # A search a text, not a search a span; making the cache takes as long as one search.
+    search: Callable[[str], Sequence[CharRange]] = functools.partial(occurrences, prompt)
+    if len(given) > 1:
+        search = functools.cache(search)
     spans = {name: list(ranges) for name, ranges in marked.items()}
     for name, one in given.items():
         if name == DECISION:
