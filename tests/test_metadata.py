@@ -62,7 +62,7 @@ LAYOUTS = {
                 feature_dtype="float16",
                 channels=24,
                 residual_dtype="float16",
-                attention_queries=3,
+                attention_positions=3,
                 next_token=False,
                 limits=Limits(file_bytes=2**10, keys=16, queries=4, tokens=8, features=16),
             )

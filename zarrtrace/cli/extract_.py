@@ -15,7 +15,7 @@ from zarrtrace.cli.shared import (
     PATH,
     Address,
     Layers,
-    Queries,
+    PositionsType,
     json_option,
     json_text,
     one_of,
@@ -144,10 +144,18 @@ _EXAMPLES = [
     help="Store the residual stream, too, where the SAEs read it.  [without SAEs: blocks' output]",
 )
 @option(
-    "--queries",
+    "--positions",
     group=CONTENT,
-    type=Queries(),
-    help="Rows of attention: last, spans, or positions as 0,5,-1.  [default: all]",
+    type=PositionsType(),
+    default="all",
+    help="Tokens to store: all, last, spans, names of spans as goal,balance, or 0,5,-1.  "
+    "[default: all]",
+)
+@option(
+    "--attention-positions",
+    group=CONTENT,
+    type=PositionsType(),
+    help="Rows of attention, likewise, among --positions.  [default: those]",
 )
 @option(
     "--attention-capture",
@@ -403,7 +411,8 @@ def _options(given: dict[str, Any], scenarios: object) -> Options:
         device=_device(given),
         dtype=given["dtype"],
         batch_size=given["batch_size"],
-        queries=given["queries"],
+        positions=given["positions"],
+        attention_positions=given["attention_positions"],
         attention_capture=given["attention_capture"],
         attention_dtype=given["attention_dtype"],
         attention_keepbits=given["attention_keepbits"],

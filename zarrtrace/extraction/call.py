@@ -20,6 +20,7 @@ from zarrtrace.extraction.job import (
     capture_package,
     find_scenarios,
 )
+from zarrtrace.extraction.positions import parsed
 from zarrtrace.extraction.progress import Shown
 from zarrtrace.extraction.running import extract_run
 from zarrtrace.format.attributes import layers_in
@@ -58,7 +59,8 @@ def extract(
     features: bool = True,
     residual: bool = False,
     scenario: str | Sequence[str] = (),
-    queries: str | int | Iterable[int] | None = None,
+    positions: str | int | Iterable[int] | Iterable[str] = "all",
+    attention_positions: str | int | Iterable[int] | Iterable[str] | None = None,
     revision: str | None = None,
     fold_decoder_norm: bool = False,
     layer_start: int | None = None,
@@ -119,9 +121,13 @@ def extract(
         they encode it to ``features``; without SAEs it is the output of each block.
     scenario
         Names of scenarios to keep; by default all.
-    queries
-        Rows of attention to store: ``"last"``, ``"spans"`` or token positions, negative ones from
-        the end. By default all.
+    positions
+        Token positions to store, for all arrays: ``"all"``, ``"last"``, ``"spans"`` (those of any
+        span), names of spans (``"goal,balance"`` or a sequence), or integers, negative ones from
+        the end. SAEs encode these tokens only. The prompt's other tokens remain keys of attention.
+    attention_positions
+        Those of `positions` whose rows of attention are stored, given likewise. By default all of
+        them.
     revision
         Commit, tag or branch of the model on the hub.
     fold_decoder_norm
@@ -204,7 +210,10 @@ def extract(
             residual=residual,
             scenarios=scenarios,
             only=(scenario,) if isinstance(scenario, str) else tuple(scenario),
-            queries=_queries(queries),
+            positions=parsed(positions, "positions"),
+            attention_positions=None
+            if attention_positions is None
+            else parsed(attention_positions, "attention_positions"),
             revision=revision,
             fold_decoder_norm=fold_decoder_norm,
             device=_device(device, gpu),
@@ -257,10 +266,6 @@ def _layers(given: int | str | Iterable[int] | None) -> tuple[int, ...] | None:
                 f"layers: {error}", remedy="Give indices such as [1, 2], or text such as '1-31'."
             ) from None
     return _integers("layers", given)
-
-
-def _queries(given: str | int | Iterable[int] | None) -> str | tuple[int, ...] | None:
-    return given if given is None or isinstance(given, str) else _integers("queries", given)
 
 
 def _integers(name: str, given: int | Iterable[int]) -> tuple[int, ...]:

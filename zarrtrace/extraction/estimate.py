@@ -8,7 +8,7 @@ from typing import Any
 
 from zarrtrace.extraction.job import Job
 from zarrtrace.format.attributes import SAEAttributes
-from zarrtrace.format.layout import trace_layout
+from zarrtrace.format.layout import TraceShape, trace_layout
 
 # Bytes on disk, fitted to measured stores; schema/README.md has the tables. Attention is taken by
 # the precision in which the model computes, per element of the full square.
@@ -58,15 +58,16 @@ def estimate(job: Job) -> Estimate:
     job
         From :func:`zarrtrace.extraction.prepare`; weights are not needed.
     """
-    dense, disk, record = 0, 0.0, 0
+    dense, disk, record, stored = 0, 0.0, 0, 0
     for prompt in job.prompts:
         shape = job.shape(prompt)
+        stored = max(stored, shape.rows)
         sizes = {
             name: math.prod(layout.shape) * _itemsize(layout.dtype)
             for name, layout in trace_layout(shape).items()
         }
         dense += sum(sizes.values())
-        disk += _on_disk(job, len(prompt.tokens.ids))
+        disk += _on_disk(job, shape)
         record = max(record, sum(sizes.values()) // max(1, len(job.layers)))
     on_device = job.options.device != "cpu"
     weights = _bytes_of(job.model.model)
@@ -76,7 +77,7 @@ def estimate(job: Job) -> Estimate:
     encoder = max((4 * sae.d_in * sae.d_sae for sae in _all(job)), default=0)
     longest = max(len(prompt.tokens.ids) for prompt in job.prompts)
     # One encoder in use; the next is loaded whole, with its decoder.
-    computing = weights + 3 * encoder + _block_bytes(job, longest)
+    computing = weights + 3 * encoder + _block_bytes(job, longest, stored)
     writing = _RECORDS_HELD * record
     return Estimate(
         tokens={prompt.scenario.name: len(prompt.tokens.ids) for prompt in job.prompts},
@@ -91,30 +92,31 @@ def _bytes_of(module: Any) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
-def _on_disk(job: Job, tokens: int) -> float:
-    layers = len(job.layers)
-    size = float(_PER_TRACE + _PER_NEXT_TOKEN * tokens)
+def _on_disk(job: Job, shape: TraceShape) -> float:
+    layers, stored = len(job.layers), shape.rows
+    size = float(_PER_TRACE + _PER_NEXT_TOKEN * stored)
     if job.attention_dtype is not None:
         computed = job.model.attributes.dtype
         precision = "float16" if job.attention_dtype == "float16" else computed
         per_head = _ATTENTION[precision] * job.model.n_heads
-        size += layers * tokens**2 * (per_head + _ATTENTION_MEAN)
+        rows = stored if shape.attention_positions is None else shape.attention_positions
+        size += layers * rows * shape.tokens * (per_head + _ATTENTION_MEAN)
     if job.channels is not None:
         computed = job.model.attributes.dtype
         half = job.options.residual_dtype == "float16" and computed == "float32"
         each = _RESIDUAL["float16" if half else computed]
-        size += len(job.residual) * tokens * job.channels * each
+        size += len(job.residual) * stored * job.channels * each
     indexed = sum(min(32, sae.d_sae) for sae in _all(job))
     active = sum(min(_ACTIVE_FEATURES, sae.d_sae) for sae in _all(job))
-    return size + tokens * (indexed * _PER_INDEXED_FEATURE + active * _PER_ACTIVE_FEATURE)
+    return size + stored * (indexed * _PER_INDEXED_FEATURE + active * _PER_ACTIVE_FEATURE)
 
 
-def _block_bytes(job: Job, tokens: int) -> int:
+def _block_bytes(job: Job, tokens: int, stored: int) -> int:
     """Activations of one block of one batch: attention three times over, features twice."""
     itemsize = 4 if job.model.attributes.dtype == "float32" else 2
     rows = tokens * job.batch_size
     attention = 3 * job.model.n_heads * rows * tokens * itemsize
-    features = 2 * 4 * rows * max((sae.d_sae for sae in _all(job)), default=0)
+    features = 2 * 4 * stored * job.batch_size * max((sae.d_sae for sae in _all(job)), default=0)
     return int(attention + features + 16 * rows * job.model.d_model * itemsize)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, get_args
 from zarrtrace import demo
 from zarrtrace.errors import ConfigError, install_command
 from zarrtrace.extraction.layers import choose_layers
+from zarrtrace.extraction.positions import Positions, as_json, as_text, check_spans, positions_of
 from zarrtrace.extraction.processes import FEW_TRACES, WriterPool
 from zarrtrace.extraction.reading_ahead import ReadAhead, weight_files
 from zarrtrace.format.attributes import (
@@ -86,9 +87,11 @@ class Options:
         Where and how the model computes.
     batch_size
         Scenarios in one forward pass; None chooses from memory: 1 on a CPU.
-    queries
-        Rows of attention to store: ``"last"``, ``"spans"`` or token positions, negative ones from
-        the end; None for all.
+    positions
+        Token positions to store: ``"all"``, ``"last"``, ``"spans"`` (those of any span), names of
+        spans, or integers, negative ones from the end.
+    attention_positions
+        Those of `positions` whose rows of attention are stored; None for all of them.
     attention_capture
         ``"whole"`` takes attention as transformers' eager implementation makes it; ``"blocked"``
         block of queries by block, so that no whole matrix is held; ``"auto"`` the latter only
@@ -130,7 +133,8 @@ class Options:
     device: str = "cpu"
     dtype: Dtype = "auto"
     batch_size: int | None = None
-    queries: str | tuple[int, ...] | None = None
+    positions: Positions = "all"
+    attention_positions: Positions | None = None
     attention_capture: AttentionCapture = "auto"
     attention_dtype: StoredDtype | None = None
     attention_keepbits: int | None = None
@@ -205,28 +209,44 @@ class Job:
     config: Mapping[str, Any]
     notes: tuple[str, ...] = ()
 
-    def queries(self, prompt: Prompt) -> tuple[int, ...] | None:
-        """Token positions whose attention is stored; None for all.
+    def positions(self, prompt: Prompt) -> tuple[int, ...] | None:
+        """Token positions that are stored; None for all.
 
         Raises
         ------
-        ConfigError
-            If one is not in the prompt.
+        ConfigError, ScenarioError
+            If one is not in the prompt, or none is left.
         """
-        wanted, tokens = self.options.queries, len(prompt.tokens.ids)
-        if wanted is None or not self.options.attention:
+        found = positions_of(self.options.positions, prompt, "--positions")
+        return None if found == tuple(range(len(prompt.tokens.ids))) else found
+
+    def attention_positions(self, prompt: Prompt) -> tuple[int, ...] | None:
+        """Token positions whose rows of attention alone are stored; None for :meth:`positions`.
+
+        Raises
+        ------
+        ConfigError, ScenarioError
+            As :meth:`positions`; also if one is not among the stored positions.
+        """
+        wanted = self.options.attention_positions
+        if wanted is None or wanted == self.options.positions:
             return None
-        if wanted == "last":
-            return (tokens - 1,)
-        if wanted == "spans":
-            return tuple(sorted({at for span in prompt.spans.values() for at in span.tokens}))
-        for position in wanted:
-            if not -tokens <= int(position) < tokens:
-                raise ConfigError(
-                    f"--queries {position}: scenario {prompt.scenario.name!r} has {tokens} tokens",
-                    remedy=f"Give positions from {-tokens} to {tokens - 1}.",
-                )
-        return tuple(sorted({int(position) % tokens for position in wanted}))
+        found = positions_of(wanted, prompt, "--attention-positions")
+        stored = self.positions(prompt)
+        absent = [] if stored is None else sorted(set(found) - set(stored))
+        if absent:
+            raise ConfigError(
+                f"--attention-positions {as_text(wanted)}: token {absent[0]} of scenario "
+                f"{prompt.scenario.name!r} is not among the stored positions",
+                why=f"--positions {as_text(self.options.positions)} leaves it out.",
+                remedy="Choose more --positions, or fewer --attention-positions.",
+            )
+        return found
+
+    def attention_rows(self, prompt: Prompt) -> tuple[int, ...] | None:
+        """Token positions whose rows of attention are stored; None for all of the prompt."""
+        own = self.attention_positions(prompt)
+        return self.positions(prompt) if own is None else own
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
@@ -268,6 +288,7 @@ class Job:
         return TraceShape(
             layers=len(self.layers),
             tokens=len(prompt.tokens.ids),
+            positions=_count(self.positions(prompt)),
             heads=self.model.n_heads if self.options.attention else None,
             features={sae.variable: sae.d_sae for found in self.saes.values() for sae in found},
             channels=self.channels,
@@ -277,6 +298,7 @@ class Job:
             attention_layers=len(self.attention_layers)
             if self.options.attention and len(self.attention_layers) < len(self.layers)
             else None,
+            attention_positions=_count(self.attention_positions(prompt)),
             limits=self.model.limits.layout,
         )
 
@@ -287,7 +309,8 @@ class Job:
             shape=self.shape(prompt),
             tokens=prompt.tokens,
             saes=tuple(sae for found in self.saes.values() for sae in found),
-            queries=self.queries(prompt),
+            positions=self.positions(prompt),
+            attention_positions=self.attention_positions(prompt),
             settings=self._settings,
         )
 
@@ -345,6 +368,10 @@ class Job:
             ),
             versions=library_versions(),
         )
+
+
+def _count(positions: tuple[int, ...] | None) -> int | None:
+    return None if positions is None else len(positions)
 
 
 @cache
@@ -495,7 +522,7 @@ def _assembled(
     )
     _ = job.residual  # refuses SAEs that read different places
     for prompt in prompts:
-        job.queries(prompt)  # refuses positions that a prompt does not have
+        job.shape(prompt)  # refuses positions that a prompt does not have
     return job
 
 
@@ -577,10 +604,11 @@ def _check(options: Options, loaded: Loaded) -> None:
         )
     if options.batch_size is not None and options.batch_size < 1:
         raise ConfigError(f"--batch-size {options.batch_size}", remedy="Give 1 or more.")
-    queries = options.queries
-    if isinstance(queries, str) and queries not in ("last", "spans"):
+    if options.attention_positions is not None and not options.attention:
         raise ConfigError(
-            f"--queries {queries}", remedy="Give last, spans, or positions such as 0,5,-1."
+            "--attention-positions with --no-attention",
+            why="No attention is stored.",
+            remedy="Leave one of the two out; --positions chooses for all arrays.",
         )
 
 
@@ -655,7 +683,10 @@ def find_scenarios(options: Options, loaded: Loaded = _NOTHING) -> tuple[Scenari
     given = options.scenarios
     is_name = isinstance(given, str | Path) and str(given) == SLOT_MACHINE
     every = stream(demo.suite_path() if given is None or is_name else given)
-    return tuple(every.only(options.only))
+    chosen = tuple(every.only(options.only))
+    check_spans(options.positions, chosen, "--positions")
+    check_spans(options.attention_positions, chosen, "--attention-positions")
+    return chosen
 
 
 def _sae_source(options: Options, loaded: Loaded) -> SAESource:
@@ -703,7 +734,7 @@ def _config(
     batch_size: int,
 ) -> dict[str, Any]:
     """Everything that decides what is stored, as JSON."""
-    attributes, queries = model.attributes, options.queries
+    attributes = model.attributes
     return {
         "model": attributes.id,
         "revision": attributes.revision,
@@ -713,7 +744,8 @@ def _config(
         "prepend_bos": attributes.prepend_bos,
         "device": model.device.type,
         "batch_size": batch_size,
-        "queries": list(queries) if isinstance(queries, tuple) else queries,
+        "positions": as_json(options.positions),
+        "attention_positions": as_json(options.attention_positions),
         "attention_capture": options.attention_capture,
         "layers": ranges(layers),
         "attention": options.attention,

@@ -222,7 +222,8 @@ def _captured(job: Job, lacks: Mapping[str, Lack]) -> Generator[Record, None, No
             frozenset(lacks[prompt.scenario.name].layers),
             lacks[prompt.scenario.name].tokens,
             blocked=prompt.scenario.name in job.blocked,
-            queries=job.queries(prompt),
+            positions=job.positions(prompt),
+            attention_positions=job.attention_rows(prompt),
         )
         for prompt in job.prompts
     ]

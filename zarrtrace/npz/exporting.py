@@ -141,6 +141,14 @@ def _trace(path: Location, ds: xr.Dataset) -> _Trace:
     attributes = TraceAttributes.model_validate(ds.attrs)
     tokens = [str(text) for text in ds["key_token"].values]
     keys = [key for key in KEYS if key in ds.data_vars]
+    if "features" in keys and ds.sizes["query"] < len(tokens):
+        raise ConfigError(
+            f"{path}: features of {ds.sizes['query']} of {len(tokens)} tokens are stored",
+            why="It was extracted with --positions, and the NPZ layout has features of every "
+            "token of a prompt: rows of others would be taken for theirs.",
+            remedy="Extract it with all positions to export it, or read the trace with "
+            "zarrtrace.open_trace.",
+        )
     return _Trace(
         path=path,
         attributes=attributes,
@@ -235,10 +243,11 @@ def _load(trace: _Trace, key: str, layer: int) -> np.ndarray:
             remedy="'zarrtrace verify' names everything damaged; the 'zarrtrace extract' that made "
             "the run makes it anew.",
         ) from error
-    if "attention_query" in array.dims:  # the layout has all rows: those not stored are NaN
-        heads, _, keys = values.shape
+    rows = str(array.dims[2])
+    if key == "attention" and array.sizes[rows] < array.sizes["key"]:
+        heads, _, keys = values.shape  # the layout has all rows: those not stored are NaN
         every = np.full((heads, keys, keys), np.nan, values.dtype)
-        every[:, array["attention_query"].values] = values
+        every[:, array[rows].values] = values
         return every
     return values
 

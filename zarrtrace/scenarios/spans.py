@@ -204,7 +204,7 @@ def span_positions(scenario: Scenario, offsets: Sequence[CharRange]) -> dict[str
 
 
 def span(ds: xr.Dataset, name: str) -> list[int]:
-    """Return the token positions of a span: labels of ``query`` and ``key``.
+    """Return the token positions of a span: labels of ``key``, and of ``query`` if stored.
 
     Parameters
     ----------

@@ -156,10 +156,6 @@ class Location:
             )
         return cast("WritableBackend", self.backend)
 
-    def refuse_read_only(self) -> None:
-        """Raise ConfigError where :meth:`writable_backend` does."""
-        self.writable_backend()
-
     def is_file(self) -> bool:
         """Whether there is such a file."""
         if (path := self.path) is not None:
@@ -205,6 +201,16 @@ class Location:
             return list(names)
         there = set(self.backend.children(self._prefix))
         return [name for name in names if name in there]
+
+    def each(self, call: Callable[[_In], _Out], items: Iterable[_In]) -> list[_Out]:
+        """Call a function that reads or writes below here for each item.
+
+        In an object store some calls run at the same time, because requests mostly wait.
+        """
+        # A thread that waited for its own pool would hang.
+        if self.path is not None or threading.current_thread().name.startswith(_THREADS):
+            return list(map(call, items))
+        return list(_pool(os.getpid()).map(call, items))
 
     def files(self) -> dict[str, int]:
         """Return the size of every file below the folder, by its path from here.
@@ -285,13 +291,6 @@ def _credential(what: str) -> ConfigError:
         why="What stands on a command line or in a notebook is read by others.",
         remedy="Put credentials into the environment, as AWS_SECRET_ACCESS_KEY.",
     )
-
-
-def at_once(call: Callable[[_In], _Out], items: Iterable[_In]) -> list[_Out]:
-    """Call a function for each item, some at the same time: requests spend their time waiting."""
-    if threading.current_thread().name.startswith(_THREADS):  # waiting for its own pool would hang
-        return list(map(call, items))
-    return list(_pool(os.getpid()).map(call, items))
 
 
 @cache

@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic, Literal, TypeVar
@@ -24,6 +24,7 @@ from zarrtrace.format.attributes import (
     FORMAT_VERSION,
     IndexAttributes,
     RunAttributes,
+    TableAttributes,
     TraceAttributes,
 )
 from zarrtrace.format.layout import LABELS, NO_ID, ArrayLayout
@@ -33,7 +34,7 @@ from zarrtrace.store.chunks import Checksum, Checksums
 from zarrtrace.store.codecs import ArrayEncoding, codecs_of
 from zarrtrace.suggestions import closest_path
 
-Kind = Literal["run", "trace", "index"]
+Kind = Literal["run", "trace", "table", "index"]
 #: Metadata of arrays by name.
 Nodes = dict[str, dict[str, Any]]
 
@@ -53,22 +54,34 @@ _MOST_LABELS, _MOST_FILES, _MOST_BYTES, _MOST_SEALS = 2**24, 2**18, 2**30, 100
 # Attributes by which xarray computes other numbers from those that are stored.
 _SCALED = {"scale_factor", "add_offset", "_FillValue", "missing_value", "dtype", "_Unsigned",
            "units", "calendar"}  # fmt: skip
+# What to do with a group of another kind than was asked for.
+_OTHER_KIND = {
+    "table": "A table holds samples of many scenarios: open it with zarrtrace.open_table.",
+    "run": "A run holds one trace a scenario: open it with zarrtrace.open_run.",
+    "trace": "A run holds one trace a scenario: open one with zarrtrace.open_trace.",
+}
 # What an array may hold where nothing is stored, by its data type.
 _FILLS: dict[str, tuple[Any, ...]] = {
-    "bool": (False,), "float16": ("NaN",), "float32": ("NaN",), "string": ("",),
+    "bool": (False,), "float16": ("NaN",), "float32": ("NaN",), "float64": ("NaN",),
+    "string": ("",),
     "int64": (0,), "uint32": (0, NO_ID), "uint64": (0,),
 }  # fmt: skip
 # Names of arrays become folders.
-_ARRAY_NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)
+_ARRAY_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _CHECKSUM = re.compile(r"[0-9a-f]{8}|[0-9a-f]{16}", re.ASCII)
 _FILE_KEY = re.compile(r"c(\.(0|[1-9]\d{0,8}))+", re.ASCII)
 #: What nonsense in JSON raises when it is parsed and taken for metadata.
 NONSENSE = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 
-_Attributes = TypeVar("_Attributes", IndexAttributes, RunAttributes, TraceAttributes)
-_MODELS: dict[str, type[IndexAttributes | RunAttributes | TraceAttributes]] = {
+_Use = TypeVar("_Use")
+_AnyAttributes = IndexAttributes | RunAttributes | TableAttributes | TraceAttributes
+_Attributes = TypeVar(
+    "_Attributes", IndexAttributes, RunAttributes, TableAttributes, TraceAttributes
+)
+_MODELS: dict[str, type[_AnyAttributes]] = {
     "run": RunAttributes,
     "trace": TraceAttributes,
+    "table": TableAttributes,
     "index": IndexAttributes,
 }
 
@@ -142,9 +155,7 @@ def encoded(node: Mapping[str, Any]) -> bytes:
     return json.dumps(node, allow_nan=False).encode()
 
 
-def sealed_group(
-    attributes: TraceAttributes | RunAttributes | IndexAttributes, nodes: Nodes | None
-) -> bytes:
+def sealed_group(attributes: _AnyAttributes, nodes: Nodes | None) -> bytes:
     """Return the content of a group's ``zarr.json``, with consolidated metadata and seal.
 
     The seal is BLAKE2b (8 bytes) of this very file, with zeros in place of the seal.
@@ -155,7 +166,7 @@ def sealed_group(
         Metadata of all nodes below; None leaves consolidated metadata out.
     """
     plain = attributes.model_dump(mode="json", exclude={"seal"})
-    if isinstance(attributes, TraceAttributes) and nodes is not None:
+    if isinstance(attributes, TraceAttributes | TableAttributes) and nodes is not None:
         plain["coordinates"] = labels_of(nodes)
     plain["seal"] = _NO_SEAL
     group: dict[str, Any] = {"attributes": plain, **_GROUP}
@@ -185,13 +196,12 @@ def seal_holds(content: bytes) -> bool:
     )
 
 
-def labels_of(names: Iterable[str]) -> str:
+def labels_of(nodes: Nodes) -> str:
     """Name the coordinates that are no index, as xarray reads them in an attribute."""
-    there = set(names)
-    return " ".join(
-        [name for name in LABELS if name in there]
-        + sorted(name for name in there if name.startswith("sae_"))
-    )
+    names = [name for name in LABELS if name in nodes]
+    along_sample = [name for name, node in nodes.items() if node["dimension_names"] == ["sample"]]
+    saes = sorted(name for name in nodes if name.startswith("sae_"))
+    return " ".join(dict.fromkeys([*names, *sorted(along_sample), *saes]))
 
 
 def repeated_nodes(trace: Group[TraceAttributes]) -> Nodes:
@@ -227,6 +237,16 @@ def read_trace(path: Address) -> Group[TraceAttributes]:
     return _read(locate(path), "trace")
 
 
+def read_table(path: Address) -> Group[TableAttributes]:
+    """Read the metadata of a table.
+
+    Raises
+    ------
+    NotATraceError, FormatVersionError, IntegrityError
+    """
+    return _read(locate(path), "table")
+
+
 def read_scenario(run: Location, name: str) -> Group[TraceAttributes]:
     """Read the metadata of a run's trace, which must be of the scenario that its folder names.
 
@@ -245,6 +265,25 @@ def read_scenario(run: Location, name: str) -> Group[TraceAttributes]:
     return trace
 
 
+def each_trace(
+    run: Location, names: Iterable[str], use: Callable[[Group[TraceAttributes]], _Use]
+) -> list[_Use | None]:
+    """Return what a function makes of each trace's metadata; None for those not complete.
+
+    Raises
+    ------
+    FormatVersionError, IntegrityError
+    """
+
+    def used(name: str) -> _Use | None:
+        try:
+            return use(read_scenario(run, name))
+        except NotATraceError:
+            return None
+
+    return run.each(used, names)
+
+
 def read_index_group(path: Address) -> Group[IndexAttributes]:
     """Read the metadata of a run's index.
 
@@ -255,17 +294,18 @@ def read_index_group(path: Address) -> Group[IndexAttributes]:
     return _read(locate(path), "index")
 
 
-def kind_of(path: Address) -> Literal["run", "trace"]:
-    """Tell whether a folder is a run or a trace.
+def kind_of(path: Address) -> Literal["run", "trace", "table"]:
+    """Tell whether a folder is a run, a trace or a table.
 
     Raises
     ------
     NotATraceError
-        If it is neither.
+        If it is none of them.
     FormatVersionError, IntegrityError
     """
     _, group = _load(locate(path), "run or a trace")
-    return "run" if group["attributes"]["kind"] == "run" else "trace"
+    kind = group["attributes"]["kind"]
+    return kind if kind in ("run", "table") else "trace"
 
 
 def refuse_foreign(path: Location) -> None:
@@ -275,7 +315,7 @@ def refuse_foreign(path: Location) -> None:
     ------
     ConfigError, NotATraceError, FormatVersionError, IntegrityError
     """
-    path.refuse_read_only()
+    path.writable_backend()  # raises if it is read only
     is_file = path.is_file()
     if not is_file and not (path.is_folder() and any(True for _ in path.children())):
         return
@@ -332,7 +372,7 @@ def _read(path: Location, wanted: Kind) -> Group[Any]:
     if plain["kind"] != wanted:
         raise NotATraceError(
             f"{path}: is a {plain['kind']}, not a {wanted}",
-            remedy="A run holds one trace a scenario; give the other folder.",
+            remedy=_OTHER_KIND.get(plain["kind"], "Give the folder of the run."),
         )
     if not seal_holds(content):
         raise IntegrityError(
@@ -438,7 +478,10 @@ def parse_attributes(file: Location, plain: Mapping[str, Any], kind: Kind) -> An
 
 
 def check_nodes(
-    nodes: Nodes, attributes: TraceAttributes | IndexAttributes, *, is_whole: bool = True
+    nodes: Nodes,
+    attributes: TraceAttributes | TableAttributes | IndexAttributes,
+    *,
+    is_whole: bool = True,
 ) -> dict[str, ArrayEncoding]:
     """Refuse metadata that no group of zarrtrace has, before anything is read by it.
 
@@ -473,6 +516,8 @@ def check_nodes(
             raise ValueError(f"array {name!r}: {error}") from error
     if isinstance(attributes, TraceAttributes) and not {"layer", "key"} <= nodes.keys():
         raise ValueError("it has no coordinates 'layer' and 'key'")
+    if isinstance(attributes, TableAttributes) and not {"layer", "scenario"} <= nodes.keys():
+        raise ValueError("it has no coordinates 'layer' and 'scenario'")
     return encodings
 
 

@@ -17,12 +17,13 @@ from xarray.core.indexes import PandasIndex
 
 from zarrtrace.accessors import source_of
 from zarrtrace.errors import IncompleteError, IntegrityError, NotATraceError, ZarrtraceError
-from zarrtrace.format.attributes import TraceAttributes
-from zarrtrace.storage import Address, Location, at_once, locate
+from zarrtrace.format.attributes import TableAttributes, TraceAttributes
+from zarrtrace.format.layout import ROWS
+from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store.array import StoredArray, open_array
 from zarrtrace.store.chunks import FileIndex
 from zarrtrace.store.damage import check_sizes
-from zarrtrace.store.metadata import REPAIR, Group, read_run, read_scenario, read_trace
+from zarrtrace.store.metadata import REPAIR, Group, each_trace, read_run, read_trace
 from zarrtrace.store.publish import beside
 from zarrtrace.store.staged import read_staged, staging_folder
 from zarrtrace.store.trace_writer import incomplete
@@ -85,9 +86,9 @@ def open_trace(
         group, missing_layers, indexes = staged
         if missing == "raise":
             raise incomplete(path, group.attributes.layers, missing_layers) from None
-        return _dataset(path, group, chunks, indexes)
+        return lazy_dataset(path, group, chunks, indexes)
     check_sizes(trace)
-    return _dataset(path, trace, chunks)
+    return lazy_dataset(path, trace, chunks)
 
 
 def open_run(
@@ -123,9 +124,8 @@ def open_run(
     except NotATraceError as error:
         raise _between_two(path, error) from None
     names = run.attributes.scenarios
-    each = map if path.path is not None else at_once
     present = path.present(names)
-    found = each(lambda name: _child(path, name, chunks), present)
+    found = each_trace(path, present, lambda trace: lazy_dataset(trace.path, trace, chunks))
     opened = {**dict.fromkeys(names), **dict(zip(present, found, strict=True))}
     absent = [name for name, ds in opened.items() if ds is None]
     if absent and missing == "raise":
@@ -147,14 +147,6 @@ def open_run(
     return tree
 
 
-def _child(run: Location, name: str, chunks: ChunkSpec) -> xr.Dataset | None:
-    """Open a trace of a run; None if it is not complete."""
-    try:
-        return _dataset(run / name, read_scenario(run, name), chunks)
-    except NotATraceError:
-        return None
-
-
 def _between_two(path: Location, error: NotATraceError) -> NotATraceError:
     """Say where both runs are while one replaces the other."""
     here = path.resolved().path
@@ -168,9 +160,9 @@ def _between_two(path: Location, error: NotATraceError) -> NotATraceError:
     )
 
 
-def _dataset(
+def lazy_dataset(
     path: Location,
-    trace: Group[TraceAttributes],
+    trace: Group[TraceAttributes] | Group[TableAttributes],
     chunks: ChunkSpec,
     staged: Mapping[str, Mapping[str, FileIndex]] | None = None,
 ) -> xr.Dataset:
@@ -178,17 +170,17 @@ def _dataset(
     variables: dict[str, xr.Variable] = {}
     coordinates: dict[str, xr.Variable] = {}
     indexes: dict[Hashable, PandasIndex] = {}
-    tokens = 0
     with _damage_explained(trace.path):
+        tokens = open_array(trace, "key", None).encoding.shape[0] if "key" in trace.nodes else 0
         for name in sorted(trace.nodes):
             array = open_array(trace, name, None if staged is None else staged.get(name))
             if array.encoding.layout.dims == (name,):
-                coordinates[name], indexes[name] = _index(name, array, trace.attributes)
-                tokens = array.encoding.shape[0] if name == "key" else tokens
+                coordinates[name], indexes[name] = _index(name, array, trace.attributes, tokens)
                 continue
             target = coordinates if name in trace.labels else variables
             target[name] = _variable(array)
-        _check_spans(trace.attributes, tokens)
+        if isinstance(trace.attributes, TraceAttributes):
+            _check_spans(trace.attributes, tokens)
         ds = xr.Dataset(variables, xr.Coordinates(coordinates, indexes), trace.plain)
         ds.encoding = source_of(path)
     return ds if chunks is None else _chunk(ds, chunks)
@@ -225,7 +217,7 @@ def _variable(array: StoredArray) -> xr.Variable:
 
 
 def _index(
-    name: str, array: StoredArray, attributes: TraceAttributes
+    name: str, array: StoredArray, attributes: TraceAttributes | TableAttributes, tokens: int
 ) -> tuple[xr.Variable, PandasIndex]:
     """Return the index of a dimension, read only where the attributes do not say what it holds."""
     (size,), dtype = array.encoding.shape, array.encoding.dtype
@@ -234,8 +226,10 @@ def _index(
     labels: np.ndarray
     if name in ("layer", "attention_layer"):
         labels = np.asarray(attributes.layers_of(name), dtype)
-    elif name == "attention_query":
+    elif name == "attention_query" or (name == "query" and size != tokens):
         labels = array.load()
+        if not size or labels[0] < 0 or labels[-1] >= tokens or (np.diff(labels) < 1).any():
+            raise ValueError(f"{name} holds no ascending positions of the {tokens} tokens")
     else:
         labels = np.arange(size, dtype=dtype)
     first = int(labels[0]) if size else 0
@@ -273,7 +267,7 @@ def _blocks(variable: xr.Variable) -> dict[Hashable, int]:
         return dict(shape)
     layer_bytes = math.prod(variable.shape[1:]) * variable.dtype.itemsize
     if layer_bytes > 2 * _BLOCK_BYTES:
-        row = next(dim for dim in variable.dims if str(dim).endswith("query"))
+        row = next(dim for dim in variable.dims if dim in ROWS)
         rows = max(1, _BLOCK_BYTES * shape[row] // (layer_bytes * chunks[row])) * chunks[row]
         return {**shape, first: 1, row: min(rows, shape[row])}
     return {**shape, first: max(1, min(shape[first], _BLOCK_BYTES // max(layer_bytes, 1)))}

@@ -55,7 +55,8 @@ def write_trace(
     attention: Mapping[int, Any] | None = None,
     features: Mapping[int, Any] | None = None,
     residual: Mapping[int, Any] | None = None,
-    queries: Sequence[int] | None = None,
+    positions: Sequence[int] | None = None,
+    attention_positions: Sequence[int] | None = None,
     spans: Mapping[str, Sequence[int]] | None = None,
     offsets: Sequence[CharRange] | None = None,
     special: Sequence[bool] | None = None,
@@ -81,13 +82,15 @@ def write_trace(
     attention
         By layer, weights behind the softmax, ``(head, query, key)``.
     features
-        By layer, activations ``(query, feature)`` of every token; SciPy's sparse ones, too. Layers
-        may have attention, features, residual, or several of them.
+        By layer, activations ``(query, feature)``; SciPy's sparse ones, too. Layers may have
+        attention, features, residual, or several of them.
     residual
-        By layer, the residual stream ``(query, channel)`` at every token, as the outputs of the
-        decoder blocks. The trace does not say which hook point it is from.
-    queries
-        Token positions of the rows of attention, ascending. By default all.
+        By layer, the residual stream ``(query, channel)``, as the outputs of the decoder blocks.
+        The trace does not say which hook point it is from.
+    positions
+        Token positions of the rows (`query`) of all arrays, ascending. By default all tokens.
+    attention_positions
+        Token positions of the rows of attention, if it has fewer: some of `positions`.
     spans
         Token positions by name. Other spans of `scenario` are found by their characters.
     offsets
@@ -140,7 +143,13 @@ def write_trace(
         )
     texts = _tokens(label, tokens, special)
     arrays = _Arrays(
-        label, len(texts.ids), attention or {}, features or {}, residual or {}, queries
+        label,
+        len(texts.ids),
+        attention or {},
+        features or {},
+        residual or {},
+        positions,
+        attention_positions,
     )
     found = _spans(label, given, texts.texts, spans or {}, offsets)
     plan = trace_plan(
@@ -164,7 +173,8 @@ def write_trace(
         feature_dtype=arrays.feature_dtype,
         residual_dtype=arrays.residual_dtype,
         tokens=texts,
-        queries=arrays.queries,
+        positions=arrays.positions,
+        attention_positions=arrays.attention_positions,
     )
     config = {
         "written_by": "zarrtrace.write_trace",
@@ -206,7 +216,8 @@ def trace_plan(
     attention_dtype: Any,
     feature_dtype: Any,
     tokens: Tokens,
-    queries: tuple[int, ...] | None,
+    positions: tuple[int, ...] | None = None,
+    attention_positions: tuple[int, ...] | None = None,
     without_residual: Sequence[int] = (),
     channels: int | None = None,
     residual_dtype: Any = None,
@@ -228,8 +239,9 @@ def trace_plan(
         Sizes; None for none.
     attention_dtype, feature_dtype, residual_dtype
         Precisions.
-    tokens, queries
-        The prompt's tokens, and the rows of attention; None for all.
+    tokens, positions, attention_positions
+        The prompt's tokens; those that are stored, and those whose rows of attention are, as in
+        :class:`zarrtrace.records.TracePlan`.
     """
     reasons = {reason: tuple(found) for reason, found in without_attention.items() if found}
     lacking = sum(map(len, reasons.values()))
@@ -266,7 +278,8 @@ def trace_plan(
             attention_layers=len(layers) - lacking if lacking else None,
         ),
         tokens=tokens,
-        queries=queries,
+        positions=positions,
+        attention_positions=attention_positions,
     )
 
 
@@ -333,7 +346,8 @@ class _Arrays:
         attention: Mapping[int, Any],
         features: Mapping[int, Any],
         residual: Mapping[int, Any],
-        queries: Sequence[int] | None,
+        positions: Sequence[int] | None,
+        attention_positions: Sequence[int] | None,
     ) -> None:
         self._label = label
         self.attention = {layer: _shaped(value) for layer, value in attention.items()}
@@ -351,26 +365,35 @@ class _Arrays:
                     remedy="Give arrays by the index of the decoder block, an int from 0.",
                 )
         self.layers = tuple(sorted(layers))
-        self.queries = self._rows(queries, tokens)
-        rows = tokens if self.queries is None else len(self.queries)
-        self.heads = self._size("attention", self.attention, (None, rows, tokens))
-        self.width = self._size("features", self.features, (tokens, None))
-        self.channels = self._size("residual", self.residual, (tokens, None))
+        self.positions = self._rows("positions", positions, range(tokens))
+        stored = range(tokens) if self.positions is None else self.positions
+        self.attention_positions = self._rows("attention_positions", attention_positions, stored)
+        own = self.attention_positions
+        self._attention_rows = np.asarray(stored if own is None else own)
+        self.heads = self._size(
+            "attention", self.attention, (None, len(self._attention_rows), tokens)
+        )
+        self.width = self._size("features", self.features, (len(stored), None))
+        self.channels = self._size("residual", self.residual, (len(stored), None))
         self.attention_dtype = _precision(self.attention.values())
         self.feature_dtype = _precision(self.features.values())
         self.residual_dtype = _precision(self.residual.values())
 
-    def _rows(self, queries: Sequence[int] | None, tokens: int) -> tuple[int, ...] | None:
-        if queries is None:
+    def _rows(
+        self, name: str, given: Sequence[int] | None, known: Sequence[int]
+    ) -> tuple[int, ...] | None:
+        """Return positions among those that are known; None for all of them."""
+        if given is None:
             return None
-        rows = tuple(int(one) for one in queries)
-        if not rows or list(rows) != sorted(set(rows)) or rows[0] < 0 or rows[-1] >= tokens:
+        rows = tuple(int(one) for one in given)
+        if not rows or list(rows) != sorted(set(rows)) or not set(rows) <= set(known):
+            of = f"the {len(known)} tokens" if name == "positions" else "the stored positions"
             raise ConfigError(
-                f"{self._label}: queries {list(rows)}",
-                why=f"They are positions of the {tokens} tokens, ascending.",
+                f"{self._label}: {name} {list(rows)}",
+                why=f"They are positions of {of}, ascending.",
                 remedy="Give positions from 0, in order, each once.",
             )
-        return None if len(rows) == tokens else rows
+        return None if len(rows) == len(known) else rows
 
     def _size(
         self, name: str, arrays: Mapping[int, Any], expected: tuple[int | None, ...]
@@ -408,7 +431,7 @@ class _Arrays:
         if layer in self.attention:
             attention = _on_host(self.attention[layer])
             self._check_finite("attention", layer, [attention])
-            rows = np.asarray(range(attention.shape[2]) if self.queries is None else self.queries)
+            rows = self._attention_rows
             if problem := attention_problem(np.asarray(attention), rows, causal=False):
                 raise ConfigError(
                     f"{self._label}: attention of layer {layer} {problem}",
