@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, wraps
 from pathlib import Path
@@ -455,7 +455,8 @@ def prepare(
     if ahead and source is not None:
         ahead.add(source.stretches([sae for found in saes.values() for sae in found]))
     prepend_bos = _prepend_bos(options, model, source)
-    prompts = _prompts(options, model, scenarios, prepend_bos=prepend_bos)
+    prompts = tuple(tokenized(options, model, scenarios, prepend_bos=prepend_bos))
+    notes += _bos_notes(source, prompts, model.tokenizer.bos_token_id)
     if loaded.tokenizer is not None:
         capture.refuse_unknown_ids(model, (max(prompt.tokens.ids) for prompt in prompts))
     if weights:
@@ -471,27 +472,40 @@ def prepare(
 def with_scenarios(job: Job, scenarios: Sequence[Scenario]) -> Job:
     """Return a job for other scenarios, with the model and the SAEs that it has."""
     bos = job.model.attributes.prepend_bos
-    prompts = _prompts(job.options, job.model, scenarios, prepend_bos=bos)
+    prompts = tuple(tokenized(job.options, job.model, scenarios, prepend_bos=bos))
     made = _assembled(
         job.options, job.model, job.layers, job.source, job.saes, prompts, prepend_bos=bos
     )
     return replace(made, notes=job.notes)
 
 
-def _prompts(
-    options: Options, model: LoadedModel, scenarios: Sequence[Scenario], *, prepend_bos: bool
-) -> tuple[Prompt, ...]:
-    """Render chats, and tokenise all scenarios."""
+def tokenized(
+    options: Options, model: LoadedModel, scenarios: Iterable[Scenario], *, prepend_bos: bool
+) -> Iterator[Prompt]:
+    """Yield scenarios as the model reads them; chats are rendered as options say."""
     capture = capture_package()
-    rendered = (
-        scenario.render(
+    for scenario in scenarios:
+        rendered = scenario.render(
             model.tokenizer,
             generation_prompt=options.generation_prompt,
             prepend_bos=options.prepend_bos,
         )
-        for scenario in scenarios
-    )
-    return tuple(capture.tokenize(model, one, prepend_bos=prepend_bos) for one in rendered)
+        yield capture.tokenize(model, rendered, prepend_bos=prepend_bos)
+
+
+def _bos_notes(
+    source: SAESource | None, prompts: Sequence[Prompt], bos: int | None
+) -> tuple[str, ...]:
+    """Say where a chat template and the SAEs disagree on BOS."""
+    trained = None if source is None else source.prepend_bos
+    begins = {prompt.tokens.ids[0] == bos for prompt in prompts if prompt.scenario.chat}
+    if trained is None or begins <= {bool(trained)}:
+        return ()
+    if trained:
+        return (
+            "the chat template writes no BOS; the SAEs were trained with it: see --prepend-bos",
+        )
+    return ("the chat template writes BOS; the SAEs were trained without it",)
 
 
 def _assembled(
