@@ -27,7 +27,7 @@ from zarrtrace.format.attributes import (
 from zarrtrace.format.layout import TraceShape
 from zarrtrace.hub import cache_if_unreachable
 from zarrtrace.records import TracePlan
-from zarrtrace.scenarios import Scenario, stream
+from zarrtrace.scenarios import Scenario, ScenarioStream, stream
 
 if TYPE_CHECKING:  # they import torch
     from zarrtrace.capture import CaptureLimits, LoadedModel, Prompt
@@ -479,6 +479,11 @@ def with_scenarios(job: Job, scenarios: Sequence[Scenario]) -> Job:
     return replace(made, notes=job.notes)
 
 
+def with_prompts(job: Job, prompts: tuple[Prompt, ...]) -> Job:
+    """Return a job for other prompts, which are computed in the batches that they make."""
+    return replace(job, prompts=prompts, blocked=_blocked(job.options, job.model, prompts))
+
+
 def tokenized(
     options: Options, model: LoadedModel, scenarios: Iterable[Scenario], *, prepend_bos: bool
 ) -> Iterator[Prompt]:
@@ -502,9 +507,7 @@ def _bos_notes(
     if trained is None or begins <= {bool(trained)}:
         return ()
     if trained:
-        return (
-            "the chat template writes no BOS; the SAEs were trained with it: see --prepend-bos",
-        )
+        return ("the chat template writes no BOS; the SAEs were trained with it (--prepend-bos)",)
     return ("the chat template writes BOS; the SAEs were trained without it",)
 
 
@@ -694,13 +697,30 @@ def find_scenarios(options: Options, loaded: Loaded = _NOTHING) -> tuple[Scenari
         If options contradict each other, or a scenario cannot be used.
     """
     _check(options, loaded)
-    given = options.scenarios
-    is_name = isinstance(given, str | Path) and str(given) == SLOT_MACHINE
-    every = stream(demo.suite_path() if given is None or is_name else given)
-    chosen = tuple(every.only(options.only))
+    chosen = tuple(stream(_given(options)).only(options.only))
     check_spans(options.positions, chosen, "--positions")
     check_spans(options.attention_positions, chosen, "--attention-positions")
     return chosen
+
+
+def find_stream(options: Options, loaded: Loaded = _NOTHING) -> ScenarioStream:
+    """Return the scenarios that options name, for a table: as a stream.
+
+    Raises
+    ------
+    ConfigError, ScenarioError
+        As for :func:`find_scenarios`.
+    """
+    _check(replace(options, attention=False), loaded)
+    scenarios = stream(_given(options)).only(options.only)
+    check_spans(options.positions, scenarios, "--positions")
+    return scenarios
+
+
+def _given(options: Options) -> Any:
+    given = options.scenarios
+    is_name = isinstance(given, str | Path) and str(given) == SLOT_MACHINE
+    return demo.suite_path() if given is None or is_name else given
 
 
 def _sae_source(options: Options, loaded: Loaded) -> SAESource:
@@ -775,12 +795,12 @@ def _config(
         },
         "sae_dtype": sorted({sae.dtype for found in saes.values() for sae in found}),
         "fold_decoder_norm": options.fold_decoder_norm,
-        "prompts": {prompt.scenario.name: _digest(prompt) for prompt in prompts},
+        "prompts": {prompt.scenario.name: prompt_digest(prompt) for prompt in prompts},
         "versions": library_versions(),
     }
 
 
-def _digest(prompt: Prompt) -> str:
+def prompt_digest(prompt: Prompt) -> str:
     """Hash a scenario, and what the tokenizer makes of it."""
     scenario = prompt.scenario
     content = [

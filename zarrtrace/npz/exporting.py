@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import xarray as xr
@@ -15,14 +14,12 @@ import xarray as xr
 from zarrtrace.errors import ConfigError, IntegrityError, NPZError
 from zarrtrace.format.attributes import TraceAttributes, ranges
 from zarrtrace.npz.archive import write_npz
-from zarrtrace.npz.files import Progress, replacing, run_jobs, writing
+from zarrtrace.npz.files import DType, Progress, converted, replacing, run_jobs, writing
 from zarrtrace.npz.metadata import KEYS, Metadata, Origin, ScenarioMetadata, write_metadata
 from zarrtrace.scenarios import DECISION
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import kind_of, open_run, open_trace
 from zarrtrace.suggestions import did_you_mean
-
-DType = Literal["float16", "float32"]
 
 
 @dataclass(frozen=True)
@@ -226,7 +223,7 @@ def _export_layer(file: Path, trace: _Trace, layer: int, dtype: DType | None) ->
     with replacing(file) as out:
         write_npz(
             out,
-            ((key, _convert(file, _load(trace, key, layer), dtype)) for key in trace.keys(layer)),
+            ((key, converted(file, _load(trace, key, layer), dtype)) for key in trace.keys(layer)),
         )
 
 
@@ -250,15 +247,3 @@ def _load(trace: _Trace, key: str, layer: int) -> np.ndarray:
         every[:, array[rows].values] = values
         return every
     return values
-
-
-def _convert(file: Path, values: np.ndarray, dtype: DType | None) -> np.ndarray:
-    try:
-        with np.errstate(over="raise"):
-            return np.ascontiguousarray(values, dtype=dtype)
-    except FloatingPointError:
-        raise NPZError(
-            f"{file}: a value is too large for {dtype}",
-            why="float16 ends at 65504.",
-            remedy="Export as float32.",
-        ) from None
