@@ -43,7 +43,7 @@ def tokenize(model: LoadedModel, scenario: Scenario, *, prepend_bos: bool) -> Pr
     model
         Its tokenizer and its longest input count.
     scenario
-        The prompt and its spans.
+        The prompt and its spans; a chat is rendered (:meth:`Scenario.render`).
     prepend_bos
         Whether the sequence starts with BOS, as the SAEs were trained. In a rendered chat all
         special tokens are part of the text.
@@ -55,7 +55,8 @@ def tokenize(model: LoadedModel, scenario: Scenario, *, prepend_bos: bool) -> Pr
     ScenarioError
         If a span covers no token.
     """
-    scenario = scenario.render(model.tokenizer)
+    if scenario.messages and not scenario.prompt:
+        raise ValueError(f"scenario {scenario.name!r} is not rendered")  # a fault of the caller
     if scenario.chat is not None:
         ids, offsets = _encode_text(model.tokenizer, scenario.prompt)
     else:
