@@ -11,7 +11,7 @@ import torch
 from zarrtrace.capture.batches import Batch, Request, batches, waves
 from zarrtrace.capture.blocked import AttentionRows
 from zarrtrace.capture.copies import Copies, Made, rows_on_host
-from zarrtrace.capture.encoders import Encoders
+from zarrtrace.capture.encoders import Encoders, KeptEncoders
 from zarrtrace.capture.features import encode
 from zarrtrace.capture.hooks import parse_hook
 from zarrtrace.capture.host import to_host
@@ -90,7 +90,10 @@ def capture(
     wanted = attention_dtype is not None
     made = batches(model, requests, batch_size, attention=wanted)
     todo = [batch for batch in made if not batch.done]
-    in_step = list(waves(model, todo, [sae for found in saes.values() for sae in found]))
+    every = [sae for found in saes.values() for sae in found]
+    if isinstance(source, KeptEncoders) and source.has(every, model.device):
+        every = []  # they need not be shared: each batch goes its way alone, and stays in the cache
+    in_step = list(waves(model, todo, every))
     order = [layer for wave in in_step for layer in sorted(_layers(wave)) if layer in saes]
     with (
         full_memory(model.attributes.id, model.device),
