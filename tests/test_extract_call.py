@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import Models
+from everyday import mostly_long
 from test_interrupts import handlers, interrupt  # noqa: F401 -- a fixture
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -47,11 +48,6 @@ from zarrtrace.store import read_trace, summarize, verify  # noqa: E402
 
 PROMPTS = ["You now hold $90. Your choice:", "Bet or stop?", "The goal is $200."]
 WIDTH = architectures.WIDTH
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory.mktemp("models"))
 
 
 def load(path: Path, **options: Any) -> tuple[Any, Any]:
@@ -98,7 +94,10 @@ def outputs_of(model: Any, ids: list[int], name: str) -> list[torch.Tensor]:
 # --- values -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", list(architectures.ARCHITECTURES))
+@pytest.mark.parametrize(
+    "name",
+    mostly_long(lambda name: name in architectures.EVERY_DAY, architectures.ARCHITECTURES),
+)
 def test_attention_of_a_loaded_model_is_transformers_own(
     models: Models, tmp_path: Path, name: str
 ) -> None:
@@ -444,7 +443,7 @@ def test_options_reach_the_run(models: Models, tmp_path: Path) -> None:
         features=False,
         scenario=["Risky_40", "Medium_60"],
         layers=range(1, 3),
-        queries=[-1, 0],
+        attention_positions=[-1, 0],
         dtype=torch.bfloat16,
         device=torch.device("cpu"),
         batch_size=2,
@@ -614,8 +613,9 @@ def test_saes_disagree_on_bos(models: Models, tmp_path: Path) -> None:
     [
         ({"dtype": "int4"}, "--dtype int4"),
         ({"attention_capture": "half"}, "--attention-capture half"),
-        ({"queries": "first"}, "--queries first"),
-        ({"queries": 1.5}, "queries 1.5 are no integers"),
+        ({"positions": "first"}, "--positions: no scenario has a span 'first'"),
+        ({"positions": 1.5}, "positions 1.5"),
+        ({"attention_positions": [True]}, "attention_positions [True]"),
         ({"layers": "all"}, "layers: 'all' is not a list"),
         ({"layers": 1, "layer_end": 3}, "both choose layers"),
         ({"layer_start": 3, "layer_end": 1}, "is before"),

@@ -35,11 +35,6 @@ CUT = CaptureLimits(layout=Limits(file_bytes=1, record_bytes=1), logit_rows=64)
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_long.py"
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory.mktemp("models"))
-
-
 #: Blocks, records and pieces of logits as small against 400 tokens as they are in truth.
 LIMITS = CaptureLimits(
     layout=Limits(record_bytes=4 * 4 * TOKENS * 64),
@@ -85,7 +80,7 @@ def test_no_whole_matrix_is_ever_made(
 ) -> None:
     whole = 4 * TOKENS**2
     assert _largest(models, name) >= whole  # or this test could not fail
-    assert _largest(models, name, blocked=True, queries=queries) <= whole // 4
+    assert _largest(models, name, blocked=True, attention_positions=queries) <= whole // 4
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma 2"])

@@ -148,7 +148,8 @@ class LayerRecord:
     layer
         Index of the decoder block.
     start
-        Number of the first row: a token position, or an index into the chosen queries.
+        Number of the first row: an index into the stored positions, of attention into those of its
+        own.
     attention
         ``(head, query, key)``, or None.
     attention_mean
@@ -183,7 +184,7 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class TokensRecord:
-    """The most likely next tokens at each position of one scenario.
+    """The most likely next tokens at each stored position of one scenario.
 
     Attributes
     ----------
@@ -237,8 +238,11 @@ class TracePlan:
         The prompt's tokens.
     saes
         The SAEs of its layers.
-    queries
-        Positions whose rows of attention are stored; None for all.
+    positions
+        Token positions that are stored, ascending; None for all.
+    attention_positions
+        Those whose rows of attention are stored, if attention has a dimension of its own for them;
+        None for `positions`.
     settings
         Hash of everything else that decides what is computed.
     """
@@ -247,7 +251,8 @@ class TracePlan:
     shape: TraceShape
     tokens: Tokens
     saes: tuple[SAEAttributes, ...] = ()
-    queries: tuple[int, ...] | None = None
+    positions: tuple[int, ...] | None = None
+    attention_positions: tuple[int, ...] | None = None
     settings: str = ""
 
 
@@ -329,14 +334,15 @@ class Member:
     scenario
         Its name.
     length
-        Number of its tokens; longer rows of a batch are padded.
-    queries
-        Token positions whose attention is stored; None for all.
+        Number of its tokens; shorter rows of a batch are padded.
+    rows, attention_rows
+        How many of its tokens are stored, and of how many attention.
     """
 
     scenario: str
     length: int
-    queries: tuple[int, ...] | None = None
+    rows: int
+    attention_rows: int
 
 
 @dataclass(frozen=True)
@@ -495,13 +501,15 @@ class LayerBatch:
     wanted
         Indices of the prompts whose records are wanted.
     attention
-        ``(sequence, head, query, key)`` with padding at the end of both, or None.
+        ``(sequence, head, query, key)`` of the stored rows, with padding at the end of both, or
+        None.
     attention_mean
         ``(sequence, query, key)`` float32, or None.
     features
-        Features by array name.
+        Features of the stored tokens by array name.
     residual
-        ``(token, channel)``, one prompt behind another without padding, or None.
+        ``(token, channel)`` of the stored tokens, one prompt behind another without padding, or
+        None.
     """
 
     layer: int
@@ -528,7 +536,7 @@ class LayerBatch:
         start, stop = min(wanted), max(wanted) + 1
         if stop - start == len(self.members):
             return replace(self, wanted=wanted)
-        token = np.cumsum([0, *(one.length for one in self.members)]).tolist()
+        token = np.cumsum([0, *(one.rows for one in self.members)]).tolist()
         attention, mean, residual = self.attention, self.attention_mean, self.residual
         return LayerBatch(
             self.layer,
@@ -548,13 +556,12 @@ class LayerBatch:
         """Yield the records of the wanted prompts."""
         for batch in self.each():
             (one,), attention, mean = batch.members, batch.attention, batch.attention_mean
-            keys = slice(one.length)
-            queries = keys if one.queries is None else list(one.queries)
+            rows, keys = slice(one.attention_rows), slice(one.length)
             yield LayerRecord(
                 scenario=one.scenario,
                 layer=self.layer,
-                attention=None if attention is None else attention[0][:, queries, keys],
-                attention_mean=None if mean is None else mean[0][queries, keys],
+                attention=None if attention is None else attention[0][:, rows, keys],
+                attention_mean=None if mean is None else mean[0][rows, keys],
                 features={name: found.record() for name, found in batch.features.items()},
                 residual=batch.residual,
             )

@@ -114,7 +114,9 @@ class TraceShape:
     Attributes
     ----------
     layers, tokens
-        Numbers of layers and of the prompt's tokens.
+        Numbers of layers and of the prompt's tokens, which are the keys.
+    positions
+        Number of stored token positions; None for all tokens.
     heads
         Query heads; None for a trace without attention.
     features
@@ -125,8 +127,9 @@ class TraceShape:
         Of `attention`, `features` and `residual`.
     next_token
         Whether the most likely next tokens are stored.
-    attention_layers, attention_queries
-        How many layers and rows `attention` has if not all; None for all.
+    attention_layers, attention_positions
+        How many layers and rows `attention` has, in dimensions of its own; None for those of all
+        arrays.
     special
         Whether the tokens are known that the tokenizer calls special.
     sae_fields
@@ -135,6 +138,7 @@ class TraceShape:
 
     layers: int
     tokens: int
+    positions: int | None = None
     heads: int | None = None
     features: Mapping[str, int] = field(default_factory=dict)
     channels: int | None = None
@@ -143,10 +147,15 @@ class TraceShape:
     residual_dtype: str | None = None
     next_token: bool = True
     attention_layers: int | None = None
-    attention_queries: int | None = None
+    attention_positions: int | None = None
     special: bool = True
     sae_fields: tuple[str, ...] = ()
     limits: Limits = DEFAULT_LIMITS
+
+    @property
+    def rows(self) -> int:
+        """Size of the dimension ``query``."""
+        return self.tokens if self.positions is None else self.positions
 
 
 # --- the arrays of a trace ---------------------------------------------------------------------
@@ -250,16 +259,16 @@ def trace_layout(shape: TraceShape) -> dict[str, ArrayLayout]:
     if shape.channels is not None:
         out["residual"] = _residual_layout(shape, shape.channels)
     if shape.next_token:
-        sizes = {"query": shape.tokens, "rank": NEXT_TOKENS}
+        sizes = {"query": shape.rows, "rank": NEXT_TOKENS}
         out |= {name: _layout(_ARRAYS[name], sizes, {"query": 4096}) for name in NEXT_TOKEN}
     return out | _coordinate_layouts(shape)
 
 
 def _attention_layouts(shape: TraceShape, heads: int) -> dict[str, ArrayLayout]:
     limits, tokens, dtype = shape.limits, shape.tokens, shape.attention_dtype or "float32"
-    sizes = {"layer": shape.layers, "head": heads, "query": tokens, "key": tokens}
+    sizes = {"layer": shape.layers, "head": heads, "query": shape.rows, "key": tokens}
     names = {}
-    for dim, size in (("layer", shape.attention_layers), ("query", shape.attention_queries)):
+    for dim, size in (("layer", shape.attention_layers), ("query", shape.attention_positions)):
         if size is not None:
             sizes[dim], names[dim] = size, f"attention_{dim}"
     step = attention_chunk_rows(tokens, heads, limits)
@@ -273,11 +282,11 @@ def _attention_layouts(shape: TraceShape, heads: int) -> dict[str, ArrayLayout]:
 
 
 def _feature_layouts(suffix: str, shape: TraceShape, features: int) -> dict[str, ArrayLayout]:
-    limits, tokens = shape.limits, shape.tokens
+    limits, positions = shape.limits, shape.rows
     ranks = min(TOP_FEATURES, features)
-    sizes = {"layer": shape.layers, "query": tokens, "feature": features, "feature_rank": ranks}
+    sizes = {"layer": shape.layers, "query": positions, "feature": features, "feature_rank": ranks}
     names = {dim: f"{dim}{suffix}" for dim in ("feature", "feature_rank")}
-    rows = min(_SMALL * limits.tokens, feature_rows(tokens, features, limits))
+    rows = min(_SMALL * limits.tokens, feature_rows(positions, features, limits))
     out = {}
     for name in ("features", "top_feature", "top_activation"):
         most, dtype = (limits.tokens, shape.feature_dtype) if name == "features" else (rows, None)
@@ -288,7 +297,7 @@ def _feature_layouts(suffix: str, shape: TraceShape, features: int) -> dict[str,
 
 
 def _residual_layout(shape: TraceShape, channels: int) -> ArrayLayout:
-    sizes = {"layer": shape.layers, "query": shape.tokens, "channel": channels}
+    sizes = {"layer": shape.layers, "query": shape.rows, "channel": channels}
     steps = {"layer": 1, "query": residual_chunk_rows(channels, shape.limits)}
     layout = _layout(_ARRAYS["residual"], sizes, steps, dtype=shape.residual_dtype)
     return _in_files(layout, shape.limits)
@@ -313,15 +322,15 @@ def _coordinate_layouts(shape: TraceShape) -> dict[str, ArrayLayout]:
         indexes["head"] = shape.heads
         if shape.attention_layers is not None:
             indexes["attention_layer"] = shape.attention_layers
-        if shape.attention_queries is not None:
-            indexes["attention_query"] = shape.attention_queries
+        if shape.attention_positions is not None:
+            indexes["attention_query"] = shape.attention_positions
     if shape.channels is not None:
         indexes["channel"] = shape.channels
     out = {name: _layout(_ARRAYS[name], indexes) for name in indexes}
     out |= _feature_indexes(shape.features)
     for name in shape.sae_fields:
         out[name] = _layout(_Array("layer", "string", f"{name} of the layer's SAE"), indexes)
-    sizes = {"query": shape.tokens, "key": shape.tokens}
+    sizes = {"query": shape.rows, "key": shape.tokens}
     names = (name for name in _TOKENS if shape.special or name != "special")
     return out | {name: _layout(_ARRAYS[name], sizes) for name in names}
 

@@ -15,16 +15,16 @@ from typing import Any, NamedTuple
 from zarrtrace.errors import ConfigMismatchError, IntegrityError, NotATraceError, StoreError
 from zarrtrace.format.attributes import IndexAttributes, TableAttributes, TraceAttributes
 from zarrtrace.format.layout import INDEX
-from zarrtrace.storage import Address, Location, at_once, disk, locate
+from zarrtrace.storage import Address, Location, disk, locate
 from zarrtrace.store.chunks import Checksum
 from zarrtrace.store.damage import check_sizes, compare_file
 from zarrtrace.store.metadata import (
     REPAIR,
     Group,
+    each_trace,
     kind_of,
     read_index_group,
     read_run,
-    read_scenario,
     read_table,
     read_trace,
     refuse_foreign,
@@ -126,16 +126,10 @@ def copy_run(source: Address, target: Address, *, progress: Progress | None = No
 
 def _groups(run: Location) -> list[_Piece]:
     """Read the metadata of a run's complete traces, and of its index if it has one."""
-
-    def read(name: str) -> Group[TraceAttributes] | None:
-        try:
-            return read_scenario(run, name)
-        except NotATraceError:
-            return None
-
     names = read_run(run).attributes.scenarios
-    each = map if run.path is not None else at_once
-    found: list[_Piece] = [group for group in each(read, names) if group is not None]
+    found: list[_Piece] = [
+        trace for trace in each_trace(run, names, lambda trace: trace) if trace is not None
+    ]
     with contextlib.suppress(NotATraceError):
         found.append(read_index_group(run / INDEX))
     return found
@@ -211,8 +205,7 @@ def _copy_group(
         counter.add(written=len(content))
 
     try:
-        for _ in (map if group.path.path is not None else at_once)(copy, files):
-            pass
+        group.path.each(copy, files)
         (folder / "zarr.json").write_bytes((group.path / "zarr.json").inside(source).read())
         disk.sync(folder)
         publish_folder(folder, target)

@@ -19,11 +19,11 @@ from zarrtrace.format.attributes import RunAttributes
 from zarrtrace.identity import combined_versions, differences, refuse_other
 from zarrtrace.records import TracePlan
 from zarrtrace.scenarios import check_name, name_key
-from zarrtrace.storage import Address, Location, at_once, disk, locate
+from zarrtrace.storage import Address, Location, disk, locate
 from zarrtrace.storage.locks import FileLock
 from zarrtrace.store.journal import JOURNAL
 from zarrtrace.store.metadata import (
-    Nodes,
+    each_trace,
     kind_of,
     read_run,
     read_trace,
@@ -31,6 +31,7 @@ from zarrtrace.store.metadata import (
     repeated_nodes,
     sealed_group,
 )
+from zarrtrace.store.nodes import Nodes
 from zarrtrace.store.publish import beside, exchange_folders, publish_folder, remove
 from zarrtrace.store.staged import staging_folder
 from zarrtrace.store.trace_writer import TraceWriter
@@ -222,9 +223,8 @@ class RunWriter(LockedRun):
             If a scenario has layers missing; what is there stays readable.
         """
         names = self._attributes.scenarios
-        traces = [self.path / name for name in names]
-        each = map if self.path.path is not None else at_once
-        found = list(each(_nodes_of, traces))
+        is_consolidated = len(names) <= MOST_CONSOLIDATED
+        found = each_trace(self.path, names, repeated_nodes if is_consolidated else lambda _: {})
         missing = [name for name, nodes in zip(names, found, strict=True) if nodes is None]
         if missing:
             raise IncompleteError(
@@ -239,8 +239,7 @@ class RunWriter(LockedRun):
         }
         with disk.explained(self._final):
             complete = self._attributes.model_copy(update={"complete": True})
-            few = len(names) <= MOST_CONSOLIDATED
-            self._write_group(self.path, complete, nodes if few else None)
+            self._write_group(self.path, complete, nodes if is_consolidated else None)
             if (folder := self.path.path) is not None:
                 disk.sync_path(folder / "zarr.json")
             disk.remove_folder(staging_folder(self.path))
@@ -388,18 +387,10 @@ def lock_run(run: Location) -> FileLock:
     LockedError
         If another process has the lock.
     """
-    run.refuse_read_only()
+    run.writable_backend()  # raises if it is read only
     path = run.path or staging_folder(run)
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(path.with_name(f".{path.name}.zarrtrace-lock"), run)
-
-
-def _nodes_of(trace: Location) -> Nodes | None:
-    """Return what a run repeats of a trace's metadata; None if the trace is not complete."""
-    try:
-        return repeated_nodes(read_trace(trace))
-    except NotATraceError:
-        return None
 
 
 def _compared(run: RunAttributes) -> dict[str, Any]:

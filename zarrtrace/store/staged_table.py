@@ -25,14 +25,8 @@ from zarrtrace.store.journal import (
     read_lines,
     replay_blocks,
 )
-from zarrtrace.store.metadata import (
-    NONSENSE,
-    Group,
-    array_metadata,
-    check_nodes,
-    labels_of,
-    parse_attributes,
-)
+from zarrtrace.store.metadata import Group, check_nodes, labels_of, parse_attributes
+from zarrtrace.store.nodes import NONSENSE, array_metadata
 from zarrtrace.store.publish import beside
 from zarrtrace.store.staged import staging_folder
 from zarrtrace.store.staged_files import StagedFiles
