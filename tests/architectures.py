@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         attention_layers=(1, 3),
     ),
 }
+#: One of each kind of attention: grouped; with learnt positions; soft-capped and with windows; of
+#: one projection; with sinks; in some blocks only.
+EVERY_DAY = ("Llama", "GPT-2", "Gemma 2", "Phi-3", "gpt-oss", "Qwen3-Next")
 
 
 def save_model(name: str, folder: Path, dtype: str = "float32", **changes: Any) -> Path:
@@ -302,13 +306,19 @@ def blocks_of(name: str, model: Any) -> list[torch.nn.Module]:
 def reference(name: str, path: Path, ids: Sequence[int]) -> Reference:
     """Run a prompt alone through transformers' eager attention."""
     architecture = ARCHITECTURES[name]
-    return reference_of(load_eager(path), architecture.blocks, architecture.attention_layers, ids)
+    return reference_of(
+        load_eager_once(path), architecture.blocks, architecture.attention_layers, ids
+    )
 
 
 def load_eager(path: Path) -> Any:
     """Load a model by transformers alone, with eager attention."""
     with quiet():
         return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+
+
+#: A prompt is compared after a prompt: loading a model takes five times as long as running it.
+load_eager_once = lru_cache(maxsize=16)(load_eager)
 
 
 def reference_of(model: Any, blocks: str, layers: Sequence[int], ids: Sequence[int]) -> Reference:

@@ -28,6 +28,7 @@ os.environ.setdefault("MKL_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
 settings.register_profile(
     "zarrtrace",
     deadline=None,  # two busy cores: time says nothing
+    max_examples=100 if "CI" in os.environ else 30,  # others every day
     derandomize="CI" in os.environ,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
@@ -68,7 +69,11 @@ _LONG = (
     "test_notebook.py",
     "test_documents.py",
     "test_figures.py",
+    "test_sae_kinds.py",
+    "test_blocked.py",
     "test_store.py",
+    "test_extract_call.py",
+    "test_architectures.py",
     "test_bad_input.py",
 )
 
@@ -147,9 +152,10 @@ def s3(s3_server: Any) -> Iterator[Any]:
 
 
 @pytest.fixture
-def hub_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A local cache of the hub, which this process reads too."""
+def hub_home(tmp_path: Path, shared_hub: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A local cache of the hub with what README names; of the test's own, and read here too."""
     found = tmp_path / "home"
+    shutil.copytree(shared_hub, found, symlinks=True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(found / "hub"))
     monkeypatch.setenv("HF_HUB_CACHE", str(found / "hub"))  # read before that is imported
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -186,16 +192,39 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Small random models, saved and loaded once for all tests, which put back what they change."""
+    from architectures import Models  # imports torch
+
+    return Models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Extract the main job, the embedded model over its ten scenarios, which no test may change."""
-    from filelock import FileLock
-
     from zarrtrace.extraction import extract_run
 
+    return made_once(tmp_path_factory, "runs/demo", extract_run)
+
+
+@pytest.fixture(scope="session")
+def shared_hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a cache of the hub with what README names, which no test may change."""
+    import hub_cache  # imports torch
+
+    return made_once(tmp_path_factory, "huggingface", hub_cache.fill)
+
+
+def made_once(
+    tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]
+) -> Path:
+    """Return a folder that the first of pytest's processes to need it makes for all."""
+    from filelock import FileLock
+
     own = tmp_path_factory.getbasetemp()
-    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "demo" / "runs"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name("demo.lock")):  # pytest's processes share one
-        if not (folder / "demo").exists():
-            extract_run(folder / "demo")
-    return folder / "demo"
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "made" / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.made")):
+        if not folder.exists():
+            make(folder)
+    return folder

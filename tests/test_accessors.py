@@ -63,8 +63,13 @@ def test_a_trace_says_what_its_file_says(
     "code",
     [
         "import xarray as xr, zarrtrace.accessors; ds = xr.open_zarr(path)",
-        "import zarrtrace; ds = zarrtrace.open_trace(path)",
-        "from zarrtrace.store import open_trace; ds = open_trace(path)",
+        *(
+            pytest.param(code, marks=pytest.mark.long)
+            for code in (
+                "import zarrtrace; ds = zarrtrace.open_trace(path)",
+                "from zarrtrace.store import open_trace; ds = open_trace(path)",
+            )
+        ),
     ],
 )
 def test_every_way_of_opening_registers_the_accessor(code: str, shared_run: fakes.FakeRun) -> None:

@@ -10,8 +10,9 @@ import architectures
 import numpy as np
 import pytest
 import torch
-from architectures import ARCHITECTURES, Activations, Models
+from architectures import ARCHITECTURES, EVERY_DAY, Activations, Models
 from capturing import records_of
+from everyday import mostly_long
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
@@ -48,11 +49,6 @@ SUITE = {
 }
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory.mktemp("models"))
-
-
 @pytest.fixture
 def suite(tmp_path: Path) -> Path:
     file = tmp_path / "suite.yaml"
@@ -60,8 +56,11 @@ def suite(tmp_path: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    mostly_long(lambda name, dtype: dtype == "float32" or name in ("Llama", "gpt-oss"),
+                NAMES, DTYPES),
+)  # fmt: skip
 def test_attention_blocks_and_continuations_are_transformers_own(
     models: Models, name: str, dtype: str
 ) -> None:
@@ -123,7 +122,7 @@ def test_configurations_show_what_their_architecture_is_about(models: Models, na
         assert sums.min() < 0.9 if name == "gpt-oss" else np.allclose(sums, 1, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", mostly_long(lambda name: name in EVERY_DAY, NAMES))
 def test_a_whole_run_stores_what_was_captured(
     models: Models, name: str, tmp_path: Path, suite: Path
 ) -> None:
@@ -191,13 +190,14 @@ def test_layers_without_attention_alone_still_make_a_trace(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "stored"),
-    [("float32", "float32"), ("bfloat16", "float32"), ("float16", "float16")],
-)
-@pytest.mark.parametrize("name", ["Llama", "Gemma 2", "gpt-oss", "Qwen3-Next"])
+    ("name", "dtype"),
+    mostly_long(lambda name, dtype: name == "Llama" or dtype == "bfloat16",
+                ["Llama", "Gemma 2", "gpt-oss", "Qwen3-Next"], DTYPES),
+)  # fmt: skip
 def test_attention_is_stored_without_loss(
-    models: Models, name: str, dtype: str, stored: str, tmp_path: Path, suite: Path
+    models: Models, name: str, dtype: str, tmp_path: Path, suite: Path
 ) -> None:
+    stored = "float16" if dtype == "float16" else "float32"
     path = models.path(name, dtype)
     ds = open_trace(extract_run(tmp_path / "run", _options(path, suite)) / "short")
     assert ds.attention.dtype == stored

@@ -14,8 +14,9 @@ import pytest
 import rounding
 import torch
 import xarray as xr
-from architectures import ARCHITECTURES, Activations, Models
+from architectures import ARCHITECTURES, EVERY_DAY, Activations, Models
 from capturing import extract_within, records_of
+from everyday import mostly_long
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -46,11 +47,6 @@ SUITE = {
         },
     ]
 }
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +107,9 @@ def _tokens(records: list[Any]) -> TokensRecord:
 # --- blocked against whole ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "dtype"), mostly_long(lambda name, _: name in EVERY_DAY, NAMES, DTYPES)
+)
 def test_blocked_attention_is_what_queries_and_keys_give_in_float64(
     models: Models, name: str, dtype: str
 ) -> None:
@@ -132,7 +129,7 @@ def test_blocked_attention_is_what_queries_and_keys_give_in_float64(
         assert (found[call.layer][:, ~np.tri(tokens, dtype=bool)] == 0).all()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", mostly_long(lambda name: name in EVERY_DAY, NAMES))
 def test_blocked_equals_transformers_eager_within_rounding(models: Models, name: str) -> None:
     tokens = 50
     ids, path = architectures.random_ids(tokens), models.path(name)
@@ -151,8 +148,14 @@ def test_blocked_equals_transformers_eager_within_rounding(models: Models, name:
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    mostly_long(
+        lambda name, dtype: name == "Llama" or (name in EVERY_DAY and dtype == "float32"),
+        NAMES,
+        DTYPES,
+    ),
+)
 def test_a_probe_permits_every_way_of_these_architectures(
     models: Models, name: str, dtype: str
 ) -> None:
@@ -433,7 +436,7 @@ def test_blocked_capture_equals_whole_for_any_blocks_and_queries(
         rounding.assert_close(stored[layer], weights, tolerance)
 
 
-@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("name", mostly_long(lambda name: name in EVERY_DAY, NAMES))
 def test_mlps_compute_a_long_prompt_in_parts(
     models: Models, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

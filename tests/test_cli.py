@@ -284,7 +284,7 @@ def test_low_memory_needs_two_blocks_on_the_device() -> None:
 
 
 @pytest.mark.torch
-def test_bars_only_on_a_terminal(tmp_path: Path) -> None:
+def test_no_bars_beside_a_terminal(tmp_path: Path) -> None:
     arguments = ["--layers", "1-2", "--scenario", "Risky_40", "--no-features"]
     piped = call("extract", *arguments, "-o", tmp_path / "a")
     assert piped.returncode == 0
@@ -293,6 +293,12 @@ def test_bars_only_on_a_terminal(tmp_path: Path) -> None:
     assert last == f"Look at it: zarrtrace view {tmp_path / 'a'}"
     assert "complete     yes" in piped.stdout
     assert call("extract", *arguments, "-o", tmp_path / "a", "--quiet").stderr == ""
+
+
+@pytest.mark.torch
+@pytest.mark.long
+def test_bars_on_a_terminal(tmp_path: Path) -> None:
+    arguments = ["--layers", "1-2", "--scenario", "Risky_40", "--no-features"]
     shown = on_a_terminal(*arguments, "-o", tmp_path / "b")
     assert "layers" in shown
     assert "scenarios" in shown
@@ -317,6 +323,7 @@ def on_a_terminal(*arguments: str | Path) -> str:
 
 
 @pytest.mark.torch
+@pytest.mark.long
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_says_where_to_go_on(tmp_path: Path, number: int, code: int) -> None:
     names = ("Risky_40", "Bankruptcy_90_all_in", "Safe_140_near_goal")

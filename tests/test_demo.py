@@ -74,6 +74,7 @@ def test_model_is_the_one_the_mission_needs(model: Any) -> None:
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
+@pytest.mark.long  # of files that no code changes
 def test_choices_agree_with_the_policy(script: ModuleType, model: Any, tokenizer: Any) -> None:
     seen = script.seen_games(seed=0, steps=script.STEPS)
     games = script.held_out_games(random.Random(SEED), 200, seen)
@@ -98,6 +99,7 @@ def test_choice_in_scenario(name: str, choice: str, model: Any, tokenizer: Any) 
     assert said == scenario.options[choice]
 
 
+@pytest.mark.long  # of files that no code changes
 def test_learnt_more_than_a_bigram(script: ModuleType, model: Any, tokenizer: Any) -> None:
     text, rng = script.GameText(), random.Random(SEED)
     games = [script.sample_game(rng) for _ in range(100)]
@@ -144,6 +146,7 @@ def test_numbers_group_in_threes(tokenizer: Any) -> None:
     assert {3, 6, 7} <= ends
 
 
+@pytest.mark.long  # of files that no code changes
 def test_saes_explain_every_block(script: ModuleType, model: Any, tokenizer: Any) -> None:
     seen = script.seen_games(seed=0, steps=script.STEPS)
     games = script.held_out_games(random.Random(SEED), 40, seen)

@@ -75,6 +75,7 @@ def assert_same(found: Any, expected: Any) -> None:
     xr.testing.assert_allclose(found, expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ANALYSES)
 def test_a_cluster_finds_what_numpy_finds(client: Client, run: fakes.FakeRun, name: str) -> None:
     in_memory = zt.open_run(run.path).map_over_datasets(lambda ds: ds.load())
@@ -164,6 +165,7 @@ def test_an_array_that_is_sent_is_small(run: fakes.FakeRun) -> None:
     assert max(len(cloudpickle.dumps(task)) for task in graph.values()) < 8192
 
 
+@pytest.mark.long
 def test_workers_refuse_lost_files(client: Client, tmp_path: Path) -> None:
     run = fakes.make_run(tmp_path)
     opened = zt.open_run(run.path, chunks="auto")
@@ -172,6 +174,7 @@ def test_workers_refuse_lost_files(client: Client, tmp_path: Path) -> None:
         analysis.feature_trajectory(opened, 3).compute()
 
 
+@pytest.mark.long
 def test_an_index_is_built_on_a_cluster(client: Client, run: fakes.FakeRun, tmp_path: Path) -> None:
     build_index(run.path)
     on_cluster = fakes.files_in(run.path / "index")

@@ -102,15 +102,9 @@ def zarr_settings() -> Iterator[None]:
 
 @pytest.mark.torch
 @pytest.mark.parametrize("name", [name for name in NAMES if runnable(name)])
-@pytest.mark.usefixtures("zarr_settings")
+@pytest.mark.usefixtures("zarr_settings", "hub_home")
 @pytest.mark.filterwarnings(r"ignore:\s*This SAE has non-empty model_from_pretrained_kwargs")
-def test_examples_run_in_order(
-    name: str, folder: Path, hub_home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if name == "README.md":  # it names models and SAEs that are downloaded
-        import hub_cache  # imports torch
-
-        hub_cache.fill(hub_home)
+def test_examples_run_in_order(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     namespace: dict[str, object] = {}
     for language, block in blocks((ROOT / name).read_text(encoding="utf-8")):
         if language == "python":

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import Models
+from everyday import mostly_long
 from test_interrupts import handlers, interrupt  # noqa: F401 -- a fixture
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -47,11 +48,6 @@ from zarrtrace.store import read_trace, summarize, verify  # noqa: E402
 
 PROMPTS = ["You now hold $90. Your choice:", "Bet or stop?", "The goal is $200."]
 WIDTH = architectures.WIDTH
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory.mktemp("models"))
 
 
 def load(path: Path, **options: Any) -> tuple[Any, Any]:
@@ -98,7 +94,10 @@ def outputs_of(model: Any, ids: list[int], name: str) -> list[torch.Tensor]:
 # --- values -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", list(architectures.ARCHITECTURES))
+@pytest.mark.parametrize(
+    "name",
+    mostly_long(lambda name: name in architectures.EVERY_DAY, architectures.ARCHITECTURES),
+)
 def test_attention_of_a_loaded_model_is_transformers_own(
     models: Models, tmp_path: Path, name: str
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ import pytest
 import torch
 from architectures import Activations, Reference
 from capturing import records_of
+from everyday import mostly_long
 from families import FAMILIES, REFUSALS
 
 from zarrtrace.capture import CaptureLimits, Request, blocked
@@ -36,11 +36,7 @@ _EVERY_DAY = (
 
 def _parameters(names: Iterable[str], *others: Iterable[str]) -> list[Any]:
     """Return tests' parameters, marked long for most families."""
-    return [
-        pytest.param(name, *rest, marks=[] if name in _EVERY_DAY else pytest.mark.long)
-        for name in names
-        for rest in itertools.product(*others)
-    ]
+    return mostly_long(lambda name, *_: name in _EVERY_DAY, names, *others)
 
 
 CAPTURED = [name for name, family in FAMILIES.items() if family.refused is None]

@@ -102,8 +102,8 @@ FILES = (
 )
 DAMAGES = [
     (flip, 0),
-    (flip, 1),
-    (flip, 2),
+    pytest.param(flip, 1, marks=pytest.mark.long),
+    pytest.param(flip, 2, marks=pytest.mark.long),
     (flip_in_layer_2, 0),
     (flip_at_the_end, 0),
     (cut, 0),
@@ -182,10 +182,14 @@ def layers_found(run: Path, file: str) -> set[int]:
 
 def assert_never_read(run: fakes.FakeRun) -> None:
     """Whatever can still be read equals what was written."""
-    for name, values in run.truth["Safe_1"].items():
-        for opened in (zt.open_trace, lambda trace: zt.open_run(trace.parent)[trace.name]):
+    for opening in (zt.open_trace, lambda trace: zt.open_run(trace.parent)[trace.name]):
+        try:
+            opened = opening(run.trace)
+        except StoreError:
+            continue
+        for name, values in run.truth["Safe_1"].items():
             try:
-                found = opened(run.trace)[name].values
+                found = opened[name].values
             except StoreError:
                 continue
             np.testing.assert_array_equal(found, values, err_msg=name)
@@ -237,8 +241,8 @@ def test_files_that_damaged_metadata_claims_are_not_looked_for(
     run: fakes.FakeRun, opened_files: list[str]
 ) -> None:
     def change(node: Any) -> None:
-        node["shape"] = [200_000]
-        node["attributes"]["checksums"] = {f"c.{n}": [9, "0" * 8] for n in range(200_000)}
+        node["shape"] = [9_000]
+        node["attributes"]["checksums"] = {f"c.{n}": [9, "0" * 8] for n in range(9_000)}
 
     hostile.change_array(run.trace, "query", change)
     opened_files.clear()
@@ -470,6 +474,7 @@ print(json.dumps([*first, *second, verified, leftover.stdout]))
 
 
 @pytest.mark.torch
+@pytest.mark.long
 def test_a_full_disk(tmp_path: Path) -> None:
     """A small tmpfs fills in the middle; with more room, the same command goes on."""
     command = ["extract", "-o", str(tmp_path / "run"), "--layers", "1-31", "--no-features"]

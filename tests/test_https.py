@@ -17,10 +17,13 @@ import pytest
 import s3_servers
 from aiohttp import web
 
-pytestmark = pytest.mark.skipif(
-    not s3_servers.BIN.is_dir() and "ZARRTRACE_REQUIRE_SERVERS" not in os.environ,
-    reason="no .venv-servers (scripts/servers.sh makes it)",
-)
+pytestmark = [
+    pytest.mark.long,  # each read in a process of its own
+    pytest.mark.skipif(
+        not s3_servers.BIN.is_dir() and "ZARRTRACE_REQUIRE_SERVERS" not in os.environ,
+        reason="no .venv-servers (scripts/servers.sh makes it)",
+    ),
+]
 
 _PLAIN = """
 import sys

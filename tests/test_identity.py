@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import fakes
-import hub_cache
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -41,11 +40,23 @@ SAE_FOLDER = "blocks.2.hook_resid_post"
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
     """A folder with copies of the embedded model and SAEs, which a test may change."""
-    shutil.copytree(demo.model_path(), tmp_path / "model")
+    return copied(tmp_path)
+
+
+def copied(folder: Path) -> Path:
+    shutil.copytree(demo.model_path(), folder / "model")
     for layer in (1, 2, 3):
         name = f"blocks.{layer}.hook_resid_post"
-        shutil.copytree(demo.sae_path() / name, tmp_path / "saes" / name)
-    return tmp_path
+        shutil.copytree(demo.sae_path() / name, folder / "saes" / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, with a run that was begun; tests put back what they change."""
+    folder = copied(tmp_path_factory.mktemp("begun"))
+    begin(folder / "run", options(folder))
+    return folder
 
 
 def options(files: Path, **changes: Any) -> Options:
@@ -142,16 +153,19 @@ def change_tokenizer(files: Path) -> None:
         ),
     ],
 )
-def test_changed_files_are_refused(files: Path, change: Callable[[Path], None], named: str) -> None:
-    asked = options(files)
-    begin(files / "run", asked)
-    before = fakes.files_in(files / "run")
-    change(files)
+def test_changed_files_are_refused(begun: Path, change: Callable[[Path], None], named: str) -> None:
+    before, asked = fakes.files_in(begun), options(begun)
+    change(begun)
     with pytest.raises(ConfigMismatchError, match=named) as refused:
-        extract_run(files / "run", asked)
+        extract_run(begun / "run", asked)
     assert "--overwrite" in refused.value.remedy
     assert "another --output" in refused.value.remedy
-    assert fakes.files_in(files / "run") == before
+    after = fakes.files_in(begun)
+    changed = [name for name, content in before.items() if after[name] != content]
+    assert after.keys() == before.keys()
+    assert [name.split("/")[0] for name in changed] in (["model"], ["saes"])
+    for name in changed:  # for the next test
+        (begun / name).write_bytes(before[name])
 
 
 def test_restored_files_are_gone_on_with(files: Path) -> None:
@@ -219,18 +233,11 @@ def test_an_sae_that_is_replaced_during_a_run_ends_it(
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def hub(hub_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of the hub with a model and SAEs."""
-    import huggingface_hub.constants as constants
-
-    hub_cache.make_llama(tmp_path / "llama")
-    hub_cache.make_llama_scope(tmp_path / "scope")
-    hub_cache.add_repo(tmp_path, "some/llama", tmp_path / "llama")
-    hub_cache.add_repo(tmp_path, "fnlp/Llama3_1-8B-Base-LXR-8x", tmp_path / "scope")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    return tmp_path / "hub"
+    found = hub_home / "hub"
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(found))
+    return found
 
 
 def move_on(repository: Path) -> str:
@@ -245,7 +252,7 @@ def move_on(repository: Path) -> str:
 
 
 FROM_HUB = Options(
-    model="some/llama",
+    model="meta-llama/Llama-3.1-8B",
     scenarios="slot-machine",
     sae_release="llama_scope_lxr_8x",
     layers=(1, 2),
@@ -256,7 +263,7 @@ FROM_HUB = Options(
 def test_commits_of_model_and_saes_are_compared(hub: Path, tmp_path: Path) -> None:
     model, saes = (
         hub / f"models--{name.replace('/', '--')}"
-        for name in ("some/llama", "fnlp/Llama3_1-8B-Base-LXR-8x")
+        for name in ("meta-llama/Llama-3.1-8B", "fnlp/Llama3_1-8B-Base-LXR-8x")
     )
     first = (saes / "refs/main").read_text()
     extract_run(tmp_path / "run", FROM_HUB)
@@ -278,7 +285,7 @@ def test_commits_of_model_and_saes_are_compared(hub: Path, tmp_path: Path) -> No
 
 def test_an_edited_snapshot_is_noticed_under_its_old_commit(hub: Path, tmp_path: Path) -> None:
     extract_run(tmp_path / "run", FROM_HUB)
-    (file,) = hub.glob("models--some--llama/snapshots/*/model.safetensors")
+    (file,) = hub.glob("models--meta-llama--*/snapshots/*/model.safetensors")
     change_tensors(file, "model.layers.1.mlp.up_proj.weight")
     with pytest.raises(ConfigMismatchError, match="weights of the model"):
         extract_run(tmp_path / "run", FROM_HUB)

@@ -35,11 +35,6 @@ CUT = CaptureLimits(layout=Limits(file_bytes=1, record_bytes=1), logit_rows=64)
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_long.py"
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory.mktemp("models"))
-
-
 #: Blocks, records and pieces of logits as small against 400 tokens as they are in truth.
 LIMITS = CaptureLimits(
     layout=Limits(record_bytes=4 * 4 * TOKENS * 64),

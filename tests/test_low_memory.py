@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
-import hub_cache
 import numpy as np
 import pytest
 import torch
@@ -76,29 +74,19 @@ def test_streamed_blocks_give_the_same(blocked: bool) -> None:
     assert most == 1
 
 
-def test_weights_are_the_files_own_pages(tmp_path: Path) -> None:
+def test_weights_are_the_files_own_pages() -> None:
     """On the CPU nothing is read into memory that belongs to the process."""
-    hub_cache.make_llama(tmp_path)
-    model = load_model(str(tmp_path), low_memory=True)
+    model = load_model("meta-llama/Llama-3.1-8B", low_memory=True)
     # One block came to the device already, to see how the model computes.
     pages = file_pages()
     assert [mapped(block, pages) for block in model.blocks] == [False, *[True] * 31]
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("hub")
-    hub_cache.make_llama_scope(folder / "saes")
-    hub_cache.add_repo(folder, "fnlp/Llama3_1-8B-Base-LXR-8x", folder / "saes")
-    shutil.rmtree(folder / "saes")
-    return folder
-
-
 @pytest.fixture(autouse=True)
-def hub(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def hub(shared_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub.constants as constants
 
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(shared_hub / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
@@ -159,13 +147,11 @@ def test_reading_ahead_reads_each_part_once_and_keeps_its_limit(
     assert sorted(read) == [("a.safetensors", at) for at in (0, 400, 800)]
 
 
-def test_weight_files_of_a_hub_id(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_CACHE", str(home / "hub"))
-    hub_cache.make_llama(home / "model")
-    hub_cache.add_repo(home, "some/model", home / "model")
-    ((file, start, stop),) = weight_files("some/model")
+def test_weight_files_of_a_hub_id(shared_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(shared_hub / "hub"))
+    ((file, start, stop),) = weight_files("gpt2")
     assert (file.name, start, stop) == ("model.safetensors", 0, file.stat().st_size)
-    assert weight_files("some/model", "no-such-branch") == []
+    assert weight_files("gpt2", "no-such-branch") == []
     assert weight_files("no/such") == []
 
 

@@ -9,9 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import hub_cache
 import numpy as np
-import processes
 import pytest
 import torch
 from sae_lens import SAE
@@ -21,27 +19,25 @@ import zarrtrace as zt
 from zarrtrace.cli import main
 from zarrtrace.store import verify
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("hub_home")]
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 LLAMA = (
     "zarrtrace extract --model meta-llama/Llama-3.1-8B --sae-release llama_scope_lxr_8x "
     "--layers 1-31 --scenarios slot-machine -o runs/llama"
 )
-# In a process of its own, forked from one that has imported the libraries; the hub's settings are
-# read where they are imported.
-COMMAND = """
-import importlib
-import huggingface_hub.constants
-from zarrtrace.cli import main
-
-importlib.reload(huggingface_hub.constants)
-main()
-"""
 GPT2 = (
     "zarrtrace extract --model gpt2 --sae-release gpt2-small-res-jb --layers 0-11 "
     "--scenarios slot-machine -o runs/gpt2"
 )
+
+
+def run(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a command in this process: another takes ten seconds to import the libraries."""
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
 
 
 def of_the_libraries(
@@ -93,19 +89,10 @@ def check(trace: Path, expected: dict[str, np.ndarray], layers: range) -> None:
     np.testing.assert_array_equal(ds.next_token_logprob, expected["logprob"])
 
 
-def test_llama_with_llama_scope(
-    tmp_path: Path, hub_home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_llama_with_llama_scope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"$ {LLAMA}\n" in README
-    hub_cache.make_llama(tmp_path / "model")
-    hub_cache.make_llama_scope(tmp_path / "saes")
-    hub_cache.add_repo(hub_home, "meta-llama/Llama-3.1-8B", tmp_path / "model")
-    hub_cache.add_repo(hub_home, "fnlp/Llama3_1-8B-Base-LXR-8x", tmp_path / "saes")
-    monkeypatch.setenv("HF_HOME", str(hub_home))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
-    done = processes.python(COMMAND, *shlex.split(LLAMA)[1:])
-    assert done.returncode == 0, done.stderr
+    run(LLAMA, monkeypatch)
     assert verify(tmp_path / "runs/llama") == []
     trace = tmp_path / "runs/llama/Very_risky_25"
     attributes = json.loads((trace / "zarr.json").read_text())["attributes"]
@@ -124,18 +111,10 @@ def test_llama_with_llama_scope(
 
 
 @pytest.mark.filterwarnings(r"ignore:\s*This SAE has non-empty model_from_pretrained_kwargs")
-def test_gpt2(tmp_path: Path, hub_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpt2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"$ {GPT2}\n" in README
-    hub_cache.make_gpt2(tmp_path / "model")
-    hub_cache.make_gpt2_saes(tmp_path / "saes")
-    hub_cache.add_repo(hub_home, "gpt2", tmp_path / "model")
-    hub_cache.add_repo(hub_home, "jbloom/GPT2-Small-SAEs-Reformatted", tmp_path / "saes")
-    # In this process, which has the libraries already: another takes ten seconds to import them.
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", shlex.split(GPT2))
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert not ended.value.code
+    run(GPT2, monkeypatch)
     trace = tmp_path / "runs/gpt2/Risky_40"
     attributes = json.loads((trace / "zarr.json").read_text())["attributes"]
     ds = zt.open_trace(trace)

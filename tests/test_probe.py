@@ -37,11 +37,6 @@ from zarrtrace.store import open_trace
 pytestmark = pytest.mark.torch
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory.mktemp("models"))
-
-
 @pytest.fixture
 def suite(tmp_path: Path) -> Path:
     file = tmp_path / "suite.yaml"

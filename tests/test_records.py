@@ -28,7 +28,7 @@ from zarrtrace.records import (
 )
 from zarrtrace.store.chunks import LayerGrid, encode_file, encode_rows, tail_of
 from zarrtrace.store.codecs import CRC_BYTES, ArrayEncoding
-from zarrtrace.store.metadata import array_metadata, encoded
+from zarrtrace.store.nodes import array_metadata, encoded
 
 
 @st.composite

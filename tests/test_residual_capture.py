@@ -37,11 +37,6 @@ SMALL: dict[str, Any] = {"layers": LAYERS, "only": NAMES, "residual": True}
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the embedded model, with its SAEs."""
     path = tmp_path_factory.mktemp("demo") / "run"
@@ -231,7 +226,10 @@ def test_rows_of_a_long_prompt_are_those_of_all(tmp_path: Path, long: Options) -
     assert len(list((run / "long/residual").glob("c.0.*"))) > 3
 
 
-@pytest.mark.parametrize("records", [2, 7, 12])
+@pytest.mark.parametrize(
+    "records",
+    [pytest.param(2, marks=pytest.mark.long), 7, pytest.param(12, marks=pytest.mark.long)],
+)
 def test_an_interrupted_run_is_the_same_byte_for_byte(
     tmp_path: Path, long: Options, monkeypatch: pytest.MonkeyPatch, records: int
 ) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import Models
+from everyday import mostly_long
 from sae_lens import (
     SAE,
     AbsTopKSAEConfig,
@@ -47,11 +48,6 @@ pytestmark = pytest.mark.torch
 
 D_SAE = 64
 SUITE = {"scenarios": [{"name": "short", "prompt": "You now hold $90. Your choice:"}]}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
@@ -231,8 +227,8 @@ LAYER = 2
 def _hooked(
     name: str, path: Path, ids: list[int], where: tuple[str | None, str], layer: int = LAYER
 ) -> torch.Tensor:
-    """Return ``(token, d)`` at a place of a block, by a hook of our own on a fresh model."""
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+    """Return ``(token, d)`` at a place of a block, by a hook of our own on a model of our own."""
+    model = architectures.load_eager_once(path)
     block = architectures.blocks_of(name, model)[layer]
     module = block if where[0] is None else block.get_submodule(where[0])
     found: list[torch.Tensor] = []
@@ -241,15 +237,16 @@ def _hooked(
         def before(_module: Any, args: Any, kwargs: Any) -> None:
             found.append(args[0] if args else kwargs["hidden_states"])
 
-        module.register_forward_pre_hook(before, with_kwargs=True)
+        handle = module.register_forward_pre_hook(before, with_kwargs=True)
     else:
 
         def after(_module: Any, _args: Any, output: Any) -> None:
             found.append(output[0] if isinstance(output, tuple) else output)
 
-        module.register_forward_hook(after)
+        handle = module.register_forward_hook(after)
     with torch.no_grad():
         model(torch.tensor([ids]), use_cache=False)
+    handle.remove()
     return found[0][0]
 
 
@@ -290,29 +287,56 @@ def _check(
     return attributes
 
 
-@pytest.mark.parametrize("kind", [kind for kind in HOOKS if kind != "mlp_in"])
-@pytest.mark.parametrize("sae", list(KINDS))
+# Which encoder is used and where its input is read do not know of each other: every day, each kind
+# at one hook point and each hook point with one kind.
+@pytest.mark.parametrize(
+    ("sae", "kind"),
+    mostly_long(
+        lambda sae, kind: kind == "resid_post" or sae == "jumprelu",
+        KINDS,
+        [kind for kind in HOOKS if kind != "mlp_in"],
+    ),
+)
 def test_every_architecture_of_sae_at_every_hook_point(
     models: Models, suite: Path, tmp_path: Path, sae: str, kind: str
 ) -> None:
     _check(models, suite, tmp_path, "Llama", kind, KINDS[sae])
 
 
-@pytest.mark.parametrize("sae", list(TRANSCODERS))
-@pytest.mark.parametrize("name", ["Llama", "GPT-2", "Gemma 2"])
+@pytest.mark.parametrize(
+    ("name", "sae"),
+    mostly_long(lambda name, _sae: name == "Llama", ["Llama", "GPT-2", "Gemma 2"], TRANSCODERS),
+)
 def test_transcoders_read_the_input_of_the_mlp(
     models: Models, suite: Path, tmp_path: Path, name: str, sae: str
 ) -> None:
     _check(models, suite, tmp_path, name, "mlp_in", TRANSCODERS[sae])
 
 
-@pytest.mark.parametrize("kind", list(HOOKS))
-@pytest.mark.parametrize("name", [name for name in PLACES if name != "Llama"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    mostly_long(
+        lambda name, kind: (
+            name in ("GPT-2", "Gemma 2", "gpt-oss") or (name, kind) == ("Qwen 3", "hook_z")
+        ),
+        [name for name in PLACES if name != "Llama"],
+        HOOKS,
+    ),
+)
 def test_every_hook_point_of_every_model(
     models: Models, suite: Path, tmp_path: Path, name: str, kind: str
 ) -> None:
     make = TRANSCODERS["transcoder"] if kind == "mlp_in" else KINDS["standard"]
     _check(models, suite, tmp_path, name, kind, make)
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_hook_points_are_where_the_architecture_has_them(models: Models, name: str) -> None:
+    model = models(name)
+    for layer, block in enumerate(model.blocks):
+        for kind, (module, side) in PLACES[name].items():
+            found = place(block, model.attentions[layer], kind)
+            assert found == (block.get_submodule(module or ""), side)
 
 
 def test_hybrids_have_residual_and_mlp_hook_points_on_all_layers(models: Models) -> None:

@@ -193,7 +193,9 @@ def test_files_end_and_are_named_as_the_prose_says(shared_run: fakes.FakeRun) ->
 
 
 def test_trace_of_a_short_prompt_has_the_files_that_the_prose_counts(tmp_path: Path) -> None:
-    trace = fakes.make_run(tmp_path, layers=range(1, 32), tokens=300, features=4096).trace
+    trace = fakes.make_run(
+        tmp_path, scenarios=("a",), layers=range(1, 32), tokens=300, features=512
+    ).trace
     found = [*trace.rglob("*")]
     files, folders = [p for p in found if p.is_file()], [trace, *(p for p in found if p.is_dir())]
     prose = (FOLDER / "README.md").read_text(encoding="utf-8")

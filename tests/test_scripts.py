@@ -54,7 +54,7 @@ def test_what_quickstart_shows(demo_run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "arrays"),
     [
-        ("launch_full.sh", {"attention", "features"}),
+        pytest.param("launch_full.sh", {"attention", "features"}, marks=pytest.mark.long),
         ("launch_attention_only.sh", {"attention"}),
     ],
 )

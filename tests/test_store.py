@@ -18,6 +18,7 @@ import pytest
 import strategies
 import xarray as xr
 import zarr
+from everyday import mostly_long
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reading import (
@@ -162,9 +163,14 @@ def test_a_run_is_few_files_and_nothing_else(shared_run: fakes.FakeRun) -> None:
 #: Of 1,100 tokens and one head, a layer of attention is 9 MiB dense.
 BY_LAYER = Limits(file_bytes=20 * 2**20)
 BY_ROWS = Limits(file_bytes=4 * 2**20)
+#: Shorter and longer than what one chunk of rows holds, than what one chunk of keys holds.
+LENGTHS = mostly_long(lambda tokens: tokens in (7, 301), [7, 300, 301, 1100])
 
 
-@pytest.mark.parametrize(("limits", "files"), [(Limits(), 1), (BY_LAYER, 2), (BY_ROWS, 9)])
+@pytest.mark.parametrize(
+    ("limits", "files"),
+    [pytest.param(Limits(), 1, marks=pytest.mark.long), (BY_LAYER, 2), (BY_ROWS, 9)],
+)
 def test_long_prompts_are_cut_by_layers_and_then_by_rows(
     tmp_path: Path, limits: Limits, files: int
 ) -> None:
@@ -189,7 +195,7 @@ def test_long_prompts_are_cut_by_layers_and_then_by_rows(
     assert [problem.layer for problem in verify(run.path)] in ([3], [None])
 
 
-@pytest.mark.parametrize("tokens", [7, 300, 301, 1100])
+@pytest.mark.parametrize("tokens", LENGTHS)
 def test_missing_values_read_nan_in_plain_xarray_at_every_length(
     tmp_path: Path, tokens: int
 ) -> None:
@@ -390,7 +396,7 @@ def test_an_incomplete_trace_is_refused_by_name(partial: fakes.FakeRun) -> None:
 
 
 @pytest.mark.parametrize("chunks", [None, "auto"])
-@pytest.mark.parametrize("tokens", [7, 300, 301, 1100])
+@pytest.mark.parametrize("tokens", LENGTHS)
 def test_missing_layers_can_be_read_as_nan(tmp_path: Path, tokens: int, chunks: Any) -> None:
     run = fakes.make_run(
         tmp_path, drop={"a": (2, 3)}, tokens=tokens, scenarios=("a",), features=4, heads=1
@@ -508,11 +514,14 @@ def test_lost_coordinates_of_dimensions_are_noticed_on_opening(run: fakes.FakeRu
         file.write_bytes(content)
 
 
+@pytest.mark.parametrize("bits", [5, pytest.param(25, marks=pytest.mark.long)])
 @pytest.mark.parametrize("array", [*ARRAYS, "token_id", "next_token_text"])
-def test_a_flipped_bit_never_reads_as_another_number(run: fakes.FakeRun, array: str) -> None:
+def test_a_flipped_bit_never_reads_as_another_number(
+    run: fakes.FakeRun, array: str, bits: int
+) -> None:
     file = data_files(run.trace, array)[0]
     good, truth = file.read_bytes(), run.truth["Safe_1"][array]
-    for at in range(0, len(good), max(1, len(good) // 25)):
+    for at in range(0, len(good), max(1, len(good) // bits)):
         bad = bytearray(good)
         bad[at] ^= 1 << (at % 8)
         file.write_bytes(bad)

@@ -13,8 +13,6 @@ import xarray as xr
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from zarrtrace.storage import at_once
-
 #: The dimension along which arrays are put together.
 SAMPLE = "sample"
 
@@ -95,8 +93,8 @@ class _Concatenated(BackendArray):
             out[tuple(at)] = _rows(self._parts[number], self._places[number], wanted)
 
         numbers = np.unique(part_of).tolist()
-        for _ in (at_once if len(numbers) > 1 else map)(put, numbers):
-            pass
+        for number in numbers:
+            put(number)
         squeezed = tuple(0 if isinstance(one, int | np.integer) else slice(None) for one in key)
         found: np.ndarray = out[squeezed]
         return found

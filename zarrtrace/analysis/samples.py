@@ -18,7 +18,6 @@ from zarrtrace.analysis.selecting import (
     label,
     metadata,
     present,
-    query_labels,
     require,
     require_places,
     scenario_of,
@@ -156,7 +155,7 @@ def _chosen(data: Scenarios, at: At) -> list[_Chosen]:
     found = []
     for ds in traces(data).values():
         everything = isinstance(at, str) and at == _ALL
-        wanted = query_labels(ds) if everything else _wanted(ds, places)
+        wanted = np.asarray(ds["query"]) if everything else _wanted(ds, places)
         if len(wanted):
             found.append(_Chosen(ds, wanted, _rows(ds, wanted)))
     if not found:
@@ -170,7 +169,7 @@ def _chosen(data: Scenarios, at: At) -> list[_Chosen]:
 
 def _wanted(ds: xr.Dataset, places: Sequence[Place]) -> np.ndarray:
     """Return the positions in the prompt of those places that a trace has."""
-    tokens = ds.sizes.get("key", len(query_labels(ds)))
+    tokens = ds.sizes.get("key", len(np.asarray(ds["query"])))
     found: list[int] = []
     for place in present(ds, places):
         if isinstance(place, str):

@@ -153,10 +153,10 @@ def _open_samples(source: Address | xr.Dataset | xr.DataTree, at: At | None) -> 
     if not isinstance(data, xr.Dataset | xr.DataTree):
         path = locate(data)
         kind = kind_of(path)
-        if kind == "run":
-            data = open_run(path)
+        if kind == "table":
+            data = open_table(path)
         else:
-            data = open_table(path) if kind == "table" else open_trace(path)
+            data = open_run(path) if kind == "run" else open_trace(path)
     if isinstance(data, xr.Dataset) and data.attrs.get("kind") == "table" and at is None:
         return data
     return table(data, at=DECISION if at is None else at)

@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, wraps
 from pathlib import Path
@@ -18,11 +18,16 @@ from zarrtrace.extraction.layers import choose_layers
 from zarrtrace.extraction.positions import Positions, as_json, as_text, check_spans, positions_of
 from zarrtrace.extraction.processes import FEW_TRACES, WriterPool
 from zarrtrace.extraction.reading_ahead import ReadAhead, weight_files
-from zarrtrace.format.attributes import SAEAttributes, TraceAttributes, ranges
+from zarrtrace.format.attributes import (
+    ModelAttributes,
+    SAEAttributes,
+    TraceAttributes,
+    ranges,
+)
 from zarrtrace.format.layout import TraceShape
 from zarrtrace.hub import cache_if_unreachable
 from zarrtrace.records import TracePlan
-from zarrtrace.scenarios import Scenario, stream
+from zarrtrace.scenarios import Scenario, ScenarioStream, stream
 
 if TYPE_CHECKING:  # they import torch
     from zarrtrace.capture import CaptureLimits, LoadedModel, Prompt
@@ -101,7 +106,11 @@ class Options:
     residual_dtype
         Precision in which the residual stream is stored; values too large for it are refused.
     prepend_bos
-        None does as the SAEs were trained, else if the tokenizer has a BOS token.
+        None does as the SAEs were trained, else if the tokenizer has a BOS token; of messages, as
+        the chat template does.
+    generation_prompt
+        Whether chat templates begin the assistant's next message, for scenarios with messages that
+        do not say it.
     low_memory
         Whether decoder blocks stay in host memory and come to the device one at a time.
     """
@@ -132,6 +141,7 @@ class Options:
     feature_dtype: StoredDtype = "float32"
     residual_dtype: StoredDtype = "float32"
     prepend_bos: bool | None = None
+    generation_prompt: bool = True
     low_memory: bool = False
 
     @property
@@ -317,6 +327,15 @@ class Job:
             return hook.replace(f"blocks.{layer}.", "blocks.{layer}.", 1)
         return None
 
+    def _model_attributes(self, prompt: Prompt) -> ModelAttributes:
+        """Return the model's attributes, with what differs from prompt to prompt."""
+        update: dict[str, Any] = {}
+        if prompt.scenario.name in self.blocked:
+            update["attn_implementation"] = "blocked"
+        if prompt.scenario.chat is not None:
+            update["prepend_bos"] = prompt.tokens.ids[0] == self.model.tokenizer.bos_token_id
+        return self.model.attributes.model_copy(update=update)
+
     def _attributes(self, prompt: Prompt) -> TraceAttributes:
         reasons: dict[str, list[int]] = {}
         for layer in self.layers if self.options.attention else ():
@@ -324,18 +343,16 @@ class Job:
                 block = type(self.model.blocks[layer]).__name__
                 reason = f"{block} mixes tokens without attention probabilities"
                 reasons.setdefault(reason, []).append(layer)
+        chat = prompt.scenario.chat
         return TraceAttributes(
             scenario=prompt.scenario.name,
             prompt=prompt.scenario.prompt,
+            chat=None if chat is None else chat.attributes,
             tags=tuple(prompt.scenario.tags),
             spans=prompt.spans,
             options=prompt.options,
             metadata=dict(prompt.scenario.metadata),
-            model=self.model.attributes.model_copy(
-                update={"attn_implementation": "blocked"}
-                if prompt.scenario.name in self.blocked
-                else {}
-            ),
+            model=self._model_attributes(prompt),
             layers=self.layers,
             layers_without_sae=tuple(
                 layer for layer in self.layers if self.saes and layer not in self.saes
@@ -438,9 +455,7 @@ def prepare(
     if ahead and source is not None:
         ahead.add(source.stretches([sae for found in saes.values() for sae in found]))
     prepend_bos = _prepend_bos(options, model, source)
-    prompts = tuple(
-        capture.tokenize(model, scenario, prepend_bos=prepend_bos) for scenario in scenarios
-    )
+    prompts = tuple(tokenized(options, model, scenarios, prepend_bos=prepend_bos))
     if loaded.tokenizer is not None:
         capture.refuse_unknown_ids(model, (max(prompt.tokens.ids) for prompt in prompts))
     if weights:
@@ -455,14 +470,31 @@ def prepare(
 
 def with_scenarios(job: Job, scenarios: Sequence[Scenario]) -> Job:
     """Return a job for other scenarios, with the model and the SAEs that it has."""
-    capture, bos = capture_package(), job.model.attributes.prepend_bos
-    prompts = tuple(
-        capture.tokenize(job.model, scenario, prepend_bos=bos) for scenario in scenarios
-    )
+    bos = job.model.attributes.prepend_bos
+    prompts = tuple(tokenized(job.options, job.model, scenarios, prepend_bos=bos))
     made = _assembled(
         job.options, job.model, job.layers, job.source, job.saes, prompts, prepend_bos=bos
     )
     return replace(made, notes=job.notes)
+
+
+def with_prompts(job: Job, prompts: tuple[Prompt, ...]) -> Job:
+    """Return a job for other prompts, which are computed in the batches that they make."""
+    return replace(job, prompts=prompts, blocked=_blocked(job.options, job.model, prompts))
+
+
+def tokenized(
+    options: Options, model: LoadedModel, scenarios: Iterable[Scenario], *, prepend_bos: bool
+) -> Iterator[Prompt]:
+    """Render chats, and tokenise scenarios, one by one."""
+    capture = capture_package()
+    for scenario in scenarios:
+        rendered = scenario.render(
+            model.tokenizer,
+            generation_prompt=options.generation_prompt,
+            prepend_bos=options.prepend_bos,
+        )
+        yield capture.tokenize(model, rendered, prepend_bos=prepend_bos)
 
 
 def _assembled(
@@ -651,13 +683,30 @@ def find_scenarios(options: Options, loaded: Loaded = _NOTHING) -> tuple[Scenari
         If options contradict each other, or a scenario cannot be used.
     """
     _check(options, loaded)
-    given = options.scenarios
-    is_name = isinstance(given, str | Path) and str(given) == SLOT_MACHINE
-    every = stream(demo.suite_path() if given is None or is_name else given)
-    chosen = tuple(every.only(options.only))
+    chosen = tuple(stream(_given(options)).only(options.only))
     check_spans(options.positions, chosen, "--positions")
     check_spans(options.attention_positions, chosen, "--attention-positions")
     return chosen
+
+
+def find_stream(options: Options, loaded: Loaded = _NOTHING) -> ScenarioStream:
+    """Return the scenarios that options name, for a table: as a stream.
+
+    Raises
+    ------
+    ConfigError, ScenarioError
+        As for :func:`find_scenarios`.
+    """
+    _check(replace(options, attention=False), loaded)
+    scenarios = stream(_given(options)).only(options.only)
+    check_spans(options.positions, scenarios, "--positions")
+    return scenarios
+
+
+def _given(options: Options) -> Any:
+    given = options.scenarios
+    is_name = isinstance(given, str | Path) and str(given) == SLOT_MACHINE
+    return demo.suite_path() if given is None or is_name else given
 
 
 def _sae_source(options: Options, loaded: Loaded) -> SAESource:
@@ -732,12 +781,12 @@ def _config(
         },
         "sae_dtype": sorted({sae.dtype for found in saes.values() for sae in found}),
         "fold_decoder_norm": options.fold_decoder_norm,
-        "prompts": {prompt.scenario.name: _digest(prompt) for prompt in prompts},
+        "prompts": {prompt.scenario.name: prompt_digest(prompt) for prompt in prompts},
         "versions": library_versions(),
     }
 
 
-def _digest(prompt: Prompt) -> str:
+def prompt_digest(prompt: Prompt) -> str:
     """Hash a scenario, and what the tokenizer makes of it."""
     scenario = prompt.scenario
     content = [
@@ -750,5 +799,6 @@ def _digest(prompt: Prompt) -> str:
         list(prompt.tokens.texts),
         sorted((name, span.tokens) for name, span in prompt.spans.items()),
         sorted((name, option.token_id) for name, option in prompt.options.items()),
+        scenario.chat and (scenario.chat.template, scenario.chat.generation_prompt),
     ]
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()

@@ -119,6 +119,18 @@ class OptionAttributes(Frozen):
     token_id: NonNegativeInt = Field(description="Its first token.")
 
 
+class ChatAttributes(Frozen):
+    """How a chat template made the prompt of messages."""
+
+    template: Fingerprint = Field(description="BLAKE2b (8 bytes) of the template's text.")
+    generation_prompt: bool = Field(
+        description="Whether the template was asked to begin the assistant's next message."
+    )
+    continued: bool = Field(
+        description="Whether the prompt ends within its last message, the assistant's."
+    )
+
+
 class ModelAttributes(Frozen):
     """The language model that was traced."""
 
@@ -271,7 +283,13 @@ class TraceAttributes(Frozen):
     format_version: Literal[2] = 2
     kind: Literal["trace"] = "trace"
     scenario: str
-    prompt: str | None = Field(description="Text without special tokens; null if not known.")
+    prompt: str | None = Field(
+        description="Text without special tokens, of a chat with those that its template writes; "
+        "null if not known."
+    )
+    chat: ChatAttributes | None = Field(
+        default=None, description="Null if the prompt was not made of messages."
+    )
     tags: tuple[str, ...] = ()
     spans: dict[str, SpanAttributes]
     options: dict[str, OptionAttributes] = {}

@@ -5,6 +5,7 @@ tokenizer's offset mapping (:func:`token_positions`), never by searching token t
 exact when a number splits into several tokens or stands in the prompt twice.
 """
 
+from zarrtrace.scenarios.chat import Chat, Message
 from zarrtrace.scenarios.entries import ScenarioEntry, SuiteFile
 from zarrtrace.scenarios.metadata import (
     RESERVED,
@@ -24,6 +25,8 @@ __all__ = [
     "DECISION",
     "RESERVED",
     "CharRange",
+    "Chat",
+    "Message",
     "Scenario",
     "ScenarioEntry",
     "ScenarioStream",

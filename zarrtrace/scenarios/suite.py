@@ -40,9 +40,9 @@ def load_suite(path: str | Path) -> tuple[Scenario, ...]:
     ----------
     path
         YAML (``.yaml``, ``.yml``) holds a list under ``scenarios``, JSONL one such entry a line.
-        CSV and Parquet have columns ``prompt``, ``name``, ``tags``, ``spans`` and ``options``; all
-        others are metadata. A folder holds one split: what ``Dataset.save_to_disk`` wrote, or
-        Parquet files.
+        CSV and Parquet have columns ``prompt`` or ``messages``, ``name``, ``tags``, ``spans``,
+        ``options`` and ``generation_prompt``; all others are metadata. A folder holds one split:
+        what ``Dataset.save_to_disk`` wrote, or Parquet files.
 
     Raises
     ------
@@ -288,15 +288,19 @@ def _drafts(
 
 def _entry_draft(entry: ScenarioEntry, place: int, suite: SuiteFile, where: str = "") -> Draft:
     name = default_name(place) if entry.name is None else check_name(entry.name)
-    if entry.prompt is not None and (entry.template is not None or entry.values):
+    own = "a prompt" if entry.prompt is not None else "messages" if entry.messages else ""
+    if own and (entry.template is not None or entry.values):
         raise ScenarioError(
-            f"{label(name)} has a prompt and a template or values",
-            remedy="Give either 'prompt', or 'template' and 'values'.",
+            f"{label(name)} has {own} and a template or values",
+            remedy=f"Give either {own}, or 'template' and 'values'.",
         )
     template = entry.template or suite.template
     marked: dict[str, Any] = {}
     values: dict[str, Value | None] = {}
-    if entry.prompt is not None:
+    marks, begins = suite.marks if entry.marks is None else entry.marks, entry.generation_prompt
+    if begins is None and entry.messages:
+        begins = suite.generation_prompt
+    if own:
         prompt = entry.prompt
     elif template is not None:
         taken = value_names(template)
@@ -312,14 +316,19 @@ def _entry_draft(entry: ScenarioEntry, place: int, suite: SuiteFile, where: str 
         except ScenarioError as error:
             raise placed(label(name), error) from None
         values = {one: _metadata_of(one, given[one]) for one in taken if one not in RESERVED}
+        marks = False  # they are read, and values are text
     else:
         raise ScenarioError(
             f"{label(name)} has no prompt",
-            remedy="Give it 'prompt', or 'template' (its own or the file's) and 'values'.",
+            remedy="Give it 'prompt', or 'template' (its own or the file's) and 'values', or "
+            "'messages'.",
         )
     scenario = assembled(
         name=name,
         prompt=prompt,
+        messages=entry.messages,
+        generation_prompt=begins,
+        marks=bool(marks),
         marked=marked,
         spans=entry.spans,
         tags=entry.tags,

@@ -15,7 +15,7 @@ from zarrtrace.scenarios.suite_file import decode_json
 from zarrtrace.suggestions import closest
 
 #: Columns that are fields of an entry.
-FIELDS = ("prompt", "name", "tags", "spans", "options")
+FIELDS = ("prompt", "messages", "generation_prompt", "name", "tags", "spans", "options")
 #: Rows that are taken from a table at a time.
 BATCH = 256
 
@@ -85,12 +85,7 @@ def table_entries(
 
 def check_header(table: str, header: Sequence[Any]) -> None:
     """Refuse a table without prompts, or with columns that cannot be metadata."""
-    if "messages" in header:
-        raise ScenarioError(
-            f"{table}: column 'messages' holds chat prompts, which come in a later version",
-            remedy="Give a column 'prompt' with texts, and leave 'messages' out.",
-        )
-    if "prompt" not in header:
+    if "prompt" not in header and "messages" not in header:
         close = closest("prompt", map(str, header))
         hint = f"Did you mean {close!r}? Rename it to 'prompt'" if close else "Name one so"
         raise ScenarioError(
@@ -118,9 +113,14 @@ def _entry(row: Mapping[str, Any], where: str) -> ScenarioEntry:
     given = {name: None if is_missing(value) else plain(value) for name, value in row.items()}
     entry: dict[str, Any] = {"metadata": {k: v for k, v in given.items() if k not in FIELDS}}
     try:
-        if given["prompt"] is None:
-            raise ScenarioError("prompt: missing", remedy="Give every row a text.")
-        entry |= {"prompt": given["prompt"], "name": given.get("name") or None}
+        entry |= {"prompt": given.get("prompt"), "name": given.get("name") or None}
+        entry["messages"] = _messages(given.get("messages"))
+        if entry["prompt"] is None and entry["messages"] is None:
+            raise ScenarioError(
+                f"{'prompt' if 'prompt' in given else 'messages'}: missing",
+                remedy="Give every row a prompt, or messages.",
+            )
+        entry["generation_prompt"] = given.get("generation_prompt")
         entry["tags"] = _tags(given.get("tags"))
         entry["spans"] = _mapping("spans", given.get("spans"))
         entry["options"] = _mapping("options", given.get("options")) or None
@@ -144,6 +144,16 @@ def _tags(cell: Any) -> Any:
     if cell.lstrip().startswith("["):
         return _json("tags", cell)
     return [tag.strip() for tag in re.split("[,;]", cell) if tag.strip()]
+
+
+def _messages(cell: Any) -> Any:
+    """Return a cell of messages: a list of structs, or its JSON."""
+    if isinstance(cell, str):
+        return _json("messages", cell)
+    if isinstance(cell, Mapping) and all(isinstance(one, list) for one in cell.values()):
+        names = list(cell)  # a struct of lists, as older versions of Datasets store a list
+        return [dict(zip(names, row, strict=True)) for row in zip(*cell.values(), strict=True)]
+    return cell
 
 
 def _mapping(field: str, cell: Any) -> Any:
@@ -170,5 +180,6 @@ def _json(field: str, cell: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise ScenarioError(
             f"{field}: not valid JSON: {error}",
-            remedy='Write spans and options as {"name": "text"}, tags as ["a", "b"] or a;b.',
+            remedy='Write spans and options as {"name": "text"}, tags as ["a", "b"] or a;b, '
+            'messages as [{"role": "user", "content": "text"}].',
         ) from None

@@ -171,7 +171,7 @@ class Location:
         if (path := self.path) is not None:
             return path.is_dir()
         if self.backend.listable:
-            return bool(self.backend.children(self._prefix))
+            return bool(self.backend.children(self.key))
         return (self / "zarr.json").is_file()
 
     def exists(self) -> bool:
@@ -189,7 +189,7 @@ class Location:
             If the store cannot list.
         """
         self._refuse_unlistable()
-        for name in self.backend.children(self._prefix):
+        for name in self.backend.children(self.key):
             yield self / name
 
     def present(self, names: Sequence[str]) -> list[str]:
@@ -199,7 +199,7 @@ class Location:
         """
         if not self.backend.listable:
             return list(names)
-        there = set(self.backend.children(self._prefix))
+        there = set(self.backend.children(self.key))
         return [name for name in names if name in there]
 
     def each(self, call: Callable[[_In], _Out], items: Iterable[_In]) -> list[_Out]:
@@ -221,12 +221,8 @@ class Location:
             If the store cannot list.
         """
         self._refuse_unlistable()
-        prefix = self._prefix
-        return {key.removeprefix(prefix): size for key, size in self.backend.sizes(prefix).items()}
-
-    @property
-    def _prefix(self) -> str:
-        return f"{self.key.rstrip('/')}/" if self.key else ""
+        start = len(self.key) + 1 if self.key else 0
+        return {key[start:]: size for key, size in self.backend.sizes(self.key).items()}
 
     def _refuse_unlistable(self) -> None:
         if not self.backend.listable:

@@ -1,3 +1,4 @@
+from zarrtrace.store.captured import attention_problem, layer_record
 from zarrtrace.store.copy import copy_run
 from zarrtrace.store.damage import Problem
 from zarrtrace.store.index_arrays import (
@@ -19,7 +20,7 @@ from zarrtrace.store.table_writer import TableWriter
 from zarrtrace.store.tables import open_table
 from zarrtrace.store.trace_writer import TraceWriter
 from zarrtrace.store.verification import verify
-from zarrtrace.store.write import attention_problem, layer_record, trace_plan, write_trace
+from zarrtrace.store.write import trace_plan, write_trace
 
 __all__ = [
     "IndexWriter",

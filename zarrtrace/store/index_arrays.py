@@ -22,15 +22,13 @@ from zarrtrace.store.damage import check_sizes
 from zarrtrace.store.metadata import (
     REPAIR,
     Group,
-    Nodes,
-    array_metadata,
     each_trace,
-    encoded,
     read_index_group,
     read_run,
     read_trace,
     sealed_group,
 )
+from zarrtrace.store.nodes import Nodes, array_metadata, encoded
 from zarrtrace.store.publish import end_publishing, publish_folder, remove
 from zarrtrace.store.run_writer import lock_run
 from zarrtrace.store.staged import staging_folder

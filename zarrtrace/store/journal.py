@@ -21,7 +21,8 @@ from zarrtrace.format.layout import NEXT_TOKEN, ROWS
 from zarrtrace.storage import disk
 from zarrtrace.store.chunks import LayerGrid, file_keys
 from zarrtrace.store.codecs import CRC_BYTES
-from zarrtrace.store.metadata import NONSENSE, Group
+from zarrtrace.store.metadata import Group
+from zarrtrace.store.nodes import NONSENSE
 
 #: Name of the file, beside the arrays.
 JOURNAL = "journal"

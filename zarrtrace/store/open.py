@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -16,14 +16,14 @@ from xarray.core import indexing
 from xarray.core.indexes import PandasIndex
 
 from zarrtrace.accessors import source_of
-from zarrtrace.errors import IncompleteError, IntegrityError, NotATraceError, ZarrtraceError
+from zarrtrace.errors import IncompleteError, NotATraceError
 from zarrtrace.format.attributes import TableAttributes, TraceAttributes
 from zarrtrace.format.layout import ROWS
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store.array import StoredArray, open_array
 from zarrtrace.store.chunks import FileIndex
 from zarrtrace.store.damage import check_sizes
-from zarrtrace.store.metadata import REPAIR, Group, each_trace, read_run, read_trace
+from zarrtrace.store.metadata import Group, damaged, each_trace, read_run, read_trace
 from zarrtrace.store.publish import beside
 from zarrtrace.store.staged import read_staged, staging_folder
 from zarrtrace.store.trace_writer import incomplete
@@ -170,19 +170,15 @@ def lazy_dataset(
     variables: dict[str, xr.Variable] = {}
     coordinates: dict[str, xr.Variable] = {}
     indexes: dict[Hashable, PandasIndex] = {}
-    with _damage_explained(trace.path):
-        tokens = open_array(trace, "key", None).encoding.shape[0] if "key" in trace.nodes else 0
-        for name in sorted(trace.nodes):
-            array = open_array(trace, name, None if staged is None else staged.get(name))
-            if array.encoding.layout.dims == (name,):
-                coordinates[name], indexes[name] = _index(name, array, trace.attributes, tokens)
-                continue
-            target = coordinates if name in trace.labels else variables
-            target[name] = _variable(array)
-        if isinstance(trace.attributes, TraceAttributes):
-            _check_spans(trace.attributes, tokens)
-        ds = xr.Dataset(variables, xr.Coordinates(coordinates, indexes), trace.plain)
-        ds.encoding = source_of(path)
+    for name in sorted(trace.nodes):
+        array = open_array(trace, name, None if staged is None else staged.get(name))
+        if array.encoding.layout.dims == (name,):
+            coordinates[name], indexes[name] = _index(name, array, trace)
+            continue
+        target = coordinates if name in trace.labels else variables
+        target[name] = _variable(array)
+    ds = xr.Dataset(variables, xr.Coordinates(coordinates, indexes), trace.plain)
+    ds.encoding = source_of(path)
     return ds if chunks is None else _chunk(ds, chunks)
 
 
@@ -217,33 +213,26 @@ def _variable(array: StoredArray) -> xr.Variable:
 
 
 def _index(
-    name: str, array: StoredArray, attributes: TraceAttributes | TableAttributes, tokens: int
+    name: str, array: StoredArray, trace: Group[TraceAttributes] | Group[TableAttributes]
 ) -> tuple[xr.Variable, PandasIndex]:
     """Return the index of a dimension, read only where the attributes do not say what it holds."""
-    (size,), dtype = array.encoding.shape, array.encoding.dtype
-    if dtype != np.int64:
-        raise ValueError(f"{name} is of type {dtype}")
+    (size,) = array.encoding.shape
+    tokens = trace.encodings["key"].shape[0] if "key" in trace.encodings else 0
     labels: np.ndarray
     if name in ("layer", "attention_layer"):
-        labels = np.asarray(attributes.layers_of(name), dtype)
+        labels = np.asarray(trace.attributes.layers_of(name), np.int64)
     elif name == "attention_query" or (name == "query" and size != tokens):
         labels = array.load()
         if not size or labels[0] < 0 or labels[-1] >= tokens or (np.diff(labels) < 1).any():
-            raise ValueError(f"{name} holds no ascending positions of the {tokens} tokens")
+            raise damaged(array.path, f"it holds no ascending positions of the {tokens} tokens")
     else:
-        labels = np.arange(size, dtype=dtype)
+        labels = np.arange(size, dtype=np.int64)
     first = int(labels[0]) if size else 0
     counted = pd.RangeIndex(first, first + size)
     # Most are: one of 32,768 features is then looked up without a table made for it.
     index = PandasIndex(counted if np.array_equal(counted, labels) else labels, name)
     variable = xr.Variable((name,), index.index, array.encoding.layout.attributes)
     return index.create_variables({name: variable})[name], index
-
-
-def _check_spans(attributes: TraceAttributes, tokens: int) -> None:
-    for name, span in attributes.spans.items():
-        if any(at >= tokens for at in span.tokens):
-            raise ValueError(f"span {name!r} has positions beyond the prompt's {tokens} tokens")
 
 
 def _chunk(ds: xr.Dataset, chunks: ChunkSpec) -> xr.Dataset:
@@ -271,18 +260,3 @@ def _blocks(variable: xr.Variable) -> dict[Hashable, int]:
         rows = max(1, _BLOCK_BYTES * shape[row] // (layer_bytes * chunks[row])) * chunks[row]
         return {**shape, first: 1, row: min(rows, shape[row])}
     return {**shape, first: max(1, min(shape[first], _BLOCK_BYTES // max(layer_bytes, 1)))}
-
-
-@contextlib.contextmanager
-def _damage_explained(path: Location) -> Iterator[None]:
-    """Translate errors of damaged metadata into one with a remedy."""
-    try:
-        yield
-    except ZarrtraceError:
-        raise
-    except Exception as error:  # what is raised depends on what is broken
-        raise IntegrityError(
-            f"{path}: cannot be opened: {str(error).partition(chr(10))[0] or type(error).__name__}",
-            why="The metadata of its arrays is not what zarrtrace writes.",
-            remedy=REPAIR,
-        ) from error

@@ -23,7 +23,6 @@ from zarrtrace.storage import Address, Location, disk, locate
 from zarrtrace.storage.locks import FileLock
 from zarrtrace.store.journal import JOURNAL
 from zarrtrace.store.metadata import (
-    Nodes,
     each_trace,
     kind_of,
     read_run,
@@ -32,6 +31,7 @@ from zarrtrace.store.metadata import (
     repeated_nodes,
     sealed_group,
 )
+from zarrtrace.store.nodes import Nodes
 from zarrtrace.store.publish import beside, exchange_folders, publish_folder, remove
 from zarrtrace.store.staged import staging_folder
 from zarrtrace.store.trace_writer import TraceWriter

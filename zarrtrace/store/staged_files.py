@@ -29,14 +29,8 @@ from zarrtrace.store.journal import (
     encode_line,
     read_lines,
 )
-from zarrtrace.store.metadata import (
-    CHECKSUMS,
-    NONSENSE,
-    Group,
-    array_metadata,
-    encoded,
-    sealed_group,
-)
+from zarrtrace.store.metadata import Group, sealed_group
+from zarrtrace.store.nodes import CHECKSUMS, NONSENSE, array_metadata, encoded
 
 _Attributes = TypeVar("_Attributes", TableAttributes, TraceAttributes)
 _Stored = TypeVar("_Stored", bound=StoredChunks)

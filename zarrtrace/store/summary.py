@@ -11,14 +11,8 @@ from zarrtrace.errors import NotATraceError
 from zarrtrace.format.attributes import FORMAT_VERSION, MetadataValue, TraceAttributes
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store.array import open_array
-from zarrtrace.store.metadata import (
-    Group,
-    encoded,
-    kind_of,
-    read_run,
-    read_scenario,
-    read_trace,
-)
+from zarrtrace.store.metadata import Group, kind_of, read_run, read_scenario, read_trace
+from zarrtrace.store.nodes import encoded
 from zarrtrace.store.staged import read_staged, staging_folder
 
 
