@@ -209,8 +209,8 @@ class TableAccessor:
     @property
     def scenarios(self) -> pd.DataFrame:
         """A row a scenario: number of samples, tags, metadata."""
-        ds = _attributes_of(self._ds, "table") and self._ds
-        columns = [name for name in ("tags", *ds.attrs["metadata"]) if name in ds.coords]
+        ds, attributes = self._ds, _attributes_of(self._ds, "table")
+        columns = [name for name in ("tags", *attributes["metadata"]) if name in ds.coords]
         frame = ds[["scenario", *columns]].reset_coords()[["scenario", *columns]].to_dataframe()
         by_scenario = frame.groupby("scenario", sort=False)
         first = by_scenario.first()

@@ -145,7 +145,7 @@ def _most(variables: Collection[xr.Variable]) -> int:
         if one.ndim > 1 and one.encoding.get("chunks")
     ]
     chunk = max(chunks, default=1)
-    return most // chunk * chunk or most
+    return int(most // chunk * chunk or most)
 
 
 def _cuts(starts: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
