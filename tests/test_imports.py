@@ -73,7 +73,7 @@ ROOT = Path(__file__).parent.parent
 #: Names that users type after ``zt.``
 PUBLIC = {
     "Scenario", "__version__", "analysis", "copy", "export", "extract", "figures",
-    "import_npz", "index", "load_suite", "open_run", "open_trace", "plot", "span", "summarize",
+    "import_hidden", "import_npz", "index", "load_suite", "open_run", "open_trace", "plot", "span", "summarize",
     "table", "verify", "write_trace",
 }  # fmt: skip
 
