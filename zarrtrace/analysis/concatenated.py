@@ -13,7 +13,6 @@ import xarray as xr
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-
 #: The dimension along which arrays are put together.
 SAMPLE = "sample"
 
