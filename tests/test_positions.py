@@ -167,9 +167,7 @@ def test_captured_rows_are_transformers_own(models: Models, name: str, way: str)
         for layer in (1, 3):
             here = [r for r in mine if isinstance(r, LayerRecord) and r.layer == layer]
             residual = _joined(here, lambda record: record.residual)
-            features = _joined(
-                here, lambda record: record.features and record.features["features"].activations
-            )
+            features = _joined(here, _activations)
             np.testing.assert_array_equal(residual, features)
             found = expected.blocks[layer][list(rows)]
             rounding.assert_close(residual, found.numpy(), error["blocks"])
@@ -183,10 +181,14 @@ def test_captured_rows_are_transformers_own(models: Models, name: str, way: str)
         rounding.assert_close(tokens.next_token_logprob, best.values.numpy(), error["logprob"])
 
 
+def _activations(record: LayerRecord) -> Any:
+    return record.features["features"].activations if record.features else None
+
+
 def _joined(records: list[LayerRecord], of: Any, axis: int = 0) -> np.ndarray:
     """Put the parts of a layer together, in the order of their rows."""
     parts = [(record.start, of(record)) for record in records]
-    having = [(start, np.asarray(part)) for start, part in parts if part is not None and len(part)]
+    having = [(start, np.asarray(part)) for start, part in parts if part is not None]
     assert [start for start, _ in having] == sorted(start for start, _ in having)
     return np.concatenate([part for _, part in having], axis=axis)
 
@@ -370,7 +372,7 @@ def test_the_index_names_the_tokens_of_the_prompt(runs: dict[str, Path], tmp_pat
     build_index(run)
     ds = open_trace(run / NAMES[0])
     strongest = ds.features.sel(layer=20).max("query")
-    feature = int(strongest.argmax())
+    feature = int(np.argmax(strongest.values))
     use = find_feature(run, 20, feature)
     for token in use.tokens:
         trace = open_trace(run / token.scenario)

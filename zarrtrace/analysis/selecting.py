@@ -206,10 +206,15 @@ def stored_positions(ds: xr.Dataset, place: Place) -> list[int]:
         As :func:`positions`.
     """
     found = positions(ds, place)
-    absent = sorted(set(found) - set(np.asarray(ds["query"]).tolist()))
+    absent = sorted(set(found) - set(query_labels(ds).tolist()))
     if absent:
         raise _not_stored(ds, "token", absent)
     return found
+
+
+def query_labels(ds: xr.Dataset) -> np.ndarray:
+    """Return the token positions that a trace (or a part of one) stores."""
+    return np.asarray(ds["query"].values)
 
 
 def token_labels(ds: xr.Dataset) -> np.ndarray:

@@ -152,8 +152,11 @@ def _open_samples(source: Address | xr.Dataset | xr.DataTree, at: At | None) -> 
     data = source
     if not isinstance(data, xr.Dataset | xr.DataTree):
         path = locate(data)
-        openers = {"run": open_run, "trace": open_trace, "table": open_table}
-        data = openers[kind_of(path)](path)
+        kind = kind_of(path)
+        if kind == "table":
+            data = open_table(path)
+        else:
+            data = open_run(path) if kind == "run" else open_trace(path)
     if isinstance(data, xr.Dataset) and data.attrs.get("kind") == "table" and at is None:
         return data
     return table(data, at=DECISION if at is None else at)

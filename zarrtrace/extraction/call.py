@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Unpack, cast, overload
 
 from zarrtrace.errors import ConfigError, missing_for_cluster
 from zarrtrace.extraction.job import (
@@ -19,13 +19,15 @@ from zarrtrace.extraction.job import (
     StoredDtype,
     capture_package,
     find_scenarios,
+    find_stream,
 )
 from zarrtrace.extraction.positions import parsed
 from zarrtrace.extraction.progress import Shown
 from zarrtrace.extraction.running import extract_run
+from zarrtrace.extraction.table import extract_table, refuse_for_table
 from zarrtrace.format.attributes import layers_in
 from zarrtrace.storage import Address, Location, locate
-from zarrtrace.store import open_run
+from zarrtrace.store import open_run, open_table
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +49,62 @@ if TYPE_CHECKING:
     )
 
 
+class ExtractOptions(TypedDict, total=False):
+    """Options of :func:`extract` for type checkers; `layout` decides what it returns."""
+
+    model: str | Path | PreTrainedModel | None
+    tokenizer: str | Path | PreTrainedTokenizerBase | None
+    saes: SAEs | None
+    layers: int | str | Iterable[int] | None
+    attention: bool
+    features: bool
+    residual: bool
+    scenario: str | Sequence[str]
+    positions: str | int | Iterable[int] | Iterable[str]
+    attention_positions: str | int | Iterable[int] | Iterable[str] | None
+    revision: str | None
+    fold_decoder_norm: bool
+    layer_start: int | None
+    layer_end: int | None
+    device: str | torch.device | None
+    gpu: int | None
+    dtype: Dtype | torch.dtype
+    low_memory: bool
+    batch_size: int | None
+    attention_capture: AttentionCapture
+    attention_dtype: StoredDtype | None
+    attention_keepbits: int | None
+    feature_dtype: StoredDtype
+    residual_dtype: StoredDtype
+    prepend_bos: bool | None
+    trust_remote_code: bool
+    overwrite: bool
+    repair: bool
+    allow_nonfinite: bool
+    accept_versions: bool
+    workers: int | None
+    scheduler: str | None
+    scheduler_file: str | Path | None
+    storage_options: Mapping[str, str] | None
+    quiet: bool
+
+
+@overload
+def extract(
+    output: Address,
+    scenarios: Scenarios | None = None,
+    *,
+    layout: Literal["traces"] = "traces",
+    **options: Unpack[ExtractOptions],
+) -> xr.DataTree: ...
+@overload
+def extract(
+    output: Address,
+    scenarios: Scenarios | None = None,
+    *,
+    layout: Literal["table"],
+    **options: Unpack[ExtractOptions],
+) -> xr.Dataset: ...
 def extract(
     output: Address,
     scenarios: Scenarios | None = None,
@@ -58,6 +116,7 @@ def extract(
     attention: bool = True,
     features: bool = True,
     residual: bool = False,
+    layout: Literal["traces", "table"] = "traces",
     scenario: str | Sequence[str] = (),
     positions: str | int | Iterable[int] | Iterable[str] = "all",
     attention_positions: str | int | Iterable[int] | Iterable[str] | None = None,
@@ -87,7 +146,7 @@ def extract(
     scheduler_file: str | Path | None = None,
     storage_options: Mapping[str, str] | None = None,
     quiet: bool = False,
-) -> xr.DataTree:
+) -> xr.DataTree | xr.Dataset:
     """Run a model over prompts, store its attention and SAE features, and open the run.
 
     If the run exists, it is resumed: what is stored is not computed again. The same prompts,
@@ -119,6 +178,9 @@ def extract(
     attention, features, residual
         What to store. The residual stream is taken where the SAEs of ``features`` read it, so that
         they encode it to ``features``; without SAEs it is the output of each block.
+    layout
+        ``"traces"`` stores a trace a scenario. ``"table"`` stores one table of samples, of which
+        each is a stored position of a scenario: for thousands of prompts. It has no attention.
     scenario
         Names of scenarios to keep; by default all.
     positions
@@ -179,8 +241,9 @@ def extract(
 
     Returns
     -------
-    xr.DataTree
-        The run, one child a scenario, as :func:`zarrtrace.open_run` opens it.
+    xr.DataTree or xr.Dataset
+        The run, one child a scenario, as :func:`zarrtrace.open_run` opens it; with
+        ``layout="table"`` the table, as :func:`zarrtrace.open_table` opens it.
 
     Raises
     ------
@@ -234,20 +297,33 @@ def extract(
         device_given=device is not None or gpu is not None,
     )
     options, loaded = _with_saes(options, loaded, saes)
-    # Whatever is missing is said before torch is imported.
-    given = find_scenarios(options, loaded)
-    loaded = _with_tokenizer(options, loaded)
     if overwrite and repair:
         raise ConfigError("overwrite and repair contradict each other", remedy="Give one of them.")
     how: dict[str, Any] = {
-        "scenarios": given,
         "overwrite": overwrite,
         "repair": repair,
-        "allow_nonfinite": allow_nonfinite,
         "accept_versions": accept_versions,
         "progress": _shown(quiet=quiet),
     }
     cluster = {"workers": workers, "scheduler": scheduler, "scheduler_file": scheduler_file}
+    if layout == "table":
+        unused = {
+            **cluster,
+            "allow_nonfinite": allow_nonfinite or None,
+            "attention_dtype": attention_dtype,
+            "attention_keepbits": attention_keepbits,
+            "attention_positions": attention_positions,
+        }
+        refuse_for_table(unused)
+        stream = find_stream(options, loaded)
+        extract_table(where, options, stream, loaded=_with_tokenizer(options, loaded), **how)
+        return open_table(where)
+    if layout != "traces":
+        raise ConfigError(f"layout {layout!r}", remedy="Give 'traces' or 'table'.")
+    how["allow_nonfinite"] = allow_nonfinite
+    # Whatever is missing is said before torch is imported.
+    how["scenarios"] = find_scenarios(options, loaded)
+    loaded = _with_tokenizer(options, loaded)
     if all(value is None for value in cluster.values()):
         extract_run(where, options, loaded=loaded, **how)
     else:

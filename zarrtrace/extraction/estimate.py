@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zarrtrace.extraction.job import Job
 from zarrtrace.format.attributes import SAEAttributes
-from zarrtrace.format.layout import TraceShape, trace_layout
+from zarrtrace.format.layout import TraceShape, table_layout, trace_layout
+
+if TYPE_CHECKING:
+    from zarrtrace.extraction.table import TableJob
 
 # Bytes on disk, fitted to measured stores; schema/README.md has the tables. Attention is taken by
 # the precision in which the model computes, per element of the full square.
@@ -21,6 +24,8 @@ _PER_ACTIVE_FEATURE = 8.5
 _PER_INDEXED_FEATURE = 6.5
 _PER_NEXT_TOKEN = 70
 _PER_TRACE = 100_000
+# Next tokens and coordinates of a sample of a table.
+_PER_SAMPLE = 90
 _ACTIVE_FEATURES = 64
 # Python, torch, transformers and sae-lens before the first tensor; buffers of codecs.
 _LIBRARIES_BYTES = 900 * 2**20
@@ -34,7 +39,7 @@ class Estimate:
     Attributes
     ----------
     tokens
-        Tokens by scenario.
+        Tokens by scenario; empty for a table.
     dense_bytes
         Size of all arrays without compression.
     disk_bytes
@@ -69,23 +74,56 @@ def estimate(job: Job) -> Estimate:
         dense += sum(sizes.values())
         disk += _on_disk(job, shape)
         record = max(record, sum(sizes.values()) // max(1, len(job.layers)))
+    longest = max(len(prompt.tokens.ids) for prompt in job.prompts)
+    host, device = _memory(job, longest, stored)
+    return Estimate(
+        tokens={prompt.scenario.name: len(prompt.tokens.ids) for prompt in job.prompts},
+        dense_bytes=dense,
+        disk_bytes=round(disk),
+        host_bytes=host + _RECORDS_HELD * record,
+        device_bytes=device,
+    )
+
+
+def estimate_table(table: TableJob) -> Estimate:
+    """Estimate what a table needs, assuming 64 active features a sample.
+
+    Parameters
+    ----------
+    table
+        From :func:`zarrtrace.extraction.table.prepare_table`; weights are not needed.
+    """
+    job, samples = table.job, table.survey.samples
+    sizes = {
+        name: math.prod(layout.shape) * _itemsize(layout.dtype)
+        for name, layout in table_layout(table.shape).items()
+    }
+    group = min(samples, table.most_samples)
+    held = group * (_values_on_disk(job) + len(job.layers) * 4 * (job.channels or 0))
+    host, device = _memory(job, table.survey.longest, table.survey.longest)
+    return Estimate(
+        tokens={},
+        dense_bytes=sum(sizes.values()),
+        disk_bytes=round(samples * (_PER_SAMPLE + _values_on_disk(job))),
+        # A group is written while the next one is computed.
+        host_bytes=host + round(2 * held),
+        device_bytes=device,
+    )
+
+
+def _memory(job: Job, longest: int, stored: int) -> tuple[int, int]:
+    """Return bytes on host and device while prompts of so many tokens are computed."""
     on_device = job.options.device != "cpu"
     weights = _bytes_of(job.model.model)
     if on_device and job.options.low_memory:
         blocks = [_bytes_of(block) for block in job.model.blocks]
         weights += 2 * max(blocks) - sum(blocks)  # the one that computes and the one that comes
     encoder = max((4 * sae.d_in * sae.d_sae for sae in _all(job)), default=0)
-    longest = max(len(prompt.tokens.ids) for prompt in job.prompts)
     # One encoder in use; the next is loaded whole, with its decoder.
     computing = weights + 3 * encoder + _block_bytes(job, longest, stored)
-    writing = _RECORDS_HELD * record
-    return Estimate(
-        tokens={prompt.scenario.name: len(prompt.tokens.ids) for prompt in job.prompts},
-        dense_bytes=dense,
-        disk_bytes=round(disk),
-        host_bytes=_LIBRARIES_BYTES + writing + (0 if on_device else computing),
-        device_bytes=computing if on_device else 0,
-    )
+    if on_device:
+        return _LIBRARIES_BYTES, computing
+    return _LIBRARIES_BYTES + computing, 0
 
 
 def _bytes_of(module: Any) -> int:
@@ -101,14 +139,20 @@ def _on_disk(job: Job, shape: TraceShape) -> float:
         per_head = _ATTENTION[precision] * job.model.n_heads
         rows = stored if shape.attention_positions is None else shape.attention_positions
         size += layers * rows * shape.tokens * (per_head + _ATTENTION_MEAN)
+    indexed = sum(min(32, sae.d_sae) for sae in _all(job))
+    return size + stored * (indexed * _PER_INDEXED_FEATURE + _values_on_disk(job))
+
+
+def _values_on_disk(job: Job) -> float:
+    """Return bytes of features and residual stream of one token."""
+    size = 0.0
     if job.channels is not None:
         computed = job.model.attributes.dtype
         half = job.options.residual_dtype == "float16" and computed == "float32"
         each = _RESIDUAL["float16" if half else computed]
-        size += len(job.residual) * stored * job.channels * each
-    indexed = sum(min(32, sae.d_sae) for sae in _all(job))
+        size += len(job.residual) * job.channels * each
     active = sum(min(_ACTIVE_FEATURES, sae.d_sae) for sae in _all(job))
-    return size + stored * (indexed * _PER_INDEXED_FEATURE + active * _PER_ACTIVE_FEATURE)
+    return size + active * _PER_ACTIVE_FEATURE
 
 
 def _block_bytes(job: Job, tokens: int, stored: int) -> int:

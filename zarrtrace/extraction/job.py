@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, wraps
 from pathlib import Path
@@ -27,7 +27,7 @@ from zarrtrace.format.attributes import (
 from zarrtrace.format.layout import TraceShape
 from zarrtrace.hub import cache_if_unreachable
 from zarrtrace.records import TracePlan
-from zarrtrace.scenarios import Scenario, stream
+from zarrtrace.scenarios import Scenario, ScenarioStream, stream
 
 if TYPE_CHECKING:  # they import torch
     from zarrtrace.capture import CaptureLimits, LoadedModel, Prompt
@@ -455,7 +455,7 @@ def prepare(
     if ahead and source is not None:
         ahead.add(source.stretches([sae for found in saes.values() for sae in found]))
     prepend_bos = _prepend_bos(options, model, source)
-    prompts = _prompts(options, model, scenarios, prepend_bos=prepend_bos)
+    prompts = tuple(tokenized(options, model, scenarios, prepend_bos=prepend_bos))
     if loaded.tokenizer is not None:
         capture.refuse_unknown_ids(model, (max(prompt.tokens.ids) for prompt in prompts))
     if weights:
@@ -471,27 +471,30 @@ def prepare(
 def with_scenarios(job: Job, scenarios: Sequence[Scenario]) -> Job:
     """Return a job for other scenarios, with the model and the SAEs that it has."""
     bos = job.model.attributes.prepend_bos
-    prompts = _prompts(job.options, job.model, scenarios, prepend_bos=bos)
+    prompts = tuple(tokenized(job.options, job.model, scenarios, prepend_bos=bos))
     made = _assembled(
         job.options, job.model, job.layers, job.source, job.saes, prompts, prepend_bos=bos
     )
     return replace(made, notes=job.notes)
 
 
-def _prompts(
-    options: Options, model: LoadedModel, scenarios: Sequence[Scenario], *, prepend_bos: bool
-) -> tuple[Prompt, ...]:
-    """Render chats, and tokenise all scenarios."""
+def with_prompts(job: Job, prompts: tuple[Prompt, ...]) -> Job:
+    """Return a job for other prompts, which are computed in the batches that they make."""
+    return replace(job, prompts=prompts, blocked=_blocked(job.options, job.model, prompts))
+
+
+def tokenized(
+    options: Options, model: LoadedModel, scenarios: Iterable[Scenario], *, prepend_bos: bool
+) -> Iterator[Prompt]:
+    """Render chats, and tokenise scenarios, one by one."""
     capture = capture_package()
-    rendered = (
-        scenario.render(
+    for scenario in scenarios:
+        rendered = scenario.render(
             model.tokenizer,
             generation_prompt=options.generation_prompt,
             prepend_bos=options.prepend_bos,
         )
-        for scenario in scenarios
-    )
-    return tuple(capture.tokenize(model, one, prepend_bos=prepend_bos) for one in rendered)
+        yield capture.tokenize(model, rendered, prepend_bos=prepend_bos)
 
 
 def _assembled(
@@ -680,13 +683,30 @@ def find_scenarios(options: Options, loaded: Loaded = _NOTHING) -> tuple[Scenari
         If options contradict each other, or a scenario cannot be used.
     """
     _check(options, loaded)
-    given = options.scenarios
-    is_name = isinstance(given, str | Path) and str(given) == SLOT_MACHINE
-    every = stream(demo.suite_path() if given is None or is_name else given)
-    chosen = tuple(every.only(options.only))
+    chosen = tuple(stream(_given(options)).only(options.only))
     check_spans(options.positions, chosen, "--positions")
     check_spans(options.attention_positions, chosen, "--attention-positions")
     return chosen
+
+
+def find_stream(options: Options, loaded: Loaded = _NOTHING) -> ScenarioStream:
+    """Return the scenarios that options name, for a table: as a stream.
+
+    Raises
+    ------
+    ConfigError, ScenarioError
+        As for :func:`find_scenarios`.
+    """
+    _check(replace(options, attention=False), loaded)
+    scenarios = stream(_given(options)).only(options.only)
+    check_spans(options.positions, scenarios, "--positions")
+    return scenarios
+
+
+def _given(options: Options) -> Any:
+    given = options.scenarios
+    is_name = isinstance(given, str | Path) and str(given) == SLOT_MACHINE
+    return demo.suite_path() if given is None or is_name else given
 
 
 def _sae_source(options: Options, loaded: Loaded) -> SAESource:
@@ -761,12 +781,12 @@ def _config(
         },
         "sae_dtype": sorted({sae.dtype for found in saes.values() for sae in found}),
         "fold_decoder_norm": options.fold_decoder_norm,
-        "prompts": {prompt.scenario.name: _digest(prompt) for prompt in prompts},
+        "prompts": {prompt.scenario.name: prompt_digest(prompt) for prompt in prompts},
         "versions": library_versions(),
     }
 
 
-def _digest(prompt: Prompt) -> str:
+def prompt_digest(prompt: Prompt) -> str:
     """Hash a scenario, and what the tokenizer makes of it."""
     scenario = prompt.scenario
     content = [
