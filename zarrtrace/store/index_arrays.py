@@ -13,7 +13,8 @@ import numpy as np
 
 from zarrtrace.errors import IntegrityError, StoreError
 from zarrtrace.format.attributes import IndexAttributes, TraceAttributes
-from zarrtrace.format.layout import INDEX, index_layout
+from zarrtrace.format.index_layout import index_layout
+from zarrtrace.format.layout import INDEX
 from zarrtrace.storage import Address, Location, disk, locate
 from zarrtrace.store.array import open_array
 from zarrtrace.store.chunks import Checksum, encode_file, file_key, label_files
