@@ -131,8 +131,8 @@ def extract_table(
 ) -> Location:
     """Do what :func:`zarrtrace.extract` does with ``layout="table"``; return where the table is.
 
-    A table that was interrupted is resumed if its configuration is the same. If a scenario cannot be
-    computed, or values of it are not finite, all values of its samples are NaN, and the table's
+    A table that was interrupted is resumed if its configuration is the same. If a scenario cannot
+    be computed, or values of it are not finite, all values of its samples are NaN, and the table's
     attribute ``failed`` says why.
 
     Parameters
