@@ -43,7 +43,7 @@ from zarrtrace.errors import (
     NotATraceError,
     StoreError,
 )
-from zarrtrace.format.layout import TableShape, table_layout
+from zarrtrace.format.table_layout import TableShape, table_layout
 from zarrtrace.records import SampleRecord, TablePlan
 from zarrtrace.storage import disk
 

@@ -36,7 +36,7 @@ from zarrtrace.extraction.running import borrowed, captured, saying_how_much_roo
 from zarrtrace.extraction.survey import Survey, survey
 from zarrtrace.extraction.writers import THREADS, Lack
 from zarrtrace.format.attributes import TableAttributes
-from zarrtrace.format.layout import TableShape
+from zarrtrace.format.table_layout import TableShape
 from zarrtrace.hub import cache_if_unreachable
 from zarrtrace.records import SampleRecord, SampleTokens, TablePlan
 from zarrtrace.storage import Address, Location, locate
