@@ -3,8 +3,7 @@
 The embedded model with attention and features. Contenders take turns; libraries and model are
 loaded before the clock starts. "one core" pins a whole process, with the threads that compress and
 write, to one core, as a cluster would be that leaves no core free; without it, the writers of one
-process use the second core already. The last lines are the costs that `scripts/plan_cluster.py`
-takes: of a task and of a report at the scheduler, of tokenising, and of finishing the run.
+process use the second core already.
 
     python scripts/bench_cluster.py [--scenarios 20] [--repeats 3] [--json FILE]
 """
@@ -28,20 +27,15 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import distributed
-
 from zarrtrace import demo
 from zarrtrace.extraction import Options, prepare
 from zarrtrace.extraction.cluster import extract_on_cluster
 from zarrtrace.extraction.connecting import connected
-from zarrtrace.extraction.job import with_scenarios
 from zarrtrace.extraction.processes import WriterPool
 from zarrtrace.extraction.progress import Progress
 from zarrtrace.extraction.running import fill
 from zarrtrace.scenarios import load_suite
 from zarrtrace.store import RunWriter
-
-_TASKS, _REPORTS, _CHEAP = 2000, 5000, 400
 
 
 def cpu_seconds() -> float:
@@ -133,55 +127,6 @@ def contest(bench: Bench, repeats: int) -> dict[str, list[tuple[float, float]]]:
     return found
 
 
-def nothing(at: int) -> int:
-    """Stand for a task."""
-    return at
-
-
-def report(topic: str, count: int) -> None:
-    """Send reports as a worker of 32 scenarios does."""
-    worker = distributed.get_worker()
-    states = {f"s{at:05d}": (7, False) for at in range(32)}
-    for _ in range(count):
-        worker.log_event(topic, {"found": {}, "stored": states})
-
-
-def costs(bench: Bench) -> dict[str, float]:
-    """Measure what scheduler and client do, and one worker's tokenising, in CPU milliseconds.
-
-    Client and scheduler are one process here, which computes on one core at a time.
-    """
-    found = {}
-    with connected(workers=1) as client:
-        client.gather(client.submit(nothing, 0, pure=False))
-        start = cpu_seconds()
-        client.gather([client.submit(nothing, at, pure=False) for at in range(_TASKS)])
-        found["task_ms"] = 1e3 * (cpu_seconds() - start) / _TASKS
-        heard: list[Any] = []
-        client.subscribe_topic("bench", heard.append)
-        start = cpu_seconds()
-        client.submit(report, "bench", _REPORTS, pure=False).result()
-        while len(heard) < _REPORTS:
-            time.sleep(0.1)
-        found["report_ms"] = 1e3 * (cpu_seconds() - start) / _REPORTS
-    file = bench.folder / "many.jsonl"
-    write_suite(file, _CHEAP)
-    cheap = prepare(
-        Options(model="demo", scenarios=file, layers=(1,), features=False), progress=False
-    )
-    names = [prompt.scenario.name for prompt in cheap.prompts]
-    start = cpu_seconds()
-    with_scenarios(cheap, [prompt.scenario for prompt in cheap.prompts])
-    found["tokenise_ms"] = 1e3 * (cpu_seconds() - start) / _CHEAP
-    with RunWriter(bench.folder / "cheap", names, cheap.config) as run:
-        fill(run.path, cheap, Progress(dict.fromkeys(names, 1), None), WriterPool())
-        start = cpu_seconds()
-        run.finish()
-        found["finish_ms"] = 1e3 * (cpu_seconds() - start) / _CHEAP
-    found["files"] = sum(1 for file in (bench.folder / "run/s00000").rglob("*") if file.is_file())
-    return found
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -195,7 +140,6 @@ def main() -> None:
         bench = Bench(folder, Options(model="demo", scenarios=folder / "suite.jsonl"))
         bench.single()  # warms up
         found = contest(bench, given.repeats)
-        cost = costs(bench)
     middle: Mapping[str, tuple[float, float]] = {
         name: (statistics.median(w for w, _ in each), statistics.median(c for _, c in each))
         for name, each in found.items()
@@ -213,9 +157,8 @@ def main() -> None:
         cpu = statistics.median(one / plain - 1 for *_, one, plain in ratios)
         print(f"{how}: 2 workers {speed:.2f}x 1 worker; 1 worker costs {wall:+.1%} wall, "
               f"{cpu:+.1%} CPU over 1 process")  # fmt: skip
-    print("  ".join(f"{name} {value:.3g}" for name, value in cost.items()))
     if given.json:
-        given.json.write_text(json.dumps({"runs": found, "costs": cost}, indent=2) + "\n")
+        given.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
 KINDS = ("1 process", "1 worker", "2 workers")

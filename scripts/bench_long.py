@@ -98,7 +98,7 @@ def measure(way: str, tokens: int, work: Path) -> dict[str, Any]:
         layers=tuple(range(LAYERS)),
         scenarios=suite,
         attention_capture="blocked",
-        queries="last" if way == "last" else None,
+        attention_positions="last" if way == "last" else None,
     )
     model = AutoModelForCausalLM.from_pretrained(model_path, attn_implementation="eager")
     prompt = json.loads(suite.read_text(encoding="utf-8"))["scenarios"][0]["prompt"]

@@ -218,11 +218,19 @@ def request(
     layers: Sequence[int] = range(LAYERS),
     *,
     blocked: bool = False,
-    queries: tuple[int, ...] | None = None,
+    positions: tuple[int, ...] | None = None,
+    attention_positions: tuple[int, ...] | None = None,
 ) -> Request:
     """Ask for everything of a prompt that consists of given tokens."""
     prompt = Prompt(Scenario(".", name=name), Tokens(ids, [str(i) for i in ids]), {}, {})
-    return Request(prompt, frozenset(layers), next_token=True, blocked=blocked, queries=queries)
+    return Request(
+        prompt,
+        frozenset(layers),
+        next_token=True,
+        blocked=blocked,
+        positions=positions,
+        attention_positions=positions if attention_positions is None else attention_positions,
+    )
 
 
 class Activations:

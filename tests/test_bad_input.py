@@ -252,9 +252,9 @@ _LINES: dict[str, Case] = {
     "layer beyond the model": Case(
         line("extract", "-o", "FOLDER/run", "--layers", "1,32"), ("--layers 32", "31"), torch=True
     ),
-    "row of attention that no prompt has": Case(
-        line("extract", "-o", "FOLDER/run", "--layers", "1", "--queries", "100000"),
-        ("--queries 100000", "tokens"),
+    "position that no prompt has": Case(
+        line("extract", "-o", "FOLDER/run", "--layers", "1", "--positions", "100000"),
+        ("--positions 100000", "tokens"),
         torch=True,
     ),
     "port beyond the last": Case(

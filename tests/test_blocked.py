@@ -223,7 +223,7 @@ def test_chosen_queries_are_stored_and_nothing_else(
     models: Models, suite: Path, tmp_path: Path, name: str, queries: Any, way: Any
 ) -> None:
     path = models.path(name)
-    options = _options(path, suite, queries=queries, attention_capture=way)
+    options = _options(path, suite, attention_positions=queries, attention_capture=way)
     run = extract_within(IN_PARTS, tmp_path / "run", options)
     assert verify(run) == []
     for scenario in ("short", "longer"):
@@ -252,7 +252,9 @@ def test_chosen_queries_are_stored_and_nothing_else(
 def test_chosen_queries_are_read_without_our_code(
     models: Models, suite: Path, tmp_path: Path
 ) -> None:
-    run = extract_run(tmp_path / "run", _options(models.path("Llama"), suite, queries="last"))
+    run = extract_run(
+        tmp_path / "run", _options(models.path("Llama"), suite, attention_positions="last")
+    )
     ds = xr.open_zarr(run / "short", chunks=None)
     assert ds.attention_query.values.tolist() == [ds.sizes["key"] - 1]
     assert np.isfinite(ds.attention).all()
@@ -262,8 +264,8 @@ def test_chosen_queries_are_read_without_our_code(
 def test_queries_outside_a_prompt_are_refused(models: Models, suite: Path, tmp_path: Path) -> None:
     path = models.path("Llama")
     for wanted in ((1000,), (-1000,)):
-        with pytest.raises(ConfigError, match=f"--queries {wanted[0]}"):
-            extract_run(tmp_path / "run", _options(path, suite, queries=wanted))
+        with pytest.raises(ConfigError, match=f"--attention-positions {wanted[0]}"):
+            extract_run(tmp_path / "run", _options(path, suite, attention_positions=wanted))
         assert not (tmp_path / "run").exists()
 
 
@@ -271,7 +273,7 @@ def test_chosen_queries_go_on_where_they_were_interrupted(
     models: Models, suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = models.path("Gemma 2")
-    options = _options(path, suite, queries=(0, 5, -1), attention_capture="blocked")
+    options = _options(path, suite, attention_positions=(0, 5, -1), attention_capture="blocked")
     expected = extract_run(tmp_path / "expected", options)
     real = lockstep.Pass.advance
     calls = []
@@ -298,7 +300,9 @@ def test_export_writes_rows_that_are_not_stored_as_nan(
 ) -> None:
     from zarrtrace.npz import export_npz
 
-    run = extract_run(tmp_path / "run", _options(models.path("Llama"), suite, queries=(0, -1)))
+    run = extract_run(
+        tmp_path / "run", _options(models.path("Llama"), suite, attention_positions=(0, -1))
+    )
     export_npz(run, tmp_path / "npz")
     ds = open_trace(run / "short")
     with np.load(tmp_path / "npz" / "short" / "layer_2.npz") as layer:
@@ -315,7 +319,7 @@ def test_analysis_reads_stored_rows_and_refuses_others_by_name(
 
     path = models.path("Llama")
     chosen = open_trace(
-        extract_run(tmp_path / "last", _options(path, suite, queries="last")) / "short"
+        extract_run(tmp_path / "last", _options(path, suite, attention_positions="last")) / "short"
     )
     whole = open_trace(extract_run(tmp_path / "all", _options(path, suite)) / "short")
     alone, together = (attention_to(ds, "balance", "decision") for ds in (chosen, whole))
@@ -417,7 +421,7 @@ def test_blocked_capture_equals_whole_for_any_blocks_and_queries(
     layout = Limits(file_bytes=1, record_bytes=1, queries=chunk_rows)
     model = in_parts(models(name), CaptureLimits(layout, block_bytes=1, block_rows=rows))
     requests = [
-        architectures.request(ids, layers=layers, blocked=way, queries=queries)
+        architectures.request(ids, layers=layers, blocked=way, attention_positions=queries)
         for way in (False, True)
     ]
     whole, found = (

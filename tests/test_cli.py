@@ -87,7 +87,8 @@ def test_a_misspelt_command_is_recognised() -> None:
         (["--workers", "2", "--scheduler", "tcp://127.0.0.1:9"], "Give one of --workers"),
         (["--layer-start", "5", "--layer-end", "2"], "before --layer-start"),
         (["--gpu", "0", "--device", "cpu"], "either --device or --gpu"),
-        (["--queries", "first"], "0,5,-1"),
+        (["--positions", "0,"], "0,5,-1"),
+        (["--positions", "balanc"], "Did you mean"),
         (["--dtype", "int8"], "'int8'"),
     ],
 )

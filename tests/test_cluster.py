@@ -158,7 +158,13 @@ def test_workers_write_to_an_object_store(client: Any, single: dict[str, bytes],
 def test_batches_are_those_of_one_process(
     client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = options(batch_size=2, layers=(1, 30), queries="spans", sae_path=Path("saes"))
+    asked = options(
+        batch_size=2,
+        layers=(1, 30),
+        positions="spans",
+        attention_positions="last",
+        sae_path=Path("saes"),
+    )
     monkeypatch.chdir(demo.sae_path().parent)  # workers run elsewhere
     (tmp_path / "one").mkdir()
     expected = files_of(extract_run(tmp_path / "one/run", asked))
@@ -198,8 +204,8 @@ def test_a_killed_worker_is_replaced(
 
 def test_errors_of_workers_arrive_as_they_are(client: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refused:
-        extract_on_cluster(client, tmp_path / "run", options(queries=(117,)))
-    assert refused.value.what.startswith("--queries 117: scenario ")
+        extract_on_cluster(client, tmp_path / "run", options(positions=(117,)))
+    assert refused.value.what.startswith("--positions 117: scenario ")
     assert refused.value.remedy.startswith("Give positions from -1")
     with pytest.raises(ConfigError, match="--device cuda;"):
         extract_on_cluster(client, tmp_path / "run", options(device="cuda:1"))

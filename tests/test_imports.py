@@ -72,9 +72,9 @@ def test_reading_needs_no_torch(shared_run: fakes.FakeRun, tmp_path: Path) -> No
 ROOT = Path(__file__).parent.parent
 #: Names that users type after ``zt.``
 PUBLIC = {
-    "Scenario", "__version__", "analysis", "copy", "export_npz", "extract", "figures",
+    "Scenario", "__version__", "analysis", "copy", "export", "extract", "figures",
     "import_npz", "index", "load_suite", "open_run", "open_trace", "plot", "span", "summarize",
-    "verify", "write_trace",
+    "table", "verify", "write_trace",
 }  # fmt: skip
 
 

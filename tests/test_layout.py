@@ -237,7 +237,7 @@ def test_labels_of_tokens_are_along_key_which_is_always_there() -> None:
 
 def test_chosen_rows_and_layers_of_attention_are_dimensions_of_their_own() -> None:
     layouts = trace_layout(
-        TraceShape(layers=4, tokens=9, heads=2, attention_layers=3, attention_queries=2)
+        TraceShape(layers=4, tokens=9, heads=2, attention_layers=3, attention_positions=2)
     )
     assert layouts["attention"].dims == ("attention_layer", "head", "attention_query", "key")
     assert layouts["attention"].shape == (3, 2, 2, 9)

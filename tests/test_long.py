@@ -80,7 +80,7 @@ def test_no_whole_matrix_is_ever_made(
 ) -> None:
     whole = 4 * TOKENS**2
     assert _largest(models, name) >= whole  # or this test could not fail
-    assert _largest(models, name, blocked=True, queries=queries) <= whole // 4
+    assert _largest(models, name, blocked=True, attention_positions=queries) <= whole // 4
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma 2"])

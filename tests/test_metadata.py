@@ -29,14 +29,8 @@ from zarrtrace.format.layout import (
 from zarrtrace.store import RunWriter, kind_of, read_run, read_trace, summarize, verify
 from zarrtrace.store.chunks import encode_file
 from zarrtrace.store.codecs import ArrayEncoding
-from zarrtrace.store.metadata import (
-    array_metadata,
-    encoded,
-    layout_of,
-    read_index_group,
-    seal_holds,
-    sealed_group,
-)
+from zarrtrace.store.metadata import read_index_group, seal_holds, sealed_group
+from zarrtrace.store.nodes import array_metadata, encoded, layout_of
 
 LAYOUTS = {
     **trace_layout(
@@ -62,7 +56,7 @@ LAYOUTS = {
                 feature_dtype="float16",
                 channels=24,
                 residual_dtype="float16",
-                attention_queries=3,
+                attention_positions=3,
                 next_token=False,
                 limits=Limits(file_bytes=2**10, keys=16, queries=4, tokens=8, features=16),
             )

@@ -155,7 +155,7 @@ def npz_write_run(path: Path, values: Values, *, stop_before: int | None = None)
                 else None,
             )
             tokens = Tokens(ids=range(size), texts=[f" té\n{at}" for at in range(size)])
-            trace = run.trace(TracePlan(attributes, shape, tokens, queries=queries))
+            trace = run.trace(TracePlan(attributes, shape, tokens, attention_positions=queries))
             for layer, arrays in by_layer.items():
                 if layer != stop_before:
                     trace.append(npz_record(scenario, layer, arrays))
@@ -476,7 +476,7 @@ def compressor(array, pieces, calls=[]):
         return best(array, pieces)
     os.kill(os.getpid(), signal.SIGKILL)
 
-best, archive._best_compressor = archive._best_compressor, compressor
+best, archive.best_compressor = archive._best_compressor, compressor
 export_npz(sys.argv[1], sys.argv[2], threads=2)
 """
 

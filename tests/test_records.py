@@ -28,7 +28,7 @@ from zarrtrace.records import (
 )
 from zarrtrace.store.chunks import LayerGrid, encode_file, encode_rows, tail_of
 from zarrtrace.store.codecs import CRC_BYTES, ArrayEncoding
-from zarrtrace.store.metadata import array_metadata, encoded
+from zarrtrace.store.nodes import array_metadata, encoded
 
 
 @st.composite
@@ -200,7 +200,7 @@ def test_nonfinite_values_are_noted_for_their_prompt(bad: float) -> None:
 
 
 def _nonfinite(found: SparseFeatures, lengths: list[int]) -> list[bool]:
-    members = [Member(str(number), length) for number, length in enumerate(lengths)]
+    members = [Member(str(number), length, length, length) for number, length in enumerate(lengths)]
     batch = LayerBatch(3, members, range(len(members)), features={"features": found})
     return [record.features["features"].nonfinite for record in batch.records()]
 
@@ -253,7 +253,10 @@ def test_parts_of_a_batch_have_its_records(data: Any) -> None:
     bits = rng.integers(0, 2**14, (len(lengths), 2, longest, longest)).astype(np.uint16)
     batch = LayerBatch(
         7,
-        [Member(str(n), length, (0,) if chosen[n] else None) for n, length in enumerate(lengths)],
+        [
+            Member(str(n), length, length, 1 if chosen[n] else length)
+            for n, length in enumerate(lengths)
+        ],
         sorted(wanted),
         BFloat16(bits),
         rng.random((len(lengths), longest, longest)).astype(np.float32),

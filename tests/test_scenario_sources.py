@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -202,12 +203,12 @@ def test_mappings_are_entries() -> None:
         ({}, "'scenario_0' has no prompt"),
         ([{"prmpt": "x"}], "(?s)'scenario_0': prmpt: unknown field.*mean 'prompt'"),
         ([{"prompt": "x", "outcome": 1}], "(?s)unknown field 'outcome'\n.*under 'metadata'"),
-        ([{"name": "b", "messages": []}], "(?s)'b': messages: unknown.*later version"),
+        ([{"name": "b", "messages": []}], "'b': messages: List should have at least 1 item"),
         (pd.DataFrame({"prompts": ["x"]}), "(?s)no column 'prompt'\n.*mean 'prompts'"),
         (pd.DataFrame({"prompt": []}), "holds no scenario"),
         (pd.DataFrame({"prompt": ["x", None]}), "row 1: prompt: missing"),
         (pd.DataFrame({"prompt": ["x", 5]}), "row 1: prompt: Input should be a valid string"),
-        (pd.DataFrame({"prompt": ["x"], "messages": [[]]}), "'messages' holds chat prompts"),
+        (pd.DataFrame({"prompt": ["x"], "messages": [[]]}), "row 0: messages: List should have"),
         (pd.DataFrame({"prompt": ["x"], "q id": [1]}), "column 'q id' cannot be metadata"),
         (pd.DataFrame({"prompt": ["x"], 7: [1]}), "column 7 cannot be metadata"),
         (pd.DataFrame([["x", "y"]], columns=["prompt"] * 2), "column 'prompt' stands twice"),
@@ -537,6 +538,29 @@ def _dataset(rows: list[dict[str, Any]], _: Path) -> Any:
     return datasets.Dataset.from_dict(_flat(rows) | {"tags": [row["tags"] for row in rows]})
 
 
+def _saved_dataset(rows: list[dict[str, Any]], folder: Path) -> Any:
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    shutil.rmtree(folder / "saved", ignore_errors=True)
+    _dataset(rows, folder).save_to_disk(folder / "saved", num_shards=min(2, len(rows)))
+    return folder / "saved"
+
+
+def _parquet_folder(rows: list[dict[str, Any]], folder: Path) -> Any:
+    """As a checkout from the hub: two files below a folder, with one schema."""
+    table = pa.table(_flat(rows))
+    shutil.rmtree(folder / "hub", ignore_errors=True)
+    (folder / "hub" / "data").mkdir(parents=True)
+    for number, rows_of in enumerate((table.slice(0, 1), table.slice(1))):
+        file = folder / "hub" / "data" / f"train-{number:05}-of-00002.parquet"
+        pq.write_table(rows_of, file, row_group_size=2)
+    return str(folder / "hub")
+
+
+def _generator(rows: list[dict[str, Any]], _: Path) -> Any:
+    return (row for row in rows)
+
+
 def _python(rows: list[dict[str, Any]], _: Path) -> Any:
     return [Scenario(**row, marks=False) for row in rows]
 
@@ -555,7 +579,9 @@ _WAYS: tuple[Callable[[list[dict[str, Any]], Path], Any], ...] = (
     _frame,
     _nullable_frame,
     _python,
-    *([_dataset] if importlib.util.find_spec("datasets") else []),
+    _generator,
+    _parquet_folder,
+    *([_dataset, _saved_dataset] if importlib.util.find_spec("datasets") else []),
 )
 
 

@@ -271,7 +271,7 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
         load_suite(write(tmp_path, "x", "suite.txt"))
     with pytest.raises(ScenarioError, match="holds no scenario"):
         load_suite(write(tmp_path, "\n", "empty.jsonl"))
-    with pytest.raises(ScenarioError, match="cannot be read"):
+    with pytest.raises(ScenarioError, match="holds no data set"):
         load_suite(tmp_path)
     latin = tmp_path / "latin.yaml"
     latin.write_bytes("scenarios: [{name: a, prompt: 'für'}]".encode("latin-1"))

@@ -25,7 +25,7 @@ from zarrtrace.records import Nonzeros
 from zarrtrace.store import sparse_frames as module
 from zarrtrace.store.chunks import encode_file, encode_rows, tail_of
 from zarrtrace.store.codecs import CRC_BYTES, ArrayEncoding
-from zarrtrace.store.metadata import array_metadata, encoded
+from zarrtrace.store.nodes import array_metadata, encoded
 from zarrtrace.store.sparse_frames import sparse_frames
 
 BLOCK = 2**17

@@ -198,7 +198,7 @@ def test_rows_that_were_not_chosen_are_nan(tmp_path: Path, tokens: int) -> None:
     planned = fakes.make_plan("Safe_1", tokens=tokens, features=0)
     records = list(fakes.make_records("Safe_1", tokens=tokens, features=0))
     with RunWriter(tmp_path / "run", ["Safe_1"], fakes.CONFIG) as run:
-        with run.trace(replace(planned, queries=queries)) as writer:
+        with run.trace(replace(planned, attention_positions=queries)) as writer:
             for record in records:
                 writer.append(only_rows(record, list(queries)))
         run.finish()

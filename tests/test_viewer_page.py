@@ -435,7 +435,7 @@ def test_missing_layers_are_named(tmp_path: Path, look: Open) -> None:
 def test_queries_that_were_not_chosen_are_said(tmp_path: Path, look: Open) -> None:
     from zarrtrace.extraction import Options, extract_run
 
-    asked = Options(layers=(1, 2), only=("Risky_40",), features=False, queries=(5, -1))
+    asked = Options(layers=(1, 2), only=("Risky_40",), features=False, attention_positions=(5, -1))
     run = extract_run(tmp_path / "run", asked)
     chosen = zt.open_trace(run / "Risky_40").attention.sel(layer=1, head=2)
     assert chosen.attention_query.values.tolist() == [5, chosen.sizes["key"] - 1]

@@ -162,7 +162,7 @@ def test_the_residual_stream_alone(tmp_path: Path) -> None:
 
 def test_some_rows(tmp_path: Path) -> None:
     rows = attention()[:, [1, 4]]
-    write(tmp_path / "run", attention={3: rows}, queries=[1, 4])
+    write(tmp_path / "run", attention={3: rows}, attention_positions=[1, 4])
     found = zt.open_run(tmp_path / "run")["poor"].attention
     assert found.attention_query.values.tolist() == [1, 4]
     assert np.array_equal(found[0], rows)
@@ -341,9 +341,9 @@ def _with(value: float) -> np.ndarray:
         ),
         ({"residual": {"0": residual()}}, ConfigError, "'0' is no layer"),
         ({"features": {0: features()[:4]}}, ConfigError, "features of layer 0 has shape (4, 5000)"),
-        ({"queries": [4, 1]}, ConfigError, "queries [4, 1]"),
-        ({"queries": [5]}, ConfigError, "queries [5]"),
-        ({"queries": [1]}, ConfigError, "has shape (2, 5, 5), not (2, 1, 5)"),
+        ({"attention_positions": [4, 1]}, ConfigError, "attention_positions [4, 1]"),
+        ({"attention_positions": [5]}, ConfigError, "attention_positions [5]"),
+        ({"attention_positions": [1]}, ConfigError, "has shape (2, 5, 5), not (2, 1, 5)"),
         ({"tokens": TEXTS}, ConfigError, "tokens are no ids and texts"),
         ({"tokens": (range(4), TEXTS)}, ConfigError, "tokens are no ids and texts"),
         ({"tokens": ([-1, 1, 2, 3, 4], TEXTS)}, ConfigError, "tokens are no ids and texts"),

@@ -47,7 +47,7 @@ class TraceAccessor:
         self._ds = ds
 
     def span(self, name: str) -> list[int]:
-        """Return the token positions of a span: labels of ``query`` and ``key``.
+        """Return the token positions of a span: labels of ``key``, and of ``query`` if stored.
 
         Parameters
         ----------

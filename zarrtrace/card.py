@@ -134,11 +134,13 @@ def _metadata(summary: RunSummary, license_id: str | None, name: str) -> dict[st
 def _body(summary: RunSummary, name: str, *, indexed: bool) -> str:
     traces = summary.traces
     tokens = sum(trace.tokens for trace in traces)
+    is_whole = all(trace.dims.get("query", 0) == trace.tokens for trace in traces)
     lines = [
         f"# {markdown_text(name)}",
         "",
         (
-            "Attention and SAE features of a language model, for every layer and token of "
+            "Attention and SAE features of a language model, for every layer and "
+            f"{'token' if is_whole else 'some tokens'} of "
             f"{len(traces)} prompts ({tokens:,} tokens): a Zarr v3 hierarchy, one group a prompt, "
             f"with labelled dimensions. {readable(summary.bytes_on_disk)}, "
             f"{readable(summary.bytes_dense)} dense. Written by zarrtrace, format version "

@@ -12,8 +12,16 @@ import numpy as np
 from numcodecs import BitRound
 
 from zarrtrace.errors import NonFiniteError
-from zarrtrace.format.attributes import TraceAttributes
-from zarrtrace.records import BFloat16, FeatureRecord, LayerRecord, Nonzeros, TokensRecord
+from zarrtrace.format.attributes import TableAttributes, TraceAttributes
+from zarrtrace.records import (
+    BFloat16,
+    FeatureRecord,
+    LayerRecord,
+    Nonzeros,
+    SampleRecord,
+    SampleTokens,
+    TokensRecord,
+)
 
 
 def cast_record(
@@ -90,6 +98,54 @@ def _narrowed(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return cast
 
 
+def cast_samples(
+    record: SampleRecord | SampleTokens, attributes: TableAttributes
+) -> SampleRecord | SampleTokens:
+    """Cast a record's arrays as a table stores them; see :func:`cast_record`.
+
+    Raises
+    ------
+    NonFiniteError
+        If stored values would not be finite.
+    """
+    if isinstance(record, SampleTokens):
+        if not np.isfinite(record.next_token_logprob).all():
+            raise _not_finite(f"samples {record.start} and following: next_token_logprob")
+        return record
+    features, residual = dict(record.features), record.residual
+    if attributes.feature_dtype is not None:
+        dtype = np.dtype(attributes.feature_dtype)
+        for name, found in features.items():
+            if any(part.dtype != dtype for part in found.values):
+                cast = tuple(_narrowed(part, dtype) for part in found.values)
+                features[name] = replace(found, values=cast)
+    if residual is not None and attributes.residual_dtype == "float16":
+        residual = _halves(residual)
+    stored = replace(record, features=features, residual=residual)
+    for name in (*features, "residual"):
+        if not _is_finite(stored, name):
+            what = f"samples {record.start} and following: {name} of layer {record.layer}"
+            if _is_finite(record, name):
+                raise _too_large(what, name, attributes)
+            raise _not_finite(what)
+    return stored
+
+
+def _not_finite(what: str) -> NonFiniteError:
+    return NonFiniteError(
+        f"{what} has NaN or infinity",
+        why="The model overflowed: float16 ends at 65,504. Damaged weights do this, too.",
+        remedy="Use --dtype bfloat16 or float32.",
+    )
+
+
+def _is_finite(record: SampleRecord, name: str) -> bool:
+    """Whether all values of an array are finite."""
+    if name in record.features:
+        return all(np.isfinite(part).all() for part in record.features[name].values)
+    return record.residual is None or bool(np.isfinite(np.asarray(record.residual)).all())
+
+
 def refusal(
     record: LayerRecord | TokensRecord,
     stored: LayerRecord | TokensRecord,
@@ -131,9 +187,11 @@ def _is_computed(record: LayerRecord, name: str) -> bool:
     return record.attention_mean is not None and not np.isfinite(record.attention_mean).all()
 
 
-def _too_large(what: str, name: str, attributes: TraceAttributes) -> NonFiniteError:
+def _too_large(
+    what: str, name: str, attributes: TraceAttributes | TableAttributes
+) -> NonFiniteError:
     dtype, option = attributes.feature_dtype, "--feature-dtype"
-    if name == "attention":
+    if name == "attention" and isinstance(attributes, TraceAttributes):
         dtype, option = attributes.attention_dtype, "--attention-dtype"
     elif name == "residual":
         dtype, option = attributes.residual_dtype, "--residual-dtype"

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from zarrtrace.format.attributes import SAEAttributes, TraceAttributes
-from zarrtrace.format.layout import NO_ID, TOP_FEATURES, TraceShape
+from zarrtrace.format.attributes import SAEAttributes, TableAttributes, TraceAttributes
+from zarrtrace.format.layout import NO_ID, TOP_FEATURES, TableShape, TraceShape
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,23 @@ class Nonzeros:
             self.columns,
             tuple(at[k] - start * self.columns for at, k in zip(self.at, kept, strict=True)),
             tuple(values[k] for values, k in zip(self.values, kept, strict=True)),
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Nonzeros]) -> Nonzeros:
+        """Return the rows of several arrays of equal width, one array behind another."""
+        if len(parts) == 1:
+            return parts[0]
+        first, blocks = parts[0], range(len(parts[0].at))
+        starts = np.cumsum([0, *(part.shape[0] for part in parts)]) * first.columns
+        return cls(
+            (sum(part.shape[0] for part in parts), first.shape[1]),
+            first.columns,
+            tuple(
+                np.concatenate([p.at[k] + start for p, start in zip(parts, starts, strict=False)])
+                for k in blocks
+            ),
+            tuple(np.concatenate([part.values[k] for part in parts]) for k in blocks),
         )
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:  # noqa: FBT001 -- NumPy's protocol
@@ -131,7 +148,8 @@ class LayerRecord:
     layer
         Index of the decoder block.
     start
-        Number of the first row: a token position, or an index into the chosen queries.
+        Number of the first row: an index into the stored positions, of attention into those of its
+        own.
     attention
         ``(head, query, key)``, or None.
     attention_mean
@@ -166,7 +184,7 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class TokensRecord:
-    """The most likely next tokens at each position of one scenario.
+    """The most likely next tokens at each stored position of one scenario.
 
     Attributes
     ----------
@@ -220,8 +238,11 @@ class TracePlan:
         The prompt's tokens.
     saes
         The SAEs of its layers.
-    queries
-        Positions whose rows of attention are stored; None for all.
+    positions
+        Token positions that are stored, ascending; None for all.
+    attention_positions
+        Those whose rows of attention are stored, if attention has a dimension of its own for them;
+        None for `positions`.
     settings
         Hash of everything else that decides what is computed.
     """
@@ -230,8 +251,78 @@ class TracePlan:
     shape: TraceShape
     tokens: Tokens
     saes: tuple[SAEAttributes, ...] = ()
-    queries: tuple[int, ...] | None = None
+    positions: tuple[int, ...] | None = None
+    attention_positions: tuple[int, ...] | None = None
     settings: str = ""
+
+
+@dataclass(frozen=True)
+class TablePlan:
+    """A table before its first sample is computed.
+
+    Attributes
+    ----------
+    attributes
+        The attributes of its group; `config` and seal are left to the writer, and `saes`, too,
+        where they are given here.
+    shape
+        Sizes and data types of its arrays; those of coordinates are left to the writer.
+    coordinates
+        Values along `sample` by name: ``scenario``, ``position`` and so on, and metadata.
+    config
+        What was asked for, JSON values only. An existing table must have been asked for the same.
+    saes
+        The SAEs of its layers.
+    """
+
+    attributes: TableAttributes
+    shape: TableShape
+    coordinates: Mapping[str, np.ndarray]
+    config: Mapping[str, Any]
+    saes: tuple[SAEAttributes, ...] = ()
+
+
+@dataclass(frozen=True)
+class SampleRecord:
+    """Some samples of one layer.
+
+    Attributes
+    ----------
+    layer
+        Index of the decoder block.
+    start
+        Number of the first sample in the table.
+    features
+        Non-zero values ``(sample, feature)`` by array, in blocks of
+        :func:`~zarrtrace.format.layout.table_columns`; empty if there is no SAE on this layer.
+    residual
+        ``(sample, channel)``, or None.
+    """
+
+    layer: int
+    start: int
+    features: Mapping[str, Nonzeros] = field(default_factory=dict)
+    residual: np.ndarray | BFloat16 | None = None
+
+
+@dataclass(frozen=True)
+class SampleTokens:
+    """The most likely next tokens of some samples.
+
+    Attributes
+    ----------
+    start
+        Number of the first sample in the table.
+    next_token, next_token_logprob
+        ``(sample, rank)``: ids and natural log-probabilities, most likely first.
+    next_token_text
+        ``(sample, rank)``: texts of the ids.
+    """
+
+    start: int
+    next_token: np.ndarray
+    next_token_logprob: np.ndarray
+    next_token_text: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -243,14 +334,15 @@ class Member:
     scenario
         Its name.
     length
-        Number of its tokens; longer rows of a batch are padded.
-    queries
-        Token positions whose attention is stored; None for all.
+        Number of its tokens; shorter rows of a batch are padded.
+    rows, attention_rows
+        How many of its tokens are stored, and of how many attention.
     """
 
     scenario: str
     length: int
-    queries: tuple[int, ...] | None = None
+    rows: int
+    attention_rows: int
 
 
 @dataclass(frozen=True)
@@ -409,13 +501,15 @@ class LayerBatch:
     wanted
         Indices of the prompts whose records are wanted.
     attention
-        ``(sequence, head, query, key)`` with padding at the end of both, or None.
+        ``(sequence, head, query, key)`` of the stored rows, with padding at the end of both, or
+        None.
     attention_mean
         ``(sequence, query, key)`` float32, or None.
     features
-        Features by array name.
+        Features of the stored tokens by array name.
     residual
-        ``(token, channel)``, one prompt behind another without padding, or None.
+        ``(token, channel)`` of the stored tokens, one prompt behind another without padding, or
+        None.
     """
 
     layer: int
@@ -442,7 +536,7 @@ class LayerBatch:
         start, stop = min(wanted), max(wanted) + 1
         if stop - start == len(self.members):
             return replace(self, wanted=wanted)
-        token = np.cumsum([0, *(one.length for one in self.members)]).tolist()
+        token = np.cumsum([0, *(one.rows for one in self.members)]).tolist()
         attention, mean, residual = self.attention, self.attention_mean, self.residual
         return LayerBatch(
             self.layer,
@@ -462,13 +556,12 @@ class LayerBatch:
         """Yield the records of the wanted prompts."""
         for batch in self.each():
             (one,), attention, mean = batch.members, batch.attention, batch.attention_mean
-            keys = slice(one.length)
-            queries = keys if one.queries is None else list(one.queries)
+            rows, keys = slice(one.attention_rows), slice(one.length)
             yield LayerRecord(
                 scenario=one.scenario,
                 layer=self.layer,
-                attention=None if attention is None else attention[0][:, queries, keys],
-                attention_mean=None if mean is None else mean[0][queries, keys],
+                attention=None if attention is None else attention[0][:, rows, keys],
+                attention_mean=None if mean is None else mean[0][rows, keys],
                 features={name: found.record() for name, found in batch.features.items()},
                 residual=batch.residual,
             )

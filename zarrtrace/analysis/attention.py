@@ -22,13 +22,13 @@ from zarrtrace.analysis.selecting import (
     per_scenario,
     positions,
     present,
-    query_labels,
     require_places,
     require_queries,
     scenario_of,
     span_names,
     stored_queries,
     taken,
+    token_labels,
     whole,
 )
 from zarrtrace.errors import ConfigError
@@ -278,7 +278,7 @@ def _locality(ds: xr.Dataset, heads: Heads, window: int, *, exclude_first: bool)
     rows = stored_queries(ds)
     array = taken(attention(ds, heads), query=rows)
     of_rows = partial(
-        _locality_of_rows, keys=query_labels(ds), window=window, exclude_first=exclude_first
+        _locality_of_rows, keys=token_labels(ds), window=window, exclude_first=exclude_first
     )
     found = xr.DataArray(
         _by_rows(of_rows, array, rows),
@@ -431,7 +431,7 @@ def _patterns(ds: xr.Dataset) -> xr.DataArray:
             why="Repeated tokens are found by their ids.",
             remedy="Keep the coordinate 'token_id'.",
         )
-    ids, at = np.asarray(ds["token_id"].values), query_labels(ds)
+    ids, at = np.asarray(ds["token_id"].values), token_labels(ds)
     query, key = at[:, None], at[None, :]
     earlier = (ids[:, None] == ids[None, :]) & (key < query)
     after = np.zeros_like(earlier)

@@ -20,12 +20,12 @@ from zarrtrace.analysis.selecting import (
     is_run,
     per_scenario,
     positions,
-    query_labels,
     require_places,
     require_queries,
     span_names,
     stored_queries,
     taken,
+    token_labels,
     traces,
 )
 from zarrtrace.errors import ConfigError
@@ -235,7 +235,7 @@ def _to_task(ds: xr.Dataset, task_spans: Sequence[str]) -> xr.DataArray | None:
     """Return mean attention to the task's spans from the tokens behind them, by layer."""
     keys = sorted({k for name in task_spans if has_span(ds, name) for k in positions(ds, name)})
     decided = set(positions(ds, DECISION))
-    behind = [q for q in query_labels(ds).tolist() if keys and q > keys[-1] and q not in decided]
+    behind = [q for q in token_labels(ds).tolist() if keys and q > keys[-1] and q not in decided]
     if not behind:
         return None
     queries = [q for q in stored_queries(ds).tolist() if q in behind]

@@ -34,6 +34,7 @@ from zarrtrace.analysis.selecting import (
     require_places,
     require_queries,
     span_names,
+    stored_positions,
     tags,
     taken,
     traces,
@@ -339,7 +340,7 @@ def _active(
     for ds in runs:
         require(ds, "features")
         here = {
-            number: positions(ds, place)
+            number: stored_positions(ds, place)
             for number, place in enumerate(places)
             if not isinstance(place, str) or has_span(ds, place)
         }

@@ -22,12 +22,12 @@ from zarrtrace.analysis.selecting import (
     per_scenario,
     positions,
     present,
-    query_labels,
     require,
     require_places,
     require_queries,
     scenario_of,
     span_names,
+    token_labels,
     traces,
 )
 from zarrtrace.errors import ConfigError
@@ -178,7 +178,7 @@ def control_tokens(ds: xr.Dataset, span: str, target: Place, controls: int) -> l
 
 def _free_tokens(ds: xr.Dataset, target: Place) -> np.ndarray:
     """Return the positions up to the target that are in no span, but for the first."""
-    tokens, targets = query_labels(ds), positions(ds, target)
+    tokens, targets = token_labels(ds), positions(ds, target)
     taken = {int(tokens[0]), *targets}
     for name in span_names(ds):
         taken.update(positions(ds, name))
@@ -196,7 +196,7 @@ def _span_and_controls(
     queries = positions(ds, target)
     require_queries(ds, queries)
     compared = [(positions(ds, name), control_tokens(ds, name, target, controls)) for name in here]
-    keys = query_labels(ds)
+    keys = token_labels(ds)
     values = np.zeros((2, len(here), len(keys)))
     for row, (tokens, nearest) in enumerate(compared):
         for token, others in zip(tokens, nearest, strict=True):

@@ -18,12 +18,12 @@ from zarrtrace.analysis.selecting import (
     attention,
     described,
     has_span,
-    positions,
-    query_labels,
     require,
     require_places,
     span_names,
+    stored_positions,
     stored_queries,
+    token_labels,
     traces,
 )
 from zarrtrace.analysis.words import Table, all_layers, read_table
@@ -205,30 +205,35 @@ class _Span(NamedTuple):
 
     Attributes
     ----------
-    tokens
-        Those of the span ``(query,)`` bool.
+    tokens, keys
+        Those of the span, among the stored ones ``(query,)`` and among all ``(key,)``, bool.
     after
-        Those behind it whose attention is stored ``(query,)`` bool; none if they are too few to be
-        ranked.
+        Stored tokens behind it whose attention is stored ``(query,)`` bool; none if they are too
+        few to be ranked.
     rows
         Numbers of their rows in the stored attention, in the order of the tokens.
     """
 
     tokens: np.ndarray
+    keys: np.ndarray
     after: np.ndarray
     rows: np.ndarray
 
 
 def _spans(ds: xr.Dataset, names: Sequence[str]) -> dict[str, _Span]:
     found = {}
-    at, stored = query_labels(ds), pd.Index(stored_queries(ds))
+    at, stored = np.asarray(ds["query"].values), pd.Index(stored_queries(ds))
     for name in names:
         if has_span(ds, name):
-            tokens = np.isin(at, positions(ds, name))
-            after = np.arange(len(tokens)) > np.flatnonzero(tokens)[-1]
-            after &= np.isin(at, stored)
+            span = stored_positions(ds, name)
+            after = (at > max(span)) & np.isin(at, stored)
             after &= after.sum() >= _FEWEST
-            found[name] = _Span(tokens, after, stored.get_indexer(at[after]))
+            found[name] = _Span(
+                np.isin(at, span),
+                np.isin(token_labels(ds), span),
+                after,
+                stored.get_indexer(at[after]),
+            )
     return found
 
 
@@ -302,7 +307,7 @@ def _attention_to(
 ) -> dict[str, np.ndarray]:
     """Return the mean attention to each span's tokens of the tokens after it."""
     return {
-        name: layer[np.ix_(place.rows, place.tokens)].mean(1, dtype=np.float64)
+        name: layer[np.ix_(place.rows, place.keys)].mean(1, dtype=np.float64)
         for name, place in spans.items()
         if len(place.rows)
     }

@@ -18,8 +18,8 @@ from zarrtrace.analysis.selecting import (
     Data,
     described,
     per_scenario,
-    positions,
     require,
+    stored_positions,
     traces,
     whole,
 )
@@ -94,7 +94,7 @@ def _at_decision(ds: xr.Dataset) -> xr.Dataset:
     """Return what is stored of the continuations of the last token ``(rank)``."""
     names = ["next_token", "next_token_logprob"]
     require(ds, *names)
-    (last,) = positions(ds, DECISION)
+    (last,) = stored_positions(ds, DECISION)
     texts = [name for name in ("next_token_text",) if name in ds.variables]
     return ds.reset_coords(texts)[names + texts].sel(query=last).reset_coords(drop=True)
 

@@ -24,6 +24,7 @@ from zarrtrace.analysis.selecting import (
     require_places,
     require_queries,
     scenario_of,
+    stored_positions,
     taken,
     traces,
     whole,
@@ -178,7 +179,7 @@ def _trajectory(
     here = present(ds, places)
     if not here:
         return None
-    rows = np.unique([position for place in here for position in positions(ds, place)])
+    rows = np.unique([position for place in here for position in stored_positions(ds, place)])
     chosen = _choose_features(ds, wanted, rows)
     if reduce == "none":
         tokens = chosen.sel(query=positions(ds, here[0]))
@@ -295,7 +296,7 @@ def _on_pathway(ds: xr.Dataset, source: Place, target: Place, top: int) -> xr.Da
     require(ds, "features", "attention_mean")
     if len(present(ds, [source, target])) < 2:
         return None
-    src, dst = positions(ds, source), positions(ds, target)
+    src, dst = stored_positions(ds, source), stored_positions(ds, target)
     require_queries(ds, dst)
     rows = np.unique([*src, *dst])
     activations = _activations(ds).drop_vars("query_token", errors="ignore")

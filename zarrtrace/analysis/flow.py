@@ -24,11 +24,11 @@ from zarrtrace.analysis.selecting import (
     per_scenario,
     positions,
     present,
-    query_labels,
     require_places,
     require_queries,
     scenario_of,
     span_names,
+    token_labels,
 )
 from zarrtrace.errors import ConfigError
 from zarrtrace.scenarios import DECISION
@@ -372,7 +372,7 @@ def _present(values: np.ndarray, scenario: str, layers: list[int]) -> np.ndarray
 
 def _check_whole(ds: xr.Dataset, array: xr.DataArray) -> None:
     """Refuse a trace with gaps: what passes through a layer that is not there is not known."""
-    require_queries(ds, query_labels(ds).tolist())
+    require_queries(ds, token_labels(ds).tolist())
     layers = array["layer"].values.tolist()
     gaps = sorted(set(range(layers[0], layers[-1] + 1)) - set(layers)) if layers else [0]
     if gaps or array.sizes["query"] != array.sizes["key"]:
@@ -386,7 +386,7 @@ def _check_whole(ds: xr.Dataset, array: xr.DataArray) -> None:
 
 
 def _rows(ds: xr.Dataset, place: Place) -> list[int]:
-    where = {int(at): row for row, at in enumerate(query_labels(ds))}
+    where = {int(at): row for row, at in enumerate(token_labels(ds))}
     return sorted({where[position] for position in positions(ds, place)})
 
 

@@ -20,6 +20,8 @@ from zarrtrace.suggestions import did_you_mean
 
 #: A trace or a whole run.
 Data = xr.Dataset | xr.DataTree
+#: The same, or traces by scenario: who looks often looks them up once, a millisecond each.
+Scenarios = Data | dict[str, xr.Dataset]
 #: A span's name, a token position (negative from the end) or several positions.
 Place = str | int | Sequence[int]
 
@@ -40,19 +42,22 @@ _WHY_ABSENT = {
 # --- traces ------------------------------------------------------------------------------------
 
 
-def traces(data: Data) -> dict[str, xr.Dataset]:
+def traces(data: Scenarios) -> dict[str, xr.Dataset]:
     """Return the traces of a run by scenario, in the run's order; a trace is a run of one.
 
     Parameters
     ----------
     data
-        A trace (Dataset, or a DataTree node that holds one) or a run (DataTree).
+        A trace (Dataset, or a DataTree node that holds one), a run (DataTree), or what this
+        function returned.
 
     Raises
     ------
     ConfigError
         If it is neither.
     """
+    if isinstance(data, dict):
+        return data
     if isinstance(data, xr.Dataset):
         return {_attributes(data)["scenario"]: data}
     if data.attrs.get("kind") == "trace":
@@ -83,7 +88,7 @@ def tags(ds: xr.Dataset) -> tuple[str, ...]:
     return tuple(_attributes(ds).get("tags", ()))
 
 
-def metadata(data: Data) -> dict[str, np.ndarray]:
+def metadata(data: Scenarios) -> dict[str, np.ndarray]:
     """Return the columns of metadata of all scenarios, in the run's order.
 
     A missing text is empty, a missing number NaN. A column whose values do not fit one type, as
@@ -146,14 +151,16 @@ def has_span(ds: xr.Dataset, name: str) -> bool:
     return name in _attributes(ds)["spans"]
 
 
-def span_names(data: Data) -> list[str]:
+def span_names(data: Scenarios) -> list[str]:
     """Return the spans of any scenario, in order of first use, ``decision`` last."""
     found = dict.fromkeys(n for ds in traces(data).values() for n in _attributes(ds)["spans"])
     return [n for n in found if n != DECISION] + ([DECISION] if DECISION in found else [])
 
 
 def positions(ds: xr.Dataset, place: Place) -> list[int]:
-    """Return the token positions (labels of ``query`` and ``key``) of a place.
+    """Return the token positions (labels of ``key``) of a place.
+
+    Not each of them need be stored: :func:`stored_positions`, :func:`require_queries`.
 
     Parameters
     ----------
@@ -171,10 +178,10 @@ def positions(ds: xr.Dataset, place: Place) -> list[int]:
         _attributes(ds)
         found = span(ds, place)
     else:
-        tokens = query_labels(ds)
+        tokens = token_labels(ds)
         given = [int(place)] if isinstance(place, int | np.integer) else [int(i) for i in place]
         found = [int(tokens[i]) if -len(tokens) <= i < 0 else i for i in given]
-    have = set(query_labels(ds).tolist())
+    have = set(token_labels(ds).tolist())
     outside = [position for position in found if position not in have]
     if outside or not found:
         raise ScenarioError(
@@ -188,9 +195,41 @@ def positions(ds: xr.Dataset, place: Place) -> list[int]:
     return found
 
 
+def stored_positions(ds: xr.Dataset, place: Place) -> list[int]:
+    """Return the token positions (labels of ``query``) of a place, all of which are stored.
+
+    Raises
+    ------
+    ConfigError
+        If one of them is not stored: the scenario was extracted with chosen positions.
+    ScenarioError
+        As :func:`positions`.
+    """
+    found = positions(ds, place)
+    absent = sorted(set(found) - set(query_labels(ds).tolist()))
+    if absent:
+        raise _not_stored(ds, "token", absent)
+    return found
+
+
 def query_labels(ds: xr.Dataset) -> np.ndarray:
-    """Return the token positions that a trace (or a part of one) has."""
+    """Return the token positions that a trace (or a part of one) stores."""
     return np.asarray(ds["query"].values)
+
+
+def token_labels(ds: xr.Dataset) -> np.ndarray:
+    """Return the token positions that a trace (or a part of one) has as keys: the prompt's."""
+    return np.asarray(ds["key"].values)
+
+
+def _not_stored(ds: xr.Dataset, what: str, absent: list[int]) -> ConfigError:
+    others = f" (nor of {len(absent) - 1} others)" if len(absent) > 1 else ""
+    return ConfigError(
+        f"{scenario_of(ds)}: {what} {absent[0]} is not stored{others}",
+        why="The scenario was extracted with chosen positions (--positions or "
+        "--attention-positions), or this is a part of a trace.",
+        remedy="Choose among the stored positions, or extract the scenario with more of them.",
+    )
 
 
 def label(place: Place) -> str:
@@ -220,7 +259,7 @@ def present(ds: xr.Dataset, places: Iterable[Place]) -> list[Place]:
     return [place for place in places if not isinstance(place, str) or has_span(ds, place)]
 
 
-def require_places(data: Data, places: Iterable[Place]) -> None:
+def require_places(data: Scenarios, places: Iterable[Place]) -> None:
     """Refuse a span that no scenario has.
 
     Raises
@@ -288,7 +327,7 @@ def taken(array: xr.DataArray, **labels: Sequence[int] | np.ndarray) -> xr.DataA
 
 
 def stored_queries(ds: xr.Dataset) -> np.ndarray:
-    """Return the positions whose rows of attention are stored: all, unless queries were chosen."""
+    """Return the positions whose rows of attention are stored."""
     dim = "attention_query" if "attention_query" in ds.dims else "query"
     return np.asarray(ds[dim].values)
 
@@ -303,12 +342,7 @@ def require_queries(ds: xr.Dataset, wanted: Iterable[int]) -> None:
     """
     absent = sorted(set(wanted) - set(stored_queries(ds).tolist()))
     if absent:
-        raise ConfigError(
-            f"{scenario_of(ds)}: attention of token {absent[0]} is not stored"
-            + (f" (nor of {len(absent) - 1} others)" if len(absent) > 1 else ""),
-            why="The scenario was extracted with chosen queries only.",
-            remedy="Choose among the stored queries, or extract the scenario with all of them.",
-        )
+        raise _not_stored(ds, "attention of token", absent)
 
 
 def whole(array: xr.DataArray, *dims: str) -> xr.DataArray:

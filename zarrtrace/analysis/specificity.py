@@ -15,10 +15,10 @@ from zarrtrace.analysis.selecting import (
     Data,
     described,
     has_span,
-    positions,
     require,
     require_places,
     span_names,
+    stored_positions,
     traces,
 )
 
@@ -154,7 +154,7 @@ def _places(ds: xr.Dataset, names: Sequence[str]) -> np.ndarray:
     query = ds["query"].values
     out = np.zeros((len(names), len(query)), bool)
     for row, name in zip(out, names, strict=True):
-        row[:] = np.isin(query, positions(ds, name) if has_span(ds, name) else [])
+        row[:] = np.isin(query, stored_positions(ds, name) if has_span(ds, name) else [])
     return out
 
 

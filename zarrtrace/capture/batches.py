@@ -12,6 +12,7 @@ from zarrtrace.capture.model import LoadedModel
 from zarrtrace.capture.prompts import Prompt
 from zarrtrace.errors import ModelError
 from zarrtrace.format.attributes import SAEAttributes
+from zarrtrace.records import Member
 
 # What all batches of a wave may hold between two blocks. A wave walks through the layers once, so
 # SAEs are loaded once a wave; on a GPU, for which that takes longest, once in any but huge runs.
@@ -34,15 +35,18 @@ class Request:
         Whether its most likely continuations are wanted.
     blocked
         Whether attention is computed by blocks of queries (:mod:`zarrtrace.capture.blocked`).
-    queries
-        Token positions whose attention is wanted; None for all.
+    positions
+        Token positions that are wanted, ascending; None for all.
+    attention_positions
+        Those whose rows of attention are wanted; None for all of the prompt.
     """
 
     prompt: Prompt
     layers: frozenset[int]
     next_token: bool
     blocked: bool = False
-    queries: tuple[int, ...] | None = None
+    positions: tuple[int, ...] | None = None
+    attention_positions: tuple[int, ...] | None = None
 
     @property
     def done(self) -> bool:
@@ -53,6 +57,17 @@ class Request:
     def length(self) -> int:
         """Tokens of the prompt."""
         return len(self.prompt.tokens.ids)
+
+    @property
+    def rows(self) -> int:
+        """How many token positions are wanted."""
+        return self.length if self.positions is None else len(self.positions)
+
+    def member(self) -> Member:
+        """Return the prompt as records of a batch name it."""
+        chosen = self.attention_positions
+        rows = self.length if chosen is None else len(chosen)
+        return Member(self.prompt.scenario.name, self.length, self.rows, rows)
 
 
 class Batch:
@@ -74,11 +89,14 @@ class Batch:
         self._model, self._attention = model, attention
         self.requests = requests
         self.lengths = [request.length for request in requests]
+        self.rows = [request.rows for request in requests]
         self.layers = frozenset[int]().union(*(request.layers for request in requests))
         self.next_token = any(request.next_token for request in requests)
         self.done = all(request.done for request in requests)
         self._pass: Pass | None = None
-        self._real = torch.empty(0)
+        self._stored: torch.Tensor | None = None
+        #: Positions of the rows of attention that are wanted ``(sequence, row)``; None for all.
+        self.attention_rows: torch.Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -110,12 +128,26 @@ class Batch:
             ids[row, : self.lengths[row]] = torch.tensor(request.prompt.tokens.ids)
             mask[row, : self.lengths[row]] = 1
         device = self._model.device
-        # Found here: to look for them on a GPU is to wait for it.
-        self._real = mask.flatten().nonzero().squeeze(1).to(device)
         first = self.requests[0]
+        if len(self.requests) > 1 or first.positions is not None:
+            # Found here: to look for them on a GPU is to wait for it.
+            stored = [
+                row * shape[1] + position
+                for row, request in enumerate(self.requests)
+                for position in request.positions or range(request.length)
+            ]
+            self._stored = torch.tensor(stored).to(device)
+        chosen = _padded([one.attention_positions for one in self.requests], self.lengths)
+        self.attention_rows = None if chosen is None else chosen.to(device)
+        rows = _padded([one.positions for one in self.requests], self.lengths)
         rows_of = first.layers if self._attention else frozenset[int]()
-        blocked = (rows_of, first.queries) if first.blocked else None
-        return Pass(self._model, ids.to(device), mask.to(device), blocked=blocked)
+        return Pass(
+            self._model,
+            ids.to(device),
+            mask.to(device),
+            rows=None if rows is None else rows.to(device),
+            blocked=(rows_of, first.attention_positions) if first.blocked else None,
+        )
 
     def stop(self) -> None:
         """End the pass where it is."""
@@ -124,7 +156,7 @@ class Batch:
             self._pass = None
 
     def tokens(self, padded: torch.Tensor, width: int) -> torch.Tensor:
-        """Take the real tokens ``(token, width)`` of ``(sequence, token, width)``.
+        """Take the wanted tokens ``(token, width)`` of ``(sequence, token, width)``.
 
         Raises
         ------
@@ -140,7 +172,20 @@ class Batch:
                 "several, or the SAEs are those of another model.",
                 remedy="Use --no-features without --residual, or choose other SAEs.",
             )
-        return padded[0] if len(self.requests) == 1 else padded.flatten(0, 1)[self._real]
+        return padded[0] if self._stored is None else padded.flatten(0, 1)[self._stored]
+
+
+def _padded(
+    positions: Sequence[tuple[int, ...] | None], lengths: Sequence[int]
+) -> torch.Tensor | None:
+    """Return positions ``(sequence, row)``, 0 behind the last; None if all are wanted."""
+    if all(one is None for one in positions):
+        return None
+    each = [
+        torch.arange(length) if one is None else torch.tensor(one, dtype=torch.long)
+        for one, length in zip(positions, lengths, strict=True)
+    ]
+    return torch.nn.utils.rnn.pad_sequence(each, batch_first=True)
 
 
 def batches(

@@ -14,7 +14,7 @@ from zarrtrace.capture.features import Encoding, encode
 from zarrtrace.capture.host import begin_copy, to_host
 from zarrtrace.capture.lockstep import BlockState
 from zarrtrace.capture.model import DTYPES
-from zarrtrace.records import BFloat16, LayerBatch, Member, SparseFeatures
+from zarrtrace.records import BFloat16, LayerBatch, SparseFeatures
 
 if TYPE_CHECKING:
     from zarrtrace.capture.encoder import Encoder
@@ -29,7 +29,8 @@ class Made:
     batch, layer
         Whose it is.
     attention, mean
-        ``(sequence, head, query, key)``, bfloat16 as int16, and its mean over heads; or None.
+        ``(sequence, head, query, key)`` of the wanted rows, bfloat16 as int16, and its mean over
+        heads; or None.
     inputs
         What is to be encoded by which encoder ``(token, d_in)``, by array name.
     residual
@@ -56,7 +57,11 @@ class Made:
         attention, mean = state.attention if dtype else None, None
         with torch.inference_mode():
             if attention is not None and dtype is not None:
+                # The mean of some rows alone is added up in another order: it rounds differently.
                 mean = attention.mean(1, dtype=torch.float32)
+                if batch.attention_rows is not None:
+                    mean = _taken_rows(mean[:, None], batch.attention_rows)[:, 0]
+                    attention = _taken_rows(attention, batch.attention_rows)
                 halves = attention.dtype == torch.bfloat16 and dtype == "float32"
                 attention = attention.view(torch.int16) if halves else attention.to(DTYPES[dtype])
             inputs = {
@@ -90,13 +95,19 @@ class Made:
         requests = self.batch.requests
         return LayerBatch(
             self.layer,
-            [Member(one.prompt.scenario.name, one.length, one.queries) for one in requests],
+            [one.member() for one in requests],
             [at for at, one in enumerate(requests) if self.layer in one.layers],
             None if attention is None else _with_halves(attention),
             mean,
             features,
             None if residual is None else _with_halves(residual),
         )
+
+
+def _taken_rows(attention: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Take rows ``(sequence, row)`` of ``(sequence, head, query, key)``."""
+    at = rows[:, None, :, None].expand(-1, attention.shape[1], -1, attention.shape[3])
+    return attention.gather(2, at)
 
 
 def _own(hidden: torch.Tensor) -> torch.Tensor:

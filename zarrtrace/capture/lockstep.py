@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 
 import torch
@@ -56,9 +57,9 @@ class Logits:
     Attributes
     ----------
     start
-        Token position of the first row.
+        Number of the first of the wanted rows.
     values
-        ``(sequence, token, vocabulary)``.
+        ``(sequence, row, vocabulary)``.
     """
 
     start: int
@@ -77,6 +78,8 @@ class Pass(greenlet):
         The model, with :func:`taps` on it.
     ids, mask
         ``(sequence, token)``: token ids, and 1 where a token is no padding.
+    rows
+        Token positions whose logits are wanted ``(sequence, row)``; None for all.
     blocked
         None captures whole attention matrices. Else attention is computed by blocks of queries:
         the layers whose rows are wanted, and which queries (None for all); one sequence only.
@@ -88,10 +91,12 @@ class Pass(greenlet):
         ids: torch.Tensor,
         mask: torch.Tensor,
         *,
+        rows: torch.Tensor | None = None,
         blocked: tuple[frozenset[int], tuple[int, ...] | None] | None = None,
     ) -> None:
         super().__init__()
-        self._model, self._ids, self._mask = model, ids, mask
+        self._model, self._ids, self._mask, self._rows = model, ids, mask, rows
+        self.head = HeadInParts()
         self.state = BlockState(0)
         self._sink = None if blocked is None else Sink(self.give, *blocked, model.limits)
 
@@ -114,21 +119,24 @@ class Pass(greenlet):
 
     def run(self) -> None:
         """Run the model; the greenlet's body."""
-        model, decoder = self._model.model, self._model.decoder.module
-        tokens, step = self._ids.shape[1], self._model.limits.logit_rows
-        if tokens <= step or not self._model.permitted.parts:
+        model, step, head = self._model.model, self._model.limits.logit_rows, self.head
+        is_short = self._rows is None and self._ids.shape[1] <= step
+        if is_short or not self._model.permitted.parts:
             logits = model(input_ids=self._ids, attention_mask=self._mask, use_cache=False).logits
-            self.give(Logits(0, logits))
+            self.give(Logits(0, _taken(logits, self._rows)))
             return
-        with _last_hidden_state(decoder) as made, suppress(_Decoded):
+        head.wants_output = True
+        with suppress(_Decoded):
             model(input_ids=self._ids, attention_mask=self._mask, use_cache=False)
-        [output] = made
-        for start in range(0, tokens, step):
+        kind, head.wants_output = type(head.output), False
+        hidden = _taken(head.output.last_hidden_state, self._rows)
+        ids, head.output = _taken(self._ids, self._rows), None
+        for start in range(0, ids.shape[1], step):
             rows = slice(start, start + step)
-            part = type(output)(last_hidden_state=output.last_hidden_state[:, rows])
-            with _forward_of(decoder, lambda *_, part=part, **__: part):
-                # The model's own way from its last norm to logits.
-                logits = model(input_ids=self._ids[:, rows], use_cache=False).logits
+            head.given = kind(last_hidden_state=hidden[:, rows])
+            # The model's own way from its last norm to logits.
+            logits = model(input_ids=ids[:, rows], use_cache=False).logits
+            head.given = None
             self.give(Logits(start, logits))
 
     def advance(self) -> Step:
@@ -147,22 +155,59 @@ class Pass(greenlet):
             self.throw(GreenletExit)
 
 
+@dataclass
+class HeadInParts:
+    """How a pass computes logits: first all blocks, then the head on some rows at a time.
+
+    Attributes
+    ----------
+    wants_output
+        Whether the pass is to end behind the decoder, which leaves what it makes in `output`.
+    output
+        What the decoder made.
+    given
+        What the decoder returns instead of computing anything; None if it is to compute.
+    """
+
+    wants_output: bool = False
+    output: Any = None
+    given: Any = None
+
+
+def _taken(values: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """Take rows ``(sequence, row)`` of ``(sequence, token, ...)``; None takes all."""
+    if rows is None:
+        return values
+    return values[torch.arange(len(rows), device=rows.device)[:, None], rows]
+
+
 class _Decoded(Exception):  # noqa: N818 -- control flow, not an error
     """Ends a forward pass behind its last block and norm."""
 
 
 @contextmanager
-def _last_hidden_state(decoder: nn.Module) -> Iterator[list[Any]]:
-    """Let a decoder put its output into the list, and end the forward pass there."""
-    made: list[Any] = []
-    forward = decoder.forward
+def _head_in_parts(model: LoadedModel) -> Iterator[None]:
+    """Let a decoder do what :class:`HeadInParts` of the running pass says.
 
-    def stop(*args: Any, **kwargs: Any) -> None:
-        made.append(forward(*args, **kwargs))
+    Passes take turns, so this is said once for all of them.
+    """
+    if not model.permitted.parts:
+        yield
+        return
+    decoder = model.decoder.module
+    whole = decoder.forward
+
+    @wraps(whole)  # models look at its parameters
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        running = _current()
+        if running is None or not running.head.wants_output:
+            given = None if running is None else running.head.given
+            return whole(*args, **kwargs) if given is None else given
+        running.head.output = whole(*args, **kwargs)
         raise _Decoded
 
-    with _forward_of(decoder, stop):
-        yield made
+    with _forward_of(decoder, forward):
+        yield
 
 
 @contextmanager
@@ -203,6 +248,7 @@ def taps(
         By layer, the hook points that are wanted (:data:`zarrtrace.capture.hooks.KINDS`).
     """
     with ExitStack() as stack:
+        stack.enter_context(_head_in_parts(model))
         if attention:
             shared = {one.module: one for one in model.decoder.attentions.values()}  # hooked once
             for one in shared.values():

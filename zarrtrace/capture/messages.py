@@ -126,5 +126,5 @@ def full_memory(name: str, device: torch.device) -> Iterator[None]:
             why="The model fits, but not with what a pass or an SAE computes beside it; or another "
             "process has taken the rest.",
             remedy="Try --low-memory, a smaller --batch-size, --attention-capture blocked, or "
-            "--queries last. What was stored is kept; another --batch-size wants --overwrite.",
+            "--positions last. What was stored is kept; another --batch-size wants --overwrite.",
         ) from error

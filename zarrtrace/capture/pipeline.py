@@ -157,7 +157,7 @@ def _through_block(
                 request.length, model.n_heads, attention_dtype, model.limits.layout
             )
             buffer = RowBuffer(
-                model.n_heads, request.length, rows, request.queries, attention_dtype
+                model.n_heads, request.length, rows, request.attention_positions, attention_dtype
             )
         for start, weights, mean in buffer.add(step):
             yield LayerRecord(
@@ -201,15 +201,15 @@ def _block_records(
 
     `hidden` is the residual stream to store ``(token, channel)``.
     """
-    longest = max(batch.lengths)
-    large = [e for e in encoders if longest > feature_rows(longest, e.attributes.d_sae, limits)]
+    stored = max(batch.rows)
+    large = [e for e in encoders if stored > feature_rows(stored, e.attributes.d_sae, limits)]
     if len(batch.requests) > 1:
         large = []
     whole = [encoder for encoder in encoders if encoder not in large]
     parts: Sequence[torch.Tensor] = ()
     if hidden is not None and len(batch.requests) == 1:
-        step = residual_rows(longest, hidden.shape[1], limits)
-        if longest > step:
+        step = residual_rows(stored, hidden.shape[1], limits)
+        if stored > step:
             parts = torch.split(hidden, step)
             hidden = None
     yield from copies.of(Made.by(batch, state, attention_dtype, whole, hidden))
@@ -221,8 +221,8 @@ def _block_records(
             residual=rows_on_host(some),
         )
     for encoder in large:
-        step = feature_rows(longest, encoder.attributes.d_sae, limits)
-        for start in range(0, longest, step):
+        step = feature_rows(stored, encoder.attributes.d_sae, limits)
+        for start in range(0, stored, step):
             rows = slice(start, start + step)
             inputs = batch.tokens(state.hooks[encoder.hook.kind], encoder.attributes.d_in)[rows]
             features = encode(encoder, inputs).record()
@@ -239,12 +239,12 @@ def _tokens_records(batch: Batch, tokenizer: Any) -> list[TokensRecord]:
     ids: list[list[np.ndarray]] = [[] for _ in batch.requests]
     logprobs: list[list[np.ndarray]] = [[] for _ in batch.requests]
     done = 0
-    while done < max(batch.lengths):
+    while done < max(batch.rows):
         with torch.inference_mode():
             step = batch.advance()
             assert isinstance(step, Logits)  # noqa: S101 -- no block is left
-            for row, length in enumerate(batch.lengths):
-                rows = step.values[row, : max(0, length - step.start)]
+            for row, stored in enumerate(batch.rows):
+                rows = step.values[row, : max(0, stored - step.start)]
                 top = rows.float().log_softmax(-1).topk(NEXT_TOKENS)
                 ids[row].append(to_host(top.indices.int()).astype(np.uint32))
                 logprobs[row].append(to_host(top.values))

@@ -47,7 +47,8 @@ def tokenize(model: LoadedModel, scenario: Scenario, *, prepend_bos: bool) -> Pr
     scenario
         The prompt and its spans.
     prepend_bos
-        Whether the sequence starts with BOS, as the SAEs were trained.
+        Whether the sequence starts with BOS, as the SAEs were trained. In a rendered chat all
+        special tokens are part of the text.
 
     Raises
     ------
@@ -56,7 +57,11 @@ def tokenize(model: LoadedModel, scenario: Scenario, *, prepend_bos: bool) -> Pr
     ScenarioError
         If a span covers no token.
     """
-    ids, offsets = _encode(model.tokenizer, scenario.prompt, prepend_bos=prepend_bos)
+    scenario = scenario.render(model.tokenizer)
+    if scenario.chat is not None:
+        ids, offsets = _encode_text(model.tokenizer, scenario.prompt)
+    else:
+        ids, offsets = _encode(model.tokenizer, scenario.prompt, prepend_bos=prepend_bos)
     if model.max_tokens is not None and len(ids) > model.max_tokens:
         raise ConfigError(
             f"scenario {scenario.name!r}: its prompt has {len(ids)} tokens, the model's context "
@@ -65,7 +70,7 @@ def tokenize(model: LoadedModel, scenario: Scenario, *, prepend_bos: bool) -> Pr
             remedy="Shorten the prompt, or choose a model with a longer context.",
         )
     positions = span_positions(scenario, offsets)
-    special = set(model.tokenizer.all_special_ids)
+    special = special_ids(model.tokenizer)
     return Prompt(
         scenario=scenario,
         tokens=Tokens(
@@ -88,14 +93,33 @@ def tokenize(model: LoadedModel, scenario: Scenario, *, prepend_bos: bool) -> Pr
     )
 
 
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Return the ids of special tokens, also of those that only chat templates write."""
+    added = tokenizer.added_tokens_decoder
+    return frozenset(
+        [*tokenizer.all_special_ids, *(token for token, one in added.items() if one.special)]
+    )
+
+
+def _encode_text(
+    tokenizer: Any, text: str, *, add_special_tokens: bool = False
+) -> tuple[list[int], list[tuple[int, int]]]:
+    encoded = tokenizer(
+        text,
+        add_special_tokens=add_special_tokens,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
+    offsets = [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
+    return list(encoded["input_ids"]), offsets
+
+
 def _encode(
     tokenizer: Any, text: str, *, prepend_bos: bool
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
-    ids: list[int] = list(encoded["input_ids"])
-    offsets = [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
+    ids, offsets = _encode_text(tokenizer, text, add_special_tokens=True)
     bos = tokenizer.bos_token_id
-    special = set(tokenizer.all_special_ids)
+    special = special_ids(tokenizer)
     # An end-of-sequence token would make it, and not the prompt's last token, the decision.
     while len(ids) > 1 and ids[-1] in special and offsets[-1] == (0, 0):
         del ids[-1], offsets[-1]

@@ -21,7 +21,7 @@ class RowBuffer:
         Sizes.
     rows
         Rows of a full buffer; the last one may be shorter.
-    queries
+    positions
         Token positions that will come; None for all.
     dtype
         Precision of what is taken: ``"float32"`` or ``"float16"``.
@@ -32,11 +32,11 @@ class RowBuffer:
         heads: int,
         tokens: int,
         rows: int,
-        queries: tuple[int, ...] | None,
+        positions: tuple[int, ...] | None,
         dtype: str,
     ) -> None:
         self._heads, self._tokens, self._dtype = heads, tokens, dtype
-        self._total = tokens if queries is None else len(queries)
+        self._total = tokens if positions is None else len(positions)
         self._rows = min(rows, self._total)
         self._start = 0
         self._new()

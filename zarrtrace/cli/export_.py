@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from zarrtrace.cli.commands import OUTPUT, Command, option
+from zarrtrace.cli.commands import OUTPUT, PART, Command, option
 from zarrtrace.cli.shared import (
     PATH,
+    PositionsType,
     bar,
     layers_option,
     output_option,
+    overwrite_option,
     quiet_option,
     refuse_run,
     run_argument,
@@ -22,7 +24,10 @@ from zarrtrace.cli.shared import (
 )
 
 if TYPE_CHECKING:
+    from zarrtrace.extraction.positions import Positions
     from zarrtrace.storage import Location
+
+    Format = Literal["npz", "coo", "hidden", "safetensors", "parquet"]
 
 
 @click.command(
@@ -31,44 +36,70 @@ if TYPE_CHECKING:
     examples=[
         ("export runs/demo -o demo-npz", ""),
         ("export runs/demo -o part --scenario Risky_40 --layers 20-31", "A part:"),
+        ("export runs/demo -o coo --to coo", "Features of each prompt's last token:"),
+        ("export runs/demo -o rows --to parquet --at balance,goal", "Tokens of two spans:"),
     ],
 )
 @run_argument
 @scenario_option
 @layers_option
+@option(
+    "--at",
+    group=PART,
+    type=PositionsType(),
+    help="Positions that are samples: all, last, spans, names of spans, or positions as 0,5,-1. "
+    "Not for npz.  [default: last; of a table all]",
+)
 @output_option("Folder to write to.", type=PATH, required=True)
+@option(
+    "--to",
+    group=OUTPUT,
+    type=click.Choice(["npz", "coo", "hidden", "safetensors", "parquet"]),
+    default="npz",
+    show_default=True,
+    help="npz: <scenario>/layer_N.npz. The others hold samples: coo features, hidden the residual "
+    "stream, safetensors and parquet both.",
+)
 @option(
     "--output-dtype",
     group=OUTPUT,
     type=click.Choice(["float32", "float16"]),
     help="Convert values.  [default: as stored]",
 )
+@overwrite_option
 @threads_option
 @quiet_option
 def command(
     run: Location,
     output: Path,
+    to: Format,
+    at: Positions | None,
     scenarios: tuple[str, ...],
     layers: tuple[int, ...] | None,
     output_dtype: Literal["float32", "float16"] | None,
     threads: int | None,
-    quiet: bool,  # noqa: FBT001 -- click passes flags so
+    overwrite: bool,  # noqa: FBT001 -- click passes flags so
+    quiet: bool,  # noqa: FBT001
 ) -> None:
-    """Write RUN as <output>/<scenario>/layer_N.npz and a metadata JSON.
+    """Write RUN in a format that other tools read.
 
-    Prints the name of the metadata file.
+    By default as <output>/<scenario>/layer_N.npz and a metadata JSON, whose name is printed. The
+    other formats hold one row a sample: a position of a prompt, by default its last.
     """
-    from zarrtrace.npz import export_npz
+    from zarrtrace.exports import export
 
     refuse_run(output)
-    with bar("export", quiet=quiet) as progress:
-        metadata = export_npz(
+    with bar("export", quiet=quiet, unit="file" if to == "npz" else "row") as progress:
+        written = export(
             run,
             output,
+            to=to,
+            at=-1 if at == "last" else at,
             scenarios=scenarios or None,
             layers=layers,
             output_dtype=output_dtype,
+            overwrite=overwrite,
             threads=threads,
             progress=progress,
         )
-    say(str(metadata))
+    say(str(written))

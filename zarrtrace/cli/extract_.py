@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import warnings
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,7 +14,7 @@ from zarrtrace.cli.shared import (
     PATH,
     Address,
     Layers,
-    Queries,
+    PositionsType,
     json_option,
     json_text,
     one_of,
@@ -34,12 +33,15 @@ from zarrtrace.errors import missing_for_cluster, readable
 if TYPE_CHECKING:
     from zarrtrace.extraction import Estimate, Job, Options
     from zarrtrace.extraction.progress import Shown
-    from zarrtrace.scenarios import Scenario
+    from zarrtrace.scenarios import Scenario, ScenarioStream
     from zarrtrace.storage import Location
 
 # How to ask for the embedded scenarios.
 _EMBEDDED = "slot-machine"
 _CLUSTER = ("workers", "scheduler", "scheduler_file")
+# Options that a table does not have.
+_OF_TRACES = (*_CLUSTER, "attention_dtype", "attention_keepbits", "attention_positions")
+_FAILED_SHOWN = 10
 _EXAMPLES = [
     ("extract -o runs/demo", "The model that ships with zarrtrace, over its ten scenarios:"),
     (
@@ -69,7 +71,8 @@ _EXAMPLES = [
     group=PROMPTS,
     type=PATH,
     metavar="FILE",
-    help="YAML, JSONL, CSV or Parquet file of prompts; slot-machine names the embedded ten.",
+    help="YAML, JSONL, CSV or Parquet file of prompts, or a data set's folder; slot-machine names "
+    "the embedded ten.",
 )
 @option(
     "--scenario",
@@ -97,7 +100,15 @@ _EXAMPLES = [
     "--prepend-bos/--no-prepend-bos",
     group=MODEL,
     default=None,
-    help="Whether prompts begin with BOS.  [default: as the SAEs were trained]",
+    help="Whether prompts begin with BOS.  [default: as the SAEs were trained; of messages, as the "
+    "chat template does]",
+)
+@option(
+    "--generation-prompt/--no-generation-prompt",
+    group=PROMPTS,
+    default=True,
+    help="Whether the chat template begins the assistant's next message, or a last message of the "
+    "assistant's is continued.  [default: it does]",
 )
 @option(
     "--trust-remote-code", group=MODEL, is_flag=True, help="Run code that comes with the model."
@@ -135,10 +146,26 @@ _EXAMPLES = [
     help="Store the residual stream, too, where the SAEs read it.  [without SAEs: blocks' output]",
 )
 @option(
-    "--queries",
+    "--positions",
     group=CONTENT,
-    type=Queries(),
-    help="Rows of attention: last, spans, or positions as 0,5,-1.  [default: all]",
+    type=PositionsType(),
+    default="all",
+    help="Tokens to store: all, last, spans, names of spans as goal,balance, or 0,5,-1.  "
+    "[default: all]",
+)
+@option(
+    "--attention-positions",
+    group=CONTENT,
+    type=PositionsType(),
+    help="Rows of attention, likewise, among --positions.  [default: those]",
+)
+@option(
+    "--layout",
+    group=CONTENT,
+    type=click.Choice(["traces", "table"]),
+    default="traces",
+    show_default=True,
+    help="A trace a scenario, or one table of the stored positions of all; no attention.",
 )
 @option(
     "--attention-capture",
@@ -230,18 +257,14 @@ def command(**given: Any) -> None:
     """
     _check(given)
     scenarios = _scenarios(given)
-    names = _names(scenarios, given["only"])
-    _check_output(given, names)
+    count = _count_and_check_output(given, scenarios)
     if not given["quiet"]:
-        say(f"zarrtrace: {_first_line(given, len(names))}", err=True)
+        say(f"zarrtrace: {_first_line(given, count)}", err=True)
     silence_libraries()
     options = _options(given, scenarios or given["scenarios"])
     _check_model(given, options)
     if given["dry_run"]:
-        from zarrtrace.extraction import estimate, prepare
-
-        job = prepare(options, weights=False, progress=_progress(given) == "bars")
-        say(_plan(job, estimate(job), given["output"], as_json=given["as_json"]))
+        say(_plan(given, options))
         return
     try:
         _extract(given, options)
@@ -253,8 +276,26 @@ def command(**given: Any) -> None:
         from zarrtrace.cli.info_ import show
 
         say(show(given["output"], as_json=given["as_json"]))
-        view = shlex.join(["zarrtrace", "view", str(given["output"])])
-        say(f"\nLook at it: {view}", err=True)
+    _say_what_next(given)
+
+
+def _say_what_next(given: dict[str, Any]) -> None:
+    """Say how to look at the run; of a table, with exit code 3, which scenarios failed."""
+    output = str(given["output"])
+    if given["layout"] == "traces":
+        if not given["quiet"]:
+            say(f"\nLook at it: {shlex.join(['zarrtrace', 'view', output])}", err=True)
+        return
+    from zarrtrace.store import open_table
+
+    failed = open_table(given["output"]).attrs["failed"]
+    for name, reason in list(failed.items())[:_FAILED_SHOWN]:
+        say(f"zarrtrace: {name}: not computed, its values are NaN: {reason}", err=True)
+    if failed:
+        say(f"zarrtrace: {len(failed)} scenarios were not computed", err=True)
+        raise SystemExit(3)
+    if not given["quiet"]:
+        say(f"\nOpen it: zarrtrace.open_table({output!r})", err=True)
 
 
 def _check(given: dict[str, Any]) -> None:
@@ -264,32 +305,43 @@ def _check(given: dict[str, Any]) -> None:
     if given["prompts"] and given["scenarios"]:
         raise click.UsageError("Give either --prompt or a file of prompts, --scenarios.")
     one_of({f"--{name.replace('_', '-')}": given[name] for name in _CLUSTER})
+    if given["layout"] == "table":
+        from zarrtrace.extraction.table import refuse_for_table
+
+        unused = {name: given[name] for name in _OF_TRACES}
+        refuse_for_table({**unused, "allow_nonfinite": given["allow_nonfinite"] or None})
     _check_layers(given)
     _device(given)
 
 
-def _scenarios(given: dict[str, Any]) -> tuple[Scenario, ...] | None:
+def _scenarios(given: dict[str, Any]) -> tuple[Scenario, ...] | ScenarioStream | None:
     """Read the scenarios, which takes no torch; None if they are the embedded ones."""
-    from zarrtrace.scenarios import as_scenarios
+    from zarrtrace.scenarios import as_scenarios, stream
 
+    read = as_scenarios if given["layout"] == "traces" else stream
     if given["prompts"]:
-        return as_scenarios(given["prompts"])
+        return read(given["prompts"])
     if given["scenarios"] is None or str(given["scenarios"]) == _EMBEDDED:
         return None
-    return as_scenarios(given["scenarios"])
+    return read(given["scenarios"])
 
 
-def _names(scenarios: Sequence[Scenario] | None, only: Sequence[str]) -> list[str]:
+def _count_and_check_output(
+    given: dict[str, Any], scenarios: tuple[Scenario, ...] | ScenarioStream | None
+) -> int:
+    """Count scenarios; refuse a folder that is not a run, or a run of other scenarios."""
     from zarrtrace import demo
-    from zarrtrace.scenarios import load_suite
-    from zarrtrace.scenarios.choice import only_named
+    from zarrtrace.scenarios import stream
 
-    every = load_suite(demo.suite_path()) if scenarios is None else scenarios
-    return [scenario.name for scenario in only_named(every, only)]
+    every = stream(demo.suite_path() if scenarios is None else scenarios).only(given["only"])
+    if given["layout"] == "table":
+        return len(every)
+    names = [scenario.name for scenario in every]
+    _check_output(given, names)
+    return len(names)
 
 
 def _check_output(given: dict[str, Any], names: list[str]) -> None:
-    """Refuse a folder that is not a run, or a run of other scenarios."""
     output: Location = given["output"]
     if output.path is None or given["repair"] or not output.path.exists():
         return  # in an object store this may take long, and is done later
@@ -306,11 +358,12 @@ def _check_model(given: dict[str, Any], options: Options) -> None:
     import json
 
     from zarrtrace import demo
-    from zarrtrace.extraction.job import find_scenarios
+    from zarrtrace.extraction.job import find_scenarios, find_stream
     from zarrtrace.extraction.layers import choose_layers
     from zarrtrace.hub import refuse_absent, snapshot_folder
 
-    find_scenarios(options)
+    find = find_scenarios if given["layout"] == "traces" else find_stream
+    find(options)
     if any(given[name] is not None for name in _CLUSTER):
         return  # workers may have other files
     if options.own_model:
@@ -356,10 +409,16 @@ def _extract(given: dict[str, Any], options: Options) -> None:
     how: dict[str, Any] = {
         "overwrite": given["overwrite"],
         "repair": given["repair"],
-        "allow_nonfinite": given["allow_nonfinite"],
         "accept_versions": given["accept_versions"],
         "progress": _progress(given),
     }
+    if given["layout"] == "table":
+        from zarrtrace.extraction.job import find_stream
+        from zarrtrace.extraction.table import extract_table
+
+        extract_table(given["output"], options, find_stream(options), **how)
+        return
+    how["allow_nonfinite"] = given["allow_nonfinite"]
     where = {name: given[name] for name in _CLUSTER}
     if all(value is None for value in where.values()):
         extract_run(given["output"], options, **how)
@@ -395,13 +454,15 @@ def _options(given: dict[str, Any], scenarios: object) -> Options:
         device=_device(given),
         dtype=given["dtype"],
         batch_size=given["batch_size"],
-        queries=given["queries"],
+        positions=given["positions"],
+        attention_positions=given["attention_positions"],
         attention_capture=given["attention_capture"],
         attention_dtype=given["attention_dtype"],
         attention_keepbits=given["attention_keepbits"],
         feature_dtype=given["feature_dtype"],
         residual_dtype=given["residual_dtype"],
         prepend_bos=given["prepend_bos"],
+        generation_prompt=given["generation_prompt"],
         low_memory=given["low_memory"],
     )
 
@@ -422,30 +483,49 @@ def _device(given: dict[str, Any]) -> str:
     return f"cuda:{given['gpu']}"
 
 
-def _plan(job: Job, need: Estimate, output: Location, *, as_json: bool) -> str:
-    from zarrtrace.format.attributes import ranges
+def _plan(given: dict[str, Any], options: Options) -> str:
+    """Say what would be done."""
+    from zarrtrace.extraction import estimate, prepare
+    from zarrtrace.extraction.estimate import estimate_table
+    from zarrtrace.extraction.job import find_stream
+    from zarrtrace.extraction.table import prepare_table
 
-    if as_json:
+    if given["layout"] == "table":
+        shown = _progress(given)
+        table_job = prepare_table(options, find_stream(options), weights=False, progress=shown)
+        job, need, count = table_job.job, estimate_table(table_job), table_job.survey.scenarios
+        what = f"{table_job.survey.samples:,} samples of {count:,} scenarios"
+        config = dict(table_job.plan().config)
+    else:
+        job = prepare(options, weights=False, progress=_progress(given) == "bars")
+        need, config = estimate(job), dict(job.config)
+        what = f"{len(need.tokens)} scenarios"
+    if given["as_json"]:
         import dataclasses
 
         plan: dict[str, Any] = {
-            "output": str(output),
-            "config": dict(job.config),
+            "output": str(given["output"]),
+            "config": config,
             **dataclasses.asdict(need),
         }
         plan["notes"] = list(job.notes)
         return json_text(plan)
+    return _plan_text(job, need, given["output"], what)
+
+
+def _plan_text(job: Job, need: Estimate, output: Location, what: str) -> str:
+    from zarrtrace.format.attributes import ranges
+
     rows = [[name, str(count)] for name, count in need.tokens.items()]
     saes = f"{len(job.saes)} SAEs" if job.saes else "no SAEs"
     model = job.model.attributes.id
     layers = f"{len(job.layers)} layers ({ranges(job.layers)})"
     lines = [
-        f"Would extract {len(rows)} scenarios × {layers} of {model} with {saes}",
+        f"Would extract {what} × {layers} of {model} with {saes}",
         f"into {output}:",
         *job.notes,
         "",
-        table(["scenario", "tokens"], rows),
-        "",
+        *([table(["scenario", "tokens"], rows), ""] if rows else []),
         f"disk           about {readable(need.disk_bytes)} (dense {readable(need.dense_bytes)})",
         f"host memory    about {readable(need.host_bytes)}",
         f"device memory  about {readable(need.device_bytes)}"

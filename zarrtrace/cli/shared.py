@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from zarrtrace.cli.commands import MACHINE, OBJECT_STORES, OUTPUT, PART, QUESTION, option
+from zarrtrace.errors import ConfigError
 from zarrtrace.text import terminal_text
 
 if TYPE_CHECKING:
+    from zarrtrace.extraction.positions import Positions
     from zarrtrace.storage import Location
 
 
@@ -57,23 +59,21 @@ class Layers(click.ParamType[tuple[int, ...]]):
         return tuple(sorted(set(layers)))
 
 
-class Queries(click.ParamType[str | tuple[int, ...]]):
-    """Rows of attention: ``last``, ``spans``, or token positions as ``0,5,-1``."""
+class PositionsType(click.ParamType["Positions"]):
+    """``all``, ``last``, ``spans``, names of spans with commas, or positions as ``0,5,-1``."""
 
-    name = "QUERIES"
+    name = "POSITIONS"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> str | tuple[int, ...]:
-        """Parse a name or a list of positions."""
-        if isinstance(value, tuple):
-            return value
-        if value in ("last", "spans"):
-            return str(value)
-        parts = [part.strip() for part in str(value).split(",")]
-        if not all(_number(part.removeprefix("-")) for part in parts):
-            self.fail(f"{value!r} is not 'last', 'spans' or positions like 0,5,-1", param, ctx)
-        return tuple(map(int, parts))
+    ) -> Positions:
+        """Parse a word or a list."""
+        from zarrtrace.extraction.positions import parsed
+
+        try:
+            return parsed(value, "--positions")
+        except ConfigError as error:
+            self.fail(f"{value!r}: {error.remedy}", param, ctx)
 
 
 def _number(text: str) -> bool:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Unpack, cast, overload
 
 from zarrtrace.errors import ConfigError, missing_for_cluster
 from zarrtrace.extraction.job import (
@@ -19,12 +19,15 @@ from zarrtrace.extraction.job import (
     StoredDtype,
     capture_package,
     find_scenarios,
+    find_stream,
 )
+from zarrtrace.extraction.positions import parsed
 from zarrtrace.extraction.progress import Shown
 from zarrtrace.extraction.running import extract_run
+from zarrtrace.extraction.table import extract_table, refuse_for_table
 from zarrtrace.format.attributes import layers_in
 from zarrtrace.storage import Address, Location, locate
-from zarrtrace.store import open_run
+from zarrtrace.store import open_run, open_table
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +49,62 @@ if TYPE_CHECKING:
     )
 
 
+class ExtractOptions(TypedDict, total=False):
+    """Options of :func:`extract` for type checkers; `layout` decides what it returns."""
+
+    model: str | Path | PreTrainedModel | None
+    tokenizer: str | Path | PreTrainedTokenizerBase | None
+    saes: SAEs | None
+    layers: int | str | Iterable[int] | None
+    attention: bool
+    features: bool
+    residual: bool
+    scenario: str | Sequence[str]
+    positions: str | int | Iterable[int] | Iterable[str]
+    attention_positions: str | int | Iterable[int] | Iterable[str] | None
+    revision: str | None
+    fold_decoder_norm: bool
+    layer_start: int | None
+    layer_end: int | None
+    device: str | torch.device | None
+    gpu: int | None
+    dtype: Dtype | torch.dtype
+    low_memory: bool
+    batch_size: int | None
+    attention_capture: AttentionCapture
+    attention_dtype: StoredDtype | None
+    attention_keepbits: int | None
+    feature_dtype: StoredDtype
+    residual_dtype: StoredDtype
+    prepend_bos: bool | None
+    trust_remote_code: bool
+    overwrite: bool
+    repair: bool
+    allow_nonfinite: bool
+    accept_versions: bool
+    workers: int | None
+    scheduler: str | None
+    scheduler_file: str | Path | None
+    storage_options: Mapping[str, str] | None
+    quiet: bool
+
+
+@overload
+def extract(
+    output: Address,
+    scenarios: Scenarios | None = None,
+    *,
+    layout: Literal["traces"] = "traces",
+    **options: Unpack[ExtractOptions],
+) -> xr.DataTree: ...
+@overload
+def extract(
+    output: Address,
+    scenarios: Scenarios | None = None,
+    *,
+    layout: Literal["table"],
+    **options: Unpack[ExtractOptions],
+) -> xr.Dataset: ...
 def extract(
     output: Address,
     scenarios: Scenarios | None = None,
@@ -57,8 +116,10 @@ def extract(
     attention: bool = True,
     features: bool = True,
     residual: bool = False,
+    layout: Literal["traces", "table"] = "traces",
     scenario: str | Sequence[str] = (),
-    queries: str | int | Iterable[int] | None = None,
+    positions: str | int | Iterable[int] | Iterable[str] = "all",
+    attention_positions: str | int | Iterable[int] | Iterable[str] | None = None,
     revision: str | None = None,
     fold_decoder_norm: bool = False,
     layer_start: int | None = None,
@@ -74,6 +135,7 @@ def extract(
     feature_dtype: StoredDtype = "float32",
     residual_dtype: StoredDtype = "float32",
     prepend_bos: bool | None = None,
+    generation_prompt: bool = True,
     trust_remote_code: bool = False,
     overwrite: bool = False,
     repair: bool = False,
@@ -84,7 +146,7 @@ def extract(
     scheduler_file: str | Path | None = None,
     storage_options: Mapping[str, str] | None = None,
     quiet: bool = False,
-) -> xr.DataTree:
+) -> xr.DataTree | xr.Dataset:
     """Run a model over prompts, store its attention and SAE features, and open the run.
 
     If the run exists, it is resumed: what is stored is not computed again. The same prompts,
@@ -116,11 +178,18 @@ def extract(
     attention, features, residual
         What to store. The residual stream is taken where the SAEs of ``features`` read it, so that
         they encode it to ``features``; without SAEs it is the output of each block.
+    layout
+        ``"traces"`` stores a trace a scenario. ``"table"`` stores one table of samples, of which
+        each is a stored position of a scenario: for thousands of prompts. It has no attention.
     scenario
         Names of scenarios to keep; by default all.
-    queries
-        Rows of attention to store: ``"last"``, ``"spans"`` or token positions, negative ones from
-        the end. By default all.
+    positions
+        Token positions to store, for all arrays: ``"all"``, ``"last"``, ``"spans"`` (those of any
+        span), names of spans (``"goal,balance"`` or a sequence), or integers, negative ones from
+        the end. SAEs encode these tokens only. The prompt's other tokens remain keys of attention.
+    attention_positions
+        Those of `positions` whose rows of attention are stored, given likewise. By default all of
+        them.
     revision
         Commit, tag or branch of the model on the hub.
     fold_decoder_norm
@@ -147,7 +216,10 @@ def extract(
         Precision of stored features and residual stream.
     prepend_bos
         Whether prompts begin with BOS. By default as the SAEs were trained, else if the tokenizer
-        has a BOS token.
+        has a BOS token; prompts of messages, as the chat template writes them.
+    generation_prompt
+        Whether the chat template begins the assistant's next message, for scenarios with messages
+        that do not say it. If not, a last message of the assistant's is continued.
     trust_remote_code
         Whether code that comes with the model may run.
     overwrite
@@ -169,8 +241,9 @@ def extract(
 
     Returns
     -------
-    xr.DataTree
-        The run, one child a scenario, as :func:`zarrtrace.open_run` opens it.
+    xr.DataTree or xr.Dataset
+        The run, one child a scenario, as :func:`zarrtrace.open_run` opens it; with
+        ``layout="table"`` the table, as :func:`zarrtrace.open_table` opens it.
 
     Raises
     ------
@@ -200,7 +273,10 @@ def extract(
             residual=residual,
             scenarios=scenarios,
             only=(scenario,) if isinstance(scenario, str) else tuple(scenario),
-            queries=_queries(queries),
+            positions=parsed(positions, "positions"),
+            attention_positions=None
+            if attention_positions is None
+            else parsed(attention_positions, "attention_positions"),
             revision=revision,
             fold_decoder_norm=fold_decoder_norm,
             device=_device(device, gpu),
@@ -213,6 +289,7 @@ def extract(
             feature_dtype=feature_dtype,
             residual_dtype=residual_dtype,
             prepend_bos=prepend_bos,
+            generation_prompt=generation_prompt,
             trust_remote_code=trust_remote_code,
         ),
         model,
@@ -220,20 +297,33 @@ def extract(
         device_given=device is not None or gpu is not None,
     )
     options, loaded = _with_saes(options, loaded, saes)
-    # Whatever is missing is said before torch is imported.
-    given = find_scenarios(options, loaded)
-    loaded = _with_tokenizer(options, loaded)
     if overwrite and repair:
         raise ConfigError("overwrite and repair contradict each other", remedy="Give one of them.")
     how: dict[str, Any] = {
-        "scenarios": given,
         "overwrite": overwrite,
         "repair": repair,
-        "allow_nonfinite": allow_nonfinite,
         "accept_versions": accept_versions,
         "progress": _shown(quiet=quiet),
     }
     cluster = {"workers": workers, "scheduler": scheduler, "scheduler_file": scheduler_file}
+    if layout == "table":
+        unused = {
+            **cluster,
+            "allow_nonfinite": allow_nonfinite or None,
+            "attention_dtype": attention_dtype,
+            "attention_keepbits": attention_keepbits,
+            "attention_positions": attention_positions,
+        }
+        refuse_for_table(unused)
+        stream = find_stream(options, loaded)
+        extract_table(where, options, stream, loaded=_with_tokenizer(options, loaded), **how)
+        return open_table(where)
+    if layout != "traces":
+        raise ConfigError(f"layout {layout!r}", remedy="Give 'traces' or 'table'.")
+    how["allow_nonfinite"] = allow_nonfinite
+    # Whatever is missing is said before torch is imported.
+    how["scenarios"] = find_scenarios(options, loaded)
+    loaded = _with_tokenizer(options, loaded)
     if all(value is None for value in cluster.values()):
         extract_run(where, options, loaded=loaded, **how)
     else:
@@ -252,10 +342,6 @@ def _layers(given: int | str | Iterable[int] | None) -> tuple[int, ...] | None:
                 f"layers: {error}", remedy="Give indices such as [1, 2], or text such as '1-31'."
             ) from None
     return _integers("layers", given)
-
-
-def _queries(given: str | int | Iterable[int] | None) -> str | tuple[int, ...] | None:
-    return given if given is None or isinstance(given, str) else _integers("queries", given)
 
 
 def _integers(name: str, given: int | Iterable[int]) -> tuple[int, ...]:

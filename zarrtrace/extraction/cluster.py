@@ -319,7 +319,7 @@ class _Tasks:
             f"every worker that computes {names} ends",
             why="Most often its memory does not suffice: the system, or the worker's nanny at its "
             "--memory-limit, ends it then. Workers' logs say more.",
-            remedy="Give workers more memory, or use --batch-size 1, --queries or --low-memory; "
+            remedy="Give workers more memory, or use --batch-size 1, --positions or --low-memory; "
             "what is done stays.",
         ) from error
 

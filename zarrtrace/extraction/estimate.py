@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zarrtrace.extraction.job import Job
 from zarrtrace.format.attributes import SAEAttributes
-from zarrtrace.format.layout import trace_layout
+from zarrtrace.format.layout import TraceShape, table_layout, trace_layout
+
+if TYPE_CHECKING:
+    from zarrtrace.extraction.table import TableJob
 
 # Bytes on disk, fitted to measured stores; schema/README.md has the tables. Attention is taken by
 # the precision in which the model computes, per element of the full square.
@@ -21,6 +24,8 @@ _PER_ACTIVE_FEATURE = 8.5
 _PER_INDEXED_FEATURE = 6.5
 _PER_NEXT_TOKEN = 70
 _PER_TRACE = 100_000
+# Next tokens and coordinates of a sample of a table.
+_PER_SAMPLE = 90
 _ACTIVE_FEATURES = 64
 # Python, torch, transformers and sae-lens before the first tensor; buffers of codecs.
 _LIBRARIES_BYTES = 900 * 2**20
@@ -34,7 +39,7 @@ class Estimate:
     Attributes
     ----------
     tokens
-        Tokens by scenario.
+        Tokens by scenario; empty for a table.
     dense_bytes
         Size of all arrays without compression.
     disk_bytes
@@ -58,63 +63,104 @@ def estimate(job: Job) -> Estimate:
     job
         From :func:`zarrtrace.extraction.prepare`; weights are not needed.
     """
-    dense, disk, record = 0, 0.0, 0
+    dense, disk, record, stored = 0, 0.0, 0, 0
     for prompt in job.prompts:
         shape = job.shape(prompt)
+        stored = max(stored, shape.rows)
         sizes = {
             name: math.prod(layout.shape) * _itemsize(layout.dtype)
             for name, layout in trace_layout(shape).items()
         }
         dense += sum(sizes.values())
-        disk += _on_disk(job, len(prompt.tokens.ids))
+        disk += _on_disk(job, shape)
         record = max(record, sum(sizes.values()) // max(1, len(job.layers)))
+    longest = max(len(prompt.tokens.ids) for prompt in job.prompts)
+    host, device = _memory(job, longest, stored)
+    return Estimate(
+        tokens={prompt.scenario.name: len(prompt.tokens.ids) for prompt in job.prompts},
+        dense_bytes=dense,
+        disk_bytes=round(disk),
+        host_bytes=host + _RECORDS_HELD * record,
+        device_bytes=device,
+    )
+
+
+def estimate_table(table: TableJob) -> Estimate:
+    """Estimate what a table needs, assuming 64 active features a sample.
+
+    Parameters
+    ----------
+    table
+        From :func:`zarrtrace.extraction.table.prepare_table`; weights are not needed.
+    """
+    job, samples = table.job, table.survey.samples
+    sizes = {
+        name: math.prod(layout.shape) * _itemsize(layout.dtype)
+        for name, layout in table_layout(table.shape).items()
+    }
+    group = min(samples, table.most_samples)
+    held = group * (_values_on_disk(job) + len(job.layers) * 4 * (job.channels or 0))
+    host, device = _memory(job, table.survey.longest, table.survey.longest)
+    return Estimate(
+        tokens={},
+        dense_bytes=sum(sizes.values()),
+        disk_bytes=round(samples * (_PER_SAMPLE + _values_on_disk(job))),
+        # A group is written while the next one is computed.
+        host_bytes=host + round(2 * held),
+        device_bytes=device,
+    )
+
+
+def _memory(job: Job, longest: int, stored: int) -> tuple[int, int]:
+    """Return bytes on host and device while prompts of so many tokens are computed."""
     on_device = job.options.device != "cpu"
     weights = _bytes_of(job.model.model)
     if on_device and job.options.low_memory:
         blocks = [_bytes_of(block) for block in job.model.blocks]
         weights += 2 * max(blocks) - sum(blocks)  # the one that computes and the one that comes
     encoder = max((4 * sae.d_in * sae.d_sae for sae in _all(job)), default=0)
-    longest = max(len(prompt.tokens.ids) for prompt in job.prompts)
     # One encoder in use; the next is loaded whole, with its decoder.
-    computing = weights + 3 * encoder + _block_bytes(job, longest)
-    writing = _RECORDS_HELD * record
-    return Estimate(
-        tokens={prompt.scenario.name: len(prompt.tokens.ids) for prompt in job.prompts},
-        dense_bytes=dense,
-        disk_bytes=round(disk),
-        host_bytes=_LIBRARIES_BYTES + writing + (0 if on_device else computing),
-        device_bytes=computing if on_device else 0,
-    )
+    computing = weights + 3 * encoder + _block_bytes(job, longest, stored)
+    if on_device:
+        return _LIBRARIES_BYTES, computing
+    return _LIBRARIES_BYTES + computing, 0
 
 
 def _bytes_of(module: Any) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
-def _on_disk(job: Job, tokens: int) -> float:
-    layers = len(job.layers)
-    size = float(_PER_TRACE + _PER_NEXT_TOKEN * tokens)
+def _on_disk(job: Job, shape: TraceShape) -> float:
+    layers, stored = len(job.layers), shape.rows
+    size = float(_PER_TRACE + _PER_NEXT_TOKEN * stored)
     if job.attention_dtype is not None:
         computed = job.model.attributes.dtype
         precision = "float16" if job.attention_dtype == "float16" else computed
         per_head = _ATTENTION[precision] * job.model.n_heads
-        size += layers * tokens**2 * (per_head + _ATTENTION_MEAN)
+        rows = stored if shape.attention_positions is None else shape.attention_positions
+        size += layers * rows * shape.tokens * (per_head + _ATTENTION_MEAN)
+    indexed = sum(min(32, sae.d_sae) for sae in _all(job))
+    return size + stored * (indexed * _PER_INDEXED_FEATURE + _values_on_disk(job))
+
+
+def _values_on_disk(job: Job) -> float:
+    """Return bytes of features and residual stream of one token."""
+    size = 0.0
     if job.channels is not None:
         computed = job.model.attributes.dtype
         half = job.options.residual_dtype == "float16" and computed == "float32"
         each = _RESIDUAL["float16" if half else computed]
-        size += len(job.residual) * tokens * job.channels * each
-    indexed = sum(min(32, sae.d_sae) for sae in _all(job))
+        size += len(job.residual) * job.channels * each
     active = sum(min(_ACTIVE_FEATURES, sae.d_sae) for sae in _all(job))
-    return size + tokens * (indexed * _PER_INDEXED_FEATURE + active * _PER_ACTIVE_FEATURE)
+    return size + active * _PER_ACTIVE_FEATURE
 
 
-def _block_bytes(job: Job, tokens: int) -> int:
+def _block_bytes(job: Job, tokens: int, stored: int) -> int:
     """Activations of one block of one batch: attention three times over, features twice."""
     itemsize = 4 if job.model.attributes.dtype == "float32" else 2
     rows = tokens * job.batch_size
     attention = 3 * job.model.n_heads * rows * tokens * itemsize
-    features = 2 * 4 * rows * max((sae.d_sae for sae in _all(job)), default=0)
+    features = 2 * 4 * stored * job.batch_size * max((sae.d_sae for sae in _all(job)), default=0)
     return int(attention + features + 16 * rows * job.model.d_model * itemsize)
 
 

@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, wraps
 from pathlib import Path
@@ -15,14 +15,19 @@ from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, get_args
 from zarrtrace import demo
 from zarrtrace.errors import ConfigError, install_command
 from zarrtrace.extraction.layers import choose_layers
+from zarrtrace.extraction.positions import Positions, as_json, as_text, check_spans, positions_of
 from zarrtrace.extraction.processes import FEW_TRACES, WriterPool
 from zarrtrace.extraction.reading_ahead import ReadAhead, weight_files
-from zarrtrace.format.attributes import SAEAttributes, TraceAttributes, ranges
+from zarrtrace.format.attributes import (
+    ModelAttributes,
+    SAEAttributes,
+    TraceAttributes,
+    ranges,
+)
 from zarrtrace.format.layout import TraceShape
 from zarrtrace.hub import cache_if_unreachable
 from zarrtrace.records import TracePlan
-from zarrtrace.scenarios import Scenario, as_scenarios
-from zarrtrace.scenarios.choice import only_named
+from zarrtrace.scenarios import Scenario, ScenarioStream, stream
 
 if TYPE_CHECKING:  # they import torch
     from zarrtrace.capture import CaptureLimits, LoadedModel, Prompt
@@ -74,7 +79,7 @@ class Options:
         What to store. `residual` is the residual stream at the hook point that the SAEs of
         ``features`` read, without SAEs the output of each block.
     scenarios
-        What :func:`zarrtrace.scenarios.as_scenarios` takes; ``"slot-machine"`` is the embedded
+        What :func:`zarrtrace.scenarios.stream` takes; ``"slot-machine"`` is the embedded
         suite.
     only
         Names of scenarios; empty means all.
@@ -82,9 +87,11 @@ class Options:
         Where and how the model computes.
     batch_size
         Scenarios in one forward pass; None chooses from memory: 1 on a CPU.
-    queries
-        Rows of attention to store: ``"last"``, ``"spans"`` or token positions, negative ones from
-        the end; None for all.
+    positions
+        Token positions to store: ``"all"``, ``"last"``, ``"spans"`` (those of any span), names of
+        spans, or integers, negative ones from the end.
+    attention_positions
+        Those of `positions` whose rows of attention are stored; None for all of them.
     attention_capture
         ``"whole"`` takes attention as transformers' eager implementation makes it; ``"blocked"``
         block of queries by block, so that no whole matrix is held; ``"auto"`` the latter only
@@ -99,7 +106,11 @@ class Options:
     residual_dtype
         Precision in which the residual stream is stored; values too large for it are refused.
     prepend_bos
-        None does as the SAEs were trained, else if the tokenizer has a BOS token.
+        None does as the SAEs were trained, else if the tokenizer has a BOS token; of messages, as
+        the chat template does.
+    generation_prompt
+        Whether chat templates begin the assistant's next message, for scenarios with messages that
+        do not say it.
     low_memory
         Whether decoder blocks stay in host memory and come to the device one at a time.
     """
@@ -122,13 +133,15 @@ class Options:
     device: str = "cpu"
     dtype: Dtype = "auto"
     batch_size: int | None = None
-    queries: str | tuple[int, ...] | None = None
+    positions: Positions = "all"
+    attention_positions: Positions | None = None
     attention_capture: AttentionCapture = "auto"
     attention_dtype: StoredDtype | None = None
     attention_keepbits: int | None = None
     feature_dtype: StoredDtype = "float32"
     residual_dtype: StoredDtype = "float32"
     prepend_bos: bool | None = None
+    generation_prompt: bool = True
     low_memory: bool = False
 
     @property
@@ -196,28 +209,44 @@ class Job:
     config: Mapping[str, Any]
     notes: tuple[str, ...] = ()
 
-    def queries(self, prompt: Prompt) -> tuple[int, ...] | None:
-        """Token positions whose attention is stored; None for all.
+    def positions(self, prompt: Prompt) -> tuple[int, ...] | None:
+        """Token positions that are stored; None for all.
 
         Raises
         ------
-        ConfigError
-            If one is not in the prompt.
+        ConfigError, ScenarioError
+            If one is not in the prompt, or none is left.
         """
-        wanted, tokens = self.options.queries, len(prompt.tokens.ids)
-        if wanted is None or not self.options.attention:
+        found = positions_of(self.options.positions, prompt, "--positions")
+        return None if found == tuple(range(len(prompt.tokens.ids))) else found
+
+    def attention_positions(self, prompt: Prompt) -> tuple[int, ...] | None:
+        """Token positions whose rows of attention alone are stored; None for :meth:`positions`.
+
+        Raises
+        ------
+        ConfigError, ScenarioError
+            As :meth:`positions`; also if one is not among the stored positions.
+        """
+        wanted = self.options.attention_positions
+        if wanted is None or wanted == self.options.positions:
             return None
-        if wanted == "last":
-            return (tokens - 1,)
-        if wanted == "spans":
-            return tuple(sorted({at for span in prompt.spans.values() for at in span.tokens}))
-        for position in wanted:
-            if not -tokens <= int(position) < tokens:
-                raise ConfigError(
-                    f"--queries {position}: scenario {prompt.scenario.name!r} has {tokens} tokens",
-                    remedy=f"Give positions from {-tokens} to {tokens - 1}.",
-                )
-        return tuple(sorted({int(position) % tokens for position in wanted}))
+        found = positions_of(wanted, prompt, "--attention-positions")
+        stored = self.positions(prompt)
+        absent = [] if stored is None else sorted(set(found) - set(stored))
+        if absent:
+            raise ConfigError(
+                f"--attention-positions {as_text(wanted)}: token {absent[0]} of scenario "
+                f"{prompt.scenario.name!r} is not among the stored positions",
+                why=f"--positions {as_text(self.options.positions)} leaves it out.",
+                remedy="Choose more --positions, or fewer --attention-positions.",
+            )
+        return found
+
+    def attention_rows(self, prompt: Prompt) -> tuple[int, ...] | None:
+        """Token positions whose rows of attention are stored; None for all of the prompt."""
+        own = self.attention_positions(prompt)
+        return self.positions(prompt) if own is None else own
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
@@ -259,6 +288,7 @@ class Job:
         return TraceShape(
             layers=len(self.layers),
             tokens=len(prompt.tokens.ids),
+            positions=_count(self.positions(prompt)),
             heads=self.model.n_heads if self.options.attention else None,
             features={sae.variable: sae.d_sae for found in self.saes.values() for sae in found},
             channels=self.channels,
@@ -268,6 +298,7 @@ class Job:
             attention_layers=len(self.attention_layers)
             if self.options.attention and len(self.attention_layers) < len(self.layers)
             else None,
+            attention_positions=_count(self.attention_positions(prompt)),
             limits=self.model.limits.layout,
         )
 
@@ -278,7 +309,8 @@ class Job:
             shape=self.shape(prompt),
             tokens=prompt.tokens,
             saes=tuple(sae for found in self.saes.values() for sae in found),
-            queries=self.queries(prompt),
+            positions=self.positions(prompt),
+            attention_positions=self.attention_positions(prompt),
             settings=self._settings,
         )
 
@@ -295,6 +327,15 @@ class Job:
             return hook.replace(f"blocks.{layer}.", "blocks.{layer}.", 1)
         return None
 
+    def _model_attributes(self, prompt: Prompt) -> ModelAttributes:
+        """Return the model's attributes, with what differs from prompt to prompt."""
+        update: dict[str, Any] = {}
+        if prompt.scenario.name in self.blocked:
+            update["attn_implementation"] = "blocked"
+        if prompt.scenario.chat is not None:
+            update["prepend_bos"] = prompt.tokens.ids[0] == self.model.tokenizer.bos_token_id
+        return self.model.attributes.model_copy(update=update)
+
     def _attributes(self, prompt: Prompt) -> TraceAttributes:
         reasons: dict[str, list[int]] = {}
         for layer in self.layers if self.options.attention else ():
@@ -302,18 +343,16 @@ class Job:
                 block = type(self.model.blocks[layer]).__name__
                 reason = f"{block} mixes tokens without attention probabilities"
                 reasons.setdefault(reason, []).append(layer)
+        chat = prompt.scenario.chat
         return TraceAttributes(
             scenario=prompt.scenario.name,
             prompt=prompt.scenario.prompt,
+            chat=None if chat is None else chat.attributes,
             tags=tuple(prompt.scenario.tags),
             spans=prompt.spans,
             options=prompt.options,
             metadata=dict(prompt.scenario.metadata),
-            model=self.model.attributes.model_copy(
-                update={"attn_implementation": "blocked"}
-                if prompt.scenario.name in self.blocked
-                else {}
-            ),
+            model=self._model_attributes(prompt),
             layers=self.layers,
             layers_without_sae=tuple(
                 layer for layer in self.layers if self.saes and layer not in self.saes
@@ -329,6 +368,10 @@ class Job:
             ),
             versions=library_versions(),
         )
+
+
+def _count(positions: tuple[int, ...] | None) -> int | None:
+    return None if positions is None else len(positions)
 
 
 @cache
@@ -412,9 +455,7 @@ def prepare(
     if ahead and source is not None:
         ahead.add(source.stretches([sae for found in saes.values() for sae in found]))
     prepend_bos = _prepend_bos(options, model, source)
-    prompts = tuple(
-        capture.tokenize(model, scenario, prepend_bos=prepend_bos) for scenario in scenarios
-    )
+    prompts = tuple(tokenized(options, model, scenarios, prepend_bos=prepend_bos))
     if loaded.tokenizer is not None:
         capture.refuse_unknown_ids(model, (max(prompt.tokens.ids) for prompt in prompts))
     if weights:
@@ -429,14 +470,31 @@ def prepare(
 
 def with_scenarios(job: Job, scenarios: Sequence[Scenario]) -> Job:
     """Return a job for other scenarios, with the model and the SAEs that it has."""
-    capture, bos = capture_package(), job.model.attributes.prepend_bos
-    prompts = tuple(
-        capture.tokenize(job.model, scenario, prepend_bos=bos) for scenario in scenarios
-    )
+    bos = job.model.attributes.prepend_bos
+    prompts = tuple(tokenized(job.options, job.model, scenarios, prepend_bos=bos))
     made = _assembled(
         job.options, job.model, job.layers, job.source, job.saes, prompts, prepend_bos=bos
     )
     return replace(made, notes=job.notes)
+
+
+def with_prompts(job: Job, prompts: tuple[Prompt, ...]) -> Job:
+    """Return a job for other prompts, which are computed in the batches that they make."""
+    return replace(job, prompts=prompts, blocked=_blocked(job.options, job.model, prompts))
+
+
+def tokenized(
+    options: Options, model: LoadedModel, scenarios: Iterable[Scenario], *, prepend_bos: bool
+) -> Iterator[Prompt]:
+    """Render chats, and tokenise scenarios, one by one."""
+    capture = capture_package()
+    for scenario in scenarios:
+        rendered = scenario.render(
+            model.tokenizer,
+            generation_prompt=options.generation_prompt,
+            prepend_bos=options.prepend_bos,
+        )
+        yield capture.tokenize(model, rendered, prepend_bos=prepend_bos)
 
 
 def _assembled(
@@ -467,7 +525,7 @@ def _assembled(
     )
     _ = job.residual  # refuses SAEs that read different places
     for prompt in prompts:
-        job.queries(prompt)  # refuses positions that a prompt does not have
+        job.shape(prompt)  # refuses positions that a prompt does not have
     return job
 
 
@@ -549,10 +607,11 @@ def _check(options: Options, loaded: Loaded) -> None:
         )
     if options.batch_size is not None and options.batch_size < 1:
         raise ConfigError(f"--batch-size {options.batch_size}", remedy="Give 1 or more.")
-    queries = options.queries
-    if isinstance(queries, str) and queries not in ("last", "spans"):
+    if options.attention_positions is not None and not options.attention:
         raise ConfigError(
-            f"--queries {queries}", remedy="Give last, spans, or positions such as 0,5,-1."
+            "--attention-positions with --no-attention",
+            why="No attention is stored.",
+            remedy="Leave one of the two out; --positions chooses for all arrays.",
         )
 
 
@@ -624,10 +683,30 @@ def find_scenarios(options: Options, loaded: Loaded = _NOTHING) -> tuple[Scenari
         If options contradict each other, or a scenario cannot be used.
     """
     _check(options, loaded)
+    chosen = tuple(stream(_given(options)).only(options.only))
+    check_spans(options.positions, chosen, "--positions")
+    check_spans(options.attention_positions, chosen, "--attention-positions")
+    return chosen
+
+
+def find_stream(options: Options, loaded: Loaded = _NOTHING) -> ScenarioStream:
+    """Return the scenarios that options name, for a table: as a stream.
+
+    Raises
+    ------
+    ConfigError, ScenarioError
+        As for :func:`find_scenarios`.
+    """
+    _check(replace(options, attention=False), loaded)
+    scenarios = stream(_given(options)).only(options.only)
+    check_spans(options.positions, scenarios, "--positions")
+    return scenarios
+
+
+def _given(options: Options) -> Any:
     given = options.scenarios
     is_name = isinstance(given, str | Path) and str(given) == SLOT_MACHINE
-    scenarios = as_scenarios(demo.suite_path() if given is None or is_name else given)
-    return only_named(scenarios, options.only)
+    return demo.suite_path() if given is None or is_name else given
 
 
 def _sae_source(options: Options, loaded: Loaded) -> SAESource:
@@ -675,7 +754,7 @@ def _config(
     batch_size: int,
 ) -> dict[str, Any]:
     """Everything that decides what is stored, as JSON."""
-    attributes, queries = model.attributes, options.queries
+    attributes = model.attributes
     return {
         "model": attributes.id,
         "revision": attributes.revision,
@@ -685,7 +764,8 @@ def _config(
         "prepend_bos": attributes.prepend_bos,
         "device": model.device.type,
         "batch_size": batch_size,
-        "queries": list(queries) if isinstance(queries, tuple) else queries,
+        "positions": as_json(options.positions),
+        "attention_positions": as_json(options.attention_positions),
         "attention_capture": options.attention_capture,
         "layers": ranges(layers),
         "attention": options.attention,
@@ -701,12 +781,12 @@ def _config(
         },
         "sae_dtype": sorted({sae.dtype for found in saes.values() for sae in found}),
         "fold_decoder_norm": options.fold_decoder_norm,
-        "prompts": {prompt.scenario.name: _digest(prompt) for prompt in prompts},
+        "prompts": {prompt.scenario.name: prompt_digest(prompt) for prompt in prompts},
         "versions": library_versions(),
     }
 
 
-def _digest(prompt: Prompt) -> str:
+def prompt_digest(prompt: Prompt) -> str:
     """Hash a scenario, and what the tokenizer makes of it."""
     scenario = prompt.scenario
     content = [
@@ -719,5 +799,6 @@ def _digest(prompt: Prompt) -> str:
         list(prompt.tokens.texts),
         sorted((name, span.tokens) for name, span in prompt.spans.items()),
         sorted((name, option.token_id) for name, option in prompt.options.items()),
+        scenario.chat and (scenario.chat.template, scenario.chat.generation_prompt),
     ]
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()

@@ -142,3 +142,54 @@ class Progress:
         self._layer_bar.close()
         if kind is KeyboardInterrupt:
             raise KeyboardInterrupt(f"stopped after {self}") from None
+
+
+class SampleProgress:
+    """Samples of a table on stderr: a bar, or a line now and then.
+
+    A context manager; an interruption that leaves it says how far the table was.
+
+    Parameters
+    ----------
+    samples, done
+        How many the table has, and how many were stored before.
+    shown
+        In which form.
+    """
+
+    def __init__(self, samples: int, done: int, shown: Shown) -> None:
+        self._samples, self._done = samples, done
+        self._lines, self._said = shown == "lines", time.monotonic()
+        self._bar = _bar()(
+            total=samples,
+            initial=done,
+            desc="samples",
+            unit="sample",
+            disable=shown != "bars",
+            file=sys.stderr,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def update(self, samples: int) -> None:
+        """Count samples that were computed."""
+        self._done += samples
+        self._bar.update(samples)
+        if self._lines and time.monotonic() - self._said > _SECONDS_A_LINE:
+            self._said = time.monotonic()
+            sys.stderr.write(f"zarrtrace: {self}\n")
+
+    def __str__(self) -> str:
+        """Say how far the table is."""
+        return f"{self._done:,} of {self._samples:,} samples"
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.close()
+        if kind is KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped after {self}") from None

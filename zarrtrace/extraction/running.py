@@ -102,7 +102,7 @@ def extract_run(
     # While it runs, each SAE is read from the hub or its cache.
     named = options.own_model if loaded.model is None else None
     hub = cache_if_unreachable(named, options.sae_release)
-    with hub, WriterPool() as pool, _borrowed(loaded.model):
+    with hub, WriterPool() as pool, borrowed(loaded.model):
         job = prepare(
             options,
             scenarios=scenarios,
@@ -130,11 +130,12 @@ def extract_run(
     return output
 
 
-def _borrowed(model: Any) -> AbstractContextManager[None]:
+def borrowed(model: Any) -> AbstractContextManager[None]:
+    """Borrow a loaded model, if there is one."""
     if model is None:
         return contextlib.nullcontext()
-    borrowed: AbstractContextManager[None] = capture_package().borrow(model)
-    return borrowed
+    lent: AbstractContextManager[None] = capture_package().borrow(model)
+    return lent
 
 
 @contextlib.contextmanager
@@ -190,7 +191,7 @@ def fill(
         for name, lack in writers.lacks.items():
             watch.found(name, len(lack.layers), complete=not any(lack))
         # Closed here: a pass that is dropped in another thread cannot be ended there.
-        with contextlib.closing(_captured(job, writers.lacks)) as records:
+        with contextlib.closing(captured(job, writers.lacks)) as records:
             for record in records:
                 watch.check()
                 writers.submit(record)
@@ -213,7 +214,7 @@ def _in_order(job: Job) -> list[Prompt]:
     return [job.prompts[at] for group in groups for at in group]
 
 
-def _captured(job: Job, lacks: Mapping[str, Lack]) -> Generator[Record, None, None]:
+def captured(job: Job, lacks: Mapping[str, Lack]) -> Generator[Record, None, None]:
     """Capture what traces lack."""
     capture = capture_package()
     requests = [
@@ -222,7 +223,8 @@ def _captured(job: Job, lacks: Mapping[str, Lack]) -> Generator[Record, None, No
             frozenset(lacks[prompt.scenario.name].layers),
             lacks[prompt.scenario.name].tokens,
             blocked=prompt.scenario.name in job.blocked,
-            queries=job.queries(prompt),
+            positions=job.positions(prompt),
+            attention_positions=job.attention_rows(prompt),
         )
         for prompt in job.prompts
     ]

@@ -164,14 +164,20 @@ def span_colours(names: Iterable[str]) -> dict[str, str]:
 
 
 def cells_of_spans(ds: xr.Dataset) -> dict[str, list[int]]:
-    """Return which cells of an image over tokens each span of a trace covers."""
-    where = {int(label): i for i, label in enumerate(np.asarray(ds["query"]))}
+    """Return which cells of an image over a prompt's tokens each span of a trace covers."""
+    where = {int(label): i for i, label in enumerate(np.asarray(ds["key"]))}
     spans = ds.attrs["spans"]
     return {
         name: [where[i] for i in positions(ds, name)]
         for name in span_names(ds)
         if set(spans[name]["tokens"]) <= set(where) and spans[name]["tokens"]
     }
+
+
+def of_all_tokens(ds: xr.Dataset, values: xr.DataArray) -> np.ndarray:
+    """Return values with every token of the prompt along ``query``; NaN where not stored."""
+    bare = values.reset_coords(drop=True)
+    return np.asarray(bare.reindex(query=ds["key"].values), dtype=np.float64)
 
 
 def runs_of(cells: Sequence[int]) -> list[tuple[int, int]]:
@@ -245,7 +251,7 @@ def label_token_axis(
     colours = span_colours(spans)
     by_cell = {cell: colours[name] for name, cells in spans.items() for cell in cells}
     width, height = size_of(ax)
-    texts = [str(text) for text in np.asarray(ds["query_token"])]
+    texts = [str(text) for text in np.asarray(ds["key_token"])]
     label_tokens(
         ax.xaxis if side == "x" else ax.yaxis,
         texts,

@@ -12,7 +12,13 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from zarrtrace.analysis import attention_to, pathway_features
-from zarrtrace.analysis.selecting import attention, positions, require, scenario_of
+from zarrtrace.analysis.selecting import (
+    attention,
+    positions,
+    require,
+    require_queries,
+    scenario_of,
+)
 from zarrtrace.errors import ConfigError
 from zarrtrace.figures.drawing import (
     DIVERGING,
@@ -31,6 +37,7 @@ from zarrtrace.figures.drawing import (
     layer_axis,
     lines_by_layer,
     mark_spans,
+    of_all_tokens,
     shade_bands,
     size_of,
     span_colours,
@@ -79,7 +86,7 @@ def feature_timeline(ds: xr.Dataset, feature: int | None = None, *, ax: Axes | N
                 remedy=f"It has 0 to {ds.indexes['feature'].max()}.",
             )
         values, of = ds["features"].sel(feature=feature), f"latent {feature}"
-    shown = np.ma.masked_invalid(np.asarray(values.transpose("layer", "query"), dtype=np.float64))
+    shown = np.ma.masked_invalid(of_all_tokens(ds, values.transpose("layer", "query")))
     layers = np.asarray(ds["layer"]).tolist()
     height = 1.7 + max(1.0, 0.085 * len(layers))
     ax = axes_or_new(ax, PAGE_WIDTH, height, margins=(0.45, 0.65, 0.85, 0.85))
@@ -194,7 +201,9 @@ def integrated_view(
     names = [n for n in spans if n != DECISION] if sources is None else list(sources)
     chosen = _pathway_rows(ds, names, count)
     # The scale leaves out the first token, which often takes most of the attention.
-    decided = attention(ds, "mean").sel(query=positions(ds, DECISION)).mean("query", skipna=False)
+    decision = positions(ds, DECISION)
+    require_queries(ds, decision)
+    decided = attention(ds, "mean").sel(query=decision).mean("query", skipna=False)
     layers = np.asarray(decided["layer"]).tolist()
     above, row = min(3.6, max(1.0, 0.085 * len(layers))), 0.155
     left, top, between, bottom = 0.75, 0.95, 0.36, 0.95
@@ -285,7 +294,7 @@ def _draw_features(
     words: xr.Dataset | None,
 ) -> None:
     rows = [
-        np.asarray(ds["features"].sel(layer=layer, feature=feature), dtype=np.float64)
+        of_all_tokens(ds, ds["features"].sel(layer=layer, feature=feature))
         for _, layer, feature in chosen
     ]
     if not rows:
@@ -295,8 +304,10 @@ def _draw_features(
         label_token_axis(ax, ds, spans)
         return
     values = np.stack(rows)
-    values /= np.abs(values).max(axis=1, keepdims=True)
-    ax.imshow(values, **_scale(np.ma.masked_invalid(values), 1.0), aspect="auto")
+    values /= np.nanmax(np.abs(values), axis=1, keepdims=True)
+    shown = np.ma.masked_invalid(values)
+    ax.imshow(shown, **_scale(shown, 1.0), aspect="auto")
+    ax.set_facecolor(NOT_STORED)
     colours = span_colours(spans)
     ax.set_yticks(range(len(chosen)), labels=[f"L{layer} · {f}" for _, layer, f in chosen])
     for tick, (name, _, _) in zip(ax.get_yticklabels(), chosen, strict=True):

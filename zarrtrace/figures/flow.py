@@ -20,10 +20,10 @@ from matplotlib.ticker import MaxNLocator
 from zarrtrace.analysis import attention_rollout, attention_to
 from zarrtrace.analysis.selecting import (
     positions,
-    query_labels,
     require,
     scenario_of,
     span_names,
+    token_labels,
 )
 from zarrtrace.errors import ConfigError
 from zarrtrace.figures.drawing import (
@@ -137,7 +137,7 @@ def flow_diagram(
     """
     require(ds, "attention_mean")
     names = _in_prompt_order(ds) if spans is None else list(spans)
-    first = int(query_labels(ds)[0])
+    first = int(token_labels(ds)[0])
     share = attention_to(ds, [first, *names], names, reduce="sum")
     layers = np.asarray(share["layer"]).tolist()
     figure = figure or blank(PAGE_WIDTH, min(8.5, 1.6 + 0.17 * len(layers)))
@@ -146,7 +146,7 @@ def flow_diagram(
     beside = axes_at(figure, width * 0.62 + 0.35, 0.55, width * 0.38 - 0.45, height - 1.05)
     colours = {str(first): "#333333", **span_colours(span_names(ds))}
     _draw_edges(ax, share, colours)
-    texts = np.asarray(ds["query_token"])
+    texts = np.asarray(ds["key_token"])
     columns = [f"first token\n{token_label(str(texts[0]))}", *map(drawable, names)]
     ax.set_xticks(range(len(columns)), labels=columns)
     for tick, name in zip(ax.get_xticklabels(), [str(first), *names], strict=True):

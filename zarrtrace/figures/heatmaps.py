@@ -209,9 +209,12 @@ def _weights(ds: xr.Dataset, layer: int, head: int | None) -> np.ma.MaskedArray:
             )
     weights = ds[name].sel(wanted).reset_coords(drop=True)
     if "attention_query" in weights.dims:
-        weights = weights.rename(attention_query="query").reindex(query=ds["query"])
+        weights = weights.rename(attention_query="query")
+    # A row for every token: those that are not stored are drawn as such.
+    weights = weights.reindex(query=ds["key"].values)
     values = np.asarray(weights.transpose("query", "key"), dtype=np.float64)
-    future = np.asarray(ds["key"])[None, :] > np.asarray(ds["query"])[:, None]
+    keys = np.asarray(ds["key"])
+    future = keys[None, :] > keys[:, None]
     return np.ma.masked_where(future | np.isnan(values), values)
 
 

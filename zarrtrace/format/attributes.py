@@ -1,4 +1,4 @@
-"""Attributes of runs, traces and indexes, as frozen values.
+"""Attributes of runs, traces, tables and indexes, as frozen values.
 
 Each field is an attribute of its own in the ``zarr.json`` of the group, short enough to be read.
 :mod:`zarrtrace.store` writes them, and ``schema/`` holds the JSON Schemas made from them.
@@ -117,6 +117,18 @@ class OptionAttributes(Frozen):
 
     text: str
     token_id: NonNegativeInt = Field(description="Its first token.")
+
+
+class ChatAttributes(Frozen):
+    """How a chat template made the prompt of messages."""
+
+    template: Fingerprint = Field(description="BLAKE2b (8 bytes) of the template's text.")
+    generation_prompt: bool = Field(
+        description="Whether the template was asked to begin the assistant's next message."
+    )
+    continued: bool = Field(
+        description="Whether the prompt ends within its last message, the assistant's."
+    )
 
 
 class ModelAttributes(Frozen):
@@ -271,7 +283,13 @@ class TraceAttributes(Frozen):
     format_version: Literal[2] = 2
     kind: Literal["trace"] = "trace"
     scenario: str
-    prompt: str | None = Field(description="Text without special tokens; null if not known.")
+    prompt: str | None = Field(
+        description="Text without special tokens, of a chat with those that its template writes; "
+        "null if not known."
+    )
+    chat: ChatAttributes | None = Field(
+        default=None, description="Null if the prompt was not made of messages."
+    )
     tags: tuple[str, ...] = ()
     spans: dict[str, SpanAttributes]
     options: dict[str, OptionAttributes] = {}
@@ -368,6 +386,58 @@ class IndexAttributes(Frozen):
     scenarios: NonNegativeInt = Field(description="How many the run has.")
     indexed: NonNegativeInt = Field(description="How many of them are in the index.")
     seal: Seal | None = Field(default=None, description=_SEAL)
+
+
+class TableAttributes(Frozen):
+    """The attributes of a table's group: samples of many scenarios in one store."""
+
+    zarr_conventions: tuple[dict[str, str], ...] = CONVENTIONS
+    format_version: Literal[2] = 2
+    kind: Literal["table"] = "table"
+    scenarios: NonNegativeInt = Field(description="How many scenarios the samples are of.")
+    positions: str = Field(description="Token positions that were asked for, as 'last'.")
+    spans: tuple[str, ...] = Field(default=(), description="Names of the scenarios' spans.")
+    options: tuple[str, ...] = Field(
+        default=(), description="Each has a coordinate `option_NAME`: the id of its first token."
+    )
+    metadata: tuple[_MetadataName, ...] = Field(
+        default=(), description="Names of the coordinates that are columns of metadata."
+    )
+    failed: dict[str, str] = Field(
+        default_factory=dict,
+        description="Why scenarios were not computed; all values of their samples are NaN.",
+    )
+    model: ModelAttributes | None = Field(description="Null if not known.")
+    saes: dict[str, SAESetAttributes] = Field(
+        default_factory=dict, description="By array: `features`, `features_NAME`."
+    )
+    layers: Layers = Field(description="Index of the dimension `layer`.")
+    layers_without_sae: Layers = ()
+    layers_without_residual: Layers = ()
+    feature_dtype: Literal["float16", "float32"] | None = Field(
+        description="Null if features were not asked for."
+    )
+    residual_dtype: Literal["float16", "float32"] | None = Field(
+        default=None, description="Null if the residual stream was not asked for."
+    )
+    residual_hook: str | None = Field(
+        default=None,
+        description="Hook point that `residual` is from, by TransformerLens's name; `{layer}` "
+        "stands for the layer's number. Null if not known.",
+    )
+    versions: dict[str, str] = Field(
+        description="Libraries the table was made with; if others completed it, both versions, as "
+        "in '2.4.0, 2.13.0'."
+    )
+    config: dict[str, Any] = Field(
+        default_factory=dict,
+        description="What was asked for; a resumed extraction must ask again.",
+    )
+    seal: Seal | None = Field(default=None, description=_SEAL)
+
+    def layers_of(self, _dim: str) -> tuple[int, ...]:
+        """Return the layers along an array's first dimension."""
+        return self.layers
 
 
 def is_trace(attributes: Mapping[Any, Any]) -> bool:

@@ -49,6 +49,8 @@ class Limits:
     keys, queries, tokens, features
         Most that a chunk has along these dimensions: of `attention`, and of `features` and
         `residual`.
+    samples, labels
+        Samples of a table's block, at most, and those that a chunk of its coordinates holds.
     attention
         Numbers that a chunk of `attention` or `residual` stays within: its rows, `queries` or
         `tokens`, are halved until it does.
@@ -61,6 +63,8 @@ class Limits:
     tokens: int = 64
     features: int = 4096
     attention: int = 160 * 1024
+    samples: int = 4096
+    labels: int = 65_536
 
 
 DEFAULT_LIMITS = Limits()
@@ -99,8 +103,8 @@ class ArrayLayout(Frozen):
         return next(at for at, dim in enumerate(self.dims) if dim in ROWS)
 
 
-#: Dimensions of token positions along which a layer may be written in parts.
-ROWS = ("query", "attention_query")
+#: Dimensions of token positions and samples along which a layer may be written in parts.
+ROWS = ("query", "attention_query", "sample")
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,9 @@ class TraceShape:
     Attributes
     ----------
     layers, tokens
-        Numbers of layers and of the prompt's tokens.
+        Numbers of layers and of the prompt's tokens, which are the keys.
+    positions
+        Number of stored token positions; None for all tokens.
     heads
         Query heads; None for a trace without attention.
     features
@@ -121,8 +127,9 @@ class TraceShape:
         Of `attention`, `features` and `residual`.
     next_token
         Whether the most likely next tokens are stored.
-    attention_layers, attention_queries
-        How many layers and rows `attention` has if not all; None for all.
+    attention_layers, attention_positions
+        How many layers and rows `attention` has, in dimensions of its own; None for those of all
+        arrays.
     special
         Whether the tokens are known that the tokenizer calls special.
     sae_fields
@@ -131,6 +138,7 @@ class TraceShape:
 
     layers: int
     tokens: int
+    positions: int | None = None
     heads: int | None = None
     features: Mapping[str, int] = field(default_factory=dict)
     channels: int | None = None
@@ -139,10 +147,15 @@ class TraceShape:
     residual_dtype: str | None = None
     next_token: bool = True
     attention_layers: int | None = None
-    attention_queries: int | None = None
+    attention_positions: int | None = None
     special: bool = True
     sae_fields: tuple[str, ...] = ()
     limits: Limits = DEFAULT_LIMITS
+
+    @property
+    def rows(self) -> int:
+        """Size of the dimension ``query``."""
+        return self.tokens if self.positions is None else self.positions
 
 
 # --- the arrays of a trace ---------------------------------------------------------------------
@@ -198,6 +211,12 @@ _ARRAYS = {
 _TOKENS = ("query", "key", "token_id", "key_token", "query_token", "special")
 
 
+# Value of what is not stored, by data type; 0 of others.
+_MISSING: dict[str, float | str | bool] = {
+    **dict.fromkeys(("float16", "float32", "float64"), math.nan), "string": "", "bool": False,
+}  # fmt: skip
+
+
 def _layout(
     array: _Array,
     sizes: Mapping[str, int],
@@ -211,7 +230,7 @@ def _layout(
     `names` and `dtype` replace the names of dimensions and the data type of the table.
     """
     dims, steps, names, dtype = array.dims.split(), steps or {}, names or {}, dtype or array.dtype
-    missing = {"float16": math.nan, "float32": math.nan, "string": "", "bool": False}.get(dtype, 0)
+    missing = _MISSING.get(dtype, 0)
     described = {"description": array.description} if array.description else {}
     return ArrayLayout(
         dims=tuple(names.get(dim, dim) for dim in dims),
@@ -240,16 +259,16 @@ def trace_layout(shape: TraceShape) -> dict[str, ArrayLayout]:
     if shape.channels is not None:
         out["residual"] = _residual_layout(shape, shape.channels)
     if shape.next_token:
-        sizes = {"query": shape.tokens, "rank": NEXT_TOKENS}
+        sizes = {"query": shape.rows, "rank": NEXT_TOKENS}
         out |= {name: _layout(_ARRAYS[name], sizes, {"query": 4096}) for name in NEXT_TOKEN}
     return out | _coordinate_layouts(shape)
 
 
 def _attention_layouts(shape: TraceShape, heads: int) -> dict[str, ArrayLayout]:
     limits, tokens, dtype = shape.limits, shape.tokens, shape.attention_dtype or "float32"
-    sizes = {"layer": shape.layers, "head": heads, "query": tokens, "key": tokens}
+    sizes = {"layer": shape.layers, "head": heads, "query": shape.rows, "key": tokens}
     names = {}
-    for dim, size in (("layer", shape.attention_layers), ("query", shape.attention_queries)):
+    for dim, size in (("layer", shape.attention_layers), ("query", shape.attention_positions)):
         if size is not None:
             sizes[dim], names[dim] = size, f"attention_{dim}"
     step = attention_chunk_rows(tokens, heads, limits)
@@ -263,11 +282,11 @@ def _attention_layouts(shape: TraceShape, heads: int) -> dict[str, ArrayLayout]:
 
 
 def _feature_layouts(suffix: str, shape: TraceShape, features: int) -> dict[str, ArrayLayout]:
-    limits, tokens = shape.limits, shape.tokens
+    limits, positions = shape.limits, shape.rows
     ranks = min(TOP_FEATURES, features)
-    sizes = {"layer": shape.layers, "query": tokens, "feature": features, "feature_rank": ranks}
+    sizes = {"layer": shape.layers, "query": positions, "feature": features, "feature_rank": ranks}
     names = {dim: f"{dim}{suffix}" for dim in ("feature", "feature_rank")}
-    rows = min(_SMALL * limits.tokens, feature_rows(tokens, features, limits))
+    rows = min(_SMALL * limits.tokens, feature_rows(positions, features, limits))
     out = {}
     for name in ("features", "top_feature", "top_activation"):
         most, dtype = (limits.tokens, shape.feature_dtype) if name == "features" else (rows, None)
@@ -278,7 +297,7 @@ def _feature_layouts(suffix: str, shape: TraceShape, features: int) -> dict[str,
 
 
 def _residual_layout(shape: TraceShape, channels: int) -> ArrayLayout:
-    sizes = {"layer": shape.layers, "query": shape.tokens, "channel": channels}
+    sizes = {"layer": shape.layers, "query": shape.rows, "channel": channels}
     steps = {"layer": 1, "query": residual_chunk_rows(channels, shape.limits)}
     layout = _layout(_ARRAYS["residual"], sizes, steps, dtype=shape.residual_dtype)
     return _in_files(layout, shape.limits)
@@ -303,15 +322,15 @@ def _coordinate_layouts(shape: TraceShape) -> dict[str, ArrayLayout]:
         indexes["head"] = shape.heads
         if shape.attention_layers is not None:
             indexes["attention_layer"] = shape.attention_layers
-        if shape.attention_queries is not None:
-            indexes["attention_query"] = shape.attention_queries
+        if shape.attention_positions is not None:
+            indexes["attention_query"] = shape.attention_positions
     if shape.channels is not None:
         indexes["channel"] = shape.channels
     out = {name: _layout(_ARRAYS[name], indexes) for name in indexes}
     out |= _feature_indexes(shape.features)
     for name in shape.sae_fields:
         out[name] = _layout(_Array("layer", "string", f"{name} of the layer's SAE"), indexes)
-    sizes = {"query": shape.tokens, "key": shape.tokens}
+    sizes = {"query": shape.rows, "key": shape.tokens}
     names = (name for name in _TOKENS if shape.special or name != "special")
     return out | {name: _layout(_ARRAYS[name], sizes) for name in names}
 
@@ -322,6 +341,146 @@ def _feature_indexes(features: Mapping[str, int]) -> dict[str, ArrayLayout]:
         name: _layout(_ARRAYS["feature"], {"feature": size}, names={"feature": name})
         for name, size in names.items()
     }
+
+
+# --- the arrays of a table ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TableShape:
+    """The sizes that decide a table's layout.
+
+    Attributes
+    ----------
+    layers, samples
+        Their numbers.
+    features
+        Numbers of latents by array (``features``, ``features_NAME``); empty for none.
+    channels
+        Width of the residual stream; None for a table without `residual`.
+    feature_dtype, residual_dtype
+        Of `features` and `residual`.
+    next_token
+        Whether the most likely next tokens are stored.
+    coordinates
+        Data types of the coordinates along `sample`, by name.
+    sae_fields
+        Coordinates along `layer` that say more of each SAE.
+    """
+
+    layers: int
+    samples: int
+    features: Mapping[str, int] = field(default_factory=dict)
+    channels: int | None = None
+    feature_dtype: str | None = None
+    residual_dtype: str | None = None
+    next_token: bool = True
+    coordinates: Mapping[str, str] = field(default_factory=dict)
+    sae_fields: tuple[str, ...] = ()
+    limits: Limits = DEFAULT_LIMITS
+
+
+# Numbers of a chunk of a table's features. One feature of all samples is read in narrow chunks, one
+# sample in wide ones; each chunk costs plain readers about a millisecond: schema/README.md.
+_TABLE_NUMBERS = 2**20
+_NARROWEST, _WIDEST, _COLUMNS = 64, 1024, 32
+
+_TABLE = {
+    "features": _Array("layer sample feature", *_ARRAYS["features"][1:]),
+    "residual": _Array("layer sample channel", *_ARRAYS["residual"][1:]),
+    "next_token": _Array("sample rank", *_ARRAYS["next_token"][1:]),
+    "next_token_logprob": _Array("sample rank", *_ARRAYS["next_token_logprob"][1:]),
+    "next_token_text": _Array("sample rank", *_ARRAYS["next_token_text"][1:]),
+}
+_SAMPLE = {
+    "scenario": "name of the scenario",
+    "position": "position of the token in the prompt",
+    "token": "text of the token",
+    "token_id": "id of the token in the model's vocabulary",
+    "span": "spans that hold the token",
+    "tags": "tags of the scenario",
+}
+
+
+def table_columns(features: int, limits: Limits = DEFAULT_LIMITS) -> int:
+    """Return how many features a chunk of a table holds: about a 32nd of them."""
+    columns = _NARROWEST
+    while columns < _WIDEST and columns * _COLUMNS < features:
+        columns *= 2
+    return min(columns, features, limits.features)
+
+
+def table_block(shape: TableShape) -> int:
+    """Return how many samples a block of a table holds: a power of two."""
+    columns = [table_columns(size, shape.limits) for size in shape.features.values()]
+    block = 1
+    while block * 2 <= shape.limits.samples and block * 2 * max(columns, default=1) <= (
+        _TABLE_NUMBERS
+    ):
+        block *= 2
+    return block
+
+
+def table_layout(shape: TableShape) -> dict[str, ArrayLayout]:
+    """Lay out every array of a table, coordinates last.
+
+    Returns
+    -------
+    dict
+        :class:`ArrayLayout` by array name.
+    """
+    out: dict[str, ArrayLayout] = {}
+    limits, block = shape.limits, table_block(shape)
+    sizes = {"layer": shape.layers, "sample": shape.samples, "rank": NEXT_TOKENS}
+    for name, features in shape.features.items():
+        names = {"feature": f"feature{name.removeprefix('features')}"}
+        steps = {"layer": 1, "sample": block, "feature": table_columns(features, limits)}
+        all_sizes = {**sizes, "feature": features}
+        layout = _layout(
+            _TABLE["features"], all_sizes, steps, names=names, dtype=shape.feature_dtype
+        )
+        out[name] = _in_sample_files(layout, limits)
+    if shape.channels is not None:
+        all_sizes = {**sizes, "channel": shape.channels}
+        steps = {"layer": 1, "sample": _halved(block, shape.channels, limits)}
+        layout = _layout(_TABLE["residual"], all_sizes, steps, dtype=shape.residual_dtype)
+        out["residual"] = _in_sample_files(layout, limits)
+    if shape.next_token:
+        rows = _round_up(limits.labels, block)
+        for name in NEXT_TOKEN:
+            layout = _layout(_TABLE[name], sizes, {"sample": block})
+            rows_there = _round_up(max(1, shape.samples), layout.chunks[0])
+            shards = (min(rows, rows_there), NEXT_TOKENS)
+            out[name] = layout.model_copy(update={"shards": shards})
+    return out | _table_coordinates(shape, sizes)
+
+
+def _in_sample_files(layout: ArrayLayout, limits: Limits) -> ArrayLayout:
+    """Cut an array into files that hold one layer of as many whole chunk rows as fit."""
+    chunks = layout.chunks
+    shards = [
+        _round_up(max(1, size), step) for size, step in zip(layout.shape, chunks, strict=True)
+    ]
+    row_bytes = chunks[1] * shards[2] * _itemsize(layout.dtype)
+    rows = max(1, limits.file_bytes // row_bytes) * chunks[1]
+    return layout.model_copy(update={"shards": (1, min(shards[1], rows), shards[2])})
+
+
+def _table_coordinates(shape: TableShape, sizes: Mapping[str, int]) -> dict[str, ArrayLayout]:
+    indexes = {"layer": shape.layers}
+    if shape.channels is not None:
+        indexes["channel"] = shape.channels
+    out = {name: _layout(_ARRAYS[name], indexes) for name in indexes}
+    out |= _feature_indexes(shape.features)
+    for name in shape.sae_fields:
+        out[name] = _layout(_Array("layer", "string", f"{name} of the layer's SAE"), indexes)
+    for name, dtype in shape.coordinates.items():
+        said = _SAMPLE.get(name, f"{name} of the scenario")
+        if name.startswith("option_"):
+            said = "id of the option's first token; -1 if the scenario has none"
+        array = _Array("sample", dtype, said)
+        out[name] = _layout(array, sizes, {"sample": shape.limits.labels})
+    return out
 
 
 # --- chunks and records ------------------------------------------------------------------------

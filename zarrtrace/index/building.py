@@ -86,7 +86,7 @@ def build_index(run: Address, *, rebuild: bool = False) -> IndexUpdate:
 
 
 def _build(run: Location, *, rebuild: bool) -> IndexUpdate:
-    traces = list(indexable_traces(run))
+    traces = indexable_traces(run)
     if not traces:
         raise ConfigError(
             f"{run}: no scenario has features to index",
@@ -176,7 +176,7 @@ def _count(traces: Sequence[IndexableTrace], array: str, layer: int) -> FeatureC
     for trace in traces:
         activations = read_features(trace, array, layer)
         if activations is not None:
-            counts.add(trace.number, activations)
+            counts.add(trace.number, activations, trace.positions)
     return counts
 
 

@@ -6,7 +6,7 @@ that grew scenario by scenario equals one that was built at once, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import numpy as np
@@ -73,7 +73,9 @@ class FeatureCounts:
         out._rank()
         return out
 
-    def add(self, scenario: int, activations: np.ndarray) -> None:
+    def add(
+        self, scenario: int, activations: np.ndarray, positions: Sequence[int] | None = None
+    ) -> None:
         """Add the tokens of one scenario.
 
         Parameters
@@ -83,6 +85,8 @@ class FeatureCounts:
         activations
             ``(query, feature)``; NaN and infinity count as silent, and magnitudes above 2³⁴ as
             2³⁴ in the sum.
+        positions
+            Token positions of its rows; None for all tokens of the prompt.
         """
         queries, width = activations.shape
         flat = np.ascontiguousarray(activations).reshape(-1)
@@ -99,12 +103,13 @@ class FeatureCounts:
             self.total[:width, column] += summed.astype(np.int64)
         self._carry()
         strong = np.abs(value) >= self._bar[feature]
+        at_token = np.arange(queries) if positions is None else np.asarray(positions)
         self._wait(
             (
                 feature[strong],
                 value[strong],
                 np.full(int(strong.sum()), scenario, np.uint32),
-                query[strong].astype(np.uint32),
+                at_token[query[strong]].astype(np.uint32),
             )
         )
 

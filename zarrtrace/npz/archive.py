@@ -6,10 +6,11 @@ archive around it is :mod:`zipfile`'s; all that it says is deterministic, dated 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -29,7 +30,7 @@ _MAX_HEADS, _MAX_FEATURES = 2**12, 2**22
 # Deflate cannot shrink anything further than this.
 _MAX_DEFLATE_RATIO = 1033
 
-_NewCompressor = Callable[[], Any]
+NewCompressor = Callable[[], Any]
 
 
 # --- writing -----------------------------------------------------------------------------------
@@ -54,11 +55,11 @@ def _as_numpy() -> Any:
     return zlib.compressobj(zlib.Z_DEFAULT_COMPRESSION, zlib.DEFLATED, -15)
 
 
-def _best_compressor(array: np.ndarray, pieces: Sequence[bytes | memoryview]) -> _NewCompressor:
+def best_compressor(array: np.ndarray, pieces: Sequence[bytes | memoryview]) -> NewCompressor:
     """Return what makes the least of an array, which stands in `pieces` as bytes."""
     if array.nbytes <= _SMALL_BYTES:
 
-        def size(new: _NewCompressor) -> int:
+        def size(new: NewCompressor) -> int:
             compressor = new()
             return sum(len(compressor.compress(p)) for p in pieces) + len(compressor.flush())
 
@@ -68,7 +69,19 @@ def _best_compressor(array: np.ndarray, pieces: Sequence[bytes | memoryview]) ->
         sample = array.reshape(-1)[:: max(1, array.size // 2**14) | 1].view(np.uint32)
         if np.count_nonzero(sample) > sample.size // 4:
             return _run_lengths_in_small_blocks if (sample & 0xFFFF).any() else _matches
-    return _run_lengths
+    return _run_lengths if array.dtype.kind == "f" else _matches
+
+
+def npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    """Return the header of an array in C order."""
+    header = BytesIO()
+    said = {
+        "descr": np.lib.format.dtype_to_descr(dtype),
+        "fortran_order": False,
+        "shape": shape,
+    }
+    np.lib.format.write_array_header_1_0(header, said)
+    return header.getvalue()
 
 
 def write_npz(out: IO[bytes], arrays: Iterable[tuple[str, np.ndarray]]) -> None:
@@ -83,35 +96,41 @@ def write_npz(out: IO[bytes], arrays: Iterable[tuple[str, np.ndarray]]) -> None:
     """
     with zipfile.ZipFile(out, "w") as archive:
         for key, array in arrays:
-            archive.filelist.append(_write_member(out, f"{key}.npy", array))
-            archive.start_dir = out.tell()
+            data = array.reshape(-1).view(np.uint8).data
+            pieces: list[bytes | memoryview] = [npy_header(array.dtype, array.shape)]
+            pieces += pieces_of(data)
+            compressor = best_compressor(array, pieces)()
+            with member(archive, out, key) as info:
+                for piece in pieces:
+                    info.file_size += len(piece)
+                    info.CRC = zlib_ng.crc32(piece, info.CRC)
+                    out.write(compressor.compress(piece))
+                out.write(compressor.flush())
 
 
-def _write_member(out: IO[bytes], name: str, array: np.ndarray) -> zipfile.ZipInfo:
-    header = BytesIO()
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
-    data = array.reshape(-1).view(np.uint8).data
-    pieces: list[bytes | memoryview] = [header.getvalue()]
-    pieces += (data[at : at + _PIECE] for at in range(0, len(data), _PIECE))
-    compressor = _best_compressor(array, pieces)()
+def pieces_of(data: memoryview) -> list[memoryview]:
+    """Cut bytes into pieces that are compressed one at a time."""
+    return [data[at : at + _PIECE] for at in range(0, len(data), _PIECE)]
 
-    info = zipfile.ZipInfo(name)
+
+@contextlib.contextmanager
+def member(archive: zipfile.ZipFile, out: IO[bytes], key: str) -> Iterator[zipfile.ZipInfo]:
+    """Append an array to an NPZ file: write its deflate stream, set its size and checksum."""
+    info = zipfile.ZipInfo(f"{key}.npy")
     info.compress_type = zipfile.ZIP_DEFLATED
     info.create_system, info.external_attr = 3, 0o644 << 16  # Unix, whatever wrote it
-    info.file_size, info.CRC = len(pieces[0]) + len(data), 0
+    info.file_size, info.CRC = 0, 0
     info.header_offset = out.tell()
-    out.write(info.FileHeader(zip64=True))  # its size is known, what it says not yet
+    out.write(info.FileHeader(zip64=True))  # its length is known, its content not yet
     start = out.tell()
-    for piece in pieces:
-        info.CRC = zlib_ng.crc32(piece, info.CRC)
-        out.write(compressor.compress(piece))
-    out.write(compressor.flush())
+    yield info
     end = out.tell()
     info.compress_size = end - start
     out.seek(info.header_offset)
     out.write(info.FileHeader(zip64=True))
     out.seek(end)
-    return info
+    archive.filelist.append(info)
+    archive.start_dir = end
 
 
 # --- reading -----------------------------------------------------------------------------------

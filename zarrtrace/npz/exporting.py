@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import xarray as xr
@@ -15,14 +14,12 @@ import xarray as xr
 from zarrtrace.errors import ConfigError, IntegrityError, NPZError
 from zarrtrace.format.attributes import TraceAttributes, ranges
 from zarrtrace.npz.archive import write_npz
-from zarrtrace.npz.files import Progress, replacing, run_jobs, writing
+from zarrtrace.npz.files import DType, Progress, converted, replacing, run_jobs, writing
 from zarrtrace.npz.metadata import KEYS, Metadata, Origin, ScenarioMetadata, write_metadata
 from zarrtrace.scenarios import DECISION
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import kind_of, open_run, open_trace
 from zarrtrace.suggestions import did_you_mean
-
-DType = Literal["float16", "float32"]
 
 
 @dataclass(frozen=True)
@@ -141,6 +138,14 @@ def _trace(path: Location, ds: xr.Dataset) -> _Trace:
     attributes = TraceAttributes.model_validate(ds.attrs)
     tokens = [str(text) for text in ds["key_token"].values]
     keys = [key for key in KEYS if key in ds.data_vars]
+    if "features" in keys and ds.sizes["query"] < len(tokens):
+        raise ConfigError(
+            f"{path}: features of {ds.sizes['query']} of {len(tokens)} tokens are stored",
+            why="It was extracted with --positions, and the NPZ layout has features of every "
+            "token of a prompt: rows of others would be taken for theirs.",
+            remedy="Extract it with all positions to export it, or read the trace with "
+            "zarrtrace.open_trace.",
+        )
     return _Trace(
         path=path,
         attributes=attributes,
@@ -218,7 +223,7 @@ def _export_layer(file: Path, trace: _Trace, layer: int, dtype: DType | None) ->
     with replacing(file) as out:
         write_npz(
             out,
-            ((key, _convert(file, _load(trace, key, layer), dtype)) for key in trace.keys(layer)),
+            ((key, converted(file, _load(trace, key, layer), dtype)) for key in trace.keys(layer)),
         )
 
 
@@ -235,21 +240,10 @@ def _load(trace: _Trace, key: str, layer: int) -> np.ndarray:
             remedy="'zarrtrace verify' names everything damaged; the 'zarrtrace extract' that made "
             "the run makes it anew.",
         ) from error
-    if "attention_query" in array.dims:  # the layout has all rows: those not stored are NaN
-        heads, _, keys = values.shape
+    rows = str(array.dims[2])
+    if key == "attention" and array.sizes[rows] < array.sizes["key"]:
+        heads, _, keys = values.shape  # the layout has all rows: those not stored are NaN
         every = np.full((heads, keys, keys), np.nan, values.dtype)
-        every[:, array["attention_query"].values] = values
+        every[:, array[rows].values] = values
         return every
     return values
-
-
-def _convert(file: Path, values: np.ndarray, dtype: DType | None) -> np.ndarray:
-    try:
-        with np.errstate(over="raise"):
-            return np.ascontiguousarray(values, dtype=dtype)
-    except FloatingPointError:
-        raise NPZError(
-            f"{file}: a value is too large for {dtype}",
-            why="float16 ends at 65504.",
-            remedy="Export as float32.",
-        ) from None

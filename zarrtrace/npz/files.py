@@ -8,12 +8,15 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
+
+import numpy as np
 
 from zarrtrace.errors import NPZError, ZarrtraceError
 from zarrtrace.storage import disk
 
 Progress = Callable[[int, int], None]
+DType = Literal["float16", "float32"]
 
 
 @contextlib.contextmanager
@@ -79,7 +82,7 @@ def run_jobs(
     jobs: Iterable[Callable[[], None]], threads: int | None, progress: Progress | None
 ) -> None:
     """Run jobs on threads, by default one a CPU; after an error, begin no further job."""
-    with ThreadPoolExecutor(threads or _cpus()) as pool:
+    with ThreadPoolExecutor(threads or cpus()) as pool:
         futures = [pool.submit(job) for job in jobs]
         try:
             for done, future in enumerate(as_completed(futures), 1):
@@ -91,8 +94,22 @@ def run_jobs(
             raise
 
 
-def _cpus() -> int:
+def cpus() -> int:
+    """Return how many CPUs this process may use."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS
         return os.cpu_count() or 1
+
+
+def converted(file: Path, values: np.ndarray, dtype: DType | None) -> np.ndarray:
+    """Return values in C order and another precision; refuse those that become infinite."""
+    try:
+        with np.errstate(over="raise"):
+            return np.ascontiguousarray(values, dtype=dtype)
+    except FloatingPointError:
+        raise NPZError(
+            f"{file}: a value is too large for {dtype}",
+            why="float16 ends at 65504.",
+            remedy="Export as float32.",
+        ) from None

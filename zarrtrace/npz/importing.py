@@ -25,7 +25,7 @@ from zarrtrace.store import RunWriter, TraceWriter, layer_record, trace_plan
 from zarrtrace.suggestions import did_you_mean
 
 # Rows of attention that a trace holds; None for all of them.
-_Queries = tuple[int, ...] | None
+_Rows = tuple[int, ...] | None
 
 
 def import_npz(
@@ -93,12 +93,12 @@ def import_npz(
         traces: list[TraceWriter] = []
         jobs = []
         for scenario in source.metadata.scenarios:
-            queries = _stored_queries(source, scenario)
+            rows = _stored_rows(source, scenario)
             origin = origins[scenario.scenario]
-            trace = _trace_writer(source, scenario, origin, queries, writer)
+            trace = _trace_writer(source, scenario, origin, rows, writer)
             traces.append(trace)
             jobs += [
-                partial(_import_layer, source, scenario, layer, queries, trace)
+                partial(_import_layer, source, scenario, layer, rows, trace)
                 for layer in trace.missing_layers
             ]
         run_jobs(jobs, threads, progress)
@@ -129,7 +129,7 @@ def _digest(origins: Mapping[str, Origin]) -> str:
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
 
 
-def _stored_queries(source: Folder, scenario: ScenarioMetadata) -> _Queries:
+def _stored_rows(source: Folder, scenario: ScenarioMetadata) -> _Rows:
     """Return the rows of attention that are numbers: export writes those not stored as NaN."""
     layer = next((layer for layer in source.layers if "attention" in source.keys[layer]), None)
     if layer is None:
@@ -144,7 +144,7 @@ def _trace_writer(
     source: Folder,
     scenario: ScenarioMetadata,
     origin: Origin,
-    queries: _Queries,
+    rows: _Rows,
     run: RunWriter,
 ) -> TraceWriter:
     positions = {**scenario.key_positions, DECISION: [scenario.seq_len - 1]}
@@ -165,7 +165,7 @@ def _trace_writer(
         attention_dtype=source.dtype("attention"),
         feature_dtype=source.dtype("features"),
         tokens=Tokens(ids=scenario.token_ids, texts=scenario.tokens),
-        queries=queries,
+        attention_positions=rows,
     )
     return run.trace(plan)
 
@@ -174,16 +174,16 @@ def _import_layer(
     source: Folder,
     scenario: ScenarioMetadata,
     layer: int,
-    queries: _Queries,
+    rows: _Rows,
     trace: TraceWriter,
 ) -> None:
     file = source.file(scenario, layer)
     with reading(file), zipfile.ZipFile(file) as archive:
         arrays = {key: read_array(archive, key) for key in source.keys[layer]}
     attention, features = arrays.get("attention"), arrays.get("features")
-    if attention is not None and queries is not None:
-        rest = np.delete(attention, queries, axis=1)
-        arrays["attention"] = attention = attention[:, queries]
+    if attention is not None and rows is not None:
+        rest = np.delete(attention, rows, axis=1)
+        arrays["attention"] = attention = attention[:, rows]
         if not np.isnan(rest).all():
             raise NPZError(
                 f"{file}: 'attention' has other rows than the files before it",
@@ -198,6 +198,6 @@ def _import_layer(
                 remedy="Extract this scenario again, with a wider dtype.",
             )
     if attention is not None:
-        check_attention(file, attention, np.asarray(queries or range(scenario.seq_len)))
+        check_attention(file, attention, np.asarray(rows or range(scenario.seq_len)))
     found = None if features is None else with_strongest(features)
     trace.append(layer_record(scenario.scenario, layer, attention, found))

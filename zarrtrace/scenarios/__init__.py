@@ -5,6 +5,7 @@ tokenizer's offset mapping (:func:`token_positions`), never by searching token t
 exact when a number splits into several tokens or stands in the prompt twice.
 """
 
+from zarrtrace.scenarios.chat import Chat, Message
 from zarrtrace.scenarios.entries import ScenarioEntry, SuiteFile
 from zarrtrace.scenarios.metadata import (
     RESERVED,
@@ -16,15 +17,19 @@ from zarrtrace.scenarios.metadata import (
 from zarrtrace.scenarios.names import DECISION, check_name, name_key
 from zarrtrace.scenarios.scenario import Scenario
 from zarrtrace.scenarios.spans import CharRange, span, span_positions, token_positions
-from zarrtrace.scenarios.suite import as_scenarios, load_suite
+from zarrtrace.scenarios.streams import ScenarioStream
+from zarrtrace.scenarios.suite import as_scenarios, load_suite, stream
 from zarrtrace.scenarios.templates import render_template
 
 __all__ = [
     "DECISION",
     "RESERVED",
     "CharRange",
+    "Chat",
+    "Message",
     "Scenario",
     "ScenarioEntry",
+    "ScenarioStream",
     "SuiteFile",
     "Value",
     "as_scenarios",
@@ -36,6 +41,7 @@ __all__ = [
     "render_template",
     "span",
     "span_positions",
+    "stream",
     "token_positions",
     "typed_column",
 ]

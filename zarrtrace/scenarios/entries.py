@@ -15,6 +15,7 @@ from pydantic import (
     StringConstraints,
     ValidationError,
     WithJsonSchema,
+    model_validator,
 )
 
 from zarrtrace.errors import ScenarioError
@@ -35,6 +36,7 @@ _MetadataValue = Annotated[
     BeforeValidator(plain_value),
     WithJsonSchema({"type": ["boolean", "integer", "number", "string", "null"]}),
 ]
+_PLAIN = frozenset((str, int, float, bool, type(None)))
 # How pydantic names the members of a union, and a key, within an error's location.
 _UNION_MEMBER = re.compile(
     r"constrained-|literal\[|list\[|tuple\[|\[key\]|TextSpan$|(?:str|bool|int|float)$"
@@ -45,21 +47,60 @@ class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _text_alone(content: Any) -> Any:
+    """Refuse a message without text in words, which pydantic has not."""
+    if content is None:
+        raise ValueError("a message without text, such as a call of a tool, is not read")
+    if isinstance(content, list | tuple | Mapping):
+        raise ValueError(  # noqa: TRY004 -- pydantic reports no TypeError
+            "parts such as images are not read; give the text alone, as one string"
+        )
+    return content
+
+
+class MessageEntry(_Strict):
+    """A message of a chat."""
+
+    role: _Text = Field(description="As the chat template knows it: `system`, `user`, `assistant`.")
+    content: Annotated[str, BeforeValidator(_text_alone)] = Field(description="Its text.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_missing(cls, given: Any) -> Any:
+        """Leave out fields that are null, which rows of a table share."""
+        if not isinstance(given, Mapping):
+            return given
+        return {k: v for k, v in given.items() if v is not None or k in cls.model_fields}
+
+
 class TextSpan(_Strict):
     """A span given by literal text of the prompt."""
 
     text: _Text = Field(description="Literal text; it must occur in the prompt.")
+    message: int | None = Field(
+        default=None,
+        description="Index of the message in whose content the text is searched, from 0, or back "
+        "from -1. Null searches the rendered prompt.",
+    )
     occurrence: Annotated[int, Field(ge=1)] | Literal["last", "all"] | None = Field(
         default=None, description="Which occurrence, counted from 1; needed if there are several."
     )
 
 
 _Range = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
+_GENERATION_PROMPT = (
+    "Whether the chat template begins the assistant's next message. If not, a last message of the "
+    "assistant's is continued. Null does as the command says, by default it does."
+)
+_MARKS = (
+    "Whether marks `[[span:text]]` are taken out of `prompt` and of messages, and become spans; "
+    "null is false."
+)
 SpanEntry = _Text | TextSpan | _Range | list[_Range]
 
 
 class ScenarioEntry(_Strict):
-    """One scenario of a file: a prompt, or a template with its values."""
+    """One scenario of a file: a prompt, a template with its values, or messages."""
 
     name: str | None = Field(
         default=None, description="`scenario_0`, `scenario_1`, … by its place if left out."
@@ -70,6 +111,12 @@ class ScenarioEntry(_Strict):
         description="`{value}` takes a value, `[[span:text]]` marks a span, `{{` and `}}` are "
         "braces.",
     )
+    messages: Annotated[list[MessageEntry], Field(min_length=1)] | None = Field(
+        default=None,
+        description="A chat instead of a prompt: the tokenizer's chat template makes the prompt.",
+    )
+    generation_prompt: bool | None = Field(default=None, description=_GENERATION_PROMPT)
+    marks: bool | None = Field(default=None, description=_MARKS)
     values: dict[str, _Scalar | list[_Scalar]] = Field(
         default_factory=dict,
         description="Values of the template, which are metadata, too; a list is joined with ', '.",
@@ -77,7 +124,7 @@ class ScenarioEntry(_Strict):
     spans: dict[_SpanName, SpanEntry] = Field(
         default_factory=dict,
         description="Spans by literal text, by text and occurrence, or by character range(s) "
-        "[start, end).",
+        "[start, end) of the prompt; of messages, of the text that the chat template makes.",
         json_schema_extra={"additionalProperties": False},
     )
     tags: list[_Text] = Field(default_factory=list)
@@ -102,6 +149,12 @@ class SuiteFile(_Strict):
     template: _Text | None = Field(default=None, description="Template of entries without one.")
     defaults: dict[str, _Scalar | list[_Scalar]] = Field(default_factory=dict)
     options: dict[str, _Text] = Field(default_factory=dict)
+    generation_prompt: bool | None = Field(
+        default=None, description="Of entries with messages that do not say it themselves."
+    )
+    marks: bool | None = Field(
+        default=None, description="Of entries that do not say it themselves."
+    )
     scenarios: list[ScenarioEntry] = Field(min_length=1)
 
 
@@ -135,8 +188,8 @@ def problem_of(error: ValidationError) -> Problem:
         name = str(location[-1])
         known = [*ScenarioEntry.model_fields, *SuiteFile.model_fields, *TextSpan.model_fields]
         close = closest(name, known)
-        if name == "messages":
-            remedy = "Chat prompts come in a later version; give 'prompt', a text."
+        if "messages" in location[:-1]:
+            remedy = "A message holds 'role' and 'content', both texts."
         elif close:
             remedy = f"Did you mean {close!r}? {remedy}"
         elif len(location) == 1 or location[0] == "scenarios":
@@ -171,6 +224,8 @@ def checked_entry(given: Mapping[str, Any], label: str) -> ScenarioEntry:
 
 def plain(value: Any) -> Any:
     """Return a value with NumPy's arrays and numbers within it as Python's, sets as lists."""
+    if type(value) in _PLAIN:
+        return value
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
         return plain(value.tolist())
     if isinstance(value, Mapping):

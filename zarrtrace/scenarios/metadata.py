@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from zarrtrace.errors import ScenarioError
@@ -33,6 +33,7 @@ RESERVED = frozenset(
 Value = bool | int | float | str
 
 _IDENTIFIER = re.compile(IDENTIFIER)
+_NEVER_MISSING = frozenset((str, int, bool))
 _INT64 = range(-(2**63), 2**63)
 
 
@@ -89,7 +90,10 @@ def plain_value(value: Any) -> Value | None:
 
 def is_missing(value: Any) -> bool:
     """Whether a value stands for none: None, NaN, or what pandas puts in its place."""
-    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+    kind = type(value)
+    if kind in _NEVER_MISSING:
+        return False
+    if value is None or kind.__name__ in ("NAType", "NaTType"):
         return True
     try:
         return bool(value != value) and not isinstance(value, str)  # noqa: PLR0124 -- NaN
@@ -97,53 +101,111 @@ def is_missing(value: Any) -> bool:
         return False
 
 
-def typed_metadata(
-    given: Mapping[str, Mapping[str, Value | None]],
-    from_template: Collection[tuple[str, str]] = (),
-) -> dict[str, dict[str, Value]]:
-    """Give all scenarios of a suite the same columns, and each column one type.
+class Column:
+    """A column of metadata, met value by value: first all of them, then typed one by one.
+
+    A column has one type in a whole suite: text where any value is text, with ``""`` for a missing
+    one; whole numbers if all are; otherwise floats, with NaN for a missing one; booleans, of which
+    none may be missing. Values that a template took may differ in type from scenario to scenario,
+    as the prompt is text anyway: such a column is text.
 
     Parameters
     ----------
-    given
-        Values by scenario and column.
-    from_template
-        Scenario and column of values that a template took. They may differ in type from scenario
-        to scenario, as the prompt is text anyway: such a column is text.
-
-    Returns
-    -------
-    dict
-        By scenario: text where any value is text, with ``""`` for a missing one; whole numbers if
-        all are; otherwise floats, with NaN for a missing one; booleans.
-
-    Raises
-    ------
-    ScenarioError
-        If a column mixes types, or lacks a boolean; the message names the scenarios.
+    name
+        Its name, for messages.
+    lacking
+        The first scenario without a value, of those before the column's first.
     """
-    columns = dict.fromkeys(column for values in given.values() for column in values)
-    typed: dict[str, dict[str, Value]] = {scenario: {} for scenario in given}
-    for column in columns:
-        found = {scenario: values.get(column) for scenario, values in given.items()}
-        present = {s: value for s, value in found.items() if not is_missing(value)}
+
+    def __init__(self, name: str, lacking: str | None = None) -> None:
+        self.name = name
+        self._lacking = lacking
+        self._types: dict[type, str] = {}  # of values, with the first scenario of each
+        self._too_long: tuple[str, Value] | None = None  # the first that no float holds
+        self._is_from_template = True
+        self._convert: Callable[[Value], Value] = str
+        self._missing: Value = ""
+
+    def add(self, scenario: str, value: Value | None, *, from_template: bool = False) -> None:
+        """Take the value of the next scenario; None and NaN are missing."""
+        if value is None or is_missing(value):
+            if self._lacking is None:
+                self._lacking = scenario
+            return
+        if type(value) not in self._types:
+            self._types[type(value)] = scenario
+        if not from_template:
+            self._is_from_template = False
+        if self._too_long is None and isinstance(value, int) and int(float(value)) != value:
+            self._too_long = (scenario, value)
+
+    def settle(self) -> type[Value]:
+        """Return the column's type, which :meth:`typed` then gives every value.
+
+        Raises
+        ------
+        ScenarioError
+            If it mixes types, or lacks a boolean; the message names the scenarios.
+        """
         try:
-            values = typed_column(column, found)
+            kind = self._settled()
         except ScenarioError:
-            if not all((scenario, column) in from_template for scenario in present):
+            if not self._is_from_template:
                 raise
-            values = {s: str(present.get(s, "")) for s in found}
-        for scenario, value in values.items():
-            typed[scenario][column] = value
-    return typed
+            kind = str
+        self._convert = kind
+        self._missing = math.nan if kind is float else ""
+        return kind
+
+    def typed(self, value: Value | None) -> Value:
+        """Return a value, or what stands for a missing one, in the column's type."""
+        if value is None or is_missing(value):
+            return self._missing
+        return self._convert(value)
+
+    def _settled(self) -> type[Value]:
+        kinds: dict[str, str] = {}
+        for one, scenario in self._types.items():
+            kinds.setdefault(_kind(one), scenario)
+        if len(kinds) > 1:
+            (kind, scenario), (other, another) = list(kinds.items())[:2]
+            raise ScenarioError(
+                f"metadata {self.name!r} is {kind} in scenario {scenario!r} and {other} in "
+                f"scenario {another!r}",
+                why="A column has one type in all scenarios.",
+                remedy="Give it the same type everywhere, or choose two names.",
+            )
+        kind = next(iter(kinds), "a number")
+        if kind == "text":
+            return str
+        if kind == "true or false":
+            if self._lacking is not None:
+                raise ScenarioError(
+                    f"metadata {self.name!r} is true or false in scenario {kinds[kind]!r} "
+                    f"and missing in scenario {self._lacking!r}",
+                    why="A missing number is NaN and a missing text is empty, but no boolean says "
+                    "that it is missing.",
+                    remedy="Give it in all scenarios, or as text.",
+                )
+            return bool
+        if self._lacking is None and not any(issubclass(one, float) for one in self._types):
+            return int
+        if self._too_long is not None:
+            scenario, value = self._too_long
+            raise ScenarioError(
+                f"metadata {self.name!r} of scenario {scenario!r} is {value}, which no float holds",
+                why="Other scenarios lack the column or have fractions, so its numbers are floats.",
+                remedy="Give it as text.",
+            )
+        return float
 
 
-def typed_column(column: str, found: Mapping[str, Value | None]) -> dict[str, Value]:
-    """Give the values of a column one type, as :func:`typed_metadata` does for all columns.
+def typed_column(name: str, found: Mapping[str, Value | None]) -> dict[str, Value]:
+    """Give the values of a column one type, as a :class:`Column` does.
 
     Parameters
     ----------
-    column
+    name
         Its name, for messages.
     found
         Values by scenario; None and NaN are missing.
@@ -153,45 +215,14 @@ def typed_column(column: str, found: Mapping[str, Value | None]) -> dict[str, Va
     ScenarioError
         If it mixes types, or lacks a boolean.
     """
-    present: dict[str, Any] = {s: one for s, one in found.items() if not is_missing(one)}
-    kinds: dict[str, str] = {}  # the first scenario of each kind
-    for scenario, value in present.items():
-        kinds.setdefault(_kind(value), scenario)
-    if len(kinds) > 1:
-        (kind, scenario), (other, another) = list(kinds.items())[:2]
-        raise ScenarioError(
-            f"metadata {column!r} is {kind} in scenario {scenario!r} and {other} in scenario "
-            f"{another!r}",
-            why="A column has one type in all scenarios.",
-            remedy="Give it the same type everywhere, or choose two names.",
-        )
-    kind = next(iter(kinds), "a number")
-    if kind == "text":
-        return {scenario: present.get(scenario, "") for scenario in found}
-    if kind == "true or false":
-        lacking = [scenario for scenario in found if scenario not in present]
-        if lacking:
-            raise ScenarioError(
-                f"metadata {column!r} is true or false in scenario {kinds[kind]!r} and missing in "
-                f"scenario {lacking[0]!r}",
-                why="A missing number is NaN and a missing text is empty, but no boolean says that "
-                "it is missing.",
-                remedy="Give it in all scenarios, or as text.",
-            )
-        return dict(present)
-    if len(present) == len(found) and all(isinstance(value, int) for value in present.values()):
-        return dict(present)
-    for scenario, value in present.items():
-        if int(float(value)) != int(value):
-            raise ScenarioError(
-                f"metadata {column!r} of scenario {scenario!r} is {value}, which no float holds",
-                why="Other scenarios lack the column or have fractions, so its numbers are floats.",
-                remedy="Give it as text.",
-            )
-    return {s: float(present[s]) if s in present else math.nan for s in found}
+    column = Column(name)
+    for scenario, value in found.items():
+        column.add(scenario, value)
+    column.settle()
+    return {scenario: column.typed(value) for scenario, value in found.items()}
 
 
-def _kind(value: Value) -> str:
-    if isinstance(value, bool):
+def _kind(of: type) -> str:
+    if issubclass(of, bool):
         return "true or false"
-    return "text" if isinstance(value, str) else "a number"
+    return "text" if issubclass(of, str) else "a number"

@@ -45,7 +45,10 @@ def locate_spans(
     ScenarioError
         If the prompt has no such text or range, or a span is called ``decision``.
     """
-    occurrences = functools.cache(functools.partial(_occurrences, prompt))
+    # A search a text, not a search a span; making the cache takes as long as one search.
+    search: Callable[[str], Sequence[CharRange]] = functools.partial(occurrences, prompt)
+    if len(given) > 1:
+        search = functools.cache(search)
     spans = {name: list(ranges) for name, ranges in marked.items()}
     for name, one in given.items():
         if name == DECISION:
@@ -53,11 +56,11 @@ def locate_spans(
                 f"{label(scenario)}: span {DECISION!r} is always the last token",
                 remedy="Give your span another name.",
             )
-        spans.setdefault(name, []).extend(_find_span(scenario, name, one, prompt, occurrences))
+        spans.setdefault(name, []).extend(find_span(scenario, name, one, prompt, search))
     return {name: tuple(sorted(set(ranges))) for name, ranges in spans.items()}
 
 
-def _occurrences(prompt: str, text: str) -> list[CharRange]:
+def occurrences(prompt: str, text: str) -> list[CharRange]:
     """Return where `text` stands in a prompt; occurrences may overlap."""
     found = []
     at = prompt.find(text)
@@ -67,18 +70,39 @@ def _occurrences(prompt: str, text: str) -> list[CharRange]:
     return found
 
 
-def _find_span(
+def find_span(
     scenario: str,
     name: str,
     given: SpanEntry,
     prompt: str,
-    occurrences: Callable[[str], Sequence[CharRange]],
+    search: Callable[[str], Sequence[CharRange]],
+    *,
+    where: str = "the prompt",
 ) -> list[CharRange]:
-    """Return the character ranges of one span."""
+    """Return the character ranges of one span.
+
+    Parameters
+    ----------
+    scenario, name
+        Of the scenario and the span, for messages.
+    given
+        The span, as an entry gives it.
+    prompt
+        The text that it is in.
+    search
+        Returns the occurrences of a text in it.
+    where
+        What messages call the text.
+
+    Raises
+    ------
+    ScenarioError
+        If there is no such text or range.
+    """
     if isinstance(given, str):
         given = TextSpan(text=given)
     if isinstance(given, TextSpan):
-        return _choose(scenario, name, given, occurrences(given.text))
+        return _choose(scenario, name, given, search(given.text), where)
     ranges = [given] if isinstance(given, tuple) else list(given)
     for start, end in ranges:
         if not start < end <= len(prompt):
@@ -91,13 +115,13 @@ def _find_span(
 
 
 def _choose(
-    scenario: str, name: str, given: TextSpan, found: Sequence[CharRange]
+    scenario: str, name: str, given: TextSpan, found: Sequence[CharRange], where: str
 ) -> list[CharRange]:
-    where = f"{label(scenario)}: span {name!r}"
+    span = f"{label(scenario)}: span {name!r}"
     if not found:
         raise ScenarioError(
-            f"{where}: {given.text!r} is not in the prompt",
-            remedy="Spell it as the prompt does, white space included.",
+            f"{span}: {given.text!r} is not in {where}",
+            remedy=f"Spell it as {where} does, white space included.",
         )
     if given.occurrence == "all":
         return list(found)
@@ -106,13 +130,13 @@ def _choose(
     if given.occurrence is None:
         if len(found) > 1:
             raise ScenarioError(
-                f"{where}: {given.text!r} stands in the prompt {len(found)} times",
+                f"{span}: {given.text!r} stands in {where} {len(found)} times",
                 remedy=f"Say which: occurrence: 1 to {len(found)}, 'last' or 'all'.",
             )
         return [found[0]]
     if given.occurrence > len(found):
         raise ScenarioError(
-            f"{where}: occurrence {given.occurrence} of {given.text!r}, which stands there "
+            f"{span}: occurrence {given.occurrence} of {given.text!r}, which stands there "
             f"{len(found)} time(s)",
             remedy=f"Give 1 to {len(found)}.",
         )
@@ -180,7 +204,7 @@ def span_positions(scenario: Scenario, offsets: Sequence[CharRange]) -> dict[str
 
 
 def span(ds: xr.Dataset, name: str) -> list[int]:
-    """Return the token positions of a span: labels of ``query`` and ``key``.
+    """Return the token positions of a span: labels of ``key``, and of ``query`` if stored.
 
     Parameters
     ----------

@@ -2,81 +2,54 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import stat
-from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 from zarrtrace.errors import ScenarioError, readable
+from zarrtrace.scenarios.arrow_files import arrow_entries, folder_files, is_dataset_folder
+from zarrtrace.scenarios.csv_file import CSVFile
 from zarrtrace.scenarios.entries import ScenarioEntry, SuiteFile, checked_entry
-from zarrtrace.scenarios.metadata import RESERVED, Value, plain_value, typed_metadata
-from zarrtrace.scenarios.names import check_name, default_name, label, name_key
+from zarrtrace.scenarios.metadata import RESERVED, Value, plain_value
+from zarrtrace.scenarios.names import check_name, default_name, label
 from zarrtrace.scenarios.scenario import Scenario, assembled, changed
-from zarrtrace.scenarios.suite_file import parse_jsonl, parse_yaml
-from zarrtrace.scenarios.tables import dataset_entries, frame_entries, parse_csv, parse_parquet
+from zarrtrace.scenarios.streams import Draft, ScenarioStream, Source, has_changed, placed
+from zarrtrace.scenarios.suite_file import MAX_BYTES, parse_yaml, read_jsonl
+from zarrtrace.scenarios.tables import dataset_entries, frame_entries
 from zarrtrace.scenarios.templates import render_template, text_of, value_names
 
-_MAX_FILE_BYTES = 2**28
-_TEXT_FILES = {
-    ".yaml": parse_yaml,
-    ".yml": parse_yaml,
-    ".jsonl": parse_jsonl,
-    ".csv": parse_csv,
-}
+_TEXT_FILES = (".yaml", ".yml", ".jsonl", ".csv")
 _ENDINGS = (*_TEXT_FILES, ".parquet")
-_GIVE_A_FILE = "Give a YAML, JSONL, CSV or Parquet file."
+_GIVE_A_FILE = "Give a YAML, JSONL, CSV or Parquet file, or the folder of a data set."
 
+_TABLES = {"pandas.DataFrame": frame_entries, "datasets.Dataset": dataset_entries}
+# Of entries that share nothing.
+_PLAIN = SuiteFile.model_construct(scenarios=[])
 
-@dataclass(frozen=True)
-class _Draft:
-    """A scenario before the suite has typed its metadata."""
-
-    scenario: Scenario
-    where: str = ""  # of its entry, as messages begin
-    from_template: frozenset[str] = frozenset()  # metadata that its template took as values
+Entries = Iterator[tuple[ScenarioEntry, str]]
 
 
 def load_suite(path: str | Path) -> tuple[Scenario, ...]:
-    """Read scenarios from a YAML, JSONL, CSV or Parquet file.
+    """Read scenarios from a YAML, JSONL, CSV or Parquet file, or from a data set's folder.
 
     Parameters
     ----------
     path
         YAML (``.yaml``, ``.yml``) holds a list under ``scenarios``, JSONL one such entry a line.
-        CSV and Parquet have columns ``prompt``, ``name``, ``tags``, ``spans`` and ``options``; all
-        others are metadata.
+        CSV and Parquet have columns ``prompt`` or ``messages``, ``name``, ``tags``, ``spans``,
+        ``options`` and ``generation_prompt``; all others are metadata. A folder holds one split:
+        what ``Dataset.save_to_disk`` wrote, or Parquet files.
 
     Raises
     ------
     ScenarioError
         If the file cannot be read or is not valid; the message names file, line and reason.
     """
-    path = Path(path)
-    suffix = path.suffix.lower()
-    try:
-        _refuse_odd_file(path)
-        if suffix not in _ENDINGS:
-            raise ScenarioError(
-                f"{path}: unknown kind of scenario file {suffix or '(no ending)'!r}",
-                remedy="Name it .yaml (a list under 'scenarios'), .jsonl (one scenario a line), "
-                ".csv or .parquet (a column 'prompt').",
-            )
-        content = path.read_bytes()
-        text = "" if suffix == ".parquet" else content.decode("utf-8-sig")
-    except FileNotFoundError:
-        raise ScenarioError(f"{path}: no such scenario file", remedy=_GIVE_A_FILE) from None
-    except (OSError, ValueError) as error:
-        raise ScenarioError(
-            f"{path}: cannot be read as UTF-8 text ({error})",
-            remedy="Save the file as UTF-8 and check its permissions.",
-        ) from error
-    if suffix == ".parquet":
-        suite, places = parse_parquet(path, content)
-    else:
-        suite, places = _TEXT_FILES[suffix](path, text)
-    return _suite(_drafts(suite, places), str(path))
+    return tuple(_file_stream(Path(path)))
 
 
 def as_scenarios(given: Any) -> tuple[Scenario, ...]:
@@ -85,15 +58,7 @@ def as_scenarios(given: Any) -> tuple[Scenario, ...]:
     Parameters
     ----------
     given
-        One of:
-
-        - a prompt, word for word. A string that names an existing file with one of the endings
-          ``.yaml``, ``.yml``, ``.jsonl``, ``.csv`` and ``.parquet`` is that file; for a prompt
-          that reads like this, give ``Scenario(prompt)``.
-        - a :class:`Scenario`, or a mapping with the keys of an entry in a YAML file.
-        - a sequence of these; strings in it are always prompts.
-        - a :class:`pathlib.Path`: a file, as for :func:`load_suite`.
-        - a pandas DataFrame or a ``datasets.Dataset`` with the columns that CSV files have.
+        What :func:`stream` takes.
 
     Returns
     -------
@@ -106,50 +71,155 @@ def as_scenarios(given: Any) -> tuple[Scenario, ...]:
     ScenarioError
         If it is something else, or a scenario is not valid; the message names it.
     """
-    if isinstance(given, os.PathLike):
-        return load_suite(Path(given))
-    if isinstance(given, str):
-        return load_suite(given) if _is_file(given) else _suite([_draft(given, 0)])
+    return tuple(stream(given))
+
+
+def stream(given: Any) -> ScenarioStream:
+    """Return the scenarios of whatever a user may give as such, one by one.
+
+    Files but YAML, folders, frames and data sets are read row by row, as often as the stream is
+    used: 100,000 prompts take no more memory than 1,000.
+
+    Parameters
+    ----------
+    given
+        One of:
+
+        - a prompt, word for word. A string that names an existing file with one of the endings
+          ``.yaml``, ``.yml``, ``.jsonl``, ``.csv`` and ``.parquet``, or the folder of a data set,
+          is that file or folder; for a prompt that reads like this, give ``Scenario(prompt)``.
+        - a :class:`Scenario`, or a mapping with the keys of an entry in a YAML file.
+        - a sequence of these; strings in it are always prompts.
+        - a :class:`pathlib.Path`: a file or folder, as for :func:`load_suite`.
+        - a pandas DataFrame or a ``datasets.Dataset`` with the columns that CSV files have.
+
+    Raises
+    ------
+    ScenarioError
+        If it is something else. Wrong scenarios raise when the stream is first used.
+    """
+    if isinstance(given, ScenarioStream):
+        return given
+    if isinstance(given, os.PathLike) or (isinstance(given, str) and _is_file(given)):
+        return _file_stream(Path(given))
     kind = _kind(given)
-    if kind == "pandas.DataFrame":
-        return _suite(_drafts(*frame_entries(given)))
-    if kind == "datasets.Dataset":
-        return _suite(_drafts(*dataset_entries(given)))
+    if kind in _TABLES:
+        return ScenarioStream(Source(lambda: _drafts(_TABLES[kind](given))))
     if kind.startswith("datasets."):
         raise ScenarioError(
             f"scenarios cannot be taken from a value of type {kind}",
             remedy="Give one split, as dataset['train']; of an iterable one some rows, as "
             "datasets.Dataset.from_list(list(dataset.take(100))).",
         )
-    if isinstance(given, Scenario | Mapping):
-        return _suite([_draft(given, 0)])
+    if isinstance(given, str | Scenario | Mapping):
+        return _sequence_stream([given])
     if isinstance(given, bytes | Set) or not isinstance(given, Iterable):
         raise ScenarioError(
             f"scenarios cannot be taken from a value of type {type(given).__name__}",
             remedy="Give a prompt, a Scenario, a mapping, a sequence of these, a path, a pandas "
             "DataFrame or a datasets.Dataset.",
         )
-    drafts = [_draft(one, place) for place, one in enumerate(given)]
-    if not drafts:
-        raise ScenarioError("there are no scenarios", remedy="Give at least one prompt.")
-    return _suite(drafts)
+    return _sequence_stream(tuple(given) if isinstance(given, Iterator) else given)
+
+
+def _sequence_stream(given: Iterable[Any]) -> ScenarioStream:
+    def drafts() -> Iterator[Draft]:
+        place = -1
+        for place, one in enumerate(given):
+            yield _draft(one, place)
+        if place < 0:
+            raise ScenarioError("there are no scenarios", remedy="Give at least one prompt.")
+
+    return ScenarioStream(Source(drafts))
+
+
+def _file_stream(path: Path) -> ScenarioStream:
+    suffix = path.suffix.lower()
+    with _readable(path):
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            files = folder_files(path)
+            return _watched(path, files, lambda: arrow_entries(path, files))
+        _refuse_odd_file(path, status, is_read_whole=suffix in (".yaml", ".yml"))
+    if suffix == ".parquet":
+        return _watched(path, [path], lambda: arrow_entries(path, [path]))
+    if suffix == ".jsonl":
+        return _watched(path, [path], lambda: read_jsonl(path))
+    if suffix == ".csv":
+        return _watched(path, [path], CSVFile(path).entries)
+    if suffix in _TEXT_FILES:
+        return _yaml_stream(path)
+    raise ScenarioError(
+        f"{path}: unknown kind of scenario file {suffix or '(no ending)'!r}",
+        remedy="Name it .yaml (a list under 'scenarios'), .jsonl (one scenario a line), "
+        ".csv or .parquet (a column 'prompt').",
+    )
+
+
+def _yaml_stream(path: Path) -> ScenarioStream:
+    """Stream a YAML file, which is read whole, once."""
+
+    @functools.cache
+    def parsed() -> tuple[SuiteFile, list[str]]:
+        with _readable(path):
+            text = path.read_bytes().decode("utf-8-sig")
+        return parse_yaml(path, text)
+
+    def drafts() -> Iterator[Draft]:
+        suite, places = parsed()
+        return _drafts(zip(suite.scenarios, places, strict=True), suite)
+
+    return ScenarioStream(Source(drafts, str(path)))
+
+
+def _watched(path: Path, files: Sequence[Path], read: Callable[[], Entries]) -> ScenarioStream:
+    """Stream files that are read again and again, and refused as soon as one has changed."""
+    first: list[tuple[int, int]] = []
+
+    def drafts() -> Iterator[Draft]:
+        with _readable(path):
+            now = [(one.st_size, one.st_mtime_ns) for one in map(os.stat, files)]
+            if first and first != now:
+                raise has_changed(str(path))
+            first[:] = now
+            yield from _drafts(read())
+
+    return ScenarioStream(Source(drafts, str(path)))
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Raise what an operating system says of a file, or of its text, as our errors."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise ScenarioError(f"{path}: no such scenario file", remedy=_GIVE_A_FILE) from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, ScenarioError):
+            raise
+        raise ScenarioError(
+            f"{path}: cannot be read as UTF-8 text ({error})",
+            remedy="Save the file as UTF-8 and check its permissions.",
+        ) from error
 
 
 def _kind(given: Any) -> str:
     """Name the class of a frame or data set without importing what it comes from."""
     classes = [f"{one.__module__.partition('.')[0]}.{one.__name__}" for one in type(given).__mro__]
-    known = [one for one in classes if one in ("pandas.DataFrame", "datasets.Dataset")]
+    known = [one for one in classes if one in _TABLES]
     return known[0] if known else classes[0]
 
 
 def _is_file(text: str) -> bool:
-    """Whether a string stands for a file of scenarios; what looks like a wrong one is refused."""
+    """Whether a string names a file or folder of scenarios; what looks like a wrong one fails."""
     if "\n" in text or len(text) > 4096 or "\0" in text:
         return False
     path = Path(text)
     suffix = path.suffix.lower()
     try:
         exists = path.is_file()
+        if path.is_dir():
+            return is_dataset_folder(path)
     except OSError:  # longer than a name may be
         return False
     if suffix in _ENDINGS:
@@ -167,33 +237,32 @@ def _is_file(text: str) -> bool:
     )
 
 
-def _refuse_odd_file(path: Path) -> None:
+def _refuse_odd_file(path: Path, status: os.stat_result, *, is_read_whole: bool) -> None:
     """Refuse what would never end, or not fit into memory, before it is read."""
-    status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise ScenarioError(
             f"{path}: cannot be read: not a regular file",
-            why="It is a folder, a pipe or a device.",
+            why="It is a pipe or a device.",
             remedy=_GIVE_A_FILE,
         )
-    if status.st_size > _MAX_FILE_BYTES:
+    if is_read_whole and status.st_size > MAX_BYTES:
         raise ScenarioError(
-            f"{path}: larger than {readable(_MAX_FILE_BYTES)}",
-            why="No file of scenarios is that large; it is probably another file.",
-            remedy="Check its name, or split the file.",
+            f"{path}: larger than {readable(MAX_BYTES)}",
+            why="YAML is read whole.",
+            remedy="Write so many scenarios as JSONL, CSV or Parquet, which are read row by row.",
         )
 
 
 # --- scenarios -------------------------------------------------------------------------------
 
 
-def _draft(given: Any, place: int) -> _Draft:
+def _draft(given: Any, place: int) -> Draft:
     """Make a scenario of one that stands in Python at a place of a sequence."""
     name = default_name(place)
     if isinstance(given, Scenario):
-        return _Draft(given if given.name else changed(given, name=name))
+        return Draft(given if given.name else changed(given, name=name))
     if isinstance(given, str):
-        return _Draft(Scenario(given, name=name, marks=False))
+        return Draft(Scenario(given, name=name, marks=False))
     if not isinstance(given, Mapping):
         raise ScenarioError(
             f"{label(name)} is a value of type {type(given).__name__}",
@@ -202,36 +271,36 @@ def _draft(given: Any, place: int) -> _Draft:
         )
     called = given.get("name")
     entry = checked_entry(given, label(called if isinstance(called, str) else name))
-    return _entry_draft(entry, place, SuiteFile(scenarios=[entry]))
+    return _entry_draft(entry, place, _PLAIN)
 
 
-def _drafts(suite: SuiteFile, places: Sequence[str]) -> list[_Draft]:
+def _drafts(
+    entries: Iterable[tuple[ScenarioEntry, str]], suite: SuiteFile = _PLAIN
+) -> Iterator[Draft]:
     """Make scenarios of the entries of a file or table, each with its place there."""
-    drafts = []
-    for number, (entry, where) in enumerate(zip(suite.scenarios, places, strict=True)):
+    for number, (entry, where) in enumerate(entries):
         try:
-            drafts.append(_entry_draft(entry, number, suite, where))
+            draft = _entry_draft(entry, number, suite, where)
         except ScenarioError as error:
-            raise _at(where, error) from None
-    return drafts
+            raise placed(where, error) from None
+        yield draft
 
 
-def _at(where: str, error: ScenarioError) -> ScenarioError:
-    what = f"{where}: {error.what}" if where else error.what
-    return ScenarioError(what, why=error.why, remedy=error.remedy)
-
-
-def _entry_draft(entry: ScenarioEntry, place: int, suite: SuiteFile, where: str = "") -> _Draft:
+def _entry_draft(entry: ScenarioEntry, place: int, suite: SuiteFile, where: str = "") -> Draft:
     name = default_name(place) if entry.name is None else check_name(entry.name)
-    if entry.prompt is not None and (entry.template is not None or entry.values):
+    own = "a prompt" if entry.prompt is not None else "messages" if entry.messages else ""
+    if own and (entry.template is not None or entry.values):
         raise ScenarioError(
-            f"{label(name)} has a prompt and a template or values",
-            remedy="Give either 'prompt', or 'template' and 'values'.",
+            f"{label(name)} has {own} and a template or values",
+            remedy=f"Give either {own}, or 'template' and 'values'.",
         )
     template = entry.template or suite.template
     marked: dict[str, Any] = {}
     values: dict[str, Value | None] = {}
-    if entry.prompt is not None:
+    marks, begins = suite.marks if entry.marks is None else entry.marks, entry.generation_prompt
+    if begins is None and entry.messages:
+        begins = suite.generation_prompt
+    if own:
         prompt = entry.prompt
     elif template is not None:
         taken = value_names(template)
@@ -245,23 +314,28 @@ def _entry_draft(entry: ScenarioEntry, place: int, suite: SuiteFile, where: str 
         try:
             prompt, marked = render_template(template, given)
         except ScenarioError as error:
-            raise _at(label(name), error) from None
+            raise placed(label(name), error) from None
         values = {one: _metadata_of(one, given[one]) for one in taken if one not in RESERVED}
+        marks = False  # they are read, and values are text
     else:
         raise ScenarioError(
             f"{label(name)} has no prompt",
-            remedy="Give it 'prompt', or 'template' (its own or the file's) and 'values'.",
+            remedy="Give it 'prompt', or 'template' (its own or the file's) and 'values', or "
+            "'messages'.",
         )
     scenario = assembled(
         name=name,
         prompt=prompt,
+        messages=entry.messages,
+        generation_prompt=begins,
+        marks=bool(marks),
         marked=marked,
         spans=entry.spans,
         tags=entry.tags,
         options=suite.options if entry.options is None else entry.options,
         metadata={**values, **entry.metadata},
     )
-    return _Draft(scenario, where, frozenset(values.keys() - entry.metadata.keys()))
+    return Draft(scenario, where, frozenset(values.keys() - entry.metadata.keys()))
 
 
 def _metadata_of(name: str, value: Any) -> Value | None:
@@ -272,27 +346,3 @@ def _metadata_of(name: str, value: Any) -> Value | None:
         except ValueError:
             pass
     return text_of(name, value)
-
-
-def _suite(drafts: Sequence[_Draft], where: str = "") -> tuple[Scenario, ...]:
-    """Check names against each other, and type the metadata."""
-    taken: dict[str, str] = {}
-    for draft in drafts:
-        name = draft.scenario.name
-        key = name_key(name)
-        if key in taken:
-            error = ScenarioError(
-                f"scenario name {name!r} is taken by {taken[key]!r}",
-                why="Names that differ only in case or Unicode form are one folder on many file "
-                "systems.",
-                remedy="Rename one of the two.",
-            )
-            raise _at(draft.where, error)
-        taken[key] = name
-    given = {draft.scenario.name: draft.scenario.metadata for draft in drafts}
-    template = {(draft.scenario.name, one) for draft in drafts for one in draft.from_template}
-    try:
-        typed = typed_metadata(given, template)
-    except ScenarioError as error:
-        raise _at(where, error) from None
-    return tuple(changed(draft.scenario, metadata=typed[draft.scenario.name]) for draft in drafts)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import codecs
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, AnyStr
 
 import yaml
 from pydantic import ValidationError
 
-from zarrtrace.errors import ScenarioError
+from zarrtrace.errors import ScenarioError, readable
 from zarrtrace.scenarios.entries import ScenarioEntry, SuiteFile, problem_of
 
+#: Larger than any scenario, or any YAML file, which is read whole.
+MAX_BYTES = 2**28
 _YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # Scenarios need 6. libyaml builds deeper ones by recursion that overflows the stack.
 _MAX_YAML_DEPTH = 50
@@ -50,34 +53,52 @@ def parse_yaml(path: Path, text: str) -> tuple[SuiteFile, list[str]]:
     try:
         suite = SuiteFile.model_validate(data)
     except ValidationError as error:
-        raise _invalid(path, error, lambda loc: _line_of(node, loc)) from None
+        line = _line_of(node, problem_of(error).location)
+        raise _invalid(f"{path}:{line}", error) from None
     lines = [_line_of(node, ("scenarios", i)) for i in range(len(suite.scenarios))]
     return suite, [f"{path}:{line}" for line in lines]
 
 
-def parse_jsonl(path: Path, text: str) -> tuple[SuiteFile, list[str]]:
-    """Parse a JSONL file; returns file and line of each scenario, too."""
-    entries, places = [], []
-    # Not splitlines(): JSON strings may hold U+2028 and its like as they are.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line, object_pairs_hook=refuse_double_keys)
-            entries.append(ScenarioEntry.model_validate(entry))
-        except ScenarioError as error:
-            raise ScenarioError(f"{path}:{number}: {error.what}", remedy=error.remedy) from None
-        except ValidationError as error:
-            raise _invalid(path, error, lambda _loc, number=number: number) from None
-        except (ValueError, RecursionError) as error:  # JSON, or an integer that is too long
-            raise ScenarioError(
-                f"{path}:{number}: not valid JSON: {error}",
-                remedy="Each line of a .jsonl file is one JSON object: a scenario.",
-            ) from None
-        places.append(f"{path}:{number}")
-    if not entries:
+def read_jsonl(path: Path) -> Iterator[tuple[ScenarioEntry, str]]:
+    """Read a JSONL file line by line: entries, each with its file and line."""
+    is_empty = True
+    with path.open("rb") as file:
+        # Bytes end at "\n" alone: JSON strings may hold U+2028 and its like as they are.
+        for number, content in enumerate(lines_of(path, file), start=1):
+            where = f"{path}:{number}"
+            line = content.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").decode()
+            if not line.strip():
+                continue
+            is_empty = False
+            yield _entry_of(line, where), where
+    if is_empty:
         raise ScenarioError(f"{path}: holds no scenario", remedy="Write one JSON object a line.")
-    return SuiteFile(scenarios=entries), places
+
+
+def _entry_of(line: str, where: str) -> ScenarioEntry:
+    try:
+        return ScenarioEntry.model_validate(decode_json(line))
+    except ScenarioError as error:
+        raise ScenarioError(f"{where}: {error.what}", remedy=error.remedy) from None
+    except ValidationError as error:
+        raise _invalid(where, error) from None
+    except (ValueError, RecursionError) as error:  # JSON, or an integer that is too long
+        raise ScenarioError(
+            f"{where}: not valid JSON: {error}",
+            remedy="Each line of a .jsonl file is one JSON object: a scenario.",
+        ) from None
+
+
+def lines_of(path: Path, file: IO[AnyStr]) -> Iterator[AnyStr]:
+    """Read a file's lines, none of which fills the memory."""
+    while line := file.readline(MAX_BYTES):
+        if len(line) == MAX_BYTES:
+            raise ScenarioError(
+                f"{path}: holds a line of more than {readable(MAX_BYTES)}",
+                why="No scenario is that large; it is probably another file.",
+                remedy="Check its name.",
+            )
+        yield line
 
 
 def refuse_double_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -88,6 +109,10 @@ def refuse_double_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ScenarioError(f"key {key!r} stands twice", remedy="Keep one of the two.")
         entry[key] = value
     return entry
+
+
+#: Decode JSON whose keys differ.
+decode_json = json.JSONDecoder(object_pairs_hook=refuse_double_keys).decode
 
 
 def _refuse_deep_yaml(path: Path, text: str) -> None:
@@ -150,7 +175,8 @@ def _line_of(node: yaml.Node | None, loc: Sequence[str | int]) -> int:
     return int(node.start_mark.line) + 1
 
 
-def _invalid(path: Path, error: ValidationError, line_of: Any) -> ScenarioError:
+def _invalid(where: str, error: ValidationError) -> ScenarioError:
     problem = problem_of(error)
-    where = f"{path}:{line_of(problem.location)}: {problem.path or 'the file'}"
-    return ScenarioError(f"{where}: {problem.reason}", remedy=problem.remedy)
+    return ScenarioError(
+        f"{where}: {problem.path or 'the file'}: {problem.reason}", remedy=problem.remedy
+    )

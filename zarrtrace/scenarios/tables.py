@@ -1,164 +1,91 @@
-"""Tables of scenarios: CSV, Parquet, pandas and Datasets; other columns are metadata."""
+"""Rows of tables as scenarios; columns other than an entry's fields are metadata."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
 from zarrtrace.errors import ScenarioError
-from zarrtrace.scenarios.entries import ScenarioEntry, SuiteFile, plain, problem_of
-from zarrtrace.scenarios.metadata import Value, check_metadata_name, is_missing
-from zarrtrace.scenarios.suite_file import refuse_double_keys
+from zarrtrace.scenarios.entries import ScenarioEntry, plain, problem_of
+from zarrtrace.scenarios.metadata import check_metadata_name, is_missing
+from zarrtrace.scenarios.suite_file import decode_json
 from zarrtrace.suggestions import closest
 
-# Columns that are fields of an entry.
-_FIELDS = ("prompt", "name", "tags", "spans", "options")
-# As pandas stores an index without a name.
-_INDEX = re.compile(r"__index_level_\d+__")
-# Text "007" is a label, not the number 7.
-_INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]{0,18})")
-_FLOAT = re.compile(r"[+-]?(0|[1-9][0-9]*)?(\.[0-9]*)?([eE][+-]?[0-9]+)?")
-_BOOLEANS = {"true": True, "false": False}
+#: Columns that are fields of an entry.
+FIELDS = ("prompt", "messages", "generation_prompt", "name", "tags", "spans", "options")
+#: Rows that are taken from a table at a time.
+BATCH = 256
+
+Row = Sequence[Any]
 
 
-# --- kinds of tables ---------------------------------------------------------------------------
-
-
-def parse_csv(path: Path, text: str) -> tuple[SuiteFile, list[str]]:
-    """Parse a CSV file with a header; returns file and line of each scenario, too.
-
-    A column of metadata whose cells all are numbers holds numbers, one of ``true`` and ``false``
-    booleans, any other text. An empty cell is a missing value.
-    """
-    rows: list[list[str]] = []
-    lines: list[int] = []
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    limit = csv.field_size_limit(len(text) + 1)
-    line = 1
-    try:
-        for row in reader:
-            if row:
-                rows.append(row)
-                lines.append(line)
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise ScenarioError(
-            f"{path}:{reader.line_num}: not valid CSV: {error}",
-            remedy='Put text with commas, quotes or line ends in quotes: "a ""word"", a comma".',
-        ) from None
-    finally:
-        csv.field_size_limit(limit)
-    if not rows:
-        raise ScenarioError(f"{path}: is empty", remedy="Begin it with a line of column names.")
-    header, *rows = rows
-    header = [name.strip() for name in header]
-    for row, line in zip(rows, lines[1:], strict=True):
-        if len(row) != len(header):
-            raise ScenarioError(
-                f"{path}:{line}: {len(row)} cells, and the header has {len(header)}",
-                why="A comma, quote or line end within a text splits it into cells.",
-                remedy='Put such a text in quotes: "a ""word"", a comma".',
-            )
-    columns = [[row[at] for row in rows] for at in range(len(header))]
-    typed = [
-        [cell or None for cell in column] if name in _FIELDS else _typed_cells(column)
-        for name, column in zip(header, columns, strict=True)
-    ]
-    return _entries(
-        f"{path}:{lines[0]}", header, typed, lambda at: f"{path}:{lines[at + 1]}", len(rows)
-    )
-
-
-def parse_parquet(path: Path, content: bytes) -> tuple[SuiteFile, list[str]]:
-    """Parse a Parquet file; returns file and row of each scenario, too."""
-    import pyarrow as pa  # noqa: PLC0415 -- rarely needed
-    import pyarrow.parquet as pq  # noqa: PLC0415
-
-    try:
-        table = pq.read_table(pa.BufferReader(content))
-        columns = [column.to_pylist() for column in table.columns]
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise ScenarioError(
-            f"{path}: not a usable Parquet file: {error}", remedy="Write it again."
-        ) from None
-    kept = [at for at, name in enumerate(table.column_names) if not _INDEX.fullmatch(name)]
-    return _entries(
-        str(path),
-        [table.column_names[at] for at in kept],
-        [columns[at] for at in kept],
-        lambda at: f"{path}: row {at}",
-        table.num_rows,
-    )
-
-
-def frame_entries(frame: Any) -> tuple[SuiteFile, list[str]]:
-    """Return the entries of a pandas DataFrame, and which row each is.
+def frame_entries(frame: Any) -> Iterator[tuple[ScenarioEntry, str]]:
+    """Yield the entries of a pandas DataFrame, and which row each is.
 
     Levels of its index that have a name are columns, too.
     """
     named = [level for level, name in enumerate(frame.index.names) if name is not None]
     header = [frame.index.names[level] for level in named] + list(frame.columns)
-    columns = [frame.index.get_level_values(level).tolist() for level in named]
-    columns += [frame.iloc[:, at].tolist() for at in range(len(frame.columns))]
-    return _entries("the frame", header, columns, lambda at: f"row {at}", len(frame))
+
+    def rows() -> Iterator[tuple[Any, ...]]:
+        for start in range(0, len(frame), BATCH):
+            part = frame.iloc[start : start + BATCH]
+            columns = [part.index.get_level_values(level).tolist() for level in named]
+            columns += [part.iloc[:, at].tolist() for at in range(len(frame.columns))]
+            yield from zip(*columns, strict=True)
+
+    return table_entries("the frame", header, numbered("", rows()))
 
 
-def dataset_entries(dataset: Any) -> tuple[SuiteFile, list[str]]:
-    """Return the entries of a ``datasets.Dataset``, and which row each is."""
+def dataset_entries(dataset: Any) -> Iterator[tuple[ScenarioEntry, str]]:
+    """Yield the entries of a ``datasets.Dataset``, and which row each is."""
     plainly = dataset.with_format(None)
     header = list(plainly.column_names)
-    columns = [list(plainly[name]) for name in header]
-    return _entries("the data set", header, columns, lambda at: f"row {at}", len(dataset))
+
+    def rows() -> Iterator[tuple[Any, ...]]:
+        for start in range(0, len(plainly), BATCH):
+            columns = plainly[start : start + BATCH]
+            yield from zip(*(columns[name] for name in header), strict=True)
+
+    return table_entries("the data set", header, numbered("", rows()))
 
 
-# --- entries -----------------------------------------------------------------------------------
+def numbered(table: str, rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
+    """Yield rows, each with what messages call it: its number, behind the name of its table."""
+    begin = f"{table}: row" if table else "row"
+    for number, row in enumerate(rows):
+        yield f"{begin} {number}", row
 
 
-def _entries(
-    table: str,
-    header: Sequence[Any],
-    columns: Sequence[Sequence[Any]],
-    where: Callable[[int], str],
-    count: int,
-) -> tuple[SuiteFile, list[str]]:
-    """Make entries of a table's columns.
+def table_entries(
+    table: str, header: Sequence[Any], rows: Iterable[tuple[str, Row]]
+) -> Iterator[tuple[ScenarioEntry, str]]:
+    """Make entries of a table's rows, one by one.
 
     Parameters
     ----------
     table
         What messages call it.
-    header, columns
-        Names and values.
-    where
-        Names a row, counted from 0.
-    count
-        Number of rows.
+    header
+        Names of the columns.
+    rows
+        What messages call a row, and its values.
     """
-    _check_header(table, header)
-    if not count:
+    check_header(table, header)
+    is_empty = True
+    for where, row in rows:
+        is_empty = False
+        yield _entry(dict(zip(header, row, strict=True)), where), where
+    if is_empty:
         raise ScenarioError(f"{table}: holds no scenario", remedy="Give it at least one row.")
-    entries = [
-        _entry(dict(zip(header, (column[at] for column in columns), strict=True)), where(at))
-        for at in range(count)
-    ]
-    return SuiteFile(scenarios=entries), [where(at) for at in range(count)]
 
 
-def _check_header(table: str, header: Sequence[Any]) -> None:
+def check_header(table: str, header: Sequence[Any]) -> None:
     """Refuse a table without prompts, or with columns that cannot be metadata."""
-    if "messages" in header:
-        raise ScenarioError(
-            f"{table}: column 'messages' holds chat prompts, which come in a later version",
-            remedy="Give a column 'prompt' with texts, and leave 'messages' out.",
-        )
-    if "prompt" not in header:
+    if "prompt" not in header and "messages" not in header:
         close = closest("prompt", map(str, header))
         hint = f"Did you mean {close!r}? Rename it to 'prompt'" if close else "Name one so"
         raise ScenarioError(
@@ -173,7 +100,7 @@ def _check_header(table: str, header: Sequence[Any]) -> None:
         elif name == "":
             problem = "has no name"
             remedy = "If it is a frame's index, write the file with index=False, or name it."
-        elif name not in _FIELDS:
+        elif name not in FIELDS:
             try:
                 check_metadata_name(name)
             except ValueError as error:
@@ -184,11 +111,16 @@ def _check_header(table: str, header: Sequence[Any]) -> None:
 
 def _entry(row: Mapping[str, Any], where: str) -> ScenarioEntry:
     given = {name: None if is_missing(value) else plain(value) for name, value in row.items()}
-    entry: dict[str, Any] = {"metadata": {k: v for k, v in given.items() if k not in _FIELDS}}
+    entry: dict[str, Any] = {"metadata": {k: v for k, v in given.items() if k not in FIELDS}}
     try:
-        if given["prompt"] is None:
-            raise ScenarioError("prompt: missing", remedy="Give every row a text.")
-        entry |= {"prompt": given["prompt"], "name": given.get("name") or None}
+        entry |= {"prompt": given.get("prompt"), "name": given.get("name") or None}
+        entry["messages"] = _messages(given.get("messages"))
+        if entry["prompt"] is None and entry["messages"] is None:
+            raise ScenarioError(
+                f"{'prompt' if 'prompt' in given else 'messages'}: missing",
+                remedy="Give every row a prompt, or messages.",
+            )
+        entry["generation_prompt"] = given.get("generation_prompt")
         entry["tags"] = _tags(given.get("tags"))
         entry["spans"] = _mapping("spans", given.get("spans"))
         entry["options"] = _mapping("options", given.get("options")) or None
@@ -214,6 +146,16 @@ def _tags(cell: Any) -> Any:
     return [tag.strip() for tag in re.split("[,;]", cell) if tag.strip()]
 
 
+def _messages(cell: Any) -> Any:
+    """Return a cell of messages: a list of structs, or its JSON."""
+    if isinstance(cell, str):
+        return _json("messages", cell)
+    if isinstance(cell, Mapping) and all(isinstance(one, list) for one in cell.values()):
+        names = list(cell)  # a struct of lists, as older versions of Datasets store a list
+        return [dict(zip(names, row, strict=True)) for row in zip(*cell.values(), strict=True)]
+    return cell
+
+
 def _mapping(field: str, cell: Any) -> Any:
     """Return a cell of spans or options: a mapping, or its JSON."""
     if cell is None:
@@ -234,39 +176,10 @@ def _without_missing(value: Any) -> Any:
 
 def _json(field: str, cell: str) -> Any:
     try:
-        return json.loads(cell, object_pairs_hook=refuse_double_keys)
+        return decode_json(cell)
     except (ValueError, RecursionError) as error:
         raise ScenarioError(
             f"{field}: not valid JSON: {error}",
-            remedy='Write spans and options as {"name": "text"}, tags as ["a", "b"] or a;b.',
+            remedy='Write spans and options as {"name": "text"}, tags as ["a", "b"] or a;b, '
+            'messages as [{"role": "user", "content": "text"}].',
         ) from None
-
-
-def _typed_cells(cells: Sequence[str]) -> Sequence[Value | None]:
-    """Return the cells of a CSV column as its type, which no CSV file says."""
-    present = [cell.strip() for cell in cells if cell.strip()]
-    if not present:
-        return [None] * len(cells)
-    if all(cell.lower() in _BOOLEANS for cell in present):
-        return [_BOOLEANS.get(cell.strip().lower()) for cell in cells]
-    numbers = [cell for cell in present if cell.lower() != "nan"]
-    if numbers and all(_INTEGER.fullmatch(cell) for cell in numbers):
-        # Beyond these it is a label: neither 64 bits nor, beside a missing one, a float hold it.
-        most = 2**63 - 1 if len(numbers) == len(cells) else 2**53
-        if all(abs(int(cell)) <= most for cell in numbers):
-            return [_number(cell, int) for cell in cells]
-        return [cell or None for cell in cells]
-    if numbers and all(_is_float(cell) for cell in numbers):
-        return [_number(cell, float) for cell in cells]
-    return [cell or None for cell in cells]
-
-
-def _is_float(cell: str) -> bool:
-    return bool(_FLOAT.fullmatch(cell)) and any(
-        sign.isdigit() for sign in re.split("[eE]", cell)[0]
-    )
-
-
-def _number(cell: str, kind: type[int] | type[float]) -> Value | None:
-    cell = cell.strip()
-    return None if not cell or cell.lower() == "nan" else kind(cell)

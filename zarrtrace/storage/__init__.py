@@ -1,5 +1,5 @@
 """Files in folders and object stores; knows nothing of Zarr."""
 
-from zarrtrace.storage.location import Address, Location, at_once, locate
+from zarrtrace.storage.location import Address, Location, locate
 
-__all__ = ["Address", "Location", "at_once", "locate"]
+__all__ = ["Address", "Location", "locate"]

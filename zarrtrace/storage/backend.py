@@ -33,10 +33,10 @@ class Backend(Protocol):
     def size(self, key: str) -> int:
         """Return the size of a file."""
 
-    def sizes(self, prefix: str) -> dict[str, int]:
+    def sizes(self, folder: str) -> dict[str, int]:
         """Return the size of every file below a folder, by key."""
 
-    def children(self, prefix: str) -> list[str]:
+    def children(self, folder: str) -> list[str]:
         """Return the names in a folder, sorted; none if it does not exist."""
 
 

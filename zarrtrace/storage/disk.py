@@ -68,19 +68,19 @@ class Disk:
         for key in keys:
             Path(key).unlink(missing_ok=True)
 
-    def sizes(self, prefix: str) -> dict[str, int]:
+    def sizes(self, folder: str) -> dict[str, int]:
         """Return the size of every regular file below a folder."""
         return {
             path: os.stat(path).st_size  # noqa: PTH116 -- called for each file of a run
-            for folder, _, names in os.walk(prefix.rstrip("/"))
-            for path in (f"{folder}/{name}" for name in names)
+            for parent, _, names in os.walk(folder)
+            for path in (f"{parent}/{name}" for name in names)
             if Path(path).is_file()
         }
 
-    def children(self, prefix: str) -> list[str]:
+    def children(self, folder: str) -> list[str]:
         """Return the names in a folder."""
         try:
-            return sorted(os.listdir(prefix or "."))  # noqa: PTH208 -- names are wanted
+            return sorted(os.listdir(folder))  # noqa: PTH208 -- names are wanted
         except (FileNotFoundError, NotADirectoryError):
             return []
 

@@ -64,17 +64,17 @@ class FsspecFiles:
             raise FileNotFoundError(f"{self._base}/{key}")
         return int(found["size"])
 
-    def sizes(self, prefix: str) -> dict[str, int]:
+    def sizes(self, folder: str) -> dict[str, int]:
         """Return the size of every file below a folder."""
-        with self._explained(prefix):
-            found = self._files.find(self._path(prefix.rstrip("/")), detail=True)
+        with self._explained(folder):
+            found = self._files.find(self._path(folder), detail=True)
         return {path[len(self._root) + 1 :]: int(one["size"]) for path, one in found.items()}
 
-    def children(self, prefix: str) -> list[str]:
+    def children(self, folder: str) -> list[str]:
         """Return the names in a folder."""
         try:
-            with self._explained(prefix):
-                found = self._files.ls(self._path(prefix.rstrip("/")), detail=False)
+            with self._explained(folder):
+                found = self._files.ls(self._path(folder), detail=False)
         except FileNotFoundError:
             return []
         return sorted(path.rstrip("/").rpartition("/")[2] for path in found)

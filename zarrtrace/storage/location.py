@@ -156,10 +156,6 @@ class Location:
             )
         return cast("WritableBackend", self.backend)
 
-    def refuse_read_only(self) -> None:
-        """Raise ConfigError where :meth:`writable_backend` does."""
-        self.writable_backend()
-
     def is_file(self) -> bool:
         """Whether there is such a file."""
         if (path := self.path) is not None:
@@ -175,7 +171,7 @@ class Location:
         if (path := self.path) is not None:
             return path.is_dir()
         if self.backend.listable:
-            return bool(self.backend.children(self._prefix))
+            return bool(self.backend.children(self.key))
         return (self / "zarr.json").is_file()
 
     def exists(self) -> bool:
@@ -193,7 +189,7 @@ class Location:
             If the store cannot list.
         """
         self._refuse_unlistable()
-        for name in self.backend.children(self._prefix):
+        for name in self.backend.children(self.key):
             yield self / name
 
     def present(self, names: Sequence[str]) -> list[str]:
@@ -203,8 +199,18 @@ class Location:
         """
         if not self.backend.listable:
             return list(names)
-        there = set(self.backend.children(self._prefix))
+        there = set(self.backend.children(self.key))
         return [name for name in names if name in there]
+
+    def each(self, call: Callable[[_In], _Out], items: Iterable[_In]) -> list[_Out]:
+        """Call a function that reads or writes below here for each item.
+
+        In an object store some calls run at the same time, because requests mostly wait.
+        """
+        # A thread that waited for its own pool would hang.
+        if self.path is not None or threading.current_thread().name.startswith(_THREADS):
+            return list(map(call, items))
+        return list(_pool(os.getpid()).map(call, items))
 
     def files(self) -> dict[str, int]:
         """Return the size of every file below the folder, by its path from here.
@@ -215,12 +221,8 @@ class Location:
             If the store cannot list.
         """
         self._refuse_unlistable()
-        prefix = self._prefix
-        return {key.removeprefix(prefix): size for key, size in self.backend.sizes(prefix).items()}
-
-    @property
-    def _prefix(self) -> str:
-        return f"{self.key.rstrip('/')}/" if self.key else ""
+        start = len(self.key) + 1 if self.key else 0
+        return {key[start:]: size for key, size in self.backend.sizes(self.key).items()}
 
     def _refuse_unlistable(self) -> None:
         if not self.backend.listable:
@@ -285,13 +287,6 @@ def _credential(what: str) -> ConfigError:
         why="What stands on a command line or in a notebook is read by others.",
         remedy="Put credentials into the environment, as AWS_SECRET_ACCESS_KEY.",
     )
-
-
-def at_once(call: Callable[[_In], _Out], items: Iterable[_In]) -> list[_Out]:
-    """Call a function for each item, some at the same time: requests spend their time waiting."""
-    if threading.current_thread().name.startswith(_THREADS):  # waiting for its own pool would hang
-        return list(map(call, items))
-    return list(_pool(os.getpid()).map(call, items))
 
 
 @cache

@@ -151,22 +151,21 @@ class ObjectStore:
             with contextlib.suppress(FileNotFoundError):
                 self._repeated(keys[0], lambda: self._obstore.delete(self._store, names))
 
-    def sizes(self, prefix: str) -> dict[str, int]:
+    def sizes(self, folder: str) -> dict[str, int]:
         """Return the size of every object below a folder."""
-        folder = self._prefix + prefix.rstrip("/")
-
-        pages = self._repeated(prefix, lambda: list(self._obstore.list(self._store, folder)))
+        below = self._prefix + folder
+        pages = self._repeated(folder, lambda: list(self._obstore.list(self._store, below)))
         return {
             one["path"].removeprefix(self._prefix): int(one["size"])
             for page in pages
             for one in page
         }
 
-    def children(self, prefix: str) -> list[str]:
+    def children(self, folder: str) -> list[str]:
         """Return the names in a folder."""
-        folder = (self._prefix + prefix).rstrip("/")
+        below = (self._prefix + folder).rstrip("/") or None
         found = self._repeated(
-            prefix, lambda: self._obstore.list_with_delimiter(self._store, folder or None)
+            folder, lambda: self._obstore.list_with_delimiter(self._store, below)
         )
         paths = [*found["common_prefixes"], *(one["path"] for one in found["objects"])]
         return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)

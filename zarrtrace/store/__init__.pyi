@@ -1,3 +1,4 @@
+from zarrtrace.store.captured import attention_problem, layer_record
 from zarrtrace.store.copy import copy_run
 from zarrtrace.store.damage import Problem
 from zarrtrace.store.index_arrays import (
@@ -10,14 +11,16 @@ from zarrtrace.store.index_arrays import (
     read_token_texts,
     write_index_layer,
 )
-from zarrtrace.store.metadata import kind_of, read_run, read_trace, refuse_foreign
+from zarrtrace.store.metadata import kind_of, read_run, read_table, read_trace, refuse_foreign
 from zarrtrace.store.open import open_run, open_trace
 from zarrtrace.store.run_writer import RunWriter
 from zarrtrace.store.staged import only_writer, wait_for_writers
 from zarrtrace.store.summary import RunSummary, TraceSummary, summarize
+from zarrtrace.store.table_writer import TableWriter
+from zarrtrace.store.tables import open_table
 from zarrtrace.store.trace_writer import TraceWriter
 from zarrtrace.store.verification import verify
-from zarrtrace.store.write import attention_problem, layer_record, trace_plan, write_trace
+from zarrtrace.store.write import trace_plan, write_trace
 
 __all__ = [
     "IndexWriter",
@@ -26,6 +29,7 @@ __all__ = [
     "RunIndex",
     "RunSummary",
     "RunWriter",
+    "TableWriter",
     "TraceSummary",
     "TraceWriter",
     "attention_problem",
@@ -36,9 +40,11 @@ __all__ = [
     "locked",
     "only_writer",
     "open_run",
+    "open_table",
     "open_trace",
     "read_features",
     "read_run",
+    "read_table",
     "read_token_texts",
     "read_trace",
     "refuse_foreign",

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from zarrtrace.errors import IntegrityError
-from zarrtrace.storage import Location, at_once
+from zarrtrace.storage import Location
 from zarrtrace.store.chunks import (
     Checksums,
     FileIndex,
@@ -93,9 +93,7 @@ class StoredArray:
         choices = [_counted(one, size) for one, size in zip(key, shape, strict=True)]
         out = np.empty([len(one) for one in choices], self.encoding.dtype)
         by_file = self._pieces(choices)
-        each = map if self.path.path is not None else at_once
-        for _ in each(lambda file: self._read_file(file, by_file[file], out), by_file):
-            pass
+        self.path.each(lambda file: self._read_file(file, by_file[file], out), by_file)
         squeezed = tuple(0 if isinstance(one, int | np.integer) else slice(None) for one in key)
         found: np.ndarray = out[squeezed]
         return found

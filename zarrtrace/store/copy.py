@@ -15,16 +15,16 @@ from typing import Any, NamedTuple
 from zarrtrace.errors import ConfigMismatchError, IntegrityError, NotATraceError, StoreError
 from zarrtrace.format.attributes import IndexAttributes, TraceAttributes
 from zarrtrace.format.layout import INDEX
-from zarrtrace.storage import Address, Location, at_once, disk, locate
+from zarrtrace.storage import Address, Location, disk, locate
 from zarrtrace.store.chunks import Checksum
 from zarrtrace.store.damage import check_sizes, compare_file
 from zarrtrace.store.metadata import (
     REPAIR,
     Group,
+    each_trace,
     kind_of,
     read_index_group,
     read_run,
-    read_scenario,
     read_trace,
     refuse_foreign,
 )
@@ -113,17 +113,9 @@ def copy_run(source: Address, target: Address, *, progress: Progress | None = No
 
 def _groups(run: Location) -> list[Group[TraceAttributes] | Group[IndexAttributes]]:
     """Read the metadata of a run's complete traces, and of its index if it has one."""
-
-    def read(name: str) -> Group[TraceAttributes] | None:
-        try:
-            return read_scenario(run, name)
-        except NotATraceError:
-            return None
-
     names = read_run(run).attributes.scenarios
-    each = map if run.path is not None else at_once
     found: list[Group[TraceAttributes] | Group[IndexAttributes]] = [
-        group for group in each(read, names) if group is not None
+        trace for trace in each_trace(run, names, lambda trace: trace) if trace is not None
     ]
     with contextlib.suppress(NotATraceError):
         found.append(read_index_group(run / INDEX))
@@ -204,8 +196,7 @@ def _copy_group(
         counter.add(written=len(content))
 
     try:
-        for _ in (map if group.path.path is not None else at_once)(copy, files):
-            pass
+        group.path.each(copy, files)
         (folder / "zarr.json").write_bytes((group.path / "zarr.json").inside(source).read())
         disk.sync(folder)
         publish_folder(folder, target)

@@ -11,7 +11,6 @@ from pydantic import BaseModel
 
 from zarrtrace.errors import IntegrityError, StoreError
 from zarrtrace.format.attributes import IndexAttributes
-from zarrtrace.storage import at_once
 from zarrtrace.store.chunks import Checksum, checksum_of, fingerprint, parse_index
 from zarrtrace.store.codecs import CRC_BYTES, ArrayEncoding, checked
 from zarrtrace.store.metadata import REPAIR, Group
@@ -75,10 +74,9 @@ def check_sizes(group: Group[Any], remedy: str = REPAIR) -> None:
 
 def find_damage(group: Group[Any], scenario: str | None = None) -> list[Problem]:
     """Read all files of a group's arrays, and compare them with the group's metadata."""
-    each = map if group.path.path is not None else at_once
     problem = partial(Problem, scenario=scenario)
     found = list(_unknown_files(group, problem))
-    for some in each(lambda name: list(_array(group, name, problem)), group.nodes):
+    for some in group.path.each(lambda name: list(_array(group, name, problem)), group.nodes):
         found += some
     return found
 

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from zarrtrace.errors import IntegrityError, NotATraceError, StoreError
+from zarrtrace.errors import IntegrityError, StoreError
 from zarrtrace.format.attributes import IndexAttributes, TraceAttributes
 from zarrtrace.format.layout import INDEX, ArrayLayout, index_layout
-from zarrtrace.storage import Address, Location, at_once, disk, locate
+from zarrtrace.storage import Address, Location, disk, locate
 from zarrtrace.store.array import open_array
 from zarrtrace.store.chunks import Checksum, encode_file, file_key
 from zarrtrace.store.codecs import ArrayEncoding
@@ -22,15 +22,13 @@ from zarrtrace.store.damage import check_sizes
 from zarrtrace.store.metadata import (
     REPAIR,
     Group,
-    Nodes,
-    array_metadata,
-    encoded,
+    each_trace,
     read_index_group,
     read_run,
-    read_scenario,
     read_trace,
     sealed_group,
 )
+from zarrtrace.store.nodes import Nodes, array_metadata, encoded
 from zarrtrace.store.publish import end_publishing, publish_folder, remove
 from zarrtrace.store.run_writer import lock_run
 from zarrtrace.store.staged import staging_folder
@@ -56,6 +54,8 @@ class IndexableTrace(NamedTuple):
         Number of latents by array.
     layers
         Layers of which it has features, by array.
+    positions
+        Token positions of their rows; None for all tokens of the prompt.
     """
 
     number: int
@@ -63,10 +63,11 @@ class IndexableTrace(NamedTuple):
     digest: int
     features: dict[str, int]
     layers: dict[str, tuple[int, ...]]
+    positions: tuple[int, ...] | None
 
 
-def indexable_traces(run: Address) -> Iterator[IndexableTrace]:
-    """Yield the complete traces of a run that have features.
+def indexable_traces(run: Address) -> list[IndexableTrace]:
+    """Return the complete traces of a run that have features.
 
     Raises
     ------
@@ -76,27 +77,29 @@ def indexable_traces(run: Address) -> Iterator[IndexableTrace]:
     run = locate(run)
     names = read_run(run).attributes.scenarios
     numbers = {name: number for number, name in enumerate(names)}
-    each = map if run.path is not None else at_once
-    for trace in each(lambda name: _indexable(run / name), run.present(names)):
-        if trace is not None:
-            yield trace._replace(number=numbers[trace.path.name])
+    found = each_trace(
+        run, run.present(names), lambda trace: _indexable(numbers[trace.path.name], trace)
+    )
+    return [trace for trace in found if trace is not None and trace.features]
 
 
-def _indexable(path: Location) -> IndexableTrace | None:
-    try:
-        trace = read_scenario(path.parent, path.name)
-    except NotATraceError:
-        return None
+def _indexable(number: int, trace: Group[TraceAttributes]) -> IndexableTrace:
     arrays = _feature_arrays(trace)
-    if not arrays:
-        return None
     return IndexableTrace(
-        number=-1,
-        path=path,
+        number=number,
+        path=trace.path,
         digest=digest_of(trace),
         features={name: int(trace.nodes[name]["shape"][-1]) for name in arrays},
         layers={name: _layers_with(trace, name) for name in arrays},
+        positions=_positions(trace),
     )
+
+
+def _positions(trace: Group[TraceAttributes]) -> tuple[int, ...] | None:
+    """Return the token positions that a trace stores; None for all."""
+    if "query" not in trace.nodes or trace.nodes["query"]["shape"] == trace.nodes["key"]["shape"]:
+        return None
+    return tuple(open_array(trace, "query").load().tolist())
 
 
 def _feature_arrays(trace: Group[TraceAttributes]) -> list[str]:
@@ -115,7 +118,8 @@ def _layers_with(trace: Group[TraceAttributes], name: str) -> tuple[int, ...]:
 
 def digest_of(trace: Group[TraceAttributes]) -> int:
     """Return a number that stands for the features of a trace; never 0."""
-    content = {name: trace.checksums[name] for name in _feature_arrays(trace)}
+    names = (*_feature_arrays(trace), *({"query"} & trace.checksums.keys()))
+    content = {name: trace.checksums[name] for name in names}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16) or 1
 

@@ -1,13 +1,13 @@
-"""The journal of a trace that is being written, and the parts of the trace that it names.
+"""The journal of a trace or table that is being written, and the parts that it names.
 
 A line is the CRC-32C of its JSON in hexadecimal digits, a blank, the JSON, and a line feed. The
-first line holds the trace's metadata. The first line that does not hold ends the journal.
+first line holds the metadata. The first line that does not hold ends the journal.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,27 +21,49 @@ from zarrtrace.format.layout import NEXT_TOKEN, ROWS
 from zarrtrace.storage import disk
 from zarrtrace.store.chunks import LayerGrid, file_keys
 from zarrtrace.store.codecs import CRC_BYTES
-from zarrtrace.store.metadata import NONSENSE, Group
+from zarrtrace.store.metadata import Group
+from zarrtrace.store.nodes import NONSENSE
 
-#: Name of the file, beside the arrays of the trace.
+#: Name of the file, beside the arrays.
 JOURNAL = "journal"
 
 Line = dict[str, Any]
-#: A file of a trace: its array and its key.
+#: A file: its array and its key.
 FileId = tuple[str, str]
 
 
 @dataclass
-class StoredParts:
+class StoredChunks:
+    """Chunks that are stored.
+
+    Attributes
+    ----------
+    chunks
+        Number in its file, length and CRC-32C of each chunk ``(chunk, 3)``, by file; but for
+        coordinates, which are stored before all others.
+    """
+
+    chunks: dict[FileId, np.ndarray] = field(default_factory=dict)
+
+    def size(self, file: FileId) -> int:
+        """Return how many bytes the chunks of a file have."""
+        return int(self.chunks[file][:, 1].sum(dtype=np.int64)) if file in self.chunks else 0
+
+    def add_chunks(self, others: Mapping[FileId, np.ndarray]) -> None:
+        """Add chunks that are stored behind these."""
+        for file, chunks in others.items():
+            known = self.chunks.get(file)
+            self.chunks[file] = chunks if known is None else np.concatenate([known, chunks])
+
+
+@dataclass
+class StoredParts(StoredChunks):
     """Parts of a trace that are stored.
 
     Attributes
     ----------
     layers
         Layers of which all is stored, in order.
-    chunks
-        Number in its file, length and CRC-32C of each chunk ``(chunk, 3)``, by file; but for
-        coordinates, which are stored before all others.
     nonfinite
         Layers by array in which the model computed NaN or infinity.
     has_tokens
@@ -49,20 +71,13 @@ class StoredParts:
     """
 
     layers: list[int] = field(default_factory=list)
-    chunks: dict[FileId, np.ndarray] = field(default_factory=dict)
     nonfinite: dict[str, list[int]] = field(default_factory=dict)
     has_tokens: bool = False
-
-    def size(self, file: FileId) -> int:
-        """Return how many bytes the chunks of a file have."""
-        return int(self.chunks[file][:, 1].sum(dtype=np.int64)) if file in self.chunks else 0
 
     def add(self, others: StoredParts) -> None:
         """Add parts that are stored behind these."""
         self.layers += others.layers
-        for file, chunks in others.chunks.items():
-            known = self.chunks.get(file)
-            self.chunks[file] = chunks if known is None else np.concatenate([known, chunks])
+        self.add_chunks(others.chunks)
         for name, layers in others.nonfinite.items():
             self.nonfinite.setdefault(name, []).extend(layers)
         self.has_tokens = self.has_tokens or others.has_tokens
@@ -71,16 +86,34 @@ class StoredParts:
         """Note that all chunks of a layer are stored, or of next tokens."""
         layers = [] if layer is None else [layer]
         nonfinite_layers = dict.fromkeys(nonfinite, layers)
-        self.add(StoredParts(layers, {}, nonfinite_layers, has_tokens=layer is None))
+        self.add(StoredParts({}, layers, nonfinite_layers, has_tokens=layer is None))
+
+
+@dataclass
+class StoredBlocks(StoredChunks):
+    """Parts of a table that are stored.
+
+    Attributes
+    ----------
+    blocks
+        How many blocks of samples are stored, in all layers.
+    failed
+        Why scenarios of these samples were not computed, by name.
+    """
+
+    blocks: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 def chunk_places(
-    trace: Group[TraceAttributes], name: str, layer: int | None, first: int = 0
+    group: Group[Any], name: str, layer: int | None, first: int = 0
 ) -> Iterator[tuple[str, int]]:
     """Return key of the file and number in it of each chunk of an array, from the first on.
 
     Parameters
     ----------
+    group
+        A trace or a table.
     layer
         Which of its layers; None for next tokens, which have none.
 
@@ -89,12 +122,14 @@ def chunk_places(
     ValueError
         If the array has no such layer.
     """
-    dims, encoding = trace.nodes[name]["dimension_names"], trace.encodings[name]
-    if encoding.is_sharded != (layer is not None) or {*dims}.isdisjoint(ROWS):
+    dims, encoding = group.nodes[name]["dimension_names"], group.encodings[name]
+    has_layers = encoding.layout.has_layers
+    if has_layers != (layer is not None) or {*dims}.isdisjoint(ROWS):
         raise ValueError(f"{name!r} has no layer {layer}")
-    if layer is None:
+    if not encoding.is_sharded:
         return ((key, 0) for key in file_keys(encoding)[first:])
-    grid, place = LayerGrid(dims, encoding), trace.attributes.layers_of(dims[0]).index(layer)
+    grid = LayerGrid(dims, encoding)
+    place = 0 if layer is None else group.attributes.layers_of(dims[0]).index(layer)
     return (grid.file_of(place, number) for number in range(first, grid.count))
 
 
@@ -158,13 +193,74 @@ def _parts_of(
         raise ValueError(f"no such line can follow: layer {layer!r}, arrays {sorted(arrays)}")
     found = StoredParts()
     for name, chunks in arrays.items():
-        for length, crc in chunks:
-            if type(length) is not int or type(crc) is not int:
-                raise TypeError(f"chunk {length!r}, {crc!r}")
-            if not CRC_BYTES < length < 2**32 or not 0 <= crc < 2**32:
-                raise ValueError(f"chunk {length}, {crc}")
+        _check_chunks(chunks)
         found.chunks |= by_file(name, chunk_places(trace, name, layer), chunks)
     found.end(layer, line["nonfinite"])
+    return found
+
+
+def _check_chunks(chunks: Iterable[Sequence[Any]]) -> None:
+    """Refuse lengths and CRC-32Cs that no chunk has."""
+    for length, crc in chunks:
+        if type(length) is not int or type(crc) is not int:
+            raise TypeError(f"chunk {length!r}, {crc!r}")
+        if not CRC_BYTES < length < 2**32 or not 0 <= crc < 2**32:
+            raise ValueError(f"chunk {length}, {crc}")
+
+
+def replay_blocks(
+    lines: Iterable[Line],
+    stored: StoredBlocks,
+    places: Callable[[str, int | None, int], Sequence[tuple[str, int]]],
+    expected: Sequence[tuple[str, int | None]],
+    is_there: Callable[[StoredBlocks], bool],
+) -> list[Line]:
+    """Add the blocks of a table that lines name, up to the first line that does not hold.
+
+    Parameters
+    ----------
+    lines, stored, is_there
+        As for :func:`replay`.
+    places
+        Returns file and number in it of each chunk of an array and layer in a block.
+    expected
+        The arrays of a block, with their layers; None for next tokens.
+
+    Returns
+    -------
+    list
+        The lines that hold.
+    """
+    kept = []
+    for line in lines:
+        try:
+            found = _block_of(line, stored, places, expected)
+        except NONSENSE:  # nobody wrote such a line
+            break
+        if not is_there(found):
+            break
+        stored.add_chunks(found.chunks)
+        stored.blocks += 1
+        stored.failed |= found.failed
+        kept.append(line)
+    return kept
+
+
+def _block_of(
+    line: Line,
+    stored: StoredBlocks,
+    places: Callable[[str, int | None, int], Sequence[tuple[str, int]]],
+    expected: Sequence[tuple[str, int | None]],
+) -> StoredBlocks:
+    number, failed = line["block"], line["failed"]
+    if type(number) is not int or number != stored.blocks or len(line["chunks"]) != len(expected):
+        raise ValueError(f"no such line can follow: block {number!r}")
+    if not all(isinstance(reason, str) for reason in failed.values()):
+        raise TypeError("reasons are no texts")
+    found = StoredBlocks(failed=dict(failed))
+    for (name, layer), chunks in zip(expected, line["chunks"], strict=True):
+        _check_chunks(chunks)
+        found.add_chunks(by_file(name, places(name, layer, number), chunks))
     return found
 
 

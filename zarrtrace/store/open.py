@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -16,13 +16,14 @@ from xarray.core import indexing
 from xarray.core.indexes import PandasIndex
 
 from zarrtrace.accessors import source_of
-from zarrtrace.errors import IncompleteError, IntegrityError, NotATraceError, ZarrtraceError
-from zarrtrace.format.attributes import TraceAttributes
-from zarrtrace.storage import Address, Location, at_once, locate
+from zarrtrace.errors import IncompleteError, NotATraceError
+from zarrtrace.format.attributes import TableAttributes, TraceAttributes
+from zarrtrace.format.layout import ROWS
+from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store.array import StoredArray, open_array
 from zarrtrace.store.chunks import FileIndex
 from zarrtrace.store.damage import check_sizes
-from zarrtrace.store.metadata import REPAIR, Group, read_run, read_scenario, read_trace
+from zarrtrace.store.metadata import Group, damaged, each_trace, read_run, read_trace
 from zarrtrace.store.publish import beside
 from zarrtrace.store.staged import read_staged, staging_folder
 from zarrtrace.store.trace_writer import incomplete
@@ -85,9 +86,9 @@ def open_trace(
         group, missing_layers, indexes = staged
         if missing == "raise":
             raise incomplete(path, group.attributes.layers, missing_layers) from None
-        return _dataset(path, group, chunks, indexes)
+        return lazy_dataset(path, group, chunks, indexes)
     check_sizes(trace)
-    return _dataset(path, trace, chunks)
+    return lazy_dataset(path, trace, chunks)
 
 
 def open_run(
@@ -123,9 +124,8 @@ def open_run(
     except NotATraceError as error:
         raise _between_two(path, error) from None
     names = run.attributes.scenarios
-    each = map if path.path is not None else at_once
     present = path.present(names)
-    found = each(lambda name: _child(path, name, chunks), present)
+    found = each_trace(path, present, lambda trace: lazy_dataset(trace.path, trace, chunks))
     opened = {**dict.fromkeys(names), **dict(zip(present, found, strict=True))}
     absent = [name for name, ds in opened.items() if ds is None]
     if absent and missing == "raise":
@@ -147,14 +147,6 @@ def open_run(
     return tree
 
 
-def _child(run: Location, name: str, chunks: ChunkSpec) -> xr.Dataset | None:
-    """Open a trace of a run; None if it is not complete."""
-    try:
-        return _dataset(run / name, read_scenario(run, name), chunks)
-    except NotATraceError:
-        return None
-
-
 def _between_two(path: Location, error: NotATraceError) -> NotATraceError:
     """Say where both runs are while one replaces the other."""
     here = path.resolved().path
@@ -168,9 +160,9 @@ def _between_two(path: Location, error: NotATraceError) -> NotATraceError:
     )
 
 
-def _dataset(
+def lazy_dataset(
     path: Location,
-    trace: Group[TraceAttributes],
+    trace: Group[TraceAttributes] | Group[TableAttributes],
     chunks: ChunkSpec,
     staged: Mapping[str, Mapping[str, FileIndex]] | None = None,
 ) -> xr.Dataset:
@@ -178,19 +170,15 @@ def _dataset(
     variables: dict[str, xr.Variable] = {}
     coordinates: dict[str, xr.Variable] = {}
     indexes: dict[Hashable, PandasIndex] = {}
-    tokens = 0
-    with _damage_explained(trace.path):
-        for name in sorted(trace.nodes):
-            array = open_array(trace, name, None if staged is None else staged.get(name))
-            if array.encoding.layout.dims == (name,):
-                coordinates[name], indexes[name] = _index(name, array, trace.attributes)
-                tokens = array.encoding.shape[0] if name == "key" else tokens
-                continue
-            target = coordinates if name in trace.labels else variables
-            target[name] = _variable(array)
-        _check_spans(trace.attributes, tokens)
-        ds = xr.Dataset(variables, xr.Coordinates(coordinates, indexes), trace.plain)
-        ds.encoding = source_of(path)
+    for name in sorted(trace.nodes):
+        array = open_array(trace, name, None if staged is None else staged.get(name))
+        if array.encoding.layout.dims == (name,):
+            coordinates[name], indexes[name] = _index(name, array, trace)
+            continue
+        target = coordinates if name in trace.labels else variables
+        target[name] = _variable(array)
+    ds = xr.Dataset(variables, xr.Coordinates(coordinates, indexes), trace.plain)
+    ds.encoding = source_of(path)
     return ds if chunks is None else _chunk(ds, chunks)
 
 
@@ -225,31 +213,26 @@ def _variable(array: StoredArray) -> xr.Variable:
 
 
 def _index(
-    name: str, array: StoredArray, attributes: TraceAttributes
+    name: str, array: StoredArray, trace: Group[TraceAttributes] | Group[TableAttributes]
 ) -> tuple[xr.Variable, PandasIndex]:
     """Return the index of a dimension, read only where the attributes do not say what it holds."""
-    (size,), dtype = array.encoding.shape, array.encoding.dtype
-    if dtype != np.int64:
-        raise ValueError(f"{name} is of type {dtype}")
+    (size,) = array.encoding.shape
+    tokens = trace.encodings["key"].shape[0] if "key" in trace.encodings else 0
     labels: np.ndarray
     if name in ("layer", "attention_layer"):
-        labels = np.asarray(attributes.layers_of(name), dtype)
-    elif name == "attention_query":
+        labels = np.asarray(trace.attributes.layers_of(name), np.int64)
+    elif name == "attention_query" or (name == "query" and size != tokens):
         labels = array.load()
+        if not size or labels[0] < 0 or labels[-1] >= tokens or (np.diff(labels) < 1).any():
+            raise damaged(array.path, f"it holds no ascending positions of the {tokens} tokens")
     else:
-        labels = np.arange(size, dtype=dtype)
+        labels = np.arange(size, dtype=np.int64)
     first = int(labels[0]) if size else 0
     counted = pd.RangeIndex(first, first + size)
     # Most are: one of 32,768 features is then looked up without a table made for it.
     index = PandasIndex(counted if np.array_equal(counted, labels) else labels, name)
     variable = xr.Variable((name,), index.index, array.encoding.layout.attributes)
     return index.create_variables({name: variable})[name], index
-
-
-def _check_spans(attributes: TraceAttributes, tokens: int) -> None:
-    for name, span in attributes.spans.items():
-        if any(at >= tokens for at in span.tokens):
-            raise ValueError(f"span {name!r} has positions beyond the prompt's {tokens} tokens")
 
 
 def _chunk(ds: xr.Dataset, chunks: ChunkSpec) -> xr.Dataset:
@@ -273,22 +256,7 @@ def _blocks(variable: xr.Variable) -> dict[Hashable, int]:
         return dict(shape)
     layer_bytes = math.prod(variable.shape[1:]) * variable.dtype.itemsize
     if layer_bytes > 2 * _BLOCK_BYTES:
-        row = next(dim for dim in variable.dims if str(dim).endswith("query"))
+        row = next(dim for dim in variable.dims if dim in ROWS)
         rows = max(1, _BLOCK_BYTES * shape[row] // (layer_bytes * chunks[row])) * chunks[row]
         return {**shape, first: 1, row: min(rows, shape[row])}
     return {**shape, first: max(1, min(shape[first], _BLOCK_BYTES // max(layer_bytes, 1)))}
-
-
-@contextlib.contextmanager
-def _damage_explained(path: Location) -> Iterator[None]:
-    """Translate errors of damaged metadata into one with a remedy."""
-    try:
-        yield
-    except ZarrtraceError:
-        raise
-    except Exception as error:  # what is raised depends on what is broken
-        raise IntegrityError(
-            f"{path}: cannot be opened: {str(error).partition(chr(10))[0] or type(error).__name__}",
-            why="The metadata of its arrays is not what zarrtrace writes.",
-            remedy=REPAIR,
-        ) from error

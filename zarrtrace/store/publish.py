@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from zarrtrace.errors import RemoteError, StoreError
-from zarrtrace.storage import Address, Location, at_once, disk, locate
+from zarrtrace.storage import Address, Location, disk, locate
 from zarrtrace.store.journal import JOURNAL
 
 _METADATA = "zarr.json"
@@ -40,7 +40,7 @@ def publish_folder(folder: Address, target: Location) -> None:
         remove(target)
         store = source.writable_backend()
         for names in _in_order(source.files()):
-            at_once(lambda n: store.copy((source / n).key, (target / n).key), names)
+            target.each(lambda n: store.copy((source / n).key, (target / n).key), names)
         remove(source)
     elif target.path is None:
         upload(source.path, target)
@@ -126,7 +126,7 @@ def upload(folder: Path, target: Location) -> None:
     for _ in range(2):
         remove(target)
         for names in (values, metadata):
-            at_once(lambda name: (target / name).write(folder / name), names)
+            target.each(lambda name: (target / name).write(folder / name), names)
         # The other writer may have written its zarr.json by now.
         if {**target.files(), _METADATA: sizes[_METADATA]} == sizes:
             (target / _METADATA).write(folder / _METADATA)

@@ -14,7 +14,8 @@ from zarrtrace.storage import Location
 from zarrtrace.store.chunks import read_index
 from zarrtrace.store.damage import find_damage
 from zarrtrace.store.journal import chunk_places
-from zarrtrace.store.metadata import Group, array_metadata, checksums_of, read_trace
+from zarrtrace.store.metadata import Group, read_trace
+from zarrtrace.store.nodes import array_metadata, checksums_of
 
 
 @dataclass(frozen=True)

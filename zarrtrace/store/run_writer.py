@@ -19,10 +19,11 @@ from zarrtrace.format.attributes import RunAttributes
 from zarrtrace.identity import combined_versions, differences, refuse_other
 from zarrtrace.records import TracePlan
 from zarrtrace.scenarios import check_name, name_key
-from zarrtrace.storage import Address, Location, at_once, disk, locate
+from zarrtrace.storage import Address, Location, disk, locate
 from zarrtrace.storage.locks import FileLock
+from zarrtrace.store.journal import JOURNAL
 from zarrtrace.store.metadata import (
-    Nodes,
+    each_trace,
     kind_of,
     read_run,
     read_trace,
@@ -30,6 +31,7 @@ from zarrtrace.store.metadata import (
     repeated_nodes,
     sealed_group,
 )
+from zarrtrace.store.nodes import Nodes
 from zarrtrace.store.publish import beside, exchange_folders, publish_folder, remove
 from zarrtrace.store.staged import staging_folder
 from zarrtrace.store.trace_writer import TraceWriter
@@ -44,7 +46,7 @@ MOST_EXTENDED = 100
 _REPLACING = ".zarrtrace-replacing"
 
 
-class _LockedRun(ABC):
+class LockedRun(ABC):
     """Context manager that holds a run's lock, and has the run opened under it."""
 
     _final: Location
@@ -67,7 +69,7 @@ class _LockedRun(ABC):
         """Find or make the run."""
 
 
-class RunWriter(_LockedRun):
+class RunWriter(LockedRun):
     """Write a run, one trace a scenario; an existing run is resumed.
 
     Parameters
@@ -122,11 +124,12 @@ class RunWriter(_LockedRun):
         if self._final.is_file() or (
             self._final.is_folder() and any(True for _ in self._final.children())
         ):
-            previous = self._previous()
             if not self._overwrite:
-                self._resume(previous)
+                self._resume(self._previous())
                 return
-            if was_replaced and _is_same(previous, self._attributes):
+            refuse_foreign(self._final)
+            is_table = kind_of(self._final) == "table"
+            if was_replaced and not is_table and _is_same(self._previous(), self._attributes):
                 return
             self.path = self._new
             if self._successor() is not None:
@@ -215,9 +218,8 @@ class RunWriter(_LockedRun):
             If a scenario has layers missing; what is there stays readable.
         """
         names = self._attributes.scenarios
-        traces = [self.path / name for name in names]
-        each = map if self.path.path is not None else at_once
-        found = list(each(_nodes_of, traces))
+        is_consolidated = len(names) <= MOST_CONSOLIDATED
+        found = each_trace(self.path, names, repeated_nodes if is_consolidated else lambda _: {})
         missing = [name for name, nodes in zip(names, found, strict=True) if nodes is None]
         if missing:
             raise IncompleteError(
@@ -232,8 +234,7 @@ class RunWriter(_LockedRun):
         }
         with disk.explained(self._final):
             complete = self._attributes.model_copy(update={"complete": True})
-            few = len(names) <= MOST_CONSOLIDATED
-            self._write_group(self.path, complete, nodes if few else None)
+            self._write_group(self.path, complete, nodes if is_consolidated else None)
             if (folder := self.path.path) is not None:
                 disk.sync_path(folder / "zarr.json")
             disk.remove_folder(staging_folder(self.path))
@@ -246,7 +247,7 @@ class RunWriter(_LockedRun):
             self.path = self._final
 
 
-class RunExtension(_LockedRun):
+class RunExtension(LockedRun):
     """Add traces to a run, one at a time; a context manager that holds the run's lock.
 
     Parameters
@@ -330,10 +331,10 @@ class RunExtension(_LockedRun):
 
 
 def remove_run(folder: Location) -> None:
-    """Remove a run that a writer left beside another, if it is one.
+    """Remove a run or a table that a writer left beside another, if it is one.
 
-    On a disk its ``zarr.json`` goes last: what is left of it if the process is killed is still
-    known as a run.
+    On a disk its ``zarr.json`` and its journal go last: what is left of it if the process is killed
+    is still known.
 
     Raises
     ------
@@ -354,15 +355,19 @@ def remove_run(folder: Location) -> None:
     for child in path.iterdir():
         if child.is_dir() and not child.is_symlink():
             disk.remove_folder(child)
-        elif child.name != "zarr.json":
+        elif child.name not in ("zarr.json", JOURNAL):
             child.unlink()
-    (path / "zarr.json").unlink(missing_ok=True)
+    for name in ("zarr.json", JOURNAL):
+        (path / name).unlink(missing_ok=True)
     path.rmdir()
 
 
 def _is_run(folder: Path) -> bool:
+    """Whether a folder is a run or a table, complete or not."""
+    if (folder / JOURNAL).is_file():
+        return True
     try:
-        return kind_of(folder) == "run"
+        return kind_of(folder) in ("run", "table")
     except StoreError:
         return False
 
@@ -377,18 +382,10 @@ def lock_run(run: Location) -> FileLock:
     LockedError
         If another process has the lock.
     """
-    run.refuse_read_only()
+    run.writable_backend()  # raises if it is read only
     path = run.path or staging_folder(run)
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(path.with_name(f".{path.name}.zarrtrace-lock"), run)
-
-
-def _nodes_of(trace: Location) -> Nodes | None:
-    """Return what a run repeats of a trace's metadata; None if the trace is not complete."""
-    try:
-        return repeated_nodes(read_trace(trace))
-    except NotATraceError:
-        return None
 
 
 def _compared(run: RunAttributes) -> dict[str, Any]:

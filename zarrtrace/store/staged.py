@@ -9,51 +9,22 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import json
 import os
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-
-import google_crc32c
-import numpy as np
+from typing import Any
 
 from zarrtrace.errors import IntegrityError
 from zarrtrace.format.attributes import TraceAttributes
 from zarrtrace.format.layout import ArrayLayout
-from zarrtrace.identity import combined_versions
-from zarrtrace.storage import Location, disk, locate
+from zarrtrace.storage import Location, locate
 from zarrtrace.storage.locks import FileLock
-from zarrtrace.store.chunks import (
-    Checksum,
-    FileIndex,
-    encode_file,
-    file_keys,
-    index_entries,
-    tail_of,
-)
-from zarrtrace.store.codecs import CRC_BYTES, ArrayEncoding
-from zarrtrace.store.journal import (
-    JOURNAL,
-    Line,
-    StoredParts,
-    by_file,
-    chunk_places,
-    encode_line,
-    read_lines,
-    replay,
-)
-from zarrtrace.store.metadata import (
-    CHECKSUMS,
-    NONSENSE,
-    Group,
-    array_metadata,
-    check_nodes,
-    encoded,
-    labels_of,
-    parse_attributes,
-    sealed_group,
-)
+from zarrtrace.store.chunks import Checksum, FileIndex, index_entries
+from zarrtrace.store.journal import Line, StoredParts, chunk_places, read_lines, replay
+from zarrtrace.store.metadata import Group, check_nodes, labels_of, parse_attributes
+from zarrtrace.store.nodes import CHECKSUMS, NONSENSE
+from zarrtrace.store.staged_files import StagedFiles, chunk_checksum, chunks_by_number
 
 #: Name of the folder in a run in which traces are written.
 STAGED = ".staged"
@@ -67,26 +38,15 @@ def staging_folder(run: Location) -> Path:
     return Path(tempfile.gettempdir()) / f"zarrtrace-{os.getuid()}" / digest
 
 
-class StagedTrace:
+class StagedTrace(StagedFiles[TraceAttributes, StoredParts]):
     """The files of a trace before it is published; used by one thread at a time.
 
     Parameters
     ----------
-    folder
-        Where they are; :meth:`resume` or :meth:`create` makes it ready.
-    attributes, layouts
-        Attributes of the trace, and its arrays.
+    folder, attributes, layouts, settings
+        As for :class:`StagedFiles`.
     expected
         The arrays of each layer; for None, those of next tokens.
-    settings
-        Hash of what else must be the same to resume it, where no run beside it says so.
-
-    Attributes
-    ----------
-    stored
-        The parts of it that are stored.
-    encodings
-        How its arrays are cut and encoded.
     """
 
     def __init__(
@@ -97,130 +57,25 @@ class StagedTrace:
         expected: Mapping[int | None, Collection[str]],
         settings: str = "",
     ) -> None:
-        self.folder, self._expected, self._settings = folder, expected, settings
-        self.encodings = {name: ArrayEncoding(layout) for name, layout in layouts.items()}
-        nodes = {name: array_metadata(layout, {}) for name, layout in layouts.items()}
-        self._trace = Group(locate(folder), attributes, {}, frozenset(), nodes, self.encodings)
-        self._clear()
+        self._expected = expected
+        super().__init__(folder, attributes, layouts, settings)
 
     def _clear(self) -> None:
-        self.stored = StoredParts()
+        super()._clear()
         # Length and CRC-32C of chunks that the journal does not name yet, by array.
         self._pending: dict[str, list[tuple[int, int]]] = {}
-        self._versions: Mapping[str, str] = {}
-        self._journal_bytes = 0
 
-    # --- beginning -----------------------------------------------------------------------------
+    def _nothing(self) -> StoredParts:
+        return StoredParts()
 
-    def create(self, coordinates: Mapping[str, np.ndarray], versions: Mapping[str, str]) -> None:
-        """Begin the trace: coordinates, then the first line of the journal.
-
-        Parameters
-        ----------
-        coordinates
-            Values by array.
-        versions
-            Libraries that made parts of it before, if it is repaired.
-        """
-        if not self.folder.is_symlink():
-            # A folder without a journal is taken for complete: its metadata goes first.
-            (self.folder / "zarr.json").unlink(missing_ok=True)
-        disk.remove_folder(self.folder)
-        self._clear()
-        for name in self._trace.nodes:
-            (self.folder / name).mkdir(parents=True)
-        self._write_coordinates(coordinates)
-        self._write_journal(versions, [])
-
-    def resume(self, coordinates: Mapping[str, np.ndarray]) -> bool:
-        """Continue what an earlier process left; False if there is nothing to continue.
-
-        What follows the last line of the journal that holds is cut off. If other versions of
-        libraries began the trace, both are named. Bytes of all chunks are compared with their
-        checksums: after a loss of power, files may hold other bytes.
-
-        Parameters
-        ----------
-        coordinates
-            Values by array.
-        """
-        try:
-            is_there = self._resume(coordinates)
-        except (*NONSENSE, FileNotFoundError, IsADirectoryError, IntegrityError):
-            is_there = False  # not what was written: to begin again loses nothing but time
-        if not is_there:
-            self._clear()
-        return is_there
-
-    def _resume(self, coordinates: Mapping[str, np.ndarray]) -> bool:
-        lines = read_lines(self.folder)
-        if (header := next(lines, None)) is None:
-            return False
-        if any(path.is_symlink() for path in self.folder.rglob("*")):
-            return False  # what is appended must not go elsewhere
-        self._write_coordinates(coordinates)
-        versions = TraceAttributes.model_validate(header["attributes"]).versions
-        if header != json.loads(json.dumps(self._header(versions))):
-            return False
-        kept = replay(
-            lines, self._trace, self.stored, expected=self._expected, is_there=self._is_there
+    def _replay(self, lines: Iterator[Line]) -> list[Line]:
+        return replay(
+            lines, self._group, self.stored, expected=self._expected, is_there=self._is_there
         )
-        self._cut_files()
-        self._write_journal(versions, kept)
-        return True
 
-    def _write_coordinates(self, coordinates: Mapping[str, np.ndarray]) -> None:
-        for name, values in coordinates.items():
-            checksums = self._trace.nodes[name]["attributes"][CHECKSUMS]
-            for key in file_keys(self.encodings[name]):  # one, or none of an empty array
-                content, checksums[key] = encode_file(self.encodings[name], values)
-                disk.write_whole(self.folder / name / key, content)
-
-    def _header(self, versions: Mapping[str, str]) -> Line:
-        """Return the first line of the journal."""
-        plain = self._trace.attributes.model_dump(mode="json", exclude={"seal", "nonfinite"})
-        return {
-            "attributes": {**plain, "versions": versions},
-            "arrays": self._trace.nodes,
-            "settings": self._settings,
-        }
-
-    def _write_journal(self, versions: Mapping[str, str], lines: Iterable[Line]) -> None:
-        """Write the first line, which names today's libraries after those before, and others."""
-        self._versions = combined_versions(versions, self._trace.attributes.versions)
-        content = b"".join(map(encode_line, [self._header(self._versions), *lines]))
-        disk.write_whole(self.folder / JOURNAL, content)
-        self._journal_bytes = len(content)
-
-    def _is_there(self, parts: StoredParts) -> bool:
-        """Whether files hold the bytes that a line of the journal names."""
-        for file, chunks in parts.chunks.items():
-            start = self.stored.size(file)
-            ends = list(itertools.accumulate(chunks[:, 1].tolist(), initial=start))
-            try:
-                path = str(self.folder.joinpath(*file))
-                contents = disk.Disk().get_ranges(path, list(itertools.pairwise(ends)))
-            except FileNotFoundError:
-                return False
-            for content, (_, length, crc) in zip(contents, chunks.tolist(), strict=True):
-                crc_now = google_crc32c.value(content[:-CRC_BYTES])
-                if _pair(content) != (length, crc) or crc_now != crc:
-                    return False
-        return True
-
-    def _cut_files(self) -> None:
-        """Cut off what was written after the last line of the journal that holds."""
-        for path in self.folder.iterdir():
-            if path.name not in self._trace.nodes and path.name != JOURNAL:
-                path.unlink()
-        for name, node in self._trace.nodes.items():
-            for file in (self.folder / name).iterdir():
-                if size := self.stored.size((name, file.name)):
-                    os.truncate(file, size)
-                elif file.name not in node["attributes"][CHECKSUMS]:
-                    file.unlink()
-
-    # --- adding --------------------------------------------------------------------------------
+    def _found_while_writing(self) -> dict[str, Any]:
+        nonfinite = {name: tuple(n) for name, n in sorted(self.stored.nonfinite.items())}
+        return {"nonfinite": nonfinite}
 
     def append(self, name: str, layer: int | None, chunks: Sequence[bytes]) -> None:
         """Append the next chunks of an array to their files.
@@ -230,64 +85,17 @@ class StagedTrace:
         layer
             The layer that they belong to; None for next tokens.
         """
-        known, added = self._pending.setdefault(name, []), list(map(_pair, chunks))
-        places = itertools.islice(chunk_places(self._trace, name, layer, len(known)), len(added))
-        parts, rest = StoredParts(chunks=by_file(name, places, added)), iter(chunks)
-        for file, of_file in parts.chunks.items():
-            contents = list(itertools.islice(rest, len(of_file)))
-            disk.append(self.folder.joinpath(*file), contents, self.stored.size(file))
-        self.stored.add(parts)
-        known += added
+        known = self._pending.setdefault(name, [])
+        places = chunk_places(self._group, name, layer, len(known))
+        known += self._append_chunks(name, itertools.islice(places, len(chunks)), chunks)
 
     def end_layer(self, layer: int | None, nonfinite: Sequence[str]) -> None:
         """Enter a layer, or next tokens, in the journal, after all chunks of their arrays."""
         chunks = {name: self._pending[name] for name in self._expected[layer]}
-        content = encode_line({"layer": layer, "chunks": chunks, "nonfinite": nonfinite})
-        disk.append(self.folder / JOURNAL, [content], self._journal_bytes)
-        self._journal_bytes += len(content)
+        self._enter({"layer": layer, "chunks": chunks, "nonfinite": nonfinite})
         self.stored.end(layer, nonfinite)
         for name in chunks:
             del self._pending[name]
-
-    # --- completing ----------------------------------------------------------------------------
-
-    def complete(self) -> None:
-        """Write the indexes of files, and all metadata; the trace is ready to be published."""
-        nodes = dict(sorted(self._trace.nodes.items()))
-        for (name, key), chunks in self.stored.chunks.items():
-            if self.encodings[name].is_sharded:
-                tail, checksum = tail_of(self.encodings[name], _by_number(chunks))
-                disk.append(self.folder / name / key, [tail], self.stored.size((name, key)))
-            else:
-                checksum = _checksum(*chunks[0, 1:].tolist())
-            nodes[name]["attributes"][CHECKSUMS][key] = checksum
-        for name, node in nodes.items():
-            checksums = node["attributes"][CHECKSUMS]
-            node["attributes"][CHECKSUMS] = dict(sorted(checksums.items()))
-            disk.write_whole(self.folder / name / "zarr.json", encoded(node))
-        nonfinite = {name: tuple(n) for name, n in sorted(self.stored.nonfinite.items())}
-        update = {"nonfinite": nonfinite, "versions": self._versions}
-        attributes = self._trace.attributes.model_copy(update=update)
-        disk.write_whole(self.folder / "zarr.json", sealed_group(attributes, nodes))
-
-    def end(self) -> None:
-        """Remove the journal: the trace is complete, and the disk holds it."""
-        (self.folder / JOURNAL).unlink()
-
-
-def _pair(chunk: bytes) -> tuple[int, int]:
-    """Return length and CRC-32C of a chunk."""
-    return len(chunk), int.from_bytes(chunk[-CRC_BYTES:], "little")
-
-
-def _checksum(length: int, crc: int) -> Checksum:
-    """Return the checksum of a file of one chunk."""
-    return Checksum(length, f"{crc:08x}")
-
-
-def _by_number(chunks: np.ndarray) -> dict[int, tuple[int, int]]:
-    """Return length and CRC-32C of chunks by their number in the file."""
-    return {number: (length, crc) for number, length, crc in chunks.tolist()}
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -328,11 +136,11 @@ def read_staged(
     indexes: dict[str, dict[str, FileIndex]] = {}
     for (name, key), chunks in stored.chunks.items():
         if encodings[name].is_sharded:
-            entries, size = index_entries(encodings[name], _by_number(chunks))
+            entries, size = index_entries(encodings[name], chunks_by_number(chunks))
             crcs = dict(chunks[:, [0, 2]].tolist())
             indexes.setdefault(name, {})[key] = FileIndex(Checksum(size, ""), entries, crcs)
         else:
-            nodes[name]["attributes"][CHECKSUMS][key] = _checksum(*chunks[0, 1:].tolist())
+            nodes[name]["attributes"][CHECKSUMS][key] = chunk_checksum(*chunks[0, 1:].tolist())
     return group, attributes.layers[len(stored.layers) :], indexes
 
 

@@ -9,16 +9,10 @@ from pydantic import BaseModel
 
 from zarrtrace.errors import NotATraceError
 from zarrtrace.format.attributes import FORMAT_VERSION, MetadataValue, TraceAttributes
-from zarrtrace.storage import Address, Location, at_once, locate
+from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store.array import open_array
-from zarrtrace.store.metadata import (
-    Group,
-    encoded,
-    kind_of,
-    read_run,
-    read_scenario,
-    read_trace,
-)
+from zarrtrace.store.metadata import Group, kind_of, read_run, read_scenario, read_trace
+from zarrtrace.store.nodes import encoded
 from zarrtrace.store.staged import read_staged, staging_folder
 
 
@@ -78,8 +72,7 @@ def summarize(path: Address) -> RunSummary:
         names, is_complete = run.scenarios, run.complete
         begun = {*path.present(names), *locate(staging_folder(path)).present(names)}
         folders = [path / name for name in names if name in begun]
-    each = map if path.path is not None else at_once
-    found = each(partial(_trace, in_run=names != ("",)), folders)
+    found = path.each(partial(_trace, in_run=names != ("",)), folders)
     traces = tuple(trace for trace in found if trace is not None)
     summarized = {trace.scenario for trace in traces}
     return RunSummary(

@@ -353,22 +353,26 @@ def _described(
 ) -> tuple[TraceAttributes, dict[str, ArrayLayout], dict[str, np.ndarray]]:
     """Return attributes, layouts, and the values of coordinates."""
     shared, by_layer = share_saes(plan.saes, plan.attributes.layers)
+    own = plan.attention_positions
     attributes = plan.attributes.model_copy(update={"saes": shared, "seal": None, "nonfinite": {}})
     shape = replace(
         plan.shape,
         sae_fields=tuple(by_layer),
         special=plan.tokens.special is not None,
-        attention_queries=None if plan.queries is None else len(plan.queries),
+        positions=None if plan.positions is None else len(plan.positions),
+        attention_positions=None if own is None else len(own),
     )
     layouts = trace_layout(shape)
     texts = np.asarray(plan.tokens.texts, dtype=object)
+    stored = np.arange(len(texts)) if plan.positions is None else np.asarray(plan.positions)
     values: dict[str, Any] = {
         "layer": np.asarray(attributes.layers),
         "attention_layer": np.asarray(attributes.layers_of("attention_layer")),
-        "attention_query": np.asarray(plan.queries or (), dtype=np.int64),
+        "query": stored,
+        "attention_query": np.asarray(own or (), dtype=np.int64),
         "token_id": np.asarray(plan.tokens.ids, dtype=np.uint32),
         "key_token": texts,
-        "query_token": texts,
+        "query_token": texts[stored],
         "special": np.asarray(plan.tokens.special or (), dtype=bool),
         **{name: np.asarray(found, dtype=object) for name, found in by_layer.items()},
     }

@@ -15,7 +15,6 @@ from zarrtrace.store.damage import Problem, find_damage
 from zarrtrace.store.index_arrays import stale_scenarios
 from zarrtrace.store.metadata import (
     Group,
-    Nodes,
     kind_of,
     read_index_group,
     read_run,
@@ -23,6 +22,7 @@ from zarrtrace.store.metadata import (
     read_trace,
     repeated_nodes,
 )
+from zarrtrace.store.nodes import Nodes
 from zarrtrace.store.staged import STAGED
 
 # Files beside the traces of a run that belong to it.

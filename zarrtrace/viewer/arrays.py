@@ -14,6 +14,7 @@ import xarray as xr
 
 from zarrtrace.analysis import contrast, word_associations
 from zarrtrace.errors import UsageError
+from zarrtrace.format.layout import NO_ID
 
 #: Prompts up to this length are shown whole; of longer ones, the page shows a window.
 WINDOW = 256
@@ -122,7 +123,7 @@ class BundleArray:
 def trace_arrays(ds: xr.Dataset, *, eight_bit: bool = False) -> list[BundleArray]:
     """Return the arrays of one scenario, but for the residual stream: the page shows none of it."""
     return [
-        _of_variable(str(name), variable, eight_bit=eight_bit)
+        _of_variable(str(name), variable, ds.sizes["key"], eight_bit=eight_bit)
         for name, variable in sorted(ds.data_vars.items())
         if variable.ndim > 1
         and variable.dtype.kind != "O"  # text is in index.json
@@ -130,17 +131,20 @@ def trace_arrays(ds: xr.Dataset, *, eight_bit: bool = False) -> list[BundleArray
     ]
 
 
-def _of_variable(name: str, variable: xr.DataArray, *, eight_bit: bool) -> BundleArray:
+def _of_variable(name: str, variable: xr.DataArray, tokens: int, *, eight_bit: bool) -> BundleArray:
+    """Return an array with a row for each of the prompt's tokens."""
+
     def of_box(box: tuple[slice, ...]) -> np.ndarray:
         return np.asarray(variable.isel(dict(zip(variable.dims, box, strict=True))).values)
 
     load: Callable[[tuple[slice, ...]], np.ndarray] = of_box
     dims, shape = tuple(map(str, variable.dims)), variable.shape
-    if "attention_query" in dims:
-        axis = dims.index("attention_query")
-        load = _with_all_rows(variable)
+    row = next((dim for dim in ("attention_query", "query") if dim in dims), None)
+    if row is not None and variable.sizes[row] < tokens:
+        axis = dims.index(row)
+        load = _with_all_rows(variable, row)
         dims = (*dims[:axis], "query", *dims[axis + 1 :])
-        shape = (*shape[:axis], variable.sizes["key"], *shape[axis + 1 :])
+        shape = (*shape[:axis], tokens, *shape[axis + 1 :])
     eight_bit = eight_bit and name == "attention"
     attributes: dict[str, Any] = {}
     first = str(variable.dims[0])
@@ -161,17 +165,18 @@ def _of_variable(name: str, variable: xr.DataArray, *, eight_bit: bool) -> Bundl
     )
 
 
-def _with_all_rows(attention: xr.DataArray) -> Load:
-    """Return what loads attention of chosen rows with a row for every token, NaN if not stored."""
-    axis = attention.dims.index("attention_query")
-    stored = np.asarray(attention["attention_query"])
+def _with_all_rows(variable: xr.DataArray, row: str) -> Load:
+    """Return what loads some rows with a row for every token: NaN or no id if it is not stored."""
+    axis = variable.dims.index(row)
+    stored = np.asarray(variable[row])
+    missing = np.nan if variable.dtype.kind == "f" else NO_ID
 
     def load(box: tuple[slice, ...]) -> np.ndarray:
         rows = box[axis]
         at = np.flatnonzero((stored >= rows.start) & (stored < rows.stop))
-        wanted = {**dict(zip(attention.dims, box, strict=True)), "attention_query": at}
-        out = np.full([part.stop - part.start for part in box], np.nan, attention.dtype)
-        out[(slice(None),) * axis + (stored[at] - rows.start,)] = attention.isel(wanted).values
+        wanted = {**dict(zip(variable.dims, box, strict=True)), row: at}
+        out = np.full([part.stop - part.start for part in box], missing, variable.dtype)
+        out[(slice(None),) * axis + (stored[at] - rows.start,)] = variable.isel(wanted).values
         return out
 
     return load

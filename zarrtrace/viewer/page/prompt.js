@@ -184,7 +184,7 @@ function shownWeight(query, key) {
 
 /**
  * @param {string} id @param {[number, number][]} weights
- * @param {boolean} unstored whether the run holds none of these rows (`--queries`)
+ * @param {boolean} unstored whether the run holds none of these rows (`--positions`)
  */
 function readout(id, weights, unstored) {
   const out = /** @type {HTMLElement} */ (document.getElementById(id));
@@ -199,7 +199,7 @@ function readout(id, weights, unstored) {
     return value;
   });
   if (weights.length) return;
-  const why = !shown ? "no attention stored" : unstored ? "not stored for these queries" : "nothing in this window";
+  const why = !shown ? "no attention stored" : unstored ? "not stored for these tokens" : "nothing in this window";
   out.replaceChildren(element("li", { class: "none" }, why));
 }
 

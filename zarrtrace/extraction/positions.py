@@ -1,0 +1,165 @@
+"""Which token positions of a prompt are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from zarrtrace.errors import ConfigError, ScenarioError
+from zarrtrace.scenarios import DECISION, Scenario
+from zarrtrace.suggestions import did_you_mean
+
+if TYPE_CHECKING:  # it imports torch
+    from zarrtrace.capture import Prompt
+
+#: ``"all"``, ``"last"``, ``"spans"``, names of spans, or integers, negative ones from the end.
+Positions = str | tuple[str, ...] | tuple[int, ...]
+
+_WORDS = ("all", "last", "spans")
+
+
+def parsed(given: str | int | Iterable[int] | Iterable[str], option: str) -> Positions:
+    """Return positions as options hold them; text is a word, or names or integers with commas.
+
+    Parameters
+    ----------
+    given
+        What a caller gave.
+    option
+        What it is called in errors.
+
+    Raises
+    ------
+    ConfigError
+        If it is nothing of this kind.
+    """
+    if isinstance(given, str) and given in _WORDS:
+        return given
+    if isinstance(given, str):
+        parts: list[object] = [part.strip() for part in given.split(",")]
+        if all(_is_number(str(part)) for part in parts):
+            parts = [int(str(part)) for part in parts]
+    elif isinstance(given, Iterable):
+        parts = list(given)
+    else:
+        parts = [given]
+    if parts and all(isinstance(part, str) and part for part in parts):
+        return tuple(dict.fromkeys(map(str, parts)))
+    try:
+        numbers = [part.__index__() for part in parts]  # type: ignore[attr-defined]
+    except (AttributeError, TypeError):
+        raise _unknown(option, given) from None
+    if not numbers or any(isinstance(part, bool) for part in parts):
+        raise _unknown(option, given)
+    return tuple(numbers)
+
+
+def _unknown(option: str, given: object) -> ConfigError:
+    return ConfigError(
+        f"{option} {given}",
+        why="These are no positions of tokens.",
+        remedy="Give all, last, spans, names of spans, or positions such as 0,5,-1.",
+    )
+
+
+def _is_number(text: str) -> bool:
+    digits = text.removeprefix("-")
+    # Lengths too: Python refuses to read thousands of digits.
+    return digits.isdecimal() and len(digits) < 10
+
+
+def as_text(positions: Positions) -> str:
+    """Return positions as the command line takes them."""
+    return positions if isinstance(positions, str) else ",".join(map(str, positions))
+
+
+def as_json(positions: Positions | None) -> Any:
+    """Return positions as a run's configuration holds them: a word, or a sorted list."""
+    return sorted(positions, key=str) if isinstance(positions, tuple) else positions
+
+
+def _names(positions: Positions | None) -> tuple[str, ...]:
+    """Return the names of spans among positions."""
+    if positions is None or isinstance(positions, str):
+        return ()
+    return tuple(one for one in positions if isinstance(one, str))
+
+
+def check_spans(positions: Positions | None, scenarios: Iterable[Scenario], option: str) -> None:
+    """Refuse names that no scenario has as a span, and scenarios that have none of the names.
+
+    Raises
+    ------
+    ConfigError, ScenarioError
+    """
+    if isinstance(positions, str) and positions not in _WORDS:
+        raise _unknown(option, positions)
+    wanted = _names(positions)
+    if not wanted:
+        return
+    known: dict[str, None] = {}
+    without = None
+    for scenario in scenarios:
+        own = {*scenario.spans, DECISION}
+        known |= dict.fromkeys(own)
+        if without is None and own.isdisjoint(wanted):
+            without = scenario.name
+    for name in wanted:
+        if name not in known:
+            raise ScenarioError(
+                f"{option}: no scenario has a span {name!r}",
+                why=f"Names are those of spans, or one of {', '.join(_WORDS)}.",
+                remedy=did_you_mean(name, sorted(known)),
+            )
+    if without is not None:
+        raise _none_left(without, option, wanted)
+
+
+def _none_left(scenario: str | None, option: str, wanted: Iterable[str]) -> ScenarioError:
+    return ScenarioError(
+        f"{option} {','.join(wanted)}: scenario {scenario!r} has none of these spans",
+        why="No position of it would be stored.",
+        remedy="Add a span that it has, such as decision, or leave it out (--scenario).",
+    )
+
+
+def positions_of(wanted: Positions, prompt: Prompt, option: str) -> tuple[int, ...]:
+    """Return the token positions of a prompt, ascending.
+
+    Parameters
+    ----------
+    wanted
+        Which ones.
+    prompt
+        The tokenised scenario.
+    option
+        What chose them, for errors.
+
+    Raises
+    ------
+    ConfigError
+        If one is not in the prompt.
+    ScenarioError
+        If the scenario has none of the spans.
+    """
+    tokens, name = len(prompt.tokens.ids), prompt.scenario.name
+    if isinstance(wanted, str):
+        if wanted == "all":
+            return tuple(range(tokens))
+        if wanted == "last":
+            return (tokens - 1,)
+        spans = tuple(prompt.spans)
+    else:
+        spans = _names(wanted)
+        for position in wanted:
+            if isinstance(position, int) and not -tokens <= position < tokens:
+                raise ConfigError(
+                    f"{option} {position}: scenario {name!r} has {tokens} tokens",
+                    remedy=f"Give positions from {-tokens} to {tokens - 1}.",
+                )
+        if not spans:
+            return tuple(sorted({int(position) % tokens for position in wanted}))
+    found = {at for span in spans if span in prompt.spans for at in prompt.spans[span].tokens}
+    if not found:
+        raise _none_left(name, option, spans)
+    return tuple(sorted(found))

@@ -1,0 +1,204 @@
+"""The samples of a table before any is computed: which there are, and what is known of them.
+
+A table's arrays have as many rows as there are samples, so all prompts are tokenised once before
+the first one goes through the model. Texts of prompts are not kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from zarrtrace.errors import ConfigError, ScenarioError
+from zarrtrace.scenarios import DECISION
+
+if TYPE_CHECKING:
+    from zarrtrace.capture import Prompt
+
+#: What stands for an option that a scenario lacks.
+NO_OPTION = -1
+# Beginnings of names of arrays that are no coordinates along `sample`.
+_ARRAYS = ("features", "feature_", "next_token", "residual", "sae_", "top_")
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is known of all samples of a table.
+
+    Attributes
+    ----------
+    starts
+        Number of each scenario's first sample, and of all samples last.
+    coordinates
+        Values along ``sample`` by coordinate.
+    digest
+        Hash of all scenarios, and of what the tokenizer makes of them.
+    spans, options, metadata
+        Names that occur, in order of first use; ``decision`` last.
+    longest
+        Most tokens of a prompt.
+    """
+
+    starts: np.ndarray
+    coordinates: Mapping[str, np.ndarray]
+    digest: str
+    spans: tuple[str, ...]
+    options: tuple[str, ...]
+    metadata: tuple[str, ...]
+    longest: int
+
+    @property
+    def scenarios(self) -> int:
+        """How many there are."""
+        return len(self.starts) - 1
+
+    @property
+    def samples(self) -> int:
+        """How many there are."""
+        return int(self.starts[-1])
+
+    def groups(self, most: int, done: int = 0) -> list[tuple[int, int]]:
+        """Cut scenarios into groups of at most so many samples, or of one scenario.
+
+        Groups depend on nothing but the suite, so that a resumed table is computed in the same
+        batches as an uninterrupted one.
+
+        Parameters
+        ----------
+        done
+            Samples that are stored: groups of these alone are left out.
+
+        Returns
+        -------
+        list of tuple
+            First scenario of each group, and the one behind its last.
+        """
+        found, first = [], 0
+        for stop in range(1, self.scenarios + 1):
+            is_last = stop == self.scenarios
+            if is_last or self.starts[stop + 1] - self.starts[first] > most:
+                if self.starts[stop] > done:
+                    found.append((first, stop))
+                first = stop
+        return found
+
+
+@dataclass
+class _Samples:
+    """Values along ``sample``, as they are found."""
+
+    scenario: list[str] = field(default_factory=list)
+    position: array[int] = field(default_factory=lambda: array("q"))
+    token: list[str] = field(default_factory=list)
+    token_id: array[int] = field(default_factory=lambda: array("q"))
+    span: list[str] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
+    options: dict[str, array[int]] = field(default_factory=dict)
+    # One value a scenario; several samples share it.
+    metadata: dict[str, list[Any]] = field(default_factory=dict)
+
+
+def survey(
+    prompts: Iterable[Prompt],
+    positions: Callable[[Prompt], Sequence[int] | None],
+    digest: Callable[[Prompt], str],
+) -> Survey:
+    """Look at all prompts once.
+
+    Parameters
+    ----------
+    prompts
+        The tokenised scenarios, in order.
+    positions
+        Which positions of a prompt are samples, ascending; None for all.
+    digest
+        Hashes a prompt.
+
+    Raises
+    ------
+    ScenarioError
+        If a tag holds a comma, or there is no sample.
+    """
+    found, starts, hashes = _Samples(), array("q", [0]), hashlib.blake2b(digest_size=8)
+    spans: dict[str, None] = {}
+    texts: dict[str, str] = {}  # equal texts are kept once
+    longest = 0
+    for prompt in prompts:
+        where = positions(prompt)
+        where = range(len(prompt.tokens.ids)) if where is None else where
+        _add(found, prompt, where, texts)
+        starts.append(starts[-1] + len(where))
+        spans |= dict.fromkeys(prompt.spans)
+        longest = max(longest, len(prompt.tokens.ids))
+        hashes.update(digest(prompt).encode())
+    if not starts[-1]:
+        raise ScenarioError("no scenario has such a position", remedy="Give other positions.")
+    edges = np.asarray(starts)
+    names = [name for name in spans if name != DECISION]
+    return Survey(
+        starts=edges,
+        coordinates=_coordinates(found, np.diff(edges)),
+        digest=hashes.hexdigest(),
+        spans=(*names, DECISION) if DECISION in spans else tuple(names),
+        options=tuple(found.options),
+        metadata=tuple(found.metadata),
+        longest=longest,
+    )
+
+
+def _add(found: _Samples, prompt: Prompt, where: Sequence[int], texts: dict[str, str]) -> None:
+    """Add the samples of one scenario."""
+    scenario, tokens = prompt.scenario, prompt.tokens
+    for tag in scenario.tags:
+        if "," in tag:
+            raise ScenarioError(
+                f"scenario {scenario.name!r}: its tag {tag!r} holds a comma",
+                why="A table keeps the tags of a scenario as one text with commas between them.",
+                remedy="Choose another tag.",
+            )
+    tags = ",".join(scenario.tags)
+    before = len(found.position)
+    for at in where:
+        names = ",".join(name for name, span in prompt.spans.items() if at in span.tokens)
+        found.scenario.append(scenario.name)
+        found.position.append(at)
+        found.token.append(texts.setdefault(tokens.texts[at], tokens.texts[at]))
+        found.token_id.append(tokens.ids[at])
+        found.span.append(texts.setdefault(names, names))
+        found.tags.append(texts.setdefault(tags, tags))
+    for name in prompt.options:
+        if name not in found.options:
+            found.options[name] = array("q", [NO_OPTION]) * before
+    for name, ids in found.options.items():
+        option = prompt.options.get(name)
+        ids.extend([NO_OPTION if option is None else option.token_id] * len(where))
+    for name, value in scenario.metadata.items():
+        found.metadata.setdefault(name, []).append(value)
+
+
+def _coordinates(found: _Samples, counts: np.ndarray) -> dict[str, np.ndarray]:
+    out: dict[str, np.ndarray] = {
+        "scenario": np.array(found.scenario, object),
+        "position": np.asarray(found.position),
+        "token": np.array(found.token, object),
+        "token_id": np.asarray(found.token_id).astype(np.uint32),
+        "span": np.array(found.span, object),
+        "tags": np.array(found.tags, object),
+    }
+    for name, ids in found.options.items():
+        out[f"option_{name}"] = np.asarray(ids)
+    for name, values in found.metadata.items():
+        if name in out or name.startswith(_ARRAYS):
+            raise ConfigError(
+                f"metadata {name!r} has a name that arrays of the table have",
+                why="In a table, columns of metadata stand beside its arrays.",
+                remedy="Give the column another name.",
+            )
+        kind = object if isinstance(values[0], str) else None
+        out[name] = np.repeat(np.array(values, kind), counts)
+    return out

@@ -1,0 +1,331 @@
+"""Extracting to a table: samples of many prompts, in one store.
+
+All prompts are tokenised once for the table's size and coordinates (:mod:`.survey`). Then groups of
+some hundred scenarios go through the model one after another, while what the group before gave is
+compressed and written. No group depends on how many there are: 100,000 prompts need no more memory
+than 1,000.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from zarrtrace.errors import ConfigError, ModelError
+from zarrtrace.extraction.estimate import estimate_table
+from zarrtrace.extraction.gathering import Group
+from zarrtrace.extraction.interrupts import held_back
+from zarrtrace.extraction.job import (
+    Job,
+    Loaded,
+    Options,
+    capture_package,
+    library_versions,
+    prepare,
+    prompt_digest,
+    tokenized,
+    with_prompts,
+)
+from zarrtrace.extraction.positions import as_text
+from zarrtrace.extraction.progress import SampleProgress, Shown, say
+from zarrtrace.extraction.running import borrowed, captured, saying_how_much_room
+from zarrtrace.extraction.survey import Survey, survey
+from zarrtrace.extraction.writers import THREADS, Lack
+from zarrtrace.format.attributes import TableAttributes
+from zarrtrace.format.layout import TableShape
+from zarrtrace.hub import cache_if_unreachable
+from zarrtrace.records import SampleRecord, SampleTokens, TablePlan
+from zarrtrace.storage import Address, Location, locate
+from zarrtrace.store import TableWriter, refuse_foreign
+
+if TYPE_CHECKING:
+    from zarrtrace.capture import Prompt
+    from zarrtrace.scenarios import Scenario, ScenarioStream
+
+_NOTHING = Loaded()
+# Scenarios in one forward pass; without matrices of attention more of them need little memory.
+_BATCH_SIZE = {"cpu": 16, "cuda": 64}
+# A group has at most this many samples, and about this many bytes of residual stream.
+_SAMPLES, _BYTES = 1024, 2**28
+# As many prompts as are needed to see that the model can be used.
+_FIRST = 16
+
+
+@dataclass(frozen=True)
+class TableJob:
+    """A job whose scenarios come as a stream, and what is known of its samples.
+
+    Attributes
+    ----------
+    job
+        Everything but the prompts; it holds the first few.
+    stream
+        The scenarios.
+    survey
+        Their samples.
+    """
+
+    job: Job
+    stream: ScenarioStream
+    survey: Survey
+
+    @property
+    def shape(self) -> TableShape:
+        """Sizes of the table's arrays."""
+        job = self.job
+        return TableShape(
+            layers=len(job.layers),
+            samples=self.survey.samples,
+            features={sae.variable: sae.d_sae for found in job.saes.values() for sae in found},
+            channels=job.channels,
+            feature_dtype=job.options.feature_dtype if job.saes else None,
+            residual_dtype=job.options.residual_dtype if job.residual else None,
+            limits=job.model.limits.layout,
+        )
+
+    def plan(self) -> TablePlan:
+        """Return everything that is known of the table before its first sample is computed."""
+        job, seen = self.job, self.survey
+        trace = job.plan(job.prompts[0]).attributes
+        same = ["model", "layers", "layers_without_sae", "layers_without_residual"]
+        same += ["feature_dtype", "residual_dtype", "residual_hook"]
+        attributes = TableAttributes(
+            scenarios=seen.scenarios,
+            positions=as_text(job.options.positions),
+            spans=seen.spans,
+            options=seen.options,
+            metadata=seen.metadata,
+            versions=library_versions(),
+            config={},
+            **{name: getattr(trace, name) for name in same},
+        )
+        config = {**job.config, "layout": "table", "prompts": seen.digest}
+        saes = tuple(sae for found in job.saes.values() for sae in found)
+        return TablePlan(attributes, self.shape, seen.coordinates, config, saes)
+
+    def groups(self, done: int) -> list[tuple[int, int]]:
+        """Cut the scenarios that are not stored into groups that go through the model together."""
+        return self.survey.groups(self.most_samples, done)
+
+    @property
+    def most_samples(self) -> int:
+        """Return how many samples a group has at most."""
+        row = len(self.job.layers) * 4 * (self.job.channels or 0)
+        return max(64, min(_SAMPLES, _BYTES // max(row, 1)))
+
+
+def extract_table(
+    output: Address,
+    options: Options,
+    stream: ScenarioStream,
+    *,
+    loaded: Loaded = _NOTHING,
+    overwrite: bool = False,
+    repair: bool = False,
+    accept_versions: bool = False,
+    progress: Shown = None,
+) -> Location:
+    """Do what :func:`zarrtrace.extract` does with ``layout="table"``; return where the table is.
+
+    A table that was interrupted is resumed if its configuration is the same. If a scenario cannot be
+    computed, or values of it are not finite, all values of its samples are NaN, and the table's
+    attribute ``failed`` says why.
+
+    Parameters
+    ----------
+    output
+        Folder of the table, or its address in an object store.
+    options
+        What to extract; its scenarios are those of `stream`.
+    stream
+        The scenarios. They are read twice.
+    loaded, overwrite, repair, accept_versions, progress
+        As for :func:`zarrtrace.extraction.extract_run`.
+
+    Raises
+    ------
+    ConfigError, ScenarioError, ModelError, SAEError, StoreError
+        As for :func:`zarrtrace.extraction.extract_run`; a ModelError only if no scenario of a
+        group can be computed.
+    """
+    output = locate(output)
+    if not repair:
+        refuse_foreign(output)
+    named = options.own_model if loaded.model is None else None
+    with cache_if_unreachable(named, options.sae_release), borrowed(loaded.model):
+        table = prepare_table(options, stream, loaded=loaded, progress=progress)
+        say(table.job.notes, progress)
+        how = {"overwrite": overwrite, "repair": repair, "accept_versions": accept_versions}
+        needed = estimate_table(table).disk_bytes
+        with (
+            saying_how_much_room(needed),
+            TableWriter(output, table.plan(), **how) as writer,
+            SampleProgress(table.survey.samples, writer.done, progress) as bar,
+        ):
+            _fill(writer, table, bar)
+            writer.finish()
+    return output
+
+
+def refuse_for_table(given: Mapping[str, Any]) -> None:
+    """Refuse options that a table does not have; those that were not given are None.
+
+    Raises
+    ------
+    ConfigError
+    """
+    for name in (name for name, value in given.items() if value is not None):
+        why, remedy = "One process writes a table.", "Leave it out."
+        if name.startswith("attention"):
+            why = "A table holds no attention."
+        if name == "allow_nonfinite":
+            why = "In a table, all values of a scenario with NaN or infinity are NaN."
+            remedy = "Leave it out; the table's attribute 'failed' names such scenarios."
+        option = name.replace("_", "-")
+        raise ConfigError(f"--{option} with --layout table", why=why, remedy=remedy)
+
+
+def prepare_table(
+    options: Options,
+    stream: ScenarioStream,
+    *,
+    loaded: Loaded = _NOTHING,
+    weights: bool = True,
+    progress: Shown = None,
+) -> TableJob:
+    """Check options against the model and the SAEs, and look at all scenarios once.
+
+    Parameters
+    ----------
+    weights
+        False leaves out the model's weights; enough to estimate a table.
+
+    Raises
+    ------
+    ConfigError, ScenarioError, ModelError, SAEError
+        As for :func:`extract_table`.
+    """
+    if options.batch_size is None:
+        kind = "cuda" if options.device.startswith("cuda") else "cpu"
+        options = replace(options, batch_size=_BATCH_SIZE[kind])
+    job = prepare(
+        replace(options, attention=False),
+        scenarios=list(itertools.islice(stream, _FIRST)),
+        loaded=loaded,
+        weights=weights,
+        progress=progress == "bars",
+    )
+    if job.source is not None:  # each is loaded once, as far as there is memory
+        job = replace(job, source=capture_package().KeptEncoders(job.source))
+    if options.attention:
+        job = replace(job, notes=(*job.notes, "a table holds no attention (--no-attention)"))
+    return TableJob(job, stream, survey(_tokenized(job, stream), job.positions, prompt_digest))
+
+
+def _tokenized(job: Job, scenarios: Iterable[Scenario]) -> Iterator[Prompt]:
+    bos = job.model.attributes.prepend_bos
+    return tokenized(job.options, job.model, scenarios, prepend_bos=bos)
+
+
+def _fill(writer: TableWriter, table: TableJob, bar: SampleProgress) -> None:
+    """Compute what a table lacks, group by group, beside compression and writing."""
+    done, shape = writer.done, table.shape
+    groups = table.groups(done)
+    options = table.job.options
+    dtypes = options.feature_dtype, options.residual_dtype
+    with (
+        held_back() as interrupted,
+        ThreadPoolExecutor(1, "zarrtrace-tokenize") as reader,
+        ThreadPoolExecutor(THREADS, "zarrtrace-write") as pool,
+    ):
+        prompts = _prompts_of(table, groups)
+        coming: Future[tuple[Prompt, ...]] = reader.submit(next, prompts, ())
+        waiting: list[Future[None]] = []
+        for first, stop in groups:
+            here = coming.result()
+            coming = reader.submit(next, prompts, ())
+            starts = table.survey.starts[first : stop + 1]
+            rows = itertools.pairwise((starts - starts[0]).tolist())
+            names = [prompt.scenario.name for prompt in here]
+            group = Group(int(starts[0]), dict(zip(names, rows, strict=True)))
+            group = _computed(with_prompts(table.job, here), group, dtypes, interrupted)
+            for future in waiting:  # rows of a layer come in order
+                future.result()
+            bar.update(int(starts[-1]) - max(int(starts[0]), done))
+            waiting = _written(pool, writer, group, table.job.layers, shape, done)
+        for future in waiting:
+            future.result()
+
+
+def _prompts_of(table: TableJob, groups: Sequence[tuple[int, int]]) -> Iterator[tuple[Prompt, ...]]:
+    """Tokenise the scenarios of each group, which follow each other."""
+    if groups:
+        scenarios = itertools.islice(table.stream, groups[0][0], None)
+        prompts = _tokenized(table.job, scenarios)
+        for first, stop in groups:
+            yield tuple(itertools.islice(prompts, stop - first))
+
+
+def _computed(job: Job, group: Group, dtypes: tuple[str, str], interrupted: Any) -> Group:
+    """Compute a group; if that fails, its scenarios one by one.
+
+    Raises
+    ------
+    ModelError
+        If none of them can be computed.
+    """
+    try:
+        _add_all(job, group, dtypes, interrupted)
+    except ModelError as error:
+        if len(job.prompts) == 1:
+            raise
+        last = error
+    else:
+        return group
+    alone = Group(group.start, group.rows)
+    for prompt in job.prompts:
+        try:
+            _add_all(
+                replace(with_prompts(job, (prompt,)), batch_size=1), alone, dtypes, interrupted
+            )
+        except ModelError as error:
+            last = error
+            alone.fail(prompt.scenario.name, error.what)
+    if len(alone.failed) == len(job.prompts):
+        raise last
+    return alone
+
+
+def _add_all(job: Job, group: Group, dtypes: tuple[str, str], interrupted: Any) -> None:
+    everything = Lack(job.layers, tokens=True)
+    lacks = {prompt.scenario.name: everything for prompt in job.prompts}
+    with contextlib.closing(captured(job, lacks)) as records:
+        for record in records:
+            group.add(record, dtypes)
+            interrupted()
+
+
+def _written(
+    pool: ThreadPoolExecutor,
+    writer: TableWriter,
+    group: Group,
+    layers: Sequence[int],
+    shape: TableShape,
+    done: int,
+) -> list[Future[None]]:
+    """Have threads write a group: its samples that are not stored yet."""
+
+    def write(records: Iterator[SampleRecord] | Iterator[SampleTokens]) -> None:
+        for record in records:
+            writer.append(record)
+
+    for name, reason in group.failed.items():
+        start, stop = (group.start + row for row in group.rows[name])
+        if stop > done:
+            writer.fail(name, reason, max(start, done), stop - max(start, done))
+    of_layers = [group.layer(layer, shape, done) for layer in layers]
+    return [pool.submit(write, group.tokens(done)), *(pool.submit(write, one) for one in of_layers)]
