@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import zarr
+from everyday import mostly_long
 
 import zarrtrace as zt
 from zarrtrace.analysis import attention_to
@@ -101,7 +102,13 @@ def zarr_settings() -> Iterator[None]:
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("name", [name for name in NAMES if runnable(name)])
+@pytest.mark.parametrize(
+    "name",
+    mostly_long(
+        lambda name: Path(name).parent.name not in ("extraction", "analysis", "figures"),
+        [name for name in NAMES if runnable(name)],
+    ),
+)
 @pytest.mark.usefixtures("zarr_settings", "hub_home")
 @pytest.mark.filterwarnings(r"ignore:\s*This SAE has non-empty model_from_pretrained_kwargs")
 def test_examples_run_in_order(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
