@@ -28,6 +28,8 @@ DOCUMENTS = sorted(
 )
 DOCUMENTS = [file for file in DOCUMENTS if "node_modules" not in file.parts]
 NAMES = [file.relative_to(ROOT).as_posix() for file in DOCUMENTS]
+# Folders of zarrtrace whose examples take several seconds.
+LONGER = ("analysis", "extraction", "figures", "npz", "viewer")
 # Words of the front page outside its code blocks.
 FRONT_DOOR = 1_200
 
@@ -105,7 +107,7 @@ def zarr_settings() -> Iterator[None]:
 @pytest.mark.parametrize(
     "name",
     mostly_long(
-        lambda name: Path(name).parent.name not in ("extraction", "analysis", "figures"),
+        lambda name: Path(name).parent.name not in LONGER,
         [name for name in NAMES if runnable(name)],
     ),
 )
