@@ -44,7 +44,7 @@ def command(
 ) -> None:
     """Say which prompts of RUN drive a feature: its strongest tokens over all scenarios.
 
-    Needs the index that 'zarrtrace index' makes.
+    RUN is a run or a table. Needs the index that 'zarrtrace index' makes.
     """
     from zarrtrace.index import find_feature
 
@@ -65,8 +65,8 @@ def _text(found: FeatureUse) -> str:
     lines = [f"feature {found.feature} of layer {found.layer}: {known}, {fires}"]
     if found.indexed < found.scenarios:
         lines.append(
-            f"{found.indexed} of {found.scenarios} scenarios are indexed; 'zarrtrace index' adds "
-            "those that were completed since"
+            f"{found.indexed} of {found.scenarios} scenarios are indexed: the others were not "
+            "complete, or failed; 'zarrtrace index' adds those that were completed since"
         )
     if not found.tokens:
         return "\n".join(lines)

@@ -37,11 +37,11 @@ def command(
     scheduler: str | None,
     quiet: bool,  # noqa: FBT001
 ) -> None:
-    """Index the features of RUN, or add the scenarios that are not in its index.
+    """Index the features of RUN, a run or a table, or add the scenarios that its index lacks.
 
     For each layer and feature: maximum, mean, frequency, and the 20 strongest tokens of all
-    scenarios. 'zarrtrace find' answers from it in milliseconds. Exit code 3 if scenarios of the run
-    are not complete, and so not in the index.
+    scenarios. 'zarrtrace find' answers from it in milliseconds. Exit code 3 if scenarios are not
+    complete, or failed, and so are not in the index.
     """
     from zarrtrace.index import build_index
 

@@ -374,17 +374,20 @@ class RunAttributes(Frozen):
 
 
 class IndexAttributes(Frozen):
-    """The attributes of the group that indexes a run's features."""
+    """The attributes of the group that indexes the features of a run or a table."""
 
     zarr_conventions: tuple[dict[str, str], ...] = CONVENTIONS
     format_version: Literal[2] = 2
     kind: Literal["index"] = "index"
     layers: Layers = Field(description="Index of the dimension `layer`.")
     features: dict[str, PositiveInt] = Field(
-        description="Number of latents by array of the traces that is indexed."
+        description="Number of latents by array of features that is indexed."
     )
-    scenarios: NonNegativeInt = Field(description="How many the run has.")
+    scenarios: NonNegativeInt = Field(description="How many the run or the table has.")
     indexed: NonNegativeInt = Field(description="How many of them are in the index.")
+    table: Seal | None = Field(
+        default=None, description="Seal of the table that is indexed; null for a run of traces."
+    )
     seal: Seal | None = Field(default=None, description=_SEAL)
 
 

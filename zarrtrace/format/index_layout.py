@@ -1,4 +1,4 @@
-"""Layout of the index of a run's features."""
+"""Layout of the index of the features of a run or a table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from zarrtrace.format.layout import (
 INDEX_TOKENS = 20
 
 # One feature is looked up: what is decoded for it stays small.
-_INDEX_STEPS = {"layer": 1, "feature": 1024, "scenario": 1024}
+# The names of 100,000 scenarios are 13 files.
+_INDEX_STEPS = {"layer": 1, "feature": 1024, "scenario": 8192}
 _INDEX = {
     "maximum": Array("layer feature", "float32", "largest activation"),
     "mean": Array("layer feature", "float32", "mean activation over all tokens"),
@@ -36,20 +37,23 @@ _INDEX = {
 _SCENARIOS = {
     "scenario": Array("scenario", "string", "name of the scenario, in the run's order"),
     "digest": Array("scenario", "uint64", "of the scenario's features; 0 if they are not indexed"),
+    "start": Array("scenario", "int64", "number of the scenario's first sample in the table"),
 }
 
 
 def index_layout(
-    layers: int, features: Mapping[str, int], scenarios: int
+    layers: int, features: Mapping[str, int], scenarios: int, *, of_table: bool = False
 ) -> dict[str, ArrayLayout]:
-    """Lay out every array of a run's index, those without features last.
+    """Lay out every array of an index, those without features last.
 
     Parameters
     ----------
     layers, scenarios
         Their numbers.
     features
-        Number of latents by array of the traces (``features``, ``features_NAME``).
+        Number of latents by array of features (``features``, ``features_NAME``).
+    of_table
+        Whether a table is indexed, rather than a run of traces.
 
     Returns
     -------
@@ -70,4 +74,6 @@ def index_layout(
             out[f"{array}{suffix}"] = layout
     out |= feature_indexes(features)
     out["layer"] = lay_out(ARRAYS["layer"], sizes)
-    return out | {name: lay_out(one, sizes, _INDEX_STEPS) for name, one in _SCENARIOS.items()}
+    for name in ("scenario", "start" if of_table else "digest"):
+        out[name] = lay_out(_SCENARIOS[name], sizes, _INDEX_STEPS)
+    return out

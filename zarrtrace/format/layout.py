@@ -23,8 +23,11 @@ NEXT_TOKEN = ("next_token", "next_token_logprob", "next_token_text")
 #: Stands for no feature and no token in arrays of ids.
 NO_ID = 2**32 - 1
 
-#: The group of a run that indexes its features; no scenario may be called so.
+#: The group of a run or a table that indexes its features; no scenario and no array of a table may
+#: be called so.
 INDEX = "index"
+#: The folder of a run in which traces are written, and the index of a run or a table.
+STAGED = ".staged"
 
 #: Coordinates that are no index; a group's ``coordinates`` attribute names those it has.
 # Text among the data would make Dataset.where() of plain xarray fail: it has no NaN.

@@ -1,4 +1,4 @@
-"""The index of a run: which tokens drive which feature, over all scenarios."""
+"""The index of a run or a table: which tokens drive which feature, over all scenarios."""
 
 from zarrtrace._lazy import lazy
 

@@ -1,4 +1,4 @@
-"""Building a run's index: one parallel pass over its features, layer by layer."""
+"""Building the index of a run or a table: one parallel pass over features, layer by layer."""
 
 from __future__ import annotations
 
@@ -6,26 +6,28 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import dask
-import numpy as np
 
 from zarrtrace.errors import ConfigError, StoreError
 from zarrtrace.index.counting import FeatureCounts
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import (
+    Indexable,
+    IndexableSamples,
     IndexableTrace,
     IndexWriter,
     RunIndex,
-    indexable_traces,
     locked,
-    read_features,
-    read_run,
+    read_indexable,
+    read_run_or_table,
     write_index_layer,
 )
 from zarrtrace.store.chunks import Checksum
 
-# A task reads so many scenarios one after another, and so many tasks' counts (9 MB each at 32,768
-# features) are put together at once.
-_SCENARIOS_PER_TASK, _COUNTS_PER_TASK = 32, 8
+# A task reads so many traces, or blocks of a table's samples, one after another, and so many tasks'
+# counts (9 MB each at 32,768 features) are put together at once.
+_PARTS_PER_TASK, _COUNTS_PER_TASK = 32, 8
+
+_Parts = Sequence[IndexableTrace] | Sequence[IndexableSamples]
 
 
 class IndexUpdate(NamedTuple):
@@ -39,7 +41,7 @@ class IndexUpdate(NamedTuple):
     added
         How many scenarios were read.
     indexed, scenarios
-        How many are in the index now, and how many the run has.
+        How many are in the index now, and how many the run or the table has.
     """
 
     how: Literal["built", "updated", "unchanged"]
@@ -49,7 +51,7 @@ class IndexUpdate(NamedTuple):
 
 
 def build_index(run: Address, *, rebuild: bool = False) -> IndexUpdate:
-    """Index the features of a run, or bring its index up to date.
+    """Index the features of a run or a table, or bring its index up to date.
 
     For each layer and feature: maximum, mean and frequency over all tokens, and the 20 strongest
     tokens of all scenarios (those of largest magnitude; signs are kept).
@@ -57,12 +59,13 @@ def build_index(run: Address, *, rebuild: bool = False) -> IndexUpdate:
     dask is set to; tasks write their layer themselves, so a cluster needs the run in an object
     store, or its folder under the same path. If a scenario that is in the index was changed or
     taken away, all of it is built again: maxima cannot be taken back. An index that grew equals one
-    that was built at once, bit for bit.
+    that was built at once, bit for bit. A table is read block by block of samples; scenarios that
+    failed are not in its index.
 
     Parameters
     ----------
     run
-        Folder of the run, or its address.
+        Folder of the run or the table, or its address.
     rebuild
         Read all scenarios, whatever the index holds.
 
@@ -75,37 +78,32 @@ def build_index(run: Address, *, rebuild: bool = False) -> IndexUpdate:
     ConfigError
         If no complete scenario has features.
     LockedError
-        If another process is writing the run.
+        If another process is writing it.
     NotATraceError, FormatVersionError, IntegrityError
         If it cannot be read.
     """
     run = locate(run).resolved()
-    read_run(run)  # says what is wrong if it is no run
+    read_run_or_table(run)  # says what is wrong if it is neither
     with locked(run):  # from the first look on: what is indexed must not be replaced meanwhile
         return _build(run, rebuild=rebuild)
 
 
 def _build(run: Location, *, rebuild: bool) -> IndexUpdate:
-    traces = indexable_traces(run)
-    if not traces:
+    source = read_indexable(run)
+    if not source.parts:
         raise ConfigError(
             f"{run}: no scenario has features to index",
             why="It was extracted with --no-features, or no scenario is complete yet.",
             remedy="Extract it with features first.",
         )
-    layers = sorted({n for trace in traces for found in trace.layers.values() for n in found})
-    features: dict[str, int] = {}
-    for trace in traces:
-        for array, size in trace.features.items():
-            features[array] = max(size, features.get(array, 0))
-    features = dict(sorted(features.items()))
-    earlier = None if rebuild else _reusable(run, traces, layers, features)
-    known = set() if earlier is None else _indexed(earlier)
-    new = [trace for trace in traces if trace.number not in known]
-    if earlier is not None and not new:
-        there = earlier.attributes
-        return IndexUpdate("unchanged", 0, there.indexed, there.scenarios)
-    with IndexWriter(run, layers, features) as writer:
+    earlier = None if rebuild else _reusable(run, source)
+    new, known = source.parts, 0
+    if earlier is not None:
+        new, known = _without_indexed(source, earlier), earlier.attributes.indexed
+        if not new:
+            return IndexUpdate("unchanged", 0, known, len(source.names))
+    layers, features = source.layers, source.features
+    with IndexWriter(run, source) as writer:
         tasks = [
             _layer_graph(run if earlier else None, writer.path, new, layers, features, *which)
             for which in ((layer, array) for layer in layers for array in features)
@@ -114,54 +112,56 @@ def _build(run: Location, *, rebuild: bool) -> IndexUpdate:
         for found in dask.compute(*tasks):
             for name, checksums in found.items():
                 stored.setdefault(name, {}).update(checksums)
-        by_number = {trace.number: trace.digest for trace in traces}
-        digests = [by_number.get(number, 0) for number in range(writer.scenarios)]
-        made = writer.finish(digests, stored)
+        made = writer.finish(stored)
     how: Literal["built", "updated"] = "built" if earlier is None else "updated"
-    return IndexUpdate(how, len(new), made.indexed, made.scenarios)
+    return IndexUpdate(how, made.indexed - known, made.indexed, made.scenarios)
 
 
-def _reusable(
-    run: Location,
-    traces: Sequence[IndexableTrace],
-    layers: Sequence[int],
-    features: Mapping[str, int],
-) -> RunIndex | None:
+def _reusable(run: Location, source: Indexable) -> RunIndex | None:
     """Return the index that is there, if all that is in it is still in the run."""
     try:
         index = RunIndex(run)
         index.check()
+        there = index.attributes
+        if (
+            there.table != source.table
+            or list(there.layers) != source.layers
+            or there.features != source.features
+        ):
+            return None
+        if source.table is not None:
+            return index
         digests, names = index.read("digest", slice(None)), index.read("scenario", slice(None))
     except StoreError:
         return None  # there is none, or it is damaged
-    same = (
-        list(index.attributes.layers) == list(layers)
-        and index.attributes.features == features
-        and [str(name) for name in names] == list(read_run(run).attributes.scenarios)
-    )
-    now = {trace.number: trace.digest for trace in traces}
-    kept = all(digest in (0, now.get(at)) for at, digest in enumerate(digests.tolist()))
-    return index if same and kept else None
+    is_same = [str(name) for name in names] == list(source.names)
+    is_kept = is_same and ((digests == 0) | (digests == source.by_scenario)).all()
+    return index if is_kept else None
 
 
-def _indexed(index: RunIndex) -> set[int]:
-    return set(np.flatnonzero(index.read("digest", slice(None))).tolist())
+def _without_indexed(source: Indexable, index: RunIndex) -> list[IndexableTrace]:
+    """Return the traces that are not in an index; a table is in it as a whole, or not at all."""
+    if source.table is not None:
+        return []
+    known = index.read("digest", slice(None)) != 0
+    traces = [one for one in source.parts if isinstance(one, IndexableTrace)]
+    return [trace for trace in traces if not known[trace.number]]
 
 
 def _layer_graph(
     earlier: Location | None,
     target: Location,
-    traces: Sequence[IndexableTrace],
+    parts: _Parts,
     layers: Sequence[int],
     features: Mapping[str, int],
     layer: int,
     array: str,
 ) -> Any:
-    """Return the task that writes one layer, after those that count blocks of scenarios."""
-    having = [trace for trace in traces if layer in trace.layers.get(array, ())]
+    """Return the task that writes one layer, after those that count."""
+    having = [part for part in parts if layer in part.layers.get(array, ())]
     counts = [
-        dask.delayed(_count)(having[start : start + _SCENARIOS_PER_TASK], array, layer)
-        for start in range(0, len(having), _SCENARIOS_PER_TASK)
+        dask.delayed(_count)(having[start : start + _PARTS_PER_TASK], array, layer)
+        for start in range(0, len(having), _PARTS_PER_TASK)
     ]
     while len(counts) > _COUNTS_PER_TASK:
         counts = [
@@ -171,12 +171,11 @@ def _layer_graph(
     return dask.delayed(_write)(earlier, target, counts, list(layers), dict(features), layer, array)
 
 
-def _count(traces: Sequence[IndexableTrace], array: str, layer: int) -> FeatureCounts:
-    counts = FeatureCounts(max(trace.features[array] for trace in traces))
-    for trace in traces:
-        activations = read_features(trace, array, layer)
-        if activations is not None:
-            counts.add(trace.number, activations, trace.positions)
+def _count(parts: _Parts, array: str, layer: int) -> FeatureCounts:
+    counts = FeatureCounts(max(part.features[array] for part in parts))
+    for part in parts:
+        found = part.read(array, layer)
+        counts.add(found.scenarios, found.values, found.positions)
     return counts
 
 

@@ -6,7 +6,7 @@ that grew scenario by scenario equals one that was built at once, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Self
 
 import numpy as np
@@ -74,26 +74,29 @@ class FeatureCounts:
         return out
 
     def add(
-        self, scenario: int, activations: np.ndarray, positions: Sequence[int] | None = None
+        self,
+        scenario: int | np.ndarray,
+        activations: np.ndarray,
+        positions: np.ndarray | None = None,
     ) -> None:
-        """Add the tokens of one scenario.
+        """Add some tokens.
 
         Parameters
         ----------
         scenario
-            Its number in the run.
+            Number of their scenario in the run, or that of each token.
         activations
-            ``(query, feature)``; NaN and infinity count as silent, and magnitudes above 2³⁴ as
+            ``(token, feature)``; NaN and infinity count as silent, and magnitudes above 2³⁴ as
             2³⁴ in the sum.
         positions
-            Token positions of its rows; None for all tokens of the prompt.
+            Of the tokens in the prompt; None for all tokens of the prompt.
         """
-        queries, width = activations.shape
+        tokens, width = activations.shape
         flat = np.ascontiguousarray(activations).reshape(-1)
         at = np.flatnonzero((flat != 0) & np.isfinite(flat))
-        query, feature = at // width, at % width
+        token, feature = at // width, at % width
         value = flat[at].astype(np.float32)
-        self.tokens += queries
+        self.tokens += tokens
         self.active[:width] += np.bincount(feature, minlength=width)
         scaled = np.clip(value.astype(np.float64), -_LARGEST, _LARGEST) * _HIGH
         high = np.floor(scaled)
@@ -103,13 +106,15 @@ class FeatureCounts:
             self.total[:width, column] += summed.astype(np.int64)
         self._carry()
         strong = np.abs(value) >= self._bar[feature]
-        at_token = np.arange(queries) if positions is None else np.asarray(positions)
+        token = token[strong]
+        at_token = token if positions is None else positions[token]
+        of_token = np.broadcast_to(scenario, tokens)[token]
         self._wait(
             (
                 feature[strong],
                 value[strong],
-                np.full(int(strong.sum()), scenario, np.uint32),
-                at_token[query[strong]].astype(np.uint32),
+                of_token.astype(np.uint32),
+                at_token.astype(np.uint32),
             )
         )
 

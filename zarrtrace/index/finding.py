@@ -1,14 +1,17 @@
-"""Looking one feature up in a run's index: one small chunk an array, on runs of any size."""
+"""Looking one feature up in an index: one small chunk an array, on runs of any size."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from zarrtrace.errors import ConfigError, IntegrityError, ScenarioError
 from zarrtrace.format.index_layout import INDEX_TOKENS
 from zarrtrace.scenarios import check_name
 from zarrtrace.storage import Address, Location, locate
-from zarrtrace.store import RunIndex, read_token_texts
+from zarrtrace.store import RunIndex, read_sample_texts, read_table, read_token_texts
 from zarrtrace.suggestions import did_you_mean
 
 _BEFORE, _AFTER = 6, 3
@@ -27,7 +30,7 @@ class TokenUse:
     token
         Its text.
     before, after
-        The text around it: six tokens and three.
+        The text around it: six tokens and three, as far as the run or table stores them.
     """
 
     activation: float
@@ -40,7 +43,7 @@ class TokenUse:
 
 @dataclass(frozen=True)
 class FeatureUse:
-    """What a run's index says of one feature.
+    """What the index of a run or a table says of one feature.
 
     Attributes
     ----------
@@ -54,7 +57,7 @@ class FeatureUse:
     tokens
         The tokens of largest magnitude, largest first; of equals, the first in the run.
     indexed, scenarios
-        How many scenarios are in the index, and how many the run has.
+        How many scenarios are in the index, and how many the run or the table has.
     """
 
     layer: int
@@ -76,12 +79,12 @@ def find_feature(
     top: int = INDEX_TOKENS,
     array: str = "features",
 ) -> FeatureUse:
-    """Say which tokens drive a feature, from the run's index.
+    """Say which tokens drive a feature, from the index of a run or a table.
 
     Parameters
     ----------
     run
-        Folder of the run, or its address.
+        Folder of the run or the table, or its address.
     layer, feature
         Block and latent.
     top
@@ -92,7 +95,9 @@ def find_feature(
     Raises
     ------
     StoreError
-        If the run has no index.
+        If it has no index.
+    IntegrityError
+        If the index is damaged, or that of another run.
     ConfigError
         If the index has no such array, layer or feature, or holds fewer tokens.
     """
@@ -148,37 +153,73 @@ def _tokens(
 ) -> tuple[TokenUse, ...]:
     """Add names and texts to activations, numbers of scenarios and positions."""
     numbers = sorted({int(number) for _, number, _ in strongest})
-    names = {number: _name(run, index, number) for number in numbers}
-    texts = {number: read_token_texts(run / name) for number, name in names.items()}
+    if numbers and numbers[-1] >= index.attributes.scenarios:
+        raise _of_another_run(run)
+    found = _texts_of_run if index.attributes.table is None else _texts_of_table
+    names, texts = found(run, index, numbers)
     out = []
     for activation, number, position in strongest:
         words, here = texts[int(number)], int(position)
-        if here >= len(words):
+        if here not in words:
             raise _of_another_run(run)
+        before = _neighbours(words, range(here - 1, here - 1 - _BEFORE, -1))
         out.append(
             TokenUse(
                 activation=activation,
                 scenario=names[int(number)],
                 position=here,
                 token=words[here],
-                before="".join(words[max(0, here - _BEFORE) : here]),
-                after="".join(words[here + 1 : here + 1 + _AFTER]),
+                before="".join(reversed(before)),
+                after="".join(_neighbours(words, range(here + 1, here + 1 + _AFTER))),
             )
         )
     return tuple(out)
 
 
+def _neighbours(words: Mapping[int, str], positions: Sequence[int]) -> list[str]:
+    """Return the texts of tokens up to the first that is not stored."""
+    out = []
+    for position in positions:
+        if position not in words:
+            break
+        out.append(words[position])
+    return out
+
+
+def _texts_of_run(
+    run: Location, index: RunIndex, numbers: Sequence[int]
+) -> tuple[dict[int, str], dict[int, dict[int, str]]]:
+    """Read names of scenarios, and texts of their tokens by position."""
+    names = {number: _name(run, index, number) for number in numbers}
+    texts = {number: dict(enumerate(read_token_texts(run / one))) for number, one in names.items()}
+    return names, texts
+
+
+def _texts_of_table(
+    run: Location, index: RunIndex, numbers: Sequence[int]
+) -> tuple[dict[int, str], dict[int, dict[int, str]]]:
+    table = read_table(run)
+    if table.attributes.seal != index.attributes.table:
+        raise _of_another_run(run)
+    samples = table.encodings["scenario"].shape[0]
+    starts = [*index.read("start", slice(None)).tolist(), samples]
+    texts = read_sample_texts(table, [(starts[number], starts[number + 1]) for number in numbers])
+    names = index.read("scenario", np.asarray(numbers, np.int64))
+    return (
+        dict(zip(numbers, map(str, names), strict=True)),
+        dict(zip(numbers, texts, strict=True)),
+    )
+
+
 def _of_another_run(run: Location) -> IntegrityError:
     return IntegrityError(
-        f"{run}: its index speaks of tokens that the run does not have",
-        why="The index is that of another run, or damaged.",
+        f"{run}: its index is not of what is there now",
+        why="The run was replaced since, or the index is damaged.",
         remedy="Build the index again: 'zarrtrace index --rebuild'.",
     )
 
 
 def _name(run: Location, index: RunIndex, number: int) -> str:
-    if number >= index.attributes.scenarios:
-        raise _of_another_run(run)
     # It becomes a path: a file from elsewhere must not lead out of the run.
     try:
         return check_name(str(index.read("scenario", number)))

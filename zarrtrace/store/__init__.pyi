@@ -1,15 +1,15 @@
 from zarrtrace.store.captured import attention_problem, layer_record
 from zarrtrace.store.copy import copy_run
 from zarrtrace.store.damage import Problem
-from zarrtrace.store.index_arrays import (
+from zarrtrace.store.index_arrays import IndexWriter, RunIndex, locked, write_index_layer
+from zarrtrace.store.indexable import (
+    Indexable,
+    IndexableSamples,
     IndexableTrace,
-    IndexWriter,
-    RunIndex,
-    indexable_traces,
-    locked,
-    read_features,
+    read_indexable,
+    read_run_or_table,
+    read_sample_texts,
     read_token_texts,
-    write_index_layer,
 )
 from zarrtrace.store.metadata import kind_of, read_run, read_table, read_trace, refuse_foreign
 from zarrtrace.store.open import open_run, open_trace
@@ -30,6 +30,8 @@ from zarrtrace.store.write import trace_plan, write_trace
 
 __all__ = [
     "IndexWriter",
+    "Indexable",
+    "IndexableSamples",
     "IndexableTrace",
     "Problem",
     "RunIndex",
@@ -41,7 +43,6 @@ __all__ = [
     "TraceWriter",
     "attention_problem",
     "copy_run",
-    "indexable_traces",
     "kind_of",
     "layer_record",
     "locked",
@@ -49,8 +50,10 @@ __all__ = [
     "open_run",
     "open_table",
     "open_trace",
-    "read_features",
+    "read_indexable",
     "read_run",
+    "read_run_or_table",
+    "read_sample_texts",
     "read_table",
     "read_token_texts",
     "read_trace",

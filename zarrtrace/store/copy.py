@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from zarrtrace.errors import ConfigMismatchError, IntegrityError, NotATraceError, StoreError
 from zarrtrace.format.attributes import IndexAttributes, TableAttributes, TraceAttributes
-from zarrtrace.format.layout import INDEX
+from zarrtrace.format.layout import INDEX, STAGED
 from zarrtrace.storage import Address, Location, disk, locate
 from zarrtrace.store.chunks import Checksum
 from zarrtrace.store.damage import check_sizes, compare_file
@@ -31,7 +31,7 @@ from zarrtrace.store.metadata import (
 )
 from zarrtrace.store.publish import publish_folder
 from zarrtrace.store.run_writer import lock_run
-from zarrtrace.store.staged import STAGED, staging_folder
+from zarrtrace.store.staged import staging_folder
 
 Progress = Callable[[int, int], None]
 
@@ -80,7 +80,7 @@ class _Counter:
 
 
 def copy_run(source: Address, target: Address, *, progress: Progress | None = None) -> Copied:
-    """Copy a run, a trace or a table; a run with its index and card if it has them.
+    """Copy a run, a trace or a table, with index and card if it has them.
 
     Parameters
     ----------
@@ -105,17 +105,21 @@ def copy_run(source: Address, target: Address, *, progress: Progress | None = No
     kind = kind_of(source)
     is_run = kind == "run"
     _refuse_other(source, target, kind)
-    groups: list[_Piece] = _groups(source) if is_run else [_READ[kind](source)]
+    groups: list[_Piece] = _traces(source) if is_run else [_READ[kind](source)]
+    if kind != "trace":
+        with contextlib.suppress(NotATraceError):
+            groups.append(read_index_group(source / INDEX))
     counter = _Counter(sum(map(_bytes_of, groups)), progress)
     with disk.explained(target):
         lock = lock_run(target)
         try:
             for group in groups:
-                to = target / group.path.name if is_run else target
+                to = target if group.attributes.kind == kind else target / group.path.name
                 _copy_group(group, source, to, counter)
+            if kind != "trace":
+                _copy_file(source, "README.md", target)
             if is_run:
-                for name in ("README.md", "zarr.json"):
-                    _copy_file(source, name, target)
+                _copy_file(source, "zarr.json", target)
         finally:
             lock.release()
     if isinstance(table := groups[0].attributes if groups else None, TableAttributes):
@@ -124,15 +128,11 @@ def copy_run(source: Address, target: Address, *, progress: Progress | None = No
     return Copied(traces, counter.written, counter.there)
 
 
-def _groups(run: Location) -> list[_Piece]:
-    """Read the metadata of a run's complete traces, and of its index if it has one."""
+def _traces(run: Location) -> list[_Piece]:
+    """Read the metadata of a run's complete traces."""
     names = read_run(run).attributes.scenarios
-    found: list[_Piece] = [
-        trace for trace in each_trace(run, names, lambda trace: trace) if trace is not None
-    ]
-    with contextlib.suppress(NotATraceError):
-        found.append(read_index_group(run / INDEX))
-    return found
+    found = each_trace(run, names, lambda trace: trace)
+    return [trace for trace in found if trace is not None]
 
 
 def _refuse_other(source: Location, target: Location, kind: str) -> None:

@@ -11,11 +11,14 @@ from pydantic import BaseModel
 
 from zarrtrace.errors import IntegrityError, StoreError
 from zarrtrace.format.attributes import IndexAttributes, TableAttributes
+from zarrtrace.format.layout import INDEX, STAGED
 from zarrtrace.store.chunks import Checksum, checksum_of, fingerprint, parse_index
 from zarrtrace.store.codecs import CRC_BYTES, ArrayEncoding, checked
 from zarrtrace.store.metadata import REPAIR, Group
 
 _METADATA = "zarr.json"
+#: Beside the traces of a run, or the arrays of a table, these belong to it.
+OF_RUN = frozenset({_METADATA, "README.md", INDEX, STAGED})
 
 
 class Problem(BaseModel):
@@ -175,8 +178,9 @@ def _unknown_files(group: Group[Any], problem: Callable[..., Problem]) -> Iterat
         return
     is_table = isinstance(group.attributes, TableAttributes)
     said = f"does not belong to the {'table' if is_table else 'trace'}"
+    known = {*group.nodes, *(OF_RUN if is_table else (_METADATA,))}
     for child in group.path.children():
-        if child.name not in group.nodes and child.name != _METADATA:
+        if child.name not in known:
             yield problem(array=child.name, message=said)
     for name, files in group.checksums.items():
         for child in (group.path / name).children():

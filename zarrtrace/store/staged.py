@@ -17,7 +17,7 @@ from typing import Any
 
 from zarrtrace.errors import IntegrityError
 from zarrtrace.format.attributes import TraceAttributes
-from zarrtrace.format.layout import ArrayLayout
+from zarrtrace.format.layout import STAGED, ArrayLayout
 from zarrtrace.storage import Location, locate
 from zarrtrace.storage.locks import FileLock
 from zarrtrace.store.chunks import Checksum, FileIndex, index_entries
@@ -25,9 +25,6 @@ from zarrtrace.store.journal import Line, StoredParts, chunk_places, read_lines,
 from zarrtrace.store.metadata import Group, check_nodes, labels_of, parse_attributes
 from zarrtrace.store.nodes import CHECKSUMS, NONSENSE
 from zarrtrace.store.staged_files import StagedFiles, chunk_checksum, chunks_by_number
-
-#: Name of the folder in a run in which traces are written.
-STAGED = ".staged"
 
 
 def staging_folder(run: Location) -> Path:

@@ -18,7 +18,7 @@ from zarrtrace.errors import (
     StoreError,
 )
 from zarrtrace.format.attributes import TableAttributes, share_saes
-from zarrtrace.format.layout import NEXT_TOKEN, NO_ID, ArrayLayout
+from zarrtrace.format.layout import INDEX, NEXT_TOKEN, NO_ID, ArrayLayout
 from zarrtrace.format.table_layout import table_block, table_layout
 from zarrtrace.identity import combined_versions, refuse_other
 from zarrtrace.precision import cast_samples
@@ -414,10 +414,10 @@ def described(
     }
     shape = replace(shape, coordinates=types, sae_fields=tuple(by_layer))
     layouts = table_layout(replace(shape, coordinates={}))
-    if taken := sorted(types.keys() & layouts.keys()):
+    if taken := sorted(types.keys() & {*layouts, INDEX}):
         raise ConfigError(
             f"a coordinate along sample is called {taken[0]!r}",
-            why="The table has another array of that name.",
+            why="The table has another array of that name, or its index of features.",
             remedy="Rename the column of metadata.",
         )
     if not {"scenario", "position"} <= types.keys() or shape.samples < 1:

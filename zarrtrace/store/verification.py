@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from zarrtrace.errors import StoreError
-from zarrtrace.format.attributes import RunAttributes
+from zarrtrace.format.attributes import RunAttributes, TableAttributes
 from zarrtrace.format.layout import INDEX
 from zarrtrace.storage import Address, Location, locate
-from zarrtrace.store.damage import Problem, find_damage
+from zarrtrace.store.damage import OF_RUN, Problem, find_damage
 from zarrtrace.store.index_arrays import stale_scenarios
 from zarrtrace.store.metadata import (
     Group,
@@ -24,10 +24,6 @@ from zarrtrace.store.metadata import (
     repeated_nodes,
 )
 from zarrtrace.store.nodes import Nodes
-from zarrtrace.store.staged import STAGED
-
-# Files beside the traces of a run that belong to it.
-_OF_RUN = ("zarr.json", "README.md", INDEX, STAGED)
 
 
 def verify(path: Address) -> list[Problem]:
@@ -54,14 +50,15 @@ def verify(path: Address) -> list[Problem]:
         return list(_trace(path, None))
     if kind == "table":
         (path / "zarr.json").inside(path)
-        return find_damage(read_table(path))
+        table = read_table(path)
+        return [*find_damage(table), *_index(table)]
     (path / "zarr.json").inside(path)
     run = read_run(path)
     names = run.attributes.scenarios
     with ThreadPoolExecutor(4, thread_name_prefix="zarrtrace-verify") as pool:
         found = pool.map(lambda name: list(_trace(path / name, name)), names)
         problems = list(itertools.chain.from_iterable(found))
-    return [*problems, *_consolidated(run), *_unknown(path, names), *_index(path, names)]
+    return [*problems, *_consolidated(run), *_unknown(path, names), *_index(run)]
 
 
 def _trace(path: Location, scenario: str | None) -> Iterator[Problem]:
@@ -99,19 +96,19 @@ def _consolidated(run: Group[RunAttributes]) -> Iterator[Problem]:
 def _unknown(path: Location, names: Sequence[str]) -> Iterator[Problem]:
     if not path.backend.listable:
         return
-    known = {*names, *_OF_RUN}
+    known = {*names, *OF_RUN}
     for child in path.children():
         if child.name not in known:
             yield Problem(scenario=None, message=f"{child.name} does not belong to the run")
 
 
-def _index(run: Location, names: Sequence[str]) -> Iterator[Problem]:
-    """Check the run's index, if it has one."""
-    path = run / INDEX
+def _index(run: Group[RunAttributes] | Group[TableAttributes]) -> Iterator[Problem]:
+    """Check the index of a run or a table, if it has one."""
+    path = run.path / INDEX
     if not (path.is_folder() if path.path is None else path.exists()):
         return
     try:
-        (path / "zarr.json").inside(run)
+        (path / "zarr.json").inside(run.path)
         index = read_index_group(path)
     except StoreError as error:
         yield Problem(scenario=None, array=INDEX, message=error.what)
@@ -120,5 +117,5 @@ def _index(run: Location, names: Sequence[str]) -> Iterator[Problem]:
     for problem in damage:
         yield problem.model_copy(update={"array": f"{INDEX}/{problem.array}"})
     if not damage:
-        for scenario, message in stale_scenarios(run, names):
+        for scenario, message in stale_scenarios(run):
             yield Problem(scenario=scenario, array=INDEX, message=message)
