@@ -1,4 +1,4 @@
-"""What a table on disk costs: size against the user's files, plain reads, and writing.
+"""What a table on disk costs: size against the user's files, plain reads, writing, its index.
 
 ``python scripts/bench_table.py [--samples N] [NAME ...]`` makes synthetic tables in the folder of
 temporary files and prints medians of CPU and wall milliseconds, and the bytes that are decoded.
@@ -7,6 +7,7 @@ temporary files and prints medians of CPU and wall milliseconds, and the bytes t
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
 import tempfile
 import time
@@ -21,6 +22,7 @@ import zarr
 
 from zarrtrace.format.attributes import TableAttributes
 from zarrtrace.format.table_layout import TableShape, table_block, table_columns
+from zarrtrace.index import build_index, find_feature
 from zarrtrace.records import BFloat16, Nonzeros, SampleRecord, SampleTokens, TablePlan
 from zarrtrace.store import TableWriter, open_table
 
@@ -229,6 +231,19 @@ def run(name: str, case: Case) -> None:
                 f"  {label:32}{plain[0]:10.0f}{plain[1]:8.0f}{ours[0]:10.0f}{ours[1]:8.0f}"
                 f"{decoded(path, array, key):8.0f}"
             )
+        print_index(path)
+
+
+def print_index(path: Path) -> None:
+    """Index a table, look a feature up, and print what both cost."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    build_index(path)
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    layer = int(open_table(path).layer[0])
+    found = measure(partial(find_feature, path, layer, 0))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"  index: {cpu:.1f} s CPU, {wall:.1f} s; the process's peak up to now {peak:.0f} MB")
+    print(f"  find_feature: {found[0]:.0f} ms CPU, {found[1]:.0f} ms")
 
 
 def read_plain(path: Path, array: str, key: Any) -> np.ndarray:

@@ -176,6 +176,7 @@ def _count(parts: _Parts, array: str, layer: int) -> FeatureCounts:
     for part in parts:
         found = part.read(array, layer)
         counts.add(found.scenarios, found.values, found.positions)
+    counts.rank()  # what waits for the other tasks is small, however many tokens it is of
     return counts
 
 

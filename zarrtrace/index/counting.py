@@ -19,7 +19,7 @@ _HIGH, _LOW = 2.0**18, 2.0**32
 # What a sum of int64 has room for, with 2**11 such tokens a feature.
 _LARGEST = 2.0**34
 # Entries that wait to be ranked: 24 bytes each.
-_MAX_WAITING = 2**21
+_MAX_WAITING = 2**20
 
 #: Tokens of features: number of the feature, activation, number of the scenario, position.
 _Entries = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -70,7 +70,7 @@ class FeatureCounts:
                 arrays["token_position"][feature, rank],
             )
         )
-        out._rank()
+        out.rank()
         return out
 
     def add(
@@ -136,10 +136,10 @@ class FeatureCounts:
     def _wait(self, entries: _Entries) -> None:
         self._waiting.append(entries)
         if sum(len(one[0]) for one in self._waiting) > _MAX_WAITING:
-            self._rank()
+            self.rank()
 
-    def _rank(self) -> None:
-        """Keep each feature's strongest tokens; of equals, those of the first scenario."""
+    def rank(self) -> None:
+        """Keep each feature's strongest tokens alone; of equals, those of the first scenario."""
         feature, value, scenario, position = (
             np.concatenate(parts) for parts in zip(self._ranked, *self._waiting, strict=True)
         )
@@ -168,7 +168,7 @@ class FeatureCounts:
             token_rank)``, ``tokens ()``. Ranks with activation 0 hold no token. ``maximum`` is the
             activation of largest magnitude, with its sign: that of the first rank.
         """
-        self._rank()
+        self.rank()
         feature, value, scenario, position = self._ranked
         rank = _ranks(feature)
         shape = (len(self.active), INDEX_TOKENS)
