@@ -1,4 +1,4 @@
-"""A run at a glance: sizes, layers, completeness. Reads metadata only."""
+"""A run or a table at a glance: sizes, layers, completeness. Reads metadata only."""
 
 from __future__ import annotations
 
@@ -11,9 +11,17 @@ from zarrtrace.errors import NotATraceError
 from zarrtrace.format.attributes import FORMAT_VERSION, MetadataValue, TraceAttributes
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store.array import open_array
-from zarrtrace.store.metadata import Group, kind_of, read_run, read_scenario, read_trace
+from zarrtrace.store.metadata import (
+    Group,
+    kind_of,
+    read_run,
+    read_scenario,
+    read_table,
+    read_trace,
+)
 from zarrtrace.store.nodes import encoded
 from zarrtrace.store.staged import read_staged, staging_folder
+from zarrtrace.store.staged_table import read_staged_table
 
 
 class TraceSummary(BaseModel):
@@ -52,6 +60,93 @@ class RunSummary(BaseModel):
         return self.bytes_dense / max(1, self.bytes_on_disk)
 
 
+class TableSummary(BaseModel):
+    """A table at a glance.
+
+    Attributes
+    ----------
+    samples, samples_done
+        All, and those that are stored; a table that is being written has fewer.
+    failed
+        Why scenarios were not computed, by name.
+    """
+
+    path: str
+    format_version: int
+    complete: bool
+    scenarios: int
+    samples: int
+    samples_done: int
+    positions: str
+    layers: tuple[int, ...]
+    layers_without_sae: tuple[int, ...]
+    arrays: dict[str, tuple[int, ...]]
+    metadata: tuple[str, ...]
+    failed: dict[str, str]
+    files: int
+    bytes_on_disk: int
+    bytes_dense: int
+    model: str | None
+    sae_release: str | None
+
+    @property
+    def compression(self) -> float:
+        """How many dense bytes one byte on disk stands for."""
+        return self.bytes_dense / max(1, self.bytes_on_disk)
+
+
+def summarize_table(path: Address) -> TableSummary:
+    """Summarise a table, complete or being written.
+
+    Parameters
+    ----------
+    path
+        Its folder, or its address.
+
+    Raises
+    ------
+    NotATraceError, FormatVersionError, IntegrityError
+    """
+    path = locate(path)
+    try:
+        table, done = read_table(path), None
+    except NotATraceError:
+        staged = None if path.exists() else read_staged_table(path)
+        if staged is None:
+            raise
+        table, done = staged
+    arrays = {n: how.shape for n, how in table.encodings.items() if len(how.shape) > 1}
+    samples = table.encodings["scenario"].shape[0]
+    files = [one for found in table.checksums.values() for one in found.values()]
+    metadata = [*map(encoded, table.nodes.values())]
+    on_disk = sum(one.bytes for one in files) + sum(map(len, metadata))
+    if done is None:
+        on_disk += (path / "zarr.json").size()
+    attributes = table.attributes
+    return TableSummary(
+        path=str(path),
+        format_version=FORMAT_VERSION,
+        complete=done is None,
+        scenarios=attributes.scenarios,
+        samples=samples,
+        samples_done=samples if done is None else done,
+        positions=attributes.positions,
+        layers=attributes.layers,
+        layers_without_sae=attributes.layers_without_sae,
+        arrays=arrays,
+        metadata=attributes.metadata,
+        failed=attributes.failed,
+        files=len(files) + len(metadata) + 1,
+        bytes_on_disk=on_disk,
+        bytes_dense=sum(
+            math.prod(shape) * table.encodings[name].dtype.itemsize
+            for name, shape in arrays.items()
+        ),
+        model=None if attributes.model is None else attributes.model.id,
+        sae_release=next((one.release for one in attributes.saes.values()), None),
+    )
+
+
 def summarize(path: Address) -> RunSummary:
     """Summarise a run, or a trace that stands alone.
 
@@ -67,7 +162,10 @@ def summarize(path: Address) -> RunSummary:
     path = locate(path)
     names: tuple[str, ...] = ("",)
     folders, is_complete = [path], True
-    if kind_of(path) == "run":
+    kind = kind_of(path)
+    if kind == "table":
+        read_run(path)  # raises, and says so
+    if kind == "run":
         run = read_run(path).attributes
         names, is_complete = run.scenarios, run.complete
         begun = {*path.present(names), *locate(staging_folder(path)).present(names)}
