@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from types import TracebackType
 
 import click
@@ -93,6 +94,7 @@ def main() -> None:
     # first line of an extraction.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
     sys.excepthook = _show_traceback
+    warnings.showwarning = _show_warning
     with interruptible() as signals:
         code = _run(signals)
     sys.exit(code)
@@ -105,6 +107,11 @@ def _show_traceback(
     from traceback import format_exception
 
     say(without_secrets("".join(format_exception(kind, error, traceback))).rstrip(), err=True)
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    """Print a warning without the line of code that it came from."""
+    say(f"zarrtrace: warning: {without_secrets(str(message))}", err=True)
 
 
 def _run(signals: list[int]) -> int:
