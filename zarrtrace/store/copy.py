@@ -80,7 +80,7 @@ class _Counter:
 
 
 def copy_run(source: Address, target: Address, *, progress: Progress | None = None) -> Copied:
-    """Copy a run, a trace or a table; a run with its index and card if it has them.
+    """Copy a run, a trace or a table; a run with its index, a run or a table with its card.
 
     Parameters
     ----------
@@ -113,9 +113,10 @@ def copy_run(source: Address, target: Address, *, progress: Progress | None = No
             for group in groups:
                 to = target / group.path.name if is_run else target
                 _copy_group(group, source, to, counter)
+            if kind != "trace":
+                _copy_file(source, "README.md", target)
             if is_run:
-                for name in ("README.md", "zarr.json"):
-                    _copy_file(source, name, target)
+                _copy_file(source, "zarr.json", target)
         finally:
             lock.release()
     if isinstance(table := groups[0].attributes if groups else None, TableAttributes):

@@ -252,8 +252,9 @@ def _unknown_files(group: Group[Any], problem: Callable[..., Problem]) -> Iterat
         return
     is_table = isinstance(group.attributes, TableAttributes)
     said = f"does not belong to the {'table' if is_table else 'trace'}"
+    known = {*group.nodes, _METADATA, *(["README.md"] if is_table else [])}
     for child in group.path.children():
-        if child.name not in group.nodes and child.name != _METADATA:
+        if child.name not in known:
             yield problem(array=child.name, message=said)
     for name, files in group.checksums.items():
         for child in (group.path / name).children():
