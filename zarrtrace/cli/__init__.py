@@ -13,6 +13,7 @@ import signal
 import sys
 import warnings
 from types import TracebackType
+from typing import TextIO
 
 import click
 
@@ -109,8 +110,16 @@ def _show_traceback(
     say(without_secrets("".join(format_exception(kind, error, traceback))).rstrip(), err=True)
 
 
-def _show_warning(message: Warning | str, *_: object) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     """Print a warning without the line of code that it came from."""
+    del category, filename, lineno, file, line
     say(f"zarrtrace: warning: {without_secrets(str(message))}", err=True)
 
 

@@ -396,7 +396,9 @@ _NAMES = {"model": "Model", "sae_release": "SAE release", "zarrtrace_version": "
           "zarrtrace", "figures_version": "Drawn with zarrtrace"}  # fmt: skip
 
 
-def _page(run: xr.DataTree, names: Sequence[str], results: Sequence[_Result], note: str) -> str:
+def _page(
+    run: xr.DataTree, names: Sequence[str], results: Sequence[_Result], note: str = ""
+) -> str:
     """Return the page; every text from the run is escaped."""
     by_scenario: dict[str | None, list[_Result]] = {None: [], **{name: [] for name in names}}
     for result in results:
