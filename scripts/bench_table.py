@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import xarray as xr
 import zarr
 
 from zarrtrace.format.attributes import TableAttributes
-from zarrtrace.format.layout import TableShape, table_block, table_columns
+from zarrtrace.format.table_layout import TableShape, table_block, table_columns
 from zarrtrace.records import BFloat16, Nonzeros, SampleRecord, SampleTokens, TablePlan
 from zarrtrace.store import TableWriter, open_table
 
@@ -55,7 +56,8 @@ def bfloat16(values: np.ndarray) -> np.ndarray:
 def frequencies(case: Case, layer: int) -> np.ndarray:
     """Return how likely each feature is: few fire often, as in SAEs."""
     rank = np.random.default_rng(layer).permutation(case.features) + 10.0
-    return rank**-0.8 / (rank**-0.8).sum()
+    found: np.ndarray = rank**-0.8 / (rank**-0.8).sum()
+    return found
 
 
 def sparse_rows(case: Case, layer: int, start: int, stop: int) -> tuple[Nonzeros, np.ndarray]:
@@ -221,12 +223,24 @@ def run(name: str, case: Case) -> None:
             print(f"  {label}: {figure:.3f}")
         print(f"  {'':32}{'plain cpu':>10}{'wall':>8}{'ours cpu':>10}{'wall':>8}{'MB':>8}")
         for label, (array, key) in reads(case).items():
-            plain = measure(lambda a=array, k=key: xr.open_zarr(path, chunks=None)[a][k].values)
-            ours = measure(lambda a=array, k=key: open_table(path)[a][k].values)
+            plain = measure(partial(read_plain, path, array, key))
+            ours = measure(partial(read_ours, path, array, key))
             print(
                 f"  {label:32}{plain[0]:10.0f}{plain[1]:8.0f}{ours[0]:10.0f}{ours[1]:8.0f}"
                 f"{decoded(path, array, key):8.0f}"
             )
+
+
+def read_plain(path: Path, array: str, key: Any) -> np.ndarray:
+    """Open a table with xarray alone, and read a part of an array."""
+    values: np.ndarray = xr.open_zarr(path, chunks=None)[array][key].values
+    return values
+
+
+def read_ours(path: Path, array: str, key: Any) -> np.ndarray:
+    """Open a table, and read a part of an array."""
+    values: np.ndarray = open_table(path)[array][key].values
+    return values
 
 
 def main() -> None:

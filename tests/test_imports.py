@@ -73,8 +73,8 @@ ROOT = Path(__file__).parent.parent
 #: Names that users type after ``zt.``
 PUBLIC = {
     "Scenario", "__version__", "analysis", "copy", "export", "extract", "figures",
-    "import_npz", "index", "load_suite", "open_run", "open_trace", "plot", "span", "summarize",
-    "table", "verify", "write_trace",
+    "import_hidden", "import_npz", "index", "load_suite", "open_run", "open_table", "open_trace",
+    "plot", "span", "summarize", "table", "verify", "write_trace",
 }  # fmt: skip
 
 

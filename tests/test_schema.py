@@ -18,7 +18,8 @@ from jsonschema import Draft202012Validator
 from sample_tables import plan_of, values_of, write_table
 
 from zarrtrace import demo, schemas
-from zarrtrace.format.layout import index_layout, trace_layout
+from zarrtrace.format.index_layout import index_layout
+from zarrtrace.format.layout import trace_layout
 from zarrtrace.index import build_index
 from zarrtrace.scenarios import load_suite
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import math
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +43,7 @@ from zarrtrace.errors import (
     NotATraceError,
     StoreError,
 )
+from zarrtrace.format.table_layout import TableShape, table_layout
 from zarrtrace.records import SampleRecord, TablePlan
 from zarrtrace.storage import disk
 
@@ -224,14 +226,14 @@ with zt.store.TableWriter(sys.argv[1], plan) as writer:
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     write_table(tmp_path / "whole", plan_of(200), values_of(3, 200, 300, 12))
     path, rng = tmp_path / "killed", np.random.default_rng(0)
-    for _ in range(60):
+    for _ in range(20):
         process = subprocess.Popen(
             [sys.executable, "-c", _WRITE, str(path)], stdout=subprocess.PIPE, cwd="tests"
         )
         assert process.stdout is not None
         process.stdout.readline()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(float(rng.random() * 0.05))
+            process.wait(float(rng.random() * 0.15))
         process.kill()
         process.communicate()
         if path.exists():
@@ -397,6 +399,25 @@ def test_kinds_are_told_apart(table: Path, plan: TablePlan, values: Values) -> N
         writer.finish()
     assert zt.store.kind_of(table) == "run"
     assert sorted(one.name for one in table.parent.iterdir()) == ["run", "traces"]
+
+
+def test_few_files_whatever_the_size() -> None:
+    for features, channels in ((512, 64), (32_768, 4096)):
+        layouts = table_layout(
+            TableShape(
+                layers=31,
+                samples=100_000,
+                features={"features": features},
+                channels=channels,
+                coordinates=dict.fromkeys(map(str, range(20)), "int64"),
+            )
+        )
+        files = [
+            math.ceil(size / step)
+            for one in layouts.values()
+            for size, step in [(math.prod(one.shape), math.prod(one.shards or one.chunks))]
+        ]
+        assert sum(files) + len(files) + 1 <= (200 if features == 512 else 2000)
 
 
 # --- damage ------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ from zarrtrace._version import __version__
 from zarrtrace.analysis.samples import table
 from zarrtrace.exports import export
 from zarrtrace.extraction import extract, write_trace
+from zarrtrace.imports import import_hidden
 from zarrtrace.npz import import_npz
 from zarrtrace.scenarios import Scenario, load_suite, span
 from zarrtrace.store import copy_run as copy
@@ -16,6 +17,7 @@ __all__ = [
     "export",
     "extract",
     "figures",
+    "import_hidden",
     "import_npz",
     "index",
     "load_suite",

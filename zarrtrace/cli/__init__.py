@@ -27,7 +27,7 @@ _COMMANDS = {
     "info": "Show what a run holds, and whether it is complete.",
     "verify": "Read every byte of a run and compare it with its checksums.",
     "export": "Write a run as the documented layer_N.npz files.",
-    "import": "Turn a folder of layer_N.npz files into a run.",
+    "import": "Turn layer_N.npz files into a run, or hidden states into a table.",
     "analyze": "Answer a question from a run: attention, features, groups, the decision.",
     "index": "Index a run's features: their strongest tokens over all scenarios.",
     "find": "Say which prompts drive a feature, from a run's index.",

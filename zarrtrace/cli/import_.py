@@ -32,18 +32,23 @@ if TYPE_CHECKING:
     examples=[
         ("import demo-npz -o runs/again", ""),
         (
+            "import phase_a_hidden_states.npz -o runs/hidden --layers 0-30",
+            "Hidden states become a table; --metadata FILE names what each row is:",
+        ),
+        (
             "import other-npz -o runs/other --scenarios mine.yaml",
             "Tags come from the file of scenarios:",
         ),
     ],
 )
-@click.argument("folder", type=PATH)
+@click.argument("source", type=PATH)
 @layers_option
 @option(
     "--metadata",
     group=PART,
     metavar="NAME",
-    help="Name of the metadata JSON, if FOLDER holds several.",
+    help="Name of the metadata JSON, if SOURCE holds several; of hidden states, a CSV or Parquet "
+    "file with a row a sample.",
 )
 @option(
     "--scenarios",
@@ -58,7 +63,7 @@ if TYPE_CHECKING:
 @quiet_option
 @storage_option
 def command(
-    folder: Path,
+    source: Path,
     output: Location,
     layers: tuple[int, ...] | None,
     metadata: str | None,
@@ -67,16 +72,27 @@ def command(
     overwrite: bool,  # noqa: FBT001 -- click passes flags so
     quiet: bool,  # noqa: FBT001
 ) -> None:
-    """Turn FOLDER, in the documented layer_N.npz layout, into a run.
+    """Turn SOURCE into a run: a folder in the documented layer_N.npz layout, or hidden states.
+
+    Hidden states are hidden_states.npy, layer_N.npy, layer_N.safetensors or an NPZ file such as
+    phase_a_hidden_states.npz; they become a table, with the residual stream of every row.
 
     The metadata JSON that 'zarrtrace export' writes also names tags, prompts and the model. One
     that another program wrote does not, and the run then has none.
     """
+    from zarrtrace.imports import is_hidden
     from zarrtrace.npz import import_npz
 
+    if is_hidden(source):
+        if scenarios is not None:
+            raise click.UsageError("Hidden states take --metadata, not --scenarios.")
+        _import_hidden(
+            source, output, layers, metadata, threads=threads, overwrite=overwrite, quiet=quiet
+        )
+        return
     with bar("import", quiet=quiet) as progress:
         import_npz(
-            folder,
+            source,
             output,
             layers=layers,
             metadata=metadata,
@@ -94,6 +110,36 @@ def command(
         say(as_text(summary))
         for sentence in (*_lost(summary), NOT_TOLD):
             say(sentence, err=True)
+
+
+def _import_hidden(
+    source: Path,
+    output: Location,
+    layers: tuple[int, ...] | None,
+    metadata: str | None,
+    *,
+    threads: int | None,
+    overwrite: bool,
+    quiet: bool,
+) -> None:
+    from zarrtrace.imports import import_hidden
+
+    with bar("import", quiet=quiet) as progress:
+        left_out = import_hidden(
+            source,
+            output,
+            layers=layers,
+            metadata=metadata,
+            overwrite=overwrite,
+            threads=threads,
+            progress=progress,
+        )
+    if left_out:
+        say(f"Left out, as they are not one value a sample: {', '.join(left_out)}.", err=True)
+    if not quiet:
+        from zarrtrace.cli.info_ import show
+
+        say(show(output, as_json=False))
 
 
 def _lost(summary: RunSummary) -> list[str]:

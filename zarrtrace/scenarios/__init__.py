@@ -18,7 +18,7 @@ from zarrtrace.scenarios.names import DECISION, check_name, name_key
 from zarrtrace.scenarios.scenario import Scenario
 from zarrtrace.scenarios.spans import CharRange, span, span_positions, token_positions
 from zarrtrace.scenarios.streams import ScenarioStream
-from zarrtrace.scenarios.suite import as_scenarios, load_suite, stream
+from zarrtrace.scenarios.suite import as_scenarios, load_suite, read_columns, stream
 from zarrtrace.scenarios.templates import render_template
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "is_missing",
     "load_suite",
     "name_key",
+    "read_columns",
     "render_template",
     "span",
     "span_positions",

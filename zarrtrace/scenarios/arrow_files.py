@@ -87,6 +87,23 @@ def arrow_entries(where: Path, files: Sequence[Path]) -> Iterator[tuple[Scenario
     return table_entries(str(where), header, rows())
 
 
+def arrow_columns(file: Path) -> dict[str, list[Any]]:
+    """Read the columns of a Parquet file that need not hold prompts, but those of lists."""
+    import pyarrow as pa  # noqa: PLC0415
+
+    names, batches = _opened(file)
+    if len({*names}) < len(names):
+        raise ScenarioError(f"{file}: two columns have one name", remedy="Rename one.")
+    columns: dict[str, list[Any]] = {name: [] for name in names}
+    for batch in batches:
+        for name, column in zip(names, batch.columns, strict=True):
+            if pa.types.is_nested(column.type):
+                columns.pop(name, None)
+            else:
+                columns[name] += column.to_pylist()
+    return columns
+
+
 def _rows(batches: Iterator[pa.RecordBatch]) -> Iterator[Row]:
     for batch in batches:
         for start in range(0, batch.num_rows, BATCH):

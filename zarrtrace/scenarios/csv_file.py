@@ -54,11 +54,26 @@ class CSVFile:
 
         yield from table_entries(where, header, typed())
 
-    def _find_types(self) -> list[Convert]:
+    def columns(self) -> dict[str, list[Value | None]]:
+        """Read the columns of a file that need not hold prompts."""
+        converts = self._find_types(is_suite=False)
+        rows = self._rows()
+        _, header = next(rows)
+        columns: dict[str, list[Value | None]] = {name: [] for name in header}
+        for _, row in rows:
+            for (_, values), convert, cell in zip(columns.items(), converts, row, strict=True):
+                values.append(convert(cell))
+        return columns
+
+    def _find_types(self, *, is_suite: bool = True) -> list[Convert]:
         rows = self._rows()
         where, header = next(rows)
-        check_header(where, header)
-        columns = [None if name in FIELDS else _Cells() for name in header]
+        if is_suite:
+            check_header(where, header)
+        elif len({*header}) < len(header):
+            raise ScenarioError(f"{where}: two columns have one name", remedy="Rename one.")
+        fields = FIELDS if is_suite else ()
+        columns = [None if name in fields else _Cells() for name in header]
         for _, row in rows:
             for column, cell in zip(columns, row, strict=True):
                 if column is not None:

@@ -67,7 +67,7 @@ class Source:
             scenario = draft.scenario
             names.append(hash(name_key(scenario.name)))
             facts.contents.append(_content(scenario))
-            facts.spans.update(dict.fromkeys(scenario.spans))
+            facts.spans.update(dict.fromkeys(scenario.span_names))
             facts.options.update(dict.fromkeys(scenario.options))
             for name in scenario.metadata:
                 if name not in facts.columns:

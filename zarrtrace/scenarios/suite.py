@@ -11,10 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from zarrtrace.errors import ScenarioError, readable
-from zarrtrace.scenarios.arrow_files import arrow_entries, folder_files, is_dataset_folder
+from zarrtrace.scenarios.arrow_files import (
+    arrow_columns,
+    arrow_entries,
+    folder_files,
+    is_dataset_folder,
+)
 from zarrtrace.scenarios.csv_file import CSVFile
 from zarrtrace.scenarios.entries import ScenarioEntry, SuiteFile, checked_entry
-from zarrtrace.scenarios.metadata import RESERVED, Value, plain_value
+from zarrtrace.scenarios.metadata import RESERVED, Column, Value, plain_value
 from zarrtrace.scenarios.names import check_name, default_name, label
 from zarrtrace.scenarios.scenario import Scenario, assembled, changed
 from zarrtrace.scenarios.streams import Draft, ScenarioStream, Source, has_changed, placed
@@ -152,7 +157,7 @@ def _file_stream(path: Path) -> ScenarioStream:
     raise ScenarioError(
         f"{path}: unknown kind of scenario file {suffix or '(no ending)'!r}",
         remedy="Name it .yaml (a list under 'scenarios'), .jsonl (one scenario a line), "
-        ".csv or .parquet (a column 'prompt').",
+        ".csv or .parquet (a column 'prompt' or 'messages').",
     )
 
 
@@ -201,6 +206,41 @@ def _readable(path: Path) -> Iterator[None]:
             f"{path}: cannot be read as UTF-8 text ({error})",
             remedy="Save the file as UTF-8 and check its permissions.",
         ) from error
+
+
+def read_columns(path: str | Path) -> dict[str, list[Value]]:
+    """Read a CSV or Parquet file as columns of metadata, which need not stand beside prompts.
+
+    Raises
+    ------
+    ScenarioError
+        If it cannot be read, or a column is none of metadata.
+    """
+    path = Path(path)
+    with _readable(path):
+        if path.suffix.lower() == ".csv":
+            found: Mapping[str, Sequence[Any]] = CSVFile(path).columns()
+        elif path.suffix.lower() == ".parquet":
+            found = arrow_columns(path)
+        else:
+            raise ScenarioError(
+                f"{path}: is neither .csv nor .parquet", remedy="Give a CSV or Parquet file."
+            )
+    columns = {}
+    for name, values in found.items():
+        column = Column(name)
+        try:
+            plainly = [plain_value(value) for value in values]
+            for row, value in enumerate(plainly):
+                column.add(f"row {row}", value)
+            column.settle()
+        except ValueError as error:
+            reason = error.what if isinstance(error, ScenarioError) else f"{name}: {error}"
+            raise ScenarioError(
+                f"{path}: {reason}", remedy="Rename, convert or leave out the column."
+            ) from None
+        columns[name] = [column.typed(value) for value in plainly]
+    return columns
 
 
 def _kind(given: Any) -> str:
@@ -266,8 +306,8 @@ def _draft(given: Any, place: int) -> Draft:
     if not isinstance(given, Mapping):
         raise ScenarioError(
             f"{label(name)} is a value of type {type(given).__name__}",
-            remedy="Give a prompt, a Scenario or a mapping with 'prompt'; a file or table only by "
-            "itself.",
+            remedy="Give a prompt, a Scenario or a mapping with 'prompt' or 'messages'; a file or "
+            "table only by itself.",
         )
     called = given.get("name")
     entry = checked_entry(given, label(called if isinstance(called, str) else name))

@@ -153,20 +153,20 @@ def _refuse_other(source: Location, target: Location, kind: str) -> None:
         ):
             refuse_foreign(target)
         return
-    if kind == there != "run":
-        read = _READ[kind]
-        is_same = read(source).attributes.seal == read(target).attributes.seal
-    elif kind == there:
-        run, other = read_run(source).attributes, read_run(target).attributes
-        is_same = (run.scenarios, run.config) == (other.scenarios, other.config)
-    else:
-        is_same = False
-    if not is_same:
+    if kind != there or _identity(source, kind) != _identity(target, kind):
         raise ConfigMismatchError(
             f"{target}: another run is there",
             why="A copy is resumed only if it is of the same run.",
             remedy="Choose another target, or remove that run.",
         )
+
+
+def _identity(path: Location, kind: str) -> Any:
+    """Return what a copy has in common with what it was copied from."""
+    if kind == "run":
+        run = read_run(path).attributes
+        return run.scenarios, run.config
+    return _READ[kind](path).attributes.seal
 
 
 def _bytes_of(group: _Piece) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -137,13 +138,8 @@ def summarize_table(path: Address) -> TableSummary:
         if staged is None:
             raise
         table, done = staged
-    arrays = {n: how.shape for n, how in table.encodings.items() if len(how.shape) > 1}
     samples = table.encodings["scenario"].shape[0]
-    files = [one for found in table.checksums.values() for one in found.values()]
-    metadata = [*map(encoded, table.nodes.values())]
-    on_disk = sum(one.bytes for one in files) + sum(map(len, metadata))
-    if done is None:
-        on_disk += (path / "zarr.json").size()
+    on_disk = _bytes_on_disk(table) + ((path / "zarr.json").size() if done is None else 0)
     attributes = table.attributes
     return TableSummary(
         path=str(path),
@@ -155,16 +151,13 @@ def summarize_table(path: Address) -> TableSummary:
         positions=attributes.positions,
         layers=attributes.layers,
         layers_without_sae=attributes.layers_without_sae,
-        arrays=arrays,
+        arrays=_arrays(table),
         metadata=attributes.metadata,
         columns=summarize_columns(table) if done is None else {},
         failed=attributes.failed,
-        files=len(files) + len(metadata) + 1,
+        files=sum(map(len, table.checksums.values())) + len(table.nodes) + 1,
         bytes_on_disk=on_disk,
-        bytes_dense=sum(
-            math.prod(shape) * table.encodings[name].dtype.itemsize
-            for name, shape in arrays.items()
-        ),
+        bytes_dense=_bytes_dense(table),
         model=None if attributes.model is None else attributes.model.id,
         sae_release=next((one.release for one in attributes.saes.values()), None),
     )
@@ -265,18 +258,10 @@ def _trace(path: Location, *, in_run: bool) -> TraceSummary | None:
         (group, missing, indexes), is_complete = staged, False
         on_disk = sum(one.checksum.bytes for files in indexes.values() for one in files.values())
     else:
-        on_disk = (path / "zarr.json").size() + sum(
-            len(encoded(node)) + sum(one.bytes for one in group.checksums[name].values())
-            for name, node in group.nodes.items()
-        )
+        on_disk = (path / "zarr.json").size() + _bytes_on_disk(group)
     dims: dict[str, int] = {}
-    arrays: dict[str, tuple[int, ...]] = {}
-    dense = 0
-    for name, how in group.encodings.items():
+    for how in group.encodings.values():
         dims |= dict(zip(how.layout.dims, how.shape, strict=True))
-        if len(how.shape) > 1:
-            arrays[name] = how.shape
-            dense += math.prod(how.shape) * how.dtype.itemsize
     attributes = group.attributes
     return TraceSummary(
         scenario=attributes.scenario,
@@ -285,15 +270,31 @@ def _trace(path: Location, *, in_run: bool) -> TraceSummary | None:
         missing_layers=missing,
         tokens=dims.get("key", 0),
         dims=dims,
-        arrays=arrays,
+        arrays=_arrays(group),
         bytes_on_disk=on_disk,
-        bytes_dense=dense,
+        bytes_dense=_bytes_dense(group),
         tags=attributes.tags,
         metadata=attributes.metadata,
         model=None if attributes.model is None else attributes.model.id,
         sae_release=next((one.release for one in attributes.saes.values()), None),
         sae_ids=_sae_ids(group),
     )
+
+
+def _arrays(group: Group[Any]) -> dict[str, tuple[int, ...]]:
+    """Return shapes of the arrays that have several dimensions."""
+    return {name: how.shape for name, how in group.encodings.items() if len(how.shape) > 1}
+
+
+def _bytes_dense(group: Group[Any]) -> int:
+    arrays = [how for how in group.encodings.values() if len(how.shape) > 1]
+    return sum(math.prod(how.shape) * how.dtype.itemsize for how in arrays)
+
+
+def _bytes_on_disk(group: Group[Any]) -> int:
+    """Return the bytes of arrays' files and metadata."""
+    files = [one for found in group.checksums.values() for one in found.values()]
+    return sum(one.bytes for one in files) + sum(len(encoded(one)) for one in group.nodes.values())
 
 
 def _sae_ids(group: Group[TraceAttributes]) -> tuple[str, ...]:

@@ -18,13 +18,8 @@ from zarrtrace.errors import (
     StoreError,
 )
 from zarrtrace.format.attributes import TableAttributes, share_saes
-from zarrtrace.format.layout import (
-    NEXT_TOKEN,
-    NO_ID,
-    ArrayLayout,
-    table_block,
-    table_layout,
-)
+from zarrtrace.format.layout import NEXT_TOKEN, NO_ID, ArrayLayout
+from zarrtrace.format.table_layout import table_block, table_layout
 from zarrtrace.identity import combined_versions, refuse_other
 from zarrtrace.precision import cast_samples
 from zarrtrace.records import BFloat16, Nonzeros, SampleRecord, SampleTokens, TablePlan
