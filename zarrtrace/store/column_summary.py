@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 from pydantic import BaseModel
 
 from zarrtrace.errors import StoreError
@@ -53,23 +52,30 @@ def summarize_columns(table: Group[TableAttributes]) -> dict[str, ColumnSummary]
 
 def _of_tags(values: np.ndarray) -> ColumnSummary:
     counts: dict[str, int] = {}
-    for joined, count in pd.Series(values).value_counts().items():
-        for tag in filter(None, str(joined).split(",")):
-            counts[tag] = counts.get(tag, 0) + int(count)
+    for joined, count in _counted(values):
+        for tag in filter(None, joined.split(",")):
+            counts[tag] = counts.get(tag, 0) + count
     shown = dict(sorted(counts.items(), key=lambda one: -one[1])[:_MOST_GROUPS])
     return ColumnSummary(distinct=len(counts), missing=int((values == "").sum()), groups=shown)
 
 
 def _of_column(values: np.ndarray) -> ColumnSummary:
-    is_missing = values == "" if values.dtype == object else pd.isna(values)
-    known = pd.Series(values[~is_missing])
-    counts = known.value_counts()
-    few = counts if len(counts) <= _MOST_GROUPS else counts[:0]
+    # NaN alone differs from itself.
+    is_missing = values == "" if values.dtype == object else values != values  # noqa: PLR0124
+    known = values[~is_missing]
+    counts = _counted(known)
     is_number = values.dtype.kind in "iuf" and len(known) > 0
     return ColumnSummary(
         distinct=len(counts),
         missing=int(is_missing.sum()),
-        groups={str(value): int(count) for value, count in few.items()},
+        groups=dict(counts) if len(counts) <= _MOST_GROUPS else {},
         least=float(known.min()) if is_number else None,
         greatest=float(known.max()) if is_number else None,
     )
+
+
+def _counted(values: np.ndarray) -> list[tuple[str, int]]:
+    """Return the values as text, each with how often it occurs, the most frequent first."""
+    found, counts = np.unique(values, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    return [(str(found[at]), int(counts[at])) for at in order]
