@@ -16,6 +16,7 @@ import xarray as xr
 from chunk_reads import ChunkReads
 from click.testing import CliRunner
 
+from zarrtrace.analysis.attention import attention_to
 from zarrtrace.analysis.features import feature_trajectory, of_sae, pathway_features
 from zarrtrace.analysis.specificity import position_specific_features
 from zarrtrace.analysis.words import word_associations
@@ -366,4 +367,4 @@ def test_indexes_know_their_labels_before_threads_ask(
 
     monkeypatch.setattr(pd.Index, "get_indexer", get_indexer)
     monkeypatch.setattr("zarrtrace.analysis.selecting.all_together", all_together)
-    feature_trajectory(run, 3)
+    attention_to(run, "balance")

@@ -18,6 +18,7 @@ from chunk_reads import ChunkReads
 from scipy import stats
 
 from zarrtrace.analysis import words
+from zarrtrace.analysis.blocks import blocks
 from zarrtrace.analysis.contrasts import contrast
 from zarrtrace.analysis.crossreferences import crossreference
 from zarrtrace.analysis.decisions import decision, relate
@@ -96,9 +97,9 @@ class TestWordAssociations:
         np.testing.assert_array_equal(_stable_order(keys), np.argsort(keys, kind="stable"))
 
     def test_layers_are_read_some_at_a_time(self, run: xr.DataTree) -> None:
-        runs = [child.to_dataset() for child in run.children.values()]
-        ids = [np.arange(ds.sizes["query"]) for ds in runs]
-        together, apart = (list(words._by_layer(runs, ids, most)) for most in (2**24, 1))
+        found = list(blocks(run, ["top_feature", "top_activation"]))
+        ids = [np.arange(block.starts[-1]) for block in found]
+        together, apart = (list(words._by_layer(found, ids, most)) for most in (2**24, 1))
         assert [layer for layer, _ in together] == [layer for layer, _ in apart] == [1, 2, 3]
         for (_, expected), (_, found) in zip(together, apart, strict=True):
             for one, other in zip(expected, found, strict=True):

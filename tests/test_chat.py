@@ -26,6 +26,7 @@ import zarrtrace as zt  # noqa: E402
 from zarrtrace.capture.prompts import tokenize  # noqa: E402
 from zarrtrace.cli import group  # noqa: E402
 from zarrtrace.errors import ConfigError, ConfigMismatchError, ScenarioError  # noqa: E402
+from zarrtrace.extraction.job import Options, _bos_notes, tokenized  # noqa: E402
 from zarrtrace.scenarios import Scenario, as_scenarios  # noqa: E402
 
 USER = {"role": "user", "content": "You hold $90. Bet?"}
@@ -151,6 +152,7 @@ def test_marks_and_texts_are_cut_where_they_stand() -> None:
         "first": [rendered.prompt[:3]],
     }
     assert rendered.prompt.endswith("Bet?<|eot_id|>" + cut["header"][0] + "\n\n")
+    assert scenario.span_names == rendered.span_names == tuple(rendered.spans)
     assert repr(rendered).startswith(f"Scenario(prompt={rendered.prompt!r}")
     assert rendered.render(TOKENIZERS["gemma"]) is rendered
     for one in (scenario, rendered):
@@ -409,6 +411,21 @@ def test_a_run_says_how_its_prompts_were_made(tmp_path: Path, model_folder: Path
     with pytest.raises(ConfigError, match="no chat template"):
         zt.extract(tmp_path / "other", scenarios, tokenizer=chat_tokenizer(None), **options)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("trained", [True, False, None])
+@pytest.mark.parametrize("style", ["chatml", "llama"])
+def test_a_template_that_disagrees_with_the_saes_on_bos_is_noted(
+    style: str, trained: bool | None
+) -> None:
+    tokenizer = TOKENIZERS[style]
+    model: Any = model_of(tokenizer)
+    scenarios = [Scenario(messages=[USER]), Scenario("Bet?")]
+    prompts = list(tokenized(Options(), model, scenarios, prepend_bos=True))
+    source: Any = SimpleNamespace(prepend_bos=trained)
+    notes = _bos_notes(source, prompts, tokenizer.bos_token_id)
+    assert len(notes) == (trained is not None and trained != (style == "llama"))
+    assert all("BOS" in one for one in notes)
 
 
 def test_the_command_reads_messages(tmp_path: Path, model_folder: Path) -> None:

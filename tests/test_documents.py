@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import zarr
+from everyday import mostly_long
 
 import zarrtrace as zt
 from zarrtrace.analysis import attention_to
@@ -27,6 +28,8 @@ DOCUMENTS = sorted(
 )
 DOCUMENTS = [file for file in DOCUMENTS if "node_modules" not in file.parts]
 NAMES = [file.relative_to(ROOT).as_posix() for file in DOCUMENTS]
+# Folders of zarrtrace whose examples take several seconds.
+LONGER = ("analysis", "extraction", "figures", "npz", "store", "viewer")
 # Words of the front page outside its code blocks.
 FRONT_DOOR = 1_200
 
@@ -101,7 +104,13 @@ def zarr_settings() -> Iterator[None]:
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("name", [name for name in NAMES if runnable(name)])
+@pytest.mark.parametrize(
+    "name",
+    mostly_long(
+        lambda name: Path(name).parent.name not in LONGER,
+        [name for name in NAMES if runnable(name)],
+    ),
+)
 @pytest.mark.usefixtures("zarr_settings", "hub_home")
 @pytest.mark.filterwarnings(r"ignore:\s*This SAE has non-empty model_from_pretrained_kwargs")
 def test_examples_run_in_order(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import reading
+import sample_tables
 import xarray as xr
 from scipy.sparse import coo_matrix
 
@@ -92,6 +93,19 @@ def columns_of(ds: xr.Dataset) -> dict[str, np.ndarray]:
     return {str(k): v.to_numpy() for k, v in ds.coords.items() if v.dims == ("sample",)}
 
 
+def load(file: Path) -> dict[str, np.ndarray]:
+    """Read an NPZ file, without pickle."""
+    with np.load(file, allow_pickle=False) as found:
+        return dict(found)
+
+
+def matrix_of(found: dict[str, np.ndarray], key: str = "") -> coo_matrix:
+    """Read a matrix as the user does; SciPy has no float16."""
+    values = found[f"{key}values"].astype(np.float32)
+    at = found[f"{key}row_indices"], found[f"{key}col_indices"]
+    return coo_matrix((values, at), shape=tuple(found[f"{key}shape"]))
+
+
 def names_of(ds: xr.Dataset) -> np.ndarray:
     return ds["scenario"].to_numpy().astype(str)
 
@@ -135,13 +149,9 @@ def test_coo_is_the_matrix(tmp_path: Path, dtype: str) -> None:
     files = sorted(file.name for file in (tmp_path / "out").iterdir())
     assert files == ["sae_features_L1.npz", "sae_features_L5.npz"]
     for layer in (1, 5):
-        found = np.load(tmp_path / "out" / f"sae_features_L{layer}.npz")  # without pickle
-        values = found["values"]
-        assert values.dtype == dtype
-        matrix = coo_matrix(  # SciPy has no float16
-            (values.astype(np.float32), (found["row_indices"], found["col_indices"])),
-            shape=tuple(found["shape"]),
-        )
+        found = load(tmp_path / "out" / f"sae_features_L{layer}.npz")
+        assert found["values"].dtype == dtype
+        matrix = matrix_of(found)
         np.testing.assert_array_equal(matrix.toarray(), dense(ds, layer))
         assert int(found["layer"]) == layer
         check_columns(found, ds)
@@ -152,7 +162,7 @@ def test_coo_is_the_matrix(tmp_path: Path, dtype: str) -> None:
 def test_hidden_states_are_the_residual_stream(tmp_path: Path) -> None:
     ds = make_table()
     zt.export(ds, tmp_path, to="hidden")
-    found = np.load(tmp_path / "phase_a_hidden_states.npz")
+    found = load(tmp_path / "phase_a_hidden_states.npz")
     np.testing.assert_array_equal(
         found["hidden_states"], ds["residual"].sel(layer=[1, 2]).to_numpy().transpose(1, 0, 2)
     )
@@ -193,7 +203,7 @@ def test_files_are_no_larger_than_numpys(tmp_path: Path, monkeypatch: pytest.Mon
     zt.export(ds, tmp_path, to="coo")
     zt.export(ds, tmp_path, to="hidden")
     for name in ("sae_features_L0.npz", "phase_a_hidden_states.npz"):
-        np.savez_compressed(tmp_path / "numpy.npz", **np.load(tmp_path / name))
+        np.savez_compressed(tmp_path / "numpy.npz", **load(tmp_path / name))
         assert (tmp_path / name).stat().st_size < 1.03 * (tmp_path / "numpy.npz").stat().st_size
 
 
@@ -202,9 +212,9 @@ def test_output_dtype(tmp_path: Path) -> None:
     for to in ("coo", "hidden", "safetensors", "parquet"):
         zt.export(ds, tmp_path / to, to=to, output_dtype="float16")  # type: ignore[arg-type]
     half = ds["residual"].to_numpy().astype(np.float16)
-    hidden = np.load(tmp_path / "hidden" / "phase_a_hidden_states.npz")["hidden_states"]
+    hidden = load(tmp_path / "hidden" / "phase_a_hidden_states.npz")["hidden_states"]
     np.testing.assert_array_equal(hidden, half[:2].transpose(1, 0, 2))
-    found = np.load(tmp_path / "coo" / "sae_features_L1.npz")
+    found = load(tmp_path / "coo" / "sae_features_L1.npz")
     assert found["values"].dtype == np.float16
     tensors = read_safetensors(tmp_path / "safetensors", 1)
     np.testing.assert_array_equal(tensors["residual.layer_1"], half[0])
@@ -222,7 +232,7 @@ def test_another_sae(tmp_path: Path) -> None:
     ds["features_wide"] = more
     for to in ("coo", "safetensors", "parquet"):
         zt.export(ds, tmp_path / to, to=to)  # type: ignore[arg-type]
-    found = np.load(tmp_path / "coo" / "sae_features_wide_L5.npz")
+    found = load(tmp_path / "coo" / "sae_features_wide_L5.npz")
     expected = dense(ds, 5, "features_wide")
     np.testing.assert_array_equal(found["values"], expected[expected != 0])
     assert "features_wide.layer_5.values" in read_safetensors(tmp_path / "safetensors", 5)
@@ -257,10 +267,7 @@ def test_safetensors(tmp_path: Path) -> None:
             )
         if layer != 2:
             key = f"features.layer_{layer}."
-            matrix = coo_matrix(
-                (found[f"{key}values"], (found[f"{key}row_indices"], found[f"{key}col_indices"])),
-                shape=tuple(found[f"{key}shape"]),
-            )
+            matrix = matrix_of(found, key)
             np.testing.assert_array_equal(matrix.toarray(), dense(ds, layer))
     rows = pd.read_parquet(tmp_path / "out" / "samples.parquet")
     check_frame(rows, ds)
@@ -372,12 +379,10 @@ def test_scenarios_and_layers(tmp_path: Path) -> None:
     zt.export(ds, tmp_path, to="coo", scenarios=["Game_17", "Game_3", "Game_4"], layers=[5])
     part = ds.isel(sample=np.isin(names_of(ds), ["Game_3", "Game_4", "Game_17"]))
     (file,) = tmp_path.iterdir()
-    found = np.load(file)
+    found = load(file)
     assert file.name == "sae_features_L5.npz"
     check_columns(found, part)
-    matrix = coo_matrix(
-        (found["values"], (found["row_indices"], found["col_indices"])), tuple(found["shape"])
-    )
+    matrix = matrix_of(found)
     np.testing.assert_array_equal(matrix.toarray(), dense(part, 5))
 
 
@@ -394,10 +399,10 @@ def test_dask_and_another_order_of_dimensions_are_the_same(tmp_path: Path, to: A
         if to == "parquet":
             assert pq.read_table(one).to_pandas().equals(pq.read_table(two).to_pandas())
             continue
-        with np.load(one) as expected, np.load(two) as found:
-            assert set(expected) == set(found)
-            for key in expected:
-                np.testing.assert_array_equal(found[key], expected[key])
+        expected, found = load(one), load(two)
+        assert set(expected) == set(found)
+        for key in expected:
+            np.testing.assert_array_equal(found[key], expected[key])
 
 
 def test_everything_that_does_not_fit_is_refused(tmp_path: Path) -> None:
@@ -521,16 +526,14 @@ def test_a_killed_export_leaves_nothing_under_its_name(tmp_path: Path) -> None:
 def test_a_run_of_traces(tmp_path: Path) -> None:
     run = fakes.make_run(tmp_path, channels=CHANNELS, without_sae=[2])
     zt.export(run.path, tmp_path / "last", to="coo")
-    found = np.load(tmp_path / "last" / "sae_features_L3.npz")
-    matrix = coo_matrix(
-        (found["values"], (found["row_indices"], found["col_indices"])), tuple(found["shape"])
-    )
+    found = load(tmp_path / "last" / "sae_features_L3.npz")
+    matrix = matrix_of(found)
     expected = np.stack([one["features"][2, -1] for one in run.truth.values()])
     np.testing.assert_array_equal(matrix.toarray(), expected)
     assert found["scenario"].tolist() == list(run.truth)
     assert found["position"].tolist() == [6, 6]
     zt.export(zt.open_run(run.path), tmp_path / "spans", to="hidden", at=["balance", -1])
-    found = np.load(tmp_path / "spans" / "phase_a_hidden_states.npz")
+    found = load(tmp_path / "spans" / "phase_a_hidden_states.npz")
     assert found["position"].tolist() == [1, 2, 6] * 2
     expected = np.concatenate([one["residual"][:, [1, 2, 6]] for one in run.truth.values()], 1)
     np.testing.assert_array_equal(found["hidden_states"], expected.transpose(1, 0, 2))
@@ -543,6 +546,29 @@ def test_a_damaged_run_leaves_nothing(tmp_path: Path) -> None:
         with pytest.raises(IntegrityError, match="Safe_1"):
             zt.export(run.path, tmp_path / "out", to=to)  # type: ignore[arg-type]
         assert list(tmp_path.iterdir()) == [run.path]
+
+
+# --- tables on disk ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [1, 5, 10**6])
+def test_a_table_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Its chunks hold 16 samples; blocks are parts of a chunk, or several layers of chunks."""
+    monkeypatch.setattr(blocks, "_BYTES", step * 300 * 4)
+    plan, values = sample_tables.plan_of(), sample_tables.values_of(3, 50, 300, 12)
+    sample_tables.write_table(tmp_path / "table", plan, values)
+    zt.export(tmp_path / "table", tmp_path / "out", to="coo")
+    zt.export(tmp_path / "table", tmp_path / "out", to="hidden")
+    for number, layer in enumerate((1, 2)):  # layer 5 has no SAE
+        found = load(tmp_path / "out" / f"sae_features_L{layer}.npz")
+        matrix = matrix_of(found)
+        np.testing.assert_array_equal(matrix.toarray(), values.features[number])
+        for name, expected in plan.coordinates.items():
+            np.testing.assert_array_equal(found[name], expected)
+    hidden = load(tmp_path / "out" / "phase_a_hidden_states.npz")["hidden_states"]
+    np.testing.assert_array_equal(hidden, values.residual.transpose(1, 0, 2))
+    with pytest.raises(ConfigError, match="is a table"):
+        zt.export(tmp_path / "table", tmp_path / "npz")
 
 
 # --- the command line --------------------------------------------------------------------------
@@ -574,7 +600,7 @@ def test_command(tmp_path: Path, call: Any) -> None:
         assert "--overwrite" in error
         assert "Traceback" not in error
         assert call(*command, "--at", "last", "--overwrite")[0] == 0
-    assert np.load(tmp_path / "coo" / "sae_features_L1.npz")["position"].tolist() == [6, 6]
+    assert load(tmp_path / "coo" / "sae_features_L1.npz")["position"].tolist() == [6, 6]
     code, _, error = call("export", run.path, "-o", tmp_path / "npz", "--at", "last")
     assert code == 2
     assert "'npz' has no 'at'" in error

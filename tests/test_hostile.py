@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -235,17 +237,25 @@ def stage(folder: Path) -> Path:
     return begun.path / ".staged" / "Safe_1"
 
 
+@functools.cache
+def uninterrupted() -> tuple[fakes.Truth, dict[str, bytes]]:
+    """Return the arrays and the files of the run that a staged trace belongs to."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = fakes.make_run(Path(folder), scenarios=("Safe_1",))
+        return run.truth["Safe_1"], fakes.files_in(run.path)
+
+
 def goes_on(staged: Path, *, readable: bool = False) -> fakes.FakeRun:
     """Read a staged trace, then complete it: what was stored, and nothing else."""
     run = staged.parents[1]
-    truth = fakes.make_run(run.parent, name="truth", scenarios=("Safe_1",))
+    truth, files = uninterrupted()
     summarize(run)
     try:
         found = zt.open_trace(run / "Safe_1", missing="nan")
     except StoreError:
         found = None
         assert not readable
-    for name, expected in truth.truth["Safe_1"].items() if found is not None else ():
+    for name, expected in truth.items() if found is not None else ():
         assert found is not None
         try:
             values = found[name].values
@@ -256,7 +266,7 @@ def goes_on(staged: Path, *, readable: bool = False) -> fakes.FakeRun:
             assert same.all(), name
     again = fakes.make_run(run.parent, scenarios=("Safe_1",))
     assert verify(again.path) == []
-    assert fakes.files_in(again.path) == fakes.files_in(truth.path)
+    assert fakes.files_in(again.path) == files
     return again
 
 

@@ -184,6 +184,7 @@ def test_restored_files_are_gone_on_with(files: Path) -> None:
     assert fakes.files_in(files / "run") == fakes.files_in(files / "uninterrupted")
 
 
+@pytest.mark.long
 def test_pickled_weights_and_streamed_ones_are_compared_too(files: Path) -> None:
     file = files / "model/model.safetensors"
     weights = load_file(file)

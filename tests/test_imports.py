@@ -72,9 +72,9 @@ def test_reading_needs_no_torch(shared_run: fakes.FakeRun, tmp_path: Path) -> No
 ROOT = Path(__file__).parent.parent
 #: Names that users type after ``zt.``
 PUBLIC = {
-    "Scenario", "__version__", "analysis", "copy", "export", "extract", "figures", "import_hidden",
-    "import_npz", "index", "load_suite", "open_run", "open_table", "open_trace", "plot", "span",
-    "summarize", "table", "verify", "write_trace",
+    "Scenario", "__version__", "analysis", "copy", "export", "extract", "figures",
+    "import_hidden", "import_npz", "index", "load_suite", "open_run", "open_table", "open_trace",
+    "plot", "span", "summarize", "table", "verify", "write_trace",
 }  # fmt: skip
 
 

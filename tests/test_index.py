@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import zarrtrace as zt
 from zarrtrace.errors import ConfigError, IntegrityError, LockedError, StoreError
-from zarrtrace.format.layout import index_layout
+from zarrtrace.format.index_layout import index_layout
 from zarrtrace.index import build_index, find_feature
 from zarrtrace.index.counting import FeatureCounts
 from zarrtrace.store import kind_of, locked, summarize, verify

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import hub_cache
 import numpy as np
 import pytest
 import torch
@@ -74,9 +75,10 @@ def test_streamed_blocks_give_the_same(blocked: bool) -> None:
     assert most == 1
 
 
-def test_weights_are_the_files_own_pages() -> None:
+def test_weights_are_the_files_own_pages(tmp_path: Path) -> None:
     """On the CPU nothing is read into memory that belongs to the process."""
-    model = load_model("meta-llama/Llama-3.1-8B", low_memory=True)
+    hub_cache.make_llama(tmp_path)
+    model = load_model(str(tmp_path), low_memory=True)
     # One block came to the device already, to see how the model computes.
     pages = file_pages()
     assert [mapped(block, pages) for block in model.blocks] == [False, *[True] * 31]

@@ -19,13 +19,8 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ZstdCodec
 import zarrtrace as zt
 from zarrtrace.errors import FormatVersionError, IntegrityError
 from zarrtrace.format.attributes import TraceAttributes
-from zarrtrace.format.layout import (
-    ArrayLayout,
-    Limits,
-    TraceShape,
-    index_layout,
-    trace_layout,
-)
+from zarrtrace.format.index_layout import index_layout
+from zarrtrace.format.layout import ArrayLayout, Limits, TraceShape, trace_layout
 from zarrtrace.store import RunWriter, kind_of, read_run, read_trace, summarize, verify
 from zarrtrace.store.chunks import encode_file
 from zarrtrace.store.codecs import ArrayEncoding

@@ -89,6 +89,7 @@ def check(trace: Path, expected: dict[str, np.ndarray], layers: range) -> None:
     np.testing.assert_array_equal(ds.next_token_logprob, expected["logprob"])
 
 
+@pytest.mark.long  # every day, GPT-2's command runs
 def test_llama_with_llama_scope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"$ {LLAMA}\n" in README
     monkeypatch.chdir(tmp_path)

@@ -28,6 +28,7 @@ TRIED: dict[str, Callable[[Path], Any]] = {
     "trace, dask": lambda path: zt.open_trace(path, chunks={}),
     "trace, xarray": xr.open_zarr,
     "run": lambda path: zt.open_run(path.parent),
+    "table": lambda path: zt.table(zt.open_run(path.parent)),
     "run, dask": lambda path: zt.open_run(path.parent, chunks={}),
     "run, xarray": lambda path: xr.open_datatree(path.parent, engine="zarr"),
 }

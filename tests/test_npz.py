@@ -476,7 +476,7 @@ def compressor(array, pieces, calls=[]):
         return best(array, pieces)
     os.kill(os.getpid(), signal.SIGKILL)
 
-best, archive.best_compressor = archive._best_compressor, compressor
+best, archive.best_compressor = archive.best_compressor, compressor
 export_npz(sys.argv[1], sys.argv[2], threads=2)
 """
 

@@ -811,6 +811,7 @@ def call(*arguments: object) -> Result:
     return CliRunner().invoke(group, [str(one) for one in arguments])
 
 
+@pytest.mark.long
 def test_every_command_takes_an_address(
     s3: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

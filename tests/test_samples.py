@@ -190,7 +190,7 @@ class TestRefused:
         assert zt.table(partial, at=[0, 3]).sizes["sample"] == 6
         assert zt.table(partial, at="all").sizes["sample"] == 12 + 3 + 14
         np.testing.assert_array_equal(zt.table(partial).features, zt.table(run).features)
-        with pytest.raises(ScenarioError, match="S1: position 4 is not stored"):
+        with pytest.raises(ConfigError, match="S1: token 4 is not stored"):
             zt.table(partial, at="balance")
 
     def test_a_position_outside_the_prompt(self, run: xr.DataTree) -> None:
@@ -224,3 +224,18 @@ class TestRefused:
         part = run["S1"].to_dataset().drop_vars("features")
         with pytest.raises(ConfigError, match="S1: the trace has no 'features'"):
             zt.table(synthetic.change(run, S1=part))
+
+
+def test_accessor_of_a_table() -> None:
+    run = synthetic.random_run(3)
+    named = [
+        synthetic.with_attributes(child.to_dataset(), metadata={"round": number})
+        for number, child in enumerate(run.children.values())
+    ]
+    table = zt.table(synthetic.run(named), at="balance")
+    found = table.zt.scenarios
+    assert found.index.tolist() == ["S0", "S1", "S2"]
+    assert found["samples"].tolist() == [2, 2, 2]
+    assert found["tags"].tolist() == ["risky", "safe", "safe"]
+    assert found["round"].tolist() == [0, 1, 2]
+    assert table.zt.provenance["model"] == "fake/model"

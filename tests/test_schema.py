@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 import yaml
 from jsonschema import Draft202012Validator
+from sample_tables import plan_of, values_of, write_table
 
 from zarrtrace import demo, schemas
-from zarrtrace.format.layout import index_layout, trace_layout
+from zarrtrace.format.index_layout import index_layout
+from zarrtrace.format.layout import trace_layout
 from zarrtrace.index import build_index
 from zarrtrace.scenarios import load_suite
 
@@ -107,6 +109,15 @@ def test_index_of_a_real_run_is_valid(tmp_path: Path) -> None:
     run = fakes.make_run(tmp_path)
     build_index(run.path)
     validator("index.schema.json").validate(attributes(run.path / "index"))
+
+
+def test_a_real_table_is_valid(tmp_path: Path) -> None:
+    plan = plan_of(20)
+    write_table(tmp_path / "run", plan, values_of(3, 20, 300, 12))
+    good = attributes(tmp_path / "run")
+    validator("table.schema.json").validate(good)
+    for wrong in ({"kind": "run"}, {"failed": ["s1"]}, {"metadata": ["a b"]}, {"colour": "red"}):
+        assert not validator("table.schema.json").is_valid({**good, **wrong})
 
 
 def test_the_example_is_valid() -> None:

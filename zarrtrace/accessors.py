@@ -39,7 +39,6 @@ def source_of(path: Location) -> dict[str, Any]:
     return {_SOURCE: str(path), **({_OPTIONS: dict(path.options)} if path.options else {})}
 
 
-@xr.register_dataset_accessor("zt")  # type: ignore[no-untyped-call]
 class TraceAccessor:
     """A trace: its spans, its tokens, where it comes from, a view of it."""
 
@@ -199,6 +198,37 @@ class RunAccessor:
         if not found:
             raise ConfigError("the tree holds no scenario", remedy="Open the run again.")
         return found
+
+
+class TableAccessor:
+    """A table of samples: its scenarios, where it comes from."""
+
+    def __init__(self, ds: xr.Dataset) -> None:
+        self._ds = ds
+
+    @property
+    def scenarios(self) -> pd.DataFrame:
+        """A row a scenario: number of samples, tags, metadata."""
+        ds, attributes = self._ds, _attributes_of(self._ds, "table")
+        columns = [name for name in ("tags", *attributes["metadata"]) if name in ds.coords]
+        frame = ds[["scenario", *columns]].reset_coords()[["scenario", *columns]].to_dataframe()
+        by_scenario = frame.groupby("scenario", sort=False)
+        first = by_scenario.first()
+        first.insert(0, "samples", by_scenario.size())
+        return first
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Model, SAEs, layers, versions of libraries, and where the table is stored."""
+        return _provenance(_attributes_of(self._ds, "table"), self._ds.encoding)
+
+
+def _accessor_of_dataset(ds: xr.Dataset) -> TraceAccessor | TableAccessor:
+    """Return what a table offers, or a trace."""
+    return TableAccessor(ds) if ds.attrs.get("kind") == "table" else TraceAccessor(ds)
+
+
+xr.register_dataset_accessor("zt")(_accessor_of_dataset)  # type: ignore[no-untyped-call]
 
 
 def _accessor_of(node: xr.DataTree) -> RunAccessor | TraceAccessor:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from zarrtrace.format.attributes import SAEAttributes, TableAttributes, TraceAttributes
-from zarrtrace.format.layout import NO_ID, TOP_FEATURES, TableShape, TraceShape
+from zarrtrace.format.layout import NO_ID, TOP_FEATURES, TraceShape
+from zarrtrace.format.table_layout import TableShape
 
 
 @dataclass(frozen=True)
@@ -293,8 +294,9 @@ class SampleRecord:
     start
         Number of the first sample in the table.
     features
-        Non-zero values ``(sample, feature)`` by array, in blocks of
-        :func:`~zarrtrace.format.layout.table_columns`; empty if there is no SAE on this layer.
+        Non-zero values ``(sample, feature)`` by array, in blocks as wide as
+        :func:`~zarrtrace.format.table_layout.table_columns` says; empty if there is no SAE on this
+        layer.
     residual
         ``(sample, channel)``, or None.
     """

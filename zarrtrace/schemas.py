@@ -21,6 +21,7 @@ from zarrtrace.format.attributes import (
     RunAttributes,
     SAEAttributes,
     SpanAttributes,
+    TableAttributes,
     TraceAttributes,
 )
 from zarrtrace.format.layout import TraceShape
@@ -34,6 +35,7 @@ _SCHEMAS: dict[str, type[BaseModel]] = {
     "scenario-entry.schema.json": ScenarioEntry,
     "trace.schema.json": TraceAttributes,
     "run.schema.json": RunAttributes,
+    "table.schema.json": TableAttributes,
     "index.schema.json": IndexAttributes,
 }
 _CHECKSUM = "0123456789abcdef"

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
-from zarrtrace.analysis.parallel import each_layer, together
+from zarrtrace.analysis.blocks import blocks
+from zarrtrace.analysis.parallel import OfLayer, each_layer, together
 from zarrtrace.analysis.resampling import (
     DEFAULT_PERMUTATIONS,
     TwoGroups,
@@ -22,6 +24,7 @@ from zarrtrace.analysis.resampling import (
     two_groups,
 )
 from zarrtrace.analysis.selecting import (
+    Data,
     Place,
     as_places,
     attention,
@@ -30,12 +33,11 @@ from zarrtrace.analysis.selecting import (
     label,
     metadata,
     positions,
-    require,
     require_places,
     require_queries,
+    scenario_names,
+    scenario_tags,
     span_names,
-    stored_positions,
-    tags,
     taken,
     traces,
 )
@@ -57,7 +59,7 @@ _METHOD = (
 
 
 def contrast(
-    data: xr.DataTree,
+    data: xr.DataTree | xr.Dataset,
     group_a: Group | Value | None = None,
     group_b: Group | Value | None = None,
     at: Place | Sequence[Place] | None = None,
@@ -78,7 +80,7 @@ def contrast(
     Parameters
     ----------
     data
-        A run.
+        A run; for features also a table.
     group_a, group_b
         A tag, or names of scenarios; at least two a group, none in both. With `by`, a value of
         that column each; without them, its only two values in ascending order (False, True).
@@ -128,20 +130,22 @@ def contrast(
     ConfigError
         If a trace lacks the array, or the target's rows of attention were not stored.
     """
-    runs = traces(data)
+    if what != "features":
+        traces(data)  # says that a table has no attention
     names_a, names_b = _groups(data, group_a, group_b, by)
     _check_groups(names_a, names_b)
-    chosen = {name: runs[name] for name in (*names_a, *names_b)}
-    in_a = np.array([name in names_a for name in chosen])
+    chosen = (*names_a, *names_b)
+    in_a = np.arange(len(chosen)) < len(names_a)
     if at is None:
         at = DECISION if what == "features" else _other_spans(data, target)
     places = as_places(at)[0]
     require_places(data, places if what == "features" else [*places, target])
     plan = _Plan(in_a, n_permutations, seed)
     if what == "features":
-        out = _feature_contrast(chosen, places, plan, min_scenarios)
+        out = _feature_contrast(data, chosen, places, plan, min_scenarios)
     else:
-        out = _attention_contrast(chosen, places, target, heads, plan)
+        runs = traces(data)
+        out = _attention_contrast([runs[name] for name in chosen], places, target, heads, plan)
     out = described(
         out,
         data,
@@ -201,17 +205,16 @@ class _Plan:
 
 
 def _groups(
-    data: xr.DataTree, group_a: Any, group_b: Any, by: str | None
+    data: Data, group_a: Any, group_b: Any, by: str | None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Name the scenarios of both groups."""
-    runs = traces(data)
     if by is None:
         if not all(isinstance(one, str | Sequence) for one in (group_a, group_b)):
             raise ConfigError(
                 "contrast needs two groups",
                 remedy="Give two tags, two lists of scenarios, or by= a column of metadata.",
             )
-        return _members(runs, group_a), _members(runs, group_b)
+        return _members(data, group_a), _members(data, group_b)
     columns = metadata(data)
     if by not in columns:
         raise ScenarioError(
@@ -219,7 +222,7 @@ def _groups(
             remedy=did_you_mean(by, columns, label="It has"),
         )
     column = columns[by]
-    names = np.array(list(runs), dtype=object)
+    names = np.array(scenario_names(data), dtype=object)
     values = [one for one in np.unique(column).tolist() if one != "" and not is_missing(one)]
     given = [one for one in (group_a, group_b) if one is not None]
     unknown = [one for one in given if not isinstance(one, Value) or one not in values]
@@ -237,28 +240,30 @@ def _groups(
     return tuple(names[column == a]), tuple(names[column == b])
 
 
-def _members(runs: dict[str, xr.Dataset], group: Any) -> tuple[str, ...]:
+def _members(data: Data, group: Any) -> tuple[str, ...]:
+    tagged = scenario_tags(data)
     if isinstance(group, str):
-        found = tuple(name for name, ds in runs.items() if group in tags(ds))
+        found = tuple(name for name, own in tagged.items() if group in own)
         if not found:
-            known = sorted({tag for ds in runs.values() for tag in tags(ds)})
+            known = sorted({tag for own in tagged.values() for tag in own})
             raise ScenarioError(
                 f"no scenario has the tag {group!r}",
                 why="A group is a tag, or a list of names of scenarios.",
                 remedy=did_you_mean(group, known, label="Tags there are"),
             )
         return found
-    absent = [name for name in group if name not in runs]
+    absent = [name for name in group if name not in tagged]
     if absent:
         raise ScenarioError(
             f"the run has no scenario {absent[0]!r}",
-            remedy=did_you_mean(absent[0], runs, label="It has"),
+            remedy=did_you_mean(absent[0], tagged, label="It has"),
         )
     return tuple(dict.fromkeys(group))
 
 
 def _check_groups(a: Sequence[str], b: Sequence[str]) -> None:
-    both = [name for name in a if name in b]
+    others = set(b)
+    both = [name for name in a if name in others]
     if both:
         raise ScenarioError(
             f"scenario {both[0]!r} is in both groups", remedy="Leave it out of one of them."
@@ -272,33 +277,58 @@ def _check_groups(a: Sequence[str], b: Sequence[str]) -> None:
             )
 
 
-def _other_spans(data: xr.DataTree, target: Place) -> list[Place]:
+def _other_spans(data: Data, target: Place) -> list[Place]:
     return [name for name in span_names(data) if name != target]
 
 
 # --- features ----------------------------------------------------------------------------------
 
-# Active features of one place and layer of a scenario: their indices and mean activations.
-_Active = tuple[np.ndarray, np.ndarray]
+# Activations that are in memory at once, about: those of some layers, if there are many scenarios.
+_AT_ONCE = 2**26
+# Active features of a scenario at a place, at most, usually.
+_OFTEN_ACTIVE = 256
+# Values that are tested at once.
+_TESTED = 2**22
+
+
+class _Active(NamedTuple):
+    """Mean activations that are not 0, of scenarios at one place and layer.
+
+    Attributes
+    ----------
+    known
+        Which scenarios have the place and the layer, by their place among those compared.
+    row
+        Place of the scenario, of each activation.
+    feature, activation
+        The others.
+    """
+
+    known: np.ndarray
+    row: np.ndarray
+    feature: np.ndarray
+    activation: np.ndarray
 
 
 def _feature_contrast(
-    chosen: dict[str, xr.Dataset], places: Sequence[Place], plan: _Plan, min_scenarios: int
+    data: Data,
+    chosen: Sequence[str],
+    places: Sequence[Place],
+    plan: _Plan,
+    min_scenarios: int,
 ) -> xr.Dataset:
-    stored = _active(list(chosen.values()), places)
     tables: list[pd.DataFrame] = []
     extremes: dict[bytes, tuple[list[int], list[TwoGroups]]] = {}
     tested: list[tuple[tuple[int, int], np.ndarray, np.ndarray]] = []
 
     def columns() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for key in sorted(set().union(*stored)):
-            rows = np.array([key in found for found in stored])
+        for key, active in _active(data, chosen, places):
+            rows = np.zeros(len(chosen), bool)
+            rows[active.known] = True
             if not plan.testable(rows):
                 plan.not_tested += (f"layer {key[1]} at {label(places[key[0]])}",)
                 continue
-            present = [found[key] for found in stored if key in found]
-            features, values = _side_by_side(present, min_scenarios)
-            if len(features):
+            for features, values in _side_by_side(active, rows, min_scenarios):
                 tested.append((key, rows, features))
                 yield values, rows
 
@@ -333,55 +363,91 @@ def _feature_contrast(
 
 
 def _active(
-    runs: Sequence[xr.Dataset], places: Sequence[Place]
-) -> list[dict[tuple[int, int], _Active]]:
-    """Active features by (number of the place, layer), a trace each; what is missing has no key."""
-    jobs = []
-    for ds in runs:
-        require(ds, "features")
-        here = {
-            number: stored_positions(ds, place)
-            for number, place in enumerate(places)
-            if not isinstance(place, str) or has_span(ds, place)
-        }
-        rows = sorted({position for tokens in here.values() for position in tokens})
-        at = {number: np.searchsorted(rows, tokens) for number, tokens in here.items()}
-        block = taken(ds["features"], query=rows) if here else ds["features"][:0]
-        jobs.append((block, partial(_active_of_layer, rows=at)))
-    return [
-        {
-            (number, layer): one
-            for layer, found in zip(block.indexes["layer"].tolist(), by_layer, strict=True)
-            for number, one in found.items()
-        }
-        for (block, _), by_layer in zip(jobs, each_layer(jobs), strict=True)
-    ]
+    data: Data, chosen: Sequence[str], places: Sequence[Place]
+) -> Iterator[tuple[tuple[int, int], _Active]]:
+    """Yield what is active by (number of the place, layer), some layers at a time."""
+    numbers = {name: number for number, name in enumerate(scenario_names(data))}
+    rows = {numbers[name]: row for row, name in enumerate(chosen)}
+    layers = sorted({n for block in blocks(data, ["features"], (), rows) for n in block.layers})
+    step = max(1, _AT_ONCE // (len(chosen) * len(places) * _OFTEN_ACTIVE))
+    for start in range(0, len(layers), step):
+        found: dict[tuple[int, int], list[_Active]] = {}
+        for key, active in _active_of_layers(data, rows, places, layers[start : start + step]):
+            found.setdefault(key, []).append(active)
+        for key in sorted(found):
+            yield key, _Active(*map(np.concatenate, zip(*found[key], strict=True)))
+
+
+def _active_of_layers(
+    data: Data, rows: Mapping[int, int], places: Sequence[Place], layers: Sequence[int]
+) -> Iterator[tuple[tuple[int, int], _Active]]:
+    """Yield what is active in some layers, block by block."""
+    of_layers: deque[list[int]] = deque()  # of the blocks that are being read
+
+    def jobs() -> Iterator[tuple[xr.DataArray, OfLayer[list[tuple[int, _Active]]]]]:
+        for block in blocks(data, ["features"], (), rows):
+            cells = [
+                (place, rows[number], samples)
+                for place, at in enumerate(places)
+                for number, samples in block.rows(at).items()
+                if number in rows
+            ]
+            here = [n for n in block.layers if n in layers]
+            if not cells or not here:
+                continue
+            samples = np.unique(np.concatenate([at for _, _, at in cells]))
+            places_of = [(place, row, np.searchsorted(samples, at)) for place, row, at in cells]
+            of_layers.append(here)
+            array = block.arrays["features"].assign_coords(
+                layer=block.layers, sample=np.arange(block.starts[-1])
+            )
+            yield (
+                taken(array, layer=here, sample=samples),
+                partial(_active_of_layer, cells=places_of),
+            )
+
+    for by_layer in each_layer(jobs()):
+        for layer, found in zip(of_layers.popleft(), by_layer, strict=True):
+            for place, active in found:
+                yield (place, layer), active
 
 
 def _active_of_layer(
-    layer: np.ndarray, _at: int, *, rows: Mapping[int, np.ndarray]
-) -> dict[int, _Active]:
-    """Return what is active in each place's rows of a layer; nothing if it is missing."""
-    found: dict[int, _Active] = {}
-    if not np.isnan(layer[0, 0]):
-        for number, tokens in rows.items():
-            mean = layer[tokens].mean(0, dtype=np.float64)
-            active = np.flatnonzero(mean)
-            found[number] = active.astype(np.int32), mean[active]
-    return found
+    layer: np.ndarray, _at: int, *, cells: Sequence[tuple[int, int, np.ndarray]]
+) -> list[tuple[int, _Active]]:
+    """Return what is active at each place of each scenario; nothing where it is missing."""
+    found: dict[int, list[tuple[int, np.ndarray, np.ndarray]]] = {}
+    for place, row, samples in cells:
+        if np.isnan(layer[samples[0], 0]):
+            continue
+        mean = layer[samples].mean(0, dtype=np.float64)
+        active = np.flatnonzero(mean)
+        found.setdefault(place, []).append((row, active.astype(np.int32), mean[active]))
+    out = []
+    for place, parts in found.items():
+        known, features, values = zip(*parts, strict=True)
+        counts = [len(one) for one in features]
+        rows = np.repeat(np.array(known, np.int32), counts)
+        merged = np.concatenate(features), np.concatenate(values)
+        out.append((place, _Active(np.array(known), rows, *merged)))
+    return out
 
 
-def _side_by_side(present: Sequence[_Active], min_scenarios: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return features active in enough scenarios ``(m,)`` and their values ``(n, m)``."""
-    features, counts = np.unique(
-        np.concatenate([indices for indices, _ in present]), return_counts=True
-    )
+def _side_by_side(
+    active: _Active, rows: np.ndarray, min_scenarios: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield features active in enough scenarios ``(m,)`` and their values ``(n, m)``."""
+    features, counts = np.unique(active.feature, return_counts=True)
     features = features[counts >= min_scenarios]
-    values = np.zeros((len(present), len(features)))
-    for row, (indices, activations) in zip(values, present, strict=True):
-        kept = np.isin(indices, features)
-        row[np.searchsorted(features, indices[kept])] = activations[kept]
-    return features, values
+    number = np.cumsum(rows) - 1  # among the scenarios that are known
+    step = max(1, _TESTED // int(rows.sum()))
+    for start in range(0, len(features), step):
+        some = features[start : start + step]
+        kept = np.isin(active.feature, some)
+        values = np.zeros((int(rows.sum()), len(some)))
+        column = np.searchsorted(some, active.feature[kept])
+        values[number[active.row[kept]], column] = active.activation[kept]
+        yield some, values
 
 
 def _rows_of(
@@ -405,14 +471,14 @@ def _rows_of(
 
 
 def _attention_contrast(
-    chosen: dict[str, xr.Dataset],
+    chosen: Sequence[xr.Dataset],
     places: Sequence[Place],
     target: Place,
     heads: Literal["mean", "each"],
     plan: _Plan,
 ) -> xr.Dataset:
     whole = xr.concat(
-        [_attention(ds, places, target, heads) for ds in chosen.values()],
+        [_attention(ds, places, target, heads) for ds in chosen],
         dim="scenario",
         join="outer",
         coords="minimal",

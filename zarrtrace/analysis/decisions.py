@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import numpy as np
 import xarray as xr
@@ -14,15 +13,9 @@ from zarrtrace.analysis.resampling import (
     correlations,
     same_rows,
 )
-from zarrtrace.analysis.selecting import (
-    Data,
-    described,
-    per_scenario,
-    require,
-    stored_positions,
-    traces,
-    whole,
-)
+from zarrtrace.analysis.samples import samples
+from zarrtrace.analysis.selecting import Data, described, is_run, options, scenario_names, whole
+from zarrtrace.analysis.tables import SAMPLE
 from zarrtrace.errors import ConfigError
 from zarrtrace.scenarios import DECISION
 
@@ -33,7 +26,7 @@ def decision(data: Data, *, vocabulary: int | None = None) -> xr.Dataset:
     Parameters
     ----------
     data
-        A trace or a run with ``next_token``.
+        A trace, a run or a table with ``next_token``.
     vocabulary
         Size of the model's vocabulary, for the upper bound of the entropy.
 
@@ -66,16 +59,26 @@ def decision(data: Data, *, vocabulary: int | None = None) -> xr.Dataset:
     ConfigError
         If a trace has no next-token probabilities, or no scenario has options.
     """
-    options = {name: None for ds in traces(data).values() for name in ds.attrs["options"]}
-    if not options:
+    ids = options(data)
+    if not ids:
         raise ConfigError(
             "no scenario has options",
             why="Options are the continuations whose probability matters: {bet: '1', stop: '2'}.",
             remedy="Name them under 'options' in the scenarios file and extract again.",
         )
 
-    stored = per_scenario(data, _at_decision)
-    wanted = per_scenario(data, partial(_ids_of, options=list(options)))
+    found = samples(data, [DECISION], ["next_token", "next_token_logprob"], ["next_token_text"])
+    stored = found.arrays.reset_coords(drop=True).rename({SAMPLE: "scenario"})
+    stored = stored.assign_coords(
+        scenario=np.array(scenario_names(data), object)[found.of_scenario]
+    )
+    wanted = xr.DataArray(
+        np.stack([of[found.of_scenario] for of in ids.values()], axis=-1),
+        {"scenario": stored["scenario"], "option": list(ids)},
+        ("scenario", "option"),
+    )
+    if not is_run(data):
+        stored, wanted = stored.isel(scenario=0), wanted.isel(scenario=0)
     # One block over all scenarios: a hundred numbers each, and dozens of steps.
     stored = stored.map(lambda array: whole(array, *array.dims))
     out = _distribution(stored, wanted, vocabulary)
@@ -85,25 +88,9 @@ def decision(data: Data, *, vocabulary: int | None = None) -> xr.Dataset:
         "decision",
         "stored next-token probabilities at the last token; entropy in nats, a lower bound: all "
         "that is not stored counts as one outcome",
-        options=list(options),
+        options=list(ids),
         vocabulary=vocabulary,
     )
-
-
-def _at_decision(ds: xr.Dataset) -> xr.Dataset:
-    """Return what is stored of the continuations of the last token ``(rank)``."""
-    names = ["next_token", "next_token_logprob"]
-    require(ds, *names)
-    (last,) = stored_positions(ds, DECISION)
-    texts = [name for name in ("next_token_text",) if name in ds.variables]
-    return ds.reset_coords(texts)[names + texts].sel(query=last).reset_coords(drop=True)
-
-
-def _ids_of(ds: xr.Dataset, options: list[str]) -> xr.DataArray:
-    """Return the id of each option's first token ``(option)``, −1 if the scenario has it not."""
-    own = ds.attrs["options"]
-    ids = [own[name]["token_id"] if name in own else -1 for name in options]
-    return xr.DataArray(ids, dims="option", coords={"option": options})
 
 
 def _distribution(here: xr.Dataset, wanted: xr.DataArray, vocabulary: int | None) -> xr.Dataset:

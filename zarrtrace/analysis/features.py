@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import xarray as xr
 
+from zarrtrace.analysis.samples import Samples, samples
 from zarrtrace.analysis.selecting import (
     Data,
     Place,
@@ -18,17 +19,17 @@ from zarrtrace.analysis.selecting import (
     is_run,
     label,
     per_scenario,
-    positions,
     present,
     require,
     require_places,
     require_queries,
-    scenario_of,
+    scenario_names,
     stored_positions,
     taken,
     traces,
     whole,
 )
+from zarrtrace.analysis.tables import SAMPLE
 from zarrtrace.errors import ConfigError
 from zarrtrace.format.attributes import SAE_FIELDS, sae_coordinate
 from zarrtrace.scenarios import DECISION
@@ -53,7 +54,7 @@ def of_sae(data: _DataT, name: str) -> _DataT:
     Parameters
     ----------
     data
-        A trace or a run.
+        A trace, a run or a table.
     name
         What stands behind ``features_``.
 
@@ -75,7 +76,7 @@ def of_sae(data: _DataT, name: str) -> _DataT:
     if variable not in ds:
         have = [str(n) for n in ds.data_vars if str(n).startswith("features")]
         raise ConfigError(
-            f"{scenario_of(ds)}: the trace has no {variable!r}",
+            f"the {ds.attrs.get('kind', 'trace')} has no {variable!r}",
             why="An SAE's name is what stands behind 'features_'; without one, the first SAE's "
             "features are taken.",
             remedy=did_you_mean(
@@ -110,7 +111,7 @@ def feature_trajectory(
     Parameters
     ----------
     data
-        A trace or a run with ``features``.
+        A trace, a run or a table with ``features``.
     features
         One latent index, or several.
     at
@@ -126,8 +127,8 @@ def feature_trajectory(
         ``(scenario, layer, place, feature)`` float32, in the SAE's units; without ``scenario`` for
         a trace, without ``place`` or ``feature`` if a single one was given. With ``reduce="none"``
         ``query`` stands in place of ``place`` (token texts beside it for a trace: scenarios of a
-        run differ in them). NaN where a scenario lacks the span or the layer. Lazy if `data` is;
-        reads only the chunks that hold these features and tokens.
+        run differ in them), in the order of the prompt. NaN where a scenario lacks the span or the
+        layer. Lazy if `data` is; reads only the chunks that hold these features and tokens.
 
     Raises
     ------
@@ -147,15 +148,24 @@ def feature_trajectory(
             why="Tokens of several places are not one axis.",
             remedy="Give one span (or list of positions) at a time.",
         )
-    require_places(data, places)
     one_feature = isinstance(features, int | np.integer)
     wanted = [int(features)] if one_feature else [int(f) for f in features]  # type: ignore[union-attr,arg-type]
 
-    of = partial(_trajectory, wanted=wanted, places=places, reduce=reduce, of_run=is_run(data))
-    out = per_scenario(data, of).rename("activation")
-    if "place" in out.dims:
-        out = out.reindex(place=[label(place) for place in places])
+    found = samples(data, places, ["features"], ["query_token"])
+    chosen = _choose_features(found.arrays, wanted)
+    if reduce == "none":
+        query = np.unique(found.position)
+        rows = [np.flatnonzero(found.position == position) for position in query]
+        out = _by_place(data, chosen, found._replace(rows=rows), query.tolist(), "mean")
+        out = out.assign_coords(place=query).rename(place="query")
+    else:
+        out = _by_place(data, chosen, found, places, reduce)
         out = out if several else out.isel(place=0)
+    if not is_run(data):
+        out = out.isel(scenario=0)
+        if reduce == "none" and "query_token" in found.arrays:
+            out = out.assign_coords(query_token=("query", found.arrays["query_token"].data))
+    out = out.rename("activation")
     if one_feature:
         out = out.isel(feature=0)
     out = out.assign_attrs(long_name="SAE feature activation")
@@ -171,41 +181,9 @@ def feature_trajectory(
     )
 
 
-def _trajectory(
-    ds: xr.Dataset, wanted: Sequence[int], places: Sequence[Place], reduce: Reduce, *, of_run: bool
-) -> xr.DataArray | None:
-    """Return ``(layer, place or query, feature)`` of one trace, of the places that it has."""
-    require(ds, "features")
-    here = present(ds, places)
-    if not here:
-        return None
-    rows = np.unique([position for place in here for position in stored_positions(ds, place)])
-    chosen = _choose_features(ds, wanted, rows)
-    if reduce == "none":
-        tokens = chosen.sel(query=positions(ds, here[0]))
-        return tokens.drop_vars("query_token", errors="ignore") if of_run else tokens
-    reduced: list[xr.DataArray] = [
-        _reduced(chosen.sel(query=positions(ds, place)), reduce) for place in here
-    ]
-    along = xr.DataArray([label(place) for place in here], dims="place", name="place")
-    return xr.concat(reduced, dim=along, coords="minimal", compat="override").transpose(
-        "layer", "place", "feature"
-    )
-
-
-def _reduced(activations: xr.DataArray, reduce: Reduce) -> xr.DataArray:
-    """Return the mean, or the value of largest magnitude, of a place's tokens."""
-    if reduce == "mean":
-        return activations.mean("query", skipna=False)
-    largest = activations.max("query", skipna=False)
-    smallest = activations.min("query", skipna=False)
-    return largest.where(~(-smallest > largest), smallest)
-
-
-def _choose_features(
-    ds: xr.Dataset, wanted: Sequence[int], rows: Sequence[int] | np.ndarray
-) -> xr.DataArray:
-    index = ds.indexes["feature"]
+def _choose_features(arrays: xr.Dataset, wanted: Sequence[int]) -> xr.DataArray:
+    """Return ``(layer, sample, feature)`` of given features, unread."""
+    index = arrays.indexes["feature"]
     absent = [feature for feature in wanted if feature not in index]
     if absent or not wanted:
         raise ConfigError(
@@ -213,7 +191,70 @@ def _choose_features(
             why=f"The SAE has latents {index.min()} to {index.max()}.",
             remedy="Give indices of these.",
         )
-    return taken(_activations(ds), feature=wanted, query=rows)
+    return taken(arrays["features"].reset_coords(drop=True), feature=wanted)
+
+
+def _by_place(
+    data: Data, chosen: xr.DataArray, found: Samples, places: Sequence[Place], reduce: Reduce
+) -> xr.DataArray:
+    """Return ``(scenario, layer, place, feature)``."""
+    names = scenario_names(data)
+    cells = [
+        (number, place, rows)
+        for place, at in enumerate(found.rows)
+        for number, rows in _equally_many(found.of_scenario, at)
+    ]
+    out: xr.DataArray = xr.apply_ufunc(
+        _reduced_by_place,
+        whole(chosen, SAMPLE, "feature"),
+        kwargs={"cells": cells, "shape": (len(names), len(places)), "reduce": reduce},
+        input_core_dims=[[SAMPLE, "feature"]],
+        output_core_dims=[["scenario", "place", "feature"]],
+        output_dtypes=[chosen.dtype],
+        exclude_dims={"feature"},
+        dask="parallelized",
+        dask_gufunc_kwargs={
+            "output_sizes": {
+                "scenario": len(names),
+                "place": len(places),
+                "feature": chosen.sizes["feature"],
+            }
+        },
+        keep_attrs=True,
+    )
+    return out.assign_coords(
+        scenario=np.array(names, object),
+        place=[label(place) for place in places],
+        feature=chosen.indexes["feature"],
+    ).transpose("scenario", "layer", "place", "feature")
+
+
+def _equally_many(of_scenario: np.ndarray, rows: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Group scenarios by how many samples they have of a place: numbers, ``(n, samples)``."""
+    numbers, starts, counts = np.unique(of_scenario[rows], return_index=True, return_counts=True)
+    return [
+        (numbers[counts == n], rows[starts[counts == n][:, None] + np.arange(n)])
+        for n in np.unique(counts)
+    ]
+
+
+def _reduced_by_place(
+    values: np.ndarray,
+    *,
+    cells: Sequence[tuple[np.ndarray, int, np.ndarray]],
+    shape: tuple[int, int],
+    reduce: Reduce,
+) -> np.ndarray:
+    """``(…, sample, f)`` → ``(…, scenario, place, f)``; NaN where a scenario has not the place."""
+    out = np.full((*values.shape[:-2], *shape, values.shape[-1]), np.nan, values.dtype)
+    for numbers, place, rows in cells:
+        here = values[..., rows, :]
+        if reduce == "mean":
+            out[..., numbers, place, :] = here.mean(-2)
+        else:
+            largest, smallest = here.max(-2), here.min(-2)
+            out[..., numbers, place, :] = np.where(-smallest > largest, smallest, largest)
+    return out
 
 
 def _activations(ds: xr.Dataset) -> xr.DataArray:

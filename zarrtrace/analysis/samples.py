@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from zarrtrace.analysis.concatenated import SAMPLE, concatenated
+from zarrtrace.analysis.concatenated import concatenated
 from zarrtrace.analysis.selecting import (
     Data,
     Place,
@@ -17,6 +17,9 @@ from zarrtrace.analysis.selecting import (
     as_places,
     label,
     metadata,
+    not_stored,
+    options,
+    positions,
     present,
     require,
     require_places,
@@ -25,6 +28,7 @@ from zarrtrace.analysis.selecting import (
     tags,
     traces,
 )
+from zarrtrace.analysis.tables import SAMPLE, is_table, rows_in_table, table_scenarios
 from zarrtrace.errors import ConfigError, ScenarioError
 from zarrtrace.format.attributes import layers_in, ranges
 from zarrtrace.scenarios import DECISION, span
@@ -69,47 +73,150 @@ def table(run: Data, at: At = DECISION) -> xr.Dataset:
     Raises
     ------
     ScenarioError
-        If no scenario has a span, or a position is not in a prompt or not stored: the message names
-        the scenario.
+        If no scenario has a span, or a position is not in a prompt: the message names the scenario.
     ConfigError
-        If traces hold different arrays, or a tag or a column of metadata has a name that a table
-        cannot have.
+        If a position is not stored, traces hold different arrays, or a tag or a column of metadata
+        has a name that a table cannot have.
 
     Examples
     --------
     >>> last = zt.table(run)
     >>> last.features.sel(layer=25).groupby("round").mean()  # a column of metadata
     """
+    if is_table(run):
+        rows, _ = _rows_of_table(run, at)
+        return run.isel({SAMPLE: rows}).assign_attrs(positions=positions_text(at))
     runs = traces(run)
     chosen = _chosen(runs, at)
     first = chosen[0].ds
     names = [str(name) for name in first.data_vars if _is_of_samples(str(name))]
-    for one in chosen:
-        require(one.ds, *names)
-    texts = [name for name in _TEXTS if all(name in one.ds.variables for one in chosen)]
-    labels, places = _labels(
-        chosen, dict.fromkeys(dim for name in names for dim in first[name].dims)
+    arrays, labels = _together(chosen, [*names, *_texts(chosen)])
+    coordinates: dict[Hashable, xr.Variable] = {
+        **{dim: xr.Variable(dim, values, first[dim].attrs) for dim, values in labels.items()},
+        **_coordinates(runs, chosen),
+        **{name: arrays.pop(name) for name in _TEXTS if name in arrays},
+    }
+    columns = metadata(runs)
+    _check_names({*arrays, *coordinates}, columns)
+    number = _scenario_of_samples(runs, chosen)
+    attributes = _attributes(runs, at, labels, list(columns))
+    of_scenarios = {name: (SAMPLE, values[number]) for name, values in columns.items()}
+    return xr.Dataset(arrays, {**coordinates, **of_scenarios}, attributes)
+
+
+class Samples(NamedTuple):
+    """Samples at some places.
+
+    Attributes
+    ----------
+    arrays
+        ``([layer,] sample, …)``, unread.
+    of_scenario
+        Number of each sample's scenario in the run or the table.
+    position
+        Of each sample, in its prompt.
+    rows
+        For each place its samples, ascending.
+    """
+
+    arrays: xr.Dataset
+    of_scenario: np.ndarray
+    position: np.ndarray
+    rows: list[np.ndarray]
+
+
+def samples(
+    data: Data, places: Sequence[Place], names: Sequence[str], optional: Sequence[str] = ()
+) -> Samples:
+    """Return the samples at places of a run, a trace or a table.
+
+    Parameters
+    ----------
+    data
+        A run, a trace or a table.
+    places
+        Spans and positions.
+    names
+        Arrays that are needed.
+    optional
+        Arrays that are taken where all scenarios have them.
+
+    Raises
+    ------
+    ScenarioError
+        If no scenario has a place, or lacks a position.
+    ConfigError
+        If an array is not there.
+    """
+    require_places(data, places)
+    if is_table(data):
+        require(data, *names)
+        rows, by_place = _rows_of_table(data, places)
+        known = [*names, *(name for name in optional if name in data.variables)]
+        arrays = data.reset_coords()[known].isel({SAMPLE: rows})
+        number = table_scenarios(data).of_samples()[rows]
+        position = data["position"].to_numpy()[rows]
+        return Samples(arrays, number, position, [np.searchsorted(rows, at) for at in by_place])
+    runs = traces(data)
+    chosen = _chosen(runs, places)
+    known = [*names, *(name for name in optional if all(name in c.ds.variables for c in chosen))]
+    variables, labels = _together(chosen, known)
+    starts = np.cumsum([0, *(len(one.positions) for one in chosen)])
+    by_place = [
+        np.concatenate(
+            [
+                start + np.searchsorted(one.positions, _wanted(one.ds, [place]))
+                for start, one in zip(starts[:-1], chosen, strict=True)
+            ]
+        )
+        for place in places
+    ]
+    number = _scenario_of_samples(runs, chosen)
+    position = np.concatenate([one.positions for one in chosen])
+    return Samples(xr.Dataset(variables, labels), number, position, by_place)
+
+
+def _rows_of_table(table: xr.Dataset, at: At) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Return the samples that are asked for, of all places and of each."""
+    if isinstance(at, str) and at == _ALL:
+        return np.arange(table.sizes[SAMPLE]), []
+    places: list[Place] = [*span_names(table)] if _is_word(at) else as_places(at)[0]
+    require_places(table, places)
+    found = [rows_in_table(table, place) for place in places]
+    rows = np.unique(np.concatenate([np.empty(0, np.int64), *found]))
+    if not len(rows):
+        raise _no_samples(table)
+    return rows, found
+
+
+def _no_samples(data: Scenarios) -> ScenarioError:
+    return ScenarioError(
+        "there are no samples",
+        why="The prompts have no such tokens, or the list of places is empty.",
+        remedy=f"Spans there are: {', '.join(span_names(data))}.",
     )
+
+
+def _texts(chosen: Sequence[_Chosen]) -> list[str]:
+    return [name for name in _TEXTS if all(name in one.ds.variables for one in chosen)]
+
+
+def _together(
+    chosen: Sequence[_Chosen], names: Sequence[str]
+) -> tuple[dict[str, xr.Variable], dict[Hashable, np.ndarray]]:
+    """Return arrays of traces side by side, unread, and the labels of their dimensions."""
+    for one in chosen:
+        require(one.ds, *(name for name in names if name not in _TEXTS))
+    first = chosen[0].ds.variables
+    labels, places = _labels(chosen, dict.fromkeys(d for name in names for d in first[name].dims))
     arrays = {
         name: concatenated(
             [one.rows_of(name) for one in chosen],
             [{dim: at for dim, at in one.items() if dim in first[name].dims} for one in places],
         )
-        for name in (*names, *texts)
+        for name in names
     }
-    coordinates: dict[Hashable, xr.Variable] = {
-        **{dim: xr.Variable(dim, values, first[dim].attrs) for dim, values in labels.items()},
-        **_coordinates(runs, chosen),
-        **{name: arrays.pop(name) for name in texts},
-    }
-    columns = metadata(runs)
-    _check_names({*arrays, *coordinates}, columns)
-    lengths = [len(one.positions) for one in chosen]
-    numbers = {name: number for number, name in enumerate(runs)}
-    number = np.repeat([numbers[one.name] for one in chosen], lengths)
-    attributes = _attributes(runs, at, labels, list(columns))
-    of_scenarios = {name: (SAMPLE, values[number]) for name, values in columns.items()}
-    return xr.Dataset(arrays, {**coordinates, **of_scenarios}, attributes)
+    return arrays, labels
 
 
 class _Chosen(NamedTuple):
@@ -159,45 +266,34 @@ def _chosen(data: Scenarios, at: At) -> list[_Chosen]:
         if len(wanted):
             found.append(_Chosen(ds, wanted, _rows(ds, wanted)))
     if not found:
-        raise ScenarioError(
-            "there are no samples",
-            why="The prompts have no such tokens, or the list of places is empty.",
-            remedy=f"Spans there are: {', '.join(span_names(data))}.",
-        )
+        raise _no_samples(data)
     return found
+
+
+def rows_of_place(ds: xr.Dataset, place: Place) -> np.ndarray:
+    """Return where the positions of a place are along ``query``; none if it has not the span.
+
+    Raises
+    ------
+    ScenarioError
+        If one is not in the prompt, or not stored.
+    """
+    wanted = _wanted(ds, [place])
+    rows = _rows(ds, wanted) if len(wanted) else wanted
+    return np.arange(ds.sizes["query"])[rows]
 
 
 def _wanted(ds: xr.Dataset, places: Sequence[Place]) -> np.ndarray:
     """Return the positions in the prompt of those places that a trace has."""
-    tokens = ds.sizes.get("key", len(np.asarray(ds["query"])))
-    found: list[int] = []
-    for place in present(ds, places):
-        if isinstance(place, str):
-            found += span(ds, place)
-            continue
-        for given in [place] if isinstance(place, int | np.integer) else place:
-            at = int(given) + tokens if given < 0 else int(given)
-            if not 0 <= at < tokens:
-                raise ScenarioError(
-                    f"{scenario_of(ds)}: {label(place)!r} covers token {given}, which is not there",
-                    why=f"The prompt has {tokens} tokens, positions 0 to {tokens - 1}.",
-                    remedy="Give positions of these tokens.",
-                )
-            found.append(at)
-    return np.unique(np.asarray(found, np.int64))
+    found = [positions(ds, place) for place in present(ds, places)]
+    return np.unique(np.array([position for one in found for position in one], np.int64))
 
 
-def _rows(ds: xr.Dataset, positions: np.ndarray, dim: str = "query") -> slice | np.ndarray:
+def _rows(ds: xr.Dataset, wanted: np.ndarray, dim: str = "query") -> slice | np.ndarray:
     """Return where positions are along a dimension; refuse those that are not stored."""
-    at = ds.indexes[dim].get_indexer(pd.Index(positions))
+    at = ds.indexes[dim].get_indexer(pd.Index(wanted))
     if (at < 0).any():
-        stored = ds.indexes[dim].tolist()
-        shown = ", ".join(map(str, stored[:10])) + (", …" if len(stored) > 10 else "")
-        raise ScenarioError(
-            f"{scenario_of(ds)}: position {positions[at < 0][0]} is not stored",
-            why=f"The trace holds {len(stored)} positions: {shown}.",
-            remedy="Choose among these, or extract the scenario with the others.",
-        )
+        raise not_stored(ds, "token", wanted[at < 0].tolist())
     neighbours = (np.diff(at) == 1).all()
     return slice(int(at[0]), int(at[-1]) + 1) if neighbours else at
 
@@ -256,10 +352,15 @@ def _coordinates(data: Scenarios, chosen: Sequence[_Chosen]) -> dict[Hashable, x
         if all(stored in one.ds.variables for one in chosen):
             parts = [one.rows_of(stored, dim) for one in chosen]
             out[name] = concatenated(parts, [{}] * len(parts))
-    for option in options(data):
-        found = [one.ds.attrs["options"].get(option, {"token_id": -1}) for one in chosen]
-        out[f"option_{option}"] = each([one["token_id"] for one in found], np.int64)
+    for name, ids in options(data).items():
+        out[f"option_{name}"] = xr.Variable(SAMPLE, ids[_scenario_of_samples(data, chosen)])
     return out
+
+
+def _scenario_of_samples(data: Scenarios, chosen: Sequence[_Chosen]) -> np.ndarray:
+    """Return the number in the run of each sample's scenario."""
+    numbers = {name: number for number, name in enumerate(traces(data))}
+    return np.repeat([numbers[one.name] for one in chosen], [len(one.positions) for one in chosen])
 
 
 def _spans(chosen: _Chosen) -> np.ndarray:
@@ -270,12 +371,6 @@ def _spans(chosen: _Chosen) -> np.ndarray:
             if position in found:
                 found[position].append(name)
     return np.array([",".join(names) for names in found.values()], object)
-
-
-def options(data: Scenarios) -> list[str]:
-    """Return the names of the options that any scenario has, in order of first use."""
-    named = (ds.attrs.get("options", {}) for ds in traces(data).values())
-    return list(dict.fromkeys(name for names in named for name in names))
 
 
 def _check_tags(tags: Sequence[tuple[str, ...]]) -> None:
@@ -317,7 +412,7 @@ def _attributes(
         **without,
         **{name: first[name] for name in _SHARED if name in first},
         "spans": span_names(data),
-        "options": options(data),
+        "options": list(options(data)),
         "metadata": columns,
         "failed": {},
     }

@@ -13,12 +13,20 @@ import pandas as pd
 import xarray as xr
 
 from zarrtrace.analysis.parallel import all_together
+from zarrtrace.analysis.tables import (
+    is_table,
+    table_metadata,
+    table_options,
+    table_scenarios,
+    table_spans,
+    table_tags,
+)
 from zarrtrace.errors import ConfigError, ScenarioError, ZarrtraceError
 from zarrtrace.format.attributes import is_trace
 from zarrtrace.scenarios import DECISION, span, typed_column
 from zarrtrace.suggestions import did_you_mean
 
-#: A trace or a whole run.
+#: A trace, a whole run, or a table of samples.
 Data = xr.Dataset | xr.DataTree
 #: The same, or traces by scenario: who looks often looks them up once, a millisecond each.
 Scenarios = Data | dict[str, xr.Dataset]
@@ -79,8 +87,31 @@ def traces(data: Scenarios) -> dict[str, xr.Dataset]:
 
 
 def is_run(data: Data) -> bool:
-    """Tell whether `data` is a run, not a single trace."""
-    return isinstance(data, xr.DataTree) and data.attrs.get("kind") != "trace"
+    """Tell whether `data` has many scenarios: a run or a table, not a single trace."""
+    return is_table(data) or (isinstance(data, xr.DataTree) and data.attrs.get("kind") != "trace")
+
+
+def scenario_names(data: Scenarios) -> list[str]:
+    """Return the names of the scenarios, in order."""
+    return table_scenarios(data).names if is_table(data) else list(traces(data))
+
+
+def scenario_tags(data: Scenarios) -> dict[str, tuple[str, ...]]:
+    """Return the tags of each scenario."""
+    if is_table(data):
+        return dict(zip(scenario_names(data), table_tags(data), strict=True))
+    return {name: tags(ds) for name, ds in traces(data).items()}
+
+
+def options(data: Scenarios) -> dict[str, np.ndarray]:
+    """Return the id of each option's first token by scenario, −1 where it has not the option."""
+    if is_table(data):
+        return table_options(data)
+    found = [_attributes(ds).get("options", {}) for ds in traces(data).values()]
+    return {
+        name: np.array([one[name]["token_id"] if name in one else -1 for one in found], np.int64)
+        for name in dict.fromkeys(name for one in found for name in one)
+    }
 
 
 def tags(ds: xr.Dataset) -> tuple[str, ...]:
@@ -94,6 +125,8 @@ def metadata(data: Scenarios) -> dict[str, np.ndarray]:
     A missing text is empty, a missing number NaN. A column whose values do not fit one type, as
     only traces put together by hand have one, is left out with a warning.
     """
+    if is_table(data):
+        return table_metadata(data)
     runs = traces(data)
     stored = {name: _attributes(ds).get("metadata", {}) for name, ds in runs.items()}
     columns: dict[str, np.ndarray] = {}
@@ -114,6 +147,12 @@ def scenario_of(ds: xr.Dataset) -> str:
 
 
 def _attributes(ds: xr.Dataset) -> Mapping[str, Any]:
+    if is_table(ds):
+        raise ConfigError(
+            "a table has no attention",
+            why="It holds samples, one a position of a prompt; attention is a matrix a prompt.",
+            remedy="Give the run of traces that zarrtrace.open_run returns.",
+        )
     if not is_trace(ds.attrs):
         raise ConfigError(
             "this Dataset is not a trace",
@@ -126,7 +165,7 @@ def _attributes(ds: xr.Dataset) -> Mapping[str, Any]:
 
 
 def require(ds: xr.Dataset, *names: str) -> None:
-    """Refuse a trace that lacks one of the arrays `names`.
+    """Refuse a trace, or a table, that lacks one of the arrays `names`.
 
     Raises
     ------
@@ -135,9 +174,10 @@ def require(ds: xr.Dataset, *names: str) -> None:
     """
     for name in names:
         if name not in ds:
+            here = "the table" if is_table(ds) else f"{scenario_of(ds)}: the trace"
             raise ConfigError(
-                f"{scenario_of(ds)}: the trace has no {name!r}",
-                why=_WHY_ABSENT.get(name, "The trace does not hold it."),
+                f"{here} has no {name!r}",
+                why=_WHY_ABSENT.get(name, "It was not extracted with it."),
                 remedy=f"It has: {', '.join(map(str, ds.data_vars)) or 'no arrays'}. Extract the "
                 "scenario again with what is missing.",
             )
@@ -153,6 +193,8 @@ def has_span(ds: xr.Dataset, name: str) -> bool:
 
 def span_names(data: Scenarios) -> list[str]:
     """Return the spans of any scenario, in order of first use, ``decision`` last."""
+    if is_table(data):
+        return table_spans(data)
     found = dict.fromkeys(n for ds in traces(data).values() for n in _attributes(ds)["spans"])
     return [n for n in found if n != DECISION] + ([DECISION] if DECISION in found else [])
 
@@ -208,7 +250,7 @@ def stored_positions(ds: xr.Dataset, place: Place) -> list[int]:
     found = positions(ds, place)
     absent = sorted(set(found) - set(query_labels(ds).tolist()))
     if absent:
-        raise _not_stored(ds, "token", absent)
+        raise not_stored(ds, "token", absent)
     return found
 
 
@@ -222,7 +264,8 @@ def token_labels(ds: xr.Dataset) -> np.ndarray:
     return np.asarray(ds["key"].values)
 
 
-def _not_stored(ds: xr.Dataset, what: str, absent: list[int]) -> ConfigError:
+def not_stored(ds: xr.Dataset, what: str, absent: list[int]) -> ConfigError:
+    """Return the error that a trace does not store something at token positions."""
     others = f" (nor of {len(absent) - 1} others)" if len(absent) > 1 else ""
     return ConfigError(
         f"{scenario_of(ds)}: {what} {absent[0]} is not stored{others}",
@@ -342,7 +385,7 @@ def require_queries(ds: xr.Dataset, wanted: Iterable[int]) -> None:
     """
     absent = sorted(set(wanted) - set(stored_queries(ds).tolist()))
     if absent:
-        raise _not_stored(ds, "attention of token", absent)
+        raise not_stored(ds, "attention of token", absent)
 
 
 def whole(array: xr.DataArray, *dims: str) -> xr.DataArray:
@@ -456,7 +499,7 @@ def _with_metadata(result: _Labelled, data: Data) -> _Labelled:
     if "scenario" not in result.coords:
         return result
     scenario = result["scenario"]
-    at = pd.Index(traces(data)).get_indexer(pd.Index(np.atleast_1d(scenario.values)))
+    at = pd.Index(scenario_names(data)).get_indexer(pd.Index(np.atleast_1d(scenario.values)))
     taken = {*_DIMENSIONS, *result.dims, *result.coords}
     taken |= {result.name} if isinstance(result, xr.DataArray) else {*result.data_vars}
     columns = metadata(data)
@@ -505,8 +548,8 @@ def provenance(data: Data) -> dict[str, str]:
     models: dict[str, None] = {}
     releases: dict[str, None] = {}
     versions: dict[str, None] = {}
-    for ds in traces(data).values():
-        attributes = _attributes(ds)
+    found = [data.attrs] if is_table(data) else map(_attributes, traces(data).values())
+    for attributes in found:
         if attributes.get("model"):
             models[str(attributes["model"]["id"])] = None
         saes = attributes.get("saes", {}).values()

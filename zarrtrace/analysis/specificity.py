@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import xarray as xr
 
+from zarrtrace.analysis.blocks import blocks
 from zarrtrace.analysis.features import at_least_one, strongest
-from zarrtrace.analysis.parallel import each_layer
+from zarrtrace.analysis.parallel import OfLayer, each_layer
 from zarrtrace.analysis.selecting import (
     Data,
     described,
-    has_span,
-    require,
     require_places,
     span_names,
-    stored_positions,
-    traces,
 )
 
 
@@ -39,7 +37,7 @@ def position_specific_features(
     Parameters
     ----------
     data
-        A trace or a run with ``features``.
+        A trace, a run or a table with ``features``; the tokens of a table are its samples.
     spans
         Names of spans; all there are if None. A scenario without the span says nothing about it.
     threshold
@@ -74,10 +72,7 @@ def position_specific_features(
     at_least_one(top)
     names = span_names(data) if spans is None else list(spans)
     require_places(data, names)
-    runs = list(traces(data).values())
-    for ds in runs:
-        require(ds, "features")
-    total = _count(runs, names, threshold)
+    total = _count(data, names, threshold)
     layers = total["layer"]
     fired, elsewhere = total["fired"], total["fired_all"] - total["fired"]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -120,42 +115,38 @@ def position_specific_features(
     )
 
 
-def _count(
-    runs: Sequence[xr.Dataset], names: Sequence[str], threshold: float
-) -> dict[str, np.ndarray]:
+def _count(data: Data, names: Sequence[str], threshold: float) -> dict[str, np.ndarray]:
     """Count, by span and layer, tokens, and by feature those at which it fires."""
-    layers = np.unique(np.concatenate([np.asarray(ds["layer"]) for ds in runs]))
-    width = max(ds.sizes["feature"] for ds in runs)
+    layers, width = _layers_and_width(data)
     by_layer = ("tokens", "tokens_all")
     total = {name: np.zeros((len(names), len(layers)), np.int64) for name in by_layer}
     for name in ("fired", "fired_all", "scenarios"):
         total[name] = np.zeros((len(names), len(layers), width), np.int64)
-    places = [_places(ds, names) for ds in runs]
-    jobs = (
-        (ds["features"], partial(_firing, places=at, threshold=threshold))
-        for ds, at in zip(runs, places, strict=True)
-    )
-    for ds, tokens, found in zip(runs, places, each_layer(jobs), strict=True):
-        # A scenario without the span, or without the layer, counts neither here nor there.
-        has = np.asarray(tokens.any(1))
-        for at, one in zip(np.searchsorted(layers, ds["layer"]), found, strict=True):
-            if one is None:
-                continue
-            total["tokens"][:, at] += tokens.sum(1)
-            total["tokens_all"][:, at] += has * tokens.shape[1]
-            total["fired"][:, at][:, one.feature] += one.fired
-            total["fired_all"][:, at][:, one.feature] += has[:, None] * one.fired_all
-            total["scenarios"][:, at][:, one.feature] += one.fired > 0
+    of_layers: deque[list[int]] = deque()  # of the blocks that are being read
+
+    def jobs() -> Iterator[tuple[xr.DataArray, OfLayer[_Firing]]]:
+        for block in blocks(data, ["features"]):
+            of_layers.append(block.layers)
+            places = np.zeros((len(names), int(block.starts[-1])), bool)
+            for row, name in zip(places, names, strict=True):
+                row[block.find(name)] = True
+            firing = partial(_firing, places=places, scenario=block.of_samples, threshold=threshold)
+            yield block.arrays["features"], firing
+
+    for found in each_layer(jobs()):
+        for at, one in zip(np.searchsorted(layers, of_layers.popleft()), found, strict=True):
+            total["tokens"][:, at] += one.tokens
+            total["tokens_all"][:, at] += one.tokens_all
+            for name in ("fired", "fired_all", "scenarios"):
+                total[name][:, at][:, one.feature] += getattr(one, name)
     return {"layer": layers, **total}
 
 
-def _places(ds: xr.Dataset, names: Sequence[str]) -> np.ndarray:
-    """Return which tokens each span has ``(span, query)`` bool; none if it is not there."""
-    query = ds["query"].values
-    out = np.zeros((len(names), len(query)), bool)
-    for row, name in zip(out, names, strict=True):
-        row[:] = np.isin(query, stored_positions(ds, name) if has_span(ds, name) else [])
-    return out
+def _layers_and_width(data: Data) -> tuple[np.ndarray, int]:
+    """Return the layers that any scenario has, and the largest number of features."""
+    found = [block.arrays["features"].sizes["feature"] for block in blocks(data, ["features"])]
+    layers = {layer for block in blocks(data, ["features"]) for layer in block.layers}
+    return np.array(sorted(layers)), max(found)
 
 
 class _Firing(NamedTuple):
@@ -165,26 +156,64 @@ class _Firing(NamedTuple):
     ----------
     feature
         ``(feature,)``.
+    tokens, tokens_all
+        Tokens that each span has ``(span,)``, and all tokens of the scenarios that have it.
     fired
         At each span's tokens ``(span, feature)``.
     fired_all
-        At all tokens ``(feature,)``.
+        At all tokens of scenarios that have the span ``(span, feature)``.
+    scenarios
+        In how many scenarios a feature fires at the span ``(span, feature)``.
     """
 
     feature: np.ndarray
+    tokens: np.ndarray
+    tokens_all: np.ndarray
     fired: np.ndarray
     fired_all: np.ndarray
+    scenarios: np.ndarray
 
 
-def _firing(layer: np.ndarray, _at: int, *, places: np.ndarray, threshold: float) -> _Firing | None:
-    """Count tokens of one layer ``(query, feature)``; None if it is missing."""
-    if np.isnan(layer[0, 0]):
-        return None
+def _firing(
+    layer: np.ndarray, _at: int, *, places: np.ndarray, scenario: np.ndarray, threshold: float
+) -> _Firing:
+    """Count tokens of one layer ``(sample, feature)``.
+
+    A scenario without the span, or without the layer, counts neither here nor there.
+
+    Parameters
+    ----------
+    layer
+        Activations.
+    places
+        Which samples each span holds ``(span, sample)``.
+    scenario
+        Of each sample ``(sample,)``.
+    threshold
+        Magnitude above which a feature fires.
+    """
     width = layer.shape[1]
+    stored = ~np.isnan(layer[:, 0])
+    places = places & stored
+    # All samples of the scenarios that have the span.
+    everywhere = np.array([np.isin(scenario, scenario[row]) & stored for row in places])
     token, feature = np.divmod(np.flatnonzero(np.abs(layer) > threshold), width)
-    everywhere = np.bincount(feature, minlength=width)
-    firing = np.flatnonzero(everywhere)
-    fired = np.zeros((len(places), len(firing)), np.int64)
-    for row, there in zip(fired, places, strict=True):
-        row[:] = np.bincount(feature[there[token]], minlength=width)[firing]
-    return _Firing(firing, fired, everywhere[firing])
+    firing = np.flatnonzero(np.bincount(feature, minlength=width))
+
+    def counted(at: np.ndarray) -> np.ndarray:
+        return np.bincount(feature[at], minlength=width)[firing]
+
+    def scenarios(at: np.ndarray) -> np.ndarray:
+        pairs = np.unique(scenario[token[at]] * width + feature[at])
+        return np.bincount(pairs % width, minlength=width)[firing]
+
+    here = [row[token] for row in places]
+    shape = (len(places), len(firing))
+    return _Firing(
+        firing,
+        places.sum(1),
+        everywhere.sum(1),
+        np.array([counted(at) for at in here]).reshape(shape),
+        np.array([counted(row[token]) for row in everywhere]).reshape(shape),
+        np.array([scenarios(at) for at in here]).reshape(shape),
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,21 +10,22 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from zarrtrace.analysis.parallel import load
-from zarrtrace.analysis.selecting import (
-    Data,
-    described,
-    require,
-    taken,
-    traces,
-)
+from zarrtrace.analysis.blocks import Block, blocks
+from zarrtrace.analysis.parallel import each_layer, load
+from zarrtrace.analysis.selecting import Data, described, taken
+from zarrtrace.analysis.tables import is_table
 from zarrtrace.errors import ConfigError
+from zarrtrace.format.layout import TOP_FEATURES
+from zarrtrace.records import Nonzeros, strongest
 
 #: A feature–word table: own, the user's, or a CSV or Parquet file of it.
 Table = xr.Dataset | pd.DataFrame | str | Path
 
 # Activations in memory at once, of one layer at least.
 _AT_ONCE = 2**24
+
+# What a trace stores of the strongest features of each token.
+_INDEX = ("top_feature", "top_activation")
 
 COLUMNS = ("layer", "feature", "word", "score")
 
@@ -42,7 +42,7 @@ def word_associations(
     Parameters
     ----------
     data
-        A trace or a run with ``top_feature`` and ``top_activation``.
+        A trace or a run with ``top_feature`` and ``top_activation``, or a table with ``features``.
     top
         How many words to keep for each feature.
     min_count
@@ -58,9 +58,9 @@ def word_associations(
         ``feature``, ``word``; ``score`` and ``max_activation`` (the activation of largest
         magnitude, with its sign) float32 in the SAE's units,
         ``count`` (occurrences at which the feature fires) and ``occurrences`` of the word.
-        Computed at the call, some layers at a time. It reads the stored index of each token's 32
-        strongest features only: an activation that is not among its token's 32 strongest counts
-        as 0, and a feature that never is has no row.
+        Computed at the call, some layers at a time. It takes each token's 32 strongest features
+        only, from the index that a trace stores, or from a table's features: an activation that is
+        not among its token's 32 strongest counts as 0, and a feature that never is has no row.
 
     Raises
     ------
@@ -69,16 +69,15 @@ def word_associations(
     """
     if top < 1:
         raise ConfigError(f"top={top} keeps nothing", remedy="Give a number of at least 1.")
-    runs = traces(data)
     vocabulary: dict[str, int] = {}
     word_ids = []
-    for ds in runs.values():
-        require(ds, "top_feature", "top_activation")
-        texts = [_word(str(text), strip=strip) for text in np.asarray(ds["query_token"])]
+    parts_of = list(blocks(data, _needed(data), _INDEX))
+    for block in parts_of:
+        texts = [_word(str(text), strip=strip) for text in np.asarray(block.arrays["token"])]
         word_ids.append(np.array([vocabulary.setdefault(t, len(vocabulary)) for t in texts]))
     parts = [
         _associations_of_layer(layer, seen, len(vocabulary), top, min_count)
-        for layer, seen in _by_layer(list(runs.values()), word_ids)
+        for layer, seen in _by_layer(parts_of, word_ids)
     ]
     table = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     words = np.array(list(vocabulary), dtype=object)
@@ -116,14 +115,14 @@ def all_layers(runs: Iterable[xr.Dataset]) -> list[int]:
 
 
 class _Seen(NamedTuple):
-    """A layer of one trace: its words and the strongest features of each.
+    """A layer of some samples: their words and the strongest features of each.
 
     Attributes
     ----------
     words
-        ``(query,)`` numbers of the words.
+        ``(sample,)`` numbers of the words.
     feature, activation
-        ``(query, rank)``.
+        ``(sample, rank)``.
     """
 
     words: np.ndarray
@@ -131,25 +130,64 @@ class _Seen(NamedTuple):
     activation: np.ndarray
 
 
+def _needed(data: Data) -> list[str]:
+    """Return the arrays that say which features are strongest: a trace has an index of them."""
+    return ["token", "features"] if is_table(data) else ["token", *_INDEX]
+
+
 def _by_layer(
-    runs: Sequence[xr.Dataset], words: Sequence[np.ndarray], most: int = _AT_ONCE
+    found: Sequence[Block], words: Sequence[np.ndarray], most: int = _AT_ONCE
 ) -> Iterator[tuple[int, list[_Seen]]]:
-    """Yield each layer with what the traces that have it say; several layers are read at once."""
-    layers = all_layers(runs)
-    step = max(1, most // sum(math.prod(ds["top_feature"].shape[1:]) for ds in runs))
+    """Yield each layer with what the blocks that have it say; several layers are read at once."""
+    layers = sorted({layer for block in found for layer in block.layers})
+    step = max(1, most // sum(int(block.starts[-1]) * TOP_FEATURES for block in found))
     for start in range(0, len(layers), step):
-        here = set(layers[start : start + step])
-        found: dict[int, list[_Seen]] = {layer: [] for layer in sorted(here)}
-        chosen = [[n for n in ds.indexes["layer"].tolist() if n in here] for ds in runs]
-        loaded = load(
-            taken(ds[name], layer=wanted)
-            for ds, wanted in zip(runs, chosen, strict=True)
-            for name in ("top_feature", "top_activation")
-        )
-        for numbers, wanted, *both in zip(words, chosen, loaded, loaded, strict=False):
-            for layer, feature, activation in zip(wanted, *both, strict=True):
-                found[layer].append(_Seen(numbers, feature, activation))
-        yield from found.items()
+        here = layers[start : start + step]
+        seen: dict[int, list[_Seen]] = {layer: [] for layer in here}
+        chosen = [[n for n in block.layers if n in seen] for block in found]
+        strongest = _strongest(found, chosen)
+        for numbers, wanted, both in zip(words, chosen, strongest, strict=True):
+            for layer, (feature, activation) in zip(wanted, both, strict=True):
+                seen[layer].append(_Seen(numbers, feature, activation))
+        yield from seen.items()
+
+
+def _strongest(
+    found: Sequence[Block], layers: Sequence[Sequence[int]]
+) -> Iterator[Iterable[tuple[np.ndarray, np.ndarray]]]:
+    """Yield each block's strongest features and their activations ``(sample, rank)``, by layer."""
+    arrays = [
+        [
+            _at_layers(block, name, wanted)
+            for name in (_INDEX if _is_indexed(block) else ["features"])
+        ]
+        for block, wanted in zip(found, layers, strict=True)
+    ]
+    if all(map(_is_indexed, found)):
+        loaded = load(array for both in arrays for array in both)
+        for feature, activation in zip(loaded, loaded, strict=False):
+            yield zip(feature, activation, strict=True)
+        return
+    yield from each_layer((array, _strongest_of_layer) for (array,) in arrays)
+
+
+def _is_indexed(block: Block) -> bool:
+    return all(name in block.arrays for name in _INDEX)
+
+
+def _at_layers(block: Block, name: str, layers: Sequence[int]) -> xr.DataArray:
+    return taken(block.arrays[name].assign_coords(layer=block.layers), layer=layers)
+
+
+def _strongest_of_layer(layer: np.ndarray, _at: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return what traces store of their strongest features; NaN for samples that are missing."""
+    missing = np.isnan(layer[:, 0])
+    layer = np.where(missing[:, None], 0, layer) if missing.any() else layer
+    at = np.flatnonzero(layer)
+    whole = Nonzeros(layer.shape, layer.shape[1], (at,), (layer.reshape(-1)[at],))
+    feature, activation = strongest(whole)
+    activation[missing] = np.nan
+    return feature, activation
 
 
 def _associations_of_layer(
@@ -158,9 +196,8 @@ def _associations_of_layer(
     occurrences = np.zeros(n_words, np.int64)
     keys, values = [], []
     for words, feature, activation in seen:
-        if np.isnan(activation).all():
-            continue  # no SAE on this layer, or not stored: nothing was seen here
-        occurrences += np.bincount(words, minlength=n_words)
+        # No SAE on this layer, or not stored: nothing was seen here.
+        occurrences += np.bincount(words[~np.isnan(activation).all(1)], minlength=n_words)
         active = np.abs(activation) > 0  # which NaN is not
         pair = feature.astype(np.int64) * n_words + words[:, None]
         keys.append(pair[active])

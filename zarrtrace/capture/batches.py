@@ -90,6 +90,7 @@ class Batch:
         self.requests = requests
         self.lengths = [request.length for request in requests]
         self.rows = [request.rows for request in requests]
+        self.members = [request.member() for request in requests]
         self.layers = frozenset[int]().union(*(request.layers for request in requests))
         self.next_token = any(request.next_token for request in requests)
         self.done = all(request.done for request in requests)

@@ -95,7 +95,7 @@ class Made:
         requests = self.batch.requests
         return LayerBatch(
             self.layer,
-            [one.member() for one in requests],
+            self.batch.members,
             [at for at, one in enumerate(requests) if self.layer in one.layers],
             None if attention is None else _with_halves(attention),
             mean,

@@ -80,7 +80,7 @@ class Encoders:
             return []
         loaded = self._next.result()
         self._prefetch()
-        if self._device.type == "cpu":
+        if self._device.type == "cpu" and not isinstance(self._source, KeptEncoders):
             release_freed()
         return loaded
 
@@ -115,15 +115,23 @@ class KeptEncoders:
         """Say which bytes of which files are needed."""
         return self._source.stretches(saes)
 
+    def has(self, saes: Sequence[SAEAttributes], device: torch.device) -> bool:
+        """Whether some SAEs are loaded and kept."""
+        return all(_key(one, device) in self._kept for one in saes)
+
     def load(self, attributes: SAEAttributes, device: torch.device) -> Encoder:
         """Return one encoder, loaded if need be."""
-        key = (attributes.id, attributes.variable, str(device))
+        key = _key(attributes, device)
         if key in self._kept:
             return self._kept[key]
         encoder = self._source.load(attributes, device)
         if _free_share(device) > _ROOM:
             self._kept[key] = encoder
         return encoder
+
+
+def _key(attributes: SAEAttributes, device: torch.device) -> tuple[str, str, str]:
+    return attributes.id, attributes.variable, str(device)
 
 
 def _free_share(device: torch.device) -> float:

@@ -6,6 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from zarrtrace.capture.limits import DEFAULT_CAPTURE_LIMITS, CaptureLimits
 from zarrtrace.capture.messages import LOADING_ERRORS, forward_errors, load_error
 from zarrtrace.capture.modules import Decoder, find_decoder, not_exact
 from zarrtrace.capture.streaming import BlockStream
+from zarrtrace.capture.token_texts import TokenTexts
 from zarrtrace.errors import ConfigError, ModelError
 from zarrtrace.format.attributes import ModelAttributes
 from zarrtrace.hub import refuse_other_folder
@@ -95,6 +97,11 @@ class LoadedModel:
     def attentions(self) -> Mapping[int, nn.Module]:
         """By index of the block, the attention module of the blocks that have one."""
         return {layer: one.module for layer, one in self.decoder.attentions.items()}
+
+    @cached_property
+    def texts(self) -> TokenTexts:
+        """Texts of the tokenizer's tokens."""
+        return TokenTexts(self.tokenizer)
 
     def width(self, kind: str) -> int:
         """Return the width of a kind of hook point (:data:`zarrtrace.capture.hooks.KINDS`)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,15 +11,15 @@ import torch
 from zarrtrace.capture.batches import Batch, Request, batches, waves
 from zarrtrace.capture.blocked import AttentionRows
 from zarrtrace.capture.copies import Copies, Made, rows_on_host
-from zarrtrace.capture.encoders import Encoders
+from zarrtrace.capture.encoders import Encoders, KeptEncoders
 from zarrtrace.capture.features import encode
 from zarrtrace.capture.hooks import parse_hook
 from zarrtrace.capture.host import to_host
 from zarrtrace.capture.lockstep import BlockState, Logits, taps
 from zarrtrace.capture.messages import full_memory
 from zarrtrace.capture.model import LoadedModel
-from zarrtrace.capture.prompts import token_texts
 from zarrtrace.capture.rows import RowBuffer
+from zarrtrace.capture.token_texts import TokenTexts
 from zarrtrace.errors import ModelError
 from zarrtrace.format.attributes import SAEAttributes
 from zarrtrace.format.layout import (
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from zarrtrace.capture.saes import SAESource
 
 Captured = LayerBatch | LayerRecord | TokensRecord
+
+# Rows of logits whose probabilities are computed at once, unless one prompt has more.
+_LOGIT_ROWS = 64
 
 
 def capture(
@@ -87,7 +90,10 @@ def capture(
     wanted = attention_dtype is not None
     made = batches(model, requests, batch_size, attention=wanted)
     todo = [batch for batch in made if not batch.done]
-    in_step = list(waves(model, todo, [sae for found in saes.values() for sae in found]))
+    every = [sae for found in saes.values() for sae in found]
+    if isinstance(source, KeptEncoders) and source.has(every, model.device):
+        every = []  # they need not be shared: each batch goes its way alone, and stays in the cache
+    in_step = list(waves(model, todo, every))
     order = [layer for wave in in_step for layer in sorted(_layers(wave)) if layer in saes]
     with (
         full_memory(model.attributes.id, model.device),
@@ -125,7 +131,7 @@ def _run_wave(
             active = [batch for batch in active if batch.next_token or layer < max(batch.layers)]
         yield from copies.rest()
         for batch in active:
-            yield from _tokens_records(batch, model.tokenizer)
+            yield from _tokens_records(batch, model.texts)
             batch.stop()  # it holds the logits
     finally:
         for batch in wave:
@@ -234,7 +240,7 @@ def _block_records(
             )
 
 
-def _tokens_records(batch: Batch, tokenizer: Any) -> list[TokensRecord]:
+def _tokens_records(batch: Batch, texts: TokenTexts) -> list[TokensRecord]:
     """Let a batch go to its end and record what the model would say next."""
     ids: list[list[np.ndarray]] = [[] for _ in batch.requests]
     logprobs: list[list[np.ndarray]] = [[] for _ in batch.requests]
@@ -243,19 +249,21 @@ def _tokens_records(batch: Batch, tokenizer: Any) -> list[TokensRecord]:
         with torch.inference_mode():
             step = batch.advance()
             assert isinstance(step, Logits)  # noqa: S101 -- no block is left
-            for row, stored in enumerate(batch.rows):
-                rows = step.values[row, : max(0, stored - step.start)]
-                top = rows.float().log_softmax(-1).topk(NEXT_TOKENS)
-                ids[row].append(to_host(top.indices.int()).astype(np.uint32))
-                logprobs[row].append(to_host(top.values))
+            # Prompts of few rows are done together: a GPU is waited for each time.
+            together = max(1, _LOGIT_ROWS // step.values.shape[1])
+            for first in range(0, len(batch.rows), together):
+                left = [stored - step.start for stored in batch.rows[first : first + together]]
+                values = step.values[first : first + together, : max(0, *left)]
+                top = values.float().log_softmax(-1).topk(NEXT_TOKENS)
+                found = to_host(top.indices.int()).astype(np.uint32), to_host(top.values)
+                for number, rows in enumerate(left):
+                    ids[first + number].append(found[0][number, : max(0, rows)])
+                    logprobs[first + number].append(found[1][number, : max(0, rows)])
             done = step.start + step.values.shape[1]
-    return [
-        TokensRecord(
-            scenario=request.prompt.scenario.name,
-            next_token=np.concatenate(ids[row]),
-            next_token_logprob=np.concatenate(logprobs[row]),
-            next_token_text=token_texts(tokenizer, np.concatenate(ids[row])),
-        )
-        for row, request in enumerate(batch.requests)
-        if request.next_token
-    ]
+    records = []
+    for row, request in enumerate(batch.requests):
+        if request.next_token:
+            token, name = np.concatenate(ids[row]), request.prompt.scenario.name
+            logprob = np.concatenate(logprobs[row])
+            records.append(TokensRecord(name, token, logprob, texts.of(token)))
+    return records

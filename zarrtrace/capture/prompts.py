@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from zarrtrace.capture.model import LoadedModel
 from zarrtrace.errors import ConfigError
 from zarrtrace.format.attributes import OptionAttributes, SpanAttributes
@@ -45,7 +43,7 @@ def tokenize(model: LoadedModel, scenario: Scenario, *, prepend_bos: bool) -> Pr
     model
         Its tokenizer and its longest input count.
     scenario
-        The prompt and its spans.
+        The prompt and its spans; a chat is rendered (:meth:`Scenario.render`).
     prepend_bos
         Whether the sequence starts with BOS, as the SAEs were trained. In a rendered chat all
         special tokens are part of the text.
@@ -57,7 +55,8 @@ def tokenize(model: LoadedModel, scenario: Scenario, *, prepend_bos: bool) -> Pr
     ScenarioError
         If a span covers no token.
     """
-    scenario = scenario.render(model.tokenizer)
+    if scenario.messages and not scenario.prompt:
+        raise ValueError(f"scenario {scenario.name!r} is not rendered")  # a fault of the caller
     if scenario.chat is not None:
         ids, offsets = _encode_text(model.tokenizer, scenario.prompt)
     else:
@@ -75,7 +74,7 @@ def tokenize(model: LoadedModel, scenario: Scenario, *, prepend_bos: bool) -> Pr
         scenario=scenario,
         tokens=Tokens(
             ids=ids,
-            texts=[_text(model.tokenizer, token) for token in ids],
+            texts=[model.texts[token] for token in ids],
             special=[token in special for token in ids],
         ),
         spans={
@@ -138,25 +137,6 @@ def _encode(
     if leading < wanted:
         return [bos, *ids], [(0, 0), *offsets]
     return ids[leading - wanted :], offsets[leading - wanted :]
-
-
-def token_texts(tokenizer: Any, ids: np.ndarray) -> np.ndarray:
-    """Return the text of each token of an array; empty for ids that stand for no token."""
-    known, places = np.unique(ids, return_inverse=True)
-    texts = np.array([_text(tokenizer, int(token)) for token in known], dtype=object)
-    found: np.ndarray = texts[places.reshape(ids.shape)]
-    return found
-
-
-def _text(tokenizer: Any, token: int) -> str:
-    """Text of one token, with the white space that it stands for."""
-    piece: str | None = tokenizer.convert_ids_to_tokens(token)
-    if piece is None:  # a model's vocabulary may be larger than its tokenizer's
-        return ""
-    if "\N{LOWER ONE EIGHTH BLOCK}" in piece:  # SentencePiece's space; decode() would strip it
-        return piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ")
-    text: str = tokenizer.decode([token], clean_up_tokenization_spaces=False)
-    return text
 
 
 def _continuation(tokenizer: Any, prompt: str, text: str) -> int:

@@ -369,11 +369,14 @@ def _check_output(output: Path) -> None:
 
 
 def _open(run: Location, *, on_cluster: bool, large_layer: int = _LARGE_LAYER) -> Any:
-    """Open a run or a trace; in dask's blocks only what needs them, for they take time."""
+    """Open a run, a trace or a table; in dask's blocks only what needs them: they take time."""
     from zarrtrace.analysis.selecting import traces
-    from zarrtrace.store import kind_of, open_run, open_trace
+    from zarrtrace.store import kind_of, open_run, open_table, open_trace
 
-    reader = open_trace if kind_of(run) == "trace" else open_run
+    kind = kind_of(run)
+    if kind == "table":
+        return open_table(run, chunks="auto" if on_cluster else None)
+    reader = open_trace if kind == "trace" else open_run
     data = reader(run)
     attention = [ds["attention"][:1].nbytes for ds in traces(data).values() if "attention" in ds]
     if on_cluster or max(attention, default=0) > large_layer:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import click
 
 from zarrtrace.cli.commands import Command
 from zarrtrace.cli.shared import json_option, json_text, run_argument, say, table
-from zarrtrace.errors import readable
+from zarrtrace.errors import NotATraceError, readable
 from zarrtrace.text import terminal_text
 
 if TYPE_CHECKING:
     from zarrtrace.storage import Location
-    from zarrtrace.store import RunSummary
+    from zarrtrace.store import RunSummary, TableSummary
+
+# Failed scenarios that are named; --json names all.
+_FAILED_SHOWN = 5
 
 
 @click.command(
@@ -26,14 +30,60 @@ if TYPE_CHECKING:
 def command(run: Location, as_json: bool) -> None:  # noqa: FBT001 -- click passes flags so
     """Show what RUN holds: scenarios, shapes, layers, sizes, model, SAEs, completeness.
 
-    Exit code 3 if scenarios or layers are missing.
+    Exit code 3 if scenarios, layers or samples are missing.
     """
     from zarrtrace.store import summarize
 
-    summary = summarize(run)
-    say(_json(summary) if as_json else as_text(summary))
+    found = _table(run)
+    summary = found or summarize(run)
+    if as_json:
+        say(json_text(summary.model_dump(mode="json")))
+    else:
+        say(table_as_text(found) if found else show(run))
     if not summary.complete:
         raise SystemExit(3)
+
+
+def _table(run: Location) -> TableSummary | None:
+    """Summarise a table; None if there is none, nor one that is being written."""
+    from zarrtrace.store import summarize_table
+
+    with contextlib.suppress(NotATraceError):
+        return summarize_table(run)
+    return None
+
+
+def table_as_text(summary: TableSummary) -> str:
+    """Describe a table in words."""
+    from zarrtrace.format.attributes import ranges
+
+    arrays = ", ".join(
+        f"{name} ({' × '.join(map(str, shape))})" for name, shape in summary.arrays.items()
+    )
+    layers = ranges(summary.layers)
+    if summary.layers_without_sae:
+        layers += f" (no SAE: {ranges(summary.layers_without_sae)})"
+    disk, dense = readable(summary.bytes_on_disk), readable(summary.bytes_dense)
+    done = f"{summary.samples_done} of {summary.samples} samples"
+    failed = [f"{name}: {reason}" for name, reason in summary.failed.items()]
+    more = len(failed) - _FAILED_SHOWN
+    lines = [
+        f"table        {summary.path} (format version {summary.format_version})",
+        f"model        {summary.model or 'not known'}",
+        f"SAEs         {summary.sae_release or 'not known'}",
+        f"layers       {layers}",
+        f"arrays       {arrays}",
+        f"samples      {summary.samples} of {summary.scenarios} scenarios",
+        f"positions    {summary.positions}",
+        f"metadata     {', '.join(summary.metadata) or 'none'}",
+        f"complete     {'yes' if summary.complete else 'NO'}, {done}",
+        f"failed       {len(failed) or 'none'}",
+        *(f"             {one}" for one in failed[:_FAILED_SHOWN]),
+        *([f"             and {more} more"] if more > 0 else []),
+        f"size         {disk} on disk, {dense} dense, {summary.compression:.1f}×",
+        f"files        {summary.files}",
+    ]
+    return "\n".join(map(terminal_text, lines))
 
 
 def show(run: Location, *, as_json: bool = False) -> str:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from zarrtrace.extraction.job import Job
 from zarrtrace.format.attributes import SAEAttributes
-from zarrtrace.format.layout import TraceShape, table_layout, trace_layout
+from zarrtrace.format.layout import TraceShape, trace_layout
+from zarrtrace.format.table_layout import table_layout
 
 if TYPE_CHECKING:
     from zarrtrace.extraction.table import TableJob

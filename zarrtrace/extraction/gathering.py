@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from zarrtrace.format.layout import NEXT_TOKENS, TableShape, table_columns
+from zarrtrace.format.layout import NEXT_TOKENS
+from zarrtrace.format.table_layout import TableShape, table_columns
 from zarrtrace.records import (
     BFloat16,
     LayerBatch,

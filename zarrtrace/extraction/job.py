@@ -456,6 +456,7 @@ def prepare(
         ahead.add(source.stretches([sae for found in saes.values() for sae in found]))
     prepend_bos = _prepend_bos(options, model, source)
     prompts = tuple(tokenized(options, model, scenarios, prepend_bos=prepend_bos))
+    notes += _bos_notes(source, prompts, model.tokenizer.bos_token_id)
     if loaded.tokenizer is not None:
         capture.refuse_unknown_ids(model, (max(prompt.tokens.ids) for prompt in prompts))
     if weights:
@@ -486,7 +487,7 @@ def with_prompts(job: Job, prompts: tuple[Prompt, ...]) -> Job:
 def tokenized(
     options: Options, model: LoadedModel, scenarios: Iterable[Scenario], *, prepend_bos: bool
 ) -> Iterator[Prompt]:
-    """Render chats, and tokenise scenarios, one by one."""
+    """Yield scenarios as the model reads them; chats are rendered as options say."""
     capture = capture_package()
     for scenario in scenarios:
         rendered = scenario.render(
@@ -495,6 +496,19 @@ def tokenized(
             prepend_bos=options.prepend_bos,
         )
         yield capture.tokenize(model, rendered, prepend_bos=prepend_bos)
+
+
+def _bos_notes(
+    source: SAESource | None, prompts: Sequence[Prompt], bos: int | None
+) -> tuple[str, ...]:
+    """Say where a chat template and the SAEs disagree on BOS."""
+    trained = None if source is None else source.prepend_bos
+    begins = {prompt.tokens.ids[0] == bos for prompt in prompts if prompt.scenario.chat}
+    if trained is None or begins <= {bool(trained)}:
+        return ()
+    if trained:
+        return ("the chat template writes no BOS; the SAEs were trained with it (--prepend-bos)",)
+    return ("the chat template writes BOS; the SAEs were trained without it",)
 
 
 def _assembled(

@@ -36,7 +36,7 @@ from zarrtrace.extraction.running import borrowed, captured, saying_how_much_roo
 from zarrtrace.extraction.survey import Survey, survey
 from zarrtrace.extraction.writers import THREADS, Lack
 from zarrtrace.format.attributes import TableAttributes
-from zarrtrace.format.layout import TableShape
+from zarrtrace.format.table_layout import TableShape
 from zarrtrace.hub import cache_if_unreachable
 from zarrtrace.records import SampleRecord, SampleTokens, TablePlan
 from zarrtrace.storage import Address, Location, locate
@@ -47,8 +47,9 @@ if TYPE_CHECKING:
     from zarrtrace.scenarios import Scenario, ScenarioStream
 
 _NOTHING = Loaded()
-# Scenarios in one forward pass; without matrices of attention more of them need little memory.
-_BATCH_SIZE = {"cpu": 16, "cuda": 64}
+# Scenarios in one forward pass, at most: more are no faster. The blocks' matrices of attention,
+# which are not kept, stay within this many bytes.
+_BATCH_SIZE, _MATRICES = 64, {"cpu": 2**28, "cuda": 2**32}
 # A group has at most this many samples, and about this many bytes of residual stream.
 _SAMPLES, _BYTES = 1024, 2**28
 # As many prompts as are needed to see that the model can be used.
@@ -131,8 +132,8 @@ def extract_table(
 ) -> Location:
     """Do what :func:`zarrtrace.extract` does with ``layout="table"``; return where the table is.
 
-    A table that was interrupted is resumed if its configuration is the same. If a scenario cannot be
-    computed, or values of it are not finite, all values of its samples are NaN, and the table's
+    A table that was interrupted is resumed if its configuration is the same. If a scenario cannot
+    be computed, or values of it are not finite, all values of its samples are NaN, and the table's
     attribute ``failed`` says why.
 
     Parameters
@@ -209,11 +210,8 @@ def prepare_table(
     ConfigError, ScenarioError, ModelError, SAEError
         As for :func:`extract_table`.
     """
-    if options.batch_size is None:
-        kind = "cuda" if options.device.startswith("cuda") else "cpu"
-        options = replace(options, batch_size=_BATCH_SIZE[kind])
     job = prepare(
-        replace(options, attention=False),
+        replace(options, attention=False, batch_size=options.batch_size or _BATCH_SIZE),
         scenarios=list(itertools.islice(stream, _FIRST)),
         loaded=loaded,
         weights=weights,
@@ -223,7 +221,21 @@ def prepare_table(
         job = replace(job, source=capture_package().KeptEncoders(job.source))
     if options.attention:
         job = replace(job, notes=(*job.notes, "a table holds no attention (--no-attention)"))
-    return TableJob(job, stream, survey(_tokenized(job, stream), job.positions, prompt_digest))
+    found = survey(_tokenized(job, stream), job.positions, prompt_digest)
+    if options.batch_size is None:
+        job = _with_batches(job, found.longest)
+    return TableJob(job, stream, found)
+
+
+def _with_batches(job: Job, longest: int) -> Job:
+    """Choose how many scenarios go through the model together, by the longest prompt alone."""
+    itemsize = 4 if job.model.attributes.dtype == "float32" else 2
+    matrices = 3 * job.model.n_heads * longest**2 * itemsize
+    room = _MATRICES["cpu" if job.model.device.type == "cpu" else "cuda"]
+    size = max(1, min(job.batch_size, room // matrices))
+    config = {**job.config, "batch_size": size}
+    options = replace(job.options, batch_size=size)
+    return replace(job, batch_size=size, config=config, options=options)
 
 
 def _tokenized(job: Job, scenarios: Iterable[Scenario]) -> Iterator[Prompt]:

@@ -25,8 +25,6 @@ NO_ID = 2**32 - 1
 
 #: The group of a run that indexes its features; no scenario may be called so.
 INDEX = "index"
-#: How many tokens the index keeps of each feature.
-INDEX_TOKENS = 20
 
 #: Coordinates that are no index; a group's ``coordinates`` attribute names those it has.
 # Text among the data would make Dataset.where() of plain xarray fail: it has no NaN.
@@ -161,7 +159,7 @@ class TraceShape:
 # --- the arrays of a trace ---------------------------------------------------------------------
 
 
-class _Array(NamedTuple):
+class Array(NamedTuple):
     """An array without the sizes of its dimensions."""
 
     dims: str
@@ -172,41 +170,41 @@ class _Array(NamedTuple):
     codec: Codec = "plain"
 
 
-_ARRAYS = {
-    "attention": _Array(
+ARRAYS = {
+    "attention": Array(
         "layer head query key", "float32", "attention probability",
         "how much the query token attends to the key token, by query head", codec="shuffle"),
-    "attention_mean": _Array(
+    "attention_mean": Array(
         "layer query key", "float32", "attention probability, mean over heads", codec="shuffle"),
-    "features": _Array("layer query feature", "float32", "SAE feature activation", codec="sparse"),
-    "top_feature": _Array(
+    "features": Array("layer query feature", "float32", "SAE feature activation", codec="sparse"),
+    "top_feature": Array(
         "layer query feature_rank", "uint32", "strongest features of a token, strongest first",
         f"by magnitude; {NO_ID} where no further feature fires", NO_ID),
-    "top_activation": _Array(
+    "top_activation": Array(
         "layer query feature_rank", "float32", "activations of the strongest features"),
     # Its bytes are shuffled: two of each value of a bfloat16 model are 0.
-    "residual": _Array(
+    "residual": Array(
         "layer query channel", "float32", "residual stream",
         "at the hook point that the attribute residual_hook names", codec="shuffle"),
-    "next_token": _Array(
+    "next_token": Array(
         "query rank", "uint32", "most likely next tokens, most likely first", fill_value=NO_ID),
-    "next_token_logprob": _Array(
+    "next_token_logprob": Array(
         "query rank", "float32", "natural logarithm of the next token's probability"),
-    "next_token_text": _Array("query rank", "string", "texts of the most likely next tokens"),
-    "layer": _Array("layer", "int64", "index of the decoder block, from 0"),
-    "head": _Array("head", "int64", "query head"),
-    "attention_layer": _Array(
+    "next_token_text": Array("query rank", "string", "texts of the most likely next tokens"),
+    "layer": Array("layer", "int64", "index of the decoder block, from 0"),
+    "head": Array("head", "int64", "query head"),
+    "attention_layer": Array(
         "attention_layer", "int64", "decoder block that has attention, from 0"),
-    "attention_query": _Array(
+    "attention_query": Array(
         "attention_query", "int64", "position of a token whose row of attention is stored"),
-    "feature": _Array("feature", "int64", "index of the SAE's latent"),
-    "channel": _Array("channel", "int64", "index of the residual stream's channel"),
-    "query": _Array("query", "int64", "position of the token in the prompt"),
-    "key": _Array("key", "int64", "position of the token in the prompt"),
-    "token_id": _Array("key", "uint32", "id of the token in the model's vocabulary"),
-    "key_token": _Array("key", "string", "text of the token"),
-    "query_token": _Array("query", "string", "text of the token"),
-    "special": _Array("key", "bool", "whether the tokenizer calls the token special"),
+    "feature": Array("feature", "int64", "index of the SAE's latent"),
+    "channel": Array("channel", "int64", "index of the residual stream's channel"),
+    "query": Array("query", "int64", "position of the token in the prompt"),
+    "key": Array("key", "int64", "position of the token in the prompt"),
+    "token_id": Array("key", "uint32", "id of the token in the model's vocabulary"),
+    "key_token": Array("key", "string", "text of the token"),
+    "query_token": Array("query", "string", "text of the token"),
+    "special": Array("key", "bool", "whether the tokenizer calls the token special"),
 }  # fmt: skip
 _TOKENS = ("query", "key", "token_id", "key_token", "query_token", "special")
 
@@ -217,8 +215,8 @@ _MISSING: dict[str, float | str | bool] = {
 }  # fmt: skip
 
 
-def _layout(
-    array: _Array,
+def lay_out(
+    array: Array,
     sizes: Mapping[str, int],
     steps: Mapping[str, int] | None = None,
     *,
@@ -260,7 +258,7 @@ def trace_layout(shape: TraceShape) -> dict[str, ArrayLayout]:
         out["residual"] = _residual_layout(shape, shape.channels)
     if shape.next_token:
         sizes = {"query": shape.rows, "rank": NEXT_TOKENS}
-        out |= {name: _layout(_ARRAYS[name], sizes, {"query": 4096}) for name in NEXT_TOKEN}
+        out |= {name: lay_out(ARRAYS[name], sizes, {"query": 4096}) for name in NEXT_TOKEN}
     return out | _coordinate_layouts(shape)
 
 
@@ -276,7 +274,7 @@ def _attention_layouts(shape: TraceShape, heads: int) -> dict[str, ArrayLayout]:
     out = {}
     for name, most, kind in (("attention", step, dtype), ("attention_mean", rows, "float32")):
         steps = {"layer": 1, "query": most, "key": limits.keys}
-        layout = _layout(_ARRAYS[name], sizes, steps, names=names, dtype=kind)
+        layout = lay_out(ARRAYS[name], sizes, steps, names=names, dtype=kind)
         out[name] = _in_files(layout, limits)
     return out
 
@@ -291,7 +289,7 @@ def _feature_layouts(suffix: str, shape: TraceShape, features: int) -> dict[str,
     for name in ("features", "top_feature", "top_activation"):
         most, dtype = (limits.tokens, shape.feature_dtype) if name == "features" else (rows, None)
         steps = {"layer": 1, "query": most, "feature": limits.features}
-        layout = _layout(_ARRAYS[name], sizes, steps, names=names, dtype=dtype)
+        layout = lay_out(ARRAYS[name], sizes, steps, names=names, dtype=dtype)
         out[f"{name}{suffix}"] = _in_files(layout, limits)
     return out
 
@@ -299,15 +297,15 @@ def _feature_layouts(suffix: str, shape: TraceShape, features: int) -> dict[str,
 def _residual_layout(shape: TraceShape, channels: int) -> ArrayLayout:
     sizes = {"layer": shape.layers, "query": shape.rows, "channel": channels}
     steps = {"layer": 1, "query": residual_chunk_rows(channels, shape.limits)}
-    layout = _layout(_ARRAYS["residual"], sizes, steps, dtype=shape.residual_dtype)
+    layout = lay_out(ARRAYS["residual"], sizes, steps, dtype=shape.residual_dtype)
     return _in_files(layout, shape.limits)
 
 
 def _in_files(layout: ArrayLayout, limits: Limits) -> ArrayLayout:
     """Cut an array that is written layer by layer into files: as many layers each as fit."""
     chunks, axis = layout.chunks, layout.row_axis
-    shards = [_round_up(size, step) for size, step in zip(layout.shape, chunks, strict=True)]
-    layer_bytes = math.prod(shards[1:]) * _itemsize(layout.dtype)
+    shards = [round_up(size, step) for size, step in zip(layout.shape, chunks, strict=True)]
+    layer_bytes = math.prod(shards[1:]) * itemsize(layout.dtype)
     shards[0] = max(1, min(layout.shape[0], limits.file_bytes // layer_bytes))
     if layer_bytes > limits.file_bytes:
         row_bytes = layer_bytes // shards[axis] * chunks[axis]
@@ -326,161 +324,22 @@ def _coordinate_layouts(shape: TraceShape) -> dict[str, ArrayLayout]:
             indexes["attention_query"] = shape.attention_positions
     if shape.channels is not None:
         indexes["channel"] = shape.channels
-    out = {name: _layout(_ARRAYS[name], indexes) for name in indexes}
-    out |= _feature_indexes(shape.features)
+    out = {name: lay_out(ARRAYS[name], indexes) for name in indexes}
+    out |= feature_indexes(shape.features)
     for name in shape.sae_fields:
-        out[name] = _layout(_Array("layer", "string", f"{name} of the layer's SAE"), indexes)
+        out[name] = lay_out(Array("layer", "string", f"{name} of the layer's SAE"), indexes)
     sizes = {"query": shape.rows, "key": shape.tokens}
     names = (name for name in _TOKENS if shape.special or name != "special")
-    return out | {name: _layout(_ARRAYS[name], sizes) for name in names}
+    return out | {name: lay_out(ARRAYS[name], sizes) for name in names}
 
 
-def _feature_indexes(features: Mapping[str, int]) -> dict[str, ArrayLayout]:
+def feature_indexes(features: Mapping[str, int]) -> dict[str, ArrayLayout]:
+    """Lay out the indexes of the dimensions of features, by number of latents by array."""
     names = {f"feature{name.removeprefix('features')}": size for name, size in features.items()}
     return {
-        name: _layout(_ARRAYS["feature"], {"feature": size}, names={"feature": name})
+        name: lay_out(ARRAYS["feature"], {"feature": size}, names={"feature": name})
         for name, size in names.items()
     }
-
-
-# --- the arrays of a table ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TableShape:
-    """The sizes that decide a table's layout.
-
-    Attributes
-    ----------
-    layers, samples
-        Their numbers.
-    features
-        Numbers of latents by array (``features``, ``features_NAME``); empty for none.
-    channels
-        Width of the residual stream; None for a table without `residual`.
-    feature_dtype, residual_dtype
-        Of `features` and `residual`.
-    next_token
-        Whether the most likely next tokens are stored.
-    coordinates
-        Data types of the coordinates along `sample`, by name.
-    sae_fields
-        Coordinates along `layer` that say more of each SAE.
-    """
-
-    layers: int
-    samples: int
-    features: Mapping[str, int] = field(default_factory=dict)
-    channels: int | None = None
-    feature_dtype: str | None = None
-    residual_dtype: str | None = None
-    next_token: bool = True
-    coordinates: Mapping[str, str] = field(default_factory=dict)
-    sae_fields: tuple[str, ...] = ()
-    limits: Limits = DEFAULT_LIMITS
-
-
-# Numbers of a chunk of a table's features. One feature of all samples is read in narrow chunks, one
-# sample in wide ones; each chunk costs plain readers about a millisecond: schema/README.md.
-_TABLE_NUMBERS = 2**20
-_NARROWEST, _WIDEST, _COLUMNS = 64, 1024, 32
-
-_TABLE = {
-    "features": _Array("layer sample feature", *_ARRAYS["features"][1:]),
-    "residual": _Array("layer sample channel", *_ARRAYS["residual"][1:]),
-    "next_token": _Array("sample rank", *_ARRAYS["next_token"][1:]),
-    "next_token_logprob": _Array("sample rank", *_ARRAYS["next_token_logprob"][1:]),
-    "next_token_text": _Array("sample rank", *_ARRAYS["next_token_text"][1:]),
-}
-_SAMPLE = {
-    "scenario": "name of the scenario",
-    "position": "position of the token in the prompt",
-    "token": "text of the token",
-    "token_id": "id of the token in the model's vocabulary",
-    "span": "spans that hold the token",
-    "tags": "tags of the scenario",
-}
-
-
-def table_columns(features: int, limits: Limits = DEFAULT_LIMITS) -> int:
-    """Return how many features a chunk of a table holds: about a 32nd of them."""
-    columns = _NARROWEST
-    while columns < _WIDEST and columns * _COLUMNS < features:
-        columns *= 2
-    return min(columns, features, limits.features)
-
-
-def table_block(shape: TableShape) -> int:
-    """Return how many samples a block of a table holds: a power of two."""
-    columns = [table_columns(size, shape.limits) for size in shape.features.values()]
-    block = 1
-    while block * 2 <= shape.limits.samples and block * 2 * max(columns, default=1) <= (
-        _TABLE_NUMBERS
-    ):
-        block *= 2
-    return block
-
-
-def table_layout(shape: TableShape) -> dict[str, ArrayLayout]:
-    """Lay out every array of a table, coordinates last.
-
-    Returns
-    -------
-    dict
-        :class:`ArrayLayout` by array name.
-    """
-    out: dict[str, ArrayLayout] = {}
-    limits, block = shape.limits, table_block(shape)
-    sizes = {"layer": shape.layers, "sample": shape.samples, "rank": NEXT_TOKENS}
-    for name, features in shape.features.items():
-        names = {"feature": f"feature{name.removeprefix('features')}"}
-        steps = {"layer": 1, "sample": block, "feature": table_columns(features, limits)}
-        all_sizes = {**sizes, "feature": features}
-        layout = _layout(
-            _TABLE["features"], all_sizes, steps, names=names, dtype=shape.feature_dtype
-        )
-        out[name] = _in_sample_files(layout, limits)
-    if shape.channels is not None:
-        all_sizes = {**sizes, "channel": shape.channels}
-        steps = {"layer": 1, "sample": _halved(block, shape.channels, limits)}
-        layout = _layout(_TABLE["residual"], all_sizes, steps, dtype=shape.residual_dtype)
-        out["residual"] = _in_sample_files(layout, limits)
-    if shape.next_token:
-        rows = _round_up(limits.labels, block)
-        for name in NEXT_TOKEN:
-            layout = _layout(_TABLE[name], sizes, {"sample": block})
-            rows_there = _round_up(max(1, shape.samples), layout.chunks[0])
-            shards = (min(rows, rows_there), NEXT_TOKENS)
-            out[name] = layout.model_copy(update={"shards": shards})
-    return out | _table_coordinates(shape, sizes)
-
-
-def _in_sample_files(layout: ArrayLayout, limits: Limits) -> ArrayLayout:
-    """Cut an array into files that hold one layer of as many whole chunk rows as fit."""
-    chunks = layout.chunks
-    shards = [
-        _round_up(max(1, size), step) for size, step in zip(layout.shape, chunks, strict=True)
-    ]
-    row_bytes = chunks[1] * shards[2] * _itemsize(layout.dtype)
-    rows = max(1, limits.file_bytes // row_bytes) * chunks[1]
-    return layout.model_copy(update={"shards": (1, min(shards[1], rows), shards[2])})
-
-
-def _table_coordinates(shape: TableShape, sizes: Mapping[str, int]) -> dict[str, ArrayLayout]:
-    indexes = {"layer": shape.layers}
-    if shape.channels is not None:
-        indexes["channel"] = shape.channels
-    out = {name: _layout(_ARRAYS[name], indexes) for name in indexes}
-    out |= _feature_indexes(shape.features)
-    for name in shape.sae_fields:
-        out[name] = _layout(_Array("layer", "string", f"{name} of the layer's SAE"), indexes)
-    for name, dtype in shape.coordinates.items():
-        said = _SAMPLE.get(name, f"{name} of the scenario")
-        if name.startswith("option_"):
-            said = "id of the option's first token; -1 if the scenario has none"
-        array = _Array("sample", dtype, said)
-        out[name] = _layout(array, sizes, {"sample": shape.limits.labels})
-    return out
 
 
 # --- chunks and records ------------------------------------------------------------------------
@@ -488,15 +347,15 @@ def _table_coordinates(shape: TableShape, sizes: Mapping[str, int]) -> dict[str,
 
 def attention_chunk_rows(tokens: int, heads: int, limits: Limits = DEFAULT_LIMITS) -> int:
     """Return how many rows of attention a chunk holds: fewer where rows are large."""
-    return _halved(limits.queries, heads * min(tokens, limits.keys), limits)
+    return halved_rows(limits.queries, heads * min(tokens, limits.keys), limits)
 
 
 def residual_chunk_rows(channels: int, limits: Limits = DEFAULT_LIMITS) -> int:
     """Return how many tokens a chunk of the residual stream holds, each with all channels."""
-    return _halved(limits.tokens, channels, limits)
+    return halved_rows(limits.tokens, channels, limits)
 
 
-def _halved(rows: int, row: int, limits: Limits) -> int:
+def halved_rows(rows: int, row: int, limits: Limits) -> int:
     """Halve a number of rows until their numbers, `row` in each, stay within a chunk's limit."""
     while rows > 1 and rows * row > limits.attention:
         rows //= 2
@@ -511,7 +370,7 @@ def feature_columns(features: int, limits: Limits = DEFAULT_LIMITS) -> int:
 def attention_rows(tokens: int, heads: int, dtype: str, limits: Limits = DEFAULT_LIMITS) -> int:
     """Return how many rows of attention one record holds: whole chunks, within a bound."""
     step = attention_chunk_rows(tokens, heads, limits)
-    return min(tokens, _record_rows(step, heads * tokens * _itemsize(dtype), limits))
+    return min(tokens, _record_rows(step, heads * tokens * itemsize(dtype), limits))
 
 
 def feature_rows(tokens: int, features: int, limits: Limits = DEFAULT_LIMITS) -> int:
@@ -532,68 +391,11 @@ def _record_rows(step: int, row_bytes: int, limits: Limits) -> int:
     return max(1, limits.record_bytes // (row_bytes * step)) * step
 
 
-# --- the index of a run ------------------------------------------------------------------------
-
-# One feature is looked up: what is decoded for it stays small.
-_INDEX_STEPS = {"layer": 1, "feature": 1024, "scenario": 1024}
-_INDEX = {
-    "maximum": _Array("layer feature", "float32", "largest activation"),
-    "mean": _Array("layer feature", "float32", "mean activation over all tokens"),
-    "frequency": _Array(
-        "layer feature", "float32", "fraction of tokens at which the feature fires"),
-    "token_activation": _Array(
-        "layer feature token_rank", "float32",
-        "activations at the strongest tokens, strongest first"),
-    "token_scenario": _Array("layer feature token_rank", "uint32", "numbers of their scenarios"),
-    "token_position": _Array("layer feature token_rank", "uint32", "their positions in the prompt"),
-    "active": _Array("layer feature", "int64", "number of tokens at which the feature fires"),
-    "total": _Array(
-        "layer feature part", "int64", "sum of activations, in units of 2**-18 and of 2**-50"),
-    "tokens": _Array("layer", "int64", "number of tokens that were seen"),
-}  # fmt: skip
-_SCENARIOS = {
-    "scenario": _Array("scenario", "string", "name of the scenario, in the run's order"),
-    "digest": _Array("scenario", "uint64", "of the scenario's features; 0 if they are not indexed"),
-}
-
-
-def index_layout(
-    layers: int, features: Mapping[str, int], scenarios: int
-) -> dict[str, ArrayLayout]:
-    """Lay out every array of a run's index, those without features last.
-
-    Parameters
-    ----------
-    layers, scenarios
-        Their numbers.
-    features
-        Number of latents by array of the traces (``features``, ``features_NAME``).
-
-    Returns
-    -------
-    dict
-        :class:`ArrayLayout` by array name.
-    """
-    out: dict[str, ArrayLayout] = {}
-    sizes = {"layer": layers, "scenario": scenarios, "token_rank": INDEX_TOKENS, "part": 2}
-    for name, size in features.items():
-        suffix = name.removeprefix("features")
-        for array, found in _INDEX.items():
-            names = {"feature": f"feature{suffix}"}
-            layout = _layout(found, {**sizes, "feature": size}, _INDEX_STEPS, names=names)
-            if len(layout.dims) > 1:  # one file a layer, because layers are written apart
-                _, step, *more = layout.chunks
-                files = {"shards": (1, _round_up(size, step), *more)}
-                layout = layout.model_copy(update=files)
-            out[f"{array}{suffix}"] = layout
-    out |= _feature_indexes(features)
-    out["layer"] = _layout(_ARRAYS["layer"], sizes)
-    return out | {name: _layout(one, sizes, _INDEX_STEPS) for name, one in _SCENARIOS.items()}
-
-
-def _round_up(size: int, multiple: int) -> int:
+def round_up(size: int, multiple: int) -> int:
+    """Round a size up to a multiple."""
     return -(-size // multiple) * multiple
 
 
-def _itemsize(dtype: str) -> int:
+def itemsize(dtype: str) -> int:
+    """Return the bytes of a number."""
     return {"float16": 2, "float32": 4, "uint32": 4}[dtype]

@@ -11,7 +11,7 @@ from typing import Self
 
 import numpy as np
 
-from zarrtrace.format.layout import INDEX_TOKENS
+from zarrtrace.format.index_layout import INDEX_TOKENS
 
 # An activation is a multiple of 2**-18 and, of what is left, one of 2**-50: float32 is never
 # rounded above 2**-26.

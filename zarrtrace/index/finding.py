@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zarrtrace.errors import ConfigError, IntegrityError, ScenarioError
-from zarrtrace.format.layout import INDEX_TOKENS
+from zarrtrace.format.index_layout import INDEX_TOKENS
 from zarrtrace.scenarios import check_name
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import RunIndex, read_token_texts

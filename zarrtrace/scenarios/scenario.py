@@ -137,6 +137,15 @@ class Scenario:
         """The messages of a chat, without marks; none for a prompt."""
         return () if self.chat is None else self.chat.messages
 
+    @property
+    def span_names(self) -> tuple[str, ...]:
+        """Names of its spans, in order, also of a chat that is not rendered yet."""
+        chat = self.chat
+        if chat is None or chat.template is not None:
+            return tuple(self.spans)
+        of_messages = (name for message in chat.messages for name in message.spans)
+        return tuple(dict.fromkeys((*of_messages, *chat.sought)))
+
     def render(
         self, tokenizer: Any, *, generation_prompt: bool = True, prepend_bos: bool | None = None
     ) -> Scenario:

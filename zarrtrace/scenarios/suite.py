@@ -157,7 +157,7 @@ def _file_stream(path: Path) -> ScenarioStream:
     raise ScenarioError(
         f"{path}: unknown kind of scenario file {suffix or '(no ending)'!r}",
         remedy="Name it .yaml (a list under 'scenarios'), .jsonl (one scenario a line), "
-        ".csv or .parquet (a column 'prompt').",
+        ".csv or .parquet (a column 'prompt' or 'messages').",
     )
 
 
@@ -306,8 +306,8 @@ def _draft(given: Any, place: int) -> Draft:
     if not isinstance(given, Mapping):
         raise ScenarioError(
             f"{label(name)} is a value of type {type(given).__name__}",
-            remedy="Give a prompt, a Scenario or a mapping with 'prompt'; a file or table only by "
-            "itself.",
+            remedy="Give a prompt, a Scenario or a mapping with 'prompt' or 'messages'; a file or "
+            "table only by itself.",
         )
     called = given.get("name")
     entry = checked_entry(given, label(called if isinstance(called, str) else name))

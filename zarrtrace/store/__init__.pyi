@@ -15,7 +15,13 @@ from zarrtrace.store.metadata import kind_of, read_run, read_table, read_trace, 
 from zarrtrace.store.open import open_run, open_trace
 from zarrtrace.store.run_writer import RunWriter
 from zarrtrace.store.staged import only_writer, wait_for_writers
-from zarrtrace.store.summary import RunSummary, TraceSummary, summarize
+from zarrtrace.store.summary import (
+    RunSummary,
+    TableSummary,
+    TraceSummary,
+    summarize,
+    summarize_table,
+)
 from zarrtrace.store.table_writer import TableWriter
 from zarrtrace.store.tables import open_table
 from zarrtrace.store.trace_writer import TraceWriter
@@ -29,6 +35,7 @@ __all__ = [
     "RunIndex",
     "RunSummary",
     "RunWriter",
+    "TableSummary",
     "TableWriter",
     "TraceSummary",
     "TraceWriter",
@@ -49,6 +56,7 @@ __all__ = [
     "read_trace",
     "refuse_foreign",
     "summarize",
+    "summarize_table",
     "trace_plan",
     "verify",
     "wait_for_writers",

@@ -82,15 +82,17 @@ class LayerGrid:
         self.count = counts[axis] * self.columns
         self._file_layers, self._file_rows = encoding.grid[0], encoding.grid[axis]
 
-    def file_of(self, layer: int, chunk: int) -> tuple[str, int]:
-        """Return the key of the file that holds a chunk, and the chunk's number in it."""
-        row, column = divmod(chunk, self.columns)
-        block, inside = divmod(row, self._file_rows)
-        number, layer_inside = divmod(layer, self._file_layers)
-        place = [0] * self._axes
-        place[0], place[self._axis] = number, block
-        at = (layer_inside * self._file_rows + inside) * self.columns + column
-        return file_key(place), at
+    def places(self, layer: int, first: int = 0) -> Iterator[tuple[str, int]]:
+        """Yield key of the file and number in it of each chunk of a layer, from the first on."""
+        place, key, here = [0] * self._axes, "", -1
+        place[0], layer_inside = divmod(layer, self._file_layers)
+        for chunk in range(first, self.count):
+            row, column = divmod(chunk, self.columns)
+            block, inside = divmod(row, self._file_rows)
+            if block != here:
+                place[self._axis] = here = block
+                key = file_key(place)
+            yield key, (layer_inside * self._file_rows + inside) * self.columns + column
 
 
 def file_key(place: Sequence[int]) -> str:
@@ -197,6 +199,15 @@ def encode_file(encoding: ArrayEncoding, values: np.ndarray) -> tuple[bytes, Che
     }
     tail, checksum = tail_of(encoding, stored)
     return b"".join([*chunks.values(), tail]), checksum
+
+
+def label_files(
+    encoding: ArrayEncoding, values: np.ndarray
+) -> Iterator[tuple[str, bytes, Checksum]]:
+    """Encode all files of an array of one dimension: key, content and checksum of each."""
+    step = encoding.file_shape[0]
+    for number, key in enumerate(file_keys(encoding)):
+        yield key, *encode_file(encoding, values[number * step : (number + 1) * step])
 
 
 def index_entries(

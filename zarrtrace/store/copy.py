@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from zarrtrace.errors import ConfigMismatchError, IntegrityError, NotATraceError, StoreError
-from zarrtrace.format.attributes import IndexAttributes, TraceAttributes
+from zarrtrace.format.attributes import IndexAttributes, TableAttributes, TraceAttributes
 from zarrtrace.format.layout import INDEX
 from zarrtrace.storage import Address, Location, disk, locate
 from zarrtrace.store.chunks import Checksum
@@ -25,6 +25,7 @@ from zarrtrace.store.metadata import (
     kind_of,
     read_index_group,
     read_run,
+    read_table,
     read_trace,
     refuse_foreign,
 )
@@ -35,13 +36,22 @@ from zarrtrace.store.staged import STAGED, staging_folder
 Progress = Callable[[int, int], None]
 
 
+# Groups that are copied in one piece, by kind.
+_READ: dict[str, Callable[[Location], Group[Any]]] = {
+    "trace": read_trace,
+    "table": read_table,
+    "index": read_index_group,
+}
+_Piece = Group[TraceAttributes] | Group[TableAttributes] | Group[IndexAttributes]
+
+
 class Copied(NamedTuple):
     """The outcome of :func:`copy_run`.
 
     Attributes
     ----------
     scenarios
-        Traces that the copy holds.
+        Traces that the copy holds, or scenarios of a table.
     bytes
         Bytes that were written.
     bytes_there
@@ -70,7 +80,7 @@ class _Counter:
 
 
 def copy_run(source: Address, target: Address, *, progress: Progress | None = None) -> Copied:
-    """Copy a run, or one trace, with its index and card if it has them.
+    """Copy a run, a trace or a table; a run with its index and card if it has them.
 
     Parameters
     ----------
@@ -92,29 +102,32 @@ def copy_run(source: Address, target: Address, *, progress: Progress | None = No
     NotATraceError, FormatVersionError, RemoteError, NoSpaceError
     """
     source, target = locate(source), locate(target).resolved()
-    is_trace = kind_of(source) == "trace"
-    _refuse_other(source, target, is_trace=is_trace)
-    groups = [read_trace(source)] if is_trace else _groups(source)
+    kind = kind_of(source)
+    is_run = kind == "run"
+    _refuse_other(source, target, kind)
+    groups: list[_Piece] = _groups(source) if is_run else [_READ[kind](source)]
     counter = _Counter(sum(map(_bytes_of, groups)), progress)
     with disk.explained(target):
         lock = lock_run(target)
         try:
             for group in groups:
-                to = target if is_trace else target / group.path.name
+                to = target / group.path.name if is_run else target
                 _copy_group(group, source, to, counter)
-            if not is_trace:
+            if is_run:
                 for name in ("README.md", "zarr.json"):
                     _copy_file(source, name, target)
         finally:
             lock.release()
-    traces = sum(group.path.name != INDEX or is_trace for group in groups)
+    if isinstance(table := groups[0].attributes if groups else None, TableAttributes):
+        return Copied(table.scenarios, counter.written, counter.there)
+    traces = sum(group.path.name != INDEX or not is_run for group in groups)
     return Copied(traces, counter.written, counter.there)
 
 
-def _groups(run: Location) -> list[Group[TraceAttributes] | Group[IndexAttributes]]:
+def _groups(run: Location) -> list[_Piece]:
     """Read the metadata of a run's complete traces, and of its index if it has one."""
     names = read_run(run).attributes.scenarios
-    found: list[Group[TraceAttributes] | Group[IndexAttributes]] = [
+    found: list[_Piece] = [
         trace for trace in each_trace(run, names, lambda trace: trace) if trace is not None
     ]
     with contextlib.suppress(NotATraceError):
@@ -122,27 +135,20 @@ def _groups(run: Location) -> list[Group[TraceAttributes] | Group[IndexAttribute
     return found
 
 
-def _refuse_other(source: Location, target: Location, *, is_trace: bool) -> None:
+def _refuse_other(source: Location, target: Location, kind: str) -> None:
     try:
         there = kind_of(target)
     except NotATraceError:
         # An interrupted copy has no zarr.json yet.
         known = {STAGED, INDEX, "README.md"}
-        if not is_trace:
+        if kind == "run":
             known |= {*read_run(source).attributes.scenarios}
         if target.is_file() or (
             target.is_folder() and any(child.name not in known for child in target.children())
         ):
             refuse_foreign(target)
         return
-    if is_trace and there == "trace":
-        is_same = _seal(source) == _seal(target)
-    elif not is_trace and there == "run":
-        run, other = read_run(source).attributes, read_run(target).attributes
-        is_same = (run.scenarios, run.config) == (other.scenarios, other.config)
-    else:
-        is_same = False
-    if not is_same:
+    if kind != there or _identity(source, kind) != _identity(target, kind):
         raise ConfigMismatchError(
             f"{target}: another run is there",
             why="A copy is resumed only if it is of the same run.",
@@ -150,16 +156,20 @@ def _refuse_other(source: Location, target: Location, *, is_trace: bool) -> None
         )
 
 
-def _seal(path: Location) -> str | None:
-    return read_trace(path).attributes.seal
+def _identity(path: Location, kind: str) -> Any:
+    """Return what a copy has in common with what it was copied from."""
+    if kind == "run":
+        run = read_run(path).attributes
+        return run.scenarios, run.config
+    return _READ[kind](path).attributes.seal
 
 
-def _bytes_of(group: Group[TraceAttributes] | Group[IndexAttributes]) -> int:
+def _bytes_of(group: _Piece) -> int:
     return sum(one.bytes for files in group.checksums.values() for one in files.values())
 
 
 def _copy_group(
-    group: Group[TraceAttributes] | Group[IndexAttributes],
+    group: _Piece,
     source: Location,
     target: Location,
     counter: _Counter,
@@ -167,8 +177,7 @@ def _copy_group(
     """Copy a trace or an index: staged, then published. No link may lead out of the source."""
     total = _bytes_of(group)
     with contextlib.suppress(StoreError):
-        read = read_index_group if group.path.name == INDEX else read_trace
-        there: Group[Any] = read(target)
+        there: Group[Any] = _READ[group.attributes.kind](target)
         if there.attributes.seal == group.attributes.seal:
             check_sizes(there)
             counter.add(there=total)

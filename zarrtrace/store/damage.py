@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from zarrtrace.errors import IntegrityError, StoreError
-from zarrtrace.format.attributes import IndexAttributes
+from zarrtrace.format.attributes import IndexAttributes, TableAttributes
 from zarrtrace.store.chunks import Checksum, checksum_of, fingerprint, parse_index
 from zarrtrace.store.codecs import CRC_BYTES, ArrayEncoding, checked
 from zarrtrace.store.metadata import REPAIR, Group
@@ -173,7 +173,8 @@ def _unknown_files(group: Group[Any], problem: Callable[..., Problem]) -> Iterat
     """Name what is in the group's folders and does not belong there."""
     if not group.path.backend.listable:
         return
-    said = "does not belong to the trace"
+    is_table = isinstance(group.attributes, TableAttributes)
+    said = f"does not belong to the {'table' if is_table else 'trace'}"
     for child in group.path.children():
         if child.name not in group.nodes and child.name != _METADATA:
             yield problem(array=child.name, message=said)

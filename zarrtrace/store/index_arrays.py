@@ -13,10 +13,11 @@ import numpy as np
 
 from zarrtrace.errors import IntegrityError, StoreError
 from zarrtrace.format.attributes import IndexAttributes, TraceAttributes
-from zarrtrace.format.layout import INDEX, ArrayLayout, index_layout
+from zarrtrace.format.index_layout import index_layout
+from zarrtrace.format.layout import INDEX
 from zarrtrace.storage import Address, Location, disk, locate
 from zarrtrace.store.array import open_array
-from zarrtrace.store.chunks import Checksum, encode_file, file_key
+from zarrtrace.store.chunks import Checksum, encode_file, file_key, label_files
 from zarrtrace.store.codecs import ArrayEncoding
 from zarrtrace.store.damage import check_sizes
 from zarrtrace.store.metadata import (
@@ -329,10 +330,9 @@ class IndexWriter:
                 found = dict(stored.get(name, {}))
                 if len(layout.dims) == 1 and not name.startswith("tokens"):
                     value = values.get(name, np.arange(layout.shape[0]))
-                    step = layout.chunks[0]
-                    for place, start in enumerate(range(0, len(value), step)):
-                        part = value[start : start + step]
-                        found |= _write_file(self.path, name, layout, place, part)
+                    for key, content, checksum in label_files(ArrayEncoding(layout), value):
+                        (self.path / name / key).write(content)
+                        found[key] = checksum
                 nodes[name] = array_metadata(layout, found)
                 (self.path / name / "zarr.json").write(encoded(nodes[name]))
             (self.path / "zarr.json").write(sealed_group(attributes, nodes))
@@ -340,16 +340,6 @@ class IndexWriter:
                 disk.sync(folder)
             publish_folder(self.path, self._run / INDEX)
         return attributes
-
-
-def _write_file(
-    folder: Location, name: str, layout: ArrayLayout, place: int, values: np.ndarray
-) -> dict[str, Checksum]:
-    """Write an array's file with this place along the first dimension; return its checksum."""
-    content, checksum = encode_file(ArrayEncoding(layout), values)
-    key = file_key([place, *[0] * (values.ndim - 1)])
-    (folder / name / key).write(content)
-    return {key: checksum}
 
 
 def write_index_layer(
@@ -373,8 +363,12 @@ def write_index_layer(
         Values by name, without the dimension of layers.
     """
     layout, at = index_layout(len(layers), features, 1), list(layers).index(layer)
+    stored = {}
     with disk.explained(folder):
-        return {
-            name: _write_file(folder, name, layout[name], at, np.asarray(value)[np.newaxis])
-            for name, value in arrays.items()
-        }
+        for name, value in arrays.items():
+            values = np.asarray(value)[np.newaxis]
+            key = file_key([at, *[0] * (values.ndim - 1)])
+            content, checksum = encode_file(ArrayEncoding(layout[name]), values)
+            (folder / name / key).write(content)
+            stored[name] = {key: checksum}
+    return stored

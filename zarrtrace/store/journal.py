@@ -128,9 +128,8 @@ def chunk_places(
         raise ValueError(f"{name!r} has no layer {layer}")
     if not encoding.is_sharded:
         return ((key, 0) for key in file_keys(encoding)[first:])
-    grid = LayerGrid(dims, encoding)
     place = 0 if layer is None else group.attributes.layers_of(dims[0]).index(layer)
-    return (grid.file_of(place, number) for number in range(first, grid.count))
+    return LayerGrid(dims, encoding).places(place, first)
 
 
 # --- lines -------------------------------------------------------------------------------------

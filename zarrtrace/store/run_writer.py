@@ -124,12 +124,11 @@ class RunWriter(LockedRun):
         if self._final.is_file() or (
             self._final.is_folder() and any(True for _ in self._final.children())
         ):
-            if not self._overwrite:
-                self._resume(self._previous())
+            previous = None if self._replaces_table() else self._previous()
+            if previous is not None and not self._overwrite:
+                self._resume(previous)
                 return
-            refuse_foreign(self._final)
-            is_table = kind_of(self._final) == "table"
-            if was_replaced and not is_table and _is_same(self._previous(), self._attributes):
+            if was_replaced and previous is not None and _is_same(previous, self._attributes):
                 return
             self.path = self._new
             if self._successor() is not None:
@@ -138,6 +137,12 @@ class RunWriter(LockedRun):
         # In the folder of temporary files an earlier run at this address may have left traces.
         disk.remove_folder(staging_folder(self.path))
         self._write_group(self.path, self._attributes, None)
+
+    def _replaces_table(self) -> bool:
+        """Whether a table is there that the run takes the place of."""
+        with contextlib.suppress(StoreError):
+            return self._overwrite and kind_of(self._final) == "table"
+        return False
 
     def _resume(self, previous: RunAttributes) -> None:
         """Refuse a run that was started otherwise; name its versions and today's in it."""

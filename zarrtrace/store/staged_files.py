@@ -18,7 +18,7 @@ from zarrtrace.format.attributes import TableAttributes, TraceAttributes
 from zarrtrace.format.layout import ArrayLayout
 from zarrtrace.identity import combined_versions
 from zarrtrace.storage import disk, locate
-from zarrtrace.store.chunks import Checksum, encode_file, file_keys, tail_of
+from zarrtrace.store.chunks import Checksum, label_files, tail_of
 from zarrtrace.store.codecs import CRC_BYTES, ArrayEncoding
 from zarrtrace.store.journal import (
     JOURNAL,
@@ -157,11 +157,9 @@ class StagedFiles(ABC, Generic[_Attributes, _Stored]):
     def _write_coordinates(self, coordinates: Mapping[str, np.ndarray]) -> None:
         for name, values in coordinates.items():
             checksums = self._group.nodes[name]["attributes"][CHECKSUMS]
-            step = self.encodings[name].file_shape[0]
-            for number, key in enumerate(file_keys(self.encodings[name])):  # none if it is empty
-                some = values[number * step : (number + 1) * step]
-                content, checksums[key] = encode_file(self.encodings[name], some)
+            for key, content, checksum in label_files(self.encodings[name], values):
                 disk.write_whole(self.folder / name / key, content)
+                checksums[key] = checksum
 
     def _header(self, versions: Mapping[str, str]) -> Line:
         """Return the first line of the journal."""

@@ -15,7 +15,7 @@ from typing import Any
 from zarrtrace.errors import IntegrityError
 from zarrtrace.format.attributes import TableAttributes
 from zarrtrace.format.layout import ArrayLayout
-from zarrtrace.storage import Location
+from zarrtrace.storage import Location, locate
 from zarrtrace.store.chunks import LayerGrid, read_index
 from zarrtrace.store.codecs import checked
 from zarrtrace.store.journal import (
@@ -25,7 +25,8 @@ from zarrtrace.store.journal import (
     read_lines,
     replay_blocks,
 )
-from zarrtrace.store.metadata import Group
+from zarrtrace.store.metadata import Group, check_nodes, labels_of, parse_attributes
+from zarrtrace.store.nodes import NONSENSE, array_metadata
 from zarrtrace.store.publish import beside
 from zarrtrace.store.staged import staging_folder
 from zarrtrace.store.staged_files import StagedFiles
@@ -150,9 +151,10 @@ class StagedTable(StagedFiles[TableAttributes, StoredBlocks]):
             Number of the block that each failed scenario begins in.
         """
         try:
-            is_same = {n: e.layout for n, e in source.encodings.items()} == {
-                n: e.layout for n, e in self.encodings.items()
-            }
+            is_same = source.nodes.keys() == self._group.nodes.keys() and all(
+                array_metadata(encoding.layout, source.checksums[name]) == source.nodes[name]
+                for name, encoding in self.encodings.items()
+            )
             while is_same and self.done < self.samples:
                 block = self.stored.blocks
                 for name, layer in self.arrays:
@@ -184,6 +186,36 @@ def _sound_chunks(
     for chunk in found:
         checked(chunk)
     return found
+
+
+def read_staged_table(path: Location) -> tuple[Group[TableAttributes], int] | None:
+    """Read what there is of a table that is not published: being written, or interrupted.
+
+    Parameters
+    ----------
+    path
+        Where the table will be.
+
+    Returns
+    -------
+    group
+        Its metadata.
+    done
+        How many samples the journal names.
+    """
+    folder = table_folder(path.resolved())
+    lines = read_lines(folder)
+    header, here = next(lines, {}), locate(folder)
+    try:
+        attributes = parse_attributes(here, header["attributes"], "table")
+        encodings = check_nodes(header["arrays"], attributes, is_whole=False)
+        labels = frozenset(labels_of(header["arrays"]).split())
+    except (*NONSENSE, IntegrityError):
+        return None
+    block = max(e.chunks[e.layout.row_axis] for e in encodings.values() if e.is_sharded)
+    done = min(sum(1 for _ in lines) * block, encodings["scenario"].shape[0])
+    plain = header["attributes"]
+    return Group(here, attributes, plain, labels, header["arrays"], encodings), done
 
 
 def staged_header(folder: Path) -> dict[str, Any] | None:

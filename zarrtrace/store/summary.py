@@ -1,9 +1,10 @@
-"""A run at a glance: sizes, layers, completeness. Reads metadata only."""
+"""A run or a table at a glance: sizes, layers, completeness. Reads metadata only."""
 
 from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -11,9 +12,17 @@ from zarrtrace.errors import NotATraceError
 from zarrtrace.format.attributes import FORMAT_VERSION, MetadataValue, TraceAttributes
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store.array import open_array
-from zarrtrace.store.metadata import Group, kind_of, read_run, read_scenario, read_trace
+from zarrtrace.store.metadata import (
+    Group,
+    kind_of,
+    read_run,
+    read_scenario,
+    read_table,
+    read_trace,
+)
 from zarrtrace.store.nodes import encoded
 from zarrtrace.store.staged import read_staged, staging_folder
+from zarrtrace.store.staged_table import read_staged_table
 
 
 class TraceSummary(BaseModel):
@@ -52,6 +61,85 @@ class RunSummary(BaseModel):
         return self.bytes_dense / max(1, self.bytes_on_disk)
 
 
+class TableSummary(BaseModel):
+    """A table at a glance.
+
+    Attributes
+    ----------
+    samples, samples_done
+        All, and those that are stored; a table that is being written has fewer.
+    failed
+        Why scenarios were not computed, by name.
+    """
+
+    path: str
+    format_version: int
+    complete: bool
+    scenarios: int
+    samples: int
+    samples_done: int
+    positions: str
+    layers: tuple[int, ...]
+    layers_without_sae: tuple[int, ...]
+    arrays: dict[str, tuple[int, ...]]
+    metadata: tuple[str, ...]
+    failed: dict[str, str]
+    files: int
+    bytes_on_disk: int
+    bytes_dense: int
+    model: str | None
+    sae_release: str | None
+
+    @property
+    def compression(self) -> float:
+        """How many dense bytes one byte on disk stands for."""
+        return self.bytes_dense / max(1, self.bytes_on_disk)
+
+
+def summarize_table(path: Address) -> TableSummary:
+    """Summarise a table, complete or being written.
+
+    Parameters
+    ----------
+    path
+        Its folder, or its address.
+
+    Raises
+    ------
+    NotATraceError, FormatVersionError, IntegrityError
+    """
+    path = locate(path)
+    try:
+        table, done = read_table(path), None
+    except NotATraceError:
+        staged = None if path.exists() else read_staged_table(path)
+        if staged is None:
+            raise
+        table, done = staged
+    samples = table.encodings["scenario"].shape[0]
+    on_disk = _bytes_on_disk(table) + ((path / "zarr.json").size() if done is None else 0)
+    attributes = table.attributes
+    return TableSummary(
+        path=str(path),
+        format_version=FORMAT_VERSION,
+        complete=done is None,
+        scenarios=attributes.scenarios,
+        samples=samples,
+        samples_done=samples if done is None else done,
+        positions=attributes.positions,
+        layers=attributes.layers,
+        layers_without_sae=attributes.layers_without_sae,
+        arrays=_arrays(table),
+        metadata=attributes.metadata,
+        failed=attributes.failed,
+        files=sum(map(len, table.checksums.values())) + len(table.nodes) + 1,
+        bytes_on_disk=on_disk,
+        bytes_dense=_bytes_dense(table),
+        model=None if attributes.model is None else attributes.model.id,
+        sae_release=next((one.release for one in attributes.saes.values()), None),
+    )
+
+
 def summarize(path: Address) -> RunSummary:
     """Summarise a run, or a trace that stands alone.
 
@@ -67,7 +155,10 @@ def summarize(path: Address) -> RunSummary:
     path = locate(path)
     names: tuple[str, ...] = ("",)
     folders, is_complete = [path], True
-    if kind_of(path) == "run":
+    kind = kind_of(path)
+    if kind == "table":
+        read_run(path)  # raises, and says so
+    if kind == "run":
         run = read_run(path).attributes
         names, is_complete = run.scenarios, run.complete
         begun = {*path.present(names), *locate(staging_folder(path)).present(names)}
@@ -99,18 +190,10 @@ def _trace(path: Location, *, in_run: bool) -> TraceSummary | None:
         (group, missing, indexes), is_complete = staged, False
         on_disk = sum(one.checksum.bytes for files in indexes.values() for one in files.values())
     else:
-        on_disk = (path / "zarr.json").size() + sum(
-            len(encoded(node)) + sum(one.bytes for one in group.checksums[name].values())
-            for name, node in group.nodes.items()
-        )
+        on_disk = (path / "zarr.json").size() + _bytes_on_disk(group)
     dims: dict[str, int] = {}
-    arrays: dict[str, tuple[int, ...]] = {}
-    dense = 0
-    for name, how in group.encodings.items():
+    for how in group.encodings.values():
         dims |= dict(zip(how.layout.dims, how.shape, strict=True))
-        if len(how.shape) > 1:
-            arrays[name] = how.shape
-            dense += math.prod(how.shape) * how.dtype.itemsize
     attributes = group.attributes
     return TraceSummary(
         scenario=attributes.scenario,
@@ -119,15 +202,31 @@ def _trace(path: Location, *, in_run: bool) -> TraceSummary | None:
         missing_layers=missing,
         tokens=dims.get("key", 0),
         dims=dims,
-        arrays=arrays,
+        arrays=_arrays(group),
         bytes_on_disk=on_disk,
-        bytes_dense=dense,
+        bytes_dense=_bytes_dense(group),
         tags=attributes.tags,
         metadata=attributes.metadata,
         model=None if attributes.model is None else attributes.model.id,
         sae_release=next((one.release for one in attributes.saes.values()), None),
         sae_ids=_sae_ids(group),
     )
+
+
+def _arrays(group: Group[Any]) -> dict[str, tuple[int, ...]]:
+    """Return shapes of the arrays that have several dimensions."""
+    return {name: how.shape for name, how in group.encodings.items() if len(how.shape) > 1}
+
+
+def _bytes_dense(group: Group[Any]) -> int:
+    arrays = [how for how in group.encodings.values() if len(how.shape) > 1]
+    return sum(math.prod(how.shape) * how.dtype.itemsize for how in arrays)
+
+
+def _bytes_on_disk(group: Group[Any]) -> int:
+    """Return the bytes of arrays' files and metadata."""
+    files = [one for found in group.checksums.values() for one in found.values()]
+    return sum(one.bytes for one in files) + sum(len(encoded(one)) for one in group.nodes.values())
 
 
 def _sae_ids(group: Group[TraceAttributes]) -> tuple[str, ...]:

@@ -18,13 +18,8 @@ from zarrtrace.errors import (
     StoreError,
 )
 from zarrtrace.format.attributes import TableAttributes, share_saes
-from zarrtrace.format.layout import (
-    NEXT_TOKEN,
-    NO_ID,
-    ArrayLayout,
-    table_block,
-    table_layout,
-)
+from zarrtrace.format.layout import NEXT_TOKEN, NO_ID, ArrayLayout
+from zarrtrace.format.table_layout import table_block, table_layout
 from zarrtrace.identity import combined_versions, refuse_other
 from zarrtrace.precision import cast_samples
 from zarrtrace.records import BFloat16, Nonzeros, SampleRecord, SampleTokens, TablePlan
@@ -239,6 +234,7 @@ class TableWriter(LockedRun):
             )
         rows = self._rows[layer]
         with rows.mutex:
+            self._refuse_after_error()
             self._fill_failed(rows)
             if problem := rows.problem(record.start, _values_of(record), self._samples):
                 raise self._refused(f"{rows.label}: {problem}", _SAME_SIZES)
@@ -263,6 +259,7 @@ class TableWriter(LockedRun):
             self._failed[start] = (count, scenario, reason)
         for rows in self._rows.values():
             with rows.mutex:
+                self._refuse_after_error()
                 self._fill_failed(rows)
 
     def _fill_failed(self, rows: TableRows) -> None:
@@ -281,11 +278,6 @@ class TableWriter(LockedRun):
 
     def _add(self, rows: TableRows, values: Mapping[str, Any]) -> None:
         """Add samples of a layer, and append the chunks that they fill."""
-        if self._error is not None:
-            raise self._refused(
-                f"nothing can be stored any more: {self._error}",
-                "Run the same command again: it resumes where it stopped.",
-            )
         try:
             with disk.explained(self.path):
                 for name, part in rows.add(values, self._samples):
@@ -301,6 +293,14 @@ class TableWriter(LockedRun):
         except BaseException as error:
             self._error = error
             raise
+
+    def _refuse_after_error(self) -> None:
+        """Refuse everything after chunks were lost: later ones would stand in their place."""
+        if self._error is not None:
+            raise self._refused(
+                f"nothing can be stored any more: {self._error}",
+                "Run the same command again: it resumes where it stopped.",
+            )
 
     def _end_blocks(self) -> None:
         while self._staged.block_is_whole:

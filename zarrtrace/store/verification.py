@@ -19,6 +19,7 @@ from zarrtrace.store.metadata import (
     read_index_group,
     read_run,
     read_scenario,
+    read_table,
     read_trace,
     repeated_nodes,
 )
@@ -30,12 +31,12 @@ _OF_RUN = ("zarr.json", "README.md", INDEX, STAGED)
 
 
 def verify(path: Address) -> list[Problem]:
-    """Read every byte of a run, or of one trace, and compare it with its checksums.
+    """Read every byte of a run, a trace or a table, and compare it with its checksums.
 
     Parameters
     ----------
     path
-        Folder of the run or the trace, or its address.
+        Its folder, or its address.
 
     Returns
     -------
@@ -48,8 +49,12 @@ def verify(path: Address) -> list[Problem]:
         If the run's own metadata cannot be read.
     """
     path = locate(path)
-    if kind_of(path) == "trace":
+    kind = kind_of(path)
+    if kind == "trace":
         return list(_trace(path, None))
+    if kind == "table":
+        (path / "zarr.json").inside(path)
+        return find_damage(read_table(path))
     (path / "zarr.json").inside(path)
     run = read_run(path)
     names = run.attributes.scenarios

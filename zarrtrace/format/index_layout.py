@@ -1,0 +1,73 @@
+"""Layout of the index of a run's features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from zarrtrace.format.layout import (
+    ARRAYS,
+    Array,
+    ArrayLayout,
+    feature_indexes,
+    lay_out,
+    round_up,
+)
+
+#: How many tokens the index keeps of each feature.
+INDEX_TOKENS = 20
+
+# One feature is looked up: what is decoded for it stays small.
+_INDEX_STEPS = {"layer": 1, "feature": 1024, "scenario": 1024}
+_INDEX = {
+    "maximum": Array("layer feature", "float32", "largest activation"),
+    "mean": Array("layer feature", "float32", "mean activation over all tokens"),
+    "frequency": Array(
+        "layer feature", "float32", "fraction of tokens at which the feature fires"),
+    "token_activation": Array(
+        "layer feature token_rank", "float32",
+        "activations at the strongest tokens, strongest first"),
+    "token_scenario": Array("layer feature token_rank", "uint32", "numbers of their scenarios"),
+    "token_position": Array("layer feature token_rank", "uint32", "their positions in the prompt"),
+    "active": Array("layer feature", "int64", "number of tokens at which the feature fires"),
+    "total": Array(
+        "layer feature part", "int64", "sum of activations, in units of 2**-18 and of 2**-50"),
+    "tokens": Array("layer", "int64", "number of tokens that were seen"),
+}  # fmt: skip
+_SCENARIOS = {
+    "scenario": Array("scenario", "string", "name of the scenario, in the run's order"),
+    "digest": Array("scenario", "uint64", "of the scenario's features; 0 if they are not indexed"),
+}
+
+
+def index_layout(
+    layers: int, features: Mapping[str, int], scenarios: int
+) -> dict[str, ArrayLayout]:
+    """Lay out every array of a run's index, those without features last.
+
+    Parameters
+    ----------
+    layers, scenarios
+        Their numbers.
+    features
+        Number of latents by array of the traces (``features``, ``features_NAME``).
+
+    Returns
+    -------
+    dict
+        :class:`ArrayLayout` by array name.
+    """
+    out: dict[str, ArrayLayout] = {}
+    sizes = {"layer": layers, "scenario": scenarios, "token_rank": INDEX_TOKENS, "part": 2}
+    for name, size in features.items():
+        suffix = name.removeprefix("features")
+        for array, found in _INDEX.items():
+            names = {"feature": f"feature{suffix}"}
+            layout = lay_out(found, {**sizes, "feature": size}, _INDEX_STEPS, names=names)
+            if len(layout.dims) > 1:  # one file a layer, because layers are written apart
+                _, step, *more = layout.chunks
+                files = {"shards": (1, round_up(size, step), *more)}
+                layout = layout.model_copy(update=files)
+            out[f"{array}{suffix}"] = layout
+    out |= feature_indexes(features)
+    out["layer"] = lay_out(ARRAYS["layer"], sizes)
+    return out | {name: lay_out(one, sizes, _INDEX_STEPS) for name, one in _SCENARIOS.items()}
