@@ -403,6 +403,7 @@ def _attributes(
         name: ranges(sorted({n for ds in runs for n in layers_in(ds.attrs.get(name, ""))}))
         for name in ("layers_without_sae", "layers_without_residual")
     }
+    chats = [ds.attrs["chat"] for ds in runs if ds.attrs.get("chat")]
     return {
         "kind": "table",
         "format_version": 2,
@@ -414,6 +415,7 @@ def _attributes(
         "spans": span_names(data),
         "options": list(options(data)),
         "metadata": columns,
+        "chat_template": chats[0]["template"] if chats else None,
         "failed": {},
     }
 

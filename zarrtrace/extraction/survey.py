@@ -42,6 +42,8 @@ class Survey:
         Names that occur, in order of first use; ``decision`` last.
     longest
         Most tokens of a prompt.
+    chat_template
+        Hash of the template that made prompts of chats; None if there are no chats.
     """
 
     starts: np.ndarray
@@ -51,6 +53,7 @@ class Survey:
     options: tuple[str, ...]
     metadata: tuple[str, ...]
     longest: int
+    chat_template: str | None = None
 
     @property
     def scenarios(self) -> int:
@@ -127,13 +130,15 @@ def survey(
     found, starts, hashes = _Samples(), array("q", [0]), hashlib.blake2b(digest_size=8)
     spans: dict[str, None] = {}
     texts: dict[str, str] = {}  # equal texts are kept once
-    longest = 0
+    longest, template = 0, None
     for prompt in prompts:
         where = positions(prompt)
         where = range(len(prompt.tokens.ids)) if where is None else where
         _add(found, prompt, where, texts)
         starts.append(starts[-1] + len(where))
         spans |= dict.fromkeys(prompt.spans)
+        if (chat := prompt.scenario.chat) is not None:
+            template = chat.template
         longest = max(longest, len(prompt.tokens.ids))
         hashes.update(digest(prompt).encode())
     if not starts[-1]:
@@ -148,6 +153,7 @@ def survey(
         options=tuple(found.options),
         metadata=tuple(found.metadata),
         longest=longest,
+        chat_template=template,
     )
 
 

@@ -100,6 +100,7 @@ class TableJob:
             spans=seen.spans,
             options=seen.options,
             metadata=seen.metadata,
+            chat_template=seen.chat_template,
             versions=library_versions(),
             config={},
             **{name: getattr(trace, name) for name in same},

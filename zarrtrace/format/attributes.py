@@ -407,6 +407,10 @@ class TableAttributes(Frozen):
         default_factory=dict,
         description="Why scenarios were not computed; all values of their samples are NaN.",
     )
+    chat_template: Fingerprint | None = Field(
+        default=None,
+        description="BLAKE2b (8 bytes) of the chat template's text; null if no scenario is a chat.",
+    )
     model: ModelAttributes | None = Field(description="Null if not known.")
     saes: dict[str, SAESetAttributes] = Field(
         default_factory=dict, description="By array: `features`, `features_NAME`."
