@@ -44,7 +44,7 @@ def command(
 ) -> None:
     """Say which prompts of RUN drive a feature: its strongest tokens over all scenarios.
 
-    RUN is a run or a table. Needs the index that 'zarrtrace index' makes.
+    Needs the index that 'zarrtrace index' makes; a table can do without.
     """
     from zarrtrace.index import find_feature
 

@@ -1,74 +1,20 @@
-"""Looking one feature up in an index: one small chunk an array, on runs of any size."""
+"""Looking one feature up in a run's index: one small chunk an array, on runs of any size."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from zarrtrace.errors import ConfigError, IntegrityError, ScenarioError
+from zarrtrace.errors import ConfigError, IntegrityError, ScenarioError, ZarrtraceError
 from zarrtrace.format.index_layout import INDEX_TOKENS
+from zarrtrace.index.tables import find_in_table
+from zarrtrace.index.uses import AFTER, BEFORE, FeatureUse, TokenUse
 from zarrtrace.scenarios import check_name
 from zarrtrace.storage import Address, Location, locate
-from zarrtrace.store import RunIndex, read_sample_texts, read_table, read_token_texts
+from zarrtrace.store import RunIndex, kind_of, read_sample_texts, read_table, read_token_texts
 from zarrtrace.suggestions import did_you_mean
-
-_BEFORE, _AFTER = 6, 3
-
-
-@dataclass(frozen=True)
-class TokenUse:
-    """One token at which a feature fires.
-
-    Attributes
-    ----------
-    activation
-        In the SAE's units.
-    scenario, position
-        Where it is.
-    token
-        Its text.
-    before, after
-        The text around it: six tokens and three, as far as the run or table stores them.
-    """
-
-    activation: float
-    scenario: str
-    position: int
-    token: str
-    before: str
-    after: str
-
-
-@dataclass(frozen=True)
-class FeatureUse:
-    """What the index of a run or a table says of one feature.
-
-    Attributes
-    ----------
-    layer, feature, array
-        Which: ``array`` is ``features`` or ``features_<name>``.
-    maximum, mean
-        Activation of largest magnitude, with its sign, and mean activation over all tokens, in the
-        SAE's units; a token at which the feature is silent counts as 0.
-    frequency
-        Fraction of tokens at which it fires: its activation is not 0.
-    tokens
-        The tokens of largest magnitude, largest first; of equals, the first in the run.
-    indexed, scenarios
-        How many scenarios are in the index, and how many the run or the table has.
-    """
-
-    layer: int
-    feature: int
-    array: str
-    maximum: float
-    mean: float
-    frequency: float
-    tokens: tuple[TokenUse, ...]
-    indexed: int
-    scenarios: int
 
 
 def find_feature(
@@ -80,6 +26,8 @@ def find_feature(
     array: str = "features",
 ) -> FeatureUse:
     """Say which tokens drive a feature, from the index of a run or a table.
+
+    A table that has no index, or that of another table, is read itself.
 
     Parameters
     ----------
@@ -95,7 +43,7 @@ def find_feature(
     Raises
     ------
     StoreError
-        If it has no index.
+        If a run of traces has no index.
     IntegrityError
         If the index is damaged, or that of another run.
     ConfigError
@@ -103,7 +51,10 @@ def find_feature(
     """
     if not 1 <= top <= INDEX_TOKENS:
         raise ConfigError(f"top={top}: the index holds {INDEX_TOKENS} tokens", remedy="Give fewer.")
-    index = RunIndex(run)
+    run = locate(run)
+    index = _index_of(run)
+    if index is None:
+        return find_in_table(run, layer, feature, top=top, array=array)
     known = index.attributes
     if array not in known.features:
         raise ConfigError(
@@ -142,10 +93,30 @@ def find_feature(
         maximum=maximum,
         mean=mean,
         frequency=frequency,
-        tokens=_tokens(locate(run), index, [one for one in strongest if one[0] != 0]),
+        tokens=_tokens(run, index, [one for one in strongest if one[0] != 0]),
         indexed=known.indexed,
         scenarios=known.scenarios,
     )
+
+
+def _index_of(run: Location) -> RunIndex | None:
+    """Return the index of a run or a table; None for a table whose own index is not there."""
+    try:
+        index = RunIndex(run)
+    except ZarrtraceError:
+        if not _is_table(run):
+            raise
+        return None
+    is_of_table = index.attributes.table is not None
+    if is_of_table and read_table(run).attributes.seal != index.attributes.table:
+        return None
+    return index
+
+
+def _is_table(path: Location) -> bool:
+    with contextlib.suppress(ZarrtraceError):
+        return kind_of(path) == "table"
+    return False
 
 
 def _tokens(
@@ -162,7 +133,7 @@ def _tokens(
         words, here = texts[int(number)], int(position)
         if here not in words:
             raise _of_another_run(run)
-        before = _neighbours(words, range(here - 1, here - 1 - _BEFORE, -1))
+        before = _neighbours(words, range(here - 1, here - 1 - BEFORE, -1))
         out.append(
             TokenUse(
                 activation=activation,
@@ -170,7 +141,7 @@ def _tokens(
                 position=here,
                 token=words[here],
                 before="".join(reversed(before)),
-                after="".join(_neighbours(words, range(here + 1, here + 1 + _AFTER))),
+                after="".join(_neighbours(words, range(here + 1, here + 1 + AFTER))),
             )
         )
     return tuple(out)
@@ -199,8 +170,6 @@ def _texts_of_table(
     run: Location, index: RunIndex, numbers: Sequence[int]
 ) -> tuple[dict[int, str], dict[int, dict[int, str]]]:
     table = read_table(run)
-    if table.attributes.seal != index.attributes.table:
-        raise _of_another_run(run)
     samples = table.encodings["scenario"].shape[0]
     starts = [*index.read("start", slice(None)).tolist(), samples]
     texts = read_sample_texts(table, [(starts[number], starts[number + 1]) for number in numbers])
