@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -214,16 +214,26 @@ def _in_order(job: Job) -> list[Prompt]:
     return [job.prompts[at] for group in groups for at in group]
 
 
-def captured(job: Job, lacks: Mapping[str, Lack]) -> Generator[Record, None, None]:
-    """Capture what traces lack."""
-    capture = capture_package()
+def captured(
+    job: Job,
+    lacks: Mapping[str, Lack],
+    positions: Callable[[Prompt], tuple[int, ...] | None] | None = None,
+) -> Generator[Record, None, None]:
+    """Capture what traces lack.
+
+    Parameters
+    ----------
+    positions
+        Token positions of a prompt that are stored, None for all; by default the job's.
+    """
+    capture, stored = capture_package(), positions or job.positions
     requests = [
         capture.Request(
             prompt,
             frozenset(lacks[prompt.scenario.name].layers),
             lacks[prompt.scenario.name].tokens,
             blocked=prompt.scenario.name in job.blocked,
-            positions=job.positions(prompt),
+            positions=stored(prompt),
             attention_positions=job.attention_rows(prompt),
         )
         for prompt in job.prompts
