@@ -380,10 +380,12 @@ def damaged(file: Location, error: object) -> IntegrityError:
 
 
 def parse_attributes(file: Location, plain: Mapping[str, Any], kind: Kind) -> Any:
-    """Check a group's attributes.
+    """Check a group's attributes, which are those that were written.
 
     Raises
     ------
+    FormatVersionError
+        If there is one that this version of the code does not know.
     IntegrityError
     """
     try:
@@ -403,6 +405,12 @@ def parse_attributes(file: Location, plain: Mapping[str, Any], kind: Kind) -> An
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":  # under a seal that holds: nothing is damaged
+            raise FormatVersionError(
+                f"{file}: attribute {where}, which this zarrtrace does not know",
+                why="It was written by a newer zarrtrace.",
+                remedy="Install a newer zarrtrace.",
+            ) from None
         raise damaged(file, f"attribute {where}: {first['msg']}") from None
     return attributes
 

@@ -228,6 +228,8 @@ class TableWriter(LockedRun):
         """
         layer = None if isinstance(record, SampleTokens) else record.layer
         if layer not in self._rows:
+            if layer in self._attributes.layers and not _values_of(record):
+                return  # it has neither SAE nor residual
             raise self._refused(
                 "next tokens are not stored" if layer is None else f"layer {layer} is not stored",
                 "Create the table with all that it will hold.",
