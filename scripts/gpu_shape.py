@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,7 +214,7 @@ def build_saes(home: Path, scale: Scale, device: str) -> dict[int, float]:
         made = {name: _random(shape, device) for name, shape in shapes.items()}
         encoded = tokens[layer] @ (made["encoder.weight"].float() * factor).T
         encoded += made["encoder.bias"].float()
-        threshold = encoded.flatten().topk(_ACTIVE * len(encoded)).values[-1].item()
+        threshold = threshold_of(encoded)
         active = (encoded > threshold).sum().item() / len(encoded)
         average = scale.width**0.5 / factor
         hyperparameters = {
@@ -236,29 +236,42 @@ def build_saes(home: Path, scale: Scale, device: str) -> dict[int, float]:
         return dict(zip(LAYERS, pool.map(write, LAYERS), strict=True))
 
 
+def threshold_of(encoded: torch.Tensor) -> float:
+    """Return what about 50 of the values ``(token, feature)`` of a token exceed."""
+    return float(encoded.flatten().topk(_ACTIVE * len(encoded)).values[-1])
+
+
 def _random(shape: tuple[int, ...], device: str) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(std=shape[-1] ** -0.5)
 
 
-@torch.inference_mode()
 def _residuals(home: Path, device: str) -> Iterator[torch.Tensor]:
     """Yield what blocks 1-31 make of three prompts, ``(token, d)`` float32, BOS left out."""
     model, tokenizer = load(home, device)
+    some = load_suite(demo.suite_path())[:3]
+    ids = [tokenizer(one.prompt, return_tensors="pt").input_ids.to(device) for one in some]
+    kept = residuals(model, ids)
+    for layer in LAYERS:
+        yield torch.cat([hidden[0, 1:].float() for hidden in kept[layer]])
+
+
+@torch.inference_mode()
+def residuals(model: Any, prompts: Iterable[torch.Tensor]) -> dict[int, list[torch.Tensor]]:
+    """Return what blocks 1-31 make of prompts ``(sequence, token)``, each ``(..., token, d)``."""
     kept: dict[int, list[torch.Tensor]] = {layer: [] for layer in LAYERS}
 
     def keep(layer: int) -> Any:
         def hook(_module: Any, _args: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            kept[layer].append(hidden[0, 1:].float())
+            kept[layer].append(output[0] if isinstance(output, tuple) else output)
 
         return hook
 
-    for layer in LAYERS:
-        model.model.layers[layer].register_forward_hook(keep(layer))
-    for scenario in load_suite(demo.suite_path())[:3]:
-        model(**tokenizer(scenario.prompt, return_tensors="pt").to(device), use_cache=False)
-    for layer in LAYERS:
-        yield torch.cat(kept[layer])
+    handles = [model.model.layers[layer].register_forward_hook(keep(layer)) for layer in LAYERS]
+    for ids in prompts:
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    for handle in handles:
+        handle.remove()
+    return kept
 
 
 def load(home: Path, device: str) -> tuple[Any, Any]:

@@ -24,10 +24,11 @@ pytestmark = pytest.mark.torch
 
 import zarrtrace as zt  # noqa: E402
 from zarrtrace.capture.prompts import tokenize  # noqa: E402
+from zarrtrace.capture.token_texts import TokenTexts  # noqa: E402
 from zarrtrace.cli import group  # noqa: E402
 from zarrtrace.errors import ConfigError, ConfigMismatchError, ScenarioError  # noqa: E402
 from zarrtrace.extraction.job import Options, _bos_notes, tokenized  # noqa: E402
-from zarrtrace.scenarios import Scenario, as_scenarios, stream  # noqa: E402
+from zarrtrace.scenarios import Scenario, as_scenarios  # noqa: E402
 
 USER = {"role": "user", "content": "You hold $90. Bet?"}
 TURNS = [USER, {"role": "assistant", "content": " I bet 1, as "}]
@@ -38,7 +39,7 @@ SIGN = "\N{BLACK SQUARE}"
 
 def model_of(tokenizer: Any) -> Any:
     """Return as much of a loaded model as tokenising takes."""
-    return SimpleNamespace(tokenizer=tokenizer, max_tokens=None)
+    return SimpleNamespace(tokenizer=tokenizer, max_tokens=None, texts=TokenTexts(tokenizer))
 
 
 def theirs(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> list[int]:
@@ -153,7 +154,6 @@ def test_marks_and_texts_are_cut_where_they_stand() -> None:
     }
     assert rendered.prompt.endswith("Bet?<|eot_id|>" + cut["header"][0] + "\n\n")
     assert scenario.span_names == rendered.span_names == tuple(rendered.spans)
-    assert stream([scenario]).span_names == scenario.span_names
     assert repr(rendered).startswith(f"Scenario(prompt={rendered.prompt!r}")
     assert rendered.render(TOKENIZERS["gemma"]) is rendered
     for one in (scenario, rendered):

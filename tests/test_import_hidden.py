@@ -76,6 +76,9 @@ def test_the_users_file(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert ds.scenario.to_numpy().tolist() == [f"scenario_{n}" for n in range(SAMPLES)]
     assert (ds.position == -1).all()
+    assert (ds.span == "decision").all()
+    chosen = zt.table(zt.open_table(tmp_path / "run"), at="decision")
+    np.testing.assert_array_equal(chosen.residual.values, ds.residual.values)
     assert ds.attrs["failed"] == {f"scenario_{n}": "valid_mask is false" for n in FAILED}
 
 
@@ -328,8 +331,9 @@ def test_an_archive_that_claims_too_much_is_refused(tmp_path: Path) -> None:
 def test_the_command_tells_hidden_states_from_the_layout(tmp_path: Path) -> None:
     assert not is_hidden(tmp_path)
     _npz(tmp_path / "phase_a_hidden_states.npz", odd=np.zeros((2, 2)))
-    arguments = ["import", str(tmp_path), "-o", str(tmp_path / "run"), "--layers", "3,7,9", "-q"]
+    arguments = ["import", str(tmp_path), "-o", str(tmp_path / "run"), "--layers", "3,7,9"]
     done = CliRunner().invoke(group, arguments)
     assert done.exit_code == 0, done.output
     assert "Left out, as they are not one value a sample: odd." in done.output
+    assert "3 layers, 40 samples, 6 channels; 3 failed scenarios" in done.output
     assert zt.open_table(tmp_path / "run").sizes["sample"] == SAMPLES

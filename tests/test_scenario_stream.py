@@ -79,7 +79,6 @@ def test_a_stream_knows_its_columns_and_is_read_again_and_again(file: Path) -> N
     suite = stream(file)
     assert len(suite) == 1000
     assert suite.metadata == {"round": float, "game": str, "won": bool}
-    assert (suite.span_names, suite.option_names) == ((), ())
     first, again = list(suite), list(suite)
     assert [s.name for s in first] == [s.name for s in again] == [f"game_{n}" for n in range(1000)]
     frame = pd.DataFrame([s.metadata for s in first])
@@ -103,17 +102,6 @@ def test_only_some_names(file: Path) -> None:
     with pytest.raises(ScenarioError, match=r"(?s)no scenario 'game_l'.*The suite has") as caught:
         stream(file).only(["game_1", "game_l"])
     assert "Did you mean 'game_" in str(caught.value)
-
-
-def test_spans_and_options_of_all_scenarios_are_known() -> None:
-    suite = stream(
-        [
-            Scenario("[[a:x]] y", options={"bet": "1"}),
-            {"prompt": "x y", "spans": {"b": "y", "a": "x"}, "options": {"stop": "2"}},
-        ]
-    )
-    assert suite.span_names == ("a", "b")
-    assert suite.option_names == ("bet", "stop")
 
 
 def test_a_generator_is_taken_once_and_read_again() -> None:

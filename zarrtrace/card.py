@@ -1,4 +1,4 @@
-"""The dataset card that makes a run a Hugging Face dataset folder: its ``README.md``.
+"""The dataset card that makes a run or a table a Hugging Face dataset folder: its ``README.md``.
 
 Keys of the metadata are those of https://huggingface.co/docs/hub/datasets-cards. The Hub's table
 viewer reads Parquet, CSV and JSON and would take Zarr's metadata for a table, so the card turns it
@@ -18,7 +18,14 @@ from zarrtrace.errors import IntegrityError, NotATraceError, StoreError, readabl
 from zarrtrace.format.attributes import MetadataValue, ranges
 from zarrtrace.format.layout import INDEX
 from zarrtrace.storage import Address, Location, locate
-from zarrtrace.store import RunSummary, TraceSummary, kind_of, summarize
+from zarrtrace.store import (
+    RunSummary,
+    TableSummary,
+    TraceSummary,
+    kind_of,
+    summarize,
+    summarize_table,
+)
 from zarrtrace.text import markdown_text
 
 _MARK = re.compile(r"<!-- zarrtrace card ([0-9a-f]{16}) -->\n\Z")
@@ -47,12 +54,12 @@ def write_card(
     license: str | None = None,  # noqa: A002
     title: str | None = None,
 ) -> Location:
-    """Write the dataset card of a run, ``README.md`` in its folder; nothing is uploaded.
+    """Write the dataset card of a run or a table, ``README.md`` in its folder; nothing is uploaded.
 
     Parameters
     ----------
     run
-        Folder of the run, or its address.
+        Its folder, or its address.
     license
         Identifier as the Hub lists them, for example ``cc-by-4.0``. Without one the card names
         none: whoever publishes the run has to choose.
@@ -72,13 +79,13 @@ def write_card(
         If the run cannot be read.
     """
     run = locate(run)
-    if kind_of(run) == "trace":
+    kind = kind_of(run)
+    if kind == "trace":
         raise NotATraceError(
             f"{run}: is the trace of one scenario, not a run",
             why="A card describes a data set, and a trace holds no other files.",
             remedy=f"Give the run that it is in: {run.parent}.",
         )
-    summary = summarize(run)
     card = run / "README.md"
     if not _free(card):
         raise StoreError(
@@ -87,9 +94,15 @@ def write_card(
             remedy="Move it away to have a new one made.",
         )
     name = title or run.resolved().name
-    metadata = _metadata(summary, license, name)
+    if kind == "table":
+        table = summarize_table(run)
+        metadata, body = _metadata_of_table(table, license, name), _body_of_table(table, name)
+    else:
+        summary = summarize(run)
+        metadata = _metadata(summary, license, name)
+        body = _body(summary, name, indexed=(run / INDEX).is_folder())
     front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=False)
-    text = f"---\n{front}---\n\n{_body(summary, name, indexed=(run / INDEX).is_folder())}\n"
+    text = f"---\n{front}---\n\n{body}\n"
     card.write(f"{text}<!-- zarrtrace card {_digest(text)} -->\n".encode())
     return card
 
@@ -112,21 +125,25 @@ def _digest(text: str) -> str:
 
 def _metadata(summary: RunSummary, license_id: str | None, name: str) -> dict[str, Any]:
     models = sorted({trace.model for trace in summary.traces if trace.model})
-    count = len(summary.traces)
+    tags = ["attention"]
+    if any(trace.sae_ids for trace in summary.traces):
+        tags.append("sparse-autoencoder")
+    return _front(license_id, name, len(summary.traces), [*tags, *models])
+
+
+def _metadata_of_table(table: TableSummary, license_id: str | None, name: str) -> dict[str, Any]:
+    tags = ["sparse-autoencoder"] if any(one.startswith("features") for one in table.arrays) else []
+    return _front(license_id, name, table.samples, [*tags, *filter(None, [table.model])])
+
+
+def _front(license_id: str | None, name: str, count: int, tags: list[str]) -> dict[str, Any]:
     size = next((label for limit, label in _SIZES if count < limit), _LARGER)
     return {
         **({"license": license_id} if license_id else {}),
         "pretty_name": name,
         "size_categories": [size],
         "annotations_creators": ["machine-generated"],
-        "tags": [
-            "zarr",
-            "xarray",
-            "interpretability",
-            "attention",
-            *(["sparse-autoencoder"] if any(trace.sae_ids for trace in summary.traces) else []),
-            *models,
-        ],
+        "tags": ["zarr", "xarray", "interpretability", *tags],
         "viewer": False,
     }
 
@@ -161,6 +178,52 @@ def _body(summary: RunSummary, name: str, *, indexed: bool) -> str:
             "",
         ]
     return "\n".join([*lines, "## Prompts", "", *_prompts(traces)])
+
+
+def _body_of_table(table: TableSummary, name: str) -> str:
+    lines = [
+        f"# {markdown_text(name)}",
+        "",
+        (
+            f"One row a sample, {table.samples:,} of {table.scenarios:,} prompts (positions: "
+            f"{markdown_text(table.positions)}): SAE features and residual stream of a language "
+            f"model, as labelled Zarr v3 arrays. {readable(table.bytes_on_disk)}, "
+            f"{readable(table.bytes_dense)} dense. Written by zarrtrace, format version "
+            f"{table.format_version}."
+        ),
+        "",
+        f"- Model: {markdown_text(table.model or 'not known')}",
+        *([f"- SAEs: {markdown_text(table.sae_release)}"] if table.sae_release else []),
+        f"- Layers: {ranges(table.layers)} (decoder blocks, counted from 0)",
+        *([f"- Not computed: {len(table.failed):,} prompts, NaN"] if table.failed else []),
+        "",
+        "## Opening",
+        "",
+        "```python",
+        "import xarray as xr",
+        "",
+        'folder = "."  # or huggingface_hub.snapshot_download("OWNER/NAME", repo_type="dataset")',
+        "ds = xr.open_zarr(folder)  # or zarrtrace.open_table, which refuses lost files",
+        "```",
+        "",
+        "## Arrays",
+        "",
+        "| array | shape | |",
+        "|---|---|---|",
+        *(_array(*one) for one in table.arrays.items()),
+        "",
+        "## Columns of metadata",
+        "",
+        "| column | values | samples without |",
+        "|---|---|---|",
+    ]
+    for column, found in table.columns.items():
+        groups = ", ".join(f"{_cell(value)} ({n:,})" for value, n in found.groups.items())
+        if not groups and found.least is not None:
+            groups = f"{found.least:g} to {found.greatest:g}"
+        said = groups or f"{found.distinct:,} values"
+        lines.append(f"| {markdown_text(column)} | {said} | {found.missing:,} |")
+    return "\n".join(lines)
 
 
 def _sources(traces: tuple[TraceSummary, ...]) -> list[str]:
@@ -205,10 +268,7 @@ def _arrays(traces: tuple[TraceSummary, ...]) -> list[str]:
         "| array | shape | |",
         "|---|---|---|",
     ]
-    for name, shape in first.arrays.items():
-        base = re.sub(r"^(features|top_feature|top_activation)_.*", r"\1", name)
-        shown = f"`{name}`" if re.fullmatch(r"\w+", name) else markdown_text(name)
-        out.append(f"| {shown} | {' × '.join(map(str, shape))} | {_ARRAYS.get(base, '')} |")
+    out += [_array(*one) for one in first.arrays.items()]
     return [
         *out,
         "",
@@ -218,6 +278,12 @@ def _arrays(traces: tuple[TraceSummary, ...]) -> list[str]:
             "model and SAEs, those of each array the checksums of its files."
         ),
     ]
+
+
+def _array(name: str, shape: tuple[int, ...]) -> str:
+    base = re.sub(r"^(features|top_feature|top_activation)_.*", r"\1", name)
+    shown = f"`{name}`" if re.fullmatch(r"\w+", name) else markdown_text(name)
+    return f"| {shown} | {' × '.join(map(str, shape))} | {_ARRAYS.get(base, '')} |"
 
 
 def _prompts(traces: tuple[TraceSummary, ...]) -> list[str]:

@@ -11,7 +11,9 @@ import os
 import re
 import signal
 import sys
+import warnings
 from types import TracebackType
+from typing import TextIO
 
 import click
 
@@ -93,6 +95,7 @@ def main() -> None:
     # first line of an extraction.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
     sys.excepthook = _show_traceback
+    warnings.showwarning = _show_warning
     with interruptible() as signals:
         code = _run(signals)
     sys.exit(code)
@@ -105,6 +108,19 @@ def _show_traceback(
     from traceback import format_exception
 
     say(without_secrets("".join(format_exception(kind, error, traceback))).rstrip(), err=True)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print a warning without the line of code that it came from."""
+    del category, filename, lineno, file, line
+    say(f"zarrtrace: warning: {without_secrets(str(message))}", err=True)
 
 
 def _run(signals: list[int]) -> int:

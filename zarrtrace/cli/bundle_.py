@@ -16,6 +16,7 @@ from zarrtrace.cli.shared import (
     output_option,
     overwrite_option,
     quiet_option,
+    refuse_table,
     run_argument,
     say,
     scenario_option,
@@ -75,6 +76,12 @@ def command(
     """
     from zarrtrace.viewer.bundle import plan, refuse_larger, write_bundle
 
+    refuse_table(
+        run,
+        "The page draws attention, and a table has none.",
+        "Publish the table's folder as it is ('zarrtrace card' describes it), or write it with "
+        "'zarrtrace export --to parquet'.",
+    )
     layout, expected = plan(run, output, scenarios=scenarios or None, layers=layers)
     rounded = "; attention rounded to 8 bits" if expected.eight_bit else ""
     if not quiet:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 )
 @option("--title", help="Heading.  [default: the folder's name]")
 def command(run: Location, license_id: str | None, title: str | None) -> None:
-    """Make RUN a Hugging Face dataset folder: write README.md with the dataset card.
+    """Make RUN, or a table, a Hugging Face dataset folder: write README.md with its card.
 
     Uploads nothing. Refuses to replace a README that it did not write. Prints its name.
     """

@@ -15,6 +15,7 @@ from zarrtrace.cli.shared import (
     output_option,
     quiet_option,
     refuse_run,
+    refuse_table,
     run_argument,
     say,
 )
@@ -86,12 +87,24 @@ def command(
 ) -> None:
     """Draw RUN: attention, features, pathways and contrasts, and an index.html that shows them.
 
-    Prints the name of the page. It says which figures could not be drawn, and why.
+    Prints the name of the page. It says which figures could not be drawn, and why. Of a run of more
+    than 50 scenarios, 50 are drawn one by one; of more than 1,000, figures over scenarios take
+    1,000: evenly spaced ones, as the page says.
     """
     from zarrtrace.figures import draw_run
+    from zarrtrace.figures.page import sampled
+    from zarrtrace.store import read_run
 
     output = output or _beside(run)
     refuse_run(output)
+    refuse_table(
+        run,
+        "The figures draw attention, and a table has none.",
+        "'zarrtrace analyze contrast', for example, takes tables; zarrtrace.figures draws such a "
+        "result.",
+    )
+    if not quiet and (note := sampled(read_run(run).attributes.scenarios, scenarios or None)):
+        say(note, err=True)
     with bar("figures", quiet=quiet) as progress:
         page = draw_run(
             run,

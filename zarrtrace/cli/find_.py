@@ -44,7 +44,7 @@ def command(
 ) -> None:
     """Say which prompts of RUN drive a feature: its strongest tokens over all scenarios.
 
-    Needs the index that 'zarrtrace index' makes.
+    Needs the index that 'zarrtrace index' makes; a table needs none.
     """
     from zarrtrace.index import find_feature
 

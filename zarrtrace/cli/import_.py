@@ -137,9 +137,11 @@ def _import_hidden(
     if left_out:
         say(f"Left out, as they are not one value a sample: {', '.join(left_out)}.", err=True)
     if not quiet:
-        from zarrtrace.cli.info_ import show
+        from zarrtrace.store import open_table
 
-        say(show(output, as_json=False))
+        ds = open_table(output)
+        shape = ", ".join(f"{size} {name}s" for name, size in ds["residual"].sizes.items())
+        say(f"{output}: the residual stream of {shape}; {len(ds.attrs['failed'])} failed scenarios")
 
 
 def _lost(summary: RunSummary) -> list[str]:

@@ -10,6 +10,7 @@ from zarrtrace.cli.commands import Command, option
 from zarrtrace.cli.shared import (
     computing,
     quiet_option,
+    refuse_table,
     run_argument,
     say,
     scheduler_option,
@@ -45,6 +46,11 @@ def command(
     """
     from zarrtrace.index import build_index
 
+    refuse_table(
+        run,
+        "A table needs no index: a feature of all its samples is read in milliseconds.",
+        f"Ask it at once: zarrtrace find {run} --layer N --feature N",
+    )
     with computing(
         threads=threads,
         workers=workers,

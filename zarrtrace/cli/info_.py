@@ -7,39 +7,62 @@ from typing import TYPE_CHECKING
 
 import click
 
-from zarrtrace.cli.commands import Command
-from zarrtrace.cli.shared import json_option, json_text, run_argument, say, table
+from zarrtrace.cli.commands import PART, Command, option
+from zarrtrace.cli.shared import bar, json_option, json_text, one_of, run_argument, say, table
 from zarrtrace.errors import NotATraceError, readable
 from zarrtrace.text import terminal_text
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from zarrtrace.storage import Location
-    from zarrtrace.store import RunSummary, TableSummary
+    from zarrtrace.store import ColumnSummary, RunSummary, TableSummary
 
 # Failed scenarios that are named; --json names all.
 _FAILED_SHOWN = 5
+# Columns of metadata of a table that are described, and characters of a line about one.
+_COLUMNS_SHOWN, _LINE = 20, 78
+#: Scenarios of a run that are listed.
+FIRST = 50
 
 
 @click.command(
     "info",
     cls=Command,
-    examples=[("info runs/demo", ""), ("info s3://bucket/runs/demo --json", "")],
+    examples=[
+        ("info runs/demo", ""),
+        ("info runs/large --first 200", "More of a run of thousands of scenarios:"),
+        ("info s3://bucket/runs/demo --json", ""),
+    ],
 )
 @run_argument
+@option(
+    "--first",
+    group=PART,
+    type=click.IntRange(1),
+    help=f"List the first N scenarios.  [default: {FIRST}; with --json all]",
+)
+@option("--all", "everything", group=PART, is_flag=True, help="List all scenarios.")
 @json_option
-def command(run: Location, as_json: bool) -> None:  # noqa: FBT001 -- click passes flags so
+def command(run: Location, first: int | None, everything: bool, as_json: bool) -> None:  # noqa: FBT001 -- click passes flags so
     """Show what RUN holds: scenarios, shapes, layers, sizes, model, SAEs, completeness.
 
-    Exit code 3 if scenarios, layers or samples are missing.
+    Lists scenarios of a run; counts samples, failures and groups of metadata of a table. Exit code
+    3 if scenarios, layers or samples are missing.
     """
     from zarrtrace.store import summarize
 
-    found = _table(run)
-    summary = found or summarize(run)
-    if as_json:
-        say(json_text(summary.model_dump(mode="json")))
+    one_of({"--first": first, "--all": everything or None})
+    if first is None and not (everything or as_json):
+        first = FIRST
+    summary: RunSummary | TableSummary
+    if (found := _table(run)) is not None:
+        summary, text = found, table_as_text(found)
     else:
-        say(table_as_text(found) if found else show(run))
+        with bar("info", quiet=False, unit="scenario") as progress:
+            summary = summarize(run, first=first, progress=progress)
+        text = as_text(summary, first)
+    say(json_text(summary.model_dump(mode="json")) if as_json else text)
     if not summary.complete:
         raise SystemExit(3)
 
@@ -57,14 +80,11 @@ def table_as_text(summary: TableSummary) -> str:
     """Describe a table in words."""
     from zarrtrace.format.attributes import ranges
 
-    arrays = ", ".join(
-        f"{name} ({' × '.join(map(str, shape))})" for name, shape in summary.arrays.items()
-    )
     layers = ranges(summary.layers)
     if summary.layers_without_sae:
         layers += f" (no SAE: {ranges(summary.layers_without_sae)})"
     disk, dense = readable(summary.bytes_on_disk), readable(summary.bytes_dense)
-    done = f"{summary.samples_done} of {summary.samples} samples"
+    done = f"{summary.samples_done:,} of {summary.samples:,} samples"
     failed = [f"{name}: {reason}" for name, reason in summary.failed.items()]
     more = len(failed) - _FAILED_SHOWN
     lines = [
@@ -72,34 +92,54 @@ def table_as_text(summary: TableSummary) -> str:
         f"model        {summary.model or 'not known'}",
         f"SAEs         {summary.sae_release or 'not known'}",
         f"layers       {layers}",
-        f"arrays       {arrays}",
-        f"samples      {summary.samples} of {summary.scenarios} scenarios",
+        *_labelled("arrays", _arrays(summary.arrays)),
+        f"samples      {summary.samples:,} of {summary.scenarios:,} scenarios",
         f"positions    {summary.positions}",
-        f"metadata     {', '.join(summary.metadata) or 'none'}",
+        *_labelled("metadata", _columns(summary)),
         f"complete     {'yes' if summary.complete else 'NO'}, {done}",
-        f"failed       {len(failed) or 'none'}",
+        f"failed       {f'{len(failed):,} scenarios' if failed else 'none'}",
         *(f"             {one}" for one in failed[:_FAILED_SHOWN]),
-        *([f"             and {more} more"] if more > 0 else []),
+        *([f"             and {more:,} more; --json names all"] if more > 0 else []),
         f"size         {disk} on disk, {dense} dense, {summary.compression:.1f}×",
         f"files        {summary.files}",
     ]
     return "\n".join(map(terminal_text, lines))
 
 
+def _labelled(label: str, lines: Sequence[str]) -> list[str]:
+    """Write lines under a label, none of them wider than a terminal."""
+    shown = [f"{label if not number else '':<13}{line}" for number, line in enumerate(lines)]
+    return [line if len(line) <= _LINE else f"{line[: _LINE - 1]}…" for line in shown]
+
+
+def _columns(summary: TableSummary) -> list[str]:
+    """Describe tags and columns of metadata, one a line."""
+    if not summary.columns:
+        return [", ".join(summary.metadata) or "none"]
+    lines = [f"{name}: {_column(one)}" for name, one in summary.columns.items()]
+    more = len(lines) - _COLUMNS_SHOWN
+    return lines[:_COLUMNS_SHOWN] + ([f"and {more} more; --json has all"] if more > 0 else [])
+
+
+def _column(column: ColumnSummary) -> str:
+    groups = ", ".join(f"{value} ({count:,})" for value, count in column.groups.items())
+    if column.least is not None and not column.groups:
+        groups = f"{column.least:g} to {column.greatest:g}, {column.distinct:,} values"
+    said = groups or f"{column.distinct:,} values"
+    return said + (f"; {column.missing:,} samples have none" if column.missing else "")
+
+
 def show(run: Location, *, as_json: bool = False) -> str:
     """Describe a run in words or JSON."""
     from zarrtrace.store import summarize
 
-    summary = summarize(run)
-    return _json(summary) if as_json else as_text(summary)
+    if as_json:
+        return json_text(summarize(run).model_dump(mode="json"))
+    return as_text(summarize(run, first=FIRST), FIRST)
 
 
-def _json(summary: RunSummary) -> str:
-    return json_text(summary.model_dump(mode="json"))
-
-
-def as_text(summary: RunSummary) -> str:
-    """Describe a summary in words."""
+def as_text(summary: RunSummary, most: int | None = None) -> str:
+    """Describe a summary in words; list at most some scenarios."""
     from zarrtrace.format.attributes import ranges
 
     lines = [f"run          {summary.path} (format version {summary.format_version})"]
@@ -108,14 +148,15 @@ def as_text(summary: RunSummary) -> str:
         lines += [
             f"model        {first.model or 'not known (imported)'}",
             f"SAEs         {_saes(summary)}",
-            f"arrays       {_arrays(summary)}",
+            *_labelled("arrays", _arrays(first.arrays)),
         ]
-    done = sum(trace.complete for trace in summary.traces)
-    total = len(summary.traces) + len(summary.scenarios_missing)
+    done, total = summary.scenarios_complete, summary.scenarios
+    later = total - len(summary.traces) - len(summary.scenarios_missing)
+    of = f" (of {len(summary.traces):,} scenarios)" if later else ""
     disk, dense = readable(summary.bytes_on_disk), readable(summary.bytes_dense)
     lines += [
-        f"complete     {'yes' if summary.complete else 'NO'}, {done} of {total} scenarios",
-        f"size         {disk} on disk, {dense} dense, {summary.compression:.1f}×",
+        f"complete     {'yes' if summary.complete else 'NO'}, {done:,} of {total:,} scenarios",
+        f"size         {disk} on disk, {dense} dense, {summary.compression:.1f}×{of}",
         "",
     ]
     rows = [
@@ -131,7 +172,10 @@ def as_text(summary: RunSummary) -> str:
         for trace in summary.traces
     ] + [[name, "-", "-", "all", "-", "-", "-"] for name in summary.scenarios_missing]
     header = ["scenario", "tokens", "layers", "missing", "on disk", "ratio", "tags"]
-    return "\n".join([*map(terminal_text, lines), table(header, rows)])
+    shown = rows[:most]
+    more = total - len(shown)
+    said = [f"... {more:,} more scenarios; --first N or --all lists them"] if more else []
+    return "\n".join([*map(terminal_text, lines), table(header, shown), *said])
 
 
 def _saes(summary: RunSummary) -> str:
@@ -142,10 +186,10 @@ def _saes(summary: RunSummary) -> str:
     return f"{len(ids)}, {ids[0]} to {ids[-1]}" + (f" of {release}" if release else "")
 
 
-def _arrays(summary: RunSummary) -> str:
-    first = summary.traces[0]
-    return ", ".join(
-        f"{name} ({' × '.join(map(str, first.arrays[name]))})"
-        for name in ("attention", "features", "residual")
-        if name in first.arrays
-    )
+def _arrays(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Describe the arrays that were extracted, one a line; not those made of them."""
+    return [
+        f"{name} ({' × '.join(map(str, shape))})"
+        for name, shape in shapes.items()
+        if name in ("attention", "next_token", "residual") or name.startswith("features")
+    ]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from zarrtrace.cli.commands import MACHINE, OBJECT_STORES, OUTPUT, PART, QUESTION, option
-from zarrtrace.errors import ConfigError
+from zarrtrace.errors import ConfigError, NotATraceError
 from zarrtrace.text import terminal_text
 
 if TYPE_CHECKING:
@@ -135,6 +135,19 @@ def run_argument(command: Callable[..., Any]) -> Callable[..., Any]:
     """Have a command take a run, by its path or address."""
     taking: Callable[..., Any] = click.argument("run", type=Address())(storage_option(command))
     return taking
+
+
+def refuse_table(run: Location, why: str, remedy: str) -> None:
+    """Refuse a table, for a command that needs traces.
+
+    Raises
+    ------
+    NotATraceError
+    """
+    from zarrtrace.store import kind_of
+
+    if kind_of(run) == "table":
+        raise NotATraceError(f"{run}: is a table, not a run of traces", why=why, remedy=remedy)
 
 
 def say(text: str, *, err: bool = False) -> None:

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 import click
 
 from zarrtrace.cli.commands import Command, option
-from zarrtrace.cli.shared import quiet_option, run_argument, say
+from zarrtrace.cli.shared import (
+    quiet_option,
+    refuse_table,
+    run_argument,
+    say,
+    scenario_option,
+)
 
 if TYPE_CHECKING:
     from zarrtrace.storage import Location
@@ -25,6 +31,7 @@ if TYPE_CHECKING:
     ],
 )
 @run_argument
+@scenario_option
 @option(
     "--host",
     default="127.0.0.1",
@@ -45,17 +52,38 @@ if TYPE_CHECKING:
 )
 @option("--no-browser", is_flag=True, help="Only print the address.")
 @quiet_option
-def command(run: Location, host: str, port: int, show: str, no_browser: bool, quiet: bool) -> None:  # noqa: FBT001 -- click passes flags so
+def command(
+    run: Location,
+    scenarios: tuple[str, ...],
+    host: str,
+    port: int,
+    show: str,
+    no_browser: bool,  # noqa: FBT001 -- click passes flags so
+    quiet: bool,  # noqa: FBT001
+) -> None:
     """Look at RUN in the browser, from this machine, until Ctrl-C.
 
-    Prints the page's address.
+    Prints the page's address. Of a run of more than 500 scenarios, the first 500 are shown, or
+    those of --scenario.
     """
     import contextlib
     import webbrowser
 
     from zarrtrace.viewer.server import serve
 
-    server = serve(run, host=host, port=port)
+    refuse_table(
+        run,
+        "The page draws attention, and a table has none.",
+        "Read it with zarrtrace.open_table, or ask 'zarrtrace analyze'; to look at some of its "
+        "prompts, extract them without --layout table.",
+    )
+    shown = _shown(run, scenarios, show)
+    if shown is not None and not scenarios and not quiet:
+        say(
+            f"{len(shown)} scenarios are shown, there are more; --scenario NAME shows others",
+            err=True,
+        )
+    server = serve(run, host=host, port=port, scenarios=shown)
     url = f"{server.url}#{show}" if show else server.url
     say(url)
     if not quiet:
@@ -67,3 +95,21 @@ def command(run: Location, host: str, port: int, show: str, no_browser: bool, qu
             server.run()
     finally:
         server.close()
+
+
+def _shown(run: Location, scenarios: tuple[str, ...], show: str) -> list[str] | None:
+    """Return the scenarios to show: the first ones of a run of too many; None for all."""
+    from urllib.parse import parse_qs
+
+    from zarrtrace.store import kind_of, read_run
+    from zarrtrace.viewer.layout import MOST_SCENARIOS
+
+    if scenarios:
+        return [*scenarios]
+    if kind_of(run) == "trace":
+        return None
+    names = read_run(run).attributes.scenarios
+    if len(names) <= MOST_SCENARIOS:
+        return None
+    asked = [name for name in parse_qs(show).get("scenario", []) if name in names]
+    return [*dict.fromkeys([*asked, *names])][:MOST_SCENARIOS]

@@ -23,14 +23,16 @@ from zarrtrace.figures import contrasts, features, flow, heatmaps
 from zarrtrace.figures.drawing import box_of, metadata_of, save
 from zarrtrace.scenarios import DECISION
 from zarrtrace.storage import Address, Location, locate
-from zarrtrace.store import open_run
-from zarrtrace.suggestions import did_you_mean
+from zarrtrace.store import open_run, read_run
+from zarrtrace.store.open import chosen_names
 from zarrtrace.text import html_text
 
 #: Writes ``done, total``.
 Progress = Callable[[int, int], None]
 
 FORMATS = ("png", "pdf")
+#: Scenarios that are drawn one by one, and those that figures over scenarios take, at most.
+MOST_DRAWN, MOST_COMPARED = 50, 1000
 # Below so many figures a worker, starting it takes longer than it saves.
 _WORTH_A_WORKER = 12
 
@@ -54,7 +56,8 @@ def draw_run(
     output
         Folder to write to; made if it is not there. Files of the same name are replaced.
     scenarios
-        Scenarios to draw one by one; all of them if None. Figures over scenarios always take all.
+        Scenarios to draw one by one; if None all of them, or :data:`MOST_DRAWN` evenly spaced ones.
+        Figures over scenarios always take all, or :data:`MOST_COMPARED` evenly spaced ones.
     formats
         Of ``"png"`` and ``"pdf"``.
     dpi
@@ -85,8 +88,9 @@ def draw_run(
             f"cannot write figures as {unknown[0]!r}" if unknown else "no format was given",
             remedy=f"There are: {', '.join(FORMATS)}.",
         )
-    run = open_run(path)
-    names = _chosen(run, scenarios)
+    known = read_run(path).attributes.scenarios
+    names = _evenly(known, MOST_DRAWN) if scenarios is None else chosen_names(known, scenarios)
+    run = _open(path)
     output.mkdir(parents=True, exist_ok=True)
     tasks = _tasks(names)
     draw = functools.partial(
@@ -98,8 +102,27 @@ def draw_run(
         if progress:
             progress(len(results), len(tasks))
     page = output / "index.html"
-    page.write_text(_page(run, names, results), encoding="utf-8")
+    note = sampled(known, scenarios)
+    page.write_text(_page(run, names, results, note), encoding="utf-8")
     return page
+
+
+def sampled(names: Sequence[str], chosen: Sequence[str] | None) -> str:
+    """Say which scenarios of a run are drawn; empty if all of them are."""
+    parts = []
+    if len(names) > MOST_COMPARED:
+        parts.append(f"figures over scenarios take {MOST_COMPARED:,}")
+    if chosen is None and len(names) > MOST_DRAWN:
+        parts.append(f"{MOST_DRAWN} are drawn one by one (--scenario NAME draws others)")
+    said = f"Of {len(names):,} scenarios, evenly spaced: {', '.join(parts)}."
+    return said if parts else ""
+
+
+def _evenly(names: Sequence[str], most: int) -> Sequence[str]:
+    """Return at most so many names, evenly spaced."""
+    if len(names) <= most:
+        return names
+    return [names[number * len(names) // most] for number in range(most)]
 
 
 def _tasks(scenarios: Sequence[str]) -> list[_Task]:
@@ -301,7 +324,8 @@ _BY_KEY = {(of_run, drawing.key): drawing
 @functools.lru_cache(maxsize=1)
 def _open(path: Location) -> xr.DataTree:
     # Once a process; traces of a run are small beside what drawing them takes.
-    return open_run(path)
+    names = read_run(path).attributes.scenarios
+    return open_run(path, scenarios=_evenly(names, MOST_COMPARED))
 
 
 def _draw(
@@ -314,7 +338,7 @@ def _draw(
             figure, shown = drawing.make(run)
             title = drawing.title
         else:
-            figure, shown = drawing.make(path, traces(run)[task.scenario])
+            figure, shown = drawing.make(path, _trace(path, task.scenario))
             title = f"{task.scenario}: {drawing.title}"
         files = [f"{task.stem}.{ending}" for ending in formats]
         box = box_of(figure)
@@ -323,6 +347,11 @@ def _draw(
     except ZarrtraceError as error:
         return _Result(task, why_not=" ".join(part for part in (error.what, error.why) if part))
     return _Result(task, tuple(files))
+
+
+def _trace(path: Location, name: str) -> xr.Dataset:
+    found = traces(_open(path))
+    return found[name] if name in found else traces(open_run(path, scenarios=[name]))[name]
 
 
 def _in_processes(
@@ -335,17 +364,6 @@ def _in_processes(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         yield from pool.map(draw, tasks)
-
-
-def _chosen(run: xr.DataTree, scenarios: Sequence[str] | None) -> list[str]:
-    known = list(traces(run))
-    for name in scenarios or ():
-        if name not in known:
-            raise ScenarioError(
-                f"the run has no scenario {name!r}",
-                remedy=did_you_mean(name, known, label="It has"),
-            )
-    return known if scenarios is None else [name for name in known if name in scenarios]
 
 
 def _stems(names: Iterable[str]) -> list[str]:
@@ -378,7 +396,9 @@ _NAMES = {"model": "Model", "sae_release": "SAE release", "zarrtrace_version": "
           "zarrtrace", "figures_version": "Drawn with zarrtrace"}  # fmt: skip
 
 
-def _page(run: xr.DataTree, names: Sequence[str], results: Sequence[_Result]) -> str:
+def _page(
+    run: xr.DataTree, names: Sequence[str], results: Sequence[_Result], note: str = ""
+) -> str:
     """Return the page; every text from the run is escaped."""
     by_scenario: dict[str | None, list[_Result]] = {None: [], **{name: [] for name in names}}
     for result in results:
@@ -400,6 +420,7 @@ def _page(run: xr.DataTree, names: Sequence[str], results: Sequence[_Result]) ->
         f"<title>Figures of {html_text(run.name or 'a run')}</title>",
         f"<style>{_STYLE}</style></head><body>",
         f"<h1>Figures of {html_text(run.name or 'a run')}</h1>",
+        f"<p>{html_text(note)}</p>" if note else "",
         f"<dl>{facts}</dl><nav>{links}</nav>",
         "<h2>Over all scenarios</h2>",
         *map(_item, by_scenario[None]),

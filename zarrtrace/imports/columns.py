@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from zarrtrace.errors import NPZError, ScenarioError
+from zarrtrace.format.layout import NO_ID
 from zarrtrace.imports.hidden_files import HIDDEN, npy_header
 from zarrtrace.npz.files import reading
-from zarrtrace.scenarios import check_metadata_name, check_name, read_columns
+from zarrtrace.scenarios import DECISION, check_metadata_name, check_name, read_columns
 from zarrtrace.scenarios.names import default_name
 
 _VALID = "valid_mask"
@@ -117,6 +118,11 @@ def settle_columns(where: Path, given: Mapping[str, np.ndarray], samples: int) -
         coordinates["scenario"] = np.array([default_name(n) for n in range(samples)], object)
     # Last tokens of prompts whose length is not known.
     coordinates.setdefault("position", np.full(samples, -1))
+    coordinates.setdefault("token_id", np.full(samples, NO_ID, np.uint32))
+    is_one_each = len({*coordinates["scenario"].tolist()}) == samples
+    coordinates.setdefault("span", np.full(samples, DECISION if is_one_each else "", object))
+    for name in _TEXTS:
+        coordinates.setdefault(name, np.full(samples, "", object))
     columns = Columns(coordinates, valid, tuple(metadata))
     _check_scenarios(where, columns)
     return columns

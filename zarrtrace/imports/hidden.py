@@ -60,7 +60,8 @@ def import_hidden(
         ``position``, ``token``, ``token_id``, ``span``, ``tags`` and ``valid_mask`` are taken as
         such, all others are metadata. By default the arrays of an NPZ file, and ``samples.parquet``
         beside safetensors files. A scenario without a name is called ``scenario_N`` by its row; a
-        position that is not known is -1.
+        position that is not known is -1. If no spans are given and each scenario has one row, it is
+        the scenario's ``decision``.
     overwrite
         Replace a run or table that exists.
     threads

@@ -32,7 +32,7 @@ _TYPES: dict[str, np.dtype[Any]] = {
 _MAX_HEADER = 2**24
 # Deflate cannot shrink anything further than this.
 _MAX_DEFLATE_RATIO = 1033
-_BLOCK_BYTES = 2**26
+_BLOCK_BYTES = 2**24
 _HASHED, _PIECE = 64, 2**14
 
 Rows = np.ndarray | BFloat16

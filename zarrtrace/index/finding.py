@@ -2,70 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
 
-from zarrtrace.errors import ConfigError, IntegrityError, ScenarioError
+from zarrtrace.errors import ConfigError, IntegrityError, ScenarioError, ZarrtraceError
 from zarrtrace.format.index_layout import INDEX_TOKENS
+from zarrtrace.index.tables import find_in_table
+from zarrtrace.index.uses import AFTER, BEFORE, FeatureUse, TokenUse
 from zarrtrace.scenarios import check_name
 from zarrtrace.storage import Address, Location, locate
-from zarrtrace.store import RunIndex, read_token_texts
+from zarrtrace.store import RunIndex, kind_of, read_token_texts
 from zarrtrace.suggestions import did_you_mean
-
-_BEFORE, _AFTER = 6, 3
-
-
-@dataclass(frozen=True)
-class TokenUse:
-    """One token at which a feature fires.
-
-    Attributes
-    ----------
-    activation
-        In the SAE's units.
-    scenario, position
-        Where it is.
-    token
-        Its text.
-    before, after
-        The text around it: six tokens and three.
-    """
-
-    activation: float
-    scenario: str
-    position: int
-    token: str
-    before: str
-    after: str
-
-
-@dataclass(frozen=True)
-class FeatureUse:
-    """What a run's index says of one feature.
-
-    Attributes
-    ----------
-    layer, feature, array
-        Which: ``array`` is ``features`` or ``features_<name>``.
-    maximum, mean
-        Activation of largest magnitude, with its sign, and mean activation over all tokens, in the
-        SAE's units; a token at which the feature is silent counts as 0.
-    frequency
-        Fraction of tokens at which it fires: its activation is not 0.
-    tokens
-        The tokens of largest magnitude, largest first; of equals, the first in the run.
-    indexed, scenarios
-        How many scenarios are in the index, and how many the run has.
-    """
-
-    layer: int
-    feature: int
-    array: str
-    maximum: float
-    mean: float
-    frequency: float
-    tokens: tuple[TokenUse, ...]
-    indexed: int
-    scenarios: int
 
 
 def find_feature(
@@ -76,12 +22,12 @@ def find_feature(
     top: int = INDEX_TOKENS,
     array: str = "features",
 ) -> FeatureUse:
-    """Say which tokens drive a feature, from the run's index.
+    """Say which tokens drive a feature, from the run's index, or from a table.
 
     Parameters
     ----------
     run
-        Folder of the run, or its address.
+        Folder of the run or the table, or its address.
     layer, feature
         Block and latent.
     top
@@ -98,7 +44,13 @@ def find_feature(
     """
     if not 1 <= top <= INDEX_TOKENS:
         raise ConfigError(f"top={top}: the index holds {INDEX_TOKENS} tokens", remedy="Give fewer.")
-    index = RunIndex(run)
+    try:
+        index = RunIndex(run)
+    except ZarrtraceError:
+        path = locate(run)
+        if not _is_table(path):
+            raise
+        return find_in_table(path, layer, feature, top=top, array=array)
     known = index.attributes
     if array not in known.features:
         raise ConfigError(
@@ -143,6 +95,12 @@ def find_feature(
     )
 
 
+def _is_table(path: Location) -> bool:
+    with contextlib.suppress(ZarrtraceError):
+        return kind_of(path) == "table"
+    return False
+
+
 def _tokens(
     run: Location, index: RunIndex, strongest: list[tuple[float, float, float]]
 ) -> tuple[TokenUse, ...]:
@@ -161,8 +119,8 @@ def _tokens(
                 scenario=names[int(number)],
                 position=here,
                 token=words[here],
-                before="".join(words[max(0, here - _BEFORE) : here]),
-                after="".join(words[here + 1 : here + 1 + _AFTER]),
+                before="".join(words[max(0, here - BEFORE) : here]),
+                after="".join(words[here + 1 : here + 1 + AFTER]),
             )
         )
     return tuple(out)

@@ -40,8 +40,6 @@ class _Facts:
     columns: dict[str, Column] = field(default_factory=dict)
     types: dict[str, type[Value]] = field(default_factory=dict)
     contents: array[int] = field(default_factory=lambda: array("q"))  # hashes by place
-    spans: dict[str, None] = field(default_factory=dict)
-    options: dict[str, None] = field(default_factory=dict)
 
 
 class Source:
@@ -67,8 +65,6 @@ class Source:
             scenario = draft.scenario
             names.append(hash(name_key(scenario.name)))
             facts.contents.append(_content(scenario))
-            facts.spans.update(dict.fromkeys(scenario.span_names))
-            facts.options.update(dict.fromkeys(scenario.options))
             for name in scenario.metadata:
                 if name not in facts.columns:
                     facts.columns[name] = Column(name, lacking=first)
@@ -154,16 +150,6 @@ class ScenarioStream:
     def metadata(self) -> dict[str, type[Value]]:
         """Type of each column of metadata in the whole source: bool, int, float or str."""
         return dict(self._source.facts.types)
-
-    @property
-    def span_names(self) -> tuple[str, ...]:
-        """Names of the spans in the whole source, without ``decision``."""
-        return tuple(self._source.facts.spans)
-
-    @property
-    def option_names(self) -> tuple[str, ...]:
-        """Names of the options in the whole source."""
-        return tuple(self._source.facts.options)
 
     def only(self, names: Iterable[str]) -> ScenarioStream:
         """Return a stream of the scenarios that have one of some names; of all for no name.

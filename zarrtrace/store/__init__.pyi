@@ -1,4 +1,5 @@
 from zarrtrace.store.captured import attention_problem, layer_record
+from zarrtrace.store.column_summary import ColumnSummary
 from zarrtrace.store.copy import copy_run
 from zarrtrace.store.damage import Problem
 from zarrtrace.store.index_arrays import (
@@ -29,6 +30,7 @@ from zarrtrace.store.verification import verify
 from zarrtrace.store.write import trace_plan, write_trace
 
 __all__ = [
+    "ColumnSummary",
     "IndexWriter",
     "IndexableTrace",
     "Problem",

@@ -25,6 +25,7 @@ from zarrtrace.store.metadata import (
     kind_of,
     read_index_group,
     read_run,
+    read_scenario,
     read_table,
     read_trace,
     refuse_foreign,
@@ -80,7 +81,7 @@ class _Counter:
 
 
 def copy_run(source: Address, target: Address, *, progress: Progress | None = None) -> Copied:
-    """Copy a run, a trace or a table; a run with its index and card if it has them.
+    """Copy a run, a trace or a table; a run with its index, a run or a table with its card.
 
     Parameters
     ----------
@@ -105,34 +106,38 @@ def copy_run(source: Address, target: Address, *, progress: Progress | None = No
     kind = kind_of(source)
     is_run = kind == "run"
     _refuse_other(source, target, kind)
-    groups: list[_Piece] = _groups(source) if is_run else [_READ[kind](source)]
-    counter = _Counter(sum(map(_bytes_of, groups)), progress)
+    sizes = _sizes(source) if is_run else {"": _bytes_of(_READ[kind](source))}
+    counter = _Counter(sum(sizes.values()), progress)
+    scenarios = len(sizes.keys() - {INDEX})
     with disk.explained(target):
         lock = lock_run(target)
         try:
-            for group in groups:
-                to = target / group.path.name if is_run else target
-                _copy_group(group, source, to, counter)
+            for name in sizes:  # one at a time: metadata of 100,000 traces fill gigabytes
+                group = _in_run(source, name) if is_run else _READ[kind](source)
+                _copy_group(group, source, target / name if is_run else target, counter)
+                if isinstance(group.attributes, TableAttributes):
+                    scenarios = group.attributes.scenarios
+            if kind != "trace":
+                _copy_file(source, "README.md", target)
             if is_run:
-                for name in ("README.md", "zarr.json"):
-                    _copy_file(source, name, target)
+                _copy_file(source, "zarr.json", target)
         finally:
             lock.release()
-    if isinstance(table := groups[0].attributes if groups else None, TableAttributes):
-        return Copied(table.scenarios, counter.written, counter.there)
-    traces = sum(group.path.name != INDEX or not is_run for group in groups)
-    return Copied(traces, counter.written, counter.there)
+    return Copied(scenarios, counter.written, counter.there)
 
 
-def _groups(run: Location) -> list[_Piece]:
-    """Read the metadata of a run's complete traces, and of its index if it has one."""
+def _sizes(run: Location) -> dict[str, int]:
+    """Return the bytes of a run's complete traces, and of its index if it has one, by name."""
     names = read_run(run).attributes.scenarios
-    found: list[_Piece] = [
-        trace for trace in each_trace(run, names, lambda trace: trace) if trace is not None
-    ]
+    found = zip(names, each_trace(run, names, _bytes_of), strict=True)
+    sizes = {name: size for name, size in found if size is not None}
     with contextlib.suppress(NotATraceError):
-        found.append(read_index_group(run / INDEX))
-    return found
+        sizes[INDEX] = _bytes_of(read_index_group(run / INDEX))
+    return sizes
+
+
+def _in_run(run: Location, name: str) -> _Piece:
+    return read_index_group(run / name) if name == INDEX else read_scenario(run, name)
 
 
 def _refuse_other(source: Location, target: Location, kind: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -11,11 +12,15 @@ from pydantic import BaseModel
 
 from zarrtrace.errors import IntegrityError, StoreError
 from zarrtrace.format.attributes import IndexAttributes, TableAttributes
-from zarrtrace.store.chunks import Checksum, checksum_of, fingerprint, parse_index
+from zarrtrace.storage import Location
+from zarrtrace.storage.backend import Content
+from zarrtrace.store.chunks import Checksum, FileIndex, checksum_of, fingerprint, parse_index
 from zarrtrace.store.codecs import CRC_BYTES, ArrayEncoding, checked
 from zarrtrace.store.metadata import REPAIR, Group
 
 _METADATA = "zarr.json"
+# Bytes of a file that are read at once. Files of a table have 512 MB.
+_PART_BYTES = 16 * 2**20
 
 
 class Problem(BaseModel):
@@ -72,16 +77,45 @@ def check_sizes(group: Group[Any], remedy: str = REPAIR) -> None:
                 )
 
 
-def find_damage(group: Group[Any], scenario: str | None = None) -> list[Problem]:
-    """Read all files of a group's arrays, and compare them with the group's metadata."""
+def find_damage(
+    group: Group[Any],
+    scenario: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Problem]:
+    """Read all files of a group's arrays, and compare them with the group's metadata.
+
+    Parameters
+    ----------
+    group
+        The group.
+    scenario
+        Named in the problems.
+    progress
+        Called with the bytes that were compared, and all of them.
+    """
     problem = partial(Problem, scenario=scenario)
     found = list(_unknown_files(group, problem))
-    for some in group.path.each(lambda name: list(_array(group, name, problem)), group.nodes):
+    total = sum(one.bytes for files in group.checksums.values() for one in files.values())
+    mutex, done = threading.Lock(), 0
+
+    def count(size: int) -> None:
+        nonlocal done
+        with mutex:
+            done += size
+            if progress is not None:
+                progress(done, total)
+
+    def array(name: str) -> list[Problem]:
+        return list(_array(group, name, problem, count))
+
+    for some in group.path.each(array, group.nodes):
         found += some
     return found
 
 
-def _array(group: Group[Any], name: str, problem: Callable[..., Problem]) -> Iterator[Problem]:
+def _array(
+    group: Group[Any], name: str, problem: Callable[..., Problem], count: Callable[[int], None]
+) -> Iterator[Problem]:
     try:
         content = (group.path / name / _METADATA).inside(group.path).read()
         if json.loads(content) != group.nodes[name]:
@@ -94,8 +128,8 @@ def _array(group: Group[Any], name: str, problem: Callable[..., Problem]) -> Ite
     encoding = group.encodings[name]
     for key, written in group.checksums[name].items():
         try:
-            content = (group.path / name / key).inside(group.path).read()
-            damage = list(compare_file(content, encoding, written))
+            file = (group.path / name / key).inside(group.path)
+            damage = list(_compare_parts(file, encoding, written, count))
         except (IntegrityError, OSError) as error:
             damage = [(None, _said(error))]
         for place, message in damage:
@@ -128,21 +162,51 @@ def compare_file(
     message
         What is wrong.
     """
+    if encoding.is_sharded:
+        tail = Content(content[-encoding.tail_bytes :], len(content))
+        yield from _compare_chunks(tail, encoding, written, lambda start, end: content[start:end])
+    elif not _is_sound(content):
+        yield None, "is damaged: its checksum is another"
+    elif checksum_of(content) != written:
+        yield None, "is not the file that was written"
+
+
+def _compare_parts(
+    file: Location, encoding: ArrayEncoding, written: Checksum, count: Callable[[int], None]
+) -> Iterator[tuple[int | None, str]]:
+    """Compare a file as :func:`compare_file`, with no more than a part of it in memory."""
     if not encoding.is_sharded:
-        if not _is_sound(content):
-            yield None, "is damaged: its checksum is another"
-        elif checksum_of(content) != written:
-            yield None, "is not the file that was written"
+        yield from compare_file(file.read(), encoding, written)
+        count(written.bytes)
         return
+
+    def read(start: int, end: int) -> bytes:
+        (content,) = file.read_ranges([(start, end)])
+        count(end - start)
+        return content
+
+    yield from _compare_chunks(file.read_end(encoding.tail_bytes), encoding, written, read)
+    count(encoding.tail_bytes)
+
+
+def _compare_chunks(
+    tail: Content,
+    encoding: ArrayEncoding,
+    written: Checksum,
+    read: Callable[[int, int], bytes],
+) -> Iterator[tuple[int | None, str]]:
+    """Compare the chunks of a file, some megabytes at a time."""
     try:
-        index = parse_index(content[-encoding.tail_bytes :], len(content), encoding)
+        index = parse_index(tail.data, tail.size, encoding)
     except ValueError as error:
         yield None, f"its index is damaged: {error}"
         return
     crcs, damaged = [], dict[int, list[int]]()
-    for number in range(encoding.count):
-        if (place := index.range_of(number)) is not None:
-            chunk = content[slice(*place)]
+    for part in _parts(index, encoding.count):
+        start = part[0][1]
+        content = read(start, part[-1][2])
+        for number, first, end in part:
+            chunk = content[first - start : end - start]
             crcs.append(int.from_bytes(chunk[-CRC_BYTES:], "little"))
             if not _is_sound(chunk):
                 damaged.setdefault(number // encoding.strides[0], []).append(number)
@@ -151,6 +215,19 @@ def compare_file(
         yield layer, f"{len(numbers)} chunks are damaged ({shown})"
     if not damaged and (index.checksum != written or fingerprint(crcs).hex() != written.checksum):
         yield None, "is not the file that was written: files of two runs were exchanged"
+
+
+def _parts(index: FileIndex, count: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Yield number, start and end of the chunks that are read at once; they are neighbours."""
+    part: list[tuple[int, int, int]] = []
+    for number in range(count):
+        if (place := index.range_of(number)) is not None:
+            part.append((number, *place))
+            if place[1] - part[0][1] >= _PART_BYTES:
+                yield part
+                part = []
+    if part:
+        yield part
 
 
 def _is_sound(chunk: bytes) -> bool:
@@ -175,8 +252,9 @@ def _unknown_files(group: Group[Any], problem: Callable[..., Problem]) -> Iterat
         return
     is_table = isinstance(group.attributes, TableAttributes)
     said = f"does not belong to the {'table' if is_table else 'trace'}"
+    known = {*group.nodes, _METADATA, *(["README.md"] if is_table else [])}
     for child in group.path.children():
-        if child.name not in group.nodes and child.name != _METADATA:
+        if child.name not in known:
             yield problem(array=child.name, message=said)
     for name, files in group.checksums.items():
         for child in (group.path / name).children():

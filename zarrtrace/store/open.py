@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Hashable, Mapping
+import time
+import warnings
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +18,7 @@ from xarray.core import indexing
 from xarray.core.indexes import PandasIndex
 
 from zarrtrace.accessors import source_of
-from zarrtrace.errors import IncompleteError, NotATraceError
+from zarrtrace.errors import IncompleteError, NotATraceError, ScenarioError
 from zarrtrace.format.attributes import TableAttributes, TraceAttributes
 from zarrtrace.format.layout import ROWS
 from zarrtrace.storage import Address, Location, locate
@@ -27,12 +29,16 @@ from zarrtrace.store.metadata import Group, damaged, each_trace, read_run, read_
 from zarrtrace.store.publish import beside
 from zarrtrace.store.staged import read_staged, staging_folder
 from zarrtrace.store.trace_writer import incomplete
+from zarrtrace.suggestions import did_you_mean
 
 Missing = Literal["raise", "nan"]
 ChunkSpec = Mapping[str, Any] | Literal["auto"] | None
 
 # A block of dask's holds at most this much, unless one layer is more.
 _BLOCK_BYTES = 32 * 2**20
+# A trace takes about 7 ms to open (2 of them to read its metadata, the others in xarray). So many
+# are opened before it is said how long all of them take, if it is longer than this.
+_TIMED, _LONG_SECONDS = 200, 10.0
 
 
 def open_trace(
@@ -94,16 +100,22 @@ def open_trace(
 def open_run(
     path: Address,
     *,
+    scenarios: Sequence[str] | None = None,
     chunks: ChunkSpec = None,
     missing: Missing = "raise",
     storage_options: Mapping[str, str] | None = None,
 ) -> xr.DataTree:
     """Open a run, lazily: one child a scenario, in the suite's order.
 
+    The metadata of every trace is read, some milliseconds each. Of a run of thousands, a warning
+    says how long that takes; `scenarios` opens a part, and a table has no such cost.
+
     Parameters
     ----------
     path
         Folder of the run, or its address.
+    scenarios
+        Only these; all if None.
     chunks, missing, storage_options
         As for :func:`open_trace`; with ``missing="nan"``, scenarios not begun are left out.
 
@@ -117,15 +129,17 @@ def open_run(
     NotATraceError, FormatVersionError, IncompleteError, IntegrityError
         As for :func:`open_trace`; but files that are gone or have another size are found when an
         array is read.
+    ScenarioError
+        If the run has no such scenario.
     """
     path = locate(path, storage_options)
     try:
         run = read_run(path)
     except NotATraceError as error:
         raise _between_two(path, error) from None
-    names = run.attributes.scenarios
+    names = chosen_names(run.attributes.scenarios, scenarios)
     present = path.present(names)
-    found = each_trace(path, present, lambda trace: lazy_dataset(trace.path, trace, chunks))
+    found = _opened(path, present, chunks)
     opened = {**dict.fromkeys(names), **dict(zip(present, found, strict=True))}
     absent = [name for name, ds in opened.items() if ds is None]
     if absent and missing == "raise":
@@ -145,6 +159,46 @@ def open_run(
         name: xr.DataTree(ds) for name, ds in opened.items() if ds is not None
     }
     return tree
+
+
+def chosen_names(names: Sequence[str], chosen: Sequence[str] | None) -> Sequence[str]:
+    """Return the names that were chosen, in the run's order; all if None.
+
+    Raises
+    ------
+    ScenarioError
+        If one of them is not in the run.
+    """
+    if chosen is None:
+        return names
+    known = set(names)
+    for name in chosen:
+        if name not in known:
+            raise ScenarioError(
+                f"the run has no scenario {name!r}",
+                remedy=did_you_mean(name, names, label="It has"),
+            )
+    wanted = set(chosen)
+    return [name for name in names if name in wanted]
+
+
+def _opened(run: Location, names: Sequence[str], chunks: ChunkSpec) -> list[xr.Dataset | None]:
+    """Open traces; if the first ones tell that it will take long, warn of it."""
+
+    def opened(some: Sequence[str]) -> list[xr.Dataset | None]:
+        return each_trace(run, some, lambda trace: lazy_dataset(trace.path, trace, chunks))
+
+    started = time.perf_counter()
+    first = opened(names[:_TIMED])
+    seconds = (time.perf_counter() - started) * len(names) / _TIMED
+    if len(names) > _TIMED and seconds > _LONG_SECONDS:
+        warnings.warn(
+            f"{run}: opening its {len(names):,} traces takes about {seconds:.0f} s; "
+            "open_run(path, scenarios=[…]) opens a part, open_trace one of them. Prompts whose "
+            "attention is not needed are better stored as a table (--layout table)",
+            stacklevel=3,
+        )
+    return [*first, *opened(names[_TIMED:])]
 
 
 def _between_two(path: Location, error: NotATraceError) -> NotATraceError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from zarrtrace.errors import NotATraceError
 from zarrtrace.format.attributes import FORMAT_VERSION, MetadataValue, TraceAttributes
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store.array import open_array
+from zarrtrace.store.column_summary import ColumnSummary, summarize_columns
 from zarrtrace.store.metadata import (
     Group,
     kind_of,
@@ -23,6 +25,9 @@ from zarrtrace.store.metadata import (
 from zarrtrace.store.nodes import encoded
 from zarrtrace.store.staged import read_staged, staging_folder
 from zarrtrace.store.staged_table import read_staged_table
+
+# Traces that are read before progress is told.
+_AT_ONCE = 64
 
 
 class TraceSummary(BaseModel):
@@ -45,11 +50,25 @@ class TraceSummary(BaseModel):
 
 
 class RunSummary(BaseModel):
-    """A run at a glance; a trace that stands alone is a run of one."""
+    """A run at a glance; a trace that stands alone is a run of one.
+
+    Attributes
+    ----------
+    scenarios, scenarios_complete
+        Numbers of all scenarios, and of those that are complete.
+    traces
+        Those that were summarised, in the run's order.
+    scenarios_missing
+        Scenarios that were not begun.
+    bytes_on_disk, bytes_dense
+        Of `traces`.
+    """
 
     path: str
     format_version: int
     complete: bool
+    scenarios: int
+    scenarios_complete: int
     traces: tuple[TraceSummary, ...]
     scenarios_missing: tuple[str, ...]
     bytes_on_disk: int
@@ -70,6 +89,8 @@ class TableSummary(BaseModel):
         All, and those that are stored; a table that is being written has fewer.
     failed
         Why scenarios were not computed, by name.
+    columns
+        Tags and columns of metadata, of a table that is complete.
     """
 
     path: str
@@ -83,6 +104,7 @@ class TableSummary(BaseModel):
     layers_without_sae: tuple[int, ...]
     arrays: dict[str, tuple[int, ...]]
     metadata: tuple[str, ...]
+    columns: dict[str, ColumnSummary]
     failed: dict[str, str]
     files: int
     bytes_on_disk: int
@@ -131,6 +153,7 @@ def summarize_table(path: Address) -> TableSummary:
         layers_without_sae=attributes.layers_without_sae,
         arrays=_arrays(table),
         metadata=attributes.metadata,
+        columns=summarize_columns(table) if done is None else {},
         failed=attributes.failed,
         files=sum(map(len, table.checksums.values())) + len(table.nodes) + 1,
         bytes_on_disk=on_disk,
@@ -140,40 +163,85 @@ def summarize_table(path: Address) -> TableSummary:
     )
 
 
-def summarize(path: Address) -> RunSummary:
+def summarize(
+    path: Address,
+    *,
+    first: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> RunSummary:
     """Summarise a run, or a trace that stands alone.
 
     Parameters
     ----------
     path
         Its folder, or its address.
+    first
+        Summarise no more than the first scenarios, and only count the others; all if None. The
+        metadata of each takes some milliseconds to read.
+    progress
+        Called with the number of scenarios that were read, and of all that will be.
 
     Raises
     ------
     NotATraceError, FormatVersionError, IntegrityError
     """
     path = locate(path)
-    names: tuple[str, ...] = ("",)
-    folders, is_complete = [path], True
-    kind = kind_of(path)
-    if kind == "table":
-        read_run(path)  # raises, and says so
-    if kind == "run":
-        run = read_run(path).attributes
-        names, is_complete = run.scenarios, run.complete
-        begun = {*path.present(names), *locate(staging_folder(path)).present(names)}
-        folders = [path / name for name in names if name in begun]
-    found = path.each(partial(_trace, in_run=names != ("",)), folders)
-    traces = tuple(trace for trace in found if trace is not None)
-    summarized = {trace.scenario for trace in traces}
+    if kind_of(path) == "trace":
+        trace = _trace(path, in_run=False)
+        return _summary(path, (trace,), scenarios=1, complete=1, missing=())
+    run = read_run(path).attributes  # refuses a table
+    if not (run.complete or path.backend.listable):
+        first = None  # only reading them tells which are there
+    names, later = run.scenarios[:first], run.scenarios[len(run.scenarios[:first]) :]
+    published = {*path.present(run.scenarios)}
+    begun = published | {*locate(staging_folder(path)).present(run.scenarios)}
+    found = _each(path, [name for name in names if name in begun], progress)
+    known = {trace.scenario for trace in found} | {name for name in later if name in begun}
+    complete = sum(trace.complete for trace in found) + sum(name in published for name in later)
+    return _summary(
+        path,
+        found,
+        scenarios=len(run.scenarios),
+        complete=complete,
+        missing=tuple(name for name in run.scenarios if name not in known),
+        is_finished=run.complete,
+    )
+
+
+def _each(
+    run: Location, names: Sequence[str], progress: Callable[[int, int], None] | None
+) -> tuple[TraceSummary, ...]:
+    """Summarise traces; those that were not begun are left out."""
+    found: list[TraceSummary] = []
+    for start in range(0, len(names), _AT_ONCE):
+        some = [run / name for name in names[start : start + _AT_ONCE]]
+        traces = run.each(partial(_trace, in_run=True), some)
+        found += [trace for trace in traces if trace is not None]
+        if progress is not None:
+            progress(start + len(some), len(names))
+    return tuple(found)
+
+
+def _summary(
+    path: Location,
+    traces: Sequence[TraceSummary | None],
+    *,
+    scenarios: int,
+    complete: int,
+    missing: tuple[str, ...],
+    is_finished: bool = True,
+) -> RunSummary:
+    found = tuple(trace for trace in traces if trace is not None)
     return RunSummary(
         path=str(path),
         format_version=FORMAT_VERSION,
-        complete=is_complete and len(traces) == len(names) and all(t.complete for t in traces),
-        traces=traces,
-        scenarios_missing=tuple(name for name in names if name and name not in summarized),
-        bytes_on_disk=sum(trace.bytes_on_disk for trace in traces),
-        bytes_dense=sum(trace.bytes_dense for trace in traces),
+        complete=is_finished and complete == scenarios,
+        scenarios=scenarios,
+        scenarios_complete=complete,
+        traces=found,
+        scenarios_missing=missing,
+        bytes_on_disk=sum(trace.bytes_on_disk for trace in found),
+        bytes_dense=sum(trace.bytes_dense for trace in found),
     )
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from zarrtrace.errors import StoreError
@@ -28,15 +27,22 @@ from zarrtrace.store.staged import STAGED
 
 # Files beside the traces of a run that belong to it.
 _OF_RUN = ("zarr.json", "README.md", INDEX, STAGED)
+# Traces that wait for a thread; a run may have a hundred thousand.
+_AT_ONCE = 256
+
+Progress = Callable[[int, int], None]
 
 
-def verify(path: Address) -> list[Problem]:
+def verify(path: Address, *, progress: Progress | None = None) -> list[Problem]:
     """Read every byte of a run, a trace or a table, and compare it with its checksums.
 
     Parameters
     ----------
     path
         Its folder, or its address.
+    progress
+        Called with the number of scenarios that were read, and of all; for a trace or a table with
+        bytes.
 
     Returns
     -------
@@ -51,20 +57,35 @@ def verify(path: Address) -> list[Problem]:
     path = locate(path)
     kind = kind_of(path)
     if kind == "trace":
-        return list(_trace(path, None))
-    if kind == "table":
-        (path / "zarr.json").inside(path)
-        return find_damage(read_table(path))
+        return list(_trace(path, None, progress))
     (path / "zarr.json").inside(path)
+    if kind == "table":
+        return find_damage(read_table(path), progress=progress)
     run = read_run(path)
     names = run.attributes.scenarios
+    return [
+        *_traces(path, names, progress),
+        *_consolidated(run),
+        *_unknown(path, names),
+        *_index(path, names),
+    ]
+
+
+def _traces(path: Location, names: Sequence[str], progress: Progress | None) -> Iterator[Problem]:
+    """Read all traces, some of them at the same time."""
     with ThreadPoolExecutor(4, thread_name_prefix="zarrtrace-verify") as pool:
-        found = pool.map(lambda name: list(_trace(path / name, name)), names)
-        problems = list(itertools.chain.from_iterable(found))
-    return [*problems, *_consolidated(run), *_unknown(path, names), *_index(path, names)]
+        for start in range(0, len(names), _AT_ONCE):
+            some = names[start : start + _AT_ONCE]
+            found = pool.map(lambda name: list(_trace(path / name, name)), some)
+            for number, problems in enumerate(found, start + 1):
+                yield from problems
+                if progress is not None:
+                    progress(number, len(names))
 
 
-def _trace(path: Location, scenario: str | None) -> Iterator[Problem]:
+def _trace(
+    path: Location, scenario: str | None, progress: Progress | None = None
+) -> Iterator[Problem]:
     if not path.is_folder():
         yield Problem(scenario=scenario, message="not there: not extracted yet, or deleted")
         return
@@ -77,7 +98,7 @@ def _trace(path: Location, scenario: str | None) -> Iterator[Problem]:
     own = trace.attributes.scenario
     if scenario not in (None, own):
         yield Problem(scenario=scenario, message=f"holds scenario {own!r}: folders were exchanged")
-    yield from find_damage(trace, scenario or own)
+    yield from find_damage(trace, scenario or own, progress)
 
 
 def _consolidated(run: Group[RunAttributes]) -> Iterator[Problem]:

@@ -25,7 +25,8 @@ from zarrtrace.errors import ConfigError, IncompleteError
 from zarrtrace.format.attributes import ranges, sae_coordinate
 from zarrtrace.format.layout import NO_ID
 from zarrtrace.storage import Address, Location, locate
-from zarrtrace.store import kind_of, open_run, open_trace, read_run, summarize
+from zarrtrace.store import kind_of, open_run, open_trace, read_run, read_trace
+from zarrtrace.store.staged import read_staged
 from zarrtrace.suggestions import did_you_mean
 from zarrtrace.text import terminal_text
 from zarrtrace.viewer.arrays import BundleArray, run_arrays, trace_arrays
@@ -52,6 +53,9 @@ PAGE_FILES = (
     "compare.js",
 )
 
+#: The page holds names and tokens of all its scenarios: of more it would take long to open.
+MOST_SCENARIOS = 500
+
 _GZIP_LEVEL = 1
 
 
@@ -74,7 +78,8 @@ class Layout:
     NotATraceError, FormatVersionError, IntegrityError
         As for :func:`zarrtrace.open_run`.
     ConfigError
-        If a scenario or layer asked for is not in the run.
+        If a scenario or layer asked for is not in the run, or there are more scenarios than
+        :data:`MOST_SCENARIOS`.
     """
 
     def __init__(
@@ -87,8 +92,9 @@ class Layout:
     ) -> None:
         self.path = locate(path)
         self.eight_bit = eight_bit
-        self._missing = _missing_layers(self.path)
-        self.traces = _only_layers(_only_scenarios(_open(self.path), scenarios), layers)
+        names = _names(self.path, scenarios)
+        self._missing = _missing_layers(self.path, names)
+        self.traces = _only_layers(_open(self.path, names), layers)
         self._lock = threading.Lock()
 
     @cached_property
@@ -209,14 +215,44 @@ def _as_json(value: dict[str, Any]) -> bytes:
     return json.dumps(value, indent=2, sort_keys=True).encode()
 
 
-def _open(path: Location) -> dict[str, xr.Dataset]:
+def _names(path: Location, chosen: Sequence[str] | None) -> list[str]:
+    """Return the scenarios to show, in the run's order.
+
+    Raises
+    ------
+    ConfigError
+        If there are too many, or one of those that were chosen is not there.
+    """
+    kind = kind_of(path)
+    known = (
+        [read_trace(path).attributes.scenario]
+        if kind == "trace"
+        else [*read_run(path).attributes.scenarios]
+    )
+    there = set(known)
+    absent = next((name for name in chosen or () if name not in there), None)
+    if absent is not None:
+        raise ConfigError(
+            f"the run has no scenario {absent!r}",
+            remedy=did_you_mean(absent, known, label="It has"),
+        )
+    wanted = there if chosen is None else set(chosen)
+    names = [name for name in known if name in wanted]
+    if len(names) > MOST_SCENARIOS:
+        raise ConfigError(
+            f"{path}: {len(names):,} scenarios, one page shows at most {MOST_SCENARIOS}",
+            why="It lists all its scenarios, and reads the tokens of each when it opens.",
+            remedy="Choose some: --scenario NAME, repeatable. 'zarrtrace info' lists them.",
+        )
+    return names
+
+
+def _open(path: Location, names: Sequence[str]) -> dict[str, xr.Dataset]:
     if kind_of(path) == "trace":
         ds = open_trace(path, missing="nan")
         return {ds.attrs["scenario"]: ds}
-    run = open_run(path, missing="nan")
-    found = {
-        name: run[name].to_dataset() for name in run.attrs["scenarios"] if name in run.children
-    }
+    run = open_run(path, scenarios=names, missing="nan")
+    found = {name: run[name].to_dataset() for name in names if name in run.children}
     if not found:
         raise IncompleteError(
             f"{path}: no scenario is stored yet",
@@ -226,25 +262,12 @@ def _open(path: Location) -> dict[str, xr.Dataset]:
     return found
 
 
-def _missing_layers(path: Location) -> dict[str, tuple[int, ...]]:
-    """Return the layers that each trace lacks, of a run that is not complete."""
+def _missing_layers(path: Location, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Return the layers that traces lack, of a run that is not complete."""
     if kind_of(path) == "trace" or read_run(path).attributes.complete:
         return {}
-    return {trace.scenario: trace.missing_layers for trace in summarize(path).traces}
-
-
-def _only_scenarios(
-    traces: dict[str, xr.Dataset], names: Sequence[str] | None
-) -> dict[str, xr.Dataset]:
-    if names is None:
-        return traces
-    absent = [name for name in names if name not in traces]
-    if absent:
-        raise ConfigError(
-            f"the run has no scenario {absent[0]!r}",
-            remedy=did_you_mean(absent[0], traces, label="It has"),
-        )
-    return {name: ds for name, ds in traces.items() if name in names}
+    staged = {name: read_staged(path / name) for name in names}
+    return {name: found[1] for name, found in staged.items() if found is not None}
 
 
 def _only_layers(

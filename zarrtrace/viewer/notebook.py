@@ -14,7 +14,7 @@ from zarrtrace.errors import ConfigError, IntegrityError, readable
 from zarrtrace.storage import Location
 from zarrtrace.text import terminal_text
 from zarrtrace.viewer.bundle import page_of
-from zarrtrace.viewer.layout import Layout
+from zarrtrace.viewer.layout import MOST_SCENARIOS, Layout
 
 #: A larger page is not shown: a notebook is saved, sent and versioned with its outputs.
 MAX_BYTES = 20 * 10**6
@@ -94,9 +94,10 @@ def show(
     IntegrityError
         If a trace was replaced since it was opened.
     """
-    traces = Layout(path, scenarios=[*seals], layers=layers).traces
-    for name, seal in seals.items():
-        if seal not in (None, traces[name].attrs.get("seal")):
+    candidates = [*seals] if len(seals) <= MOST_SCENARIOS else [scenario]
+    traces = Layout(path, scenarios=candidates, layers=layers).traces
+    for name in candidates:
+        if seals[name] not in (None, traces[name].attrs.get("seal")):
             raise IntegrityError(
                 f"{path}: {name} is not the trace that was opened",
                 why="The run was replaced since then.",
@@ -123,6 +124,11 @@ def show(
         note = f"{terminal_text(scenario)} takes more than the {_LIMIT}."
         if traces[scenario].sizes["layer"] > 1:
             note += " Fewer layers take less, as in ds.sel(layer=[20, 21]).zt.view()."
+    elif len(seals) > len(candidates):
+        note = (
+            f"1 of {len(seals):,} scenarios is shown: a page holds at most {MOST_SCENARIOS}."
+            " view(scenario=…) shows another."
+        )
     elif len(traces) > 1:
         # Scenarios of one run are mostly of equal size.
         every = page([*traces]) if len(found) * len(traces) <= 2 * MAX_BYTES else None

@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
@@ -50,6 +51,8 @@ class Server:
         nothing is served without it.
     port
         0 for a free one.
+    scenarios
+        Only these; all if None.
 
     Raises
     ------
@@ -57,8 +60,15 @@ class Server:
         If the address cannot be bound.
     """
 
-    def __init__(self, path: Address, *, host: str = "127.0.0.1", port: int = 0) -> None:
-        self.layout = Layout(path)
+    def __init__(
+        self,
+        path: Address,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        scenarios: Sequence[str] | None = None,
+    ) -> None:
+        self.layout = Layout(path, scenarios=scenarios)
         self.loopback = _is_loopback(host)
         self.prefix = "/" if self.loopback else f"/{secrets.token_urlsafe(16)}/"
         self._made: OrderedDict[str, bytes] = OrderedDict()
@@ -194,9 +204,15 @@ class _Handler(BaseHTTPRequestHandler):
         """Keep quiet: a page makes hundreds of requests."""
 
 
-def serve(path: Address, *, host: str = "127.0.0.1", port: int = 0) -> Server:
+def serve(
+    path: Address,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    scenarios: Sequence[str] | None = None,
+) -> Server:
     """Return a server of a run, bound and not yet serving; see :class:`Server`."""
-    return Server(path, host=host, port=port)
+    return Server(path, host=host, port=port, scenarios=scenarios)
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,0 +1,91 @@
+"""Looking one feature up in a table, whose chunks are an index by themselves."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+
+from zarrtrace.errors import ConfigError
+from zarrtrace.index.uses import AFTER, BEFORE, FeatureUse, TokenUse
+from zarrtrace.storage import Location
+from zarrtrace.store import open_table
+from zarrtrace.suggestions import did_you_mean
+
+
+def find_in_table(run: Location, layer: int, feature: int, *, top: int, array: str) -> FeatureUse:
+    """Say which samples of a table drive a feature: one row of chunks is read.
+
+    Samples that were not computed are left out.
+
+    Raises
+    ------
+    ConfigError
+        If the table has no such array, layer or feature.
+    """
+    ds = open_table(run)
+    values = _values(ds, run, layer, feature, array)
+    is_known = ~np.isnan(values)
+    if not is_known.any():
+        raise ConfigError(
+            f"{run}: layer {layer} has no values of {array!r}",
+            why="It has no SAE, or none of its samples was computed.",
+            remedy=f"Layers without an SAE: {ds.attrs['layers_without_sae'] or 'none'}.",
+        )
+    known = np.where(is_known, values, 0).astype(np.float64)
+    order = np.argsort(-np.abs(known), kind="stable")[:top]
+    strongest = [int(at) for at in order if known[at] != 0]
+    return FeatureUse(
+        layer=layer,
+        feature=feature,
+        array=array,
+        maximum=float(known[order[0]]),
+        mean=float(known.sum() / is_known.sum()),
+        frequency=float((known != 0).sum() / is_known.sum()),
+        tokens=tuple(_uses(ds, known, strongest)),
+        indexed=int(ds.attrs["scenarios"]),
+        scenarios=int(ds.attrs["scenarios"]),
+    )
+
+
+def _values(ds: xr.Dataset, run: Location, layer: int, feature: int, array: str) -> np.ndarray:
+    arrays = [str(name) for name in ds.data_vars if str(name).startswith("features")]
+    if array not in arrays:
+        raise ConfigError(
+            f"{run}: the table has no {array!r}", remedy=did_you_mean(array, arrays, label="It has")
+        )
+    layers, count = ds["layer"].to_numpy().tolist(), ds[array].shape[-1]
+    if layer not in layers or not 0 <= feature < count:
+        raise ConfigError(
+            f"{run}: the table has no feature {feature} of layer {layer}",
+            why=f"It has layers {ds.attrs['layers']} and features 0 to {count - 1}.",
+            remedy="Give one of these.",
+        )
+    return ds[array][layers.index(layer), :, feature].to_numpy()
+
+
+def _uses(ds: xr.Dataset, values: np.ndarray, strongest: list[int]) -> list[TokenUse]:
+    """Name samples; the text around them is that of neighbours, if the table holds them."""
+    texts, scenarios, positions = (
+        ds[name].to_numpy() for name in ("token", "scenario", "position")
+    )
+
+    def text(at: int, places: range) -> str:
+        found = ""
+        for place in places:
+            other = at + place
+            is_near = 0 <= other < len(texts) and scenarios[other] == scenarios[at]
+            if is_near and positions[other] == positions[at] + place:
+                found += str(texts[other])
+        return found
+
+    return [
+        TokenUse(
+            activation=float(values[at]),
+            scenario=str(scenarios[at]),
+            position=int(positions[at]),
+            token=str(texts[at]),
+            before=text(at, range(-BEFORE, 0)),
+            after=text(at, range(1, AFTER + 1)),
+        )
+        for at in strongest
+    ]

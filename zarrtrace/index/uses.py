@@ -1,0 +1,62 @@
+"""Results of looking a feature up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: Tokens of context that are shown.
+BEFORE, AFTER = 6, 3
+
+
+@dataclass(frozen=True)
+class TokenUse:
+    """One token at which a feature fires.
+
+    Attributes
+    ----------
+    activation
+        In the SAE's units.
+    scenario, position
+        Where it is.
+    token
+        Its text.
+    before, after
+        The text around it: six tokens and three.
+    """
+
+    activation: float
+    scenario: str
+    position: int
+    token: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class FeatureUse:
+    """Maximum, mean and strongest tokens of one feature.
+
+    Attributes
+    ----------
+    layer, feature, array
+        Which: ``array`` is ``features`` or ``features_<name>``.
+    maximum, mean
+        Activation of largest magnitude, with its sign, and mean activation over all tokens, in the
+        SAE's units; a token at which the feature is silent counts as 0.
+    frequency
+        Fraction of tokens at which it fires: its activation is not 0.
+    tokens
+        The tokens of largest magnitude, largest first; of equals, the first in the run.
+    indexed, scenarios
+        How many scenarios are in the index, and how many the run has; of a table both are all.
+    """
+
+    layer: int
+    feature: int
+    array: str
+    maximum: float
+    mean: float
+    frequency: float
+    tokens: tuple[TokenUse, ...]
+    indexed: int
+    scenarios: int
