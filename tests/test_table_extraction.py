@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import json
+import re
+import shutil
+import signal
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,21 +16,32 @@ from typing import Any
 import architectures
 import fakes
 import numpy as np
+import processes
 import pytest
 import rounding
 import torch
 import xarray as xr
 from architectures import Models
 from chat_templates import CHATML, chat_tokenizer
+from click.testing import CliRunner
 from everyday import mostly_long
+from s3_servers import Server
 from sae_lens import SAE
 from test_extract_call import make_sae
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import zarrtrace as zt
 from zarrtrace import demo
-from zarrtrace.errors import ModelError
-from zarrtrace.extraction import table
+from zarrtrace.cli import group
+from zarrtrace.errors import (
+    ConfigError,
+    ConfigMismatchError,
+    ModelError,
+    NotATraceError,
+    ScenarioError,
+    ZarrtraceError,
+)
+from zarrtrace.extraction import call, gathering, table
 from zarrtrace.store import verify
 
 pytestmark = pytest.mark.torch
@@ -215,6 +232,7 @@ def test_residual_is_transformers_own_and_saes_encode_it(
     np.testing.assert_array_equal(found.next_token, expected.indices.numpy())
 
 
+@pytest.mark.long
 def test_saes_encode_what_is_stored_of_a_padded_batch(tmp_path: Path) -> None:
     found = extract(tmp_path / "run")
     assert found.attrs["config"]["batch_size"] > 9
@@ -321,8 +339,8 @@ def test_a_scenario_that_fails_is_nan_and_named(
             np.testing.assert_array_equal(values[~failed], rest)
     assert (found.next_token.values[failed] == 2**32 - 1).all()
     assert (found.next_token_text.values[failed] == "").all()
-    for name in set(sound.coords) - {"next_token_text"}:
-        assert equal(found[name], sound[name])
+    for label in set(sound.coords) - {"next_token_text"}:
+        assert equal(found[label], sound[label])
 
 
 def test_a_group_that_fails_whole_raises(tmp_path: Path, loaded: tuple[Any, Any]) -> None:
@@ -330,3 +348,339 @@ def test_a_group_that_fails_whole_raises(tmp_path: Path, loaded: tuple[Any, Any]
         with failing(loaded, "raises"), pytest.raises(ModelError, match="no such token"):
             extract(tmp_path / name, scenarios, **given(loaded))
         assert not (tmp_path / name).exists()
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def suite_file(path: Path, prompts: list[str]) -> Path:
+    """Write prompts as JSONL."""
+    lines = [json.dumps({"name": f"s{n}", "prompt": text}) for n, text in enumerate(prompts)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    return suite_file(tmp_path / "suite.jsonl", PROMPTS[:3])
+
+
+def command(output: Any, suite: Path, *options: object) -> Any:
+    """Run ``zarrtrace extract`` in this process."""
+    words = ["extract", "--model", "demo", "--scenarios", suite, "--layers", "3", "-o", output]
+    return CliRunner().invoke(group, [*map(str, words), *map(str, options)])
+
+
+TABLE = ("--layout", "table", "--positions", "last")
+
+
+def test_the_command_says_what_it_has_written(tmp_path: Path, suite: Path) -> None:
+    done = command(tmp_path / "run", suite, *TABLE)
+    assert done.exit_code == 0, done.exception
+    assert re.search(r"^samples +3 of 3 scenarios$", done.stdout, re.M)
+    assert done.stderr.count("a table holds no attention (--no-attention)") == 1
+    assert "zarrtrace.open_table(" in done.stderr
+    found = zt.open_table(tmp_path / "run")
+    assert found["scenario"].values.tolist() == ["s0", "s1", "s2"]
+    as_json = command(tmp_path / "run", suite, *TABLE, "--no-attention", "--json")
+    assert json.loads(as_json.stdout)["samples"] == 3
+    assert "holds no attention" not in as_json.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--workers", 2], "--workers with --layout table"),
+        (["--scheduler", "tcp://x"], "--scheduler with --layout table"),
+        (["--scheduler-file", "x"], "--scheduler-file with --layout table"),
+        (["--attention-dtype", "float16"], "--attention-dtype with --layout table"),
+        (["--attention-keepbits", 3], "--attention-keepbits with --layout table"),
+        (["--attention-positions", "last"], "--attention-positions with --layout table"),
+        (["--allow-nonfinite"], "--allow-nonfinite with --layout table"),
+        (["--no-features"], "leave nothing to extract"),
+        (["--positions", "balance"], "no scenario has a span 'balance'"),
+        (["--positions", "5000"], "--positions 5000"),
+    ],
+)
+def test_options_that_a_table_does_not_have(
+    tmp_path: Path, suite: Path, options: list[Any], said: str
+) -> None:
+    """Each line fits into 80 columns, behind what the command line puts before it."""
+    done = command(tmp_path / "run", suite, *TABLE, *options)
+    assert isinstance(done.exception, ZarrtraceError)
+    assert said in str(done.exception)
+    lines = f"zarrtrace: error: {done.exception}".replace(str(tmp_path), "runs").splitlines()
+    assert [line for line in lines if len(line) > 80] == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_python_refuses_the_same(tmp_path: Path) -> None:
+    for options in ({"workers": 2}, {"allow_nonfinite": True}, {"attention_dtype": "float16"}):
+        with pytest.raises(ConfigError, match="with --layout table"):
+            extract(tmp_path / "run", **options)
+    with pytest.raises(ConfigError, match="layout 'tables'"):
+        zt.extract(tmp_path / "run", layout="tables", quiet=True)  # type: ignore[call-overload]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_says_what_would_be_stored(tmp_path: Path, suite: Path) -> None:
+    asked = (*TABLE, "--residual", "--dry-run")
+    done = command(tmp_path / "run", suite, *asked)
+    assert "Would extract 3 samples of 3 scenarios × 1 layers (3)" in done.stdout
+    plan = json.loads(command(tmp_path / "run", suite, *asked, "--json").stdout)
+    assert not (tmp_path / "run").exists()
+    assert command(tmp_path / "run", suite, *asked[:-1], "-q").exit_code == 0
+    found = zt.open_table(tmp_path / "run")
+    numeric = (v for v in found.variables.values() if v.dtype.kind in "fui")
+    assert plan["dense_bytes"] >= sum(variable.nbytes for variable in numeric)
+    config = found.attrs["config"]
+    later = ("model_fingerprint", "device")
+    assert {k: v for k, v in plan["config"].items() if k not in later} == {
+        k: v for k, v in config.items() if k not in later
+    }
+
+
+def test_differences_are_named_and_nothing_is_changed(tmp_path: Path, suite: Path) -> None:
+    run = tmp_path / "run"
+    assert command(run, suite, *TABLE, "-q").exit_code == 0
+    before = fakes.files_in(run)
+    other = suite_file(tmp_path / "other.jsonl", ["You hold $70 of $200. Bet?", *PROMPTS[1:3]])
+    for file, options, said in (
+        (other, (*TABLE, "--residual"), "\n  prompts changed\n  residual: False there, True now"),
+        (suite, ("--layout", "table"), "positions: 'last' there, 'all' now"),
+    ):
+        done = command(run, file, *options, "-q")
+        assert isinstance(done.exception, ConfigMismatchError)
+        assert said in str(done.exception)
+        assert fakes.files_in(run) == before
+    assert command(run, other, *TABLE, "-q", "--overwrite").exit_code == 0
+    assert fakes.files_in(run) != before
+
+
+@pytest.mark.long
+def test_other_weights_do_not_resume(tmp_path: Path, loaded: tuple[Any, Any]) -> None:
+    extract(tmp_path / "run", PROMPTS[:2], **given(loaded))
+    with torch.no_grad():
+        loaded[0].get_output_embeddings().weight *= 1.001
+    with pytest.raises(ConfigMismatchError, match="weights of the model"):
+        extract(tmp_path / "run", PROMPTS[:2], **given(loaded))
+
+
+@pytest.mark.long
+def test_traces_and_tables_replace_each_other_only_if_asked(tmp_path: Path, suite: Path) -> None:
+    run = tmp_path / "run"
+    traces = ("--positions", "last", "--no-attention", "-q")
+    for first, then, said in (
+        (TABLE, traces, "is a table, not a run"),
+        (traces, TABLE, "is a run, not a table"),
+    ):
+        assert command(run, suite, *first, "-q").exit_code == 0
+        before = fakes.files_in(run)
+        done = command(run, suite, *then)
+        assert isinstance(done.exception, NotATraceError)
+        assert said in str(done.exception)
+        assert "loading torch" not in done.stderr
+        assert "--overwrite" in str(done.exception)
+        assert fakes.files_in(run) == before
+        assert command(run, suite, *then, "--overwrite", "-q").exit_code == 0
+        assert verify(run) == []
+        expected = tmp_path / f"expected {said}"
+        assert command(expected, suite, *then, "-q").exit_code == 0
+        assert fakes.files_in(run) == fakes.files_in(expected)
+        shutil.rmtree(run)
+
+
+def test_failed_scenarios_are_said_with_exit_code_3(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = suite_file(tmp_path / "suite.jsonl", [*PROMPTS[:2], BROKEN])
+    real = gathering._is_sound
+
+    def unsound(record: Any, part: Any, *dtypes: str) -> Any:
+        sound = real(record, part, *dtypes)
+        sound[part.rows == 2] = False
+        return sound
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gathering, "_is_sound", unsound)
+        done = command(tmp_path / "run", file, *TABLE)
+    for again in (done, command(tmp_path / "run", file, *TABLE, "-q")):
+        assert again.exit_code == 3
+        assert re.search(r"^zarrtrace: s2: not computed, .* NaN: layer 3", again.stderr, re.M)
+        assert "zarrtrace: 1 scenario was not computed\n" in again.stderr
+
+
+@pytest.mark.long
+def test_repair_computes_damaged_blocks_again(tmp_path: Path, suite: Path) -> None:
+    run = tmp_path / "run"
+    assert command(run, suite, *TABLE, "-q").exit_code == 0
+    before = fakes.files_in(run)
+    (file,) = (one for one in (run / "features").iterdir() if one.name.startswith("c."))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert verify(run)
+    assert command(run, suite, *TABLE, "-q", "--repair").exit_code == 0
+    assert fakes.files_in(run) == before
+
+
+@pytest.mark.long
+def test_in_an_object_store(s3: Server, tmp_path: Path, suite: Path) -> None:
+    run = s3.folder() / "run"
+    options = (*TABLE, "--residual", "-q")
+    where = ("--storage-option", f"endpoint={s3.proxy.address}")
+    done = command(run, suite, *options, *where)
+    assert done.exit_code == 0, done.exception
+    assert command(tmp_path / "run", suite, *options).exit_code == 0
+    expected = fakes.files_in(tmp_path / "run")
+    assert {name: (run / name).read() for name in expected} == expected
+    assert zt.open_table(run).features.equals(zt.open_table(tmp_path / "run").features)
+
+
+# --- streams ------------------------------------------------------------------------------------
+
+
+def test_a_file_that_changes_between_the_passes_is_refused(
+    tmp_path: Path, suite: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = vars(table)["survey"]
+
+    def change_afterwards(*given: Any) -> Any:
+        found = real(*given)
+        suite_file(suite, [PROMPTS[0], PROMPTS[5], PROMPTS[2]])
+        return found
+
+    monkeypatch.setattr(table, "survey", change_afterwards)
+    done = command(tmp_path / "run", suite, *TABLE, "-q")
+    assert isinstance(done.exception, ScenarioError)
+    assert "changed since they were first read" in str(done.exception)
+    assert not (tmp_path / "run").exists()
+
+
+MEMORY = """
+import sys, tracemalloc
+import zarrtrace as zt
+from zarrtrace.extraction import table
+
+file, folder = sys.argv[1:]
+how = dict(model="demo", layers=[3, 20], residual=True, positions="last", quiet=True)
+how["layout"] = "table"
+zt.extract(folder + "/warm", ["You hold $90. Bet?"], **how)
+table._SAMPLES = 64
+held = []
+real = table._computed
+def computed(*given):
+    found = real(*given)
+    held.append(tracemalloc.get_traced_memory()[0])
+    return found
+table._computed = computed
+tracemalloc.start()
+zt.extract(folder + "/run", file, batch_size=32, **how)
+print(len(held), max(held[2:6]), max(held[-4:]))
+"""
+
+
+@pytest.mark.long
+def test_memory_does_not_grow_with_prompts(tmp_path: Path) -> None:
+    """2,000 prompts in groups of 64: what Python and NumPy hold at the end and near the start."""
+    prompts = [f"You hold ${n} of $200, after {n % 7} rounds. Bet or stop?" for n in range(2000)]
+    file = suite_file(tmp_path / "suite.jsonl", prompts)
+    done = processes.python(MEMORY, file, tmp_path)
+    assert done.returncode == 0, done.stderr
+    groups, early, late = map(int, done.stdout.split())
+    assert groups == 32
+    assert late < 1.1 * early
+
+
+# --- kill -9 ------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+import zarrtrace as zt
+from zarrtrace.extraction import table
+from zarrtrace.storage import disk
+from zarrtrace.store import table_writer, publish, staged_table
+
+folder, at = sys.argv[1], int(sys.argv[2])
+steps = 0
+def counted(module, name):
+    real = getattr(module, name)
+    def call(*given, **options):
+        global steps
+        steps += 1
+        if steps == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        found = real(*given, **options)
+        steps += 1
+        if steps == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+    setattr(module, name, call)
+
+counted(table, "_computed")
+counted(disk, "append")
+counted(disk, "sync")
+counted(disk, "sync_path")
+counted(disk, "remove_folder")
+counted(table_writer, "publish_folder")
+for name in ("create", "end_block", "complete"):
+    counted(staged_table.StagedTable, name)
+counted(os, "rename")
+counted(os, "replace")
+table._SAMPLES = 64
+real = table.prepare_table
+def small(*given, **options):
+    "Blocks of 64 samples."
+    import dataclasses
+    from zarrtrace.capture import CaptureLimits
+    from zarrtrace.format.layout import Limits
+    found = real(*given, **options)
+    limits = CaptureLimits(layout=Limits(samples=64))
+    job = dataclasses.replace(found.job, model=dataclasses.replace(found.job.model, limits=limits))
+    return dataclasses.replace(found, job=job)
+table.prepare_table = small
+prompts = [f"You hold ${n} of $200, after {n % 7} rounds. Bet or stop?" for n in range(300)]
+zt.extract(folder, prompts, model="demo", layers=[3, 20], residual=True, layout="table",
+           positions="last", quiet=True, batch_size=16)
+print(steps)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_kill_9_at_20_moments(tmp_path: Path) -> None:
+    """Between all that it does with files, while it publishes, too."""
+    done = processes.python(KILLED, tmp_path / "expected", 0)
+    assert done.returncode == 0, done.stderr
+    steps, expected = int(done.stdout), fakes.files_in(tmp_path / "expected")
+    assert zt.open_table(tmp_path / "expected").attrs["config"]["batch_size"] == 16
+    assert steps > 30
+    moments = sorted({*np.linspace(2, steps, 12).astype(int).tolist(), *range(steps - 9, steps)})
+    assert len(moments) >= 20
+    run, seen = tmp_path / "run", set()
+    for at in moments:
+        done = processes.python(KILLED, run, at)
+        if done.returncode == -signal.SIGKILL:
+            seen.add(run.exists())
+            if run.exists():  # whole, or not there
+                assert verify(run) == []
+            done = processes.python(KILLED, run, 0)
+        assert done.returncode == 0, f"step {at}: {done.stderr}"
+        assert fakes.files_in(run) == expected, f"step {at}"
+        assert {file.name for file in tmp_path.iterdir()} == {"expected", "run"}, f"step {at}"
+        shutil.rmtree(run)
+    assert False in seen
+
+
+# --- types --------------------------------------------------------------------------------------
+
+
+def test_type_checkers_know_every_option() -> None:
+    parameters = set(inspect.signature(zt.extract).parameters)
+    assert set(call.ExtractOptions.__annotations__) == parameters - {
+        "output", "scenarios", "layout",
+    }  # fmt: skip
+    for overload in typing.get_overloads(call.extract):
+        assert set(inspect.signature(overload).parameters) == {
+            "output", "scenarios", "layout", "options",
+        }  # fmt: skip
