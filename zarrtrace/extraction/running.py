@@ -29,7 +29,7 @@ from zarrtrace.extraction.writers import (
 )
 from zarrtrace.hub import cache_if_unreachable
 from zarrtrace.storage import Address, Location, locate
-from zarrtrace.store import RunWriter, read_run, refuse_foreign, wait_for_writers
+from zarrtrace.store import RunWriter, read_run, refuse_foreign, refuse_kind, wait_for_writers
 
 if TYPE_CHECKING:
     from zarrtrace.capture import Prompt
@@ -98,6 +98,7 @@ def extract_run(
     output = locate(output)
     if not repair:
         refuse_foreign(output)  # before hours of work
+        refuse_kind(output, "run", overwrite=overwrite)
     options = as_before(output, options or Options(), overwrite=overwrite)
     # While it runs, each SAE is read from the hub or its cache.
     named = options.own_model if loaded.model is None else None

@@ -42,7 +42,7 @@ from zarrtrace.hub import cache_if_unreachable
 from zarrtrace.records import SampleRecord, SampleTokens, TablePlan, Tokens
 from zarrtrace.scenarios.scenario import changed
 from zarrtrace.storage import Address, Location, locate
-from zarrtrace.store import TableWriter, refuse_foreign
+from zarrtrace.store import TableWriter, refuse_foreign, refuse_kind
 
 if TYPE_CHECKING:
     from zarrtrace.capture import Prompt
@@ -171,7 +171,8 @@ def extract_table(
     """
     output = locate(output)
     if not repair:
-        refuse_foreign(output)
+        refuse_foreign(output)  # before hours of work
+        refuse_kind(output, "table", overwrite=overwrite)
     named = options.own_model if loaded.model is None else None
     with cache_if_unreachable(named, options.sae_release), borrowed(loaded.model):
         table = prepare_table(options, stream, loaded=loaded, progress=progress)
