@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -52,6 +53,8 @@ _NOTHING = Loaded()
 _BATCH_SIZE, _MATRICES = 64, {"cpu": 2**28, "cuda": 2**32}
 # A group has at most this many samples, and about this many bytes of residual stream.
 _SAMPLES, _BYTES = 1024, 2**28
+# Seconds for which a thread may keep Python's lock while others wait, beside a GPU.
+_TURN = 1e-4
 # As many prompts as are needed to see that the model can be used.
 _FIRST = 16
 
@@ -252,6 +255,7 @@ def _fill(writer: TableWriter, table: TableJob, bar: SampleProgress) -> None:
     dtypes = options.feature_dtype, options.residual_dtype
     with (
         held_back() as interrupted,
+        _quick_turns(table.job),
         ThreadPoolExecutor(1, "zarrtrace-tokenize") as reader,
         ThreadPoolExecutor(THREADS, "zarrtrace-write") as pool,
     ):
@@ -272,6 +276,22 @@ def _fill(writer: TableWriter, table: TableJob, bar: SampleProgress) -> None:
             waiting = _written(pool, writer, group, table.job.layers, shape, done)
         for future in waiting:
             future.result()
+
+
+@contextlib.contextmanager
+def _quick_turns(job: Job) -> Iterator[None]:
+    """Let threads take quick turns where this one has to keep a GPU busy.
+
+    Each operation of torch gives Python's lock away; a thread that tokenises or compresses would
+    keep it for 5 ms each time.
+    """
+    before = sys.getswitchinterval()
+    if job.model.device.type != "cpu":
+        sys.setswitchinterval(_TURN)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def _prompts_of(table: TableJob, groups: Sequence[tuple[int, int]]) -> Iterator[tuple[Prompt, ...]]:
