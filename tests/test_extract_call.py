@@ -169,6 +169,11 @@ def test_several_saes_of_a_layer_and_one_alone(models: Models, tmp_path: Path) -
     assert run["scenario_0"].features.notnull().all(["query", "feature"]).values.tolist() == [
         False, True, False, False,
     ]  # fmt: skip
+    table = zt.extract(
+        tmp_path / "table", PROMPTS[0], model=model, tokenizer=tokenizer, saes=both[0],
+        layers="0-3", layout="table",
+    )  # fmt: skip
+    np.testing.assert_array_equal(table.features, run["scenario_0"].features)
 
 
 def test_a_tokenizer_given_with_a_name(models: Models, tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_wrong_scenarios_are_refused_by_name(given: dict[str, Any], message: str
 
 @pytest.mark.parametrize("name", sorted(RESERVED))
 def test_names_of_dimensions_are_refused(name: str, tmp_path: Path) -> None:
-    assert len(RESERVED) == 14
+    assert len(RESERVED) == 15
     message = f"{name!r} is the name of a dimension or coordinate"
     with pytest.raises(ScenarioError, match=message):
         Scenario("x", metadata={name: 1})

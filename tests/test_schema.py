@@ -25,7 +25,7 @@ from zarrtrace.scenarios import load_suite
 
 FOLDER = Path(__file__).parents[1] / "schema"
 #: Names that later versions of the code may store in the same format.
-RESERVED = ("residual", "generated", "repeat", "SCENARIO~K", 'kind: "table"')
+RESERVED = ("generated", "repeat", "SCENARIO~K")
 SCHEMAS = sorted(path.name for path in FOLDER.glob("*.schema.json"))
 
 

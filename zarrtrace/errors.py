@@ -130,7 +130,7 @@ class NotATraceError(StoreError):
 
 
 class FormatVersionError(StoreError):
-    """The store was written in a newer format version."""
+    """The store was written by a newer zarrtrace, or before the first release."""
 
 
 class IncompleteError(StoreError):

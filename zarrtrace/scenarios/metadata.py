@@ -26,6 +26,7 @@ RESERVED = frozenset(
         "channel",
         "rank",
         "repeat",
+        "generated",
         "tags",
     )
 )

@@ -272,6 +272,28 @@ def refuse_foreign(path: Location) -> None:
     kind_of(path)
 
 
+def refuse_kind(path: Location, wanted: Literal["run", "table"], *, overwrite: bool) -> None:
+    """Refuse to write a run where a table is, or a table where a run is, unless to replace it.
+
+    Raises
+    ------
+    NotATraceError, FormatVersionError, IntegrityError
+    """
+    if not (path / "zarr.json").is_file():
+        return
+    kind = kind_of(path)
+    if kind == wanted or (overwrite and kind != "trace"):
+        return
+    names = {"run": "a run", "table": "a table", "trace": "a trace"}
+    replacing = ", or replace it with --overwrite" if kind != "trace" else ""
+    raise NotATraceError(
+        f"{path}: is {names[kind]}, not {names[wanted]}",
+        why=f"This command writes {names[wanted]}, with --layout "
+        f"{'traces' if wanted == 'run' else 'table'}.",
+        remedy=f"Choose another --output{replacing}.",
+    )
+
+
 def _not_there(path: Location, wanted: str) -> NotATraceError:
     """Say why no ``zarr.json`` is at a path, and where one is that may be meant."""
     if not path.exists():
@@ -380,10 +402,12 @@ def damaged(file: Location, error: object) -> IntegrityError:
 
 
 def parse_attributes(file: Location, plain: Mapping[str, Any], kind: Kind) -> Any:
-    """Check a group's attributes.
+    """Check a group's attributes, which are those that were written.
 
     Raises
     ------
+    FormatVersionError
+        If there is one that this version of the code does not know.
     IntegrityError
     """
     try:
@@ -403,6 +427,12 @@ def parse_attributes(file: Location, plain: Mapping[str, Any], kind: Kind) -> An
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":  # under a seal that holds: nothing is damaged
+            raise FormatVersionError(
+                f"{file}: attribute {where}, which this zarrtrace does not know",
+                why="It was written by a newer zarrtrace.",
+                remedy="Install a newer zarrtrace.",
+            ) from None
         raise damaged(file, f"attribute {where}: {first['msg']}") from None
     return attributes
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 
-from zarrtrace.errors import StoreError
+from zarrtrace.errors import FormatVersionError, StoreError
 from zarrtrace.format.attributes import TraceAttributes
 from zarrtrace.format.layout import NEXT_TOKEN, ArrayLayout
 from zarrtrace.storage import Location
@@ -68,9 +68,16 @@ def sound_parts(
         The trace.
     attributes, layouts
         What it should be.
+
+    Raises
+    ------
+    FormatVersionError
+        If a newer zarrtrace wrote it.
     """
     try:
         trace = read_trace(path)
+    except FormatVersionError:  # sound, and more than this code could write again
+        raise
     except StoreError:
         return None
     changing = {"nonfinite", "seal", "versions"}
