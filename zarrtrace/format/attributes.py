@@ -386,7 +386,7 @@ class IndexAttributes(Frozen):
     scenarios: NonNegativeInt = Field(description="How many the run or the table has.")
     indexed: NonNegativeInt = Field(description="How many of them are in the index.")
     table: Seal | None = Field(
-        default=None, description="Seal of the table that is indexed; null for a run of traces."
+        default=None, description="Seal of the table that is indexed; absent for a run of traces."
     )
     seal: Seal | None = Field(default=None, description=_SEAL)
 
