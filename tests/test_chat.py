@@ -24,7 +24,7 @@ pytestmark = pytest.mark.torch
 
 import zarrtrace as zt  # noqa: E402
 from zarrtrace.capture.prompts import tokenize  # noqa: E402
-from zarrtrace.capture.token_texts import TokenTexts  # noqa: E402
+from zarrtrace.capture.token_texts import TokenTexts, special_ids  # noqa: E402
 from zarrtrace.cli import group  # noqa: E402
 from zarrtrace.errors import ConfigError, ConfigMismatchError, ScenarioError  # noqa: E402
 from zarrtrace.extraction.job import Options, _bos_notes, tokenized  # noqa: E402
@@ -39,7 +39,12 @@ SIGN = "\N{BLACK SQUARE}"
 
 def model_of(tokenizer: Any) -> Any:
     """Return as much of a loaded model as tokenising takes."""
-    return SimpleNamespace(tokenizer=tokenizer, max_tokens=None, texts=TokenTexts(tokenizer))
+    return SimpleNamespace(
+        tokenizer=tokenizer,
+        max_tokens=None,
+        texts=TokenTexts(tokenizer),
+        special_ids=special_ids(tokenizer),
+    )
 
 
 def theirs(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> list[int]:

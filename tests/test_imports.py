@@ -120,7 +120,15 @@ def test_version_is_that_of_the_package() -> None:
 @pytest.mark.parametrize(
     ("expression", "outcome"),
     [
-        ("reveal_type(zt.extract)", r'note: Revealed type is "def \(output: '),
+        (
+            "reveal_type(zt.extract)",
+            r"note: .* -> xarray\.core\.datatree\.DataTree, def \(output: ",
+        ),
+        ('reveal_type(zt.extract("x"))', r'note: .*"xarray\.core\.datatree\.DataTree"'),
+        (
+            'reveal_type(zt.extract("x", layout="table"))',
+            r'note: .*"xarray\.core\.dataset\.Dataset"',
+        ),
         ("reveal_type(zt.open_run)", r"note: .* -> xarray\.core\.datatree\.DataTree"),
         ("reveal_type(zt.open_trace)", r"note: .* -> xarray\.core\.dataset\.Dataset"),
         ("reveal_type(zt.copy)", r'note: Revealed type is "def \(source: '),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -192,7 +193,7 @@ def test_a_model_that_changes_what_it_passed_on_changes_no_record(models: Models
 
 def _with_stream(self: copies.Copies, device: torch.device) -> None:
     self._device, self._side = device, _Stream()
-    self._waiting, self._most = None, {}
+    self._waiting, self._most = deque(), {}
 
 
 # --- long prompts, interruptions, processes -----------------------------------------------------

@@ -51,6 +51,8 @@ class Difference(NamedTuple):
             both = [name for name in self.stored if name in self.now]
             names = [name for name in both if self.stored[name] != self.now[name]]
             return f"prompts: {_listed(names)} changed"
+        if self.key == "prompts":  # a table has one hash of all
+            return "prompts changed"
         return f"{self.name}: {self.there} there, {self.here} now"
 
     @property

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from zarrtrace.capture.host import to_device
 from zarrtrace.capture.lockstep import Pass, Step
 from zarrtrace.capture.model import LoadedModel
 from zarrtrace.capture.prompts import Prompt
@@ -137,16 +138,16 @@ class Batch:
                 for row, request in enumerate(self.requests)
                 for position in request.positions or range(request.length)
             ]
-            self._stored = torch.tensor(stored).to(device)
+            self._stored = to_device(torch.tensor(stored), device)
         chosen = _padded([one.attention_positions for one in self.requests], self.lengths)
-        self.attention_rows = None if chosen is None else chosen.to(device)
+        self.attention_rows = None if chosen is None else to_device(chosen, device)
         rows = _padded([one.positions for one in self.requests], self.lengths)
         rows_of = first.layers if self._attention else frozenset[int]()
         return Pass(
             self._model,
-            ids.to(device),
-            mask.to(device),
-            rows=None if rows is None else rows.to(device),
+            to_device(ids, device),
+            to_device(mask, device),
+            rows=None if rows is None else to_device(rows, device),
             blocked=(rows_of, first.attention_positions) if first.blocked else None,
         )
 

@@ -1,7 +1,8 @@
-"""What blocks made of batches, brought to the host while a GPU computes the next batch."""
+"""What blocks made of batches, brought to the host while a GPU computes the next batches."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,10 @@ from zarrtrace.records import BFloat16, LayerBatch, SparseFeatures
 
 if TYPE_CHECKING:
     from zarrtrace.capture.encoder import Encoder
+
+# Copies on their way at once, where attention is not captured: a GPU has work for the milliseconds
+# in which other threads hold Python's lock.
+_LATE = 4
 
 
 @dataclass(frozen=True)
@@ -128,9 +133,9 @@ def rows_on_host(hidden: torch.Tensor) -> np.ndarray | BFloat16:
 
 
 class Copies:
-    """Brings what blocks made to the host: on a GPU one batch late, while it computes the next.
+    """Brings what blocks made to the host: on a GPU some batches late, while it computes others.
 
-    Nothing here waits for the GPU but the end of a copy that began a batch ago.
+    Nothing here waits for the GPU but the end of a copy that began some batches ago.
 
     Parameters
     ----------
@@ -143,23 +148,24 @@ class Copies:
         self._side: Any = None
         if device.type == "cuda":
             self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._waiting: Copy | None = None
+        self._waiting: deque[Copy] = deque()
         self._most: dict[str, float] = {}
 
     def of(self, made: Made) -> Iterator[LayerBatch]:
-        """Yield what has arrived: on a GPU, what was given before."""
+        """Yield what has arrived: on a GPU, what was given some batches before."""
         if self._side is None:
             yield made.on_host()
             return
-        before, self._waiting = self._waiting, Copy(made, self._side, self._most)
-        if before is not None:
-            yield before.arrived(self._most)
+        self._waiting.append(Copy(made, self._side, self._most))
+        # Until they have arrived, the device holds attention, which is large, and the SAEs.
+        late = _LATE if made.attention is None else 1
+        while len(self._waiting) > late or self._waiting[0].layer != made.layer:
+            yield self._waiting.popleft().arrived(self._most)
 
     def rest(self) -> Iterator[LayerBatch]:
         """Yield what is still on its way."""
-        before, self._waiting = self._waiting, None
-        if before is not None:
-            yield before.arrived(self._most)
+        while self._waiting:
+            yield self._waiting.popleft().arrived(self._most)
 
 
 class Copy:
@@ -177,7 +183,7 @@ class Copy:
 
     @torch.inference_mode()
     def __init__(self, made: Made, side: Any, most: Mapping[str, float]) -> None:
-        self._made = made
+        self._made, self.layer = made, made.layer
         # To wait for it does not keep a core busy: those that write have none too many.
         self._done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         self._features = {

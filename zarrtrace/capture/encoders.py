@@ -138,6 +138,8 @@ def _free_share(device: torch.device) -> float:
     """Return how much of a device's memory is free; 0 where the system does not say."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        return free / total
+        # Torch gives to others what it holds and does not use.
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (free + unused) / total
     sizes = memory_sizes()
     return sizes.get("MemAvailable", 0) / sizes.get("MemTotal", 1)

@@ -1,4 +1,4 @@
-"""Copying from where a model computes to NumPy."""
+"""Copying between NumPy and where a model computes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,13 @@ def to_host(tensor: torch.Tensor) -> np.ndarray:
     else:
         array = tensor.cpu().numpy()
     return array
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor of the host's on a device; a GPU copies it when it comes to it."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def begin_copy(tensor: torch.Tensor) -> torch.Tensor:

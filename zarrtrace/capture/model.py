@@ -28,7 +28,7 @@ from zarrtrace.capture.limits import DEFAULT_CAPTURE_LIMITS, CaptureLimits
 from zarrtrace.capture.messages import LOADING_ERRORS, forward_errors, load_error
 from zarrtrace.capture.modules import Decoder, find_decoder, not_exact
 from zarrtrace.capture.streaming import BlockStream
-from zarrtrace.capture.token_texts import TokenTexts
+from zarrtrace.capture.token_texts import TokenTexts, special_ids
 from zarrtrace.errors import ConfigError, ModelError
 from zarrtrace.format.attributes import ModelAttributes
 from zarrtrace.hub import refuse_other_folder
@@ -102,6 +102,11 @@ class LoadedModel:
     def texts(self) -> TokenTexts:
         """Texts of the tokenizer's tokens."""
         return TokenTexts(self.tokenizer)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the tokenizer's special tokens: to ask for them takes longer than to tokenise."""
+        return special_ids(self.tokenizer)
 
     def width(self, kind: str) -> int:
         """Return the width of a kind of hook point (:data:`zarrtrace.capture.hooks.KINDS`)."""

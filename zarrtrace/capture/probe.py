@@ -22,7 +22,6 @@ from zarrtrace.capture.lockstep import BlockState, Logits, Pass, taps
 from zarrtrace.capture.messages import forward_errors, full_memory
 from zarrtrace.capture.model import LoadedModel, Permitted
 from zarrtrace.capture.modules import find_decoder, not_exact
-from zarrtrace.capture.prompts import special_ids
 from zarrtrace.errors import ModelError
 
 # Lengths that no head has as its size, and about a third of the longer one.
@@ -138,7 +137,7 @@ def random_tokens(model: LoadedModel, tokens: int) -> torch.Tensor:
     """Return ids ``(2, token)`` that are no special tokens, always the same ones."""
     config = model.model.config.get_text_config()
     vocabulary = int(config.vocab_size)
-    special = {*special_ids(model.tokenizer), *_special_ids(model.model.config)}
+    special = {*model.special_ids, *_special_ids(model.model.config)}
     usual = torch.tensor([one not in special for one in range(vocabulary)]).nonzero().squeeze(1)
     generator = torch.Generator().manual_seed(0)
     tokens = min(tokens, model.max_tokens or tokens)

@@ -60,7 +60,7 @@ def tokenize(model: LoadedModel, scenario: Scenario, *, prepend_bos: bool) -> Pr
     if scenario.chat is not None:
         ids, offsets = _encode_text(model.tokenizer, scenario.prompt)
     else:
-        ids, offsets = _encode(model.tokenizer, scenario.prompt, prepend_bos=prepend_bos)
+        ids, offsets = _encode(model, scenario.prompt, prepend_bos=prepend_bos)
     if model.max_tokens is not None and len(ids) > model.max_tokens:
         raise ConfigError(
             f"scenario {scenario.name!r}: its prompt has {len(ids)} tokens, the model's context "
@@ -69,7 +69,7 @@ def tokenize(model: LoadedModel, scenario: Scenario, *, prepend_bos: bool) -> Pr
             remedy="Shorten the prompt, or choose a model with a longer context.",
         )
     positions = span_positions(scenario, offsets)
-    special = special_ids(model.tokenizer)
+    special = model.special_ids
     return Prompt(
         scenario=scenario,
         tokens=Tokens(
@@ -92,14 +92,6 @@ def tokenize(model: LoadedModel, scenario: Scenario, *, prepend_bos: bool) -> Pr
     )
 
 
-def special_ids(tokenizer: Any) -> frozenset[int]:
-    """Return the ids of special tokens, also of those that only chat templates write."""
-    added = tokenizer.added_tokens_decoder
-    return frozenset(
-        [*tokenizer.all_special_ids, *(token for token, one in added.items() if one.special)]
-    )
-
-
 def _encode_text(
     tokenizer: Any, text: str, *, add_special_tokens: bool = False
 ) -> tuple[list[int], list[tuple[int, int]]]:
@@ -114,11 +106,10 @@ def _encode_text(
 
 
 def _encode(
-    tokenizer: Any, text: str, *, prepend_bos: bool
+    model: LoadedModel, text: str, *, prepend_bos: bool
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    ids, offsets = _encode_text(tokenizer, text, add_special_tokens=True)
-    bos = tokenizer.bos_token_id
-    special = special_ids(tokenizer)
+    ids, offsets = _encode_text(model.tokenizer, text, add_special_tokens=True)
+    bos, special = model.tokenizer.bos_token_id, model.special_ids
     # An end-of-sequence token would make it, and not the prompt's last token, the decision.
     while len(ids) > 1 and ids[-1] in special and offsets[-1] == (0, 0):
         del ids[-1], offsets[-1]

@@ -1,10 +1,18 @@
-"""Texts of tokens."""
+"""Texts of tokens, and which tokens are special."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+
+
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Return the ids of special tokens, also of those that only chat templates write."""
+    added = tokenizer.added_tokens_decoder
+    return frozenset(
+        [*tokenizer.all_special_ids, *(token for token, one in added.items() if one.special)]
+    )
 
 
 class TokenTexts(dict[int, str]):

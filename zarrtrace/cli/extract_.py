@@ -292,7 +292,8 @@ def _say_what_next(given: dict[str, Any]) -> None:
     for name, reason in list(failed.items())[:_FAILED_SHOWN]:
         say(f"zarrtrace: {name}: not computed, its values are NaN: {reason}", err=True)
     if failed:
-        say(f"zarrtrace: {len(failed)} scenarios were not computed", err=True)
+        many = f"{len(failed):,} scenarios were" if len(failed) > 1 else "1 scenario was"
+        say(f"zarrtrace: {many} not computed", err=True)
         raise SystemExit(3)
     if not given["quiet"]:
         say(f"\nOpen it: zarrtrace.open_table({output!r})", err=True)
@@ -335,21 +336,24 @@ def _count_and_check_output(
 
     every = stream(demo.suite_path() if scenarios is None else scenarios).only(given["only"])
     if given["layout"] == "table":
+        _check_output(given, None)
         return len(every)
     names = [scenario.name for scenario in every]
     _check_output(given, names)
     return len(names)
 
 
-def _check_output(given: dict[str, Any], names: list[str]) -> None:
+def _check_output(given: dict[str, Any], names: list[str] | None) -> None:
+    """Refuse what is there; `names` are those of a run's scenarios, None for a table."""
     output: Location = given["output"]
     if output.path is None or given["repair"] or not output.path.exists():
         return  # in an object store this may take long, and is done later
     from zarrtrace.identity import refuse_other_scenarios
-    from zarrtrace.store import read_run, refuse_foreign
+    from zarrtrace.store import read_run, refuse_foreign, refuse_kind
 
     refuse_foreign(output)
-    if not given["overwrite"] and (output / "zarr.json").is_file():
+    refuse_kind(output, "run" if names is not None else "table", overwrite=given["overwrite"])
+    if names is not None and not given["overwrite"] and (output / "zarr.json").is_file():
         refuse_other_scenarios(output, read_run(output).attributes.scenarios, names)
 
 

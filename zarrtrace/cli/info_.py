@@ -130,9 +130,11 @@ def _column(column: ColumnSummary) -> str:
 
 
 def show(run: Location, *, as_json: bool = False) -> str:
-    """Describe a run in words or JSON."""
+    """Describe a run or a table in words or JSON."""
     from zarrtrace.store import summarize
 
+    if (found := _table(run)) is not None:
+        return json_text(found.model_dump(mode="json")) if as_json else table_as_text(found)
     if as_json:
         return json_text(summarize(run).model_dump(mode="json"))
     return as_text(summarize(run, first=FIRST), FIRST)

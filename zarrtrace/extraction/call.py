@@ -77,6 +77,7 @@ class ExtractOptions(TypedDict, total=False):
     feature_dtype: StoredDtype
     residual_dtype: StoredDtype
     prepend_bos: bool | None
+    generation_prompt: bool
     trust_remote_code: bool
     overwrite: bool
     repair: bool

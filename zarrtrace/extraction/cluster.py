@@ -30,7 +30,7 @@ from zarrtrace.extraction.running import as_before, saying_how_much_room
 from zarrtrace.extraction.worker import Measured, Order, Settled, Setup
 from zarrtrace.scenarios import Scenario
 from zarrtrace.storage import Address, Location, locate
-from zarrtrace.store import RunWriter, refuse_foreign
+from zarrtrace.store import RunWriter, refuse_foreign, refuse_kind
 
 _SECONDS_FOR_A_WORKER = 60
 # Larger tasks would be lost with a worker, and leave others idle at the end.
@@ -85,6 +85,7 @@ def extract_on_cluster(
     output = locate(output)
     if not repair:
         refuse_foreign(output)
+        refuse_kind(output, "run", overwrite=overwrite)
     asked = as_before(output, options or Options(), overwrite=overwrite)
     if asked.device.startswith("cuda:"):
         raise ConfigError(

@@ -58,6 +58,8 @@ class Group:
     failed: dict[str, str] = field(default_factory=dict)
     _parts: dict[int, list[_Part]] = field(default_factory=dict)
     _tokens: list[TokensRecord] = field(default_factory=list)
+    # Rows of a batch, by its first scenario.
+    _rows_of: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def samples(self) -> int:
@@ -78,11 +80,30 @@ class Group:
             if record.nonfinite:
                 self.fail(record.scenario, "log-probabilities hold NaN or infinity")
             return
-        part, owners = _part_of(record, self.rows)
+        part = self._part_of(record)
         self._parts.setdefault(record.layer, []).append(part)
         for at in np.flatnonzero(~_is_sound(record, part, *dtypes)):
             reason = f"layer {record.layer} holds NaN, infinity, or values too large to store"
-            self.fail(owners[at], reason)
+            self.fail(self._owner(int(part.rows[at])), reason)
+
+    def _part_of(self, record: LayerBatch | LayerRecord) -> _Part:
+        """Return what a record holds."""
+        if isinstance(record, LayerRecord):
+            found = {name: _nonzeros(one.activations) for name, one in record.features.items()}
+            arrays = [*found.values(), record.residual]
+            count = next(array.shape[0] for array in arrays if array is not None)
+            first = self.rows[record.scenario][0] + record.start
+            return _Part(np.arange(first, first + count), found, record.residual)
+        rows = self._rows_of.get(record.members[0].scenario)
+        if rows is None:  # once a batch, which has many layers
+            each = [np.arange(*self.rows[one.scenario]) for one in record.members]
+            rows = self._rows_of[record.members[0].scenario] = np.concatenate(each)
+        features = {name: one.nonzeros for name, one in record.features.items()}
+        return _Part(rows, features, record.residual)
+
+    def _owner(self, row: int) -> str:
+        """Return the scenario that a row is of."""
+        return next(name for name, (start, stop) in self.rows.items() if start <= row < stop)
 
     def fail(self, scenario: str, reason: str) -> None:
         """Note why a scenario has no values; the first reason counts."""
@@ -149,26 +170,6 @@ class Group:
         for rows, values in found:
             out[rows] = values.bits if isinstance(values, BFloat16) else values
         return BFloat16(out) if isinstance(first, BFloat16) else out
-
-
-def _part_of(
-    record: LayerBatch | LayerRecord, rows: Mapping[str, tuple[int, int]]
-) -> tuple[_Part, list[str]]:
-    """Return what a record holds, and the scenario that each of its rows is of."""
-    if isinstance(record, LayerRecord):
-        found = {name: _nonzeros(one.activations) for name, one in record.features.items()}
-        arrays = [*found.values(), record.residual]
-        count = next(array.shape[0] for array in arrays if array is not None)
-        first = rows[record.scenario][0] + record.start
-        part = _Part(np.arange(first, first + count), found, record.residual)
-        return part, [record.scenario] * count
-    names = [member.scenario for member in record.members]
-    part = _Part(
-        np.concatenate([np.arange(*rows[name]) for name in names]),
-        {name: one.nonzeros for name, one in record.features.items()},
-        record.residual,
-    )
-    return part, [one.scenario for one in record.members for _ in range(one.rows)]
 
 
 def _nonzeros(activations: np.ndarray | Nonzeros) -> Nonzeros:

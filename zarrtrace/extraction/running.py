@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ from zarrtrace.extraction.writers import (
 )
 from zarrtrace.hub import cache_if_unreachable
 from zarrtrace.storage import Address, Location, locate
-from zarrtrace.store import RunWriter, read_run, refuse_foreign, wait_for_writers
+from zarrtrace.store import RunWriter, read_run, refuse_foreign, refuse_kind, wait_for_writers
 
 if TYPE_CHECKING:
     from zarrtrace.capture import Prompt
@@ -98,6 +98,7 @@ def extract_run(
     output = locate(output)
     if not repair:
         refuse_foreign(output)  # before hours of work
+        refuse_kind(output, "run", overwrite=overwrite)
     options = as_before(output, options or Options(), overwrite=overwrite)
     # While it runs, each SAE is read from the hub or its cache.
     named = options.own_model if loaded.model is None else None
@@ -214,16 +215,26 @@ def _in_order(job: Job) -> list[Prompt]:
     return [job.prompts[at] for group in groups for at in group]
 
 
-def captured(job: Job, lacks: Mapping[str, Lack]) -> Generator[Record, None, None]:
-    """Capture what traces lack."""
-    capture = capture_package()
+def captured(
+    job: Job,
+    lacks: Mapping[str, Lack],
+    positions: Callable[[Prompt], tuple[int, ...] | None] | None = None,
+) -> Generator[Record, None, None]:
+    """Capture what traces lack.
+
+    Parameters
+    ----------
+    positions
+        Token positions of a prompt that are stored, None for all; by default the job's.
+    """
+    capture, stored = capture_package(), positions or job.positions
     requests = [
         capture.Request(
             prompt,
             frozenset(lacks[prompt.scenario.name].layers),
             lacks[prompt.scenario.name].tokens,
             blocked=prompt.scenario.name in job.blocked,
-            positions=job.positions(prompt),
+            positions=stored(prompt),
             attention_positions=job.attention_rows(prompt),
         )
         for prompt in job.prompts

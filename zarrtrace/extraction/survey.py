@@ -1,16 +1,18 @@
 """The samples of a table before any is computed: which there are, and what is known of them.
 
-A table's arrays have as many rows as there are samples, so all prompts are tokenised once before
-the first one goes through the model. Texts of prompts are not kept.
+A table's arrays have as many rows as there are samples, so all prompts are tokenised before the
+first one goes through the model. Their texts are not kept, and their ids are in a temporary file.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
+import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +22,7 @@ from zarrtrace.scenarios import DECISION
 if TYPE_CHECKING:
     from zarrtrace.capture import Prompt
 
+_ID_BYTES = 4
 #: What stands for an option that a scenario lacks.
 NO_OPTION = -1
 # Beginnings of names of arrays that are no coordinates along `sample`.
@@ -42,6 +45,10 @@ class Survey:
         Names that occur, in order of first use; ``decision`` last.
     longest
         Most tokens of a prompt.
+    tokens
+        Number of each scenario's first token among those of all, and of all tokens last.
+    ids
+        A temporary file of the ids of all tokens, uint32.
     chat_template
         Hash of the template that made prompts of chats; None if there are no chats.
     """
@@ -53,6 +60,8 @@ class Survey:
     options: tuple[str, ...]
     metadata: tuple[str, ...]
     longest: int
+    tokens: np.ndarray
+    ids: IO[bytes]
     chat_template: str | None = None
 
     @property
@@ -64,6 +73,19 @@ class Survey:
     def samples(self) -> int:
         """How many there are."""
         return int(self.starts[-1])
+
+    def chosen(self, first: int, stop: int) -> list[tuple[str, list[int], tuple[int, ...]]]:
+        """Return name, ids of all tokens and positions of the samples of some scenarios."""
+        start, end = (int(self.tokens[at]) for at in (first, stop))
+        self.ids.seek(_ID_BYTES * start)
+        ids = np.frombuffer(self.ids.read(_ID_BYTES * (end - start)), np.uint32)
+        of_each = np.split(ids, self.tokens[first + 1 : stop] - start)
+        names, positions = self.coordinates["scenario"], self.coordinates["position"]
+        rows = [slice(*edges) for edges in itertools.pairwise(self.starts[first : stop + 1])]
+        return [
+            (names[row.start], own.tolist(), tuple(positions[row].tolist()))
+            for row, own in zip(rows, of_each, strict=True)
+        ]
 
     def groups(self, most: int, done: int = 0) -> list[tuple[int, int]]:
         """Cut scenarios into groups of at most so many samples, or of one scenario.
@@ -130,7 +152,8 @@ def survey(
     found, starts, hashes = _Samples(), array("q", [0]), hashlib.blake2b(digest_size=8)
     spans: dict[str, None] = {}
     texts: dict[str, str] = {}  # equal texts are kept once
-    longest, template = 0, None
+    longest, template, tokens = 0, None, array("q", [0])
+    ids = tempfile.TemporaryFile()  # noqa: SIM115 -- the survey keeps it
     for prompt in prompts:
         where = positions(prompt)
         where = range(len(prompt.tokens.ids)) if where is None else where
@@ -140,6 +163,8 @@ def survey(
         if (chat := prompt.scenario.chat) is not None:
             template = chat.template
         longest = max(longest, len(prompt.tokens.ids))
+        tokens.append(tokens[-1] + len(prompt.tokens.ids))
+        ids.write(np.asarray(prompt.tokens.ids, np.uint32).tobytes())
         hashes.update(digest(prompt).encode())
     if not starts[-1]:
         raise ScenarioError("no scenario has such a position", remedy="Give other positions.")
@@ -153,6 +178,8 @@ def survey(
         options=tuple(found.options),
         metadata=tuple(found.metadata),
         longest=longest,
+        tokens=np.asarray(tokens),
+        ids=ids,
         chat_template=template,
     )
 

@@ -1,7 +1,7 @@
 """Extracting to a table: samples of many prompts, in one store.
 
-All prompts are tokenised once for the table's size and coordinates (:mod:`.survey`). Then groups of
-some hundred scenarios go through the model one after another, while what the group before gave is
+All prompts are tokenised for the table's size and coordinates (:mod:`.survey`). Then groups of some
+hundred scenarios go through the model one after another, while what the group before gave is
 compressed and written. No group depends on how many there are: 100,000 prompts need no more memory
 than 1,000.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -38,9 +39,10 @@ from zarrtrace.extraction.writers import THREADS, Lack
 from zarrtrace.format.attributes import TableAttributes
 from zarrtrace.format.table_layout import TableShape
 from zarrtrace.hub import cache_if_unreachable
-from zarrtrace.records import SampleRecord, SampleTokens, TablePlan
+from zarrtrace.records import SampleRecord, SampleTokens, TablePlan, Tokens
+from zarrtrace.scenarios.scenario import changed
 from zarrtrace.storage import Address, Location, locate
-from zarrtrace.store import TableWriter, refuse_foreign
+from zarrtrace.store import TableWriter, refuse_foreign, refuse_kind
 
 if TYPE_CHECKING:
     from zarrtrace.capture import Prompt
@@ -52,26 +54,29 @@ _NOTHING = Loaded()
 _BATCH_SIZE, _MATRICES = 64, {"cpu": 2**28, "cuda": 2**32}
 # A group has at most this many samples, and about this many bytes of residual stream.
 _SAMPLES, _BYTES = 1024, 2**28
+# Seconds for which a thread may keep Python's lock while others wait, beside a GPU.
+_TURN = 1e-4
 # As many prompts as are needed to see that the model can be used.
 _FIRST = 16
 
 
+# Prompts by scenario, and the positions of their samples; None for all.
+Chosen = dict[str, tuple["Prompt", tuple[int, ...] | None]]
+
+
 @dataclass(frozen=True)
 class TableJob:
-    """A job whose scenarios come as a stream, and what is known of its samples.
+    """A job for the samples of a stream of scenarios.
 
     Attributes
     ----------
     job
         Everything but the prompts; it holds the first few.
-    stream
-        The scenarios.
     survey
-        Their samples.
+        The samples of all scenarios.
     """
 
     job: Job
-    stream: ScenarioStream
     survey: Survey
 
     @property
@@ -113,6 +118,16 @@ class TableJob:
         """Cut the scenarios that are not stored into groups that go through the model together."""
         return self.survey.groups(self.most_samples, done)
 
+    def prompts(self, first: int, stop: int) -> Chosen:
+        """Return some scenarios as far as computing them takes: names and tokens."""
+        usual, found = self.job.prompts[0], {}
+        for name, ids, where in self.survey.chosen(first, stop):
+            prompt = replace(
+                usual, scenario=changed(usual.scenario, name=name), tokens=Tokens(ids, ())
+            )
+            found[name] = prompt, None if len(where) == len(ids) else where
+        return found
+
     @property
     def most_samples(self) -> int:
         """Return how many samples a group has at most."""
@@ -144,7 +159,7 @@ def extract_table(
     options
         What to extract; its scenarios are those of `stream`.
     stream
-        The scenarios. They are read twice.
+        The scenarios.
     loaded, overwrite, repair, accept_versions, progress
         As for :func:`zarrtrace.extraction.extract_run`.
 
@@ -156,7 +171,8 @@ def extract_table(
     """
     output = locate(output)
     if not repair:
-        refuse_foreign(output)
+        refuse_foreign(output)  # before hours of work
+        refuse_kind(output, "table", overwrite=overwrite)
     named = options.own_model if loaded.model is None else None
     with cache_if_unreachable(named, options.sae_release), borrowed(loaded.model):
         table = prepare_table(options, stream, loaded=loaded, progress=progress)
@@ -225,7 +241,7 @@ def prepare_table(
     found = survey(_tokenized(job, stream), job.positions, prompt_digest)
     if options.batch_size is None:
         job = _with_batches(job, found.longest)
-    return TableJob(job, stream, found)
+    return TableJob(job, found)
 
 
 def _with_batches(job: Job, longest: int) -> Job:
@@ -252,20 +268,16 @@ def _fill(writer: TableWriter, table: TableJob, bar: SampleProgress) -> None:
     dtypes = options.feature_dtype, options.residual_dtype
     with (
         held_back() as interrupted,
-        ThreadPoolExecutor(1, "zarrtrace-tokenize") as reader,
+        _quick_turns(table.job),
         ThreadPoolExecutor(THREADS, "zarrtrace-write") as pool,
     ):
-        prompts = _prompts_of(table, groups)
-        coming: Future[tuple[Prompt, ...]] = reader.submit(next, prompts, ())
         waiting: list[Future[None]] = []
         for first, stop in groups:
-            here = coming.result()
-            coming = reader.submit(next, prompts, ())
+            here = table.prompts(first, stop)
             starts = table.survey.starts[first : stop + 1]
             rows = itertools.pairwise((starts - starts[0]).tolist())
-            names = [prompt.scenario.name for prompt in here]
-            group = Group(int(starts[0]), dict(zip(names, rows, strict=True)))
-            group = _computed(with_prompts(table.job, here), group, dtypes, interrupted)
+            group = Group(int(starts[0]), dict(zip(here, rows, strict=True)))
+            group = _computed(table.job, here, group, dtypes, interrupted)
             for future in waiting:  # rows of a layer come in order
                 future.result()
             bar.update(int(starts[-1]) - max(int(starts[0]), done))
@@ -274,16 +286,25 @@ def _fill(writer: TableWriter, table: TableJob, bar: SampleProgress) -> None:
             future.result()
 
 
-def _prompts_of(table: TableJob, groups: Sequence[tuple[int, int]]) -> Iterator[tuple[Prompt, ...]]:
-    """Tokenise the scenarios of each group, which follow each other."""
-    if groups:
-        scenarios = itertools.islice(table.stream, groups[0][0], None)
-        prompts = _tokenized(table.job, scenarios)
-        for first, stop in groups:
-            yield tuple(itertools.islice(prompts, stop - first))
+@contextlib.contextmanager
+def _quick_turns(job: Job) -> Iterator[None]:
+    """Let threads take quick turns where this one has to keep a GPU busy.
+
+    Each operation of torch gives Python's lock away; a thread that compresses would keep it for
+    5 ms each time.
+    """
+    before = sys.getswitchinterval()
+    if job.model.device.type != "cpu":
+        sys.setswitchinterval(_TURN)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
-def _computed(job: Job, group: Group, dtypes: tuple[str, str], interrupted: Any) -> Group:
+def _computed(
+    job: Job, chosen: Chosen, group: Group, dtypes: tuple[str, str], interrupted: Any
+) -> Group:
     """Compute a group; if that fails, its scenarios one by one.
 
     Raises
@@ -292,31 +313,35 @@ def _computed(job: Job, group: Group, dtypes: tuple[str, str], interrupted: Any)
         If none of them can be computed.
     """
     try:
-        _add_all(job, group, dtypes, interrupted)
+        _add_all(job, chosen, group, dtypes, interrupted)
     except ModelError as error:
-        if len(job.prompts) == 1:
+        if len(chosen) == 1:
             raise
         last = error
     else:
         return group
-    alone = Group(group.start, group.rows)
-    for prompt in job.prompts:
+    alone, job = Group(group.start, group.rows), replace(job, batch_size=1)
+    for name, one in chosen.items():
         try:
-            _add_all(
-                replace(with_prompts(job, (prompt,)), batch_size=1), alone, dtypes, interrupted
-            )
+            _add_all(job, {name: one}, alone, dtypes, interrupted)
         except ModelError as error:
             last = error
-            alone.fail(prompt.scenario.name, error.what)
-    if len(alone.failed) == len(job.prompts):
+            alone.fail(name, error.what)
+    if len(alone.failed) == len(chosen):
         raise last
     return alone
 
 
-def _add_all(job: Job, group: Group, dtypes: tuple[str, str], interrupted: Any) -> None:
+def _add_all(
+    job: Job, chosen: Chosen, group: Group, dtypes: tuple[str, str], interrupted: Any
+) -> None:
     everything = Lack(job.layers, tokens=True)
-    lacks = {prompt.scenario.name: everything for prompt in job.prompts}
-    with contextlib.closing(captured(job, lacks)) as records:
+    job = with_prompts(job, tuple(prompt for prompt, _ in chosen.values()))
+    positions = {name: where for name, (_, where) in chosen.items()}
+    records = captured(
+        job, dict.fromkeys(chosen, everything), lambda prompt: positions[prompt.scenario.name]
+    )
+    with contextlib.closing(records):
         for record in records:
             group.add(record, dtypes)
             interrupted()

@@ -12,7 +12,14 @@ from zarrtrace.store.index_arrays import (
     read_token_texts,
     write_index_layer,
 )
-from zarrtrace.store.metadata import kind_of, read_run, read_table, read_trace, refuse_foreign
+from zarrtrace.store.metadata import (
+    kind_of,
+    read_run,
+    read_table,
+    read_trace,
+    refuse_foreign,
+    refuse_kind,
+)
 from zarrtrace.store.open import open_run, open_trace
 from zarrtrace.store.run_writer import RunWriter
 from zarrtrace.store.staged import only_writer, wait_for_writers
@@ -57,6 +64,7 @@ __all__ = [
     "read_token_texts",
     "read_trace",
     "refuse_foreign",
+    "refuse_kind",
     "summarize",
     "summarize_table",
     "trace_plan",

@@ -272,6 +272,28 @@ def refuse_foreign(path: Location) -> None:
     kind_of(path)
 
 
+def refuse_kind(path: Location, wanted: Literal["run", "table"], *, overwrite: bool) -> None:
+    """Refuse to write a run where a table is, or a table where a run is, unless to replace it.
+
+    Raises
+    ------
+    NotATraceError, FormatVersionError, IntegrityError
+    """
+    if not (path / "zarr.json").is_file():
+        return
+    kind = kind_of(path)
+    if kind == wanted or (overwrite and kind != "trace"):
+        return
+    names = {"run": "a run", "table": "a table", "trace": "a trace"}
+    replacing = ", or replace it with --overwrite" if kind != "trace" else ""
+    raise NotATraceError(
+        f"{path}: is {names[kind]}, not {names[wanted]}",
+        why=f"This command writes {names[wanted]}, with --layout "
+        f"{'traces' if wanted == 'run' else 'table'}.",
+        remedy=f"Choose another --output{replacing}.",
+    )
+
+
 def _not_there(path: Location, wanted: str) -> NotATraceError:
     """Say why no ``zarr.json`` is at a path, and where one is that may be meant."""
     if not path.exists():

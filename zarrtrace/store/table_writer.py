@@ -14,7 +14,6 @@ from zarrtrace.errors import (
     ConfigMismatchError,
     IncompleteError,
     IntegrityError,
-    NotATraceError,
     StoreError,
 )
 from zarrtrace.format.attributes import TableAttributes, share_saes
@@ -27,7 +26,7 @@ from zarrtrace.storage import Address, disk, locate
 from zarrtrace.store.chunks import encode_rows
 from zarrtrace.store.damage import check_sizes, find_damage
 from zarrtrace.store.journal import JOURNAL
-from zarrtrace.store.metadata import Group, kind_of, read_table, refuse_foreign
+from zarrtrace.store.metadata import Group, kind_of, read_table, refuse_foreign, refuse_kind
 from zarrtrace.store.publish import old_of, publish_folder
 from zarrtrace.store.run_writer import LockedRun, remove_run
 from zarrtrace.store.staged_table import StagedTable, staged_header, table_folder
@@ -145,15 +144,8 @@ class TableWriter(LockedRun):
         """Whether the table that is there is the one asked for, rather than one to replace."""
         if self._final.is_file() or not (self._final / "zarr.json").is_file():
             refuse_foreign(self._final)
-        kind = kind_of(self._final)
-        if kind == "trace" or (kind == "run" and not self._overwrite):
-            raise NotATraceError(
-                f"{self._final}: is a {kind}, not a table",
-                why="It was written with a group a scenario.",
-                remedy="Choose another --output"
-                + (", or replace the run with --overwrite." if kind == "run" else "."),
-            )
-        if kind == "run":
+        refuse_kind(self._final, "table", overwrite=self._overwrite)
+        if kind_of(self._final) == "run":
             return False
         if not self._overwrite:
             self._refuse_other(read_table(self._final).attributes.config)
