@@ -557,6 +557,25 @@ def test_a_file_that_changes_between_the_passes_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+#: Has a process write blocks of 64 samples, of groups of 64.
+SMALL_BLOCKS = """
+import dataclasses
+from zarrtrace.capture import CaptureLimits
+from zarrtrace.extraction import table
+from zarrtrace.format.layout import Limits
+
+real_prepare = table.prepare_table
+
+def small(*given, **options):
+    found = real_prepare(*given, **options)
+    limits = CaptureLimits(layout=Limits(samples=64))
+    job = dataclasses.replace(found.job, model=dataclasses.replace(found.job.model, limits=limits))
+    return dataclasses.replace(found, job=job)
+
+table.prepare_table = small
+table._SAMPLES = 64
+"""
+
 MEMORY = """
 import sys, tracemalloc
 import zarrtrace as zt
@@ -566,7 +585,6 @@ file, folder = sys.argv[1:]
 how = dict(model="demo", layers=[3, 20], residual=True, positions="last", quiet=True)
 how["layout"] = "table"
 zt.extract(folder + "/warm", ["You hold $90. Bet?"], **how)
-table._SAMPLES = 64
 held = []
 real = table._computed
 def computed(*given):
@@ -585,7 +603,7 @@ def test_memory_does_not_grow_with_prompts(tmp_path: Path) -> None:
     """2,000 prompts in groups of 64: what Python and NumPy hold at the end and near the start."""
     prompts = [f"You hold ${n} of $200, after {n % 7} rounds. Bet or stop?" for n in range(2000)]
     file = suite_file(tmp_path / "suite.jsonl", prompts)
-    done = processes.python(MEMORY, file, tmp_path)
+    done = processes.python(SMALL_BLOCKS + MEMORY, file, tmp_path)
     assert done.returncode == 0, done.stderr
     groups, early, late = map(int, done.stdout.split())
     assert groups == 32
@@ -627,19 +645,7 @@ for name in ("create", "end_block", "complete"):
     counted(staged_table.StagedTable, name)
 counted(os, "rename")
 counted(os, "replace")
-table._SAMPLES = 64
-real = table.prepare_table
-def small(*given, **options):
-    "Blocks of 64 samples."
-    import dataclasses
-    from zarrtrace.capture import CaptureLimits
-    from zarrtrace.format.layout import Limits
-    found = real(*given, **options)
-    limits = CaptureLimits(layout=Limits(samples=64))
-    job = dataclasses.replace(found.job, model=dataclasses.replace(found.job.model, limits=limits))
-    return dataclasses.replace(found, job=job)
-table.prepare_table = small
-prompts = [f"You hold ${n} of $200, after {n % 7} rounds. Bet or stop?" for n in range(300)]
+prompts = [f"You hold ${n} of $200, after {n % 7} rounds. Bet or stop?" for n in range(160)]
 zt.extract(folder, prompts, model="demo", layers=[3, 20], residual=True, layout="table",
            positions="last", quiet=True, batch_size=16)
 print(steps)
@@ -650,7 +656,7 @@ print(steps)
 @pytest.mark.timeout(1800)
 def test_kill_9_at_20_moments(tmp_path: Path) -> None:
     """Between all that it does with files, while it publishes, too."""
-    done = processes.python(KILLED, tmp_path / "expected", 0)
+    done = processes.python(SMALL_BLOCKS + KILLED, tmp_path / "expected", 0)
     assert done.returncode == 0, done.stderr
     steps, expected = int(done.stdout), fakes.files_in(tmp_path / "expected")
     assert zt.open_table(tmp_path / "expected").attrs["config"]["batch_size"] == 16
@@ -659,12 +665,12 @@ def test_kill_9_at_20_moments(tmp_path: Path) -> None:
     assert len(moments) >= 20
     run, seen = tmp_path / "run", set()
     for at in moments:
-        done = processes.python(KILLED, run, at)
+        done = processes.python(SMALL_BLOCKS + KILLED, run, at)
         if done.returncode == -signal.SIGKILL:
             seen.add(run.exists())
-            if run.exists():  # whole, or not there
-                assert verify(run) == []
-            done = processes.python(KILLED, run, 0)
+            if run.exists():  # whole, or not there; the journal is removed last
+                assert {problem.array for problem in verify(run)} <= {"journal"}
+            done = processes.python(SMALL_BLOCKS + KILLED, run, 0)
         assert done.returncode == 0, f"step {at}: {done.stderr}"
         assert fakes.files_in(run) == expected, f"step {at}"
         assert {file.name for file in tmp_path.iterdir()} == {"expected", "run"}, f"step {at}"
