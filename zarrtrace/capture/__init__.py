@@ -22,7 +22,7 @@ from zarrtrace.capture.model import (
 )
 from zarrtrace.capture.pipeline import capture
 from zarrtrace.capture.probe import probe_model
-from zarrtrace.capture.prompts import Prompt, tokenize
+from zarrtrace.capture.prompts import Prompt, tokenize, tokenize_all
 
 __all__ = [
     "CaptureLimits",
@@ -47,5 +47,6 @@ __all__ = [
     "settings_fingerprint",
     "take_model",
     "tokenize",
+    "tokenize_all",
     "wants_blocks",
 ]

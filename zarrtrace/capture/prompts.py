@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,12 @@ from zarrtrace.errors import ConfigError
 from zarrtrace.format.attributes import OptionAttributes, SpanAttributes
 from zarrtrace.records import Tokens
 from zarrtrace.scenarios import Scenario, span_positions
+
+# Prompts that the tokenizer gets together.
+_AT_ONCE = 64
+
+# Ids of tokens, and the characters that each stands for.
+_Encoded = tuple[list[int], list[tuple[int, int]]]
 
 
 @dataclass(frozen=True)
@@ -36,31 +43,52 @@ class Prompt:
 
 
 def tokenize(model: LoadedModel, scenario: Scenario, *, prepend_bos: bool) -> Prompt:
-    """Tokenise a scenario's prompt, with BOS exactly once or not at all.
+    """Tokenise one scenario's prompt, as :func:`tokenize_all` does."""
+    return next(tokenize_all(model, [scenario], prepend_bos=prepend_bos))
+
+
+def tokenize_all(
+    model: LoadedModel, scenarios: Iterable[Scenario], *, prepend_bos: bool
+) -> Iterator[Prompt]:
+    """Tokenise prompts, with BOS exactly once or not at all; some are read ahead.
 
     Parameters
     ----------
     model
         Its tokenizer and its longest input count.
-    scenario
-        The prompt and its spans; a chat is rendered (:meth:`Scenario.render`).
+    scenarios
+        Prompts and their spans; chats are rendered (:meth:`Scenario.render`).
     prepend_bos
-        Whether the sequence starts with BOS, as the SAEs were trained. In a rendered chat all
-        special tokens are part of the text.
+        Whether sequences start with BOS, as the SAEs were trained. In a rendered chat all special
+        tokens are part of the text.
 
     Raises
     ------
     ConfigError
-        If the prompt is longer than the model's context: nothing is ever cut.
+        If a prompt is longer than the model's context: nothing is ever cut.
     ScenarioError
         If a span covers no token.
     """
+    rest = iter(scenarios)
+    while some := list(itertools.islice(rest, _AT_ONCE)):
+        encoded: dict[int, _Encoded] = {}
+        for is_chat in (False, True):
+            numbers = [n for n, one in enumerate(some) if (one.chat is not None) == is_chat]
+            texts = [some[number].prompt for number in numbers]
+            found = _encode(model.tokenizer, texts, add_special_tokens=not is_chat)
+            encoded |= zip(numbers, found, strict=True)
+        for number, scenario in enumerate(some):
+            ids, offsets = encoded[number]
+            if scenario.chat is None:
+                ids, offsets = _with_bos(model, ids, offsets, prepend_bos=prepend_bos)
+            yield _prompt(model, scenario, ids, offsets)
+
+
+def _prompt(
+    model: LoadedModel, scenario: Scenario, ids: list[int], offsets: list[tuple[int, int]]
+) -> Prompt:
     if scenario.messages and not scenario.prompt:
         raise ValueError(f"scenario {scenario.name!r} is not rendered")  # a fault of the caller
-    if scenario.chat is not None:
-        ids, offsets = _encode_text(model.tokenizer, scenario.prompt)
-    else:
-        ids, offsets = _encode(model, scenario.prompt, prepend_bos=prepend_bos)
     if model.max_tokens is not None and len(ids) > model.max_tokens:
         raise ConfigError(
             f"scenario {scenario.name!r}: its prompt has {len(ids)} tokens, the model's context "
@@ -92,23 +120,20 @@ def tokenize(model: LoadedModel, scenario: Scenario, *, prepend_bos: bool) -> Pr
     )
 
 
-def _encode_text(
-    tokenizer: Any, text: str, *, add_special_tokens: bool = False
-) -> tuple[list[int], list[tuple[int, int]]]:
+def _encode(tokenizer: Any, texts: list[str], *, add_special_tokens: bool) -> Iterator[_Encoded]:
+    """Return ids and offsets of texts: together they take half the time."""
+    if not texts:
+        return iter(())
     encoded = tokenizer(
-        text,
-        add_special_tokens=add_special_tokens,
-        return_offsets_mapping=True,
-        verbose=False,
+        texts, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False
     )
-    offsets = [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
-    return list(encoded["input_ids"]), offsets
+    offsets = ([(int(a), int(b)) for a, b in one] for one in encoded["offset_mapping"])
+    return zip(map(list, encoded["input_ids"]), offsets, strict=True)
 
 
-def _encode(
-    model: LoadedModel, text: str, *, prepend_bos: bool
-) -> tuple[list[int], list[tuple[int, int]]]:
-    ids, offsets = _encode_text(model.tokenizer, text, add_special_tokens=True)
+def _with_bos(
+    model: LoadedModel, ids: list[int], offsets: list[tuple[int, int]], *, prepend_bos: bool
+) -> _Encoded:
     bos, special = model.tokenizer.bos_token_id, model.special_ids
     # An end-of-sequence token would make it, and not the prompt's last token, the decision.
     while len(ids) > 1 and ids[-1] in special and offsets[-1] == (0, 0):

@@ -488,14 +488,18 @@ def tokenized(
     options: Options, model: LoadedModel, scenarios: Iterable[Scenario], *, prepend_bos: bool
 ) -> Iterator[Prompt]:
     """Yield scenarios as the model reads them; chats are rendered as options say."""
-    capture = capture_package()
-    for scenario in scenarios:
-        rendered = scenario.render(
+    rendered = (
+        scenario.render(
             model.tokenizer,
             generation_prompt=options.generation_prompt,
             prepend_bos=options.prepend_bos,
         )
-        yield capture.tokenize(model, rendered, prepend_bos=prepend_bos)
+        for scenario in scenarios
+    )
+    found: Iterator[Prompt] = capture_package().tokenize_all(
+        model, rendered, prepend_bos=prepend_bos
+    )
+    return found
 
 
 def _bos_notes(
