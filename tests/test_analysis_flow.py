@@ -128,7 +128,7 @@ def test_gaps_are_refused_by_name(function):
         function(planted.chunked(missing)).compute(scheduler="synchronous")
     with pytest.raises(ConfigError, match="attention of layer 2 is missing"):
         function(planted.make_trace(layers=(1, 3)))
-    with pytest.raises(ConfigError, match="not square"):
+    with pytest.raises(ConfigError, match="attention of token 0 is not stored"):
         function(planted.make_trace().isel(query=slice(5, None)))
     with pytest.raises(ConfigError, match="not within 0 to 1"):
         function(planted.make_trace(), residual=1.5)

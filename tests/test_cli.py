@@ -442,7 +442,10 @@ def commands() -> dict[str, click.Command]:
 
 COMMANDS = commands()
 #: Options whose values differ between commands, and what they say of that.
-DIFFERENT = {"--output": "a folder, a file, or the address of a run"}
+DIFFERENT = {
+    "--output": "a folder, a file, or the address of a run",
+    "--at": "one place, repeatable, of an analysis; positions of an export in one word",
+}
 
 
 @pytest.mark.parametrize("words", COMMANDS)

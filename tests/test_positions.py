@@ -26,11 +26,11 @@ from zarrtrace import analysis, demo, figures
 from zarrtrace.capture import CaptureLimits
 from zarrtrace.errors import ConfigError, ConfigMismatchError, IntegrityError, ScenarioError
 from zarrtrace.extraction import Options, estimate, extract_run, prepare, running
-from zarrtrace.extraction.positions import parsed
 from zarrtrace.format.layout import Limits
 from zarrtrace.index import build_index, find_feature
 from zarrtrace.npz import export_npz
 from zarrtrace.records import LayerRecord, TokensRecord
+from zarrtrace.scenarios.positions import parsed
 from zarrtrace.store import open_trace, verify
 from zarrtrace.viewer.arrays import trace_arrays
 

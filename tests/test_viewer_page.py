@@ -446,7 +446,7 @@ def test_queries_that_were_not_chosen_are_said(tmp_path: Path, look: Open) -> No
             page = look(live.url, scenario="Risky_40", layer=1, head=2, token=token)
             if page.locator(f"{where} .none").count():
                 assert page.locator(f"{where} li").all_text_contents() == [
-                    "not stored for these queries"
+                    "not stored for these tokens"
                 ]
                 return {}
             return {int(at): weight for at, weight in rows(page, where, "position")}

@@ -24,7 +24,7 @@ from zarrtrace.cli.shared import (
 )
 
 if TYPE_CHECKING:
-    from zarrtrace.extraction.positions import Positions
+    from zarrtrace.scenarios.positions import Positions
     from zarrtrace.storage import Location
 
     Format = Literal["npz", "coo", "hidden", "safetensors", "parquet"]

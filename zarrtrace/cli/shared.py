@@ -15,7 +15,7 @@ from zarrtrace.errors import ConfigError, NotATraceError
 from zarrtrace.text import terminal_text
 
 if TYPE_CHECKING:
-    from zarrtrace.extraction.positions import Positions
+    from zarrtrace.scenarios.positions import Positions
     from zarrtrace.storage import Location
 
 
@@ -68,7 +68,7 @@ class PositionsType(click.ParamType["Positions"]):
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> Positions:
         """Parse a word or a list."""
-        from zarrtrace.extraction.positions import parsed
+        from zarrtrace.scenarios.positions import parsed
 
         try:
             return parsed(value, "--positions")

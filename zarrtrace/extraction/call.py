@@ -21,11 +21,11 @@ from zarrtrace.extraction.job import (
     find_scenarios,
     find_stream,
 )
-from zarrtrace.extraction.positions import parsed
 from zarrtrace.extraction.progress import Shown
 from zarrtrace.extraction.running import extract_run
 from zarrtrace.extraction.table import extract_table, refuse_for_table
 from zarrtrace.format.attributes import layers_in
+from zarrtrace.scenarios.positions import parsed
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import open_run, open_table
 

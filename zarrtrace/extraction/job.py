@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, get_args
 from zarrtrace import demo
 from zarrtrace.errors import ConfigError, install_command
 from zarrtrace.extraction.layers import choose_layers
-from zarrtrace.extraction.positions import Positions, as_json, as_text, check_spans, positions_of
 from zarrtrace.extraction.processes import FEW_TRACES, WriterPool
 from zarrtrace.extraction.reading_ahead import ReadAhead, weight_files
 from zarrtrace.format.attributes import (
@@ -28,6 +27,7 @@ from zarrtrace.format.layout import TraceShape
 from zarrtrace.hub import cache_if_unreachable
 from zarrtrace.records import TracePlan
 from zarrtrace.scenarios import Scenario, ScenarioStream, stream
+from zarrtrace.scenarios.positions import Positions, as_json, as_text, check_spans, positions_of
 
 if TYPE_CHECKING:  # they import torch
     from zarrtrace.capture import CaptureLimits, LoadedModel, Prompt
@@ -217,7 +217,7 @@ class Job:
         ConfigError, ScenarioError
             If one is not in the prompt, or none is left.
         """
-        found = positions_of(self.options.positions, prompt, "--positions")
+        found = _positions(self.options.positions, prompt, "--positions")
         return None if found == tuple(range(len(prompt.tokens.ids))) else found
 
     def attention_positions(self, prompt: Prompt) -> tuple[int, ...] | None:
@@ -231,7 +231,7 @@ class Job:
         wanted = self.options.attention_positions
         if wanted is None or wanted == self.options.positions:
             return None
-        found = positions_of(wanted, prompt, "--attention-positions")
+        found = _positions(wanted, prompt, "--attention-positions")
         stored = self.positions(prompt)
         absent = [] if stored is None else sorted(set(found) - set(stored))
         if absent:
@@ -370,6 +370,11 @@ class Job:
         )
 
 
+def _positions(wanted: Positions, prompt: Prompt, option: str) -> tuple[int, ...]:
+    name, tokens = prompt.scenario.name, len(prompt.tokens.ids)
+    return positions_of(wanted, name, tokens, prompt.spans, option)
+
+
 def _count(positions: tuple[int, ...] | None) -> int | None:
     return None if positions is None else len(positions)
 
@@ -506,8 +511,9 @@ def _bos_notes(
     source: SAESource | None, prompts: Sequence[Prompt], bos: int | None
 ) -> tuple[str, ...]:
     """Say where a chat template and the SAEs disagree on BOS."""
-    trained = None if source is None else source.prepend_bos
     begins = {prompt.tokens.ids[0] == bos for prompt in prompts if prompt.scenario.chat}
+    # SAEs that disagree with each other are asked only where it matters.
+    trained = None if source is None or not begins else source.prepend_bos
     if trained is None or begins <= {bool(trained)}:
         return ()
     if trained:

@@ -31,7 +31,6 @@ from zarrtrace.extraction.job import (
     tokenized,
     with_prompts,
 )
-from zarrtrace.extraction.positions import as_text
 from zarrtrace.extraction.progress import SampleProgress, Shown, say
 from zarrtrace.extraction.running import borrowed, captured, saying_how_much_room
 from zarrtrace.extraction.survey import Survey, survey
@@ -40,6 +39,7 @@ from zarrtrace.format.attributes import TableAttributes
 from zarrtrace.format.table_layout import TableShape
 from zarrtrace.hub import cache_if_unreachable
 from zarrtrace.records import SampleRecord, SampleTokens, TablePlan, Tokens
+from zarrtrace.scenarios.positions import as_text
 from zarrtrace.scenarios.scenario import changed
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import TableWriter, refuse_foreign, refuse_kind
@@ -166,8 +166,8 @@ def extract_table(
     Raises
     ------
     ConfigError, ScenarioError, ModelError, SAEError, StoreError
-        As for :func:`zarrtrace.extraction.extract_run`; a ModelError only if no scenario of a
-        group can be computed.
+        As for :func:`zarrtrace.extraction.extract_run`; a ModelError only if no scenario of
+        the first group can be computed.
     """
     output = locate(output)
     if not repair:
@@ -277,7 +277,9 @@ def _fill(writer: TableWriter, table: TableJob, bar: SampleProgress) -> None:
             starts = table.survey.starts[first : stop + 1]
             rows = itertools.pairwise((starts - starts[0]).tolist())
             group = Group(int(starts[0]), dict(zip(here, rows, strict=True)))
-            group = _computed(table.job, here, group, dtypes, interrupted)
+            group = _computed(
+                table.job, here, group, dtypes, interrupted, is_first=group.start == 0
+            )
             for future in waiting:  # rows of a layer come in order
                 future.result()
             bar.update(int(starts[-1]) - max(int(starts[0]), done))
@@ -303,20 +305,24 @@ def _quick_turns(job: Job) -> Iterator[None]:
 
 
 def _computed(
-    job: Job, chosen: Chosen, group: Group, dtypes: tuple[str, str], interrupted: Any
+    job: Job,
+    chosen: Chosen,
+    group: Group,
+    dtypes: tuple[str, str],
+    interrupted: Any,
+    *,
+    is_first: bool,
 ) -> Group:
     """Compute a group; if that fails, its scenarios one by one.
 
     Raises
     ------
     ModelError
-        If none of them can be computed.
+        If none of them can be computed, and no group before was: the model is at fault then.
     """
     try:
         _add_all(job, chosen, group, dtypes, interrupted)
     except ModelError as error:
-        if len(chosen) == 1:
-            raise
         last = error
     else:
         return group
@@ -327,7 +333,7 @@ def _computed(
         except ModelError as error:
             last = error
             alone.fail(name, error.what)
-    if len(alone.failed) == len(chosen):
+    if is_first and len(alone.failed) == len(chosen):
         raise last
     return alone
 

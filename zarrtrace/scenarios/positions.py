@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from zarrtrace.errors import ConfigError, ScenarioError
-from zarrtrace.scenarios import DECISION, Scenario
+from zarrtrace.format.attributes import SpanAttributes
+from zarrtrace.scenarios.names import DECISION
+from zarrtrace.scenarios.scenario import Scenario
 from zarrtrace.suggestions import did_you_mean
-
-if TYPE_CHECKING:  # it imports torch
-    from zarrtrace.capture import Prompt
 
 #: ``"all"``, ``"last"``, ``"spans"``, names of spans, or integers, negative ones from the end.
 Positions = str | tuple[str, ...] | tuple[int, ...]
@@ -123,15 +122,17 @@ def _none_left(scenario: str | None, option: str, wanted: Iterable[str]) -> Scen
     )
 
 
-def positions_of(wanted: Positions, prompt: Prompt, option: str) -> tuple[int, ...]:
+def positions_of(
+    wanted: Positions, name: str, tokens: int, spans: Mapping[str, SpanAttributes], option: str
+) -> tuple[int, ...]:
     """Return the token positions of a prompt, ascending.
 
     Parameters
     ----------
     wanted
         Which ones.
-    prompt
-        The tokenised scenario.
+    name, tokens, spans
+        Name, number of tokens and spans of the scenario.
     option
         What chose them, for errors.
 
@@ -142,24 +143,23 @@ def positions_of(wanted: Positions, prompt: Prompt, option: str) -> tuple[int, .
     ScenarioError
         If the scenario has none of the spans.
     """
-    tokens, name = len(prompt.tokens.ids), prompt.scenario.name
     if isinstance(wanted, str):
         if wanted == "all":
             return tuple(range(tokens))
         if wanted == "last":
             return (tokens - 1,)
-        spans = tuple(prompt.spans)
+        names = tuple(spans)
     else:
-        spans = _names(wanted)
+        names = _names(wanted)
         for position in wanted:
             if isinstance(position, int) and not -tokens <= position < tokens:
                 raise ConfigError(
                     f"{option} {position}: scenario {name!r} has {tokens} tokens",
                     remedy=f"Give positions from {-tokens} to {tokens - 1}.",
                 )
-        if not spans:
+        if not names:
             return tuple(sorted({int(position) % tokens for position in wanted}))
-    found = {at for span in spans if span in prompt.spans for at in prompt.spans[span].tokens}
+    found = {at for one in names if one in spans for at in spans[one].tokens}
     if not found:
-        raise _none_left(name, option, spans)
+        raise _none_left(name, option, names)
     return tuple(sorted(found))
