@@ -130,6 +130,8 @@ def test_gaps_are_refused_by_name(function):
         function(planted.make_trace(layers=(1, 3)))
     with pytest.raises(ConfigError, match="attention of token 0 is not stored"):
         function(planted.make_trace().isel(query=slice(5, None)))
+    with pytest.raises(ConfigError, match="not square"):
+        function(planted.make_trace().isel(key=slice(5)))
     with pytest.raises(ConfigError, match="not within 0 to 1"):
         function(planted.make_trace(), residual=1.5)
     with pytest.raises(ConfigError, match="no source"):

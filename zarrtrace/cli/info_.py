@@ -90,7 +90,7 @@ def table_as_text(summary: TableSummary) -> str:
     lines = [
         f"table        {summary.path} (format version {summary.format_version})",
         f"model        {summary.model or 'not known'}",
-        f"SAEs         {summary.sae_release or 'not known'}",
+        f"SAEs         {_saes(summary.sae_ids, summary.sae_release)}",
         f"layers       {layers}",
         *_labelled("arrays", _arrays(summary.arrays)),
         f"samples      {summary.samples:,} of {summary.scenarios:,} scenarios",
@@ -149,7 +149,7 @@ def as_text(summary: RunSummary, most: int | None = None) -> str:
         first = summary.traces[0]
         lines += [
             f"model        {first.model or 'not known (imported)'}",
-            f"SAEs         {_saes(summary)}",
+            f"SAEs         {_saes(first.sae_ids, first.sae_release)}",
             *_labelled("arrays", _arrays(first.arrays)),
         ]
     done, total = summary.scenarios_complete, summary.scenarios
@@ -180,11 +180,9 @@ def as_text(summary: RunSummary, most: int | None = None) -> str:
     return "\n".join([*map(terminal_text, lines), table(header, shown), *said])
 
 
-def _saes(summary: RunSummary) -> str:
-    ids = summary.traces[0].sae_ids
+def _saes(ids: Sequence[str], release: str | None) -> str:
     if not ids:
         return "none"
-    release = summary.traces[0].sae_release
     return f"{len(ids)}, {ids[0]} to {ids[-1]}" + (f" of {release}" if release else "")
 
 

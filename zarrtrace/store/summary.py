@@ -10,7 +10,12 @@ from typing import Any
 from pydantic import BaseModel
 
 from zarrtrace.errors import NotATraceError
-from zarrtrace.format.attributes import FORMAT_VERSION, MetadataValue, TraceAttributes
+from zarrtrace.format.attributes import (
+    FORMAT_VERSION,
+    MetadataValue,
+    TableAttributes,
+    TraceAttributes,
+)
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store.array import open_array
 from zarrtrace.store.column_summary import ColumnSummary, summarize_columns
@@ -111,6 +116,7 @@ class TableSummary(BaseModel):
     bytes_dense: int
     model: str | None
     sae_release: str | None
+    sae_ids: tuple[str, ...]
 
     @property
     def compression(self) -> float:
@@ -160,6 +166,7 @@ def summarize_table(path: Address) -> TableSummary:
         bytes_dense=_bytes_dense(table),
         model=None if attributes.model is None else attributes.model.id,
         sae_release=next((one.release for one in attributes.saes.values()), None),
+        sae_ids=_sae_ids(table),
     )
 
 
@@ -297,6 +304,6 @@ def _bytes_on_disk(group: Group[Any]) -> int:
     return sum(one.bytes for one in files) + sum(len(encoded(one)) for one in group.nodes.values())
 
 
-def _sae_ids(group: Group[TraceAttributes]) -> tuple[str, ...]:
+def _sae_ids(group: Group[TraceAttributes] | Group[TableAttributes]) -> tuple[str, ...]:
     names = [name for name in group.nodes if name.startswith("sae_id")]
     return tuple(text for name in names for text in open_array(group, name).load() if text)
