@@ -235,7 +235,7 @@ def captured(
             lacks[prompt.scenario.name].tokens,
             blocked=prompt.scenario.name in job.blocked,
             positions=stored(prompt),
-            attention_positions=job.attention_rows(prompt),
+            attention_positions=job.attention_rows(prompt) if job.attention_dtype else None,
         )
         for prompt in job.prompts
     ]
