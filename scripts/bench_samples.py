@@ -67,13 +67,14 @@ def floor_once(prompts: str, count: int) -> None:
     some = [one for one, _ in zip(stream(Path(prompts)), range(count), strict=False)]
     texts = [Scenario(one.prompt, marks=False) for one in some]
     options = Options(model="demo", scenarios=texts, positions="last", residual=True)
-    table = prepare_table(options, find_stream(options))
+    with prepare_table(options, find_stream(options)) as table:
+        groups = table.groups(0)
     job, model = table.job, table.job.model
     assert job.source is not None  # noqa: S101 -- for mypy
     encoders = [job.source.load(job.saes[layer][0], model.device) for layer in job.layers]
     ids = [model.tokenizer(one.prompt)["input_ids"] for one in some]
     batches = []
-    for first, stop in table.groups(0):
+    for first, stop in groups:
         group = sorted(ids[first:stop], key=len)
         batches += [group[at : at + job.batch_size] for at in range(0, len(group), job.batch_size)]
     spent = []

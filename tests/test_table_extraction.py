@@ -559,18 +559,19 @@ def test_a_file_that_changes_between_the_passes_is_refused(
 
 #: Has a process write blocks of 64 samples, of groups of 64.
 SMALL_BLOCKS = """
-import dataclasses
+import contextlib, dataclasses
 from zarrtrace.capture import CaptureLimits
 from zarrtrace.extraction import table
 from zarrtrace.format.layout import Limits
 
 real_prepare = table.prepare_table
 
+@contextlib.contextmanager
 def small(*given, **options):
-    found = real_prepare(*given, **options)
-    limits = CaptureLimits(layout=Limits(samples=64))
-    job = dataclasses.replace(found.job, model=dataclasses.replace(found.job.model, limits=limits))
-    return dataclasses.replace(found, job=job)
+    with real_prepare(*given, **options) as found:
+        limits = CaptureLimits(layout=Limits(samples=64))
+        model = dataclasses.replace(found.job.model, limits=limits)
+        yield dataclasses.replace(found, job=dataclasses.replace(found.job, model=model))
 
 table.prepare_table = small
 table._SAMPLES = 64
@@ -587,8 +588,8 @@ how["layout"] = "table"
 zt.extract(folder + "/warm", ["You hold $90. Bet?"], **how)
 held = []
 real = table._computed
-def computed(*given):
-    found = real(*given)
+def computed(*given, **options):
+    found = real(*given, **options)
     held.append(tracemalloc.get_traced_memory()[0])
     return found
 table._computed = computed

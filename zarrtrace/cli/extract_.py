@@ -496,10 +496,11 @@ def _plan(given: dict[str, Any], options: Options) -> str:
 
     if given["layout"] == "table":
         shown = _progress(given)
-        table_job = prepare_table(options, find_stream(options), weights=False, progress=shown)
-        job, need, count = table_job.job, estimate_table(table_job), table_job.survey.scenarios
-        what = f"{table_job.survey.samples:,} samples of {count:,} scenarios"
-        config = dict(table_job.plan().config)
+        stream = find_stream(options)
+        with prepare_table(options, stream, weights=False, progress=shown) as found:
+            job, need, count = found.job, estimate_table(found), found.survey.scenarios
+            what = f"{found.survey.samples:,} samples of {count:,} scenarios"
+            config = dict(found.plan().config)
     else:
         job = prepare(options, weights=False, progress=_progress(given) == "bars")
         need, config = estimate(job), dict(job.config)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,7 +47,7 @@ class Survey:
     tokens
         Number of each scenario's first token among those of all, and of all tokens last.
     ids
-        A temporary file of the ids of all tokens, uint32.
+        A file of the ids of all tokens, uint32.
     chat_template
         Hash of the template that made prompts of chats; None if there are no chats.
     """
@@ -132,6 +131,7 @@ def survey(
     prompts: Iterable[Prompt],
     positions: Callable[[Prompt], Sequence[int] | None],
     digest: Callable[[Prompt], str],
+    ids: IO[bytes],
 ) -> Survey:
     """Look at all prompts once.
 
@@ -143,6 +143,8 @@ def survey(
         Which positions of a prompt are samples, ascending; None for all.
     digest
         Hashes a prompt.
+    ids
+        An empty file, in which the ids of all tokens are kept.
 
     Raises
     ------
@@ -153,7 +155,6 @@ def survey(
     spans: dict[str, None] = {}
     texts: dict[str, str] = {}  # equal texts are kept once
     longest, template, tokens = 0, None, array("q", [0])
-    ids = tempfile.TemporaryFile()  # noqa: SIM115 -- the survey keeps it
     for prompt in prompts:
         where = positions(prompt)
         where = range(len(prompt.tokens.ids)) if where is None else where

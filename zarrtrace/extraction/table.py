@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -174,13 +175,15 @@ def extract_table(
         refuse_foreign(output)  # before hours of work
         refuse_kind(output, "table", overwrite=overwrite)
     named = options.own_model if loaded.model is None else None
-    with cache_if_unreachable(named, options.sae_release), borrowed(loaded.model):
-        table = prepare_table(options, stream, loaded=loaded, progress=progress)
+    how = {"overwrite": overwrite, "repair": repair, "accept_versions": accept_versions}
+    with (
+        cache_if_unreachable(named, options.sae_release),
+        borrowed(loaded.model),
+        prepare_table(options, stream, loaded=loaded, progress=progress) as table,
+    ):
         say(table.job.notes, progress)
-        how = {"overwrite": overwrite, "repair": repair, "accept_versions": accept_versions}
-        needed = estimate_table(table).disk_bytes
         with (
-            saying_how_much_room(needed),
+            saying_how_much_room(estimate_table(table).disk_bytes),
             TableWriter(output, table.plan(), **how) as writer,
             SampleProgress(table.survey.samples, writer.done, progress) as bar,
         ):
@@ -207,6 +210,7 @@ def refuse_for_table(given: Mapping[str, Any]) -> None:
         raise ConfigError(f"--{option} with --layout table", why=why, remedy=remedy)
 
 
+@contextlib.contextmanager
 def prepare_table(
     options: Options,
     stream: ScenarioStream,
@@ -214,8 +218,10 @@ def prepare_table(
     loaded: Loaded = _NOTHING,
     weights: bool = True,
     progress: Shown = None,
-) -> TableJob:
+) -> Iterator[TableJob]:
     """Check options against the model and the SAEs, and look at all scenarios once.
+
+    A context manager: ids of tokens are in a temporary file.
 
     Parameters
     ----------
@@ -238,10 +244,11 @@ def prepare_table(
         job = replace(job, source=capture_package().KeptEncoders(job.source))
     if options.attention:
         job = replace(job, notes=(*job.notes, "a table holds no attention (--no-attention)"))
-    found = survey(_tokenized(job, stream), job.positions, prompt_digest)
-    if options.batch_size is None:
-        job = _with_batches(job, found.longest)
-    return TableJob(job, found)
+    with tempfile.TemporaryFile() as ids:
+        found = survey(_tokenized(job, stream), job.positions, prompt_digest, ids)
+        if options.batch_size is None:
+            job = _with_batches(job, found.longest)
+        yield TableJob(job, found)
 
 
 def _with_batches(job: Job, longest: int) -> Job:
