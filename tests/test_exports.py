@@ -207,6 +207,7 @@ def test_files_are_no_larger_than_numpys(tmp_path: Path, monkeypatch: pytest.Mon
         assert (tmp_path / name).stat().st_size < 1.03 * (tmp_path / "numpy.npz").stat().st_size
 
 
+@pytest.mark.torch
 def test_output_dtype(tmp_path: Path) -> None:
     ds = make_table()
     for to in ("coo", "hidden", "safetensors", "parquet"):
@@ -226,6 +227,7 @@ def test_output_dtype(tmp_path: Path) -> None:
     assert not (tmp_path / "large").exists()
 
 
+@pytest.mark.torch
 def test_another_sae(tmp_path: Path) -> None:
     ds = make_table()
     more = ds["features"].rename(feature="feature_wide").drop_vars("feature_wide") * 2
