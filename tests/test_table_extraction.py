@@ -112,9 +112,9 @@ def test_groups_are_as_good_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     seen = []
     real = table._computed
 
-    def counted(job: Any, *given: Any) -> Any:
+    def counted(job: Any, *given: Any, **options: Any) -> Any:
         seen.append(len(job.prompts))
-        return real(job, *given)
+        return real(job, *given, **options)
 
     monkeypatch.setattr(table, "_computed", counted)
     cut = extract(tmp_path / "cut", **asked)
@@ -545,12 +545,11 @@ def test_a_file_that_changes_between_the_passes_is_refused(
 ) -> None:
     real = vars(table)["survey"]
 
-    def change_afterwards(*given: Any) -> Any:
-        found = real(*given)
+    def change_before(*given: Any) -> Any:  # names and types were looked at
         suite_file(suite, [PROMPTS[0], PROMPTS[5], PROMPTS[2]])
-        return found
+        return real(*given)
 
-    monkeypatch.setattr(table, "survey", change_afterwards)
+    monkeypatch.setattr(table, "survey", change_before)
     done = command(tmp_path / "run", suite, *TABLE, "-q")
     assert isinstance(done.exception, ScenarioError)
     assert "changed since they were first read" in str(done.exception)

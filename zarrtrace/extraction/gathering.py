@@ -224,5 +224,7 @@ def _gathered(
     first = np.arange(-(-width // columns)) * count * columns  # of each block
     cuts = np.searchsorted(key, first[1:])
     blocks = zip(np.split(key, cuts), first.tolist(), strict=True)
-    positions = tuple(block - start for block, start in blocks)
+    # Half as wide where that is enough: a block of a table waits until it is whole.
+    kind = np.int32 if count * columns < 2**31 else np.int64
+    positions = tuple((block - start).astype(kind) for block, start in blocks)
     return Nonzeros(shape, columns, positions, tuple(np.split(value, cuts)))

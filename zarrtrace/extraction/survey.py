@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from zarrtrace.capture import Prompt
 
 _ID_BYTES = 4
+# Types of arrays for columns of numbers, which have one type in all scenarios.
+_CODES = {float: "d", int: "q"}
 #: What stands for an option that a scenario lacks.
 NO_OPTION = -1
 # Beginnings of names of arrays that are no coordinates along `sample`.
@@ -124,7 +126,7 @@ class _Samples:
     tags: list[str] = field(default_factory=list)
     options: dict[str, array[int]] = field(default_factory=dict)
     # One value a scenario; several samples share it.
-    metadata: dict[str, list[Any]] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 def survey(
@@ -212,7 +214,10 @@ def _add(found: _Samples, prompt: Prompt, where: Sequence[int], texts: dict[str,
         option = prompt.options.get(name)
         ids.extend([NO_OPTION if option is None else option.token_id] * len(where))
     for name, value in scenario.metadata.items():
-        found.metadata.setdefault(name, []).append(value)
+        if name not in found.metadata:  # numbers as such: Python's take four times the memory
+            code = _CODES.get(type(value))
+            found.metadata[name] = array(code) if code else []
+        found.metadata[name].append(value)
 
 
 def _coordinates(found: _Samples, counts: np.ndarray) -> dict[str, np.ndarray]:

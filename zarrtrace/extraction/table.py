@@ -39,6 +39,7 @@ from zarrtrace.extraction.writers import THREADS, Lack
 from zarrtrace.format.attributes import TableAttributes
 from zarrtrace.format.table_layout import TableShape
 from zarrtrace.hub import cache_if_unreachable
+from zarrtrace.memory import release_freed
 from zarrtrace.records import SampleRecord, SampleTokens, TablePlan, Tokens
 from zarrtrace.scenarios.positions import as_text
 from zarrtrace.scenarios.scenario import changed
@@ -291,6 +292,7 @@ def _fill(writer: TableWriter, table: TableJob, bar: SampleProgress) -> None:
                 future.result()
             bar.update(int(starts[-1]) - max(int(starts[0]), done))
             waiting = _written(pool, writer, group, table.job.layers, shape, done)
+            release_freed()
         for future in waiting:
             future.result()
 
