@@ -112,9 +112,9 @@ def test_groups_are_as_good_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     seen = []
     real = table._computed
 
-    def counted(job: Any, *given: Any, **options: Any) -> Any:
-        seen.append(len(job.prompts))
-        return real(job, *given, **options)
+    def counted(job: Any, chosen: Any, *given: Any, **options: Any) -> Any:
+        seen.append(len(chosen))
+        return real(job, chosen, *given, **options)
 
     monkeypatch.setattr(table, "_computed", counted)
     cut = extract(tmp_path / "cut", **asked)
