@@ -140,8 +140,8 @@ def summarize_table(path: Address) -> TableSummary:
     try:
         table, done = read_table(path), None
     except NotATraceError:
-        staged = None if path.exists() else read_staged_table(path)
-        if staged is None:
+        staged = read_staged_table(path)
+        if staged is None or path.exists():  # a plain web server cannot say the latter
             raise
         table, done = staged
     samples = table.encodings["scenario"].shape[0]
