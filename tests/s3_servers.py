@@ -61,16 +61,20 @@ class Processes:
         self._running: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
-        with self._log.open("ab") as log:
-            self._running = [
-                subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-                for command in self._commands
-            ]
-        until = time.monotonic() + 60
-        while not all(map(answers, self._ports)):
-            if time.monotonic() > until:
-                raise TimeoutError(self._log.read_text(errors="replace")[-2000:])
-            time.sleep(0.1)
+        """Start the first one last: without others, Swift's proxy says that there is no bucket."""
+        first, *others = zip(self._commands, self._ports, strict=True)
+        self._running = []
+        for some in (others, [first]):
+            with self._log.open("ab") as log:
+                self._running += [
+                    subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+                    for command, _ in some
+                ]
+            until = time.monotonic() + 60
+            while not all(answers(port) for _, port in some):
+                if time.monotonic() > until:
+                    raise TimeoutError(self._log.read_text(errors="replace")[-2000:])
+                time.sleep(0.1)
 
     def kill(self) -> None:
         for process in self._running:
