@@ -12,6 +12,7 @@ import xarray as xr
 
 from zarrtrace.analysis.samples import rows_of_place
 from zarrtrace.analysis.selecting import Data, Place, require, traces
+from zarrtrace.analysis.special import special_samples
 from zarrtrace.analysis.tables import (
     SAMPLE,
     TableScenarios,
@@ -41,6 +42,8 @@ class Block(NamedTuple):
         Where the samples of each begin, and the number of all.
     find
         Returns the samples of a place, ascending; none if no scenario has the span.
+    special
+        Tells which samples hold special tokens.
     """
 
     arrays: dict[str, xr.DataArray]
@@ -48,6 +51,7 @@ class Block(NamedTuple):
     scenarios: Sequence[int]
     starts: np.ndarray
     find: Callable[[Place], np.ndarray]
+    special: Callable[[], np.ndarray]
 
     @property
     def of_samples(self) -> np.ndarray:
@@ -108,7 +112,8 @@ def _block_of_trace(number: int, ds: xr.Dataset, names: Sequence[str]) -> Block:
             arrays[name] = xr.DataArray(xr.Variable(dims, variable))
     layers = ds.indexes["layer"].tolist() if "layer" in ds.indexes else []
     starts = np.array([0, ds.sizes["query"]])
-    return Block(arrays, layers, [number], starts, partial(rows_of_place, ds))
+    find, special = partial(rows_of_place, ds), partial(special_samples, ds)
+    return Block(arrays, layers, [number], starts, find, special)
 
 
 def _blocks_of_table(
@@ -117,19 +122,21 @@ def _blocks_of_table(
     known = table_scenarios(table)
     variables = {name: table.variables[name] for name in names if name in table.variables}
     layers = table.indexes["layer"].tolist() if "layer" in table.indexes else []
+    labels = [n for n in ("scenario", "position", "span", "special") if n in table.coords]
     for first, last in _cuts(known.starts, _most(variables.values())):
         numbers = range(first, last)
         if scenarios is not None and not any(number in scenarios for number in numbers):
             continue
         start, stop = (int(at) for at in known.starts[[first, last]])
-        part = table[["scenario", "position", "span"]].isel({SAMPLE: slice(start, stop)})
+        part = table[labels].isel({SAMPLE: slice(start, stop)})
         own = TableScenarios(known.names[first:last], known.starts[first : last + 1] - start)
         arrays = {
             name: xr.DataArray(one.isel({SAMPLE: slice(start, stop)}))
             for name, one in variables.items()
         }
-        find = partial(rows_in_table, part.assign_attrs(table.attrs), scenarios=own)
-        yield Block(arrays, layers, numbers, own.starts, find)
+        part = part.assign_attrs(table.attrs)
+        find, special = partial(rows_in_table, part, scenarios=own), partial(special_samples, part)
+        yield Block(arrays, layers, numbers, own.starts, find, special)
 
 
 def _most(variables: Collection[xr.Variable]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,38 +12,38 @@ import pandas as pd
 import xarray as xr
 
 from zarrtrace.analysis.blocks import Block, blocks
-from zarrtrace.analysis.parallel import each_layer, load
+from zarrtrace.analysis.parallel import each_layer
 from zarrtrace.analysis.selecting import Data, described, taken
-from zarrtrace.analysis.tables import is_table
 from zarrtrace.errors import ConfigError
-from zarrtrace.format.layout import TOP_FEATURES
-from zarrtrace.records import Nonzeros, strongest
 
 #: A feature–word table: own, the user's, or a CSV or Parquet file of it.
 Table = xr.Dataset | pd.DataFrame | str | Path
 
-# Activations in memory at once, of one layer at least.
-_AT_ONCE = 2**24
-
-# What a trace stores of the strongest features of each token.
-_INDEX = ("top_feature", "top_activation")
+# Pairs of a feature and a word that may be in memory at once: 40 bytes each, and few are there.
+_MOST_PAIRS = 2**25
 
 COLUMNS = ("layer", "feature", "word", "score")
 
 
 def word_associations(
-    data: Data, *, top: int = 10, min_count: int = 1, strip: bool = False
+    data: Data,
+    *,
+    top: int = 10,
+    min_count: int = 1,
+    strip: bool = False,
+    special: bool = False,
 ) -> xr.Dataset:
     """Tokens that activate each feature most, over all scenarios.
 
     The score of a word (a token's text) for a feature is the magnitude of its activation, averaged
     over all occurrences of the word in the run; an occurrence at which the feature is silent counts
-    as 0. A feature fires where its activation is not 0: some SAEs (AbsTopK) have negative ones.
+    as 0. A feature fires where its activation is finite and not 0: some SAEs (AbsTopK) have
+    negative ones.
 
     Parameters
     ----------
     data
-        A trace or a run with ``top_feature`` and ``top_activation``, or a table with ``features``.
+        A trace, a run or a table with ``features``.
     top
         How many words to keep for each feature.
     min_count
@@ -50,6 +51,10 @@ def word_associations(
     strip
         Whether to take ``" balance"`` and ``"balance"`` as one word; otherwise a word is the
         token's text as it is. A token of nothing but white space stays as it is.
+    special
+        Whether to count special tokens (BOS, chat markers), too. The first token of a prompt
+        without BOS is an ordinary one, but many models treat it like BOS: its activations may be
+        far above those of the same word elsewhere.
 
     Returns
     -------
@@ -58,29 +63,30 @@ def word_associations(
         ``feature``, ``word``; ``score`` and ``max_activation`` (the activation of largest
         magnitude, with its sign) float32 in the SAE's units,
         ``count`` (occurrences at which the feature fires) and ``occurrences`` of the word.
-        Computed at the call, some layers at a time. It takes each token's 32 strongest features
-        only, from the index that a trace stores, or from a table's features: an activation that is
-        not among its token's 32 strongest counts as 0, and a feature that never is has no row.
+        Computed at the call from every activation in ``features``, some layers at a time, scenario
+        by scenario: beside the number of each token's word, memory holds the pairs of a feature and
+        a word that occur together.
 
     Raises
     ------
     ConfigError
-        If a trace has no features.
+        If a trace has no features, or `top` is below 1.
+
+    Notes
+    -----
+    There is no null hypothesis and no p-value: a ranking always has a first word. A word that
+    occurs once has one activation as its mean; ``count`` says so, and `min_count` leaves it out.
     """
     if top < 1:
         raise ConfigError(f"top={top} keeps nothing", remedy="Give a number of at least 1.")
-    vocabulary: dict[str, int] = {}
-    word_ids = []
-    parts_of = list(blocks(data, _needed(data), _INDEX))
-    for block in parts_of:
-        texts = [_word(str(text), strip=strip) for text in np.asarray(block.arrays["token"])]
-        word_ids.append(np.array([vocabulary.setdefault(t, len(vocabulary)) for t in texts]))
+    parts_of = list(blocks(data, ["token", "features"]))
+    vocabulary, word_ids = _numbered(parts_of, strip=strip, special=special)
     parts = [
-        _associations_of_layer(layer, seen, len(vocabulary), top, min_count)
-        for layer, seen in _by_layer(parts_of, word_ids)
+        _ranked(layer, pairs, occurrences, top, min_count)
+        for layer, pairs, occurrences in _by_layer(parts_of, word_ids, len(vocabulary))
     ]
     table = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    words = np.array(list(vocabulary), dtype=object)
+    words = np.array(vocabulary, dtype=object)
     out = xr.Dataset(
         {
             name: ("row", table[name])
@@ -97,11 +103,12 @@ def word_associations(
         out,
         data,
         "word_associations",
-        "mean magnitude of activation over all occurrences of the word; activations below a "
-        "token's 32 strongest count as 0",
+        "mean magnitude of activation over all occurrences of the word; a description of these "
+        "prompts, without a test",
         top=top,
         min_count=min_count,
         strip=strip,
+        special=special,
     )
 
 
@@ -109,117 +116,170 @@ def _word(text: str, *, strip: bool) -> str:
     return (text.strip() or text) if strip else text
 
 
+def _numbered(
+    found: Sequence[Block], *, strip: bool, special: bool
+) -> tuple[list[str], list[np.ndarray]]:
+    """Return all words, and for each block the number of each sample's ``(sample,)`` int32.
+
+    −1 for a special token that does not count.
+    """
+    vocabulary: dict[str, int] = {}
+    numbers = []
+    for block in found:
+        texts = [_word(str(text), strip=strip) for text in np.asarray(block.arrays["token"])]
+        left_out = np.zeros(len(texts), bool) if special else block.special()
+        numbers.append(
+            np.array(
+                [
+                    -1 if skip else vocabulary.setdefault(text, len(vocabulary))
+                    for text, skip in zip(texts, left_out, strict=True)
+                ],
+                np.int32,
+            )
+        )
+    return list(vocabulary), numbers
+
+
 def all_layers(runs: Iterable[xr.Dataset]) -> list[int]:
     """Return the layers that any of the traces has."""
     return sorted({int(layer) for ds in runs for layer in np.asarray(ds["layer"])})
 
 
-class _Seen(NamedTuple):
-    """A layer of some samples: their words and the strongest features of each.
+def missing_rows(layer: np.ndarray) -> np.ndarray:
+    """Tell which rows of features ``(row, feature)`` are not stored: NaN throughout ``(row,)``."""
+    missing = np.isnan(layer[:, 0])
+    if missing.any():  # a NaN by itself is a value that was not finite
+        missing[missing] = np.isnan(layer[missing]).all(1)
+    return missing
+
+
+class _Pairs(NamedTuple):
+    """Pairs of a feature and a word that occur together, ascending, one entry each.
 
     Attributes
     ----------
-    words
-        ``(sample,)`` numbers of the words.
-    feature, activation
-        ``(sample, rank)``.
+    key
+        ``feature × number of words + word``.
+    total, largest, smallest
+        Sum of magnitudes, and the extremes of activations.
+    count
+        Occurrences at which the feature fires.
     """
 
-    words: np.ndarray
-    feature: np.ndarray
-    activation: np.ndarray
+    key: np.ndarray
+    total: np.ndarray
+    largest: np.ndarray
+    smallest: np.ndarray
+    count: np.ndarray
 
+    @classmethod
+    def together(cls, parts: Sequence[_Pairs]) -> _Pairs:
+        """Add up the entries of each pair, in the order of the parts."""
+        key = np.concatenate([part.key for part in parts])
+        order = _stable_order(key)
+        key = key[order]
+        starts = np.flatnonzero(np.diff(key, prepend=-1))
+        if not len(starts):
+            return parts[0]
 
-def _needed(data: Data) -> list[str]:
-    """Return the arrays that say which features are strongest: a trace has an index of them."""
-    return ["token", "features"] if is_table(data) else ["token", *_INDEX]
+        def reduced(name: str, by: np.ufunc) -> np.ndarray:
+            values = np.concatenate([getattr(part, name) for part in parts])[order]
+            return np.asarray(by.reduceat(values, starts))
+
+        return cls(
+            key[starts],
+            reduced("total", np.add),
+            reduced("largest", np.maximum),
+            reduced("smallest", np.minimum),
+            reduced("count", np.add),
+        )
 
 
 def _by_layer(
-    found: Sequence[Block], words: Sequence[np.ndarray], most: int = _AT_ONCE
-) -> Iterator[tuple[int, list[_Seen]]]:
-    """Yield each layer with what the blocks that have it say; several layers are read at once."""
+    found: Sequence[Block],
+    words: Sequence[np.ndarray],
+    n_words: int,
+    most: int = _MOST_PAIRS,
+) -> Iterator[tuple[int, _Pairs, np.ndarray]]:
+    """Yield each layer with its pairs and how often each word occurs; several are read at once."""
     layers = sorted({layer for block in found for layer in block.layers})
-    step = max(1, most // sum(int(block.starts[-1]) * TOP_FEATURES for block in found))
+    width = max(block.arrays["features"].sizes["feature"] for block in found)
+    step = max(1, most // (width * max(1, n_words)))
     for start in range(0, len(layers), step):
-        here = layers[start : start + step]
-        seen: dict[int, list[_Seen]] = {layer: [] for layer in here}
-        chosen = [[n for n in block.layers if n in seen] for block in found]
-        strongest = _strongest(found, chosen)
-        for numbers, wanted, both in zip(words, chosen, strongest, strict=True):
-            for layer, (feature, activation) in zip(wanted, both, strict=True):
-                seen[layer].append(_Seen(numbers, feature, activation))
-        yield from seen.items()
+        chosen = [[n for n in block.layers if n in layers[start : start + step]] for block in found]
+        sums = {layer: _Sum(n_words) for layer in layers[start : start + step]}
+        jobs = (
+            (_at_layers(block, wanted), partial(_pairs_of_layer, words=numbers, n_words=n_words))
+            for block, wanted, numbers in zip(found, chosen, words, strict=True)
+        )
+        for wanted, of_layers in zip(chosen, each_layer(jobs), strict=True):
+            for layer, (pairs, occurrences) in zip(wanted, of_layers, strict=True):
+                sums[layer].add(pairs, occurrences)
+        for layer in list(sums):
+            total = sums.pop(layer)
+            yield layer, total.pairs(), total.occurrences
 
 
-def _strongest(
-    found: Sequence[Block], layers: Sequence[Sequence[int]]
-) -> Iterator[Iterable[tuple[np.ndarray, np.ndarray]]]:
-    """Yield each block's strongest features and their activations ``(sample, rank)``, by layer."""
-    arrays = [
-        [
-            _at_layers(block, name, wanted)
-            for name in (_INDEX if _is_indexed(block) else ["features"])
-        ]
-        for block, wanted in zip(found, layers, strict=True)
-    ]
-    if all(map(_is_indexed, found)):
-        loaded = load(array for both in arrays for array in both)
-        for feature, activation in zip(loaded, loaded, strict=False):
-            yield zip(feature, activation, strict=True)
-        return
-    yield from each_layer((array, _strongest_of_layer) for (array,) in arrays)
+class _Sum:
+    """Pairs of one layer, added up as they come: as large as their number, not the run's."""
+
+    def __init__(self, n_words: int) -> None:
+        self.occurrences = np.zeros(n_words, np.int64)
+        none, whole = np.empty(0), np.empty(0, np.int64)
+        self._sum = _Pairs(whole, none, none, none, whole)
+        self._waiting: list[_Pairs] = []
+
+    def add(self, pairs: _Pairs, occurrences: np.ndarray) -> None:
+        """Add the pairs of some samples."""
+        self.occurrences += occurrences
+        self._waiting.append(pairs)
+        # Each pair is sorted again a few times only.
+        if sum(len(one.key) for one in self._waiting) > max(2**18, len(self._sum.key)):
+            self.pairs()
+
+    def pairs(self) -> _Pairs:
+        """Return what was added up so far."""
+        self._sum = _Pairs.together([self._sum, *self._waiting])
+        self._waiting = []
+        return self._sum
 
 
-def _is_indexed(block: Block) -> bool:
-    return all(name in block.arrays for name in _INDEX)
+def _at_layers(block: Block, layers: Sequence[int]) -> xr.DataArray:
+    return taken(block.arrays["features"].assign_coords(layer=block.layers), layer=layers)
 
 
-def _at_layers(block: Block, name: str, layers: Sequence[int]) -> xr.DataArray:
-    return taken(block.arrays[name].assign_coords(layer=block.layers), layer=layers)
-
-
-def _strongest_of_layer(layer: np.ndarray, _at: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return what traces store of their strongest features; NaN for samples that are missing."""
-    missing = np.isnan(layer[:, 0])
-    layer = np.where(missing[:, None], 0, layer) if missing.any() else layer
+def _pairs_of_layer(
+    layer: np.ndarray, _at: int, *, words: np.ndarray, n_words: int
+) -> tuple[_Pairs, np.ndarray]:
+    """Return the pairs of one layer of a block ``(sample, feature)``, and how often words occur."""
+    stored = (words >= 0) & ~missing_rows(layer)
+    occurrences = np.bincount(words[stored], minlength=n_words)
+    width = layer.shape[1]
     at = np.flatnonzero(layer)
-    whole = Nonzeros(layer.shape, layer.shape[1], (at,), (layer.reshape(-1)[at],))
-    feature, activation = strongest(whole)
-    activation[missing] = np.nan
-    return feature, activation
+    value = layer.reshape(-1)[at].astype(np.float64)
+    sample, feature = np.divmod(at, width)
+    fires = stored[sample] & np.isfinite(value)
+    value = value[fires]
+    key = feature[fires] * n_words + words[sample[fires]]
+    ones = np.ones(len(key), np.int64)
+    return _Pairs.together([_Pairs(key, np.abs(value), value, value, ones)]), occurrences
 
 
-def _associations_of_layer(
-    layer: int, seen: Sequence[_Seen], n_words: int, top: int, min_count: int
+def _ranked(
+    layer: int, pairs: _Pairs, occurrences: np.ndarray, top: int, min_count: int
 ) -> dict[str, np.ndarray]:
-    occurrences = np.zeros(n_words, np.int64)
-    keys, values = [], []
-    for words, feature, activation in seen:
-        # No SAE on this layer, or not stored: nothing was seen here.
-        occurrences += np.bincount(words[~np.isnan(activation).all(1)], minlength=n_words)
-        active = np.abs(activation) > 0  # which NaN is not
-        pair = feature.astype(np.int64) * n_words + words[:, None]
-        keys.append(pair[active])
-        values.append(activation[active].astype(np.float64))
-    key = np.concatenate([*keys, np.empty(0, np.int64)])
-    value = np.concatenate([*values, np.empty(0)])
-    order = _stable_order(key)
-    key, value = key[order], value[order]
-    starts = np.flatnonzero(np.diff(key, prepend=-1))
-    feature, word = np.divmod(key[starts], n_words)
-    score = np.add.reduceat(np.abs(value), starts) / occurrences[word]
-    largest, smallest = np.maximum.reduceat(value, starts), np.minimum.reduceat(value, starts)
-    peak = np.where(-smallest > largest, smallest, largest)
-    count = np.diff(np.append(starts, len(key)))
-    best = _best(feature, score, word, count >= min_count, top)
+    """Return the rows of one layer, best word first."""
+    feature, word = np.divmod(pairs.key, max(1, len(occurrences)))
+    score = pairs.total / occurrences[word]
+    peak = np.where(-pairs.smallest > pairs.largest, pairs.smallest, pairs.largest)
+    best = _best(feature, score, word, pairs.count >= min_count, top)
     return {
         "layer": np.full(len(best), layer, np.int64),
         "feature": feature[best],
         "word": word[best],
         "score": score[best].astype(np.float32),
         "max_activation": peak[best].astype(np.float32),
-        "count": count[best],
+        "count": pairs.count[best],
         "occurrences": occurrences[word[best]],
     }
 
