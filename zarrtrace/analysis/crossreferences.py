@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
 from typing import NamedTuple
@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import xarray as xr
+from scipy import stats
 
 from zarrtrace.analysis.parallel import OfLayer, each_layer
 from zarrtrace.analysis.resampling import corrected
@@ -32,9 +33,8 @@ from zarrtrace.analysis.shifts import (
     p_of_shifts,
     sentence_of_smallest,
     shifted_products,
-    unit_ranks,
 )
-from zarrtrace.analysis.special import special_queries
+from zarrtrace.analysis.special import special_keys, special_queries
 from zarrtrace.analysis.words import Table, all_layers, missing_rows, read_table
 from zarrtrace.errors import ConfigError
 from zarrtrace.scenarios import DECISION
@@ -43,6 +43,8 @@ MEASURES = ("attention", "place")
 
 # Tokens that can be ranked.
 _FEWEST = 3
+# Places that a span is moved to, the nearest ones: attention to each is held in memory.
+_MOST_PLACES = 128
 _LEVEL = 0.05
 
 
@@ -61,10 +63,10 @@ def crossreference(
 
     Two measures of every feature of the table, in every layer and scenario in which it fires:
 
-    - ``"attention"``: over the tokens after the span whose attention is stored, Spearman's
-      correlation of the feature's strength with the token's attention to the span (mean over
-      heads, mean over the span's tokens). Undefined if these are fewer than three, so always for
-      ``"decision"``.
+    - ``"attention"``: over the tokens after the span whose attention is stored, the correlation of
+      ranks of the feature's strength, among all such tokens of the prompt, with ranks of the
+      token's attention to the span (mean over heads, mean over the span's tokens). Undefined if
+      these are fewer than three, so always for ``"decision"``.
     - ``"place"``: its mean strength at the span minus its mean at all other tokens, divided by
       the standard deviation over all tokens.
 
@@ -88,13 +90,13 @@ def crossreference(
     top
         A feature goes with its `top` best-scored words that have a score above 0.
     block
-        Column of metadata, such as the template: scenarios that share its value are shifted
+        Column of metadata, such as the template: scenarios that share its value are moved
         together, others independently. ``"scenario"``: each by itself, for prompts that were
-        written independently. If None, all are shifted together.
+        written independently. If None, all are moved together.
     special
         Whether to count special tokens (BOS, chat markers) outside the span, too.
     n_permutations, seed
-        Shifts to draw if there are several blocks, and the seed of the random numbers.
+        Permutations to draw if there are several blocks, and the seed of the random numbers.
 
     Returns
     -------
@@ -117,16 +119,19 @@ def crossreference(
 
     Notes
     -----
-    Null: where in a prompt the table's features fire has nothing to do with where the span is
-    (``"place"``), or where attention goes to it (``"attention"``). Unit of exchange: the block of
-    scenarios. A word's features fire together by construction, so they are not exchanged: each
-    permutation moves all features of a prompt by the same number of tokens, in a circle, over the
-    prompt's tokens or over those after the span. That keeps what features, neighbouring tokens and
-    scenarios of one template have in common. The test is exact if activations are as likely at one
-    place of the prompt as at another, and close to it otherwise.
+    Null: where the span is in a prompt has nothing to do with where the table's features fire; had
+    it been elsewhere, they would stand out there, or follow attention to there, as much. Unit of
+    exchange: the block of scenarios. A word's features fire together by construction, so features
+    are not exchanged: each permutation moves the span along the prompt, by the same number of
+    tokens in all scenarios of a block, in a circle over its tokens (``"place"``), or over the 128
+    nearest places that leave three tokens behind it (``"attention"``; there coefficients are
+    multiplied by √(n − 1) of the n tokens behind, because those of few tokens vary more). That
+    keeps what features, neighbouring tokens and scenarios of one template have in common, and how
+    much a token attends to anything. The test is exact for a span whose place was drawn at random.
 
-    Floor: one block has as many shifts as its longest prompt has tokens, so p is at least 1/100
-    for 100 tokens, however many scenarios it has; with several blocks, 1/(n_permutations + 1).
+    Floor: one block has as many permutations as its longest prompt has places, so p is at least
+    1/100 for 100 of them, however many scenarios it has; with several blocks, it is at least
+    1/(n_permutations + 1).
     """
     frame = _own_words(read_table(table), top)
     runs = traces(data)
@@ -155,11 +160,11 @@ def crossreference(
         result,
         data,
         "crossreference",
-        "features of a word against the table's other features: Spearman correlation of strength "
-        "with attention to the span over the tokens after it, and standardised difference of "
-        "strength at the span and elsewhere; two-sided test by circular shifts of token positions, "
-        "blocks of scenarios together (Phipson & Smyth 2010), familywise over a pair's layers "
-        "(Westfall & Young 1993), q by Benjamini & Hochberg (1995)",
+        "features of a word against the table's other features: rank correlation of strength with "
+        "attention to the span over the tokens after it, and standardised difference of strength "
+        "at the span and elsewhere; two-sided test by moving the span along the prompts, blocks of "
+        "scenarios together (Phipson & Smyth 2010), familywise over a pair's layers (Westfall & "
+        "Young 1993), q by Benjamini & Hochberg (1995)",
         pairs=[list(pair) for pair in wanted],
         top=top,
         block=block,
@@ -264,47 +269,68 @@ class _Words:
 
 
 class _Span(NamedTuple):
-    """Where a span is in a prompt.
+    """Where a span is in a prompt, and where it could be.
 
     Attributes
     ----------
-    tokens, keys
-        Those of the span, among the stored ones ``(query,)`` and among all ``(key,)``, bool.
+    tokens
+        Those of the span, among the stored ones ``(query,)`` bool.
     counted
         Stored tokens that ``"place"`` compares ``(query,)`` bool: none if there are no others.
-    after
-        Stored tokens behind it whose attention is stored ``(query,)`` bool; none if they are too
-        few to be ranked.
+    ranked
+        Stored tokens whose attention is stored ``(query,)`` bool.
     rows
-        Numbers of their rows in the stored attention, in the order of the tokens.
+        Numbers of their rows in the stored attention.
+    keys
+        Of each place, itself first, numbers of the keys ``(place, token)``; none if too few tokens
+        stand behind the span.
+    after
+        Of each place, the first of `ranked` that stands behind it ``(place,)``.
     """
 
     tokens: np.ndarray
-    keys: np.ndarray
     counted: np.ndarray
-    after: np.ndarray
+    ranked: np.ndarray
     rows: np.ndarray
+    keys: np.ndarray
+    after: np.ndarray
 
 
 def _spans(ds: xr.Dataset, names: Sequence[str], *, special: bool) -> dict[str, _Span]:
     found = {}
     at, stored = np.asarray(ds["query"].values), pd.Index(stored_queries(ds))
     usual = np.ones(len(at), bool) if special else ~special_queries(ds)
+    ranked = np.isin(at, stored) & usual
     for name in names:
         if has_span(ds, name):
-            span = stored_positions(ds, name)
-            tokens = np.isin(at, span)
-            after = (at > max(span)) & np.isin(at, stored) & usual
-            after &= after.sum() >= _FEWEST
+            tokens = np.isin(at, stored_positions(ds, name))
             counted = usual | tokens
+            keys = _places(ds, name, at[ranked], special=special)
+            last = token_labels(ds)[keys].max(1, initial=-1)
             found[name] = _Span(
                 tokens,
-                np.isin(token_labels(ds), span),
                 counted & (counted != tokens).any(),
-                after,
-                stored.get_indexer(at[after]),
+                ranked,
+                stored.get_indexer(at[ranked]),
+                keys,
+                np.searchsorted(at[ranked], last, side="right"),
             )
     return found
+
+
+def _places(ds: xr.Dataset, name: str, ranked: np.ndarray, *, special: bool) -> np.ndarray:
+    """Return the keys of a span moved along the prompt ``(place, token)``, in a circle."""
+    labels, span = token_labels(ds), stored_positions(ds, name)
+    usual = np.isin(labels, span) | special | ~special_keys(ds)
+    here = np.searchsorted(labels[usual], span)
+    behind = len(ranked) - np.searchsorted(ranked, labels[usual], side="right")
+    # Moves that leave enough tokens behind the last of the span; the nearest ones.
+    enough = int((behind >= _FEWEST).sum()) - 1 - here.max()
+    if enough < 0:
+        return np.empty((0, len(span)), np.int64)
+    first = max(-here.min(), -(_MOST_PLACES // 2))
+    moves = np.arange(first, min(enough, first + _MOST_PLACES - 1) + 1)
+    return np.asarray(np.flatnonzero(usual)[here + np.roll(moves, first)[:, None]])
 
 
 def _shifts(
@@ -314,12 +340,15 @@ def _shifts(
     n_permutations: int,
     seed: int,
 ) -> dict[tuple[str, str], Shifts]:
-    """Return the shifts by measure and span."""
-    moved = {"attention": "after", "place": "counted"}
+    """Return by how much spans are moved, by measure and span."""
+    moved: dict[str, Callable[[_Span], int]] = {
+        "attention": lambda span: len(span.keys),
+        "place": lambda span: int(span.counted.sum()),
+    }
     return {
         (measure, name): Shifts(
             {
-                number: int(getattr(places[name], which).sum())
+                number: places_of(places[name])
                 for number, places in enumerate(spans)
                 if name in places
             },
@@ -327,7 +356,7 @@ def _shifts(
             n_permutations,
             seed,
         )
-        for (measure, which), name in product(moved.items(), names)
+        for (measure, places_of), name in product(moved.items(), names)
     }
 
 
@@ -418,7 +447,7 @@ class _Measured(NamedTuple):
     means
         Over each pair's own features, and over the others ``(pair, 2)``; NaN without any.
     profiles
-        Their difference by how far the features are moved ``(pair, shift)``.
+        Their difference, by how far the span is moved ``(pair, shift)``.
     """
 
     defined: np.ndarray
@@ -447,7 +476,7 @@ def _attended(
     runs: Sequence[xr.Dataset], spans: Sequence[Mapping[str, _Span]]
 ) -> Iterator[dict[int, dict[str, np.ndarray]]]:
     """Yield each trace's attention to spans, by layer: what :func:`_attention_to` returns."""
-    wanted = [any(place.after.any() for place in places.values()) for places in spans]
+    wanted = [any(len(place.keys) for place in places.values()) for places in spans]
     arrays = [attention(ds, "mean") for ds in runs]
     found = each_layer(
         (array, partial(_attention_to, spans=places))
@@ -461,11 +490,11 @@ def _attended(
 def _attention_to(
     layer: np.ndarray, _at: int, *, spans: Mapping[str, _Span]
 ) -> dict[str, np.ndarray]:
-    """Return the mean attention to each span's tokens of the tokens after it."""
+    """Return the mean attention to each span's tokens, wherever it is moved ``(place, query)``."""
     return {
-        name: layer[np.ix_(place.rows, place.keys)].mean(1, dtype=np.float64)
+        name: layer[place.rows].T[place.keys].mean(1)
         for name, place in spans.items()
-        if len(place.rows)
+        if len(place.keys)
     }
 
 
@@ -492,41 +521,81 @@ def _measure_layer(
     firing = np.flatnonzero(np.any(layer != 0, axis=0)[features])
     values = np.abs(layer[:, features[firing]].astype(np.float64))
     found = {}
+    ranks = np.empty((0, len(firing)))
     for name, place in spans.items():
         is_own = own[at][name][:, firing]
         if name in weights[at]:
-            attended = unit_ranks(weights[at][name][:, None])[:, 0]
-            ranks = unit_ranks(values[place.after])
-            found["attention", name] = _measured(attended, ranks, firing, is_own)
+            # The same for all spans. Half numbers around 0: their sums are exact, so that what does
+            # not vary has a spread of 0.
+            if not len(ranks):
+                ranked = values[place.ranked]
+                ranks = stats.rankdata(ranked, axis=0) - (len(ranked) + 1) / 2
+            found["attention", name] = _follows(weights[at][name], ranks, place, firing, is_own)
         if place.counted.any():
-            strength = _standardised(values[place.counted])
-            found["place", name] = _measured(_at_place(place), strength, firing, is_own)
+            found["place", name] = _stands(values, place, firing, is_own)
     return found
 
 
-def _measured(
-    weights: np.ndarray, series: np.ndarray, firing: np.ndarray, own: np.ndarray
+def _follows(
+    weights: np.ndarray, ranks: np.ndarray, place: _Span, firing: np.ndarray, own: np.ndarray
 ) -> _Measured:
-    """Compare own and other features: a measure is the sum of weights and a series.
+    """Compare how features follow attention to the span, and to each place it is moved to.
 
     Parameters
     ----------
     weights
-        ``(token,)``.
-    series
-        Of each feature ``(token, feature)``; NaN if it has not the measure.
+        Attention ``(place, query)``.
+    ranks
+        Of strength over the whole prompt ``(query, feature)``.
+    place
+        The span.
     firing
         Numbers of the features in the table ``(feature,)``.
     own
         Which go with each pair's word ``(pair, feature)``.
     """
-    defined = ~np.isnan(series[0]) & ~np.isnan(weights[0])
-    series, own = series[:, defined], own[:, defined]
-    both = np.stack([own, ~own]).astype(np.float64)
+    behind = len(ranks) - place.after
+    attended = _suffix_ranks(weights, place.after)
+    sums, squares = (
+        np.cumsum(power[::-1], axis=0)[::-1][place.after] for power in (ranks, ranks**2)
+    )
+    spread = np.sqrt((squares * behind[:, None] - sums**2) / behind[:, None])
+    defined = (spread > 0) & ~np.isnan(attended[:, -1:])
+    rho = np.divide(attended @ ranks, spread, out=np.zeros(defined.shape), where=defined)
     with np.errstate(invalid="ignore"):
-        both /= both.sum(-1, keepdims=True)  # NaN without any
-    means = (both @ (weights @ series)).T
-    differences = series @ (both[0] - both[1]).T
+        own_mean, other_mean = (
+            (rho @ group.T) / (defined.astype(np.float64) @ group.T)
+            for group in (own.astype(np.float64), (~own).astype(np.float64))
+        )
+    # Coefficients of few tokens vary more: their variance is 1 / (n - 1) by chance.
+    profiles = (own_mean - other_mean) * np.sqrt(behind - 1)[:, None]
+    means = np.column_stack([own_mean[0], other_mean[0]])
+    return _Measured(firing[defined[0]], means, np.nan_to_num(profiles).T)
+
+
+def _suffix_ranks(weights: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Rank each row from its own first column on, centred, of length 1; 0 before it, NaN if it does not vary."""
+    is_behind = np.arange(weights.shape[1]) >= first[:, None]
+    ranks = stats.rankdata(np.where(is_behind, weights, -np.inf), axis=1)
+    ranks -= (first + weights.shape[1] + 1)[:, None] / 2
+    ranks *= is_behind
+    length = np.sqrt((ranks**2).sum(1, keepdims=True))
+    return np.asarray(np.divide(ranks, length, out=np.full_like(ranks, np.nan), where=length > 0))
+
+
+def _stands(
+    values: np.ndarray, place: _Span, firing: np.ndarray, own: np.ndarray
+) -> _Measured:
+    """Compare how features stand out at the span, and at each place it is moved to."""
+    strength = _standardised(values[place.counted])
+    defined = ~np.isnan(strength[0])
+    strength, own = strength[:, defined], own[:, defined]
+    weights = _at_place(place)
+    groups = np.stack([own, ~own]).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        groups /= groups.sum(-1, keepdims=True)  # NaN without any
+    means = (groups @ (weights @ strength)).T
+    differences = strength @ (groups[0] - groups[1]).T
     return _Measured(firing[defined], means, shifted_products(weights, differences))
 
 

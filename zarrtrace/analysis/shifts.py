@@ -1,8 +1,8 @@
 """Circular shifts of token positions: what is exchanged where the tokens of a prompt depend.
 
 Features of one word fire together, neighbouring tokens resemble each other, and scenarios of one
-template repeat both. A shift along the prompt keeps all of that, and breaks only the link between
-two series.
+template repeat both. A span that is moved along the prompt keeps all of that, and breaks only the link
+between the span and the rest.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy import fft, stats
+from scipy import fft
 
 from zarrtrace.analysis.selecting import Data, metadata, scenario_names
 from zarrtrace.errors import ConfigError
@@ -138,17 +138,6 @@ def shifted_products(weights: np.ndarray, series: np.ndarray) -> np.ndarray:
     return np.asarray(fft.irfft(product, n, axis=0).T)
 
 
-def unit_ranks(columns: np.ndarray) -> np.ndarray:
-    """Return ranks of each column ``(n, m)``, centred, of length 1; NaN if it does not vary.
-
-    Their products are Spearman's (1904) coefficients.
-    """
-    ranks = stats.rankdata(columns, axis=0)
-    ranks -= ranks.mean(0)
-    length = np.sqrt((ranks**2).sum(0))
-    return np.asarray(np.divide(ranks, length, out=np.full_like(ranks, np.nan), where=length > 0))
-
-
 def p_of_shifts(statistics: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return two-sided p-values of statistics whose first column is the observed one.
 
@@ -180,14 +169,14 @@ def sentence_of_smallest(shifts: Sequence[Shifts], block: str | None) -> str:
     """Say how small a p-value the shifts allow, and why."""
     possible = [one.smallest_p for one in shifts if one.count]
     if not possible:
-        return "No p-value: no scenario has tokens that can be shifted."
+        return "No p-value: no scenario has tokens that can be compared."
     text = f"No p-value can fall below {min(possible):.2g}"
     if max(possible) > min(possible):
-        text += f" ({max(possible):.2g} for the span with the fewest tokens after it)"
+        text += f" ({max(possible):.2g} where a span has the fewest places to be)"
     if block is None:
         return (
-            f"{text}: all scenarios are shifted together, because they may share a template. If "
+            f"{text}: its scenarios are moved together, because they may share a template. If "
             f"prompts were written independently, block={EACH!r} or a column of metadata allows "
             "smaller ones."
         )
-    return f"{text}; scenarios of one {block} are shifted together."
+    return f"{text}; scenarios of one {block} are moved together."

@@ -14,16 +14,20 @@ from zarrtrace.analysis.tables import SAMPLE, is_table
 _SPECIAL = "special"
 
 
+def special_keys(ds: xr.Dataset) -> np.ndarray:
+    """Tell which tokens of a trace's prompt are special ``(key,)``; none if that is not known."""
+    if _SPECIAL not in ds.coords:
+        return np.zeros(ds.sizes["key"], bool)
+    return np.asarray(ds[_SPECIAL].values, bool)
+
+
 def special_queries(ds: xr.Dataset) -> np.ndarray:
     """Tell which stored positions of a trace hold special tokens ``(query,)``.
 
     None do where that is not known, as in traces from NPZ files.
     """
-    query = np.asarray(ds["query"].values)
-    if _SPECIAL not in ds.coords:
-        return np.zeros(len(query), bool)
-    at = ds.indexes["key"].get_indexer(query)
-    return np.asarray(ds[_SPECIAL].values, bool)[at] & (at >= 0)
+    at = ds.indexes["key"].get_indexer(np.asarray(ds["query"].values))
+    return np.asarray(special_keys(ds)[at] & (at >= 0))
 
 
 def special_samples(data: xr.Dataset) -> np.ndarray:

@@ -19,6 +19,7 @@ from zarrtrace.analysis.selecting import (
     require_places,
     span_names,
 )
+from zarrtrace.analysis.words import missing_rows
 
 
 def position_specific_features(
@@ -66,8 +67,11 @@ def position_specific_features(
 
     Notes
     -----
-    The score is Youden's J (1950). Tokens of one prompt are not independent, so no p-value is
-    given; `scenarios` says how often the finding repeats.
+    The score is Youden's J (1950). There is no null hypothesis and no p-value: tokens of one prompt
+    are not independent, scenarios of one template repeat the same tokens, and a ranking of many
+    features always has a first one. `scenarios` says how often a finding repeats; in one template,
+    that is no more than one prompt shows. Special tokens (BOS) count as elsewhere: a feature that
+    fires at them only scores below 0 at every other span.
     """
     at_least_one(top)
     names = span_names(data) if spans is None else list(spans)
@@ -193,7 +197,7 @@ def _firing(
         Magnitude above which a feature fires.
     """
     width = layer.shape[1]
-    stored = ~np.isnan(layer[:, 0])
+    stored = ~missing_rows(layer)
     places = places & stored
     # All samples of the scenarios that have the span.
     everywhere = np.array([np.isin(scenario, scenario[row]) & stored for row in places])
