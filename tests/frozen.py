@@ -355,7 +355,7 @@ def write_run(path: Path, *, repair: bool = False) -> None:
                 if trace.needs_tokens:
                     trace.append(TokensRecord(prompt.name, **rows))
         run.finish()
-    build_index(path)
+    build_index(path, special=True)
 
 
 # --- the table ---------------------------------------------------------------------------------

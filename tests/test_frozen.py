@@ -21,7 +21,7 @@ from reading import with_tensorstore, with_zarr, with_zarrs
 import zarrtrace as zt
 from zarrtrace.cli import group
 from zarrtrace.errors import FormatVersionError
-from zarrtrace.index import build_index
+from zarrtrace.index import build_index, find_feature
 from zarrtrace.store import RunIndex, read_table, read_trace
 
 #: A seal is a hash of a group's zarr.json, which holds the checksums of all files. These never
@@ -174,7 +174,26 @@ def test_index_is_read_and_up_to_date(stores: Path) -> None:
                 where = np.array([rows[at][place] for at in strongest])
                 first = found[f"token_{part}"][:, 0]
                 np.testing.assert_array_equal(first[active > 0], where[active > 0])
-    assert build_index(stores / "run").how == "unchanged"
+    assert build_index(stores / "run", special=True).how == "unchanged"
+
+
+def test_index_that_counts_special_tokens_is_read(stores: Path) -> None:
+    layer, feature = 2, 4
+    every = find_feature(stores / "run", layer, feature, special=True)
+    usual = find_feature(stores / "run", layer, feature)
+    special = {
+        one.name: {*np.flatnonzero(frozen.trace_arrays(one)["special"][1]).tolist()}
+        for one in frozen.PROMPTS
+    }
+    assert any(one.position in special[one.scenario] for one in every.tokens)
+    assert usual.tokens == tuple(
+        one for one in every.tokens if one.position not in special[one.scenario]
+    )
+    assert (usual.special, usual.maximum) == (True, every.maximum)
+    shown = CliRunner().invoke(
+        group, ["find", str(stores / "run"), "--layer", str(layer), "--feature", str(feature)]
+    )
+    assert "these numbers count special tokens" in shown.output
 
 
 # --- what takes stores takes these -------------------------------------------------------------

@@ -37,32 +37,39 @@ SIZES: dict[str, Any] = {
 }
 
 
-def expected(run: fakes.FakeRun, array: str, layer: int) -> dict[str, np.ndarray]:
-    """Return maximum, mean, frequency and strongest tokens by NumPy alone."""
-    blocks = [truth[array][layer] for truth in run.truth.values()]
+def expected(
+    run: fakes.FakeRun, array: str, layer: int, *, special: bool = False
+) -> dict[str, np.ndarray]:
+    """Return maximum, mean, frequency and strongest tokens by NumPy alone.
+
+    The first token of each prompt is special.
+    """
+    first = 0 if special else 1
+    blocks = [truth[array][layer][first:] for truth in run.truth.values()]
     every = np.concatenate(blocks).astype(np.float64)
     scenario = np.repeat(np.arange(len(blocks)), [len(block) for block in blocks])
-    position = np.concatenate([np.arange(len(block)) for block in blocks])
+    position = np.concatenate([first + np.arange(len(block)) for block in blocks])
     order = np.argsort(-every, axis=0, kind="stable")[:20].T
     strongest = np.take_along_axis(every.T, order, 1)
-    order[strongest == 0] = 0  # scenario 0, position 0
     pad = ((0, 0), (0, max(0, 20 - order.shape[1])))
     return {
         "maximum": every.max(0),
         "mean": every.mean(0),
         "frequency": (every > 0).mean(0),
         "token_activation": np.pad(strongest, pad),
-        "token_scenario": np.pad(scenario[order], pad),
-        "token_position": np.pad(position[order], pad),
+        "token_scenario": np.pad(np.where(strongest != 0, scenario[order], 0), pad),
+        "token_position": np.pad(np.where(strongest != 0, position[order], 0), pad),
     }
 
 
-def assert_index_is_right(run: fakes.FakeRun, arrays: tuple[str, ...]) -> None:
+def assert_index_is_right(
+    run: fakes.FakeRun, arrays: tuple[str, ...], *, special: bool = False
+) -> None:
     ds = xr.open_zarr(run.path / "index", consolidated=False)  # plain xarray reads it
     for array in arrays:
         suffix = array.removeprefix("features")
         for number, layer in enumerate(fakes.LAYERS):
-            for name, value in expected(run, array, number).items():
+            for name, value in expected(run, array, number, special=special).items():
                 found = ds[f"{name}{suffix}"].sel(layer=layer).values
                 if name in ("mean", "frequency"):  # stored in float32
                     rounding.assert_close(found, value, rounding.rounding("float32", 1, value))
@@ -78,12 +85,32 @@ def test_an_index_is_what_numpy_finds(tmp_path: Path) -> None:
     assert build_index(run.path) == ("unchanged", 0, 4, 4)
 
 
+def test_special_tokens_are_counted_if_asked_for(tmp_path: Path) -> None:
+    run = fakes.make_run(tmp_path, **SIZES)
+    build_index(run.path)
+    without = fakes.files_in(run.path / "index")
+    assert build_index(run.path, special=True) == ("built", 4, 4, 4)
+    assert_index_is_right(run, ("features", "features_mlp"), special=True)
+    assert build_index(run.path, special=True).how == "unchanged"
+    truth = run.truth["Risky_2"]["features"][0]
+    feature = int((truth[0] - truth[1:].max(0)).argmax())  # BOS is the strongest
+    every, usual = (find_feature(run.path, 1, feature, special=one) for one in (True, False))
+    assert 0 in [one.position for one in every.tokens]
+    assert usual.tokens == tuple(one for one in every.tokens if one.position > 0)[:20]
+    assert (usual.special, usual.maximum) == (True, every.maximum)
+    assert build_index(run.path).how == "built"
+    assert fakes.files_in(run.path / "index") == without
+    assert 0 not in [one.position for one in find_feature(run.path, 1, feature).tokens]
+    with pytest.raises(ConfigError, match="leaves out special tokens"):
+        find_feature(run.path, 1, feature, special=True)
+
+
 def test_layers_without_an_sae_count_no_tokens(tmp_path: Path) -> None:
     run = fakes.make_run(tmp_path, without_sae=(2,))
     build_index(run.path)
     ds = xr.open_zarr(run.path / "index", consolidated=False)
     assert ds["layer"].values.tolist() == [1, 3]
-    assert ds["tokens"].values.tolist() == [14, 14]
+    assert ds["tokens"].values.tolist() == [12, 12]  # without BOS
 
 
 def test_an_index_that_grew_equals_one_built_at_once(tmp_path: Path) -> None:
@@ -281,10 +308,15 @@ def test_command_line(tmp_path: Path) -> None:
     made = call("index", str(run.path), "--threads", "1")
     assert (made.returncode, made.stderr) == (3, "")
     assert "1 of 2 in it" in made.stdout
-    feature = int(np.argmax(run.truth["Safe_1"]["features"][1].max(0)))
+    feature = int(np.argmax(run.truth["Safe_1"]["features"][1][1:].max(0)))
     found = call("find", str(run.path), "--layer", "2", "--feature", str(feature), "--json")
     use = json.loads(found.stdout)
-    assert use["tokens"][0]["activation"] == run.truth["Safe_1"]["features"][1].max()
+    assert use["tokens"][0]["activation"] == run.truth["Safe_1"]["features"][1][1:].max()
     shown = call("find", str(run.path), "--layer", "2", "--feature", str(feature))
     assert "1 of 2 scenarios are indexed" in shown.stdout
     assert f"»{use['tokens'][0]['token']}«" in shown.stdout.replace("\\n", "\n")
+    refused = call("find", str(run.path), "--layer", "2", "--feature", "0", "--special")
+    assert (refused.returncode, "--special'" in refused.stderr) == (2, True)
+    assert call("index", str(run.path), "--special", "--threads", "1").returncode == 3
+    first = call("find", str(run.path), "--layer", "2", "--feature", str(feature))
+    assert "these numbers count special tokens" in first.stdout.replace("\n", " ")

@@ -22,6 +22,7 @@ from zarrtrace.cli.shared import (
     say,
     scheduler_option,
     show_progress,
+    special_option,
     threads_option,
     workers_option,
 )
@@ -263,6 +264,7 @@ _ANALYSES: dict[str, Analysis] = {
                 help="Leave out words that stand in the prompts less often.",
             ),
             _option("--strip", is_flag=True, help="Take ' bet' and 'bet' for one word."),
+            special_option,
             sae_option,
         ),
     ),
@@ -276,6 +278,13 @@ _ANALYSES: dict[str, Analysis] = {
                 type=PATH,
                 help="CSV or Parquet with layer, feature, word, score.  [default: own words]",
             ),
+            _option(
+                "--block",
+                metavar="COLUMN",
+                help="Metadata, as the template: scenarios that share it are moved together; "
+                "'scenario' for independent prompts.  [default: all together]",
+            ),
+            special_option,
             sae_option,
             _SEED,
         ),

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 import click
 
 from zarrtrace.cli.commands import QUESTION, Command, option
-from zarrtrace.cli.shared import json_option, json_text, run_argument, sae_option, say, table
+from zarrtrace.cli.shared import (
+    json_option,
+    json_text,
+    run_argument,
+    sae_option,
+    say,
+    special_option,
+    table,
+)
 
 if TYPE_CHECKING:
     from zarrtrace.index import FeatureUse
@@ -33,6 +41,7 @@ if TYPE_CHECKING:
     help="Tokens to list.",
 )
 @sae_option
+@special_option
 @json_option
 def command(
     run: Location,
@@ -40,29 +49,41 @@ def command(
     feature: int,
     top: int,
     sae: str | None,
-    as_json: bool,  # noqa: FBT001 -- click passes flags so
+    special: bool,  # noqa: FBT001 -- click passes flags so
+    as_json: bool,  # noqa: FBT001
 ) -> None:
     """Say which prompts of RUN drive a feature: its strongest tokens over all scenarios.
 
-    Needs the index that 'zarrtrace index' makes; a table can do without.
+    Needs the index that 'zarrtrace index' makes; a table can do without. Special tokens (BOS, chat
+    markers) are left out unless asked for.
     """
     from zarrtrace.index import find_feature
 
     found = find_feature(
-        run, layer, feature, top=top, array=f"features_{sae}" if sae else "features"
+        run,
+        layer,
+        feature,
+        top=top,
+        array=f"features_{sae}" if sae else "features",
+        special=special,
     )
     if as_json:
         import dataclasses
 
         say(json_text(dataclasses.asdict(found)))
     else:
-        say(_text(found))
+        say(_text(found, is_asked=special))
 
 
-def _text(found: FeatureUse) -> str:
+def _text(found: FeatureUse, *, is_asked: bool) -> str:
     known = f"maximum {found.maximum:.4g}, mean {found.mean:.4g}"
     fires = f"fires at {found.frequency:.2%} of tokens"
     lines = [f"feature {found.feature} of layer {found.layer}: {known}, {fires}"]
+    if found.special and not is_asked:
+        lines.append(
+            "these numbers count special tokens, which the list leaves out: the index was built "
+            "with them; 'zarrtrace index' builds one without"
+        )
     if found.indexed < found.scenarios:
         lines.append(
             f"{found.indexed} of {found.scenarios} scenarios are indexed: the others were not "

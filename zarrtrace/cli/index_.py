@@ -14,6 +14,7 @@ from zarrtrace.cli.shared import (
     say,
     scheduler_option,
     show_progress,
+    special_option,
     threads_option,
     workers_option,
 )
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 @click.command("index", cls=Command, examples=[("index runs/demo", "")])
 @run_argument
 @option("--rebuild", is_flag=True, help="Read all scenarios again.")
+@special_option
 @threads_option
 @workers_option
 @scheduler_option
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 def command(
     run: Location,
     rebuild: bool,  # noqa: FBT001 -- click passes flags so
+    special: bool,  # noqa: FBT001
     threads: int | None,
     workers: int | None,
     scheduler: str | None,
@@ -40,7 +43,8 @@ def command(
     """Index the features of RUN, a run or a table, or add the scenarios that its index lacks.
 
     For each layer and feature: maximum, mean, frequency, and the 20 strongest tokens of all
-    scenarios. 'zarrtrace find' answers from it in milliseconds. Exit code 3 if scenarios are not
+    scenarios, special tokens (BOS, chat markers) left out unless asked for. 'zarrtrace find' answers
+    from it in milliseconds. Exit code 3 if scenarios are not
     complete, or failed, and so are not in the index.
     """
     from zarrtrace.index import build_index
@@ -51,7 +55,7 @@ def command(
         scheduler=scheduler,
         progress=show_progress(quiet=quiet),
     ):
-        made = build_index(run, rebuild=rebuild)
+        made = build_index(run, rebuild=rebuild, special=special)
     if not quiet:
         say(
             f"{run}: index {made.how}, {made.added} scenarios read, {made.indexed} of "

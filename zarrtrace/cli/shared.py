@@ -187,6 +187,9 @@ sae_option = option(
     metavar="NAME",
     help="Features of another SAE: what stands behind 'features_'.",
 )
+special_option = option(
+    "--special", group=QUESTION, is_flag=True, help="Count special tokens (BOS, chat markers), too."
+)
 threads_option = option(
     "--threads",
     group=MACHINE,

@@ -388,6 +388,10 @@ class IndexAttributes(Frozen):
     table: Seal | None = Field(
         default=None, description="Seal of the table that is indexed; absent for a run of traces."
     )
+    special: bool = Field(
+        default=True,
+        description="Whether special tokens (BOS, chat markers) are counted; absent if they are.",
+    )
     seal: Seal | None = Field(default=None, description=_SEAL)
 
 

@@ -29,6 +29,8 @@ INDEX = "index"
 #: The folder of a run in which traces are written, and the index of a run or a table.
 STAGED = ".staged"
 
+#: The coordinate that tells which tokens are special, such as BOS.
+SPECIAL = "special"
 #: Coordinates that are no index; a group's ``coordinates`` attribute names those it has.
 # Text among the data would make Dataset.where() of plain xarray fail: it has no NaN.
 LABELS = ("token_id", "key_token", "special", "generated", "query_token", "next_token_text")

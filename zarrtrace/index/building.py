@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import dask
@@ -50,15 +51,16 @@ class IndexUpdate(NamedTuple):
     scenarios: int
 
 
-def build_index(run: Address, *, rebuild: bool = False) -> IndexUpdate:
+def build_index(run: Address, *, rebuild: bool = False, special: bool = False) -> IndexUpdate:
     """Index the features of a run or a table, or bring its index up to date.
 
     For each layer and feature: maximum, mean and frequency over all tokens, and the 20 strongest
-    tokens of all scenarios (those of largest magnitude; signs are kept).
+    tokens of all scenarios (those of largest magnitude; signs are kept). Special tokens are left
+    out of all of these: the activations of BOS alone would fill most features' 20 places.
     It reads the features of complete scenarios that are not in the index, on whatever scheduler
     dask is set to; tasks write their layer themselves, so a cluster needs the run in an object
     store, or its folder under the same path. If a scenario that is in the index was changed or
-    taken away, all of it is built again: maxima cannot be taken back. An index that grew equals one
+    taken away, or `special` differs, all of it is built again: maxima cannot be taken back. An index that grew equals one
     that was built at once, bit for bit. A table is read block by block of samples; scenarios that
     failed are not in its index.
 
@@ -68,6 +70,9 @@ def build_index(run: Address, *, rebuild: bool = False) -> IndexUpdate:
         Folder of the run or the table, or its address.
     rebuild
         Read all scenarios, whatever the index holds.
+    special
+        Whether to count special tokens (BOS, chat markers), too. None are known in traces from NPZ
+        files and in tables that do not say.
 
     Returns
     -------
@@ -85,10 +90,10 @@ def build_index(run: Address, *, rebuild: bool = False) -> IndexUpdate:
     run = locate(run).resolved()
     read_run_or_table(run)  # says what is wrong if it is neither
     with locked(run):  # from the first look on: what is indexed must not be replaced meanwhile
-        return _build(run, rebuild=rebuild)
+        return _build(run, rebuild=rebuild, special=special)
 
 
-def _build(run: Location, *, rebuild: bool) -> IndexUpdate:
+def _build(run: Location, *, rebuild: bool, special: bool) -> IndexUpdate:
     source = read_indexable(run)
     if not source.parts:
         raise ConfigError(
@@ -96,16 +101,19 @@ def _build(run: Location, *, rebuild: bool) -> IndexUpdate:
             why="It was extracted with --no-features, or no scenario is complete yet.",
             remedy="Extract it with features first.",
         )
-    earlier = None if rebuild else _reusable(run, source)
+    earlier = None if rebuild else _reusable(run, source, special=special)
     new, known = source.parts, 0
     if earlier is not None:
         new, known = _without_indexed(source, earlier), earlier.attributes.indexed
         if not new:
             return IndexUpdate("unchanged", 0, known, len(source.names))
     layers, features = source.layers, source.features
-    with IndexWriter(run, source) as writer:
+    counted = partial(_count, special=special)
+    with IndexWriter(run, source, special=special) as writer:
         tasks = [
-            _layer_graph(run if earlier else None, writer.path, new, layers, features, *which)
+            _layer_graph(
+                run if earlier else None, writer.path, counted, new, layers, features, *which
+            )
             for which in ((layer, array) for layer in layers for array in features)
         ]
         stored: dict[str, dict[str, Checksum]] = {}
@@ -117,7 +125,7 @@ def _build(run: Location, *, rebuild: bool) -> IndexUpdate:
     return IndexUpdate(how, made.indexed - known, made.indexed, made.scenarios)
 
 
-def _reusable(run: Location, source: Indexable) -> RunIndex | None:
+def _reusable(run: Location, source: Indexable, *, special: bool) -> RunIndex | None:
     """Return the index that is there, if all that is in it is still in the run."""
     try:
         index = RunIndex(run)
@@ -125,6 +133,7 @@ def _reusable(run: Location, source: Indexable) -> RunIndex | None:
         there = index.attributes
         if (
             there.table != source.table
+            or there.special != special
             or list(there.layers) != source.layers
             or there.features != source.features
         ):
@@ -151,6 +160,7 @@ def _without_indexed(source: Indexable, index: RunIndex) -> list[IndexableTrace]
 def _layer_graph(
     earlier: Location | None,
     target: Location,
+    count: Callable[[_Parts, str, int], FeatureCounts],
     parts: _Parts,
     layers: Sequence[int],
     features: Mapping[str, int],
@@ -160,7 +170,7 @@ def _layer_graph(
     """Return the task that writes one layer, after those that count."""
     having = [part for part in parts if layer in part.layers.get(array, ())]
     counts = [
-        dask.delayed(_count)(having[start : start + _PARTS_PER_TASK], array, layer)
+        dask.delayed(count)(having[start : start + _PARTS_PER_TASK], array, layer)
         for start in range(0, len(having), _PARTS_PER_TASK)
     ]
     while len(counts) > _COUNTS_PER_TASK:
@@ -171,10 +181,10 @@ def _layer_graph(
     return dask.delayed(_write)(earlier, target, counts, list(layers), dict(features), layer, array)
 
 
-def _count(parts: _Parts, array: str, layer: int) -> FeatureCounts:
+def _count(parts: _Parts, array: str, layer: int, *, special: bool) -> FeatureCounts:
     counts = FeatureCounts(max(part.features[array] for part in parts))
     for part in parts:
-        found = part.read(array, layer)
+        found = part.read(array, layer, special=special)
         counts.add(found.scenarios, found.values, found.positions)
     counts.rank()  # what waits for the other tasks is small, however many tokens it is of
     return counts

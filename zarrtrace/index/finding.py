@@ -13,7 +13,15 @@ from zarrtrace.index.tables import find_in_table
 from zarrtrace.index.uses import AFTER, BEFORE, FeatureUse, TokenUse
 from zarrtrace.scenarios import check_name
 from zarrtrace.storage import Address, Location, locate
-from zarrtrace.store import RunIndex, kind_of, read_sample_texts, read_table, read_token_texts
+from zarrtrace.store import (
+    RunIndex,
+    kind_of,
+    read_sample_texts,
+    read_special,
+    read_table,
+    read_token_texts,
+    read_trace,
+)
 from zarrtrace.suggestions import did_you_mean
 
 
@@ -24,10 +32,12 @@ def find_feature(
     *,
     top: int = INDEX_TOKENS,
     array: str = "features",
+    special: bool = False,
 ) -> FeatureUse:
     """Say which tokens drive a feature, from the index of a run or a table.
 
-    A table that has no index, or that of another table, is read itself.
+    A table is read itself if it has no index, or that of another table, or one that counts special
+    tokens where they are not asked for, or the other way round.
 
     Parameters
     ----------
@@ -39,6 +49,9 @@ def find_feature(
         How many tokens, at most 20.
     array
         ``features``, or ``features_<name>`` for further SAEs on a layer.
+    special
+        Whether to count special tokens (BOS, chat markers), too. If the index of a run counts them
+        and they are not asked for, they are left out of the tokens alone, and the result says so.
 
     Raises
     ------
@@ -47,15 +60,22 @@ def find_feature(
     IntegrityError
         If the index is damaged, or that of another run.
     ConfigError
-        If the index has no such array, layer or feature, or holds fewer tokens.
+        If the index has no such array, layer or feature, holds fewer tokens, or leaves out the
+        special tokens that are asked for.
     """
     if not 1 <= top <= INDEX_TOKENS:
         raise ConfigError(f"top={top}: the index holds {INDEX_TOKENS} tokens", remedy="Give fewer.")
     run = locate(run)
-    index = _index_of(run)
+    index = _index_of(run, special=special)
     if index is None:
-        return find_in_table(run, layer, feature, top=top, array=array)
+        return find_in_table(run, layer, feature, top=top, array=array, special=special)
     known = index.attributes
+    if special and not known.special:
+        raise ConfigError(
+            f"{run}: the index leaves out special tokens",
+            why="It does so unless it is built with them.",
+            remedy=f"Build it with them: 'zarrtrace index {run} --special'.",
+        )
     if array not in known.features:
         raise ConfigError(
             f"{run}: the index has no {array!r}",
@@ -79,7 +99,7 @@ def find_feature(
         return found
 
     strongest = zip(
-        *(value(f"token_{name}", slice(0, top)) for name in ("activation", "scenario", "position")),
+        *(value(f"token_{name}", slice(0, INDEX_TOKENS)) for name in ("activation", "scenario", "position")),
         strict=True,
     )
     maximum, mean, frequency = (
@@ -93,14 +113,17 @@ def find_feature(
         maximum=maximum,
         mean=mean,
         frequency=frequency,
-        tokens=_tokens(run, index, [one for one in strongest if one[0] != 0]),
+        tokens=_tokens(
+            run, index, [one for one in strongest if one[0] != 0], top, special=special
+        ),
+        special=known.special,
         indexed=known.indexed,
         scenarios=known.scenarios,
     )
 
 
-def _index_of(run: Location) -> RunIndex | None:
-    """Return the index of a run or a table; None for a table whose own index is not there."""
+def _index_of(run: Location, *, special: bool) -> RunIndex | None:
+    """Return the index of a run or a table; None for a table that has not the index needed."""
     try:
         index = RunIndex(run)
     except ZarrtraceError:
@@ -108,7 +131,10 @@ def _index_of(run: Location) -> RunIndex | None:
             raise
         return None
     is_of_table = index.attributes.table is not None
-    if is_of_table and read_table(run).attributes.seal != index.attributes.table:
+    if is_of_table and (
+        read_table(run).attributes.seal != index.attributes.table
+        or index.attributes.special != special
+    ):
         return None
     return index
 
@@ -120,9 +146,21 @@ def _is_table(path: Location) -> bool:
 
 
 def _tokens(
-    run: Location, index: RunIndex, strongest: list[tuple[float, float, float]]
+    run: Location,
+    index: RunIndex,
+    strongest: list[tuple[float, float, float]],
+    top: int,
+    *,
+    special: bool,
 ) -> tuple[TokenUse, ...]:
-    """Add names and texts to activations, numbers of scenarios and positions."""
+    """Add names and texts to activations, numbers of scenarios and positions.
+
+    Special tokens that the index counts are left out unless asked for.
+    """
+    if special or not index.attributes.special:
+        strongest = strongest[:top]
+    elif strongest:
+        strongest = _without_special(run, index, strongest)[:top]
     numbers = sorted({int(number) for _, number, _ in strongest})
     if numbers and numbers[-1] >= index.attributes.scenarios:
         raise _of_another_run(run)
@@ -145,6 +183,23 @@ def _tokens(
             )
         )
     return tuple(out)
+
+
+def _without_special(
+    run: Location, index: RunIndex, strongest: list[tuple[float, float, float]]
+) -> list[tuple[float, float, float]]:
+    """Leave out the special tokens of a run."""
+    places: dict[int, list[int]] = {}
+    for _, number, position in strongest:
+        places.setdefault(int(number), []).append(int(position))
+    if max(places) >= index.attributes.scenarios:
+        raise _of_another_run(run)
+    special: set[tuple[int, int]] = set()
+    for number, positions in places.items():
+        trace = read_trace(run / _name(run, index, number))
+        found = read_special(trace, np.array(positions))
+        special |= {(number, at) for at, is_one in zip(positions, found, strict=True) if is_one}
+    return [one for one in strongest if (int(one[1]), int(one[2])) not in special]
 
 
 def _neighbours(words: Mapping[int, str], positions: Sequence[int]) -> list[str]:

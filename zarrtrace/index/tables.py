@@ -6,16 +6,19 @@ import numpy as np
 import xarray as xr
 
 from zarrtrace.errors import ConfigError
+from zarrtrace.format.layout import SPECIAL
 from zarrtrace.index.uses import AFTER, BEFORE, FeatureUse, TokenUse
 from zarrtrace.storage import Location
 from zarrtrace.store import open_table
 from zarrtrace.suggestions import did_you_mean
 
 
-def find_in_table(run: Location, layer: int, feature: int, *, top: int, array: str) -> FeatureUse:
+def find_in_table(
+    run: Location, layer: int, feature: int, *, top: int, array: str, special: bool
+) -> FeatureUse:
     """Say which samples of a table drive a feature: one row of chunks is read.
 
-    Samples that were not computed are left out.
+    Samples that were not computed are left out, and special tokens unless asked for.
 
     Raises
     ------
@@ -25,6 +28,13 @@ def find_in_table(run: Location, layer: int, feature: int, *, top: int, array: s
     ds = open_table(run)
     values = _values(ds, run, layer, feature, array)
     is_known = ~np.isnan(values)
+    if not special and is_known.any():
+        is_known &= ~special_samples(ds)
+        if not is_known.any():
+            raise ConfigError(
+                f"{run}: all samples of the table are special tokens",
+                remedy="Ask for them: --special, or special=True.",
+            )
     if not is_known.any():
         raise ConfigError(
             f"{run}: layer {layer} has no values of {array!r}",
@@ -42,9 +52,17 @@ def find_in_table(run: Location, layer: int, feature: int, *, top: int, array: s
         mean=float(known.sum() / is_known.sum()),
         frequency=float((known != 0).sum() / is_known.sum()),
         tokens=tuple(_uses(ds, known, strongest)),
+        special=special,
         indexed=int(ds.attrs["scenarios"]) - len(ds.attrs["failed"]),
         scenarios=int(ds.attrs["scenarios"]),
     )
+
+
+def special_samples(ds: xr.Dataset) -> np.ndarray:
+    """Tell which samples of a table hold special tokens; none if it does not say."""
+    if SPECIAL not in ds.coords or SPECIAL in ds.attrs["metadata"]:
+        return np.zeros(ds.sizes["sample"], bool)
+    return np.asarray(ds[SPECIAL].values, bool)
 
 
 def _values(ds: xr.Dataset, run: Location, layer: int, feature: int, array: str) -> np.ndarray:

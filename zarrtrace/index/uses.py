@@ -47,6 +47,9 @@ class FeatureUse:
         Fraction of tokens at which it fires: its activation is not 0.
     tokens
         The tokens of largest magnitude, largest first; of equals, the first in the run.
+    special
+        Whether maximum, mean and frequency count special tokens. If an index counts them that are
+        not asked for, `tokens` lacks them and may be fewer.
     indexed, scenarios
         How many scenarios are in the index, and how many the run has; a table's index lacks those
         that failed, also where the table itself is read.
@@ -61,3 +64,4 @@ class FeatureUse:
     tokens: tuple[TokenUse, ...]
     indexed: int
     scenarios: int
+    special: bool

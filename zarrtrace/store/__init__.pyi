@@ -10,6 +10,7 @@ from zarrtrace.store.indexable import (
     read_indexable,
     read_run_or_table,
     read_sample_texts,
+    read_special,
     read_token_texts,
 )
 from zarrtrace.store.metadata import (
@@ -63,6 +64,7 @@ __all__ = [
     "read_run",
     "read_run_or_table",
     "read_sample_texts",
+    "read_special",
     "read_table",
     "read_token_texts",
     "read_trace",

@@ -154,9 +154,12 @@ class IndexWriter:
         Folder of the run or the table.
     source
         What is indexed of it.
+    special
+        Whether special tokens are counted.
     """
 
-    def __init__(self, run: Address, source: Indexable) -> None:
+    def __init__(self, run: Address, source: Indexable, *, special: bool) -> None:
+        self._special = special
         self._run, self._source = locate(run).resolved(), source
         # Tasks on other machines write it, too: in an object store it stands beside the run.
         is_remote = self._run.path is None
@@ -206,6 +209,7 @@ class IndexWriter:
             scenarios=len(source.names),
             indexed=source.indexed,
             table=source.table,
+            special=self._special,
         )
         nodes: Nodes = {}
         with disk.explained(self._run):

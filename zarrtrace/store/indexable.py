@@ -12,7 +12,7 @@ import numpy as np
 
 from zarrtrace.errors import IntegrityError
 from zarrtrace.format.attributes import RunAttributes, TableAttributes, TraceAttributes
-from zarrtrace.format.layout import INDEX
+from zarrtrace.format.layout import INDEX, SPECIAL
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store.array import open_array
 from zarrtrace.store.metadata import (
@@ -69,8 +69,8 @@ class IndexableTrace(NamedTuple):
     layers: dict[str, tuple[int, ...]]
     positions: tuple[int, ...] | None
 
-    def read(self, array: str, layer: int) -> Activations:
-        """Read the activations of a layer that it has.
+    def read(self, array: str, layer: int, *, special: bool) -> Activations:
+        """Read the activations of a layer that it has, those of special tokens only if asked.
 
         Raises
         ------
@@ -82,7 +82,10 @@ class IndexableTrace(NamedTuple):
         values = open_array(found, array).read((at, slice(None), slice(None)))
         rows = len(values)
         positions = np.arange(rows) if self.positions is None else np.asarray(self.positions)
-        return Activations(values, np.full(rows, self.number), positions)
+        if not special:
+            usual = ~read_special(found, positions)
+            values, positions = (one if usual.all() else one[usual] for one in (values, positions))
+        return Activations(values, np.full(len(positions), self.number), positions)
 
 
 class IndexableSamples(NamedTuple):
@@ -106,8 +109,10 @@ class IndexableSamples(NamedTuple):
     rows: tuple[int, int]
     scenarios: np.ndarray
 
-    def read(self, array: str, layer: int) -> Activations:
+    def read(self, array: str, layer: int, *, special: bool) -> Activations:
         """Read the activations of a layer that it has, of samples that were computed.
+
+        Those of special tokens only if asked.
 
         Raises
         ------
@@ -118,10 +123,12 @@ class IndexableSamples(NamedTuple):
         at = found.attributes.layers.index(layer)
         values = open_array(found, array).read((at, rows, slice(None)))
         positions = open_array(found, "position").read((rows,))
-        computed = self.scenarios >= 0
-        if computed.all():
+        counted = self.scenarios >= 0
+        if not special and has_special(found):
+            counted &= ~open_array(found, SPECIAL).read((rows,))
+        if counted.all():
             return Activations(values, self.scenarios, positions)
-        return Activations(values[computed], self.scenarios[computed], positions[computed])
+        return Activations(values[counted], self.scenarios[counted], positions[counted])
 
 
 class Indexable(NamedTuple):
@@ -263,7 +270,28 @@ def read_token_texts(trace: Location) -> list[str]:
     return [str(text) for text in open_array(found, "key_token").load()]
 
 
+def read_special(trace: Group[TraceAttributes], positions: np.ndarray) -> np.ndarray:
+    """Tell which token positions of a trace hold special tokens; none if that is not known.
+
+    Raises
+    ------
+    IntegrityError
+        If that is gone or damaged.
+    """
+    if SPECIAL not in trace.nodes:
+        return np.zeros(len(positions), bool)
+    found = open_array(trace, SPECIAL).load()
+    if len(positions) and positions.max() >= len(found):
+        raise damaged(trace.path / SPECIAL, f"it has no token {positions.max()}")
+    return np.asarray(found[positions], bool)
+
+
 # --- tables --------------------------------------------------------------------------------------
+
+
+def has_special(table: Group[TableAttributes]) -> bool:
+    """Tell whether a table says which samples hold special tokens."""
+    return SPECIAL in table.nodes and SPECIAL not in table.attributes.metadata
 
 
 def _of_table(table: Group[TableAttributes]) -> Indexable:
