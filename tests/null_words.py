@@ -92,11 +92,14 @@ def planted(seed: int, *, measure: str, block: str | None) -> bool:
 def _demo() -> tuple[dict[str, xr.Dataset], pd.DataFrame, list[str]]:
     """Return the demo's traces, its own table of words, and words with several features."""
     with tempfile.TemporaryDirectory() as folder:
-        extract_run(Path(folder) / "demo", layers=_DEMO_LAYERS)
-        run = open_run(Path(folder) / "demo")
+        extract_run(Path(folder) / "demo")
+        run, arrays = open_run(Path(folder) / "demo"), ["features", "attention_mean"]
+        traces = {
+            name: child.to_dataset()[arrays].sel(layer=_DEMO_LAYERS).load()
+            for name, child in run.children.items()
+        }
         table = analysis.word_associations(run, top=1).to_dataframe().reset_index()
-        arrays = ["features", "attention_mean"]
-        traces = {n: child.to_dataset()[arrays].load() for n, child in run.children.items()}
+    table = table[table["layer"].isin(_DEMO_LAYERS)]
     counts = table.groupby(["word", "layer"]).size().unstack(fill_value=0)
     return traces, table, list(counts.index[(counts >= 2).all(axis=1)])
 

@@ -75,7 +75,9 @@ class TestWordAssociations:
     def test_every_activation_counts(self) -> None:
         """Of 400 active features, the 32 strongest hold 0.7 of what they should."""
         ds = synthetic.trace("S", tokens=40, features=512, active=0.8, layers=(1, 2))
-        found = word_associations(ds, top=100).to_dataframe().set_index(["layer", "feature", "word"])
+        found = (
+            word_associations(ds, top=100).to_dataframe().set_index(["layer", "feature", "word"])
+        )
         assert found["count"].sum() == (ds["features"].to_numpy() > 0).sum()
         dense, texts = ds["features"].to_numpy().astype(float), ds["query_token"].to_numpy()
         for word in np.unique(texts):
@@ -88,9 +90,11 @@ class TestWordAssociations:
 
     def test_special_tokens_are_left_out(self, run: xr.DataTree) -> None:
         marked = run.map_over_datasets(
-            lambda ds: ds.assign_coords(special=("key", np.arange(ds.sizes["key"]) == 0))
-            if "key" in ds.dims
-            else ds
+            lambda ds: (
+                ds.assign_coords(special=("key", np.arange(ds.sizes["key"]) == 0))
+                if "key" in ds.dims
+                else ds
+            )
         )
         without = run.map_over_datasets(lambda ds: ds.isel(query=slice(1, None)) if ds.dims else ds)
         rows = ["layer", "feature", "word"]
@@ -342,7 +346,9 @@ class TestCrossreference:
         for name in ("difference", "p_permutation"):
             np.testing.assert_array_equal(each[name], games[name])
         assert not np.array_equal(each["p_permutation"], halves["p_permutation"])
-        assert float(halves["p_permutation"].min()) < 1 / 14 <= float(together["p_permutation"].min())
+        assert (
+            float(halves["p_permutation"].min()) < 1 / 14 <= float(together["p_permutation"].min())
+        )
         with pytest.raises(ConfigError, match="block='player'"):
             crossreference(of_games, table, pair, block="player")
 
@@ -357,7 +363,9 @@ class TestCrossreference:
             ds["features"][:, :2] = 1000
             changed.append(ds)
         table, pair = table_of(self.words), {"balance": "balance"}
-        with_, without = (crossreference(synthetic.run(one), table, pair) for one in (changed, marked))
+        with_, without = (
+            crossreference(synthetic.run(one), table, pair) for one in (changed, marked)
+        )
         xr.testing.assert_allclose(with_, without)
         loud = crossreference(synthetic.run(changed), table, pair, special=True)
         assert not np.allclose(loud["mean"], without["mean"])

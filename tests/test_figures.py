@@ -317,6 +317,24 @@ def test_trajectory(run: xr.DataTree) -> None:
         figures.trajectory(analysis.feature_trajectory(run, [5, 6]))
 
 
+def test_special_tokens_are_left_out_unless_asked_for(ds: xr.Dataset) -> None:
+    special = np.arange(ds.sizes["key"]) < 2
+    loud = ds.copy(deep=True).assign_coords(special=("key", special))
+    loud["features"][:, :2] = 1e6
+    loud["top_activation"][:, :2] = 1e6
+    (image,) = figures.feature_timeline(loud).images
+    drawn = image.get_array()
+    assert drawn is not None
+    assert np.ma.getmaskarray(drawn)[:, special].all()
+    assert image.norm.vmax < 1e6
+    (image,) = figures.feature_timeline(loud, special=True).images
+    assert np.asarray(image.get_array()).max() == 1e6
+    below = figures.integrated_view(loud, sources=["balance"], count=4).axes[-1]
+    scaled = np.ma.masked_invalid(below.images[0].get_array())
+    assert np.ma.getmaskarray(scaled)[:, special].all()
+    assert scaled.max() == 1
+
+
 def test_integrated_view(run: xr.DataTree, ds: xr.Dataset) -> None:
     words = analysis.word_associations(run)
     figure = figures.integrated_view(ds, words=words, count=8)

@@ -178,7 +178,7 @@ def test_find_reads_little(
     build_index(run.path)
     chunk_reads.clear()
     opened_files.clear()
-    feature = int(np.argmax(run.truth["Safe_1"]["features"][0].max(0)))
+    feature = int(np.argmax(run.truth["Safe_1"]["features"][0][1:].max(0)))
     assert find_feature(run.path, 1, feature, top=1).tokens
     chunks = chunk_reads.below(run.path / "index")
     assert set(chunks.values()) == {1}

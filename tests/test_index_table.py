@@ -159,7 +159,7 @@ def _store(path: Path, ds: xr.Dataset) -> None:
         layers=len(layers), samples=ds.sizes["sample"], features=sizes, feature_dtype="float32",
         next_token=False, limits=SMALL,
     )  # fmt: skip
-    labels = {name: ds[name].values for name in ("scenario", "position", "token")}
+    labels = {name: ds[name].values for name in ("scenario", "position", "token", "special")}
     with TableWriter(path, TablePlan(attributes, shape, labels, {})) as writer:
         for number, layer in enumerate(layers):
             if layer not in without:

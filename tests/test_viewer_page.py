@@ -597,6 +597,26 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:40])
 
 
+def test_special_tokens_are_shown_if_asked_for(whole: fakes.FakeRun, look: Open) -> None:
+    truth = whole.truth["Risky_2"]
+    values = truth["features"]
+    # A feature that is strongest at BOS, which is position 0.
+    feature = int((np.abs(values[:, 0]).max(0) - np.abs(values[:, 1:]).max((0, 1))).argmax())
+    every, usual = np.abs(values[:, :, feature]).max(), np.abs(values[:, 1:, feature]).max()
+    assert every > usual
+    with Server(whole.path) as live:
+        page = look(live.url, scenario="Risky_2", layer=2, token=0, feature=feature)
+        scale = page.locator("#timeline-scale data").last
+        assert page.locator("#top-features").inner_text() == "left out: a special token"
+        exactly(float(scale.get_attribute("value") or "nan"), usual)
+        page.locator("#special").check()
+        ready(page)
+        listed = [at for at, _ in rows(page, "#top-features", "feature")]
+        assert listed == truth["top_feature"][1, 0][: len(listed)].tolist()
+        exactly(float(scale.get_attribute("value") or "nan"), every)
+        assert "special=1" in page.evaluate("location.hash") or page.wait_for_timeout(200) is None
+
+
 def flip(path: Path, at: int | None = None) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2 if at is None else at] ^= 0xFF

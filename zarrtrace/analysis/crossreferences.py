@@ -583,9 +583,7 @@ def _suffix_ranks(weights: np.ndarray, first: np.ndarray) -> np.ndarray:
     return np.asarray(np.divide(ranks, length, out=np.full_like(ranks, np.nan), where=length > 0))
 
 
-def _stands(
-    values: np.ndarray, place: _Span, firing: np.ndarray, own: np.ndarray
-) -> _Measured:
+def _stands(values: np.ndarray, place: _Span, firing: np.ndarray, own: np.ndarray) -> _Measured:
     """Compare how features stand out at the span, and at each place it is moved to."""
     strength = _standardised(values[place.counted])
     defined = ~np.isnan(strength[0])

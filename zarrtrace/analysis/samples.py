@@ -40,6 +40,12 @@ _ALL, _SPANS = "all", "spans"
 # Arrays of a trace that a table has, besides those of SAEs, and the texts beside them.
 _OF_TRACES = ("residual", "next_token", "next_token_logprob")
 _TEXTS = ("next_token_text",)
+# Coordinates along `sample`, where traces have them, and along which dimension.
+_LABELS = (
+    ("token", "query_token", "query"),
+    ("token_id", "token_id", "key"),
+    ("special", "special", "key"),
+)
 # Attributes of traces that are a table's.
 _SHARED = ("model", "saes", "residual_hook", "feature_dtype", "residual_dtype", "versions")
 
@@ -65,7 +71,7 @@ def table(run: Data, at: At = DECISION) -> xr.Dataset:
         ``features (layer, sample, feature)``, ``residual (layer, sample, channel)``, ``next_token``
         and ``next_token_logprob (sample, rank)``, those that the traces hold; with coordinates
         along ``sample``: ``scenario``, ``position`` in the prompt, ``token``, ``token_id``,
-        ``span`` (names of the spans that hold the position, joined by commas), ``tags``,
+        ``special`` (whether it is BOS or a chat marker), ``span`` (names of the spans that hold the position, joined by commas), ``tags``,
         ``option_NAME`` (id of the option's first token, −1 without one) and the columns of
         metadata. Nothing is read before it is looked at, and then only the chunks that hold it. On
         dask if the run was opened with ``chunks``. NaN where a trace lacks a layer.
@@ -348,7 +354,7 @@ def _coordinates(data: Scenarios, chosen: Sequence[_Chosen]) -> dict[Hashable, x
         "span": xr.Variable(SAMPLE, np.concatenate([_spans(one) for one in chosen])),
         "tags": each([",".join(one) for one in of_tags], object),
     }
-    for name, stored, dim in (("token", "query_token", "query"), ("token_id", "token_id", "key")):
+    for name, stored, dim in _LABELS:
         if all(stored in one.ds.variables for one in chosen):
             parts = [one.rows_of(stored, dim) for one in chosen]
             out[name] = concatenated(parts, [{}] * len(parts))

@@ -122,6 +122,8 @@ class _Samples:
     position: array[int] = field(default_factory=lambda: array("q"))
     token: list[str] = field(default_factory=list)
     token_id: array[int] = field(default_factory=lambda: array("q"))
+    # Empty if it is not known of a prompt.
+    special: array[int] = field(default_factory=lambda: array("b"))
     span: list[str] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
     options: dict[str, array[int]] = field(default_factory=dict)
@@ -205,6 +207,8 @@ def _add(found: _Samples, prompt: Prompt, where: Sequence[int], texts: dict[str,
         found.position.append(at)
         found.token.append(texts.setdefault(tokens.texts[at], tokens.texts[at]))
         found.token_id.append(tokens.ids[at])
+        if tokens.special is not None:
+            found.special.append(tokens.special[at])
         found.span.append(texts.setdefault(names, names))
         found.tags.append(texts.setdefault(tags, tags))
     for name in prompt.options:
@@ -226,9 +230,12 @@ def _coordinates(found: _Samples, counts: np.ndarray) -> dict[str, np.ndarray]:
         "position": np.asarray(found.position),
         "token": np.array(found.token, object),
         "token_id": np.asarray(found.token_id).astype(np.uint32),
+        "special": np.asarray(found.special, bool),
         "span": np.array(found.span, object),
         "tags": np.array(found.tags, object),
     }
+    if len(found.special) < len(found.position):
+        del out["special"]
     for name, ids in found.options.items():
         out[f"option_{name}"] = np.asarray(ids)
     for name, values in found.metadata.items():

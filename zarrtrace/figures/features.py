@@ -19,6 +19,7 @@ from zarrtrace.analysis.selecting import (
     require_queries,
     scenario_of,
 )
+from zarrtrace.analysis.special import special_keys
 from zarrtrace.errors import ConfigError
 from zarrtrace.figures.drawing import (
     DIVERGING,
@@ -51,7 +52,13 @@ _SHOWN = 0.99
 
 
 @styled
-def feature_timeline(ds: xr.Dataset, feature: int | None = None, *, ax: Axes | None = None) -> Axes:
+def feature_timeline(
+    ds: xr.Dataset,
+    feature: int | None = None,
+    *,
+    special: bool = False,
+    ax: Axes | None = None,
+) -> Axes:
     """Activation along the prompt in every layer, with the token texts.
 
     Parameters
@@ -61,6 +68,9 @@ def feature_timeline(ds: xr.Dataset, feature: int | None = None, *, ax: Axes | N
     feature
         A latent index (in every layer another feature: SAEs are trained apart); the activation of
         largest magnitude of any feature if None.
+    special
+        Whether to draw special tokens (BOS, chat markers), too; otherwise their columns are empty.
+        Their activations are often tens of times the others'.
     ax
         Where to draw; a new figure if None.
 
@@ -87,6 +97,8 @@ def feature_timeline(ds: xr.Dataset, feature: int | None = None, *, ax: Axes | N
             )
         values, of = ds["features"].sel(feature=feature), f"latent {feature}"
     shown = np.ma.masked_invalid(of_all_tokens(ds, values.transpose("layer", "query")))
+    if not special:
+        shown[:, special_keys(ds)] = np.ma.masked
     layers = np.asarray(ds["layer"]).tolist()
     height = 1.7 + max(1.0, 0.085 * len(layers))
     ax = axes_or_new(ax, PAGE_WIDTH, height, margins=(0.45, 0.65, 0.85, 0.85))
@@ -163,6 +175,7 @@ def integrated_view(
     words: xr.Dataset | None = None,
     sources: Sequence[str] | None = None,
     count: int = 12,
+    special: bool = False,
     figure: Figure | None = None,
 ) -> Figure:
     """Features, words and tokens of one scenario in one picture.
@@ -182,6 +195,9 @@ def integrated_view(
         Spans; all but the decision if None.
     count
         How many features, shared out among the spans.
+    special
+        Whether activations at special tokens (BOS, chat markers) are drawn and scale a feature's
+        row, too.
     figure
         Where to draw; a new figure if None.
 
@@ -234,7 +250,7 @@ def integrated_view(
         axes_at(figure, width - words_width + 0.08, top, beside, above * stretch), ds, names, spans
     )
     lower = axes_at(figure, left, top + above * stretch + between, wide, below * stretch)
-    _draw_features(lower, ds, chosen, spans, words)
+    _draw_features(lower, ds, chosen, spans, words, special=special)
     figure.suptitle(
         f"{drawable(scenario_of(ds))}: attention of the decision (mean over heads), and features",
         x=left / width, y=1 - 0.08 / height, ha="left", va="top",
@@ -292,6 +308,8 @@ def _draw_features(
     chosen: Sequence[tuple[str, int, int]],
     spans: dict[str, list[int]],
     words: xr.Dataset | None,
+    *,
+    special: bool,
 ) -> None:
     rows = [
         of_all_tokens(ds, ds["features"].sel(layer=layer, feature=feature))
@@ -304,6 +322,8 @@ def _draw_features(
         label_token_axis(ax, ds, spans)
         return
     values = np.stack(rows)
+    if not special:
+        values[:, special_keys(ds)] = np.nan
     values /= np.nanmax(np.abs(values), axis=1, keepdims=True)
     shown = np.ma.masked_invalid(values)
     ax.imshow(shown, **_scale(shown, 1.0), aspect="auto")

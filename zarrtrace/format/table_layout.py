@@ -72,6 +72,7 @@ _SAMPLE = {
     "position": "position of the token in the prompt",
     "token": "text of the token",
     "token_id": "id of the token in the model's vocabulary",
+    "special": "whether the tokenizer calls the token special",
     "span": "spans that hold the token",
     "tags": "tags of the scenario",
 }

@@ -99,7 +99,10 @@ def find_feature(
         return found
 
     strongest = zip(
-        *(value(f"token_{name}", slice(0, INDEX_TOKENS)) for name in ("activation", "scenario", "position")),
+        *(
+            value(f"token_{name}", slice(0, INDEX_TOKENS))
+            for name in ("activation", "scenario", "position")
+        ),
         strict=True,
     )
     maximum, mean, frequency = (
@@ -113,9 +116,7 @@ def find_feature(
         maximum=maximum,
         mean=mean,
         frequency=frequency,
-        tokens=_tokens(
-            run, index, [one for one in strongest if one[0] != 0], top, special=special
-        ),
+        tokens=_tokens(run, index, [one for one in strongest if one[0] != 0], top, special=special),
         special=known.special,
         indexed=known.indexed,
         scenarios=known.scenarios,

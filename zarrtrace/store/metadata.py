@@ -113,8 +113,11 @@ def sealed_group(attributes: _AnyAttributes, nodes: Nodes | None) -> bytes:
         Metadata of all nodes below; None leaves consolidated metadata out.
     """
     plain = attributes.model_dump(mode="json", exclude={"seal"})
-    if isinstance(attributes, IndexAttributes) and attributes.table is None:
-        del plain["table"]  # the index of a run of traces has none
+    if isinstance(attributes, IndexAttributes):
+        if attributes.table is None:
+            del plain["table"]  # the index of a run of traces has none
+        if attributes.special:
+            del plain["special"]  # indexes from before it could be chosen count special tokens
     if isinstance(attributes, TraceAttributes | TableAttributes) and nodes is not None:
         plain["coordinates"] = labels_of(nodes)
     plain["seal"] = _NO_SEAL

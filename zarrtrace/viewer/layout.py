@@ -21,6 +21,7 @@ import numpy as np
 import xarray as xr
 from zlib_ng import zlib_ng
 
+from zarrtrace.analysis.special import special_keys
 from zarrtrace.errors import ConfigError, IncompleteError
 from zarrtrace.format.attributes import ranges, sae_coordinate
 from zarrtrace.format.layout import NO_ID
@@ -137,6 +138,7 @@ class Layout:
             "name": name,
             "tags": [terminal_text(tag) for tag in attributes["tags"]],
             "tokens": [str(text) for text in np.asarray(ds["key_token"])],
+            "special": np.flatnonzero(special_keys(ds)).tolist(),
             "token_ids": [int(token) for token in np.asarray(ds["token_id"])],
             "spans": {
                 terminal_text(span): found["tokens"] for span, found in attributes["spans"].items()

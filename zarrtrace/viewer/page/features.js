@@ -9,6 +9,7 @@ import { ofFeature, ofToken, placeOf, timeline } from "./store.js";
 const $ = (/** @type {string} */ id) => /** @type {HTMLElement} */ (document.getElementById(id));
 const search = /** @type {HTMLInputElement} */ ($("feature-number"));
 const canvas = /** @type {HTMLCanvasElement} */ ($("timeline"));
+const asked = /** @type {HTMLInputElement} */ ($("special"));
 const SHOWN = 12;
 /** @type {{data: Float32Array, layers: number, tokens: number} | null} */
 let drawn = null;
@@ -35,8 +36,15 @@ export async function showTop(token) {
   const suffix = view.sae.slice("features".length);
   const ids = at.arrays[`top_feature${suffix}`], strengths = at.arrays[`top_activation${suffix}`];
   const place = placeOf(ids, layer);
+  $("special-part").hidden = !at.special.length;
+  asked.checked = view.special;
   if (!ids || place < 0) {
     fail(panel, "This run holds no features.");
+    return;
+  }
+  if (at.special.includes(token) && !view.special) {
+    fail(panel, null);
+    out.replaceChildren(element("li", { class: "none" }, "left out: a special token"));
     return;
   }
   try {
@@ -92,8 +100,9 @@ async function drawTimeline() {
     if (feature !== view.feature || at !== scenario() || first !== view.window || array !== at.arrays[view.sae]) return;
     fail(panel, null);
     drawn = found;
-    // Some SAEs (AbsTopK) have negative activations.
-    const max = found.data.reduce((most, v) => (Math.abs(v) > most ? Math.abs(v) : most), 0);
+    // Some SAEs (AbsTopK) have negative activations. Those of BOS would make all others pale.
+    const counts = Array.from({ length: found.tokens }, (_, i) => view.special || !at.special.includes(first + i));
+    const max = found.data.reduce((most, v, i) => (counts[i % found.tokens] && Math.abs(v) > most ? Math.abs(v) : most), 0);
     const difference = found.data.some((v) => v < 0);
     heat(canvas, found.data, 0, found.layers, found.tokens, { max, difference });
     tokenRuler("timeline-tokens", at, single(first, found.tokens));
@@ -140,7 +149,7 @@ async function showWords() {
       setNumber(/** @type {HTMLDataElement} */ (shown), row.score);
       return row.score / most;
     });
-    if (!rows.length) out.append(element("li", { class: "none" }, "among no token's 32 strongest"));
+    if (!rows.length) out.append(element("li", { class: "none" }, "it fires at no token but special ones"));
   } catch (error) {
     out.replaceChildren(element("li", { class: "none" }, String(error instanceof Error ? error.message : error)));
   }
@@ -181,5 +190,6 @@ $("feature-close").addEventListener("click", () => {
   choose({ feature: -1 });
   search.focus();
 });
+asked.addEventListener("change", () => choose({ special: asked.checked }));
 $("sae").addEventListener("change", (event) =>
   choose({ sae: /** @type {HTMLSelectElement} */ (event.target).value }));

@@ -13,7 +13,7 @@ const $ = (/** @type {string} */ id) => /** @type {HTMLElement} */ (document.get
 const input = (/** @type {string} */ id) => /** @type {HTMLInputElement} */ ($(id));
 const select = (/** @type {string} */ id) => /** @type {HTMLSelectElement} */ ($(id));
 
-const ALL = ["scenario", "other", "layer", "head", "token", "window", "feature", "sae", "theme"];
+const ALL = ["scenario", "other", "layer", "head", "token", "window", "feature", "sae", "special", "theme"];
 let pending = 0;
 /** Whether the grids of small pictures have to be fitted to the page again. */
 let loose = false;
@@ -70,8 +70,8 @@ async function render(changed) {
   if (some("scenario", "token", "window", "theme", "layer")) work.push(showLayers());
   if (some("head")) showChosen();
   if (some("scenario", "token")) work.push(showNext(activeToken()));
-  if (some("scenario", "token", "layer", "sae", "feature")) work.push(showTop(activeToken()));
-  if (some("scenario", "layer", "window", "feature", "sae", "theme")) work.push(showFeature());
+  if (some("scenario", "token", "layer", "sae", "feature", "special")) work.push(showTop(activeToken()));
+  if (some("scenario", "layer", "window", "feature", "sae", "special", "theme")) work.push(showFeature());
   if (view.other ? some("scenario", "other", "layer", "head", "token", "window", "theme") : some("other", "theme")) work.push(showCompare());
   await Promise.all(work);
   loose ||= some("scenario", "theme");

@@ -9,7 +9,7 @@ import { windowOf } from "./store.js";
 /** @type {View} */
 export const view = {
   scenario: "", other: "", layer: 0, head: -1, token: 0, window: 0, feature: -1,
-  sae: "features", theme: "",
+  sae: "features", special: false, theme: "",
 };
 
 /** What index.json says. @type {Index} */
@@ -84,6 +84,7 @@ function read() {
   view.window = whole(found.get("window"), view.token);
   view.feature = whole(found.get("feature"), -1);
   view.sae = found.get("sae") || "features";
+  view.special = found.get("special") === "1";
   view.theme = found.get("theme") || "";
   settle();
 }
@@ -99,6 +100,7 @@ function address() {
   if (windowOf(view.token, at.tokens.length) !== view.window) out.set("window", String(view.window));
   if (view.feature >= 0) out.set("feature", String(view.feature));
   if (view.sae !== "features") out.set("sae", view.sae);
+  if (view.special) out.set("special", "1");
   if (view.theme) out.set("theme", view.theme);
   return `#${out}`;
 }

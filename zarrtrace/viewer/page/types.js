@@ -19,6 +19,7 @@
  * @property {string} name
  * @property {string[]} tags
  * @property {string[]} tokens
+ * @property {number[]} special positions of special tokens, such as BOS
  * @property {number[]} token_ids
  * @property {Record<string, number[]>} spans
  * @property {Record<string, number>} options
@@ -44,6 +45,7 @@
  * @property {number} window first token of the window of a long prompt
  * @property {number} feature -1 for none
  * @property {string} sae array of features
+ * @property {boolean} special whether special tokens count among the strongest
  * @property {string} theme "light", "dark" or "" for the system's
  *
  * @typedef {Object} Block values of several matrices, for a window of queries and one of keys
