@@ -19,7 +19,7 @@ from zarrtrace.store import open_run
 
 TOKENS, OWN, OTHERS, LAYERS = 60, 8, 24, (1, 2)
 SPAN = {"balance": (20, 21)}
-_DEMO_LAYERS = [3, 9, 15, 21, 25]
+_DEMO_LAYERS = [9, 25]
 
 
 def _series(rng: np.random.Generator, features: int) -> np.ndarray:
@@ -100,7 +100,7 @@ def _demo() -> tuple[dict[str, xr.Dataset], pd.DataFrame, list[str]]:
         }
         table = analysis.word_associations(run, top=1).to_dataframe().reset_index()
     table = table[table["layer"].isin(_DEMO_LAYERS)]
-    counts = table.groupby(["word", "layer"]).size().unstack(fill_value=0)
+    counts = pd.crosstab(table["word"], table["layer"])
     return traces, table, list(counts.index[(counts >= 2).all(axis=1)])
 
 

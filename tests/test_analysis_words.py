@@ -273,8 +273,10 @@ class TestCrossreference:
     def test_every_place_of_the_span_by_hand(self) -> None:
         ds = synthetic.trace("S", tokens=20, layers=(1,), features=14, active=0.8)
         found = crossreference(ds, table_of(self.words, (1,)), {"balance": "balance"})
-        values, attention = ds["features"].values[0].astype(float), ds["attention_mean"].values[0]
-        attention, counted = attention.astype(float), np.arange(20)
+        values, attention = (
+            ds[name].to_numpy()[0].astype(float) for name in ("features", "attention_mean")
+        )
+        counted = np.arange(20)
         by_hand: dict[str, list[float]] = {"attention": [], "place": []}
         for start in range(20):
             at = [start, (start + 1) % 20]

@@ -614,7 +614,7 @@ def test_special_tokens_are_shown_if_asked_for(whole: fakes.FakeRun, look: Open)
         listed = [at for at, _ in rows(page, "#top-features", "feature")]
         assert listed == truth["top_feature"][1, 0][: len(listed)].tolist()
         exactly(float(scale.get_attribute("value") or "nan"), every)
-        assert "special=1" in page.evaluate("location.hash") or page.wait_for_timeout(200) is None
+        page.wait_for_function("location.hash.includes('special=1')")
 
 
 def flip(path: Path, at: int | None = None) -> None:

@@ -2,49 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import xarray as xr
-from scipy import stats
 
-from zarrtrace.analysis.parallel import OfLayer, each_layer
+from zarrtrace.analysis.parallel import each_layer
 from zarrtrace.analysis.resampling import corrected
 from zarrtrace.analysis.selecting import (
     Data,
-    attention,
     described,
-    has_span,
     require,
     require_places,
     span_names,
-    stored_positions,
-    stored_queries,
-    token_labels,
     traces,
 )
-from zarrtrace.analysis.shifts import (
-    Shifts,
-    blocks_of,
-    p_of_shifts,
-    sentence_of_smallest,
-    shifted_products,
-)
-from zarrtrace.analysis.special import special_keys, special_queries
-from zarrtrace.analysis.words import Table, all_layers, missing_rows, read_table
+from zarrtrace.analysis.shifts import Shifts, blocks_of, p_of_shifts, sentence_of_smallest
+from zarrtrace.analysis.span_measures import Measured, SpanPlaces, measure_jobs, span_places
+from zarrtrace.analysis.words import Table, all_layers, read_table
 from zarrtrace.errors import ConfigError
 from zarrtrace.scenarios import DECISION
 
 MEASURES = ("attention", "place")
 
-# Tokens that can be ranked.
-_FEWEST = 3
-# Places that a span is moved to, the nearest ones: attention to each is held in memory.
-_MOST_PLACES = 128
 _LEVEL = 0.05
 
 
@@ -141,7 +123,7 @@ def crossreference(
     require_places(data, [span for _, span in wanted])
     blocks = blocks_of(data, block)
     words = _Words(frame, wanted, all_layers(runs.values()))
-    spans = [_spans(ds, words.spans, special=special) for ds in runs.values()]
+    spans = [span_places(ds, words.spans, special=special) for ds in runs.values()]
     shifts = _shifts(spans, words.spans, blocks, n_permutations, seed)
     out = _compare(list(runs.values()), words, spans, shifts)
     result = xr.Dataset(
@@ -179,9 +161,9 @@ def _findings(result: xr.Dataset) -> str:
     found = result["p_familywise"]
     tests = int(np.isfinite(found).any("layer").sum())
     said = []
-    for measure, pair in product(MEASURES, result["pair"].values.tolist()):
+    for measure, pair in product(MEASURES, result["pair"].to_numpy().tolist()):
         p = found.sel(measure=measure, pair=pair)
-        layers = result["layer"].values[np.asarray(p) <= _LEVEL].tolist()
+        layers = result["layer"].to_numpy()[np.asarray(p) <= _LEVEL].tolist()
         if layers:
             said.append(f"{pair} ({measure}) in layers {', '.join(map(str, layers))}")
     if not said:
@@ -268,80 +250,15 @@ class _Words:
         return self._own[layer][self.pairs(span)]
 
 
-class _Span(NamedTuple):
-    """Where a span is in a prompt, and where it could be.
-
-    Attributes
-    ----------
-    tokens
-        Those of the span, among the stored ones ``(query,)`` bool.
-    counted
-        Stored tokens that ``"place"`` compares ``(query,)`` bool: none if there are no others.
-    ranked
-        Stored tokens whose attention is stored ``(query,)`` bool.
-    rows
-        Numbers of their rows in the stored attention.
-    keys
-        Of each place, itself first, numbers of the keys ``(place, token)``; none if too few tokens
-        stand behind the span.
-    after
-        Of each place, the first of `ranked` that stands behind it ``(place,)``.
-    """
-
-    tokens: np.ndarray
-    counted: np.ndarray
-    ranked: np.ndarray
-    rows: np.ndarray
-    keys: np.ndarray
-    after: np.ndarray
-
-
-def _spans(ds: xr.Dataset, names: Sequence[str], *, special: bool) -> dict[str, _Span]:
-    found = {}
-    at, stored = np.asarray(ds["query"].values), pd.Index(stored_queries(ds))
-    usual = np.ones(len(at), bool) if special else ~special_queries(ds)
-    ranked = np.isin(at, stored) & usual
-    for name in names:
-        if has_span(ds, name):
-            tokens = np.isin(at, stored_positions(ds, name))
-            counted = usual | tokens
-            keys = _places(ds, name, at[ranked], special=special)
-            last = token_labels(ds)[keys].max(1, initial=-1)
-            found[name] = _Span(
-                tokens,
-                counted & (counted != tokens).any(),
-                ranked,
-                stored.get_indexer(at[ranked]),
-                keys,
-                np.searchsorted(at[ranked], last, side="right"),
-            )
-    return found
-
-
-def _places(ds: xr.Dataset, name: str, ranked: np.ndarray, *, special: bool) -> np.ndarray:
-    """Return the keys of a span moved along the prompt ``(place, token)``, in a circle."""
-    labels, span = token_labels(ds), stored_positions(ds, name)
-    usual = np.isin(labels, span) | special | ~special_keys(ds)
-    here = np.searchsorted(labels[usual], span)
-    behind = len(ranked) - np.searchsorted(ranked, labels[usual], side="right")
-    # Moves that leave enough tokens behind the last of the span; the nearest ones.
-    enough = int((behind >= _FEWEST).sum()) - 1 - here.max()
-    if enough < 0:
-        return np.empty((0, len(span)), np.int64)
-    first = max(-here.min(), -(_MOST_PLACES // 2))
-    moves = np.arange(first, min(enough, first + _MOST_PLACES - 1) + 1)
-    return np.asarray(np.flatnonzero(usual)[here + np.roll(moves, first)[:, None]])
-
-
 def _shifts(
-    spans: Sequence[Mapping[str, _Span]],
+    spans: Sequence[Mapping[str, SpanPlaces]],
     names: Sequence[str],
     blocks: np.ndarray,
     n_permutations: int,
     seed: int,
 ) -> dict[tuple[str, str], Shifts]:
     """Return by how much spans are moved, by measure and span."""
-    moved: dict[str, Callable[[_Span], int]] = {
+    moved: dict[str, Callable[[SpanPlaces], int]] = {
         "attention": lambda span: len(span.keys),
         "place": lambda span: int(span.counted.sum()),
     }
@@ -363,14 +280,16 @@ def _shifts(
 def _compare(
     runs: Sequence[xr.Dataset],
     words: _Words,
-    spans: Sequence[Mapping[str, _Span]],
+    spans: Sequence[Mapping[str, SpanPlaces]],
     shifts: Mapping[tuple[str, str], Shifts],
 ) -> dict[str, np.ndarray]:
     """Return the columns of the result ``(measure, pair, layer)``."""
     shape = (len(MEASURES), len(words.wanted), len(words.layers))
     total = _Total(words, shifts, shape)
     having = [number for number, places in enumerate(spans) if places]
-    jobs = _jobs([runs[n] for n in having], words, [spans[n] for n in having])
+    own = {(n, span): words.own(n, span) for n in words.layers for span in words.spans}
+    traced = [runs[n] for n in having]
+    jobs = measure_jobs(traced, [spans[n] for n in having], words.features, own)
     for number, found in zip(having, each_layer(jobs), strict=True):
         for layer, of_spans in zip(runs[number].indexes["layer"].tolist(), found, strict=True):
             for (measure, span), one in of_spans.items():
@@ -399,7 +318,7 @@ class _Total:
             for (measure, span), layer in product(shifts, words.layers)
         }
 
-    def add(self, number: int, layer: int, measure: str, span: str, one: _Measured) -> None:
+    def add(self, number: int, layer: int, measure: str, span: str, one: Measured) -> None:
         """Add what was measured in one layer of a scenario."""
         which, at = MEASURES.index(measure), self._words.layers.index(layer)
         self._fires[measure, span, layer][one.defined] = True
@@ -424,9 +343,8 @@ class _Total:
         sizes = {name: np.zeros_like(n) for name in ("n_features", "n_others")}
         for (measure, pair), statistics in self._statistics.items():
             which, span = MEASURES.index(measure), self._words.wanted[pair][1]
-            statistics = np.where(n[which, pair, :, None] > 0, statistics, np.nan)
             out["p_permutation"][which, pair], out["p_familywise"][which, pair] = p_of_shifts(
-                statistics
+                np.where(n[which, pair, :, None] > 0, statistics, np.nan)
             )
             for at, layer in enumerate(self._words.layers):
                 fires = self._fires[measure, span, layer]
@@ -435,176 +353,3 @@ class _Total:
                 sizes["n_others"][which, pair, at] = (fires & ~own).sum()
         out["q_permutation"] = corrected(out["p_permutation"])
         return {**out, **sizes, "n_scenarios": n}
-
-
-class _Measured(NamedTuple):
-    """One measure at one span, in one layer of one trace.
-
-    Attributes
-    ----------
-    defined
-        Which of the table's features have it.
-    means
-        Over each pair's own features, and over the others ``(pair, 2)``; NaN without any.
-    profiles
-        Their difference, by how far the span is moved ``(pair, shift)``.
-    """
-
-    defined: np.ndarray
-    means: np.ndarray
-    profiles: np.ndarray
-
-
-def _jobs(
-    runs: Sequence[xr.Dataset], words: _Words, spans: Sequence[Mapping[str, _Span]]
-) -> Iterator[tuple[xr.DataArray, OfLayer[dict[tuple[str, str], _Measured]]]]:
-    """Yield what to do with the features of each trace."""
-    for ds, places, weights in zip(runs, spans, _attended(runs, spans), strict=True):
-        layers = ds.indexes["layer"].tolist()
-        measure = partial(
-            _measure_layer,
-            layers=layers,
-            tables=[words.features[layer] for layer in layers],
-            own=[{name: words.own(layer, name) for name in places} for layer in layers],
-            weights=[weights.get(layer, {}) for layer in layers],
-            spans=places,
-        )
-        yield ds["features"], measure
-
-
-def _attended(
-    runs: Sequence[xr.Dataset], spans: Sequence[Mapping[str, _Span]]
-) -> Iterator[dict[int, dict[str, np.ndarray]]]:
-    """Yield each trace's attention to spans, by layer: what :func:`_attention_to` returns."""
-    wanted = [any(len(place.keys) for place in places.values()) for places in spans]
-    arrays = [attention(ds, "mean") for ds in runs]
-    found = each_layer(
-        (array, partial(_attention_to, spans=places))
-        for array, places, want in zip(arrays, spans, wanted, strict=True)
-        if want
-    )
-    for array, want in zip(arrays, wanted, strict=True):
-        yield dict(zip(array.indexes["layer"].tolist(), next(found), strict=True)) if want else {}
-
-
-def _attention_to(
-    layer: np.ndarray, _at: int, *, spans: Mapping[str, _Span]
-) -> dict[str, np.ndarray]:
-    """Return the mean attention to each span's tokens, wherever it is moved ``(place, query)``."""
-    return {
-        name: layer[place.rows].T[place.keys].mean(1)
-        for name, place in spans.items()
-        if len(place.keys)
-    }
-
-
-def _measure_layer(
-    layer: np.ndarray,
-    at: int,
-    *,
-    layers: Sequence[int],
-    tables: Sequence[np.ndarray],
-    own: Sequence[Mapping[str, np.ndarray]],
-    weights: Sequence[Mapping[str, np.ndarray]],
-    spans: Mapping[str, _Span],
-) -> dict[tuple[str, str], _Measured]:
-    """Measure the table's features in ``(query, feature)``; nothing if the layer is missing."""
-    features = tables[at]
-    if missing_rows(layer).all() or not len(features):
-        return {}
-    if features[-1] >= layer.shape[1] or features[0] < 0:
-        raise ConfigError(
-            f"the table names feature {features[-1]} of layer {layers[at]}",
-            why=f"The SAE of that layer has {layer.shape[1]} latents, counted from 0.",
-            remedy="Take a table that was made with the same SAEs.",
-        )
-    firing = np.flatnonzero(np.any(layer != 0, axis=0)[features])
-    values = np.abs(layer[:, features[firing]].astype(np.float64))
-    found = {}
-    ranks = np.empty((0, len(firing)))
-    for name, place in spans.items():
-        is_own = own[at][name][:, firing]
-        if name in weights[at]:
-            # The same for all spans. Half numbers around 0: their sums are exact, so that what does
-            # not vary has a spread of 0.
-            if not len(ranks):
-                ranked = values[place.ranked]
-                ranks = stats.rankdata(ranked, axis=0) - (len(ranked) + 1) / 2
-            found["attention", name] = _follows(weights[at][name], ranks, place, firing, is_own)
-        if place.counted.any():
-            found["place", name] = _stands(values, place, firing, is_own)
-    return found
-
-
-def _follows(
-    weights: np.ndarray, ranks: np.ndarray, place: _Span, firing: np.ndarray, own: np.ndarray
-) -> _Measured:
-    """Compare how features follow attention to the span, and to each place it is moved to.
-
-    Parameters
-    ----------
-    weights
-        Attention ``(place, query)``.
-    ranks
-        Of strength over the whole prompt ``(query, feature)``.
-    place
-        The span.
-    firing
-        Numbers of the features in the table ``(feature,)``.
-    own
-        Which go with each pair's word ``(pair, feature)``.
-    """
-    behind = len(ranks) - place.after
-    attended = _suffix_ranks(weights, place.after)
-    sums, squares = (
-        np.cumsum(power[::-1], axis=0)[::-1][place.after] for power in (ranks, ranks**2)
-    )
-    spread = np.sqrt((squares * behind[:, None] - sums**2) / behind[:, None])
-    defined = (spread > 0) & ~np.isnan(attended[:, -1:])
-    rho = np.divide(attended @ ranks, spread, out=np.zeros(defined.shape), where=defined)
-    with np.errstate(invalid="ignore"):
-        own_mean, other_mean = (
-            (rho @ group.T) / (defined.astype(np.float64) @ group.T)
-            for group in (own.astype(np.float64), (~own).astype(np.float64))
-        )
-    # Coefficients of few tokens vary more: their variance is 1 / (n - 1) by chance.
-    profiles = (own_mean - other_mean) * np.sqrt(behind - 1)[:, None]
-    means = np.column_stack([own_mean[0], other_mean[0]])
-    return _Measured(firing[defined[0]], means, np.nan_to_num(profiles).T)
-
-
-def _suffix_ranks(weights: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """Rank each row from its own first column on, centred, of length 1; 0 before it, NaN if it does not vary."""
-    is_behind = np.arange(weights.shape[1]) >= first[:, None]
-    ranks = stats.rankdata(np.where(is_behind, weights, -np.inf), axis=1)
-    ranks -= (first + weights.shape[1] + 1)[:, None] / 2
-    ranks *= is_behind
-    length = np.sqrt((ranks**2).sum(1, keepdims=True))
-    return np.asarray(np.divide(ranks, length, out=np.full_like(ranks, np.nan), where=length > 0))
-
-
-def _stands(values: np.ndarray, place: _Span, firing: np.ndarray, own: np.ndarray) -> _Measured:
-    """Compare how features stand out at the span, and at each place it is moved to."""
-    strength = _standardised(values[place.counted])
-    defined = ~np.isnan(strength[0])
-    strength, own = strength[:, defined], own[:, defined]
-    weights = _at_place(place)
-    groups = np.stack([own, ~own]).astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        groups /= groups.sum(-1, keepdims=True)  # NaN without any
-    means = (groups @ (weights @ strength)).T
-    differences = strength @ (groups[0] - groups[1]).T
-    return _Measured(firing[defined], means, shifted_products(weights, differences))
-
-
-def _standardised(values: np.ndarray) -> np.ndarray:
-    """Divide by the standard deviation over tokens; NaN for a feature that does not vary."""
-    spread = values.std(0)
-    out = np.full_like(values, np.nan)
-    return np.asarray(np.divide(values, spread, out=out, where=spread > 0))
-
-
-def _at_place(place: _Span) -> np.ndarray:
-    """Return the weights whose sum is the mean at the span minus the mean elsewhere."""
-    tokens = place.tokens[place.counted]
-    return np.where(tokens, 1 / tokens.sum(), -1 / (~tokens).sum())

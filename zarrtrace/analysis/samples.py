@@ -71,7 +71,8 @@ def table(run: Data, at: At = DECISION) -> xr.Dataset:
         ``features (layer, sample, feature)``, ``residual (layer, sample, channel)``, ``next_token``
         and ``next_token_logprob (sample, rank)``, those that the traces hold; with coordinates
         along ``sample``: ``scenario``, ``position`` in the prompt, ``token``, ``token_id``,
-        ``special`` (whether it is BOS or a chat marker), ``span`` (names of the spans that hold the position, joined by commas), ``tags``,
+        ``special`` (whether it is BOS or a chat marker), ``span`` (names of the spans that hold the
+        position, joined by commas), ``tags``,
         ``option_NAME`` (id of the option's first token, −1 without one) and the columns of
         metadata. Nothing is read before it is looked at, and then only the chunks that hold it. On
         dask if the run was opened with ``chunks``. NaN where a trace lacks a layer.

@@ -1,8 +1,8 @@
 """Circular shifts of token positions: what is exchanged where the tokens of a prompt depend.
 
 Features of one word fire together, neighbouring tokens resemble each other, and scenarios of one
-template repeat both. A span that is moved along the prompt keeps all of that, and breaks only the link
-between the span and the rest.
+template repeat both. A span that is moved along the prompt keeps all of that, and breaks only the
+link between the span and the rest.
 """
 
 from __future__ import annotations

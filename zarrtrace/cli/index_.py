@@ -43,9 +43,9 @@ def command(
     """Index the features of RUN, a run or a table, or add the scenarios that its index lacks.
 
     For each layer and feature: maximum, mean, frequency, and the 20 strongest tokens of all
-    scenarios, special tokens (BOS, chat markers) left out unless asked for. 'zarrtrace find' answers
-    from it in milliseconds. Exit code 3 if scenarios are not
-    complete, or failed, and so are not in the index.
+    scenarios; special tokens (BOS, chat markers) are left out unless asked for. 'zarrtrace find'
+    answers from it in milliseconds. Exit code 3 if scenarios are not complete, or failed, and so
+    are not in the index.
     """
     from zarrtrace.index import build_index
 

@@ -60,9 +60,9 @@ def build_index(run: Address, *, rebuild: bool = False, special: bool = False) -
     It reads the features of complete scenarios that are not in the index, on whatever scheduler
     dask is set to; tasks write their layer themselves, so a cluster needs the run in an object
     store, or its folder under the same path. If a scenario that is in the index was changed or
-    taken away, or `special` differs, all of it is built again: maxima cannot be taken back. An index that grew equals one
-    that was built at once, bit for bit. A table is read block by block of samples; scenarios that
-    failed are not in its index.
+    taken away, or `special` differs, all of it is built again: maxima cannot be taken back. An
+    index that grew equals one that was built at once, bit for bit. A table is read block by block
+    of samples; scenarios that failed are not in its index.
 
     Parameters
     ----------
