@@ -7,6 +7,7 @@ says: they would be at the top of every list.
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 
 from zarrtrace.analysis.tables import SAMPLE, is_table
@@ -26,7 +27,7 @@ def special_queries(ds: xr.Dataset) -> np.ndarray:
 
     None do where that is not known, as in traces from NPZ files.
     """
-    at = ds.indexes["key"].get_indexer(np.asarray(ds["query"].values))
+    at = ds.indexes["key"].get_indexer(pd.Index(np.asarray(ds["query"].values)))
     return np.asarray(special_keys(ds)[at] & (at >= 0))
 
 
