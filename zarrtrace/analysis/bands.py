@@ -126,8 +126,9 @@ def layer_bands(
     middle one of three equal ones is: with fewer than 10, or 20, layers nothing is supported. A
     measure that rises or falls steadily over all layers supports the last, or first, band.
     """
+    _check_number(data)
     bands, task_spans = _of_suite(data, bands, task_spans)
-    _check_bands(data, bands)
+    _check_bands(bands)
     present_spans = [name for name in task_spans if name in span_names(data)]
     require_places(data, present_spans or task_spans)
     values = _measure(data, present_spans, window)
@@ -210,8 +211,8 @@ def _of_suite(
     return bands, task_spans
 
 
-def _check_bands(data: Data, bands: Bands) -> None:
-    number = len(traces(data)) if is_run(data) else 1
+def _check_number(data: Data) -> None:
+    number = len(traces(data))
     if number < _FEWEST:
         raise ConfigError(
             f"layer_bands needs at least {_FEWEST} scenarios, and there "
@@ -220,6 +221,9 @@ def _check_bands(data: Data, bands: Bands) -> None:
             remedy="Give a run with more scenarios; attention_locality and attention_to measure "
             "single ones.",
         )
+
+
+def _check_bands(bands: Bands) -> None:
     if set(bands) != set(_MEASURES):
         raise ConfigError(
             f"bands are called {', '.join(map(repr, bands)) or 'nothing'}",
