@@ -6,18 +6,21 @@ import itertools
 import json
 from collections.abc import Sequence
 
+import fakes
 import null_attention
 import numpy as np
 import planted
 import pytest
 import synthetic
 import xarray as xr
+from click.testing import CliRunner
 from scipy import ndimage, stats
 from statsmodels.api import OLS
 
 from zarrtrace import analysis
 from zarrtrace.analysis.bands import places
 from zarrtrace.analysis.placebos import aligned, neighbours, variants
+from zarrtrace.cli.analyze_ import command
 from zarrtrace.errors import ConfigError, ScenarioError
 
 DECISION = planted.TOKENS - 1
@@ -436,3 +439,29 @@ def test_a_span_without_placebos_is_left_out_and_named():
     assert found.q.sel(source="long").isnull().all()
     assert found.placebos.sel(source="long") == 0
     assert "long is not tested" in found.attrs["findings"]
+
+
+def test_long_spans_are_compared_in_parts(monkeypatch):
+    run = planted.make_run(planted.SCENARIOS[:2], tokens=80, spans={"long": tuple(range(30, 40))})
+    whole = analysis.critical_layers(run)
+    monkeypatch.setattr("zarrtrace.analysis.placebos._BLOCK", 1)
+    xr.testing.assert_allclose(analysis.critical_layers(run), whole)
+
+
+# --- on the command line -----------------------------------------------------------------------
+
+
+def test_bands_on_the_command_line(tmp_path):
+    names = ("Risky_1", "Risky_2", "Safe_1", "Safe_2")
+    run = str(fakes.make_run(tmp_path, scenarios=names, tokens=12).path)
+    without = CliRunner().invoke(command, ["layer-bands", run])
+    assert isinstance(without.exception, ConfigError)
+    assert "no bands of layers are given" in str(without.exception)
+    bands = ["--band", "local=1-1", "--band", "task=2-2", "--band", "decision=3-3"]
+    found = CliRunner().invoke(command, ["layer-bands", run, *bands, "--task-span", "balance"])
+    assert found.exit_code == 0, found.output
+    assert "task in layers 2-2 does not hold" in found.output
+    assert "cannot be supported" in found.output
+    wrong = CliRunner().invoke(command, ["layer-bands", run, "--band", "local=1:10"])
+    assert wrong.exit_code == 2
+    assert "'local=1:10' is no band of layers such as local=1-10" in wrong.output

@@ -13,6 +13,8 @@ import numpy as np
 # Two prompts are variants of one if they share this part of the pairs of neighbouring tokens of
 # the one that has fewer.
 _ALIKE = 0.5
+# Neighbours that are looked at together.
+_BLOCK = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -162,12 +164,22 @@ def against_neighbours(
         ``(group, layer)`` means over a group's tokens, and over their neighbours; NaN beside a
         group that holds every free token.
     """
-    near, is_used = neighbours(prompt.is_free, groups, controls)
-    with np.errstate(invalid="ignore"):
-        weights = is_used / is_used.sum(-1, keepdims=True)
-    own = prompt.attention[:, groups].mean(-1)
-    beside = np.einsum("lgtn,gtn->gl", prompt.attention[:, near], weights) / groups.shape[1]
-    return own.T, beside
+    size = groups.shape[1]
+    own, beside = np.empty((2, len(groups), len(prompt.attention)))
+    # A long span has many neighbours that are its own tokens.
+    step = max(1, _BLOCK // (size * (controls + size)))
+    for start in range(0, len(groups), step):
+        some = groups[start : start + step]
+        rows = np.arange(len(some))[:, None]
+        near, is_used = neighbours(prompt.is_free, some, controls)
+        weights = np.zeros((2, len(some), len(prompt.ids)))
+        weights[0, rows, some] = 1 / size
+        with np.errstate(invalid="ignore"):
+            shares = is_used / is_used.sum(-1, keepdims=True) / size
+        # A token may be beside several of the group.
+        np.add.at(weights[1], (rows[..., None], near), shares)
+        own[start : start + step], beside[start : start + step] = weights @ prompt.attention.T
+    return own, beside
 
 
 def neighbours(
@@ -178,8 +190,10 @@ def neighbours(
     # Of two as near, the one behind: it is the later one that attention favours.
     farness = 2 * np.abs(free - at[:, None]) + (free < at[:, None])
     nearest = free[np.argsort(farness, axis=1)][:, : controls + groups.shape[1]]
-    near = nearest[groups]
-    is_other = (near[..., None] != groups[:, None, None, :]).all(-1)
+    near, rows = nearest[groups], np.arange(len(groups))[:, None]
+    is_own = np.zeros((len(groups), len(is_free)), bool)
+    is_own[rows, groups] = True
+    is_other = ~is_own[rows[..., None], near]
     return near, is_other & (np.cumsum(is_other, -1) <= controls)
 
 
