@@ -38,6 +38,7 @@ from zarrtrace.store.metadata import sealed_group
 
 LAYERS, HEADS, TOKENS, FEATURES, ACTIVE = tuple(range(1, 32)), 32, 121, 32_768, 50
 STORED = 8
+BANDS = {"local": (1, 10), "task": (11, 20), "decision": (21, 31)}
 SPANS = {"probability": [82], "goal": [76, 77, 78], "balance": [51, 52], "decision": [120]}
 
 ANALYSES: dict[str, Callable[[Any], Any]] = {
@@ -48,7 +49,7 @@ ANALYSES: dict[str, Callable[[Any], Any]] = {
     "head_roles": analysis.head_roles,
     "attention_rollout": analysis.attention_rollout,
     "attention_flow": lambda run: analysis.attention_flow(run, "balance"),
-    "layer_bands": analysis.layer_bands,
+    "layer_bands": lambda run: analysis.layer_bands(run, BANDS),
     "critical_layers": analysis.critical_layers,
     "feature_trajectory": lambda run: analysis.feature_trajectory(run, [14_826, 7]),
     "pathway_features": lambda run: analysis.pathway_features(run, "balance"),

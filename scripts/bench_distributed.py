@@ -36,7 +36,7 @@ ANALYSES: dict[str, Callable[[Any], Any]] = {
         task_spans=["balance"],
         resamples=99,
     ),
-    "critical_layers": lambda run: analysis.critical_layers(run, n_permutations=99),
+    "critical_layers": lambda run: analysis.critical_layers(run, draws=2000),
     "attention_rollout": lambda run: analysis.attention_rollout(run, "balance"),
     "attention_flow": lambda run: analysis.attention_flow(run, "balance"),
     "contrast": lambda run: analysis.contrast(run, "risky", "safe", n_permutations=99),

@@ -346,6 +346,7 @@ def make_run(
     overwrite: bool = False,
     repair: bool = False,
     limits: Limits = DEFAULT_LIMITS,
+    stated: Mapping[str, Any] | None = None,
 ) -> FakeRun:
     """Write a run of synthetic scenarios through the real writers.
 
@@ -355,6 +356,8 @@ def make_run(
         Length of every scenario, or of each one.
     drop
         Layers not to write, by scenario; such a run is not finished.
+    stated
+        What the suite file states: attributes of the run.
     finish
         Whether to finish the run; if not, traces without dropped layers are finished all the same.
     """
@@ -363,7 +366,9 @@ def make_run(
     truth: dict[str, Truth] = {}
     written: list[tuple[str, int]] = []
     lengths = [tokens] * len(scenarios) if isinstance(tokens, int) else list(tokens)
-    with RunWriter(path, scenarios, config, overwrite=overwrite, repair=repair) as run:
+    with RunWriter(
+        path, scenarios, config, stated=stated, overwrite=overwrite, repair=repair
+    ) as run:
         for number, (scenario, length) in enumerate(zip(scenarios, lengths, strict=True)):
             sizes: dict[str, Any] = {
                 "layers": tuple(layers),

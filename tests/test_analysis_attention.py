@@ -93,7 +93,8 @@ def locality_by_hand(attention: np.ndarray, window: int, exclude_first: bool) ->
         row = row / row.sum()
         rows["distance"].append(sum(p * (query - key) for key, p in enumerate(row)))
         rows["entropy"].append(-sum(p * np.log(p) for p in row if p > 0))
-        if query > window:
+        # Where no key that is left in lies outside the window, the share would be 1.
+        if query - window > (1 if exclude_first else 0):
             rows["near"].append(row[query - window : query + 1].sum())
     return {name: float(np.mean(values)) for name, values in rows.items()}
 
@@ -112,6 +113,26 @@ def test_attention_locality_row_by_row(run, heads, exclude_first):
             for name, short in (("distance",) * 2, ("entropy",) * 2, ("window_share", "near"),
                                 ("first_share", "first")):  # fmt: skip
                 assert float(here[name]) == pytest.approx(by_hand[short]), name
+
+
+@pytest.mark.parametrize("exclude_first", [False, True])
+@pytest.mark.parametrize("window", [0, 1, 5, planted.TOKENS - 3, planted.TOKENS - 2])
+def test_uniform_attention_is_as_local_as_the_window_is_wide(window, exclude_first):
+    # Every key alike: the share is the number of keys inside over that of all keys.
+    ones = np.tril(np.ones((planted.TOKENS, planted.TOKENS), np.float32))
+    ds = planted.make_trace()
+    ds["attention_mean"] = ds.attention_mean.copy(data=np.broadcast_to(ones, (6, *ones.shape)))
+    found = analysis.attention_locality(
+        ds, heads="mean", window=window, exclude_first=exclude_first
+    ).window_share
+    keys = np.arange(1, planted.TOKENS) if exclude_first else np.arange(planted.TOKENS)
+    shares = [
+        np.mean(query - keys[keys <= query] <= window)
+        for query in range(1, planted.TOKENS)
+        if (query - keys > window).any()
+    ]
+    assert max(shares, default=0) < 1
+    np.testing.assert_allclose(found, np.mean(shares) if shares else np.nan)
 
 
 def test_locality_finds_a_local_layer_and_a_sink():

@@ -31,7 +31,7 @@ ANALYSES: dict[str, Callable[[Any], Any]] = {
     "layer_bands": lambda run: analysis.layer_bands(
         run, bands={"local": (1, 1), "task": (2, 2), "decision": (3, 3)}, resamples=99
     ),
-    "critical_layers": lambda run: analysis.critical_layers(run, n_permutations=99),
+    "critical_layers": lambda run: analysis.critical_layers(run, draws=2000),
     "attention_rollout": lambda run: analysis.attention_rollout(run, ["balance"]),
     "attention_flow": lambda run: analysis.attention_flow(run, ["balance"]),
     "contrast_features": lambda run: analysis.contrast(run, "risky", "safe", n_permutations=99),

@@ -23,6 +23,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from PIL import Image
 
+import zarrtrace as zt
 from zarrtrace import analysis, figures
 from zarrtrace.cli.figures_ import command
 from zarrtrace.errors import ConfigError, ScenarioError
@@ -195,8 +196,8 @@ def test_locality_shows_mean_and_range_of_heads(run: xr.DataTree) -> None:
 
 
 def test_bands_say_what_was_found() -> None:
-    run = planted.make_run(planted.SCENARIOS[:5], layers=(2, 5, 12, 15, 22, 25))
-    found = analysis.layer_bands(run)
+    run = planted.make_run(planted.SCENARIOS[:5])
+    found = analysis.layer_bands(run, planted.BANDS)
     figure = figures.bands(found)
     for ax, name in zip(figure.axes, found["hypothesis"].values, strict=True):
         one = found.sel(hypothesis=name)
@@ -490,7 +491,7 @@ class _Page(HTMLParser):
 
 def test_the_set_of_a_run(tmp_path: Path) -> None:
     names = ("Risky_1", "Risky_2", "Safe_1", "Safe_2")
-    run = fakes.make_run(tmp_path, scenarios=names, tokens=[8, 9, 9, 10])
+    run = fakes.make_run(tmp_path, scenarios=names, tokens=[18, 19, 19, 20])
     done: list[tuple[int, int]] = []
     output = tmp_path / "out"
     index = figures.draw_run(
@@ -509,11 +510,26 @@ def test_the_set_of_a_run(tmp_path: Path) -> None:
     for key in ("pathways", "critical", "difference", "heads", "volcano", "locality"):
         assert f"run_{key}.png" in files
     assert not any(file.startswith("Risky_1") for file in files)
-    assert done[-1] == (13, 13)
-    # Layers 1 to 3 have no task band.
-    assert "Not drawn" in shown.text
-    assert "Hypothesised bands" in shown.text
-    assert "'task'" in shown.text
+    assert done[-1] == (12, 12)
+    # The suite states none.
+    assert "Hypothesised bands" not in shown.text
+    found = analysis.attention_locality(zt.open_run(run.path))
+    assert "?" not in _texts_of(figures.locality(found))
+
+
+def test_bands_are_drawn_if_the_suite_states_them(tmp_path: Path) -> None:
+    names = ("Risky_1", "Risky_2", "Safe_1", "Safe_2")
+    stated = {"bands": {"local": (1, 1), "task": (2, 2), "decision": (3, 3)}}
+    run = fakes.make_run(tmp_path, scenarios=names, tokens=[8, 9, 9, 10], stated=stated)
+    figures.draw_run(run.path, tmp_path / "out", scenarios=["Risky_2"], formats=["png"], dpi=40)
+    assert (tmp_path / "out" / "run_bands.png").exists()
+    found = analysis.attention_locality(zt.open_run(run.path))
+    figure = figures.locality(found, bands=zt.open_run(run.path).attrs["bands"])
+    assert "task?" in _texts_of(figure)
+
+
+def _texts_of(figure: Figure) -> str:
+    return " ".join(text.get_text() for ax in figure.axes for text in ax.texts)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,25 @@ from zarrtrace.storage import disk
 from zarrtrace.store import RunWriter, open_run, read_run, summarize, verify
 from zarrtrace.store.metadata import sealed_group
 
+# --- attributes --------------------------------------------------------------------------------
+
+
+def test_what_the_suite_states_is_in_the_run_and_else_not_on_disk(
+    tmp_path: Path, shared_run: fakes.FakeRun
+) -> None:
+    stated = {"bands": {"local": (1, 2), "decision": (3, 3)}, "task_spans": ["goal"]}
+    run = fakes.make_run(tmp_path, stated=stated)
+    attributes = open_run(run.path).attrs
+    assert attributes["bands"] == {"local": [1, 2], "decision": [3, 3]}
+    assert attributes["task_spans"] == ["goal"]
+    # Another hypothesis is no other run: the latest is kept.
+    other = fakes.make_run(tmp_path, stated={"bands": {"local": (1, 1)}})
+    assert other.written == []
+    assert open_run(run.path).attrs["bands"] == {"local": [1, 1]}
+    assert not {"bands", "task_spans"} & set(open_run(shared_run.path).attrs)
+    assert b"bands" not in (shared_run.path / "zarr.json").read_bytes()
+
+
 # --- resuming ----------------------------------------------------------------------------------
 
 

@@ -26,6 +26,7 @@ from zarrtrace.scenarios import (
     render_template,
     span,
     span_positions,
+    suite_attributes,
     token_positions,
 )
 
@@ -180,6 +181,25 @@ def test_jsonl_suite(tmp_path: Path) -> None:
 
 
 PROMPT = "scenarios:\n- name: a\n  prompt: Bet 5 or 5?\n"
+
+
+def test_bands_of_layers_are_stated_by_a_suite(tmp_path: Path) -> None:
+    text = (
+        "bands: {local: [1, 10], decision: [21, 31]}\ntask_spans: [goal]\nscenarios: [{prompt: a}]"
+    )
+    path = write(tmp_path, text)
+    stated = {"bands": {"local": (1, 10), "decision": (21, 31)}, "task_spans": ["goal"]}
+    assert suite_attributes(path) == suite_attributes(str(path)) == stated
+    (scenario,) = load_suite(path)
+    assert scenario.prompt == "a"
+    lines = write(tmp_path, '{"prompt": "a"}', "suite.jsonl")
+    for other in ("a prompt", [Scenario("a")], lines):
+        assert suite_attributes(other) == {}
+    assert suite_attributes(write(tmp_path, "scenarios: [{prompt: a}]", "plain.yaml")) == {}
+    assert suite_attributes(demo.suite_path())["bands"]["task"] == (11, 20)
+    wrong = write(tmp_path, "scenarios: [{prompt: a}]\nbands: {local: [3, 1]}", "wrong.yaml")
+    with pytest.raises(ScenarioError, match=r"wrong.yaml:2.*first layer 3 is above last layer 1"):
+        load_suite(wrong)
 
 
 @pytest.mark.parametrize(

@@ -242,8 +242,8 @@ def attention_locality(
         - ``distance``: mean distance back to the key, in tokens.
         - ``entropy``: Shannon's, in nats (Clark et al. 2019).
         - ``window_share``: share of attention on keys at most `window` tokens back, the query
-          itself included; over queries further than `window` from the first token only, as the
-          others have no keys outside.
+          itself included; over queries that have keys outside the window only, as the share of
+          the others is 1 by construction.
         - ``first_share``: share of attention on the first token; with `exclude_first`, what it
           took before it was left out.
 
@@ -328,7 +328,7 @@ def _locality_of_rows(
     first = 1 if exclude_first else 0
     distance = at[:, None] - keys
     near = ((distance >= 0) & (distance <= window))[:, first:]
-    has_far = at - keys[0] > window
+    has_far = (distance > window)[:, first:].any(1)
     moments = np.stack([np.ones(len(keys)), keys], axis=-1)[first:]
     out = np.empty((*block.shape[:-1], len(LOCALITY)))
     matrices, found = block.reshape(-1, *block.shape[-2:]), out.reshape(-1, *out.shape[-2:])

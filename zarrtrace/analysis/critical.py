@@ -1,41 +1,45 @@
-"""Which layers attend to a span more than its place in the prompt explains."""
+"""Which layers attend to a span more than to other tokens of the same prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 import xarray as xr
 
-from zarrtrace.analysis.attention import Weights, weighted
-from zarrtrace.analysis.resampling import MOST_EXACT, corrected, same_rows
+from zarrtrace.analysis.placebos import Compared, Prompt, compare, variants
+from zarrtrace.analysis.resampling import corrected
 from zarrtrace.analysis.selecting import (
     Data,
     Place,
     attention,
     described,
     has_span,
-    is_run,
-    label,
     per_scenario,
     positions,
     present,
-    require,
     require_places,
     require_queries,
     scenario_of,
     span_names,
+    taken,
     token_labels,
     traces,
 )
 from zarrtrace.errors import ConfigError
 from zarrtrace.scenarios import DECISION
 
-# Sums of the same numbers in another order differ by rounding, and must count as equal.
+#: With fewer different placebos, those of all layers are one distribution.
+LEAST_DRAWS = 2000
+# A standard deviation without one of the values needs two others.
+_FEWEST = 4
+# Statistics of the same numbers in another order differ by rounding, and must count as equal.
 _TIE = 1e-9
-_FEWEST = 2
+# Logarithms of ratios are cut here: in a sliding window, attention is 0 and the ratio infinite.
+_MOST = 10.0
 
 
 def critical_layers(
@@ -45,215 +49,349 @@ def critical_layers(
     *,
     controls: int = 4,
     alpha: float = 0.05,
-    least_ratio: float = 2.0,
-    n_permutations: int = 9999,
+    draws: int = 9999,
     seed: int = 0,
 ) -> xr.Dataset:
-    """Find the layers whose attention to a span stands out against its neighbourhood.
+    """Find the layers whose attention to a span stands out among other groups of tokens.
 
     Parameters
     ----------
     data
-        A run of at least two scenarios: they are the sample.
+        A run, or a trace.
     spans
         Spans to test; None takes all but the decision.
     target
         Whose attention it is; the mean over its tokens.
     controls
-        Tokens that each token of a span is compared with: the nearest ones, before and behind,
-        that are in no span, not the first token and not after the target. So they lie as far from
-        the decision as the span does.
+        Neighbours that each token is compared with: the nearest tokens, before and behind, that
+        are in no span, neither the first token nor special, and before the target.
     alpha
         False discovery rate at which a layer is called critical.
-    least_ratio
-        How many times its controls' attention a span must get in a critical layer. Scenarios of
-        one template put the same words in the same places, and words differ: a layer that gives
-        one of them a hundredth more than its neighbours does so in every scenario, and passes any
-        test.
-    n_permutations, seed
-        Of the permutations drawn where there are too many to try all.
+    draws
+        Placebos to draw, at least 2,000, if there are more.
+    seed
+        Of the draws.
 
     Returns
     -------
     xr.Dataset
-        Loaded, ``(source, layer)`` by span: ``attention`` and ``control`` (means over scenarios,
-        for one token), ``difference``, ``ratio`` (of the two means), ``cohens_d`` (mean difference
-        by its standard deviation over scenarios: Cohen's d for pairs; infinite if it does not
-        vary), ``p`` (two-sided sign-flip permutation test), ``q`` (Benjamini-Hochberg over all
-        layers and spans), ``n`` scenarios, and ``critical``: q ≤ `alpha`, more attention than the
-        controls, and at least `least_ratio` times as much. The attribute ``smallest_p`` is the
-        least that so few scenarios can give.
+        Loaded, ``(source, layer)`` by span: ``attention`` and ``control`` (of the span's tokens
+        and of their neighbours, for one token, means over scenarios), ``difference``, ``ratio``
+        (of the two), ``z`` (log ratio less the placebos' mean, by its standard error),
+        ``p`` (two-sided), ``q`` (Benjamini-Hochberg over all layers and spans), ``n`` scenarios,
+        and ``critical``: q ≤ `alpha`, and the ratio is above the placebos' mean. By span:
+        ``placebos (source)``, how many were compared, and ``smallest_p (source)``.
+
+        Attributes: ``findings`` and ``limits`` in words, ``prompts``, how many prompts there are
+        that are not variants of another, and ``smallest_p`` of all spans.
 
     Raises
     ------
     ConfigError
-        If there are fewer than two scenarios, no attention, or no token to compare with.
+        If there is no attention, or no span has enough placebos.
     ScenarioError
         If no scenario has a span.
 
     Notes
     -----
-    Under the hypothesis that attention to the span and to its controls are exchangeable, each
-    scenario's difference is as likely to have the other sign (Fisher 1935). With n scenarios the
-    smallest p is 2/2ⁿ: at five or fewer, no layer can reach 0.05.
+    Null hypothesis: the span is one of the groups of tokens of its prompt. The statistic is the
+    log of the ratio of attention to a group and to its neighbours, which lie as far from the
+    target; both are averaged over scenarios first. A placebo is a group of the span's size and
+    shape whose tokens are in no span, compared with its own neighbours.
+
+    The unit of exchange is a group of tokens of a prompt, and scenarios that are variants of one
+    prompt (they share half of their pairs of neighbouring tokens) are one unit: they have the
+    same words at the same places, and a word that gets more attention than its neighbours gets
+    it in all of them. So a placebo is the same tokens of the template in all its variants, and
+    independent between prompts that are no variants. Drawn independently in each variant,
+    placebos would average out, and nearly every word would stand out.
+
+    Where prompts together have fewer than 2,000 different placebos (a template has about a
+    hundred), the placebos of all layers are one distribution, each studentised by the other
+    groups of its layer: this assumes that the shape of the distribution, not its centre or its
+    spread, is common to the layers. p is the share of groups at least as extreme, the span itself
+    counted (Phipson & Smyth 2010). Its floor is 1/(placebos + 1), or 1/((placebos + 1) × layers):
+    with one template and k spans, q ≤ 0.05 in one layer alone takes 20 k placebos.
     """
     names = list(spans) if spans is not None else [n for n in span_names(data) if n != DECISION]
-    _check(data, names, controls)
+    _check(names, controls, draws)
     require_places(data, [*names, target])
-    of = partial(_span_and_controls, names=names, target=target, controls=controls)
-    pair = per_scenario(data, of)
-    pair = pair.reindex(source=names).compute().transpose("scenario", "source", "layer")
-    own, other = pair["own"], pair["other"]
-    difference = (own - other).to_numpy().reshape(own.sizes["scenario"], -1)
-    columns, smallest = _test(difference, n_permutations, seed)
-    shape = (own.sizes["source"], own.sizes["layer"])
-    both = (own - other).notnull()
-    out = xr.Dataset(
-        {
-            "attention": own.where(both).mean("scenario"),
-            "control": other.where(both).mean("scenario"),
-            **{
-                name: (("source", "layer"), column.reshape(shape))
-                for name, column in columns.items()
-            },
-        },
-        coords={"source": own["source"], "layer": own["layer"]},
-    ).drop_attrs()
-    out["n"] = out["n"].astype(np.int64)
-    out["ratio"] = (out["attention"] / out["control"]).where(out["control"] > 0)
-    much = out["attention"] >= least_ratio * out["control"]
-    out["critical"] = (out["q"] <= alpha) & (out["difference"] > 0) & much
+    rows = per_scenario(data, partial(_attention_row, target=target)).compute()
+    prompts = _prompts(data, rows, names, target)
+    groups = variants([prompt.ids for prompt in prompts])
+    rng = np.random.default_rng(seed)
+    by_span = {
+        name: _tested([[prompts[i] for i in group] for group in groups], name, controls, draws, rng)
+        for name in names
+    }
+    _refuse_without_placebos(by_span)
+    out = _collected(by_span, rows["layer"].values, alpha)
+    out = out.assign_attrs(
+        findings=_findings(out),
+        limits=_limits(out, len(prompts), len(groups), alpha),
+        prompts=len(groups),
+        smallest_p=float(out["smallest_p"].min()),
+    )
     return described(
-        out.assign_attrs(smallest_p=smallest),
+        out,
         data,
         "critical_layers",
-        "attention to a span's tokens less that to the nearest tokens outside spans, paired over "
-        "scenarios; sign-flip permutation test (Fisher 1935), Benjamini-Hochberg (1995)",
+        "log ratio of attention to a span's tokens and to the nearest tokens outside spans; p from "
+        "placebo groups of tokens of the same prompts, Benjamini-Hochberg (1995)",
         spans=names,
         target=target,
         controls=controls,
         alpha=alpha,
-        least_ratio=least_ratio,
-        n_permutations=n_permutations,
+        draws=draws,
         seed=seed,
     )
 
 
-def _check(data: Data, names: Sequence[str], controls: int) -> None:
-    number = len(traces(data)) if is_run(data) else 1
-    if number < _FEWEST:
-        raise ConfigError(
-            "critical_layers needs a run of at least two scenarios",
-            why="Scenarios are the sample whose differences are tested.",
-            remedy="Give the run; attention_to measures a single trace.",
-        )
+def _check(names: Sequence[str], controls: int, draws: int) -> None:
     if controls < 1 or not names:
         raise ConfigError(
             f"nothing to compare: {len(names)} spans, {controls} controls",
             remedy="Give at least one of each.",
         )
-
-
-def control_tokens(ds: xr.Dataset, span: str, target: Place, controls: int) -> list[list[int]]:
-    """Return, for each token of a span, the nearest tokens that are in no span.
-
-    Raises
-    ------
-    ConfigError
-        If there is no such token.
-    """
-    free = _free_tokens(ds, target)
-    if not len(free):
+    if draws < LEAST_DRAWS:
         raise ConfigError(
-            f"{scenario_of(ds)}: no token to compare {span!r} with",
-            why="Every token before the target is in a span, or is the first.",
-            remedy="Leave this scenario out; its prompt has nothing but spans.",
+            f"{draws} draws are too few",
+            why="q is corrected for all layers and spans, so p must be able to be very small.",
+            remedy=f"Give at least {LEAST_DRAWS}.",
         )
-    # Nearest first; of two as near, the one behind: it is the later one that attention favours.
-    return [
-        sorted(free[np.lexsort((-free, np.abs(free - token)))][:controls].tolist())
-        for token in positions(ds, span)
-    ]
 
 
-def _free_tokens(ds: xr.Dataset, target: Place) -> np.ndarray:
-    """Return the positions up to the target that are in no span, but for the first."""
-    tokens, targets = token_labels(ds), positions(ds, target)
-    taken = {int(tokens[0]), *targets}
-    for name in span_names(ds):
-        taken.update(positions(ds, name))
-    return np.array([t for t in tokens.tolist() if t not in taken and t <= max(targets)], np.int64)
+# --- prompts -----------------------------------------------------------------------------------
 
 
-def _span_and_controls(
-    ds: xr.Dataset, names: Sequence[str], target: Place, controls: int
-) -> xr.Dataset | None:
-    """Return mean attention ``(source, layer)`` to each span's tokens and to their controls."""
-    require(ds, "attention_mean")
-    here = [name for name in names if has_span(ds, name)]
-    if not here or not present(ds, [target]):
+def _attention_row(ds: xr.Dataset, target: Place) -> xr.DataArray | None:
+    """Return the attention that a target pays, ``(layer, key)`` float64."""
+    array = attention(ds, "mean")
+    if not present(ds, [target]):
         return None
     queries = positions(ds, target)
     require_queries(ds, queries)
-    compared = [(positions(ds, name), control_tokens(ds, name, target, controls)) for name in here]
-    keys = token_labels(ds)
-    values = np.zeros((2, len(here), len(keys)))
-    for row, (tokens, nearest) in enumerate(compared):
-        for token, others in zip(tokens, nearest, strict=True):
-            values[0, row, keys == token] = 1 / len(tokens)
-            # A control that is near to several of the span's tokens counts for each of them.
-            values[1, row, np.isin(keys, others)] += 1 / len(tokens) / len(others)
-    used = values.any((0, 1))
-    rows = Weights(
-        [label(target)], np.asarray(queries), np.full((1, len(queries)), 1 / len(queries))
-    )
-    columns = Weights(2 * here, keys[used], values[..., used].reshape(2 * len(here), -1))
-    found = weighted(attention(ds, "mean"), rows, columns).isel(target=0, drop=True)
-    own, other = slice(len(here)), slice(len(here), None)
-    return xr.Dataset({"own": found.isel(source=own), "other": found.isel(source=other)})
+    return taken(array, query=queries).mean("query", skipna=False, dtype=np.float64)
 
 
-def _test(
-    differences: np.ndarray, n_permutations: int, seed: int
-) -> tuple[dict[str, np.ndarray], float]:
-    """Return statistics of each column of ``(scenario, column)``, and the smallest p there is."""
-    present = ~np.isnan(differences)
-    columns = {
-        name: np.full(differences.shape[1], np.nan) for name in ("difference", "cohens_d", "p")
-    }
-    smallest = 1.0
-    for rows, which in same_rows(present):
-        if rows.sum() < _FEWEST:
+def _prompts(data: Data, rows: xr.DataArray, names: Sequence[str], target: Place) -> list[Prompt]:
+    """Return the prompts that have the target, with those of the spans that it can attend to."""
+    found = []
+    every = rows.transpose(..., "layer", "key").values
+    by_scenario = every if every.ndim > 2 else every[None]
+    for row, ds in zip(by_scenario, traces(data).values(), strict=True):
+        if not present(ds, [target]):
             continue
-        values = differences[np.ix_(rows, which)]
-        mean, spread = values.mean(0), values.std(0, ddof=1)
-        columns["difference"][which] = mean
-        with np.errstate(divide="ignore", invalid="ignore"):
-            columns["cohens_d"][which] = mean / np.where(np.ptp(values, axis=0) == 0, 0, spread)
-        columns["p"][which], least = sign_flips(values, n_permutations, seed)
-        smallest = min(smallest, least)
-    columns["q"] = corrected(columns["p"])
-    columns["n"] = present.sum(0)
-    return columns, smallest
+        keys = token_labels(ds)
+        last = max(positions(ds, target))
+        own = {n: np.unique(positions(ds, n)) for n in names if has_span(ds, n)}
+        found.append(
+            Prompt(
+                ids=_token_ids(ds),
+                attention=row[:, rows.indexes["key"].get_indexer(keys)],
+                is_free=_free_tokens(ds, target),
+                spans={n: np.searchsorted(keys, at) for n, at in own.items() if at[0] <= last},
+            )
+        )
+    return found
 
 
-def sign_flips(values: np.ndarray, n_permutations: int, seed: int) -> tuple[np.ndarray, float]:
-    """Test whether the mean of each column ``(n, m)`` is 0, by flipping the rows' signs.
+def _token_ids(ds: xr.Dataset) -> np.ndarray:
+    if "token_id" not in ds.coords:
+        raise ConfigError(
+            f"{scenario_of(ds)}: the trace has no token ids",
+            why="Variants of a prompt are recognised by their tokens.",
+            remedy="Keep the coordinate 'token_id'.",
+        )
+    return np.asarray(ds["token_id"].values)
 
-    Returns
-    -------
-    p
-        ``(m,)`` two-sided; exact if all 2ⁿ flips are at most 10,000.
-    smallest
-        The smallest p that there can be.
+
+def _free_tokens(ds: xr.Dataset, target: Place) -> np.ndarray:
+    """Tell which tokens up to the target are in no span, not the first and not special."""
+    tokens, targets = token_labels(ds), positions(ds, target)
+    taken_up = {int(tokens[0]), *targets}
+    for name in span_names(ds):
+        taken_up.update(positions(ds, name))
+    is_free = ~np.isin(tokens, list(taken_up)) & (tokens <= max(targets))
+    if "special" in ds.coords and ds["special"].dims == ("key",):
+        is_free &= ~ds["special"].values
+    return np.asarray(is_free)
+
+
+# --- test --------------------------------------------------------------------------------------
+
+
+class _Tested(NamedTuple):
+    """One span's columns ``(layer,)``, and how many placebos there were."""
+
+    columns: dict[str, np.ndarray]
+    placebos: int
+    smallest_p: float
+
+
+def _tested(
+    groups: Sequence[Sequence[Prompt]],
+    span: str,
+    controls: int,
+    draws: int,
+    rng: np.random.Generator,
+) -> _Tested | None:
+    """Test one span, given the prompts by what they are variants of."""
+    having = [[one for one in group if span in one.spans and one.is_free.any()] for group in groups]
+    parts = [compare(group, span, controls) for group in having if group]
+    parts = [part for part in parts if len(part.own) > 1]
+    sizes = [len(part.own) for part in parts]
+    if not parts or math.prod(sizes) <= _FEWEST:
+        return None
+    own, beside = _averaged(parts, _choices(sizes, draws, rng))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.clip(np.log2(own / beside), -_MOST, _MOST)
+    z, p, smallest = _among_placebos(logs)
+    columns = {
+        "attention": own[0],
+        "control": beside[0],
+        "difference": own[0] - beside[0],
+        "ratio": np.divide(own[0], beside[0], out=np.full_like(z, np.nan), where=beside[0] > 0),
+        "z": z,
+        "p": p,
+        "n": np.sum([part.n for part in parts], axis=0),
+    }
+    return _Tested(columns, len(own) - 1, smallest)
+
+
+def _choices(sizes: Sequence[int], draws: int, rng: np.random.Generator) -> np.ndarray:
+    """Return numbers of groups, one of each prompt ``(choice, prompt)``: all choices, or some.
+
+    The span is number 0 of each prompt, and first. It is among what is drawn of each prompt, too:
+    one of its words may be extreme in one prompt alone.
     """
-    n = len(values)
-    if 2**n <= MOST_EXACT:
-        signs = np.array(list(product((1.0, -1.0), repeat=n)))
-    else:
-        drawn = np.random.default_rng(seed).choice((1.0, -1.0), (n_permutations, n))
-        signs = np.vstack([np.ones(n), drawn])
-    observed = np.abs(values.sum(0))
-    tolerance = _TIE * np.abs(values).sum(0)
-    reached = np.abs(signs @ values) >= observed - tolerance
-    return reached.mean(0), (2 if 2**n <= MOST_EXACT else 1) / len(signs)
+    if math.prod(sizes) <= draws:
+        return np.stack(np.unravel_index(np.arange(math.prod(sizes)), sizes), axis=1)
+    return np.vstack([np.zeros(len(sizes), np.int64), rng.integers(0, sizes, (draws, len(sizes)))])
+
+
+def _averaged(parts: Sequence[Compared], chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return means over scenarios ``(choice, layer)`` of the groups chosen in each prompt."""
+    weights = np.array([part.n for part in parts], dtype=np.float64)
+    with np.errstate(invalid="ignore"):
+        weights /= weights.sum(0)
+    means = np.zeros((2, len(chosen), weights.shape[1]))
+    for part, weight, numbers in zip(parts, weights, chosen.T, strict=True):
+        for at, values in enumerate((part.own, part.beside)):
+            # A prompt whose layer is missing weighs nothing there.
+            means[at] += weight * np.where(weight > 0, values, 0)[numbers]
+    means[:, :, ~np.isfinite(weights).all(0)] = np.nan
+    return means[0], means[1]
+
+
+def _among_placebos(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return z and p ``(layer,)`` of the first of many statistics ``(choice, layer)``.
+
+    Also the smallest p that there can be.
+    """
+    count, layers = values.shape
+    z, p = np.full(layers, np.nan), np.full(layers, np.nan)
+    usable = np.isfinite(values).all(0) & (np.ptp(values, axis=0) > 0)
+    scores = _studentised(values[:, usable])
+    z[usable] = scores[0]
+    if count > LEAST_DRAWS:
+        p[usable] = (np.abs(scores) >= np.abs(scores[0]) - _TIE).mean(0)
+        return z, p, 1 / count
+    # A score without a value has no spread around it: it is as extreme as can be.
+    every = np.sort(np.nan_to_num(np.abs(scores), nan=np.inf).ravel())
+    below = np.searchsorted(every, np.abs(scores[0]) - _TIE)
+    p[usable] = (every.size - below) / max(every.size, 1)
+    return z, p, 1 / max(every.size, 1)
+
+
+def _studentised(values: np.ndarray) -> np.ndarray:
+    """Return each value of a column less the others' mean, by the error that this predicts."""
+    others = len(values) - 1
+    # Around the mean of all, where squares cancel least.
+    centred = values - values.mean(0)
+    variance = ((centred**2).sum(0) - centred**2 * (1 + 1 / others)) / (others - 1)
+    error = np.sqrt(np.maximum(variance, 0) * (1 + 1 / others))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(centred * (1 + 1 / others) / error)
+
+
+# --- results -----------------------------------------------------------------------------------
+
+
+def _refuse_without_placebos(by_span: Mapping[str, _Tested | None]) -> None:
+    if not any(by_span.values()):
+        raise ConfigError(
+            f"nothing to compare {', '.join(map(repr, by_span))} with",
+            why=f"Fewer than {_FEWEST} groups of as many tokens are outside spans and before the "
+            "target.",
+            remedy="Test shorter spans, or prompts with more text beside them.",
+        )
+
+
+def _collected(
+    by_span: Mapping[str, _Tested | None], layers: np.ndarray, alpha: float
+) -> xr.Dataset:
+    """Return the columns of all spans ``(source, layer)``, with q and what is critical."""
+    tested = [one for one in by_span.values() if one]
+    absent = dict.fromkeys(tested[0].columns, np.full(len(layers), np.nan))
+    columns = [one.columns if one else absent for one in by_span.values()]
+    out = xr.Dataset(
+        {
+            name: (("source", "layer"), np.array([column[name] for column in columns]))
+            for name in absent
+        },
+        coords={"source": list(by_span), "layer": layers},
+    )
+    out["n"] = out["n"].fillna(0).astype(np.int64)
+    out["q"] = (("source", "layer"), corrected(out["p"].values))
+    out["critical"] = (out["q"] <= alpha) & (out["z"] > 0)
+    out["placebos"] = ("source", [one.placebos if one else 0 for one in by_span.values()])
+    out["smallest_p"] = ("source", [one.smallest_p if one else 1.0 for one in by_span.values()])
+    return out
+
+
+def _findings(out: xr.Dataset) -> str:
+    """Say in which layers each span stands out, a sentence each."""
+    lines = []
+    for name in out["source"].values.tolist():
+        one = out.sel(source=name)
+        if not int(one["placebos"]):
+            lines.append(f"{name} is not tested: no group of tokens to compare it with.")
+            continue
+        found = one.sel(layer=one["critical"].values)
+        if not found.sizes["layer"]:
+            lines.append(f"{name} stands out in no layer.")
+            continue
+        layers = ", ".join(
+            f"{int(layer)} ({float(ratio):.1f}×)"
+            for layer, ratio in zip(found["layer"], found["ratio"], strict=True)
+        )
+        lines.append(
+            f"{name} stands out in layer{'s' * (found.sizes['layer'] > 1)} {layers}: attention to "
+            "it over that to the tokens beside it."
+        )
+    return "\n".join(lines)
+
+
+def _limits(out: xr.Dataset, scenarios: int, prompts: int, alpha: float) -> str:
+    """Say how small p can be, and what was compared."""
+    tested = out.sel(source=out["placebos"].values > 0)
+    fewest, floor = int(tested["placebos"].min()), float(tested["smallest_p"].max())
+    pooled = ", pooled over layers," if fewest < LEAST_DRAWS else ""
+    # Benjamini-Hochberg: this many at the smallest p are needed.
+    needed = math.ceil(floor * int(out["p"].notnull().sum()) / alpha)
+    together = (
+        f" {needed} layers must stand out together to have q <= {alpha:g}." if needed > 1 else ""
+    )
+    of_one = (
+        f"The {scenarios} scenarios are variants of {prompts} prompt{'s' * (prompts > 1)}, and "
+        f"count as {prompts}: "
+        if prompts < scenarios
+        else ""
+    )
+    text = (
+        f"{of_one}{fewest} placebos or more a span{pooled} give p no smaller than "
+        f"{floor:.2g}.{together} A small q says that a span is no common group of tokens of these "
+        "prompts, not why."
+    )
+    return text[0].upper() + text[1:]

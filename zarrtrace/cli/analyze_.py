@@ -56,6 +56,24 @@ class Place(click.ParamType[str | int]):
         return int(text) if text.removeprefix("-").isdecimal() else text
 
 
+class Band(click.ParamType[tuple[str, tuple[int, int]]]):
+    """A band of layers: its name, first and last layer."""
+
+    name = "NAME=FIRST-LAST"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, tuple[int, int]]:
+        """Parse ``local=1-10``."""
+        if isinstance(value, tuple):
+            return value
+        band, _, layers = str(value).partition("=")
+        first, _, last = layers.partition("-")
+        if not (band and first.isdecimal() and last.isdecimal()):
+            self.fail(f"{value!r} is no band of layers such as local=1-10.", param, ctx)
+        return band, (int(first), int(last))
+
+
 def _option(*names: str, **settings: Any) -> Callable[..., Any]:
     return option(*names, group=QUESTION, **settings)
 
@@ -163,8 +181,23 @@ _ANALYSES: dict[str, Analysis] = {
     "layer-bands": Analysis(
         "layer_bands",
         "Test that attention is local, then about the task, then about the decision.",
-        "",
+        "--band local=1-10 --band task=11-20 --band decision=21-31",
         (
+            _option(
+                "--band",
+                "bands",
+                type=Band(),
+                multiple=True,
+                help="First and last layer of 'local', 'task' and 'decision'. Repeatable.  "
+                "[default: of the suite file]",
+            ),
+            _option(
+                "--task-span",
+                "task_spans",
+                multiple=True,
+                metavar="NAME",
+                help="States the task. Repeatable.  [default: of the suite file, else all]",
+            ),
             _WINDOW,
             _option(
                 "--resamples",
@@ -178,19 +211,18 @@ _ANALYSES: dict[str, Analysis] = {
     ),
     "critical-layers": Analysis(
         "critical_layers",
-        "Layers whose attention to a span stands out against control tokens.",
+        "Layers whose attention to a span stands out among other groups of tokens.",
         "--span balance",
         (
             _SPANS,
             _TARGET,
             _option(
-                "--least-ratio",
-                type=click.FloatRange(0),
-                default=2.0,
+                "--draws",
+                type=click.IntRange(2000),
+                default=9999,
                 show_default=True,
-                help="Attention to the span over that to control tokens.",
+                help="Placebos to draw, if there are more.",
             ),
-            _PERMUTATIONS,
             _SEED,
         ),
     ),
@@ -400,6 +432,8 @@ def _compute(function: str, data: Any, given: dict[str, Any]) -> Any:
     arguments = {name: _plain(value) for name, value in given.items() if value not in (None, ())}
     if function == "contrast":
         arguments |= _groups(data, arguments)
+    if "bands" in arguments:
+        arguments["bands"] = dict(arguments["bands"])
     if "sae" in arguments:
         data = analysis.of_sae(data, arguments.pop("sae"))
     if function == "relate":

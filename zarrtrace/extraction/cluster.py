@@ -24,7 +24,7 @@ from distributed import Client, Future, KilledWorker
 
 from zarrtrace.errors import ClusterError, ConfigError, install_command
 from zarrtrace.extraction import worker
-from zarrtrace.extraction.job import Options, find_scenarios
+from zarrtrace.extraction.job import Options, find_scenarios, stated_by_suite
 from zarrtrace.extraction.progress import Progress, Shown, say
 from zarrtrace.extraction.running import as_before, saying_how_much_room
 from zarrtrace.extraction.worker import Measured, Order, Settled, Setup
@@ -105,6 +105,7 @@ def extract_on_cluster(
             output,
             names,
             plan.config,
+            stated=stated_by_suite(asked),
             overwrite=overwrite,
             repair=repair,
             accept_versions=accept_versions,

@@ -26,7 +26,7 @@ from zarrtrace.format.attributes import (
 from zarrtrace.format.layout import TraceShape
 from zarrtrace.hub import cache_if_unreachable
 from zarrtrace.records import TracePlan
-from zarrtrace.scenarios import Scenario, ScenarioStream, stream
+from zarrtrace.scenarios import Scenario, ScenarioStream, stream, suite_attributes
 from zarrtrace.scenarios.positions import Positions, as_json, as_text, check_spans, positions_of
 
 if TYPE_CHECKING:  # they import torch
@@ -725,6 +725,11 @@ def find_stream(options: Options, loaded: Loaded = _NOTHING) -> ScenarioStream:
     scenarios = stream(_given(options)).only(options.only)
     check_spans(options.positions, scenarios, "--positions")
     return scenarios
+
+
+def stated_by_suite(options: Options) -> dict[str, Any]:
+    """Return attributes of the run that the suite file states: its bands of layers."""
+    return suite_attributes(_given(options))
 
 
 def _given(options: Options) -> Any:

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 from zarrtrace.errors import IntegrityError, NoSpaceError, readable
 from zarrtrace.extraction.estimate import estimate
 from zarrtrace.extraction.interrupts import held_back
-from zarrtrace.extraction.job import Job, Loaded, Options, capture_package, prepare
+from zarrtrace.extraction.job import (
+    Job,
+    Loaded,
+    Options,
+    capture_package,
+    prepare,
+    stated_by_suite,
+)
 from zarrtrace.extraction.processes import FEW_TRACES, WriterPool, WriterProcesses
 from zarrtrace.extraction.progress import Progress, Shown, Watch, say
 from zarrtrace.extraction.writers import (
@@ -119,6 +126,7 @@ def extract_run(
                 output,
                 list(layers),
                 job.config,
+                stated=stated_by_suite(options),
                 overwrite=overwrite,
                 repair=repair,
                 accept_versions=accept_versions,

@@ -242,7 +242,7 @@ def critical_chart(critical: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     number = int(critical["n"].max())
     ax.set_title(
         f"attention to a span against the tokens beside it, {number} scenarios "
-        f"(• critical: q ≤ {asked['alpha']}, ≥ {asked['least_ratio']:g} times as much)",
+        f"(• critical: more than placebos, q ≤ {asked['alpha']})",
         loc="left",
     )
     return ax

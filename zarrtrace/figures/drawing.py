@@ -21,7 +21,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
-from zarrtrace.analysis.bands import BANDS
+from zarrtrace.analysis.bands import Bands
 from zarrtrace.analysis.selecting import Data, positions, provenance, span_names
 from zarrtrace.errors import ConfigError
 from zarrtrace.figures.labels import drawable, label_tokens, thinned
@@ -274,17 +274,19 @@ def label_layers(ax: Axes, layers: Sequence[int], *, side: Literal["x", "y"] = "
     axis.set_ticks(shown, labels=[f"L{layers[i]}" for i in shown])
 
 
-def shade_bands(ax: Axes, layers: Sequence[int], *, names: bool = True) -> None:
-    """Shade the hypothesised bands of layers, on an x axis of layer numbers."""
+def shade_bands(
+    ax: Axes, layers: Sequence[int], bands: Bands | None = None, *, names: bool = True
+) -> None:
+    """Shade the given bands of layers, on an x axis of layer numbers."""
     first, last = min(layers), max(layers)
-    for number, (name, (start, stop)) in enumerate(BANDS.items()):
+    for number, (name, (start, stop)) in enumerate((bands or {}).items()):
         low, high = max(first, start) - 0.5, min(last, stop) + 0.5
         if low >= high:
             continue
         ax.axvspan(low, high, color=("#f3f3f3", "#e6e6e6")[number % 2], lw=0, zorder=0)
         if names:
             ax.text(
-                (low + high) / 2, 0.985, f"{name}?", transform=ax.get_xaxis_transform(),
+                (low + high) / 2, 0.985, f"{drawable(name)}?", transform=ax.get_xaxis_transform(),
                 ha="center", va="top", fontsize=5.5, color="#555555",
             )  # fmt: skip
     ax.set_xlim(first - 0.5, last + 0.5)

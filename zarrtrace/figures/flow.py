@@ -18,6 +18,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from zarrtrace.analysis import attention_rollout, attention_to
+from zarrtrace.analysis.bands import Bands
 from zarrtrace.analysis.selecting import (
     positions,
     require,
@@ -57,6 +58,7 @@ def pathway_strength(
     attention: xr.DataArray,
     *,
     groups: Groups | None = None,
+    bands: Bands | None = None,
     figure: Figure | None = None,
 ) -> Figure:
     """Strength of each pathway to the target by layer, all scenarios.
@@ -68,6 +70,8 @@ def pathway_strength(
         target: ``([scenario,] [source,] layer)``.
     groups
         Names of scenarios by group, such as ``{"risky": [...], "safe": [...]}``.
+    bands
+        First and last layer of hypothesised bands to shade, by name; None shades none.
     figure
         Where to draw; a new figure if None.
 
@@ -91,7 +95,7 @@ def pathway_strength(
     target = np.asarray(_parameter(attention, "target", [DECISION])).tolist()[0]
     lines = []
     for ax, source in zip(axes, sources, strict=True):
-        shade_bands(ax, layers)
+        shade_bands(ax, layers, bands)
         lines = lines_by_layer(ax, attention.sel(source=source), groups)
         layer_axis(ax, layers)
         ax.set_ylim(0, top * 1.12)
@@ -165,13 +169,17 @@ def flow_diagram(
 
 
 @styled
-def locality(result: xr.Dataset, *, figure: Figure | None = None) -> Figure:
-    """How local attention is by layer, with the hypothesised bands.
+def locality(
+    result: xr.Dataset, *, bands: Bands | None = None, figure: Figure | None = None
+) -> Figure:
+    """How local attention is, by layer.
 
     Parameters
     ----------
     result
         What :func:`zarrtrace.analysis.attention_locality` returned.
+    bands
+        First and last layer of hypothesised bands to shade, by name; None shades none.
     figure
         Where to draw; a new figure if None.
 
@@ -186,7 +194,7 @@ def locality(result: xr.Dataset, *, figure: Figure | None = None) -> Figure:
     for ax, (name, title) in zip(axes, _LOCALITY_TITLES.items(), strict=True):
         values = result[name]
         values = values.mean("scenario") if "scenario" in values.dims else values
-        shade_bands(ax, layers)
+        shade_bands(ax, layers, bands)
         mean = values
         if "head" in values.dims:
             mean = values.mean("head")
@@ -302,9 +310,9 @@ def _parameter(result: xr.DataArray | xr.Dataset, name: str, otherwise: object) 
 
 
 def _numbers(one: xr.Dataset) -> str:
-    """Return an estimate and its interval."""
-    values = [f"{float(one[name]):+.4f}" for name in ("estimate", "low", "high")]
-    return "{} [{}, {}]".format(*values).replace("-", "−")
+    """Return an estimate, its interval and its p."""
+    estimate, low, high = (f"{float(one[name]):+.4f}" for name in ("estimate", "low", "high"))
+    return f"{estimate} [{low}, {high}], p {float(one['p']):.2g}".replace("-", "−")
 
 
 def _wrapped(text: str, width: int = 34) -> str:

@@ -92,7 +92,7 @@ def draw_run(
     names = _evenly(known, MOST_DRAWN) if scenarios is None else chosen_names(known, scenarios)
     run = _open(path)
     output.mkdir(parents=True, exist_ok=True)
-    tasks = _tasks(names)
+    tasks = _tasks(names, has_bands="bands" in run.attrs)
     draw = functools.partial(
         _draw, path, str(output), formats=tuple(dict.fromkeys(formats)), dpi=dpi
     )
@@ -125,9 +125,13 @@ def _evenly(names: Sequence[str], most: int) -> Sequence[str]:
     return [names[number * len(names) // most] for number in range(most)]
 
 
-def _tasks(scenarios: Sequence[str]) -> list[_Task]:
+def _tasks(scenarios: Sequence[str], *, has_bands: bool) -> list[_Task]:
     """List the figures of a run, those over scenarios first."""
-    tasks = [_Task(drawing.key, None, f"run_{drawing.key}") for drawing in _OF_RUN]
+    tasks = [
+        _Task(drawing.key, None, f"run_{drawing.key}")
+        for drawing in _OF_RUN
+        if has_bands or drawing.make is not _bands
+    ]
     return tasks + [
         _Task(drawing.key, name, f"{stem}_{drawing.key}")
         for name, stem in zip(scenarios, _stems(scenarios), strict=True)
@@ -216,7 +220,8 @@ def _contrast(run: xr.DataTree, **options: Any) -> xr.Dataset:
 
 def _pathways(run: xr.DataTree) -> tuple[Figure, Any]:
     result = analysis.attention_to(run)
-    return flow.pathway_strength(result, groups=default_groups(run) or None), result
+    groups = default_groups(run) or None
+    return flow.pathway_strength(result, groups=groups, bands=run.attrs.get("bands")), result
 
 
 def _critical(run: xr.DataTree) -> tuple[Figure, Any]:
@@ -247,7 +252,7 @@ def _trajectory(run: xr.DataTree) -> tuple[Figure, Any]:
 
 def _locality(run: xr.DataTree) -> tuple[Figure, Any]:
     result = analysis.attention_locality(run)
-    return flow.locality(result), result
+    return flow.locality(result, bands=run.attrs.get("bands")), result
 
 
 def _bands(run: xr.DataTree) -> tuple[Figure, Any]:
@@ -261,15 +266,15 @@ _OF_RUN = (
              "Thin: scenarios; thick: means of groups.", _pathways),
     _Drawing("critical", "Critical layers",
              "How many times the attention that tokens beside it get goes to a span (log₂; dots: "
-             "sign-flip permutation test over scenarios, Benjamini–Hochberg, and twice as much).",
+             "more than placebo groups of tokens of the same prompts, Benjamini–Hochberg).",
              _critical),
     _Drawing("bands", "Hypothesised bands",
              "Whether attention is local, then about the task, then about the decision. Dashed: "
              "means of bands; below the name, how much the hypothesised band exceeds the others, "
-             "with its 95 % interval over scenarios.", _bands),
+             "with its 95 % interval over scenarios, and p over places of the bands.", _bands),
     _Drawing("locality", "Locality of attention",
              "How far back attention reaches, by layer: mean over heads and scenarios, and the "
-             "range of heads. Shaded: the hypothesised bands of layers.", _locality),
+             "range of heads. Shaded: the bands of layers that the suite file states.", _locality),
     _Drawing("difference", "Difference map",
              "Attention of the decision to the spans, one group less the other.", _difference),
     _Drawing("heads", "Difference by head",

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -19,11 +20,13 @@ from pydantic import (
     NonNegativeInt,
     PlainSerializer,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     StrictBool,
     StrictFloat,
     StrictInt,
     StrictStr,
     WithJsonSchema,
+    model_serializer,
     model_validator,
 )
 
@@ -46,6 +49,17 @@ class Frozen(BaseModel):
     """A value that never changes and refuses unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Extensible(Frozen):
+    """A value some of whose fields are left out where they are None: older stores lack them."""
+
+    left_out: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = write(self)
+        return {k: v for k, v in found.items() if v is not None or k not in self.left_out}
 
 
 # --- layers ------------------------------------------------------------------------------------
@@ -95,6 +109,16 @@ Layers = Annotated[
     PlainSerializer(ranges, return_type=str),
     WithJsonSchema({"type": "string", "pattern": f"^{_RANGES.pattern}$"}),
 ]
+
+
+def _ascending(layers: tuple[int, int]) -> tuple[int, int]:
+    if layers[0] > layers[1]:
+        raise ValueError(f"first layer {layers[0]} is above last layer {layers[1]}")
+    return layers
+
+
+#: First and last layer of a band, both included.
+LayerRange = Annotated[tuple[NonNegativeInt, NonNegativeInt], AfterValidator(_ascending)]
 
 
 # --- parts -------------------------------------------------------------------------------------
@@ -347,8 +371,10 @@ class TraceAttributes(Frozen):
         return tuple(n for n in self.layers if n not in without)
 
 
-class RunAttributes(Frozen):
+class RunAttributes(Extensible):
     """The attributes of a run's group."""
+
+    left_out: ClassVar[frozenset[str]] = frozenset(("bands", "task_spans"))
 
     zarr_conventions: tuple[dict[str, str], ...] = CONVENTIONS
     format_version: Literal[2] = 2
@@ -358,6 +384,15 @@ class RunAttributes(Frozen):
     dtype: str | None = Field(default=None, description="As in `config`.")
     layers: str | None = Field(default=None, description="As in `config`.")
     sae_release: str | None = Field(default=None, description="As in `config`.")
+    bands: dict[str, LayerRange] | None = Field(
+        default=None,
+        description="First and last layer of the bands that the suite file states; left out if it "
+        "states none.",
+    )
+    task_spans: tuple[str, ...] | None = Field(
+        default=None,
+        description="Spans that state the task, by the suite file; left out if it names none.",
+    )
     config: dict[str, Any] = Field(description="What was asked for; a resumed run must ask again.")
     complete: bool = False
     seal: Seal | None = Field(default=None, description=_SEAL)

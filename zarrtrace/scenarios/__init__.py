@@ -18,7 +18,13 @@ from zarrtrace.scenarios.names import DECISION, check_name, name_key
 from zarrtrace.scenarios.scenario import Scenario
 from zarrtrace.scenarios.spans import CharRange, span, span_positions, token_positions
 from zarrtrace.scenarios.streams import ScenarioStream
-from zarrtrace.scenarios.suite import as_scenarios, load_suite, read_columns, stream
+from zarrtrace.scenarios.suite import (
+    as_scenarios,
+    load_suite,
+    read_columns,
+    stream,
+    suite_attributes,
+)
 from zarrtrace.scenarios.templates import render_template
 
 __all__ = [
@@ -43,6 +49,7 @@ __all__ = [
     "span",
     "span_positions",
     "stream",
+    "suite_attributes",
     "token_positions",
     "typed_column",
 ]

@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from zarrtrace.errors import ScenarioError
+from zarrtrace.format.attributes import LayerRange
 from zarrtrace.scenarios.metadata import RESERVED, Value, check_metadata_name, plain_value
 from zarrtrace.scenarios.names import IDENTIFIER
 from zarrtrace.suggestions import closest
@@ -154,6 +155,15 @@ class SuiteFile(_Strict):
     )
     marks: bool | None = Field(
         default=None, description="Of entries that do not say it themselves."
+    )
+    bands: dict[_SpanName, LayerRange] | None = Field(
+        default=None,
+        description="Bands of layers that are hypothesised of the model, as `local: [1, 10]`: "
+        "first and last layer. `analyze layer-bands` tests `local`, `task` and `decision`; figures "
+        "shade them.",
+    )
+    task_spans: Annotated[list[_SpanName], Field(min_length=1)] | None = Field(
+        default=None, description="Spans that state the task, for `analyze layer-bands`."
     )
     scenarios: list[ScenarioEntry] = Field(min_length=1)
 

@@ -177,6 +177,30 @@ def _yaml_stream(path: Path) -> ScenarioStream:
     return ScenarioStream(Source(drafts, str(path)))
 
 
+def suite_attributes(given: Any) -> dict[str, Any]:
+    """Return ``bands`` and ``task_spans``, which a suite's YAML file may state for its runs.
+
+    Parameters
+    ----------
+    given
+        What :func:`stream` takes.
+
+    Raises
+    ------
+    ScenarioError
+        If it is a YAML file that cannot be read.
+    """
+    if not isinstance(given, str | os.PathLike) or (isinstance(given, str) and not _is_file(given)):
+        return {}
+    path = Path(given)
+    if path.suffix.lower() not in (".yaml", ".yml"):
+        return {}
+    with _readable(path):
+        suite, _ = parse_yaml(path, path.read_bytes().decode("utf-8-sig"))
+    stated = {"bands": suite.bands, "task_spans": suite.task_spans}
+    return {name: value for name, value in stated.items() if value is not None}
+
+
 def _watched(path: Path, files: Sequence[Path], read: Callable[[], Entries]) -> ScenarioStream:
     """Stream files that are read again and again, and refused as soon as one has changed."""
     first: list[tuple[int, int]] = []

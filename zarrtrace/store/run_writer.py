@@ -80,6 +80,8 @@ class RunWriter(LockedRun):
         Names of the traces.
     config
         What was asked for, JSON values only. An existing run must have been asked for the same.
+    stated
+        Attributes that the suite file states, for readers: ``bands`` and ``task_spans``.
     overwrite
         Replace an existing run, once the new one is finished.
     repair
@@ -105,13 +107,16 @@ class RunWriter(LockedRun):
         scenarios: Sequence[str],
         config: Mapping[str, Any],
         *,
+        stated: Mapping[str, Any] | None = None,
         overwrite: bool = False,
         repair: bool = False,
         accept_versions: bool = False,
     ) -> None:
         self._final = locate(path).resolved()
         self._attributes = RunAttributes(
-            scenarios=tuple(check_name(name) for name in scenarios), config=dict(config)
+            scenarios=tuple(check_name(name) for name in scenarios),
+            config=dict(config),
+            **(stated or {}),
         )
         self._overwrite, self._repair = overwrite, repair
         self._accept_versions = accept_versions
