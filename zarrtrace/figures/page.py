@@ -138,16 +138,14 @@ def _tasks(scenarios: Sequence[str]) -> list[_Task]:
 def default_groups(data: Data) -> dict[str, list[str]]:
     """Return the two groups of scenarios to compare, by tag.
 
-    ``risky`` and ``safe`` if both have scenarios, otherwise the two tags that most scenarios have,
-    each without the scenarios that have both; nothing if there are not two such groups.
+    The two tags that most scenarios have, each without the scenarios that have both; nothing if
+    there are not two such groups.
     """
     members: dict[str, list[str]] = {}
     for name, ds in traces(data).items():
         for tag in tags(ds):
             members.setdefault(tag, []).append(name)
-    pair = ["risky", "safe"]
-    if not set(pair) <= set(members):
-        pair = sorted(members, key=lambda tag: -len(members[tag]))[:2]
+    pair = sorted(members, key=lambda tag: -len(members[tag]))[:2]
     if len(pair) < 2:
         return {}
     both = set(members[pair[0]]) & set(members[pair[1]])
