@@ -113,16 +113,22 @@ def _strongest(out: xr.Dataset, groups: Groups) -> str:
     head = f", head {int(at['head'])}" if "head" in at.coords else ""
     feature = f", feature {int(at['feature'])}" if "feature" in at.coords else ""
     more = groups.name_a if float(at["difference"]) > 0 else groups.name_b
-    g = float(at["hedges_g"])
-    size = (
-        f"g = {g:.3g} [{float(at['g_low']):.3g}, {float(at['g_high']):.3g}]"
-        if np.isfinite(g)
-        else "neither group varies"
-    )
     return (
         f"the largest effect is layer {int(at['layer'])}{feature}{head} "
-        f"{'at' if 'place' in at.coords else 'to'} {place.item()}: {size}, more in {more}"
+        f"{'at' if 'place' in at.coords else 'to'} {place.item()}: {_size(at, groups)}, "
+        f"more in {more}"
     )
+
+
+def _size(at: xr.Dataset, groups: Groups) -> str:
+    """Write an effect: its g, or the means if a group's standard deviation is 0."""
+    flags = (("constant_a", groups.name_a), ("constant_b", groups.name_b))
+    constant = [name for flag, name in flags if at[flag]]
+    if constant:
+        means = f"{float(at['mean_a']):.3g} against {float(at['mean_b']):.3g}"
+        return f"means {means}, without variance in {' and '.join(constant)}"
+    bounds = f"[{float(at['g_low']):.3g}, {float(at['g_high']):.3g}]"
+    return f"g = {float(at['hedges_g']):.3g} {bounds}"
 
 
 def _least_g(design: Design, n_tests: int) -> float | None:

@@ -46,6 +46,12 @@ from zarrtrace.analysis.templates import number_of_templates
 from zarrtrace.errors import ScenarioError, SharedTemplateWarning
 from zarrtrace.scenarios import DECISION
 
+# In the order of the result.
+_COLUMNS = (
+    *("place", "layer", "feature", "mean_a", "mean_b", "difference", "hedges_g", "g_low", "g_high"),
+    *("cohens_d", "constant_a", "constant_b", "t", "p_permutation", "q_permutation"),
+    *("p_distribution", "p_familywise", "p_welch", "q_welch", "n_a", "n_b"),
+)
 _FLAGS = ("constant_a", "constant_b")
 _METHOD = (
     "difference of group means over scenarios or blocks; Cohen's d by the pooled standard "
@@ -304,7 +310,7 @@ def _sorted_table(table: pd.DataFrame, places: Sequence[Place]) -> xr.Dataset:
     table["q_permutation"] = corrected(columns["p_permutation"])
     strength = np.nan_to_num(np.abs(columns["hedges_g"]))
     order = np.lexsort((-strength, columns["p_permutation"]))
-    table = table.iloc[order].reset_index(drop=True).rename_axis("row")
+    table = table[list(_COLUMNS)].iloc[order].reset_index(drop=True).rename_axis("row")
     out = xr.Dataset.from_dataframe(table).set_coords(["place", "layer", "feature"])
     return out.assign_coords(place=("row", table["place"].to_numpy(dtype=object)))
 
@@ -358,7 +364,7 @@ def _attention_contrast(
     columns["q_welch"] = corrected_welch(columns["p_welch"], columns["n_a"], columns["n_b"])
     columns["q_permutation"] = corrected(columns["p_permutation"])
     out = xr.Dataset(
-        {name: (dims, column.reshape(shape)) for name, column in columns.items()},
+        {name: (dims, columns[name].reshape(shape)) for name in _COLUMNS[3:]},
         coords={str(dim): whole[dim] for dim in dims},
     )
     for name, kind in (("n_a", np.int64), ("n_b", np.int64), *((n, bool) for n in _FLAGS)):
