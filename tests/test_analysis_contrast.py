@@ -578,6 +578,7 @@ def test_intervals_against_the_noncentral_t(degrees: int) -> None:
     found = hedges(t / 2, degrees, 0.5)
     np.testing.assert_allclose(stats.nct.cdf(t, degrees, 2 * found.low), 0.975, atol=1e-4)
     np.testing.assert_allclose(stats.nct.cdf(t, degrees, 2 * found.high), 0.025, atol=1e-4)
+    assert np.isnan(found.g).all() == (degrees == 1)
     far = hedges(np.array([1e5]), degrees, 0.5)
     spread = np.sqrt(stats.chi2.ppf([0.025, 0.975], degrees) / degrees)
     np.testing.assert_allclose([far.low[0], far.high[0]], 1e5 * spread, rtol=1e-3)

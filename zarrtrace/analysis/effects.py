@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -37,12 +38,16 @@ def hedges(cohens_d: np.ndarray, degrees: int, scale: float) -> Effects:
     Returns
     -------
     Effects
-        g is d times the exact factor of Hedges (1981). The 95 % interval is that of the noncentral
-        t distribution (Hedges & Olkin 1985; Steiger & Fouladi 1997): exact for normal values of
-        equal variances. Its bounds are interpolated, to four digits.
+        g is d times the exact factor of Hedges (1981); NaN with one degree of freedom. The 95 %
+        interval is that of the noncentral t distribution (Hedges & Olkin 1985; Steiger & Fouladi
+        1997): exact for normal values of equal variances. Its bounds are interpolated, to four
+        digits.
     """
     half = degrees / 2
-    factor = np.exp(gammaln(half) - gammaln(half - 0.5)) / np.sqrt(half)
+    # With one degree of freedom d has no mean, and no factor makes it unbiased.
+    factor = np.nan
+    if degrees > 1:
+        factor = np.exp(gammaln(half) - gammaln(half - 0.5)) / math.sqrt(half)
     t = np.asarray(cohens_d, dtype=np.float64) / scale
     low, high = _lower_noncentrality(t, degrees), -_lower_noncentrality(-t, degrees)
     return Effects(factor * np.asarray(cohens_d), scale * low, scale * high)
@@ -59,7 +64,7 @@ def _lower_noncentrality(t: np.ndarray, degrees: int) -> np.ndarray:
 
 def _largest_t(degrees: int) -> float:
     """Return the t beyond which the noncentrality is proportional to it, to three digits."""
-    return 1000.0 + 30.0 * degrees**0.5
+    return 1000.0 + 30.0 * math.sqrt(degrees)
 
 
 @lru_cache(maxsize=64)
