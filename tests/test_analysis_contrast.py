@@ -347,7 +347,7 @@ class TestRefusals:
         ("a", "b", "message"),
         [
             ("riskyy", "safe", "no scenario has the tag 'riskyy'"),
-            ("risky", None, "contrast needs two groups"),
+            (["S0", "S1"], None, "contrast needs two groups"),
             (["S0", "S99"], "safe", "no scenario 'S99'"),
             (["S0", "S5"], "safe", "'S5' is in both groups"),
             (["S0"], "safe", "group A has 1 scenario"),
@@ -358,7 +358,9 @@ class TestRefusals:
             contrast(run, a, b)
 
     def test_groups_are_named_unless_there_are_two_tags(self, run: xr.DataTree) -> None:
-        xr.testing.assert_identical(contrast(run), contrast(run, "risky", "safe"))
+        both = contrast(run, "risky", "safe")
+        for given in ({}, {"group_a": "risky"}, {"group_b": "safe"}):
+            xr.testing.assert_identical(contrast(run, **given), both)
         third = synthetic.with_attributes(run["S9"].to_dataset(), tags=["neutral"])
         with pytest.raises(ConfigError, match=r"'risky' \(5\), 'safe' \(4\), 'neutral' \(1\)"):
             contrast(synthetic.change(run, S9=third))

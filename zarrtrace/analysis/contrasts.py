@@ -90,8 +90,8 @@ def contrast(
         A run; for features also a table.
     group_a, group_b
         A tag, or names of scenarios; at least two a group, none in both. With `by`, a value of
-        that column each. Without them, the only two tags that the run has, or the only two values
-        of `by` in ascending order (False, True).
+        that column each. One or both are found without being given if the run has two tags alone;
+        both if `by` has two values, in ascending order (False, True).
     at
         For features: the places to compare, ``"decision"`` if None. For attention: the places
         attended to, every span but `target` if None.

@@ -40,23 +40,21 @@ def groups_of(data: Data, group_a: Any, group_b: Any, by: str | None) -> Groups:
     data
         A run, or a table.
     group_a, group_b
-        Tags or names of scenarios; values of `by` if that is given. None for both: the only two
-        tags, or values, that there are.
+        Tags or names of scenarios; values of `by` if that is given. None: that of the only two
+        tags, or with `by` both of the only two values.
     by
         A column of metadata.
 
     Raises
     ------
     ConfigError
-        If there are more than two tags and no groups are given.
+        If a group is not given and there are other than two tags.
     ScenarioError
         If a group names no scenario, is too small, or overlaps the other; if there is no column
         `by`, or it has other than two values and no groups are given.
     """
     if by is None:
-        a, b = _two_tags(data) if group_a is None and group_b is None else (group_a, group_b)
-        if not all(isinstance(one, str | Sequence) for one in (a, b)):
-            raise _needs_groups(data)
+        a, b = _two_tags(data, group_a, group_b)
         members = _members(data, a), _members(data, b)
     else:
         a, b = _two_values(data, group_a, group_b, by)
@@ -76,12 +74,21 @@ def _sizes_of_tags(data: Data) -> dict[str, int]:
     return sizes
 
 
-def _two_tags(data: Data) -> tuple[str, str]:
-    sizes = _sizes_of_tags(data)
-    if len(sizes) != 2:
+def _two_tags(data: Data, group_a: Any, group_b: Any) -> tuple[Any, Any]:
+    """Return the groups that are given; of two tags that there are, the one that is not."""
+    given = [one for one in (group_a, group_b) if one is not None]
+    if not all(isinstance(one, str | Sequence) for one in given):
         raise _needs_groups(data)
-    first, second = sizes
-    return first, second
+    for one in given:
+        _members(data, one)  # refuses a name that is unknown
+    if len(given) == 2:
+        return group_a, group_b
+    tags = list(_sizes_of_tags(data))
+    if len(tags) != 2 or not all(one in tags for one in given):
+        raise _needs_groups(data)
+    if group_a is not None:
+        return group_a, tags[1 - tags.index(group_a)]
+    return (tags[1 - tags.index(group_b)], group_b) if group_b is not None else (tags[0], tags[1])
 
 
 def _needs_groups(data: Data) -> ConfigError:

@@ -164,7 +164,7 @@ def unit_or_zero(columns: np.ndarray) -> np.ndarray:
     centred = columns - columns.mean(0)
     length = np.sqrt((centred**2).sum(0))
     tiny = TIE * np.abs(columns).max(0, initial=0)
-    units = np.zeros_like(centred)
+    units: np.ndarray = np.zeros_like(centred)
     np.divide(centred, length, out=units, where=length > tiny)
     return units
 
