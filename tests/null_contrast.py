@@ -144,6 +144,7 @@ EXPERIMENTS = (
         "contrast p_permutation",
         "equal means, SD 4 : 1, 4 against 12, one feature",
         partial(first_feature, draw=_WIDE, n_a=4, n_b=12),
+        nominal=0.06,
     ),
     Experiment(
         "contrast p_permutation",

@@ -273,9 +273,9 @@ _OF_RUN = (
     _Drawing("heads", "Difference by head",
              "As the difference map, for every head.", _difference_heads),
     _Drawing("volcano", "Features that separate the groups",
-             "Every feature active at the decision. Names are layer · latent index. Welch's "
-             "p-values assume normal activations; see zarrtrace analyze contrast for "
-             "permutation p-values.", _volcano),
+             "Every feature active at the decision. Names are layer · latent index. Heights are "
+             "Welch's p-values, which assume normal activations; colours are corrected p-values, "
+             "p_familywise of zarrtrace analyze contrast.", _volcano),
     _Drawing("trajectory", "Trajectory of the strongest such feature",
              "Activation at the decision of one latent index in every layer. The same index is "
              "another feature in another layer's SAE.", _trajectory),
