@@ -63,12 +63,6 @@ def any_finding(seed: int, draw: Draw, n_a: int, n_b: int, statistic: str) -> bo
     return least(draw(np.random.default_rng(seed), n_a, n_b), n_a, statistic) <= 0.05
 
 
-def first_feature(seed: int, draw: Draw, n_a: int, n_b: int) -> bool:
-    """Tell whether p_permutation of one feature alone is at most 0.05."""
-    values = draw(np.random.default_rng(seed), n_a, n_b)[:, :1]
-    return least(values, n_a, "p_permutation") <= 0.05
-
-
 def planted(seed: int, n: int, features: int, statistic: str) -> bool:
     """Tell whether the feature that fires in group A alone, as 4 ± 1, is found."""
     rng = np.random.default_rng(seed)
@@ -140,18 +134,6 @@ EXPERIMENTS = (
     _null("q_permutation", "equal means, SD 4 : 1", _WIDE, 10, 10),
     *(_null("q_welch", "normal", normal, a, b) for a, b in ((2, 6), (2, 8), (20, 20), (20, 60))),
     _null("q_welch", "equal means, SD 4 : 1", _WIDE, 20, 20),
-    Experiment(
-        "contrast p_permutation",
-        "equal means, SD 4 : 1, 4 against 12, one feature",
-        partial(first_feature, draw=_WIDE, n_a=4, n_b=12),
-        nominal=0.06,
-    ),
-    Experiment(
-        "contrast p_permutation",
-        "equal means, SD 4 : 1, 2 against 6, one feature",
-        partial(first_feature, draw=_WIDE, n_a=2, n_b=6),
-        nominal=0.1,
-    ),
     Experiment(
         "contrast, block=",
         "4 templates, 2 a group, 10 scenarios each",
