@@ -147,6 +147,7 @@ def _limits(design: Design, n_tests: int, least_g: float | None) -> str:
     smallest = design.smallest_p
     alone = min(1.0, smallest * n_tests)
     needed = max(1, math.ceil(smallest * n_tests / _ALPHA - 1e-9))
+    reach = f"{needed} must reach it together" if needed <= n_tests else "all are too few"
     sizes = (
         f"{design.n_a} blocks with both groups"
         if design.is_paired
@@ -155,7 +156,7 @@ def _limits(design: Design, n_tests: int, least_g: float | None) -> str:
     first = (
         f"{sizes}, {design.permutations} permutations: no p_permutation, p_distribution or "
         f"p_familywise below {smallest:.4g}. With {n_tests} tests, one alone at that p has "
-        f"q_permutation = {alone:.3g}; {needed} must reach it together for q <= 0.05."
+        f"q_permutation = {alone:.3g}; {reach} for q <= 0.05."
     )
     parts = [first]
     if least_g is not None:

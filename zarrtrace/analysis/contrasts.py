@@ -108,7 +108,7 @@ def contrast(
     heads
         For attention: the mean over heads, or each one.
     min_scenarios
-        Test only features active in at least so many of the scenarios, whichever their group; a
+        Test only features active in at least this number of scenarios, of any group; a
         feature that is active in none cannot differ and is never tested.
     n_permutations
         Permutations to draw where there are more than 10,000 groupings; below that, every one is

@@ -10,7 +10,7 @@ import numpy as np
 
 #: Permutations drawn where trying all of them would take more than :data:`MOST_EXACT`.
 DEFAULT_PERMUTATIONS = 9999
-#: Up to so many, every permutation is tried and the p-value is exact.
+#: Up to this number, every permutation is tried and the p-value is exact.
 MOST_EXACT = 10_000
 
 # One block of permuted statistics (permutations × columns, float64) has about this many values: it
@@ -180,7 +180,7 @@ def orders(n: int, drawn: int, seed: int) -> tuple[np.ndarray, bool]:
 
 
 def column_blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Cut columns into blocks that stay in a core's cache beside so many rows."""
+    """Cut columns into blocks that stay in a core's cache beside the rows."""
     width = max(1, _BLOCK_VALUES // rows)
     for start in range(0, columns, width):
         yield slice(start, start + width)

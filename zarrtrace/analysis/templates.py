@@ -13,7 +13,7 @@ from zarrtrace.analysis.tables import is_table
 
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _WORD = re.compile(r"[^\W\d_]+")
-# A template is at least so many words outside of its values, and at least half of the letters.
+# A template has at least this many words outside its values, and at least half of the letters.
 _FEWEST_WORDS = 3
 
 
