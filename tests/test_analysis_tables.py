@@ -123,8 +123,8 @@ def test_contrast_some_layers_and_features_at_a_time(
     run: xr.DataTree, tables: dict[str, xr.Dataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = ANALYSES["tags"](run)
-    monkeypatch.setattr("zarrtrace.analysis.contrasts._AT_ONCE", 1)
-    monkeypatch.setattr("zarrtrace.analysis.contrasts._TESTED", 70)
+    monkeypatch.setattr("zarrtrace.analysis.activations._AT_ONCE", 1)
+    monkeypatch.setattr("zarrtrace.analysis.activations._TESTED", 70)
     found = ANALYSES["tags"](tables["plain xarray"]).to_dataframe().reset_index(drop=True)
     keys = ["place", "layer", "feature"]
     pd.testing.assert_frame_equal(

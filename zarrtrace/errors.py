@@ -22,7 +22,8 @@
     │   └── NoSpaceError            the disk is full
     └── NPZError                    a folder in the documented NPZ layout
 
-Each message says what failed, why that usually happens and what to do about it.
+Each message says what failed, why that usually happens and what to do about it. The one warning,
+:class:`SharedTemplateWarning`, is a ``UserWarning``.
 """
 
 from __future__ import annotations
@@ -161,3 +162,7 @@ class NoSpaceError(StoreError):
 
 class NPZError(ZarrtraceError):
     """A folder in the documented NPZ layout cannot be read or written."""
+
+
+class SharedTemplateWarning(UserWarning):
+    """Scenarios that are variants of few templates were compared as if independent."""

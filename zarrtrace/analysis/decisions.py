@@ -19,6 +19,8 @@ from zarrtrace.analysis.tables import SAMPLE
 from zarrtrace.errors import ConfigError
 from zarrtrace.scenarios import DECISION
 
+_ALPHA = 0.05
+
 
 def decision(data: Data, *, vocabulary: int | None = None) -> xr.Dataset:
     """Next-token distribution at the decision: the probability of each option, and entropy.
@@ -164,13 +166,20 @@ def relate(
         ``rho`` (Spearman 1904), ``p_permutation`` (two-sided), ``q_permutation`` (Benjamini &
         Hochberg 1995, over all of the result) and ``n_scenarios``, with the other dimensions of
         `quantity`. Only scenarios in which both are known count; NaN with fewer than three, or
-        where one does not vary. ``attrs["smallest_p"]`` is the least p that can be reached.
-        Computed at the call.
+        where one does not vary. ``attrs["smallest_p"]`` is the least p that any of them can reach,
+        ties counted; ``findings`` and ``limits`` are sentences. Computed at the call.
 
     Raises
     ------
     ConfigError
         If one of them has no dimension ``scenario``, or they share fewer than three.
+
+    Notes
+    -----
+    The null is that scenarios are exchangeable: any order of the outcome is as likely. Scenarios
+    that are variants of few templates, or repeats of one prompt, are not. Seven scenarios without
+    ties can reach p = 2/5040; an outcome that is 1 in one of eight scenarios and 0 in the others
+    cannot go below 1/8.
     """
     for name, array in (("outcome", outcome), ("quantity", quantity)):
         if "scenario" not in array.dims:
@@ -200,18 +209,17 @@ def relate(
     known = np.asarray(outcome, dtype=np.float64)
     rho, p = np.full((2, values.shape[1]), np.nan)
     number = np.zeros(values.shape[1], np.int64)
-    smallest = 1.0
+    smallest = np.full(values.shape[1], np.nan)
     for rows, columns in same_rows(np.isfinite(values)):
         number[columns] = rows.sum()
         if rows.sum() < 3:
             continue
-        rho[columns], p[columns], least = correlations(
+        rho[columns], p[columns], smallest[columns] = correlations(
             known[rows],
             values[np.ix_(rows, columns)],
             n_permutations=n_permutations,
             seed=seed,
         )
-        smallest = min(smallest, least)
     out = xr.Dataset(
         {
             "rho": (dims, rho.reshape(shape)),
@@ -229,5 +237,28 @@ def relate(
         "(Phipson & Smyth 2010), q by Benjamini & Hochberg (1995)",
         n_scenarios=int(outcome.size),
         n_tests=int(np.isfinite(p).sum()),
-        smallest_p=smallest,
+        **_related(rho, p, smallest, outcome.size),
     )
+
+
+def _related(
+    rho: np.ndarray, p: np.ndarray, smallest: np.ndarray, scenarios: int
+) -> dict[str, str | float]:
+    """Return the attributes that say what was found, and what could have been."""
+    tests = int(np.isfinite(p).sum())
+    if not tests:
+        said = "Nothing was tested: the outcome, or the quantity, does not vary."
+        return {"smallest_p": 1.0, "findings": said, "limits": said}
+    least = float(np.nanmin(smallest))
+    q = corrected(p)
+    found = int((q <= _ALPHA).sum())
+    findings = f"{found} of {tests} go with the outcome, q_permutation <= {_ALPHA}"
+    if found:
+        strongest = float(rho[np.nanargmax(np.where(q <= _ALPHA, np.abs(rho), np.nan))])
+        findings += f"; the strongest has rho = {strongest:.2f}"
+    limits = (
+        f"{scenarios} scenarios: no p_permutation below {least:.4g}. Of {tests} tests, one alone "
+        f"at that p has q_permutation = {min(1.0, least * tests):.3g}. A correlation over "
+        "scenarios is no cause, and scenarios of one template are not independent."
+    )
+    return {"smallest_p": least, "findings": f"{findings}.", "limits": limits}

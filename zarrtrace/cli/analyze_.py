@@ -243,12 +243,17 @@ _ANALYSES: dict[str, Analysis] = {
         "What separates two groups of scenarios.",
         "--group-a risky --group-b safe",
         (
-            _option("--group-a", metavar="TAG", help="Tag, or value of --by.  [default: risky]"),
-            _option("--group-b", metavar="TAG", help="Tag, or value of --by.  [default: safe]"),
+            _option("--group-a", metavar="TAG", help="Tag, or value of --by."),
+            _option("--group-b", metavar="TAG", help="May be left out if the run has two tags."),
             _option(
                 "--by",
                 metavar="COLUMN",
                 help="Column of metadata; groups may be left out if it has 2 values.",
+            ),
+            _option(
+                "--block",
+                metavar="COLUMN",
+                help="Column of metadata, such as the template: blocks are exchanged whole.",
             ),
             _AT,
             _option(
@@ -462,7 +467,7 @@ def _groups(data: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     from zarrtrace.analysis.selecting import metadata
 
     if "by" not in given:
-        return {"group_a": "risky", "group_b": "safe"} | dict(given)
+        return {}
     column = metadata(data).get(given["by"])
     values = [] if column is None or column.dtype == object else column.tolist()
     known = {str(value).lower(): value for value in values}

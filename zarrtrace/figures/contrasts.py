@@ -169,7 +169,7 @@ def volcano(
     Returns
     -------
     Axes
-        With points (difference of means, −log₁₀ p): coloured where q ≤ 0.05 for the same p, grey
+        With points (difference of means, −log₁₀ p): coloured where the familywise p ≤ 0.05, grey
         elsewhere. Features whose p is not defined are left out; p = 0 is drawn at the top.
 
     Raises
@@ -184,16 +184,15 @@ def volcano(
         )
     ax = axes_or_new(ax, 4.6, 3.4, margins=(0.5, 0.15, 0.45, 0.5))
     x, values = np.asarray(contrast["difference"]), np.asarray(contrast[p])
-    q = np.asarray(contrast[p.replace("p_", "q_")])
     shown = np.isfinite(values)
     positive = values[shown & (values > 0)]
     y = -np.log10(np.where(values > 0, values, positive.min() if positive.size else 1.0))
-    significant = shown & (q <= _ALPHA)
+    significant = shown & (np.asarray(contrast["p_familywise"]) <= _ALPHA)
     first, second = map(drawable, names)
     for mask, colour, label in (
-        (shown & ~significant, "#b0b0b0", f"q > {_ALPHA}"),
-        (significant & (x > 0), GROUP_COLOURS[0], f"more in {first}, q ≤ {_ALPHA}"),
-        (significant & (x < 0), GROUP_COLOURS[1], f"more in {second}, q ≤ {_ALPHA}"),
+        (shown & ~significant, "#b0b0b0", f"familywise p > {_ALPHA}"),
+        (significant & (x > 0), GROUP_COLOURS[0], f"more in {first}"),
+        (significant & (x < 0), GROUP_COLOURS[1], f"more in {second}"),
     ):
         ax.plot(x[mask], y[mask], "o", ms=2.2, mew=0, alpha=0.75, color=colour, rasterized=True,
                 label=f"{label} ({int(mask.sum())})")  # fmt: skip

@@ -142,16 +142,14 @@ def _tasks(scenarios: Sequence[str], *, has_bands: bool) -> list[_Task]:
 def default_groups(data: Data) -> dict[str, list[str]]:
     """Return the two groups of scenarios to compare, by tag.
 
-    ``risky`` and ``safe`` if both have scenarios, otherwise the two tags that most scenarios have,
-    each without the scenarios that have both; nothing if there are not two such groups.
+    The two tags that most scenarios have, each without the scenarios that have both; nothing if
+    there are not two such groups.
     """
     members: dict[str, list[str]] = {}
     for name, ds in traces(data).items():
         for tag in tags(ds):
             members.setdefault(tag, []).append(name)
-    pair = ["risky", "safe"]
-    if not set(pair) <= set(members):
-        pair = sorted(members, key=lambda tag: -len(members[tag]))[:2]
+    pair = sorted(members, key=lambda tag: -len(members[tag]))[:2]
     if len(pair) < 2:
         return {}
     both = set(members[pair[0]]) & set(members[pair[1]])
@@ -280,9 +278,9 @@ _OF_RUN = (
     _Drawing("heads", "Difference by head",
              "As the difference map, for every head.", _difference_heads),
     _Drawing("volcano", "Features that separate the groups",
-             "Every feature active at the decision. Names are layer · latent index. Welch's "
-             "p-values assume normal activations; see zarrtrace analyze contrast for "
-             "permutation p-values.", _volcano),
+             "Every feature active at the decision. Names are layer · latent index. Heights are "
+             "Welch's p-values, which assume normal activations; colours are corrected p-values, "
+             "p_familywise of zarrtrace analyze contrast.", _volcano),
     _Drawing("trajectory", "Trajectory of the strongest such feature",
              "Activation at the decision of one latent index in every layer. The same index is "
              "another feature in another layer's SAE.", _trajectory),
