@@ -89,7 +89,7 @@ _BY_SCENARIO: dict[str, Callable[[Any], Any]] = {
     "attention_rollout": lambda data: analysis.attention_rollout(data, ["balance"]),
     "attention_to": lambda data: analysis.attention_to(data, "balance"),
     "decision": analysis.decision,
-    "feature_trajectory": lambda data: analysis.feature_trajectory(data, 3),
+    "feature_trajectory": lambda data: analysis.feature_trajectory(data, (2, 3)),
     "head_roles": analysis.head_roles,
     "layer_bands": lambda data: analysis.layer_bands(
         data, bands={"local": (1, 1), "task": (2, 2), "decision": (3, 3)}, task_spans=["balance"]

@@ -8,8 +8,9 @@ from zarrtrace.analysis.contrasts import contrast
 from zarrtrace.analysis.critical import critical_layers
 from zarrtrace.analysis.crossreferences import crossreference
 from zarrtrace.analysis.decisions import decision, relate
-from zarrtrace.analysis.features import feature_trajectory, of_sae, pathway_features
+from zarrtrace.analysis.features import feature_trajectory, of_sae
 from zarrtrace.analysis.flow import attention_flow, attention_rollout
+from zarrtrace.analysis.pathways import pathway_features
 from zarrtrace.analysis.specificity import position_specific_features
 from zarrtrace.analysis.words import read_table, word_associations
 

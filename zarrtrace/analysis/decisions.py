@@ -7,6 +7,8 @@ import math
 import numpy as np
 import xarray as xr
 
+from zarrtrace.analysis.findings import with_findings
+from zarrtrace.analysis.gaps import GAPS
 from zarrtrace.analysis.resampling import (
     DEFAULT_PERMUTATIONS,
     corrected,
@@ -223,11 +225,14 @@ def relate(
             name: coord for name, coord in quantity.coords.items() if "scenario" not in coord.dims
         },
     )
-    return out.assign_attrs(
+    gaps = {name: quantity.attrs[name] for name in GAPS if name in quantity.attrs}
+    out = out.assign_attrs(
         analysis="relate",
         method="Spearman's rank correlation over scenarios (1904), two-sided permutation p-value "
         "(Phipson & Smyth 2010), q by Benjamini & Hochberg (1995)",
         n_scenarios=int(outcome.size),
         n_tests=int(np.isfinite(p).sum()),
         smallest_p=smallest,
+        **gaps,
     )
+    return with_findings(out)

@@ -11,8 +11,8 @@ import numpy as np
 import xarray as xr
 
 from zarrtrace.analysis.blocks import blocks
-from zarrtrace.analysis.features import at_least_one, strongest
 from zarrtrace.analysis.parallel import OfLayer, each_layer
+from zarrtrace.analysis.pathways import at_least_one, strongest
 from zarrtrace.analysis.selecting import (
     Data,
     described,
