@@ -207,9 +207,17 @@ def weighted(array: xr.DataArray, rows: Weights, columns: Weights) -> xr.DataArr
 
 
 def _weighted(block: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """``(…, q, k), (t, q), (s, k)`` → ``(…, s, t)``."""
-    out = np.einsum("tq,...qk,sk->...st", rows, block.astype(np.float64), columns, optimize=True)
-    return np.asarray(out)
+    """``(…, q, k), (t, q), (s, k)`` → ``(…, s, t)``; NaN where a weighted value is not finite."""
+    sums, values = partial(np.einsum, "tq,...qk,sk->...st", optimize=True), block.astype(np.float64)
+    is_finite = np.isfinite(values)
+    if is_finite.all():
+        return np.asarray(sums(rows, values, columns))
+    # NaN times a weight of 0 is NaN: one place's values would spoil another's.
+    out = np.asarray(sums(rows, np.where(is_finite, values, 0), columns))
+    counts = sums(
+        (rows != 0).astype(float), (~is_finite).astype(float), (columns != 0).astype(float)
+    )
+    return np.where(counts > 0, np.nan, out)
 
 
 # --- near or far -------------------------------------------------------------------------------
@@ -247,7 +255,7 @@ def attention_locality(
         - ``first_share``: share of attention on the first token; with `exclude_first`, what it
           took before it was left out.
 
-        NaN for missing layers.
+        NaN for missing layers, and for heads that hold NaN.
 
     Raises
     ------
@@ -289,13 +297,15 @@ def _locality(ds: xr.Dataset, heads: Heads, window: int, *, exclude_first: bool)
 
 
 def _mean_over_queries(found: xr.DataArray) -> xr.DataArray:
+    """Average what is defined; NaN where attention itself is NaN, which infinity stands for."""
     if found.chunks is not None:
         # Little enough to be one block, which makes graphs small.
-        return whole(found.mean("query", skipna=True), "layer")
+        lazy = whole(found.mean("query", skipna=True), "layer")
+        return lazy.where(lazy != np.inf)
     # mean() warns where there is nothing but NaN, and threads cannot each ignore warnings.
     count = found.notnull().sum("query")
     mean: xr.DataArray = found.sum("query", skipna=True) / count.where(count > 0)
-    return mean
+    return mean.where(mean != np.inf)
 
 
 def _by_rows(
@@ -323,7 +333,10 @@ def _by_rows(
 def _locality_of_rows(
     block: np.ndarray, at: np.ndarray, keys: np.ndarray, *, window: int, exclude_first: bool
 ) -> np.ndarray:
-    """``(…, q, k)`` and the queries' positions → ``(…, q, measure)``, NaN where undefined."""
+    """``(…, q, k)`` and the queries' positions → ``(…, q, measure)``.
+
+    NaN where a measure is undefined, infinity where attention is not finite.
+    """
     at = np.asarray(at).reshape(-1)
     first = 1 if exclude_first else 0
     distance = at[:, None] - keys
@@ -344,7 +357,9 @@ def _locality_of_rows(
             entropy = np.log(mass) - np.einsum("hqk,hqk->hq", kept, logs) / mass
             inside = np.where(has_far, np.einsum("hqk,qk->hq", kept, near) / mass, np.nan)
             values = (at - moment / mass, entropy, inside, rows[..., 0] / rows.sum(-1))
-        found[start : start + step] = np.stack(values, axis=-1)
+        of_rows = np.stack(values, axis=-1)
+        of_rows[~np.isfinite(rows.sum(-1))] = np.inf  # not to be taken for undefined
+        found[start : start + step] = of_rows
     out[..., at == keys[0], :] = np.nan
     return out
 
@@ -372,7 +387,8 @@ def head_roles(data: Data) -> xr.DataArray:
         - ``induction``: the tokens right after earlier occurrences of the query's own token, the
           query itself left out.
 
-        NaN for missing layers, and for the last two where no token repeats.
+        NaN for missing layers, for the last two where no token repeats, and all four of a head
+        that holds NaN where any of them looks.
 
     Raises
     ------

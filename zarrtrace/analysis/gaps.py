@@ -42,10 +42,13 @@ def missing_layers(ds: xr.Dataset, name: str = "features") -> frozenset[int]:
 
 
 def missing_of_table(table: xr.Dataset) -> dict[str, frozenset[int]]:
-    """Return the layers whose features are not stored, by scenario of a table."""
+    """Return the layers whose features are not stored, by scenario of a table.
+
+    The name ``""`` stands for scenarios without gaps of their own.
+    """
     everywhere = frozenset(layers_in(table.attrs.get("layers_without_sae", "")))
     own = table.attrs.get("missing_layers", {})
-    failed = dict.fromkeys(table.attrs.get("failed", {}), table.indexes["layer"])
+    failed = dict.fromkeys(table.attrs.get("failed", {}), table.indexes.get("layer", []))
     found = {name: frozenset(layers_in(text)) for name, text in own.items()}
     found |= {name: frozenset(map(int, layers)) for name, layers in failed.items()}
     return {name: layers | everywhere for name, layers in {"": frozenset(), **found}.items()}
@@ -101,9 +104,9 @@ def statements(found: Iterable[tuple[str, Mapping[Any, Any]]]) -> dict[str, str]
         if attributes.get("failed"):
             missing.setdefault("all", []).append(scenario)
         elif layers := attributes.get("missing_layers"):
-            missing.setdefault(f"layers {layers}", []).append(scenario)
+            missing.setdefault(_layers(layers), []).append(scenario)
         for array, layers in (attributes.get("nonfinite") or {}).items():
-            where = f"{array} of layers {layers}" if layers else array
+            where = f"{array} of {_layers(layers)}" if layers else array
             computed.setdefault(where, []).append(scenario)
     out = {}
     if missing:
@@ -132,6 +135,10 @@ def attributes_by_scenario(table: xr.Dataset) -> Iterable[tuple[str, Mapping[Any
                 if scenario in names
             },
         )
+
+
+def _layers(text: str) -> str:
+    return f"layer {text}" if text.isdecimal() else f"layers {text}"
 
 
 def _listed(groups: Mapping[str, list[str]]) -> str:

@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import xarray as xr
 
+from zarrtrace.analysis.gaps import missing_layers
 from zarrtrace.analysis.selecting import (
     Data,
     Place,
@@ -65,10 +66,11 @@ def pathway_features(
     -------
     xr.Dataset
         ``feature`` (int64, −1 where fewer are active), ``score``, ``source_activation``,
-        ``target_activation`` (means over tokens; NaN where fewer), ``(scenario, layer, rank)``; and
-        ``attention (scenario, layer)``, the mean from target to source. Without ``scenario`` for a
-        trace. Ties go to the lower index. Lazy if `data` is; reads the rows of the two places only:
-        the stored index of 32 features a token would miss weaker ones.
+        ``target_activation`` (means over tokens; NaN where fewer), ``(scenario, layer, rank)``;
+        ``attention (scenario, layer)``, the mean from target to source; and ``features_nan
+        (scenario, layer)``, how many features are left out because the model computed NaN. Without
+        ``scenario`` for a trace. Ties go to the lower index. Lazy if `data` is; reads the rows of
+        the two places only: the stored index of 32 features a token would miss weaker ones.
 
     Raises
     ------
@@ -93,6 +95,8 @@ def pathway_features(
     )
     out["attention"] = both["attention"]
     out["feature"] = out["feature"].fillna(-1).astype(np.int64)
+    unknown = both["strongest"].isel(value=len(_ON_PATHWAY), rank=0, drop=True)
+    out["features_nan"] = unknown.fillna(0).astype(np.int64)
     return described(
         out,
         data,
@@ -129,11 +133,14 @@ def _on_pathway(ds: xr.Dataset, source: Place, target: Place, top: int) -> xr.Da
         output_core_dims=[["value", "rank"]],
         output_dtypes=[np.float64],
         dask="parallelized",
-        dask_gufunc_kwargs={"output_sizes": {"value": len(_ON_PATHWAY), "rank": top}},
+        dask_gufunc_kwargs={"output_sizes": {"value": len(_ON_PATHWAY) + 1, "rank": top}},
         keep_attrs=False,
     )
     # Little enough to be one block, which makes graphs small.
     out = xr.Dataset({"strongest": whole(strongest, "layer")})
+    # All of a missing layer is NaN, but the model has not computed it.
+    is_stored = ~np.isin(out["layer"], list(missing_layers(ds)))
+    out["strongest"] = out["strongest"].where(xr.DataArray(is_stored, dims="layer"))
     out["attention"] = weights.mean(["query", "key"], skipna=False)
     return out.assign_coords(rank=np.arange(1, top + 1))
 
@@ -146,18 +153,23 @@ def _strongest_on_pathway(
     target: np.ndarray,
     top: int,
 ) -> np.ndarray:
-    """``(…, row, f), (…, q, k)`` and which rows are k and q → ``(…, value, top)``."""
+    """``(…, row, f), (…, q, k)`` and which rows are k and q → ``(…, value, top)``.
+
+    The last value, at the first rank, is the number of features whose score is NaN.
+    """
     activations = np.take(rows, source, axis=-2)
     at_source = activations.mean(-2, dtype=np.float64)
     at_target = np.take(rows, target, axis=-2).mean(-2, dtype=np.float64)
     carried = np.einsum("...qk,...kf->...f", attention, activations, dtype=np.float64)
     carried = np.where(at_target != 0, carried / attention.shape[-2], 0)
-    out = np.full((*carried.shape[:-1], len(_ON_PATHWAY), top), np.nan)
+    carried[np.isnan(at_target)] = np.nan
+    out = np.full((*carried.shape[:-1], len(_ON_PATHWAY) + 1, top), np.nan)
     out[..., 0, :] = -1
+    out[..., -1, 0] = np.isnan(carried).sum(-1)
     for where in np.ndindex(carried.shape[:-1]):
         order = strongest(np.abs(carried[where]), top)
         values = (order, *(of[where][order] for of in (carried, at_source, at_target)))
-        out[where][:, : len(order)] = values
+        out[where][: len(_ON_PATHWAY), : len(order)] = values
     return out
 
 

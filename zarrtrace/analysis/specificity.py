@@ -53,9 +53,11 @@ def position_specific_features(
         ``(span, layer, rank)``, strongest first, ties to the lower index: ``feature`` (int64, −1
         where fewer score above 0), ``score``, ``rate_at`` (recall), ``rate_elsewhere``,
         ``precision`` (share of its firing tokens that lie in the span) and ``scenarios`` (in how
-        many it fires there); and ``tokens_at``, ``tokens_elsewhere (span, layer)``. Computed at the
-        call, scenario by scenario, one layer at a time (on dask-backed data one block a worker).
-        Every activation counts, so it reads ``features`` whole and not the stored index of 32.
+        many it fires there); and ``tokens_at``, ``tokens_elsewhere`` and ``tokens_nan (span,
+        layer)``: tokens at which the model computed NaN are left out, and counted there. Computed
+        at the call, scenario by scenario, one layer at a time (on dask-backed data one block a
+        worker). Every activation counts, so it reads ``features`` whole and not the stored index
+        of 32.
 
     Raises
     ------
@@ -103,6 +105,7 @@ def position_specific_features(
     )
     out["tokens_at"] = (dims[:2], total["tokens"])
     out["tokens_elsewhere"] = (dims[:2], total["tokens_all"] - total["tokens"])
+    out["tokens_nan"] = (dims[:2], total["tokens_nan"])
     return described(
         out,
         data,
@@ -118,7 +121,7 @@ def position_specific_features(
 def _count(data: Data, names: Sequence[str], threshold: float) -> dict[str, np.ndarray]:
     """Count, by span and layer, tokens, and by feature those at which it fires."""
     layers, width = _layers_and_width(data)
-    by_layer = ("tokens", "tokens_all")
+    by_layer = ("tokens", "tokens_all", "tokens_nan")
     total = {name: np.zeros((len(names), len(layers)), np.int64) for name in by_layer}
     for name in ("fired", "fired_all", "scenarios"):
         total[name] = np.zeros((len(names), len(layers), width), np.int64)
@@ -130,13 +133,20 @@ def _count(data: Data, names: Sequence[str], threshold: float) -> dict[str, np.n
             places = np.zeros((len(names), int(block.starts[-1])), bool)
             for row, name in zip(places, names, strict=True):
                 row[block.find(name)] = True
-            firing = partial(_firing, places=places, scenario=block.of_samples, threshold=threshold)
+            firing = partial(
+                _firing,
+                places=places,
+                scenario=block.of_samples,
+                missing=block.missing_scenarios(),
+                threshold=threshold,
+            )
             yield block.arrays["features"], firing
 
     for found in each_layer(jobs()):
         for at, one in zip(np.searchsorted(layers, of_layers.popleft()), found, strict=True):
             total["tokens"][:, at] += one.tokens
             total["tokens_all"][:, at] += one.tokens_all
+            total["tokens_nan"][:, at] += one.tokens_nan
             for name in ("fired", "fired_all", "scenarios"):
                 total[name][:, at][:, one.feature] += getattr(one, name)
     return {"layer": layers, **total}
@@ -158,6 +168,8 @@ class _Firing(NamedTuple):
         ``(feature,)``.
     tokens, tokens_all
         Tokens that each span has ``(span,)``, and all tokens of the scenarios that have it.
+    tokens_nan
+        Among all tokens, those that are left out because the model computed NaN ``(span,)``.
     fired
         At each span's tokens ``(span, feature)``.
     fired_all
@@ -169,13 +181,20 @@ class _Firing(NamedTuple):
     feature: np.ndarray
     tokens: np.ndarray
     tokens_all: np.ndarray
+    tokens_nan: np.ndarray
     fired: np.ndarray
     fired_all: np.ndarray
     scenarios: np.ndarray
 
 
 def _firing(
-    layer: np.ndarray, _at: int, *, places: np.ndarray, scenario: np.ndarray, threshold: float
+    layer: np.ndarray,
+    at_layer: int,
+    *,
+    places: np.ndarray,
+    scenario: np.ndarray,
+    missing: Sequence[Sequence[int]],
+    threshold: float,
 ) -> _Firing:
     """Count tokens of one layer ``(sample, feature)``.
 
@@ -189,14 +208,18 @@ def _firing(
         Which samples each span holds ``(span, sample)``.
     scenario
         Of each sample ``(sample,)``.
+    missing
+        For each layer the scenarios that lack it.
     threshold
         Magnitude above which a feature fires.
     """
     width = layer.shape[1]
-    stored = ~np.isnan(layer[:, 0])
-    places = places & stored
+    stored = ~np.isin(scenario, missing[at_layer])
     # All samples of the scenarios that have the span.
-    everywhere = np.array([np.isin(scenario, scenario[row]) & stored for row in places])
+    everywhere = np.array([np.isin(scenario, scenario[row]) & stored for row in places & stored])
+    is_nan = np.isnan(layer.max(1))  # the largest of some is NaN if one of them is
+    tokens_nan = (everywhere & is_nan).sum(1)
+    places, everywhere = places & stored & ~is_nan, everywhere & ~is_nan
     token, feature = np.divmod(np.flatnonzero(np.abs(layer) > threshold), width)
     firing = np.flatnonzero(np.bincount(feature, minlength=width))
 
@@ -213,6 +236,7 @@ def _firing(
         firing,
         places.sum(1),
         everywhere.sum(1),
+        tokens_nan,
         np.array([counted(at) for at in here]).reshape(shape),
         np.array([counted(row[token]) for row in everywhere]).reshape(shape),
         np.array([scenarios(at) for at in here]).reshape(shape),
