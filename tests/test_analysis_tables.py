@@ -171,6 +171,7 @@ class TestSomeSamples:
     def test_a_scenario_that_failed_counts_nowhere(self, last: xr.Dataset) -> None:
         missing = last["scenario"] == "S0"
         holed = last.assign(features=last["features"].where(~missing))
+        holed = holed.assign_attrs(failed={"S0": "out of memory"})
         without = last.isel(sample=slice(1, None))
         names = ["S1", "S2"], ["S3", "S4"]
         for of in (
@@ -178,7 +179,12 @@ class TestSomeSamples:
             analysis.word_associations,
             analysis.position_specific_features,
         ):
-            assert_same(of(holed), of(without))
+            found, expected = of(holed), of(without)
+            gone = "layer 2 in S3, S4."
+            assert expected.attrs.pop("missing") == f"Not stored, and left out: {gone}"
+            missing_now = found.attrs.pop("missing")
+            assert missing_now == f"Not stored, and left out: all in S0; {gone}"
+            assert_same(found, expected)
 
     def test_relate_takes_what_tables_give(self, last: xr.Dataset, run: xr.DataTree) -> None:
         found, expected = (
