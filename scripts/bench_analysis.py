@@ -51,7 +51,7 @@ ANALYSES: dict[str, Callable[[Any], Any]] = {
     "attention_flow": lambda run: analysis.attention_flow(run, "balance"),
     "layer_bands": lambda run: analysis.layer_bands(run, BANDS),
     "critical_layers": analysis.critical_layers,
-    "feature_trajectory": lambda run: analysis.feature_trajectory(run, [14_826, 7]),
+    "feature_trajectory": lambda run: analysis.feature_trajectory(run, [(14, 14_826), (25, 7)]),
     "pathway_features": lambda run: analysis.pathway_features(run, "balance"),
     "position_specific_features": analysis.position_specific_features,
     "word_associations": analysis.word_associations,

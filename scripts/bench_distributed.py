@@ -27,7 +27,7 @@ from zarrtrace import analysis
 ANALYSES: dict[str, Callable[[Any], Any]] = {
     "attention_to": lambda run: analysis.attention_to(run, "balance"),
     "attention_to, each head": lambda run: analysis.attention_to(run, "balance", heads="each"),
-    "feature_trajectory": lambda run: analysis.feature_trajectory(run, 7),
+    "feature_trajectory": lambda run: analysis.feature_trajectory(run, (2, 7)),
     "pathway_features": lambda run: analysis.pathway_features(run, "balance"),
     "attention_locality": analysis.attention_locality,
     "layer_bands": lambda run: analysis.layer_bands(

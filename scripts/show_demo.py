@@ -14,7 +14,7 @@ SCENARIO = "Bankruptcy_90_all_in"
 
 
 def main(run: Path, exported: Path) -> None:
-    """Print attention to the balance, one feature's trajectory and the exported files."""
+    """Print attention to the balance, the strongest features and the exported files."""
     ds = zt.open_trace(run / SCENARIO)
     balance = zt.span(ds, "balance")
     print(f'ds = zt.open_trace("{run / SCENARIO}")')
@@ -23,11 +23,10 @@ def main(run: Path, exported: Path) -> None:
     attention = ds.attention[:, :, -1, balance].mean(("head", "key"))
     show(attention.layer.values, attention.values)
 
-    feature = (ds.features[:, -1] > 0).sum("layer").argmax("feature").item()
-    print("\nOne feature of the decision, the index that is active in most layers:")
-    print(f"ds.features[:, -1].sel(feature={feature}), by layer:")
-    trajectory = ds.features[:, -1].sel(feature=feature)
-    show(trajectory.layer.values, trajectory.values)
+    print("\nThe strongest feature of the decision in each layer, whose SAE has its own features:")
+    print("ds.top_activation[:, -1, 0] and ds.top_feature[:, -1, 0], by layer:")
+    strongest, index = ds.top_activation[:, -1, 0], ds.top_feature[:, -1, 0]
+    show(strongest.layer.values, strongest.values, [f"feature {n:<5d} " for n in index.values])
 
     options = ds.attrs["options"]
     likely = dict(zip(ds.next_token[-1].values, ds.next_token_logprob[-1].values, strict=True))
@@ -51,11 +50,11 @@ def texts(ds: xr.Dataset, positions: list[int]) -> str:
     return repr("".join(ds.query_token.values[positions]))
 
 
-def show(layers: np.ndarray, values: np.ndarray) -> None:
-    """Print one bar a layer."""
+def show(layers: np.ndarray, values: np.ndarray, names: list[str] | None = None) -> None:
+    """Print one bar a layer, each with a name if these are given."""
     top = float(np.abs(values).max()) or 1.0
-    for layer, value in zip(layers, values, strict=True):
-        print(f"  L{layer:<2d} {value:8.4f}  {'#' * round(40 * abs(float(value)) / top)}")
+    for layer, value, name in zip(layers, values, names or [""] * len(layers), strict=True):
+        print(f"  L{layer:<2d} {value:8.4f}  {name}{'#' * round(40 * abs(float(value)) / top)}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import fakes
 import numpy as np
 import xarray as xr
 
-from zarrtrace.format.attributes import RunAttributes, SpanAttributes
+from zarrtrace.format.attributes import RunAttributes, SpanAttributes, ranges
 
 #: The spans of every scenario, besides the decision: its last token.
 SPANS = {
@@ -92,7 +92,8 @@ def make_trace(
             "key_token": ("key", texts),
             "token_id": ("key", ids.astype(np.uint32)),
         },
-        attrs=attributes.model_dump(mode="json"),
+        attrs=attributes.model_dump(mode="json")
+        | ({"missing_layers": ranges(sorted(missing))} if missing else {}),
     )
 
 

@@ -152,7 +152,12 @@ def without_span(ds: xr.Dataset, name: str) -> xr.Dataset:
 
 
 def without_layer(ds: xr.Dataset, layer: int) -> xr.Dataset:
-    """Return a trace in which a layer is not stored: NaN, as the reader gives it."""
+    """Return a trace in which a layer is not stored: NaN that the reader gives a name to."""
+    return with_nan(ds, layer).assign_attrs(missing_layers=str(layer))
+
+
+def with_nan(ds: xr.Dataset, layer: int) -> xr.Dataset:
+    """Return a trace in which all values of a layer are NaN."""
     kept = ds["layer"] != layer
     arrays = ("features", "top_activation", "attention", "attention_mean")
     return ds.assign({name: ds[name].where(kept) for name in arrays if name in ds})

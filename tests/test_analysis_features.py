@@ -17,7 +17,9 @@ from chunk_reads import ChunkReads
 from click.testing import CliRunner
 
 from zarrtrace.analysis.attention import attention_to
-from zarrtrace.analysis.features import feature_trajectory, of_sae, pathway_features
+from zarrtrace.analysis.features import feature_trajectory, of_sae
+from zarrtrace.analysis.findings import with_findings
+from zarrtrace.analysis.pathways import pathway_features
 from zarrtrace.analysis.specificity import position_specific_features
 from zarrtrace.analysis.words import word_associations
 from zarrtrace.cli import group
@@ -34,42 +36,78 @@ def spans_of(ds: xr.Dataset) -> dict[str, list[int]]:
     return {name: span["tokens"] for name, span in ds.attrs["spans"].items()}
 
 
+def shared(run: xr.DataTree) -> xr.DataTree:
+    """Return a run whose layers share one SAE."""
+    return synthetic.run(
+        [
+            child.to_dataset().assign_coords(sae_id=("layer", ["one"] * child.sizes["layer"]))
+            for child in run.children.values()
+        ]
+    )
+
+
 class TestTrajectory:
     def test_one_feature_at_the_last_token(self, run: xr.DataTree) -> None:
-        found = feature_trajectory(run, 14)
-        assert found.dims == ("scenario", "layer")
+        found = feature_trajectory(run, (2, 14))
+        assert found.dims == ("scenario",)
+        assert (int(found["layer"]), int(found["feature"])) == (2, 14)
         for name, child in run.children.items():
-            expected = child["features"].to_numpy()[:, -1, 14]
+            expected = child["features"].to_numpy()[1, -1, 14]
             np.testing.assert_array_equal(found.sel(scenario=name), expected)
 
     def test_many_features_and_places(self, run: xr.DataTree) -> None:
-        found = feature_trajectory(run, [3, 14, 0], at=["balance", "decision", -2])
-        assert found.dims == ("scenario", "layer", "place", "feature")
+        pairs = [(3, 14), (1, 3), (3, 0), (2, 3), (1, 3)]
+        found = feature_trajectory(run, pairs, at=["balance", "decision", -2])
+        assert found.dims == ("scenario", "place", "pair")
+        assert list(zip(found["layer"].values, found["feature"].values, strict=True)) == pairs
         for name, child in run.children.items():
-            dense = child["features"].to_numpy()[..., [3, 14, 0]]
-            mean = dense[:, [3, 4]].mean(1, dtype=np.float64)
+            dense = child["features"].to_numpy()
+            cells = np.stack([dense[layer - 1, :, f] for layer, f in pairs], axis=-1)
+            mean = cells[[3, 4]].mean(0, dtype=np.float64)
             error = rounding.rounding("float32", 2, mean)
             rounding.assert_close(found.sel(scenario=name, place="balance"), mean, error)
-            np.testing.assert_array_equal(found.sel(scenario=name, place="-2"), dense[:, -2])
+            np.testing.assert_array_equal(found.sel(scenario=name, place="-2"), cells[-2])
+
+    def test_an_index_alone_needs_one_sae_of_all_layers(self, run: xr.DataTree) -> None:
+        with pytest.raises(ConfigError, match="feature 3 of which layer") as caught:
+            feature_trajectory(run, 3)
+        assert "unrelated" in str(caught.value)
+        assert "(3, 3)" in str(caught.value)
+        unlike = run["S0"].to_dataset().assign_coords(sae_id=("layer", ["a", "b", "c"]))
+        with pytest.raises(ConfigError, match="of which layer"):
+            feature_trajectory(unlike, [3])
+        found = feature_trajectory(shared(run), [3, 5])
+        assert set(found["dictionary"].to_numpy().tolist()) == {"one"}
+        expected = run["S1"]["features"].to_numpy()[:, -1, [3, 5]]
+        np.testing.assert_array_equal(found.sel(scenario="S1"), expected.T.ravel())
+
+    def test_fingerprints_tell_saes_of_one_name_apart(self, run: xr.DataTree) -> None:
+        ds = shared(run)["S0"].to_dataset()
+        same = ds.assign_coords(sae_fingerprint=("layer", ["f", "f", "f"]))
+        assert feature_trajectory(same, 3).sizes == {"pair": 3}
+        with pytest.raises(ConfigError, match="of which layer"):
+            feature_trajectory(ds.assign_coords(sae_fingerprint=("layer", ["f", "g", "f"])), 3)
 
     def test_a_trace_keeps_each_token_with_its_text(self, run: xr.DataTree) -> None:
         ds = run["S0"].to_dataset()
-        found = feature_trajectory(ds, [1, 2], at="balance", reduce="none")
-        assert found.dims == ("layer", "query", "feature")
+        found = feature_trajectory(ds, [(2, 1), (1, 2)], at="balance", reduce="none")
+        assert found.dims == ("query", "pair")
         assert found["query_token"].to_numpy().tolist() == [" $", "90"]
-        np.testing.assert_array_equal(found, ds["features"].to_numpy()[:, 3:5, 1:3])
+        dense = ds["features"].to_numpy()[:, 3:5]
+        np.testing.assert_array_equal(found, np.stack([dense[1, :, 1], dense[0, :, 2]], axis=1))
 
     def test_maximum_over_a_span(self, run: xr.DataTree) -> None:
         ds = run["S0"].to_dataset()
-        found = feature_trajectory(ds, 5, at="balance", reduce="max")
-        np.testing.assert_array_equal(found, ds["features"].to_numpy()[:, 3:5, 5].max(1))
+        found = feature_trajectory(ds, (3, 5), at="balance", reduce="max")
+        np.testing.assert_array_equal(found, ds["features"].to_numpy()[2, 3:5, 5].max())
 
     def test_lazy_equals_eager_and_computes_nothing(self, run: xr.DataTree) -> None:
-        found = feature_trajectory(synthetic.lazy(run), [1, 2], at=["balance", "goal"])
+        asked = [(1, 1), (3, 2)], ["balance", "goal"]
+        found = feature_trajectory(synthetic.lazy(run), *asked)
         assert found.chunks is not None
-        xr.testing.assert_identical(
-            found.compute(), feature_trajectory(run, [1, 2], at=["balance", "goal"])
-        )
+        assert "findings" not in found.attrs
+        expected = feature_trajectory(run, *asked)
+        xr.testing.assert_identical(with_findings(found.compute()), expected)
 
     def test_a_scenario_without_the_span_or_a_layer_is_nan(self, run: xr.DataTree) -> None:
         changed = synthetic.change(
@@ -78,45 +116,41 @@ class TestTrajectory:
             S2=synthetic.without_layer(run["S2"].to_dataset(), 2),
             S3=run["S3"].to_dataset().sel(layer=[1, 2]),
         )
-        found = feature_trajectory(changed, 4, at="goal")
+        found = feature_trajectory(changed, [(n, 4) for n in (1, 2, 3)], at="goal")
         assert np.isnan(found.sel(scenario="S1")).all()
-        assert np.isnan(found.sel(scenario="S2", layer=2))
-        assert np.isnan(found.sel(scenario="S3", layer=3))
+        assert np.isnan(found.sel(scenario="S2")).to_numpy().tolist() == [False, True, False]
+        assert np.isnan(found.sel(scenario="S3")).to_numpy().tolist() == [False, False, True]
         assert not np.isnan(found.sel(scenario="S0")).any()
 
     @pytest.mark.parametrize(
         ("features", "at", "error", "message"),
         [
-            (24, "decision", ConfigError, "no feature 24"),
+            ((1, 24), "decision", ConfigError, "no feature 24"),
+            ((4, 1), "decision", ConfigError, "no layer 4"),
             ([], "decision", ConfigError, "no features were given"),
-            (0, "nowhere", ScenarioError, "nowhere"),
-            (0, 99, ScenarioError, "99"),
+            ((1, 0), "nowhere", ScenarioError, "nowhere"),
+            ((1, 0), 99, ScenarioError, "99"),
         ],
     )
     def test_refusals(
-        self,
-        run: xr.DataTree,
-        features: int | list[int],
-        at: str | int,
-        error: type[Exception],
-        message: str,
+        self, run: xr.DataTree, features: Any, at: str | int, error: type[Exception], message: str
     ) -> None:
         with pytest.raises(error, match=message):
             feature_trajectory(run, features, at=at)
 
     def test_each_token_of_several_places_is_refused(self, run: xr.DataTree) -> None:
         with pytest.raises(ConfigError, match="one place"):
-            feature_trajectory(run, 0, at=["balance", "goal"], reduce="none")
+            feature_trajectory(run, (1, 0), at=["balance", "goal"], reduce="none")
 
     def test_a_run_without_features_is_refused_by_name(self) -> None:
         with pytest.raises(ConfigError, match="S0: the trace has no 'features'"):
-            feature_trajectory(synthetic.random_run(2, features=None), 0)
+            feature_trajectory(synthetic.random_run(2, features=None), (1, 0))
 
     def test_results_say_where_they_come_from(self, run: xr.DataTree, tmp_path: Path) -> None:
-        found = feature_trajectory(run, [1], at=["balance", "goal"])
+        found = feature_trajectory(run, [(1, 1)], at=["balance", "goal"])
         assert found.attrs["analysis"] == "feature_trajectory"
         assert found.attrs["model"] == "fake/model"
-        assert '"features": [1]' in found.attrs["parameters"]
+        assert '"features": [[1, 1]]' in found.attrs["parameters"]
         found.to_netcdf(tmp_path / "out.nc", engine="scipy")
 
 
@@ -164,7 +198,9 @@ class TestPathway:
     def test_lazy_equals_eager(self, run: xr.DataTree) -> None:
         found = pathway_features(synthetic.lazy(run), "balance")
         assert all(variable.chunks for variable in found.data_vars.values())
-        xr.testing.assert_identical(found.compute(), pathway_features(run, "balance"))
+        xr.testing.assert_identical(
+            with_findings(found.compute()), pathway_features(run, "balance")
+        )
 
     def test_scenarios_without_the_span_are_empty(self, run: xr.DataTree) -> None:
         changed = synthetic.change(
@@ -290,15 +326,15 @@ class TestSeveralSAEs:
         chunk_reads.clear()
         other = of_sae(run, "mlp_out")
         assert not chunk_reads.below(two.path)
-        found = feature_trajectory(other, 23).load()
+        found = feature_trajectory(other, (2, 23)).load()
         assert chunk_reads.arrays(two.path) == {"features_mlp_out"}
         for name in run.children:
-            expected = two.truth[name]["features_mlp_out"][:, -1, 23]
+            expected = two.truth[name]["features_mlp_out"][1, -1, 23]
             np.testing.assert_array_equal(found.sel(scenario=name), expected)
         words = word_associations(other)
         assert int(words["feature"].max()) > 15
         with pytest.raises(ConfigError, match="no feature 23"):
-            feature_trajectory(run, 23)
+            feature_trajectory(run, (2, 23))
 
     def test_a_trace_and_a_node(self, two: fakes.FakeRun) -> None:
         run = open_run(two.path)
@@ -315,7 +351,8 @@ class TestSeveralSAEs:
         assert caught.value.remedy == "Names there are: mlp_out."
 
     def test_the_command(self, two: fakes.FakeRun, tmp_path: Path) -> None:
-        command = ["analyze", "feature-trajectory", str(two.path), "--feature", "23"]
+        command = ["analyze", "feature-trajectory", str(two.path)]
+        command += [part for n in (1, 2, 3) for part in ("--feature", f"{n}:23")]
         file = tmp_path / "out.csv"
         done = CliRunner().invoke(group, [*command, "--sae", "mlp_out", "-o", str(file)])
         assert done.exit_code == 0, done.output
@@ -335,7 +372,7 @@ class TestReadsOnlyWhatItNeeds:
     ) -> None:
         run = open_run(shared_run.path, chunks=chunks)
         chunk_reads.clear()
-        found = feature_trajectory(run["Safe_1"].to_dataset().sel(layer=slice(2, 2)), 3)
+        found = feature_trajectory(run["Safe_1"].to_dataset().sel(layer=slice(2, 2)), (2, 3))
         if chunks:
             assert not chunk_reads.below(shared_run.path)
         found.load()

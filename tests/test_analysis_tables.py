@@ -18,17 +18,20 @@ import xarray as xr
 import zarrtrace as zt
 from zarrtrace import analysis
 from zarrtrace.analysis import blocks
+from zarrtrace.analysis.findings import with_findings
 from zarrtrace.errors import ConfigError, ScenarioError
 
 #: How a table comes to an analysis.
 OPENED = ("lazy", "dask", "plain xarray")
 
 ANALYSES: dict[str, Callable[[Any], xr.Dataset | xr.DataArray]] = {
-    "trajectory": lambda data: analysis.feature_trajectory(data, [3, 0], ["balance", "decision"]),
-    "one feature": lambda data: analysis.feature_trajectory(data, 5),
-    "largest": lambda data: analysis.feature_trajectory(data, 5, "balance", reduce="max"),
-    "each token": lambda data: analysis.feature_trajectory(data, 5, "balance", reduce="none"),
-    "positions": lambda data: analysis.feature_trajectory(data, [1], [[2, -3]]),
+    "trajectory": lambda data: analysis.feature_trajectory(
+        data, [(1, 3), (3, 0)], ["balance", "decision"]
+    ),
+    "one feature": lambda data: analysis.feature_trajectory(data, (2, 5)),
+    "largest": lambda data: analysis.feature_trajectory(data, (2, 5), "balance", reduce="max"),
+    "each token": lambda data: analysis.feature_trajectory(data, (2, 5), "balance", reduce="none"),
+    "positions": lambda data: analysis.feature_trajectory(data, [(1, 1)], [[2, -3]]),
     "decision": lambda data: analysis.decision(data, vocabulary=30),
     "tags": lambda data: analysis.contrast(data, "risky", "safe", ["balance", "decision"]),
     "names": lambda data: analysis.contrast(data, ["S0", "S3"], ["S5", "S1"], min_scenarios=2),
@@ -84,7 +87,7 @@ def tables(run: xr.DataTree, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 def assert_same(found: Any, expected: Any) -> None:
     """Compare values, coordinates and attributes; text may be stored as objects or not."""
-    found, expected = found.compute(), expected.compute()
+    found, expected = with_findings(found.compute()), with_findings(expected.compute())
     assert dict(found.sizes) == dict(expected.sizes)
     assert {**found.attrs} == {**expected.attrs}
     assert set(found.coords) == set(expected.coords)
@@ -160,13 +163,15 @@ class TestSomeSamples:
         np.testing.assert_allclose(found["score"], expected, rtol=1e-6)
 
     def test_trajectory_equals_the_column(self, last: xr.Dataset) -> None:
-        found = analysis.feature_trajectory(last, 7)
-        np.testing.assert_array_equal(found, last["features"][:, :, 7].T)
+        found = analysis.feature_trajectory(last, [(1, 7), (3, 2)])
+        columns = [last["features"].sel(layer=n)[:, f] for n, f in ((1, 7), (3, 2))]
+        np.testing.assert_array_equal(found, np.stack(columns, axis=1))
         np.testing.assert_array_equal(found["balance_now"], last["balance_now"])
 
     def test_a_scenario_that_failed_counts_nowhere(self, last: xr.Dataset) -> None:
         missing = last["scenario"] == "S0"
         holed = last.assign(features=last["features"].where(~missing))
+        holed = holed.assign_attrs(failed={"S0": "out of memory"})
         without = last.isel(sample=slice(1, None))
         names = ["S1", "S2"], ["S3", "S4"]
         for of in (
@@ -174,12 +179,17 @@ class TestSomeSamples:
             analysis.word_associations,
             analysis.position_specific_features,
         ):
-            assert_same(of(holed), of(without))
+            found, expected = of(holed), of(without)
+            gone = "layer 2 in S3, S4."
+            assert expected.attrs.pop("missing") == f"Not stored, and left out: {gone}"
+            missing_now = found.attrs.pop("missing")
+            assert missing_now == f"Not stored, and left out: all in S0; {gone}"
+            assert_same(found, expected)
 
     def test_relate_takes_what_tables_give(self, last: xr.Dataset, run: xr.DataTree) -> None:
         found, expected = (
             analysis.relate(
-                analysis.decision(data).top_probability, analysis.feature_trajectory(data, 3)
+                analysis.decision(data).top_probability, analysis.feature_trajectory(data, (1, 3))
             )
             for data in (last, run)
         )
@@ -195,8 +205,8 @@ class TestSomeSamples:
         )
         table = analysis.of_sae(zt.table(double), "mlp")
         assert table["features"].dims == ("layer", "sample", "feature")
-        found = analysis.feature_trajectory(table, 3)
-        np.testing.assert_array_equal(found, 2 * analysis.feature_trajectory(run, 3))
+        found = analysis.feature_trajectory(table, (2, 3))
+        np.testing.assert_array_equal(found, 2 * analysis.feature_trajectory(run, (2, 3)))
         with pytest.raises(ConfigError, match="the table has no 'features_mpl'"):
             analysis.of_sae(zt.table(double), "mpl")
 
@@ -222,21 +232,22 @@ class TestRefused:
     def test_a_span_that_may_be_cut(self, run: xr.DataTree) -> None:
         cut = zt.table(run, [3, -1])
         with pytest.raises(ScenarioError, match="may lack tokens of span 'balance'"):
-            analysis.feature_trajectory(cut, 3, "balance")
-        assert_same(analysis.feature_trajectory(cut, 3), analysis.feature_trajectory(run, 3))
+            analysis.feature_trajectory(cut, (1, 3), "balance")
+        found, expected = (analysis.feature_trajectory(data, (1, 3)) for data in (cut, run))
+        assert_same(found, expected)
 
     def test_a_span_without_samples(self, run: xr.DataTree) -> None:
         with pytest.raises(ScenarioError, match="no scenario has a span 'goal'"):
-            analysis.feature_trajectory(zt.table(run), 3, "goal")
+            analysis.feature_trajectory(zt.table(run), (1, 3), "goal")
 
     def test_a_position_that_a_scenario_lacks(self, run: xr.DataTree) -> None:
         with pytest.raises(ScenarioError, match="S0: the table has no sample at position 4"):
-            analysis.feature_trajectory(zt.table(run, [3, -1]), 3, 4)
+            analysis.feature_trajectory(zt.table(run, [3, -1]), (1, 3), 4)
 
     def test_an_array_that_the_table_lacks(self, tables: dict[str, xr.Dataset]) -> None:
         bare = tables["lazy"].drop_vars(["features", "next_token"])
         with pytest.raises(ConfigError, match="the table has no 'features'"):
-            analysis.feature_trajectory(bare, 3)
+            analysis.feature_trajectory(bare, (1, 3))
         with pytest.raises(ConfigError, match="the table has no 'next_token'"):
             analysis.decision(bare)
 
@@ -260,8 +271,10 @@ def test_a_table_on_disk(tmp_path: Path) -> None:
     dense = sample_tables.expected(plan, values).features
     ours, plain = zt.open_table(tmp_path / "table"), xr.open_zarr(tmp_path / "table")
     for table in (ours, plain):
-        found = analysis.feature_trajectory(table, [3, 200])
-        np.testing.assert_array_equal(found.transpose("layer", ...), dense[:, ::2, [3, 200]])
+        layers = table.indexes["layer"].tolist()
+        found = analysis.feature_trajectory(table, [(n, f) for n in layers for f in (3, 200)])
+        expected = dense[:, ::2, [3, 200]].transpose(1, 0, 2).reshape(found.shape)
+        np.testing.assert_array_equal(found, expected)
     for of in (
         lambda data: analysis.contrast(data, [f"s{n}" for n in range(5)], ["s7", "s8"]),
         analysis.word_associations,

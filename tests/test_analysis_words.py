@@ -21,7 +21,9 @@ from zarrtrace.analysis.blocks import blocks
 from zarrtrace.analysis.contrasts import contrast
 from zarrtrace.analysis.crossreferences import crossreference
 from zarrtrace.analysis.decisions import decision, relate
-from zarrtrace.analysis.features import feature_trajectory, pathway_features
+from zarrtrace.analysis.features import feature_trajectory
+from zarrtrace.analysis.findings import with_findings
+from zarrtrace.analysis.pathways import pathway_features
 from zarrtrace.analysis.shifts import p_of_shifts
 from zarrtrace.analysis.specificity import position_specific_features
 from zarrtrace.analysis.words import _stable_order, read_table, word_associations
@@ -489,7 +491,7 @@ class TestDecision:
     def test_lazy_equals_eager(self, run: xr.DataTree) -> None:
         found = decision(synthetic.lazy(run))
         assert found["entropy"].chunks is not None
-        xr.testing.assert_identical(found.compute(), decision(run))
+        xr.testing.assert_identical(with_findings(found.compute()), decision(run))
 
     def test_reads_the_last_token_only(
         self, shared_run: fakes.FakeRun, chunk_reads: ChunkReads
@@ -591,7 +593,7 @@ def test_layers_without_an_sae_or_not_stored_yet(tmp_path: Path) -> None:
         assert set(contrast(run, "risky", "safe")["layer"].to_numpy()) == rest
         assert (position_specific_features(run)["feature"].sel(layer=layer) == -1).all()
         assert (pathway_features(run, "balance")["feature"].sel(layer=layer) == -1).all()
-        assert np.isnan(feature_trajectory(run, 1).sel(layer=layer)).all()
+        assert np.isnan(feature_trajectory(run, (layer, 1))).all()
         table = table_of({f: "x" if f < 8 else "y" for f in range(16)})
         found = crossreference(run, table, {"x": "balance"})
         assert (found["n_features"].sel(layer=layer) == 0).all()

@@ -25,7 +25,9 @@ NAMES = tuple(f"{kind}_{i}" for i in range(2) for kind in ("Risky", "Safe"))
 ANALYSES: dict[str, Callable[[Any], Any]] = {
     "attention_to": lambda run: analysis.attention_to(run, ["balance", 0]),
     "attention_to_heads": lambda run: analysis.attention_to(run, "balance", heads="each"),
-    "feature_trajectory": lambda run: analysis.feature_trajectory(run, [3, 7], ["balance"]),
+    "feature_trajectory": lambda run: analysis.feature_trajectory(
+        run, [(1, 3), (2, 7)], ["balance"]
+    ),
     "pathway_features": lambda run: analysis.pathway_features(run, "balance"),
     "attention_locality": analysis.attention_locality,
     "layer_bands": lambda run: analysis.layer_bands(
@@ -173,7 +175,7 @@ def test_workers_refuse_lost_files(client: Client, tmp_path: Path) -> None:
     opened = zt.open_run(run.path, chunks="auto")
     (run.trace / "features" / "c.0.0.0").unlink()
     with pytest.raises(IntegrityError, match=r"features/c\.0\.0\.0: is gone"):
-        analysis.feature_trajectory(opened, 3).compute()
+        analysis.feature_trajectory(opened, (1, 3)).compute()
 
 
 @pytest.mark.long

@@ -299,23 +299,48 @@ def test_critical_chart(run: xr.DataTree) -> None:
 
 
 def test_feature_timeline(ds: xr.Dataset) -> None:
-    ax = figures.feature_timeline(ds, 5)
-    np.testing.assert_array_equal(image(ax), ds["features"].sel(feature=5))
+    ax = figures.feature_timeline(ds, [(3, 5), (1, 7)])
+    expected = [ds["features"].sel(layer=layer, feature=f) for layer, f in ((3, 5), (1, 7))]
+    np.testing.assert_array_equal(image(ax), expected)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["L3 · 5", "L1 · 7"]
     assert ax.yaxis_inverted()
     assert ax.get_xticklabels()[0].get_text() == "·t0"
     strongest = figures.feature_timeline(ds)
     np.testing.assert_array_equal(image(strongest), ds["features"].max("feature"))
     with pytest.raises(ConfigError, match="no feature 24"):
-        figures.feature_timeline(ds, 24)
+        figures.feature_timeline(ds, (1, 24))
+    with pytest.raises(ConfigError, match="feature 5 of which layer"):
+        figures.feature_timeline(ds, 5)
 
 
-def test_trajectory(run: xr.DataTree) -> None:
-    found = analysis.feature_trajectory(run, 5)
+def test_unrelated_features_get_bars_and_no_line(run: xr.DataTree) -> None:
+    found = analysis.feature_trajectory(run, [(3, 5), (1, 5), (2, 7)])
+    groups = {"a": ["Risky_2"], "b": [name for name in run.children if name != "Risky_2"]}
+    ax = figures.trajectory(found, groups=groups)
+    assert all(line.get_linestyle() == "None" for line in ax.lines if len(line.get_xdata()) > 2)
+    heights = [[bar.get_height() for bar in bars] for bars in ax.containers]
+    expected = [found.sel(scenario=members).mean("scenario") for members in groups.values()]
+    np.testing.assert_allclose(heights, expected, rtol=1e-6)
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["L3 · 5", "L1 · 5", "L2 · 7"]
+    with pytest.raises(ConfigError, match="place"):
+        figures.trajectory(analysis.feature_trajectory(run, (3, 5), ["goal", "balance"]))
+
+
+def test_one_sae_of_all_layers_gets_a_line(run: xr.DataTree) -> None:
+    shared = run.map_over_datasets(
+        lambda ds: (
+            ds.assign_coords(sae_id=("layer", ["crosscoder"] * ds.sizes["layer"]))
+            if "layer" in ds.dims
+            else ds
+        )
+    )
+    found = analysis.feature_trajectory(shared, 5)
     ax = figures.trajectory(found)
+    assert not ax.containers
     own = {line.get_gid(): line.get_ydata() for line in ax.lines if line.get_gid()}
     np.testing.assert_array_equal(own["Risky_2"], found.sel(scenario="Risky_2"))
-    with pytest.raises(ConfigError, match="feature"):
-        figures.trajectory(analysis.feature_trajectory(run, [5, 6]))
+    several = figures.trajectory(analysis.feature_trajectory(shared, [5, 6]))
+    assert len(several.containers[0]) == 2 * run["Risky_2"].sizes["layer"]
 
 
 def test_special_tokens_are_left_out_unless_asked_for(ds: xr.Dataset) -> None:

@@ -212,8 +212,10 @@ def test_commands_and_analyses_take_them(stores: Path, tmp_path: Path) -> None:
     wanted = [frozen.layer_values(one, 2)["features"][-1] for one in frozen.PROMPTS]
     np.testing.assert_array_equal(samples["features"].sel(layer=2), wanted)
     assert samples["balance"].to_numpy()[1] == 90.25
-    trajectory = zt.analysis.feature_trajectory(table, [4], at="decision")
-    assert trajectory.sizes["layer"] == len(frozen.LAYERS)
+    trajectory = zt.analysis.feature_trajectory(table, [(2, 4)], at="decision")
+    last = ["decision" in str(names).split(",") for names in table["span"].to_numpy()]
+    expected = table["features"].sel(layer=2, feature=4).to_numpy()[last]
+    np.testing.assert_array_equal(trajectory.isel(pair=0), expected)
     zt.export(stores / "run", tmp_path / "coo", to="coo")
     with np.load(tmp_path / "coo" / "sae_features_L2.npz") as file:
         dense = np.zeros(file["shape"])

@@ -22,6 +22,7 @@ import zarrtrace as zt
 from zarrtrace import analysis
 from zarrtrace.card import write_card
 from zarrtrace.cli import main
+from zarrtrace.cli.tables import Choice, Layout, text_of
 from zarrtrace.errors import ConfigError, ScenarioError
 from zarrtrace.format.attributes import TraceAttributes
 from zarrtrace.store import summarize
@@ -89,7 +90,7 @@ _BY_SCENARIO: dict[str, Callable[[Any], Any]] = {
     "attention_rollout": lambda data: analysis.attention_rollout(data, ["balance"]),
     "attention_to": lambda data: analysis.attention_to(data, "balance"),
     "decision": analysis.decision,
-    "feature_trajectory": lambda data: analysis.feature_trajectory(data, 3),
+    "feature_trajectory": lambda data: analysis.feature_trajectory(data, (2, 3)),
     "head_roles": analysis.head_roles,
     "layer_bands": lambda data: analysis.layer_bands(
         data, bands={"local": (1, 1), "task": (2, 2), "decision": (3, 3)}, task_spans=["balance"]
@@ -320,17 +321,20 @@ def test_tables_have_the_columns(extracted: Path, tmp_path: Path, ending: str) -
 def test_a_terminal_shows_the_columns_that_fit(
     extracted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    found = analysis.attention_to(zt.open_run(extracted), 0)
+
     def header(width: int) -> list[str]:
         monkeypatch.setenv("COLUMNS", str(width))
-        shown = call("analyze", "attention-to", extracted, "--source", 0)
-        assert max(map(len, shown.splitlines()[:9])) <= max(width, 60)
+        shown = text_of(found, Layout(), Choice())
+        assert max(map(len, shown.splitlines())) <= max(width, 40)
         assert ("too narrow for" in shown) == (width < 200)
-        return shown.split("\n")[0].split()
+        return next(line.split() for line in shown.splitlines() if "attention  " in line)
 
     every = ["balance", "round", "won", "outcome", "note"]
     assert [name for name in header(200) if name in every] == every
-    assert [name for name in header(80) if name in every] == every[:4]
-    assert [name for name in header(20) if name in every] == []
+    some = [name for name in header(55) if name in every]
+    assert 0 < len(some) < len(every)
+    assert some == every[: len(some)]
 
 
 @pytest.mark.torch

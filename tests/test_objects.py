@@ -839,8 +839,8 @@ def test_every_command_takes_an_address(
         ).read_bytes()
     said("import", tmp_path / "npz", "-o", run.parent / "imported")
     assert verify(run.parent / "imported") == []
-    table = said("analyze", "feature-trajectory", run, "--feature", 3)
-    assert table == said("analyze", "feature-trajectory", local, "--feature", 3)
+    table = said("analyze", "feature-trajectory", run, "--feature", "2:3")
+    assert table == said("analyze", "feature-trajectory", local, "--feature", "2:3")
     said("bundle", run, "-o", tmp_path / "bundle", "-q")
     said("bundle", local, "-o", tmp_path / "bundle_local", "-q")
     assert fakes.files_in(tmp_path / "bundle") == fakes.files_in(tmp_path / "bundle_local")

@@ -338,8 +338,8 @@ def test_analyses_take_what_is_stored_and_refuse_the_rest(runs: dict[str, Path])
         found = analysis.attention_to(run, "balance")
         np.testing.assert_allclose(found, analysis.attention_to(whole, "balance"), rtol=1e-12)
         np.testing.assert_allclose(
-            analysis.feature_trajectory(run, 5, "decision"),
-            analysis.feature_trajectory(whole, 5, "decision"),
+            analysis.feature_trajectory(run, (20, 5), "decision"),
+            analysis.feature_trajectory(whole, (20, 5), "decision"),
             rtol=1e-4,
             atol=1e-4,
         )
@@ -350,7 +350,7 @@ def test_analyses_take_what_is_stored_and_refuse_the_rest(runs: dict[str, Path])
     for refused in (
         lambda: analysis.attention_to(last, "balance", "balance"),
         lambda: analysis.attention_to(last, -1, 0),
-        lambda: analysis.feature_trajectory(last, 5, "balance"),
+        lambda: analysis.feature_trajectory(last, (20, 5), "balance"),
         lambda: analysis.pathway_features(last, "balance"),
         lambda: analysis.attention_flow(spans, "balance"),
         lambda: analysis.position_specific_features(last),

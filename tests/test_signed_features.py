@@ -97,7 +97,7 @@ def test_crossreference(run: xr.DataTree, negated: xr.DataTree) -> None:
 
 @pytest.mark.parametrize("reduce", ["mean", "max", "none"])
 def test_trajectories(run: xr.DataTree, negated: xr.DataTree, reduce: str) -> None:
-    features = [0, 3, 5]
+    features = [(1, 0), (2, 3), (3, 5)]
     expected = feature_trajectory(run, features, at="balance", reduce=reduce)
     found = feature_trajectory(negated, features, at="balance", reduce=reduce)
     np.testing.assert_array_equal(found, -expected)
@@ -121,7 +121,7 @@ def test_figures_have_colours_for_both_signs(run: xr.DataTree, negated: xr.DataT
 
     name = next(iter(run.children))
     for ds, low in ((run[name].to_dataset(), 0), (negated[name].to_dataset(), -1)):
-        for feature in (None, 3):
+        for feature in (None, (1, 3)):
             (image,) = feature_timeline(ds, feature).images
             assert np.sign(image.norm.vmin) == low
             assert image.norm.vmax > 0

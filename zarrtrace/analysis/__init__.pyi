@@ -1,15 +1,16 @@
 from zarrtrace.analysis.attention import (
     attention_locality,
     attention_to,
-    head_roles,
 )
 from zarrtrace.analysis.bands import layer_bands
 from zarrtrace.analysis.contrasts import contrast
 from zarrtrace.analysis.critical import critical_layers
 from zarrtrace.analysis.crossreferences import crossreference
 from zarrtrace.analysis.decisions import decision, relate
-from zarrtrace.analysis.features import feature_trajectory, of_sae, pathway_features
+from zarrtrace.analysis.features import feature_trajectory, of_sae
 from zarrtrace.analysis.flow import attention_flow, attention_rollout
+from zarrtrace.analysis.pathways import pathway_features
+from zarrtrace.analysis.roles import head_roles
 from zarrtrace.analysis.specificity import position_specific_features
 from zarrtrace.analysis.words import read_table, word_associations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -77,12 +77,16 @@ def _active_of_layers(
             samples = np.unique(np.concatenate([at for _, _, at in cells]))
             places_of = [(place, row, np.searchsorted(samples, at)) for place, row, at in cells]
             of_layers.append(here)
+            gone = [
+                {row for number, row in rows.items() if n in block.missing.get(number, ())}
+                for n in here
+            ]
             array = block.arrays["features"].assign_coords(
                 layer=block.layers, sample=np.arange(block.starts[-1])
             )
             yield (
                 taken(array, layer=here, sample=samples),
-                partial(_active_of_layer, cells=places_of),
+                partial(_active_of_layer, cells=places_of, gone=gone),
             )
 
     for by_layer in each_layer(jobs()):
@@ -92,12 +96,16 @@ def _active_of_layers(
 
 
 def _active_of_layer(
-    layer: np.ndarray, _at: int, *, cells: Sequence[tuple[int, int, np.ndarray]]
+    layer: np.ndarray,
+    at_layer: int,
+    *,
+    cells: Sequence[tuple[int, int, np.ndarray]],
+    gone: Sequence[Collection[int]],
 ) -> list[tuple[int, Active]]:
     """Return what is active at each place of each scenario; nothing where it is missing."""
     found: dict[int, list[tuple[int, np.ndarray, np.ndarray]]] = {}
     for place, row, samples in cells:
-        if np.isnan(layer[samples[0], 0]):
+        if row in gone[at_layer]:
             continue
         mean = layer[samples].mean(0, dtype=np.float64)
         active = np.flatnonzero(mean)
@@ -126,4 +134,6 @@ def side_by_side(
         values = np.zeros((int(rows.sum()), len(some)))
         column = np.searchsorted(some, active.feature[kept])
         values[number[active.row[kept]], column] = active.activation[kept]
-        yield some, values
+        # Features with computed NaN are left out; the result's `nonfinite` says so.
+        is_finite = np.isfinite(values).all(0)
+        yield some[is_finite], values[:, is_finite]

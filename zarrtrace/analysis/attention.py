@@ -1,4 +1,4 @@
-"""Where attention goes: between spans, near or far, and what single heads do."""
+"""Where attention goes: between spans, near or far."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from zarrtrace.analysis.selecting import (
     present,
     require_places,
     require_queries,
-    scenario_of,
     span_names,
     stored_queries,
     taken,
@@ -38,8 +37,6 @@ Heads = Literal["mean", "each"]
 
 #: The measures of :func:`attention_locality`.
 LOCALITY = ("distance", "entropy", "window_share", "first_share")
-#: The scores of :func:`head_roles`.
-ROLES = ("previous_token", "first_token", "duplicate_token", "induction")
 
 
 # Attention probabilities that are looked at together in float64, one megabyte of them.
@@ -207,9 +204,17 @@ def weighted(array: xr.DataArray, rows: Weights, columns: Weights) -> xr.DataArr
 
 
 def _weighted(block: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """``(…, q, k), (t, q), (s, k)`` → ``(…, s, t)``."""
-    out = np.einsum("tq,...qk,sk->...st", rows, block.astype(np.float64), columns, optimize=True)
-    return np.asarray(out)
+    """``(…, q, k), (t, q), (s, k)`` → ``(…, s, t)``; NaN where a weighted value is not finite."""
+    sums, values = partial(np.einsum, "tq,...qk,sk->...st", optimize=True), block.astype(np.float64)
+    is_finite = np.isfinite(values)
+    if is_finite.all():
+        return np.asarray(sums(rows, values, columns))
+    # NaN times a weight of 0 is NaN: one place's values would spoil another's.
+    out = np.asarray(sums(rows, np.where(is_finite, values, 0), columns))
+    counts = sums(
+        (rows != 0).astype(float), (~is_finite).astype(float), (columns != 0).astype(float)
+    )
+    return np.where(counts > 0, np.nan, out)
 
 
 # --- near or far -------------------------------------------------------------------------------
@@ -247,7 +252,7 @@ def attention_locality(
         - ``first_share``: share of attention on the first token; with `exclude_first`, what it
           took before it was left out.
 
-        NaN for missing layers.
+        NaN for missing layers, and for heads that hold NaN.
 
     Raises
     ------
@@ -289,13 +294,15 @@ def _locality(ds: xr.Dataset, heads: Heads, window: int, *, exclude_first: bool)
 
 
 def _mean_over_queries(found: xr.DataArray) -> xr.DataArray:
+    """Average what is defined; NaN where attention itself is NaN, which infinity stands for."""
     if found.chunks is not None:
         # Little enough to be one block, which makes graphs small.
-        return whole(found.mean("query", skipna=True), "layer")
+        lazy = whole(found.mean("query", skipna=True), "layer")
+        return lazy.where(lazy != np.inf)
     # mean() warns where there is nothing but NaN, and threads cannot each ignore warnings.
     count = found.notnull().sum("query")
     mean: xr.DataArray = found.sum("query", skipna=True) / count.where(count > 0)
-    return mean
+    return mean.where(mean != np.inf)
 
 
 def _by_rows(
@@ -323,7 +330,10 @@ def _by_rows(
 def _locality_of_rows(
     block: np.ndarray, at: np.ndarray, keys: np.ndarray, *, window: int, exclude_first: bool
 ) -> np.ndarray:
-    """``(…, q, k)`` and the queries' positions → ``(…, q, measure)``, NaN where undefined."""
+    """``(…, q, k)`` and the queries' positions → ``(…, q, measure)``.
+
+    NaN where a measure is undefined, infinity where attention is not finite.
+    """
     at = np.asarray(at).reshape(-1)
     first = 1 if exclude_first else 0
     distance = at[:, None] - keys
@@ -344,102 +354,8 @@ def _locality_of_rows(
             entropy = np.log(mass) - np.einsum("hqk,hqk->hq", kept, logs) / mass
             inside = np.where(has_far, np.einsum("hqk,qk->hq", kept, near) / mass, np.nan)
             values = (at - moment / mass, entropy, inside, rows[..., 0] / rows.sum(-1))
-        found[start : start + step] = np.stack(values, axis=-1)
+        of_rows = np.stack(values, axis=-1)
+        of_rows[~np.isfinite(rows.sum(-1))] = np.inf  # not to be taken for undefined
+        found[start : start + step] = of_rows
     out[..., at == keys[0], :] = np.nan
     return out
-
-
-# --- what heads do -----------------------------------------------------------------------------
-
-
-def head_roles(data: Data) -> xr.DataArray:
-    """Score every head for four roles.
-
-    Parameters
-    ----------
-    data
-        A trace or a run.
-
-    Returns
-    -------
-    xr.DataArray
-        ``([scenario,] role, layer, head)`` float64 from 0 to 1: the mean, over the queries where
-        the role has something to attend to, of the attention that goes there.
-
-        - ``previous_token``: the token before the query.
-        - ``first_token``: the first token, over all other queries (an attention sink).
-        - ``duplicate_token``: earlier occurrences of the query's own token.
-        - ``induction``: the tokens right after earlier occurrences of the query's own token, the
-          query itself left out.
-
-        NaN for missing layers, and for the last two where no token repeats.
-
-    Raises
-    ------
-    ConfigError
-        If there is no attention.
-
-    Notes
-    -----
-    The patterns are those of Olsson et al. (2022), *In-context Learning and Induction Heads*, and
-    of TransformerLens's ``head_detector`` (with ``duplicate_token_head`` and ``induction_head``).
-    They are usually measured on repeated random tokens; on natural prompts, where few tokens
-    repeat, the last two say what a head does *here*, not what it is.
-    """
-    out = per_scenario(data, _roles).rename("score")
-    return described(
-        out.assign_attrs(long_name="share of attention that fits the role", units="1"),
-        data,
-        "head_roles",
-        "mean attention to the previous token, the first token, earlier copies of the token, and "
-        "the tokens after these (Olsson et al. 2022)",
-    )
-
-
-def _roles(ds: xr.Dataset) -> xr.DataArray:
-    """Return ``(role, layer, head)`` of one trace."""
-    patterns = _patterns(ds).sel(query=stored_queries(ds))
-    patterns = patterns.sel(query=patterns.any(["role", "key"]))
-    counts = patterns.any("key").sum("query")
-    array = taken(attention(ds, "each"), query=patterns["query"].values)
-    found = _in_patterns(array, patterns) / counts.where(counts > 0)
-    return found.transpose("role", "layer", "head")
-
-
-def _in_patterns(array: xr.DataArray, patterns: xr.DataArray) -> xr.DataArray:
-    """Sum attention ``(layer, head, query, key)`` over the keys that fit each role."""
-    if array.chunks is not None:
-        out: xr.DataArray = xr.dot(
-            array.astype(np.float64), patterns.astype(np.float64), dim=["query", "key"]
-        )
-        return out
-    query, key = np.nonzero(patterns.any("role").values)
-    fits = patterns.values[:, query, key].T.astype(np.float64)
-    sums = np.empty((*array.shape[:2], len(ROLES)))
-    for start, layers in some_layers(array):
-        found = layers[..., query, key].astype(np.float64) @ fits
-        sums[start : start + len(layers)] = found
-    labels = {dim: array.indexes[dim] for dim in ("layer", "head")}
-    return xr.DataArray(sums, {**labels, "role": list(ROLES)}, ("layer", "head", "role"))
-
-
-def _patterns(ds: xr.Dataset) -> xr.DataArray:
-    """Return which keys fit each role, ``(role, query, key)`` bool."""
-    if "token_id" not in ds.coords:
-        raise ConfigError(
-            f"{scenario_of(ds)}: the trace has no token ids",
-            why="Repeated tokens are found by their ids.",
-            remedy="Keep the coordinate 'token_id'.",
-        )
-    ids, at = np.asarray(ds["token_id"].values), token_labels(ds)
-    query, key = at[:, None], at[None, :]
-    earlier = (ids[:, None] == ids[None, :]) & (key < query)
-    after = np.zeros_like(earlier)
-    after[:, 1:] = earlier[:, :-1]
-    return xr.DataArray(
-        np.stack(
-            [key == query - 1, (key == at[0]) & (query > key), earlier, after & (key < query)]
-        ),
-        dims=("role", "query", "key"),
-        coords={"role": list(ROLES), "query": at, "key": at},
-    )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import xarray as xr
 
+from zarrtrace.analysis.gaps import missing_layers, missing_of_table
 from zarrtrace.analysis.samples import rows_of_place
 from zarrtrace.analysis.selecting import Data, Place, require, traces
 from zarrtrace.analysis.special import special_samples
@@ -44,6 +45,8 @@ class Block(NamedTuple):
         Returns the samples of a place, ascending; none if no scenario has the span.
     special
         Tells which samples hold special tokens.
+    missing
+        Layers whose features are not stored, by number of the scenario.
     """
 
     arrays: dict[str, xr.DataArray]
@@ -52,11 +55,23 @@ class Block(NamedTuple):
     starts: np.ndarray
     find: Callable[[Place], np.ndarray]
     special: Callable[[], np.ndarray]
+    missing: Mapping[int, frozenset[int]]
 
     @property
     def of_samples(self) -> np.ndarray:
         """Place among `scenarios` of each sample's scenario."""
         return np.repeat(np.arange(len(self.scenarios)), np.diff(self.starts))
+
+    def missing_scenarios(self) -> list[list[int]]:
+        """Return, for each layer, the places among `scenarios` of those that lack its features."""
+        return [
+            [
+                at
+                for at, number in enumerate(self.scenarios)
+                if layer in self.missing.get(number, ())
+            ]
+            for layer in self.layers
+        ]
 
     def rows(self, place: Place) -> dict[int, np.ndarray]:
         """Return the samples of a place, by number of the scenario, of those that have it."""
@@ -113,7 +128,8 @@ def _block_of_trace(number: int, ds: xr.Dataset, names: Sequence[str]) -> Block:
     layers = ds.indexes["layer"].tolist() if "layer" in ds.indexes else []
     starts = np.array([0, ds.sizes["query"]])
     find, special = partial(rows_of_place, ds), partial(special_samples, ds)
-    return Block(arrays, layers, [number], starts, find, special)
+    missing = {number: missing_layers(ds)}
+    return Block(arrays, layers, [number], starts, find, special, missing)
 
 
 def _blocks_of_table(
@@ -123,6 +139,7 @@ def _blocks_of_table(
     variables = {name: table.variables[name] for name in names if name in table.variables}
     layers = table.indexes["layer"].tolist() if "layer" in table.indexes else []
     labels = [n for n in ("scenario", "position", "span", "special") if n in table.coords]
+    gaps = missing_of_table(table)
     for first, last in _cuts(known.starts, _most(variables.values())):
         numbers = range(first, last)
         if scenarios is not None and not any(number in scenarios for number in numbers):
@@ -136,7 +153,8 @@ def _blocks_of_table(
         }
         part = part.assign_attrs(table.attrs)
         find, special = partial(rows_in_table, part, scenarios=own), partial(special_samples, part)
-        yield Block(arrays, layers, numbers, own.starts, find, special)
+        missing = {n: gaps.get(known.names[n], gaps[""]) for n in numbers}
+        yield Block(arrays, layers, numbers, own.starts, find, special, missing)
 
 
 def _most(variables: Collection[xr.Variable]) -> int:

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import xarray as xr
 
+from zarrtrace.analysis.gaps import GAPS
 from zarrtrace.analysis.resampling import (
     DEFAULT_PERMUTATIONS,
     corrected,
@@ -231,6 +232,7 @@ def relate(
             name: coord for name, coord in quantity.coords.items() if "scenario" not in coord.dims
         },
     )
+    gaps = {name: quantity.attrs[name] for name in GAPS if name in quantity.attrs}
     return out.assign_attrs(
         analysis="relate",
         method="Spearman's rank correlation over scenarios (1904), two-sided permutation p-value "
@@ -238,6 +240,7 @@ def relate(
         n_scenarios=int(outcome.size),
         n_tests=int(np.isfinite(p).sum()),
         **_related(rho, p, smallest, outcome.size),
+        **gaps,
     )
 
 

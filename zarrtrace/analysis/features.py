@@ -1,9 +1,9 @@
-"""Where SAE features are active: along layers, and on pathways that attention takes."""
+"""Where single SAE features are active, and the features of another SAE."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -14,32 +14,24 @@ from zarrtrace.analysis.selecting import (
     Data,
     Place,
     as_places,
-    attention,
     described,
     is_run,
     label,
-    per_scenario,
-    present,
-    require,
-    require_places,
-    require_queries,
     scenario_names,
-    stored_positions,
     taken,
     traces,
     whole,
 )
-from zarrtrace.analysis.tables import SAMPLE
+from zarrtrace.analysis.tables import SAMPLE, is_table
 from zarrtrace.errors import ConfigError
 from zarrtrace.format.attributes import SAE_FIELDS, sae_coordinate
 from zarrtrace.scenarios import DECISION
 from zarrtrace.suggestions import did_you_mean
 
+#: A layer and the index of a feature of its SAE; an index alone where all layers share one SAE.
+Feature = tuple[int, int] | int
 #: How the tokens of a place become one number.
 Reduce = Literal["mean", "max", "none"]
-
-# What is said of each feature on a pathway.
-_ON_PATHWAY = ("feature", "score", "source_activation", "target_activation")
 
 
 _DataT = TypeVar("_DataT", xr.Dataset, xr.DataTree)
@@ -98,22 +90,24 @@ def of_sae(data: _DataT, name: str) -> _DataT:
 
 def feature_trajectory(
     data: Data,
-    features: int | Sequence[int],
+    features: Feature | Sequence[Feature],
     at: Place | Sequence[Place] = DECISION,
     *,
     reduce: Reduce = "mean",
 ) -> xr.DataArray:
-    """Activation of given features, layer by layer.
+    """Activation of given features, each a pair of a layer and an index.
 
-    Latent 14826 of one layer's SAE and latent 14826 of another's are two unrelated features: a
-    trajectory follows an index through dictionaries that were trained apart.
+    Feature 250 of one layer's SAE and feature 250 of another's are two unrelated features, because
+    dictionaries are trained apart. An index without a layer is refused, unless one SAE serves all
+    layers: then it means that feature in each of them.
 
     Parameters
     ----------
     data
         A trace, a run or a table with ``features``.
     features
-        One latent index, or several.
+        A pair, as ``(25, 250)``, or a list of pairs. Where all layers share one SAE, also an index
+        or a list of indexes.
     at
         A place, or several: a span's name, a position (negative from the end) or positions.
     reduce
@@ -124,22 +118,30 @@ def feature_trajectory(
     Returns
     -------
     xr.DataArray
-        ``(scenario, layer, place, feature)`` float32, in the SAE's units; without ``scenario`` for
-        a trace, without ``place`` or ``feature`` if a single one was given. With ``reduce="none"``
-        ``query`` stands in place of ``place`` (token texts beside it for a trace: scenarios of a
-        run differ in them), in the order of the prompt. NaN where a scenario lacks the span or the
-        layer. Lazy if `data` is; reads only the chunks that hold these features and tokens.
+        ``(scenario, place, pair)`` float32, in the SAE's units; without ``scenario`` for a trace,
+        without ``place`` or ``pair`` if a single one was given. Along ``pair`` stand the
+        coordinates ``layer``, ``feature`` and, of several pairs, ``dictionary``, which names the
+        SAE: equal where layers share one, empty if not known. With ``reduce="none"`` ``query``
+        stands in place of ``place`` (token texts beside it for a trace: scenarios of a run differ
+        in them), in the order of the prompt. NaN where a scenario lacks the span or the layer.
+        Lazy if `data` is; reads only the chunks that hold these features and tokens.
 
     Raises
     ------
     ConfigError
-        If a trace has no features, or no such feature.
+        If a trace has no features, no such layer or feature, or an index comes without a layer
+        and SAEs are unrelated.
     ScenarioError
         If no scenario has the span, or a position is outside the prompt.
 
     Notes
     -----
-    With one feature at the last token this is ``features[-1, 14826]`` by layer.
+    The pair (25, 250) at the last token is ``features[-1, 250]`` of layer 25. This describes: there
+    is no test.
+
+    Examples
+    --------
+    >>> feature_trajectory(run, [(25, 250), (14, 7)])
     """
     places, several = as_places(at)
     if reduce == "none" and len(places) != 1:
@@ -148,56 +150,148 @@ def feature_trajectory(
             why="Tokens of several places are not one axis.",
             remedy="Give one span (or list of positions) at a time.",
         )
-    one_feature = isinstance(features, int | np.integer)
-    wanted = [int(features)] if one_feature else [int(f) for f in features]  # type: ignore[union-attr,arg-type]
-
     found = samples(data, places, ["features"], ["query_token"])
-    chosen = _choose_features(found.arrays, wanted)
+    array = found.arrays["features"].reset_coords(drop=True)
+    one_pair = _is_pair(features)
+    # Which SAEs are shared is read only where it matters.
+    dictionaries = {} if one_pair else dictionaries_of(data)
+    pairs = as_pairs(features, array, dictionaries)
     if reduce == "none":
         query = np.unique(found.position)
         rows = [np.flatnonzero(found.position == position) for position in query]
-        out = _by_place(data, chosen, found._replace(rows=rows), query.tolist(), "mean")
+        out = _of_pairs(data, array, pairs, found._replace(rows=rows), query.tolist(), "mean")
         out = out.assign_coords(place=query).rename(place="query")
     else:
-        out = _by_place(data, chosen, found, places, reduce)
+        out = _of_pairs(data, array, pairs, found, places, reduce)
         out = out if several else out.isel(place=0)
+    if not one_pair:
+        texts = np.array([dictionaries.get(layer, "") for layer, _ in pairs], object)
+        out = out.assign_coords(dictionary=("pair", texts))
     if not is_run(data):
         out = out.isel(scenario=0)
         if reduce == "none" and "query_token" in found.arrays:
             out = out.assign_coords(query_token=("query", found.arrays["query_token"].data))
-    out = out.rename("activation")
-    if one_feature:
-        out = out.isel(feature=0)
-    out = out.assign_attrs(long_name="SAE feature activation")
+    out = out.isel(pair=0) if one_pair else out
     return described(
-        out,
+        out.rename("activation").assign_attrs(long_name="SAE feature activation"),
         data,
         "feature_trajectory",
-        "activation of one latent index by layer"
+        "activation of single features"
         + ("" if reduce == "none" else f", {reduce} over the place's tokens"),
-        features=wanted,
+        features=pairs,
         at=[label(place) for place in places],
         reduce=reduce,
     )
 
 
-def _choose_features(arrays: xr.Dataset, wanted: Sequence[int]) -> xr.DataArray:
-    """Return ``(layer, sample, feature)`` of given features, unread."""
-    index = arrays.indexes["feature"]
-    absent = [feature for feature in wanted if feature not in index]
-    if absent or not wanted:
-        raise ConfigError(
-            f"no feature {absent[0]}" if absent else "no features were given",
-            why=f"The SAE has latents {index.min()} to {index.max()}.",
-            remedy="Give indices of these.",
-        )
-    return taken(arrays["features"].reset_coords(drop=True), feature=wanted)
+def dictionaries_of(data: Data) -> dict[int, str]:
+    """Return a text for each layer that names its SAE; layers with equal texts share one.
+
+    Layers whose SAE is not known are left out.
+    """
+    found: dict[int, str] = {}
+    for ds in [data] if is_table(data) else traces(data).values():
+        fields = [sae_coordinate(field, "features") for field in ("id", "fingerprint")]
+        known = [np.asarray(ds[name]) for name in fields if name in ds.coords]
+        if not known or "layer" not in ds.indexes:
+            continue
+        for layer, *texts in zip(ds.indexes["layer"].tolist(), *known, strict=True):
+            if any(texts):
+                found.setdefault(layer, " ".join(str(text) for text in texts if text))
+        if found.keys() >= set(ds.indexes["layer"]):
+            break  # the traces of a run have the same SAEs
+    return found
+
+
+def as_pairs(
+    given: Feature | Sequence[Feature], array: xr.DataArray, dictionaries: Mapping[int, str]
+) -> list[tuple[int, int]]:
+    """Return the pairs of layer and feature that were asked for.
+
+    Parameters
+    ----------
+    given
+        As :func:`feature_trajectory` takes them.
+    array
+        With the indexes ``layer`` and ``feature``.
+    dictionaries
+        A text for each layer that names its SAE.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such pair, or an index comes without a layer and SAEs are unrelated.
+    """
+    alone = _is_pair(given) or _is_index(given)
+    asked: list[Any] = [given] if alone else list(given)  # type: ignore[arg-type]
+    layers, index = array.indexes["layer"], array.indexes["feature"]
+    pairs: list[tuple[int, int]] = []
+    for item in asked:
+        if not _is_index(item):
+            layer, feature = item
+            pairs.append((int(layer), int(feature)))
+            continue
+        own = [dictionaries.get(int(layer), "") for layer in layers]
+        if len(set(own)) > 1 or not all(own):
+            raise ConfigError(
+                f"feature {int(item)} of which layer?",
+                why=f"Each layer has an SAE of its own: feature {int(item)} of one layer and "
+                f"feature {int(item)} of another are unrelated.",
+                remedy=f"Give pairs of layer and feature, as ({layers[-1]}, {int(item)}); on the "
+                f"command line --feature {layers[-1]}:{int(item)}.",
+            )
+        pairs += [(int(layer), int(item)) for layer in layers]
+    if not pairs:
+        raise ConfigError("no features were given", remedy="Give pairs, as [(25, 250)].")
+    for layer, feature in pairs:
+        for what, wanted, known in (("layer", layer, layers), ("feature", feature, index)):
+            if wanted not in known:
+                raise ConfigError(
+                    f"{layer}:{feature}: no {what} {wanted}",
+                    why=f"The {what}s with features are {known.min()} to {known.max()}.",
+                    remedy="Give the index of one of these.",
+                )
+    return pairs
+
+
+def _is_pair(given: object) -> bool:
+    return isinstance(given, tuple) and len(given) == 2 and all(map(_is_index, given))
+
+
+def _is_index(given: object) -> bool:
+    return isinstance(given, int | np.integer)
+
+
+def _of_pairs(
+    data: Data,
+    array: xr.DataArray,
+    pairs: Sequence[tuple[int, int]],
+    found: Samples,
+    places: Sequence[Place],
+    reduce: Reduce,
+) -> xr.DataArray:
+    """Return ``(scenario, place, pair)``; layers with the same features are read at once."""
+    by_layer: dict[int, list[int]] = {}
+    for layer, feature in pairs:
+        by_layer.setdefault(layer, []).append(feature)
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for layer, features in by_layer.items():
+        groups.setdefault(tuple(sorted(set(features))), []).append(layer)
+    parts, order = [], []
+    for chosen, layers in groups.items():
+        part = _by_place(data, taken(array, layer=layers, feature=chosen), found, places, reduce)
+        flat = part.stack(pair=("layer", "feature"), create_index=False)
+        parts.append(flat.drop_vars(["layer", "feature"], errors="ignore"))
+        order += list(product(layers, chosen))
+    out = xr.concat(parts, "pair").isel(pair=[order.index(pair) for pair in pairs])
+    layer, feature = np.array(pairs, np.int64).T
+    return out.assign_coords(layer=("pair", layer), feature=("pair", feature))
 
 
 def _by_place(
     data: Data, chosen: xr.DataArray, found: Samples, places: Sequence[Place], reduce: Reduce
 ) -> xr.DataArray:
-    """Return ``(scenario, layer, place, feature)``."""
+    """Return ``(scenario, place, layer, feature)``."""
     names = scenario_names(data)
     cells = [
         (number, place, rows)
@@ -226,7 +320,7 @@ def _by_place(
         scenario=np.array(names, object),
         place=[label(place) for place in places],
         feature=chosen.indexes["feature"],
-    ).transpose("scenario", "layer", "place", "feature")
+    ).transpose("scenario", "place", "layer", "feature")
 
 
 def _equally_many(of_scenario: np.ndarray, rows: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -255,146 +349,3 @@ def _reduced_by_place(
             largest, smallest = here.max(-2), here.min(-2)
             out[..., numbers, place, :] = np.where(-smallest > largest, smallest, largest)
     return out
-
-
-def _activations(ds: xr.Dataset) -> xr.DataArray:
-    """Return a trace's features without what is said of each layer's SAE, unloaded."""
-    of_layers = [sae_coordinate(field, "features") for field in SAE_FIELDS]
-    return ds["features"].drop_vars(of_layers, errors="ignore")
-
-
-def pathway_features(
-    data: Data,
-    source: Place,
-    target: Place = DECISION,
-    *,
-    top: int = 10,
-) -> xr.Dataset:
-    """Features active both at a source and at a target that attends to it, strongest first.
-
-    A feature's score at one layer is the activation that attention can carry: over the tokens q of
-    the target, the mean of ``Σ_k attention[q, k] · activation[k, f]`` with k over the tokens of the
-    source and attention the mean over heads. Features that are not active at the target score
-    nothing. Some SAEs (AbsTopK) have negative activations: the strongest score is that of largest
-    magnitude, with its sign. Attention of block N reads the output of block N−1, while its SAE sees
-    the output of block N: the score compares places within one layer, it does not trace a cause.
-
-    Parameters
-    ----------
-    data
-        A trace or a run with ``features`` and ``attention_mean``.
-    source, target
-        Spans or positions: attention goes from the target (query) to the source (key).
-    top
-        How many features to keep by layer.
-
-    Returns
-    -------
-    xr.Dataset
-        ``feature`` (int64, −1 where fewer are active), ``score``, ``source_activation``,
-        ``target_activation`` (means over tokens; NaN where fewer), ``(scenario, layer, rank)``; and
-        ``attention (scenario, layer)``, the mean from target to source. Without ``scenario`` for a
-        trace. Ties go to the lower index. Lazy if `data` is; reads the rows of the two places only:
-        the stored index of 32 features a token would miss weaker ones.
-
-    Raises
-    ------
-    ConfigError
-        If a trace lacks features, attention or the target's rows of it, or `top` is below 1.
-    ScenarioError
-        If no scenario has both spans.
-
-    Notes
-    -----
-    Scoring by activation × attention follows the attribution of attention-mediated paths in
-    Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits", without the
-    OV circuit, which a trace does not hold.
-    """
-    at_least_one(top)
-    require_places(data, [source, target])
-
-    of = partial(_on_pathway, source=source, target=target, top=top)
-    both = per_scenario(data, of)
-    out = xr.Dataset(
-        {name: both["strongest"].isel(value=at) for at, name in enumerate(_ON_PATHWAY)}
-    )
-    out["attention"] = both["attention"]
-    out["feature"] = out["feature"].fillna(-1).astype(np.int64)
-    return described(
-        out,
-        data,
-        "pathway_features",
-        "activation at the source weighted by the target's attention to it (mean over heads), for "
-        "features active at both",
-        source=label(source),
-        target=label(target),
-        top=top,
-    )
-
-
-def _on_pathway(ds: xr.Dataset, source: Place, target: Place, top: int) -> xr.Dataset | None:
-    """Return what :func:`pathway_features` says of one trace."""
-    require(ds, "features", "attention_mean")
-    if len(present(ds, [source, target])) < 2:
-        return None
-    src, dst = stored_positions(ds, source), stored_positions(ds, target)
-    require_queries(ds, dst)
-    rows = np.unique([*src, *dst])
-    activations = _activations(ds).drop_vars("query_token", errors="ignore")
-    of_both = taken(activations, query=rows).drop_vars("query")
-    weights = taken(attention(ds, "mean"), query=dst, key=src).drop_vars(["query", "key"])
-    strongest = xr.apply_ufunc(
-        _strongest_on_pathway,
-        whole(of_both, "query", "feature"),
-        whole(weights.rename(query="target", key="source"), "target", "source"),
-        kwargs={
-            "source": np.searchsorted(rows, src),
-            "target": np.searchsorted(rows, dst),
-            "top": top,
-        },
-        input_core_dims=[["query", "feature"], ["target", "source"]],
-        output_core_dims=[["value", "rank"]],
-        output_dtypes=[np.float64],
-        dask="parallelized",
-        dask_gufunc_kwargs={"output_sizes": {"value": len(_ON_PATHWAY), "rank": top}},
-        keep_attrs=False,
-    )
-    # Little enough to be one block, which makes graphs small.
-    out = xr.Dataset({"strongest": whole(strongest, "layer")})
-    out["attention"] = weights.mean(["query", "key"], skipna=False)
-    return out.assign_coords(rank=np.arange(1, top + 1))
-
-
-def _strongest_on_pathway(
-    rows: np.ndarray,
-    attention: np.ndarray,
-    *,
-    source: np.ndarray,
-    target: np.ndarray,
-    top: int,
-) -> np.ndarray:
-    """``(…, row, f), (…, q, k)`` and which rows are k and q → ``(…, value, top)``."""
-    activations = np.take(rows, source, axis=-2)
-    at_source = activations.mean(-2, dtype=np.float64)
-    at_target = np.take(rows, target, axis=-2).mean(-2, dtype=np.float64)
-    carried = np.einsum("...qk,...kf->...f", attention, activations, dtype=np.float64)
-    carried = np.where(at_target != 0, carried / attention.shape[-2], 0)
-    out = np.full((*carried.shape[:-1], len(_ON_PATHWAY), top), np.nan)
-    out[..., 0, :] = -1
-    for where in np.ndindex(carried.shape[:-1]):
-        order = strongest(np.abs(carried[where]), top)
-        values = (order, *(of[where][order] for of in (carried, at_source, at_target)))
-        out[where][:, : len(order)] = values
-    return out
-
-
-def strongest(scores: np.ndarray, top: int) -> np.ndarray:
-    """Indices of the `top` scores above 0, strongest first, ties to the lower index."""
-    candidates = np.flatnonzero(scores > 0)
-    return candidates[np.argsort(-scores[candidates], kind="stable")[:top]]
-
-
-def at_least_one(top: int) -> None:
-    """Refuse to keep nothing."""
-    if top < 1:
-        raise ConfigError(f"top={top} keeps nothing", remedy="Give a number of at least 1.")

@@ -13,6 +13,7 @@ import xarray as xr
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_flow
 
+from zarrtrace.analysis.gaps import missing_layers
 from zarrtrace.analysis.parallel import some_layers
 from zarrtrace.analysis.selecting import (
     Data,
@@ -286,6 +287,7 @@ class _Layers(Iterable[tuple[int, Any]]):
 
     def __init__(self, ds: xr.Dataset, array: xr.DataArray) -> None:
         self._scenario = scenario_of(ds)
+        self._missing = missing_layers(ds, "attention")
         self._array = array.transpose("layer", "query", "key")
         self.tokens, self.count = array.sizes["query"], array.sizes["layer"]
 
@@ -294,13 +296,19 @@ class _Layers(Iterable[tuple[int, Any]]):
         if self._array.chunks is None:
             for start, layers in some_layers(self._array):
                 size = len(layers)
-                yield size, _present(layers, self._scenario, numbers[start : start + size])
+                yield (
+                    size,
+                    _finite(layers, self._scenario, numbers[start : start + size], self._missing),
+                )
             return
         sizes = self._array.chunksizes["layer"]
         for start, size in zip(np.cumsum((0, *sizes)).tolist(), sizes, strict=False):
             stretch, here = self._array[start : start + size], numbers[start : start + size]
             # One task takes blocks together, and hands on what it has checked.
-            yield size, dask.delayed(_present, pure=True)(stretch.data, self._scenario, here)
+            yield (
+                size,
+                dask.delayed(_finite, pure=True)(stretch.data, self._scenario, here, self._missing),
+            )
 
 
 #: Stretches ``(layer, source)``, each with its number of layers.
@@ -359,15 +367,32 @@ def _through_trace(
     ).transpose("source", "layer")
 
 
-def _present(values: np.ndarray, scenario: str, layers: list[int]) -> np.ndarray:
-    missing = np.isnan(values).any((1, 2))
-    if missing.any():
+def _finite(
+    values: np.ndarray, scenario: str, layers: list[int], missing: frozenset[int]
+) -> np.ndarray:
+    """Return attention of some layers, all of it finite.
+
+    Raises
+    ------
+    ConfigError
+        If a layer is missing, or the model computed NaN in it.
+    """
+    odd = ~np.isfinite(values).all((1, 2))
+    if not odd.any():
+        return values
+    layer = layers[int(odd.argmax())]
+    if layer in missing:
         raise ConfigError(
-            f"{scenario}: attention of layer {layers[int(missing.argmax())]} is missing",
+            f"{scenario}: attention of layer {layer} is missing",
             why="The trace is not complete, and a flow through all layers needs each of them.",
             remedy="Complete the run with 'zarrtrace extract', or select the layers above it.",
         )
-    return values
+    raise ConfigError(
+        f"{scenario}: attention of layer {layer} holds NaN or infinity, which the model computed",
+        why="The run was extracted with --allow-nonfinite, and a flow through all layers needs "
+        "each of them.",
+        remedy="Leave the scenario out, or select the layers above this one.",
+    )
 
 
 def _check_whole(ds: xr.Dataset, array: xr.DataArray) -> None:

@@ -10,6 +10,7 @@ import pandas as pd
 import xarray as xr
 
 from zarrtrace.analysis.concatenated import concatenated
+from zarrtrace.analysis.gaps import gaps_of_traces
 from zarrtrace.analysis.selecting import (
     Data,
     Place,
@@ -47,6 +48,7 @@ _LABELS = (
     ("special", "special", "key"),
 )
 # Attributes of traces that are a table's.
+_NO_RESIDUAL = "layers_without_residual"
 _SHARED = ("model", "saes", "residual_hook", "feature_dtype", "residual_dtype", "versions")
 
 
@@ -406,10 +408,7 @@ def _attributes(
     """Return the attributes of a table."""
     runs = list(traces(data).values())
     first = runs[0].attrs
-    without = {
-        name: ranges(sorted({n for ds in runs for n in layers_in(ds.attrs.get(name, ""))}))
-        for name in ("layers_without_sae", "layers_without_residual")
-    }
+    without = {layer for ds in runs for layer in layers_in(ds.attrs.get(_NO_RESIDUAL, ""))}
     chats = [ds.attrs["chat"] for ds in runs if ds.attrs.get("chat")]
     return {
         "kind": "table",
@@ -417,7 +416,8 @@ def _attributes(
         "scenarios": len(runs),
         "positions": positions_text(at),
         "layers": ranges(labels["layer"].tolist()) if "layer" in labels else "",
-        **without,
+        _NO_RESIDUAL: ranges(sorted(without)),
+        **gaps_of_traces(traces(data), labels.get("layer", np.empty(0, int)).tolist()),
         **{name: first[name] for name in _SHARED if name in first},
         "spans": span_names(data),
         "options": list(options(data)),

@@ -12,6 +12,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from zarrtrace.analysis.findings import with_findings
+from zarrtrace.analysis.gaps import attributes_by_scenario, statements
 from zarrtrace.analysis.parallel import all_together
 from zarrtrace.analysis.tables import (
     is_table,
@@ -519,7 +521,9 @@ def described(
     """Return `result` with metadata of its scenarios, and attributes that say what it is.
 
     A column of metadata that is called as something else in the result gets the coordinate
-    ``metadata_NAME``.
+    ``metadata_NAME``. ``missing`` names layers that are not stored, ``nonfinite`` those in which
+    the model computed NaN, and ``findings`` answers the question, unless the result is still to
+    be computed: :func:`zarrtrace.analysis.findings.with_findings`.
 
     Parameters
     ----------
@@ -534,13 +538,19 @@ def described(
     parameters
         What it was called with; JSON values.
     """
+    gaps = (
+        attributes_by_scenario(data)
+        if is_table(data)
+        else [(name, _attributes(ds)) for name, ds in traces(data).items()]
+    )
     attributes = {
         "analysis": analysis,
         "method": method,
         "parameters": json.dumps(parameters, default=_plain),
         **provenance(data),
+        **statements(gaps),
     }
-    return _with_metadata(result, data).assign_attrs(attributes)
+    return with_findings(_with_metadata(result, data).assign_attrs(attributes))
 
 
 def provenance(data: Data) -> dict[str, str]:

@@ -284,4 +284,4 @@ def _standardised(values: np.ndarray) -> np.ndarray:
 def _at_place(place: SpanPlaces) -> np.ndarray:
     """Return the weights whose sum is the mean at the span minus the mean elsewhere."""
     tokens = place.tokens[place.counted]
-    return np.where(tokens, 1 / tokens.sum(), -1 / (~tokens).sum())
+    return np.asarray(np.where(tokens, 1 / tokens.sum(), -1 / (~tokens).sum()))

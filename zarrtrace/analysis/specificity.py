@@ -11,15 +11,14 @@ import numpy as np
 import xarray as xr
 
 from zarrtrace.analysis.blocks import blocks
-from zarrtrace.analysis.features import at_least_one, strongest
 from zarrtrace.analysis.parallel import OfLayer, each_layer
+from zarrtrace.analysis.pathways import at_least_one, strongest
 from zarrtrace.analysis.selecting import (
     Data,
     described,
     require_places,
     span_names,
 )
-from zarrtrace.analysis.words import missing_rows
 
 
 def position_specific_features(
@@ -54,9 +53,11 @@ def position_specific_features(
         ``(span, layer, rank)``, strongest first, ties to the lower index: ``feature`` (int64, −1
         where fewer score above 0), ``score``, ``rate_at`` (recall), ``rate_elsewhere``,
         ``precision`` (share of its firing tokens that lie in the span) and ``scenarios`` (in how
-        many it fires there); and ``tokens_at``, ``tokens_elsewhere (span, layer)``. Computed at the
-        call, scenario by scenario, one layer at a time (on dask-backed data one block a worker).
-        Every activation counts, so it reads ``features`` whole and not the stored index of 32.
+        many it fires there); and ``tokens_at``, ``tokens_elsewhere`` and ``tokens_nan (span,
+        layer)``: tokens at which the model computed NaN are left out, and counted there. Computed
+        at the call, scenario by scenario, one layer at a time (on dask-backed data one block a
+        worker). Every activation counts, so it reads ``features`` whole and not the stored index
+        of 32.
 
     Raises
     ------
@@ -107,6 +108,7 @@ def position_specific_features(
     )
     out["tokens_at"] = (dims[:2], total["tokens"])
     out["tokens_elsewhere"] = (dims[:2], total["tokens_all"] - total["tokens"])
+    out["tokens_nan"] = (dims[:2], total["tokens_nan"])
     return described(
         out,
         data,
@@ -122,7 +124,7 @@ def position_specific_features(
 def _count(data: Data, names: Sequence[str], threshold: float) -> dict[str, np.ndarray]:
     """Count, by span and layer, tokens, and by feature those at which it fires."""
     layers, width = _layers_and_width(data)
-    by_layer = ("tokens", "tokens_all")
+    by_layer = ("tokens", "tokens_all", "tokens_nan")
     total = {name: np.zeros((len(names), len(layers)), np.int64) for name in by_layer}
     for name in ("fired", "fired_all", "scenarios"):
         total[name] = np.zeros((len(names), len(layers), width), np.int64)
@@ -134,13 +136,20 @@ def _count(data: Data, names: Sequence[str], threshold: float) -> dict[str, np.n
             places = np.zeros((len(names), int(block.starts[-1])), bool)
             for row, name in zip(places, names, strict=True):
                 row[block.find(name)] = True
-            firing = partial(_firing, places=places, scenario=block.of_samples, threshold=threshold)
+            firing = partial(
+                _firing,
+                places=places,
+                scenario=block.of_samples,
+                missing=block.missing_scenarios(),
+                threshold=threshold,
+            )
             yield block.arrays["features"], firing
 
     for found in each_layer(jobs()):
         for at, one in zip(np.searchsorted(layers, of_layers.popleft()), found, strict=True):
             total["tokens"][:, at] += one.tokens
             total["tokens_all"][:, at] += one.tokens_all
+            total["tokens_nan"][:, at] += one.tokens_nan
             for name in ("fired", "fired_all", "scenarios"):
                 total[name][:, at][:, one.feature] += getattr(one, name)
     return {"layer": layers, **total}
@@ -162,6 +171,8 @@ class _Firing(NamedTuple):
         ``(feature,)``.
     tokens, tokens_all
         Tokens that each span has ``(span,)``, and all tokens of the scenarios that have it.
+    tokens_nan
+        Among all tokens, those that are left out because the model computed NaN ``(span,)``.
     fired
         At each span's tokens ``(span, feature)``.
     fired_all
@@ -173,13 +184,20 @@ class _Firing(NamedTuple):
     feature: np.ndarray
     tokens: np.ndarray
     tokens_all: np.ndarray
+    tokens_nan: np.ndarray
     fired: np.ndarray
     fired_all: np.ndarray
     scenarios: np.ndarray
 
 
 def _firing(
-    layer: np.ndarray, _at: int, *, places: np.ndarray, scenario: np.ndarray, threshold: float
+    layer: np.ndarray,
+    at_layer: int,
+    *,
+    places: np.ndarray,
+    scenario: np.ndarray,
+    missing: Sequence[Sequence[int]],
+    threshold: float,
 ) -> _Firing:
     """Count tokens of one layer ``(sample, feature)``.
 
@@ -193,14 +211,18 @@ def _firing(
         Which samples each span holds ``(span, sample)``.
     scenario
         Of each sample ``(sample,)``.
+    missing
+        For each layer the scenarios that lack it.
     threshold
         Magnitude above which a feature fires.
     """
     width = layer.shape[1]
-    stored = ~missing_rows(layer)
-    places = places & stored
+    stored = ~np.isin(scenario, missing[at_layer])
     # All samples of the scenarios that have the span.
-    everywhere = np.array([np.isin(scenario, scenario[row]) & stored for row in places])
+    everywhere = np.array([np.isin(scenario, scenario[row]) & stored for row in places & stored])
+    is_nan = np.isnan(layer.max(1))  # the largest of some is NaN if one of them is
+    tokens_nan = (everywhere & is_nan).sum(1)
+    places, everywhere = places & stored & ~is_nan, everywhere & ~is_nan
     token, feature = np.divmod(np.flatnonzero(np.abs(layer) > threshold), width)
     firing = np.flatnonzero(np.bincount(feature, minlength=width))
 
@@ -217,6 +239,7 @@ def _firing(
         firing,
         places.sum(1),
         everywhere.sum(1),
+        tokens_nan,
         np.array([counted(at) for at in here]).reshape(shape),
         np.array([counted(row[token]) for row in everywhere]).reshape(shape),
         np.array([scenarios(at) for at in here]).reshape(shape),

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from zarrtrace.cli.commands import QUESTION, Group, option
+from zarrtrace.cli.results import check_output, write_result
+from zarrtrace.cli.rows import FeaturePair, choice_of, row_options
 from zarrtrace.cli.shared import (
     PATH,
     computing,
     output_option,
     quiet_option,
-    refuse_run,
     run_argument,
     sae_option,
     say,
@@ -26,20 +24,17 @@ from zarrtrace.cli.shared import (
     threads_option,
     workers_option,
 )
+from zarrtrace.cli.tables import LAYOUTS, Layout, text_of
 from zarrtrace.errors import ConfigError
 from zarrtrace.suggestions import did_you_mean
-from zarrtrace.text import terminal_text
 
 if TYPE_CHECKING:
-    import pandas as pd
     import xarray as xr
 
     from zarrtrace.storage import Location
 
-_ROWS_SHOWN = 60
 # Bytes of attention in a layer of 1,024 tokens and 32 heads; more is not read at once.
 _LARGE_LAYER = 2**27
-_ENDINGS = (".csv", ".parquet", ".nc", ".json")
 
 
 class Place(click.ParamType[str | int]):
@@ -98,8 +93,13 @@ _HEADS = _option(
     show_default=True,
     help="Their mean, or each by itself.",
 )
-_TOP = _option(
-    "--top", type=click.IntRange(1), default=10, show_default=True, help="Results to list."
+_KEEP = _option(
+    "--keep",
+    "top",
+    type=click.IntRange(1),
+    default=10,
+    show_default=True,
+    help="Strongest ones to keep of each layer, or words of each feature.",
 )
 _SEED = _option(
     "--seed", type=int, default=0, show_default=True, help="Of the random numbers drawn."
@@ -115,10 +115,10 @@ _PERMUTATIONS = _option(
 _FEATURES = _option(
     "--feature",
     "features",
-    type=click.IntRange(0),
+    type=FeaturePair(),
     multiple=True,
     required=True,
-    help="Index of the latent. Repeatable.",
+    help="Layer and feature, as 25:250. Repeatable.",
 )
 _WINDOW = _option(
     "--window",
@@ -158,15 +158,15 @@ _ANALYSES: dict[str, Analysis] = {
     ),
     "feature-trajectory": Analysis(
         "feature_trajectory",
-        "Features at a place, by layer.",
-        "--feature 250 --at balance",
+        "Activation of single features at a place.",
+        "--feature 25:250 --feature 14:7 --at balance",
         (_FEATURES, _AT, sae_option),
     ),
     "pathway-features": Analysis(
         "pathway_features",
         "Features active at a span and at the decision, by activation × attention.",
         "--source balance",
-        (_SOURCE, _TARGET, _TOP, sae_option),
+        (_SOURCE, _TARGET, _KEEP, sae_option),
     ),
     "attention-locality": Analysis(
         "attention_locality",
@@ -276,7 +276,7 @@ _ANALYSES: dict[str, Analysis] = {
         "--span balance",
         (
             _SPANS,
-            _TOP,
+            _KEEP,
             _option(
                 "--threshold",
                 type=float,
@@ -292,7 +292,7 @@ _ANALYSES: dict[str, Analysis] = {
         "Tokens that activate each feature most.",
         "--strip -o words.csv",
         (
-            _TOP,
+            _KEEP,
             _option(
                 "--min-count",
                 type=click.IntRange(1),
@@ -360,19 +360,21 @@ _ANALYSES: dict[str, Analysis] = {
 def command() -> None:
     """Answer a question from a run.
 
-    Prints a table, or writes CSV, Parquet, NetCDF or JSON by the ending of --output.
+    Prints the answer in a sentence and its strongest rows, or writes all rows as CSV, Parquet,
+    NetCDF or JSON by the ending of --output.
     """
 
 
 def _add(name: str, analysis: Analysis) -> None:
     def run_analysis(**given: Any) -> None:
-        _run(analysis.function, given)
+        _run(name, analysis.function, given)
 
     wrapped: Callable[..., Any] = run_analysis
     for decorator in reversed(
         (
             run_argument,
             *analysis.options,
+            *row_options(LAYOUTS.get(name, Layout()), has_features=_FEATURES in analysis.options),
             output_option("File to write: .csv, .parquet, .nc or .json.", type=PATH),
             threads_option,
             workers_option,
@@ -389,29 +391,21 @@ for _name, _analysis in _ANALYSES.items():
     _add(_name, _analysis)
 
 
-def _run(function: str, given: dict[str, Any]) -> None:
+def _run(name: str, function: str, given: dict[str, Any]) -> None:
+    from zarrtrace.analysis.findings import with_findings
+
     run, output, quiet = given.pop("run"), given.pop("output"), given.pop("quiet")
     where = {name: given.pop(name) for name in ("threads", "workers", "scheduler")}
+    layout, choice = LAYOUTS.get(name, Layout()), choice_of(given)
     if output is not None:
-        _check_output(output)
+        check_output(output, choice)
     with computing(**where, progress=show_progress(quiet=quiet)):
         data = _open(run, on_cluster=where["scheduler"] is not None)
-        result = _compute(function, data, given).compute()
+        result = with_findings(_compute(function, data, given).compute())
     if output is None:
-        say(_table(result, shutil.get_terminal_size().columns))
+        say(text_of(result, layout, choice))
     else:
-        _write(result, output)
-
-
-def _check_output(output: Path) -> None:
-    """Refuse a file that cannot be written, before minutes of work."""
-    if output.suffix not in _ENDINGS:
-        raise click.UsageError(f"--output must end in one of {', '.join(_ENDINGS)}.")
-    if not output.parent.is_dir():
-        raise click.UsageError(f"--output {output}: there is no folder {output.parent}.")
-    refuse_run(output)
-    if output.is_dir():
-        raise click.UsageError(f"--output {output}: is a folder; give a file.")
+        write_result(result, output, layout, choice)
 
 
 def _open(run: Location, *, on_cluster: bool, large_layer: int = _LARGE_LAYER) -> Any:
@@ -481,119 +475,3 @@ def _groups(data: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def _frame(result: xr.DataArray | xr.Dataset) -> pd.DataFrame:
-    """One row a combination of labels, which come first; rows without a value are left out."""
-    import xarray as xr
-
-    if isinstance(result, xr.DataArray):
-        result = result.to_dataset(name=result.name or "value")
-    values = [str(name) for name in result.data_vars]
-    frame = result.to_dataframe().dropna(how="all", subset=values).reset_index()
-    if "feature" in values:
-        frame = frame[frame["feature"] >= 0]  # places in a ranking that no feature takes
-    numbers = {"row", "index"} - {*_metadata_of(result)}
-    labels = [name for name in frame if name not in values and name not in numbers]
-    return frame[[*labels, *values]]
-
-
-def _parts(result: xr.DataArray | xr.Dataset) -> list[Any]:
-    """Split a result into variables of the same dimensions, the smallest table first."""
-    by_dims: dict[frozenset[Any], list[Any]] = {}
-    if not hasattr(result, "data_vars"):
-        return [result]
-    for name, variable in result.data_vars.items():
-        by_dims.setdefault(frozenset(variable.dims), []).append(name)
-    parts = [result[names] for names in by_dims.values()]
-    return sorted(parts, key=lambda part: max(v.size for v in part.data_vars.values()))
-
-
-def _table(result: xr.DataArray | xr.Dataset, width: int) -> str:
-    """Write a result for a terminal; of metadata, the columns that fit its width."""
-    lines: list[str] = []
-    for part in _parts(result):
-        frame = _with_texts(_frame(part))
-        extra = [name for name in frame if name in _metadata_of(part)]
-        head = _on_lines(frame.head(_ROWS_SHOWN))
-        shown = _as_text(head.drop(columns=extra))
-        kept: list[Any] = []
-        for name in extra:
-            wider = _as_text(head.drop(columns=[one for one in extra if one not in (*kept, name)]))
-            first = wider.partition("\n")[0]
-            if len(first) <= width and not first.endswith("\\"):  # pandas broke the line
-                kept, shown = [*kept, name], wider
-        lines += ["", shown] if lines else [shown]
-        if len(kept) < len(extra):
-            left = ", ".join(name for name in extra if name not in kept)
-            lines.append(f"... too narrow for {left}; --output FILE writes them")
-        if len(frame) > _ROWS_SHOWN:
-            more = len(frame) - _ROWS_SHOWN
-            lines.append(f"... {more} more rows; --output FILE writes all of them")
-    for name in ("findings", "limits"):
-        if result.attrs.get(name):
-            found = result.attrs[name]
-            lines += ["", *([found] if isinstance(found, str) else map(str, found))]
-    return "\n".join(lines)
-
-
-def _with_texts(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return a table with texts of tokens in quotes, and in place of their ids."""
-    texts = [str(name) for name in frame if str(name).endswith("token_text")]
-    shown = {name.removesuffix("_text"): frame[name].map(repr) for name in texts}
-    if "word" in frame:  # most begin with a space
-        shown["word"] = frame["word"].map(repr)
-    return frame.assign(**shown).drop(columns=texts)
-
-
-def _as_text(frame: pd.DataFrame) -> str:
-    # Only where a person reads it: lines of a pipe are one row each.
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    return frame.to_string(index=False, float_format="{:.4g}".format, line_width=width)
-
-
-def _metadata_of(result: xr.DataArray | xr.Dataset) -> list[str]:
-    """Name the coordinates of a result that hold metadata."""
-    from zarrtrace.analysis.selecting import METADATA
-
-    coords = result.coords.items()
-    return [str(name) for name, one in coords if one.attrs.get("description") == METADATA]
-
-
-def _on_lines(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return a table whose texts, names of columns included, are safe on one line."""
-    texts = {name: frame[name].map(str) for name in frame if frame[name].dtype == object}
-    safe = frame.assign(**{str(k): v.map(terminal_text) for k, v in texts.items()})
-    return safe.rename(columns=lambda name: terminal_text(str(name)))
-
-
-def _write(result: xr.DataArray | xr.Dataset, output: Path) -> None:
-    if output.suffix == ".nc":
-        _netcdf(result).to_netcdf(output, engine="h5netcdf")
-        return
-    frame = _frame(result)
-    if output.suffix == ".csv":
-        frame.to_csv(output, index=False)
-    elif output.suffix == ".parquet":
-        frame.to_parquet(output, index=False)
-    else:
-        import json
-
-        content = {
-            "attrs": result.attrs,
-            "rows": json.loads(frame.to_json(orient="records", double_precision=15)),
-        }
-        output.write_text(json.dumps(content, indent=2, default=str), encoding="utf-8")
-
-
-def _netcdf(result: xr.DataArray | xr.Dataset) -> xr.DataArray | xr.Dataset:
-    """Return the result with attributes that NetCDF can hold: text and numbers."""
-    import json
-
-    out = result.copy()
-    out.attrs = {
-        name: value if isinstance(value, str | int | float) else json.dumps(value, default=str)
-        for name, value in result.attrs.items()
-        if value is not None
-    }
-    return out

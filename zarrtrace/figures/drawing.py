@@ -266,12 +266,17 @@ def label_token_axis(
 
 def label_layers(ax: Axes, layers: Sequence[int], *, side: Literal["x", "y"] = "y") -> None:
     """Label one axis of an image with layers L1, L2, …, thinned when crowded."""
+    label_rows(ax, [f"L{layer}" for layer in layers], side=side)
+
+
+def label_rows(ax: Axes, names: Sequence[str], *, side: Literal["x", "y"] = "y") -> None:
+    """Label the cells of one axis of an image, thinned when crowded."""
     width, height = size_of(ax)
     # Names side by side need more room than names one below the other.
     inches, size = (width, 12) if side == "x" else (height, 6)
-    shown = thinned(len(layers), inches, size)
+    shown = thinned(len(names), inches, size)
     axis = ax.xaxis if side == "x" else ax.yaxis
-    axis.set_ticks(shown, labels=[f"L{layers[i]}" for i in shown])
+    axis.set_ticks(shown, labels=[names[i] for i in shown])
 
 
 def shade_bands(

@@ -12,6 +12,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from zarrtrace.analysis import attention_to, pathway_features
+from zarrtrace.analysis.features import Feature, as_pairs, dictionaries_of
 from zarrtrace.analysis.selecting import (
     attention,
     positions,
@@ -32,8 +33,10 @@ from zarrtrace.figures.drawing import (
     blank,
     cells_of_spans,
     colour_bar,
+    group_colour,
     interpolation,
     label_layers,
+    label_rows,
     label_token_axis,
     layer_axis,
     lines_by_layer,
@@ -44,7 +47,7 @@ from zarrtrace.figures.drawing import (
     span_colours,
     styled,
 )
-from zarrtrace.figures.labels import drawable, token_label
+from zarrtrace.figures.labels import drawable, feature_label, token_label
 from zarrtrace.scenarios import DECISION
 
 # The first token's activations are often tens of times the others': they do not set the scale.
@@ -54,20 +57,21 @@ _SHOWN = 0.99
 @styled
 def feature_timeline(
     ds: xr.Dataset,
-    feature: int | None = None,
+    features: Feature | Sequence[Feature] | None = None,
     *,
     special: bool = False,
     ax: Axes | None = None,
 ) -> Axes:
-    """Activation along the prompt in every layer, with the token texts.
+    """Activation along the prompt, with the token texts.
 
     Parameters
     ----------
     ds
-        A trace with ``features``, or with ``top_activation`` if `feature` is None.
-    feature
-        A latent index (in every layer another feature: SAEs are trained apart); the activation of
-        largest magnitude of any feature if None.
+        A trace with ``features``, or with ``top_activation`` if `features` is None.
+    features
+        Pairs of a layer and the index of a feature, a row each, as
+        :func:`zarrtrace.analysis.feature_trajectory` takes them; if None, in every layer the
+        activation of largest magnitude of any feature.
     special
         Whether to draw special tokens (BOS, chat markers), too; otherwise their columns are empty.
         Their activations are often tens of times the others'.
@@ -77,31 +81,30 @@ def feature_timeline(
     Returns
     -------
     Axes
-        With an image ``(layer, query)``, layers downwards; the scale ends at the 99th percentile
-        of active magnitudes, and is a diverging one where activations are negative (AbsTopK).
+        With an image ``(layer or pair, query)``, layers downwards; the scale ends at the 99th
+        percentile of active magnitudes, and is a diverging one where activations are negative
+        (AbsTopK).
 
     Raises
     ------
     ConfigError
         If the trace has no features, or no such feature.
     """
-    if feature is None:
+    if features is None:
         require(ds, "top_activation")
         values, of = ds["top_activation"].isel(feature_rank=0), "strongest feature of each token"
+        names = [f"L{layer}" for layer in np.asarray(ds["layer"]).tolist()]
     else:
         require(ds, "features")
-        if feature not in ds.indexes["feature"]:
-            raise ConfigError(
-                f"{scenario_of(ds)}: the trace has no feature {feature}",
-                remedy=f"It has 0 to {ds.indexes['feature'].max()}.",
-            )
-        values, of = ds["features"].sel(feature=feature), f"latent {feature}"
+        pairs = as_pairs(features, ds["features"], dictionaries_of(ds))
+        layer, index = (xr.DataArray(list(one), dims="layer") for one in zip(*pairs, strict=True))
+        values = ds["features"].sel(layer=layer, feature=index)
+        names, of = [feature_label(*pair) for pair in pairs], "layer · feature"
     shown = np.ma.masked_invalid(of_all_tokens(ds, values.transpose("layer", "query")))
     if not special:
         shown[:, special_keys(ds)] = np.ma.masked
-    layers = np.asarray(ds["layer"]).tolist()
-    height = 1.7 + max(1.0, 0.085 * len(layers))
-    ax = axes_or_new(ax, PAGE_WIDTH, height, margins=(0.45, 0.65, 0.85, 0.85))
+    height = 1.7 + max(1.0, 0.085 * len(names))
+    ax = axes_or_new(ax, PAGE_WIDTH, height, margins=(0.65, 0.65, 0.85, 0.85))
     image = ax.imshow(
         shown,
         **_scale(shown),
@@ -112,8 +115,8 @@ def feature_timeline(
     spans = cells_of_spans(ds)
     label_token_axis(ax, ds, spans)
     mark_spans(ax, spans)
-    label_layers(ax, layers)
-    ax.set_ylabel("layer")
+    label_rows(ax, names)
+    ax.set_ylabel("layer" if features is None else "")
     ax.set_xlabel("token")
     ax.text(
         0, 1 + 0.62 / size_of(ax)[1], f"{drawable(scenario_of(ds))}: {of}", fontsize=8,
@@ -128,13 +131,16 @@ def feature_timeline(
 def trajectory(
     result: xr.DataArray, *, groups: Groups | None = None, ax: Axes | None = None
 ) -> Axes:
-    """One feature's activation by layer, all scenarios.
+    """Activation of single features in all scenarios.
+
+    A line joins layers only if one SAE serves all of them. Otherwise the same index is another
+    feature in each layer, and every pair of layer and feature gets a bar of its own.
 
     Parameters
     ----------
     result
-        What :func:`zarrtrace.analysis.feature_trajectory` returned for one feature and place:
-        ``([scenario,] layer)``.
+        What :func:`zarrtrace.analysis.feature_trajectory` returned for one place:
+        ``([scenario,] [pair])``.
     groups
         Names of scenarios by group.
     ax
@@ -143,29 +149,73 @@ def trajectory(
     Returns
     -------
     Axes
-        With a thin line a scenario and the mean of each group.
+        With bars: for each pair the mean of each group, and a dot a scenario. With lines: a thin
+        one a scenario and the mean of each group.
 
     Raises
     ------
     ConfigError
-        If the result has several features or places.
+        If the result has several places.
     """
-    if set(result.dims) - {"scenario", "layer"}:
+    if set(result.dims) - {"scenario", "pair"}:
         raise ConfigError(
             f"cannot draw a trajectory with dimensions {', '.join(map(str, result.dims))}",
-            remedy="Select one feature and one place, as .sel(feature=14826).",
+            remedy="Select one place, as .sel(place='balance').",
         )
-    ax = axes_or_new(ax, PAGE_WIDTH * 0.6, 2.2)
-    layers = np.asarray(result["layer"]).tolist()
-    shade_bands(ax, layers)
-    lines = lines_by_layer(ax, result, groups)
-    layer_axis(ax, layers)
+    result = result if "pair" in result.dims else result.expand_dims("pair")
+    layers, index = (np.asarray(result[name]).tolist() for name in ("layer", "feature"))
+    place = drawable(str(result["place"].item())) if "place" in result.coords else ""
+    at = f" at {place}" if place else ""
+    if _is_one_feature(result):
+        ax = axes_or_new(ax, PAGE_WIDTH * 0.6, 2.2)
+        by_layer = result.swap_dims(pair="layer").sortby("layer")
+        shade_bands(ax, layers)
+        handles = lines_by_layer(ax, by_layer, groups)
+        layer_axis(ax, layers)
+        ax.set_title(f"feature {index[0]}{at}")
+    else:
+        ax = axes_or_new(ax, max(PAGE_WIDTH * 0.4, 1 + 0.5 * len(index)), 2.4)
+        handles = _bars_by_pair(ax, result, groups)
+        names = [feature_label(*pair) for pair in zip(layers, index, strict=True)]
+        ax.set_xticks(range(len(names)), labels=names, rotation=45, ha="right")
+        ax.set_title(f"single features{at}")
     ax.set_ylabel("activation (SAE units)")
-    if "feature" in result.coords:
-        place = drawable(str(result.coords["place"].item())) if "place" in result.coords else ""
-        ax.set_title(f"latent {int(result['feature'])}" + (f" at {place}" if place else ""))
-    ax.legend(handles=lines, loc="best")
+    ax.legend(handles=handles, loc="best")
     return ax
+
+
+def _is_one_feature(result: xr.DataArray) -> bool:
+    """Whether pairs are one feature of one SAE in several layers."""
+    if "dictionary" not in result.coords:
+        return False
+    dictionaries = set(np.asarray(result["dictionary"]).tolist())
+    layers, index = (np.asarray(result[name]).tolist() for name in ("layer", "feature"))
+    one = len(dictionaries) == 1 and len(set(index)) == 1 and "" not in dictionaries
+    return one and len(set(layers)) == len(layers) > 1
+
+
+def _bars_by_pair(ax: Axes, result: xr.DataArray, groups: Groups | None) -> list[Any]:
+    """Draw the mean of each group as a bar and scenarios as dots ``([scenario,] pair)``."""
+    if "scenario" not in result.dims:
+        result = result.expand_dims("scenario")
+    values = np.asarray(result.transpose("scenario", "pair"))
+    names = [str(name) for name in np.asarray(result["scenario"])]
+    groups = groups or {f"mean of {len(names)} scenarios" if len(names) > 1 else names[0]: names}
+    width = 0.8 / len(groups)
+    handles: list[Any] = []
+    for number, (group, members) in enumerate(groups.items()):
+        rows = values[[name in members for name in names]]
+        if not len(rows):
+            continue
+        x = np.arange(values.shape[1]) + (number - (len(groups) - 1) / 2) * width
+        colour = group_colour(members[0], groups)
+        label = drawable(group)
+        # A mean with NaN in it is NaN, and has no bar.
+        handles.append(ax.bar(x, rows.mean(0), width * 0.9, color=colour, alpha=0.5, label=label))
+        if len(rows) > 1:
+            ax.plot(x, rows.T, ls="", marker=".", ms=3, color=colour)
+    ax.axhline(0, color="black", lw=0.5)
+    return handles
 
 
 @styled
@@ -329,7 +379,7 @@ def _draw_features(
     ax.imshow(shown, **_scale(shown, 1.0), aspect="auto")
     ax.set_facecolor(NOT_STORED)
     colours = span_colours(spans)
-    ax.set_yticks(range(len(chosen)), labels=[f"L{layer} · {f}" for _, layer, f in chosen])
+    ax.set_yticks(range(len(chosen)), labels=[feature_label(n, f) for _, n, f in chosen])
     for tick, (name, _, _) in zip(ax.get_yticklabels(), chosen, strict=True):
         tick.set(color=colours[name], fontsize=5.5)
     for number, (_, layer, feature) in enumerate(chosen):

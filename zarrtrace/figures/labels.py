@@ -52,6 +52,11 @@ def token_label(text: str, *, limit: int = 14) -> str:
     return "".join(kept or pieces[:1]) + _ELLIPSIS
 
 
+def feature_label(layer: int, feature: int) -> str:
+    """Return a pair of a layer and a feature as a label, as ``L25 · 250``."""
+    return f"L{layer} · {feature}"
+
+
 def drawable(text: str) -> str:
     """Return `text` with every character that the font lacks written as its code point.
 

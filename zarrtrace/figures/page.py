@@ -33,6 +33,8 @@ Progress = Callable[[int, int], None]
 FORMATS = ("png", "pdf")
 #: Scenarios that are drawn one by one, and those that figures over scenarios take, at most.
 MOST_DRAWN, MOST_COMPARED = 50, 1000
+# Features that get a bar each.
+_FEATURES_DRAWN = 8
 # Below so many figures a worker, starting it takes longer than it saves.
 _WORTH_A_WORKER = 12
 
@@ -243,8 +245,11 @@ def _volcano(run: xr.DataTree) -> tuple[Figure, Any]:
 
 
 def _trajectory(run: xr.DataTree) -> tuple[Figure, Any]:
-    feature = int(_contrast(run)["feature"][0])
-    result = analysis.feature_trajectory(run, feature)
+    strongest = _contrast(run).isel(row=slice(_FEATURES_DRAWN))
+    pairs = zip(
+        strongest["layer"].values.tolist(), strongest["feature"].values.tolist(), strict=True
+    )
+    result = analysis.feature_trajectory(run, list(pairs))
     return _figure(features.trajectory(result, groups=default_groups(run))), result
 
 
@@ -281,9 +286,9 @@ _OF_RUN = (
              "Every feature active at the decision. Names are layer · latent index. Heights are "
              "Welch's p-values, which assume normal activations; colours are corrected p-values, "
              "p_familywise of zarrtrace analyze contrast.", _volcano),
-    _Drawing("trajectory", "Trajectory of the strongest such feature",
-             "Activation at the decision of one latent index in every layer. The same index is "
-             "another feature in another layer's SAE.", _trajectory),
+    _Drawing("trajectory", "Activation of the strongest such features",
+             "At the decision: means of the groups, and a dot a scenario. A bar each, because SAEs "
+             "of two layers share no features.", _trajectory),
 )  # fmt: skip
 
 

@@ -60,7 +60,8 @@ def open_trace(
         arrays in blocks of whole layers; a mapping of dimensions to sizes, blocks of those.
     missing
         What to do if the trace is not complete: ``"raise"``, or ``"nan"`` to read the layers that
-        it lacks as NaN.
+        it lacks as NaN. Then the attribute ``missing_layers`` names them, and ``nonfinite`` the
+        stored layers in which the model computed NaN.
     storage_options
         How to reach an object store, as ``{"endpoint": "http://localhost:9000"}``; credentials are
         taken from the environment.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from zarrtrace.errors import IntegrityError
-from zarrtrace.format.attributes import TraceAttributes
+from zarrtrace.format.attributes import TraceAttributes, ranges
 from zarrtrace.format.layout import STAGED, ArrayLayout
 from zarrtrace.storage import Location, locate
 from zarrtrace.storage.locks import FileLock
@@ -127,9 +127,14 @@ def read_staged(
         encodings = check_nodes(nodes, attributes, is_whole=False)
     except (*NONSENSE, IntegrityError):
         return None  # nor does a writer resume it: it begins again
-    group = Group(here, attributes, header["attributes"], labels, nodes, encodings)
+    plain = dict(header["attributes"])
+    group = Group(here, attributes, plain, labels, nodes, encodings)
     stored = StoredParts()
     replay(lines, group, stored)
+    missing = attributes.layers[len(stored.layers) :]
+    # Readers tell layers that are missing from NaN that the model computed.
+    plain["missing_layers"] = ranges(missing)
+    plain["nonfinite"] = {name: ranges(n) for name, n in sorted(stored.nonfinite.items())}
     indexes: dict[str, dict[str, FileIndex]] = {}
     for (name, key), chunks in stored.chunks.items():
         if encodings[name].is_sharded:
@@ -138,7 +143,7 @@ def read_staged(
             indexes.setdefault(name, {})[key] = FileIndex(Checksum(size, ""), entries, crcs)
         else:
             nodes[name]["attributes"][CHECKSUMS][key] = chunk_checksum(*chunks[0, 1:].tolist())
-    return group, attributes.layers[len(stored.layers) :], indexes
+    return group, missing, indexes
 
 
 # --- several writers of one run ----------------------------------------------------------------

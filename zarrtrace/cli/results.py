@@ -1,0 +1,70 @@
+"""Results of analyses as files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from zarrtrace.cli.shared import refuse_run
+from zarrtrace.cli.tables import Choice, Layout, rows_of
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+_ENDINGS = (".csv", ".parquet", ".nc", ".json")
+
+
+def check_output(output: Path, choice: Choice) -> None:
+    """Refuse a file that cannot be written, before minutes of work."""
+    if output.suffix not in _ENDINGS:
+        raise click.UsageError(f"--output must end in one of {', '.join(_ENDINGS)}.")
+    if output.suffix == ".nc" and choice != Choice():
+        raise click.UsageError(
+            "--layer, --feature, --sort and --top choose rows; a .nc file has labelled arrays, all "
+            "of them. Select in it, or write a .csv, .parquet or .json file."
+        )
+    if not output.parent.is_dir():
+        raise click.UsageError(f"--output {output}: there is no folder {output.parent}.")
+    refuse_run(output)
+    if output.is_dir():
+        raise click.UsageError(f"--output {output}: is a folder; give a file.")
+
+
+def write_result(
+    result: xr.DataArray | xr.Dataset, output: Path, layout: Layout, choice: Choice
+) -> None:
+    """Write a result by the ending of a file.
+
+    All but NetCDF hold a row a combination of labels, sorted as on a terminal. Parquet, NetCDF and
+    JSON hold the attributes, and with them the sentence that answers the question; CSV has no
+    place for it.
+    """
+    if output.suffix == ".nc":
+        _netcdf(result).to_netcdf(output, engine="h5netcdf")
+        return
+    frame = rows_of(result, layout, choice)
+    if output.suffix == ".csv":
+        frame.to_csv(output, index=False)
+    elif output.suffix == ".parquet":
+        frame.attrs = {str(name): value for name, value in _netcdf(result).attrs.items()}
+        frame.to_parquet(output, index=False)
+    else:
+        content = {
+            "attrs": result.attrs,
+            "rows": json.loads(frame.to_json(orient="records", double_precision=15)),
+        }
+        output.write_text(json.dumps(content, indent=2, default=str), encoding="utf-8")
+
+
+def _netcdf(result: xr.DataArray | xr.Dataset) -> xr.DataArray | xr.Dataset:
+    """Return the result with attributes that NetCDF can hold: text and numbers."""
+    out = result.copy()
+    out.attrs = {
+        name: value if isinstance(value, str | int | float) else json.dumps(value, default=str)
+        for name, value in result.attrs.items()
+        if value is not None
+    }
+    return out
