@@ -10,6 +10,8 @@ from zarrtrace.analysis.crossreferences import crossreference
 from zarrtrace.analysis.decisions import decision, relate
 from zarrtrace.analysis.features import feature_trajectory, of_sae, pathway_features
 from zarrtrace.analysis.flow import attention_flow, attention_rollout
+from zarrtrace.analysis.linear_directions import directions
+from zarrtrace.analysis.probes import probe
 from zarrtrace.analysis.specificity import position_specific_features
 from zarrtrace.analysis.words import read_table, word_associations
 
@@ -22,12 +24,14 @@ __all__ = [
     "critical_layers",
     "crossreference",
     "decision",
+    "directions",
     "feature_trajectory",
     "head_roles",
     "layer_bands",
     "of_sae",
     "pathway_features",
     "position_specific_features",
+    "probe",
     "read_table",
     "relate",
     "word_associations",
