@@ -261,7 +261,8 @@ def _scores(
         float(plan.score(y, one, fold, np.ones((1, len(y))))[0]) for one in predictions
     )
     drawn = resampled(scores, numbers, np.random.default_rng(plan.seed))
-    low, high = interval(alone, drawn[0], n_groups)
+    classes = bool(plan.target.classes)
+    low, high = interval(alone, drawn[0], n_groups, logarithmic=not classes and alone < 1)
     least, most = interval(both - base, drawn[1], n_groups)
     found = {"score": alone, "low": low, "high": min(1.0, high)}
     if plan.target.classes:
