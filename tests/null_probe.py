@@ -1,14 +1,17 @@
-"""Experiments for probes: samples of groups, in which layers say nothing, or something known."""
+"""Experiments for probes: layers that say nothing, the confound alone, or something known."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import xarray as xr
 from rates import Experiment
+from sklearn.metrics import r2_score
 
 from zarrtrace import analysis
+from zarrtrace.analysis.crossvalidation import Rows, ridge
 
 #: Permutations of a draw: p = 0.05 is a multiple of 1 / 40.
 PERMUTATIONS = 39
@@ -100,3 +103,76 @@ def finds(seed: int, confounds: tuple[str, ...] = (), **settings: Any) -> bool:
         seed=seed + 2**20,  # independent of the data's
     )
     return bool((found["p_familywise"] <= 0.05).any())
+
+
+def misses(seed: int) -> bool:
+    """Tell whether the 95 % interval misses R² of the same probes on 1,200 new samples."""
+    settings: dict[str, Any] = {"layers": 1, "effect": 1.0}
+    samples, new = draw(seed, **settings), draw(seed + 2**21, groups=400, **settings)
+    found = analysis.probe(samples, "y", groups="group", n_permutations=0, seed=seed + 2**20)
+    rows, others = (
+        Rows(one["residual"].to_numpy()[0], np.empty((one.sizes["sample"], 0)), group, 1)
+        for one, group in ((samples, samples["group"].to_numpy()), (new, new["group"].to_numpy()))
+    )
+    y, fold = samples["y"].to_numpy(), found["fold"].to_numpy()
+    scores = [
+        r2_score(new["y"], ridge(rows.take(fold != number), y[fold != number], others))
+        for number in np.unique(fold)
+    ]
+    return not float(found["low"][0]) <= np.mean(scores) <= float(found["high"][0])
+
+
+_SAMPLES = "20 groups of 3 samples, 20 channels, 2 layers; "
+_CONFOUND = "channel 1 and the target hold the confound; "
+EXPERIMENTS = (
+    Experiment(
+        "probe p_familywise, R²",
+        _SAMPLES + "the target varies in groups; nothing in any layer",
+        partial(finds),
+    ),
+    Experiment(
+        "probe p_familywise, R²",
+        _SAMPLES + "one target a group; nothing in any layer",
+        partial(finds, by_group=True),
+    ),
+    Experiment(
+        "probe p_familywise, AUC",
+        _SAMPLES + "two values in a group; nothing in any layer",
+        partial(finds, classes=True),
+    ),
+    Experiment(
+        "probe p_familywise, confound given",
+        _SAMPLES + _CONFOUND + "both vary in groups",
+        partial(finds, confounds=("c",), confounded=1.0),
+    ),
+    Experiment(
+        "probe p_familywise, confound given",
+        _SAMPLES + _CONFOUND + "one value of both a group",
+        partial(finds, confounds=("c",), confounded=1.0, by_group=True),
+    ),
+    Experiment(
+        "probe interval of R² misses",
+        "20 groups of 3 samples, 20 channels; one channel is half the target's variance",
+        misses,
+        # Models of overlapping folds err together (Bates, Hastie & Tibshirani 2023).
+        nominal=0.1,
+    ),
+    Experiment(
+        "probe p_familywise, R²",
+        "40 groups of 3; one channel is half the target's variance",
+        partial(finds, groups=40, effect=1.0),
+        nominal=None,
+    ),
+    Experiment(
+        "probe p_familywise, AUC",
+        "40 groups of 3; above 0, where one channel is half the variance",
+        partial(finds, groups=40, effect=1.0, classes=True),
+        nominal=None,
+    ),
+    Experiment(
+        "probe p_familywise, confound given",
+        "40 groups of 3; confound and one channel are a third of the variance each",
+        partial(finds, groups=40, effect=1.0, confounds=("c",), confounded=1.0),
+        nominal=None,
+    ),
+)

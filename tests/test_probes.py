@@ -176,7 +176,7 @@ def test_features_are_not_chosen_by_what_they_predict_out_of_fold() -> None:
         samples["features"] = (("layer", "sample", "feature"), dense[None].astype(np.float32))
         found = analysis.probe(samples, "y", what="features", n_permutations=0, n_features=500)
         scores.append(float(found["score"][0]))
-        best = SelectKBest(f_classif, k=50).fit_transform(dense, y)
+        best = SelectKBest(f_classif, k=50).fit_transform(dense[:, dense.any(0)], y)
         predicted = cross_val_predict(Ridge(), best, y.astype(float), cv=5)
         leaking.append(roc_auc_score(y, predicted))
     assert min(leaking) > 0.9
@@ -191,9 +191,9 @@ def test_features_are_not_chosen_by_what_they_predict_out_of_fold() -> None:
 def test_a_layer_with_the_confound_alone_adds_nothing(*, classes: bool) -> None:
     samples = draw(6, groups=60, confounded=2.0, classes=classes)
     found = analysis.probe(samples, "y", groups="group", confounds=["c"], n_permutations=39)
-    assert (found["score"] > (0.7 if classes else 0.5)).all()
+    assert (found["score"] > (0.7 if classes else 0.4)).all()
     assert (abs(found["improvement"]) < 0.05).all()
-    assert (found["improvement_low"] < 0).all()
+    assert (found["improvement_low"] <= 0).all()
     assert (found["p"] > 0.05).all()
     alone = analysis.probe(samples, "y", groups="group", n_permutations=39)
     assert (alone["p"] <= 0.05).all()
@@ -217,10 +217,10 @@ def test_what_a_layer_adds_to_a_confound_is_known() -> None:
 def test_texts_are_confounds_too() -> None:
     samples = draw(8, groups=30)
     kinds = np.array(["a", "b", "c"], object)[samples["group"].to_numpy() % 3]
-    shifted = samples["y"] + 5.0 * (kinds == "b")
-    samples = samples.assign_coords(y=shifted, kind=("sample", kinds))
+    shifted = samples["y"].to_numpy() + 5.0 * (kinds == "b")
+    samples = samples.assign_coords(y=("sample", shifted), kind=("sample", kinds))
     found = analysis.probe(samples, "y", groups="group", confounds=["kind"], n_permutations=0)
-    means = [shifted.to_numpy()[kinds == kind].var() for kind in "abc"]
+    means = [shifted[kinds == kind].var() for kind in "abc"]
     assert float(found["baseline"][0]) == pytest.approx(1 - np.mean(means) / shifted.var(), abs=0.1)
 
 
@@ -232,16 +232,16 @@ def test_targets_are_exchanged_between_groups_or_within() -> None:
     none = np.empty((21, 0))
     between = targets.exchanged(np.arange(6.0)[groups], groups, none, 50, 0)
     assert between.unit == "groups"
-    for column in between.values.T:
+    for column in between.columns.T:
         assert sorted({(g, v) for g, v in zip(groups, column, strict=True)}) == [
             (g, column[groups == g][0]) for g in range(6)
         ]
         assert sorted(np.unique(column)) == list(range(6))
     within = targets.exchanged(np.arange(21.0), groups, none, 50, 0)
     assert within.unit == "samples within groups"
-    assert len(np.unique(within.values, axis=1).T) > 45
+    assert len(np.unique(within.columns, axis=1).T) > 45
     for group in range(6):
-        own = np.sort(within.values[groups == group], axis=0)
+        own = np.sort(within.columns[groups == group], axis=0)
         np.testing.assert_array_equal(own, own[:, :1].repeat(51, axis=1))
 
 
@@ -336,7 +336,7 @@ def test_repeats_of_a_scenario_stay_together() -> None:
         ("y", {"groups": "few", "folds": 2}, "too few for 2 folds"),
         ("y", {"folds": 1}, "folds=1"),
         ("rare", {"groups": "group"}, "one value in all folds but one"),
-        ("of_few", {"groups": "three", "folds": 3}, "one value in each fold"),
+        ("half", {"groups": "four", "folds": 4}, "one value in each fold"),
         ("y", {"groups": "apart"}, "in several groups"),
         ("y", {"groups": "group", "confounds": ["y"]}, "confounds leave too little"),
         ("y", {"confounds": ["many"]}, "confounds leave too little"),
@@ -359,11 +359,11 @@ def test_what_cannot_be_answered_is_refused(
                 "text": np.array(["a", "b", "c"], object)[number % 3],
                 "infinite": np.where(number == 5, np.inf, number),
                 "few": group // 10,
-                "three": group // 7,
-                "of_few": group // 7 == 1,
+                "four": group // 5,
+                "half": group // 5 < 2,
                 "rare": group == 4,
                 "apart": number,
-                "many": np.array([f"m{n // 2}" for n in number], object),
+                "many": np.array([f"m{n * 2 // 3}" for n in number], object),
             }.items()
         }
     )
@@ -380,7 +380,7 @@ def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch)
     ):
         with pytest.raises(ConfigError, match=r"needs sklearn[\s\S]*'.\[probe\]'"):
             function()
-    assert analysis.directions(draw(14, classes=True), "y")["norm"].notnull().all()
+    assert (analysis.directions(draw(14, classes=True), "y")["norm"] > 0).all()
 
 
 def test_scikit_learn_is_imported_on_use() -> None:

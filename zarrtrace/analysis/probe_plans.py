@@ -60,7 +60,7 @@ class Plan:
     @property
     def n_permutations(self) -> int:
         """Permutations besides the observed order."""
-        return int(self.exchange.values.shape[1]) - 1
+        return int(self.exchange.columns.shape[1]) - 1
 
     def score(
         self, y: np.ndarray, predicted: np.ndarray, fold: np.ndarray, weights: np.ndarray

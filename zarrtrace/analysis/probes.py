@@ -198,7 +198,7 @@ class _Layer:
 
 def _probe_layer(array: xr.DataArray, plan: Plan, n_features: int) -> _Layer:
     x, used = read_rows(array, plan.kept)
-    fold, target = plan.fold[used], plan.exchange.values[used[plan.kept]]
+    fold, target = plan.fold[used], plan.exchange.columns[used[plan.kept]]
     y = target[:, 0]
     require_groups(len(np.unique(plan.groups[used])), len(np.unique(plan.fold[plan.kept])),
                     plan.groups_name)  # fmt: skip
@@ -261,8 +261,7 @@ def _scores(
         float(plan.score(y, one, fold, np.ones((1, len(y))))[0]) for one in predictions
     )
     drawn = resampled(scores, numbers, np.random.default_rng(plan.seed))
-    classes = bool(plan.target.classes)
-    low, high = interval(alone, drawn[0], n_groups, logarithmic=not classes and alone < 1)
+    low, high = interval(alone, drawn[0], n_groups)
     least, most = interval(both - base, drawn[1], n_groups)
     found = {"score": alone, "low": low, "high": min(1.0, high)}
     if plan.target.classes:
@@ -321,7 +320,7 @@ def _sentences(out: xr.Dataset, plan: Plan) -> dict[str, Any]:
         "the interval is about other groups, not about other training samples",
     ]
     return {
-        **described_values(plan.target, plan.exchange.values[:, 0]),
+        **described_values(plan.target, plan.exchange.columns[:, 0]),
         "score": "auc" if plan.target.classes else "r2",
         "findings": _findings(out, plan),
         "limits": "; ".join(filter(None, limits)) + ".",
@@ -357,6 +356,9 @@ def _findings(out: xr.Dataset, plan: Plan) -> str:
     which = f"{int(reached.sum())} of {out.sizes['layer']} layers"
     chance = "the confounds" if plan.confound_names else "chance"
     if not reached.any():
-        no = f"no layer predicts it better than {chance} (smallest familywise p {least:.2g})"
+        no = f"no layer predicts it better than {chance} (smallest familywise p {least:.2g}"
+        if plan.exchange.smallest_p > _SIGNIFICANT:
+            no += f"; with these groups none can be below {plan.exchange.smallest_p:.2g}"
+        no += ")"
         return f"{text}; {no}."
     return f"{text}; {which} predict it better than {chance} (familywise p ≤ {_SIGNIFICANT})."

@@ -64,23 +64,8 @@ def resampled(
     return np.concatenate(found, axis=-1)
 
 
-def interval(
-    estimate: float, drawn: np.ndarray, n_groups: int, *, logarithmic: bool = False
-) -> tuple[float, float]:
-    """Return the estimate ± Student's t × the bootstrap's standard error.
-
-    Parameters
-    ----------
-    estimate, drawn
-        The score, and that of resampled groups.
-    n_groups
-        How many there are.
-    logarithmic
-        Whether to do so with log(1 − score): R² is skewed near 1.
-    """
-    if logarithmic:
-        low, high = interval(float(np.log1p(-estimate)), np.log1p(-drawn), n_groups)
-        return float(-np.expm1(high)), float(-np.expm1(low))
+def interval(estimate: float, drawn: np.ndarray, n_groups: int) -> tuple[float, float]:
+    """Return the estimate ± Student's t × the bootstrap's standard error."""
     # The bootstrap's variance is too small by (n - 1) / n.
     error = np.nanstd(drawn, ddof=1) * np.sqrt(n_groups / (n_groups - 1))
     reach = float(stats.t.ppf(0.975, n_groups - 1) * error)

@@ -57,7 +57,7 @@ def read_target(samples: xr.Dataset, target: str | xr.DataArray) -> Target:
     """
     name, values = _column(samples, target)
     known = np.array([not is_missing(one) and one != "" for one in values.tolist()], bool)
-    distinct = pd.unique(values[known])
+    distinct = pd.unique(values[known]).tolist()
     if len(distinct) < 2:
         only = f" but {distinct[0]!r}" if len(distinct) else ""
         raise ConfigError(
@@ -67,7 +67,7 @@ def read_target(samples: xr.Dataset, target: str | xr.DataArray) -> Target:
         )
     out = np.full(len(values), np.nan)
     if len(distinct) == 2:
-        low, high = sorted(distinct.tolist())
+        low, high = sorted(distinct)
         out[known] = values[known] == high
         return Target(name, out, (str(low), str(high)))
     if values.dtype.kind not in "biuf":
@@ -75,7 +75,7 @@ def read_target(samples: xr.Dataset, target: str | xr.DataArray) -> Target:
             f"the target {name!r} is text with {len(distinct)} values",
             why="A probe predicts a number, or one of two values.",
             remedy=f"Compare one value with the others: probe(samples, samples.{name} == "
-            f"{str(distinct[0])!r}).",
+            f"{distinct[0]!r}).",
         )
     out[known] = values[known]
     if not np.isfinite(out[known]).all():
@@ -170,7 +170,7 @@ class Exchange(NamedTuple):
 
     Attributes
     ----------
-    values
+    columns
         ``(sample, permutation)``; the observed target comes first.
     unit
         ``"groups"`` or ``"samples within groups"``.
@@ -178,7 +178,7 @@ class Exchange(NamedTuple):
         The least p that these permutations can give.
     """
 
-    values: np.ndarray
+    columns: np.ndarray
     unit: Literal["groups", "samples within groups"]
     smallest_p: float
 
