@@ -29,6 +29,8 @@ def main() -> None:
     number = np.arange(given.samples)
     columns = {
         "scenario": np.array([f"s{n}" for n in number], object),
+        "position": number * 0,
+        "span": np.array(["decision"] * given.samples, object),
         "group": number // 10,
         "y": x[0, :, 0] + rng.standard_normal(given.samples),
     }

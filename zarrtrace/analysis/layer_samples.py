@@ -11,7 +11,7 @@ from scipy import sparse
 
 from zarrtrace.analysis.samples import At, table
 from zarrtrace.analysis.selecting import Data
-from zarrtrace.analysis.tables import SAMPLE, is_table
+from zarrtrace.analysis.tables import SAMPLE, is_table, table_scenarios
 from zarrtrace.errors import ConfigError
 from zarrtrace.scenarios import DECISION
 
@@ -22,6 +22,7 @@ _READ_BYTES = 2**27
 def samples_of(data: Data, at: At | None) -> xr.Dataset:
     """Return a table: all of one if `at` is None, the last tokens of a run."""
     if is_table(data) and at is None:
+        table_scenarios(data)  # refuses a table without them now, and not after the work
         return data
     return table(data, DECISION if at is None else at)
 
