@@ -165,8 +165,8 @@ EXPERIMENTS = (
     ),
     Experiment(
         "probe p_familywise, AUC",
-        "40 groups of 3; above 0, where one channel is half the variance",
-        partial(finds, groups=40, effect=1.0, classes=True),
+        "60 groups of 3; above 0, where one channel is half the variance",
+        partial(finds, groups=60, effect=1.0, classes=True),
         nominal=None,
     ),
     Experiment(
