@@ -178,7 +178,7 @@ EXTRAS = {
     "tests": ("test",),
     "scripts": ("test", "dev", "fuzz"),
 }
-OF_ZARRTRACE = ("extract", "cluster", "cloud")
+OF_ZARRTRACE = ("extract", "cluster", "cloud", "probe")
 #: Used where it is installed, and not asked for.
 OPTIONAL = {"dask-cuda"}
 #: Runs in an environment of its own, which it makes.

@@ -111,7 +111,7 @@ _OVER_SCENARIOS: dict[str, Callable[[Any], Any]] = {
 
 
 def test_every_analysis_is_among_these() -> None:
-    others = {"of_sae", "read_table"}
+    others = {"of_sae", "read_table", "probe", "directions"}
     assert {*_BY_SCENARIO, *_OVER_SCENARIOS} == {*analysis.__all__} - others
 
 

@@ -9,7 +9,9 @@ from zarrtrace.analysis.crossreferences import crossreference
 from zarrtrace.analysis.decisions import decision, relate
 from zarrtrace.analysis.features import feature_trajectory, of_sae
 from zarrtrace.analysis.flow import attention_flow, attention_rollout
+from zarrtrace.analysis.linear_directions import directions
 from zarrtrace.analysis.pathways import pathway_features
+from zarrtrace.analysis.probes import probe
 from zarrtrace.analysis.roles import head_roles
 from zarrtrace.analysis.specificity import position_specific_features
 from zarrtrace.analysis.words import read_table, word_associations
@@ -23,12 +25,14 @@ __all__ = [
     "critical_layers",
     "crossreference",
     "decision",
+    "directions",
     "feature_trajectory",
     "head_roles",
     "layer_bands",
     "of_sae",
     "pathway_features",
     "position_specific_features",
+    "probe",
     "read_table",
     "relate",
     "word_associations",

@@ -13,6 +13,7 @@ from zarrtrace.cli.rows import FeaturePair, choice_of, row_options
 from zarrtrace.cli.shared import (
     PATH,
     computing,
+    layers_option,
     output_option,
     quiet_option,
     run_argument,
@@ -111,6 +112,25 @@ _PERMUTATIONS = _option(
     default=9999,
     show_default=True,
     help="Permutations to draw.",
+)
+_COLUMN = _option(
+    "--column",
+    "target",
+    required=True,
+    metavar="COLUMN",
+    help="Column of metadata: a number, or one of two values.",
+)
+_ARRAY = _option(
+    "--what",
+    type=click.Choice(["residual", "features"]),
+    default="residual",
+    show_default=True,
+    help="To read it from.",
+)
+_GROUPS = _option(
+    "--groups",
+    metavar="COLUMN",
+    help="Samples of one value stay together.  [default: scenario]",
 )
 _FEATURES = _option(
     "--feature",
@@ -326,6 +346,60 @@ _ANALYSES: dict[str, Analysis] = {
             _SEED,
         ),
     ),
+    "probe": Analysis(
+        "probe",
+        "How well a linear probe of each layer predicts a column on held-out groups.",
+        "--column balance --what features",
+        (
+            _COLUMN,
+            _ARRAY,
+            _AT,
+            _GROUPS,
+            _option(
+                "--confound",
+                "confounds",
+                multiple=True,
+                metavar="COLUMN",
+                help="Column that may predict it anyway. Repeatable.",
+            ),
+            _option(
+                "--folds",
+                type=click.IntRange(2),
+                default=5,
+                show_default=True,
+                help="Parts that are held out in turn.",
+            ),
+            _option(
+                "--permutations",
+                "n_permutations",
+                type=click.IntRange(0),
+                default=999,
+                show_default=True,
+                help="Permutations to draw; 0 for no p.",
+            ),
+            _SEED,
+            layers_option,
+            sae_option,
+        ),
+    ),
+    "directions": Analysis(
+        "directions",
+        "A direction a layer along which a column changes, as an array.",
+        "--column balance --what features -o balance.nc",
+        (
+            _COLUMN,
+            _ARRAY,
+            _AT,
+            _GROUPS,
+            _option(
+                "--method",
+                type=click.Choice(["difference", "ridge"]),
+                help="Of means, or weights.  [default: by the column]",
+            ),
+            layers_option,
+            sae_option,
+        ),
+    ),
     "head-roles": Analysis(
         "head_roles", "Previous-token, first-token, duplicate-token and induction scores of heads."
     ),
@@ -402,6 +476,8 @@ def _run(name: str, function: str, given: dict[str, Any]) -> None:
     with computing(**where, progress=show_progress(quiet=quiet)):
         data = _open(run, on_cluster=where["scheduler"] is not None)
         result = with_findings(_compute(function, data, given).compute())
+        if function == "probe" and (output is None or output.suffix != ".nc"):
+            result = result.drop_dims("sample")  # predictions: another table
     if output is None:
         say(text_of(result, layout, choice))
     else:

@@ -89,7 +89,9 @@ LAYOUTS = {
         ("score",), is_one=True, hidden=("rank",), filters=_FEATURES
     ),
     "word-associations": Layout(("score",), filters=_FEATURES),
-    "crossreference": Layout(("p_permutation", "cohens_d"), kept=("q_permutation",)),
+    "crossreference": Layout(("p_familywise", "p_permutation", "difference")),
+    "probe": Layout(("p_familywise", "p", "score"), kept=("score", "low", "high"), filters=()),
+    "directions": Layout(filters=()),
     "head-roles": Layout(("induction", "previous_token"), across="role", averaged=True),
     "decision": Layout((), across="option", value="probability", is_one=True, filters=()),
     "relate": Layout(("p_permutation", "rho")),
