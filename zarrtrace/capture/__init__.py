@@ -10,6 +10,7 @@ from zarrtrace.capture.borrow import borrow, refuse_unknown_ids, take_model
 from zarrtrace.capture.checks import check_additions, choose_batch_size, wants_blocks
 from zarrtrace.capture.encoders import KeptEncoders
 from zarrtrace.capture.fingerprint import settings_fingerprint
+from zarrtrace.capture.generation import check_context, generate, plan_batches
 from zarrtrace.capture.hooks import parse_hook, residual_hooks
 from zarrtrace.capture.limits import CaptureLimits
 from zarrtrace.capture.model import (
@@ -33,13 +34,16 @@ __all__ = [
     "borrow",
     "capture",
     "check_additions",
+    "check_context",
     "choose_batch_size",
+    "generate",
     "gpu_count",
     "grouped",
     "hide_progress",
     "load_model",
     "load_tokenizer",
     "parse_hook",
+    "plan_batches",
     "probe_model",
     "refuse_unknown_ids",
     "renamed",

@@ -15,6 +15,7 @@ from zarrtrace.scenarios.metadata import (
     typed_column,
 )
 from zarrtrace.scenarios.names import DECISION, check_name, name_key
+from zarrtrace.scenarios.sampling import Sampling
 from zarrtrace.scenarios.scenario import Scenario
 from zarrtrace.scenarios.spans import CharRange, span, span_positions, token_positions
 from zarrtrace.scenarios.streams import ScenarioStream
@@ -27,6 +28,7 @@ __all__ = [
     "CharRange",
     "Chat",
     "Message",
+    "Sampling",
     "Scenario",
     "ScenarioEntry",
     "ScenarioStream",
