@@ -11,6 +11,7 @@ from zarrtrace.capture.checks import check_additions, choose_batch_size, wants_b
 from zarrtrace.capture.encoders import KeptEncoders
 from zarrtrace.capture.fingerprint import settings_fingerprint
 from zarrtrace.capture.generation import check_context, generate, plan_batches
+from zarrtrace.capture.generation_probe import probe_generation
 from zarrtrace.capture.hooks import parse_hook, residual_hooks
 from zarrtrace.capture.limits import CaptureLimits
 from zarrtrace.capture.model import (
@@ -44,6 +45,7 @@ __all__ = [
     "load_tokenizer",
     "parse_hook",
     "plan_batches",
+    "probe_generation",
     "probe_model",
     "refuse_unknown_ids",
     "renamed",

@@ -1,43 +1,36 @@
 """Continuations of prompts, by transformers' own ``generate``.
 
 ``generate`` draws once a batch, so that a draw would depend on the other prompts of it. Here it
-runs greedily behind a logits processor that adds Gumbel noise to the log-probabilities (the
-Gumbel-max trick: the largest sum is a draw from the distribution [1]_). The noise of a token is a
-function of the seed, the scenario's name, the repeat, the step and the token alone. It is made on
-the CPU in float64 for all devices.
+runs greedily behind a processor that makes the draw (:mod:`zarrtrace.capture.sampler`).
 
 Attention is computed as it is captured, eagerly: where transformers has a faster function, it may
 leave parts out (Gemma 2's soft cap), and the choice would be made from other probabilities than
 the trace holds.
-
-.. [1] E. J. Gumbel, Statistical theory of extreme values and some practical applications, 1954;
-   C. J. Maddison, D. Tarlow, T. Minka, A* sampling, NeurIPS 2014.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
 )
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from zarrtrace.capture.host import to_device
 from zarrtrace.capture.messages import forward_errors, full_memory
 from zarrtrace.capture.model import LoadedModel
 from zarrtrace.capture.prompts import Prompt
-from zarrtrace.errors import ConfigError, ModelError, NonFiniteError
+from zarrtrace.capture.sampler import Sampler
+from zarrtrace.errors import ConfigError, ModelError
 from zarrtrace.records import Continuation
 from zarrtrace.scenarios.sampling import Sampling
 
@@ -58,16 +51,17 @@ _CONTEXT = 16
 def plan_batches(
     model: LoadedModel, lengths: Sequence[int], sampling: Sampling, *, size: int | None = None
 ) -> Plan:
-    """Group the repeats of all scenarios into batches of equally long prompts.
+    """Group the repeats of all scenarios into batches, by length of the prompts.
 
-    No prompt is padded, so that nothing but rounding can depend on a batch. The result depends on
-    the arguments alone: a resumed run that plans all its scenarios, done or not, makes the same
-    batches as an uninterrupted one, and skips those that are done.
+    Prompts of a batch are equally long, or padded where the model permits it
+    (:func:`zarrtrace.capture.probe_generation`). The result depends on the arguments alone: a
+    resumed run that plans all its scenarios, done or not, makes the same batches as an
+    uninterrupted one, and skips those that are done.
 
     Parameters
     ----------
     model
-        The model; only its sizes count.
+        The model; only its sizes and what it permits count.
     lengths
         Tokens of each scenario's prompt, in the suite's order.
     sampling
@@ -80,14 +74,20 @@ def plan_batches(
     list of list of (int, int)
         Batches of (index of the scenario, repeat): shortest prompts first.
     """
-    by_length: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        by_length.setdefault(length, []).append(index)
+    permitted = model.permitted
+    size = size if permitted.cached_batches else 1
+    groups: dict[int, list[int]] = {}
+    for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
+        groups.setdefault(0 if permitted.left_padding else lengths[index], []).append(index)
     batches: Plan = []
-    for length, indices in sorted(by_length.items()):
+    for indices in groups.values():
         rows = [(index, repeat) for index in indices for repeat in range(sampling.samples)]
-        step = size or _default_size(model, length, sampling.tokens)
-        batches += [rows[start : start + step] for start in range(0, len(rows), step)]
+        stop, cut = len(rows), []
+        while stop > 0:  # from behind: the longest prompt says how many there may be
+            most = size or _default_size(model, lengths[rows[stop - 1][0]], sampling.tokens)
+            cut.append(rows[max(0, stop - most) : stop])
+            stop -= most
+        batches += reversed(cut)
     return batches
 
 
@@ -151,7 +151,7 @@ def generate(
         From :func:`zarrtrace.capture.load_model`, or borrowed (:mod:`zarrtrace.capture.borrow`).
     requests
         Prompts, each with the number of its repeat. Unequal lengths are padded on the left, which
-        not every architecture computes exactly: :func:`plan_batches` makes none.
+        not every architecture computes exactly: :func:`plan_batches` knows.
     sampling
         Its settings.
 
@@ -170,11 +170,31 @@ def generate(
         If it computes NaN.
     """
     check_context(model, (prompt for prompt, _ in requests), sampling)
-    ids, mask = _padded([prompt.tokens.ids for prompt, _ in requests])
-    start, end_ids = ids.shape[1], _end_ids(model)
-    sampler = _Sampler([(prompt.scenario.name, n) for prompt, n in requests], sampling, start)
-    stops = _StopTexts(model, [prompt for prompt, _ in requests], sampling.stop, start, end_ids)
-    settings = _settings(sampling.tokens, end_ids)
+    prompts = [prompt for prompt, _ in requests]
+    start, end_ids = max(len(prompt.tokens.ids) for prompt in prompts), end_of_sequence_ids(model)
+    sampler = Sampler([(prompt.scenario.name, n) for prompt, n in requests], sampling, start)
+    stops = _StopTexts(model, prompts, sampling.stop, start, end_ids)
+    ids = [prompt.tokens.ids for prompt in prompts]
+    rows = run(model, ids, sampling.tokens, sampler, [stops] if sampling.stop else [])
+    sampler.refuse_nan(model.attributes.id)
+    return [
+        _continuation(model, prompt, row, end_ids, stop)
+        for prompt, row, stop in zip(prompts, rows, stops.lengths, strict=True)
+    ]
+
+
+def run(
+    model: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    processor: LogitsProcessor,
+    criteria: Sequence[StoppingCriteria] = (),
+) -> list[list[int]]:
+    """Run ``generate`` over the ids of some prompts, and return the ids that follow each.
+
+    Behind the end of a sequence, while others go on, are ids that mean nothing.
+    """
+    settings = _settings(model, tokens)
     name, device = model.attributes.id, model.device
     with (
         full_memory(name, device),
@@ -182,45 +202,74 @@ def generate(
         _only(model.model, settings),
         torch.inference_mode(),
     ):
+        ids, mask = _padded(prompts, device)
         found = model.model.generate(
-            input_ids=to_device(ids, device),
-            attention_mask=to_device(mask, device),
+            input_ids=ids,
+            attention_mask=mask,
             generation_config=settings,
-            logits_processor=LogitsProcessorList([sampler]),
-            stopping_criteria=StoppingCriteriaList([stops] if sampling.stop else []),
+            logits_processor=LogitsProcessorList([processor]),
+            stopping_criteria=StoppingCriteriaList(criteria),
+            past_key_values=_read_once(model, prompts) if settings.use_cache else None,
         )
-        rows = found[:, start:].tolist()
-    sampler.refuse_nan(name)
-    return [
-        _continuation(model, prompt, row, end_ids, stop)
-        for (prompt, _), row, stop in zip(requests, rows, stops.lengths, strict=True)
-    ]
+        rows: list[list[int]] = found[:, ids.shape[1] :].tolist()
+    return rows
 
 
-def _padded(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded(
+    prompts: Sequence[Sequence[int]], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ids and mask ``(sequence, token)`` of prompts, padded on the left."""
     shape = (len(prompts), max(map(len, prompts)))
     ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     for row, prompt in enumerate(prompts):
         ids[row, shape[1] - len(prompt) :] = torch.tensor(prompt)
         mask[row, shape[1] - len(prompt) :] = 1
-    return ids, mask
+    return to_device(ids, device), to_device(mask, device)
+
+
+def _read_once(model: LoadedModel, prompts: Sequence[Sequence[int]]) -> DynamicCache | None:
+    """Return a cache of prompts that come several times, each read once but for its last token.
+
+    Twenty repeats of a long prompt would else take the time of twenty prompts before the first new
+    token. None, so that ``generate`` reads each, where this saves nothing, and for caches that hold
+    more than keys and values: transformers cannot copy a recurrent state.
+    """
+    places = {one: at for at, one in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    if len(places) == len(prompts) or min(map(len, places)) < 2:
+        return None
+    if not model.model._supports_default_dynamic_cache():  # noqa: SLF001 -- no other way
+        return None
+    cache = DynamicCache(config=model.model.config.get_text_config(decoder=True))
+    if not {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        return None
+    ids, mask = _padded([one[:-1] for one in places], model.device)
+    # A token is generated, and dropped, for generate to number the positions and fill the cache.
+    model.model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        generation_config=_settings(model, 1),
+        past_key_values=cache,
+    )
+    rows = torch.tensor([places[tuple(prompt)] for prompt in prompts])
+    cache.batch_select_indices(to_device(rows, model.device))
+    return cache
 
 
 # --- transformers' settings ---------------------------------------------------------------------
 
 
-def _end_ids(model: LoadedModel) -> tuple[int, ...]:
+def end_of_sequence_ids(model: LoadedModel) -> tuple[int, ...]:
     """Return the ids of the model's end-of-sequence tokens: none, one or several."""
     found = model.model.generation_config.eos_token_id
     return () if found is None else (found,) if isinstance(found, int) else tuple(found)
 
 
-def _settings(tokens: int, end_ids: Sequence[int]) -> GenerationConfig:
+def _settings(model: LoadedModel, tokens: int) -> GenerationConfig:
+    end_ids = end_of_sequence_ids(model)
     return GenerationConfig(
         max_new_tokens=tokens,
         do_sample=False,
-        use_cache=True,
+        use_cache=model.permitted.cache,
         eos_token_id=list(end_ids) or None,
         # Stands behind the end of a sequence while others go on, and is cut off.
         pad_token_id=end_ids[0] if end_ids else 0,
@@ -241,88 +290,6 @@ def _only(model: Any, settings: GenerationConfig) -> Iterator[None]:
         yield
     finally:
         model.generation_config = before
-
-
-# --- the choice of a token ----------------------------------------------------------------------
-
-
-def gumbel_noise(seed: int, name: str, repeat: int, step: int, size: int) -> np.ndarray:
-    """Return standard Gumbel noise that is a function of its arguments.
-
-    Philox 4x64 with a key of the seed, the scenario and the repeat, and a counter of the step; its
-    raw bits are turned to numbers here, so that no version of NumPy gives others.
-
-    Parameters
-    ----------
-    seed, name, repeat, step
-        The run's seed, the scenario's name, and the numbers of repeat and token, from 0.
-    size
-        Tokens of the vocabulary.
-
-    Returns
-    -------
-    ndarray
-        float64 ``(size,)``.
-    """
-    identity = f"{seed}\0{repeat}\0{name}".encode()
-    digest = hashlib.blake2b(identity, digest_size=16, person=b"zarrtrace").digest()
-    key = np.frombuffer(digest, dtype="<u8")
-    bits = np.random.Philox(key=key, counter=[0, 0, step, 0]).random_raw(size)
-    # 52 bits and a half: neither 0 nor 1, of which the noise would be infinite.
-    uniform = ((bits >> np.uint64(12)) + 0.5) * 2.0**-52
-    noise: np.ndarray = -np.log(-np.log(uniform))
-    return noise
-
-
-class _Sampler(LogitsProcessor):  # type: ignore[misc]
-    """Makes the largest score a draw from the model's distribution.
-
-    Parameters
-    ----------
-    rows
-        Name of the scenario and number of the repeat of each sequence.
-    sampling
-        Its temperature, top-p and seed.
-    start
-        Tokens in front of a continuation, padding included.
-    """
-
-    def __init__(self, rows: Sequence[tuple[str, int]], sampling: Sampling, start: int) -> None:
-        self._rows, self._sampling, self._start = rows, sampling, start
-        self._has_nan: torch.Tensor | None = None
-        self._warpers = LogitsProcessorList()
-        if not sampling.is_greedy:
-            self._warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
-        if sampling.top_p < 1:
-            self._warpers.append(TopPLogitsWarper(float(sampling.top_p)))
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return scores ``(sequence, vocabulary)`` of the next token."""
-        # Kept on the device: a GPU would be waited for at each token.
-        found = scores.isnan().any()
-        self._has_nan = found if self._has_nan is None else self._has_nan | found
-        if self._sampling.is_greedy:
-            return scores
-        wide = scores.double()
-        wide = wide - wide.amax(-1, keepdim=True)  # 0 at most: no temperature makes it infinite
-        warped: torch.Tensor = self._warpers(input_ids, wide)
-        step, size = input_ids.shape[1] - self._start, scores.shape[1]
-        noise = [gumbel_noise(self._sampling.seed, *row, step, size) for row in self._rows]
-        return warped + to_device(torch.from_numpy(np.stack(noise)), scores.device)
-
-    def refuse_nan(self, name: str) -> None:
-        """Refuse tokens that were chosen among NaN.
-
-        Raises
-        ------
-        NonFiniteError
-        """
-        if self._has_nan is not None and bool(self._has_nan):
-            raise NonFiniteError(
-                f"{name}: computes NaN while it continues a prompt",
-                why="Values exceed what the model's precision can hold, often in float16.",
-                remedy="Try --dtype bfloat16 or --dtype float32.",
-            )
 
 
 # --- the end of a continuation ------------------------------------------------------------------
