@@ -35,7 +35,7 @@ def probe_generation(model: LoadedModel) -> LoadedModel:
     Raises
     ------
     ModelError
-        If no way agrees.
+        If no way agrees, or the plainest fails.
     """
     longest = min(_LONG, (model.max_tokens or _LONG + _TOKENS) - _TOKENS)
     if longest < 2 or not model.model.can_generate():
@@ -44,10 +44,14 @@ def probe_generation(model: LoadedModel) -> LoadedModel:
     short = other[: max(1, longest * _SHORT // _LONG)]
 
     def permits(batch: Sequence[Sequence[int]], **ways: bool) -> bool:
-        return _agrees(replace(model, permitted=replace(model.permitted, **ways)), batch)
+        try:
+            return _agrees(replace(model, permitted=replace(model.permitted, **ways)), batch)
+        except ModelError:
+            return False
 
     cache = permits([long], cache=True)
-    if not cache and not permits([long], cache=False):
+    plainest = replace(model, permitted=replace(model.permitted, cache=False))
+    if not cache and not _agrees(plainest, [long]):
         raise ModelError(
             f"{model.attributes.id}: says something else step by step than in one pass",
             why="transformers' generate gives this architecture other positions or masks than its "
@@ -60,7 +64,7 @@ def probe_generation(model: LoadedModel) -> LoadedModel:
     return replace(model, permitted=replace(model.permitted, **ways))
 
 
-class _Recorder(LogitsProcessor):  # type: ignore[misc]
+class Recorder(LogitsProcessor):  # type: ignore[misc]
     """Keeps the scores of every step."""
 
     def __init__(self) -> None:
@@ -74,11 +78,8 @@ class _Recorder(LogitsProcessor):  # type: ignore[misc]
 
 def _agrees(model: LoadedModel, prompts: Sequence[Sequence[int]]) -> bool:
     """Whether a batch says in each step what one pass over each sequence says."""
-    recorder = _Recorder()
-    try:
-        rows = run(model, prompts, _TOKENS, recorder)
-    except ModelError:
-        return False
+    recorder = Recorder()
+    rows = run(model, prompts, _TOKENS, recorder)
     for at, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
         found = torch.stack([scores[at] for scores in recorder.scores]).float().log_softmax(-1)
         ids = [*prompt, *row][:-1]
