@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import architectures
+import families
 import numpy as np
 import pytest
 import scipy.stats
@@ -247,6 +248,46 @@ def test_what_a_probe_refuses(models: Models, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(type(model.model), "prepare_inputs_for_generation", shifted)
     with pytest.raises(ModelError, match="something else step by step"):
         probe_generation(model)
+
+
+#: Families of each kind, with what a probe permits: a cache, batches, padding on the left.
+WAYS = {
+    "bart": (True, True, False),  # positions count the padding
+    "bloom": (True, True, True),  # position in a bias
+    "deepseek_v32": None,  # which keys are selected depends on how many there are
+    "gptj": (True, True, True),
+    "nemotron_h": (False, True, True),  # its cache is another one than generate makes
+    "openai-gpt": (True, False, False),  # it has no mask
+    "opt": (True, True, True),  # learnt positions, which its mask counts
+    "qwen3_5_moe": (True, True, True),
+    "recurrent_gemma": (True, True, False),  # its recurrence reads the padding
+    "roberta decoder": None,  # generate counts positions from another number
+    "zamba2": (True, False, False),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", WAYS)
+def test_families_continue_as_their_forward_pass_says(tmp_path: Path, name: str) -> None:
+    """The reference is the argmax of whole passes, without transformers' ``generate``."""
+    model = load_model(str(architectures.save_random(families.make_config(name), tmp_path / "m")))
+    ways = WAYS[name]
+    if ways is None:
+        with pytest.raises(ModelError, match="something else step by step"):
+            probe_generation(model)
+        return
+    model = probe_generation(model)
+    permitted = model.permitted
+    assert (permitted.cache, permitted.cached_batches, permitted.left_padding) == ways
+    given, end = prompts((13, 13, 24)), model.model.generation_config.eos_token_id
+    for (index, _), one in sampled(model, given, Sampling(6)).items():
+        ids = list(given[index].tokens.ids)
+        for token in one.tokens:
+            with torch.inference_mode():
+                logits = model.model(torch.tensor([ids]), use_cache=False).logits
+            assert token == int(logits[0, -1].argmax())
+            ids.append(token)
+        assert len(one.tokens) == 6 or one.tokens[-1] == end
 
 
 # --- settings ------------------------------------------------------------------------------------
