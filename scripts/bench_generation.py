@@ -33,7 +33,7 @@ def one_way(way: str, given: argparse.Namespace) -> dict[str, float]:
     from zarrtrace import capture, demo
     from zarrtrace.scenarios import Scenario, load_suite
 
-    suite = load_suite(demo.suite_path())
+    suite = list(load_suite(demo.suite_path()))
     options: dict[str, Any] = {"model": "demo", "features": given.features, "quiet": True}
     if way == "continued":
         options |= {"generate": given.tokens, "temperature": 1.0, "samples": given.samples}
@@ -52,7 +52,7 @@ def one_way(way: str, given: argparse.Namespace) -> dict[str, float]:
         finally:
             inside[0] += time.perf_counter() - start
 
-    capture.generate = timed
+    vars(capture)["generate"] = timed
     with tempfile.TemporaryDirectory(prefix="zarrtrace-generation-") as folder:
         start, cpu = time.perf_counter(), sum(os.times()[:4])
         run = zt.extract(Path(folder) / "run", suite, **options)

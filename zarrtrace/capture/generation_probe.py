@@ -54,9 +54,9 @@ def probe_generation(model: LoadedModel) -> LoadedModel:
     if not cache and not _agrees(plainest, [long]):
         raise ModelError(
             f"{model.attributes.id}: says something else step by step than in one pass",
-            why="transformers' generate gives this architecture other positions than its own forward "
-            "pass, or its attention selects other keys where there are fewer. A trace, which is one "
-            "pass, would not show how the continuation was chosen.",
+            why="transformers' generate gives this architecture other positions than its own "
+            "forward pass, or its attention selects other keys where there are fewer. A trace, "
+            "which is one pass, would not show how the continuation was chosen.",
             remedy="Leave out --generate, or choose another model.",
         )
     together = permits([long, other, other], cache=cache)
