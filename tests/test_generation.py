@@ -32,6 +32,7 @@ from zarrtrace.capture import (
     borrow,
     check_context,
     generate,
+    generation,
     load_model,
     plan_batches,
     probe_generation,
@@ -203,6 +204,23 @@ def test_batches_stay_within_memory(models: Models) -> None:
     # A sequence's keys and values of 32 layers, 2 heads, 8 channels and 1,010 tokens are 4 MB.
     long = replace(model, n_heads=512, d_heads=4096)  # 512 heads * 4 bytes * 256 ** 2 = 128 MiB
     assert max(len(one) for one in plan_batches(long, [256], sampling)) == 2
+
+
+@pytest.mark.parametrize("name", ["Llama", pytest.param("Gemma 2", marks=pytest.mark.long)])
+def test_a_long_prompt_is_read_in_parts(
+    models: Models, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    model, given = models(name), prompts((24, 24, 40))
+    sampling = Sampling(5, temperature=1.0, samples=2)
+    every = [[(0, 0), (0, 1), (1, 0)], [(2, 0)]]
+    expected, read = sampled(model, given, sampling, every), []
+    monkeypatch.setattr(generation, "_SCORE_BYTES", 4 * 4 * 3 * 24 * 5)  # five queries of three
+    hook = model.blocks[0].register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+    try:
+        assert sampled(model, given, sampling, every) == expected
+    finally:
+        hook.remove()
+    assert max(read) <= 9
 
 
 def test_what_a_probe_refuses(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -532,7 +550,7 @@ def test_one_pass_says_what_was_said_step_by_step(models: Models, name: str, dty
     """What a trace stores of generated positions is what the choice was made from.
 
     The bound is the probe's: eight roundings, each as large as what one rounding of the embeddings
-    changes.
+    changes; twice that, because single values are compared and not their root mean square.
     """
     model, [prompt] = models(name, dtype), prompts((14,))
     recorder = Recorder()

@@ -194,15 +194,15 @@ def run(
 
     Behind the end of a sequence, while others go on, are ids that mean nothing.
     """
-    settings = _settings(model, tokens)
     name, device = model.attributes.id, model.device
+    ids, mask = _padded(prompts, device)
+    settings = _settings(model, ids, tokens)
     with (
         full_memory(name, device),
         forward_errors(name),
         _only(model.model, settings),
         torch.inference_mode(),
     ):
-        ids, mask = _padded(prompts, device)
         found = model.model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -237,22 +237,29 @@ def _read_once(model: LoadedModel, prompts: Sequence[Sequence[int]]) -> DynamicC
     places = {one: at for at, one in enumerate(dict.fromkeys(map(tuple, prompts)))}
     if len(places) == len(prompts) or min(map(len, places)) < 2:
         return None
-    if not model.model._supports_default_dynamic_cache():  # noqa: SLF001 -- no other way
-        return None
-    cache = DynamicCache(config=model.model.config.get_text_config(decoder=True))
-    if not {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:
+    cache = _keys_and_values(model)
+    if cache is None:
         return None
     ids, mask = _padded([one[:-1] for one in places], model.device)
     # A token is generated, and dropped, for generate to number the positions and fill the cache.
     model.model.generate(
         input_ids=ids,
         attention_mask=mask,
-        generation_config=_settings(model, 1),
+        generation_config=_settings(model, ids, 1),
         past_key_values=cache,
     )
     rows = torch.tensor([places[tuple(prompt)] for prompt in prompts])
     cache.batch_select_indices(to_device(rows, model.device))
     return cache
+
+
+def _keys_and_values(model: LoadedModel) -> DynamicCache | None:
+    """Return an empty cache, None for a model that keeps more than keys and values."""
+    if not model.model._supports_default_dynamic_cache():  # noqa: SLF001 -- no other way
+        return None
+    cache = DynamicCache(config=model.model.config.get_text_config(decoder=True))
+    plain = {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+    return cache if plain else None
 
 
 # --- transformers' settings ---------------------------------------------------------------------
@@ -264,12 +271,18 @@ def end_of_sequence_ids(model: LoadedModel) -> tuple[int, ...]:
     return () if found is None else (found,) if isinstance(found, int) else tuple(found)
 
 
-def _settings(model: LoadedModel, tokens: int) -> GenerationConfig:
+def _settings(model: LoadedModel, ids: torch.Tensor, tokens: int) -> GenerationConfig:
+    """Return the settings of ``generate`` for prompts ``(sequence, token)``."""
     end_ids = end_of_sequence_ids(model)
+    itemsize = torch.empty(0, dtype=model.model.dtype).element_size()
+    # Queries of a long prompt whose scores are computed together, as capture does.
+    rows = max(1, _SCORE_BYTES // (ids.numel() * model.n_heads * itemsize))
+    in_parts = rows < ids.shape[1] and model.permitted.cache and _keys_and_values(model) is not None
     return GenerationConfig(
         max_new_tokens=tokens,
         do_sample=False,
         use_cache=model.permitted.cache,
+        prefill_chunk_size=rows if in_parts else None,
         eos_token_id=list(end_ids) or None,
         # Stands behind the end of a sequence while others go on, and is cut off.
         pad_token_id=end_ids[0] if end_ids else 0,
