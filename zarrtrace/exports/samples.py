@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import xarray as xr
 
 from zarrtrace.errors import ConfigError
 from zarrtrace.format.attributes import layers_in
+from zarrtrace.scenarios import split_trace_name, trace_name
 from zarrtrace.suggestions import did_you_mean
 
 # Dense values that are read at once: a layer of 1,024 samples and 32,768 features in float32.
@@ -218,15 +220,19 @@ def choose_samples(
             remedy="Give a run, or what zt.table(run) returns.",
         )
     if scenarios is not None:
-        names = list(map(str, ds["scenario"].values))
-        asked, there_are = set(scenarios), set(names)
-        wanted = np.fromiter((name in asked for name in names), bool, len(names))
+        names = [split_trace_name(str(name)) for name in ds["scenario"].values]
+        if "repeat" in ds.coords:  # a scenario's name stands for all its repeats
+            numbers = ds["repeat"].values.tolist()
+            names = [(name, at) for (name, _), at in zip(names, numbers, strict=True)]
+        labels = [{name, trace_name(name, at)} for name, at in names]
+        asked, there_are = set(scenarios), {*itertools.chain(*labels)}
+        wanted = np.fromiter((not asked.isdisjoint(one) for one in labels), bool, len(names))
         missing = [name for name in scenarios if name not in there_are]
         if missing or not scenarios:
             raise ConfigError(
                 f"no scenario {missing[0]!r}" if missing else "no scenario was asked for",
                 remedy=did_you_mean(
-                    missing[0] if missing else "", dict.fromkeys(names), label="There are"
+                    missing[0] if missing else "", sorted(there_are), label="There are"
                 ),
             )
         ds = ds.isel(sample=_chosen(wanted))

@@ -9,21 +9,24 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PlainSerializer,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     StrictBool,
     StrictFloat,
     StrictInt,
     StrictStr,
     WithJsonSchema,
+    model_serializer,
     model_validator,
 )
 
@@ -46,6 +49,17 @@ class Frozen(BaseModel):
     """A value that never changes and refuses unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Extensible(Frozen):
+    """A value some of whose fields are left out where they are None: older stores lack them."""
+
+    left_out: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = write(self)
+        return {k: v for k, v in found.items() if v is not None or k not in self.left_out}
 
 
 # --- layers ------------------------------------------------------------------------------------
@@ -129,6 +143,24 @@ class ChatAttributes(Frozen):
     continued: bool = Field(
         description="Whether the prompt ends within its last message, the assistant's."
     )
+
+
+class GenerationAttributes(Frozen):
+    """How a continuation was generated, and its text."""
+
+    tokens: PositiveInt = Field(description="Number of tokens that were asked for, at most.")
+    temperature: NonNegativeFloat = Field(
+        description="Of sampling; 0 takes the most likely token at each step."
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        description="Sum of the probabilities of the most likely tokens among which one is sampled."
+    )
+    seed: NonNegativeInt
+    samples: PositiveInt = Field(description="Number of repeats of each scenario.")
+    stop: tuple[str, ...] = Field(default=(), description="Texts that end a continuation.")
+    prompt_tokens: PositiveInt = Field(description="The first keys, which are the prompt.")
+    text: str = Field(description="The continuation, without the end-of-sequence token.")
+    ended_by: Literal["length", "stop", "end_of_sequence"]
 
 
 class ModelAttributes(Frozen):
@@ -276,13 +308,20 @@ Seal = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 _SEAL = "BLAKE2b (8 bytes) of this very zarr.json, with sixteen zeros in place of the seal."
 
 
-class TraceAttributes(Frozen):
+class TraceAttributes(Extensible):
     """The attributes of a trace's group."""
+
+    left_out: ClassVar[frozenset[str]] = frozenset(("repeat", "generation", "choice"))
 
     zarr_conventions: tuple[dict[str, str], ...] = CONVENTIONS
     format_version: Literal[2] = 2
     kind: Literal["trace"] = "trace"
     scenario: str
+    repeat: NonNegativeInt | None = Field(
+        default=None,
+        description="Number of the continuation, if the run has several of each prompt: the trace "
+        "is called `SCENARIO~REPEAT` then. Left out if there is one.",
+    )
     prompt: str | None = Field(
         description="Text without special tokens, of a chat with those that its template writes; "
         "null if not known."
@@ -293,6 +332,13 @@ class TraceAttributes(Frozen):
     tags: tuple[str, ...] = ()
     spans: dict[str, SpanAttributes]
     options: dict[str, OptionAttributes] = {}
+    generation: GenerationAttributes | None = Field(
+        default=None, description="Left out if all tokens are the prompt."
+    )
+    choice: str | None = Field(
+        default=None,
+        description="The option that was found in the continuation; left out if none was.",
+    )
     metadata: dict[_MetadataName, MetadataValue] = Field(
         default_factory=dict,
         description="Columns of the run: the same names, each with one type, in all its traces. A "
@@ -339,6 +385,11 @@ class TraceAttributes(Frozen):
     )
     seal: Seal | None = Field(default=None, description=_SEAL)
 
+    @property
+    def name(self) -> str:
+        """The trace's name, which is that of its folder in a run."""
+        return self.scenario if self.repeat is None else f"{self.scenario}~{self.repeat}"
+
     def layers_of(self, dim: str) -> tuple[int, ...]:
         """Return the layers along an array's first dimension."""
         if dim != "attention_layer":
@@ -373,8 +424,10 @@ class RunAttributes(Frozen):
         return {**{key: config[key] for key in keys if isinstance(config.get(key), str)}, **given}
 
 
-class IndexAttributes(Frozen):
+class IndexAttributes(Extensible):
     """The attributes of the group that indexes the features of a run or a table."""
+
+    left_out: ClassVar[frozenset[str]] = frozenset(("table",))
 
     zarr_conventions: tuple[dict[str, str], ...] = CONVENTIONS
     format_version: Literal[2] = 2
@@ -397,7 +450,9 @@ class TableAttributes(Frozen):
     zarr_conventions: tuple[dict[str, str], ...] = CONVENTIONS
     format_version: Literal[2] = 2
     kind: Literal["table"] = "table"
-    scenarios: NonNegativeInt = Field(description="How many scenarios the samples are of.")
+    scenarios: NonNegativeInt = Field(
+        description="How many scenarios the samples are of; each repeat counts."
+    )
     positions: str = Field(description="Token positions that were asked for, as 'last'.")
     spans: tuple[str, ...] = Field(default=(), description="Names of the scenarios' spans.")
     options: tuple[str, ...] = Field(
@@ -408,7 +463,8 @@ class TableAttributes(Frozen):
     )
     failed: dict[str, str] = Field(
         default_factory=dict,
-        description="Why scenarios were not computed; all values of their samples are NaN.",
+        description="Why scenarios were not computed; all values of their samples are NaN. With "
+        "repeats, names are `SCENARIO~REPEAT`.",
     )
     chat_template: Fingerprint | None = Field(
         default=None,

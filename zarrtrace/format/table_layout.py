@@ -74,6 +74,9 @@ _SAMPLE = {
     "token_id": "id of the token in the model's vocabulary",
     "span": "spans that hold the token",
     "tags": "tags of the scenario",
+    "repeat": "number of the continuation",
+    "generated": "whether the model generated the token",
+    "choice": "option that was found in the continuation; empty for none",
 }
 
 

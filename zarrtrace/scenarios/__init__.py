@@ -14,7 +14,18 @@ from zarrtrace.scenarios.metadata import (
     is_missing,
     typed_column,
 )
-from zarrtrace.scenarios.names import DECISION, check_name, name_key
+from zarrtrace.scenarios.names import (
+    ANSWER,
+    COMPLETION,
+    DECISION,
+    check_name,
+    check_trace_name,
+    chosen_names,
+    name_key,
+    name_of,
+    split_trace_name,
+    trace_name,
+)
 from zarrtrace.scenarios.sampling import Sampling
 from zarrtrace.scenarios.scenario import Scenario
 from zarrtrace.scenarios.spans import CharRange, span, span_positions, token_positions
@@ -23,6 +34,8 @@ from zarrtrace.scenarios.suite import as_scenarios, load_suite, read_columns, st
 from zarrtrace.scenarios.templates import render_template
 
 __all__ = [
+    "ANSWER",
+    "COMPLETION",
     "DECISION",
     "RESERVED",
     "CharRange",
@@ -37,14 +50,19 @@ __all__ = [
     "as_scenarios",
     "check_metadata_name",
     "check_name",
+    "check_trace_name",
+    "chosen_names",
     "is_missing",
     "load_suite",
     "name_key",
+    "name_of",
     "read_columns",
     "render_template",
     "span",
     "span_positions",
+    "split_trace_name",
     "stream",
     "token_positions",
+    "trace_name",
     "typed_column",
 ]
