@@ -14,7 +14,7 @@ import xarray as xr
 
 from zarrtrace.errors import ConfigError
 from zarrtrace.format.attributes import layers_in
-from zarrtrace.scenarios import split_trace_name, trace_name
+from zarrtrace.scenarios import sample_names, split_trace_name
 from zarrtrace.suggestions import did_you_mean
 
 # Dense values that are read at once: a layer of 1,024 samples and 32,768 features in float32.
@@ -172,8 +172,8 @@ class Samples:
 
     def valid(self, start: int, stop: int) -> np.ndarray:
         """Which of some samples were computed."""
-        names = self.ds["scenario"][start:stop].values
-        return np.fromiter((str(name) not in self.failed for name in names), bool, stop - start)
+        names = _names(self.ds.isel(sample=slice(start, stop)))
+        return np.fromiter((name not in self.failed for name in names), bool, stop - start)
 
     def windows(self) -> Iterator[slice]:
         """Yield samples whose texts are held at once."""
@@ -220,11 +220,9 @@ def choose_samples(
             remedy="Give a run, or what zt.table(run) returns.",
         )
     if scenarios is not None:
-        names = [split_trace_name(str(name)) for name in ds["scenario"].values]
-        if "repeat" in ds.coords:  # a scenario's name stands for all its repeats
-            numbers = ds["repeat"].values.tolist()
-            names = [(name, at) for (name, _), at in zip(names, numbers, strict=True)]
-        labels = [{name, trace_name(name, at)} for name, at in names]
+        names = _names(ds)
+        # A scenario's name stands for all its repeats.
+        labels = [{name, split_trace_name(name)[0]} for name in names]
         asked, there_are = set(scenarios), {*itertools.chain(*labels)}
         wanted = np.fromiter((not asked.isdisjoint(one) for one in labels), bool, len(names))
         missing = [name for name in scenarios if name not in there_are]
@@ -248,6 +246,12 @@ def choose_samples(
     if not ds.sizes["sample"]:
         raise ConfigError("there are no samples", remedy="Choose other positions with --at.")
     return Samples(ds)
+
+
+def _names(ds: xr.Dataset) -> list[str]:
+    """Name the trace that each sample is of."""
+    repeats = ds["repeat"].values if "repeat" in ds.coords else None
+    return sample_names(ds["scenario"].values, repeats)
 
 
 def _chosen(mask: np.ndarray) -> Any:

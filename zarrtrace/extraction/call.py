@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Unpack, cast, overload
 
 from zarrtrace.errors import ConfigError, missing_for_cluster
-from zarrtrace.extraction.job import (
+from zarrtrace.extraction.options import (
     DEMO,
     AttentionCapture,
     Dtype,
     Loaded,
     Options,
     StoredDtype,
-    capture_package,
     find_scenarios,
     find_stream,
+    sampling_of,
 )
+from zarrtrace.extraction.packages import capture_package
 from zarrtrace.extraction.progress import Shown
 from zarrtrace.extraction.running import extract_run
 from zarrtrace.extraction.table import extract_table, refuse_for_table
@@ -78,6 +79,13 @@ class ExtractOptions(TypedDict, total=False):
     residual_dtype: StoredDtype
     prepend_bos: bool | None
     generation_prompt: bool
+    generate: int | None
+    temperature: float
+    top_p: float
+    samples: int
+    seed: int
+    stop: str | Sequence[str]
+    answer: str | None
     trust_remote_code: bool
     overwrite: bool
     repair: bool
@@ -137,6 +145,13 @@ def extract(
     residual_dtype: StoredDtype = "float32",
     prepend_bos: bool | None = None,
     generation_prompt: bool = True,
+    generate: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    samples: int = 1,
+    seed: int = 0,
+    stop: str | Sequence[str] = (),
+    answer: str | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
     repair: bool = False,
@@ -221,6 +236,23 @@ def extract(
     generation_prompt
         Whether the chat template begins the assistant's next message, for scenarios with messages
         that do not say it. If not, a last message of the assistant's is continued.
+    generate
+        Number of tokens for which the model goes on after each prompt, at most. They are stored
+        like those of the prompt, and are the span ``completion``. None generates nothing.
+    temperature
+        Of sampling; 0 takes the most likely token at each step.
+    top_p
+        Sum of the probabilities of the most likely tokens among which one is sampled.
+    samples
+        Continuations of each prompt: ``NAME~0``, ``NAME~1``, … are the children of the run then.
+    seed
+        Of sampling. A continuation depends on it, its scenario's name and its number alone.
+    stop
+        Texts that end a continuation in which they appear.
+    answer
+        Regular expression: its first group (or all of it, without groups) is the span ``answer`` of
+        a continuation, and the option that it names the attribute ``choice``. By default, the first
+        option in the continuation is both.
     trust_remote_code
         Whether code that comes with the model may run.
     overwrite
@@ -243,8 +275,9 @@ def extract(
     Returns
     -------
     xr.DataTree or xr.Dataset
-        The run, one child a scenario, as :func:`zarrtrace.open_run` opens it; with
-        ``layout="table"`` the table, as :func:`zarrtrace.open_table` opens it.
+        The run, one child a scenario (of several continuations, one each), as
+        :func:`zarrtrace.open_run` opens it; with ``layout="table"`` the table, as
+        :func:`zarrtrace.open_table` opens it.
 
     Raises
     ------
@@ -264,6 +297,8 @@ def extract(
     >>> ds = run["scenario_0"].to_dataset()
     """
     where = locate(output, storage_options)
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "samples": samples}
+    sampling |= {"seed": seed, "stop": stop}
     options, loaded = _of_model(
         Options(
             layers=_layers(layers),
@@ -291,6 +326,15 @@ def extract(
             residual_dtype=residual_dtype,
             prepend_bos=prepend_bos,
             generation_prompt=generation_prompt,
+            generate=sampling_of(
+                generate,
+                temperature=temperature,
+                top_p=top_p,
+                samples=samples,
+                seed=seed,
+                stop=stop,
+            ),
+            answer=answer,
             trust_remote_code=trust_remote_code,
         ),
         model,

@@ -24,7 +24,7 @@ from distributed import Client, Future, KilledWorker
 
 from zarrtrace.errors import ClusterError, ConfigError, install_command
 from zarrtrace.extraction import worker
-from zarrtrace.extraction.job import Options, find_scenarios
+from zarrtrace.extraction.options import Options, find_scenarios
 from zarrtrace.extraction.progress import Progress, Shown, say
 from zarrtrace.extraction.running import as_before, saying_how_much_room
 from zarrtrace.extraction.worker import Measured, Order, Settled, Setup

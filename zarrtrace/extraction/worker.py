@@ -19,15 +19,11 @@ from typing import Any
 from distributed import get_worker
 
 from zarrtrace.errors import ClusterError
+from zarrtrace.extraction.configuration import library_versions
 from zarrtrace.extraction.estimate import estimate
-from zarrtrace.extraction.job import (
-    Job,
-    Options,
-    capture_package,
-    library_versions,
-    prepare,
-    with_scenarios,
-)
+from zarrtrace.extraction.job import Job, prepare, with_scenarios
+from zarrtrace.extraction.options import Options
+from zarrtrace.extraction.packages import capture_package
 from zarrtrace.extraction.processes import WriterPool
 from zarrtrace.extraction.running import SECONDS_GIVEN_UP, fill
 from zarrtrace.identity import differences

@@ -7,7 +7,7 @@ import xarray as xr
 
 from zarrtrace.errors import ConfigError
 from zarrtrace.index.uses import AFTER, BEFORE, FeatureUse, TokenUse
-from zarrtrace.scenarios import trace_name
+from zarrtrace.scenarios import sample_names
 from zarrtrace.storage import Location
 from zarrtrace.store import open_table
 from zarrtrace.suggestions import did_you_mean
@@ -70,8 +70,7 @@ def _uses(ds: xr.Dataset, values: np.ndarray, strongest: list[int]) -> list[Toke
         ds[name].to_numpy() for name in ("token", "scenario", "position")
     )
     if "repeat" in ds.coords:
-        numbers = ds["repeat"].to_numpy().tolist()
-        scenarios = np.array([*map(trace_name, scenarios, numbers)], object)
+        scenarios = np.array(sample_names(scenarios, ds["repeat"].to_numpy()), object)
 
     def text(at: int, places: range) -> str:
         found = ""

@@ -23,6 +23,7 @@ from zarrtrace.scenarios.names import (
     chosen_names,
     name_key,
     name_of,
+    sample_names,
     split_trace_name,
     trace_name,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "name_of",
     "read_columns",
     "render_template",
+    "sample_names",
     "span",
     "span_positions",
     "split_trace_name",

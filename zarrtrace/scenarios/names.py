@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from zarrtrace.errors import ScenarioError
@@ -69,6 +69,13 @@ def trace_name(scenario: str, repeat: int | None) -> str:
 def name_of(attributes: Mapping[Any, Any]) -> str:
     """Return a trace's name, which is unique in its run, by the attributes of its dataset."""
     return trace_name(str(attributes["scenario"]), attributes.get("repeat"))
+
+
+def sample_names(scenarios: Iterable[Any], repeats: Iterable[int] | None) -> list[str]:
+    """Name the traces that samples are of, by the table's coordinates `scenario` and `repeat`."""
+    if repeats is None:
+        return [str(name) for name in scenarios]
+    return [trace_name(str(name), int(n)) for name, n in zip(scenarios, repeats, strict=True)]
 
 
 def split_trace_name(name: str) -> tuple[str, int | None]:

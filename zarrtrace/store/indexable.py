@@ -13,7 +13,7 @@ import numpy as np
 from zarrtrace.errors import IntegrityError
 from zarrtrace.format.attributes import RunAttributes, TableAttributes, TraceAttributes
 from zarrtrace.format.layout import INDEX
-from zarrtrace.scenarios import trace_name
+from zarrtrace.scenarios import sample_names
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store.array import open_array
 from zarrtrace.store.metadata import (
@@ -303,8 +303,8 @@ def _scenarios(table: Group[TableAttributes]) -> tuple[list[str], np.ndarray]:
     for first in range(0, samples, step):
         found = array.read((slice(first, first + step),))
         if repeats is not None:
-            numbers = repeats.read((slice(first, first + step),)).tolist()
-            found = np.array([*map(trace_name, found, numbers)], object)
+            numbers = repeats.read((slice(first, first + step),))
+            found = np.array(sample_names(found, numbers), object)
         begins = np.append(not names or found[0] != names[-1], found[1:] != found[:-1])
         at = np.flatnonzero(begins)
         starts.append(first + at)
