@@ -426,7 +426,7 @@ def test_command_line(tmp_path: Path) -> None:
     assert export.exit_code == 0, export.output
     assert len([*(tmp_path / "npz").glob("Risky_40~*/layer_3.npz")]) == 3
     other = runner.invoke(group, ["extract", *how, "--seed", "1"])
-    assert other.exit_code == 2
+    assert isinstance(other.exception, ConfigMismatchError)
     assert "generation: seed: 0 there, 1 now" in str(other.exception)
     said = json.loads(runner.invoke(group, ["info", str(run), "--json"]).stdout)
     assert [one["scenario"] for one in said["traces"]] == [f"Risky_40~{n}" for n in range(3)]

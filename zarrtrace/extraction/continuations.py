@@ -35,9 +35,9 @@ _DECISIVE = ("model", "revision", "model_fingerprint", "model_settings", "dtype"
              "device", "generation", "versions")  # fmt: skip
 
 
-def settings_of(job: Job) -> dict[str, Any]:
-    """Return what of a job's configuration decides its continuations."""
-    return {name: job.config[name] for name in _DECISIVE}
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a run's configuration decides its continuations."""
+    return {name: config[name] for name in _DECISIVE}
 
 
 def with_continuations(
@@ -62,7 +62,7 @@ def with_continuations(
     if (sampling := job.options.generate) is None:
         return job
     known = stored_continuations(folder, trace_names(job))
-    with ContinuationFile(output, settings_of(job)) as file:
+    with ContinuationFile(output, settings_of(job.config)) as file:
         prompts = _continued(job, sampling, job.prompts, known, file, progress)
         return with_prompts(job, tuple(prompts))
 

@@ -302,7 +302,7 @@ def _prompts(
     is_new = how["overwrite"] or how["repair"]
     versions = how["accept_versions"]
     with ContinuationFile(
-        output, settings_of(job), is_first_check=not is_new, accept_versions=versions
+        output, settings_of(job.config), is_first_check=not is_new, accept_versions=versions
     ) as file:
         yield continued_stream(job, sampling, prompts, file, generation)
 
