@@ -13,6 +13,7 @@ import architectures
 import fakes
 import numpy as np
 import processes
+import pyarrow.parquet
 import pytest
 import torch
 from architectures import Models
@@ -27,8 +28,11 @@ import zarrtrace as zt  # noqa: E402
 from zarrtrace import demo  # noqa: E402
 from zarrtrace.cli import group  # noqa: E402
 from zarrtrace.errors import ConfigError, ConfigMismatchError, ScenarioError  # noqa: E402
+from zarrtrace.exports import export  # noqa: E402
 from zarrtrace.extraction import continuations  # noqa: E402
 from zarrtrace.extraction.answers import find_answer  # noqa: E402
+from zarrtrace.index import build_index, find_feature  # noqa: E402
+from zarrtrace.scenarios import sample_names  # noqa: E402
 from zarrtrace.store import verify  # noqa: E402
 
 TEXTS = ("You now hold $90. Your choice:", "Bet or stop?", "You now hold $10. Your choice:")
@@ -431,6 +435,35 @@ def test_command_line(tmp_path: Path) -> None:
     said = json.loads(runner.invoke(group, ["info", str(run), "--json"]).stdout)
     assert [one["scenario"] for one in said["traces"]] == [f"Risky_40~{n}" for n in range(3)]
     assert {one["tokens"] for one in said["traces"]} == {expected}
+
+
+@pytest.mark.long
+def test_samples_of_a_table_are_found_by_repeat(tmp_path: Path) -> None:
+    """The positions of two repeats are the same: their texts and features must not be mixed."""
+    table = zt.extract(
+        tmp_path / "table", "slot-machine", model="demo", scenario=("Risky_40", "Medium_60"),
+        layers=[3], layout="table", generate=2, samples=2, temperature=1, quiet=True,
+        positions="completion",
+    )  # fmt: skip
+    values = table["features"].sel(layer=3).values
+    names = sample_names(table["scenario"].values, table["repeat"].values)
+    places = [*zip(names, table["position"].values.tolist(), strict=True)]
+    assert len({*places}) == table.sizes["sample"]
+    feature = int(np.abs(values).max(axis=0).argmax())
+    for is_indexed in (False, True):
+        if is_indexed:
+            build_index(tmp_path / "table")
+        found = find_feature(tmp_path / "table", 3, feature)
+        assert found.tokens
+        for use in found.tokens:
+            at = places.index((use.scenario, use.position))
+            assert use.activation == values[at, feature]
+            assert use.token == table["token"].values[at]
+    for chosen, repeats in (("Risky_40~1", {1}), ("Risky_40", {0, 1})):
+        export(tmp_path / "table", tmp_path / chosen, to="parquet", scenarios=[chosen])
+        kept = pyarrow.parquet.read_table(tmp_path / chosen)
+        assert {*kept["repeat"].to_pylist()} == repeats
+        assert {*kept["scenario"].to_pylist()} == {"Risky_40"}
 
 
 @pytest.mark.long

@@ -451,7 +451,10 @@ def _check_model(given: dict[str, Any], options: Options) -> None:
 
 def _first_line(given: dict[str, Any], count: int) -> str:
     """Say what begins now, and takes seconds."""
-    where = f"{count} scenario{'' if count == 1 else 's'} into {given['output']}"
+    what = f"{count} scenario{'' if count == 1 else 's'}"
+    if given["generate"] is not None and given["samples"] > 1:
+        what += f", {given['samples']} continuations each,"
+    where = f"{what} into {given['output']}"
     if given["scheduler"] or given["scheduler_file"]:
         return f"{where}; connecting to the cluster …"
     if given["workers"]:

@@ -81,7 +81,7 @@ def _generated(
         future = client.submit(worker.generate_some, order, some, requests, prompts, pure=False)
         futures[future] = keys
     try:
-        for future in as_completed([*futures]):
+        for future in as_completed([*futures], loop=client.loop):  # there is no default one
             yield futures[future], results(client, [future])[0]
     finally:
         client.cancel([*futures], force=True)
