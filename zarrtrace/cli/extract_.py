@@ -11,7 +11,6 @@ import click
 
 from zarrtrace.cli.commands import (
     CONTENT,
-    GENERATION,
     MACHINE,
     MODEL,
     OUTPUT,
@@ -19,6 +18,7 @@ from zarrtrace.cli.commands import (
     Command,
     option,
 )
+from zarrtrace.cli.generation_options import SAMPLING, generation_options
 from zarrtrace.cli.shared import (
     PATH,
     Address,
@@ -50,7 +50,6 @@ _EMBEDDED = "slot-machine"
 _CLUSTER = ("workers", "scheduler", "scheduler_file")
 # Options that a table does not have.
 _OF_TRACES = (*_CLUSTER, "attention_dtype", "attention_keepbits", "attention_positions")
-_SAMPLING = ("temperature", "top_p", "samples", "seed", "stop")
 _FAILED_SHOWN = 10
 _EXAMPLES = [
     ("extract -o runs/demo", "The model that ships with zarrtrace, over its ten scenarios:"),
@@ -139,56 +138,7 @@ _EXAMPLES = [
 )
 @option("--sae-path", group=MODEL, type=PATH, help="Folder of SAEs saved by sae-lens.")
 @option("--fold-decoder-norm", group=MODEL, is_flag=True, help="Scale features to decoder norm 1.")
-@option(
-    "--generate",
-    group=GENERATION,
-    type=click.IntRange(1),
-    metavar="N",
-    help="Let the model go on for at most N tokens, and store these like the prompt's.",
-)
-@option(
-    "--temperature",
-    group=GENERATION,
-    type=click.FloatRange(0),
-    default=0.0,
-    help="Of sampling.  [default: 0, the most likely token]",
-)
-@option(
-    "--top-p",
-    group=GENERATION,
-    type=click.FloatRange(0, 1, min_open=True),
-    default=1.0,
-    help="Sample from the most likely tokens of this share.  [default: 1, all]",
-)
-@option(
-    "--samples",
-    group=GENERATION,
-    type=click.IntRange(1),
-    default=1,
-    metavar="K",
-    help="Continuations of each prompt: traces NAME~0, NAME~1, ...  [default: 1]",
-)
-@option(
-    "--seed",
-    group=GENERATION,
-    type=click.IntRange(0),
-    default=0,
-    help="Of sampling; other texts for another one.  [default: 0]",
-)
-@option(
-    "--stop",
-    group=GENERATION,
-    multiple=True,
-    metavar="TEXT",
-    help="End a continuation in which this appears. Repeatable.",
-)
-@option(
-    "--answer",
-    group=GENERATION,
-    metavar="REGEX",
-    help="What is the answer in a continuation: its first group, or all of it.  [default: the "
-    "first of the options]",
-)
+@generation_options
 @option(
     "--layers",
     group=CONTENT,
@@ -367,7 +317,7 @@ def _check(given: dict[str, Any]) -> None:
         raise click.UsageError("Give either --prompt or a file of prompts, --scenarios.")
     one_of({f"--{name.replace('_', '-')}": given[name] for name in _CLUSTER})
     if given["layout"] == "table":
-        from zarrtrace.extraction.table import refuse_for_table
+        from zarrtrace.extraction.options import refuse_for_table
 
         unused = {name: given[name] for name in _OF_TRACES}
         refuse_for_table({**unused, "allow_nonfinite": given["allow_nonfinite"] or None})
@@ -539,7 +489,7 @@ def _options(given: dict[str, Any], scenarios: object) -> Options:
         prepend_bos=given["prepend_bos"],
         generation_prompt=given["generation_prompt"],
         low_memory=given["low_memory"],
-        generate=sampling_of(given["generate"], **{name: given[name] for name in _SAMPLING}),
+        generate=sampling_of(given["generate"], **{name: given[name] for name in SAMPLING}),
         answer=given["answer"],
     )
 

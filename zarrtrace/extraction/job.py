@@ -24,9 +24,15 @@ from zarrtrace.extraction.options import (
 from zarrtrace.extraction.packages import capture_package
 from zarrtrace.extraction.processes import FEW_TRACES, WriterPool
 from zarrtrace.extraction.reading_ahead import ReadAhead, weight_files
+from zarrtrace.extraction.sae_sources import (
+    SAEs,
+    begins_with_bos,
+    find_saes,
+    hooks_of,
+    sae_source,
+)
 from zarrtrace.format.attributes import (
     ModelAttributes,
-    SAEAttributes,
     TraceAttributes,
     ranges,
 )
@@ -44,7 +50,6 @@ if TYPE_CHECKING:  # they import torch
 DEMO_MODEL = "zarrtrace-demo"
 
 P = ParamSpec("P")
-SAEs = dict[int, tuple[SAEAttributes, ...]]
 
 
 @dataclass(frozen=True)
@@ -318,17 +323,17 @@ def prepare(
     capture.hide_progress(downloads=not progress)
     # All that can be wrong is found out before the weights are read, which takes minutes.
     model = _load_model(options, loaded, capture, weights=False)
-    source = _sae_source(options, loaded) if options.features else None
+    source = sae_source(options, loaded) if options.features else None
     if pool and model.device.type != "cpu" and len(scenarios) >= FEW_TRACES:
         pool.start(len(scenarios))
     layers, notes = choose_layers(options, len(model.blocks), source)
-    saes = {} if source is None else _find_saes(source, layers, model)
+    saes = {} if source is None else find_saes(source, layers, model)
     without = [layer for layer in layers if saes and layer not in saes]
     if without:
         notes += (f"layers {ranges(without)} have no SAE: they are stored without features",)
     if ahead and source is not None:
         ahead.add(source.stretches([sae for found in saes.values() for sae in found]))
-    prepend_bos = _prepend_bos(options, model, source)
+    prepend_bos = begins_with_bos(options, model, source)
     prompts = tuple(tokenized(options, model, scenarios, prepend_bos=prepend_bos))
     notes += _bos_notes(source, prompts, model.tokenizer.bos_token_id)
     if loaded.tokenizer is not None:
@@ -337,7 +342,7 @@ def prepare(
         if loaded.model is None:
             model = _load_model(options, loaded, capture, weights=True)
         model = capture.probe_model(model)
-        capture.check_additions(model, _kinds(saes))
+        capture.check_additions(model, hooks_of(saes))
         if options.generate is not None:
             capture.check_context(model, prompts, options.generate)
             model = capture.probe_generation(model)
@@ -456,39 +461,3 @@ def _load_model(options: Options, loaded: Loaded, capture: Any, *, weights: bool
         low_memory=options.low_memory,
     )
     return model
-
-
-def _sae_source(options: Options, loaded: Loaded) -> SAESource:
-    if loaded.saes is not None:
-        from zarrtrace.capture.loaded_saes import LoadedSAEs  # noqa: PLC0415 -- takes seconds
-
-        return LoadedSAEs(loaded.saes)
-    from zarrtrace.capture.saes import FolderSAEs, ReleaseSAEs  # noqa: PLC0415
-
-    if options.sae_release:
-        return ReleaseSAEs(
-            options.sae_release, options.sae_ids, fold_decoder_norm=options.fold_decoder_norm
-        )
-    return FolderSAEs(
-        options.sae_path or demo.sae_path(), fold_decoder_norm=options.fold_decoder_norm
-    )
-
-
-def _find_saes(source: SAESource, layers: Sequence[int], model: LoadedModel) -> SAEs:
-    from zarrtrace.capture.saes import check_fit  # noqa: PLC0415
-
-    found: SAEs = source.find(layers)
-    check_fit(found, model)
-    return found
-
-
-def _kinds(saes: SAEs) -> set[tuple[int, str]]:
-    """Layers and hook points that SAEs read."""
-    return {(sae.layer, sae.hook_name) for found in saes.values() for sae in found}
-
-
-def _prepend_bos(options: Options, model: LoadedModel, source: SAESource | None) -> bool:
-    if options.prepend_bos is not None:
-        return options.prepend_bos
-    trained = None if source is None else source.prepend_bos
-    return model.tokenizer.bos_token_id is not None if trained is None else bool(trained)

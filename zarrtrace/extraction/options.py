@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -183,6 +184,24 @@ def _check(options: Options, loaded: Loaded) -> None:
             why="No attention is stored.",
             remedy="Leave one of the two out; --positions chooses for all arrays.",
         )
+
+
+def refuse_for_table(given: Mapping[str, Any]) -> None:
+    """Refuse options that a table does not have; those that were not given are None.
+
+    Raises
+    ------
+    ConfigError
+    """
+    for name in (name for name, value in given.items() if value is not None):
+        why, remedy = "One process writes a table.", "Leave it out."
+        if name.startswith("attention"):
+            why = "A table holds no attention."
+        if name == "allow_nonfinite":
+            why = "In a table, all values of a scenario with NaN or infinity are NaN."
+            remedy = "Leave it out; the table's attribute 'failed' names such scenarios."
+        option = name.replace("_", "-")
+        raise ConfigError(f"--{option} with --layout table", why=why, remedy=remedy)
 
 
 def _check_generation(options: Options) -> None:

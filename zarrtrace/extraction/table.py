@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from zarrtrace.errors import ConfigError, ModelError
+from zarrtrace.errors import ModelError
 from zarrtrace.extraction.answers import expected_prompts
 from zarrtrace.extraction.configuration import library_versions, prompt_digest
 from zarrtrace.extraction.continuations import continued_stream, expected, settings_of
@@ -189,7 +189,16 @@ def extract_table(
             return output
         with contextlib.ExitStack() as stack:
             with GenerationProgress(total, progress) as generation:
-                prompts = stack.enter_context(_prompts(job, stream, output, generation, how))
+                prompts = _tokenized(job, stream)
+                if options.generate is not None:
+                    file = ContinuationFile(
+                        output,
+                        settings_of(job.config),
+                        is_first_check=not (overwrite or repair),
+                        accept_versions=accept_versions,
+                    )
+                    kept = stack.enter_context(file)
+                    prompts = continued_stream(job, options.generate, prompts, kept, generation)
                 table = stack.enter_context(surveyed(job, prompts, options.batch_size))
             stack.enter_context(saying_how_much_room(estimate_table(table).disk_bytes))
             writer = stack.enter_context(TableWriter(output, table.plan(), **how))
@@ -199,24 +208,6 @@ def extract_table(
                 writer.finish()
         remove_continuations(output)
     return output
-
-
-def refuse_for_table(given: Mapping[str, Any]) -> None:
-    """Refuse options that a table does not have; those that were not given are None.
-
-    Raises
-    ------
-    ConfigError
-    """
-    for name in (name for name, value in given.items() if value is not None):
-        why, remedy = "One process writes a table.", "Leave it out."
-        if name.startswith("attention"):
-            why = "A table holds no attention."
-        if name == "allow_nonfinite":
-            why = "In a table, all values of a scenario with NaN or infinity are NaN."
-            remedy = "Leave it out; the table's attribute 'failed' names such scenarios."
-        option = name.replace("_", "-")
-        raise ConfigError(f"--{option} with --layout table", why=why, remedy=remedy)
 
 
 @contextlib.contextmanager
@@ -284,27 +275,6 @@ def surveyed(
         if batch_size is None:
             job = _with_batches(job, found.longest)
         yield TableJob(job, found)
-
-
-@contextlib.contextmanager
-def _prompts(
-    job: Job,
-    stream: ScenarioStream,
-    output: Location,
-    generation: GenerationProgress,
-    how: Mapping[str, bool],
-) -> Iterator[Iterator[Prompt]]:
-    """Tokenise the scenarios, and generate the continuations that are not kept."""
-    prompts, sampling = _tokenized(job, stream), job.options.generate
-    if sampling is None:
-        yield prompts
-        return
-    is_new = how["overwrite"] or how["repair"]
-    versions = how["accept_versions"]
-    with ContinuationFile(
-        output, settings_of(job.config), is_first_check=not is_new, accept_versions=versions
-    ) as file:
-        yield continued_stream(job, sampling, prompts, file, generation)
 
 
 def _is_complete(
