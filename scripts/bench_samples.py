@@ -60,7 +60,7 @@ def floor_once(prompts: str, count: int) -> None:
     """Print CPU seconds of forward passes and encoders alone, in the batches of a table."""
     import torch
 
-    from zarrtrace.extraction.job import Options, find_stream
+    from zarrtrace.extraction.options import Options, find_stream
     from zarrtrace.extraction.table import prepare_table
     from zarrtrace.scenarios import Scenario, stream
 

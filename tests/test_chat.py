@@ -27,7 +27,8 @@ from zarrtrace.capture.prompts import tokenize  # noqa: E402
 from zarrtrace.capture.token_texts import TokenTexts, special_ids  # noqa: E402
 from zarrtrace.cli import group  # noqa: E402
 from zarrtrace.errors import ConfigError, ConfigMismatchError, ScenarioError  # noqa: E402
-from zarrtrace.extraction.job import Options, _bos_notes, tokenized  # noqa: E402
+from zarrtrace.extraction.job import _bos_notes, tokenized  # noqa: E402
+from zarrtrace.extraction.options import Options  # noqa: E402
 from zarrtrace.scenarios import Scenario, as_scenarios  # noqa: E402
 
 USER = {"role": "user", "content": "You hold $90. Bet?"}

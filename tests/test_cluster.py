@@ -32,9 +32,10 @@ from zarrtrace.errors import (
     ZarrtraceError,
 )
 from zarrtrace.extraction import Options, extract_run
-from zarrtrace.extraction.job import library_versions
+from zarrtrace.extraction.configuration import library_versions
 from zarrtrace.extraction.progress import Progress
 from zarrtrace.records import TokensRecord
+from zarrtrace.scenarios import Sampling
 from zarrtrace.storage import locate
 from zarrtrace.store import (
     RunWriter,
@@ -284,16 +285,16 @@ def test_workers_and_client_with_other_versions_are_named(
     """Before anything is written."""
 
     def upgrade() -> None:
-        from zarrtrace.extraction import job
+        from zarrtrace.extraction import configuration
 
-        real = job._versions
-        job._versions = lambda: (*real(), ("torch", "9.9"))  # type: ignore[assignment]
-        job._versions.real = real  # type: ignore[attr-defined]
+        real = configuration._versions
+        configuration._versions = lambda: (*real(), ("torch", "9.9"))  # type: ignore[assignment]
+        configuration._versions.real = real  # type: ignore[attr-defined]
 
     def restore() -> None:
-        from zarrtrace.extraction import job
+        from zarrtrace.extraction import configuration
 
-        job._versions = job._versions.real  # type: ignore[attr-defined]
+        configuration._versions = configuration._versions.real  # type: ignore[attr-defined]
 
     upgraded = next(iter(client.nthreads()))
     client.run(upgrade, workers=[upgraded])
@@ -525,3 +526,24 @@ def test_cluster_errors_survive_the_wire() -> None:
     error = pickle.loads(pickle.dumps(ClusterError("a", why="b", remedy="c")))  # noqa: S301
     assert isinstance(error, ZarrtraceError)
     assert (error.what, error.why, error.remedy) == ("a", "b", "c")
+
+
+# --- continuations ------------------------------------------------------------------------------
+
+
+def test_workers_generate_what_one_process_does(client: Any, tmp_path: Path) -> None:
+    """Batches go to workers whole, and the client keeps them: nothing is generated twice."""
+    asked = options(
+        only=NAMES[:3], layers=(3, 20), features=False,
+        generate=Sampling(2, temperature=1.0, samples=3), positions=("completion", "decision"),
+    )  # fmt: skip
+    expected = files_of(extract_run(tmp_path / "single" / "run", asked))
+    run = extract_on_cluster(client, tmp_path / "cluster" / "run", asked)
+    found = files_of(run)
+    assert {name for name in found if found[name] != expected.get(name)} == set()
+    assert found.keys() == expected.keys()
+    assert [path.name for path in (tmp_path / "cluster").iterdir()] == ["run"]
+    name = f"{NAMES[1]}~1"
+    (Path(run) / name / "zarr.json").unlink()
+    repaired = extract_on_cluster(client, run, asked, repair=True)
+    assert files_of(repaired) == expected

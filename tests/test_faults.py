@@ -437,7 +437,7 @@ SMALL_DISK = r"""
 import ctypes, json, os, subprocess, sys
 from pathlib import Path
 from zarrtrace.cli import main
-from zarrtrace.extraction.job import capture_package
+from zarrtrace.extraction.packages import capture_package
 
 capture_package().hide_progress()
 
@@ -504,7 +504,7 @@ import numpy as np
 import zarr, xarray
 from zarrtrace.errors import IntegrityError
 from zarrtrace.extraction import Options, extract_run, job
-from zarrtrace.extraction.job import capture_package
+from zarrtrace.extraction.packages import capture_package
 from zarrtrace.store import RunWriter, TraceWriter, open_run, summarize, verify
 
 capture = capture_package()

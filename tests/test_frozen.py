@@ -296,10 +296,10 @@ def test_marks_of_generated_tokens_will_be_read(tmp_path: Path) -> None:
 def test_unknown_attributes_are_refused_as_newer(tmp_path: Path, name: str) -> None:
     """An older zarrtrace cannot know what an attribute means for the numbers; nor may it repair."""
     shutil.copytree(frozen.FORMAT2, tmp_path, dirs_exist_ok=True)
-    hostile.change_group(tmp_path / name, lambda group: group["attributes"].update(repeat=3))
+    hostile.change_group(tmp_path / name, lambda group: group["attributes"].update(attempt=3))
     before = fakes.files_in(tmp_path)
     kind = "open_" + {"run/whole": "trace"}.get(name, name)
-    with pytest.raises(FormatVersionError, match=r"(?s)attribute repeat,.*Install a newer"):
+    with pytest.raises(FormatVersionError, match=r"(?s)attribute attempt,.*Install a newer"):
         getattr(zt, kind)(tmp_path / name)
     write = frozen.write_table if name == "table" else frozen.write_run
     with pytest.raises(FormatVersionError, match="newer zarrtrace"):

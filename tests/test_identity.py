@@ -29,7 +29,7 @@ from zarrtrace.capture.fingerprint import (  # noqa: E402
 from zarrtrace.capture.saes import FolderSAEs, ReleaseSAEs  # noqa: E402
 from zarrtrace.cli import main  # noqa: E402
 from zarrtrace.errors import ConfigMismatchError, SAEError  # noqa: E402
-from zarrtrace.extraction import Options, extract_run, job  # noqa: E402
+from zarrtrace.extraction import Options, configuration, extract_run  # noqa: E402
 from zarrtrace.identity import combined_versions, differences, refuse_other  # noqa: E402
 from zarrtrace.store import open_trace, read_run, read_trace, summarize, verify  # noqa: E402
 
@@ -315,10 +315,10 @@ def test_other_versions_are_refused_or_both_are_said(
     files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = options(files)
-    today = job.library_versions()
+    today = configuration.library_versions()
     old = {**today, "torch": "2.4.0", "zarr": "3.1.0"}
     with monkeypatch.context() as patch:
-        patch.setattr(job, "_versions", lambda: tuple(old.items()))
+        patch.setattr(configuration, "_versions", lambda: tuple(old.items()))
         extract_run(files / "run", options(files, only=NAMES[1:]))  # complete, by the old ones
         begin(files / "begun", asked)
     begun = fakes.files_in(files / "begun")
@@ -352,11 +352,11 @@ def test_other_versions_are_refused_or_both_are_said(
 def test_a_repaired_trace_says_both_versions_and_the_others_keep_theirs(
     files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    today = job.library_versions()
+    today = configuration.library_versions()
     old = {**today, "transformers": "5.0.0"}
     asked = options(files, features=False, sae_path=None)
     with monkeypatch.context() as patch:
-        patch.setattr(job, "_versions", lambda: tuple(old.items()))
+        patch.setattr(configuration, "_versions", lambda: tuple(old.items()))
         extract_run(files / "run", asked)
     (damaged, *_) = sorted(
         (file for file in (files / "run" / NAMES[0] / "attention").rglob("*") if file.is_file()),

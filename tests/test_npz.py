@@ -30,6 +30,7 @@ from zarrtrace.errors import (
     IntegrityError,
     NoSpaceError,
     NPZError,
+    ScenarioError,
 )
 from zarrtrace.format.attributes import SpanAttributes, TraceAttributes
 from zarrtrace.format.layout import NO_ID, TraceShape
@@ -391,7 +392,7 @@ def test_archive_is_sound_also_beyond_2_gib(monkeypatch: pytest.MonkeyPatch, lim
 
 
 def test_unknown_scenario_and_layer_name_what_there_is(tmp_path: Path, default_run: Path) -> None:
-    with pytest.raises(ConfigError, match=r"(?s)'nope'.*Risky_40, Desperate_10"):
+    with pytest.raises(ScenarioError, match=r"(?s)'nope'.*Risky_40, Desperate_10"):
         export_npz(default_run, tmp_path / "out", scenarios=["nope"])
     with pytest.raises(ConfigError, match=r"(?s)layer 9.*layers 1-3"):
         export_npz(default_run, tmp_path / "out", layers=[1, 9])

@@ -563,16 +563,16 @@ from zarrtrace.capture import CaptureLimits
 from zarrtrace.extraction import table
 from zarrtrace.format.layout import Limits
 
-real_prepare = table.prepare_table
+real = table.surveyed
 
 @contextlib.contextmanager
 def small(*given, **options):
-    with real_prepare(*given, **options) as found:
+    with real(*given, **options) as found:
         limits = CaptureLimits(layout=Limits(samples=64))
         model = dataclasses.replace(found.job.model, limits=limits)
         yield dataclasses.replace(found, job=dataclasses.replace(found.job, model=model))
 
-table.prepare_table = small
+table.surveyed = small
 table._SAMPLES = 64
 """
 

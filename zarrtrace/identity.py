@@ -20,6 +20,7 @@ _WEIGHTS = {
 _NAMES_SHOWN = 5
 _BETWEEN_VERSIONS = ", "
 _VERSION_OF = "version of "
+_GENERATION = "generation"
 _TRANSFORMERS = f"{_VERSION_OF}transformers"
 
 
@@ -73,7 +74,7 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[Diffe
         What a run says of itself, and what it would say if it were started now. Under
         ``"versions"`` each holds versions by library; the stored ones may name several.
     """
-    before, after = _by_library(stored), _by_library(now)
+    before, after = _in_parts(stored, now), _in_parts(now, stored)
     found = [
         Difference(key, before.get(key), after.get(key))
         for key in sorted({*before, *after})
@@ -85,9 +86,12 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[Diffe
     return found
 
 
-def _by_library(config: Mapping[str, Any]) -> dict[str, Any]:
+def _in_parts(config: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration with each library, and each setting of continuations, by itself."""
     versions = config.get("versions", {})
     rest = {key: value for key, value in config.items() if key != "versions"}
+    if isinstance(rest.get(_GENERATION), dict) and isinstance(other.get(_GENERATION), dict):
+        rest |= {f"{_GENERATION}: {key}": value for key, value in rest.pop(_GENERATION).items()}
     return rest | {f"{_VERSION_OF}{name}": version for name, version in versions.items()}
 
 
@@ -129,10 +133,14 @@ def refuse_other(
     ]
     if not found:
         return
-    if "scenarios" in (one.key for one in found):
+    # Other numbers of repeats make other names of traces.
+    is_generated = any(one.key.startswith(_GENERATION) for one in found)
+    if "scenarios" in (one.key for one in found) and not is_generated:
         refuse_other_scenarios(where, stored["scenarios"], now["scenarios"])
     only_versions = all(_is_version(one.key) for one in found)
     kind = "other versions" if only_versions else "another configuration"
+    if is_generated:
+        found = [one for one in found if one.key != "scenarios"]
     lines = "".join(f"\n  {one}" for one in found)
     what = f"{where}: this run was started with {kind}:{lines}"
     if all(one.is_of_weights for one in found):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -567,3 +567,24 @@ class LayerBatch:
                 features={name: found.record() for name, found in batch.features.items()},
                 residual=batch.residual,
             )
+
+
+class Continuation(NamedTuple):
+    """What the model went on to say after a prompt.
+
+    Attributes
+    ----------
+    tokens
+        Ids of the new tokens, at least one. The last one may be the end-of-sequence token, which
+        is a token like any other: the model chose it.
+    text
+        Text of the tokens, without the end-of-sequence token; a stop text, and what the token that
+        completes it says behind it, are part of it.
+    ended_by
+        ``"length"`` if as many tokens were generated as were asked for, ``"stop"`` if a stop text
+        appeared, ``"end_of_sequence"`` if the model ended.
+    """
+
+    tokens: tuple[int, ...]
+    text: str
+    ended_by: Literal["length", "stop", "end_of_sequence"]

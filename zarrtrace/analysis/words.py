@@ -147,7 +147,7 @@ def all_layers(runs: Iterable[xr.Dataset]) -> list[int]:
 
 def missing_rows(layer: np.ndarray) -> np.ndarray:
     """Tell which rows of features ``(row, feature)`` are not stored: NaN throughout ``(row,)``."""
-    missing = np.isnan(layer[:, 0])
+    missing: np.ndarray = np.isnan(layer[:, 0])
     if missing.any():  # a NaN by itself is a value that was not finite
         missing[missing] = np.isnan(layer[missing]).all(1)
     return missing
@@ -170,7 +170,7 @@ class _Pairs(NamedTuple):
     total: np.ndarray
     largest: np.ndarray
     smallest: np.ndarray
-    count: np.ndarray
+    count: np.ndarray  # type: ignore[assignment]  # tuple.count is not used
 
     @classmethod
     def together(cls, parts: Sequence[_Pairs]) -> _Pairs:

@@ -10,6 +10,13 @@ from zarrtrace.capture.borrow import borrow, refuse_unknown_ids, take_model
 from zarrtrace.capture.checks import check_additions, choose_batch_size, wants_blocks
 from zarrtrace.capture.encoders import KeptEncoders
 from zarrtrace.capture.fingerprint import settings_fingerprint
+from zarrtrace.capture.generation import (
+    check_context,
+    continuation_text,
+    generate,
+    plan_batches,
+)
+from zarrtrace.capture.generation_probe import probe_generation
 from zarrtrace.capture.hooks import parse_hook, residual_hooks
 from zarrtrace.capture.limits import CaptureLimits
 from zarrtrace.capture.model import (
@@ -22,10 +29,11 @@ from zarrtrace.capture.model import (
 )
 from zarrtrace.capture.pipeline import capture
 from zarrtrace.capture.probe import probe_model
-from zarrtrace.capture.prompts import Prompt, tokenize, tokenize_all
+from zarrtrace.capture.prompts import Continued, Prompt, tokenize, tokenize_all
 
 __all__ = [
     "CaptureLimits",
+    "Continued",
     "KeptEncoders",
     "LoadedModel",
     "Prompt",
@@ -33,13 +41,18 @@ __all__ = [
     "borrow",
     "capture",
     "check_additions",
+    "check_context",
     "choose_batch_size",
+    "continuation_text",
+    "generate",
     "gpu_count",
     "grouped",
     "hide_progress",
     "load_model",
     "load_tokenizer",
     "parse_hook",
+    "plan_batches",
+    "probe_generation",
     "probe_model",
     "refuse_unknown_ids",
     "renamed",

@@ -48,11 +48,20 @@ class Permitted:
         Prompts of unequal lengths, padded on the right, in one forward pass.
     parts
         MLPs and logits of a long prompt, some tokens at a time.
+    cache
+        Keys and values kept between the tokens of a continuation.
+    cached_batches
+        Continuations of equally long prompts together.
+    left_padding
+        Continuations of prompts of unequal lengths, padded on the left, together.
     """
 
     blocks: bool = True
     batches: bool = True
     parts: bool = True
+    cache: bool = True
+    cached_batches: bool = True
+    left_padding: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ refused; a way that differs from the plain one by more than rounding is not perm
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from zarrtrace.capture.blocked import AttentionRows
+from zarrtrace.capture.comparison import distance, other_rounding, within_rounding
 from zarrtrace.capture.limits import DEFAULT_CAPTURE_LIMITS, CaptureLimits
 from zarrtrace.capture.lockstep import BlockState, Logits, Pass, taps
 from zarrtrace.capture.messages import forward_errors, full_memory
@@ -30,9 +30,6 @@ _IN_BLOCKS = CaptureLimits(block_bytes=1, block_rows=16)
 _IN_PARTS = CaptureLimits(logit_rows=16, mlp_tokens=16)
 # Longer than the pieces into which some attention cuts a prompt.
 _LONGER = 131
-# Two ways to compute differ by several roundings of each number. The measure is what one rounding
-# of the embeddings changes, so that it fits the model, its dtype and any processor.
-_ROUNDINGS = 8
 # Attributes that differ between blocks of one kind.
 _INDICES = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number"})
 
@@ -67,7 +64,7 @@ def _probed(model: LoadedModel, first: LoadedModel, ids: torch.Tensor) -> Loaded
     model, first = _restricted(model, without), _restricted(first, without)
     plain.drop_attention(set(plain.attention) - set(first.attentions))
     [alone] = _observe(first, [short])
-    with _other_rounding(first):
+    with other_rounding(first):
         [noise] = _observe(first, [long])
     same = _Comparison(first, plain, noise)
     for observed in (plain, *_observe(first, [random_tokens(model, _LONGER)[:1]])):
@@ -252,12 +249,8 @@ class _Comparison:
 
     def __init__(self, model: LoadedModel, plain: _Observed, noise: _Observed) -> None:
         self._model = model
-        self._epsilon = torch.finfo(model.model.dtype).eps
-        # A sum of d products is rounded about sqrt(d) times in float32, and once to the dtype.
-        in_sums = math.sqrt(model.d_model) * torch.finfo(torch.float32).eps / self._epsilon
-        self._factor = _ROUNDINGS * (1 + in_sums)
         self._noise = {
-            key: _distance(value, self._values(noise)[key])
+            key: distance(value, self._values(noise)[key])
             for key, value in self._values(plain).items()
         }
 
@@ -296,8 +289,7 @@ class _Comparison:
         return all(self._close(key, ours[key], value) for key, value in expected.items())
 
     def _close(self, key: tuple[str, int], found: torch.Tensor, expected: torch.Tensor) -> bool:
-        least = self._epsilon * _distance(expected, torch.zeros_like(expected))
-        return _distance(found, expected) <= self._factor * max(self._noise[key], least)
+        return within_rounding(self._model, found, expected, self._noise[key])
 
     @staticmethod
     def _values(observed: _Observed) -> dict[tuple[str, int], torch.Tensor]:
@@ -306,31 +298,6 @@ class _Comparison:
             **{("hidden", layer): one for layer, one in observed.hidden.items()},
             ("logprobs", 0): observed.logprobs,
         }
-
-
-def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the root mean square difference of the token that differs most."""
-    if found.shape != expected.shape or not torch.equal(found.isfinite(), expected.isfinite()):
-        return math.inf
-    difference = torch.nan_to_num(found.float()) - torch.nan_to_num(expected.float())
-    squares = difference.square().mean(-1)  # (..., token)
-    return float(squares.reshape(-1, squares.shape[-1]).mean(0).max().sqrt())
-
-
-@contextmanager
-def _other_rounding(model: LoadedModel) -> Iterator[None]:
-    """Let every number of the embeddings be another by about one rounding."""
-
-    def change(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(1)
-        signs = torch.randint(0, 2, output.shape, generator=generator) * 2 - 1
-        return output * (1 + signs * torch.finfo(output.dtype).eps).to(output)
-
-    handle = model.model.get_input_embeddings().register_forward_hook(change)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 # --- what is refused ----------------------------------------------------------------------------

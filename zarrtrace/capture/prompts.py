@@ -9,7 +9,7 @@ from typing import Any
 
 from zarrtrace.capture.model import LoadedModel
 from zarrtrace.errors import ConfigError
-from zarrtrace.format.attributes import OptionAttributes, SpanAttributes
+from zarrtrace.format.attributes import GenerationAttributes, OptionAttributes, SpanAttributes
 from zarrtrace.records import Tokens
 from zarrtrace.scenarios import Scenario, span_positions
 
@@ -21,8 +21,30 @@ _Encoded = tuple[list[int], list[tuple[int, int]]]
 
 
 @dataclass(frozen=True)
+class Continued:
+    """What made a prompt and its continuation of a prompt.
+
+    Attributes
+    ----------
+    prompt
+        The prompt alone.
+    repeat
+        Number of the continuation; None if there is one.
+    generation
+        How it was generated, and its text.
+    choice
+        The option that was found in it; None for none.
+    """
+
+    prompt: Prompt
+    repeat: int | None
+    generation: GenerationAttributes
+    choice: str | None
+
+
+@dataclass(frozen=True)
 class Prompt:
-    """A scenario as the model reads it.
+    """A scenario as the model reads it, or with what it goes on to say.
 
     Attributes
     ----------
@@ -34,12 +56,16 @@ class Prompt:
         Characters and token positions by name, ``decision`` included.
     options
         Named continuations with the id of their first token.
+    continued
+        If the tokens are those of a prompt and its continuation, where these come from; the
+        scenario is called as the trace then.
     """
 
     scenario: Scenario
     tokens: Tokens
     spans: dict[str, SpanAttributes]
     options: dict[str, OptionAttributes]
+    continued: Continued | None = None
 
 
 def tokenize(model: LoadedModel, scenario: Scenario, *, prepend_bos: bool) -> Prompt:

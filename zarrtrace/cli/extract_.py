@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zarrtrace.cli.commands import CONTENT, MACHINE, MODEL, OUTPUT, PROMPTS, Command, option
+from zarrtrace.cli.commands import (
+    CONTENT,
+    MACHINE,
+    MODEL,
+    OUTPUT,
+    PROMPTS,
+    Command,
+    option,
+)
+from zarrtrace.cli.generation_options import SAMPLING, generation_options
 from zarrtrace.cli.shared import (
     PATH,
     Address,
@@ -129,6 +138,7 @@ _EXAMPLES = [
 )
 @option("--sae-path", group=MODEL, type=PATH, help="Folder of SAEs saved by sae-lens.")
 @option("--fold-decoder-norm", group=MODEL, is_flag=True, help="Scale features to decoder norm 1.")
+@generation_options
 @option(
     "--layers",
     group=CONTENT,
@@ -307,7 +317,7 @@ def _check(given: dict[str, Any]) -> None:
         raise click.UsageError("Give either --prompt or a file of prompts, --scenarios.")
     one_of({f"--{name.replace('_', '-')}": given[name] for name in _CLUSTER})
     if given["layout"] == "table":
-        from zarrtrace.extraction.table import refuse_for_table
+        from zarrtrace.extraction.options import refuse_for_table
 
         unused = {name: given[name] for name in _OF_TRACES}
         refuse_for_table({**unused, "allow_nonfinite": given["allow_nonfinite"] or None})
@@ -332,15 +342,17 @@ def _count_and_check_output(
 ) -> int:
     """Count scenarios; refuse a folder that is not a run, or a run of other scenarios."""
     from zarrtrace import demo
-    from zarrtrace.scenarios import stream
+    from zarrtrace.scenarios import stream, trace_name
 
     every = stream(demo.suite_path() if scenarios is None else scenarios).only(given["only"])
     if given["layout"] == "table":
         _check_output(given, None)
         return len(every)
     names = [scenario.name for scenario in every]
+    if given["generate"] is not None and given["samples"] > 1:
+        names = [trace_name(name, n) for name in names for n in range(given["samples"])]
     _check_output(given, names)
-    return len(names)
+    return len(every)
 
 
 def _check_output(given: dict[str, Any], names: list[str] | None) -> None:
@@ -348,13 +360,18 @@ def _check_output(given: dict[str, Any], names: list[str] | None) -> None:
     output: Location = given["output"]
     if output.path is None or given["repair"] or not output.path.exists():
         return  # in an object store this may take long, and is done later
-    from zarrtrace.identity import refuse_other_scenarios
+    from zarrtrace.extraction.configuration import generation_config
+    from zarrtrace.identity import refuse_other, refuse_other_scenarios
     from zarrtrace.store import read_run, refuse_foreign, refuse_kind
 
     refuse_foreign(output)
     refuse_kind(output, "run" if names is not None else "table", overwrite=given["overwrite"])
     if names is not None and not given["overwrite"] and (output / "zarr.json").is_file():
-        refuse_other_scenarios(output, read_run(output).attributes.scenarios, names)
+        run = read_run(output).attributes
+        options = _options(given, None)
+        now = None if options.generate is None else generation_config(options)
+        refuse_other(output, {"generation": run.config.get("generation")}, {"generation": now})
+        refuse_other_scenarios(output, run.scenarios, names)
 
 
 def _check_model(given: dict[str, Any], options: Options) -> None:
@@ -362,8 +379,8 @@ def _check_model(given: dict[str, Any], options: Options) -> None:
     import json
 
     from zarrtrace import demo
-    from zarrtrace.extraction.job import find_scenarios, find_stream
     from zarrtrace.extraction.layers import choose_layers
+    from zarrtrace.extraction.options import find_scenarios, find_stream
     from zarrtrace.hub import refuse_absent, snapshot_folder
 
     find = find_scenarios if given["layout"] == "traces" else find_stream
@@ -384,7 +401,10 @@ def _check_model(given: dict[str, Any], options: Options) -> None:
 
 def _first_line(given: dict[str, Any], count: int) -> str:
     """Say what begins now, and takes seconds."""
-    where = f"{count} scenario{'' if count == 1 else 's'} into {given['output']}"
+    what = f"{count} scenario{'' if count == 1 else 's'}"
+    if given["generate"] is not None and given["samples"] > 1:
+        what += f", {given['samples']} continuations each,"
+    where = f"{what} into {given['output']}"
     if given["scheduler"] or given["scheduler_file"]:
         return f"{where}; connecting to the cluster …"
     if given["workers"]:
@@ -417,7 +437,7 @@ def _extract(given: dict[str, Any], options: Options) -> None:
         "progress": _progress(given),
     }
     if given["layout"] == "table":
-        from zarrtrace.extraction.job import find_stream
+        from zarrtrace.extraction.options import find_stream
         from zarrtrace.extraction.table import extract_table
 
         extract_table(given["output"], options, find_stream(options), **how)
@@ -438,6 +458,7 @@ def _extract(given: dict[str, Any], options: Options) -> None:
 
 def _options(given: dict[str, Any], scenarios: object) -> Options:
     from zarrtrace.extraction import Options
+    from zarrtrace.extraction.options import sampling_of
 
     return Options(
         model=given["model"],
@@ -468,6 +489,8 @@ def _options(given: dict[str, Any], scenarios: object) -> Options:
         prepend_bos=given["prepend_bos"],
         generation_prompt=given["generation_prompt"],
         low_memory=given["low_memory"],
+        generate=sampling_of(given["generate"], **{name: given[name] for name in SAMPLING}),
+        answer=given["answer"],
     )
 
 
@@ -491,7 +514,7 @@ def _plan(given: dict[str, Any], options: Options) -> str:
     """Say what would be done."""
     from zarrtrace.extraction import estimate, prepare
     from zarrtrace.extraction.estimate import estimate_table
-    from zarrtrace.extraction.job import find_stream
+    from zarrtrace.extraction.options import find_stream
     from zarrtrace.extraction.table import prepare_table
 
     if given["layout"] == "table":
@@ -505,6 +528,8 @@ def _plan(given: dict[str, Any], options: Options) -> str:
         job = prepare(options, weights=False, progress=_progress(given) == "bars")
         need, config = estimate(job), dict(job.config)
         what = f"{len(need.tokens)} scenarios"
+        if options.generate is not None:
+            what = f"{len(need.tokens)} continuations of {len(job.prompts)} scenarios"
     if given["as_json"]:
         import dataclasses
 
@@ -520,8 +545,10 @@ def _plan(given: dict[str, Any], options: Options) -> str:
 
 def _plan_text(job: Job, need: Estimate, output: Location, what: str) -> str:
     from zarrtrace.format.attributes import ranges
+    from zarrtrace.scenarios import split_trace_name
 
-    rows = [[name, str(count)] for name, count in need.tokens.items()]
+    tokens = {split_trace_name(name)[0]: count for name, count in need.tokens.items()}
+    rows = [[name, str(count)] for name, count in tokens.items()]
     saes = f"{len(job.saes)} SAEs" if job.saes else "no SAEs"
     model = job.model.attributes.id
     layers = f"{len(job.layers)} layers ({ranges(job.layers)})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import xarray as xr
 
 from zarrtrace.errors import ConfigError
 from zarrtrace.format.attributes import layers_in
+from zarrtrace.scenarios import sample_names, split_trace_name
 from zarrtrace.suggestions import did_you_mean
 
 # Dense values that are read at once: a layer of 1,024 samples and 32,768 features in float32.
@@ -170,8 +172,8 @@ class Samples:
 
     def valid(self, start: int, stop: int) -> np.ndarray:
         """Which of some samples were computed."""
-        names = self.ds["scenario"][start:stop].values
-        return np.fromiter((str(name) not in self.failed for name in names), bool, stop - start)
+        names = _names(self.ds.isel(sample=slice(start, stop)))
+        return np.fromiter((name not in self.failed for name in names), bool, stop - start)
 
     def windows(self) -> Iterator[slice]:
         """Yield samples whose texts are held at once."""
@@ -218,15 +220,17 @@ def choose_samples(
             remedy="Give a run, or what zt.table(run) returns.",
         )
     if scenarios is not None:
-        names = list(map(str, ds["scenario"].values))
-        asked, there_are = set(scenarios), set(names)
-        wanted = np.fromiter((name in asked for name in names), bool, len(names))
+        names = _names(ds)
+        # A scenario's name stands for all its repeats.
+        labels = [{name, split_trace_name(name)[0]} for name in names]
+        asked, there_are = set(scenarios), {*itertools.chain(*labels)}
+        wanted = np.fromiter((not asked.isdisjoint(one) for one in labels), bool, len(names))
         missing = [name for name in scenarios if name not in there_are]
         if missing or not scenarios:
             raise ConfigError(
                 f"no scenario {missing[0]!r}" if missing else "no scenario was asked for",
                 remedy=did_you_mean(
-                    missing[0] if missing else "", dict.fromkeys(names), label="There are"
+                    missing[0] if missing else "", sorted(there_are), label="There are"
                 ),
             )
         ds = ds.isel(sample=_chosen(wanted))
@@ -242,6 +246,12 @@ def choose_samples(
     if not ds.sizes["sample"]:
         raise ConfigError("there are no samples", remedy="Choose other positions with --at.")
     return Samples(ds)
+
+
+def _names(ds: xr.Dataset) -> list[str]:
+    """Name the trace that each sample is of."""
+    repeats = ds["repeat"].values if "repeat" in ds.coords else None
+    return sample_names(ds["scenario"].values, repeats)
 
 
 def _chosen(mask: np.ndarray) -> Any:

@@ -2,7 +2,8 @@
 
 from zarrtrace.extraction.call import extract
 from zarrtrace.extraction.estimate import Estimate, estimate
-from zarrtrace.extraction.job import DEMO_MODEL, Job, Loaded, Options, prepare
+from zarrtrace.extraction.job import DEMO_MODEL, Job, prepare
+from zarrtrace.extraction.options import Loaded, Options
 from zarrtrace.extraction.running import extract_run
 from zarrtrace.store import write_trace
 

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Unpack, cast, overload
 
 from zarrtrace.errors import ConfigError, missing_for_cluster
-from zarrtrace.extraction.job import (
-    DEMO,
+from zarrtrace.extraction.arguments import (
+    device_of,
+    layers_of,
+    of_model,
+    with_saes,
+    with_tokenizer,
+)
+from zarrtrace.extraction.options import (
     AttentionCapture,
     Dtype,
     Loaded,
     Options,
     StoredDtype,
-    capture_package,
     find_scenarios,
     find_stream,
+    refuse_for_table,
+    sampling_of,
 )
 from zarrtrace.extraction.progress import Shown
 from zarrtrace.extraction.running import extract_run
-from zarrtrace.extraction.table import extract_table, refuse_for_table
-from zarrtrace.format.attributes import layers_in
+from zarrtrace.extraction.table import extract_table
 from zarrtrace.scenarios.positions import parsed
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import open_run, open_table
@@ -78,6 +82,13 @@ class ExtractOptions(TypedDict, total=False):
     residual_dtype: StoredDtype
     prepend_bos: bool | None
     generation_prompt: bool
+    generate: int | None
+    temperature: float
+    top_p: float
+    samples: int
+    seed: int
+    stop: str | Sequence[str]
+    answer: str | None
     trust_remote_code: bool
     overwrite: bool
     repair: bool
@@ -137,6 +148,13 @@ def extract(
     residual_dtype: StoredDtype = "float32",
     prepend_bos: bool | None = None,
     generation_prompt: bool = True,
+    generate: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    samples: int = 1,
+    seed: int = 0,
+    stop: str | Sequence[str] = (),
+    answer: str | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
     repair: bool = False,
@@ -221,6 +239,23 @@ def extract(
     generation_prompt
         Whether the chat template begins the assistant's next message, for scenarios with messages
         that do not say it. If not, a last message of the assistant's is continued.
+    generate
+        Number of tokens for which the model goes on after each prompt, at most. They are stored
+        like those of the prompt, and are the span ``completion``. None generates nothing.
+    temperature
+        Of sampling; 0 takes the most likely token at each step.
+    top_p
+        Sum of the probabilities of the most likely tokens among which one is sampled.
+    samples
+        Continuations of each prompt: ``NAME~0``, ``NAME~1``, … are the children of the run then.
+    seed
+        Of sampling. A continuation depends on it, its scenario's name and its number alone.
+    stop
+        Texts that end a continuation in which they appear.
+    answer
+        Regular expression: its first group (or all of it, without groups) is the span ``answer`` of
+        a continuation, and the option that it names the attribute ``choice``. By default, the first
+        option in the continuation is both.
     trust_remote_code
         Whether code that comes with the model may run.
     overwrite
@@ -243,8 +278,9 @@ def extract(
     Returns
     -------
     xr.DataTree or xr.Dataset
-        The run, one child a scenario, as :func:`zarrtrace.open_run` opens it; with
-        ``layout="table"`` the table, as :func:`zarrtrace.open_table` opens it.
+        The run, one child a scenario (of several continuations, one each), as
+        :func:`zarrtrace.open_run` opens it; with ``layout="table"`` the table, as
+        :func:`zarrtrace.open_table` opens it.
 
     Raises
     ------
@@ -264,9 +300,11 @@ def extract(
     >>> ds = run["scenario_0"].to_dataset()
     """
     where = locate(output, storage_options)
-    options, loaded = _of_model(
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "samples": samples}
+    sampling |= {"seed": seed, "stop": stop}
+    options, loaded = of_model(
         Options(
-            layers=_layers(layers),
+            layers=layers_of(layers),
             layer_start=layer_start,
             layer_end=layer_end,
             attention=attention,
@@ -280,7 +318,7 @@ def extract(
             else parsed(attention_positions, "attention_positions"),
             revision=revision,
             fold_decoder_norm=fold_decoder_norm,
-            device=_device(device, gpu),
+            device=device_of(device, gpu),
             dtype=cast("Dtype", str(dtype).removeprefix("torch.")),  # checked with all others
             low_memory=low_memory,
             batch_size=batch_size,
@@ -291,13 +329,22 @@ def extract(
             residual_dtype=residual_dtype,
             prepend_bos=prepend_bos,
             generation_prompt=generation_prompt,
+            generate=sampling_of(
+                generate,
+                temperature=temperature,
+                top_p=top_p,
+                samples=samples,
+                seed=seed,
+                stop=stop,
+            ),
+            answer=answer,
             trust_remote_code=trust_remote_code,
         ),
         model,
         tokenizer,
         device_given=device is not None or gpu is not None,
     )
-    options, loaded = _with_saes(options, loaded, saes)
+    options, loaded = with_saes(options, loaded, saes)
     if overwrite and repair:
         raise ConfigError("overwrite and repair contradict each other", remedy="Give one of them.")
     how: dict[str, Any] = {
@@ -317,112 +364,19 @@ def extract(
         }
         refuse_for_table(unused)
         stream = find_stream(options, loaded)
-        extract_table(where, options, stream, loaded=_with_tokenizer(options, loaded), **how)
+        extract_table(where, options, stream, loaded=with_tokenizer(options, loaded), **how)
         return open_table(where)
     if layout != "traces":
         raise ConfigError(f"layout {layout!r}", remedy="Give 'traces' or 'table'.")
     how["allow_nonfinite"] = allow_nonfinite
     # Whatever is missing is said before torch is imported.
     how["scenarios"] = find_scenarios(options, loaded)
-    loaded = _with_tokenizer(options, loaded)
+    loaded = with_tokenizer(options, loaded)
     if all(value is None for value in cluster.values()):
         extract_run(where, options, loaded=loaded, **how)
     else:
         _on_cluster(where, options, loaded, cluster, how)
     return open_run(where)
-
-
-def _layers(given: int | str | Iterable[int] | None) -> tuple[int, ...] | None:
-    if given is None:
-        return None
-    if isinstance(given, str):
-        try:
-            return layers_in(given)
-        except ValueError as error:
-            raise ConfigError(
-                f"layers: {error}", remedy="Give indices such as [1, 2], or text such as '1-31'."
-            ) from None
-    return _integers("layers", given)
-
-
-def _integers(name: str, given: int | Iterable[int]) -> tuple[int, ...]:
-    try:
-        values = tuple(given) if isinstance(given, Iterable) else (given,)
-        return tuple(value.__index__() for value in values)
-    except (AttributeError, TypeError):
-        raise ConfigError(
-            f"{name} {given!r} are no integers", remedy="Give integers such as [1, 2]."
-        ) from None
-
-
-def _device(device: object, gpu: int | None) -> str:
-    if gpu is None:
-        return "cpu" if device is None else str(device)
-    if device is not None:
-        raise ConfigError("device and gpu both say where to compute", remedy="Give one of them.")
-    return f"cuda:{gpu}"
-
-
-def _of_model(
-    options: Options, model: object, tokenizer: object, *, device_given: bool
-) -> tuple[Options, Loaded]:
-    """Tell a model's name or folder from a loaded one."""
-    loaded = Loaded(tokenizer=tokenizer)
-    if model is None or isinstance(model, str | Path):
-        return replace(options, model=None if model is None else str(model)), loaded
-    given = {
-        "revision": options.revision is not None,
-        "device": device_given,
-        "dtype": options.dtype != "auto",
-        "low_memory": options.low_memory,
-        "trust_remote_code": options.trust_remote_code,
-    }
-    if names := [name for name, is_given in given.items() if is_given]:
-        raise ConfigError(
-            f"{' and '.join(names)} with a loaded model",
-            why="A loaded model is used as it is, where it is.",
-            remedy="Leave that out, or give the model's name instead.",
-        )
-    name = getattr(model, "name_or_path", "") or type(model).__name__
-    device = str(getattr(model, "device", "cpu"))
-    options = replace(options, model=f"./{DEMO}" if name == DEMO else str(name), device=device)
-    return options, replace(loaded, model=model)
-
-
-def _with_saes(options: Options, loaded: Loaded, saes: object) -> tuple[Options, Loaded]:
-    """Tell a release, a folder and loaded SAEs from each other."""
-    if saes is None:
-        return options, loaded
-    if isinstance(saes, Path) or (isinstance(saes, str) and _is_folder(saes)):
-        return replace(options, sae_path=Path(saes).expanduser()), loaded
-    names = (saes,) if isinstance(saes, str) else saes
-    if isinstance(names, list | tuple) and names and all(isinstance(one, str) for one in names):
-        release, *ids = names
-        return replace(options, sae_release=release, sae_ids=tuple(ids)), loaded
-    return options, replace(loaded, saes=saes)
-
-
-def _is_folder(text: str) -> bool:
-    return os.path.isdir(text) or text.startswith((".", "~", os.sep))  # noqa: PTH112 -- of any text
-
-
-def _with_tokenizer(options: Options, loaded: Loaded) -> Loaded:
-    """Load the tokenizer that was named, or the one that belongs to a loaded model."""
-    given, name = loaded.tokenizer, options.model
-    if isinstance(given, str | Path):
-        name = str(given)
-    elif given is not None or loaded.model is None:
-        return loaded
-    tokenizer = capture_package().load_tokenizer(name)
-    if tokenizer is None:
-        raise ConfigError(
-            f"no tokenizer {name}" if given else f"no tokenizer for the loaded model {name}",
-            why="It is neither a folder nor in the local cache."
-            if given
-            else "A model does not hold its tokenizer, and there is none where it was loaded from.",
-            remedy="Give what AutoTokenizer.from_pretrained returns as the argument tokenizer.",
-        )
-    return replace(loaded, tokenizer=tokenizer)
 
 
 def _shown(*, quiet: bool) -> Shown:

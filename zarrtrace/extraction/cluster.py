@@ -15,34 +15,34 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from distributed import Client, Future, KilledWorker
 
-from zarrtrace.errors import ClusterError, ConfigError, install_command
+from zarrtrace.errors import ClusterError, ConfigError
 from zarrtrace.extraction import worker
-from zarrtrace.extraction.job import Options, find_scenarios, stated_by_suite
-from zarrtrace.extraction.progress import Progress, Shown, say
+from zarrtrace.extraction.cluster_continuations import results, with_continuations
+from zarrtrace.extraction.options import Options, find_scenarios, stated_by_suite
+from zarrtrace.extraction.orders import Group, Item, Measured, Order, Plan, Setup
+from zarrtrace.extraction.progress import GenerationProgress, Progress, Shown, say
 from zarrtrace.extraction.running import as_before, saying_how_much_room
-from zarrtrace.extraction.worker import Measured, Order, Settled, Setup
-from zarrtrace.scenarios import Scenario
+from zarrtrace.scenarios import Scenario, trace_name
 from zarrtrace.storage import Address, Location, locate
-from zarrtrace.store import RunWriter, refuse_foreign, refuse_kind
+from zarrtrace.store import (
+    RunWriter,
+    refuse_foreign,
+    refuse_kind,
+    remove_continuations,
+)
 
 _SECONDS_FOR_A_WORKER = 60
-# Larger tasks would be lost with a worker, and leave others idle at the end.
-_SCENARIOS_A_TASK = 32
-_TOKENS_A_TASK = 8192
-_TASKS_A_WORKER = 4
 _SCENARIOS_A_MEASUREMENT = 1000
 _SECONDS_BETWEEN_CHECKS = 2
 # Tasks that are with a worker: the one that runs, and the one after it.
 _AHEAD = 2
-
-Group = tuple[Scenario, ...]
 
 
 def extract_on_cluster(
@@ -95,7 +95,13 @@ def extract_on_cluster(
         )
     if scenarios is None:
         scenarios = find_scenarios(asked)
-    names = [scenario.name for scenario in scenarios]
+    samples = 1 if asked.generate is None else asked.generate.samples
+    items = [
+        Item(scenario, number, trace_name(scenario.name, number if samples > 1 else None))
+        for scenario in scenarios
+        for number in range(samples)
+    ]
+    names = [one.name for one in items]
     setup = Setup(replace(asked, scenarios=None), Path.cwd())
     plan = _plan(client, setup, tuple(scenarios))
     say(plan.settled.notes, progress)
@@ -110,7 +116,6 @@ def extract_on_cluster(
             repair=repair,
             accept_versions=accept_versions,
         ) as run,
-        Progress(dict.fromkeys(names, plan.settled.layers), progress) as bars,
     ):
         order = Order(
             run=f"zarrtrace-{uuid.uuid4().hex}",
@@ -121,46 +126,18 @@ def extract_on_cluster(
             allow_nonfinite=allow_nonfinite,
             config=plan.settled.config,
         )
-        with _listening(client, order.run, bars):
+        with GenerationProgress(len(names) if asked.generate else 0, progress) as generation:
+            plan = with_continuations(client, output, order, plan, items, generation)
+        bars = Progress(dict.fromkeys(names, plan.settled.layers), progress, generation)
+        with bars, _listening(client, order.run, bars):
             tasks = _Tasks(client, order, plan.config["prompts"], bars)
             tasks.run(plan.tasks(_count(client)))
-        run.finish()
+            run.finish()
+        remove_continuations(output)
     return output
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What is known of a run before it starts."""
-
-    setup: Setup
-    scenarios: tuple[Scenario, ...]
-    tokens: Mapping[str, int]
-    disk_bytes: int
-    settled: Settled
-    config: Mapping[str, Any]
-
-    def tasks(self, workers: int) -> list[tuple[Group, ...]]:
-        """Pack groups into tasks of similar length, the longest first."""
-        groups = [tuple(self.scenarios[at] for at in group) for group in self.settled.groups]
-        lengths = [sum(self.tokens[one.name] for one in group) for group in groups]
-        if self.settled.batch_size == 1:  # else they are in order already, and must stay in it
-            order = sorted(range(len(groups)), key=lambda at: lengths[at])
-            groups, lengths = [groups[at] for at in order], [lengths[at] for at in order]
-        parts = _TASKS_A_WORKER * workers if workers > 1 else 1
-        most = min(_TOKENS_A_TASK, sum(lengths) / parts)
-        tasks: list[list[Group]] = []
-        tokens = 0.0
-        for group, length in zip(groups, lengths, strict=True):
-            held = sum(map(len, tasks[-1])) if tasks else 0
-            if not tasks or tokens + length > most or held + len(group) > _SCENARIOS_A_TASK:
-                tasks.append([])
-                tokens = 0
-            tasks[-1].append(group)
-            tokens += length
-        return [tuple(task) for task in reversed(tasks)]
-
-
-def _plan(client: Client, setup: Setup, scenarios: tuple[Scenario, ...]) -> _Plan:
+def _plan(client: Client, setup: Setup, scenarios: tuple[Scenario, ...]) -> Plan:
     """Have the workers load the model, each tokenise a part of the scenarios, and one decide."""
     try:
         client.wait_for_workers(1, timeout=_SECONDS_FOR_A_WORKER)
@@ -172,17 +149,18 @@ def _plan(client: Client, setup: Setup, scenarios: tuple[Scenario, ...]) -> _Pla
         ) from error
     count = min(len(scenarios), max(_count(client), len(scenarios) // _SCENARIOS_A_MEASUREMENT))
     parts = [scenarios[at::count] for at in range(count)]
-    measured = _results(
+    measured = results(
         client, [client.submit(worker.measure, setup, part, pure=False) for part in parts]
     )
     tokens, blocked, digests, disk_bytes = _merged(measured)
     lengths = [tokens[scenario.name] for scenario in scenarios]
     alone = [scenario.name in blocked for scenario in scenarios]
-    [settled] = _results(client, [client.submit(worker.settle, setup, lengths, alone, pure=False)])
+    [settled] = results(client, [client.submit(worker.settle, setup, lengths, alone, pure=False)])
     _refuse_unlike(settled.config, measured)
     digests = {scenario.name: digests[scenario.name] for scenario in scenarios}
     config = {**settled.config, "prompts": digests}
-    return _Plan(setup, scenarios, tokens, disk_bytes, settled, config)
+    items = tuple(Item(scenario, 0, scenario.name) for scenario in scenarios)
+    return Plan(setup, items, tokens, disk_bytes, settled, config)
 
 
 def _refuse_unlike(config: Mapping[str, Any], measured: Sequence[Measured]) -> None:
@@ -212,24 +190,6 @@ def _merged(
         blocked |= part.blocked
         digests |= part.digests
     return tokens, blocked, digests, sum(part.disk_bytes for part in measured)
-
-
-def _results(client: Client, futures: Sequence[Future]) -> list[Any]:
-    try:
-        return client.gather(list(futures))  # type: ignore[no-any-return]
-    except KilledWorker as error:
-        raise ClusterError(
-            "workers end while they load the model",
-            why="Most often it is larger than their memory, or than their --memory-limit.",
-            remedy="Give workers more memory, or use --low-memory; their logs say more.",
-        ) from error
-    except ModuleNotFoundError as error:
-        raise ClusterError(
-            f"a worker lacks {error.name}",
-            remedy=f"{install_command('extract,cluster')}, in the environment of every worker.",
-        ) from error
-    finally:
-        client.cancel(list(futures))
 
 
 def _count(client: Client) -> int:
@@ -289,10 +249,10 @@ class _Tasks:
         room = _AHEAD * _count(self._client) - len(self._going)
         while self._waiting and room > 0:
             task = self._waiting.popleft()
-            scenarios = tuple(scenario for group in task for scenario in group)
-            prompts = {scenario.name: self._prompts[scenario.name] for scenario in scenarios}
+            items = tuple(one for group in task for one in group)
+            prompts = {one.scenario.name: self._prompts[one.scenario.name] for one in items}
             future = self._client.submit(
-                worker.extract_some, self._order, scenarios, prompts, pure=False
+                worker.extract_some, self._order, items, prompts, pure=False
             )
             self._going[future.key] = (future, task)
             future.add_done_callback(self._ended.put)
@@ -316,7 +276,7 @@ class _Tasks:
         if len(task) > 1:
             self._waiting.extendleft((group,) for group in task)
             return
-        names = ", ".join(scenario.name for scenario in task[0])
+        names = ", ".join(one.name for one in task[0])
         raise ClusterError(
             f"every worker that computes {names} ends",
             why="Most often its memory does not suffice: the system, or the worker's nanny at its "

@@ -14,7 +14,7 @@ import dask
 from distributed import Client, Nanny, Scheduler, SpecCluster
 
 from zarrtrace.errors import ClusterError, ConfigError
-from zarrtrace.extraction.job import capture_package
+from zarrtrace.extraction.packages import capture_package
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from zarrtrace.extraction.continuations import expected
 from zarrtrace.extraction.job import Job
 from zarrtrace.format.attributes import SAEAttributes
 from zarrtrace.format.layout import TraceShape, trace_layout
@@ -64,6 +65,7 @@ def estimate(job: Job) -> Estimate:
     job
         From :func:`zarrtrace.extraction.prepare`; weights are not needed.
     """
+    job = expected(job)
     dense, disk, record, stored = 0, 0.0, 0, 0
     for prompt in job.prompts:
         shape = job.shape(prompt)

@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, wraps
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, get_args
+from functools import cached_property, wraps
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 from zarrtrace import demo
-from zarrtrace.errors import ConfigError, install_command
+from zarrtrace.errors import ConfigError
+from zarrtrace.extraction.answers import expected_prompts
+from zarrtrace.extraction.configuration import library_versions, run_config
 from zarrtrace.extraction.layers import choose_layers
+from zarrtrace.extraction.options import (
+    NOTHING_LOADED,
+    Loaded,
+    Options,
+    StoredDtype,
+    find_scenarios,
+)
+from zarrtrace.extraction.packages import capture_package
 from zarrtrace.extraction.processes import FEW_TRACES, WriterPool
 from zarrtrace.extraction.reading_ahead import ReadAhead, weight_files
+from zarrtrace.extraction.sae_sources import (
+    SAEs,
+    begins_with_bos,
+    find_saes,
+    hooks_of,
+    sae_source,
+)
 from zarrtrace.format.attributes import (
     ModelAttributes,
-    SAEAttributes,
     TraceAttributes,
     ranges,
 )
 from zarrtrace.format.layout import TraceShape
 from zarrtrace.hub import cache_if_unreachable
 from zarrtrace.records import TracePlan
-from zarrtrace.scenarios import Scenario, ScenarioStream, stream, suite_attributes
-from zarrtrace.scenarios.positions import Positions, as_json, as_text, check_spans, positions_of
+from zarrtrace.scenarios import Scenario
+from zarrtrace.scenarios.positions import Positions, as_text, positions_of
 
 if TYPE_CHECKING:  # they import torch
     from zarrtrace.capture import CaptureLimits, LoadedModel, Prompt
@@ -35,141 +48,8 @@ if TYPE_CHECKING:  # they import torch
 
 #: What the embedded model is called in a trace.
 DEMO_MODEL = "zarrtrace-demo"
-#: How to ask for the embedded model and its SAEs, and for the embedded scenarios.
-DEMO, SLOT_MACHINE = "demo", "slot-machine"
-
-_LIBRARIES = ("zarrtrace", "numpy", "sae-lens", "torch", "transformers", "zarr")
 
 P = ParamSpec("P")
-SAEs = dict[int, tuple[SAEAttributes, ...]]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-StoredDtype = Literal["float32", "float16"]
-AttentionCapture = Literal["auto", "whole", "blocked"]
-# Options that take one of a few words.
-_CHOICES = {
-    "dtype": Dtype,
-    "attention_capture": AttentionCapture,
-    "attention_dtype": StoredDtype,
-    "feature_dtype": StoredDtype,
-    "residual_dtype": StoredDtype,
-}
-
-
-@dataclass(frozen=True)
-class Options:
-    """What to extract.
-
-    Without `model` and `scenarios` the embedded model runs over the embedded scenarios. One of the
-    two without the other is refused.
-
-    Attributes
-    ----------
-    model, revision, trust_remote_code
-        The language model; ``"demo"`` is the embedded one.
-    sae_release, sae_ids, sae_path
-        The SAEs: a release that sae-lens knows with optional patterns of ids, or a folder.
-    fold_decoder_norm
-        Whether activations are scaled to decoder directions of norm 1.
-    layers
-        Indices of decoder blocks. None is all, with features all that have an SAE; of the embedded
-        model, 1 to 31.
-    layer_start, layer_end
-        First and last block, instead of `layers`; None is the model's own.
-    features, attention, residual
-        What to store. `residual` is the residual stream at the hook point that the SAEs of
-        ``features`` read, without SAEs the output of each block.
-    scenarios
-        What :func:`zarrtrace.scenarios.stream` takes; ``"slot-machine"`` is the embedded
-        suite.
-    only
-        Names of scenarios; empty means all.
-    device, dtype
-        Where and how the model computes.
-    batch_size
-        Scenarios in one forward pass; None chooses from memory: 1 on a CPU.
-    positions
-        Token positions to store: ``"all"``, ``"last"``, ``"spans"`` (those of any span), names of
-        spans, or integers, negative ones from the end.
-    attention_positions
-        Those of `positions` whose rows of attention are stored; None for all of them.
-    attention_capture
-        ``"whole"`` takes attention as transformers' eager implementation makes it; ``"blocked"``
-        block of queries by block, so that no whole matrix is held; ``"auto"`` the latter only
-        where a matrix is large.
-    attention_dtype
-        None stores losslessly what the model computed; float16 makes 0 of weights below 3e-8.
-    attention_keepbits
-        Bits of the mantissa of attention to keep, 1 to 23 (10 for float16); None for all.
-    feature_dtype
-        Precision in which features are stored. Activations too large for it are refused; those too
-        small for it become its smallest number, so that a feature that fires is not stored as 0.
-    residual_dtype
-        Precision in which the residual stream is stored; values too large for it are refused.
-    prepend_bos
-        None does as the SAEs were trained, else if the tokenizer has a BOS token; of messages, as
-        the chat template does.
-    generation_prompt
-        Whether chat templates begin the assistant's next message, for scenarios with messages that
-        do not say it.
-    low_memory
-        Whether decoder blocks stay in host memory and come to the device one at a time.
-    """
-
-    model: str | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
-    sae_release: str | None = None
-    sae_ids: tuple[str, ...] = ()
-    sae_path: Path | None = None
-    fold_decoder_norm: bool = False
-    layers: tuple[int, ...] | None = None
-    layer_start: int | None = None
-    layer_end: int | None = None
-    features: bool = True
-    attention: bool = True
-    residual: bool = False
-    scenarios: object = None
-    only: tuple[str, ...] = ()
-    device: str = "cpu"
-    dtype: Dtype = "auto"
-    batch_size: int | None = None
-    positions: Positions = "all"
-    attention_positions: Positions | None = None
-    attention_capture: AttentionCapture = "auto"
-    attention_dtype: StoredDtype | None = None
-    attention_keepbits: int | None = None
-    feature_dtype: StoredDtype = "float32"
-    residual_dtype: StoredDtype = "float32"
-    prepend_bos: bool | None = None
-    generation_prompt: bool = True
-    low_memory: bool = False
-
-    @property
-    def own_model(self) -> str | None:
-        """Name or folder of the model; None for the embedded one."""
-        return None if self.model == DEMO else self.model
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """Objects that the caller has loaded, instead of names.
-
-    Attributes
-    ----------
-    model
-        A model of transformers, borrowed while the job runs; :attr:`Options.model` is its name.
-    tokenizer
-        Used instead of the model's own.
-    saes
-        What :class:`zarrtrace.capture.loaded_saes.LoadedSAEs` takes.
-    """
-
-    model: Any = None
-    tokenizer: Any = None
-    saes: Any = None
-
-
-_NOTHING = Loaded()
 
 
 @dataclass(frozen=True)
@@ -183,7 +63,7 @@ class Job:
     model
         The language model; without weights if it was prepared so.
     prompts
-        Tokenised scenarios.
+        Tokenised scenarios, in the end with their continuations.
     layers
         Ascending indices of decoder blocks.
     source, saes
@@ -343,9 +223,13 @@ class Job:
                 block = type(self.model.blocks[layer]).__name__
                 reason = f"{block} mixes tokens without attention probabilities"
                 reasons.setdefault(reason, []).append(layer)
-        chat = prompt.scenario.chat
+        chat, continued = prompt.scenario.chat, prompt.continued
+        name = prompt.scenario.name if continued is None else continued.prompt.scenario.name
         return TraceAttributes(
-            scenario=prompt.scenario.name,
+            scenario=name,
+            repeat=None if continued is None else continued.repeat,
+            generation=None if continued is None else continued.generation,
+            choice=None if continued is None else continued.choice,
             prompt=prompt.scenario.prompt,
             chat=None if chat is None else chat.attributes,
             tags=tuple(prompt.scenario.tags),
@@ -379,16 +263,6 @@ def _count(positions: tuple[int, ...] | None) -> int | None:
     return None if positions is None else len(positions)
 
 
-@cache
-def _versions() -> tuple[tuple[str, str], ...]:
-    return tuple((name, importlib.metadata.version(name)) for name in _LIBRARIES)
-
-
-def library_versions() -> dict[str, str]:
-    """Return the versions of the libraries that decide what is stored."""
-    return dict(_versions())
-
-
 def _asking_hub(
     function: Callable[Concatenate[Options, P], Job],
 ) -> Callable[Concatenate[Options, P], Job]:
@@ -409,7 +283,7 @@ def prepare(
     options: Options,
     *,
     scenarios: Sequence[Scenario] | None = None,
-    loaded: Loaded = _NOTHING,
+    loaded: Loaded = NOTHING_LOADED,
     weights: bool = True,
     progress: bool = True,
     pool: WriterPool | None = None,
@@ -449,17 +323,17 @@ def prepare(
     capture.hide_progress(downloads=not progress)
     # All that can be wrong is found out before the weights are read, which takes minutes.
     model = _load_model(options, loaded, capture, weights=False)
-    source = _sae_source(options, loaded) if options.features else None
+    source = sae_source(options, loaded) if options.features else None
     if pool and model.device.type != "cpu" and len(scenarios) >= FEW_TRACES:
         pool.start(len(scenarios))
     layers, notes = choose_layers(options, len(model.blocks), source)
-    saes = {} if source is None else _find_saes(source, layers, model)
+    saes = {} if source is None else find_saes(source, layers, model)
     without = [layer for layer in layers if saes and layer not in saes]
     if without:
         notes += (f"layers {ranges(without)} have no SAE: they are stored without features",)
     if ahead and source is not None:
         ahead.add(source.stretches([sae for found in saes.values() for sae in found]))
-    prepend_bos = _prepend_bos(options, model, source)
+    prepend_bos = begins_with_bos(options, model, source)
     prompts = tuple(tokenized(options, model, scenarios, prepend_bos=prepend_bos))
     notes += _bos_notes(source, prompts, model.tokenizer.bos_token_id)
     if loaded.tokenizer is not None:
@@ -468,7 +342,10 @@ def prepare(
         if loaded.model is None:
             model = _load_model(options, loaded, capture, weights=True)
         model = capture.probe_model(model)
-        capture.check_additions(model, _kinds(saes))
+        capture.check_additions(model, hooks_of(saes))
+        if options.generate is not None:
+            capture.check_context(model, prompts, options.generate)
+            model = capture.probe_generation(model)
     model = replace(model, limits=limits) if limits else model
     job = _assembled(options, model, layers, source, saes, prompts, prepend_bos=prepend_bos)
     return replace(job, notes=notes)
@@ -532,10 +409,12 @@ def _assembled(
     prepend_bos: bool,
 ) -> Job:
     capture = capture_package()
-    lengths = [len(prompt.tokens.ids) for prompt in prompts]
+    more = 0 if options.generate is None else options.generate.tokens
+    lengths = [len(prompt.tokens.ids) + more for prompt in prompts]
     batch_size = capture.choose_batch_size(model, lengths, options.batch_size)
     blocked = _blocked(options, model, prompts)
     model = capture.renamed(model, options.own_model or DEMO_MODEL, prepend_bos=prepend_bos)
+    settings = capture.settings_fingerprint(model.model.config)
     job = Job(
         options=options,
         model=model,
@@ -545,9 +424,12 @@ def _assembled(
         saes=saes,
         blocked=blocked,
         batch_size=batch_size,
-        config=_config(options, model, layers, saes, prompts, batch_size),
+        config=run_config(options, model, layers, saes, prompts, batch_size, settings),
     )
     _ = job.residual  # refuses SAEs that read different places
+    if (sampling := options.generate) is not None:
+        capture.check_context(model, prompts, sampling)
+        prompts = tuple(expected_prompts(model, prompts, sampling, 1))
     for prompt in prompts:
         job.shape(prompt)  # refuses positions that a prompt does not have
     return job
@@ -579,255 +461,3 @@ def _load_model(options: Options, loaded: Loaded, capture: Any, *, weights: bool
         low_memory=options.low_memory,
     )
     return model
-
-
-def capture_package() -> Any:
-    """Return :mod:`zarrtrace.capture`, which needs torch.
-
-    Raises
-    ------
-    ConfigError
-        If the extra ``extract`` is not installed.
-    """
-    # Torch's threads spin while they wait for each other, and take the cores from the writers;
-    # read once, when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
-    # On a GPU: memory that one size of tensors leaves is used for others.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    try:
-        from zarrtrace import capture  # noqa: PLC0415 -- torch takes seconds
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"extracting needs {error.name}, which is not installed",
-            why="Reading and analysing work without torch, so it is an extra.",
-            remedy=install_command("extract"),
-        ) from error
-    return capture
-
-
-def _check(options: Options, loaded: Loaded) -> None:
-    _check_presence(options)
-    for name, kind in _CHOICES.items():
-        value = getattr(options, name)
-        if value is not None and value not in get_args(kind):
-            raise ConfigError(
-                f"--{name.replace('_', '-')} {value}",
-                remedy=f"Give one of {', '.join(get_args(kind))}.",
-            )
-    if not (options.attention or options.features or options.residual):
-        raise ConfigError(
-            "--no-attention and --no-features leave nothing to extract",
-            remedy="Drop one of the two, or add --residual.",
-        )
-    _check_layers(options)
-    _check_saes(options, loaded)
-    bits = 10 if options.attention_dtype == "float16" else 23
-    if options.attention_keepbits is not None and not 1 <= options.attention_keepbits <= bits:
-        raise ConfigError(
-            f"--attention-keepbits {options.attention_keepbits}",
-            why=f"The mantissa of what is stored has {bits} bits.",
-            remedy=f"Give 1 to {bits}.",
-        )
-    if options.batch_size is not None and options.batch_size < 1:
-        raise ConfigError(f"--batch-size {options.batch_size}", remedy="Give 1 or more.")
-    if options.attention_positions is not None and not options.attention:
-        raise ConfigError(
-            "--attention-positions with --no-attention",
-            why="No attention is stored.",
-            remedy="Leave one of the two out; --positions chooses for all arrays.",
-        )
-
-
-def _check_presence(options: Options) -> None:
-    """Refuse a model without scenarios, and scenarios without a model."""
-    if options.model is not None and options.scenarios is None:
-        raise ConfigError(
-            f"no scenarios given for {options.model}",
-            why="The embedded ten are prompts of one experiment, a slot machine.",
-            remedy="Give your own prompts (--scenarios FILE; in Python, the second argument), or "
-            f"ask for the embedded ones by name: {SLOT_MACHINE}.",
-        )
-    if options.scenarios is not None and options.model is None:
-        raise ConfigError(
-            "no model given for these scenarios",
-            why="The embedded model is for demonstrations: it was trained on the embedded "
-            "scenarios alone.",
-            remedy=f"Give --model (in Python, model), or ask for the embedded one: {DEMO}.",
-        )
-
-
-def _check_layers(options: Options) -> None:
-    start, end = options.layer_start, options.layer_end
-    if options.layers is not None and (start, end) != (None, None):
-        raise ConfigError(
-            "--layers, and --layer-start or --layer-end, both choose layers",
-            remedy="Give one of the two.",
-        )
-    if start is not None and end is not None and end < start:
-        raise ConfigError(
-            f"--layer-end {end} is before --layer-start {start}",
-            remedy="Exchange the two.",
-        )
-
-
-def _check_saes(options: Options, loaded: Loaded) -> None:
-    if loaded.saes is not None:
-        if options.fold_decoder_norm:
-            raise ConfigError(
-                "--fold-decoder-norm with SAEs in memory",
-                why="They are used as they are.",
-                remedy="Call their method fold_W_dec_norm() before.",
-            )
-        return
-    if options.sae_release and options.sae_path:
-        raise ConfigError(
-            "--sae-release and --sae-path both say where SAEs come from",
-            remedy="Give one of the two.",
-        )
-    if options.sae_ids and not options.sae_release:
-        raise ConfigError(
-            "--sae-id chooses from a release, and none is given", remedy="Add --sae-release."
-        )
-    if options.own_model and options.features and not (options.sae_release or options.sae_path):
-        raise ConfigError(
-            f"no SAEs given for {options.model}",
-            why="Features need SAEs that were trained on this model.",
-            remedy="Add --sae-release or --sae-path (in Python, saes), or use --no-features "
-            "(features=False).",
-        )
-
-
-def find_scenarios(options: Options, loaded: Loaded = _NOTHING) -> tuple[Scenario, ...]:
-    """Read the scenarios that options name; the options are checked by themselves before.
-
-    Raises
-    ------
-    ConfigError, ScenarioError
-        If options contradict each other, or a scenario cannot be used.
-    """
-    _check(options, loaded)
-    chosen = tuple(stream(_given(options)).only(options.only))
-    check_spans(options.positions, chosen, "--positions")
-    check_spans(options.attention_positions, chosen, "--attention-positions")
-    return chosen
-
-
-def find_stream(options: Options, loaded: Loaded = _NOTHING) -> ScenarioStream:
-    """Return the scenarios that options name, for a table: as a stream.
-
-    Raises
-    ------
-    ConfigError, ScenarioError
-        As for :func:`find_scenarios`.
-    """
-    _check(replace(options, attention=False), loaded)
-    scenarios = stream(_given(options)).only(options.only)
-    check_spans(options.positions, scenarios, "--positions")
-    return scenarios
-
-
-def stated_by_suite(options: Options) -> dict[str, Any]:
-    """Return attributes of the run that the suite file states: its bands of layers."""
-    return suite_attributes(_given(options))
-
-
-def _given(options: Options) -> Any:
-    given = options.scenarios
-    is_name = isinstance(given, str | Path) and str(given) == SLOT_MACHINE
-    return demo.suite_path() if given is None or is_name else given
-
-
-def _sae_source(options: Options, loaded: Loaded) -> SAESource:
-    if loaded.saes is not None:
-        from zarrtrace.capture.loaded_saes import LoadedSAEs  # noqa: PLC0415 -- takes seconds
-
-        return LoadedSAEs(loaded.saes)
-    from zarrtrace.capture.saes import FolderSAEs, ReleaseSAEs  # noqa: PLC0415
-
-    if options.sae_release:
-        return ReleaseSAEs(
-            options.sae_release, options.sae_ids, fold_decoder_norm=options.fold_decoder_norm
-        )
-    return FolderSAEs(
-        options.sae_path or demo.sae_path(), fold_decoder_norm=options.fold_decoder_norm
-    )
-
-
-def _find_saes(source: SAESource, layers: Sequence[int], model: LoadedModel) -> SAEs:
-    from zarrtrace.capture.saes import check_fit  # noqa: PLC0415
-
-    found: SAEs = source.find(layers)
-    check_fit(found, model)
-    return found
-
-
-def _kinds(saes: SAEs) -> set[tuple[int, str]]:
-    """Layers and hook points that SAEs read."""
-    return {(sae.layer, sae.hook_name) for found in saes.values() for sae in found}
-
-
-def _prepend_bos(options: Options, model: LoadedModel, source: SAESource | None) -> bool:
-    if options.prepend_bos is not None:
-        return options.prepend_bos
-    trained = None if source is None else source.prepend_bos
-    return model.tokenizer.bos_token_id is not None if trained is None else bool(trained)
-
-
-def _config(
-    options: Options,
-    model: LoadedModel,
-    layers: Sequence[int],
-    saes: SAEs,
-    prompts: Sequence[Prompt],
-    batch_size: int,
-) -> dict[str, Any]:
-    """Everything that decides what is stored, as JSON."""
-    attributes = model.attributes
-    return {
-        "model": attributes.id,
-        "revision": attributes.revision,
-        "model_fingerprint": attributes.fingerprint,
-        "model_settings": capture_package().settings_fingerprint(model.model.config),
-        "dtype": attributes.dtype,
-        "prepend_bos": attributes.prepend_bos,
-        "device": model.device.type,
-        "batch_size": batch_size,
-        "positions": as_json(options.positions),
-        "attention_positions": as_json(options.attention_positions),
-        "attention_capture": options.attention_capture,
-        "layers": ranges(layers),
-        "attention": options.attention,
-        "attention_dtype": options.attention_dtype,
-        "attention_keepbits": options.attention_keepbits,
-        "features": options.features,
-        "feature_dtype": options.feature_dtype,
-        "residual": options.residual,
-        "residual_dtype": options.residual_dtype,
-        "sae_release": options.sae_release,
-        "saes": {
-            sae.id: sae.fingerprint or sae.revision for found in saes.values() for sae in found
-        },
-        "sae_dtype": sorted({sae.dtype for found in saes.values() for sae in found}),
-        "fold_decoder_norm": options.fold_decoder_norm,
-        "prompts": {prompt.scenario.name: prompt_digest(prompt) for prompt in prompts},
-        "versions": library_versions(),
-    }
-
-
-def prompt_digest(prompt: Prompt) -> str:
-    """Hash a scenario, and what the tokenizer makes of it."""
-    scenario = prompt.scenario
-    content = [
-        scenario.prompt,
-        sorted(scenario.spans.items()),
-        list(scenario.tags),
-        sorted(scenario.options.items()),
-        sorted((name, repr(value)) for name, value in scenario.metadata.items()),
-        list(prompt.tokens.ids),
-        list(prompt.tokens.texts),
-        sorted((name, span.tokens) for name, span in prompt.spans.items()),
-        sorted((name, option.token_id) for name, option in prompt.options.items()),
-        scenario.chat and (scenario.chat.template, scenario.chat.generation_prompt),
-    ]
-    return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()

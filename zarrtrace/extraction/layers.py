@@ -9,7 +9,7 @@ from zarrtrace.errors import ConfigError
 from zarrtrace.format.attributes import ranges
 
 if TYPE_CHECKING:
-    from zarrtrace.extraction.job import Options
+    from zarrtrace.extraction.options import Options
 
 # SAEs of larger models than this are not looked for.
 _MOST_BLOCKS = 1000

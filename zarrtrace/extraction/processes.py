@@ -139,7 +139,7 @@ class WriterProcesses:
         self._queues: list[SimpleQueue[Record | None]] = [SimpleQueue() for _ in range(count)]
         self._failed: list[BaseException] = []
         each = min(together, _TOGETHER, -(-len(traces.each) // count))
-        names = [one.attributes.scenario for one in traces.each]
+        names = [one.attributes.name for one in traces.each]
         self._at = {name: number // each % count for number, name in enumerate(names)}
         self.lacks: Mapping[str, Lack] = self._open(traces)
         self._threads = [
@@ -150,7 +150,7 @@ class WriterProcesses:
     def _open(self, traces: Traces) -> dict[str, Lack]:
         try:
             for at, process in enumerate(self._processes):
-                mine = [one for one in traces.each if self._at[one.attributes.scenario] == at]
+                mine = [one for one in traces.each if self._at[one.attributes.name] == at]
                 process.send(replace(traces, each=mine))
             found = [process.answer() for process in self._processes]
         except BaseException:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
@@ -51,6 +52,81 @@ class Watch(Protocol):
         ...
 
 
+class GenerationProgress:
+    """Continuations on stderr: a bar, or a line now and then; and the time they take.
+
+    A context manager; an interruption that leaves it says how many there were.
+
+    Parameters
+    ----------
+    total
+        How many are asked for; 0 shows nothing.
+    shown
+        In which form.
+    """
+
+    def __init__(self, total: int, shown: Shown) -> None:
+        self._total, self._done, self.seconds = total, 0, 0.0
+        self._started = self._said = time.monotonic()
+        self._lines = shown == "lines" and total > 0
+        self._bar = _bar()(
+            total=total,
+            desc="continuations",
+            unit="continuation",
+            disable=shown != "bars" or not total,
+            file=sys.stderr,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def found(self, done: int) -> None:
+        """Count out continuations that an earlier process generated."""
+        self._done += done
+        if not self._bar.disable:
+            self._bar.initial += done  # no part of the rate
+        self._bar.update(done)
+
+    def update(self, done: int) -> None:
+        """Count continuations that were generated."""
+        self._done += done
+        self._bar.update(done)
+        if self._lines and time.monotonic() - self._said > _SECONDS_A_LINE:
+            self._said = time.monotonic()
+            sys.stderr.write(f"zarrtrace: {self}\n")
+
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[None]:
+        """Add what happens to the time that continuations take."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds += time.monotonic() - started
+
+    @property
+    def share(self) -> str:
+        """How much of the time since the beginning continuations took; empty if there are none."""
+        if not self._total:
+            return ""
+        share = self.seconds / max(time.monotonic() - self._started, 1e-9)
+        return f"{share:.0%} of the time in generate".replace("%", " %")
+
+    def __str__(self) -> str:
+        """Say how many continuations there are."""
+        return f"{self._done:,} of {self._total:,} continuations"
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.close()
+        if kind is KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped after {self}") from None
+
+
 class Progress:
     """Layers of all scenarios, and scenarios, on stderr: two bars, or a line now and then.
 
@@ -62,10 +138,17 @@ class Progress:
         By scenario, how many layers it has.
     shown
         In which form.
+    generation
+        The continuations that were generated before.
     """
 
-    def __init__(self, layers: Mapping[str, int], shown: Shown) -> None:
-        self._mutex = threading.Lock()
+    def __init__(
+        self,
+        layers: Mapping[str, int],
+        shown: Shown,
+        generation: GenerationProgress | None = None,
+    ) -> None:
+        self._mutex, self._generation, self._shown = threading.Lock(), generation, shown
         self._lines, self._said = shown == "lines", time.monotonic()
         self._missing = dict(layers)
         self._found: set[str] = set()
@@ -129,7 +212,7 @@ class Progress:
         """Say how far the run is; layers are those that this command was to store."""
         return (
             f"{self._stored} of {self._layers} layers, {len(self._complete)} of "
-            f"{len(self._missing)} scenarios"
+            f"{len(self._missing)} scenarios{_and_share(self._generation)}"
         )
 
     def __exit__(
@@ -140,8 +223,14 @@ class Progress:
     ) -> None:
         self._scenario_bar.close()
         self._layer_bar.close()
+        if kind is None and self._shown and self._generation and self._generation.share:
+            sys.stderr.write(f"zarrtrace: {self}\n")
         if kind is KeyboardInterrupt:
             raise KeyboardInterrupt(f"stopped after {self}") from None
+
+
+def _and_share(generation: GenerationProgress | None) -> str:
+    return f"; {generation.share}" if generation is not None and generation.share else ""
 
 
 class SampleProgress:
@@ -155,10 +244,19 @@ class SampleProgress:
         How many the table has, and how many were stored before.
     shown
         In which form.
+    generation
+        The continuations that were generated before.
     """
 
-    def __init__(self, samples: int, done: int, shown: Shown) -> None:
+    def __init__(
+        self,
+        samples: int,
+        done: int,
+        shown: Shown,
+        generation: GenerationProgress | None = None,
+    ) -> None:
         self._samples, self._done = samples, done
+        self._generation, self._shown = generation, shown
         self._lines, self._said = shown == "lines", time.monotonic()
         self._bar = _bar()(
             total=samples,
@@ -182,7 +280,7 @@ class SampleProgress:
 
     def __str__(self) -> str:
         """Say how far the table is."""
-        return f"{self._done:,} of {self._samples:,} samples"
+        return f"{self._done:,} of {self._samples:,} samples{_and_share(self._generation)}"
 
     def __exit__(
         self,
@@ -191,5 +289,7 @@ class SampleProgress:
         traceback: TracebackType | None,
     ) -> None:
         self._bar.close()
+        if kind is None and self._shown and self._generation and self._generation.share:
+            sys.stderr.write(f"zarrtrace: {self}\n")
         if kind is KeyboardInterrupt:
             raise KeyboardInterrupt(f"stopped after {self}") from None

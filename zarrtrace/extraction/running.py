@@ -14,18 +14,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from zarrtrace.errors import IntegrityError, NoSpaceError, readable
+from zarrtrace.extraction.continuations import trace_names, with_continuations
 from zarrtrace.extraction.estimate import estimate
 from zarrtrace.extraction.interrupts import held_back
-from zarrtrace.extraction.job import (
-    Job,
-    Loaded,
-    Options,
-    capture_package,
-    prepare,
-    stated_by_suite,
-)
+from zarrtrace.extraction.job import Job, prepare
+from zarrtrace.extraction.options import NOTHING_LOADED, Loaded, Options, stated_by_suite
+from zarrtrace.extraction.packages import capture_package
 from zarrtrace.extraction.processes import FEW_TRACES, WriterPool, WriterProcesses
-from zarrtrace.extraction.progress import Progress, Shown, Watch, say
+from zarrtrace.extraction.progress import GenerationProgress, Progress, Shown, Watch, say
 from zarrtrace.extraction.writers import (
     THREADS,
     Lack,
@@ -36,13 +32,18 @@ from zarrtrace.extraction.writers import (
 )
 from zarrtrace.hub import cache_if_unreachable
 from zarrtrace.storage import Address, Location, locate
-from zarrtrace.store import RunWriter, read_run, refuse_foreign, refuse_kind, wait_for_writers
+from zarrtrace.store import (
+    RunWriter,
+    read_run,
+    refuse_foreign,
+    refuse_kind,
+    remove_continuations,
+    wait_for_writers,
+)
 
 if TYPE_CHECKING:
     from zarrtrace.capture import Prompt
     from zarrtrace.scenarios import Scenario
-
-_NOTHING = Loaded()
 
 #: How long to wait for a worker that was given up, and still writes what is to be done again.
 SECONDS_GIVEN_UP = 600
@@ -53,7 +54,7 @@ def extract_run(
     options: Options | None = None,
     *,
     scenarios: Sequence[Scenario] | None = None,
-    loaded: Loaded = _NOTHING,
+    loaded: Loaded = NOTHING_LOADED,
     overwrite: bool = False,
     repair: bool = False,
     allow_nonfinite: bool = False,
@@ -119,7 +120,8 @@ def extract_run(
             pool=pool,
         )
         say(job.notes, progress)
-        layers = {prompt.scenario.name: len(job.layers) for prompt in job.prompts}
+        layers = dict.fromkeys(trace_names(job), len(job.layers))
+        generated = len(layers) if job.options.generate else 0
         with (
             saying_how_much_room(estimate(job).disk_bytes),
             RunWriter(
@@ -131,11 +133,14 @@ def extract_run(
                 repair=repair,
                 accept_versions=accept_versions,
             ) as run,
-            Progress(layers, progress) as bars,
         ):
             wait_for_writers(run.path, seconds=SECONDS_GIVEN_UP)
-            fill(run.path, job, bars, pool, repair=repair, allow_nonfinite=allow_nonfinite)
-            run.finish()
+            with GenerationProgress(generated, progress) as generation:
+                job = with_continuations(job, output, run.path, generation)
+            with Progress(layers, progress, generation) as bars:
+                fill(run.path, job, bars, pool, repair=repair, allow_nonfinite=allow_nonfinite)
+                run.finish()
+            remove_continuations(output)
     return output
 
 

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from zarrtrace.errors import ConfigError, ScenarioError
-from zarrtrace.scenarios import DECISION
+from zarrtrace.scenarios import DECISION, Scenario, trace_name
 
 if TYPE_CHECKING:
     from zarrtrace.capture import Prompt
@@ -45,7 +45,7 @@ class Survey:
     spans, options, metadata
         Names that occur, in order of first use; ``decision`` last.
     longest
-        Most tokens of a prompt.
+        Most tokens that a prompt has, or may have with a continuation.
     tokens
         Number of each scenario's first token among those of all, and of all tokens last.
     ids
@@ -76,15 +76,23 @@ class Survey:
         return int(self.starts[-1])
 
     def chosen(self, first: int, stop: int) -> list[tuple[str, list[int], tuple[int, ...]]]:
-        """Return name, ids of all tokens and positions of the samples of some scenarios."""
+        """Return name, ids of all tokens and positions of the samples of some scenarios.
+
+        A repeat of a scenario is named as a trace is.
+        """
         start, end = (int(self.tokens[at]) for at in (first, stop))
         self.ids.seek(_ID_BYTES * start)
         ids = np.frombuffer(self.ids.read(_ID_BYTES * (end - start)), np.uint32)
         of_each = np.split(ids, self.tokens[first + 1 : stop] - start)
-        names, positions = self.coordinates["scenario"], self.coordinates["position"]
+        positions, repeats = self.coordinates["position"], self.coordinates.get("repeat")
+        names = self.coordinates["scenario"]
         rows = [slice(*edges) for edges in itertools.pairwise(self.starts[first : stop + 1])]
         return [
-            (names[row.start], own.tolist(), tuple(positions[row].tolist()))
+            (
+                trace_name(names[row.start], None if repeats is None else int(repeats[row.start])),
+                own.tolist(),
+                tuple(positions[row].tolist()),
+            )
             for row, own in zip(rows, of_each, strict=True)
         ]
 
@@ -126,6 +134,10 @@ class _Samples:
     special: array[int] = field(default_factory=lambda: array("b"))
     span: list[str] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
+    # Of continuations; empty if there are none.
+    repeat: array[int] = field(default_factory=lambda: array("q"))
+    generated: array[int] = field(default_factory=lambda: array("b"))
+    choice: list[str] = field(default_factory=list)
     options: dict[str, array[int]] = field(default_factory=dict)
     # One value a scenario; several samples share it.
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -167,7 +179,7 @@ def survey(
         spans |= dict.fromkeys(prompt.spans)
         if (chat := prompt.scenario.chat) is not None:
             template = chat.template
-        longest = max(longest, len(prompt.tokens.ids))
+        longest = max(longest, _most_tokens(prompt))
         tokens.append(tokens[-1] + len(prompt.tokens.ids))
         ids.write(np.asarray(prompt.tokens.ids, np.uint32).tobytes())
         hashes.update(digest(prompt).encode())
@@ -189,9 +201,21 @@ def survey(
     )
 
 
-def _add(found: _Samples, prompt: Prompt, where: Sequence[int], texts: dict[str, str]) -> None:
-    """Add the samples of one scenario."""
-    scenario, tokens = prompt.scenario, prompt.tokens
+def _most_tokens(prompt: Prompt) -> int:
+    """Return how many tokens a prompt has, or may have with another continuation."""
+    if (continued := prompt.continued) is None:
+        return len(prompt.tokens.ids)
+    return continued.generation.prompt_tokens + continued.generation.tokens
+
+
+def _tags_of(scenario: Scenario) -> str:
+    """Return the tags of a scenario as one text.
+
+    Raises
+    ------
+    ScenarioError
+        If one holds a comma.
+    """
     for tag in scenario.tags:
         if "," in tag:
             raise ScenarioError(
@@ -199,11 +223,22 @@ def _add(found: _Samples, prompt: Prompt, where: Sequence[int], texts: dict[str,
                 why="A table keeps the tags of a scenario as one text with commas between them.",
                 remedy="Choose another tag.",
             )
-    tags = ",".join(scenario.tags)
+    return ",".join(scenario.tags)
+
+
+def _add(found: _Samples, prompt: Prompt, where: Sequence[int], texts: dict[str, str]) -> None:
+    """Add the samples of one scenario."""
+    scenario, tokens = prompt.scenario, prompt.tokens
+    tags, continued = _tags_of(scenario), prompt.continued
+    name = scenario.name if continued is None else continued.prompt.scenario.name
+    if continued is not None:
+        found.choice += [continued.choice or ""] * len(where)
+        found.generated.extend(at >= continued.generation.prompt_tokens for at in where)
+        found.repeat.extend([continued.repeat] * len(where) if continued.repeat is not None else ())
     before = len(found.position)
     for at in where:
-        names = ",".join(name for name, span in prompt.spans.items() if at in span.tokens)
-        found.scenario.append(scenario.name)
+        names = ",".join(one for one, span in prompt.spans.items() if at in span.tokens)
+        found.scenario.append(name)
         found.position.append(at)
         found.token.append(texts.setdefault(tokens.texts[at], tokens.texts[at]))
         found.token_id.append(tokens.ids[at])
@@ -236,6 +271,11 @@ def _coordinates(found: _Samples, counts: np.ndarray) -> dict[str, np.ndarray]:
     }
     if len(found.special) < len(found.position):
         del out["special"]
+    if found.repeat:
+        out["repeat"] = np.asarray(found.repeat)
+    if found.choice:
+        out["generated"] = np.asarray(found.generated).astype(bool)
+        out["choice"] = np.array(found.choice, object)
     for name, ids in found.options.items():
         out[f"option_{name}"] = np.asarray(ids)
     for name, values in found.metadata.items():

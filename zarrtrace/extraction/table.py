@@ -17,40 +17,43 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from zarrtrace.errors import ConfigError, ModelError
+from zarrtrace.errors import ModelError
+from zarrtrace.extraction.answers import expected_prompts
+from zarrtrace.extraction.configuration import library_versions, prompt_digest
+from zarrtrace.extraction.continuations import continued_stream, expected, settings_of
 from zarrtrace.extraction.estimate import estimate_table
 from zarrtrace.extraction.gathering import Group
 from zarrtrace.extraction.interrupts import held_back
-from zarrtrace.extraction.job import (
-    Job,
-    Loaded,
-    Options,
-    capture_package,
-    library_versions,
-    prepare,
-    prompt_digest,
-    tokenized,
-    with_prompts,
-)
-from zarrtrace.extraction.progress import SampleProgress, Shown, say
+from zarrtrace.extraction.job import Job, prepare, tokenized, with_prompts
+from zarrtrace.extraction.options import NOTHING_LOADED, Loaded, Options
+from zarrtrace.extraction.packages import capture_package
+from zarrtrace.extraction.progress import GenerationProgress, SampleProgress, Shown, say
 from zarrtrace.extraction.running import borrowed, captured, saying_how_much_room
 from zarrtrace.extraction.survey import Survey, survey
 from zarrtrace.extraction.writers import THREADS, Lack
 from zarrtrace.format.attributes import TableAttributes
 from zarrtrace.format.table_layout import TableShape
 from zarrtrace.hub import cache_if_unreachable
+from zarrtrace.identity import refuse_other
 from zarrtrace.memory import release_freed
 from zarrtrace.records import SampleRecord, SampleTokens, TablePlan, Tokens
 from zarrtrace.scenarios.positions import as_text
 from zarrtrace.scenarios.scenario import changed
 from zarrtrace.storage import Address, Location, locate
-from zarrtrace.store import TableWriter, refuse_foreign, refuse_kind
+from zarrtrace.store import (
+    ContinuationFile,
+    TableWriter,
+    read_table,
+    refuse_foreign,
+    refuse_kind,
+    remove_continuations,
+)
+from zarrtrace.store.damage import check_sizes
 
 if TYPE_CHECKING:
     from zarrtrace.capture import Prompt
     from zarrtrace.scenarios import Scenario, ScenarioStream
 
-_NOTHING = Loaded()
 # Scenarios in one forward pass, at most: more are no faster. The blocks' matrices of attention,
 # which are not kept, stay within this many bytes.
 _BATCH_SIZE, _MATRICES = 64, {"cpu": 2**28, "cuda": 2**32}
@@ -98,7 +101,7 @@ class TableJob:
     def plan(self) -> TablePlan:
         """Return everything that is known of the table before its first sample is computed."""
         job, seen = self.job, self.survey
-        trace = job.plan(job.prompts[0]).attributes
+        trace = job.plan(expected(job, 1).prompts[0]).attributes
         same = ["model", "layers", "layers_without_sae", "layers_without_residual"]
         same += ["feature_dtype", "residual_dtype", "residual_hook"]
         attributes = TableAttributes(
@@ -112,7 +115,7 @@ class TableJob:
             config={},
             **{name: getattr(trace, name) for name in same},
         )
-        config = {**job.config, "layout": "table", "prompts": seen.digest}
+        config = _config(job, seen.digest)
         saes = tuple(sae for found in job.saes.values() for sae in found)
         return TablePlan(attributes, self.shape, seen.coordinates, config, saes)
 
@@ -142,7 +145,7 @@ def extract_table(
     options: Options,
     stream: ScenarioStream,
     *,
-    loaded: Loaded = _NOTHING,
+    loaded: Loaded = NOTHING_LOADED,
     overwrite: bool = False,
     repair: bool = False,
     accept_versions: bool = False,
@@ -177,38 +180,34 @@ def extract_table(
         refuse_kind(output, "table", overwrite=overwrite)
     named = options.own_model if loaded.model is None else None
     how = {"overwrite": overwrite, "repair": repair, "accept_versions": accept_versions}
-    with (
-        cache_if_unreachable(named, options.sae_release),
-        borrowed(loaded.model),
-        prepare_table(options, stream, loaded=loaded, progress=progress) as table,
-    ):
-        say(table.job.notes, progress)
-        with (
-            saying_how_much_room(estimate_table(table).disk_bytes),
-            TableWriter(output, table.plan(), **how) as writer,
-            SampleProgress(table.survey.samples, writer.done, progress) as bar,
-        ):
-            _fill(writer, table, bar)
-            writer.finish()
+    with cache_if_unreachable(named, options.sae_release), borrowed(loaded.model):
+        job = _prepared(options, stream, loaded=loaded, weights=True, progress=progress)
+        say(job.notes, progress)
+        total = 0 if options.generate is None else len(stream) * options.generate.samples
+        is_new = overwrite or repair or not total
+        if not is_new and _is_complete(output, job, stream, options, how):
+            return output
+        with contextlib.ExitStack() as stack:
+            with GenerationProgress(total, progress) as generation:
+                prompts = _tokenized(job, stream)
+                if options.generate is not None:
+                    file = ContinuationFile(
+                        output,
+                        settings_of(job.config),
+                        is_first_check=not (overwrite or repair),
+                        accept_versions=accept_versions,
+                    )
+                    kept = stack.enter_context(file)
+                    prompts = continued_stream(job, options.generate, prompts, kept, generation)
+                table = stack.enter_context(surveyed(job, prompts, options.batch_size))
+            stack.enter_context(saying_how_much_room(estimate_table(table).disk_bytes))
+            writer = stack.enter_context(TableWriter(output, table.plan(), **how))
+            shown = SampleProgress(table.survey.samples, writer.done, progress, generation)
+            with shown as bar:
+                _fill(writer, table, bar)
+                writer.finish()
+        remove_continuations(output)
     return output
-
-
-def refuse_for_table(given: Mapping[str, Any]) -> None:
-    """Refuse options that a table does not have; those that were not given are None.
-
-    Raises
-    ------
-    ConfigError
-    """
-    for name in (name for name, value in given.items() if value is not None):
-        why, remedy = "One process writes a table.", "Leave it out."
-        if name.startswith("attention"):
-            why = "A table holds no attention."
-        if name == "allow_nonfinite":
-            why = "In a table, all values of a scenario with NaN or infinity are NaN."
-            remedy = "Leave it out; the table's attribute 'failed' names such scenarios."
-        option = name.replace("_", "-")
-        raise ConfigError(f"--{option} with --layout table", why=why, remedy=remedy)
 
 
 @contextlib.contextmanager
@@ -216,7 +215,7 @@ def prepare_table(
     options: Options,
     stream: ScenarioStream,
     *,
-    loaded: Loaded = _NOTHING,
+    loaded: Loaded = NOTHING_LOADED,
     weights: bool = True,
     progress: Shown = None,
 ) -> Iterator[TableJob]:
@@ -234,6 +233,18 @@ def prepare_table(
     ConfigError, ScenarioError, ModelError, SAEError
         As for :func:`extract_table`.
     """
+    job = _prepared(options, stream, loaded=loaded, weights=weights, progress=progress)
+    prompts = _tokenized(job, stream)
+    if options.generate is not None:
+        prompts = expected_prompts(job.model, prompts, options.generate)
+    with surveyed(job, prompts, options.batch_size) as table:
+        yield table
+
+
+def _prepared(
+    options: Options, stream: ScenarioStream, *, loaded: Loaded, weights: bool, progress: Shown
+) -> Job:
+    """Return a job that holds the first few prompts."""
     job = prepare(
         replace(options, attention=False, batch_size=options.batch_size or _BATCH_SIZE),
         scenarios=list(itertools.islice(stream, _FIRST)),
@@ -245,11 +256,56 @@ def prepare_table(
         job = replace(job, source=capture_package().KeptEncoders(job.source))
     if options.attention:
         job = replace(job, notes=(*job.notes, "a table holds no attention (--no-attention)"))
+    return job
+
+
+@contextlib.contextmanager
+def surveyed(
+    job: Job, prompts: Iterable[Prompt], batch_size: int | None = None
+) -> Iterator[TableJob]:
+    """Look at all prompts once; ids of their tokens are in a temporary file meanwhile.
+
+    Parameters
+    ----------
+    batch_size
+        Scenarios in one forward pass; None chooses.
+    """
     with tempfile.TemporaryFile() as ids:
-        found = survey(_tokenized(job, stream), job.positions, prompt_digest, ids)
-        if options.batch_size is None:
+        found = survey(prompts, job.positions, prompt_digest, ids)
+        if batch_size is None:
             job = _with_batches(job, found.longest)
         yield TableJob(job, found)
+
+
+def _is_complete(
+    output: Location,
+    job: Job,
+    stream: ScenarioStream,
+    options: Options,
+    how: Mapping[str, bool],
+) -> bool:
+    """Whether a complete table holds the continuations already; another one is refused.
+
+    Raises
+    ------
+    ConfigMismatchError
+        If it was started with another configuration.
+    """
+    if options.generate is None or not (output / "zarr.json").is_file():
+        return False
+    found = read_table(output)
+    prompts = expected_prompts(job.model, _tokenized(job, stream), options.generate, 1)
+    with surveyed(job, prompts, options.batch_size) as table:
+        now = _config(table.job, table.survey.digest)
+    accepted = how["accept_versions"]
+    refuse_other(output, found.attributes.config, now, accept_versions=accepted)
+    check_sizes(found)
+    return True
+
+
+def _config(job: Job, digest: str) -> dict[str, Any]:
+    """Return what a resumed table must agree with."""
+    return {**job.config, "layout": "table", "prompts": digest}
 
 
 def _with_batches(job: Job, longest: int) -> Job:

@@ -13,129 +13,30 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from distributed import get_worker
 
 from zarrtrace.errors import ClusterError
+from zarrtrace.extraction.answers import with_continuation
+from zarrtrace.extraction.configuration import library_versions
 from zarrtrace.extraction.estimate import estimate
-from zarrtrace.extraction.job import (
-    Job,
-    Options,
-    capture_package,
-    library_versions,
-    prepare,
-    with_scenarios,
-)
+from zarrtrace.extraction.job import Job, prepare, with_prompts, with_scenarios
+from zarrtrace.extraction.options import Options
+from zarrtrace.extraction.orders import Item, Measured, Order, Settled, Setup
+from zarrtrace.extraction.packages import capture_package
 from zarrtrace.extraction.processes import WriterPool
 from zarrtrace.extraction.running import SECONDS_GIVEN_UP, fill
 from zarrtrace.identity import differences
 from zarrtrace.memory import keep_freed
+from zarrtrace.records import Continuation
 from zarrtrace.scenarios import Scenario
-from zarrtrace.storage import Location
 from zarrtrace.store import only_writer
 
 _SECONDS_A_REPORT = 0.5
 
 #: Layers that a scenario lacks, and whether its trace is complete.
 State = tuple[int, bool]
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What a worker loads once and keeps.
-
-    Attributes
-    ----------
-    options
-        What to extract; the client has read the scenarios.
-    base
-        Where the client runs: relative paths begin there.
-    """
-
-    options: Options
-    base: Path
-
-
-@dataclass(frozen=True)
-class Order:
-    """What all tasks of a run share.
-
-    Attributes
-    ----------
-    run
-        Name of this client's work, under which workers report.
-    setup
-        What to load.
-    folder
-        The run, which the client has created and holds the lock of.
-    batch_size
-        Scenarios in one forward pass.
-    repair, allow_nonfinite
-        As for :func:`zarrtrace.extraction.extract_run`.
-    config
-        What every worker must find: versions, weights and options; without the scenarios.
-    """
-
-    run: str
-    setup: Setup
-    folder: Location
-    batch_size: int
-    repair: bool
-    allow_nonfinite: bool
-    config: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a model's tokenizer makes of some scenarios.
-
-    Attributes
-    ----------
-    tokens
-        Length of each.
-    blocked
-        Those whose attention is computed by blocks of queries.
-    digests
-        What a resumed run compares.
-    disk_bytes
-        Expected size of their traces.
-    worker, config
-        Who says so, and what it would begin a run with, without the scenarios.
-    """
-
-    tokens: Mapping[str, int]
-    blocked: frozenset[str]
-    digests: Mapping[str, str]
-    disk_bytes: int
-    worker: str
-    config: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Settled:
-    """What holds for all scenarios of a run.
-
-    Attributes
-    ----------
-    config
-        What a resumed run must agree with; without the scenarios.
-    batch_size
-        Scenarios in one forward pass.
-    groups
-        Indices of the scenarios that go through the model together.
-    layers
-        How many each scenario has.
-    notes
-        Sentences about what is left out.
-    """
-
-    config: Mapping[str, Any]
-    batch_size: int
-    groups: Sequence[Sequence[int]]
-    layers: int
-    notes: tuple[str, ...]
 
 
 class _Stopped(Exception):  # noqa: N818 -- a request, not an error
@@ -204,10 +105,12 @@ def measure(setup: Setup, scenarios: Sequence[Scenario]) -> Measured:
 
 def settle(setup: Setup, lengths: Sequence[int], alone: Sequence[bool]) -> Settled:
     """Choose the batch size, and group scenarios as a single process does."""
-    capture = capture_package()
+    capture, sampling = capture_package(), setup.options.generate
+    more = 0 if sampling is None else sampling.tokens
     with _held().alone:
         job = _job(setup, ())
-        size = capture.choose_batch_size(job.model, lengths, setup.options.batch_size)
+        most = [length + more for length in lengths]
+        size = capture.choose_batch_size(job.model, most, setup.options.batch_size)
     return Settled(
         config={**job.config, "batch_size": size, "prompts": {}},
         batch_size=size,
@@ -217,31 +120,98 @@ def settle(setup: Setup, lengths: Sequence[int], alone: Sequence[bool]) -> Settl
     )
 
 
+def plan_generation(setup: Setup, lengths: Sequence[int]) -> list[list[tuple[int, int]]]:
+    """Plan batches of continuations of all scenarios, as a single process does."""
+    with _held().alone:
+        job = _job(setup, ())
+        plan: list[list[tuple[int, int]]] = capture_package().plan_batches(
+            job.model, lengths, setup.options.generate
+        )
+    return plan
+
+
+def generate_some(
+    order: Order,
+    scenarios: Sequence[Scenario],
+    requests: Sequence[tuple[int, int]],
+    prompts: Mapping[str, str],
+) -> list[Continuation]:
+    """Generate a batch of continuations.
+
+    Parameters
+    ----------
+    order, prompts
+        As for :func:`extract_some`.
+    scenarios, requests
+        Which scenarios, and of each continuation the index of its scenario and its number.
+    """
+    _check(order)
+    with _held().alone:
+        job = _prepared(order, scenarios, prompts)
+        pairs = [(job.prompts[at], number) for at, number in requests]
+        found: list[Continuation] = capture_package().generate(
+            job.model, pairs, order.setup.options.generate
+        )
+    return found
+
+
+def group_continued(
+    setup: Setup, lengths: Sequence[int], batch_size: int
+) -> Sequence[Sequence[int]]:
+    """Group prompts with continuations of known lengths, as a single process does."""
+    capture = capture_package()
+    with _held().alone:
+        model, mode = _job(setup, ()).model, setup.options.attention_capture
+        alone = [capture.wants_blocks(model, length, mode=mode) for length in lengths]
+    groups: Sequence[Sequence[int]] = capture.grouped(lengths, alone, batch_size)
+    return groups
+
+
+def _prepared(order: Order, scenarios: Sequence[Scenario], prompts: Mapping[str, str]) -> Job:
+    """Return the job for some scenarios, which must be as the client knows them."""
+    job = _job(order.setup, scenarios, order.batch_size)
+    refuse_other_worker(get_worker().address, {**order.config, "prompts": prompts}, job.config)
+    return job
+
+
+def _with_continuations(job: Job, items: Sequence[Item]) -> Job:
+    """Return a job for prompts with their continuations; without any, the same job."""
+    if (sampling := job.options.generate) is None:
+        return job
+    known = {prompt.scenario.name: prompt for prompt in job.prompts}
+    found = [
+        with_continuation(
+            job.model, known[one.scenario.name], one.number, made, sampling, job.options.answer
+        )
+        for one in items
+        if (made := one.continuation) is not None
+    ]
+    return with_prompts(job, tuple(found))
+
+
 def extract_some(
-    order: Order, scenarios: Sequence[Scenario], prompts: Mapping[str, str]
+    order: Order, items: Sequence[Item], prompts: Mapping[str, str]
 ) -> dict[str, State]:
     """Fill the traces of whole groups of scenarios; returns how each is.
 
     Parameters
     ----------
-    order, scenarios
+    order, items
         What to do.
     prompts
         Digests of the scenarios and their tokens, as the run's configuration has them.
     """
     _check(order)
-    names = [scenario.name for scenario in scenarios]
+    names = [one.name for one in items]
+    scenarios = {one.scenario.name: one.scenario for one in items}
     reports = _Reports(order.run)
     with contextlib.suppress(_Stopped), _going(order.run), _held().alone, reports:
         reports.check()
         with only_writer(order.folder, names, seconds=SECONDS_GIVEN_UP):
-            job = _job(order.setup, scenarios, order.batch_size)
-            refuse_other_worker(
-                get_worker().address, {**order.config, "prompts": prompts}, job.config
-            )
+            job = _prepared(order, tuple(scenarios.values()), prompts)
             fill(
                 order.folder,
-                job,
+                _with_continuations(job, items),
                 reports,
                 _held().pool,
                 repair=order.repair,

@@ -98,7 +98,7 @@ class OpenTraces:
     def __init__(self, traces: Traces) -> None:
         self._folder = traces.folder
         self._writers = {
-            plan.attributes.scenario: TraceWriter(
+            plan.attributes.name: TraceWriter(
                 traces.folder,
                 plan,
                 repair=traces.repair,

@@ -21,10 +21,9 @@ from zarrtrace.analysis.selecting import Data, require, span_names, tags, traces
 from zarrtrace.errors import ConfigError, ScenarioError, ZarrtraceError
 from zarrtrace.figures import contrasts, features, flow, heatmaps
 from zarrtrace.figures.drawing import box_of, metadata_of, save
-from zarrtrace.scenarios import DECISION
+from zarrtrace.scenarios import DECISION, chosen_names
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import open_run, read_run
-from zarrtrace.store.open import chosen_names
 from zarrtrace.text import html_text
 
 #: Writes ``done, total``.

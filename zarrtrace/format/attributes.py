@@ -17,6 +17,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PlainSerializer,
     PositiveInt,
@@ -153,6 +154,24 @@ class ChatAttributes(Frozen):
     continued: bool = Field(
         description="Whether the prompt ends within its last message, the assistant's."
     )
+
+
+class GenerationAttributes(Frozen):
+    """How a continuation was generated, and its text."""
+
+    tokens: PositiveInt = Field(description="Number of tokens that were asked for, at most.")
+    temperature: NonNegativeFloat = Field(
+        description="Of sampling; 0 takes the most likely token at each step."
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        description="Sum of the probabilities of the most likely tokens among which one is sampled."
+    )
+    seed: NonNegativeInt
+    samples: PositiveInt = Field(description="Number of repeats of each scenario.")
+    stop: tuple[str, ...] = Field(default=(), description="Texts that end a continuation.")
+    prompt_tokens: PositiveInt = Field(description="The first keys, which are the prompt.")
+    text: str = Field(description="The continuation, without the end-of-sequence token.")
+    ended_by: Literal["length", "stop", "end_of_sequence"]
 
 
 class ModelAttributes(Frozen):
@@ -300,13 +319,20 @@ Seal = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 _SEAL = "BLAKE2b (8 bytes) of this very zarr.json, with sixteen zeros in place of the seal."
 
 
-class TraceAttributes(Frozen):
+class TraceAttributes(Extensible):
     """The attributes of a trace's group."""
+
+    left_out: ClassVar[frozenset[str]] = frozenset(("repeat", "generation", "choice"))
 
     zarr_conventions: tuple[dict[str, str], ...] = CONVENTIONS
     format_version: Literal[2] = 2
     kind: Literal["trace"] = "trace"
     scenario: str
+    repeat: NonNegativeInt | None = Field(
+        default=None,
+        description="Number of the continuation, if the run has several of each prompt: the trace "
+        "is called `SCENARIO~REPEAT` then. Left out if there is one.",
+    )
     prompt: str | None = Field(
         description="Text without special tokens, of a chat with those that its template writes; "
         "null if not known."
@@ -317,6 +343,13 @@ class TraceAttributes(Frozen):
     tags: tuple[str, ...] = ()
     spans: dict[str, SpanAttributes]
     options: dict[str, OptionAttributes] = {}
+    generation: GenerationAttributes | None = Field(
+        default=None, description="Left out if all tokens are the prompt."
+    )
+    choice: str | None = Field(
+        default=None,
+        description="The option that was found in the continuation; left out if none was.",
+    )
     metadata: dict[_MetadataName, MetadataValue] = Field(
         default_factory=dict,
         description="Columns of the run: the same names, each with one type, in all its traces. A "
@@ -363,6 +396,11 @@ class TraceAttributes(Frozen):
     )
     seal: Seal | None = Field(default=None, description=_SEAL)
 
+    @property
+    def name(self) -> str:
+        """The trace's name, which is that of its folder in a run."""
+        return self.scenario if self.repeat is None else f"{self.scenario}~{self.repeat}"
+
     def layers_of(self, dim: str) -> tuple[int, ...]:
         """Return the layers along an array's first dimension."""
         if dim != "attention_layer":
@@ -408,8 +446,10 @@ class RunAttributes(Extensible):
         return {**{key: config[key] for key in keys if isinstance(config.get(key), str)}, **given}
 
 
-class IndexAttributes(Frozen):
+class IndexAttributes(Extensible):
     """The attributes of the group that indexes the features of a run or a table."""
+
+    left_out: ClassVar[frozenset[str]] = frozenset(("table",))
 
     zarr_conventions: tuple[dict[str, str], ...] = CONVENTIONS
     format_version: Literal[2] = 2
@@ -436,7 +476,9 @@ class TableAttributes(Frozen):
     zarr_conventions: tuple[dict[str, str], ...] = CONVENTIONS
     format_version: Literal[2] = 2
     kind: Literal["table"] = "table"
-    scenarios: NonNegativeInt = Field(description="How many scenarios the samples are of.")
+    scenarios: NonNegativeInt = Field(
+        description="How many scenarios the samples are of; each repeat counts."
+    )
     positions: str = Field(description="Token positions that were asked for, as 'last'.")
     spans: tuple[str, ...] = Field(default=(), description="Names of the scenarios' spans.")
     options: tuple[str, ...] = Field(
@@ -447,7 +489,8 @@ class TableAttributes(Frozen):
     )
     failed: dict[str, str] = Field(
         default_factory=dict,
-        description="Why scenarios were not computed; all values of their samples are NaN.",
+        description="Why scenarios were not computed; all values of their samples are NaN. With "
+        "repeats, names are `SCENARIO~REPEAT`.",
     )
     chat_template: Fingerprint | None = Field(
         default=None,

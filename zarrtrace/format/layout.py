@@ -135,6 +135,8 @@ class TraceShape:
         arrays.
     special
         Whether the tokens are known that the tokenizer calls special.
+    generated
+        Whether the last of the tokens were generated.
     sae_fields
         Coordinates along `layer` that say more of each SAE.
     """
@@ -152,6 +154,7 @@ class TraceShape:
     attention_layers: int | None = None
     attention_positions: int | None = None
     special: bool = True
+    generated: bool = False
     sae_fields: tuple[str, ...] = ()
     limits: Limits = DEFAULT_LIMITS
 
@@ -210,8 +213,9 @@ ARRAYS = {
     "key_token": Array("key", "string", "text of the token"),
     "query_token": Array("query", "string", "text of the token"),
     "special": Array("key", "bool", "whether the tokenizer calls the token special"),
+    "generated": Array("key", "bool", "whether the model generated the token"),
 }  # fmt: skip
-_TOKENS = ("query", "key", "token_id", "key_token", "query_token", "special")
+_TOKENS = ("query", "key", "token_id", "key_token", "query_token", "special", "generated")
 
 
 # Value of what is not stored, by data type; 0 of others.
@@ -334,7 +338,8 @@ def _coordinate_layouts(shape: TraceShape) -> dict[str, ArrayLayout]:
     for name in shape.sae_fields:
         out[name] = lay_out(Array("layer", "string", f"{name} of the layer's SAE"), indexes)
     sizes = {"query": shape.rows, "key": shape.tokens}
-    names = (name for name in _TOKENS if shape.special or name != "special")
+    absent = {"special": not shape.special, "generated": not shape.generated}
+    names = (name for name in _TOKENS if not absent.get(name))
     return out | {name: lay_out(ARRAYS[name], sizes) for name in names}
 
 

@@ -75,6 +75,9 @@ _SAMPLE = {
     "special": "whether the tokenizer calls the token special",
     "span": "spans that hold the token",
     "tags": "tags of the scenario",
+    "repeat": "number of the continuation",
+    "generated": "whether the model generated the token",
+    "choice": "option that was found in the continuation; empty for none",
 }
 
 

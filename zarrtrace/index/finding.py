@@ -11,7 +11,7 @@ from zarrtrace.errors import ConfigError, IntegrityError, ScenarioError, Zarrtra
 from zarrtrace.format.index_layout import INDEX_TOKENS
 from zarrtrace.index.tables import find_in_table
 from zarrtrace.index.uses import AFTER, BEFORE, FeatureUse, TokenUse
-from zarrtrace.scenarios import check_name
+from zarrtrace.scenarios import check_trace_name
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import (
     RunIndex,
@@ -247,6 +247,6 @@ def _of_another_run(run: Location) -> IntegrityError:
 def _name(run: Location, index: RunIndex, number: int) -> str:
     # It becomes a path: a file from elsewhere must not lead out of the run.
     try:
-        return check_name(str(index.read("scenario", number)))
+        return check_trace_name(str(index.read("scenario", number)))
     except ScenarioError as error:
         raise ConfigError(f"{run}: the index names {error.what}", remedy="Do not use it.") from None

@@ -8,6 +8,7 @@ import xarray as xr
 from zarrtrace.errors import ConfigError
 from zarrtrace.format.layout import SPECIAL
 from zarrtrace.index.uses import AFTER, BEFORE, FeatureUse, TokenUse
+from zarrtrace.scenarios import sample_names
 from zarrtrace.storage import Location
 from zarrtrace.store import open_table
 from zarrtrace.suggestions import did_you_mean
@@ -86,6 +87,8 @@ def _uses(ds: xr.Dataset, values: np.ndarray, strongest: list[int]) -> list[Toke
     texts, scenarios, positions = (
         ds[name].to_numpy() for name in ("token", "scenario", "position")
     )
+    if "repeat" in ds.coords:
+        scenarios = np.array(sample_names(scenarios, ds["repeat"].to_numpy()), object)
 
     def text(at: int, places: range) -> str:
         found = ""

@@ -16,7 +16,7 @@ from zarrtrace.format.attributes import TraceAttributes, ranges
 from zarrtrace.npz.archive import write_npz
 from zarrtrace.npz.files import DType, Progress, converted, replacing, run_jobs, writing
 from zarrtrace.npz.metadata import KEYS, Metadata, Origin, ScenarioMetadata, write_metadata
-from zarrtrace.scenarios import DECISION
+from zarrtrace.scenarios import DECISION, chosen_names, name_of
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import kind_of, open_run, open_trace
 from zarrtrace.suggestions import did_you_mean
@@ -84,7 +84,7 @@ def export_npz(
     ------
     IncompleteError
         If layers or scenarios of the run are missing.
-    ConfigError
+    ConfigError, ScenarioError
         If a scenario or layer is not in the run, or it has neither attention nor features.
     NPZError
         If `output` holds layer files that this export would not write, or cannot be written.
@@ -121,17 +121,13 @@ def _traces(path: Location, names: Sequence[str] | None) -> list[_Trace]:
         datasets = {name: open_trace(folder) for name, folder in folders.items()}
     else:
         ds = open_trace(path)
-        name = str(ds.attrs["scenario"])
+        name = name_of(ds.attrs)
         folders, datasets = {name: path}, {name: ds}
-    unknown = [name for name in names or () if name not in folders]
-    if unknown or (names is not None and not names):
+    if names is not None and not names:
         raise ConfigError(
-            f"{path}: no scenario {unknown[0]!r}" if unknown else "no scenario was asked for",
-            remedy=did_you_mean(unknown[0] if unknown else "", folders, label="It has"),
+            "no scenario was asked for", remedy=did_you_mean("", folders, label="It has")
         )
-    return [
-        _trace(folders[name], datasets[name]) for name in folders if names is None or name in names
-    ]
+    return [_trace(folders[name], datasets[name]) for name in chosen_names([*folders], names)]
 
 
 def _trace(path: Location, ds: xr.Dataset) -> _Trace:
@@ -150,7 +146,7 @@ def _trace(path: Location, ds: xr.Dataset) -> _Trace:
         path=path,
         attributes=attributes,
         metadata=ScenarioMetadata(
-            scenario=attributes.scenario,
+            scenario=attributes.name,
             tokens=tokens,
             token_ids=[int(token) for token in ds["token_id"].values],
             seq_len=len(tokens),
@@ -201,6 +197,8 @@ def _metadata(traces: Sequence[_Trace], layers: Sequence[int], when: datetime) -
                 tags=trace.attributes.tags,
                 prompt=trace.attributes.prompt,
                 model=trace.attributes.model,
+                generation=trace.attributes.generation,
+                choice=trace.attributes.choice,
             )
             for trace in traces
         },

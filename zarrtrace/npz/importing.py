@@ -19,7 +19,7 @@ from zarrtrace.npz.folder import Folder, look_at
 from zarrtrace.npz.metadata import Origin, ScenarioMetadata
 from zarrtrace.npz.plausibility import check_attention
 from zarrtrace.records import Tokens, with_strongest
-from zarrtrace.scenarios import DECISION, load_suite
+from zarrtrace.scenarios import DECISION, load_suite, split_trace_name
 from zarrtrace.storage import Address
 from zarrtrace.store import RunWriter, TraceWriter, layer_record, trace_plan
 from zarrtrace.suggestions import did_you_mean
@@ -116,12 +116,15 @@ def _origins(
         return origins
     tags = {scenario.name: tuple(scenario.tags) for scenario in load_suite(scenarios)}
     for name in names:
-        if name not in tags:
+        if split_trace_name(name)[0] not in tags:
             raise ScenarioError(
                 f"{scenarios}: no scenario {name!r}, which {source.path} holds",
                 remedy=did_you_mean(name, tags, label="The file has"),
             )
-    return {name: one.model_copy(update={"tags": tags[name]}) for name, one in origins.items()}
+    return {
+        name: one.model_copy(update={"tags": tags[split_trace_name(name)[0]]})
+        for name, one in origins.items()
+    }
 
 
 def _digest(origins: Mapping[str, Origin]) -> str:
@@ -147,9 +150,20 @@ def _trace_writer(
     rows: _Rows,
     run: RunWriter,
 ) -> TraceWriter:
-    positions = {**scenario.key_positions, DECISION: [scenario.seq_len - 1]}
+    generation, (name, repeat) = origin.generation, split_trace_name(scenario.scenario)
+    prompt = scenario.seq_len if generation is None else generation.prompt_tokens
+    if prompt > scenario.seq_len:
+        raise NPZError(
+            f"{source.path}: {scenario.scenario}: generation.prompt_tokens is {prompt}, seq_len "
+            f"{scenario.seq_len}",
+            remedy="Restore the metadata file from where it was written.",
+        )
+    positions = {**scenario.key_positions, DECISION: [prompt - 1]}
     plan = trace_plan(
-        scenario=scenario.scenario,
+        scenario=name,
+        repeat=repeat,
+        generation=generation,
+        choice=origin.choice,
         prompt=origin.prompt,
         tags=origin.tags,
         spans={

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
 from zarrtrace.errors import NPZError, ScenarioError
-from zarrtrace.format.attributes import ModelAttributes
+from zarrtrace.format.attributes import Extensible, GenerationAttributes, ModelAttributes
 from zarrtrace.npz.files import check_inside, reading, replacing
-from zarrtrace.scenarios import DECISION, check_name, name_key
+from zarrtrace.scenarios import DECISION, check_trace_name, name_key
 
 KEYS = ("features", "attention")
 
@@ -44,14 +44,17 @@ class ScenarioMetadata(BaseModel):
         return self
 
 
-class Origin(BaseModel):
+class Origin(Extensible):
     """What a trace says of itself and the layout has no field for."""
 
-    model_config = ConfigDict(frozen=True, strict=True)
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
+    left_out: ClassVar[frozenset[str]] = frozenset(("generation", "choice"))
 
     tags: tuple[str, ...] = ()
     prompt: str | None = None
     model: ModelAttributes | None = None
+    generation: GenerationAttributes | None = None
+    choice: str | None = None
 
 
 class Metadata(BaseModel):
@@ -88,7 +91,7 @@ class Metadata(BaseModel):
         taken: set[str] = set()
         for name in (scenario.scenario for scenario in self.scenarios):
             try:
-                key = name_key(check_name(name))
+                key = name_key(check_trace_name(name))
             except ScenarioError as error:
                 raise ValueError(error.what) from None
             if key in taken:  # also if only in case: one folder on many file systems

@@ -14,7 +14,20 @@ from zarrtrace.scenarios.metadata import (
     is_missing,
     typed_column,
 )
-from zarrtrace.scenarios.names import DECISION, check_name, name_key
+from zarrtrace.scenarios.names import (
+    ANSWER,
+    COMPLETION,
+    DECISION,
+    check_name,
+    check_trace_name,
+    chosen_names,
+    name_key,
+    name_of,
+    sample_names,
+    split_trace_name,
+    trace_name,
+)
+from zarrtrace.scenarios.sampling import Sampling
 from zarrtrace.scenarios.scenario import Scenario
 from zarrtrace.scenarios.spans import CharRange, span, span_positions, token_positions
 from zarrtrace.scenarios.streams import ScenarioStream
@@ -28,11 +41,14 @@ from zarrtrace.scenarios.suite import (
 from zarrtrace.scenarios.templates import render_template
 
 __all__ = [
+    "ANSWER",
+    "COMPLETION",
     "DECISION",
     "RESERVED",
     "CharRange",
     "Chat",
     "Message",
+    "Sampling",
     "Scenario",
     "ScenarioEntry",
     "ScenarioStream",
@@ -41,15 +57,21 @@ __all__ = [
     "as_scenarios",
     "check_metadata_name",
     "check_name",
+    "check_trace_name",
+    "chosen_names",
     "is_missing",
     "load_suite",
     "name_key",
+    "name_of",
     "read_columns",
     "render_template",
+    "sample_names",
     "span",
     "span_positions",
+    "split_trace_name",
     "stream",
     "suite_attributes",
     "token_positions",
+    "trace_name",
     "typed_column",
 ]

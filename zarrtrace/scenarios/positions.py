@@ -7,7 +7,7 @@ from typing import Any
 
 from zarrtrace.errors import ConfigError, ScenarioError
 from zarrtrace.format.attributes import SpanAttributes
-from zarrtrace.scenarios.names import DECISION
+from zarrtrace.scenarios.names import ANSWER, COMPLETION, DECISION
 from zarrtrace.scenarios.scenario import Scenario
 from zarrtrace.suggestions import did_you_mean
 
@@ -84,8 +84,23 @@ def _names(positions: Positions | None) -> tuple[str, ...]:
     return tuple(one for one in positions if isinstance(one, str))
 
 
-def check_spans(positions: Positions | None, scenarios: Iterable[Scenario], option: str) -> None:
+def check_spans(
+    positions: Positions | None,
+    scenarios: Iterable[Scenario],
+    option: str,
+    *,
+    generated: bool = False,
+) -> None:
     """Refuse names that no scenario has as a span, and scenarios that have none of the names.
+
+    Parameters
+    ----------
+    positions
+        Which ones; None and words name no spans.
+    scenarios, option
+        The suite, and what chose the positions, for errors.
+    generated
+        Whether there are continuations: each is a span, and may hold the answer.
 
     Raises
     ------
@@ -99,8 +114,8 @@ def check_spans(positions: Positions | None, scenarios: Iterable[Scenario], opti
     known: dict[str, None] = {}
     without = None
     for scenario in scenarios:
-        own = {*scenario.spans, DECISION}
-        known |= dict.fromkeys(own)
+        own = {*scenario.spans, DECISION, *([COMPLETION] if generated else [])}
+        known |= dict.fromkeys([*own, *([ANSWER] if generated else [])])
         if without is None and own.isdisjoint(wanted):
             without = scenario.name
     for name in wanted:

@@ -1,5 +1,11 @@
 from zarrtrace.store.captured import attention_problem, layer_record
 from zarrtrace.store.column_summary import ColumnSummary
+from zarrtrace.store.continuations import (
+    ContinuationFile,
+    Repeat,
+    remove_continuations,
+    stored_continuations,
+)
 from zarrtrace.store.copy import copy_run
 from zarrtrace.store.damage import Problem
 from zarrtrace.store.index_arrays import IndexWriter, RunIndex, locked, write_index_layer
@@ -39,11 +45,13 @@ from zarrtrace.store.write import trace_plan, write_trace
 
 __all__ = [
     "ColumnSummary",
+    "ContinuationFile",
     "IndexWriter",
     "Indexable",
     "IndexableSamples",
     "IndexableTrace",
     "Problem",
+    "Repeat",
     "RunIndex",
     "RunSummary",
     "RunWriter",
@@ -70,6 +78,8 @@ __all__ = [
     "read_trace",
     "refuse_foreign",
     "refuse_kind",
+    "remove_continuations",
+    "stored_continuations",
     "summarize",
     "summarize_table",
     "trace_plan",

@@ -13,6 +13,7 @@ import numpy as np
 from zarrtrace.errors import IntegrityError
 from zarrtrace.format.attributes import RunAttributes, TableAttributes, TraceAttributes
 from zarrtrace.format.layout import INDEX, SPECIAL
+from zarrtrace.scenarios import sample_names
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store.array import open_array
 from zarrtrace.store.metadata import (
@@ -319,12 +320,19 @@ def _of_table(table: Group[TableAttributes]) -> Indexable:
 
 
 def _scenarios(table: Group[TableAttributes]) -> tuple[list[str], np.ndarray]:
-    """Return the names of a table's scenarios, and the number of each one's first sample."""
+    """Return the names of a table's scenarios, and the number of each one's first sample.
+
+    Each repeat of a scenario is named as a trace is.
+    """
     array, names = open_array(table, "scenario"), list[str]()
+    repeats = open_array(table, "repeat") if "repeat" in table.nodes else None
     starts = []
     (samples,), (step,) = array.encoding.shape, array.encoding.file_shape
     for first in range(0, samples, step):
         found = array.read((slice(first, first + step),))
+        if repeats is not None:
+            numbers = repeats.read((slice(first, first + step),))
+            found = np.array(sample_names(found, numbers), object)
         begins = np.append(not names or found[0] != names[-1], found[1:] != found[:-1])
         at = np.flatnonzero(begins)
         starts.append(first + at)

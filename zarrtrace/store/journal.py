@@ -293,13 +293,19 @@ def read_lines(folder: Path) -> Iterator[Line]:
         return
     *lines, _ = content.split(b"\n")  # behind the last line feed, half a line may be
     for line in lines:
-        crc, _, text = line.partition(b" ")
-        if crc != b"%08x" % google_crc32c.value(text):
-            return
-        try:
-            parsed = json.loads(text)
-        except (ValueError, RecursionError):
-            return
-        if not isinstance(parsed, dict):
+        parsed = decode_line(line + b"\n")
+        if parsed is None:
             return
         yield parsed
+
+
+def decode_line(content: bytes) -> Line | None:
+    """Return the line that some bytes are; None if they do not hold."""
+    crc, _, text = content.removesuffix(b"\n").partition(b" ")
+    if not content.endswith(b"\n") or crc != b"%08x" % google_crc32c.value(text):
+        return None
+    try:
+        parsed = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return parsed if isinstance(parsed, dict) else None

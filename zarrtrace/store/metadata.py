@@ -28,7 +28,7 @@ from zarrtrace.format.attributes import (
     TraceAttributes,
 )
 from zarrtrace.format.layout import LABELS
-from zarrtrace.scenarios import check_name
+from zarrtrace.scenarios import check_name, check_trace_name
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store.chunks import Checksum
 from zarrtrace.store.codecs import ArrayEncoding
@@ -113,11 +113,8 @@ def sealed_group(attributes: _AnyAttributes, nodes: Nodes | None) -> bytes:
         Metadata of all nodes below; None leaves consolidated metadata out.
     """
     plain = attributes.model_dump(mode="json", exclude={"seal"})
-    if isinstance(attributes, IndexAttributes):
-        if attributes.table is None:
-            del plain["table"]  # the index of a run of traces has none
-        if attributes.special:
-            del plain["special"]  # indexes from before it could be chosen count special tokens
+    if isinstance(attributes, IndexAttributes) and attributes.special:
+        del plain["special"]  # indexes from before it could be chosen count special tokens
     if isinstance(attributes, TraceAttributes | TableAttributes) and nodes is not None:
         plain["coordinates"] = labels_of(nodes)
     plain["seal"] = _NO_SEAL
@@ -200,16 +197,16 @@ def read_table(path: Address) -> Group[TableAttributes]:
 
 
 def read_scenario(run: Location, name: str) -> Group[TraceAttributes]:
-    """Read the metadata of a run's trace, which must be of the scenario that its folder names.
+    """Read the metadata of a run's trace, which must be the one that its folder names.
 
     Raises
     ------
     NotATraceError, FormatVersionError, IntegrityError
     """
     trace = read_trace(run / name)
-    if trace.attributes.scenario != name:
+    if trace.attributes.name != name:
         raise IntegrityError(
-            f"{run / name}: holds scenario {trace.attributes.scenario!r}",
+            f"{run / name}: holds scenario {trace.attributes.name!r}",
             why="Folders of the run were renamed or exchanged.",
             remedy="Rename them back, or let the 'zarrtrace extract' that made the run write them "
             "again, with --repair.",
@@ -420,7 +417,7 @@ def parse_attributes(file: Location, plain: Mapping[str, Any], kind: Kind) -> An
         # Names become folders: a file from elsewhere must not lead out of the run.
         if isinstance(attributes, RunAttributes):
             for name in attributes.scenarios:
-                check_name(name)
+                check_trace_name(name)
         elif isinstance(attributes, TraceAttributes):
             check_name(attributes.scenario)
     except ScenarioError as error:
@@ -486,11 +483,17 @@ def check_nodes(
         if encoding.layout.dims == (name,) and encoding.layout.dtype != "int64":
             raise ValueError(f"index {name!r} is of type {encoding.layout.dtype}")
     if isinstance(attributes, TraceAttributes):
-        _check_spans(attributes, *encodings["key"].shape)
+        _check_tokens(attributes, *encodings["key"].shape, is_marked="generated" in nodes)
     return encodings
 
 
-def _check_spans(attributes: TraceAttributes, tokens: int) -> None:
+def _check_tokens(attributes: TraceAttributes, tokens: int, *, is_marked: bool) -> None:
+    """Refuse spans and continuations that the tokens do not have."""
+    generation = attributes.generation
+    if generation is not None and not is_marked:
+        raise ValueError("it has no coordinate 'generated'")
+    if generation is not None and generation.prompt_tokens > tokens:
+        raise ValueError(f"generation.prompt_tokens is more than the {tokens} tokens there are")
     for name, span in attributes.spans.items():
         if max(span.tokens, default=0) >= tokens:
             raise ValueError(f"span {name!r} has positions beyond the prompt's {tokens} tokens")

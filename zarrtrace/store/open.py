@@ -18,9 +18,10 @@ from xarray.core import indexing
 from xarray.core.indexes import PandasIndex
 
 from zarrtrace.accessors import source_of
-from zarrtrace.errors import IncompleteError, NotATraceError, ScenarioError
+from zarrtrace.errors import IncompleteError, NotATraceError
 from zarrtrace.format.attributes import TableAttributes, TraceAttributes
 from zarrtrace.format.layout import ROWS
+from zarrtrace.scenarios import chosen_names
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store.array import StoredArray, open_array
 from zarrtrace.store.chunks import FileIndex
@@ -29,7 +30,6 @@ from zarrtrace.store.metadata import Group, damaged, each_trace, read_run, read_
 from zarrtrace.store.publish import beside
 from zarrtrace.store.staged import read_staged, staging_folder
 from zarrtrace.store.trace_writer import incomplete
-from zarrtrace.suggestions import did_you_mean
 
 Missing = Literal["raise", "nan"]
 ChunkSpec = Mapping[str, Any] | Literal["auto"] | None
@@ -116,7 +116,7 @@ def open_run(
     path
         Folder of the run, or its address.
     scenarios
-        Only these; all if None.
+        Only these; all if None. A scenario's name stands for all its repeats.
     chunks, missing, storage_options
         As for :func:`open_trace`; with ``missing="nan"``, scenarios not begun are left out.
 
@@ -160,27 +160,6 @@ def open_run(
         name: xr.DataTree(ds) for name, ds in opened.items() if ds is not None
     }
     return tree
-
-
-def chosen_names(names: Sequence[str], chosen: Sequence[str] | None) -> Sequence[str]:
-    """Return the names that were chosen, in the run's order; all if None.
-
-    Raises
-    ------
-    ScenarioError
-        If one of them is not in the run.
-    """
-    if chosen is None:
-        return names
-    known = set(names)
-    for name in chosen:
-        if name not in known:
-            raise ScenarioError(
-                f"the run has no scenario {name!r}",
-                remedy=did_you_mean(name, names, label="It has"),
-            )
-    wanted = set(chosen)
-    return [name for name in names if name in wanted]
 
 
 def _opened(run: Location, names: Sequence[str], chunks: ChunkSpec) -> list[xr.Dataset | None]:

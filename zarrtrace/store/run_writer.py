@@ -18,7 +18,7 @@ from zarrtrace.errors import (
 from zarrtrace.format.attributes import RunAttributes
 from zarrtrace.identity import combined_versions, differences, refuse_other
 from zarrtrace.records import TracePlan
-from zarrtrace.scenarios import check_name, name_key
+from zarrtrace.scenarios import check_trace_name, name_key
 from zarrtrace.storage import Address, Location, disk, locate
 from zarrtrace.storage.locks import FileLock
 from zarrtrace.store.journal import JOURNAL
@@ -114,7 +114,7 @@ class RunWriter(LockedRun):
     ) -> None:
         self._final = locate(path).resolved()
         self._attributes = RunAttributes(
-            scenarios=tuple(check_name(name) for name in scenarios),
+            scenarios=tuple(check_trace_name(name) for name in scenarios),
             config=dict(config),
             **(stated or {}),
         )

@@ -271,7 +271,7 @@ def _trace(path: Location, *, in_run: bool) -> TraceSummary | None:
         dims |= dict(zip(how.layout.dims, how.shape, strict=True))
     attributes = group.attributes
     return TraceSummary(
-        scenario=attributes.scenario,
+        scenario=attributes.name,
         complete=is_complete,
         layers=attributes.layers,
         missing_layers=missing,

@@ -22,6 +22,7 @@ from zarrtrace.format.table_layout import table_block, table_layout
 from zarrtrace.identity import combined_versions, refuse_other
 from zarrtrace.precision import cast_samples
 from zarrtrace.records import BFloat16, Nonzeros, SampleRecord, SampleTokens, TablePlan
+from zarrtrace.scenarios import sample_names
 from zarrtrace.storage import Address, disk, locate
 from zarrtrace.store.chunks import encode_rows
 from zarrtrace.store.damage import check_sizes, find_damage
@@ -188,7 +189,8 @@ class TableWriter(LockedRun):
             remove_run(locate(self._folder))
         self._staged.create(self._coordinates, {} if source is None else source.attributes.versions)
         if source is not None:
-            first = self._coordinates["scenario"].tolist().index
+            values = self._coordinates
+            first = sample_names(values["scenario"], values.get("repeat")).index
             failed = source.attributes.failed
             self._staged.copy_sound(source, {name: first(name) // self._block for name in failed})
             self._staged = self._new_stage()

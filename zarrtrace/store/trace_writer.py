@@ -41,7 +41,7 @@ class TraceWriter:
     run
         The run that the trace belongs to.
     plan
-        The trace; its scenario names the folder.
+        The trace; its name is that of the folder.
     repair
         Whether to read every byte of an existing trace, and to write it again with its sound parts
         if any is damaged.
@@ -66,9 +66,9 @@ class TraceWriter:
         fresh: bool = False,
     ) -> None:
         run = locate(run)
-        self.path = run / plan.attributes.scenario
+        self.path = run / plan.attributes.name
         self._attributes, self._layouts, self._coordinates = _described(plan)
-        folder = staging_folder(run) / plan.attributes.scenario
+        folder = staging_folder(run) / plan.attributes.name
         # On a disk the run that holds the folder was compared with what is asked for.
         settings = "" if run.path is not None else plan.settings
         self._expected = {
@@ -353,12 +353,13 @@ def _described(
 ) -> tuple[TraceAttributes, dict[str, ArrayLayout], dict[str, np.ndarray]]:
     """Return attributes, layouts, and the values of coordinates."""
     shared, by_layer = share_saes(plan.saes, plan.attributes.layers)
-    own = plan.attention_positions
+    own, generation = plan.attention_positions, plan.attributes.generation
     attributes = plan.attributes.model_copy(update={"saes": shared, "seal": None, "nonfinite": {}})
     shape = replace(
         plan.shape,
         sae_fields=tuple(by_layer),
         special=plan.tokens.special is not None,
+        generated=generation is not None,
         positions=None if plan.positions is None else len(plan.positions),
         attention_positions=None if own is None else len(own),
     )
@@ -374,6 +375,7 @@ def _described(
         "key_token": texts,
         "query_token": texts[stored],
         "special": np.asarray(plan.tokens.special or (), dtype=bool),
+        "generated": np.arange(len(texts)) >= (generation.prompt_tokens if generation else 0),
         **{name: np.asarray(found, dtype=object) for name, found in by_layer.items()},
     }
     coordinates = {

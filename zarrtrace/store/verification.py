@@ -93,7 +93,7 @@ def _trace(
     except StoreError as error:
         yield Problem(scenario=scenario or path.name, message=error.what)
         return
-    own = trace.attributes.scenario
+    own = trace.attributes.name
     if scenario not in (None, own):
         yield Problem(scenario=scenario, message=f"holds scenario {own!r}: folders were exchanged")
     yield from find_damage(trace, scenario or own, progress)

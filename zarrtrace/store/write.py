@@ -7,10 +7,12 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from zarrtrace.errors import ConfigError, ScenarioError
 from zarrtrace.format.attributes import (
     ChatAttributes,
+    GenerationAttributes,
     ModelAttributes,
     SpanAttributes,
     TraceAttributes,
@@ -18,7 +20,7 @@ from zarrtrace.format.attributes import (
 )
 from zarrtrace.format.layout import TraceShape
 from zarrtrace.records import Tokens, TracePlan
-from zarrtrace.scenarios import DECISION, CharRange, Scenario, span_positions
+from zarrtrace.scenarios import COMPLETION, DECISION, CharRange, Scenario, span_positions
 from zarrtrace.storage import Address, locate
 from zarrtrace.store.captured import CapturedArrays
 from zarrtrace.store.run_writer import RunExtension
@@ -39,6 +41,9 @@ def write_trace(
     offsets: Sequence[CharRange] | None = None,
     special: Sequence[bool] | None = None,
     model: str | None = None,
+    generation: GenerationAttributes | Mapping[str, Any] | None = None,
+    repeat: int | None = None,
+    choice: str | None = None,
     overwrite: bool = False,
     storage_options: Mapping[str, str] | None = None,
 ) -> None:
@@ -56,7 +61,7 @@ def write_trace(
         A name, or a :class:`zarrtrace.Scenario` that has one. Its prompt, spans, tags and metadata
         are stored; it must have no options, because these need a tokenizer.
     tokens
-        Ids and texts of the prompt's tokens, all of them.
+        Ids and texts of all tokens: of the prompt, and of its continuation if there is one.
     attention
         By layer, weights behind the softmax, ``(head, query, key)``.
     features
@@ -78,6 +83,14 @@ def write_trace(
         Which tokens are special, such as BOS. By default not known.
     model
         Name of the model, for people; the same in all calls.
+    generation
+        How the last tokens were generated, as ``schema/trace.schema.json`` says; ``prompt_tokens``
+        of the tokens are the prompt. They become the span ``completion``.
+    repeat
+        Number of the continuation, if the scenario has several: the trace is called ``NAME~repeat``
+        then.
+    choice
+        The option that was chosen in the continuation.
     overwrite
         Replace the scenario's trace if the run has one.
     storage_options
@@ -120,6 +133,7 @@ def write_trace(
             remedy="Leave options out.",
         )
     texts = _tokens(label, tokens, special)
+    made = _generation(label, generation, len(texts.ids), repeat)
     arrays = CapturedArrays(
         label,
         len(texts.ids),
@@ -127,9 +141,12 @@ def write_trace(
         positions,
         attention_positions,
     )
-    found = _spans(label, given, texts.texts, spans or {}, offsets)
+    found = _spans(label, given, texts.texts, spans or {}, offsets, made)
     plan = trace_plan(
         scenario=given.name,
+        repeat=repeat,
+        generation=made,
+        choice=choice,
         prompt=None if isinstance(scenario, str) else given.prompt,
         chat=None if given.chat is None else given.chat.attributes,
         tags=given.tags,
@@ -156,11 +173,12 @@ def write_trace(
         "metadata": {name: type(value).__name__ for name, value in given.metadata.items()},
     }
     with RunExtension(location, config) as extended:
-        extended.begin(given.name, overwrite=overwrite)
+        name = plan.attributes.name
+        extended.begin(name, overwrite=overwrite)
         with TraceWriter(extended.path, plan, fresh=True) as trace:
             for layer in arrays.layers:
-                trace.append(arrays.record(given.name, layer))
-        extended.add(given.name)
+                trace.append(arrays.record(name, layer))
+        extended.add(name)
 
 
 # --- shared with imports ------------------------------------------------------------------------
@@ -188,12 +206,15 @@ def trace_plan(
     metadata: Mapping[str, Any] | None = None,
     model: ModelAttributes | None = None,
     chat: ChatAttributes | None = None,
+    generation: GenerationAttributes | None = None,
+    repeat: int | None = None,
+    choice: str | None = None,
 ) -> TracePlan:
     """Describe a trace whose arrays are there already, and which has no next tokens.
 
     Parameters
     ----------
-    scenario, prompt, tags, spans, metadata, model, chat
+    scenario, prompt, tags, spans, metadata, model, chat, generation, repeat, choice
         As the trace's attributes have them.
     layers
         Ascending.
@@ -214,6 +235,9 @@ def trace_plan(
     return TracePlan(
         attributes=TraceAttributes(
             scenario=scenario,
+            repeat=repeat,
+            generation=generation,
+            choice=choice,
             prompt=prompt,
             chat=chat,
             tags=tuple(tags),
@@ -272,37 +296,73 @@ def _tokens(
     return Tokens(ids, texts, marks)
 
 
+def _generation(
+    label: str,
+    given: GenerationAttributes | Mapping[str, Any] | None,
+    tokens: int,
+    repeat: int | None,
+) -> GenerationAttributes | None:
+    if repeat is not None and not (isinstance(repeat, int) and 0 <= repeat < 10**9):
+        raise ConfigError(
+            f"{label}: repeat {repeat!r}", remedy="Give the number of the continuation, from 0."
+        )
+    if given is None:
+        return None
+    try:
+        made = GenerationAttributes.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(
+            f"{label}: generation: {'.'.join(map(str, first['loc']))}: {first['msg']}",
+            remedy="See schema/trace.schema.json for its fields.",
+        ) from None
+    if made.prompt_tokens >= tokens:
+        raise ConfigError(
+            f"{label}: generation.prompt_tokens is {made.prompt_tokens}, of {tokens} tokens",
+            why="The tokens behind the prompt are the continuation, at least one.",
+            remedy="Give the tokens of both.",
+        )
+    return made
+
+
 def _spans(
     label: str,
     scenario: Scenario,
     texts: Sequence[str],
     given: Mapping[str, Sequence[int]],
     offsets: Sequence[CharRange] | None,
+    generation: GenerationAttributes | None,
 ) -> dict[str, list[int]]:
-    """Return token positions of all spans, ``decision`` included."""
+    """Return token positions of all spans, ``decision`` and ``completion`` included."""
     last = len(texts) - 1
+    prompt = len(texts) if generation is None else generation.prompt_tokens
+    own = {DECISION} if generation is None else {DECISION, COMPLETION}
     found = {name: sorted({int(at) for at in positions}) for name, positions in given.items()}
-    for name, positions in found.items():
-        if name == DECISION or not positions or positions[0] < 0 or positions[-1] > last:
+    taken = {name: list[int]() for name in own & {*scenario.spans}}
+    for name, positions in {**taken, **found}.items():
+        if name in own or not positions or positions[0] < 0 or positions[-1] > last:
             raise ConfigError(
                 f"{label}: span {name!r} at {positions}",
-                why=f"The prompt has tokens 0 to {last}; {DECISION!r} is always the last one.",
-                remedy="Give positions of the prompt's tokens.",
+                why=f"There are tokens 0 to {last}; {DECISION!r} is always the prompt's last one"
+                + (f", {COMPLETION!r} all behind it." if COMPLETION in own else "."),
+                remedy="Give positions of these tokens, and other names.",
             )
     if rest := [name for name in scenario.spans if name not in found]:
-        places = _offsets(scenario.prompt, texts) if offsets is None else list(offsets)
-        if places is None or len(places) != len(texts):
+        words = texts[:prompt]
+        places = _offsets(scenario.prompt, words) if offsets is None else list(offsets)
+        if places is None or len(places) != prompt:
             raise ConfigError(
                 f"{label}: no token positions for span {rest[0]!r}",
                 why="The texts of the tokens, put together, do not end with the prompt."
                 if places is None
-                else f"offsets are for {len(places)} tokens, and there are {len(texts)}.",
+                else f"offsets are for {len(places)} tokens, and the prompt has {prompt}.",
                 remedy="Give spans={name: positions}, or offsets as fast tokenizers do with "
                 "return_offsets_mapping=True.",
             )
         positions_of = span_positions(scenario, places)
         found |= {name: positions_of[name] for name in rest}
-    return {**found, DECISION: [last]}
+    found[DECISION] = [prompt - 1]
+    return found if generation is None else {**found, COMPLETION: [*range(prompt, last + 1)]}
 
 
 def _offsets(prompt: str, texts: Sequence[str]) -> list[CharRange] | None:

@@ -25,10 +25,10 @@ from zarrtrace.analysis.special import special_keys
 from zarrtrace.errors import ConfigError, IncompleteError
 from zarrtrace.format.attributes import ranges, sae_coordinate
 from zarrtrace.format.layout import NO_ID
+from zarrtrace.scenarios import chosen_names, name_of
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import kind_of, open_run, open_trace, read_run, read_trace
 from zarrtrace.store.staged import read_staged
-from zarrtrace.suggestions import did_you_mean
 from zarrtrace.text import terminal_text
 from zarrtrace.viewer.arrays import BundleArray, run_arrays, trace_arrays
 from zarrtrace.viewer.neuronpedia import source_of
@@ -223,23 +223,17 @@ def _names(path: Location, chosen: Sequence[str] | None) -> list[str]:
     Raises
     ------
     ConfigError
-        If there are too many, or one of those that were chosen is not there.
+        If there are too many.
+    ScenarioError
+        If one of those that were chosen is not there.
     """
     kind = kind_of(path)
     known = (
-        [read_trace(path).attributes.scenario]
+        [read_trace(path).attributes.name]
         if kind == "trace"
         else [*read_run(path).attributes.scenarios]
     )
-    there = set(known)
-    absent = next((name for name in chosen or () if name not in there), None)
-    if absent is not None:
-        raise ConfigError(
-            f"the run has no scenario {absent!r}",
-            remedy=did_you_mean(absent, known, label="It has"),
-        )
-    wanted = there if chosen is None else set(chosen)
-    names = [name for name in known if name in wanted]
+    names = [*chosen_names(known, chosen)]
     if len(names) > MOST_SCENARIOS:
         raise ConfigError(
             f"{path}: {len(names):,} scenarios, one page shows at most {MOST_SCENARIOS}",
@@ -252,7 +246,7 @@ def _names(path: Location, chosen: Sequence[str] | None) -> list[str]:
 def _open(path: Location, names: Sequence[str]) -> dict[str, xr.Dataset]:
     if kind_of(path) == "trace":
         ds = open_trace(path, missing="nan")
-        return {ds.attrs["scenario"]: ds}
+        return {name_of(ds.attrs): ds}
     run = open_run(path, scenarios=names, missing="nan")
     found = {name: run[name].to_dataset() for name in names if name in run.children}
     if not found:

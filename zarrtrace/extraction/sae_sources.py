@@ -1,0 +1,55 @@
+"""The SAEs that options name, and what they say of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from zarrtrace import demo
+from zarrtrace.extraction.options import Loaded, Options
+from zarrtrace.format.attributes import SAEAttributes
+
+if TYPE_CHECKING:  # they import torch
+    from zarrtrace.capture import LoadedModel
+    from zarrtrace.capture.saes import SAESource
+
+SAEs = dict[int, tuple[SAEAttributes, ...]]
+
+
+def sae_source(options: Options, loaded: Loaded) -> SAESource:
+    """Return where SAEs come from: memory, a release or a folder."""
+    if loaded.saes is not None:
+        from zarrtrace.capture.loaded_saes import LoadedSAEs  # noqa: PLC0415 -- takes seconds
+
+        return LoadedSAEs(loaded.saes)
+    from zarrtrace.capture.saes import FolderSAEs, ReleaseSAEs  # noqa: PLC0415
+
+    if options.sae_release:
+        return ReleaseSAEs(
+            options.sae_release, options.sae_ids, fold_decoder_norm=options.fold_decoder_norm
+        )
+    return FolderSAEs(
+        options.sae_path or demo.sae_path(), fold_decoder_norm=options.fold_decoder_norm
+    )
+
+
+def find_saes(source: SAESource, layers: Sequence[int], model: LoadedModel) -> SAEs:
+    """Return the SAEs of each layer, which must fit the model."""
+    from zarrtrace.capture.saes import check_fit  # noqa: PLC0415
+
+    found: SAEs = source.find(layers)
+    check_fit(found, model)
+    return found
+
+
+def hooks_of(saes: SAEs) -> set[tuple[int, str]]:
+    """Return layers and hook points that SAEs read."""
+    return {(sae.layer, sae.hook_name) for found in saes.values() for sae in found}
+
+
+def begins_with_bos(options: Options, model: LoadedModel, source: SAESource | None) -> bool:
+    """Whether prompts begin with BOS: as asked, as SAEs were trained, or if there is one."""
+    if options.prepend_bos is not None:
+        return options.prepend_bos
+    trained = None if source is None else source.prepend_bos
+    return model.tokenizer.bos_token_id is not None if trained is None else bool(trained)
