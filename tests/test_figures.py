@@ -82,6 +82,58 @@ def drawn_by(figure: Figure) -> None:
     figure.savefig("/dev/null", format="png", dpi=40)
 
 
+# --- generated text ----------------------------------------------------------------------------
+
+
+def continued(ds: xr.Dataset, prompt: int = 22) -> xr.Dataset:
+    """Return a trace whose last tokens were generated."""
+    tokens = ds.sizes["key"]
+    spans = {
+        **ds.attrs["spans"],
+        "decision": {"characters": [], "tokens": [prompt - 1]},
+        "completion": {"characters": [], "tokens": list(range(prompt, tokens))},
+        "answer": {"characters": [], "tokens": [prompt + 1]},
+    }
+    generated = ds.assign_coords(generated=("key", np.arange(tokens) >= prompt))
+    return generated.assign_attrs(spans=spans, generation={"prompt_tokens": prompt})
+
+
+def ends(ax: Any) -> list[tuple[list[float], list[float]]]:
+    """Return the lines that mark the end of the prompt, as x and y."""
+    found = [line for line in ax.get_lines() if line.get_gid() == "end of the prompt"]
+    return [(list(line.get_xdata()), list(line.get_ydata())) for line in found]
+
+
+def test_figures_with_token_axes_mark_where_the_prompt_ends(ds: xr.Dataset) -> None:
+    generated = continued(ds)
+    both = [([21.5, 21.5], [0, 1]), ([0, 1], [21.5, 21.5])]
+    assert ends(figures.attention_map(generated, 3)) == both
+    for ax in panels(figures.attention_layers(generated)):
+        assert ends(ax) == both
+    figure = figures.attention_layers(generated)
+    assert "│ prompt ends" in [text.get_text() for text in figure.texts]
+    assert ends(figures.feature_timeline(generated)) == both[:1]
+    for ax in panels(figures.integrated_view(generated)):
+        assert ends(ax) == both[:1]
+    drawn_by(figure)
+
+
+def test_a_prompt_alone_has_no_end(ds: xr.Dataset) -> None:
+    assert ends(figures.attention_map(ds, 3)) == []
+    assert "│ prompt ends" not in [text.get_text() for text in figures.attention_layers(ds).texts]
+
+
+def test_the_flow_has_generated_spans_behind_the_decision(ds: xr.Dataset) -> None:
+    figure = figures.flow_diagram(continued(ds))
+    ax, beside = figure.axes
+    names = [label.get_text() for label in ax.get_xticklabels()]
+    assert names[-3:] == ["decision", "completion", "answer"]
+    assert [x for x, _ in ends(ax)] == [[len(names) - 2.5] * 2]
+    # Nothing that was generated reached the decision.
+    shown = [text.get_text() for text in beside.get_legend().get_texts()]
+    assert not any(name in text for text in shown for name in ("completion", "answer", "decision"))
+
+
 # --- attention ---------------------------------------------------------------------------------
 
 

@@ -112,6 +112,7 @@ _OVER_SCENARIOS: dict[str, Callable[[Any], Any]] = {
 
 def test_every_analysis_is_among_these() -> None:
     others = {"of_sae", "read_table", "probe", "directions"}
+    others |= {"choices", "chose"}  # of generated text: test_repeats.py
     assert {*_BY_SCENARIO, *_OVER_SCENARIOS} == {*analysis.__all__} - others
 
 

@@ -115,3 +115,18 @@ def test_errors_say_what_to_choose(ds: xr.Dataset, choose, options, message: str
     with pytest.raises(ConfigError, match=message):
         zt.plot.attention(choose(ds), **options)
     assert plt.get_fignums() == []
+
+
+def test_a_line_stands_where_generated_tokens_begin(ds: xr.Dataset) -> None:
+    marked = ds.assign_coords(generated=("key", np.asarray(ds["key"]) >= 4))
+
+    def lines(ax: plt.Axes) -> list[list[list[float]]]:
+        return [[list(line.get_xdata()), list(line.get_ydata())] for line in ax.get_lines()]
+
+    across, down = [[3.5, 3.5], [0, 1]], [[0, 1], [3.5, 3.5]]
+    assert lines(zt.plot.attention(marked, layer=2)) == [across, down]
+    # Of some tokens, where they begin among these; of one query, along its keys.
+    part = marked.attention.sel(layer=2, head=1).isel(query=slice(2, None), key=slice(3, None))
+    assert lines(zt.plot.attention(part)) == [[[0.5, 0.5], [0, 1]], [[0, 1], [1.5, 1.5]]]
+    assert lines(zt.plot.attention(part.isel(query=-1))) == [[[0.5, 0.5], [0, 1]]]
+    assert lines(zt.plot.attention(ds, layer=2)) == []

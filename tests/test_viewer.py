@@ -26,7 +26,7 @@ from processes import running, said_after
 import zarrtrace as zt
 from zarrtrace.analysis import contrast, word_associations
 from zarrtrace.cli import bundle_, view_
-from zarrtrace.errors import ConfigError, IncompleteError
+from zarrtrace.errors import ConfigError, IncompleteError, ScenarioError
 from zarrtrace.records import LayerRecord, TokensRecord
 from zarrtrace.store import RunWriter
 from zarrtrace.viewer import Layout, Server, plan, write_bundle
@@ -288,7 +288,7 @@ def test_scenarios_and_layers_are_chosen(whole: fakes.FakeRun) -> None:
 
 @pytest.mark.parametrize("what", [{"scenarios": ["Nowhere"]}, {"layers": [77]}])
 def test_unknown_choices_are_refused(whole: fakes.FakeRun, what: dict) -> None:
-    with pytest.raises(ConfigError, match=r"Nowhere|77"):
+    with pytest.raises((ConfigError, ScenarioError), match=r"Nowhere|77"):
         Layout(whole.path, **what)
 
 

@@ -267,6 +267,67 @@ def test_what_is_shown_is_what_is_stored(
     assert page.locator("#layer-shown").inner_text() == "L1"
 
 
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two continuations of five tokens' prompt, of which one holds an answer."""
+    run = tmp_path_factory.mktemp("generated") / "run"
+    texts = ["<s>", "Bal", "ance", " 90", ":", " I", " bet", "<img src=x>"]
+    rng = np.random.default_rng(0)
+    for repeat, choice in enumerate(["bet", None]):
+        zt.write_trace(
+            run,
+            "game",
+            tokens=(range(8), texts),
+            attention={1: fakes.make_attention(2, 8, seed=repeat)},
+            features={1: rng.exponential(1, (8, 16)).astype(np.float32)},
+            spans={"balance": [1, 2], **({"answer": [6]} if choice else {})},
+            repeat=repeat,
+            choice=choice,
+            generation={
+                "tokens": 3, "temperature": 1.0, "top_p": 1.0, "seed": 0, "samples": 2,
+                "prompt_tokens": 5, "text": "".join(texts[5:]), "ended_by": "length",
+            },
+        )  # fmt: skip
+    return run
+
+
+def test_generated_text_is_told_from_the_prompt(generated: Path, look: Open) -> None:
+    with Server(generated) as live:
+        page = look(live.url, feature=3, **{"with": "game~1"})
+        assert page.locator("#scenario option").all_text_contents() == ["game~0", "game~1"]
+        # The prompt's last token comes first; those behind it are marked, and where they begin.
+        assert page.locator(".token[aria-selected=true]").get_attribute("data-position") == "4"
+        marked = page.locator("#tokens .token.generated")
+        assert [one.get_attribute("data-position") for one in marked.all()] == ["5", "6", "7"]
+        assert page.locator("#tokens .prompt-end + .token").get_attribute("data-position") == "5"
+        said = page.locator("#generated").inner_text()
+        assert "from token 5 on:  I bet<img src=x>" in said
+        assert "choice: bet" in said
+        assert "its length" in said
+        # A line in each matrix of tokens, at five eighths of it.
+        lines = {"large": 2, "flow": 1, "timeline": 1, "compare-a": 2, "compare-difference": 2}
+        for matrix, count in lines.items():
+            canvas = page.locator(f"#{matrix}").bounding_box()
+            ends = page.locator(f"#{matrix} + .ends .end").all()
+            assert len(ends) == count, matrix
+            for end in ends:
+                at = end.bounding_box()
+                across = at["height"] > at["width"]
+                middle = at["x"] + at["width"] / 2 if across else at["y"] + at["height"] / 2
+                start, size = ("x", "width") if across else ("y", "height")
+                place = (middle - canvas[start]) / canvas[size]
+                assert place == pytest.approx(5 / 8, abs=2 / canvas[size])
+        page.select_option("#scenario", "game~1")
+        ready(page)
+        assert "choice: none" in page.locator("#generated").inner_text()
+
+
+def test_a_prompt_alone_has_no_end(addresses: dict[str, str], look: Open) -> None:
+    page = look(addresses["server"], scenario="Risky_2")
+    assert page.locator(".end, .token.generated, #tokens .prompt-end").count() == 0
+    assert not page.locator("#generated").is_visible()
+
+
 def test_axes_say_which_token_and_layer(addresses: dict[str, str], look: Open) -> None:
     page = look(addresses["server"], scenario="Risky_2", layer=2, feature=3, theme="light")
     for ruler in ("large-keys", "large-queries", "flow-keys", "timeline-tokens"):

@@ -74,6 +74,18 @@ class TraceAccessor:
         return found
 
     @property
+    def completion(self) -> str | None:
+        """Text that the model generated behind the prompt; None if it generated none."""
+        generation = self._attributes().get("generation")
+        return None if generation is None else str(generation["text"])
+
+    @property
+    def choice(self) -> str | None:
+        """Name of the option that was found in the completion; None if none was."""
+        found: str | None = self._attributes().get("choice")
+        return found
+
+    @property
     def provenance(self) -> dict[str, Any]:
         """Model, SAEs, layers, versions of libraries, and where the trace is stored."""
         return _provenance(self._attributes(), self._ds.encoding)
@@ -128,7 +140,11 @@ class RunAccessor:
 
     @property
     def scenarios(self) -> pd.DataFrame:
-        """A row a scenario: number of tokens, tags, metadata, prompt."""
+        """A row a scenario, or a repeat: number of tokens, tags, metadata, prompt.
+
+        Of generated text also ``scenario_name`` and ``repeat`` if there are several, ``choice`` and
+        ``completion``.
+        """
         import pandas as pd  # noqa: PLC0415 -- with xarray it is there
 
         rows = {
@@ -137,6 +153,7 @@ class RunAccessor:
                 "tags": ", ".join(node.attrs["tags"]),
                 **node.attrs.get("metadata", {}),
                 "prompt": node.attrs["prompt"],
+                **_generated(node.attrs),
             }
             for name, node in self._traces().items()
         }
@@ -200,6 +217,16 @@ class RunAccessor:
         return found
 
 
+def _generated(attributes: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return what is known of a generated text; nothing of a prompt alone."""
+    generation = attributes.get("generation")
+    if generation is None:
+        return {}
+    repeat = attributes.get("repeat")
+    of = {} if repeat is None else {"scenario_name": attributes["scenario"], "repeat": repeat}
+    return {**of, "choice": attributes.get("choice"), "completion": generation["text"]}
+
+
 class TableAccessor:
     """A table of samples: its scenarios, where it comes from."""
 
@@ -208,11 +235,15 @@ class TableAccessor:
 
     @property
     def scenarios(self) -> pd.DataFrame:
-        """A row a scenario: number of samples, tags, metadata."""
+        """A row a scenario, or a repeat: number of samples, tags, metadata, choice."""
         ds, attributes = self._ds, _attributes_of(self._ds, "table")
-        columns = [name for name in ("tags", *attributes["metadata"]) if name in ds.coords]
+        known = ("tags", *attributes["metadata"], "choice")
+        columns = [name for name in dict.fromkeys(known) if name in ds.coords]
         frame = ds[["scenario", *columns]].reset_coords()[["scenario", *columns]].to_dataframe()
-        by_scenario = frame.groupby("scenario", sort=False)
+        keys = ["scenario"]
+        if "repeat" in ds.coords and "repeat" not in attributes["metadata"]:
+            keys, frame["repeat"] = ["scenario", "repeat"], ds["repeat"].to_numpy()
+        by_scenario = frame.groupby(keys, sort=False)
         first = by_scenario.first()
         first.insert(0, "samples", by_scenario.size())
         return first

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import yaml
@@ -17,6 +18,7 @@ import yaml
 from zarrtrace.errors import IntegrityError, NotATraceError, StoreError, readable
 from zarrtrace.format.attributes import MetadataValue, ranges
 from zarrtrace.format.layout import INDEX
+from zarrtrace.scenarios import split_trace_name
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import (
     RunSummary,
@@ -152,13 +154,15 @@ def _body(summary: RunSummary, name: str, *, indexed: bool) -> str:
     traces = summary.traces
     tokens = sum(trace.tokens for trace in traces)
     is_whole = all(trace.dims.get("query", 0) == trace.tokens for trace in traces)
+    count = _prompt_count(traces)
+    of = f"{count} prompts" if count == len(traces) else f"{len(traces)} repeats of {count} prompts"
     lines = [
         f"# {markdown_text(name)}",
         "",
         (
             "Attention and SAE features of a language model, for every layer and "
             f"{'token' if is_whole else 'some tokens'} of "
-            f"{len(traces)} prompts ({tokens:,} tokens): a Zarr v3 hierarchy, one group a prompt, "
+            f"{of} ({tokens:,} tokens): a Zarr v3 hierarchy, one group each, "
             f"with labelled dimensions. {readable(summary.bytes_on_disk)}, "
             f"{readable(summary.bytes_dense)} dense. Written by zarrtrace, format version "
             f"{summary.format_version}."
@@ -167,7 +171,7 @@ def _body(summary: RunSummary, name: str, *, indexed: bool) -> str:
     ]
     if summary.scenarios_missing or not summary.complete:
         lines += ["**Not complete:** scenarios or layers are missing.", ""]
-    lines += [*_sources(traces), "## Opening", "", *_opening(traces), ""]
+    lines += [*_generated(traces), *_sources(traces), "## Opening", "", *_opening(traces), ""]
     lines += ["## Arrays of a prompt", "", *_arrays(traces), ""]
     if indexed:
         lines += [
@@ -195,6 +199,11 @@ def _body_of_table(table: TableSummary, name: str) -> str:
         f"- Model: {markdown_text(table.model or 'not known')}",
         *([f"- SAEs: {markdown_text(table.sae_release)}"] if table.sae_release else []),
         f"- Layers: {ranges(table.layers)} (decoder blocks, counted from 0)",
+        *(
+            ["- Generated text: the model itself wrote the tokens that `generated` marks"]
+            if table.generated
+            else []
+        ),
         *([f"- Not computed: {len(table.failed):,} prompts, NaN"] if table.failed else []),
         "",
         "## Opening",
@@ -224,6 +233,29 @@ def _body_of_table(table: TableSummary, name: str) -> str:
         said = groups or f"{found.distinct:,} values"
         lines.append(f"| {markdown_text(column)} | {said} | {found.missing:,} |")
     return "\n".join(lines)
+
+
+def _prompt_count(traces: Iterable[TraceSummary]) -> int:
+    return len({split_trace_name(trace.scenario)[0] for trace in traces})
+
+
+def _generated(traces: tuple[TraceSummary, ...]) -> list[str]:
+    """Say that texts are the model's own, if there are any."""
+    texts = [trace for trace in traces if trace.completion is not None]
+    if not texts:
+        return []
+    of = _prompt_count(texts)
+    chose = Counter(trace.choice or "none" for trace in texts)
+    counted = ", ".join(f"{markdown_text(name)} ({n:,})" for name, n in chose.most_common())
+    said = f" Options found in them: {counted}." if any(trace.choice for trace in texts) else ""
+    return [
+        (
+            f"**Generated text:** the model itself wrote {len(texts):,} continuations of {of:,} "
+            "prompts. `generated` marks their tokens, the attribute `generation` holds each text "
+            f"and how it was drawn.{said}"
+        ),
+        "",
+    ]
 
 
 def _sources(traces: tuple[TraceSummary, ...]) -> list[str]:
@@ -290,12 +322,15 @@ def _prompts(traces: tuple[TraceSummary, ...]) -> list[str]:
     columns = list(dict.fromkeys(name for trace in traces for name in trace.metadata))
     more_columns = columns[_COLUMNS_SHOWN:]
     del columns[_COLUMNS_SHOWN:]
+    texts = any(trace.completion is not None for trace in traces)
     header = ["name", "tokens", "tags", *(f"`{name}`" for name in columns)]
+    header += ["choice", "completion"] if texts else []
     out = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for trace in traces[:_SCENARIOS_SHOWN]:
         tags = ", ".join(markdown_text(tag) for tag in trace.tags)
         cells = [markdown_text(trace.scenario), str(trace.tokens), tags]
         cells += [_cell(trace.metadata.get(name)) for name in columns]
+        cells += [_cell(trace.choice), _cell(trace.completion)] if texts else []
         out.append(f"| {' | '.join(cells)} |")
     if more_columns:
         out += ["", f"Further metadata: {', '.join(f'`{name}`' for name in more_columns)}."]

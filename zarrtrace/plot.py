@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 
 from zarrtrace.errors import ConfigError
-from zarrtrace.figures.drawing import NOT_STORED, SEQUENTIAL, size_of
+from zarrtrace.figures.drawing import NOT_STORED, PROMPT_END, SEQUENTIAL, size_of
 from zarrtrace.figures.labels import drawable, label_tokens, token_label
 
 _SIDE = 6.0  # inches
@@ -81,11 +81,28 @@ def attention(
         label_tokens(ax.yaxis, _texts(weights, "query"), inches=height, size=_POINTS)
         ax.set_ylabel("query (attends)")
         ax.figure.colorbar(image, ax=ax, label="attention weight")
+    _mark_prompt_end(ax, weights)
     strongest = np.argsort(-np.asarray(weights))[:8].tolist() if single else []
     label_tokens(ax.xaxis, keys, inches=width, keep=strongest, size=_POINTS, rotation=90)
     ax.set_xlabel("key (attended to)")
     ax.set_title(title, parse_math=False, fontsize="medium")
     return ax
+
+
+def _mark_prompt_end(ax: Axes, weights: xr.DataArray) -> None:
+    """Draw a line before the first key, and the first query, that the model generated."""
+    if "generated" not in weights.coords:
+        return
+    generated = weights["generated"]
+    keys = np.atleast_1d(generated)
+    if keys.any() and not keys.all():
+        ax.axvline(int(keys.argmax()) - 0.5, color=PROMPT_END, lw=1)
+    if weights.ndim == 1:
+        return
+    first = int(np.asarray(weights["key"])[keys].min()) if keys.any() else None
+    queries = np.asarray(weights["query"])
+    if first is not None and queries[0] < first <= queries[-1]:
+        ax.axhline(int(np.searchsorted(queries, first)) - 0.5, color=PROMPT_END, lw=1)
 
 
 def _weights(data: xr.Dataset | xr.DataArray, layer: int | None, head: int | None) -> xr.DataArray:

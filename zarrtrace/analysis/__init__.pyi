@@ -3,6 +3,7 @@ from zarrtrace.analysis.attention import (
     attention_to,
 )
 from zarrtrace.analysis.bands import layer_bands
+from zarrtrace.analysis.choice_rates import choices, chose
 from zarrtrace.analysis.contrasts import contrast
 from zarrtrace.analysis.critical import critical_layers
 from zarrtrace.analysis.crossreferences import crossreference
@@ -21,6 +22,8 @@ __all__ = [
     "attention_locality",
     "attention_rollout",
     "attention_to",
+    "choices",
+    "chose",
     "contrast",
     "critical_layers",
     "crossreference",

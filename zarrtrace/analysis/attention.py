@@ -24,7 +24,7 @@ from zarrtrace.analysis.selecting import (
     present,
     require_places,
     require_queries,
-    span_names,
+    spans_before,
     stored_queries,
     taken,
     token_labels,
@@ -94,7 +94,7 @@ def attention_to(
     targets, several_targets = as_places(target)
     names = [label(place) for place in targets]
     if source is None:
-        source = [name for name in span_names(data) if name not in {*names, DECISION}]
+        source = [name for name in spans_before(data, targets) if name not in names]
     sources, several_sources = as_places(source)
     _check_places(data, sources, targets)
 

@@ -17,16 +17,18 @@ from zarrtrace.analysis.selecting import (
     attention,
     described,
     has_span,
+    independent,
     is_run,
+    over_repeats,
     per_scenario,
     positions,
     require_places,
     require_queries,
     span_names,
+    spans_before,
     stored_queries,
     taken,
     token_labels,
-    traces,
 )
 from zarrtrace.errors import ConfigError
 from zarrtrace.scenarios import DECISION
@@ -131,7 +133,8 @@ def layer_bands(
     _check_bands(bands)
     present_spans = [name for name in task_spans if name in span_names(data)]
     require_places(data, present_spans or task_spans)
-    values = _measure(data, present_spans, window)
+    values = over_repeats(_measure(data, present_spans, window), data)
+    values = values.transpose("hypothesis", "scenario", "layer")
     out = evaluate(
         values, bands, alpha=alpha, resamples=resamples, confidence=confidence, seed=seed
     )
@@ -207,12 +210,12 @@ def _of_suite(
             "file before the run is made.",
         )
     if task_spans is None:
-        task_spans = own.get("task_spans") or [n for n in span_names(data) if n != DECISION]
+        task_spans = own.get("task_spans") or spans_before(data, [DECISION])
     return bands, task_spans
 
 
 def _check_number(data: Data) -> None:
-    number = len(traces(data))
+    number = len(set(independent(data)))
     if number < _FEWEST:
         raise ConfigError(
             f"layer_bands needs at least {_FEWEST} scenarios, and there "
@@ -267,7 +270,7 @@ def _measure(data: Data, task_spans: Sequence[str], window: int) -> xr.DataArray
     """Return the three measures ``(hypothesis, scenario, layer)``, loaded in one pass."""
     local = attention_locality(data, heads="mean", window=window, exclude_first=True)
     task = per_scenario(data, partial(_to_task, task_spans=task_spans))
-    spans = [name for name in span_names(data) if name != DECISION]
+    spans = spans_before(data, [DECISION])
     decided = attention_to(data, spans, reduce="sum").sum("source", min_count=1)
     measures = [local["window_share"], task, decided]
     # One computation: dask reads each block once for all three.

@@ -11,9 +11,10 @@ import numpy as np
 import xarray as xr
 
 from zarrtrace.analysis.gaps import missing_layers, missing_of_table
+from zarrtrace.analysis.repeats import Text
 from zarrtrace.analysis.samples import rows_of_place
 from zarrtrace.analysis.selecting import Data, Place, require, traces
-from zarrtrace.analysis.special import special_samples
+from zarrtrace.analysis.special import MARKS, generated_samples, special_samples
 from zarrtrace.analysis.tables import (
     SAMPLE,
     TableScenarios,
@@ -43,8 +44,8 @@ class Block(NamedTuple):
         Where the samples of each begin, and the number of all.
     find
         Returns the samples of a place, ascending; none if no scenario has the span.
-    special
-        Tells which samples hold special tokens.
+    special, generated
+        Tell which samples hold special tokens, and generated ones.
     missing
         Layers whose features are not stored, by number of the scenario.
     """
@@ -55,6 +56,7 @@ class Block(NamedTuple):
     starts: np.ndarray
     find: Callable[[Place], np.ndarray]
     special: Callable[[], np.ndarray]
+    generated: Callable[[], np.ndarray]
     missing: Mapping[int, frozenset[int]]
 
     @property
@@ -72,6 +74,22 @@ class Block(NamedTuple):
             ]
             for layer in self.layers
         ]
+
+    def counted(self, first: np.ndarray, text: Text = "all") -> np.ndarray:
+        """Tell which samples count: of a scenario's repeats the prompt counts once.
+
+        Parameters
+        ----------
+        first
+            Whether each scenario of the run or the table is the first of its repeats.
+        text
+            Count tokens of prompts, or generated ones, only.
+        """
+        generated = self.generated()
+        if text == "generated":
+            return generated
+        of_first = np.repeat(first[list(self.scenarios)], np.diff(self.starts))
+        return np.asarray(of_first & ~generated if text == "prompt" else of_first | generated)
 
     def rows(self, place: Place) -> dict[int, np.ndarray]:
         """Return the samples of a place, by number of the scenario, of those that have it."""
@@ -127,9 +145,10 @@ def _block_of_trace(number: int, ds: xr.Dataset, names: Sequence[str]) -> Block:
             arrays[name] = xr.DataArray(xr.Variable(dims, variable))
     layers = ds.indexes["layer"].tolist() if "layer" in ds.indexes else []
     starts = np.array([0, ds.sizes["query"]])
-    find, special = partial(rows_of_place, ds), partial(special_samples, ds)
+    marks = partial(special_samples, ds), partial(generated_samples, ds)
     missing = {number: missing_layers(ds)}
-    return Block(arrays, layers, [number], starts, find, special, missing)
+    find = partial(rows_of_place, ds)
+    return Block(arrays, layers, [number], starts, find, *marks, missing)
 
 
 def _blocks_of_table(
@@ -138,7 +157,7 @@ def _blocks_of_table(
     known = table_scenarios(table)
     variables = {name: table.variables[name] for name in names if name in table.variables}
     layers = table.indexes["layer"].tolist() if "layer" in table.indexes else []
-    labels = [n for n in ("scenario", "position", "span", "special") if n in table.coords]
+    labels = [n for n in ("scenario", "position", "span", *MARKS) if n in table.coords]
     gaps = missing_of_table(table)
     for first, last in _cuts(known.starts, _most(variables.values())):
         numbers = range(first, last)
@@ -152,9 +171,10 @@ def _blocks_of_table(
             for name, one in variables.items()
         }
         part = part.assign_attrs(table.attrs)
-        find, special = partial(rows_in_table, part, scenarios=own), partial(special_samples, part)
+        find = partial(rows_in_table, part, scenarios=own)
+        marks = partial(special_samples, part), partial(generated_samples, part)
         missing = {n: gaps.get(known.names[n], gaps[""]) for n in numbers}
-        yield Block(arrays, layers, numbers, own.starts, find, special, missing)
+        yield Block(arrays, layers, numbers, own.starts, find, *marks, missing)
 
 
 def _most(variables: Collection[xr.Variable]) -> int:

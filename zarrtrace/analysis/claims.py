@@ -149,7 +149,7 @@ def _limits(design: Design, n_tests: int, least_g: float | None) -> str:
     needed = max(1, math.ceil(smallest * n_tests / _ALPHA - 1e-9))
     reach = f"{needed} must reach it together" if needed <= n_tests else "all are too few"
     sizes = (
-        f"{design.n_a} blocks with both groups"
+        f"{design.n_a} {design.unit} with both groups"
         if design.is_paired
         else f"{design.n_a} against {design.n_b} {design.unit}"
     )
@@ -168,6 +168,7 @@ def _limits(design: Design, n_tests: int, least_g: float | None) -> str:
         )
     if design.left_out:
         parts.append(
-            f"{design.left_out} scenarios were left out: their blocks have one group alone."
+            f"{design.left_out} {'scenarios' if design.unit == 'blocks' else 'repeats'} were left "
+            f"out: their {design.unit} have one group alone."
         )
     return " ".join(parts)

@@ -39,12 +39,13 @@ from zarrtrace.analysis.selecting import (
     require_places,
     require_queries,
     span_names,
+    spans_before,
     taken,
     traces,
 )
 from zarrtrace.analysis.templates import number_of_templates
 from zarrtrace.errors import ScenarioError, SharedTemplateWarning
-from zarrtrace.scenarios import DECISION
+from zarrtrace.scenarios import DECISION, split_trace_name
 
 # In the order of the result.
 _COLUMNS = (
@@ -162,7 +163,8 @@ def contrast(
     a difference. `q_welch` is NaN below 20 observations a group: with 1,000 tests of normal values
     Welch's p reports some difference in 0.25 of the calls at 4 against 12, in 0.15 at 8 against 24.
 
-    An observation is a scenario, without `block`. If all scenarios of a block are in one group,
+    An observation is a scenario, without `block`; the repeats of a scenario are a block, as when
+    `by` is ``"choice"``: the option that each chose. If all scenarios of a block are in one group,
     the observation is the block's mean, and whole blocks are exchanged. If blocks have scenarios
     of both groups, the observation is a block's difference of group means, and the groups are
     exchanged in whole blocks (signs); blocks with one group alone are left out, t is that of the
@@ -203,12 +205,15 @@ def contrast(
 
 
 def _other_spans(data: Data, target: Place) -> list[Place]:
-    return [name for name in span_names(data) if name != target]
+    seen = {*spans_before(data, [target]), DECISION}
+    return [name for name in span_names(data) if name != target and name in seen]
 
 
 def _template_note(data: Data, groups: Groups) -> str:
     """Say which scenarios share a template, and warn if exchanging them is not sound."""
-    chosen = (*groups.a, *groups.b)
+    # Repeats share their prompt, and are exchanged within it, or with it.
+    names = (*groups.a, *groups.b)
+    chosen = tuple({split_trace_name(name)[0]: name for name in names}.values())
     number = number_of_templates(data, chosen)
     if number is None:
         return (

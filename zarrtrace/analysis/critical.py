@@ -25,6 +25,7 @@ from zarrtrace.analysis.selecting import (
     require_queries,
     scenario_of,
     span_names,
+    spans_before,
     taken,
     token_labels,
     traces,
@@ -113,12 +114,12 @@ def critical_layers(
     counted (Phipson & Smyth 2010). Its floor is 1/(placebos + 1), or 1/((placebos + 1) × layers):
     with one template and k spans, q ≤ 0.05 in one layer alone takes 20 k placebos.
     """
-    names = list(spans) if spans is not None else [n for n in span_names(data) if n != DECISION]
+    names = list(spans) if spans is not None else spans_before(data, [target])
     _check(names, controls, draws)
     require_places(data, [*names, target])
     rows = per_scenario(data, partial(_attention_row, target=target)).compute()
     prompts = _prompts(data, rows, names, target)
-    groups = variants([prompt.ids for prompt in prompts])
+    groups = variants([prompt.own for prompt in prompts])
     rng = np.random.default_rng(seed)
     by_span = {
         name: _tested([[prompts[i] for i in group] for group in groups], name, controls, draws, rng)
@@ -187,7 +188,8 @@ def _prompts(data: Data, rows: xr.DataArray, names: Sequence[str], target: Place
         own = {n: np.unique(positions(ds, n)) for n in names if has_span(ds, n)}
         found.append(
             Prompt(
-                ids=_token_ids(ds),
+                ids=(ids := _token_ids(ds)),
+                own=ids[: (ds.attrs.get("generation") or {}).get("prompt_tokens")],
                 attention=row[:, rows.indexes["key"].get_indexer(keys)],
                 is_free=_free_tokens(ds, target),
                 spans={n: np.searchsorted(keys, at) for n, at in own.items() if at[0] <= last},

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 
 from zarrtrace.analysis.gaps import GAPS
+from zarrtrace.analysis.repeats import SCENARIO_NAME, correlations_within, varies_within
 from zarrtrace.analysis.resampling import (
     DEFAULT_PERMUTATIONS,
     corrected,
@@ -15,21 +20,32 @@ from zarrtrace.analysis.resampling import (
     same_rows,
 )
 from zarrtrace.analysis.samples import samples
-from zarrtrace.analysis.selecting import Data, described, is_run, options, scenario_names, whole
-from zarrtrace.analysis.tables import SAMPLE
+from zarrtrace.analysis.selecting import (
+    Data,
+    Place,
+    described,
+    is_run,
+    options,
+    scenario_names,
+    whole,
+)
+from zarrtrace.analysis.tables import SAMPLE, Before
 from zarrtrace.errors import ConfigError
 from zarrtrace.scenarios import DECISION
 
 _ALPHA = 0.05
 
 
-def decision(data: Data, *, vocabulary: int | None = None) -> xr.Dataset:
+def decision(data: Data, *, at: str = DECISION, vocabulary: int | None = None) -> xr.Dataset:
     """Next-token distribution at the decision: the probability of each option, and entropy.
 
     Parameters
     ----------
     data
         A trace, a run or a table with ``next_token``.
+    at
+        ``"decision"``, the last token of the prompt; or a span, such as ``"answer"`` of a generated
+        text: the token before its first one, where the model decides how it begins.
     vocabulary
         Size of the model's vocabulary, for the upper bound of the entropy.
 
@@ -55,12 +71,16 @@ def decision(data: Data, *, vocabulary: int | None = None) -> xr.Dataset:
         ``top_token``, ``top_token_text``, ``top_probability``
             The most likely continuation: id, text and probability.
 
-        Options that a scenario does not have are NaN.
+        Options that a scenario does not have are NaN, and so is all of a scenario without the span
+        `at` (``top_token`` −1); ``attrs["limits"]`` counts these.
 
     Raises
     ------
     ConfigError
-        If a trace has no next-token probabilities, or no scenario has options.
+        If a trace has no next-token probabilities, no scenario has options, or the position is not
+        stored.
+    ScenarioError
+        If no scenario has the span `at`.
     """
     ids = options(data)
     if not ids:
@@ -70,11 +90,11 @@ def decision(data: Data, *, vocabulary: int | None = None) -> xr.Dataset:
             remedy="Name them under 'options' in the scenarios file and extract again.",
         )
 
-    found = samples(data, [DECISION], ["next_token", "next_token_logprob"], ["next_token_text"])
+    place: Place = at if at == DECISION else Before(at)
+    found = samples(data, [place], ["next_token", "next_token_logprob"], ["next_token_text"])
     stored = found.arrays.reset_coords(drop=True).rename({SAMPLE: "scenario"})
-    stored = stored.assign_coords(
-        scenario=np.array(scenario_names(data), object)[found.of_scenario]
-    )
+    names = np.array(scenario_names(data), object)
+    stored = stored.assign_coords(scenario=names[found.of_scenario])
     wanted = xr.DataArray(
         np.stack([of[found.of_scenario] for of in ids.values()], axis=-1),
         {"scenario": stored["scenario"], "option": list(ids)},
@@ -85,13 +105,26 @@ def decision(data: Data, *, vocabulary: int | None = None) -> xr.Dataset:
     # One block over all scenarios: a hundred numbers each, and dozens of steps.
     stored = stored.map(lambda array: whole(array, *array.dims))
     out = _distribution(stored, wanted, vocabulary)
+    absent = len(names) - len(found.of_scenario)
+    if absent and is_run(data):
+        fill = {"top_token": -1, "top_token_text": ""}
+        out = out.reindex(
+            scenario=pd.Index(names), fill_value={n: fill.get(str(n), np.nan) for n in out}
+        )
+    if at != DECISION:
+        out.attrs["limits"] = (
+            f"{absent} of {len(names)} traces have no span {at!r}: NaN. An option is its first "
+            "token as it follows the prompt; within a text it may be written by another token."
+        )
     return described(
         out,
         data,
         "decision",
-        "stored next-token probabilities at the last token; entropy in nats, a lower bound: all "
-        "that is not stored counts as one outcome",
+        "stored next-token probabilities at "
+        + ("the prompt's last token" if at == DECISION else f"the token before span {at!r}")
+        + "; entropy in nats, a lower bound: all that is not stored counts as one outcome",
         options=list(ids),
+        at=at,
         vocabulary=vocabulary,
     )
 
@@ -168,7 +201,8 @@ def relate(
         Hochberg 1995, over all of the result) and ``n_scenarios``, with the other dimensions of
         `quantity`. Only scenarios in which both are known count; NaN with fewer than three, or
         where one does not vary. ``attrs["smallest_p"]`` is the least p that any of them can reach,
-        ties counted; ``findings`` and ``limits`` are sentences. Computed at the call.
+        ties counted; ``findings`` and ``limits`` are sentences, and ``unit`` says what was
+        exchanged. Computed at the call.
 
     Raises
     ------
@@ -178,7 +212,10 @@ def relate(
     Notes
     -----
     The null is that scenarios are exchangeable: any order of the outcome is as likely. Scenarios
-    that are variants of few templates, or repeats of one prompt, are not. Seven scenarios without
+    that are variants of few templates are not. Nor are repeats of one prompt, which results tell by
+    their coordinate ``scenario_name``: an outcome that differs among the repeats of a scenario, as
+    :func:`chose`, is ranked and permuted among the repeats of each; of any other outcome, and its
+    quantity, the mean over repeats counts once a scenario. Seven scenarios without
     ties can reach p = 2/5040; an outcome that is 1 in one of eight scenarios and 0 in the others
     cannot go below 1/8.
     """
@@ -198,6 +235,7 @@ def relate(
     outcome, quantity = xr.align(
         outcome, quantity, join="inner", exclude=set(quantity.dims[1:]) - {"scenario"}
     )
+    outcome, quantity, blocks = _with_repeats(outcome, quantity)
     if outcome.size < 3:
         raise ConfigError(
             f"only {outcome.size} scenarios have both",
@@ -215,12 +253,18 @@ def relate(
         number[columns] = rows.sum()
         if rows.sum() < 3:
             continue
-        rho[columns], p[columns], smallest[columns] = correlations(
+        test: Callable[..., tuple[np.ndarray, np.ndarray, Any]] = correlations
+        if blocks is not None:
+            test = partial(correlations_within, blocks=blocks[rows])
+        rho[columns], p[columns], smallest[columns] = test(
             known[rows],
             values[np.ix_(rows, columns)],
             n_permutations=n_permutations,
             seed=seed,
         )
+    observed = f"{outcome.size} scenarios"
+    if blocks is not None:
+        observed = f"{outcome.size} repeats of {blocks.max() + 1} scenarios, exchanged within these"
     out = xr.Dataset(
         {
             "rho": (dims, rho.reshape(shape)),
@@ -239,13 +283,14 @@ def relate(
         "(Phipson & Smyth 2010), q by Benjamini & Hochberg (1995)",
         n_scenarios=int(outcome.size),
         n_tests=int(np.isfinite(p).sum()),
-        **_related(rho, p, smallest, outcome.size),
+        unit="scenario" if blocks is None else "repeat, within its scenario",
+        **_related(rho, p, smallest, observed),
         **gaps,
     )
 
 
 def _related(
-    rho: np.ndarray, p: np.ndarray, smallest: np.ndarray, scenarios: int
+    rho: np.ndarray, p: np.ndarray, smallest: np.ndarray, observed: str
 ) -> dict[str, str | float]:
     """Return the attributes that say what was found, and what could have been."""
     tests = int(np.isfinite(p).sum())
@@ -260,8 +305,30 @@ def _related(
         strongest = float(rho[np.nanargmax(np.where(q <= _ALPHA, np.abs(rho), np.nan))])
         findings += f"; the strongest has rho = {strongest:.2f}"
     limits = (
-        f"{scenarios} scenarios: no p_permutation below {least:.4g}. Of {tests} tests, one alone "
+        f"{observed}: no p_permutation below {least:.4g}. Of {tests} tests, one alone "
         f"at that p has q_permutation = {min(1.0, least * tests):.3g}. A correlation over "
         "scenarios is no cause, and scenarios of one template are not independent."
     )
     return {"smallest_p": least, "findings": f"{findings}.", "limits": limits}
+
+
+def _with_repeats(
+    outcome: xr.DataArray, quantity: xr.DataArray
+) -> tuple[xr.DataArray, xr.DataArray, np.ndarray | None]:
+    """Return both by what is exchangeable, and blocks within which rows are, if these are repeats.
+
+    Outcomes that repeats of a scenario share are averaged over these, and their quantity alike.
+    """
+    named = next(
+        (one[SCENARIO_NAME] for one in (outcome, quantity) if SCENARIO_NAME in one.coords), None
+    )
+    if named is None:
+        return outcome, quantity, None
+    names = named.sel(scenario=outcome["scenario"].to_numpy()).to_numpy()
+    if varies_within(outcome.to_numpy(), names):
+        return outcome, quantity, pd.factorize(names)[0]
+    both = [
+        one.reset_coords(drop=True).assign_coords(scenario=names).groupby("scenario").mean()
+        for one in (outcome, quantity)
+    ]
+    return both[0], both[1], None

@@ -28,7 +28,7 @@ from zarrtrace.analysis.selecting import (
     require_places,
     require_queries,
     scenario_of,
-    span_names,
+    spans_before,
     token_labels,
 )
 from zarrtrace.errors import ConfigError
@@ -327,7 +327,7 @@ def _through_layers(
     **parameters: float,
 ) -> xr.DataArray:
     if source is None:
-        source = [n for n in span_names(data) if n not in {label(target), DECISION}]
+        source = [name for name in spans_before(data, [target]) if name != label(target)]
     sources, several = as_places(source)
     if not sources:
         raise ConfigError("no source to start from", remedy="Give a span or positions.")

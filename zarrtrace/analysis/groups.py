@@ -8,10 +8,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from zarrtrace.analysis.repeats import SCENARIO_NAME
 from zarrtrace.analysis.resampling import TwoGroups, paired_blocks, two_groups
-from zarrtrace.analysis.selecting import Data, metadata, scenario_names, scenario_tags
+from zarrtrace.analysis.selecting import (
+    Data,
+    metadata,
+    repeats,
+    require_whole_scenarios,
+    scenario_names,
+    scenario_tags,
+)
 from zarrtrace.errors import ConfigError, ScenarioError
-from zarrtrace.scenarios import is_missing
+from zarrtrace.scenarios import chosen_names, is_missing
 from zarrtrace.suggestions import did_you_mean
 
 Value = bool | int | float | str
@@ -140,13 +148,7 @@ def _members(data: Data, group: Any) -> tuple[str, ...]:
                 remedy=did_you_mean(group, known, label="Tags there are"),
             )
         return found
-    absent = [name for name in group if name not in tagged]
-    if absent:
-        raise ScenarioError(
-            f"the run has no scenario {absent[0]!r}",
-            remedy=did_you_mean(absent[0], tagged, label="It has"),
-        )
-    return tuple(dict.fromkeys(group))
+    return tuple(chosen_names(list(tagged), list(group)))
 
 
 def _check(a: Sequence[str], b: Sequence[str]) -> None:
@@ -211,10 +213,14 @@ class Exchange:
         ``(scenario,)`` bool.
     blocks
         ``(scenario,)`` number of each one's block; None if scenarios are exchanged.
+    unit
+        What observations are called.
     """
 
-    def __init__(self, in_a: np.ndarray, blocks: np.ndarray | None = None) -> None:
-        self.in_a, self.blocks = in_a, blocks
+    def __init__(
+        self, in_a: np.ndarray, blocks: np.ndarray | None = None, unit: str = "scenarios"
+    ) -> None:
+        self.in_a, self.blocks, self.unit = in_a, blocks, unit
         mixed = np.intersect1d(*([], []) if blocks is None else (blocks[in_a], blocks[~in_a]))
         #: Whether blocks have scenarios of both groups, which then are compared within blocks.
         self.is_paired = len(mixed) > 0
@@ -224,11 +230,6 @@ class Exchange:
             if blocks is None or not self.is_paired
             else ~np.isin(blocks, mixed)
         )
-
-    @property
-    def unit(self) -> str:
-        """Return what observations are called."""
-        return "scenarios" if self.blocks is None else "blocks"
 
     def units(self, rows: np.ndarray) -> Units | None:
         """Return what is exchanged if these scenarios have values; None if it is too little."""
@@ -263,26 +264,33 @@ def _means(member: np.ndarray) -> np.ndarray:
 def exchange_of(data: Data, groups: Groups, block: Block | None) -> Exchange:
     """Return what is exchanged between two groups.
 
+    Without `block`, the repeats of a scenario are one.
+
     Raises
     ------
     ScenarioError
         If there is no such column, a scenario's block is missing, or blocks are too few.
+    ConfigError
+        If repeats of a scenario are in several blocks.
     """
     chosen = (*groups.a, *groups.b)
     in_a = np.arange(len(chosen)) < len(groups.a)
-    if block is None:
+    unit = "scenarios" if block is None else "blocks"
+    if block is None and SCENARIO_NAME not in repeats(data):
         return Exchange(in_a)
-    labels, called = _labels(data, block)
+    labels, called = _labels(data, SCENARIO_NAME if block is None else block)
+    require_whole_scenarios(data, np.array(labels, dtype=object), called)
     at = pd.Index(scenario_names(data)).get_indexer(pd.Index(chosen))
     own = [labels[int(number)] for number in at]
     missing = [name for name, one in zip(chosen, own, strict=True) if one == "" or is_missing(one)]
     if missing:
         raise ScenarioError(
-            f"scenario {missing[0]!r} is in no block: {called} is missing there",
+            f"scenario {missing[0]!r} is in no block: {called!r} is missing there",
             why=f"So it is for {len(missing)} of the {len(chosen)} scenarios that are compared.",
             remedy="Give it a value, or compare scenarios that have one.",
         )
-    exchange = Exchange(in_a, np.unique(np.array(own, dtype=object), return_inverse=True)[1])
+    numbers = np.unique(np.array(own, dtype=object), return_inverse=True)[1]
+    exchange = Exchange(in_a, numbers, unit)
     sizes = exchange.sizes(np.ones(len(chosen), bool))
     if min(sizes) < 2:
         raise _too_few(exchange, sizes, groups)
@@ -297,7 +305,7 @@ def _labels(data: Data, block: Block) -> tuple[Sequence[Any], str]:
                 f"the run has no column of metadata {block!r} for blocks",
                 remedy=did_you_mean(block, columns, label="It has"),
             )
-        return columns[block].tolist(), f"{block!r}"
+        return columns[block].tolist(), block
     names = scenario_names(data)
     if len(block) != len(names):
         raise ScenarioError(
@@ -308,14 +316,19 @@ def _labels(data: Data, block: Block) -> tuple[Sequence[Any], str]:
 
 
 def _too_few(exchange: Exchange, sizes: tuple[int, int], groups: Groups) -> ScenarioError:
+    one = exchange.unit.removesuffix("s")
+    inner = "scenarios" if one == "block" else "repeats"
+    remedy = "Extract scenarios of more blocks (templates)."
     if exchange.is_paired:
-        what = f"{sizes[0]} block has scenarios of both groups"
+        what = f"{sizes[0]} {one} has {inner} of both groups"
         why = (
-            "Where groups differ within blocks, a block is one observation: its difference. One "
-            "block cannot tell how much blocks differ."
+            f"Where groups differ within {one}s, a {one} is one observation: its difference. One "
+            f"{one} cannot tell how much {one}s differ."
         )
     else:
         which = 0 if sizes[0] < 2 else 1
-        what = f"group {(groups.name_a, groups.name_b)[which]} has {sizes[which]} block"
-        why = "A block is one observation, and a variance needs at least two."
-    return ScenarioError(what, why=why, remedy="Extract scenarios of more blocks (templates).")
+        what = f"group {(groups.name_a, groups.name_b)[which]} has {sizes[which]} {one}"
+        why = f"A {one} is one observation, and a variance needs at least two."
+    if one == "scenario":
+        remedy = "Extract more scenarios: repeats of one are no further ones."
+    return ScenarioError(what, why=why, remedy=remedy)

@@ -25,6 +25,8 @@ class Prompt:
     ----------
     ids
         ``(key,)`` token ids.
+    own
+        Those of the prompt, without generated text: repeats of a prompt have the same.
     attention
         ``(layer, key)`` float64: the attention that the target pays; NaN for missing layers.
     is_free
@@ -34,6 +36,7 @@ class Prompt:
     """
 
     ids: np.ndarray
+    own: np.ndarray
     attention: np.ndarray
     is_free: np.ndarray
     spans: dict[str, np.ndarray]

@@ -11,21 +11,23 @@ import xarray as xr
 
 from zarrtrace.analysis.concatenated import concatenated
 from zarrtrace.analysis.gaps import gaps_of_traces
+from zarrtrace.analysis.repeats import SCENARIO_NAME
 from zarrtrace.analysis.selecting import (
     Data,
     Place,
     Scenarios,
     as_places,
     label,
-    metadata,
     not_stored,
     options,
     positions,
     present,
+    repeats,
     require,
     require_places,
     scenario_of,
     span_names,
+    stored_metadata,
     tags,
     traces,
 )
@@ -46,6 +48,7 @@ _LABELS = (
     ("token", "query_token", "query"),
     ("token_id", "token_id", "key"),
     ("special", "special", "key"),
+    ("generated", "generated", "key"),
 )
 # Attributes of traces that are a table's.
 _NO_RESIDUAL = "layers_without_residual"
@@ -76,8 +79,10 @@ def table(run: Data, at: At = DECISION) -> xr.Dataset:
         ``special`` (whether it is BOS or a chat marker), ``span`` (names of the spans that hold the
         position, joined by commas), ``tags``,
         ``option_NAME`` (id of the option's first token, −1 without one) and the columns of
-        metadata. Nothing is read before it is looked at, and then only the chunks that hold it. On
-        dask if the run was opened with ``chunks``. NaN where a trace lacks a layer.
+        metadata; of generated text also ``generated``, ``choice`` (empty without one) and, where
+        scenarios have several, ``repeat``. Nothing is read before it is looked at, and then only
+        the chunks that hold it. On dask if the run was opened with ``chunks``. NaN where a trace
+        lacks a layer.
 
     Raises
     ------
@@ -105,7 +110,7 @@ def table(run: Data, at: At = DECISION) -> xr.Dataset:
         **_coordinates(runs, chosen),
         **{name: arrays.pop(name) for name in _TEXTS if name in arrays},
     }
-    columns = metadata(runs)
+    columns = stored_metadata(runs)
     _check_names({*arrays, *coordinates}, columns)
     number = _scenario_of_samples(runs, chosen)
     attributes = _attributes(runs, at, labels, list(columns))
@@ -352,7 +357,7 @@ def _coordinates(data: Scenarios, chosen: Sequence[_Chosen]) -> dict[Hashable, x
     of_tags = [tags(one.ds) for one in chosen]
     _check_tags(of_tags)
     out: dict[Hashable, xr.Variable] = {
-        "scenario": each([one.name for one in chosen], object),
+        "scenario": each([one.ds.attrs["scenario"] for one in chosen], object),
         "position": xr.Variable(SAMPLE, np.concatenate([one.positions for one in chosen])),
         "span": xr.Variable(SAMPLE, np.concatenate([_spans(one) for one in chosen])),
         "tags": each([",".join(one) for one in of_tags], object),
@@ -361,6 +366,9 @@ def _coordinates(data: Scenarios, chosen: Sequence[_Chosen]) -> dict[Hashable, x
         if all(stored in one.ds.variables for one in chosen):
             parts = [one.rows_of(stored, dim) for one in chosen]
             out[name] = concatenated(parts, [{}] * len(parts))
+    for name, of_repeats in repeats(data).items():
+        if name != SCENARIO_NAME:
+            out[name] = xr.Variable(SAMPLE, of_repeats[_scenario_of_samples(data, chosen)])
     for name, ids in options(data).items():
         out[f"option_{name}"] = xr.Variable(SAMPLE, ids[_scenario_of_samples(data, chosen)])
     return out

@@ -15,25 +15,36 @@ import xarray as xr
 from zarrtrace.analysis.findings import with_findings
 from zarrtrace.analysis.gaps import attributes_by_scenario, statements
 from zarrtrace.analysis.parallel import all_together
+from zarrtrace.analysis.repeats import (
+    CHOICE,
+    REPEAT,
+    SCENARIO_NAME,
+    beside,
+    columns_of_traces,
+    varies_within,
+)
 from zarrtrace.analysis.tables import (
+    Before,
     is_table,
     table_metadata,
     table_options,
+    table_repeats,
     table_scenarios,
     table_spans,
     table_tags,
 )
 from zarrtrace.errors import ConfigError, ScenarioError, ZarrtraceError
 from zarrtrace.format.attributes import is_trace
-from zarrtrace.scenarios import DECISION, span, typed_column
+from zarrtrace.scenarios import DECISION, name_of, span, typed_column
 from zarrtrace.suggestions import did_you_mean
 
 #: A trace, a whole run, or a table of samples.
 Data = xr.Dataset | xr.DataTree
 #: The same, or traces by scenario: who looks often looks them up once, a millisecond each.
 Scenarios = Data | dict[str, xr.Dataset]
-#: A span's name, a token position (negative from the end) or several positions.
-Place = str | int | Sequence[int]
+#: A span's name, a token position (negative from the end), several positions, or where a span is
+#: decided.
+Place = str | int | Sequence[int] | Before
 
 _Labelled = TypeVar("_Labelled", xr.DataArray, xr.Dataset)
 
@@ -53,7 +64,9 @@ _WHY_ABSENT = {
 
 
 def traces(data: Scenarios) -> dict[str, xr.Dataset]:
-    """Return the traces of a run by scenario, in the run's order; a trace is a run of one.
+    """Return the traces of a run by name, in the run's order; a trace is a run of one.
+
+    The name is the scenario's, of one of several repeats ``NAME~3``.
 
     Parameters
     ----------
@@ -69,7 +82,7 @@ def traces(data: Scenarios) -> dict[str, xr.Dataset]:
     if isinstance(data, dict):
         return data
     if isinstance(data, xr.Dataset):
-        return {_attributes(data)["scenario"]: data}
+        return {scenario_of(data): data}
     if data.attrs.get("kind") == "trace":
         return traces(data.to_dataset())
     children = {name: child.to_dataset() for name, child in data.children.items()}
@@ -122,14 +135,21 @@ def tags(ds: xr.Dataset) -> tuple[str, ...]:
 
 
 def metadata(data: Scenarios) -> dict[str, np.ndarray]:
-    """Return the columns of metadata of all scenarios, in the run's order.
+    """Return the columns that scenarios may be grouped by, in the run's order.
 
-    A missing text is empty, a missing number NaN. A column whose values do not fit one type, as
-    only traces put together by hand have one, is left out with a warning.
+    They are the columns of metadata, and those of generated text: ``choice`` and, of a run with
+    repeats, ``repeat`` and ``scenario_name``; a column of metadata that is called as one of these
+    becomes ``metadata_NAME``. A missing text is empty, a missing number NaN. A column whose values
+    do not fit one type, as only traces put together by hand have one, is left out with a warning.
     """
     if is_table(data):
         return table_metadata(data)
-    runs = traces(data)
+    return beside(stored_metadata(data), repeats(data))
+
+
+def stored_metadata(data: Mapping[str, xr.Dataset] | Data) -> dict[str, np.ndarray]:
+    """Return the columns of metadata alone, of a run or a trace."""
+    runs = traces(data)  # type: ignore[arg-type]
     stored = {name: _attributes(ds).get("metadata", {}) for name, ds in runs.items()}
     columns: dict[str, np.ndarray] = {}
     for column in dict.fromkeys(column for values in stored.values() for column in values):
@@ -143,9 +163,66 @@ def metadata(data: Scenarios) -> dict[str, np.ndarray]:
     return columns
 
 
+def repeats(data: Scenarios) -> dict[str, np.ndarray]:
+    """Return ``scenario_name``, ``repeat`` and ``choice`` of each trace, those that there are."""
+    if is_table(data):
+        return table_repeats(data)
+    return columns_of_traces(_attributes(ds) for ds in traces(data).values())
+
+
+def independent(data: Scenarios) -> np.ndarray:
+    """Return the name of each trace's scenario: repeats of one are not independent."""
+    columns = repeats(data)
+    return columns.get(SCENARIO_NAME, np.array(scenario_names(data), object))
+
+
+def require_whole_scenarios(data: Scenarios, values: np.ndarray, name: str) -> None:
+    """Refuse a column that parts the repeats of a scenario, where these belong together.
+
+    Raises
+    ------
+    ConfigError
+    """
+    names = independent(data)
+    if varies_within(values, names):
+        raise ConfigError(
+            f"repeats of a scenario differ in {name!r}",
+            why="Repeats of one prompt are not independent: they belong into one block.",
+            remedy="Give a column with one value a scenario.",
+        )
+
+
+def over_repeats(result: _Labelled, data: Scenarios) -> _Labelled:
+    """Average a result by scenario over the repeats of each, which are no further scenarios.
+
+    Tests and intervals take scenarios for independent; repeats of one share its prompt.
+
+    Parameters
+    ----------
+    result
+        Along ``scenario``.
+    data
+        The run that it is of.
+
+    Returns
+    -------
+    xr.DataArray or xr.Dataset
+        With the names of scenarios as ``scenario``, in the order of the run; unchanged if the run
+        has no repeats. Means are over the repeats that have a value.
+    """
+    if SCENARIO_NAME not in repeats(data):
+        return result
+    names = independent(data)
+    at = pd.Index(scenario_names(data)).get_indexer(pd.Index(result["scenario"].values))
+    bare = result.drop_vars([n for n, c in result.coords.items() if "scenario" in c.dims])
+    named = bare.assign_coords(scenario=names[at])
+    mean: _Labelled = named.groupby("scenario").mean(skipna=True)
+    return mean.reindex(scenario=pd.Index(pd.unique(names[at]), dtype=object))
+
+
 def scenario_of(ds: xr.Dataset) -> str:
-    """Return the name of a trace's scenario."""
-    return str(_attributes(ds)["scenario"])
+    """Return the name of a trace: its scenario's, of one of several repeats ``NAME~3``."""
+    return name_of(_attributes(ds))
 
 
 def _attributes(ds: xr.Dataset) -> Mapping[str, Any]:
@@ -201,6 +278,26 @@ def span_names(data: Scenarios) -> list[str]:
     return [n for n in found if n != DECISION] + ([DECISION] if DECISION in found else [])
 
 
+def spans_before(data: Scenarios, targets: Sequence[Place]) -> list[str]:
+    """Return the spans that targets can attend to, without the decision.
+
+    Spans of generated text are none of them where all targets are in the prompt.
+    """
+    runs = traces(data).values()
+    names = [name for name in span_names(data) if name != DECISION]
+    return [name for name in names if any(_is_before(ds, name, targets) for ds in runs)]
+
+
+def _is_before(ds: xr.Dataset, name: str, targets: Sequence[Place]) -> bool:
+    if not has_span(ds, name):
+        return False
+    first = min(span(ds, name), default=0)
+    generation = ds.attrs.get("generation")
+    if generation is None or first < generation["prompt_tokens"]:
+        return True
+    return any(max(positions(ds, target)) >= first for target in present(ds, targets))
+
+
 def positions(ds: xr.Dataset, place: Place) -> list[int]:
     """Return the token positions (labels of ``key``) of a place.
 
@@ -221,6 +318,8 @@ def positions(ds: xr.Dataset, place: Place) -> list[int]:
     if isinstance(place, str):
         _attributes(ds)
         found = span(ds, place)
+    elif isinstance(place, Before):
+        found = [span(ds, place.span)[0] - 1]
     else:
         tokens = token_labels(ds)
         given = [int(place)] if isinstance(place, int | np.integer) else [int(i) for i in place]
@@ -281,6 +380,8 @@ def label(place: Place) -> str:
     """Return what a place is called in results."""
     if isinstance(place, str):
         return place
+    if isinstance(place, Before):
+        return f"before {place.span}"
     if isinstance(place, int | np.integer):
         return str(int(place))
     return ",".join(str(int(i)) for i in place)
@@ -291,7 +392,7 @@ def as_places(given: Place | Sequence[Place]) -> tuple[list[Place], bool]:
 
     Several integers are one place; a sequence with a name in it is several.
     """
-    if isinstance(given, str | int | np.integer):
+    if isinstance(given, str | int | np.integer | Before):
         return [given], False
     whole = [item for item in given if isinstance(item, int | np.integer)]
     if whole and len(whole) == len(given):
@@ -301,7 +402,12 @@ def as_places(given: Place | Sequence[Place]) -> tuple[list[Place], bool]:
 
 def present(ds: xr.Dataset, places: Iterable[Place]) -> list[Place]:
     """Return those of `places` that a trace has: only span names can be absent."""
-    return [place for place in places if not isinstance(place, str) or has_span(ds, place)]
+    return [place for place in places if (name := _span_of(place)) is None or has_span(ds, name)]
+
+
+def _span_of(place: Place) -> str | None:
+    """Return the span that a place is given by."""
+    return place.span if isinstance(place, Before) else place if isinstance(place, str) else None
 
 
 def require_places(data: Scenarios, places: Iterable[Place]) -> None:
@@ -313,12 +419,12 @@ def require_places(data: Scenarios, places: Iterable[Place]) -> None:
         Naming the span and those that exist.
     """
     known = span_names(data)
-    for place in places:
-        if isinstance(place, str) and place not in known:
+    for name in map(_span_of, places):
+        if name is not None and name not in known:
             raise ScenarioError(
-                f"no scenario has a span {place!r}",
+                f"no scenario has a span {name!r}",
                 why="Spans are named in the scenarios file.",
-                remedy=did_you_mean(place, known),
+                remedy=did_you_mean(name, known),
             )
 
 
@@ -501,10 +607,16 @@ def _with_metadata(result: _Labelled, data: Data) -> _Labelled:
     if "scenario" not in result.coords:
         return result
     scenario = result["scenario"]
-    at = pd.Index(scenario_names(data)).get_indexer(pd.Index(np.atleast_1d(scenario.values)))
+    columns = metadata(data)
+    wanted = pd.Index(np.atleast_1d(scenario.values))
+    at = pd.Index(scenario_names(data)).get_indexer(wanted)
+    if (at < 0).any():  # means over repeats: by scenario
+        names, first = np.unique(independent(data).astype(str), return_index=True)
+        at = first[pd.Index(names).get_indexer(wanted)]
+        of_repeats = (REPEAT, CHOICE, SCENARIO_NAME)
+        columns = {name: one for name, one in columns.items() if name not in of_repeats}
     taken = {*_DIMENSIONS, *result.dims, *result.coords}
     taken |= {result.name} if isinstance(result, xr.DataArray) else {*result.data_vars}
-    columns = metadata(data)
     coords = {}
     for name, values in columns.items():
         own = values[at] if scenario.ndim else values[at[0]]

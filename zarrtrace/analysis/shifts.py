@@ -10,13 +10,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 from scipy import fft
 
-from zarrtrace.analysis.selecting import Data, metadata, scenario_names
+from zarrtrace.analysis.selecting import (
+    Data,
+    independent,
+    metadata,
+    require_whole_scenarios,
+    scenario_names,
+)
 from zarrtrace.errors import ConfigError
 from zarrtrace.suggestions import did_you_mean
 
-#: Makes every scenario a block of its own; no column of metadata can be called so.
+#: Makes every scenario, with its repeats, a block of its own; no column of metadata is called so.
 EACH = "scenario"
 
 # Sums of the same numbers by another way differ by rounding, and must count as equal.
@@ -43,7 +50,7 @@ def blocks_of(data: Data, column: str | None) -> np.ndarray:
     if column is None:
         return np.zeros(count, np.int64)
     if column == EACH:
-        return np.arange(count)
+        return np.asarray(pd.factorize(independent(data))[0])
     columns = metadata(data)
     if column not in columns:
         raise ConfigError(
@@ -51,6 +58,7 @@ def blocks_of(data: Data, column: str | None) -> np.ndarray:
             why="Blocks are the values of a column of metadata, such as the template or the game.",
             remedy=did_you_mean(column, [*columns, EACH]),
         )
+    require_whole_scenarios(data, columns[column], column)
     return np.asarray(np.unique(columns[column], return_inverse=True)[1]).ravel()
 
 

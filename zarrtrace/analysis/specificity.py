@@ -17,8 +17,10 @@ from zarrtrace.analysis.selecting import (
     Data,
     described,
     require_places,
+    scenario_names,
     span_names,
 )
+from zarrtrace.scenarios import first_repeats
 
 
 def position_specific_features(
@@ -72,7 +74,8 @@ def position_specific_features(
     are not independent, scenarios of one template repeat the same tokens, and a ranking of many
     features always has a first one. `scenarios` says how often a finding repeats; in one template,
     that is no more than one prompt shows. Special tokens (BOS) count as elsewhere: a feature that
-    fires at them only scores below 0 at every other span.
+    fires at them only scores below 0 at every other span. Of a scenario's repeats the prompt
+    counts once; at spans of generated text `scenarios` counts repeats one by one.
     """
     at_least_one(top)
     names = span_names(data) if spans is None else list(spans)
@@ -124,6 +127,7 @@ def position_specific_features(
 def _count(data: Data, names: Sequence[str], threshold: float) -> dict[str, np.ndarray]:
     """Count, by span and layer, tokens, and by feature those at which it fires."""
     layers, width = _layers_and_width(data)
+    first = np.array(first_repeats(scenario_names(data)), bool)
     by_layer = ("tokens", "tokens_all", "tokens_nan")
     total = {name: np.zeros((len(names), len(layers)), np.int64) for name in by_layer}
     for name in ("fired", "fired_all", "scenarios"):
@@ -139,6 +143,7 @@ def _count(data: Data, names: Sequence[str], threshold: float) -> dict[str, np.n
             firing = partial(
                 _firing,
                 places=places,
+                kept=block.counted(first),
                 scenario=block.of_samples,
                 missing=block.missing_scenarios(),
                 threshold=threshold,
@@ -195,6 +200,7 @@ def _firing(
     at_layer: int,
     *,
     places: np.ndarray,
+    kept: np.ndarray,
     scenario: np.ndarray,
     missing: Sequence[Sequence[int]],
     threshold: float,
@@ -209,6 +215,8 @@ def _firing(
         Activations.
     places
         Which samples each span holds ``(span, sample)``.
+    kept
+        Which samples count ``(sample,)``.
     scenario
         Of each sample ``(sample,)``.
     missing
@@ -217,7 +225,7 @@ def _firing(
         Magnitude above which a feature fires.
     """
     width = layer.shape[1]
-    stored = ~np.isin(scenario, missing[at_layer])
+    stored = ~np.isin(scenario, missing[at_layer]) & kept
     # All samples of the scenarios that have the span.
     everywhere = np.array([np.isin(scenario, scenario[row]) & stored for row in places & stored])
     is_nan = np.isnan(layer.max(1))  # the largest of some is NaN if one of them is

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
+from zarrtrace.analysis.repeats import (
+    CHOICE,
+    REPEAT,
+    beside,
+    columns_of_repeats,
+)
 from zarrtrace.errors import ConfigError, ScenarioError
-from zarrtrace.scenarios import DECISION
+from zarrtrace.scenarios import DECISION, split_trace_name, trace_name
 
 #: The dimension of samples.
 SAMPLE = "sample"
 
 _OPTION = "option_"
+
+
+@dataclass(frozen=True)
+class Before:
+    """The token before a span's first one: where the model decides how the span begins."""
+
+    span: str
 
 
 def is_table(data: Any) -> TypeGuard[xr.Dataset]:
@@ -24,12 +38,12 @@ def is_table(data: Any) -> TypeGuard[xr.Dataset]:
 
 
 class TableScenarios(NamedTuple):
-    """The scenarios of a table.
+    """The scenarios of a table; each repeat of one counts as one.
 
     Attributes
     ----------
     names
-        In their order in the table.
+        In their order in the table; ``NAME~3`` for a repeat.
     starts
         Where the samples of each begin, and the number of all samples.
     """
@@ -53,15 +67,28 @@ def table_scenarios(table: xr.Dataset) -> TableScenarios:
     _require_coordinates(table, "scenario", "position", "span")
     if not table.sizes[SAMPLE]:
         raise ConfigError("the table has no samples", remedy="Choose some of its samples.")
-    codes, names = pd.factorize(table["scenario"].to_numpy())
+    codes, _ = pd.factorize(table["scenario"].to_numpy())
+    repeats = None
+    if is_of_repeats(table, REPEAT):
+        repeats = table[REPEAT].to_numpy()
+        codes = pd.factorize(codes * (int(repeats.max(initial=0)) + 2) + repeats + 1)[0]
     starts = np.flatnonzero(np.diff(codes, prepend=-1))
-    if len(starts) != len(names):
+    named = [str(name) for name in table["scenario"].to_numpy()[starts]]
+    if len(starts) != codes.max() + 1:
         raise ConfigError(
-            f"the table's samples of scenario {names[codes[starts[len(names)]]]!r} are apart",
+            f"the table's samples of scenario {named[codes.max() + 1]!r} are apart",
             why="Its samples were sorted or put together in another order.",
             remedy="Sort it: table.sortby(['scenario', 'position']).",
         )
-    return TableScenarios([str(name) for name in names], np.append(starts, len(codes)))
+    if repeats is not None:
+        numbers = [number if number >= 0 else None for number in repeats[starts].tolist()]
+        named = list(map(trace_name, named, numbers))
+    return TableScenarios(named, np.append(starts, len(codes)))
+
+
+def is_of_repeats(table: xr.Dataset, name: str) -> bool:
+    """Tell whether a table has ``repeat`` or ``choice``, and not as a column of metadata."""
+    return name in table.coords and name not in table.attrs.get("metadata", ())
 
 
 def _require_coordinates(table: xr.Dataset, *names: str) -> None:
@@ -89,9 +116,23 @@ def table_tags(table: xr.Dataset) -> list[tuple[str, ...]]:
 
 
 def table_metadata(table: xr.Dataset) -> dict[str, np.ndarray]:
-    """Return the columns of metadata, a value a scenario."""
+    """Return the columns of metadata and of repeats, a value a scenario."""
     names = [name for name in table.attrs.get("metadata", ()) if name in table.coords]
-    return {name: by_scenario(table, name) for name in names}
+    columns = {name: by_scenario(table, name) for name in names}
+    return beside(columns, table_repeats(table))
+
+
+def table_repeats(table: xr.Dataset) -> dict[str, np.ndarray]:
+    """Return what is known of repeats, a value a repeat."""
+    if not any(is_of_repeats(table, name) for name in (REPEAT, CHOICE)):
+        return {}
+    names = table_scenarios(table).names
+    has_repeats, has_choices = (is_of_repeats(table, name) for name in (REPEAT, CHOICE))
+    return columns_of_repeats(
+        [split_trace_name(name)[0] for name in names],
+        by_scenario(table, REPEAT).tolist() if has_repeats else [None] * len(names),
+        by_scenario(table, CHOICE).tolist() if has_choices else None,
+    )
 
 
 def table_options(table: xr.Dataset) -> dict[str, np.ndarray]:
@@ -135,7 +176,9 @@ def span_rows(table: xr.Dataset, name: str) -> np.ndarray:
 
 
 def rows_in_table(
-    table: xr.Dataset, place: str | int | Sequence[int], scenarios: TableScenarios | None = None
+    table: xr.Dataset,
+    place: str | int | Sequence[int] | Before,
+    scenarios: TableScenarios | None = None,
 ) -> np.ndarray:
     """Return the samples of a place, ascending; none if no scenario has the span.
 
@@ -147,8 +190,35 @@ def rows_in_table(
     if isinstance(place, str):
         _require_whole_span(table, place)
         return span_rows(table, place)
+    if isinstance(place, Before):
+        return _rows_before(table, place.span, scenarios or table_scenarios(table))
     found = [int(place)] if isinstance(place, int | np.integer) else [int(at) for at in place]
     return _position_rows(table, found, scenarios or table_scenarios(table))
+
+
+def _rows_before(table: xr.Dataset, name: str, scenarios: TableScenarios) -> np.ndarray:
+    """Return the sample before a span's first, of each scenario that has the span.
+
+    Raises
+    ------
+    ScenarioError
+        If the table may lack tokens of the span, or has no such sample.
+    """
+    _require_whole_span(table, name)
+    rows, of_sample = span_rows(table, name), scenarios.of_samples()
+    numbers, at = np.unique(of_sample[rows], return_index=True)
+    first = rows[at]
+    position = table["position"].to_numpy()
+    before = first - 1
+    is_there = (first > scenarios.starts[numbers]) & (position[before] == position[first] - 1)
+    if not is_there.all():
+        raise ScenarioError(
+            f"{scenarios.names[numbers[~is_there][0]]}: the table has no sample at position "
+            f"{position[first[~is_there][0]] - 1}, before span {name!r}",
+            why="The token before a span is where the model decides how it begins.",
+            remedy="Make a table with at='all', or look at the run of traces.",
+        )
+    return np.asarray(before)
 
 
 def _position_rows(

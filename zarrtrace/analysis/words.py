@@ -13,8 +13,10 @@ import xarray as xr
 
 from zarrtrace.analysis.blocks import Block, blocks
 from zarrtrace.analysis.parallel import each_layer
-from zarrtrace.analysis.selecting import Data, described, taken
+from zarrtrace.analysis.repeats import Text
+from zarrtrace.analysis.selecting import Data, described, scenario_names, taken
 from zarrtrace.errors import ConfigError
+from zarrtrace.scenarios import first_repeats
 
 #: A feature–word table: own, the user's, or a CSV or Parquet file of it.
 Table = xr.Dataset | pd.DataFrame | str | Path
@@ -32,6 +34,7 @@ def word_associations(
     min_count: int = 1,
     strip: bool = False,
     special: bool = False,
+    text: Text = "all",
 ) -> xr.Dataset:
     """Tokens that activate each feature most, over all scenarios.
 
@@ -55,6 +58,9 @@ def word_associations(
         Whether to count special tokens (BOS, chat markers), too. The first token of a prompt
         without BOS is an ordinary one, but many models treat it like BOS: its activations may be
         far above those of the same word elsewhere.
+    text
+        Count all tokens, those of prompts, or ``"generated"`` ones only. Of a scenario's repeats
+        the prompt counts once.
 
     Returns
     -------
@@ -80,7 +86,8 @@ def word_associations(
     if top < 1:
         raise ConfigError(f"top={top} keeps nothing", remedy="Give a number of at least 1.")
     parts_of = list(blocks(data, ["token", "features"]))
-    vocabulary, word_ids = _numbered(parts_of, strip=strip, special=special)
+    kept = _kept(data, parts_of, special=special, text=text)
+    vocabulary, word_ids = _numbered(parts_of, kept, strip=strip)
     parts = [
         _ranked(layer, pairs, occurrences, top, min_count)
         for layer, pairs, occurrences in _by_layer(parts_of, word_ids, len(vocabulary))
@@ -109,7 +116,32 @@ def word_associations(
         min_count=min_count,
         strip=strip,
         special=special,
+        text=text,
     )
+
+
+def _kept(data: Data, found: Sequence[Block], *, special: bool, text: Text) -> Iterator[np.ndarray]:
+    """Yield which samples of each block count.
+
+    Raises
+    ------
+    ConfigError
+        If none does.
+    """
+    first = np.array(first_repeats(scenario_names(data)), bool)
+    some = False
+    for block in found:
+        kept = block.counted(first, text)
+        if not special:
+            kept = kept & ~block.special()
+        some |= bool(kept.any())
+        yield kept
+    if not some and text == "generated":
+        raise ConfigError(
+            "no token was generated",
+            why="The run holds prompts only, or none of the generated positions are stored.",
+            remedy="Extract with --generate N, or take text='all'.",
+        )
 
 
 def _word(text: str, *, strip: bool) -> str:
@@ -117,22 +149,21 @@ def _word(text: str, *, strip: bool) -> str:
 
 
 def _numbered(
-    found: Sequence[Block], *, strip: bool, special: bool
+    found: Sequence[Block], kept: Iterable[np.ndarray], *, strip: bool
 ) -> tuple[list[str], list[np.ndarray]]:
     """Return all words, and for each block the number of each sample's ``(sample,)`` int32.
 
-    −1 for a special token that does not count.
+    −1 for a token that does not count.
     """
     vocabulary: dict[str, int] = {}
     numbers = []
-    for block in found:
+    for block, counts in zip(found, kept, strict=True):
         texts = [_word(str(text), strip=strip) for text in np.asarray(block.arrays["token"])]
-        left_out = np.zeros(len(texts), bool) if special else block.special()
         numbers.append(
             np.array(
                 [
-                    -1 if skip else vocabulary.setdefault(text, len(vocabulary))
-                    for text, skip in zip(texts, left_out, strict=True)
+                    vocabulary.setdefault(text, len(vocabulary)) if count else -1
+                    for text, count in zip(texts, counts, strict=True)
                 ],
                 np.int32,
             )

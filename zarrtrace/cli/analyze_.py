@@ -149,6 +149,15 @@ _WINDOW = _option(
 )
 
 
+_DECIDED_AT = _option(
+    "--at",
+    metavar="SPAN",
+    default="decision",
+    show_default=True,
+    help="The prompt's last token; of another span, as answer, the token before it.",
+)
+
+
 class Analysis(NamedTuple):
     """One analysis: function, help, what follows RUN in the example, and options."""
 
@@ -321,6 +330,13 @@ _ANALYSES: dict[str, Analysis] = {
                 help="Leave out words that stand in the prompts less often.",
             ),
             _option("--strip", is_flag=True, help="Take ' bet' and 'bet' for one word."),
+            _option(
+                "--text",
+                type=click.Choice(["all", "prompt", "generated"]),
+                default="all",
+                show_default=True,
+                help="Count all tokens, those of prompts, or generated ones.",
+            ),
             special_option,
             sae_option,
         ),
@@ -407,6 +423,22 @@ _ANALYSES: dict[str, Analysis] = {
         "decision",
         "What the model would say next: the probability of each option, and entropy.",
         "-o decisions.csv",
+        (_DECIDED_AT,),
+    ),
+    "choices": Analysis(
+        "choices",
+        "Options that generated texts chose, counted, beside their probabilities.",
+        "-o choices.csv",
+        (
+            _DECIDED_AT,
+            _option(
+                "--confidence",
+                type=click.FloatRange(0, 1, min_open=True, max_open=True),
+                default=0.95,
+                show_default=True,
+                help="Of the intervals.",
+            ),
+        ),
     ),
     "relate": Analysis(
         "relate",
@@ -414,6 +446,9 @@ _ANALYSES: dict[str, Analysis] = {
         "--option bet --source balance",
         (
             _option("--option", required=True, metavar="NAME", help="Name of an option, as bet."),
+            _option(
+                "--chosen", is_flag=True, help="Whether generated texts chose it, not how likely."
+            ),
             _SOURCE,
             _TARGET,
             _PERMUTATIONS,
@@ -514,8 +549,11 @@ def _compute(function: str, data: Any, given: dict[str, Any]) -> Any:
     if function == "relate":
         chosen = arguments.pop("option")
         places = {name: arguments.pop(name) for name in ("source", "target")}
-        probability = _of_option(analysis.decision(data)["probability"], chosen)
-        return analysis.relate(probability, analysis.attention_to(data, **places), **arguments)
+        if arguments.pop("chosen"):
+            outcome = analysis.chose(data, chosen)
+        else:
+            outcome = _of_option(analysis.decision(data)["probability"], chosen)
+        return analysis.relate(outcome, analysis.attention_to(data, **places), **arguments)
     if function == "crossreference" and "table" not in arguments:
         arguments["table"] = analysis.word_associations(data)
     return getattr(analysis, function)(data, **arguments)

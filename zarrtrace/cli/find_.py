@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -40,6 +40,14 @@ if TYPE_CHECKING:
     show_default=True,
     help="Tokens to list.",
 )
+@option(
+    "--text",
+    group=QUESTION,
+    type=click.Choice(["all", "prompt", "generated"]),
+    default="all",
+    show_default=True,
+    help="List tokens of prompts, or generated ones, only.",
+)
 @sae_option
 @special_option
 @json_option
@@ -48,6 +56,7 @@ def command(
     layer: int,
     feature: int,
     top: int,
+    text: Literal["all", "prompt", "generated"],
     sae: str | None,
     special: bool,  # noqa: FBT001 -- click passes flags so
     as_json: bool,  # noqa: FBT001
@@ -59,23 +68,17 @@ def command(
     """
     from zarrtrace.index import find_feature
 
-    found = find_feature(
-        run,
-        layer,
-        feature,
-        top=top,
-        array=f"features_{sae}" if sae else "features",
-        special=special,
-    )
+    array = f"features_{sae}" if sae else "features"
+    found = find_feature(run, layer, feature, top=top, array=array, text=text, special=special)
     if as_json:
         import dataclasses
 
         say(json_text(dataclasses.asdict(found)))
     else:
-        say(_text(found, is_asked=special))
+        say(_text(found, text, top, is_asked=special))
 
 
-def _text(found: FeatureUse, *, is_asked: bool) -> str:
+def _text(found: FeatureUse, text: str, top: int, *, is_asked: bool) -> str:
     known = f"maximum {found.maximum:.4g}, mean {found.mean:.4g}"
     fires = f"fires at {found.frequency:.2%} of tokens"
     lines = [f"feature {found.feature} of layer {found.layer}: {known}, {fires}"]
@@ -89,17 +92,22 @@ def _text(found: FeatureUse, *, is_asked: bool) -> str:
             f"{found.indexed} of {found.scenarios} scenarios are indexed: the others were not "
             "complete, or failed; 'zarrtrace index' adds those that were completed since"
         )
+    if text != "all" and len(found.tokens) < top:
+        said = "generated" if text == "generated" else "of a prompt"
+        lines.append(f"{len(found.tokens)} of its strongest tokens are {said}; an index holds 20")
     if not found.tokens:
         return "\n".join(lines)
+    marks = ["generated" if one.generated else "" for one in found.tokens]
     rows = [
         [
             f"{one.activation:.4f}",
             one.scenario,
             str(one.position),
+            *([mark] if any(marks) else []),
             f"{one.before}»{one.token}«{one.after}",
         ]
-        for one in found.tokens
+        for one, mark in zip(found.tokens, marks, strict=True)
     ]
-    return "\n".join(
-        [*lines, "", table(["activation", "scenario", "position", "»token« in context"], rows)]
-    )
+    written = [""] if any(marks) else []
+    header = ["activation", "scenario", "position", *written, "»token« in context"]
+    return "\n".join([*lines, "", table(header, rows)])

@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from zarrtrace.storage import Location
-    from zarrtrace.store import ColumnSummary, RunSummary, TableSummary
+    from zarrtrace.store import ColumnSummary, RunSummary, TableSummary, TraceSummary
 
 # Failed scenarios that are named; --json names all.
 _FAILED_SHOWN = 5
 # Columns of metadata of a table that are described, and characters of a line about one.
 _COLUMNS_SHOWN, _LINE = 20, 78
+# Characters of a generated text.
+_TEXT = 12
 #: Scenarios of a run that are listed.
 FIRST = 50
 
@@ -161,6 +163,8 @@ def as_text(summary: RunSummary, most: int | None = None) -> str:
         f"size         {disk} on disk, {dense} dense, {summary.compression:.1f}×{of}",
         "",
     ]
+    has_texts = any(trace.completion is not None for trace in summary.traces)
+    texts = ["choice", "completion"] if has_texts else []
     rows = [
         [
             trace.scenario,
@@ -170,14 +174,26 @@ def as_text(summary: RunSummary, most: int | None = None) -> str:
             readable(trace.bytes_on_disk),
             f"{trace.bytes_dense / max(1, trace.bytes_on_disk):.1f}×",
             ", ".join(trace.tags) or "-",
+            *([trace.choice or "-", _completion(trace)] if has_texts else []),
         ]
         for trace in summary.traces
-    ] + [[name, "-", "-", "all", "-", "-", "-"] for name in summary.scenarios_missing]
-    header = ["scenario", "tokens", "layers", "missing", "on disk", "ratio", "tags"]
+    ] + [
+        [name, "-", "-", "all", "-", "-", "-", *("-" for _ in texts)]
+        for name in summary.scenarios_missing
+    ]
+    header = ["scenario", "tokens", "layers", "missing", "on disk", "ratio", "tags", *texts]
     shown = rows[:most]
     more = total - len(shown)
     said = [f"... {more:,} more scenarios; --first N or --all lists them"] if more else []
     return "\n".join([*map(terminal_text, lines), table(header, shown), *said])
+
+
+def _completion(trace: TraceSummary) -> str:
+    """Write the beginning of a generated text in quotes."""
+    if trace.completion is None:
+        return "-"
+    text = trace.completion
+    return repr(text if len(text) <= _TEXT else f"{text[: _TEXT - 1]}…")
 
 
 def _saes(ids: Sequence[str], release: str | None) -> str:

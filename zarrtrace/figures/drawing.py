@@ -25,6 +25,7 @@ from zarrtrace.analysis.bands import Bands
 from zarrtrace.analysis.selecting import Data, positions, provenance, span_names
 from zarrtrace.errors import ConfigError
 from zarrtrace.figures.labels import drawable, label_tokens, thinned
+from zarrtrace.scenarios import COMPLETION
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -40,6 +41,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6
 GROUP_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 NO_GROUP = "#999999"
 NOT_STORED = "#e6e6e6"
+#: Of the line behind the prompt, where generated text begins.
+PROMPT_END = "#C2185B"
 _PRINT_DPI = 300
 _PAD = 0.04  # inches around a saved figure
 _STYLE: dict[Any, Any] = {
@@ -164,13 +167,17 @@ def span_colours(names: Iterable[str]) -> dict[str, str]:
 
 
 def cells_of_spans(ds: xr.Dataset) -> dict[str, list[int]]:
-    """Return which cells of an image over a prompt's tokens each span of a trace covers."""
+    """Return which cells of an image over a prompt's tokens each span of a trace covers.
+
+    All of a generated text is no span here: it would hide those in it, and a line marks it.
+    """
     where = {int(label): i for i, label in enumerate(np.asarray(ds["key"]))}
     spans = ds.attrs["spans"]
+    marked = COMPLETION if ds.attrs.get("generation") else None
     return {
         name: [where[i] for i in positions(ds, name)]
         for name in span_names(ds)
-        if set(spans[name]["tokens"]) <= set(where) and spans[name]["tokens"]
+        if name != marked and set(spans[name]["tokens"]) <= set(where) and spans[name]["tokens"]
     }
 
 
@@ -239,6 +246,45 @@ def mark_spans(
     )
 
 
+def prompt_end(ds: xr.Dataset) -> float | None:
+    """Return where between the cells of tokens the prompt ends; None if nothing was generated."""
+    generation, keys = ds.attrs.get("generation"), np.asarray(ds["key"])
+    if generation is None:
+        return None
+    cell = int(np.searchsorted(keys, generation["prompt_tokens"]))
+    return cell - 0.5 if 0 < cell < len(keys) else None
+
+
+def mark_prompt_end(
+    ax: Axes, ds: xr.Dataset, *, side: Literal["x", "y"] = "x", name: bool = False
+) -> None:
+    """Draw a line where generated tokens begin along one axis of an image.
+
+    Parameters
+    ----------
+    ax
+        An image with one cell a token.
+    ds
+        The trace; one without generated text has no line.
+    side
+        The axis of tokens.
+    name
+        Whether to write what the line is, along it.
+    """
+    at = prompt_end(ds)
+    if at is None:
+        return
+    draw = ax.axvline if side == "x" else ax.axhline
+    draw(at, color=PROMPT_END, lw=0.8, zorder=3, gid="end of the prompt")
+    if name and side == "x":
+        ax.annotate(
+            "prompt ends", (at, 1), xycoords=ax.get_xaxis_transform(), xytext=(-1.5, -3),
+            textcoords="offset points", rotation=90, ha="right", va="top", fontsize=5,
+            color=PROMPT_END, bbox={"facecolor": "white", "alpha": 0.75, "lw": 0, "pad": 0.6},
+            zorder=4,
+        )  # fmt: skip
+
+
 def label_token_axis(
     ax: Axes,
     ds: xr.Dataset,
@@ -247,7 +293,7 @@ def label_token_axis(
     side: Literal["x", "y"] = "x",
     size: float = 5.5,
 ) -> None:
-    """Label one axis of an image with the token texts of a trace, spans in their colours."""
+    """Label one axis of an image with a trace's tokens, spans in colours, and the prompt's end."""
     colours = span_colours(spans)
     by_cell = {cell: colours[name] for name, cells in spans.items() for cell in cells}
     width, height = size_of(ax)
@@ -262,6 +308,7 @@ def label_token_axis(
         rotation=90 if side == "x" else 0,
     )
     (ax.xaxis if side == "x" else ax.yaxis).set_tick_params(length=1.2, pad=1)
+    mark_prompt_end(ax, ds, side=side, name=True)
 
 
 def label_layers(ax: Axes, layers: Sequence[int], *, side: Literal["x", "y"] = "y") -> None:

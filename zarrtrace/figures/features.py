@@ -40,6 +40,7 @@ from zarrtrace.figures.drawing import (
     label_token_axis,
     layer_axis,
     lines_by_layer,
+    mark_prompt_end,
     mark_spans,
     of_all_tokens,
     shade_bands,
@@ -289,6 +290,7 @@ def integrated_view(
     )
     ax.set_facecolor(NOT_STORED)
     mark_spans(ax, spans)
+    mark_prompt_end(ax, ds)
     label_layers(ax, layers)
     ax.set_xticks([])
     ax.set_ylabel("layer")

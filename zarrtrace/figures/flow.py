@@ -24,17 +24,20 @@ from zarrtrace.analysis.selecting import (
     require,
     scenario_of,
     span_names,
+    spans_before,
     token_labels,
 )
 from zarrtrace.errors import ConfigError
 from zarrtrace.figures.drawing import (
     COLOURS,
     PAGE_WIDTH,
+    PROMPT_END,
     Groups,
     axes_at,
     blank,
     layer_axis,
     lines_by_layer,
+    prompt_end,
     shade_bands,
     span_colours,
     styled,
@@ -150,6 +153,7 @@ def flow_diagram(
     beside = axes_at(figure, width * 0.62 + 0.35, 0.55, width * 0.38 - 0.45, height - 1.05)
     colours = {str(first): "#333333", **span_colours(span_names(ds))}
     _draw_edges(ax, share, colours)
+    _draw_prompt_end(ax, ds, names)
     texts = np.asarray(ds["key_token"])
     columns = [f"first token\n{token_label(str(texts[0]))}", *map(drawable, names)]
     ax.set_xticks(range(len(columns)), labels=columns)
@@ -320,8 +324,25 @@ def _wrapped(text: str, width: int = 34) -> str:
 
 
 def _in_prompt_order(ds: xr.Dataset) -> list[str]:
-    names = [name for name in span_names(ds) if name != DECISION]
-    return [*sorted(names, key=lambda name: min(positions(ds, name))), DECISION]
+    last = {name: (min(positions(ds, name)), name == DECISION) for name in span_names(ds)}
+    return sorted(last, key=lambda name: last[name])
+
+
+def _draw_prompt_end(ax: Axes, ds: xr.Dataset, names: Sequence[str]) -> None:
+    """Draw a line between the columns of the prompt's spans and those of generated text."""
+    if prompt_end(ds) is None:
+        return
+    first = ds.attrs["generation"]["prompt_tokens"]
+    generated = [min(positions(ds, name)) >= first for name in names]
+    if any(generated) and generated == sorted(generated):
+        # The first column is the first token's.
+        at = generated.index(True) + 0.5
+        ax.axvline(at, color=PROMPT_END, lw=0.8, ls=(0, (4, 2)), gid="end of the prompt")
+        ax.annotate(
+            "prompt ends", (at, 0), xycoords=ax.get_xaxis_transform(), xytext=(-1.5, 3),
+            textcoords="offset points", rotation=90, ha="right", va="bottom", fontsize=5,
+            color=PROMPT_END,
+        )  # fmt: skip
 
 
 def _draw_edges(ax: Axes, share: xr.DataArray, colours: dict[str, str]) -> None:
@@ -366,7 +387,7 @@ def _draw_edges(ax: Axes, share: xr.DataArray, colours: dict[str, str]) -> None:
 
 
 def _draw_rollout(ax: Axes, ds: xr.Dataset, names: Sequence[str], colours: dict[str, str]) -> None:
-    sources = [name for name in names if name != DECISION]
+    sources = [name for name in names if name in spans_before(ds, [DECISION])]
     ax.set_title("rollout: what has reached the decision", loc="left")
     try:
         rollout = attention_rollout(ds, sources) if sources else None

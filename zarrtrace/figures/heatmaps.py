@@ -18,6 +18,7 @@ from zarrtrace.errors import ConfigError
 from zarrtrace.figures.drawing import (
     NOT_STORED,
     PAGE_WIDTH,
+    PROMPT_END,
     SEQUENTIAL,
     axes_at,
     axes_or_new,
@@ -26,7 +27,9 @@ from zarrtrace.figures.drawing import (
     colour_bar,
     interpolation,
     label_token_axis,
+    mark_prompt_end,
     mark_spans,
+    prompt_end,
     runs_of,
     span_colours,
     styled,
@@ -276,8 +279,10 @@ def _multiples(
         if not weights.count():
             ax.text(0.5, 0.5, "not stored", transform=ax.transAxes, ha="center", va="center")
         _small_ticks(ax, weights.shape, first=column == 0, last=number + columns >= len(panels))
-        for edge in ("top", "left"):
-            mark_spans(ax, spans, side=edge, names=False, thickness=0.025)
+        mark_spans(ax, spans, side="top", names=False, thickness=0.025)
+        mark_spans(ax, spans, side="left", names=False, thickness=0.025)
+        mark_prompt_end(ax, ds, side="x")
+        mark_prompt_end(ax, ds, side="y")
     figure.suptitle(
         f"{drawable(scenario_of(ds))}: {title}",
         x=left / width, y=1 - 0.12 / height, ha="left", va="top",
@@ -292,7 +297,7 @@ def _multiples(
     bar = axes_at(figure, x, y, 2.4, 0.09)
     colour_bar(bar, image, f"{_WEIGHT}, one scale for all", cax=bar, extend="max",
                orientation="horizontal")  # fmt: skip
-    _span_key(figure, list(spans), *((x, y + 0.45) if inside else (x + 2.7, y - 0.04)))
+    _span_key(figure, ds, list(spans), *((x, y + 0.45) if inside else (x + 2.7, y - 0.04)))
     return figure
 
 
@@ -312,12 +317,16 @@ def _small_ticks(ax: Axes, shape: tuple[int, ...], *, first: bool, last: bool) -
         axis.set_tick_params(labelsize=5, length=1.5, pad=4 if axis is ax.yaxis else 1.5)
 
 
-def _span_key(figure: Figure, names: Sequence[str], left: float, top: float) -> None:
-    """Write the names of spans in their colours, in a row."""
-    colours = span_colours(names)
-    for number, name in enumerate(names):
+def _span_key(
+    figure: Figure, ds: xr.Dataset, names: Sequence[str], left: float, top: float
+) -> None:
+    """Write the names of spans in their colours, and what the line behind the prompt is."""
+    entries = [(f"■ {drawable(name)}", colour) for name, colour in span_colours(names).items()]
+    if prompt_end(ds) is not None:
+        entries.append(("│ prompt ends", PROMPT_END))
+    for number, (text, colour) in enumerate(entries):
         row, column = divmod(number, 5)
         _write(
-            figure, left + column * 0.85, top + 0.16 * row, f"■ {drawable(name)}",
-            color=colours[name], fontsize=6.5, ha="left", va="top",
+            figure, left + column * 0.85, top + 0.16 * row, text,
+            color=colour, fontsize=6.5, ha="left", va="top",
         )  # fmt: skip

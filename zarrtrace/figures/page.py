@@ -17,7 +17,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from zarrtrace import analysis
-from zarrtrace.analysis.selecting import Data, require, span_names, tags, traces
+from zarrtrace.analysis.selecting import Data, require, spans_before, tags, traces
 from zarrtrace.errors import ConfigError, ScenarioError, ZarrtraceError
 from zarrtrace.figures import contrasts, features, flow, heatmaps
 from zarrtrace.figures.drawing import box_of, metadata_of, save
@@ -160,7 +160,7 @@ def default_groups(data: Data) -> dict[str, list[str]]:
 
 def strongest_layer(ds: xr.Dataset) -> int:
     """Return the layer in which the decision attends most to the spans."""
-    spans = [name for name in span_names(ds) if name != DECISION]
+    spans = spans_before(ds, [DECISION])
     if not spans:
         require(ds, "attention_mean")
         return int(np.asarray(ds["layer"])[-1])

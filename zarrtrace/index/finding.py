@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import numpy as np
 
 from zarrtrace.errors import ConfigError, IntegrityError, ScenarioError, ZarrtraceError
 from zarrtrace.format.index_layout import INDEX_TOKENS
 from zarrtrace.index.tables import find_in_table
-from zarrtrace.index.uses import AFTER, BEFORE, FeatureUse, TokenUse
+from zarrtrace.index.uses import AFTER, BEFORE, FeatureUse, Text, TokenUse
 from zarrtrace.scenarios import check_trace_name
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import (
@@ -24,6 +24,9 @@ from zarrtrace.store import (
 )
 from zarrtrace.suggestions import did_you_mean
 
+# Texts of tokens by position, and the positions of generated ones.
+_Texts = tuple[dict[int, str], Container[int]]
+
 
 def find_feature(
     run: Address,
@@ -33,6 +36,7 @@ def find_feature(
     top: int = INDEX_TOKENS,
     array: str = "features",
     special: bool = False,
+    text: Text = "all",
 ) -> FeatureUse:
     """Say which tokens drive a feature, from the index of a run or a table.
 
@@ -52,6 +56,9 @@ def find_feature(
     special
         Whether to count special tokens (BOS, chat markers), too. If the index of a run counts them
         and they are not asked for, they are left out of the tokens alone, and the result says so.
+    text
+        List tokens of prompts, or generated ones, only: with an index, those of them that are among
+        the 20 strongest tokens. Maximum, mean and frequency stay those of all tokens.
 
     Raises
     ------
@@ -68,7 +75,7 @@ def find_feature(
     run = locate(run)
     index = _index_of(run, special=special)
     if index is None:
-        return find_in_table(run, layer, feature, top=top, array=array, special=special)
+        return find_in_table(run, layer, feature, top=top, array=array, special=special, text=text)
     known = index.attributes
     if special and not known.special:
         raise ConfigError(
@@ -116,7 +123,14 @@ def find_feature(
         maximum=maximum,
         mean=mean,
         frequency=frequency,
-        tokens=_tokens(run, index, [one for one in strongest if one[0] != 0], top, special=special),
+        tokens=_tokens(
+            run,
+            index,
+            [one for one in strongest if one[0] != 0],
+            top,
+            special=special,
+            text=text,
+        ),
         special=known.special,
         indexed=known.indexed,
         scenarios=known.scenarios,
@@ -153,15 +167,16 @@ def _tokens(
     top: int,
     *,
     special: bool,
+    text: Text,
 ) -> tuple[TokenUse, ...]:
     """Add names and texts to activations, numbers of scenarios and positions.
 
     Special tokens that the index counts are left out unless asked for.
     """
-    if special or not index.attributes.special:
+    if strongest and index.attributes.special and not special:
+        strongest = _without_special(run, index, strongest)
+    if text == "all":
         strongest = strongest[:top]
-    elif strongest:
-        strongest = _without_special(run, index, strongest)[:top]
     numbers = sorted({int(number) for _, number, _ in strongest})
     if numbers and numbers[-1] >= index.attributes.scenarios:
         raise _of_another_run(run)
@@ -169,7 +184,7 @@ def _tokens(
     names, texts = found(run, index, numbers)
     out = []
     for activation, number, position in strongest:
-        words, here = texts[int(number)], int(position)
+        (words, generated), here = texts[int(number)], int(position)
         if here not in words:
             raise _of_another_run(run)
         before = _neighbours(words, range(here - 1, here - 1 - BEFORE, -1))
@@ -181,9 +196,11 @@ def _tokens(
                 token=words[here],
                 before="".join(reversed(before)),
                 after="".join(_neighbours(words, range(here + 1, here + 1 + AFTER))),
+                generated=here in generated,
             )
         )
-    return tuple(out)
+    is_listed = {"all": (False, True), "prompt": (False,), "generated": (True,)}[text]
+    return tuple(one for one in out if one.generated in is_listed)[:top]
 
 
 def _without_special(
@@ -215,16 +232,19 @@ def _neighbours(words: Mapping[int, str], positions: Sequence[int]) -> list[str]
 
 def _texts_of_run(
     run: Location, index: RunIndex, numbers: Sequence[int]
-) -> tuple[dict[int, str], dict[int, dict[int, str]]]:
+) -> tuple[dict[int, str], dict[int, _Texts]]:
     """Read names of scenarios, and texts of their tokens by position."""
     names = {number: _name(run, index, number) for number in numbers}
-    texts = {number: dict(enumerate(read_token_texts(run / one))) for number, one in names.items()}
-    return names, texts
+    found: dict[int, _Texts] = {}
+    for number, name in names.items():
+        texts, prompt = read_token_texts(run / name)
+        found[number] = dict(enumerate(texts)), range(prompt, len(texts))
+    return names, found
 
 
 def _texts_of_table(
     run: Location, index: RunIndex, numbers: Sequence[int]
-) -> tuple[dict[int, str], dict[int, dict[int, str]]]:
+) -> tuple[dict[int, str], dict[int, _Texts]]:
     table = read_table(run)
     samples = table.encodings["scenario"].shape[0]
     starts = [*index.read("start", slice(None)).tolist(), samples]

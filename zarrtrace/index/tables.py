@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 
 from zarrtrace.errors import ConfigError
 from zarrtrace.format.layout import SPECIAL
-from zarrtrace.index.uses import AFTER, BEFORE, FeatureUse, TokenUse
-from zarrtrace.scenarios import sample_names
+from zarrtrace.index.uses import AFTER, BEFORE, FeatureUse, Text, TokenUse
+from zarrtrace.scenarios import first_repeats, sample_names
 from zarrtrace.storage import Location
 from zarrtrace.store import open_table
 from zarrtrace.suggestions import did_you_mean
 
 
 def find_in_table(
-    run: Location, layer: int, feature: int, *, top: int, array: str, special: bool
+    run: Location,
+    layer: int,
+    feature: int,
+    *,
+    top: int,
+    array: str,
+    special: bool,
+    text: Text = "all",
 ) -> FeatureUse:
     """Say which samples of a table drive a feature: one row of chunks is read.
 
-    Samples that were not computed are left out, and special tokens unless asked for.
+    Samples that were not computed are left out, prompts of a scenario's further repeats, and
+    special tokens unless asked for.
 
     Raises
     ------
@@ -28,7 +37,8 @@ def find_in_table(
     """
     ds = open_table(run)
     values = _values(ds, run, layer, feature, array)
-    is_known = ~np.isnan(values)
+    names, generated = _names(ds), _generated(ds)
+    is_known = ~np.isnan(values) & (generated | _of_first_repeats(names))
     if not special and is_known.any():
         is_known &= ~special_samples(ds)
         if not is_known.any():
@@ -43,8 +53,9 @@ def find_in_table(
             remedy=f"Layers without an SAE: {ds.attrs['layers_without_sae'] or 'none'}.",
         )
     known = np.where(is_known, values, 0).astype(np.float64)
-    order = np.argsort(-np.abs(known), kind="stable")[:top]
-    strongest = [int(at) for at in order if known[at] != 0]
+    order = np.argsort(-np.abs(known), kind="stable")
+    listed = np.ones(len(known), bool) if text == "all" else generated == (text == "generated")
+    strongest = [int(at) for at in order[listed[order]][:top] if known[at] != 0]
     return FeatureUse(
         layer=layer,
         feature=feature,
@@ -52,7 +63,7 @@ def find_in_table(
         maximum=float(known[order[0]]),
         mean=float(known.sum() / is_known.sum()),
         frequency=float((known != 0).sum() / is_known.sum()),
-        tokens=tuple(_uses(ds, known, strongest)),
+        tokens=tuple(_uses(ds, known, strongest, names, generated)),
         special=special,
         indexed=int(ds.attrs["scenarios"]) - len(ds.attrs["failed"]),
         scenarios=int(ds.attrs["scenarios"]),
@@ -82,13 +93,36 @@ def _values(ds: xr.Dataset, run: Location, layer: int, feature: int, array: str)
     return ds[array][layers.index(layer), :, feature].to_numpy()
 
 
-def _uses(ds: xr.Dataset, values: np.ndarray, strongest: list[int]) -> list[TokenUse]:
+def _names(ds: xr.Dataset) -> np.ndarray:
+    """Return the name of each sample's trace."""
+    scenarios = ds["scenario"].to_numpy()
+    if "repeat" not in ds.coords:
+        return scenarios
+    return np.array(sample_names(scenarios, ds["repeat"].to_numpy()), object)
+
+
+def _generated(ds: xr.Dataset) -> np.ndarray:
+    """Tell which samples hold generated tokens."""
+    if "generated" not in ds.coords or "generated" in ds.attrs["metadata"]:
+        return np.zeros(ds.sizes["sample"], bool)
+    return ds["generated"].to_numpy()
+
+
+def _of_first_repeats(names: np.ndarray) -> np.ndarray:
+    """Tell which samples are of the first repeat of their scenario."""
+    codes, unique = pd.factorize(names)
+    return np.array(first_repeats(unique.tolist()), bool)[codes]
+
+
+def _uses(
+    ds: xr.Dataset,
+    values: np.ndarray,
+    strongest: list[int],
+    scenarios: np.ndarray,
+    generated: np.ndarray,
+) -> list[TokenUse]:
     """Name samples; the text around them is that of neighbours, if the table holds them."""
-    texts, scenarios, positions = (
-        ds[name].to_numpy() for name in ("token", "scenario", "position")
-    )
-    if "repeat" in ds.coords:
-        scenarios = np.array(sample_names(scenarios, ds["repeat"].to_numpy()), object)
+    texts, positions = (ds[name].to_numpy() for name in ("token", "position"))
 
     def text(at: int, places: range) -> str:
         found = ""
@@ -107,6 +141,7 @@ def _uses(ds: xr.Dataset, values: np.ndarray, strongest: list[int]) -> list[Toke
             token=str(texts[at]),
             before=text(at, range(-BEFORE, 0)),
             after=text(at, range(1, AFTER + 1)),
+            generated=bool(generated[at]),
         )
         for at in strongest
     ]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+#: Which tokens are listed.
+Text = Literal["all", "prompt", "generated"]
 #: Tokens of context that are shown.
 BEFORE, AFTER = 6, 3
 
@@ -22,6 +25,8 @@ class TokenUse:
         Its text.
     before, after
         The text around it: six tokens and three, as far as the table stores them.
+    generated
+        Whether the model generated it, behind the prompt.
     """
 
     activation: float
@@ -30,6 +35,7 @@ class TokenUse:
     token: str
     before: str
     after: str
+    generated: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,8 @@ class FeatureUse:
         Which: ``array`` is ``features`` or ``features_<name>``.
     maximum, mean
         Activation of largest magnitude, with its sign, and mean activation over all tokens, in the
-        SAE's units; a token at which the feature is silent counts as 0.
+        SAE's units; a token at which the feature is silent counts as 0. Of a scenario's repeats the
+        prompt counts once.
     frequency
         Fraction of tokens at which it fires: its activation is not 0.
     tokens

@@ -84,6 +84,13 @@ def split_trace_name(name: str) -> tuple[str, int | None]:
     return (scenario, int(number)) if _REPEAT_NUMBER.fullmatch(number) else (name, None)
 
 
+def first_repeats(names: Iterable[str]) -> list[bool]:
+    """Tell which traces are the first of their scenario, by the names of all in order."""
+    scenarios = [split_trace_name(name)[0] for name in names]
+    first = {scenario: number for number, scenario in reversed([*enumerate(scenarios)])}
+    return [first[scenario] == number for number, scenario in enumerate(scenarios)]
+
+
 def check_trace_name(name: str) -> str:
     """Return `name` if a trace may have it: that of a scenario, or of one of its repeats.
 

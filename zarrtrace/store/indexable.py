@@ -13,7 +13,7 @@ import numpy as np
 from zarrtrace.errors import IntegrityError
 from zarrtrace.format.attributes import RunAttributes, TableAttributes, TraceAttributes
 from zarrtrace.format.layout import INDEX, SPECIAL
-from zarrtrace.scenarios import sample_names
+from zarrtrace.scenarios import first_repeats, sample_names
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store.array import open_array
 from zarrtrace.store.metadata import (
@@ -60,7 +60,9 @@ class IndexableTrace(NamedTuple):
     layers
         Layers of which it has features, by array.
     positions
-        Token positions of their rows; None for all tokens of the prompt.
+        Token positions of their rows; None for all tokens.
+    first
+        The first position that counts: repeats of a scenario share its prompt, which counts once.
     """
 
     number: int
@@ -69,6 +71,7 @@ class IndexableTrace(NamedTuple):
     features: dict[str, int]
     layers: dict[str, tuple[int, ...]]
     positions: tuple[int, ...] | None
+    first: int = 0
 
     def read(self, array: str, layer: int, *, special: bool) -> Activations:
         """Read the activations of a layer that it has, those of special tokens only if asked.
@@ -83,9 +86,11 @@ class IndexableTrace(NamedTuple):
         values = open_array(found, array).read((at, slice(None), slice(None)))
         rows = len(values)
         positions = np.arange(rows) if self.positions is None else np.asarray(self.positions)
+        kept = positions >= self.first
         if not special:
-            usual = ~read_special(found, positions)
-            values, positions = (one if usual.all() else one[usual] for one in (values, positions))
+            kept &= ~read_special(found, positions)
+        if not kept.all():
+            values, positions = values[kept], positions[kept]
         return Activations(values, np.full(len(positions), self.number), positions)
 
 
@@ -101,7 +106,8 @@ class IndexableSamples(NamedTuple):
     rows
         Numbers of the first sample and of the one behind the last.
     scenarios
-        Number of each sample's scenario; -1 if that was not computed.
+        Number of each sample's scenario; -1 if that was not computed, or if another repeat has
+        the same token of its prompt.
     """
 
     path: Location
@@ -199,8 +205,11 @@ def read_indexable(path: Address) -> Indexable:
 def _of_run(run: Location) -> Indexable:
     names = read_run(run).attributes.scenarios
     numbers = {name: number for number, name in enumerate(names)}
+    first = first_repeats(names)
     found = each_trace(
-        run, run.present(names), lambda trace: _trace(numbers[trace.path.name], trace)
+        run,
+        run.present(names),
+        lambda trace: _trace(number := numbers[trace.path.name], trace, is_first=first[number]),
     )
     traces = [trace for trace in found if trace is not None and trace.features]
     digests = np.zeros(len(names), np.uint64)
@@ -209,8 +218,9 @@ def _of_run(run: Location) -> Indexable:
     return Indexable(names, traces, digests, len(traces), None)
 
 
-def _trace(number: int, trace: Group[TraceAttributes]) -> IndexableTrace:
+def _trace(number: int, trace: Group[TraceAttributes], *, is_first: bool) -> IndexableTrace:
     arrays = _feature_arrays(trace)
+    generation = trace.attributes.generation
     return IndexableTrace(
         number=number,
         path=trace.path,
@@ -218,6 +228,7 @@ def _trace(number: int, trace: Group[TraceAttributes]) -> IndexableTrace:
         features={name: int(trace.nodes[name]["shape"][-1]) for name in arrays},
         layers={name: _layers_with(trace, name) for name in arrays},
         positions=_positions(trace),
+        first=0 if is_first or generation is None else generation.prompt_tokens,
     )
 
 
@@ -257,8 +268,8 @@ def digest_of(trace: Group[TraceAttributes]) -> int:
     return int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16) or 1
 
 
-def read_token_texts(trace: Location) -> list[str]:
-    """Read the texts of a trace's tokens.
+def read_token_texts(trace: Location) -> tuple[list[str], int]:
+    """Read the texts of a trace's tokens, and how many of them are the prompt.
 
     Raises
     ------
@@ -268,7 +279,9 @@ def read_token_texts(trace: Location) -> list[str]:
     found = read_trace(trace)
     if "key_token" not in found.nodes:
         raise IntegrityError(f"{trace}: has no 'key_token'", remedy=REPAIR)
-    return [str(text) for text in open_array(found, "key_token").load()]
+    texts = [str(text) for text in open_array(found, "key_token").load()]
+    generation = found.attributes.generation
+    return texts, len(texts) if generation is None else generation.prompt_tokens
 
 
 def read_special(trace: Group[TraceAttributes], positions: np.ndarray) -> np.ndarray:
@@ -300,6 +313,7 @@ def _of_table(table: Group[TableAttributes]) -> Indexable:
         raise damaged(table.path / INDEX, "no table has an array of that name")
     names, starts = _scenarios(table)
     failed = [number for number, name in enumerate(names) if name in table.attributes.failed]
+    later = np.flatnonzero(~np.array(first_repeats(names), bool))
     arrays = _feature_arrays(table)
     layers = {name: _layers_with(table, name) for name in arrays}
     parts = []
@@ -311,6 +325,9 @@ def _of_table(table: Group[TableAttributes]) -> Indexable:
         for first in range(0, samples, step):
             rows = (first, min(first + step, samples))
             scenarios = np.searchsorted(starts, np.arange(*rows), side="right") - 1
+            if len(later):
+                generated = open_array(table, "generated").read((slice(*rows),))
+                scenarios[np.isin(scenarios, later) & ~generated] = -1
             scenarios[np.isin(scenarios, failed)] = -1
             parts.append(
                 IndexableSamples(table.path, features, layers, rows, scenarios.astype(np.int32))
@@ -342,8 +359,8 @@ def _scenarios(table: Group[TableAttributes]) -> tuple[list[str], np.ndarray]:
 
 def read_sample_texts(
     table: Group[TableAttributes], rows: Sequence[tuple[int, int]]
-) -> list[dict[int, str]]:
-    """Read the texts of some samples' tokens, by position in the prompt.
+) -> list[tuple[dict[int, str], set[int]]]:
+    """Read the texts of some samples' tokens, by position, and which of them were generated.
 
     Parameters
     ----------
@@ -360,5 +377,14 @@ def read_sample_texts(
     texts = [""] * len(samples)
     if "token" in table.nodes:
         texts = [str(text) for text in open_array(table, "token").read((samples,))]
-    pairs = iter(zip(positions, texts, strict=True))
-    return [dict(itertools.islice(pairs, stop - start)) for start, stop in rows]
+    marks = np.zeros(len(samples), bool)
+    if "generated" in table.nodes and "generated" not in table.attributes.metadata:
+        marks = open_array(table, "generated").read((samples,))
+    found = []
+    each = iter(zip(positions, texts, marks.tolist(), strict=True))
+    for start, stop in rows:
+        own = list(itertools.islice(each, stop - start))
+        found.append(
+            ({at: text for at, text, _ in own}, {at for at, _, is_generated in own if is_generated})
+        )
+    return found

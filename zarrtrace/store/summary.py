@@ -52,6 +52,9 @@ class TraceSummary(BaseModel):
     model: str | None
     sae_release: str | None
     sae_ids: tuple[str, ...]
+    repeat: int | None = None
+    choice: str | None = None
+    completion: str | None = None
 
 
 class RunSummary(BaseModel):
@@ -96,6 +99,8 @@ class TableSummary(BaseModel):
         Why scenarios were not computed, by name.
     columns
         Tags and columns of metadata, of a table that is complete.
+    generated
+        Whether it marks samples of text that the model generated.
     """
 
     path: str
@@ -117,6 +122,7 @@ class TableSummary(BaseModel):
     model: str | None
     sae_release: str | None
     sae_ids: tuple[str, ...]
+    generated: bool = False
 
     @property
     def compression(self) -> float:
@@ -167,6 +173,7 @@ def summarize_table(path: Address) -> TableSummary:
         model=None if attributes.model is None else attributes.model.id,
         sae_release=next((one.release for one in attributes.saes.values()), None),
         sae_ids=_sae_ids(table),
+        generated="generated" in table.nodes and "generated" not in attributes.metadata,
     )
 
 
@@ -285,6 +292,9 @@ def _trace(path: Location, *, in_run: bool) -> TraceSummary | None:
         model=None if attributes.model is None else attributes.model.id,
         sae_release=next((one.release for one in attributes.saes.values()), None),
         sae_ids=_sae_ids(group),
+        repeat=attributes.repeat,
+        choice=attributes.choice,
+        completion=None if attributes.generation is None else attributes.generation.text,
     )
 
 

@@ -12,7 +12,7 @@ import json
 import math
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib import resources
 from typing import Any
@@ -147,6 +147,7 @@ class Layout:
                 terminal_text(option): found["token_id"]
                 for option, found in attributes["options"].items()
             },
+            **_generated(attributes),
             "layers": layers,
             "missing": [layer for layer in layers if layer in missing],
             "arrays": {
@@ -197,6 +198,21 @@ class Layout:
         if [str(number) for number in place] != parts[3:] or not array.has(place):
             raise KeyError(file)
         return _gzip(array.chunk(place))
+
+
+def _generated(attributes: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return what the page says of generated text; nothing if all tokens are the prompt."""
+    found, choice = attributes.get("generation"), attributes.get("choice")
+    if found is None:
+        return {}
+    return {
+        "generated": {
+            "from": found["prompt_tokens"],
+            "text": terminal_text(found["text"]),
+            "choice": choice and terminal_text(choice),
+            "ended_by": found["ended_by"],
+        }
+    }
 
 
 def page_file(name: str) -> bytes:

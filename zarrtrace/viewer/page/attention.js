@@ -1,7 +1,7 @@
 /** Heads of a layer, layers, one large, and the flow into the chosen token. */
 
 import { element, fail, heat, lines, named, number, spanColour, theme } from "./draw.js";
-import { cells, layerRuler, scale, single, tokenRuler } from "./plot.js";
+import { cells, layerRuler, promptEnd, scale, single, tokenRuler } from "./plot.js";
 import { choose, headsOf, scenario, view } from "./state.js";
 import { block, placeOf, WINDOW, windowOf } from "./store.js";
 
@@ -195,6 +195,7 @@ function showFlow(at, found, layers) {
   heat(flowCanvas, data, 0, layers.length, keys, { max });
   $("flow-token").replaceChildren(...named(at, view.token));
   tokenRuler("flow-keys", at, single(found.firstColumn, keys));
+  promptEnd(flowCanvas, at, single(found.firstColumn, keys));
   layerRuler("flow-layers", layers, view.layer);
   scale("flow-scale", { max });
   const drawn = Object.entries(at.spans).map(([name, positions], i) => ({
@@ -247,6 +248,7 @@ export async function showLarge() {
     heat(large, data, found.at * rows * columns, rows, columns, { max });
     tokenRuler("large-queries", at, single(firstRow, rows));
     tokenRuler("large-keys", at, single(firstColumn, columns));
+    promptEnd(large, at, single(firstColumn, columns), single(firstRow, rows));
     scale("large-scale", { max });
     point(view.token - firstRow, strongestKey(found.of, found.at, view.token - firstRow));
   } catch (error) {

@@ -3,7 +3,7 @@
 import { align, between } from "./align.js";
 import { chosenBlock } from "./attention.js";
 import { element, fail, heat, number, tokenText } from "./draw.js";
-import { cells, scale, tokenRuler } from "./plot.js";
+import { cells, promptEnd, scale, tokenRuler } from "./plot.js";
 import { continuations, nameOfToken } from "./prompt.js";
 import { choose, scenario, view } from "./state.js";
 import { WINDOW } from "./store.js";
@@ -48,9 +48,9 @@ export async function showCompare() {
     PICTURES.forEach((id, i) => {
       const options = i === 2 ? { max: most, difference: true } : {};
       heat(canvas(id), drawn?.values[i] || left, 0, n, n, options);
-      for (const way of ["down", "across"]) {
-        tokenRuler(`${id}-${way}`, i === 1 ? b : a, units.map((unit) => (i === 1 ? unit.b : unit.a)), false);
-      }
+      const of = i === 1 ? b : a, tokens = units.map((unit) => (i === 1 ? unit.b : unit.a));
+      for (const way of ["down", "across"]) tokenRuler(`${id}-${way}`, of, tokens, false);
+      promptEnd(canvas(id), of, tokens, tokens);
     });
     scale("compare-scale");
     scale("compare-range", { max: most, difference: true });

@@ -237,6 +237,11 @@ export function picture(panel, caption) {
       context.drawImage(canvas, at.left - box.left, at.top - box.top, at.width, at.height);
     }
   }
+  for (const line of panel.querySelectorAll(".end")) {
+    const at = line.getBoundingClientRect();
+    context.fillStyle = getComputedStyle(line).backgroundColor;
+    context.fillRect(at.left - box.left, at.top - box.top, at.width, at.height);
+  }
   context.textBaseline = "middle";
   for (const label of shown) {
     if (label instanceof HTMLCanvasElement) continue;

@@ -1,7 +1,7 @@
 /** A token's strongest features; one feature over layers and tokens, its words, its contrasts. */
 
 import { bars, element, fail, heat, named, number, setNumber, tokenText, visible } from "./draw.js";
-import { cells, layerRuler, scale, single, tokenRuler } from "./plot.js";
+import { cells, layerRuler, promptEnd, scale, single, tokenRuler } from "./plot.js";
 import { activeToken } from "./prompt.js";
 import { choose, index, saesOf, scenario, view } from "./state.js";
 import { ofFeature, ofToken, placeOf, timeline } from "./store.js";
@@ -106,6 +106,7 @@ async function drawTimeline() {
     const difference = found.data.some((v) => v < 0);
     heat(canvas, found.data, 0, found.layers, found.tokens, { max, difference });
     tokenRuler("timeline-tokens", at, single(first, found.tokens));
+    promptEnd(canvas, at, single(first, found.tokens));
     layerRuler("timeline-layers", array.layers || [], view.layer);
     scale("timeline-scale", { max, difference });
     pointAt(Math.max(0, placeOf(array, view.layer)), view.token - first);

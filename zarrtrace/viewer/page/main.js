@@ -6,7 +6,7 @@ import { copyPicture, element, fail, visible } from "./draw.js";
 import { showFeature, showTop } from "./features.js";
 import { clearOverview, showOverview } from "./overview.js";
 import { activeToken, build, failPrompt, onActive, show, showNext } from "./prompt.js";
-import { choose, headsOf, index, onChange, scenario, setIndex, start, view } from "./state.js";
+import { choose, decisionOf, headsOf, index, onChange, scenario, setIndex, start, view } from "./state.js";
 import { openIndex, windowOf } from "./store.js";
 
 const $ = (/** @type {string} */ id) => /** @type {HTMLElement} */ (document.getElementById(id));
@@ -149,9 +149,9 @@ function wire() {
   select("scenario").replaceChildren(...options());
   select("other").replaceChildren(element("option", { value: "" }, "nothing"), ...options());
   select("scenario").addEventListener("change", () => {
-    const name = select("scenario").value, tokens = scenario(name).tokens.length;
-    // The last token is each scenario's decision; any other position is another word there.
-    choose({ scenario: name, token: tokens - 1, window: windowOf(tokens - 1, tokens) });
+    const name = select("scenario").value, token = decisionOf(scenario(name));
+    // The decision is each scenario's; any other position is another word there.
+    choose({ scenario: name, token, window: windowOf(token, scenario(name).tokens.length) });
   });
   select("other").addEventListener("change", () => choose({ other: select("other").value }));
   input("layer").addEventListener("input", () => choose({ layer: scenario().layers[Number(input("layer").value)] }));

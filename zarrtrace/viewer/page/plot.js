@@ -1,6 +1,7 @@
 /** What stands around a matrix: the cell that is pointed at, its axes, the scale of its colours. */
 
 import { element, heat, number, spanColour, theme } from "./draw.js";
+import { isAllGenerated } from "./state.js";
 
 /** @typedef {import("./types.js").Scenario} Scenario */
 
@@ -85,6 +86,7 @@ export function tokenRuler(id, of, units, numbered = true) {
   let free = 0, freeIfNarrow = 0;
   names.forEach((name, n) => {
     const at = units.flatMap(([start, end], i) => (of.spans[name].some((t) => t >= start && t < end) ? [i] : []));
+    if (isAllGenerated(of, name)) return;
     context.fillStyle = spanColour(n);
     for (const i of at) context.fillRect(down ? 0 : i, down ? i : 0, 1, 1);
     const middle = (at[0] + at[at.length - 1] + 1) / 2 / count;
@@ -99,6 +101,27 @@ export function tokenRuler(id, of, units, numbered = true) {
     marks.push(label);
   });
   out.replaceChildren(band, ...marks);
+}
+
+/**
+ * Mark where the prompt ends: a line in a matrix of tokens, or none.
+ * @param {HTMLCanvasElement} canvas
+ * @param {Scenario} of
+ * @param {[number, number][]} across [start, end) of the tokens at each column
+ * @param {[number, number][]} [down] of those at each row, if rows are tokens
+ */
+export function promptEnd(canvas, of, across, down = []) {
+  let line = canvas.nextElementSibling;
+  if (!line?.classList.contains("ends")) canvas.after((line = element("div", { class: "ends", "aria-hidden": "true" })));
+  const from = of.generated ? of.generated.from : Infinity;
+  const lines = [["x", across], ["y", down]].flatMap(([way, units]) => {
+    const at = /** @type {[number, number][]} */ (units).findIndex(([start]) => start >= from);
+    if (at <= 0) return []; // all of one kind
+    const one = element("span", { class: `end ${way}` });
+    one.style.setProperty("--at", `${((100 * at) / units.length).toFixed(3)}%`);
+    return [one];
+  });
+  line.replaceChildren(...lines);
 }
 
 /** An axis of layers, from the top down. @param {string} id @param {number[]} layers @param {number} chosen */

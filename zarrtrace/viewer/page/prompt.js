@@ -1,7 +1,7 @@
 /** The prompt as tokens: what the active one attends to, what attends to it, what comes next. */
 
 import { bars, element, fail, named, number, setNumber, spanColour, theme, tokenText, visible } from "./draw.js";
-import { choose, index, scenario, view } from "./state.js";
+import { choose, index, isAllGenerated, scenario, view } from "./state.js";
 import { ofToken, WINDOW, windowOf } from "./store.js";
 
 /** @typedef {import("./types.js").Block} Block */
@@ -59,18 +59,27 @@ export function build() {
     if (/^\s*$/.test(text)) token.setAttribute("aria-label", visible(text));
     token.textContent = visible(text);
     const of = names.filter((name) => at.spans[name].includes(position));
-    if (of.length) {
-      token.style.setProperty("--span", spanColour(names.indexOf(of[0])));
+    const own = of.find((name) => !isAllGenerated(at, name));
+    if (own) {
+      token.style.setProperty("--span", spanColour(names.indexOf(own)));
       token.classList.add("in-span");
+    }
+    if (of.length) {
       token.title = of.join(", ");
       token.setAttribute("aria-description", of.join(", "));
     }
     tokens.push(token);
     list.append(token);
+    if (at.generated && position >= at.generated.from) {
+      token.classList.add("generated");
+      token.setAttribute("aria-description", [...of, "generated"].join(", "));
+      if (position === at.generated.from) list.insertBefore(element("span", { class: "prompt-end", "aria-hidden": "true" }), token);
+    }
     if (/\n$/.test(text)) list.append(element("br"));
   }
   if (!tokens.some((token) => token.tabIndex === 0) && tokens.length) tokens[0].tabIndex = 0;
   buildLegend(at, names);
+  buildGenerated(at);
   buildPager(at.tokens.length);
 }
 
@@ -88,6 +97,19 @@ function buildLegend(at, names) {
     });
     return one;
   }));
+}
+
+/** Say what the model wrote behind the prompt, and what it chose. @param {Scenario} at */
+function buildGenerated(at) {
+  const out = /** @type {HTMLElement} */ (document.getElementById("generated"));
+  out.hidden = !at.generated;
+  if (!at.generated) return;
+  const { from, text, choice, ended_by } = at.generated;
+  const ends = /** @type {Record<string, string>} */ ({
+    length: "its length", stop: "a stop text", end_of_sequence: "the end of the sequence" });
+  out.replaceChildren(element("span", { class: "prompt-end", "aria-hidden": "true" }),
+    `generated from token ${from} on: `, element("bdi", { class: "token generated" }, visible(text)),
+    " · choice: ", element("strong", {}, choice ?? "none"), ` · ended by ${ends[ended_by] ?? ended_by}`);
 }
 
 const pages = element("input", { type: "range", min: "0", "aria-label": "window of tokens" });

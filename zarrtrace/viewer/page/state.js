@@ -72,6 +72,19 @@ const addressed = location.protocol !== "about:";
 /** What a page in a notebook shows first, written like the address. */
 const given = /** @type {HTMLMetaElement | null} */ (document.querySelector('meta[name="view"]'));
 
+/** The last token of the prompt, which is shown first. @param {Scenario} of */
+export function decisionOf(of) {
+  return (of.generated ? of.generated.from : of.tokens.length) - 1;
+}
+
+/**
+ * Whether a span is all that the model wrote, which is marked otherwise and would hide the spans in it.
+ * @param {Scenario} of @param {string} span
+ */
+export function isAllGenerated(of, span) {
+  return Boolean(of.generated) && span === "completion";
+}
+
 /** Take the view from the address. */
 function read() {
   const found = new URLSearchParams(location.hash.slice(1) || given?.content);
@@ -80,7 +93,7 @@ function read() {
   view.other = found.get("with") || "";
   view.layer = whole(found.get("layer"), at.layers[Math.floor(at.layers.length / 2)] ?? 0);
   view.head = whole(found.get("head"), -1);
-  view.token = whole(found.get("token"), at.tokens.length - 1);
+  view.token = whole(found.get("token"), decisionOf(at));
   view.window = whole(found.get("window"), view.token);
   view.feature = whole(found.get("feature"), -1);
   view.sae = found.get("sae") || "features";

@@ -23,9 +23,16 @@
  * @property {number[]} token_ids
  * @property {Record<string, number[]>} spans
  * @property {Record<string, number>} options
+ * @property {Generated} [generated] absent if all tokens are the prompt
  * @property {number[]} layers
  * @property {number[]} missing
  * @property {Record<string, ArrayInfo>} arrays
+ *
+ * @typedef {Object} Generated the text that the model wrote behind the prompt
+ * @property {number} from its first token
+ * @property {string} text
+ * @property {string | null} choice the option that was found in it
+ * @property {string} ended_by
  *
  * @typedef {Object} Index
  * @property {number} version
