@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -360,18 +361,26 @@ def _check_output(given: dict[str, Any], names: list[str] | None) -> None:
     output: Location = given["output"]
     if output.path is None or given["repair"] or not output.path.exists():
         return  # in an object store this may take long, and is done later
-    from zarrtrace.extraction.configuration import generation_config
-    from zarrtrace.identity import refuse_other, refuse_other_scenarios
+    from zarrtrace.identity import refuse_other_scenarios
     from zarrtrace.store import read_run, refuse_foreign, refuse_kind
 
     refuse_foreign(output)
     refuse_kind(output, "run" if names is not None else "table", overwrite=given["overwrite"])
     if names is not None and not given["overwrite"] and (output / "zarr.json").is_file():
         run = read_run(output).attributes
-        options = _options(given, None)
-        now = None if options.generate is None else generation_config(options)
-        refuse_other(output, {"generation": run.config.get("generation")}, {"generation": now})
+        if given["generate"] is not None or "generation" in run.config:
+            _check_generation(given, output, run.config)
         refuse_other_scenarios(output, run.scenarios, names)
+
+
+def _check_generation(given: dict[str, Any], output: Location, config: Mapping[str, Any]) -> None:
+    """Refuse a run of other continuations."""
+    from zarrtrace.extraction.configuration import generation_config
+    from zarrtrace.identity import refuse_other
+
+    options = _options(given, None)
+    now = None if options.generate is None else generation_config(options)
+    refuse_other(output, {"generation": config.get("generation")}, {"generation": now})
 
 
 def _check_model(given: dict[str, Any], options: Options) -> None:

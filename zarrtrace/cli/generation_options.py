@@ -45,7 +45,7 @@ _OPTIONS = (
     option(
         "--seed",
         group=GENERATION,
-        type=click.IntRange(0),
+        type=int,
         default=0,
         help="Of sampling; other texts for another one.  [default: 0]",
     ),
