@@ -104,8 +104,8 @@ def test_source_follows_the_run_and_not_the_folder_one_is_in(
     monkeypatch.chdir(tmp_path / "elsewhere")
     for source in (ds, ds.isel(query=[0]), ds.sel(layer=2), ds[["attention"]], tree["Safe_1"]):
         assert source.zt.provenance["source"] == str(run.path / "Safe_1")
-        assert source.zt.view().page is not None
-    assert tree.zt.view().page is not None
+        assert source.zt.view(static=True).page is not None
+    assert tree.zt.view(static=True).page is not None
 
 
 def test_errors_say_what_to_do(shared_run: fakes.FakeRun) -> None:
@@ -117,14 +117,14 @@ def test_errors_say_what_to_do(shared_run: fakes.FakeRun) -> None:
     with pytest.raises(NotATraceError, match=r"not a run of zarrtrace"):
         _ = xr.DataTree().zt.scenarios
     with pytest.raises(ConfigError, match=r"no layer 9\nIt has 1, 2, 3"):
-        ds.zt.view(layer=9)
+        ds.zt.view(layer=9, static=True)
     with pytest.raises(ConfigError, match=r"no head 2\nIt has 0, 1"):
-        run.zt.view(head=2)
+        run.zt.view(head=2, static=True)
     with pytest.raises(ConfigError, match=r"no scenario 'Nobody'\nIt has: Safe_1, Risky_2"):
-        run.zt.view(scenario="Nobody")
+        run.zt.view(scenario="Nobody", static=True)
     plain = xr.open_datatree(shared_run.path, engine="zarr")["Safe_1"].to_dataset()
     with pytest.raises(ConfigError, match=r"where it is stored is not known"):
-        plain.zt.view()
+        plain.zt.view(static=True)
 
 
 # --- what a view holds -------------------------------------------------------------------------
@@ -145,19 +145,25 @@ def files(view: notebook.View) -> list[str]:
 
 def test_view_holds_what_the_dataset_holds(shared_run: fakes.FakeRun) -> None:
     ds, run = zt.open_trace(shared_run.trace), zt.open_run(shared_run.path)
-    whole = ds.zt.view(layer=3, head=1)
+    whole = ds.zt.view(layer=3, head=1, static=True)
     assert given(whole) == {"scenario": "Safe_1", "layer": "3", "head": "1"}
     assert sum("Safe_1/attention/" in file for file in files(whole)) == 3  # chunks, one a layer
-    assert sum("Safe_1/attention/" in file for file in files(ds.sel(layer=[2]).zt.view())) == 1
-    assert sum("Safe_1/attention/" in file for file in files(ds.sel(layer=2).zt.view())) == 1
-    both = files(run.zt.view())
+    assert (
+        sum("Safe_1/attention/" in file for file in files(ds.sel(layer=[2]).zt.view(static=True)))
+        == 1
+    )
+    assert (
+        sum("Safe_1/attention/" in file for file in files(ds.sel(layer=2).zt.view(static=True)))
+        == 1
+    )
+    both = files(run.zt.view(static=True))
     assert {file.split("/")[1] for file in both if "/attention/" in file} == set(fakes.SCENARIOS)
-    assert given(run.zt.view(scenario="Risky_2")) == {"scenario": "Risky_2"}
+    assert given(run.zt.view(scenario="Risky_2", static=True)) == {"scenario": "Risky_2"}
 
 
 def test_the_command_shows_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = fakes.make_run(tmp_path / "my 'runs' $HOME", name="a run", scenarios=("A_1", "B-2"))
-    view = zt.open_run(run.path).zt.view(scenario="B-2", layer=2, head=1)
+    view = zt.open_run(run.path).zt.view(scenario="B-2", layer=2, head=1, static=True)
     assert view.command in repr(view)
     words = shlex.split(view.command)
     assert words[:3] == ["zarrtrace", "view", str(run.path)]
@@ -175,17 +181,17 @@ def test_large_pages_are_not_put_into_notebooks(
     shared_run: fakes.FakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ds, run = zt.open_trace(shared_run.trace), zt.open_run(shared_run.path)
-    both, one = len(run.zt.view().page), len(ds.zt.view().page)
+    both, one = len(run.zt.view(static=True).page), len(ds.zt.view(static=True).page)
     monkeypatch.setattr(notebook, "MAX_BYTES", both)
-    assert run.zt.view().note == ""
+    assert run.zt.view(static=True).note == ""
     monkeypatch.setattr(notebook, "MAX_BYTES", both - 1)
-    part = run.zt.view(scenario="Risky_2")
+    part = run.zt.view(scenario="Risky_2", static=True)
     assert part.note.startswith("1 of 2 scenarios is shown")
     assert {file.split("/")[1] for file in files(part) if "/attention/" in file} == {"Risky_2"}
     assert part.note in part._repr_html_()
     assert part.command.replace("&", "&amp;").replace("'", "&#x27;") in part._repr_html_()
     monkeypatch.setattr(notebook, "MAX_BYTES", one // 2)
-    for view in (ds.zt.view(layer=2), run.zt.view()):
+    for view in (ds.zt.view(layer=2, static=True), run.zt.view(static=True)):
         assert view.page is None
         assert "takes more than" in repr(view)
         assert view.command in repr(view)
@@ -198,9 +204,9 @@ def test_attention_is_rounded_where_it_is_large(
     ds = zt.open_trace(shared_run.trace)
     size = ds["attention"].nbytes
     monkeypatch.setattr(notebook, "_EIGHT_BIT_FROM", size)
-    exact = ds.zt.view().page
+    exact = ds.zt.view(static=True).page
     monkeypatch.setattr(notebook, "_EIGHT_BIT_FROM", size - 1)
-    assert len(ds.zt.view().page) < len(exact)
+    assert len(ds.zt.view(static=True).page) < len(exact)
 
 
 def test_a_run_that_was_replaced_is_not_shown_as_the_old_one(tmp_path: Path) -> None:
@@ -209,21 +215,22 @@ def test_a_run_that_was_replaced_is_not_shown_as_the_old_one(tmp_path: Path) -> 
     fakes.make_run(tmp_path, seed=2, overwrite=True)
     for opened in (ds, tree, tree["Safe_1"]):
         with pytest.raises(IntegrityError, match="is not the trace that was opened"):
-            opened.zt.view()
-    assert zt.open_trace(run.trace).zt.view().page
+            opened.zt.view(static=True)
+    assert zt.open_trace(run.trace).zt.view(static=True).page
 
 
 def test_what_there_is_of_an_incomplete_run_is_shown(tmp_path: Path) -> None:
     run = fakes.make_run(tmp_path, drop={"Risky_2": (2,)})
     ds = zt.open_trace(run.path / "Risky_2", missing="nan")
-    for view in (ds.zt.view(layer=1), zt.open_run(run.path, missing="nan").zt.view(layer=1)):
+    whole = zt.open_run(run.path, missing="nan")
+    for view in (source.zt.view(layer=1, static=True) for source in (ds, whole)):
         assert any("data/Risky_2/attention/" in file for file in files(view))
         assert shlex.split(view.command)[2] == str(run.path)
 
 
 def test_text_of_a_run_is_text_in_the_notebook(tmp_path: Path) -> None:
     run = fakes.make_run(tmp_path, name='"><script>alert(1)<')
-    shown = zt.open_run(run.path).zt.view(layer=1)._repr_html_()
+    shown = zt.open_run(run.path).zt.view(layer=1, static=True)._repr_html_()
     assert shown.count("<") == shown.count("<iframe") + shown.count("</iframe>") == 2
     assert "allow-same-origin" not in shown
 
@@ -233,5 +240,5 @@ def test_view_of_an_object_store(shared_run: fakes.FakeRun) -> None:
     zt.copy(shared_run.path, "memory://bucket/run")
     ds = zt.open_trace("memory://bucket/run/Safe_1")
     assert ds.zt.provenance["source"] == "memory://bucket/run/Safe_1"
-    assert given(ds.zt.view()) == {"scenario": "Safe_1"}
+    assert given(ds.zt.view(static=True)) == {"scenario": "Safe_1"}
     np.testing.assert_array_equal(ds.zt.span("decision"), [6])

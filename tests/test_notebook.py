@@ -16,10 +16,12 @@ from typing import Any
 
 import fakes
 import pytest
+import traitlets
 import xarray as xr
 from everyday import mostly_long
 
 import zarrtrace as zt
+from zarrtrace.viewer import Layout
 
 #: Height of a laptop's screen, in pixels of CSS.
 SCREEN = 900
@@ -89,7 +91,8 @@ def chosen(frame: Any) -> tuple[str, ...]:
 
 
 def test_the_frame_shows_what_was_chosen(shared_run: fakes.FakeRun, page: Any) -> None:
-    view = zt.open_run(shared_run.path).zt.view(scenario="Risky_2", layer=3, head=1, height=700)
+    choice = {"scenario": "Risky_2", "layer": 3, "head": 1}
+    view = zt.open_run(shared_run.path).zt.view(**choice, height=700, static=True)
     page.set_content(f"<!doctype html><body>{view._repr_html_()}</body>")
     frame = page.frame_locator("iframe")
     assert chosen(frame) == ("Risky_2", "L3", "H1")
@@ -117,18 +120,18 @@ POLICY = (
 def test_a_notebook_with_a_policy_shows_it_and_saves_pictures(
     shared_run: fakes.FakeRun, page: Any
 ) -> None:
-    shown = zt.open_trace(shared_run.trace).zt.view(layer=2)._repr_html_()
+    shown = zt.open_trace(shared_run.trace).zt.view(layer=2, static=True)._repr_html_()
     policy = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
     page.set_content(f"<!doctype html>{policy}<body>{shown}</body>")
     frame = page.frame_locator("iframe")
     assert chosen(frame) == ("Safe_1", "L2", "mean")
     with page.expect_download() as saved:
-        frame.locator("#large-panel button.copy").click()
+        frame.locator("#large-panel").get_by_text("Copy PNG").click()
     assert saved.value.suggested_filename == "large-panel.png"
 
 
 def test_the_frame_cannot_reach_the_notebook(shared_run: fakes.FakeRun, browser: Any) -> None:
-    view = zt.open_trace(shared_run.trace).zt.view()
+    view = zt.open_trace(shared_run.trace).zt.view(static=True)
     page = browser.new_page()
     page.set_content(f"<!doctype html><body><p id=secret>x</p>{view._repr_html_()}</body>")
     chosen(page.frame_locator("iframe"))
@@ -185,38 +188,140 @@ def lab(tmp_path: Path) -> Iterator[tuple[str, Path]]:
         server.wait(60)
 
 
-@pytest.mark.long
-def test_view_in_jupyterlab(lab: tuple[str, Path], shared_run: fakes.FakeRun, browser: Any) -> None:
-    url, notebooks = lab
-    cell = (
-        f"import zarrtrace as zt\nrun = zt.open_run({str(shared_run.path)!r})\n"
-        "run.zt.view(scenario='Risky_2', layer=3, head=1)"
-    )
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    cells = [
-        {"cell_type": "code", "id": "one", "metadata": {}, "outputs": [], "execution_count": None,
-         "source": cell}
-    ]  # fmt: skip
+def written(notebooks: Path, *cells: str) -> None:
+    """Write a notebook of some cells."""
     content = {
-        "cells": cells,
-        "metadata": {"kernelspec": kernel},
+        "cells": [
+            {
+                "cell_type": "code",
+                "id": f"cell-{number}",
+                "metadata": {},
+                "outputs": [],
+                "execution_count": None,
+                "source": cell,
+            }
+            for number, cell in enumerate(cells)
+        ],
+        "metadata": {
+            "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}
+        },
         "nbformat": 4,
         "nbformat_minor": 5,
     }
     (notebooks / "one.ipynb").write_text(json.dumps(content), encoding="utf-8")
+
+
+@pytest.fixture
+def notebook(lab: tuple[str, Path], browser: Any) -> Iterator[Callable[..., Any]]:
+    """Open a notebook of some cells in JupyterLab; nothing may go wrong in its page."""
+    url, notebooks = lab
     errors: list[str] = []
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
     page.set_default_timeout(120_000)
     page.on("pageerror", lambda error: errors.append(str(error)))
-    page.goto(f"{url}/lab/tree/one.ipynb?token=for-this-test")
-    page.get_by_text("(ipykernel) | Idle").wait_for()
-    page.locator(".jp-Notebook .cm-content").first.click()
+
+    def show(*cells: str) -> Any:
+        written(notebooks, *cells)
+        page.goto(f"{url}/lab/tree/one.ipynb?token=for-this-test")
+        page.get_by_text("(ipykernel) | Idle").wait_for()
+        return page
+
+    yield show
+    page.close()
+    assert errors == []
+
+
+def run_cell(page: Any, number: int) -> None:
+    page.locator(".jp-Notebook .jp-CodeCell .cm-content").nth(number).click()
     page.keyboard.press("Control+Enter")
+
+
+def output(page: Any, number: int) -> Any:
+    return page.locator(".jp-Notebook .jp-CodeCell").nth(number).locator(".jp-OutputArea-output")
+
+
+@pytest.mark.long
+def test_view_in_jupyterlab(notebook: Callable[..., Any], shared_run: fakes.FakeRun) -> None:
+    page = notebook(
+        f"import zarrtrace as zt\nrun = zt.open_run({str(shared_run.path)!r})\n"
+        "run.zt.view(scenario='Risky_2', layer=3, head=1, static=True)"
+    )
+    run_cell(page, 0)
     frame = page.frame_locator(".jp-OutputArea-output iframe")
     assert chosen(frame) == ("Risky_2", "L3", "H1")
     texts = frame.locator("#tokens .token").all_inner_texts()
     assert len(texts) == len(fakes.make_tokens(7).texts)
     frame.locator("#scenario").select_option("Safe_1")
     assert chosen(frame) == ("Safe_1", "L3", "H1")
-    page.close()
-    assert errors == []
+
+
+@pytest.mark.long
+def test_the_widget_in_jupyterlab(notebook: Callable[..., Any], shared_run: fakes.FakeRun) -> None:
+    """Chunks come through the kernel; what one side chooses the other side has."""
+    page = notebook(
+        f"import zarrtrace as zt\nrun = zt.open_run({str(shared_run.path)!r})\n"
+        "view = run.zt.view(scenario='Risky_2', layer=3, head=1)\nview",
+        "view.scenario, view.layer, view.head, view.token, view.feature",
+        "view.layer, view.head, view.token, view.feature = 2, -1, 4, 5",
+        "view.layer = 99",
+        "view.scenario = 'Safe_1'\nview",
+    )
+    run_cell(page, 0)
+    frame = page.frame_locator(".jp-OutputArea-output iframe")
+    assert chosen(frame) == ("Risky_2", "L3", "H1")
+    truth = shared_run.truth["Risky_2"]["attention"]
+    shown = float(frame.locator("#attends-to data").first.get_attribute("value"))
+    assert shown == truth[2, 1, -1].max()
+    # The page chooses, Python reads.
+    frame.locator("#layer").fill("0")
+    frame.locator("#tokens .token").nth(2).click()
+    assert chosen(frame) == ("Risky_2", "L1", "H1")
+    for _ in range(50):
+        run_cell(page, 1)
+        output(page, 1).wait_for()
+        if "('Risky_2', 1, 1, 2, -1)" in output(page, 1).inner_text():
+            break
+        time.sleep(0.1)
+    assert "('Risky_2', 1, 1, 2, -1)" in output(page, 1).inner_text()
+    # Python chooses, the page shows.
+    run_cell(page, 2)
+    frame.locator("#layer-shown", has_text="L2").wait_for()
+    frame.locator("#feature-panel:not([hidden])").wait_for()
+    assert chosen(frame) == ("Risky_2", "L2", "mean")
+    assert frame.locator('.token[aria-selected="true"]').get_attribute("data-position") == "4"
+    run_cell(page, 3)
+    output(page, 3).get_by_text("has no layer 99").first.wait_for()
+    # Shown once more, it shows what was chosen last.
+    run_cell(page, 4)
+    for number in (4, 0):
+        shown = output(page, number).frame_locator("iframe")
+        assert chosen(shown)[:2] == ("Safe_1", "L2")
+
+
+def test_choices_of_the_widget_are_checked(shared_run: fakes.FakeRun) -> None:
+    view = zt.open_run(shared_run.path).zt.view(scenario="Risky_2")
+    view.layer, view.head, view.token, view.feature = 3, 1, 2, 15
+    for name, value in {
+        "layer": 99, "head": 2, "token": 7, "feature": 16, "scenario": "Nobody"
+    }.items():  # fmt: skip
+        with pytest.raises(traitlets.TraitError, match=str(value)):
+            setattr(view, name, value)
+    assert (view.scenario, view.layer, view.head) == ("Risky_2", 3, 1)
+    assert (view.token, view.feature) == (2, 15)
+
+
+def test_the_widget_answers_with_files_of_the_bundle(
+    run: fakes.FakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view = zt.open_run(run.path).zt.view()
+    sent: list[tuple[dict[str, Any], list[bytes]]] = []
+    monkeypatch.setattr(view, "send", lambda said, buffers=(): sent.append((said, [*buffers])))
+    layout = Layout(run.path)
+    good = "data/Safe_1/attention/c/1/0/0/0"
+    for number, path in enumerate(["index.json", good, "../zarr.json", "data/Safe_1/nothing"]):
+        view._handle_custom_msg({"id": number, "path": path}, [])
+    assert sent[0] == ({"id": 0}, [layout.index])
+    assert sent[1] == ({"id": 1}, [layout.read(good)])
+    assert [said["error"] for said, _ in sent[2:]] == [
+        "../zarr.json is missing.", "data/Safe_1/nothing is missing."
+    ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import http.client
 import json
@@ -10,6 +11,7 @@ import os
 import re
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -37,8 +39,9 @@ GROUPS = ("Safe_1", "Risky_2", "Safe_3", "Risky_4")
 
 
 def get(url: str, path: str, *, host: str | None = None, method: str = "GET"):
-    """Ask for a path exactly as written."""
+    """Ask for a path below the page's address, exactly as written."""
     at = urlsplit(url)
+    path = at.path.removesuffix("/") + path
     connection = http.client.HTTPConnection(at.hostname, at.port, timeout=30)
     connection.putrequest(method, path, skip_host=True)
     connection.putheader("Host", host or at.netloc)
@@ -143,6 +146,11 @@ def test_index_says_what_the_run_says(whole: fakes.FakeRun, server: Server) -> N
     assert found["spans"]["balance"] == zt.span(ds, "balance")
     assert found["layers"] == ds.layer.values.tolist()
     assert found["tags"] == ["risky"]
+    assert found["arrays"].pop("attention_to_spans")["places"] == [
+        "balance",
+        "decision",
+        "@strongest",
+    ]
     for name, array in found["arrays"].items():
         assert array["shape"] == list(ds[name].shape)
         assert array["dims"] == list(ds[name].dims)
@@ -210,6 +218,28 @@ def test_rows_that_were_not_chosen_are_nan(tmp_path: Path, tokens: int) -> None:
         expected[..., queries, :] = truth[name][..., queries, :]
         np.testing.assert_array_equal(group[name][:], expected)
         assert group[name].metadata.dimension_names[-2:] == ("query", "key")
+
+
+@pytest.mark.parametrize("tokens", [20, 300])
+def test_the_map_of_heads_sums_over_spans(tmp_path: Path, tokens: int) -> None:
+    run = fakes.make_run(tmp_path, scenarios=("Safe_1",), tokens=tokens)
+    layout = Layout(run.path)
+    truth = run.truth["Safe_1"]["attention"]
+    balance = zt.span(zt.open_trace(run.path / "Safe_1"), "balance")
+    for query in (0, 1, 15, 16, tokens - 1):
+        array = layout.arrays["Safe_1/attention_to_spans"]
+        step = array.chunks[0]
+        content = gzip.decompress(
+            layout.read(f"data/Safe_1/attention_to_spans/c/{query // step}/0/0/0")
+        )
+        found = np.frombuffer(content, "<f4").reshape(array.chunks)[query % step]
+        row = truth[:, :, query]
+        np.testing.assert_allclose(
+            found[..., 0], row[..., balance].sum(-1), rtol=rounding.unit("float32") * 4
+        )
+        np.testing.assert_array_equal(found[..., 1], row[..., tokens - 1])
+        others = [key for key in range(1, tokens) if key != query]
+        np.testing.assert_array_equal(found[..., 2], row[..., others].max(-1))
 
 
 def test_words_equal_the_analysis(whole: fakes.FakeRun) -> None:
@@ -441,15 +471,76 @@ def test_localhost_is_this_machine(server: Server) -> None:
     assert get(server.url, "/", host=f"localhost:{server.port}")[0] == 200
 
 
-def test_others_need_the_token(whole: fakes.FakeRun) -> None:
-    with Server(whole.path, host="0.0.0.0") as wide:  # noqa: S104
-        secret = urlsplit(wide.url).path
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])  # noqa: S104
+def test_nothing_is_served_without_the_token(whole: fakes.FakeRun, host: str) -> None:
+    with Server(whole.path, host=host) as live:
+        secret = urlsplit(live.url).path
         assert len(secret) > 20
-        at = f"http://127.0.0.1:{wide.port}/"
+        at = f"http://127.0.0.1:{live.port}/"
         for path in ("/", "/index.json", "/data/Safe_1/attention/zarr.json", secret[:-2] + "/"):
-            assert get(at, path)[0] == 404
+            status, headers, body = get(at, path)
+            assert (status, body) == (404, b"Not found.\n")
+            assert "default-src 'none'" in headers["Content-Security-Policy"]
         assert get(at, secret)[0] == 200
-        assert get(at, secret + "index.json", host="anything:1")[0] == 200
+        # A name that was pointed at this machine is another page's, unless others may reach us.
+        expected = 403 if live.loopback else 200
+        assert get(at, secret + "index.json", host="anything:1")[0] == expected
+
+
+def said(server: Server, request: bytes) -> bytes:
+    """Send bytes, and return all that comes back until the connection is closed."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(request)
+        connection.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+def test_a_request_has_one_answer(server: Server) -> None:
+    path = urlsplit(server.url).path.encode()
+    host = f"Host: 127.0.0.1:{server.port}\r\n".encode()
+    hidden = b"GET " + path + b"index.json HTTP/1.1\r\n" + host + b"\r\n"
+    for method, head in (
+        (b"GET", b"Content-Length: %d\r\n" % len(hidden)),
+        (b"GET", b"Transfer-Encoding: chunked\r\n"),
+        (b"GET", b"Content-Length: 5\r\nExpect: 100-continue\r\n"),
+        (b"POST", b"Content-Length: %d\r\n" % len(hidden)),
+    ):
+        asked = method + b" " + path + b"style.css HTTP/1.1\r\n" + host + head + b"\r\n" + hidden
+        answer = said(server, asked)
+        assert answer.count(b"HTTP/1.1 ") == 1, (method, head)
+        assert b"Connection: close" in answer
+
+
+@pytest.mark.parametrize(
+    "request_line",
+    [b"nonsense", b"GET / HTTP/9.9", b"GET /" + b"a" * 70_000 + b" HTTP/1.1", b"PUT / HTTP/1.1"],
+    ids=["nonsense", "version", "long", "method"],
+)
+def test_every_answer_has_the_policy(server: Server, request_line: bytes) -> None:
+    answer = said(server, request_line + b"\r\n\r\n")
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 ")
+    assert b"Content-Security-Policy: default-src 'none'" in head
+    assert b"<" not in body
+
+
+def test_connections_are_limited(server: Server) -> None:
+    with contextlib.ExitStack() as stack:
+        address = ("127.0.0.1", server.port)
+        idle = [
+            stack.enter_context(socket.create_connection(address, timeout=30)) for _ in range(64)
+        ]
+        with socket.create_connection(address, timeout=30) as further:
+            answer = b"".join(iter(lambda: further.recv(65536), b""))
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b"Content-Security-Policy" in answer
+        idle[0].close()
+    # Threads notice closed connections by themselves.
+    for _ in range(100):
+        if get(server.url, "/")[0] == 200:
+            return
+        time.sleep(0.05)
+    raise AssertionError("no connection was given back")
 
 
 def test_a_taken_port_is_named(server: Server, whole: fakes.FakeRun) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import itertools
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -328,11 +329,15 @@ def test_a_prompt_alone_has_no_end(addresses: dict[str, str], look: Open) -> Non
     assert not page.locator("#generated").is_visible()
 
 
-def test_axes_say_which_token_and_layer(addresses: dict[str, str], look: Open) -> None:
+def test_axes_say_which_token_and_layer(
+    addresses: dict[str, str], whole: fakes.FakeRun, look: Open
+) -> None:
     page = look(addresses["server"], scenario="Risky_2", layer=2, feature=3, theme="light")
+    stored = zt.open_trace(whole.path / "Risky_2").key_token.values.tolist()
+    texts = [{"\n": "⏎", "": "∅"}.get(text, text) for text in stored]
     for ruler in ("large-keys", "large-queries", "flow-keys", "timeline-tokens"):
         ticks = page.locator(f"#{ruler} .tick").all_text_contents()
-        assert ticks == [str(token) for token in range(0, 9, 2)]
+        assert ticks == texts  # of so few tokens, the texts
         # Spans (tokens 1 and 2, and the last) in colour, all others not.
         alpha = page.evaluate(_ALPHA, f"#{ruler} canvas")
         assert [at for at, a in enumerate(alpha) if a] == [1, 2, 8]
@@ -340,7 +345,29 @@ def test_axes_say_which_token_and_layer(addresses: dict[str, str], look: Open) -
     for ruler in ("flow-layers", "timeline-layers"):
         assert page.locator(f"#{ruler} .tick").all_text_contents() == ["L1", "L2", "L3"]
         assert page.locator(f"#{ruler} .chosen").inner_text() == "L2"
+    page.locator("#scale").select_option("absolute")
+    ready(page)
     assert page.locator("#large-scale data").all_text_contents() == ["0", "0.25", "1"]
+
+
+def test_every_span_has_its_name_on_the_axis(tmp_path: Path, look: Open) -> None:
+    """Whatever the order of their names, and though they would touch each other on one line."""
+    names = ["zebra", "apple", "mango", "a rather long name of a span", "balance"]
+    zt.write_trace(
+        tmp_path / "run",
+        "one",
+        tokens=(list(range(60)), [f" word{i}" for i in range(60)]),
+        attention={0: np.tril(np.ones((2, 60, 60), np.float32)) / np.float32(60)},
+        spans={name: [50 - i] for i, name in enumerate(names)},
+    )
+    with Server(tmp_path / "run") as live:
+        page = look(live.url)
+        shown = page.locator("#flow-keys .name")
+        assert sorted(shown.all_text_contents()) == sorted([*names, "decision"])
+        boxes = [one.bounding_box() for one in shown.all()]
+    for a, b in itertools.combinations(boxes, 2):
+        apart = a["x"] + a["width"] <= b["x"] + 1 or b["x"] + b["width"] <= a["x"] + 1
+        assert apart or a["y"] + a["height"] <= b["y"] + 1 or b["y"] + b["height"] <= a["y"] + 1
 
 
 _ALPHA = """selector => {
@@ -722,7 +749,9 @@ def test_damage_in_the_store_is_said(tmp_path: Path, look: Open) -> None:
         assert rows(page, "#next", "token-id")
         page.keyboard.press("ArrowDown")
         ready(page)
-        assert messages(page) == []
+        # Other layers are drawn; the map of all layers is not.
+        assert len(messages(page)) == 1
+        assert page.locator("#map-panel .message").is_visible()
 
 
 def test_a_page_without_its_index_says_so(
@@ -777,10 +806,17 @@ def test_what_is_chosen_is_in_the_address(way: str, addresses: dict[str, str], l
 
 
 def test_any_address_shows_something(addresses: dict[str, str], look: Open) -> None:
-    for junk in ("#layer=99&head=-7&token=1e9&feature=99999999", "#scenario=%00&with=%ff&sae=<b>"):
+    for junk, said in {
+        "#layer=99&head=-7&token=1e9&feature=99999999": "layer=99 (Safe_1 has layers 1 to 3)",
+        "#scenario=%00&with=%ff&sae=<b>": "sae=<b> (Safe_1 has features)",
+        "#layer=2&place=nothing&scale=log": "place=nothing, scale=log",
+    }.items():
         page = look(addresses["server"] + junk)
-        assert messages(page) == []
+        assert any("This run has no " in one and said in one for one in messages(page))
         assert rows(page, "#attends-to", "position")
+        page.locator("#theme").click()
+        ready(page)
+        assert messages(page) == []
 
 
 def test_everything_can_be_done_by_keyboard(
@@ -795,7 +831,7 @@ def test_everything_can_be_done_by_keyboard(
     assert page.locator("#layer-shown").inner_text() == "L1"
     # Every control is reached by Tab, in order, and the tokens are one stop.
     stops = []
-    for _ in range(30):
+    for _ in range(50):
         press("Tab")
         stops.append(
             page.evaluate("(e => e.id || e.className + e.textContent)(document.activeElement)")
@@ -908,6 +944,108 @@ Object.defineProperty(navigator, "clipboard", {value: {write: async ([item]) => 
     window.copied = [blob.size, await blob.slice(1, 4).text()];
 }}});
 """
+
+
+def test_what_is_copied_as_python_reads_what_is_shown(
+    addresses: dict[str, str], whole: fakes.FakeRun, look: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(whole.path.parent)
+    page = look(addresses["server"], scenario="Risky_2", layer=2, head=1, token=5, feature=3)
+    ds = zt.open_trace(whole.path / "Risky_2").load()
+    attention, mean = ds.attention, ds.attention_mean
+    places = {
+        "balance": attention.sel(query=5, key=ds.zt.span("balance")).sum("key"),
+        "@strongest": attention.sel(query=5, key=[1, 2, 3, 4]).max("key"),
+    }
+    for place, expected in places.items():
+        page.locator("#place").select_option(place)
+        ready(page)
+        np.testing.assert_allclose(_read(page, "map-panel"), expected, rtol=1e-6)
+    np.testing.assert_array_equal(_read(page, "flow-panel"), mean.sel(query=5))
+    np.testing.assert_array_equal(_read(page, "large-panel"), attention.sel(layer=2, head=1))
+    np.testing.assert_array_equal(_read(page, "heads-panel"), attention.sel(layer=2))
+    np.testing.assert_array_equal(_read(page, "layers-panel"), mean)
+    np.testing.assert_array_equal(_read(page, "feature-panel"), ds.features.sel(feature=3))
+
+
+def _read(page: Any, panel: str) -> Any:
+    """Run the lines that a panel's button copies, and return the value of the last one."""
+    button = page.locator(f"#{panel} .copy").filter(has_text="Python")
+    button.click()
+    *lines, last = button.get_attribute("data-code").splitlines()
+    names: dict[str, Any] = {}
+    exec("\n".join(lines), names)  # noqa: S102 -- our own page's
+    return eval(last, names)  # noqa: S307
+
+
+def test_it_opens_on_the_finding(tmp_path: Path, look: Open) -> None:
+    """The layer and head that attend most to a span, the first token and itself left out."""
+    run = fakes.make_run(tmp_path, scenarios=("Safe_1",), tokens=9)
+    ds = zt.open_trace(run.path / "Safe_1").load()
+    to_balance = ds.attention[:, :, -1, ds.zt.span("balance")].sum("key")
+    layer, head = (int(to_balance.stack(of=("layer", "head")).idxmax().item()[i]) for i in (0, 1))
+    with Server(run.path) as live:
+        page = look(live.url)
+        assert page.locator("#layer-shown").inner_text() == f"L{layer}"
+        assert page.locator("#head-shown").inner_text() == f"H{head}"
+        exactly(value(page, "#map-finding"), to_balance.max())
+        exactly(value(page, "#map-cell"), to_balance.max())
+        # Together with the prompt, above the fold.
+        for panel in ("#tokens", "#map", "#flow"):
+            box = page.locator(panel).bounding_box()
+            assert box["y"] < 700
+
+
+def test_colours_go_by_panel_row_or_one(
+    addresses: dict[str, str], whole: fakes.FakeRun, look: Open
+) -> None:
+    """The darkest pixel of each row is full where colours go by row, and pale where up to 1."""
+    page = look(addresses["server"], scenario="Risky_2", layer=2, head=1, theme="light")
+    darkest = """() => {
+        const drawn = document.querySelector("#large"), w = drawn.width, h = drawn.height;
+        const copy = Object.assign(document.createElement("canvas"), { width: w, height: h });
+        const context = copy.getContext("2d", { willReadFrequently: true });
+        context.drawImage(drawn, 0, 0);
+        const pixels = Array.from(context.getImageData(0, 0, w, h).data);
+        const green = pixels.filter((_, i) => i % 4 === 1);
+        const ofRow = (row) => Math.min(...green.slice(row * w + 1, (row + 1) * w));
+        return Array.from({ length: h }, (_, row) => ofRow(row));
+    }"""
+    truth = whole.truth["Risky_2"]["attention"][1, 1][:, 1:].max(1)
+    by_panel = page.evaluate(darkest)
+    page.locator("#scale").select_option("row")
+    ready(page)
+    by_row = page.evaluate(darkest)
+    page.locator("#scale").select_option("absolute")
+    ready(page)
+    up_to_1 = page.evaluate(darkest)
+    for row in range(1, len(truth)):
+        assert by_row[row] == min(by_row) <= by_panel[row] <= up_to_1[row]
+    assert max(up_to_1[1:]) > max(by_row[1:])
+
+
+def test_a_feature_colours_the_prompt(
+    addresses: dict[str, str], whole: fakes.FakeRun, look: Open
+) -> None:
+    truth = whole.truth["Risky_2"]["features"][1, :, 3]
+    page = look(addresses["server"], scenario="Risky_2", layer=2, feature=3)
+    coloured = """all => all.map(t => {
+        const alpha = t.style.backgroundColor.match(/([\\d.]+)\\)$/);
+        return alpha ? Number(alpha[1]) : 0;
+    })"""
+    shades = page.eval_on_selector_all(".token", coloured)
+    assert [shade > 0 for shade in shades] == [bool(v) for v in truth]
+    assert int(np.argmax(shades)) == int(np.argmax(np.abs(truth)))
+    assert page.locator("#feature-legend").is_visible()
+    assert (
+        page.locator("#tokens").bounding_box()["x"]
+        < page.locator("#feature-panel").bounding_box()["x"]
+    )
+    page.locator("#feature-close").click()
+    ready(page)
+    assert page.locator("#attention-legend").is_visible()
+
+
 _NO_CLIPBOARD = _CLIPBOARD.replace("const blob", "throw new Error('no'); const blob")
 
 
@@ -918,7 +1056,7 @@ def test_a_picture_is_copied_or_saved(addresses: dict[str, str], look: Open) -> 
         if not panel.is_visible():
             continue
         page.evaluate("window.copied = null")
-        panel.locator(".copy").click()
+        panel.get_by_text("Copy PNG").click()
         page.wait_for_function("() => window.copied")
         size, kind = page.evaluate("window.copied")
         assert kind == "PNG"
@@ -926,7 +1064,7 @@ def test_a_picture_is_copied_or_saved(addresses: dict[str, str], look: Open) -> 
     page = look(addresses["server"])
     page.evaluate(_NO_CLIPBOARD)
     with page.expect_download() as saved:
-        page.locator("#large-panel .copy").click()
+        page.locator("#large-panel").get_by_text("Copy PNG").click()
     assert Path(saved.value.path()).read_bytes().startswith(b"\x89PNG")
 
 
@@ -994,3 +1132,35 @@ def test_rounded_attention_is_labelled(whole: fakes.FakeRun, tmp_path: Path, loo
     for at, weight in rows(page, "#attends-to", "position"):
         stored = whole.truth["Safe_1"]["attention"][0, 0, 6, at]
         assert abs(weight - stored) <= 0.5 / 254 + rounding.rounding("float32", 2)
+
+
+def test_a_part_of_the_matrix_is_zoomed_into(tmp_path: Path, look: Open) -> None:
+    run = fakes.make_run(tmp_path, scenarios=("Safe_1",), tokens=60)
+    truth = run.truth["Safe_1"]["attention"][1, 1]
+    stored = zt.open_trace(run.path / "Safe_1").key_token.values.tolist()
+    with Server(run.path) as live:
+        page = look(live.url, layer=2, head=1)
+        page.locator("#large").scroll_into_view_if_needed()
+        box = page.locator("#large").bounding_box()
+        cell = box["width"] / 60
+        at = lambda row, column: (box["x"] + (column + 0.5) * cell, box["y"] + (row + 0.5) * cell)  # noqa: E731
+        page.mouse.move(*at(40, 10))
+        page.mouse.down()
+        page.mouse.move(*at(55, 29))
+        page.mouse.up()
+        ready(page)
+        assert fragment(page, "zoom=40-55%2C10-29")
+        assert page.evaluate("[large.height, large.width]") == [16, 20]
+        texts = [{"\n": "⏎", "": "∅"}.get(text, text) for text in stored[40:56]]
+        assert page.locator("#large-queries .tick").all_text_contents() == texts
+        box = page.locator("#large").bounding_box()  # the axis is wider, with texts
+        page.mouse.move(box["x"] + box["width"] * 2.5 / 20, box["y"] + box["height"] * 1.5 / 16)
+        exactly(value(page, "#cell"), truth[41, 12])
+        assert page.locator("#tip").inner_text() == page.locator("#cell").inner_text()
+        page.locator("#large").focus()
+        page.keyboard.press("+")
+        ready(page)
+        assert page.evaluate("[large.height, large.width]") == [8, 10]
+        page.locator("#zoom-out").click()
+        ready(page)
+        assert page.evaluate("[large.height, large.width]") == [60, 60]

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from zarrtrace.viewer.notebook import View
+    from zarrtrace.viewer.widget import ViewWidget
 
 # Where xarray's own readers say what they opened, and our options of an object store.
 _SOURCE = "source"
@@ -90,23 +91,34 @@ class TraceAccessor:
         """Model, SAEs, layers, versions of libraries, and where the trace is stored."""
         return _provenance(self._attributes(), self._ds.encoding)
 
-    def view(self, *, layer: int | None = None, head: int | None = None, height: int = 800) -> View:
+    def view(
+        self,
+        *,
+        layer: int | None = None,
+        head: int | None = None,
+        height: int = 800,
+        static: bool = False,
+    ) -> View | ViewWidget:
         """Show the stored trace in a notebook, in the page of ``zarrtrace view``.
 
         Parameters
         ----------
-        layer
-            The decoder block to show first; the middle one if None.
-        head
-            The query head to show first; the mean of all if None.
+        layer, head
+            The decoder block and the query head to show first. Without both, those that attend
+            most to a span; without `head` alone, the mean of heads.
         height
             Height in pixels.
+        static
+            A page that is saved with the notebook, even if a widget could be shown.
 
         Returns
         -------
-        View
-            As the last value of a cell, the page. It holds the layers that the dataset has, and
-            shows values as they are stored. If it takes more than 20 MB, a command that shows it.
+        ViewWidget or View
+            As the last value of a cell, the page, with the layers that the dataset has and values
+            as they are stored. With the extra ``notebook`` (anywidget) a widget, which reads
+            chunks through the kernel; its traits `scenario`, `layer`, `head`, `token` and
+            `feature` can be read and set. Otherwise the whole page, or a command that shows it if
+            it takes more than 20 MB.
 
         Raises
         ------
@@ -126,6 +138,7 @@ class TraceAccessor:
             {"layer": layer, "head": head},
             height,
             layers=np.atleast_1d(self._ds["layer"]).tolist() if "layer" in self._ds else None,
+            static=static,
         )
 
     def _attributes(self) -> Mapping[Any, Any]:
@@ -172,22 +185,23 @@ class RunAccessor:
         layer: int | None = None,
         head: int | None = None,
         height: int = 800,
-    ) -> View:
+        static: bool = False,
+    ) -> View | ViewWidget:
         """Show the stored run in a notebook, in the page of ``zarrtrace view``.
 
         Parameters
         ----------
         scenario
             The scenario to show first; the first one if None.
-        layer, head, height
+        layer, head, height, static
             As for a trace's ``view``.
 
         Returns
         -------
-        View
-            As the last value of a cell, the page, with a menu of the tree's scenarios. If all of
-            them take more than 20 MB, `scenario` alone; if that does, too, a command that shows
-            the run.
+        ViewWidget or View
+            As for a trace's ``view``, with a menu of the tree's scenarios. If a page of all of
+            them takes more than 20 MB, it holds `scenario` alone; if that does, too, it is a
+            command that shows the run.
 
         Raises
         ------
@@ -207,6 +221,7 @@ class RunAccessor:
             scenario or next(iter(traces)),
             {"layer": layer, "head": head},
             height,
+            static=static,
         )
 
     def _traces(self) -> dict[str, xr.DataTree]:
@@ -319,8 +334,18 @@ def _view(
     choice: Mapping[str, int | None],
     height: int,
     layers: list[int] | None = None,
-) -> View:
+    *,
+    static: bool = False,
+) -> View | ViewWidget:
     from zarrtrace.viewer.notebook import show  # noqa: PLC0415 -- a floor above this one
 
     seals = {name: attributes.get("seal") for name, attributes in traces.items()}
-    return show(source, seals, scenario=scenario, choice=choice, layers=layers, height=height)
+    return show(
+        source,
+        seals,
+        scenario=scenario,
+        choice=choice,
+        layers=layers,
+        height=height,
+        static=static,
+    )

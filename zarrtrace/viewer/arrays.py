@@ -21,6 +21,10 @@ WINDOW = 256
 _ROWS = 64
 _MAX_CHUNK_BYTES = 4 * 2**20
 _FEATURES_PER_TABLE = 4096
+# Rows of the map of heads in a chunk: choosing a token reads one.
+_QUERIES_PER_MAP = 16
+#: The last place of the map of heads: the single token that a head attends to most.
+STRONGEST = "@strongest"
 _WORDS = 5
 #: 8-bit attention: value = code / 254; 255 is a missing value.
 _STEPS, _MISSING = 254, 255
@@ -122,13 +126,58 @@ class BundleArray:
 
 def trace_arrays(ds: xr.Dataset, *, eight_bit: bool = False) -> list[BundleArray]:
     """Return the arrays of one scenario, but for the residual stream: the page shows none of it."""
-    return [
+    stored = [
         _of_variable(str(name), variable, ds.sizes["key"], eight_bit=eight_bit)
         for name, variable in sorted(ds.data_vars.items())
         if variable.ndim > 1
         and variable.dtype.kind != "O"  # text is in index.json
         and name != "residual"
     ]
+    return [*stored, *([_attention_to_spans(ds)] if "attention" in ds else [])]
+
+
+def _attention_to_spans(ds: xr.Dataset) -> BundleArray:
+    """Return each head's attention to each span ``(query, layer, head, place)``.
+
+    A span's is the sum over its tokens. The last place, :data:`STRONGEST`, is the largest weight
+    of one token other than the first, which many heads attend to in want of another, and the query
+    itself.
+    """
+    attention = ds["attention"]
+    row = "attention_query" if "attention_query" in attention.dims else "query"
+    first = str(attention.dims[0])
+    stored = np.asarray(attention[row])
+    spans = {str(name): list(span["tokens"]) for name, span in ds.attrs["spans"].items()}
+    tokens = ds.sizes["key"]
+    shape = (tokens, attention.sizes[first], attention.sizes["head"], len(spans) + 1)
+
+    def load(box: tuple[slice, ...]) -> np.ndarray:
+        out = np.full([part.stop - part.start for part in box], np.nan, np.float32)
+        at = np.flatnonzero((stored >= box[0].start) & (stored < box[0].stop))
+        rows = stored[at] - box[0].start
+        for number, layer in enumerate(range(box[1].start, box[1].stop)):  # one in memory at a time
+            chosen = attention.isel({first: layer, "head": box[2], row: at})
+            weights = chosen.transpose(row, "head", "key").values.astype(np.float32)
+            places = [weights[..., keys].sum(-1) for keys in spans.values()]
+            absent = np.isnan(weights[..., 0])
+            weights[..., 0] = 0
+            weights[np.arange(len(at)), :, stored[at]] = 0
+            places.append(np.where(absent, np.nan, weights.max(-1)))
+            out[rows, number] = np.stack(places, axis=-1)[..., box[3]]
+        return out
+
+    return BundleArray(
+        name="attention_to_spans",
+        dims=("query", "layer", "head", "place"),
+        shape=shape,
+        chunks=(min(_QUERIES_PER_MAP, tokens) if tokens <= WINDOW else 1, *shape[1:]),
+        dtype="float32",
+        load=load,
+        attributes={
+            "layers": [int(layer) for layer in np.asarray(ds[first])],
+            "places": [*spans, STRONGEST],
+        },
+    )
 
 
 def _of_variable(name: str, variable: xr.DataArray, tokens: int, *, eight_bit: bool) -> BundleArray:
@@ -139,14 +188,16 @@ def _of_variable(name: str, variable: xr.DataArray, tokens: int, *, eight_bit: b
 
     load: Callable[[tuple[slice, ...]], np.ndarray] = of_box
     dims, shape = tuple(map(str, variable.dims)), variable.shape
+    attributes: dict[str, Any] = {}
     row = next((dim for dim in ("attention_query", "query") if dim in dims), None)
     if row is not None and variable.sizes[row] < tokens:
         axis = dims.index(row)
         load = _with_all_rows(variable, row)
         dims = (*dims[:axis], "query", *dims[axis + 1 :])
         shape = (*shape[:axis], tokens, *shape[axis + 1 :])
+        if row != "query":
+            attributes["row"] = row
     eight_bit = eight_bit and name == "attention"
-    attributes: dict[str, Any] = {}
     first = str(variable.dims[0])
     if first in ("layer", "attention_layer"):
         attributes["layers"] = [int(layer) for layer in np.asarray(variable[first])]

@@ -293,8 +293,11 @@ def page_of(
     return page
 
 
-def single_page(files: dict[str, str], view: str = "") -> bytes:
-    """Return the page with its style, its modules and `files` (base64 by name) inside."""
+def single_page(files: dict[str, str], view: str = "", *, from_kernel: bool = False) -> bytes:
+    """Return the page with its style, its modules and `files` (base64 by name) inside.
+
+    With `from_kernel` it asks the notebook around it for files instead.
+    """
     page = page_file("index.html").decode()
     style, script = page_file("style.css").decode(), one_script()
     # JSON of base64 and names: '<' is escaped, so that no name ends the element.
@@ -309,13 +312,16 @@ def single_page(files: dict[str, str], view: str = "") -> bytes:
         lambda found: found[1] + policy,
         page,
     )
+    if from_kernel:
+        page = page.replace("<title>", '<meta name="files" content="kernel">\n<title>')
     if view:
         page = page.replace("<title>", f'<meta name="view" content="{html.escape(view)}">\n<title>')
     page = page.replace(
         '<link rel="stylesheet" href="style.css">', f"<style>{style}</style>"
     ).replace(
         '<script type="module" src="main.js"></script>',
-        f'<script {_DATA_ELEMENT}>{data}</script>\n<script type="module">{script}</script>',
+        ("" if from_kernel else f"<script {_DATA_ELEMENT}>{data}</script>\n")
+        + f'<script type="module">{script}</script>',
     )
     return page.encode()
 

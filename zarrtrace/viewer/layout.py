@@ -50,6 +50,8 @@ PAGE_FILES = (
     "align.js",
     "prompt.js",
     "attention.js",
+    "maps.js",
+    "code.js",
     "features.js",
     "compare.js",
 )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import html
+import importlib.util
 import shlex
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 from urllib.parse import urlencode
 
 import numpy as np
@@ -15,6 +17,9 @@ from zarrtrace.storage import Location
 from zarrtrace.text import terminal_text
 from zarrtrace.viewer.bundle import page_of
 from zarrtrace.viewer.layout import MOST_SCENARIOS, Layout
+
+if TYPE_CHECKING:
+    from zarrtrace.viewer.widget import ViewWidget
 
 #: A larger page is not shown: a notebook is saved, sent and versioned with its outputs.
 MAX_BYTES = 20 * 10**6
@@ -68,8 +73,9 @@ def show(
     choice: Mapping[str, int | None],
     layers: Sequence[int] | None = None,
     height: int = 800,
-) -> View:
-    """Return the view of a run or a trace.
+    static: bool = False,
+) -> View | ViewWidget:
+    """Return the view of a run or a trace: a widget if anywidget is installed, else a page.
 
     Parameters
     ----------
@@ -86,6 +92,8 @@ def show(
         Only these decoder blocks; all if None.
     height
         Height in pixels.
+    static
+        A page even if anywidget is installed.
 
     Raises
     ------
@@ -106,6 +114,28 @@ def show(
     chosen = {name: number for name, number in choice.items() if number is not None}
     _check_choice(traces[scenario], scenario, chosen)
     at = urlencode({"scenario": scenario, **chosen})
+    if not static and importlib.util.find_spec("anywidget") is not None:
+        from zarrtrace.viewer.widget import ViewWidget  # noqa: PLC0415 -- an extra
+
+        layout = Layout(path, scenarios=candidates, layers=layers)
+        return ViewWidget(
+            layout, _command(path, at), at, sandbox=_SANDBOX, height=height, scenario=scenario
+        )
+
+    return _static(path, traces, scenario, layers, at, number=len(seals), height=height)
+
+
+def _static(
+    path: Location,
+    traces: Mapping[str, xr.Dataset],
+    scenario: str,
+    layers: Sequence[int] | None,
+    at: str,
+    *,
+    number: int,
+    height: int,
+) -> View:
+    """Return a page that holds as many of `number` scenarios as a notebook should."""
 
     def page(names: Sequence[str]) -> bytes | None:
         """Return a page of some scenarios; None if it is too large."""
@@ -124,9 +154,9 @@ def show(
         note = f"{terminal_text(scenario)} takes more than the {_LIMIT}."
         if traces[scenario].sizes["layer"] > 1:
             note += " Fewer layers take less, as in ds.sel(layer=[20, 21]).zt.view()."
-    elif len(seals) > len(candidates):
+    elif number > len(traces):
         note = (
-            f"1 of {len(seals):,} scenarios is shown: a page holds at most {MOST_SCENARIOS}."
+            f"1 of {number:,} scenarios is shown: a page holds at most {MOST_SCENARIOS}."
             " view(scenario=…) shows another."
         )
     elif len(traces) > 1:

@@ -10,9 +10,11 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from zarrtrace.errors import ConfigError
@@ -21,6 +23,8 @@ from zarrtrace.text import terminal_text, without_secrets
 from zarrtrace.viewer.layout import Layout
 
 _CACHE_BYTES = 256 * 2**20
+# A browser opens six; others wait for nothing and are told so.
+_MOST_CONNECTIONS = 64
 _TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
@@ -37,18 +41,27 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
+_BUSY = "".join(
+    [
+        "HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 0\r\n",
+        *(f"{name}: {value}\r\n" for name, value in _HEADERS.items()),
+        "\r\n",
+    ]
+).encode()
 
 
 class Server:
     """Serves one run on one address until it is closed; a context manager.
+
+    The page's address holds a random token, and nothing is served without it: other users of the
+    machine reach a loopback address, too.
 
     Parameters
     ----------
     path
         A run, or a trace that stands alone.
     host
-        Address to bind. If others can reach it, the page's address holds a random token and
-        nothing is served without it.
+        Address to bind.
     port
         0 for a free one.
     scenarios
@@ -70,7 +83,7 @@ class Server:
     ) -> None:
         self.layout = Layout(path, scenarios=scenarios)
         self.loopback = _is_loopback(host)
-        self.prefix = "/" if self.loopback else f"/{secrets.token_urlsafe(16)}/"
+        self.prefix = f"/{secrets.token_urlsafe(16)}/"
         self._made: OrderedDict[str, bytes] = OrderedDict()
         self._lock = threading.Lock()
         owner = self
@@ -78,17 +91,8 @@ class Server:
         class Handler(_Handler):
             server_of_run = owner
 
-        class _HTTP(ThreadingHTTPServer):
-            daemon_threads = True
-            address_family = _family(host)
-
-            def handle_error(self, request: object, client_address: object) -> None:
-                # A browser that closes a page drops its connections.
-                if not isinstance(sys.exc_info()[1], ConnectionError):
-                    super().handle_error(request, client_address)  # type: ignore[arg-type]
-
         try:
-            self._http = _HTTP((host, port), Handler)
+            self._http = _HTTP(host, port, Handler)
         except (OSError, OverflowError) as error:
             raise ConfigError(
                 f"cannot listen on {host} port {port}: {error}",
@@ -150,9 +154,40 @@ class Server:
         return content
 
 
+class _HTTP(ThreadingHTTPServer):
+    """A server with a thread a connection, and a limit on their number."""
+
+    daemon_threads = True
+
+    def __init__(self, host: str, port: int, handler: type[_Handler]) -> None:
+        self.address_family = _family(host)
+        self._free = threading.BoundedSemaphore(_MOST_CONNECTIONS)
+        super().__init__((host, port), handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+            return
+        with contextlib.suppress(OSError):
+            request.sendall(_BUSY)
+        self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        # A browser that closes a page drops its connections.
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 class _Handler(BaseHTTPRequestHandler):
     server_of_run: Server
     protocol_version = "HTTP/1.1"
+    default_request_version = "HTTP/1.0"  # answers to HTTP/0.9 have no headers
     server_version, sys_version = "zarrtrace", ""
     disable_nagle_algorithm = True
     wbufsize = -1  # header and body in one packet
@@ -166,12 +201,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, *, body: bool) -> None:
         owner = self.server_of_run
+        if "Content-Length" in self.headers or "Transfer-Encoding" in self.headers:
+            # A body is not read: what follows on the connection must not count as a request.
+            self.close_connection = True
         if owner.loopback and self.headers.get("Host", "") not in owner.hosts:
             # A page elsewhere whose name was pointed at this machine must not read the run.
             self._send(403, b"This server answers to its own address only.\n", body=body)
             return
         path = unquote(urlsplit(self.path).path, errors="surrogateescape")
-        if not path.startswith(owner.prefix):
+        given = path[: len(owner.prefix)].encode(errors="surrogateescape")
+        if not secrets.compare_digest(given, owner.prefix.encode()):
             self._send(404, b"Not found.\n", body=body)
             return
         name = path[len(owner.prefix) :] or "index.html"
@@ -194,11 +233,24 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
         self.end_headers()
         if body:
             # The browser may have turned to another layer in the meantime.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 self.wfile.write(content)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answer a request that is none of GET and HEAD, or not HTTP, with the same headers."""
+        del explain
+        self.close_connection = True
+        said = terminal_text(message or HTTPStatus(code).phrase)
+        self._send(code, f"{said}\n".encode(), body=self.command != "HEAD")
+
+    def handle_expect_100(self) -> bool:
+        """Answer once: no body is waited for."""
+        return True
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         """Keep quiet: a page makes hundreds of requests."""

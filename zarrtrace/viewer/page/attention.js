@@ -2,8 +2,8 @@
 
 import { element, fail, heat, lines, named, number, spanColour, theme } from "./draw.js";
 import { cells, layerRuler, promptEnd, scale, single, tokenRuler } from "./plot.js";
-import { choose, headsOf, scenario, view } from "./state.js";
-import { block, placeOf, WINDOW, windowOf } from "./store.js";
+import { choose, headsOf, scenario, view, zoomed } from "./state.js";
+import { block, placeOf, windowOf } from "./store.js";
 
 /** @typedef {import("./types.js").Block} Block */
 /** @typedef {import("./types.js").Scenario} Scenario */
@@ -14,10 +14,9 @@ const flowCanvas = /** @type {HTMLCanvasElement} */ ($("flow"));
 const cross = $("cross");
 /** @type {Block | null} */
 let largeBlock = null;
-let largeAt = 0;
 /** Means that are drawn, and in which colours. @type {Float32Array | null} */
 let drawnMeans = null;
-let drawnTheme = "";
+let drawnLook = "";
 /** The flow that is drawn, (layer, key). @type {{data: Float32Array, layers: number[], firstKey: number, keys: number} | null} */
 let flow = null;
 
@@ -99,23 +98,34 @@ export function fitGrids() {
   fit($("layers"), $("flow-legend"));
 }
 
+/** Queries this early have few keys, and large weights whatever they attend to. */
+const EARLY = 8;
 /** Greatest value of the blocks that were drawn last. @type {WeakMap<Float32Array, number>} */
 const greatest = new WeakMap();
 
 /**
- * What the strongest colour stands for: 1, but in a window of a long prompt its greatest value,
- * for far from the diagonal all values are small.
- * @param {Scenario} at @param {Block} of
+ * What the strongest colour stands for, of a block and of all pictures of it: 1, or its greatest
+ * value. The first token and the first queries are left out: they would make all else pale.
+ * @param {Block} of
+ * @returns {{max: number, byRow: boolean, firstKey: number}} options of heat()
  */
-function most(at, of) {
-  if (at.tokens.length <= WINDOW) return 1;
-  let found = greatest.get(of.data);
+export function colours(of) {
+  const { data, count, rows, columns, firstRow, firstColumn } = of;
+  const options = { max: 1, byRow: view.scale === "row", firstKey: firstColumn };
+  if (view.scale === "absolute") return options;
+  let found = greatest.get(data);
   if (found === undefined) {
     found = 0;
-    for (let i = 0; i < of.data.length; i++) if (of.data[i] > found) found = of.data[i];
-    greatest.set(of.data, found);
+    const early = Math.min(EARLY, firstRow + rows - 1);
+    for (let matrix = 0; matrix < count; matrix++) {
+      for (let row = Math.max(0, early - firstRow); row < rows; row++) {
+        const from = (matrix * rows + row) * columns;
+        for (let key = firstColumn === 0 ? 1 : 0; key < columns; key++) if (data[from + key] > found) found = data[from + key];
+      }
+    }
+    greatest.set(data, found);
   }
-  return found || 1;
+  return { ...options, max: found || 1 };
 }
 
 /** @param {HTMLElement} grid @param {number} at */
@@ -137,8 +147,8 @@ export async function showHeads() {
     const names = Array.from({ length: headsOf(at) }, (_, head) => `H${head}`);
     const canvases = multiples(grid, names, (head) => choose({ head: head === view.head ? -1 : head }));
     const size = found.rows * found.columns;
-    const max = most(at, found);
-    canvases.forEach((canvas, head) => heat(canvas, found.data, head * size, found.rows, found.columns, { max }));
+    const options = colours(found);
+    canvases.forEach((canvas, head) => heat(canvas, found.data, head * size, found.rows, found.columns, options));
     mark(grid, view.head);
     const bits = at.arrays.attention.bits;
     $("bits").textContent = bits ? `attention rounded to ${bits} bits (±${(0.5 / 254).toFixed(3)})` : "";
@@ -166,12 +176,12 @@ export async function showLayers() {
     const layers = at.arrays.attention_mean.layers || [];
     const canvases = multiples(grid, layers.map((layer) => `L${layer}`), (i) => choose({ layer: layers[i], head: -1 }));
     const size = found.rows * found.columns;
-    if (drawnMeans !== found.data || drawnTheme !== theme()) {
-      const max = most(at, found);
-      canvases.forEach((canvas, i) => heat(canvas, found.data, i * size, found.rows, found.columns, { max }));
+    if (drawnMeans !== found.data || drawnLook !== theme() + view.scale) {
+      const options = colours(found);
+      canvases.forEach((canvas, i) => heat(canvas, found.data, i * size, found.rows, found.columns, options));
     }
     drawnMeans = found.data;
-    drawnTheme = theme();
+    drawnLook = theme() + view.scale;
     showChosen();
     showFlow(at, found, layers);
   } catch (error) {
@@ -190,9 +200,9 @@ function showFlow(at, found, layers) {
     data.set(found.data.subarray(from, from + keys), i * keys);
   });
   flow = { data, layers, firstKey: found.firstColumn, keys };
-  // Spread over many keys, its values are small: colours go up to the largest.
-  const max = data.reduce((most, v) => (v > most ? v : most), 0);
-  heat(flowCanvas, data, 0, layers.length, keys, { max });
+  const options = colours({ data, count: 1, rows: layers.length, columns: keys, firstRow: EARLY, firstColumn: found.firstColumn });
+  const max = options.max;
+  heat(flowCanvas, data, 0, layers.length, keys, options);
   $("flow-token").replaceChildren(...named(at, view.token));
   tokenRuler("flow-keys", at, single(found.firstColumn, keys));
   promptEnd(flowCanvas, at, single(found.firstColumn, keys));
@@ -241,39 +251,121 @@ export async function showLarge() {
     if (panel.dataset.wanted !== key) return;
     if (!found) throw new Error("No attention here.");
     fail(panel, null);
-    largeBlock = found.of;
-    largeAt = found.at;
-    const { data, firstRow, rows, firstColumn, columns } = found.of;
-    const max = most(at, found.of);
-    heat(large, data, found.at * rows * columns, rows, columns, { max });
+    const part = visiblePart(found.of, found.at);
+    largeBlock = part;
+    const { data, firstRow, rows, firstColumn, columns } = part;
+    const options = { ...colours(found.of), firstKey: firstColumn }, max = options.max;
+    heat(large, data, 0, rows, columns, options);
+    $("zoom-out").hidden = !view.zoom;
     tokenRuler("large-queries", at, single(firstRow, rows));
     tokenRuler("large-keys", at, single(firstColumn, columns));
     promptEnd(large, at, single(firstColumn, columns), single(firstRow, rows));
     scale("large-scale", { max });
-    point(view.token - firstRow, strongestKey(found.of, found.at, view.token - firstRow));
+    point(view.token - firstRow, strongestKey(part, view.token - firstRow));
   } catch (error) {
     largeBlock = null;
     fail(panel, error);
   }
 }
 
-/** @param {Block} of @param {number} at which matrix @param {number} row */
-function strongestKey(of, at, row) {
-  const from = (at * of.rows + row) * of.columns;
+/** The part of a matrix that is zoomed into. @param {Block} of @param {number} at which matrix @returns {Block} */
+function visiblePart(of, at) {
+  const part = zoomed();
+  const inside = (/** @type {number[]} */ [first, last], /** @type {number} */ from, /** @type {number} */ count) =>
+    [Math.max(0, first - from), Math.min(count, last + 1 - from)];
+  let [top, bottom] = part ? inside(part.rows, of.firstRow, of.rows) : [0, of.rows];
+  let [left, right] = part ? inside(part.columns, of.firstColumn, of.columns) : [0, of.columns];
+  if (top >= bottom || left >= right) [top, bottom, left, right] = [0, of.rows, 0, of.columns]; // in another window
+  const rows = bottom - top, columns = right - left, data = new Float32Array(rows * columns);
+  for (let row = 0; row < rows; row++) {
+    const from = (at * of.rows + top + row) * of.columns + left;
+    data.set(of.data.subarray(from, from + columns), row * columns);
+  }
+  return { data, count: 1, rows, columns, firstRow: of.firstRow + top, firstColumn: of.firstColumn + left };
+}
+
+/** @param {Block} of @param {number} row */
+function strongestKey(of, row) {
+  if (row < 0 || row >= of.rows) return 0;
+  const from = row * of.columns;
   let best = 0;
   for (let key = 1; key < of.columns; key++) if (of.data[from + key] > of.data[from + best]) best = key;
   return best;
 }
 
+/** Row and column of the cell that is pointed at. @type {[number, number]} */
+let pointed = [0, 0];
+
 const point = cells(large, () => (largeBlock ? [largeBlock.rows, largeBlock.columns] : [0, 0]),
   (row, column) => {
     const { firstRow, rows, firstColumn, columns, data } = /** @type {Block} */ (largeBlock);
     const at = scenario();
+    pointed = [row, column];
     $("cell").replaceChildren(...named(at, firstRow + row), " → ", ...named(at, firstColumn + column),
-      " = ", number(data[(largeAt * rows + row) * columns + column], 4));
+      " = ", number(data[row * columns + column], 4));
     cross.style.setProperty("--x", `${(100 * column) / columns}%`);
     cross.style.setProperty("--y", `${(100 * row) / rows}%`);
     cross.style.setProperty("--w", `${100 / columns}%`);
     cross.style.setProperty("--h", `${100 / rows}%`);
   },
   (row) => largeBlock && choose({ token: largeBlock.firstRow + row }));
+
+// A part of the matrix: dragged over, or halved around the cell that is pointed at.
+/** @type {{x: number, y: number} | null} */
+let from = null;
+const drag = $("drag");
+
+/** Where a pointer is in the matrix, from 0 to 1. @param {PointerEvent} event */
+function within(event) {
+  const box = large.getBoundingClientRect();
+  const share = (/** @type {number} */ at, /** @type {number} */ low, /** @type {number} */ size) => Math.max(0, Math.min(1, (at - low) / size));
+  return { x: share(event.clientX, box.left, box.width), y: share(event.clientY, box.top, box.height) };
+}
+
+/** @param {number} top @param {number} bottom rows of what is shown, the last one included @param {number} left @param {number} right */
+function zoom(top, bottom, left, right) {
+  if (!largeBlock) return;
+  const { firstRow, firstColumn } = largeBlock;
+  choose({ zoom: `${firstRow + top}-${firstRow + bottom},${firstColumn + left}-${firstColumn + right}` });
+}
+
+large.addEventListener("pointerdown", (event) => { from = event.button === 0 ? within(event) : null; });
+large.addEventListener("pointermove", (event) => {
+  if (!from || !(event.buttons & 1)) return;
+  const to = within(event);
+  drag.hidden = Math.abs(to.x - from.x) < 0.02 || Math.abs(to.y - from.y) < 0.02;
+  drag.style.left = `${100 * Math.min(from.x, to.x)}%`;
+  drag.style.top = `${100 * Math.min(from.y, to.y)}%`;
+  drag.style.width = `${100 * Math.abs(to.x - from.x)}%`;
+  drag.style.height = `${100 * Math.abs(to.y - from.y)}%`;
+});
+addEventListener("pointerup", (event) => {
+  const start = from;
+  from = null;
+  if (!start || drag.hidden || !largeBlock) return;
+  drag.hidden = true;
+  const to = within(event), { rows, columns } = largeBlock;
+  const cell = (/** @type {number} */ share, /** @type {number} */ count) => Math.min(count - 1, Math.floor(share * count));
+  zoom(cell(Math.min(start.y, to.y), rows), cell(Math.max(start.y, to.y), rows),
+    cell(Math.min(start.x, to.x), columns), cell(Math.max(start.x, to.x), columns));
+  // The click that ends a drag chooses no token.
+  large.addEventListener("click", (click) => click.stopImmediatePropagation(), { capture: true, once: true });
+});
+large.addEventListener("keydown", (event) => {
+  if (event.key === "-" || event.key === "Escape") choose({ zoom: "" });
+  else if (event.key === "+" && largeBlock) {
+    const { rows, columns } = largeBlock;
+    const half = (/** @type {number} */ at, /** @type {number} */ count) => {
+      const size = Math.ceil(count / 2), first = Math.max(0, Math.min(count - size, at - Math.floor(size / 2)));
+      return [first, first + size - 1];
+    };
+    const [row, column] = pointed;
+    const [top, bottom] = half(row, rows), [left, right] = half(column, columns);
+    zoom(top, bottom, left, right);
+  } else return;
+  event.preventDefault();
+});
+$("zoom-out").addEventListener("click", () => {
+  choose({ zoom: "" });
+  large.focus();
+});

@@ -1,7 +1,7 @@
 /** Two scenarios side by side, and their difference, aligned by span. */
 
 import { align, between } from "./align.js";
-import { chosenBlock } from "./attention.js";
+import { chosenBlock, colours } from "./attention.js";
 import { element, fail, heat, number, tokenText } from "./draw.js";
 import { cells, promptEnd, scale, tokenRuler } from "./plot.js";
 import { continuations, nameOfToken } from "./prompt.js";
@@ -44,15 +44,18 @@ export async function showCompare() {
     const difference = left.map((value, i) => value - right[i]);
     const n = units.length;
     const most = difference.reduce((m, v) => (Math.abs(v) > m ? Math.abs(v) : m), 0);
+    // Both on the scale of the larger one, or they could not be compared.
+    const [one, other] = [colours(inA.of), colours(inB.of)];
+    const both = one.max >= other.max ? one : other;
     drawn = { a, b, units, values: [left, right, difference] };
     PICTURES.forEach((id, i) => {
-      const options = i === 2 ? { max: most, difference: true } : {};
+      const options = i === 2 ? { max: most, difference: true } : both;
       heat(canvas(id), drawn?.values[i] || left, 0, n, n, options);
       const of = i === 1 ? b : a, tokens = units.map((unit) => (i === 1 ? unit.b : unit.a));
       for (const way of ["down", "across"]) tokenRuler(`${id}-${way}`, of, tokens, false);
       promptEnd(canvas(id), of, tokens, tokens);
     });
-    scale("compare-scale");
+    scale("compare-scale", { max: both.max });
     scale("compare-range", { max: most, difference: true });
     $("compare-name-a").textContent = `A: ${a.name}`;
     $("compare-name-b").textContent = `B: ${b.name}`;

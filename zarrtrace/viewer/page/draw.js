@@ -52,9 +52,10 @@ function table(name) {
  * @param {number} from index of the first value
  * @param {number} rows
  * @param {number} columns
- * @param {{max?: number, difference?: boolean}} [options]
+ * @param {{max?: number, difference?: boolean, byRow?: boolean, firstKey?: number}} [options]
+ *   byRow: the strongest colour is each row's largest value, its first token left out
  */
-export function heat(canvas, data, from, rows, columns, { max = 1, difference = false } = {}) {
+export function heat(canvas, data, from, rows, columns, { max = 1, difference = false, byRow = false, firstKey = 1 } = {}) {
   if (canvas.width !== columns || canvas.height !== rows) {
     canvas.width = columns;
     canvas.height = rows;
@@ -63,9 +64,14 @@ export function heat(canvas, data, from, rows, columns, { max = 1, difference = 
   const image = context.createImageData(columns, rows);
   const pixels = new Uint32Array(image.data.buffer);
   const colours = table(difference ? `${theme()}Difference` : theme());
-  const scale = max > 0 ? 1 / max : 0;
+  let scale = max > 0 ? 1 / max : 0;
   // A layer has half a million values: comparisons, which NaN fails, are faster than Math's functions.
   for (let i = 0; i < pixels.length; i++) {
+    if (byRow && i % columns === 0) {
+      let most = 0;
+      for (let k = firstKey === 0 ? 1 : 0; k < columns; k++) if (data[from + i + k] > most) most = data[from + i + k];
+      scale = most > 0 ? 1 / most : 0;
+    }
     const value = data[from + i] * scale, size = difference && value < 0 ? -value : value;
     const root = size >= 1 ? 1 : size > 0 ? Math.sqrt(size) : 0;
     if (value !== value) pixels[i] = colours[256];
@@ -160,6 +166,14 @@ export function setNumber(shown, value, digits = 3) {
     : "–";
   shown.value = String(value);
   shown.textContent = text.replace(/^-/, "−");
+  return shown;
+}
+
+/** A share as people read it, and exactly for programs. @param {number} value */
+export function percent(value) {
+  const shown = number(value);
+  const text = (100 * value).toFixed(value < 0.1 ? 2 : 1);
+  shown.textContent = value < 1 && /^100/.test(text) ? "over 99.9 %" : `${text} %`;
   return shown;
 }
 

@@ -2,7 +2,7 @@
 
 import { bars, element, fail, heat, named, number, setNumber, tokenText, visible } from "./draw.js";
 import { cells, layerRuler, promptEnd, scale, single, tokenRuler } from "./plot.js";
-import { activeToken } from "./prompt.js";
+import { activeToken, colourBy } from "./prompt.js";
 import { choose, index, saesOf, scenario, view } from "./state.js";
 import { ofFeature, ofToken, placeOf, timeline } from "./store.js";
 
@@ -24,8 +24,8 @@ function link(feature) {
 
 /** An empty row; its button chooses the feature that the row then shows. */
 function ofFeatureAndValue() {
-  const row = element("li", {}, element("button", { type: "button", class: "feature" }), number(0));
-  row.firstElementChild?.addEventListener("click", () => choose({ feature: Number(row.dataset.feature) }));
+  const row = element("li", { class: "pickable" }, element("button", { type: "button", class: "feature" }), number(0));
+  row.addEventListener("click", () => choose({ feature: Number(row.dataset.feature) }));
   return row;
 }
 
@@ -85,6 +85,7 @@ export async function showFeature() {
   panel.hidden = feature < 0 || !array;
   if (feature < 0 || !array) {
     fail(panel, null);
+    colourBy(null);
     return;
   }
   $("feature-name").replaceChildren(`Feature ${feature} `, ...[link(feature)].filter((l) => l !== null));
@@ -109,9 +110,13 @@ async function drawTimeline() {
     promptEnd(canvas, at, single(first, found.tokens));
     layerRuler("timeline-layers", array.layers || [], view.layer);
     scale("timeline-scale", { max, difference });
-    pointAt(Math.max(0, placeOf(array, view.layer)), view.token - first);
+    const place = placeOf(array, view.layer);
+    colourBy(place < 0 ? null : {
+      feature, values: found.data.subarray(place * found.tokens, (place + 1) * found.tokens) });
+    pointAt(Math.max(0, place), view.token - first);
   } catch (error) {
     drawn = null;
+    colourBy(null);
     fail(panel, error);
   }
 }

@@ -2,18 +2,20 @@
 
 import { chosenBlock, fitGrids, headsBlock, meansBlock, showChosen, showHeads, showLarge, showLayers } from "./attention.js";
 import { showCompare } from "./compare.js";
+import { slices } from "./code.js";
 import { copyPicture, element, fail, visible } from "./draw.js";
 import { showFeature, showTop } from "./features.js";
 import { clearOverview, showOverview } from "./overview.js";
 import { activeToken, build, failPrompt, onActive, show, showNext } from "./prompt.js";
-import { choose, decisionOf, headsOf, index, onChange, scenario, setIndex, start, view } from "./state.js";
-import { openIndex, windowOf } from "./store.js";
+import { finding, showMap } from "./maps.js";
+import { asked, choose, decisionOf, headsOf, index, onChange, scenario, setIndex, setOpening, start, unknown, view } from "./state.js";
+import { kernel, openIndex, windowOf } from "./store.js";
 
 const $ = (/** @type {string} */ id) => /** @type {HTMLElement} */ (document.getElementById(id));
 const input = (/** @type {string} */ id) => /** @type {HTMLInputElement} */ ($(id));
 const select = (/** @type {string} */ id) => /** @type {HTMLSelectElement} */ ($(id));
 
-const ALL = ["scenario", "other", "layer", "head", "token", "window", "feature", "sae", "special", "theme"];
+const ALL = ["scenario", "other", "layer", "head", "token", "window", "feature", "sae", "special", "place", "zoom", "scale", "theme"];
 let pending = 0;
 /** Whether the grids of small pictures have to be fitted to the page again. */
 let loose = false;
@@ -54,6 +56,8 @@ function readAhead() {
 /** @type {number | undefined} */
 let soon;
 
+/** @typedef {import("./types.js").View} View */
+
 /** @param {Set<string>} changed */
 async function render(changed) {
   const some = (/** @type {string[]} */ ...names) => names.some((name) => changed.has(name));
@@ -65,14 +69,17 @@ async function render(changed) {
   clearOverview();
   if (some("scenario", "window", "theme")) build();
   const work = [];
-  if (some("scenario", "layer", "head", "token", "window", "theme")) work.push(showLarge(), showPrompt());
-  if (some("scenario", "layer", "window", "theme") || (some("token") && scenario().tokens.length > 256)) work.push(showHeads());
-  if (some("scenario", "token", "window", "theme", "layer")) work.push(showLayers());
+  if (some("scenario", "layer", "head", "token", "window", "zoom", "scale", "theme")) work.push(showLarge());
+  if (some("scenario", "layer", "head", "token", "window", "theme")) work.push(showPrompt());
+  if (some("scenario", "layer", "head", "token", "place", "scale", "theme")) work.push(showMap());
+  if (some("scenario", "layer", "window", "scale", "theme") || (some("token") && scenario().tokens.length > 256)) work.push(showHeads());
+  if (some("scenario", "token", "window", "scale", "theme", "layer")) work.push(showLayers());
   if (some("head")) showChosen();
   if (some("scenario", "token")) work.push(showNext(activeToken()));
   if (some("scenario", "token", "layer", "sae", "feature", "special")) work.push(showTop(activeToken()));
   if (some("scenario", "layer", "window", "feature", "sae", "special", "theme")) work.push(showFeature());
-  if (view.other ? some("scenario", "other", "layer", "head", "token", "window", "theme") : some("other", "theme")) work.push(showCompare());
+  if (view.other ? some("scenario", "other", "layer", "head", "token", "window", "scale", "theme") : some("other", "theme")) work.push(showCompare());
+  document.documentElement.style.setProperty("--top", `${Math.max(0, $("top").getBoundingClientRect().bottom)}px`);
   await Promise.all(work);
   loose ||= some("scenario", "theme");
   if (--pending) return;
@@ -105,9 +112,11 @@ function controls(changed) {
     input("head").max = String(headsOf(at) - 1);
     input("head").disabled = !headsOf(at);
     for (const option of select("other").options) option.disabled = option.value === at.name;
-    const missing = at.missing.length ? `Not stored: layers ${at.missing.join(", ")}.` : "";
-    fail($("top"), missing);
   }
+  const missing = at.missing.length ? `Not stored: layers ${at.missing.join(", ")}.` : "";
+  const lacking = unknown.length ? `This run has no ${unknown.join(", ")}; the nearest is shown.` : "";
+  fail($("top"), [lacking, missing].filter(Boolean).join(" "));
+  select("scale").value = view.scale;
   select("other").value = view.other;
   input("layer").value = String(at.layers.indexOf(view.layer));
   $("layer-shown").textContent = `L${view.layer}`;
@@ -143,6 +152,22 @@ function keys(event) {
   go();
 }
 
+/** A button that copies what reads a panel's values in Python. @param {HTMLElement} panel */
+function python(panel) {
+  const code = slices[panel.id];
+  if (!code) return [];
+  const button = element("button", { type: "button", class: "copy", title: "Copy the lines that read this in Python" }, "Copy as Python");
+  button.addEventListener("click", async () => {
+    const text = code();
+    button.dataset.code = text;
+    const done = await navigator.clipboard.writeText(text).then(() => "copied", () => "");
+    button.textContent = $("status").textContent = done || "not allowed here";
+    if (!done) fail($("top"), text);
+    setTimeout(() => { button.textContent = "Copy as Python"; }, 1500);
+  });
+  return [button];
+}
+
 function wire() {
   const options = () => index.scenarios.map((one) =>
     element("option", { value: one.name }, one.tags.length ? `${one.name} (${one.tags.join(", ")})` : one.name));
@@ -153,6 +178,8 @@ function wire() {
     // The decision is each scenario's; any other position is another word there.
     choose({ scenario: name, token, window: windowOf(token, scenario(name).tokens.length) });
   });
+  select("scale").addEventListener("change", () =>
+    choose({ scale: /** @type {import("./types.js").View["scale"]} */ (select("scale").value) }));
   select("other").addEventListener("change", () => choose({ other: select("other").value }));
   input("layer").addEventListener("input", () => choose({ layer: scenario().layers[Number(input("layer").value)] }));
   input("head").addEventListener("input", () => choose({ head: Number(input("head").value) }));
@@ -160,6 +187,7 @@ function wire() {
     choose({ theme: document.documentElement.dataset.theme === "dark" ? "light" : "dark" }));
   document.addEventListener("keydown", keys);
   for (const panel of document.querySelectorAll("[data-picture]")) {
+    panel.querySelector("h2")?.after(...[python(/** @type {HTMLElement} */ (panel))].flat());
     const button = element("button", { type: "button", class: "copy", title: "Copy this picture, or save it" }, "Copy PNG");
     button.addEventListener("click", async () => {
       const pair = view.other && panel.id === "compare-panel" ? [view.other] : [];
@@ -185,6 +213,46 @@ function wire() {
   });
 }
 
+/** Without a layer or a head in the address, the page opens where attention to a span is strongest. */
+async function openOnFinding() {
+  const found = asked();
+  if (found.has("layer") || found.has("head")) return;
+  const at = scenario(found.get("scenario") || "");
+  const token = Number(found.get("token") ?? decisionOf(at));
+  if (!(token >= 0 && token < at.tokens.length)) return;
+  setOpening(await finding(at, token, found.get("place") || "").catch(() => null));
+}
+
+/** What Python and the page both set. @type {("scenario" | "layer" | "head" | "token" | "feature")[]} */
+const SHARED = ["scenario", "layer", "head", "token", "feature"];
+
+/** Show what Python sets, and tell it what is chosen here. @param {MessagePort} port */
+function follow(port) {
+  /** What Python is setting: it is not told that again, or it would undo what it sets next. @type {Partial<View>} */
+  let wanted = {};
+  const tell = (/** @type {Set<string>} */ changed) => {
+    const news = SHARED.filter((name) => changed.has(name) && wanted[name] !== view[name]);
+    if (news.length) port.postMessage({ view: Object.fromEntries(news.map((name) => [name, view[name]])) });
+  };
+  const take = (/** @type {Partial<View>} */ found) => {
+    wanted = found;
+    const name = found.scenario ?? view.scenario, tokens = scenario(name).tokens.length;
+    const token = found.token ?? (name === view.scenario ? view.token : decisionOf(scenario(name)));
+    choose({ ...found, token, window: windowOf(token, tokens) });
+    wanted = {};
+  };
+  let isFirst = true;
+  port.addEventListener("message", ({ data }) => {
+    if (!data.choose) return;
+    if (isFirst) onChange(tell);
+    take(data.choose);
+    // Until Python has chosen anything, it is told what the page opened on.
+    if (isFirst) tell(new Set(SHARED));
+    isFirst = false;
+  });
+  port.postMessage({ isReady: true });
+}
+
 async function begin() {
   try {
     setIndex(await openIndex());
@@ -195,9 +263,11 @@ async function begin() {
   }
   document.title = `${index.title} – zarrtrace`;
   $("run").textContent = index.model ? `${index.title} · ${index.model}` : index.title;
+  await openOnFinding();
   start();
   wire();
   onChange(render);
+  kernel?.then(follow);
   // The heads come later than the means: ask for both before drawing.
   const at = scenario();
   meansBlock(at, windowOf(view.token, at.tokens.length), view.window).catch(() => {});

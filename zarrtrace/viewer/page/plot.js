@@ -1,6 +1,6 @@
 /** What stands around a matrix: the cell that is pointed at, its axes, the scale of its colours. */
 
-import { element, heat, number, spanColour, theme } from "./draw.js";
+import { element, heat, number, spanColour, theme, visible } from "./draw.js";
 import { isAllGenerated } from "./state.js";
 
 /** @typedef {import("./types.js").Scenario} Scenario */
@@ -31,11 +31,23 @@ export function cells(canvas, size, show, pick) {
     return point(Math.floor(((event.clientY - box.top) / box.height) * rows),
       Math.floor(((event.clientX - box.left) / box.width) * columns));
   };
+  const tip = /** @type {HTMLElement} */ (document.getElementById("tip"));
+  /** Show at the pointer what the line below the matrix says. @param {PointerEvent} event */
+  const hover = (event) => {
+    tip.hidden = !under(event) || event.pointerType === "touch" || !cell;
+    if (tip.hidden || !cell) return;
+    tip.textContent = cell.textContent;
+    const right = event.clientX > innerWidth / 2;
+    tip.style.setProperty("--x", `${event.clientX + (right ? -12 : 14)}px`);
+    tip.style.setProperty("--y", `${event.clientY + 16}px`);
+    tip.classList.toggle("left", right);
+  };
   // The cell is read out while the matrix has the focus, not whenever something is drawn anew.
   const cell = document.getElementById(canvas.getAttribute("aria-describedby") || "");
   canvas.addEventListener("focus", () => cell?.setAttribute("aria-live", "polite"));
   canvas.addEventListener("blur", () => cell?.removeAttribute("aria-live"));
-  canvas.addEventListener("pointermove", under);
+  canvas.addEventListener("pointermove", hover);
+  canvas.addEventListener("pointerleave", () => { tip.hidden = true; });
   canvas.addEventListener("click", (event) => under(event) && pick(...at));
   canvas.addEventListener("keydown", (event) => {
     const step = STEPS[event.key];
@@ -58,8 +70,11 @@ function mark(kind, text, at) {
   return out;
 }
 
+/** Up to this many tokens, an axis shows their texts. */
+const READABLE = 40;
+
 /**
- * An axis of tokens: their positions, and the spans in their colours.
+ * An axis of tokens: their positions, or the texts of few, and the spans in their colours.
  * @param {string} id element of class "ruler"
  * @param {Scenario} of
  * @param {[number, number][]} units [start, end) of the tokens at each place
@@ -67,40 +82,65 @@ function mark(kind, text, at) {
  */
 export function tokenRuler(id, of, units, numbered = true) {
   const out = /** @type {HTMLElement} */ (document.getElementById(id));
-  const names = Object.keys(of.spans), count = units.length;
-  const key = [theme(), of.name, count, units[0], units[count - 1], numbered].join();
+  const count = units.length, width = out.clientWidth;
+  const key = [theme(), of.name, count, units[0], units[count - 1], numbered, width].join();
   if (out.dataset.shown === key) return;
   out.dataset.shown = key;
   const down = out.classList.contains("down");
   const band = element("canvas", { "aria-hidden": "true" });
   [band.width, band.height] = down ? [1, count] : [count, 1];
+  const texts = numbered && count <= READABLE && (down || width / count >= 13);
+  out.classList.toggle("texts", texts);
+  const every = texts ? 1 : [1, 2, 5, 10, 20, 50, 100].find((step) => count / step <= 7) || 200;
+  const marks = !numbered ? [] : units.flatMap(([start], i) =>
+    (start % every ? [] : [mark("tick", texts ? visible(of.tokens[start]) : String(start), (i + 0.5) / count)]));
+  const spans = Object.keys(of.spans).map((name, n) => ({ name, colour: spanColour(n),
+    at: units.flatMap(([start, end], i) => (of.spans[name].some((t) => t >= start && t < end) ? [i] : [])) }))
+    .filter(({ name }) => !isAllGenerated(of, name));
   const context = /** @type {CanvasRenderingContext2D} */ (band.getContext("2d"));
-  /** @type {HTMLElement[]} */
-  const marks = [];
-  const every = [1, 2, 5, 10, 20, 50, 100].find((step) => count / step <= 7) || 200;
-  if (numbered) {
-    units.forEach(([start], i) => {
-      if (start % every === 0) marks.push(mark("tick", String(start), (i + 0.5) / count));
-    });
-  }
-  let free = 0, freeIfNarrow = 0;
-  names.forEach((name, n) => {
-    const at = units.flatMap(([start, end], i) => (of.spans[name].some((t) => t >= start && t < end) ? [i] : []));
-    if (isAllGenerated(of, name)) return;
-    context.fillStyle = spanColour(n);
+  for (const { colour, at } of spans) {
+    context.fillStyle = colour;
     for (const i of at) context.fillRect(down ? 0 : i, down ? i : 0, 1, 1);
-    const middle = (at[0] + at[at.length - 1] + 1) / 2 / count;
-    // Names that would run into each other are left to the colours.
-    if (down || !at.length || middle < free) return;
-    free = middle + 0.08;
-    const label = mark("name", name, middle);
-    if (middle < freeIfNarrow) label.classList.add("tight");
-    else freeIfNarrow = middle + 0.2;
-    label.style.color = spanColour(n);
-    if (middle > 0.92) label.classList.add("last");
-    marks.push(label);
-  });
+  }
+  if (!down) marks.push(...spanNames(out, spans.filter(({ at }) => at.length), count, width));
   out.replaceChildren(band, ...marks);
+}
+
+/**
+ * Names of spans below an axis, by position; one that would touch another goes to a line below.
+ * @param {HTMLElement} out @param {{name: string, colour: string, at: number[]}[]} spans
+ * @param {number} count @param {number} width
+ */
+function spanNames(out, spans, count, width) {
+  /** Where each line is taken up to, in pixels. @type {number[]} */
+  const lines = [];
+  const middle = (/** @type {number[]} */ at) => (at[0] + at[at.length - 1] + 1) / 2 / count;
+  const marks = spans.sort((a, b) => middle(a.at) - middle(b.at)).map(({ name, colour, at }) => {
+    const wide = Math.min(width, 8 + 6.6 * name.length);
+    const left = Math.max(0, Math.min(width - wide, middle(at) * width - wide / 2));
+    let line = lines.findIndex((end) => end <= left);
+    if (line < 0) line = lines.length;
+    lines[line] = left + wide;
+    const label = mark("name", name, (left + wide / 2) / Math.max(1, width));
+    label.style.setProperty("--line", String(line));
+    label.style.color = colour;
+    return label;
+  });
+  out.style.setProperty("--lines", String(lines.length));
+  return marks;
+}
+
+/** An axis of heads, from the left. @param {string} id @param {number} heads @param {number} chosen */
+export function headRuler(id, heads, chosen) {
+  const out = /** @type {HTMLElement} */ (document.getElementById(id));
+  const every = Math.ceil(heads / 8);
+  out.replaceChildren(...Array.from({ length: heads }, (_, head) => head)
+    .filter((head) => head === chosen || (head % every === 0 && (chosen < 0 || Math.abs(head - chosen) >= every)))
+    .map((head) => {
+      const tick = mark("tick", `H${head}`, (head + 0.5) / heads);
+      tick.classList.toggle("chosen", head === chosen);
+      return tick;
+    }));
 }
 
 /**

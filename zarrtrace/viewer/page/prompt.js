@@ -32,6 +32,29 @@ export function onActive(listener) {
   afterHover = listener;
 }
 
+/** Activations that colour the prompt in place of attention. @type {{feature: number, values: Float32Array} | null} */
+let painted = null;
+
+/**
+ * Colour the tokens of the window by a feature; by attention again if null.
+ * @param {{feature: number, values: Float32Array} | null} by
+ */
+export function colourBy(by) {
+  painted = by;
+  const most = by ? largest(by.values) : 0;
+  for (const [id, hidden] of /** @type {[string, boolean][]} */ ([["attention-legend", Boolean(by)], ["feature-legend", !by]])) {
+    /** @type {HTMLElement} */ (document.getElementById(id)).hidden = hidden;
+  }
+  if (by) {
+    document.getElementById("painted-feature")?.replaceChildren(`feature ${by.feature}`);
+    document.getElementById("painted-most")?.replaceChildren(number(most));
+  }
+  paint();
+}
+
+/** @param {Float32Array} values */
+const largest = (values) => values.reduce((most, v) => (Math.abs(v) > most ? Math.abs(v) : most), 0);
+
 /** @param {number} token */
 function hover(token) {
   if (token === hovered) return;
@@ -152,7 +175,7 @@ function weight(of, at, query, key) {
 /** Colours of a theme by attention, from none to all, so that hovering parses nothing. @type {Record<string, string[]>} */
 const shades = {};
 
-/** @param {"to" | "from"} way @param {number} weight */
+/** @param {"to" | "from" | "feature"} way @param {number} weight */
 function shade(way, weight) {
   const found = (shades[`${theme()} ${way}`] ??= (() => {
     const style = getComputedStyle(document.documentElement);
@@ -169,6 +192,7 @@ function paint() {
   const to = [];
   /** @type {[number, number][]} */
   const from = [];
+  const most = painted ? largest(painted.values) : 0;
   tokens.forEach((token, i) => {
     const position = view.window + i;
     let colour = "";
@@ -183,6 +207,10 @@ function paint() {
         if (position > at) colour = shade("from", back);
         from.push([position, back]);
       }
+    }
+    if (painted) {
+      const share = most > 0 ? Math.abs(painted.values[i]) / most : 0;
+      colour = share > 0 ? shade("feature", share) : "";
     }
     if (colours[i] !== colour) token.style.backgroundColor = colours[i] = colour;
     if (token.classList.contains("active") !== (position === at)) token.classList.toggle("active");

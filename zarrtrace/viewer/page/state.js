@@ -1,6 +1,6 @@
 /** What is chosen, kept in the address so that a link shows the same view. */
 
-import { windowOf } from "./store.js";
+import { placesOf, windowOf } from "./store.js";
 
 /** @typedef {import("./types.js").View} View */
 /** @typedef {import("./types.js").Index} Index */
@@ -9,8 +9,12 @@ import { windowOf } from "./store.js";
 /** @type {View} */
 export const view = {
   scenario: "", other: "", layer: 0, head: -1, token: 0, window: 0, feature: -1,
-  sae: "features", special: false, theme: "",
+  sae: "features", special: false, place: "", zoom: "", scale: "panel", theme: "",
 };
+/** What of the address does not exist in this run, in words. @type {string[]} */
+export const unknown = [];
+/** What is shown if the address says no layer and no head. @type {import("./types.js").Opening | null} */
+let opening = null;
 
 /** What index.json says. @type {Index} */
 export const index = /** @type {any} */ ({});
@@ -20,6 +24,16 @@ const listeners = [];
 /** @param {Index} found */
 export function setIndex(found) {
   Object.assign(index, found);
+}
+
+/** @param {import("./types.js").Opening | null} found */
+export function setOpening(found) {
+  opening = found;
+}
+
+/** What the address says, or the page that stands in a notebook. */
+export function asked() {
+  return new URLSearchParams(location.hash.slice(1) || given?.content);
 }
 
 /** @param {string} [name] @returns {Scenario} */
@@ -45,6 +59,14 @@ function whole(text, otherwise) {
 /** @param {number} value @param {number} low @param {number} high */
 const clamp = (value, low, high) => Math.max(low, Math.min(high, value));
 
+/** The part of the large matrix that is shown, by its first and last tokens; null for all of it. */
+export function zoomed() {
+  const found = /^(\d{1,9})-(\d{1,9}),(\d{1,9})-(\d{1,9})$/.exec(view.zoom);
+  if (!found) return null;
+  const [, top, bottom, left, right] = found.map(Number);
+  return top <= bottom && left <= right ? { rows: [top, bottom], columns: [left, right] } : null;
+}
+
 /** Make a view fit the run: an address may hold anything. */
 function settle() {
   const at = scenario();
@@ -63,6 +85,10 @@ function settle() {
   if (!saes.includes(view.sae)) view.sae = saes[0] || "features";
   const features = at.arrays[view.sae] ? at.arrays[view.sae].shape[2] : 0;
   view.feature = clamp(view.feature, -1, features - 1);
+  if (!placesOf(at).includes(view.place)) view.place = "";
+  const part = zoomed();
+  if (!part || Math.max(...part.rows, ...part.columns) >= at.tokens.length) view.zoom = "";
+  if (!["row", "absolute"].includes(view.scale)) view.scale = "panel";
   if (!["light", "dark"].includes(view.theme)) view.theme = "";
 }
 
@@ -87,19 +113,43 @@ export function isAllGenerated(of, span) {
 
 /** Take the view from the address. */
 function read() {
-  const found = new URLSearchParams(location.hash.slice(1) || given?.content);
+  const found = asked();
   view.scenario = found.get("scenario") || "";
   const at = scenario();
   view.other = found.get("with") || "";
-  view.layer = whole(found.get("layer"), at.layers[Math.floor(at.layers.length / 2)] ?? 0);
-  view.head = whole(found.get("head"), -1);
+  const own = found.has("layer") || found.has("head") ? null : opening;
+  view.layer = whole(found.get("layer"), own?.layer ?? at.layers[Math.floor(at.layers.length / 2)] ?? 0);
+  view.head = whole(found.get("head"), own?.head ?? -1);
+  view.place = found.get("place") || "";
+  view.zoom = found.get("zoom") || "";
+  view.scale = /** @type {View["scale"]} */ (found.get("scale") || "panel");
   view.token = whole(found.get("token"), decisionOf(at));
   view.window = whole(found.get("window"), view.token);
   view.feature = whole(found.get("feature"), -1);
   view.sae = found.get("sae") || "features";
   view.special = found.get("special") === "1";
   view.theme = found.get("theme") || "";
+  const wanted = { ...view };
   settle();
+  note(found, wanted);
+}
+
+/** Keep what an address asks for and the run lacks. @param {URLSearchParams} found @param {View} wanted */
+function note(found, wanted) {
+  const at = scenario(), tokens = at.tokens.length;
+  const names = /** @type {Record<string, keyof View>} */ ({
+    scenario: "scenario", with: "other", layer: "layer", head: "head", token: "token", feature: "feature",
+    sae: "sae", place: "place", zoom: "zoom", scale: "scale", theme: "theme" });
+  const has = /** @type {Record<string, string>} */ ({
+    layer: `layers ${at.layers[0]} to ${at.layers[at.layers.length - 1]}`, head: `heads 0 to ${headsOf(at) - 1}`,
+    token: `tokens 0 to ${tokens - 1}`, sae: saesOf(at).join(", ") || "no features",
+    feature: at.arrays[view.sae] ? `features 0 to ${at.arrays[view.sae].shape[2] - 1}` : "no features" });
+  unknown.length = 0;
+  for (const [name, key] of Object.entries(names)) {
+    const given_ = found.get(name);
+    if (!given_ || (String(wanted[key]) === given_ && view[key] === wanted[key])) continue;
+    unknown.push(`${name}=${given_.slice(0, 60)}${has[name] ? ` (${view.scenario} has ${has[name]})` : ""}`);
+  }
 }
 
 /** @returns {string} */
@@ -114,6 +164,9 @@ function address() {
   if (view.feature >= 0) out.set("feature", String(view.feature));
   if (view.sae !== "features") out.set("sae", view.sae);
   if (view.special) out.set("special", "1");
+  if (view.place) out.set("place", view.place);
+  if (view.zoom) out.set("zoom", view.zoom);
+  if (view.scale !== "panel") out.set("scale", view.scale);
   if (view.theme) out.set("theme", view.theme);
   return `#${out}`;
 }
@@ -137,6 +190,7 @@ export function choose(change) {
   const before = { ...view };
   Object.assign(view, change);
   settle();
+  unknown.length = 0;
   // A new scenario is a step that "back" undoes; moving about within one is not.
   const step = before.scenario !== view.scenario || before.other !== view.other;
   clearTimeout(later);

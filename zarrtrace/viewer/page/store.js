@@ -21,6 +21,34 @@ const cache = new Map();
 /** @type {Map<string, number>} */
 const sizes = new Map();
 
+/** Of a page in a notebook's widget: the way to the kernel, which reads the files. @type {Promise<MessagePort> | null} */
+export const kernel = !document.querySelector('meta[name="files"]') ? null : new Promise((resolve) => {
+  addEventListener("message", function listen({ source, data, ports }) {
+    if (source !== parent || data !== "zarrtrace" || !ports[0]) return;
+    removeEventListener("message", listen);
+    ports[0].addEventListener("message", ({ data: said }) => {
+      waiting.get(said.id)?.(said);
+      waiting.delete(said.id);
+    });
+    ports[0].start();
+    resolve(ports[0]);
+  });
+});
+/** Who waits for a file, by the number of the request. @type {Map<number, (said: any) => void>} */
+const waiting = new Map();
+let requests = 0;
+
+/** @param {string} path @returns {Promise<Response>} */
+async function fromKernel(path) {
+  const port = await /** @type {Promise<MessagePort>} */ (kernel), id = requests++;
+  const said = await new Promise((/** @type {(said: any) => void} */ resolve) => {
+    waiting.set(id, resolve);
+    port.postMessage({ id, path });
+  });
+  if (said.error) throw new DamagedError(said.error);
+  return new Response(said.bytes);
+}
+
 /** @param {string} text @returns {Uint8Array<ArrayBuffer>} */
 function fromBase64(text) {
   const binary = atob(text);
@@ -35,6 +63,7 @@ function fromBase64(text) {
  * @returns {Promise<Response>}
  */
 async function file(path) {
+  if (kernel) return fromKernel(path);
   if (inline) {
     if (!(path in inline)) throw new DamagedError(`${path} is not in this file.`);
     return new Response(fromBase64(inline[path]));
@@ -245,6 +274,27 @@ export async function ofFeature(array, lead, feature) {
  */
 export function placeOf(array, layer) {
   return array && array.layers ? array.layers.indexOf(layer) : -1;
+}
+
+/** The place of a map of heads that is one token, whichever it is; as in arrays.py. */
+export const STRONGEST = "@strongest";
+
+/** Places of a scenario's map of heads: its spans, then the strongest token. @param {{arrays: Record<string, ArrayInfo>}} of */
+export function placesOf(of) {
+  return of.arrays.attention_to_spans?.places || [];
+}
+
+/**
+ * Return a token's attention to each place, (layer, head, place).
+ * @param {ArrayInfo} array (query, layer, head, place)
+ * @param {number} token
+ * @returns {Promise<Values>}
+ */
+export async function toSpans(array, token) {
+  const [step, ...rest] = array.chunks;
+  const size = rest.reduce((a, b) => a * b, 1);
+  const values = await chunk(array, [Math.floor(token / step), 0, 0, 0]);
+  return values.subarray((token % step) * size, (token % step + 1) * size);
 }
 
 /** First token of the window that holds a token. @param {number} token @param {number} tokens */

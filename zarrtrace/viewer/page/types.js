@@ -7,10 +7,12 @@
  * @property {number[]} shape
  * @property {number[]} chunks
  * @property {"float32" | "uint32" | "uint8"} dtype
+ * @property {string} [row] the store's name of the dimension `query`, if it is another
  * @property {number[]} [layers] decoder blocks along the layer dimension
  * @property {number} [scale] 8-bit attention: value of one step
  * @property {number} [missing] 8-bit attention: code of a missing value
  * @property {number} [bits]
+ * @property {string[]} [places] of attention_to_spans: spans, then "@strongest"
  * @property {string[]} [words]
  * @property {string[][]} [pairs]
  * @property {string[]} [statistics]
@@ -53,7 +55,16 @@
  * @property {number} feature -1 for none
  * @property {string} sae array of features
  * @property {boolean} special whether special tokens count among the strongest
+ * @property {string} zoom part of the large matrix, "query-query,key-key" by the first and last token, "" for all
+ * @property {string} place span of the map of heads, "" for the one attended to most
+ * @property {"panel" | "row" | "absolute"} scale what the strongest colour stands for
  * @property {string} theme "light", "dark" or "" for the system's
+ *
+ * @typedef {Object} Opening where a token's attention to a span is strongest
+ * @property {number} layer
+ * @property {number} head
+ * @property {string} place
+ * @property {number} value
  *
  * @typedef {Object} Block values of several matrices, for a window of queries and one of keys
  * @property {Float32Array} data (count, rows, columns)
