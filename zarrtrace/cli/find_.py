@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from zarrtrace.cli.commands import QUESTION, Command, option
+from zarrtrace.cli.rows import FeaturePair
 from zarrtrace.cli.shared import (
+    Layers,
     json_option,
     json_text,
     run_argument,
@@ -22,16 +24,16 @@ if TYPE_CHECKING:
     from zarrtrace.storage import Location
 
 
-@click.command(
-    "find", cls=Command, examples=[("find runs/demo --layer 20 --feature 250 --top 3", "")]
-)
+@click.command("find", cls=Command, examples=[("find runs/demo --feature 20:250 --top 3", "")])
 @run_argument
 @option(
-    "--layer", group=QUESTION, type=click.IntRange(0), required=True, help="Index of the block."
+    "--feature",
+    group=QUESTION,
+    type=FeaturePair(),
+    required=True,
+    help="Layer and index, as 20:250, or an index beside --layer.",
 )
-@option(
-    "--feature", group=QUESTION, type=click.IntRange(0), required=True, help="Index of the latent."
-)
+@option("--layer", "layers", group=QUESTION, type=Layers(), help="Index of the block.")
 @option(
     "--top",
     group=QUESTION,
@@ -53,8 +55,8 @@ if TYPE_CHECKING:
 @json_option
 def command(
     run: Location,
-    layer: int,
-    feature: int,
+    feature: tuple[int, int] | int,
+    layers: tuple[int, ...] | None,
     top: int,
     text: Literal["all", "prompt", "generated"],
     sae: str | None,
@@ -69,13 +71,27 @@ def command(
     from zarrtrace.index import find_feature
 
     array = f"features_{sae}" if sae else "features"
-    found = find_feature(run, layer, feature, top=top, array=array, text=text, special=special)
+    layer, number = _pair(feature, layers)
+    found = find_feature(run, layer, number, top=top, array=array, text=text, special=special)
     if as_json:
         import dataclasses
 
         say(json_text(dataclasses.asdict(found)))
     else:
         say(_text(found, text, top, is_asked=special))
+
+
+def _pair(feature: tuple[int, int] | int, layers: tuple[int, ...] | None) -> tuple[int, int]:
+    """Return layer and index of the feature that is asked for."""
+    if isinstance(feature, tuple) and layers in (None, (feature[0],)):
+        return feature
+    if isinstance(feature, int) and layers is not None and len(layers) == 1:
+        return layers[0], feature
+    number = feature[1] if isinstance(feature, tuple) else feature
+    raise click.UsageError(
+        f"--feature {number}: of which layer? The same number is another feature in each layer. "
+        f"Give both, as --feature 20:{number}."
+    )
 
 
 def _text(found: FeatureUse, text: str, top: int, *, is_asked: bool) -> str:
