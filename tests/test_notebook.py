@@ -16,7 +16,6 @@ from typing import Any
 
 import fakes
 import pytest
-import traitlets
 import xarray as xr
 from everyday import mostly_long
 
@@ -299,6 +298,8 @@ def test_the_widget_in_jupyterlab(notebook: Callable[..., Any], shared_run: fake
 
 
 def test_choices_of_the_widget_are_checked(shared_run: fakes.FakeRun) -> None:
+    traitlets = pytest.importorskip("traitlets")
+    pytest.importorskip("anywidget")
     view = zt.open_run(shared_run.path).zt.view(scenario="Risky_2")
     view.layer, view.head, view.token, view.feature = 3, 1, 2, 15
     for name, value in {
@@ -313,6 +314,7 @@ def test_choices_of_the_widget_are_checked(shared_run: fakes.FakeRun) -> None:
 def test_the_widget_answers_with_files_of_the_bundle(
     run: fakes.FakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("anywidget")
     view = zt.open_run(run.path).zt.view()
     sent: list[tuple[dict[str, Any], list[bytes]]] = []
     monkeypatch.setattr(view, "send", lambda said, buffers=(): sent.append((said, [*buffers])))
