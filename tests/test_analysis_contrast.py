@@ -392,10 +392,11 @@ def test_reads_one_array_only(
         tmp_path_factory.mktemp("contrast"), scenarios=["Safe_1", "Safe_2", "Risky_1", "Risky_2"]
     ).path
     run = open_run(path)
-    for what, array in (("features", "features"), ("attention", "attention_mean")):
+    arrays = {"features": {"features", "sae_id"}, "attention": {"attention_mean"}}
+    for what, expected in arrays.items():
         chunk_reads.clear()
         contrast(run, "risky", "safe", what=what)  # type: ignore[arg-type]
-        assert chunk_reads.arrays(path) == {array}
+        assert chunk_reads.arrays(path) == expected
 
 
 def with_metadata(run: xr.DataTree, **columns: Sequence[Any]) -> xr.DataTree:

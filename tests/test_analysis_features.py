@@ -384,7 +384,7 @@ class TestReadsOnlyWhatItNeeds:
         run = open_run(shared_run.path, chunks="auto")
         chunk_reads.clear()
         pathway_features(run, "balance").load()
-        assert chunk_reads.arrays(shared_run.path) == {"features", "attention_mean"}
+        assert chunk_reads.arrays(shared_run.path) == {"features", "attention_mean", "sae_id"}
 
 
 def test_indexes_know_their_labels_before_threads_ask(

@@ -173,7 +173,7 @@ class TestWordAssociations:
         read = chunk_reads.below(shared_run.path)
         assert set(read.values()) == {1}
         arrays = Counter(chunk.split("/")[1] for chunk in read)
-        assert {*arrays} == {"features", "query_token", "special"}
+        assert {*arrays} == {"features", "query_token", "special", "sae_id"}
 
     def test_refusals(self, run: xr.DataTree) -> None:
         with pytest.raises(ConfigError, match="no 'features'"):

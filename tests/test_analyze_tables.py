@@ -24,13 +24,18 @@ GIVEN = {
     "pathway-features": ["--source", "balance"],
     "attention-to": ["--source", "balance"],
     "relate": ["--option", "bet", "--source", "balance"],
+    "probe": ["--column", "balance", "--what", "features", "--permutations", "19", "--folds", "2"],
+    "directions": ["--column", "balance", "--what", "features"],
     "contrast": ["--group-a", "risky", "--group-b", "safe"],
 }
 
 
 @pytest.fixture(scope="module")
 def run() -> xr.DataTree:
-    return synthetic.random_run(len(SCENARIOS))
+    found = synthetic.random_run(len(SCENARIOS))
+    for number, node in enumerate(found.children.values()):
+        node.attrs["metadata"] = {"balance": float(number % 3)}
+    return found
 
 
 _COMPUTE = analyze_._compute
@@ -72,7 +77,7 @@ def body(shown: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("width", [80, 120, None])
-@pytest.mark.parametrize("name", [name for name in analyze_._ANALYSES if name != "layer-bands"])
+@pytest.mark.parametrize("name", sorted({*analyze_._ANALYSES} - {"layer-bands", "choices"}))
 def test_every_table_fits_its_terminal(
     monkeypatch: pytest.MonkeyPatch, name: str, width: int | None
 ) -> None:

@@ -29,6 +29,7 @@ from zarrtrace.analysis.selecting import (
     stored_queries,
     taken,
     token_labels,
+    traces,
 )
 from zarrtrace.errors import ConfigError
 from zarrtrace.scenarios import DECISION
@@ -215,6 +216,7 @@ def _of_suite(
 
 
 def _check_number(data: Data) -> None:
+    traces(data)  # says that a table has no attention
     number = len(set(independent(data)))
     if number < _FEWEST:
         raise ConfigError(
