@@ -16,7 +16,8 @@ from scipy import stats
 
 import zarrtrace as zt
 from zarrtrace import analysis
-from zarrtrace.analysis import selecting
+from zarrtrace.analysis import critical, selecting
+from zarrtrace.analysis.placebos import variants
 from zarrtrace.card import write_card
 from zarrtrace.cli.find_ import command
 from zarrtrace.cli.info_ import command as info
@@ -264,13 +265,27 @@ def test_relate_takes_an_outcome_that_repeats_share_once_a_scenario(run: xr.Data
     assert found.attrs["smallest_p"] == pytest.approx(2 / 24)
 
 
-def test_critical_layers_and_bands_count_scenarios(run: xr.DataTree) -> None:
-    found = analysis.critical_layers(run, ["balance"], "completion", controls=1)
-    assert (found["n"] == 4).all()
-    assert found.attrs["smallest_p"] == pytest.approx(2 / 2**4)
+def test_repeats_of_a_prompt_are_one_unit_of_critical_layers(
+    run: xr.DataTree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever they go on to say, which may be much longer than the prompt."""
+    asked: list[Any] = []
+    monkeypatch.setattr(critical, "variants", lambda ids: asked.extend(ids) or variants(ids))
+    rng = np.random.default_rng(0)
+    traces = {}
+    for name, node in run.children.items():
+        ids = rng.integers(0, 50_000, TOKENS)
+        ids[:PROMPT] = np.random.default_rng(int(name[1])).integers(0, 50_000, PROMPT)
+        traces[name] = node.to_dataset().assign_coords(token_id=("key", ids))
+    changed = xr.DataTree.from_dict({"/": run.to_dataset(), **traces})
+    found = analysis.critical_layers(changed, ["balance"], "completion", controls=1)
+    assert found.attrs["prompts"] == len(CHOICES)
+    assert [len(ids) for ids in asked] == [PROMPT] * len(traces)
+    assert [len(group) for group in variants(asked)] == [4] * len(CHOICES)
+
+
+def test_layer_bands_count_scenarios(run: xr.DataTree) -> None:
     one = run_of({"S0": ["bet"] * 5})
-    with pytest.raises(ConfigError, match="at least two scenarios"):
-        analysis.critical_layers(one, ["balance"])
     bands = {"local": (1, 1), "task": (2, 2), "decision": (3, 3)}
     with pytest.raises(ConfigError, match="there is 1"):
         analysis.layer_bands(one, bands, task_spans=["balance"])

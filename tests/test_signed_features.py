@@ -154,9 +154,9 @@ def test_capture_and_index_of_an_abstopk_sae(tmp_path: Path) -> None:
     order = np.argsort(-np.abs(dense), axis=1, kind="stable")[:, :32]
     np.testing.assert_array_equal(ds.top_feature[0], order)
     np.testing.assert_array_equal(ds.top_activation[0], np.take_along_axis(dense, order, 1))
-    build_index(run)
+    build_index(run, special=True)
     feature = int(np.argmin(dense.min(0)))
-    found = find_feature(run, 2, feature, top=3)
+    found = find_feature(run, 2, feature, top=3, special=True)
     best = np.argsort(-np.abs(dense[:, feature]), kind="stable")[:3]
     assert [one.position for one in found.tokens] == best.tolist()
     assert [one.activation for one in found.tokens] == dense[best, feature].tolist()
