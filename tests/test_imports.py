@@ -175,10 +175,11 @@ EXTRAS = {
     "zarrtrace": (),
     "zarrtrace/capture": ("extract",),
     "zarrtrace/extraction": ("cluster",),
+    "zarrtrace/viewer/widget.py": ("notebook",),
     "tests": ("test",),
     "scripts": ("test", "dev", "fuzz"),
 }
-OF_ZARRTRACE = ("extract", "cluster", "cloud", "probe")
+OF_ZARRTRACE = ("extract", "cluster", "cloud", "notebook", "probe")
 #: Used where it is installed, and not asked for.
 OPTIONAL = {"dask-cuda"}
 #: Runs in an environment of its own, which it makes.
@@ -231,7 +232,7 @@ distributions = cache(packages_distributions)  # which takes a second
 
 def undeclared(file: str, source: str, project: dict[str, object]) -> set[str]:
     """Return the distributions that a file of the repository imports without a right to."""
-    below = max((path for path in EXTRAS if file.startswith(f"{path}/")), key=len)
+    below = max((path for path in EXTRAS if f"{file}/".startswith(f"{path}/")), key=len)
     top = EXTRAS[below]
     lazily = (*top, *OF_ZARRTRACE) if below.startswith("zarrtrace") else top
     own = {path.stem for folder in ("tests", "scripts") for path in (ROOT / folder).glob("*.py")}

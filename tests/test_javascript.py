@@ -71,7 +71,7 @@ def test_zarrita_reads_what_numpy_wrote(tmp_path: Path) -> None:
         without_sae=(2,),
         limits=Limits(file_bytes=40_000),
     )
-    build_index(run.path)
+    build_index(run.path, special=True)
     paths = [f"{scenario}/{name}" for scenario in run.truth for name in ARRAYS]
     of_index = ["index/scenario", "index/maximum", "index/token_activation", "index/active"]
     done = subprocess.run(
