@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import numpy as np
 import xarray as xr
@@ -26,8 +28,8 @@ from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import open_run, read_run
 from zarrtrace.text import html_text
 
-#: Writes ``done, total``.
-Progress = Callable[[int, int], None]
+#: Is told ``done, total`` and the name of the figure that was drawn last.
+Progress = Callable[[int, int, str], None]
 
 FORMATS = ("png", "pdf")
 #: Scenarios that are drawn one by one, and those that figures over scenarios take, at most.
@@ -66,7 +68,7 @@ def draw_run(
     workers
         Processes to draw in; small runs are drawn in this one.
     progress
-        Is told how many of how many figures are done.
+        Is told how many of how many figures are done, and the last one's name.
 
     Returns
     -------
@@ -101,10 +103,10 @@ def draw_run(
     for result in _in_processes(draw, tasks, min(workers, len(tasks) // _WORTH_A_WORKER)):
         results.append(result)
         if progress:
-            progress(len(results), len(tasks))
+            progress(len(results), len(tasks), result.task.stem)
     page = output / "index.html"
     note = sampled(known, scenarios)
-    page.write_text(_page(run, names, results, note), encoding="utf-8")
+    page.write_text(_page(run, names, results, note, at=str(path)), encoding="utf-8")
     return page
 
 
@@ -276,9 +278,11 @@ _OF_RUN = (
              "with its 95 % interval over scenarios, and p over places of the bands.", _bands),
     _Drawing("locality", "Locality of attention",
              "How far back attention reaches, by layer: mean over heads and scenarios, and the "
-             "range of heads. Shaded: the bands of layers that the suite file states.", _locality),
+             "range of heads. Shaded, if the suite file states any: bands of layers.", _locality),
     _Drawing("difference", "Difference map",
-             "Attention of the decision to the spans, one group less the other.", _difference),
+             "Attention of the decision to the spans, one group less the other. Dots: "
+             "p_familywise of zarrtrace analyze contrast, as in the plot of features.",
+             _difference),
     _Drawing("heads", "Difference by head",
              "As the difference map, for every head.", _difference_heads),
     _Drawing("volcano", "Features that separate the groups",
@@ -307,14 +311,17 @@ _OF_SCENARIO = (
              "and at the decision, strongest on the pathway, with the words that activate them "
              "most over the whole run.", _integrated),
     _Drawing("layers", "Attention by layer",
-             "Mean over heads; query downwards, key to the right; one scale for all layers.",
+             "Mean over heads, divided by what uniform attention would give; query downwards, key "
+             "to the right; one scale for all layers.",
              lambda _, ds: (heatmaps.attention_layers(ds), ds)),
     _Drawing("heads", "Heads of one layer",
-             "The layer in which the decision attends most to the spans.",
+             "The layer in which the decision attends most to the spans, divided by what uniform "
+             "attention would give.",
              lambda _, ds: (heatmaps.attention_heads(ds, strongest_layer(ds)), ds)),
     _Drawing("flow", "Attention flow",
-             "Share of attention from span to span, layers upwards; right: rollout (Abnar & "
-             "Zuidema 2020). Shares below 15 % of the largest are left out.",
+             "Share of attention from span to span, layers downwards; left, apart, on the first "
+             "token; right: rollout (Abnar & Zuidema 2020). Shares below 15 % of the largest, or "
+             "below twice what uniform attention would give, are left out.",
              lambda _, ds: (flow.flow_diagram(ds), ds)),
     _Drawing("timeline", "Feature timeline",
              "Activation of each token's strongest feature, by layer.",
@@ -389,14 +396,25 @@ def _stems(names: Iterable[str]) -> list[str]:
 # --- the page ----------------------------------------------------------------------------------
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
-       color: #1a1a1a; background: #fff; }
-h2 { margin-top: 3rem; border-bottom: 1px solid #ccc; }
-figure { margin: 1.5rem 0 2.5rem; }
-figure img { max-width: 100%; height: auto; }
-figcaption { color: #444; font-size: 0.9rem; }
+:root { color-scheme: light dark; --ink: #1a1a1a; --soft: #555; --line: #ccc; --paper: #fff;
+        --link: #0b57a4; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8e8e8; --soft: #aaa; --line: #444; --paper: #14171c; --link: #8ab8ff; } }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem;
+       color: var(--ink); background: var(--paper); overflow-wrap: anywhere; }
+a { color: var(--link); }
+h2 { margin-top: 3rem; border-bottom: 1px solid var(--line); }
+h3 { margin: 0 0 0.5rem; font-size: 1rem; }
+nav { display: flex; flex-wrap: wrap; gap: 0.2rem 1rem; }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr));
+           gap: 2rem 1.5rem; }
+figure { margin: 0; }
+/* Figures are printed on white, on dark pages too. */
+figure img { width: 100%; height: 15rem; object-fit: contain; background: #fff;
+             box-sizing: border-box; padding: 0.5rem; border: 1px solid var(--line); }
+figcaption { color: var(--soft); font-size: 0.9rem; }
+code { font-size: 0.85rem; user-select: all; }
 dt { font-weight: 600; } dd { margin: 0 0 0.3rem; }
-nav a { margin-right: 1em; }
 """
 _POLICY = "script-src 'none'; object-src 'none'; base-uri 'none'"
 _NAMES = {"model": "Model", "sae_release": "SAE release", "zarrtrace_version": "Extracted with "
@@ -404,7 +422,12 @@ _NAMES = {"model": "Model", "sae_release": "SAE release", "zarrtrace_version": "
 
 
 def _page(
-    run: xr.DataTree, names: Sequence[str], results: Sequence[_Result], note: str = ""
+    run: xr.DataTree,
+    names: Sequence[str],
+    results: Sequence[_Result],
+    note: str = "",
+    *,
+    at: str,
 ) -> str:
     """Return the page; every text from the run is escaped."""
     by_scenario: dict[str | None, list[_Result]] = {None: [], **{name: [] for name in names}}
@@ -416,27 +439,40 @@ def _page(
         for key, label in _NAMES.items()
         if key in metadata
     )
-    links = "".join(
+    links = "\n".join(
         f'<a href="#s{number}">{html_text(name)}</a>' for number, name in enumerate(names)
     )
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-        '<meta name="viewport" content="width=device-width">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>Figures of {html_text(run.name or 'a run')}</title>",
         f"<style>{_STYLE}</style></head><body>",
         f"<h1>Figures of {html_text(run.name or 'a run')}</h1>",
         f"<p>{html_text(note)}</p>" if note else "",
         f"<dl>{facts}</dl><nav>{links}</nav>",
         "<h2>Over all scenarios</h2>",
-        *map(_item, by_scenario[None]),
+        _items(by_scenario[None]),
     ]
     for number, name in enumerate(names):
         parts.append(f'<h2 id="s{number}">{html_text(name)}</h2>')
-        parts += map(_item, by_scenario[name])
+        parts += [_viewer_at(at, run, name), _items(by_scenario[name])]
     parts += [_not_drawn(results), "</body></html>", ""]
     return "\n".join(part for part in parts if part)
+
+
+def _viewer_at(path: str, run: xr.DataTree, name: str) -> str:
+    """Return the command that opens the viewer where the scenario's heads are drawn."""
+    view = {"scenario": name}
+    with contextlib.suppress(ZarrtraceError, KeyError):  # not all runs have attention
+        view["layer"] = str(strongest_layer(run[name].to_dataset()))
+    command = shlex.join(["zarrtrace", "view", path, "--show", urlencode(view, quote_via=quote)])
+    return f"<p>In the viewer: <code>{html_text(command)}</code></p>"
+
+
+def _items(results: Sequence[_Result]) -> str:
+    return '<div class="figures">\n' + "\n".join(filter(None, map(_item, results))) + "\n</div>"
 
 
 def _item(result: _Result) -> str:
@@ -449,7 +485,8 @@ def _item(result: _Result) -> str:
     )
     image = next((file for file in result.files if file.endswith(".png")), None)
     shown = (
-        f'<img src="{quote(image)}" loading="lazy" alt="{html_text(drawing.title)}">'
+        f'<a href="{quote(image)}">'
+        f'<img src="{quote(image)}" loading="lazy" alt="{html_text(drawing.title)}"></a>'
         if image
         else ""
     )
