@@ -707,6 +707,34 @@ def test_the_page_escapes_everything() -> None:
     assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;&quot;&amp;" in html
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1440, "dark")])
+def test_the_page_in_a_browser(browser: Any, tmp_path: Path, width: int, scheme: str) -> None:
+    names = [f"A_rather_long_name_of_scenario_{number}" for number in range(12)]
+    traces = {name: make_trace() for name in names[:2]}
+    run = xr.DataTree.from_dict({"/": xr.Dataset(), **traces}, name="run")
+    run.attrs = {"kind": "run", "scenarios": names[:2]}
+    Image.new("RGB", (2000, 1500), "white").save(tmp_path / "one.png")
+    task = page._Task("layers", names[0], "one")
+    html = page._page(run, names, [page._Result(task, ("one.png", "one.pdf"))], at="runs/run")
+    (tmp_path / "index.html").write_text(html, encoding="utf-8")
+    opened = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    complaints: list[str] = []
+    opened.on("console", lambda message: complaints.append(message.text))
+    opened.goto((tmp_path / "index.html").as_uri())
+    assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    tops = opened.eval_on_selector_all("nav a", "all => all.map(a => a.offsetTop)")
+    assert len(set(tops)) > 1  # the links wrap
+    paper = opened.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert paper == ("rgb(20, 23, 28)" if scheme == "dark" else "rgb(255, 255, 255)")
+    command = opened.text_content("code")
+    assert command == f"zarrtrace view runs/run --show 'scenario={names[0]}&layer=3'"
+    opened.click("figure img")
+    assert opened.url.endswith("/one.png")
+    assert not complaints
+    opened.close()
+
+
 def test_names_of_files_are_harmless_and_differ() -> None:
     stems = page._stems(["../a", "a", "A", "run", "你好", "b<c"])
     assert stems == ["a", "a_2", "A_3", "run_2", "scenario", "b_c"]

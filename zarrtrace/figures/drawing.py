@@ -37,8 +37,8 @@ DIVERGING = "RdBu_r"
 #: Colours of spans, dark enough for text, that colour-blind readers tell apart: the viewer's
 #: ``LIGHT_SPANS`` (a test compares), so that a span has one colour everywhere.
 SPAN_COLOURS = ("#0072b2", "#b35900", "#00795c", "#a3437b", "#6b5bb5", "#7a6400")
-#: Of groups of scenarios, in their order, and of scenarios in none.
-GROUP_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+#: Okabe & Ito (2008), of groups of scenarios: none is the colour of a span. Of scenarios in none.
+GROUP_COLOURS = ("#E69F00", "#56B4E9", "#000000", "#CC79A7", "#009E73", "#F0E442")
 NO_GROUP = "#999999"
 #: Of a line that belongs to no span and no group.
 LINE_COLOUR = "#444444"

@@ -6,13 +6,11 @@ import contextlib
 import functools
 import multiprocessing
 import re
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlencode
 
 import numpy as np
 import xarray as xr
@@ -21,12 +19,11 @@ from matplotlib.figure import Figure
 from zarrtrace import analysis
 from zarrtrace.analysis.selecting import Data, require, span_names, tags, traces
 from zarrtrace.errors import ConfigError, ScenarioError, ZarrtraceError
-from zarrtrace.figures import contrasts, features, flow, heatmaps
+from zarrtrace.figures import contrasts, features, flow, gallery, heatmaps
 from zarrtrace.figures.drawing import box_of, metadata_of, save
 from zarrtrace.scenarios import DECISION, chosen_names
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import open_run, read_run
-from zarrtrace.text import html_text
 
 #: Is told ``done, total`` and the name of the figure that was drawn last.
 Progress = Callable[[int, int, str], None]
@@ -395,31 +392,6 @@ def _stems(names: Iterable[str]) -> list[str]:
 
 # --- the page ----------------------------------------------------------------------------------
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1a1a1a; --soft: #555; --line: #ccc; --paper: #fff;
-        --link: #0b57a4; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e8e8e8; --soft: #aaa; --line: #444; --paper: #14171c; --link: #8ab8ff; } }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem;
-       color: var(--ink); background: var(--paper); overflow-wrap: anywhere; }
-a { color: var(--link); }
-h2 { margin-top: 3rem; border-bottom: 1px solid var(--line); }
-h3 { margin: 0 0 0.5rem; font-size: 1rem; }
-nav { display: flex; flex-wrap: wrap; gap: 0.2rem 1rem; }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr));
-           gap: 2rem 1.5rem; }
-figure { margin: 0; }
-/* Figures are printed on white, on dark pages too. */
-figure img { width: 100%; height: 15rem; object-fit: contain; background: #fff;
-             box-sizing: border-box; padding: 0.5rem; border: 1px solid var(--line); }
-figcaption { color: var(--soft); font-size: 0.9rem; }
-code { font-size: 0.85rem; user-select: all; }
-dt { font-weight: 600; } dd { margin: 0 0 0.3rem; }
-"""
-_POLICY = "script-src 'none'; object-src 'none'; base-uri 'none'"
-_NAMES = {"model": "Model", "sae_release": "SAE release", "zarrtrace_version": "Extracted with "
-          "zarrtrace", "figures_version": "Drawn with zarrtrace"}  # fmt: skip
-
 
 def _page(
     run: xr.DataTree,
@@ -430,73 +402,33 @@ def _page(
     at: str,
 ) -> str:
     """Return the page; every text from the run is escaped."""
-    by_scenario: dict[str | None, list[_Result]] = {None: [], **{name: [] for name in names}}
+    by_scenario: dict[str | None, list[str]] = {None: [], **{name: [] for name in names}}
     for result in results:
-        by_scenario[result.task.scenario].append(result)
-    metadata = metadata_of(run)
-    facts = "".join(
-        f"<dt>{html_text(label)}</dt><dd>{html_text(metadata[key])}</dd>"
-        for key, label in _NAMES.items()
-        if key in metadata
-    )
-    links = "\n".join(
-        f'<a href="#s{number}">{html_text(name)}</a>' for number, name in enumerate(names)
-    )
+        if not result.why_not:
+            drawing = _BY_KEY[result.task.scenario is None, result.task.key]
+            item = gallery.thumbnail(drawing.title, drawing.caption, result.files)
+            by_scenario[result.task.scenario].append(item)
     parts = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>Figures of {html_text(run.name or 'a run')}</title>",
-        f"<style>{_STYLE}</style></head><body>",
-        f"<h1>Figures of {html_text(run.name or 'a run')}</h1>",
-        f"<p>{html_text(note)}</p>" if note else "",
-        f"<dl>{facts}</dl><nav>{links}</nav>",
+        gallery.opening(f"Figures of {run.name or 'a run'}", metadata_of(run), note, names),
         "<h2>Over all scenarios</h2>",
-        _items(by_scenario[None]),
+        gallery.thumbnails(by_scenario[None]),
     ]
     for number, name in enumerate(names):
-        parts.append(f'<h2 id="s{number}">{html_text(name)}</h2>')
-        parts += [_viewer_at(at, run, name), _items(by_scenario[name])]
-    parts += [_not_drawn(results), "</body></html>", ""]
-    return "\n".join(part for part in parts if part)
+        parts.append(gallery.section(number, name, at, _view_of(run, name)))
+        parts.append(gallery.thumbnails(by_scenario[name]))
+    return "\n".join([*parts, gallery.not_drawn(_reasons(results)), "</body></html>", ""])
 
 
-def _viewer_at(path: str, run: xr.DataTree, name: str) -> str:
-    """Return the command that opens the viewer where the scenario's heads are drawn."""
+def _view_of(run: xr.DataTree, name: str) -> dict[str, str]:
+    """Return the viewer's place at which a scenario's heads are drawn."""
     view = {"scenario": name}
     with contextlib.suppress(ZarrtraceError, KeyError):  # not all runs have attention
         view["layer"] = str(strongest_layer(run[name].to_dataset()))
-    command = shlex.join(["zarrtrace", "view", path, "--show", urlencode(view, quote_via=quote)])
-    return f"<p>In the viewer: <code>{html_text(command)}</code></p>"
+    return view
 
 
-def _items(results: Sequence[_Result]) -> str:
-    return '<div class="figures">\n' + "\n".join(filter(None, map(_item, results))) + "\n</div>"
-
-
-def _item(result: _Result) -> str:
-    if result.why_not:
-        return ""
-    drawing = _BY_KEY[result.task.scenario is None, result.task.key]
-    links = " · ".join(
-        f'<a href="{quote(file)}">{html_text(Path(file).suffix[1:].upper())}</a>'
-        for file in result.files
-    )
-    image = next((file for file in result.files if file.endswith(".png")), None)
-    shown = (
-        f'<a href="{quote(image)}">'
-        f'<img src="{quote(image)}" loading="lazy" alt="{html_text(drawing.title)}"></a>'
-        if image
-        else ""
-    )
-    return (
-        f"<figure><h3>{html_text(drawing.title)}</h3>{shown}"
-        f"<figcaption>{html_text(drawing.caption)} {links}</figcaption></figure>"
-    )
-
-
-def _not_drawn(results: Sequence[_Result]) -> str:
+def _reasons(results: Sequence[_Result]) -> dict[tuple[str, str], list[str]]:
+    """Return, by title and reason, the scenarios of figures that were not drawn."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for result in results:
         if result.why_not:
@@ -504,10 +436,4 @@ def _not_drawn(results: Sequence[_Result]) -> str:
             # The reason names the scenario; without it, scenarios with the same one are together.
             own = result.why_not.removeprefix(f"{result.task.scenario}: ")
             reasons.setdefault((title, own), []).append(result.task.scenario or "all scenarios")
-    if not reasons:
-        return ""
-    items = "".join(
-        f"<li><b>{html_text(title)}</b> ({html_text(', '.join(where))}): {html_text(why)}</li>"
-        for (title, why), where in reasons.items()
-    )
-    return f"<h2>Not drawn</h2><ul>{items}</ul>"
+    return reasons
