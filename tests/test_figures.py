@@ -210,6 +210,23 @@ def test_pathways_have_a_line_a_scenario_and_means_of_groups(run: xr.DataTree) -
             np.testing.assert_allclose(thick[group].get_ydata(), mean)
 
 
+def test_spans_without_values_get_no_panel(run: xr.DataTree) -> None:
+    attention = analysis.attention_to(run).copy(deep=True)
+    attention.loc[{"source": "goal"}] = np.nan
+    titles = [ax.get_title() for ax in figures.pathway_strength(attention).axes]
+    assert titles == ["probability → decision", "balance → decision", "choices → decision"]
+    found = analysis.contrast(run, "risky", "safe", what="attention", heads="each").copy(deep=True)
+    found["difference"].loc[{"source": "goal"}] = np.nan
+    titles = [ax.get_title() for ax in panels(figures.difference_heads(found))]
+    assert titles == ["probability", "balance", "choices"]
+
+
+def test_one_scenario_is_not_a_plural(run: xr.DataTree) -> None:
+    figure = figures.pathway_strength(analysis.attention_to(run).isel(scenario=[0]))
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["the scenario"]
+
+
 def test_pathways_refuse_heads(run: xr.DataTree) -> None:
     with pytest.raises(ConfigError, match="head"):
         figures.pathway_strength(analysis.attention_to(run, heads="each"))
@@ -267,6 +284,19 @@ def test_flow_diagram_draws_attention_between_spans(ds: xr.Dataset) -> None:
     expected_rollout = analysis.attention_rollout(ds, "goal") / 2
     np.testing.assert_allclose(lines["goal"].get_xdata(), expected_rollout)
     np.testing.assert_array_equal(lines["goal"].get_ydata(), planted.LAYERS)
+
+
+def test_flow_explains_where_rollout_ranks_otherwise(ds: xr.Dataset) -> None:
+    sources = list(planted.SPANS)
+    rollout = analysis.attention_rollout(ds, sources).isel(layer=-1)
+    per_token = [
+        float(one) / len(planted.SPANS[name]) for name, one in zip(sources, rollout, strict=True)
+    ]
+    by_paths = sources[int(np.argmax(per_token))]
+    assert by_paths != "balance"  # to which the decision attends most, as planted
+    title = figures.flow_diagram(ds).axes[2].get_legend().get_title().get_text()
+    assert f"Here {by_paths} is first, but" in title.replace("\n", " ")
+    assert "attends most to balance" in title.replace("\n", " ")
 
 
 def test_flow_diagram_without_a_layer_says_so() -> None:

@@ -101,8 +101,8 @@ def difference_heads(
     Returns
     -------
     Figure
-        One axes a source with an image ``(layer, head)``, first group less second, on one scale;
-        a dot where ``p_familywise`` ≤ 0.05. Without any dot the title says why.
+        One axes a source that has values, with an image ``(layer, head)``, first group less second,
+        on one scale; a dot where ``p_familywise`` ≤ 0.05. Without any dot the title says why.
 
     Raises
     ------
@@ -110,6 +110,8 @@ def difference_heads(
         If it is a contrast of features, or of the mean over heads.
     """
     values = _attention_difference(contrast, ("source", "layer", "head"))
+    if bool(values.notnull().any()):
+        values = values.dropna("source", how="all")  # no panel for what no scenario has
     sources = [str(source) for source in np.asarray(values["source"])]
     layers = np.asarray(values["layer"]).tolist()
     norm = _centred(values)

@@ -416,7 +416,7 @@ def _draw_features(
     ax.set_yticks(range(len(chosen)), labels=[feature_label(n, f) for _, n, f in chosen])
     for tick, (name, _, _) in zip(ax.get_yticklabels(), chosen, strict=True):
         tick.set(color=colours[name], fontsize=5.5)
-    at = 1 + (_BAR + 0.08) / size_of(ax)[0]
+    at = 1 + (_BAR + 0.14) / size_of(ax)[0]
     for number, (_, layer, feature) in enumerate(chosen):
         if number and chosen[number][0] != chosen[number - 1][0]:
             ax.axhline(number - 0.5, color="black", lw=0.5)

@@ -80,7 +80,8 @@ def pathway_strength(
     Returns
     -------
     Figure
-        One axes a source, on one scale: a thin line a scenario, a thick one the mean of a group.
+        One axes a source that has values, on one scale: a thin line a scenario, a thick one the
+        mean of a group.
 
     Raises
     ------
@@ -90,6 +91,8 @@ def pathway_strength(
     _refuse_dims(attention, ("scenario", "source", "layer"))
     if "source" not in attention.dims:
         attention = attention.expand_dims("source")
+    if bool(attention.notnull().any()):
+        attention = attention.dropna("source", how="all")  # no panel for what no scenario has
     sources = [str(source) for source in np.asarray(attention["source"])]
     layers = np.asarray(attention["layer"]).tolist()
     figure, axes = _panels(len(sources), figure, height=1.75, bottom=_WITH_KEY)
