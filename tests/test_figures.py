@@ -27,6 +27,7 @@ from PIL import Image
 
 import zarrtrace as zt
 from zarrtrace import analysis, figures
+from zarrtrace.cli import shared
 from zarrtrace.cli.figures_ import command
 from zarrtrace.errors import ConfigError, ScenarioError
 from zarrtrace.figures import drawing, labels, page
@@ -818,3 +819,13 @@ def test_command(
     assert result.output.strip() == str(output / "index.html")
     assert {file.suffix for file in output.iterdir()} == {".html", ".pdf"}
     assert CliRunner().invoke(command, [*arguments, "--format", "svg"]).exit_code == 2
+
+
+def test_the_bar_says_which_figure_was_drawn(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shared, "show_progress", lambda *, quiet: not quiet)
+    with shared.bar("figures", quiet=False, unit="figure") as progress:
+        progress(3, 57, "Risky_40_flow")
+    assert "3/57" in (drawn := capsys.readouterr().err)
+    assert "Risky_40_flow" in drawn

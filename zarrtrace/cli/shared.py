@@ -243,7 +243,8 @@ def bar(description: str, *, quiet: bool, unit: str = "file") -> Iterator[Report
 
         def progress(done: int, total: int, what: str = "") -> None:
             drawn.total = total
-            drawn.set_postfix_str(terminal_text(what), refresh=False)
+            # Longer names leave no room for the bar itself at 80 columns.
+            drawn.set_postfix_str(terminal_text(what)[:22], refresh=False)
             drawn.update(done - drawn.n)
 
         yield progress
