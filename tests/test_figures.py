@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import subprocess
 import sys
+import zlib
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -25,9 +27,10 @@ from PIL import Image
 
 import zarrtrace as zt
 from zarrtrace import analysis, figures
+from zarrtrace.cli import shared
 from zarrtrace.cli.figures_ import command
 from zarrtrace.errors import ConfigError, ScenarioError
-from zarrtrace.figures import labels, page
+from zarrtrace.figures import drawing, labels, page
 from zarrtrace.storage import locate
 
 HOSTILE = ["<s>", " <b>x</b>", "🎰", "你好", "\u202ertl", "$x^2$", "$10", "\n", "\t", "", "e\u0301"]
@@ -160,7 +163,7 @@ def test_attention_map_of_a_head_in_given_axes(ds: xr.Dataset) -> None:
 
 
 def test_small_multiples_have_every_layer_on_one_scale(ds: xr.Dataset) -> None:
-    figure = figures.attention_layers(ds)
+    figure = figures.attention_layers(ds, relative=False)
     axes = panels(figure)
     assert [ax.get_title() for ax in axes] == [f"L{layer}" for layer in planted.LAYERS]
     for ax, layer in zip(axes, planted.LAYERS, strict=True):
@@ -173,8 +176,37 @@ def test_small_multiples_have_every_layer_on_one_scale(ds: xr.Dataset) -> None:
     assert norm.vmax == pytest.approx(np.quantile(visible, 0.995))
 
 
+def test_small_multiples_show_ratios_to_uniform_attention(ds: xr.Dataset) -> None:
+    figure = figures.attention_layers(ds)
+    axes = panels(figure)
+    rows = np.arange(1, planted.TOKENS + 1)[:, None]
+    for ax, layer in zip(axes, planted.LAYERS, strict=True):
+        expected = ds["attention_mean"].sel(layer=layer).to_numpy() * rows
+        shown = ~np.ma.getmaskarray(image(ax))
+        np.testing.assert_array_equal(shown, np.tril(np.ones(expected.shape, bool)))
+        np.testing.assert_allclose(image(ax).data[shown], expected[shown], rtol=1e-6)
+    norm = axes[0].get_images()[0].norm
+    assert norm(1.0) == pytest.approx(0.5)
+    # A first token that takes nearly everything leaves the scale as it is.
+    loud = ds.copy(deep=True)
+    loud["attention_mean"][:, :, 0] = 1
+    assert panels(figures.attention_layers(loud))[0].get_images()[0].norm.vmax == norm.vmax
+    labelled = [label.get_text() for label in axes[0].get_yticklabels()]
+    assert {"·t4", "·t9", "·t14"} <= set(labelled)
+
+
+def test_no_attention_at_all_is_at_the_end_of_the_scale(ds: xr.Dataset) -> None:
+    window = ds.copy(deep=True)
+    window["attention_mean"][:, 20:, :10] = 0
+    figure = figures.attention_layers(window)
+    shown = image(panels(figure)[0])
+    assert not np.ma.getmaskarray(shown)[25, 5]
+    assert shown[25, 5] < panels(figure)[0].get_images()[0].norm.vmin
+    drawn_by(figure)
+
+
 def test_heads_of_one_layer(ds: xr.Dataset) -> None:
-    axes = panels(figures.attention_heads(ds, 4))
+    axes = panels(figures.attention_heads(ds, 4, relative=False))
     for head, ax in enumerate(axes):
         assert ax.get_title() == f"head {head}"
         assert np.ma.allclose(image(ax), ds["attention"].sel(layer=4, head=head), rtol=0, atol=0)
@@ -231,6 +263,23 @@ def test_pathways_have_a_line_a_scenario_and_means_of_groups(run: xr.DataTree) -
             np.testing.assert_allclose(thick[group].get_ydata(), mean)
 
 
+def test_spans_without_values_get_no_panel(run: xr.DataTree) -> None:
+    attention = analysis.attention_to(run).copy(deep=True)
+    attention.loc[{"source": "goal"}] = np.nan
+    titles = [ax.get_title() for ax in figures.pathway_strength(attention).axes]
+    assert titles == ["probability → decision", "balance → decision", "choices → decision"]
+    found = analysis.contrast(run, "risky", "safe", what="attention", heads="each").copy(deep=True)
+    found["difference"].loc[{"source": "goal"}] = np.nan
+    titles = [ax.get_title() for ax in panels(figures.difference_heads(found))]
+    assert titles == ["probability", "balance", "choices"]
+
+
+def test_one_scenario_is_not_a_plural(run: xr.DataTree) -> None:
+    figure = figures.pathway_strength(analysis.attention_to(run).isel(scenario=[0]))
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["the scenario"]
+
+
 def test_pathways_refuse_heads(run: xr.DataTree) -> None:
     with pytest.raises(ConfigError, match="head"):
         figures.pathway_strength(analysis.attention_to(run, heads="each"))
@@ -261,9 +310,9 @@ def test_bands_say_what_was_found() -> None:
 
 def test_flow_diagram_draws_attention_between_spans(ds: xr.Dataset) -> None:
     figure = figures.flow_diagram(ds)
-    ax, rollout = figure.axes
+    apart, ax, rollout = figure.axes
     names = ["probability", "goal", "balance", "choices", "decision"]
-    share = analysis.attention_to(ds, [0, *names], names, reduce="sum")
+    share = analysis.attention_to(ds, names, names, reduce="sum")
     others = share.where(share["source"] != share["target"], 0)
     widest = float(others.max())
     edges = {found.get_gid(): found for found in ax.collections}
@@ -273,18 +322,39 @@ def test_flow_diagram_draws_attention_between_spans(ds: xr.Dataset) -> None:
         for line, width in zip(balance.get_segments(), balance.get_linewidths(), strict=True)
     }
     expected = float(share.sel(source="balance", target="decision", layer=3)) / widest
-    assert ends[(3.0, 2.0), (5.0, 3.0)] == pytest.approx(7 * expected)
-    shown = int((others.sel(source="balance") >= 0.15 * widest).sum())
-    assert len(ends) == shown
+    assert ends[(2.0, 2.0), (4.0, 3.0)] == pytest.approx(7 * expected)
+    # A uniform row gives 1 / (q + 1) to each of the balance's three tokens.
+    uniform = {"decision": 3 / 28, "choices": (3 / 21 + 3 / 22) / 2}
+    shown = sum(
+        int((others.sel(source="balance", target=target) >= max(0.15 * widest, 2 * even)).sum())
+        for target, even in uniform.items()
+    )
+    assert len(ends) == shown > 0
+    assert all(one.yaxis_inverted() for one in figure.axes)  # layers downwards, as in the viewer
+    first = ds["attention_mean"].sel(query=27, key=0)
+    np.testing.assert_allclose(apart.lines[-1].get_xdata(), first)
     lines = {line.get_label().split(" ")[0]: line for line in rollout.lines}
     expected_rollout = analysis.attention_rollout(ds, "goal") / 2
     np.testing.assert_allclose(lines["goal"].get_xdata(), expected_rollout)
     np.testing.assert_array_equal(lines["goal"].get_ydata(), planted.LAYERS)
 
 
+def test_flow_explains_where_rollout_ranks_otherwise(ds: xr.Dataset) -> None:
+    sources = list(planted.SPANS)
+    rollout = analysis.attention_rollout(ds, sources).isel(layer=-1)
+    per_token = [
+        float(one) / len(planted.SPANS[name]) for name, one in zip(sources, rollout, strict=True)
+    ]
+    by_paths = sources[int(np.argmax(per_token))]
+    assert by_paths != "balance"  # to which the decision attends most, as planted
+    title = figures.flow_diagram(ds).axes[2].get_legend().get_title().get_text()
+    assert f"Here {by_paths} is first, but" in title.replace("\n", " ")
+    assert "attends most to balance" in title.replace("\n", " ")
+
+
 def test_flow_diagram_without_a_layer_says_so() -> None:
     figure = figures.flow_diagram(make_trace(missing=[2]))
-    (text,) = figure.axes[1].texts
+    (text,) = figure.axes[2].texts
     assert "not drawn" in text.get_text()
 
 
@@ -293,16 +363,31 @@ def test_flow_diagram_without_a_layer_says_so() -> None:
 
 def test_difference_map_is_centred_on_zero(run: xr.DataTree) -> None:
     found = analysis.contrast(run, "risky", "safe", what="attention")
-    found["q_permutation"] = xr.where(np.abs(found["cohens_d"]) > 3, 0.01, 1.0)
+    found["p_familywise"] = xr.where(np.abs(found["difference"]) > 0.05, 0.01, 1.0)
     ax = figures.difference_map(found, names=("risky", "safe"))
     np.testing.assert_array_equal(image(ax), found["difference"].transpose("source", "layer"))
     norm = ax.get_images()[0].norm
     assert norm(0.0) == 0.5
     assert norm.vmax == -norm.vmin == float(np.abs(found["difference"]).max())
     dots = ax.lines[0].get_xydata()
-    rows, columns = np.nonzero((found["q_permutation"] <= 0.05).transpose("source", "layer").values)
+    rows, columns = np.nonzero((found["p_familywise"] <= 0.05).transpose("source", "layer").values)
     np.testing.assert_array_equal(dots, np.stack([columns, rows], axis=1))
     assert len(dots) > 0
+
+
+def test_figures_of_a_contrast_say_why_nothing_is_marked(run: xr.DataTree) -> None:
+    few = {"a": ["Risky_0", "Risky_1"], "b": ["Safe_0", "Safe_1"]}
+    for what, draw in (("attention", figures.difference_map), ("features", figures.volcano)):
+        found = analysis.contrast(run, *few.values(), what=what)
+        assert found.attrs["smallest_p"] > 0.05
+        text = "".join(part.get_text() for part in draw(found).figure.findobj(mpl.text.Text))
+        assert "2 against 2 scenarios are too few for any p ≤ 0.05" in text
+        assert "•" not in text
+        assert "more in" not in text
+        enough = analysis.contrast(run, "risky", "safe", what=what)
+        enough["p_familywise"] = xr.ones_like(enough["p_familywise"])
+        text = "".join(part.get_text() for part in draw(enough).figure.findobj(mpl.text.Text))
+        assert "nothing reaches familywise p ≤ 0.05, which takes |g|" in text
 
 
 def test_difference_by_head(run: xr.DataTree) -> None:
@@ -327,7 +412,8 @@ def test_contrasts_are_not_mixed_up(run: xr.DataTree) -> None:
 def test_volcano_shows_every_feature(run: xr.DataTree, p: Any) -> None:
     found = analysis.contrast(run, "risky", "safe")
     ax = figures.volcano(found, p=p, names=("risky", "safe"))
-    points = np.concatenate([line.get_xydata() for line in ax.lines[:3]])
+    clouds = [line for line in ax.lines if line.get_linestyle() == "None"]
+    points = np.concatenate([line.get_xydata() for line in clouds])
     known = np.isfinite(found[p].values)
     expected = np.stack([found["difference"], -np.log10(found[p])], axis=1)[known]
     np.testing.assert_allclose(
@@ -407,7 +493,7 @@ def test_special_tokens_are_left_out_unless_asked_for(ds: xr.Dataset) -> None:
     assert image.norm.vmax < 1e6
     (image,) = figures.feature_timeline(loud, special=True).images
     assert np.asarray(image.get_array()).max() == 1e6
-    below = figures.integrated_view(loud, sources=["balance"], count=4).axes[-1]
+    below = panels(figures.integrated_view(loud, sources=["balance"], count=4))[-1]
     scaled = np.ma.masked_invalid(below.images[0].get_array())
     assert np.ma.getmaskarray(scaled)[:, special].all()
     assert scaled.max() == 1
@@ -429,6 +515,50 @@ def test_integrated_view(run: xr.DataTree, ds: xr.Dataset) -> None:
         known = words.where((words.layer == layer) & (words.feature == feature), drop=True)
         best = known["word"].values[:3]
         assert "  ".join(labels.token_label(word) for word in best) in drawn
+
+
+def test_integrated_view_names_what_the_decision_attends_to(ds: xr.Dataset) -> None:
+    above = panels(figures.integrated_view(ds))[0]
+    norm = above.get_images()[0].norm
+    # Nothing but the first token may be off the scale.
+    assert norm.vmax == ds["attention_mean"].isel(query=-1).to_numpy()[:, 1:].max()
+    named = {
+        text.get_text(): text.xy for text in above.texts if isinstance(text, mpl.text.Annotation)
+    }
+    strongest = ds["attention_mean"].isel(query=-1).sel(key=slice(1, None))
+    at = {name: int(index) for name, index in strongest.argmax(("layer", "key")).items()}
+    assert named[f"·t{at['key'] + 1}"] == (at["key"] + 1, at["layer"])
+
+
+# --- colours of spans --------------------------------------------------------------------------
+
+
+def test_spans_have_the_colours_that_the_viewer_gives_them() -> None:
+    script = Path(zt.__file__).parent / "viewer" / "page" / "draw.js"
+    (line,) = re.findall(r"LIGHT_SPANS = (\[.*?\]);", script.read_text())
+    assert list(drawing.SPAN_COLOURS) == json.loads(line)
+
+
+def test_a_span_has_one_colour_in_every_figure(ds: xr.Dataset) -> None:
+    # The decision is not last, and a span without tokens has a colour of its own.
+    order = ["choices", "decision", "nowhere", "balance", "goal", "probability"]
+    spans = {"nowhere": {"characters": [], "tokens": []}, **ds.attrs["spans"]}
+    other = ds.assign_attrs(spans={name: spans[name] for name in order})
+    colours = dict(zip(order, drawing.SPAN_COLOURS, strict=True))
+    figure = figures.flow_diagram(other, spans=["balance", "decision"])
+    ticks = figure.axes[1].get_xticklabels()
+    assert {tick.get_text(): tick.get_color() for tick in ticks} == {
+        name: colours[name] for name in ("balance", "decision")
+    }
+    for found in (
+        figures.integrated_view(other),
+        figures.attention_map(other, 3).figure,
+        figures.feature_timeline(other).figure,
+        figures.attention_layers(other),
+    ):
+        texts = {t.get_text().removeprefix("■ "): t for t in found.findobj(mpl.text.Text)}
+        shown = {name: texts[name].get_color() for name in order if name in texts}
+        assert shown == {name: colours[name] for name in order if name != "nowhere"}
 
 
 # --- labels ------------------------------------------------------------------------------------
@@ -520,6 +650,18 @@ def test_metadata_is_in_the_files(ds: xr.Dataset, run: xr.DataTree, tmp_path: Pa
         figures.save(figure, tmp_path / "a.svg", ds)
 
 
+def test_pdf_has_fonts_and_text(ds: xr.Dataset, run: xr.DataTree, tmp_path: Path) -> None:
+    contrast = analysis.contrast(run, "risky", "safe")
+    for number, figure in enumerate((figures.flow_diagram(ds), figures.volcano(contrast).figure)):
+        content = figures.save(figure, tmp_path / f"{number}.pdf", ds, dpi=50).read_bytes()
+        assert content.count(b"/FontFile2") > 0  # TrueType, embedded
+        assert b"/Subtype /Type3" not in content
+        streams = re.findall(rb"/FlateDecode.*?stream\r?\n(.*?)\r?\nendstream", content, re.DOTALL)
+        pages = b"".join(zlib.decompressobj().decompress(one) for one in streams)
+        written = [t for t in figure.findobj(mpl.text.Text) if t.get_text() and t.get_visible()]
+        assert pages.count(b"\nBT") >= len(written) / 2
+
+
 def test_png_has_the_dots_it_should(ds: xr.Dataset, tmp_path: Path) -> None:
     figure = figures.attention_layers(ds)
     with Image.open(figures.save(figure, tmp_path / "a.png", ds, dpi=100)) as opened:
@@ -569,7 +711,7 @@ class _Page(HTMLParser):
 def test_the_set_of_a_run(tmp_path: Path) -> None:
     names = ("Risky_1", "Risky_2", "Safe_1", "Safe_2")
     run = fakes.make_run(tmp_path, scenarios=names, tokens=[18, 19, 19, 20])
-    done: list[tuple[int, int]] = []
+    done: list[tuple[int, int, str]] = []
     output = tmp_path / "out"
     index = figures.draw_run(
         run.path,
@@ -587,7 +729,7 @@ def test_the_set_of_a_run(tmp_path: Path) -> None:
     for key in ("pathways", "critical", "difference", "heads", "volcano", "locality"):
         assert f"run_{key}.png" in files
     assert not any(file.startswith("Risky_1") for file in files)
-    assert done[-1] == (12, 12)
+    assert done[-1] == (12, 12, "Risky_2_timeline")
     # The suite states none.
     assert "Hypothesised bands" not in shown.text
     found = analysis.attention_locality(zt.open_run(run.path))
@@ -636,13 +778,44 @@ def test_the_page_escapes_everything() -> None:
     run = xr.DataTree.from_dict({"/": xr.Dataset(), "t": hostile_trace()}, name="<i>run")
     run.attrs = {"kind": "run", "scenarios": ["t"]}
     html = page._page(
-        run, [name], [page._Result(task, ("a b&c.png",)), page._Result(bad, why_not="<b>no</b>")]
+        run,
+        [name],
+        [page._Result(task, ("a b&c.png",)), page._Result(bad, why_not="<b>no</b>")],
+        at="a <b>",
     )
     assert "<script" not in html
     assert "<b>no" not in html
     assert "<i>run" not in html
     assert 'src="a%20b%26c.png"' in html
     assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;&quot;&amp;" in html
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1440, "dark")])
+def test_the_page_in_a_browser(browser: Any, tmp_path: Path, width: int, scheme: str) -> None:
+    names = [f"A_rather_long_name_of_scenario_{number}" for number in range(12)]
+    traces = {name: make_trace() for name in names[:2]}
+    run = xr.DataTree.from_dict({"/": xr.Dataset(), **traces}, name="run")
+    run.attrs = {"kind": "run", "scenarios": names[:2]}
+    Image.new("RGB", (2000, 1500), "white").save(tmp_path / "one.png")
+    task = page._Task("layers", names[0], "one")
+    html = page._page(run, names, [page._Result(task, ("one.png", "one.pdf"))], at="runs/run")
+    (tmp_path / "index.html").write_text(html, encoding="utf-8")
+    opened = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    complaints: list[str] = []
+    opened.on("console", lambda message: complaints.append(message.text))
+    opened.goto((tmp_path / "index.html").as_uri())
+    assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    tops = opened.eval_on_selector_all("nav a", "all => all.map(a => a.offsetTop)")
+    assert len(set(tops)) > 1  # the links wrap
+    paper = opened.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert paper == ("rgb(20, 23, 28)" if scheme == "dark" else "rgb(255, 255, 255)")
+    command = opened.text_content("code")
+    assert command == f"zarrtrace view runs/run --show 'scenario={names[0]}&layer=3'"
+    opened.click("figure img")
+    assert opened.url.endswith("/one.png")
+    assert not complaints
+    opened.close()
 
 
 def test_names_of_files_are_harmless_and_differ() -> None:
@@ -673,7 +846,7 @@ def test_unknown_scenario_and_format(shared_run: fakes.FakeRun, tmp_path: Path) 
 @pytest.mark.long
 def test_processes_draw_the_same_files(tmp_path: Path) -> None:
     run = fakes.make_run(tmp_path, scenarios=("Risky_1",))
-    tasks = page._tasks(["Risky_1"])
+    tasks = page._tasks(["Risky_1"], has_bands=False)
     some = [tasks[0], *tasks[-2:]]
     for workers in (1, 2):
         out = tmp_path / str(workers)
@@ -698,3 +871,13 @@ def test_command(
     assert result.output.strip() == str(output / "index.html")
     assert {file.suffix for file in output.iterdir()} == {".html", ".pdf"}
     assert CliRunner().invoke(command, [*arguments, "--format", "svg"]).exit_code == 2
+
+
+def test_the_bar_says_which_figure_was_drawn(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shared, "show_progress", lambda *, quiet: not quiet)
+    with shared.bar("figures", quiet=False, unit="figure") as progress:
+        progress(3, 57, "Risky_40_flow")
+    assert "3/57" in (drawn := capsys.readouterr().err)
+    assert "Risky_40_flow" in drawn

@@ -105,7 +105,7 @@ def command(
     )
     if not quiet and (note := sampled(read_run(run).attributes.scenarios, scenarios or None)):
         say(note, err=True)
-    with bar("figures", quiet=quiet) as progress:
+    with bar("figures", quiet=quiet, unit="figure") as progress:
         page = draw_run(
             run,
             output,

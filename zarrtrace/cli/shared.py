@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
@@ -222,10 +222,15 @@ def show_progress(*, quiet: bool) -> bool:
     return not quiet and sys.stderr.isatty()
 
 
+class ReportProgress(Protocol):
+    """Function that is told how much is done."""
+
+    def __call__(self, done: int, total: int, what: str = "") -> None:
+        """Draw how many of how many are done, and which was the last."""
+
+
 @contextlib.contextmanager
-def bar(
-    description: str, *, quiet: bool, unit: str = "file"
-) -> Iterator[Callable[[int, int], None]]:
+def bar(description: str, *, quiet: bool, unit: str = "file") -> Iterator[ReportProgress]:
     """Yield a function that draws how many of how many files, or bytes, are done."""
     from tqdm import tqdm
 
@@ -236,8 +241,10 @@ def bar(
         disable=not show_progress(quiet=quiet),
     ) as drawn:
 
-        def progress(done: int, total: int) -> None:
+        def progress(done: int, total: int, what: str = "") -> None:
             drawn.total = total
+            # Longer names leave no room for the bar itself at 80 columns.
+            drawn.set_postfix_str(terminal_text(what)[:22], refresh=False)
             drawn.update(done - drawn.n)
 
         yield progress

@@ -15,7 +15,6 @@ from matplotlib.image import AxesImage
 
 from zarrtrace.errors import ConfigError
 from zarrtrace.figures.drawing import (
-    COLOURS,
     DIVERGING,
     GROUP_COLOURS,
     NOT_STORED,
@@ -24,6 +23,7 @@ from zarrtrace.figures.drawing import (
     axes_or_new,
     blank,
     colour_bar,
+    counted,
     label_layers,
     styled,
 )
@@ -59,7 +59,7 @@ def difference_map(
     -------
     Axes
         With an image ``(source, layer)`` of the difference, first group less second; a dot where
-        q ≤ 0.05 (permutation, Benjamini–Hochberg).
+        ``p_familywise`` ≤ 0.05, the test of :func:`volcano`. Without any dot the title says why.
 
     Raises
     ------
@@ -69,13 +69,11 @@ def difference_map(
     values = _attention_difference(contrast, ("source", "layer"))
     ax = _wide_axes(ax, values.sizes["source"])
     image = _by_source_and_layer(ax, values)
-    _dots(ax, contrast["q_permutation"].transpose("source", "layer") <= _ALPHA)
+    _dots(ax, contrast["p_familywise"].transpose("source", "layer") <= _ALPHA)
     first, second = map(drawable, names)
     colour_bar(ax, image, f"{first} − {second}")
-    sizes = f"{contrast.attrs.get('n_a', '?')} against {contrast.attrs.get('n_b', '?')} scenarios"
     ax.set_title(
-        f"attention of the {_target(contrast)} per token, {first} − {second} ({sizes}; "
-        f"• q ≤ {_ALPHA})",
+        f"attention of the {_target(contrast)} per token, {first} − {second}\n{_meaning(contrast)}",
         loc="left",
     )
     return ax
@@ -103,8 +101,8 @@ def difference_heads(
     Returns
     -------
     Figure
-        One axes a source with an image ``(layer, head)``, first group less second, on one scale;
-        a dot where q ≤ 0.05.
+        One axes a source that has values, with an image ``(layer, head)``, first group less second,
+        on one scale; a dot where ``p_familywise`` ≤ 0.05. Without any dot the title says why.
 
     Raises
     ------
@@ -112,10 +110,12 @@ def difference_heads(
         If it is a contrast of features, or of the mean over heads.
     """
     values = _attention_difference(contrast, ("source", "layer", "head"))
+    if bool(values.notnull().any()):
+        values = values.dropna("source", how="all")  # no panel for what no scenario has
     sources = [str(source) for source in np.asarray(values["source"])]
     layers = np.asarray(values["layer"]).tolist()
     norm = _centred(values)
-    left, right, top, bottom, gap = 0.45, 0.75, 0.5, 0.4, 0.25
+    left, right, top, bottom, gap = 0.45, 0.75, 0.62, 0.4, 0.25
     figure = figure or blank(PAGE_WIDTH, min(6.0, top + bottom + max(1.2, 0.1 * len(layers))))
     width, height = figure.get_size_inches()
     each = (width - left - right - gap * (len(sources) - 1)) / len(sources)
@@ -125,7 +125,7 @@ def difference_heads(
         shown = values.sel(source=source)
         image = ax.imshow(shown, cmap=DIVERGING, norm=norm, aspect="auto", interpolation="nearest")
         ax.set_facecolor(NOT_STORED)
-        _dots(ax, contrast["q_permutation"].sel(source=source).transpose("layer", "head") <= _ALPHA)
+        _dots(ax, contrast["p_familywise"].sel(source=source).transpose("layer", "head") <= _ALPHA)
         ax.set_title(drawable(source))
         ax.set_xlabel("head")
         ax.set_xticks(range(0, len(shown["head"]), max(1, len(shown["head"]) // 8)))
@@ -136,7 +136,7 @@ def difference_heads(
     bar = axes_at(figure, width - right + 0.1, top, 0.09, height - top - bottom)
     colour_bar(bar, image, f"{first} − {second}, attention per token", cax=bar)
     figure.suptitle(
-        f"attention of the {_target(contrast)} by head, {first} − {second} (• q ≤ {_ALPHA})",
+        f"attention of the {_target(contrast)} by head, {first} − {second}\n{_meaning(contrast)}",
         x=left / width, y=1 - 0.08 / height, ha="left", va="top",
     )  # fmt: skip
     return figure
@@ -162,7 +162,8 @@ def volcano(
     names
         Of the groups.
     labelled
-        How many of the smallest p-values to name, as layer and latent index.
+        How many of the smallest p-values to name, as layer and latent index: of those coloured, if
+        any are.
     ax
         Where to draw; a new figure if None.
 
@@ -170,7 +171,8 @@ def volcano(
     -------
     Axes
         With points (difference of means, −log₁₀ p): coloured where the familywise p ≤ 0.05, grey
-        elsewhere. Features whose p is not defined are left out; p = 0 is drawn at the top.
+        elsewhere; if nothing is coloured the key says why. Features whose p is not defined are
+        left out; p = 0 is drawn at the top.
 
     Raises
     ------
@@ -194,6 +196,8 @@ def volcano(
         (significant & (x > 0), GROUP_COLOURS[0], f"more in {first}"),
         (significant & (x < 0), GROUP_COLOURS[1], f"more in {second}"),
     ):
+        if not mask.any():
+            continue
         ax.plot(x[mask], y[mask], "o", ms=2.2, mew=0, alpha=0.75, color=colour, rasterized=True,
                 label=f"{label} ({int(mask.sum())})")  # fmt: skip
     limit = float(np.abs(x[shown]).max(initial=0)) * 1.25 or 1.0
@@ -204,9 +208,11 @@ def volcano(
     ax.set_xlabel(f"mean activation, {first} − {second} (SAE units)")
     ax.set_ylabel(f"−log₁₀ p ({test})")
     ax.legend(
-        loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, columnspacing=1, handletextpad=0.2
-    )
-    _name_points(ax, contrast, x, np.where(shown, y, -np.inf), labelled)
+        loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, columnspacing=1, handletextpad=0.2,
+        title="" if significant.any() else _meaning(contrast), alignment="left",
+    )  # fmt: skip
+    named = significant if significant.any() else shown
+    _name_points(ax, contrast, x, np.where(named, y, -np.inf), labelled)
     if p == "p_permutation" and "smallest_p" in contrast.attrs:
         floor = -np.log10(contrast.attrs["smallest_p"])
         ax.axhline(floor, color="black", lw=0.5, ls=":")
@@ -240,7 +246,7 @@ def critical_chart(critical: xr.Dataset, *, ax: Axes | None = None) -> Axes:
     asked = json.loads(critical.attrs["parameters"])
     number = int(critical["n"].max())
     ax.set_title(
-        f"attention to a span against the tokens beside it, {number} scenarios "
+        f"attention to a span against the tokens beside it, {counted(number, 'scenario')} "
         f"(• critical: more than placebos, q ≤ {asked['alpha']})",
         loc="left",
     )
@@ -262,13 +268,27 @@ def _attention_difference(contrast: xr.Dataset, dims: Sequence[str]) -> xr.DataA
     return found.transpose(*dims)
 
 
+def _meaning(contrast: xr.Dataset) -> str:
+    """Say what a dot is; without any, that there is none, and whether there could be one."""
+    n_a, n_b = (contrast.attrs.get(name, "?") for name in ("n_a", "n_b"))
+    unit = "scenario" if n_a == n_b == 1 else contrast.attrs.get("unit", "scenarios")
+    sizes = f"{n_a} against {n_b} {drawable(str(unit))}"
+    floor, least = (contrast.attrs.get(name) for name in ("smallest_p", "least_g"))
+    if bool((contrast["p_familywise"] <= _ALPHA).any()):
+        return f"{sizes}; • familywise p ≤ {_ALPHA}"
+    if floor is not None and floor > _ALPHA:
+        return f"{sizes} are too few for any p ≤ {_ALPHA}: none can be below {floor:.2g}"
+    needed = "" if least is None else f", which takes |g| of at least {least:.2g}"
+    return f"{sizes}; nothing reaches familywise p ≤ {_ALPHA}{needed}"
+
+
 def _target(contrast: xr.Dataset) -> str:
     return drawable(str(json.loads(contrast.attrs.get("parameters", "{}")).get("target", "target")))
 
 
 def _wide_axes(ax: Axes | None, rows: int) -> Axes:
-    margins = (0.85, 0.75, 0.42, 0.3)
-    return axes_or_new(ax, PAGE_WIDTH, 0.75 + 0.24 * max(rows, 2), margins=margins)
+    margins = (0.85, 0.75, 0.42, 0.42)
+    return axes_or_new(ax, PAGE_WIDTH, 0.87 + 0.24 * max(rows, 2), margins=margins)
 
 
 def _centred(values: xr.DataArray, limit: float | None = None) -> CenteredNorm:
@@ -318,5 +338,5 @@ def _name_points(ax: Axes, contrast: xr.Dataset, x: np.ndarray, y: np.ndarray, c
         ax.annotate(
             f"L{layer[i]}·{feature[i]}", (x[i], y[i]), xytext=(3 if right else -3, 0),
             textcoords="offset points", fontsize=5.5, va="center", ha="left" if right else "right",
-            color=COLOURS[-1],
+            color="#666666",
         )  # fmt: skip

@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
 from zarrtrace.analysis.bands import Bands
-from zarrtrace.analysis.selecting import Data, positions, provenance, span_names
+from zarrtrace.analysis.selecting import Data, positions, provenance
 from zarrtrace.errors import ConfigError
 from zarrtrace.figures.labels import drawable, label_tokens, thinned
 from zarrtrace.scenarios import COMPLETION
@@ -35,11 +35,14 @@ PAGE_WIDTH = 7.2
 #: Sequential and diverging colour maps that colour-blind readers can use.
 SEQUENTIAL = "YlGnBu"
 DIVERGING = "RdBu_r"
-#: Okabe & Ito (2008): eight colours that colour-blind readers tell apart; black is for means.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
-#: Of groups of scenarios, in their order, and of scenarios in none.
-GROUP_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+#: Colours of spans, dark enough for text, that colour-blind readers tell apart: the viewer's
+#: ``LIGHT_SPANS`` (a test compares), so that a span has one colour everywhere.
+SPAN_COLOURS = ("#0072b2", "#b35900", "#00795c", "#a3437b", "#6b5bb5", "#7a6400")
+#: Okabe & Ito (2008), of groups of scenarios: none is the colour of a span. Of scenarios in none.
+GROUP_COLOURS = ("#E69F00", "#56B4E9", "#000000", "#CC79A7", "#009E73", "#F0E442")
 NO_GROUP = "#999999"
+#: Of a line that belongs to no span and no group.
+LINE_COLOUR = "#444444"
 NOT_STORED = "#e6e6e6"
 #: Of the line behind the prompt, where generated text begins.
 PROMPT_END = "#C2185B"
@@ -64,6 +67,7 @@ _STYLE: dict[Any, Any] = {
     "pdf.fonttype": 42,  # TrueType: text in a PDF stays text, and journals ask for it
     "text.parse_math": False,  # "$90 or $10" is money
     "text.usetex": False,
+    # No text is bold or italic: each further font takes half a second more in every PDF.
 }
 
 
@@ -150,6 +154,11 @@ def colour_bar(
     return bar
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, as ``1 token`` or ``2 tokens``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def interpolation(ax: Axes, cells: int) -> str:
     """Return ``"nearest"`` where every cell of an image gets a dot of a print, else ``"auto"``.
 
@@ -162,13 +171,14 @@ def interpolation(ax: Axes, cells: int) -> str:
 
 
 def span_colours(names: Iterable[str]) -> dict[str, str]:
-    """Return a colour for each span; the same names in the same order get the same ones."""
-    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    """Return a colour for each span of a trace, given all of them in the trace's order."""
+    return {name: SPAN_COLOURS[i % len(SPAN_COLOURS)] for i, name in enumerate(names)}
 
 
 def cells_of_spans(ds: xr.Dataset) -> dict[str, list[int]]:
     """Return which cells of an image over a prompt's tokens each span of a trace covers.
 
+    All spans, in the trace's order, which gives them their colours; those outside have no cell.
     All of a generated text is no span here: it would hide those in it, and a line marks it.
     """
     where = {int(label): i for i, label in enumerate(np.asarray(ds["key"]))}
@@ -176,8 +186,9 @@ def cells_of_spans(ds: xr.Dataset) -> dict[str, list[int]]:
     marked = COMPLETION if ds.attrs.get("generation") else None
     return {
         name: [where[i] for i in positions(ds, name)]
-        for name in span_names(ds)
-        if name != marked and set(spans[name]["tokens"]) <= set(where) and spans[name]["tokens"]
+        if name != marked and found["tokens"] and set(found["tokens"]) <= set(where)
+        else []
+        for name, found in spans.items()
     }
 
 
@@ -233,11 +244,11 @@ def mark_spans(
             size = (length, thick) if side == "top" else (thick, length)
             patches.append(Rectangle(corner, *size))
             filled.append(colours[name])
-        if names and side == "top":
+        if names and cells and side == "top":
             ax.text(
                 (min(cells) + max(cells)) / 2, 1 + 2 * thick, drawable(name),
-                transform=transform, color=colours[name], fontsize=6, rotation=45,
-                ha="left", va="bottom", rotation_mode="anchor", fontweight="bold",
+                transform=transform, color=colours[name], fontsize=6.5, rotation=45,
+                ha="left", va="bottom", rotation_mode="anchor",
             )  # fmt: skip
     # One artist for all of them: small multiples have many.
     ax.add_collection(
@@ -292,6 +303,7 @@ def label_token_axis(
     *,
     side: Literal["x", "y"] = "x",
     size: float = 5.5,
+    keep: Sequence[int] = (),
 ) -> None:
     """Label one axis of an image with a trace's tokens, spans in colours, and the prompt's end."""
     colours = span_colours(spans)
@@ -302,7 +314,7 @@ def label_token_axis(
         ax.xaxis if side == "x" else ax.yaxis,
         texts,
         inches=width if side == "x" else height,
-        keep=[cell for cells in spans.values() for first, _ in runs_of(cells) for cell in [first]],
+        keep=[*keep, *(first for cells in spans.values() for first, _ in runs_of(cells))],
         colours=by_cell,
         size=size,
         rotation=90 if side == "x" else 0,
@@ -369,10 +381,10 @@ def lines_by_layer(ax: Axes, values: xr.DataArray, groups: Groups | None) -> lis
     layers = np.asarray(values["layer"])
     if "scenario" not in values.dims:
         label = drawable(str(values["scenario"].item()))
-        return list(ax.plot(layers, values, color=COLOURS[0], label=label))
+        return list(ax.plot(layers, values, color=LINE_COLOUR, label=label))
     values = values.transpose("scenario", "layer")
     names = [str(name) for name in np.asarray(values["scenario"])]
-    groups = groups or {f"mean of {len(names)} scenarios": names}
+    groups = groups or {_mean_of(len(names)): names}
     for name, row in zip(names, np.asarray(values), strict=True):
         colour = group_colour(name, groups)
         ax.plot(layers, row, lw=0.5, alpha=0.55, color=colour, gid=name)
@@ -384,6 +396,10 @@ def lines_by_layer(ax: Axes, values: xr.DataArray, groups: Groups | None) -> lis
     if not set(names) <= {name for members in groups.values() for name in members}:
         thick.append(Line2D([], [], lw=0.5, color=NO_GROUP, label="other scenarios"))
     return thick
+
+
+def _mean_of(scenarios: int) -> str:
+    return "the scenario" if scenarios == 1 else f"mean of {scenarios} scenarios"
 
 
 def group_colour(scenario: str, groups: Groups) -> str:

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
+from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from zarrtrace.analysis import attention_to, pathway_features
 from zarrtrace.analysis.features import Feature, as_pairs, dictionaries_of
@@ -51,6 +52,11 @@ from zarrtrace.figures.drawing import (
 from zarrtrace.figures.labels import drawable, feature_label, token_label
 from zarrtrace.scenarios import DECISION
 
+# Tokens that the decision attends to most get their text beside their cell: at most so many, and
+# none with less than this share of the largest.
+_NAMED, _LEAST_NAMED = 6, 0.25
+# Width of a scale with its numbers, in inches.
+_BAR = 0.5
 # The first token's activations are often tens of times the others': they do not set the scale.
 _SHOWN = 0.99
 
@@ -265,16 +271,16 @@ def integrated_view(
     """
     require(ds, "attention_mean", "features")
     spans = cells_of_spans(ds)
-    names = [n for n in spans if n != DECISION] if sources is None else list(sources)
+    covered = [name for name, cells in spans.items() if cells and name != DECISION]
+    names = covered if sources is None else list(sources)
     chosen = _pathway_rows(ds, names, count)
-    # The scale leaves out the first token, which often takes most of the attention.
     decision = positions(ds, DECISION)
     require_queries(ds, decision)
     decided = attention(ds, "mean").sel(query=decision).mean("query", skipna=False)
     layers = np.asarray(decided["layer"]).tolist()
     above, row = min(3.6, max(1.0, 0.085 * len(layers))), 0.155
     left, top, between, bottom = 0.75, 0.95, 0.36, 0.95
-    beside, words_width = 1.25, 1.45
+    beside, words_width = 1.05, 1.7
     below = max(0.3, row * len(chosen))
     figure = figure or blank(PAGE_WIDTH, top + above + between + below + bottom)
     width, height = figure.get_size_inches()
@@ -282,27 +288,36 @@ def integrated_view(
     wide = width - left - words_width
     ax = axes_at(figure, left, top, wide, above * stretch)
     values = np.ma.masked_invalid(np.asarray(decided.transpose("layer", "key"), dtype=np.float64))
+    # The first token often takes most of the attention: its cells alone may be off the scale.
+    largest = float(values.filled(0)[:, 1:].max(initial=0))
     image = ax.imshow(
         values,
-        **_scale(values[:, 1:], 0.999),
+        cmap=SEQUENTIAL,
+        norm=PowerNorm(0.5, 0, largest or 1.0),
         aspect="auto",
         interpolation=interpolation(ax, values.shape[1]),
     )
+    interesting = _name_tokens(ax, ds, values)
     ax.set_facecolor(NOT_STORED)
     mark_spans(ax, spans)
     mark_prompt_end(ax, ds)
     label_layers(ax, layers)
     ax.set_xticks([])
     ax.set_ylabel("layer")
-    bar = axes_at(figure, width - words_width + 0.08, height - 0.5, 1.1, 0.07)
+    right = width - words_width + 0.06
+    bar = axes_at(figure, right, top, 0.07, above * stretch)
+    beyond = bool(values.filled(0).max(initial=0) > largest)
     colour_bar(
-        bar, image, "attention of the decision", cax=bar, extend="max", orientation="horizontal"
+        bar, image, "attention of the decision", cax=bar, extend="max" if beyond else "neither"
     )
     _draw_pathways(
-        axes_at(figure, width - words_width + 0.08, top, beside, above * stretch), ds, names, spans
+        axes_at(figure, right + _BAR + 0.08, top, beside, above * stretch), ds, names, spans
     )
     lower = axes_at(figure, left, top + above * stretch + between, wide, below * stretch)
-    _draw_features(lower, ds, chosen, spans, words, special=special)
+    rows = _draw_features(lower, ds, chosen, spans, words, special=special, keep=interesting)
+    if rows is not None:
+        bar = axes_at(figure, right, top + above * stretch + between, 0.07, below * stretch)
+        colour_bar(bar, rows, "share of own largest", cax=bar)
     figure.suptitle(
         f"{drawable(scenario_of(ds))}: attention of the decision (mean over heads), and features",
         x=left / width, y=1 - 0.08 / height, ha="left", va="top",
@@ -336,6 +351,24 @@ def _pathway_rows(ds: xr.Dataset, names: Sequence[str], count: int) -> list[tupl
     return rows
 
 
+def _name_tokens(ax: Axes, ds: xr.Dataset, values: np.ma.MaskedArray) -> list[int]:
+    """Write the tokens attended to most beside their cells, and return which they are."""
+    peaks = np.asarray(values.filled(0).max(axis=0))
+    peaks[0] = 0
+    order = np.argsort(-peaks, kind="stable")[:_NAMED]
+    chosen = [int(key) for key in order if peaks[key] > _LEAST_NAMED * peaks.max()]
+    texts = np.asarray(ds["key_token"])
+    for key in chosen:
+        left = key < values.shape[1] / 2
+        ax.annotate(
+            token_label(str(texts[key])), (key, int(values.filled(0)[:, key].argmax())),
+            xytext=(4 if left else -4, 0), textcoords="offset points", fontsize=6, va="center",
+            ha="left" if left else "right", parse_math=False,
+            bbox={"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 0.8},
+        )  # fmt: skip
+    return chosen
+
+
 def _draw_pathways(
     ax: Axes, ds: xr.Dataset, names: Sequence[str], spans: dict[str, list[int]]
 ) -> None:
@@ -362,7 +395,8 @@ def _draw_features(
     words: xr.Dataset | None,
     *,
     special: bool,
-) -> None:
+    keep: Sequence[int],
+) -> AxesImage | None:
     rows = [
         of_all_tokens(ds, ds["features"].sel(layer=layer, feature=feature))
         for _, layer, feature in chosen
@@ -371,29 +405,31 @@ def _draw_features(
         ax.text(0.5, 0.5, "no feature is active at a span and at the decision", ha="center",
                 va="center", transform=ax.transAxes)  # fmt: skip
         ax.set_yticks([])
-        label_token_axis(ax, ds, spans)
-        return
+        label_token_axis(ax, ds, spans, keep=keep)
+        return None
     values = np.stack(rows)
     if not special:
         values[:, special_keys(ds)] = np.nan
     values /= np.nanmax(np.abs(values), axis=1, keepdims=True)
     shown = np.ma.masked_invalid(values)
-    ax.imshow(shown, **_scale(shown, 1.0), aspect="auto")
+    image = ax.imshow(shown, **_scale(shown, 1.0), aspect="auto")
     ax.set_facecolor(NOT_STORED)
     colours = span_colours(spans)
     ax.set_yticks(range(len(chosen)), labels=[feature_label(n, f) for _, n, f in chosen])
     for tick, (name, _, _) in zip(ax.get_yticklabels(), chosen, strict=True):
         tick.set(color=colours[name], fontsize=5.5)
+    at = 1 + (_BAR + 0.14) / size_of(ax)[0]
     for number, (_, layer, feature) in enumerate(chosen):
         if number and chosen[number][0] != chosen[number - 1][0]:
             ax.axhline(number - 0.5, color="black", lw=0.5)
         text = _words_of(words, layer, feature)
-        ax.text(1.012, number, text, transform=ax.get_yaxis_transform(), va="center", fontsize=5.5)
+        ax.text(at, number, text, transform=ax.get_yaxis_transform(), va="center", fontsize=5.5)
     if words is not None:
-        ax.text(1.012, -0.75, "strongest words", transform=ax.get_yaxis_transform(), va="bottom",
-                fontsize=5.5, fontstyle="italic")  # fmt: skip
-    label_token_axis(ax, ds, spans)
-    ax.set_xlabel("token; features scaled to their own largest activation")
+        ax.text(at, -0.75, "strongest words", transform=ax.get_yaxis_transform(), va="bottom",
+                fontsize=5.5, color="#555555")  # fmt: skip
+    label_token_axis(ax, ds, spans, keep=keep)
+    ax.set_xlabel("token")
+    return image
 
 
 def _words_of(words: xr.Dataset | None, layer: int, feature: int, count: int = 3) -> str:

@@ -29,12 +29,13 @@ from zarrtrace.analysis.selecting import (
 )
 from zarrtrace.errors import ConfigError
 from zarrtrace.figures.drawing import (
-    COLOURS,
+    LINE_COLOUR,
     PAGE_WIDTH,
     PROMPT_END,
     Groups,
     axes_at,
     blank,
+    counted,
     layer_axis,
     lines_by_layer,
     prompt_end,
@@ -48,6 +49,7 @@ from zarrtrace.scenarios import DECISION
 _WITH_KEY = 0.65  # inches below axes, for the name of the axis and the key to lines
 _WIDEST = 7.0  # points, for the largest share of a diagram
 _LEAST = 0.15  # of the largest share: thinner lines hide the others
+_LEAST_RATIO = 2.0  # to what a uniform row would give: less says nothing of the layer
 _LOCALITY_TITLES = {
     "distance": "mean distance (tokens)",
     "entropy": "entropy (nats)",
@@ -81,7 +83,8 @@ def pathway_strength(
     Returns
     -------
     Figure
-        One axes a source, on one scale: a thin line a scenario, a thick one the mean of a group.
+        One axes a source that has values, on one scale: a thin line a scenario, a thick one the
+        mean of a group.
 
     Raises
     ------
@@ -91,6 +94,8 @@ def pathway_strength(
     _refuse_dims(attention, ("scenario", "source", "layer"))
     if "source" not in attention.dims:
         attention = attention.expand_dims("source")
+    if bool(attention.notnull().any()):
+        attention = attention.dropna("source", how="all")  # no panel for what no scenario has
     sources = [str(source) for source in np.asarray(attention["source"])]
     layers = np.asarray(attention["layer"]).tolist()
     figure, axes = _panels(len(sources), figure, height=1.75, bottom=_WITH_KEY)
@@ -115,11 +120,12 @@ def flow_diagram(
     spans: Sequence[str] | None = None,
     figure: Figure | None = None,
 ) -> Figure:
-    """Attention-flow diagram of one scenario: spans from left to right, layers upwards.
+    """Attention-flow diagram of one scenario: spans from left to right, layers downwards.
 
-    A line from a span at one layer to a span one layer up has the width of the share of attention
-    that the upper one's tokens pay to the lower one's; shares below 15 % of the largest are left
-    out. To the right, how much of the decision has
+    A line from a span at one layer to a span one layer down has the width of the share of attention
+    that the lower one's tokens pay to the upper one's. Shares below 15 % of the largest, or below
+    twice what uniform attention would give, are left out. To the left, apart, the share that each
+    span pays to the first token, which often takes most. To the right, how much of the decision has
     come from each span by then (attention rollout).
 
     Parameters
@@ -134,8 +140,9 @@ def flow_diagram(
     Returns
     -------
     Figure
-        With the axes of the diagram and of the rollout. The latter is left out, with a note, where
-        layers or rows of attention are missing.
+        With the axes of the diagram, of the rollout and of the first token. The rollout is left
+        out, with a note, where layers or rows of attention are missing; where it ranks spans
+        otherwise than attention itself, a note says why.
 
     Raises
     ------
@@ -145,26 +152,27 @@ def flow_diagram(
     require(ds, "attention_mean")
     names = _in_prompt_order(ds) if spans is None else list(spans)
     first = int(token_labels(ds)[0])
-    share = attention_to(ds, [first, *names], names, reduce="sum")
+    share = attention_to(ds, names, names, reduce="sum")
     layers = np.asarray(share["layer"]).tolist()
     figure = figure or blank(PAGE_WIDTH, min(8.5, 1.6 + 0.17 * len(layers)))
     width, height = figure.get_size_inches()
-    ax = axes_at(figure, 0.5, 0.55, width * 0.62 - 0.5, height - 1.05)
-    beside = axes_at(figure, width * 0.62 + 0.35, 0.55, width * 0.38 - 0.45, height - 1.05)
-    colours = {str(first): "#333333", **span_colours(span_names(ds))}
-    _draw_edges(ax, share, colours)
+    tall, alone, right = height - 1.05, 0.9, width * 0.3
+    middle = width - 0.5 - alone - 0.25 - right - 0.3
+    apart = axes_at(figure, 0.5, 0.55, alone, tall)
+    ax = axes_at(figure, 0.75 + alone, 0.55, middle, tall)
+    beside = axes_at(figure, width - right - 0.1, 0.55, right, tall)
+    colours = span_colours(ds.attrs["spans"])
+    _draw_edges(ax, share, _uniform(ds, names), colours)
     _draw_prompt_end(ax, ds, names)
-    texts = np.asarray(ds["key_token"])
-    columns = [f"first token\n{token_label(str(texts[0]))}", *map(drawable, names)]
-    ax.set_xticks(range(len(columns)), labels=columns)
-    for tick, name in zip(ax.get_xticklabels(), [str(first), *names], strict=True):
-        tick.set(color=colours[name], fontweight="bold", fontsize=6.5)
-    ax.set_yticks(layers if len(layers) < 40 else layers[:: math.ceil(len(layers) / 40)])
-    ax.set_ylabel("layer")
-    ax.spines[["top", "right", "bottom"]].set_visible(False)
+    ax.set_xticks(range(len(names)), labels=list(map(drawable, names)))
+    for tick, name in zip(ax.get_xticklabels(), names, strict=True):
+        tick.set(color=colours[name], fontsize=6.5)
+    ax.set_yticks([])
+    ax.spines[["top", "right", "bottom", "left"]].set_visible(False)
     ax.tick_params(axis="x", length=0)
-    ax.set_title("share of attention, span to span", loc="left")
+    ax.set_title("span to span", loc="left")
     _draw_rollout(beside, ds, names, colours)
+    _draw_first_token(apart, ds, attention_to(ds, [first], names, reduce="sum"), colours)
     figure.suptitle(
         f"{drawable(scenario_of(ds))}: attention flow",
         x=0.5 / width, y=1 - 0.08 / height, ha="left", va="top",
@@ -203,10 +211,10 @@ def locality(
         if "head" in values.dims:
             mean = values.mean("head")
             ax.fill_between(
-                layers, values.min("head"), values.max("head"), color=COLOURS[0], alpha=0.2, lw=0,
+                layers, values.min("head"), values.max("head"), color=LINE_COLOUR, alpha=0.2, lw=0,
                 label="range of heads",
             )  # fmt: skip
-        ax.plot(layers, mean, color=COLOURS[0], lw=1.5, label="mean over heads")
+        ax.plot(layers, mean, color=LINE_COLOUR, lw=1.5, label="mean over heads")
         layer_axis(ax, layers)
         low, high = ax.get_ylim()
         ax.set_ylim(min(0.0, low), high + 0.1 * (high - min(0.0, low)))
@@ -253,7 +261,7 @@ def bands(
                       color="black", lw=1.2, ls=(0, (3, 1.5)))  # fmt: skip
         layer_axis(ax, layers)
         verdict = "holds" if bool(one["supported"]) else "does not hold"
-        ax.set_title(f"{name} in L{low}–{high}: {verdict}\n" + _numbers(one), fontweight="bold")
+        ax.set_title(f"{name} in L{low}–{high}: {verdict}\n" + _numbers(one))
         ax.text(
             0.5, 1.21, _wrapped(str(measures.get(name, ""))), transform=ax.transAxes, ha="center",
             va="bottom", fontsize=6,
@@ -335,8 +343,7 @@ def _draw_prompt_end(ax: Axes, ds: xr.Dataset, names: Sequence[str]) -> None:
     first = ds.attrs["generation"]["prompt_tokens"]
     generated = [min(positions(ds, name)) >= first for name in names]
     if any(generated) and generated == sorted(generated):
-        # The first column is the first token's.
-        at = generated.index(True) + 0.5
+        at = generated.index(True) - 0.5
         ax.axvline(at, color=PROMPT_END, lw=0.8, ls=(0, (4, 2)), gid="end of the prompt")
         ax.annotate(
             "prompt ends", (at, 0), xycoords=ax.get_xaxis_transform(), xytext=(-1.5, 3),
@@ -345,8 +352,40 @@ def _draw_prompt_end(ax: Axes, ds: xr.Dataset, names: Sequence[str]) -> None:
         )  # fmt: skip
 
 
-def _draw_edges(ax: Axes, share: xr.DataArray, colours: dict[str, str]) -> None:
-    """Draw lines between columns of spans, one layer up each."""
+def _uniform(ds: xr.Dataset, names: Sequence[str]) -> np.ndarray:
+    """Return the share ``(source, target)`` that uniform attention would give."""
+    at = [np.asarray(positions(ds, name)) for name in names]
+    return np.array([[((s <= t[:, None]).sum(1) / (t + 1)).mean() for t in at] for s in at])
+
+
+def _down_layers(ax: Axes, layers: Sequence[int]) -> None:
+    """Let layers run downwards, with room for the layer above the first."""
+    ax.set_ylim(max(layers) + 0.4, min(layers) - 1.2)
+
+
+def _draw_first_token(
+    ax: Axes, ds: xr.Dataset, share: xr.DataArray, colours: dict[str, str]
+) -> None:
+    """Draw the share of attention that each span pays to the first token."""
+    share = share.isel(source=0) if "source" in share.dims else share
+    layers = np.asarray(share["layer"]).tolist()
+    for target in np.atleast_1d(np.asarray(share["target"])).tolist():
+        own = share.sel(target=target) if "target" in share.dims else share
+        ax.plot(own, layers, lw=0.9, color=colours[str(target)])
+    _down_layers(ax, layers)
+    ax.set_xlim(0, max(0.05, min(1.0, ax.get_xlim()[1])))
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=2))
+    ax.set_yticks(layers if len(layers) < 40 else layers[:: math.ceil(len(layers) / 40)])
+    ax.set_ylabel("layer")
+    ax.set_title("on the first token", loc="left")
+    ax.set_xlabel(token_label(str(np.asarray(ds["key_token"])[0])))
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_edges(
+    ax: Axes, share: xr.DataArray, uniform: np.ndarray, colours: dict[str, str]
+) -> None:
+    """Draw lines between columns of spans, one layer down each."""
     sources = [str(name) for name in np.asarray(share["source"])]
     targets = [str(name) for name in np.asarray(share["target"])]
     layers = np.asarray(share["layer"]).tolist()
@@ -354,12 +393,13 @@ def _draw_edges(ax: Axes, share: xr.DataArray, colours: dict[str, str]) -> None:
     column = {name: i for i, name in enumerate(sources)}
     elsewhere = np.array([[s != t for t in targets] for s in sources])
     widest = float((values * elsewhere[..., None]).max()) or 1.0
+    least = np.maximum(_LEAST * widest, _LEAST_RATIO * uniform)
     for i, source in enumerate(sources):
         ends = [
             (((column[source], layer - 1), (column[target], layer)), values[i, j, n])
             for j, target in enumerate(targets)
             for n, layer in enumerate(layers)
-            if target != source and values[i, j, n] >= _LEAST * widest
+            if target != source and values[i, j, n] >= least[i, j]
         ]
         ax.add_collection(
             LineCollection(
@@ -375,7 +415,7 @@ def _draw_edges(ax: Axes, share: xr.DataArray, colours: dict[str, str]) -> None:
     for name in sources:
         ax.axvline(column[name], color="#bbbbbb", lw=0.5, zorder=0)
     ax.set_xlim(-0.5, len(sources) - 0.5)
-    ax.set_ylim(min(layers) - 1.2, max(layers) + 0.4)
+    _down_layers(ax, layers)
     ax.legend(
         handles=[
             Line2D([], [], color="#777777", lw=_WIDEST * part, label=f"{widest * part:.2g}",
@@ -388,7 +428,7 @@ def _draw_edges(ax: Axes, share: xr.DataArray, colours: dict[str, str]) -> None:
 
 def _draw_rollout(ax: Axes, ds: xr.Dataset, names: Sequence[str], colours: dict[str, str]) -> None:
     sources = [name for name in names if name in spans_before(ds, [DECISION])]
-    ax.set_title("rollout: what has reached the decision", loc="left")
+    ax.set_title("rollout: all paths to the decision", loc="left")
     try:
         rollout = attention_rollout(ds, sources) if sources else None
     except ConfigError as error:
@@ -404,12 +444,29 @@ def _draw_rollout(ax: Axes, ds: xr.Dataset, names: Sequence[str], colours: dict[
         tokens = len(positions(ds, name))
         ax.plot(
             rollout.sel(source=name) / tokens, layers, color=colours[name],
-            label=f"{drawable(name)} ({tokens} tokens)",
+            label=f"{drawable(name)} ({counted(tokens, 'token')})",
         )  # fmt: skip
-    ax.set_ylim(layers[0] - 1.2, layers[-1] + 0.4)
+    _down_layers(ax, layers.tolist())
     ax.set_xlim(left=0)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
     ax.set_xlabel("share of the decision, per token of the span")
     ax.set_yticks([])
-    ax.legend(loc="best")
+    # The largest shares are in the first layers.
+    ax.legend(loc="lower right", title=_why_otherwise(ds, rollout, sources), title_fontsize=5.5,
+              alignment="left")  # fmt: skip
     ax.spines[["top", "right"]].set_visible(False)
+
+
+def _why_otherwise(ds: xr.Dataset, rollout: xr.DataArray, sources: Sequence[str]) -> str:
+    """Explain rollout where it puts another span first than attention does; else nothing."""
+    tokens = xr.DataArray([len(positions(ds, name)) for name in sources], dims="source")
+    by_paths = str((rollout.isel(layer=-1) / tokens).idxmax("source").item())
+    direct = str(attention_to(ds, sources).max("layer").idxmax("source").item())
+    if by_paths == direct:
+        return ""
+    return _wrapped(
+        f"Here {drawable(by_paths)} is first, but the decision attends most to {drawable(direct)}: "
+        "rollout multiplies all layers' means over heads, so that paths pile up on early tokens "
+        "whatever single heads read.",
+        38,
+    )

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize, PowerNorm
+from matplotlib.colors import LogNorm, Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from zarrtrace.analysis.selecting import require, scenario_of
 from zarrtrace.errors import ConfigError
 from zarrtrace.figures.drawing import (
+    DIVERGING,
     NOT_STORED,
     PAGE_WIDTH,
     PROMPT_END,
@@ -31,13 +32,18 @@ from zarrtrace.figures.drawing import (
     mark_spans,
     prompt_end,
     runs_of,
+    size_of,
     span_colours,
     styled,
 )
-from zarrtrace.figures.labels import drawable
+from zarrtrace.figures.labels import drawable, label_tokens
 from zarrtrace.format.attributes import ranges
 
 _WEIGHT = "attention weight"
+_RATIO = "attention, times what a uniform row would give"
+# Rows that see few tokens are far from uniform by chance, and the first token takes what no other
+# gets: neither sets the scale of ratios.
+_FIRST_ROWS, _LEAST_RATIO, _MOST_RATIO, _SHOWN_RATIOS = 8, 4.0, 64.0, 0.999
 # Attention is skewed: one key takes most of a row and the rest share little. On a square root
 # scale both are seen, and 0 stays 0, which it would not on a logarithmic one.
 _GAMMA = 0.5
@@ -111,6 +117,7 @@ def attention_layers(
     layers: Sequence[int] | None = None,
     head: int | None = None,
     columns: int | None = None,
+    relative: bool = True,
     norm: Normalize | None = None,
     figure: Figure | None = None,
 ) -> Figure:
@@ -126,8 +133,13 @@ def attention_layers(
         A query head; the mean over heads if None.
     columns
         How many panels side by side.
+    relative
+        Whether to divide by what a uniform row would give, 1 / (q + 1) for query q, so that panels
+        differ by what heads and layers choose; the plain weights if False.
     norm
-        Colour scale; from 0 to the 99.5th percentile of all panels, by its square root, if None.
+        Colour scale; if None, of ratios a logarithmic one around 1 that ends at the 99.9th
+        percentile outside the first token and the first rows, of weights one from 0 to the 99.5th
+        percentile of all panels, by its square root.
     figure
         Where to draw; a new figure, its height by the number of panels, if None.
 
@@ -142,9 +154,10 @@ def attention_layers(
         If the trace has no attention, or not one of the layers or the head.
     """
     numbers = _layers(ds) if layers is None else list(layers)
-    panels = {f"L{layer}": _weights(ds, layer, head) for layer in numbers}
+    panels = {f"L{layer}": _weights(ds, layer, head, relative=relative) for layer in numbers}
     of = "mean over heads" if head is None else f"head {head}"
-    return _multiples(ds, panels, f"attention by layer, {of}", columns, norm, figure)
+    scale = norm or _norm(list(panels.values()), relative=relative)
+    return _multiples(ds, panels, f"attention by layer, {of}", columns, scale, figure)
 
 
 @styled
@@ -154,6 +167,7 @@ def attention_heads(
     *,
     heads: Sequence[int] | None = None,
     columns: int | None = None,
+    relative: bool = True,
     norm: Normalize | None = None,
     figure: Figure | None = None,
 ) -> Figure:
@@ -167,7 +181,7 @@ def attention_heads(
         The decoder block.
     heads
         Which heads; all of them if None.
-    columns, norm, figure
+    columns, relative, norm, figure
         As for :func:`attention_layers`.
 
     Returns
@@ -182,8 +196,9 @@ def attention_heads(
     """
     require(ds, "attention")
     numbers = np.asarray(ds["head"]).tolist() if heads is None else list(heads)
-    panels = {f"head {head}": _weights(ds, layer, head) for head in numbers}
-    return _multiples(ds, panels, f"heads of layer {layer}", columns, norm, figure)
+    panels = {f"head {head}": _weights(ds, layer, head, relative=relative) for head in numbers}
+    scale = norm or _norm(list(panels.values()), relative=relative)
+    return _multiples(ds, panels, f"heads of layer {layer}", columns, scale, figure)
 
 
 # --- values ------------------------------------------------------------------------------------
@@ -199,8 +214,13 @@ def _layer_dim(ds: xr.Dataset) -> str:
     return "attention_layer" if "attention_layer" in ds.dims else "layer"
 
 
-def _weights(ds: xr.Dataset, layer: int, head: int | None) -> np.ma.MaskedArray:
-    """Return ``(query, key)``, what a query cannot see and what is not stored masked."""
+def _weights(
+    ds: xr.Dataset, layer: int, head: int | None, *, relative: bool = False
+) -> np.ma.MaskedArray:
+    """Return ``(query, key)``, what a query cannot see and what is not stored masked.
+
+    If `relative`, as ratios to a uniform row.
+    """
     name = "attention_mean" if head is None else "attention"
     require(ds, name)
     wanted = {_layer_dim(ds): layer, **({} if head is None else {"head": head})}
@@ -218,6 +238,9 @@ def _weights(ds: xr.Dataset, layer: int, head: int | None) -> np.ma.MaskedArray:
     values = np.asarray(weights.transpose("query", "key"), dtype=np.float64)
     keys = np.asarray(ds["key"])
     future = keys[None, :] > keys[:, None]
+    if relative:
+        # No ratio is drawn as 0, which has no logarithm: windows are at the end of the scale.
+        values = np.maximum(values * (keys[:, None] + 1), 1 / _MOST_RATIO)
     return np.ma.masked_where(future | np.isnan(values), values)
 
 
@@ -227,9 +250,20 @@ def _scale(panels: Sequence[np.ma.MaskedArray]) -> PowerNorm:
     return PowerNorm(_GAMMA, vmin=0, vmax=largest or 1.0)
 
 
+def _norm(panels: Sequence[np.ma.MaskedArray], *, relative: bool) -> Normalize:
+    """Return one scale for all panels."""
+    if not relative:
+        return _scale(panels)
+    visible = np.concatenate([np.zeros(0), *(p[_FIRST_ROWS:, 1:].compressed() for p in panels)])
+    largest = float(np.quantile(visible, _SHOWN_RATIOS)) if visible.size else 0.0
+    end = min(max(largest, _LEAST_RATIO), _MOST_RATIO)
+    return LogNorm(1 / end, end)
+
+
 def _show(ax: Axes, weights: np.ma.MaskedArray, norm: Normalize) -> AxesImage:
+    colours = DIVERGING if isinstance(norm, LogNorm) else SEQUENTIAL
     image = ax.imshow(
-        weights, cmap=SEQUENTIAL, norm=norm, aspect="auto",
+        weights, cmap=colours, norm=norm, aspect="auto",
         interpolation=interpolation(ax, max(weights.shape)),
     )  # fmt: skip
     unstored = np.asarray(weights.mask).all(axis=1) if np.ma.is_masked(weights) else np.zeros(0)
@@ -246,23 +280,22 @@ def _multiples(
     panels: dict[str, np.ma.MaskedArray],
     title: str,
     columns: int | None,
-    norm: Normalize | None,
+    norm: Normalize,
     figure: Figure | None,
 ) -> Figure:
     if not panels:
         raise ConfigError("no panel was asked for", remedy="Name at least one layer or head.")
     columns = columns or (6 if len(panels) > 16 else min(len(panels), 4))
     rows = math.ceil(len(panels) / columns)
-    left, right, top, bottom, gap = 0.5, 0.1, 0.5, 1.0, 0.2
+    left, right, top, bottom, gap = 0.75, 0.1, 0.5, 1.35, 0.2
     width = PAGE_WIDTH if figure is None else float(figure.get_size_inches()[0])
     side = (width - left - right - gap * (columns - 1) * 0.6) / columns
     side = min(side, 2.4)
     free = columns * rows - len(panels)
     inside = free * side > _KEY  # the key to colours fits into the empty cells of the last row
-    height = top + rows * (side + gap) + (0.25 if inside else bottom)
+    height = top + rows * (side + gap) + (0.65 if inside else bottom)
     figure = figure or blank(width, height)
     squeeze = float(figure.get_size_inches()[1]) / height
-    norm = norm or _scale(list(panels.values()))
     spans = cells_of_spans(ds)
     image = None
     for number, (name, weights) in enumerate(panels.items()):
@@ -278,9 +311,9 @@ def _multiples(
         ax.set_title(name, pad=4, fontsize=6.5)
         if not weights.count():
             ax.text(0.5, 0.5, "not stored", transform=ax.transAxes, ha="center", va="center")
-        _small_ticks(ax, weights.shape, first=column == 0, last=number + columns >= len(panels))
-        mark_spans(ax, spans, side="top", names=False, thickness=0.025)
-        mark_spans(ax, spans, side="left", names=False, thickness=0.025)
+        _small_ticks(ax, ds, spans, first=column == 0, last=number + columns >= len(panels))
+        for edge in ("top", "left"):
+            mark_spans(ax, spans, side=edge, names=False, thickness=0.025)
         mark_prompt_end(ax, ds, side="x")
         mark_prompt_end(ax, ds, side="y")
     figure.suptitle(
@@ -289,16 +322,30 @@ def _multiples(
     )  # fmt: skip
     below = (top + rows * (side + gap)) * squeeze
     middle = left + columns * side / 2
-    _write(figure, middle, below + 0.05, "key (token position attended to)", ha="center")
-    _write(figure, 0.12, (below + top) / 2, "query (token position that attends)", rotation=90)
-    x, y = left, below + 0.45
+    _write(figure, middle, below + 0.4, "key (token attended to)", ha="center")
+    _write(figure, 0.08, (below + top) / 2, "query (token that attends)", rotation=90)
+    x, y = left, below + 0.7
     if inside:
-        x, y = left + (columns - free) * (side + 0.6 * gap) + 0.3, below - side * squeeze * 0.75
+        x, y = left + (columns - free) * (side + 0.6 * gap) + 0.3, below - side * squeeze * 0.5
     bar = axes_at(figure, x, y, 2.4, 0.09)
-    colour_bar(bar, image, f"{_WEIGHT}, one scale for all", cax=bar, extend="max",
-               orientation="horizontal")  # fmt: skip
-    _span_key(figure, ds, list(spans), *((x, y + 0.45) if inside else (x + 2.7, y - 0.04)))
+    _key_to_colours(bar, image, norm)
+    _span_key(figure, ds, spans, *((x, y + 0.45) if inside else (x + 2.7, y - 0.04)))
     return figure
+
+
+def _key_to_colours(bar: Axes, image: AxesImage | None, norm: Normalize) -> None:
+    """Draw the scale of small multiples; ratios are named as such."""
+    relative = isinstance(norm, LogNorm)
+    drawn = colour_bar(bar, image, f"{_RATIO if relative else _WEIGHT}, one scale for all",
+                       cax=bar, extend="both" if relative else "max",
+                       orientation="horizontal")  # fmt: skip
+    if relative:
+        steps = range(math.floor(math.log2(norm.vmax or 2)) + 1)
+        powers = [2**step for step in steps]
+        ticks = {1 / power: f"1/{power}" for power in powers[:0:-1]}
+        ticks |= {power: f"{power}" for power in powers}
+        drawn.set_ticks(list(ticks), labels=list(ticks.values()))
+        drawn.minorticks_off()
 
 
 def _write(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:
@@ -308,20 +355,29 @@ def _write(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:
     figure.text(x / width, 1 - y / height, text, **style)
 
 
-def _small_ticks(ax: Axes, shape: tuple[int, ...], *, first: bool, last: bool) -> None:
-    step = max(1, 10 ** math.floor(math.log10(max(shape))))
-    step = step // 2 if max(shape) / step < 2 and step > 1 else step
-    for axis, count, shown in ((ax.yaxis, shape[0], first), (ax.xaxis, shape[1], last)):
-        ticks = list(range(0, count, step))
-        axis.set_ticks(ticks, labels=[str(tick) for tick in ticks] if shown else [])
-        axis.set_tick_params(labelsize=5, length=1.5, pad=4 if axis is ax.yaxis else 1.5)
+def _small_ticks(
+    ax: Axes, ds: xr.Dataset, spans: Mapping[str, Sequence[int]], *, first: bool, last: bool
+) -> None:
+    """Label the tokens beside the first panel of a row and below the last of a column."""
+    texts = [str(text) for text in np.asarray(ds["key_token"])]
+    colours = span_colours(spans)
+    starts = {run[0]: colours[name] for name, cells in spans.items() for run in runs_of(cells)}
+    width, height = size_of(ax)
+    for axis, inches, shown in ((ax.yaxis, height, first), (ax.xaxis, width, last)):
+        if shown:
+            label_tokens(axis, texts, inches=inches, keep=starts, colours=starts, size=4,
+                         rotation=90 if axis is ax.xaxis else 0, limit=9)  # fmt: skip
+        else:
+            axis.set_ticks([])  # strips mark the spans, and many ticks take long to draw
+        axis.set_tick_params(length=1.5, pad=4 if axis is ax.yaxis else 1.5)
 
 
 def _span_key(
-    figure: Figure, ds: xr.Dataset, names: Sequence[str], left: float, top: float
+    figure: Figure, ds: xr.Dataset, spans: Mapping[str, Sequence[int]], left: float, top: float
 ) -> None:
     """Write the names of spans in their colours, and what the line behind the prompt is."""
-    entries = [(f"■ {drawable(name)}", colour) for name, colour in span_colours(names).items()]
+    colours = span_colours(spans)
+    entries = [(f"■ {drawable(name)}", colours[name]) for name, cells in spans.items() if cells]
     if prompt_end(ds) is not None:
         entries.append(("│ prompt ends", PROMPT_END))
     for number, (text, colour) in enumerate(entries):

@@ -121,6 +121,7 @@ def label_tokens(
     colours: dict[int, str] | None = None,
     size: float = 5.5,
     rotation: float = 0,
+    limit: int = 14,
 ) -> None:
     """Put token texts on an axis, where there is room for them.
 
@@ -140,10 +141,12 @@ def label_tokens(
         Font size in points.
     rotation
         Of the labels, in degrees.
+    limit
+        Characters of a label to keep.
     """
     shown = thinned(len(texts), inches, size, keep)
-    axis.set_ticks(shown, labels=[token_label(texts[i]) for i in shown])
+    axis.set_ticks(shown, labels=[token_label(texts[i], limit=limit) for i in shown])
     for position, label in zip(shown, axis.get_ticklabels(), strict=True):
         label.set(fontsize=size, rotation=rotation, parse_math=False)
         if colours and position in colours:
-            label.set(color=colours[position], fontweight="bold")
+            label.set(color=colours[position])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
 import re
@@ -10,7 +11,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 import xarray as xr
@@ -19,15 +19,14 @@ from matplotlib.figure import Figure
 from zarrtrace import analysis
 from zarrtrace.analysis.selecting import Data, require, spans_before, tags, traces
 from zarrtrace.errors import ConfigError, ScenarioError, ZarrtraceError
-from zarrtrace.figures import contrasts, features, flow, heatmaps
+from zarrtrace.figures import contrasts, features, flow, gallery, heatmaps
 from zarrtrace.figures.drawing import box_of, metadata_of, save
 from zarrtrace.scenarios import DECISION, chosen_names
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import open_run, read_run
-from zarrtrace.text import html_text
 
-#: Writes ``done, total``.
-Progress = Callable[[int, int], None]
+#: Is told ``done, total`` and the name of the figure that was drawn last.
+Progress = Callable[[int, int, str], None]
 
 FORMATS = ("png", "pdf")
 #: Scenarios that are drawn one by one, and those that figures over scenarios take, at most.
@@ -66,7 +65,7 @@ def draw_run(
     workers
         Processes to draw in; small runs are drawn in this one.
     progress
-        Is told how many of how many figures are done.
+        Is told how many of how many figures are done, and the last one's name.
 
     Returns
     -------
@@ -101,10 +100,10 @@ def draw_run(
     for result in _in_processes(draw, tasks, min(workers, len(tasks) // _WORTH_A_WORKER)):
         results.append(result)
         if progress:
-            progress(len(results), len(tasks))
+            progress(len(results), len(tasks), result.task.stem)
     page = output / "index.html"
     note = sampled(known, scenarios)
-    page.write_text(_page(run, names, results, note), encoding="utf-8")
+    page.write_text(_page(run, names, results, note, at=str(path)), encoding="utf-8")
     return page
 
 
@@ -276,9 +275,11 @@ _OF_RUN = (
              "with its 95 % interval over scenarios, and p over places of the bands.", _bands),
     _Drawing("locality", "Locality of attention",
              "How far back attention reaches, by layer: mean over heads and scenarios, and the "
-             "range of heads. Shaded: the bands of layers that the suite file states.", _locality),
+             "range of heads. Shaded, if the suite file states any: bands of layers.", _locality),
     _Drawing("difference", "Difference map",
-             "Attention of the decision to the spans, one group less the other.", _difference),
+             "Attention of the decision to the spans, one group less the other. Dots: "
+             "p_familywise of zarrtrace analyze contrast, as in the plot of features.",
+             _difference),
     _Drawing("heads", "Difference by head",
              "As the difference map, for every head.", _difference_heads),
     _Drawing("volcano", "Features that separate the groups",
@@ -307,14 +308,17 @@ _OF_SCENARIO = (
              "and at the decision, strongest on the pathway, with the words that activate them "
              "most over the whole run.", _integrated),
     _Drawing("layers", "Attention by layer",
-             "Mean over heads; query downwards, key to the right; one scale for all layers.",
+             "Mean over heads, divided by what uniform attention would give; query downwards, key "
+             "to the right; one scale for all layers.",
              lambda _, ds: (heatmaps.attention_layers(ds), ds)),
     _Drawing("heads", "Heads of one layer",
-             "The layer in which the decision attends most to the spans.",
+             "The layer in which the decision attends most to the spans, divided by what uniform "
+             "attention would give.",
              lambda _, ds: (heatmaps.attention_heads(ds, strongest_layer(ds)), ds)),
     _Drawing("flow", "Attention flow",
-             "Share of attention from span to span, layers upwards; right: rollout (Abnar & "
-             "Zuidema 2020). Shares below 15 % of the largest are left out.",
+             "Share of attention from span to span, layers downwards; left, apart, on the first "
+             "token; right: rollout (Abnar & Zuidema 2020). Shares below 15 % of the largest, or "
+             "below twice what uniform attention would give, are left out.",
              lambda _, ds: (flow.flow_diagram(ds), ds)),
     _Drawing("timeline", "Feature timeline",
              "Activation of each token's strongest feature, by layer.",
@@ -388,78 +392,43 @@ def _stems(names: Iterable[str]) -> list[str]:
 
 # --- the page ----------------------------------------------------------------------------------
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
-       color: #1a1a1a; background: #fff; }
-h2 { margin-top: 3rem; border-bottom: 1px solid #ccc; }
-figure { margin: 1.5rem 0 2.5rem; }
-figure img { max-width: 100%; height: auto; }
-figcaption { color: #444; font-size: 0.9rem; }
-dt { font-weight: 600; } dd { margin: 0 0 0.3rem; }
-nav a { margin-right: 1em; }
-"""
-_POLICY = "script-src 'none'; object-src 'none'; base-uri 'none'"
-_NAMES = {"model": "Model", "sae_release": "SAE release", "zarrtrace_version": "Extracted with "
-          "zarrtrace", "figures_version": "Drawn with zarrtrace"}  # fmt: skip
-
 
 def _page(
-    run: xr.DataTree, names: Sequence[str], results: Sequence[_Result], note: str = ""
+    run: xr.DataTree,
+    names: Sequence[str],
+    results: Sequence[_Result],
+    note: str = "",
+    *,
+    at: str,
 ) -> str:
     """Return the page; every text from the run is escaped."""
-    by_scenario: dict[str | None, list[_Result]] = {None: [], **{name: [] for name in names}}
+    by_scenario: dict[str | None, list[str]] = {None: [], **{name: [] for name in names}}
     for result in results:
-        by_scenario[result.task.scenario].append(result)
-    metadata = metadata_of(run)
-    facts = "".join(
-        f"<dt>{html_text(label)}</dt><dd>{html_text(metadata[key])}</dd>"
-        for key, label in _NAMES.items()
-        if key in metadata
-    )
-    links = "".join(
-        f'<a href="#s{number}">{html_text(name)}</a>' for number, name in enumerate(names)
-    )
+        if not result.why_not:
+            drawing = _BY_KEY[result.task.scenario is None, result.task.key]
+            item = gallery.thumbnail(drawing.title, drawing.caption, result.files)
+            by_scenario[result.task.scenario].append(item)
     parts = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-        '<meta name="viewport" content="width=device-width">',
-        f"<title>Figures of {html_text(run.name or 'a run')}</title>",
-        f"<style>{_STYLE}</style></head><body>",
-        f"<h1>Figures of {html_text(run.name or 'a run')}</h1>",
-        f"<p>{html_text(note)}</p>" if note else "",
-        f"<dl>{facts}</dl><nav>{links}</nav>",
+        gallery.opening(f"Figures of {run.name or 'a run'}", metadata_of(run), note, names),
         "<h2>Over all scenarios</h2>",
-        *map(_item, by_scenario[None]),
+        gallery.thumbnails(by_scenario[None]),
     ]
     for number, name in enumerate(names):
-        parts.append(f'<h2 id="s{number}">{html_text(name)}</h2>')
-        parts += map(_item, by_scenario[name])
-    parts += [_not_drawn(results), "</body></html>", ""]
-    return "\n".join(part for part in parts if part)
+        parts.append(gallery.section(number, name, at, _view_of(run, name)))
+        parts.append(gallery.thumbnails(by_scenario[name]))
+    return "\n".join([*parts, gallery.not_drawn(_reasons(results)), "</body></html>", ""])
 
 
-def _item(result: _Result) -> str:
-    if result.why_not:
-        return ""
-    drawing = _BY_KEY[result.task.scenario is None, result.task.key]
-    links = " · ".join(
-        f'<a href="{quote(file)}">{html_text(Path(file).suffix[1:].upper())}</a>'
-        for file in result.files
-    )
-    image = next((file for file in result.files if file.endswith(".png")), None)
-    shown = (
-        f'<img src="{quote(image)}" loading="lazy" alt="{html_text(drawing.title)}">'
-        if image
-        else ""
-    )
-    return (
-        f"<figure><h3>{html_text(drawing.title)}</h3>{shown}"
-        f"<figcaption>{html_text(drawing.caption)} {links}</figcaption></figure>"
-    )
+def _view_of(run: xr.DataTree, name: str) -> dict[str, str]:
+    """Return the viewer's place at which a scenario's heads are drawn."""
+    view = {"scenario": name}
+    with contextlib.suppress(ZarrtraceError, KeyError):  # not all runs have attention
+        view["layer"] = str(strongest_layer(run[name].to_dataset()))
+    return view
 
 
-def _not_drawn(results: Sequence[_Result]) -> str:
+def _reasons(results: Sequence[_Result]) -> dict[tuple[str, str], list[str]]:
+    """Return, by title and reason, the scenarios of figures that were not drawn."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for result in results:
         if result.why_not:
@@ -467,10 +436,4 @@ def _not_drawn(results: Sequence[_Result]) -> str:
             # The reason names the scenario; without it, scenarios with the same one are together.
             own = result.why_not.removeprefix(f"{result.task.scenario}: ")
             reasons.setdefault((title, own), []).append(result.task.scenario or "all scenarios")
-    if not reasons:
-        return ""
-    items = "".join(
-        f"<li><b>{html_text(title)}</b> ({html_text(', '.join(where))}): {html_text(why)}</li>"
-        for (title, why), where in reasons.items()
-    )
-    return f"<h2>Not drawn</h2><ul>{items}</ul>"
+    return reasons
