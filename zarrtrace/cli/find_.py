@@ -23,14 +23,18 @@ if TYPE_CHECKING:
 
 
 @click.command(
-    "find", cls=Command, examples=[("find runs/demo --layer 20 --feature 250 --top 3", "")]
+    "find",
+    cls=Command,
+    examples=[
+        ("find runs/demo --layer 20 --feature 250 --top 3", ""),
+        ("find runs/demo --label money", "Features whose label speaks of money:"),
+    ],
 )
 @run_argument
+@option("--layer", group=QUESTION, type=click.IntRange(0), help="Index of the block.")
+@option("--feature", group=QUESTION, type=click.IntRange(0), help="Index of the latent.")
 @option(
-    "--layer", group=QUESTION, type=click.IntRange(0), required=True, help="Index of the block."
-)
-@option(
-    "--feature", group=QUESTION, type=click.IntRange(0), required=True, help="Index of the latent."
+    "--label", group=QUESTION, metavar="TEXT", help="List features whose label has these words."
 )
 @option(
     "--top",
@@ -38,15 +42,16 @@ if TYPE_CHECKING:
     type=click.IntRange(1, 20),
     default=20,
     show_default=True,
-    help="Tokens to list.",
+    help="Tokens to list, or features with --label.",
 )
 @sae_option
 @special_option
 @json_option
 def command(
     run: Location,
-    layer: int,
-    feature: int,
+    layer: int | None,
+    feature: int | None,
+    label: str | None,
     top: int,
     sae: str | None,
     special: bool,  # noqa: FBT001 -- click passes flags so
@@ -55,8 +60,16 @@ def command(
     """Say which prompts of RUN drive a feature: its strongest tokens over all scenarios.
 
     Needs the index that 'zarrtrace index' makes; a table can do without. Special tokens (BOS, chat
-    markers) are left out unless asked for.
+    markers) are left out unless asked for. With --label TEXT: list the features whose label, of
+    'zarrtrace labels', has these words.
     """
+    if label is not None:
+        if feature is not None:
+            raise click.UsageError("Give one of --feature and --label, not both.")
+        _search(run, label, layer, sae, top, as_json=as_json)
+        return
+    if layer is None or feature is None:
+        raise click.UsageError("Give --layer and --feature, or --label TEXT.")
     from zarrtrace.index import find_feature
 
     found = find_feature(
@@ -75,10 +88,38 @@ def command(
         say(_text(found, is_asked=special))
 
 
+def _search(
+    run: Location, text: str, layer: int | None, sae: str | None, top: int, *, as_json: bool
+) -> None:
+    """Print features by the words of their labels."""
+    from zarrtrace.index import read_labels
+    from zarrtrace.store import read_run_or_table
+
+    read_run_or_table(run)  # says what is wrong if it is neither
+    if read_labels(run).empty:
+        raise click.UsageError(
+            f"{run} has no labels. 'zarrtrace labels {run} FILE' stores some, as Neuronpedia's."
+        )
+    found = read_labels(run, layer=layer, array=f"features_{sae}" if sae else None, text=text)
+    shown = found.head(top)
+    if as_json:
+        say(json_text(shown.to_dict("records")))
+        return
+    if set(shown["array"]) <= {"features"}:
+        shown = shown.drop(columns="array")
+    rows = [[str(cell) for cell in row] for row in shown.itertuples(index=False)]
+    lines = [table([*shown], rows)] if rows else [f"no label has {text!r}"]
+    if len(found) > top:
+        lines.append(f"... {len(found) - top:,} more")
+    say("\n".join(lines))
+
+
 def _text(found: FeatureUse, *, is_asked: bool) -> str:
     known = f"maximum {found.maximum:.4g}, mean {found.mean:.4g}"
     fires = f"fires at {found.frequency:.2%} of tokens"
     lines = [f"feature {found.feature} of layer {found.layer}: {known}, {fires}"]
+    if found.label:
+        lines.insert(0, found.label)
     if found.special and not is_asked:
         lines.append(
             "these numbers count special tokens, which the list leaves out: the index was built "

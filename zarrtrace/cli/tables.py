@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
@@ -24,6 +24,8 @@ _FIRST = ("findings", "missing", "nonfinite")
 _ROWS_SHOWN = 20
 # Columns that sentences take at least.
 _NARROWEST = 40
+# Characters of a label.
+_LONGEST_LABEL = 40
 # Characters that a text is not cut below.
 _SHORTEST_TEXT = 12
 # Dimensions without labels that a person would ask for.
@@ -119,8 +121,21 @@ class Choice(NamedTuple):
     top: int | None = None
 
 
-def rows_of(result: xr.DataArray | xr.Dataset, layout: Layout, choice: Choice) -> pd.DataFrame:
+#: Names features, pairs of a layer and a feature; the flag says that words may stand for labels.
+Namer = Callable[[Sequence[tuple[int, int]], bool], Mapping[tuple[int, int], str]]
+
+
+def _no_names(features: Sequence[tuple[int, int]], words: bool) -> dict[tuple[int, int], str]:  # noqa: FBT001
+    del features, words
+    return {}
+
+
+def rows_of(
+    result: xr.DataArray | xr.Dataset, layout: Layout, choice: Choice, namer: Namer = _no_names
+) -> pd.DataFrame:
     """Return all rows for a file, in the order in which a terminal shows them.
+
+    Features that `namer` names have their label in a last column, ``label``.
 
     Raises
     ------
@@ -128,15 +143,17 @@ def rows_of(result: xr.DataArray | xr.Dataset, layout: Layout, choice: Choice) -
         If the table lacks a column that rows are chosen or sorted by, or has no such row.
     """
     table = _Table(result, layout, choice)
-    return table.long.reset_index(drop=True)
+    return _labelled(table.long.reset_index(drop=True), namer, words=False)
 
 
-def text_of(result: xr.DataArray | xr.Dataset, layout: Layout, choice: Choice) -> str:
+def text_of(
+    result: xr.DataArray | xr.Dataset, layout: Layout, choice: Choice, namer: Namer = _no_names
+) -> str:
     """Write a result for a terminal: the sentence that answers the question comes first."""
     width = _width()
     lines = [line for name in _FIRST for line in _sentences(result, name, width)]
     for part in [result] if layout.is_one else _parts(result):
-        lines += ["", *_Table(part, layout, choice).lines(width)]
+        lines += ["", *_Table(part, layout, choice).lines(width, namer)]
     limits = _sentences(result, "limits", width)
     return "\n".join([*lines, *([""] if limits else []), *limits]).lstrip("\n")
 
@@ -249,7 +266,7 @@ class _Table:
 
     # --- drawing -------------------------------------------------------------------------------
 
-    def lines(self, width: int | None) -> list[str]:
+    def lines(self, width: int | None, namer: Namer) -> list[str]:
         """Return the lines of a terminal: constants, the table, and what it leaves out."""
         if self.shown.empty:
             return ["No row has a value."]
@@ -263,7 +280,10 @@ class _Table:
                 table = self._with_range(table)
         if means and self._over > 1:
             note = f"Means over {self._over} scenarios; --output FILE writes each."
+        named = _labelled(table, namer, words=True)
         constants, table = _without_constants(table, self.shown)
+        if "label" in named:
+            table = table.assign(label=named["label"].map(_shortened))
         cells = _drawable(table)
         extra = [name for name in cells if name in self._extra]
         kept = {*self._layout.sort, *self._layout.kept, *(str(name) for name in table.columns[:2])}
@@ -298,6 +318,19 @@ class _Table:
         groups = self.long.groupby(self._place)[value]
         least, most = (of.to_numpy()[: len(table)] for of in (groups.min(), groups.max()))
         return table.assign(min=least, max=most)
+
+
+def _labelled(table: pd.DataFrame, namer: Namer, *, words: bool) -> pd.DataFrame:
+    """Add the column ``label`` if the table is about features and any has a name."""
+    if not {"layer", "feature"} <= {*table} or "label" in table:
+        return table
+    pairs = list(zip(table["layer"].tolist(), table["feature"].tolist(), strict=True))
+    names = namer(pairs, words)
+    return table.assign(label=[names.get(pair, "") for pair in pairs]) if names else table
+
+
+def _shortened(label: str) -> str:
+    return label if len(label) <= _LONGEST_LABEL else label[: _LONGEST_LABEL - 1] + "…"
 
 
 # --- rows --------------------------------------------------------------------------------------

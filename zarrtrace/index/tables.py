@@ -7,6 +7,7 @@ import xarray as xr
 
 from zarrtrace.errors import ConfigError
 from zarrtrace.format.layout import SPECIAL
+from zarrtrace.index.labels import label_of
 from zarrtrace.index.uses import AFTER, BEFORE, FeatureUse, TokenUse
 from zarrtrace.scenarios import sample_names
 from zarrtrace.storage import Location
@@ -56,6 +57,7 @@ def find_in_table(
         special=special,
         indexed=int(ds.attrs["scenarios"]) - len(ds.attrs["failed"]),
         scenarios=int(ds.attrs["scenarios"]),
+        label=label_of(run, layer, feature, array),
     )
 
 

@@ -25,13 +25,14 @@ from zarrtrace.analysis.special import special_keys
 from zarrtrace.errors import ConfigError, IncompleteError
 from zarrtrace.format.attributes import ranges, sae_coordinate
 from zarrtrace.format.layout import NO_ID
+from zarrtrace.index.labels import read_labels
+from zarrtrace.index.neuronpedia import source_of
 from zarrtrace.scenarios import chosen_names, name_of
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import kind_of, open_run, open_trace, read_run, read_trace
 from zarrtrace.store.staged import read_staged
 from zarrtrace.text import terminal_text
 from zarrtrace.viewer.arrays import BundleArray, run_arrays, trace_arrays
-from zarrtrace.viewer.neuronpedia import source_of
 
 #: Version of the bundle's layout; the page refuses another.
 BUNDLE_VERSION = 1
@@ -51,6 +52,7 @@ PAGE_FILES = (
     "prompt.js",
     "attention.js",
     "features.js",
+    "labels.js",
     "compare.js",
 )
 
@@ -128,7 +130,21 @@ class Layout:
                 array.name: array.described(f"@run/{array.name}") for array in self._run_arrays
             },
         }
+        if self._labels:
+            run["labels"] = {name: sorted(layers) for name, layers in self._labels.items()}
         return json.dumps(run, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode()
+
+    @cached_property
+    def _labels(self) -> dict[str, dict[int, dict[str, str]]]:
+        """Labels of features by array, layer and feature, of the layers that are shown."""
+        layers = {int(layer) for ds in self.traces.values() for layer in np.asarray(ds["layer"])}
+        found: dict[str, dict[int, dict[str, str]]] = {}
+        rows = read_labels(self.path).itertuples(index=False)
+        for array, layer, feature, label in rows:
+            if layer in layers:
+                of_layer = found.setdefault(array, {}).setdefault(layer, {})
+                of_layer[str(feature)] = terminal_text(label)
+        return found
 
     def _scenario(self, name: str, ds: xr.Dataset) -> dict[str, Any]:
         attributes = ds.attrs
@@ -163,6 +179,8 @@ class Layout:
         yield "data/zarr.json"
         for scenario in (*self.traces, *(["@run"] if self._run_arrays else [])):
             yield f"data/{scenario}/zarr.json"
+        for name, layers in self._labels.items():
+            yield from (f"data/@labels/{name}/{layer}.json.gz" for layer in sorted(layers))
         for path, array in self.arrays.items():
             yield f"data/{path}/zarr.json"
             for place in array.grid():
@@ -188,6 +206,8 @@ class Layout:
         if rest in {f"{group}zarr.json" for group in groups}:
             return _as_json({"zarr_format": 3, "node_type": "group", "attributes": {}})
         parts = rest.split("/")
+        if parts[0] == "@labels":
+            return self._label_file(rest)
         array = self.arrays["/".join(parts[:2])]
         if parts[2:] == ["zarr.json"]:
             return _as_json(array.metadata(_GZIP_LEVEL))
@@ -197,6 +217,14 @@ class Layout:
         if [str(number) for number in place] != parts[3:] or not array.has(place):
             raise KeyError(file)
         return _gzip(array.chunk(place))
+
+    def _label_file(self, file: str) -> bytes:
+        found = re.fullmatch(r"@labels/(\w+)/(0|[1-9][0-9]{0,8})\.json\.gz", file)
+        if found is None:
+            raise KeyError(file)
+        with self._lock:
+            labels = self._labels[found[1]][int(found[2])]
+        return _gzip(json.dumps(labels, ensure_ascii=True, separators=(",", ":")).encode())
 
 
 def page_file(name: str) -> bytes:
