@@ -25,7 +25,7 @@ _ROWS_SHOWN = 20
 # Columns that sentences take at least.
 _NARROWEST = 40
 # Characters of a label.
-_LONGEST_LABEL = 40
+_LONGEST_LABEL = 32
 # Characters that a text is not cut below.
 _SHORTEST_TEXT = 12
 # Dimensions without labels that a person would ask for.
@@ -286,7 +286,12 @@ class _Table:
             table = table.assign(label=named["label"].map(_shortened))
         cells = _drawable(table)
         extra = [name for name in cells if name in self._extra]
-        kept = {*self._layout.sort, *self._layout.kept, *(str(name) for name in table.columns[:2])}
+        kept = {
+            "label",
+            *self._layout.sort,
+            *self._layout.kept,
+            *(str(name) for name in table.columns[:2]),
+        }
         cells, left = _fitted(cells, extra, kept, width)
         out = _wrapped(note, width) if note else []
         out += _wrapped(_constants_text(constants), width) if constants else []

@@ -47,11 +47,13 @@ from zarrtrace.figures.drawing import (
     span_colours,
     styled,
 )
-from zarrtrace.figures.labels import drawable, feature_label, token_label
+from zarrtrace.figures.labels import FeatureLabels, drawable, feature_label, token_label
 from zarrtrace.scenarios import DECISION
 
 # The first token's activations are often tens of times the others': they do not set the scale.
 _SHOWN = 0.99
+# Characters of a label beside the tokens.
+_LABEL = 34
 
 
 @styled
@@ -60,6 +62,7 @@ def feature_timeline(
     features: Feature | Sequence[Feature] | None = None,
     *,
     special: bool = False,
+    labels: FeatureLabels | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Activation along the prompt, with the token texts.
@@ -75,6 +78,8 @@ def feature_timeline(
     special
         Whether to draw special tokens (BOS, chat markers), too; otherwise their columns are empty.
         Their activations are often tens of times the others'.
+    labels
+        Labels of features, as :func:`zarrtrace.index.names_of` returns them.
     ax
         Where to draw; a new figure if None.
 
@@ -99,12 +104,13 @@ def feature_timeline(
         pairs = as_pairs(features, ds["features"], dictionaries_of(ds))
         layer, index = (xr.DataArray(list(one), dims="layer") for one in zip(*pairs, strict=True))
         values = ds["features"].sel(layer=layer, feature=index)
-        names, of = [feature_label(*pair) for pair in pairs], "layer · feature"
+        names, of = [feature_label(*pair, labels) for pair in pairs], "layer · feature"
     shown = np.ma.masked_invalid(of_all_tokens(ds, values.transpose("layer", "query")))
     if not special:
         shown[:, special_keys(ds)] = np.ma.masked
     height = 1.7 + max(1.0, 0.085 * len(names))
-    ax = axes_or_new(ax, PAGE_WIDTH, height, margins=(0.65, 0.65, 0.85, 0.85))
+    left = max(0.65, 0.055 * max(map(len, names)))
+    ax = axes_or_new(ax, PAGE_WIDTH, height, margins=(left, 0.65, 0.85, 0.85))
     image = ax.imshow(
         shown,
         **_scale(shown),
@@ -129,7 +135,11 @@ def feature_timeline(
 
 @styled
 def trajectory(
-    result: xr.DataArray, *, groups: Groups | None = None, ax: Axes | None = None
+    result: xr.DataArray,
+    *,
+    groups: Groups | None = None,
+    labels: FeatureLabels | None = None,
+    ax: Axes | None = None,
 ) -> Axes:
     """Activation of single features in all scenarios.
 
@@ -143,6 +153,8 @@ def trajectory(
         ``([scenario,] [pair])``.
     groups
         Names of scenarios by group.
+    labels
+        Labels of features, as :func:`zarrtrace.index.names_of` returns them.
     ax
         Where to draw; a new figure if None.
 
@@ -176,7 +188,7 @@ def trajectory(
     else:
         ax = axes_or_new(ax, max(PAGE_WIDTH * 0.4, 1 + 0.5 * len(index)), 2.4)
         handles = _bars_by_pair(ax, result, groups)
-        names = [feature_label(*pair) for pair in zip(layers, index, strict=True)]
+        names = [feature_label(*pair, labels) for pair in zip(layers, index, strict=True)]
         ax.set_xticks(range(len(names)), labels=names, rotation=45, ha="right")
         ax.set_title(f"single features{at}")
     ax.set_ylabel("activation (SAE units)")
@@ -226,6 +238,7 @@ def integrated_view(
     sources: Sequence[str] | None = None,
     count: int = 12,
     special: bool = False,
+    labels: FeatureLabels | None = None,
     figure: Figure | None = None,
 ) -> Figure:
     """Features, words and tokens of one scenario in one picture.
@@ -248,6 +261,9 @@ def integrated_view(
     special
         Whether activations at special tokens (BOS, chat markers) are drawn and scale a feature's
         row, too.
+    labels
+        Labels of features, as :func:`zarrtrace.index.names_of` returns them; a feature that has
+        one has no words.
     figure
         Where to draw; a new figure if None.
 
@@ -300,7 +316,7 @@ def integrated_view(
         axes_at(figure, width - words_width + 0.08, top, beside, above * stretch), ds, names, spans
     )
     lower = axes_at(figure, left, top + above * stretch + between, wide, below * stretch)
-    _draw_features(lower, ds, chosen, spans, words, special=special)
+    _draw_features(lower, ds, chosen, spans, words, labels or {}, special=special)
     figure.suptitle(
         f"{drawable(scenario_of(ds))}: attention of the decision (mean over heads), and features",
         x=left / width, y=1 - 0.08 / height, ha="left", va="top",
@@ -358,6 +374,7 @@ def _draw_features(
     chosen: Sequence[tuple[str, int, int]],
     spans: dict[str, list[int]],
     words: xr.Dataset | None,
+    labels: FeatureLabels,
     *,
     special: bool,
 ) -> None:
@@ -386,9 +403,12 @@ def _draw_features(
         if number and chosen[number][0] != chosen[number - 1][0]:
             ax.axhline(number - 0.5, color="black", lw=0.5)
         text = _words_of(words, layer, feature)
+        if label := drawable(labels.get((layer, feature), "")):
+            text = label if len(label) <= _LABEL else f"{label[: _LABEL - 1]}…"
         ax.text(1.012, number, text, transform=ax.get_yaxis_transform(), va="center", fontsize=5.5)
-    if words is not None:
-        ax.text(1.012, -0.75, "strongest words", transform=ax.get_yaxis_transform(), va="bottom",
+    if words is not None or labels:
+        heading = "label or strongest words" if labels else "strongest words"
+        ax.text(1.012, -0.75, heading, transform=ax.get_yaxis_transform(), va="bottom",
                 fontsize=5.5, fontstyle="italic")  # fmt: skip
     label_token_axis(ax, ds, spans)
     ax.set_xlabel("token; features scaled to their own largest activation")
