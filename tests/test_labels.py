@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -366,6 +367,22 @@ def test_figures_name_their_features(run: fakes.FakeRun) -> None:
     shown = [text.get_text() for text in ax.get_yticklabels()]
     assert shown == ["L1 · 4 $ amounts, and a text t…", "L2 · 4"]
     assert page._labels(locate(run.path)) == {(1, 4): label}
+
+
+def test_figures_of_a_run_take_its_labels(tmp_path: Path) -> None:
+    run = fakes.make_run(tmp_path, scenarios=("Safe_1", "Risky_2", "Safe_3", "Risky_4"), active=0.6)
+    write_labels(
+        run.path, labels_of(*((n, f, f"of {n}: {f}") for n in (1, 2, 3) for f in range(16)))
+    )
+    found = zt.open_run(run.path)
+    for make in (page._volcano, page._trajectory):
+        figure, _ = make(locate(run.path), found)
+        (ax,) = figure.axes
+        texts = [text.get_text() for text in (*ax.texts, *ax.get_xticklabels())]
+        named = [re.fullmatch(r"L(\d) · (\d+) of (\d): (\d+)", text) for text in texts]
+        numbers = [one.groups() for one in named if one]
+        assert numbers
+        assert all(one[:2] == one[2:] for one in numbers)
 
 
 def test_the_viewer_serves_the_labels_of_a_layer(run: fakes.FakeRun, table: Path) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     cls=Command,
     examples=[
         ("labels runs/demo labels.csv", ""),
-        ("labels runs/demo explanations/batch-0.jsonl.gz explanations/batch-1.jsonl.gz", ""),
+        ("labels runs/demo batch-0.jsonl.gz batch-1.jsonl.gz", ""),
         ("labels runs/demo", "How many there are:"),
     ],
 )

@@ -52,6 +52,8 @@ from zarrtrace.scenarios import DECISION
 
 # The first token's activations are often tens of times the others': they do not set the scale.
 _SHOWN = 0.99
+# Width of a character of an axis' labels, in inches.
+_CHARACTER = 0.067
 # Characters of a label beside the tokens.
 _LABEL = 34
 
@@ -109,7 +111,7 @@ def feature_timeline(
     if not special:
         shown[:, special_keys(ds)] = np.ma.masked
     height = 1.7 + max(1.0, 0.085 * len(names))
-    left = max(0.65, 0.055 * max(map(len, names)))
+    left = max(0.65, 0.1 + _CHARACTER * max(map(len, names)))
     ax = axes_or_new(ax, PAGE_WIDTH, height, margins=(left, 0.65, 0.85, 0.85))
     image = ax.imshow(
         shown,
@@ -186,9 +188,12 @@ def trajectory(
         layer_axis(ax, layers)
         ax.set_title(f"feature {index[0]}{at}")
     else:
-        ax = axes_or_new(ax, max(PAGE_WIDTH * 0.4, 1 + 0.5 * len(index)), 2.4)
-        handles = _bars_by_pair(ax, result, groups)
         names = [feature_label(*pair, labels) for pair in zip(layers, index, strict=True)]
+        slanted = _CHARACTER * 0.71 * max(map(len, names))  # at 45 degrees
+        left, bottom = max(0.55, slanted - 0.1), max(0.45, slanted + 0.1)
+        width = max(PAGE_WIDTH * 0.4, 1 + 0.5 * len(index)) - 0.55 + left
+        ax = axes_or_new(ax, width, 1.95 + bottom, margins=(left, 0.2, bottom, 0.3))
+        handles = _bars_by_pair(ax, result, groups)
         ax.set_xticks(range(len(names)), labels=names, rotation=45, ha="right")
         ax.set_title(f"single features{at}")
     ax.set_ylabel("activation (SAE units)")
