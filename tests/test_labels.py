@@ -6,6 +6,8 @@ import gzip
 import io
 import json
 import re
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from zarrtrace.index import (
 from zarrtrace.storage import locate
 from zarrtrace.store import RunWriter, locked
 from zarrtrace.store.label_file import check_labels
+from zarrtrace.viewer.bundle import write_bundle
 from zarrtrace.viewer.layout import Layout
 
 COLUMNS = ["array", "layer", "feature", "label"]
@@ -93,7 +96,7 @@ def test_labels_are_what_pandas_reads_from_the_file(run: fakes.FakeRun, table: P
         expected.astype({"label": object}),
     )
     pd.testing.assert_frame_equal(pd.read_parquet(run.path / LABELLED), found)  # by others, too
-    of_layer = read_labels(run.path, layer=2)
+    of_layer = read_labels(run.path, layers=[2])
     assert of_layer["feature"].tolist() == list(range(16))
     assert set(of_layer["layer"]) == {2}
 
@@ -277,7 +280,7 @@ def test_a_damaged_file_is_noticed_or_its_labels_are_right(
     write_labels(run.path, table)
     whole, right = (run.path / LABELLED).read_bytes(), read_labels(run.path)
     noticed = 0
-    for at in range(0, len(whole), 7):
+    for at in range(0, len(whole), 23):
         damaged = bytearray(whole)
         damaged[at] ^= 0x10
         (run.path / LABELLED).write_bytes(damaged)
@@ -287,7 +290,7 @@ def test_a_damaged_file_is_noticed_or_its_labels_are_right(
             noticed += 1
         else:
             pd.testing.assert_frame_equal(read_labels(run.path), right)
-    assert noticed > len(whole) // 7 / 2
+    assert noticed > len(whole) / 23 / 2
     (run.path / LABELLED).write_bytes(whole[: len(whole) // 2])
     assert LABELLED in {problem.array for problem in zt.verify(run.path)}
     with pytest.raises(IntegrityError, match="damaged"):
@@ -309,7 +312,7 @@ def test_a_run_in_an_object_store_has_labels(run: fakes.FakeRun, table: Path) ->
 
 
 def test_names_are_labels_else_the_strongest_words(run: fakes.FakeRun) -> None:
-    assert names_of(run.path, [(1, 0)]) == {}
+    assert names_of(run.path, [(1, 0)]) == names_of(run.path, []) == {}
     build_index(run.path)
     write_labels(run.path, labels_of((1, 0, "a label")))
     active = [n for n in range(16) if find_feature(run.path, 1, n).tokens]
@@ -385,7 +388,9 @@ def test_figures_of_a_run_take_its_labels(tmp_path: Path) -> None:
         assert all(one[:2] == one[2:] for one in numbers)
 
 
-def test_the_viewer_serves_the_labels_of_a_layer(run: fakes.FakeRun, table: Path) -> None:
+def test_the_viewer_serves_the_labels_of_a_layer(
+    run: fakes.FakeRun, table: Path, tmp_path: Path
+) -> None:
     assert "labels" not in json.loads(Layout(run.path).index)
     write_labels(run.path, table)
     layout = Layout(run.path, layers=[2, 3])
@@ -394,6 +399,42 @@ def test_the_viewer_serves_the_labels_of_a_layer(run: fakes.FakeRun, table: Path
     assert file == "data/@labels/features/2.json.gz"
     found = json.loads(gzip.decompress(layout.read(file)))
     assert found == {str(n): f"label {n} of 2" for n in range(16)}
+    write_bundle(layout, tmp_path / "bundle")
+    assert (tmp_path / "bundle" / file).read_bytes() == layout.read(file)
     for name in ("features/1", "features/02", "features/../2", "other/2"):
         with pytest.raises(KeyError):
             layout.read(f"data/@labels/{name}.json.gz")
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="no Node")
+def test_the_page_reads_the_labels_of_a_layer(
+    run: fakes.FakeRun, table: Path, tmp_path: Path
+) -> None:
+    write_labels(run.path, table)
+    layout = Layout(run.path)
+    (tmp_path / "2.json.gz").write_bytes(layout.read("data/@labels/features/2.json.gz"))
+    (tmp_path / "labels.mjs").write_bytes(layout.read("labels.js"))
+    script = f"""
+        import {{ readFileSync }} from "node:fs";
+        import {{ labelOf, readLabels }} from "./labels.mjs";
+        const read = [];
+        const file = async (path) => {{
+          read.push(path);
+          return new Response(readFileSync(path.split("/").pop()));
+        }};
+        const labelled = {json.dumps(json.loads(layout.index)["labels"])};
+        const before = labelOf("features", 2, 5);
+        for (const layer of [2, 2, 3]) await readLabels(labelled, "features", layer, file);
+        await readLabels(labelled, "features_mlp", 2, file);
+        const found = [[2, 5], [2, 16], [3, 5]].map(([l, f]) => labelOf("features", l, f));
+        console.log(JSON.stringify([before, read, found]));
+    """
+    done = subprocess.run(
+        ["node", "--input-type=module", "-e", script],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert json.loads(done.stdout) == [
+        None,
+        ["data/@labels/features/2.json.gz"],
+        ["label 5 of 2", None, None],
+    ]

@@ -100,7 +100,12 @@ def _search(
         raise click.UsageError(
             f"{run} has no labels. 'zarrtrace labels {run} FILE' stores some, as Neuronpedia's."
         )
-    found = read_labels(run, layer=layer, array=f"features_{sae}" if sae else None, text=text)
+    found = read_labels(
+        run,
+        layers=None if layer is None else [layer],
+        array=f"features_{sae}" if sae else None,
+        text=text,
+    )
     shown = found.head(top)
     if as_json:
         say(json_text(shown.to_dict("records")))

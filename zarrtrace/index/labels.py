@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,7 +122,11 @@ def write_labels(
 
 
 def read_labels(
-    run: Address, *, layer: int | None = None, array: str | None = None, text: str = ""
+    run: Address,
+    *,
+    layers: Collection[int] | None = None,
+    array: str | None = None,
+    text: str = "",
 ) -> pd.DataFrame:
     """Read the labels of a run, a table, or the run that a trace is in.
 
@@ -130,8 +134,8 @@ def read_labels(
     ----------
     run
         Its folder, or its address.
-    layer, array
-        Only of this layer, and of this array of features; all if None.
+    layers, array
+        Only of these layers, and of this array of features; all if None.
     text
         Only labels that hold all of its words, case aside; parts of words count.
 
@@ -146,7 +150,7 @@ def read_labels(
     IntegrityError
         If they are damaged.
     """
-    frame = read_label_file(home_of(run, LABELLED), array=array, layer=layer)
+    frame = read_label_file(home_of(run, LABELLED), array=array, layers=layers)
     lower = frame["label"].str.lower()
     for word in text.lower().split():
         frame = frame[lower.loc[frame.index].str.contains(word, regex=False)]
@@ -158,7 +162,7 @@ def label_of(run: Address, layer: int, feature: int, array: str = "features") ->
     home = home_of(run, LABELLED)
     if not (home / LABELLED).is_file():
         return ""
-    frame = read_label_file(home, array=array, layer=layer)
+    frame = read_label_file(home, array=array, layers=[layer])
     found = frame.loc[frame["feature"] == feature, "label"].tolist()
     return str(found[0]) if found else ""
 

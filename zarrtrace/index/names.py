@@ -44,8 +44,9 @@ def names_of(
         If labels or index are damaged.
     """
     asked = list(dict.fromkeys((int(layer), int(feature)) for layer, feature in features))
-    layers = {layer for layer, _ in asked}
-    found = read_labels(run, array=array, layer=layers.pop() if len(layers) == 1 else None)
+    if not asked:
+        return {}
+    found = read_labels(run, array=array, layers={layer for layer, _ in asked})
     keys = zip(found["layer"].tolist(), found["feature"].tolist(), strict=True)
     labels = dict(zip(keys, found["label"].tolist(), strict=True))
     names = {pair: str(labels[pair]) for pair in asked if pair in labels}

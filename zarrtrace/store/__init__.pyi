@@ -19,7 +19,12 @@ from zarrtrace.store.indexable import (
     read_special,
     read_token_texts,
 )
-from zarrtrace.store.label_file import LABEL_COLUMNS, read_label_file, write_label_file
+from zarrtrace.store.label_file import (
+    LABEL_COLUMNS,
+    labelled_layers,
+    read_label_file,
+    write_label_file,
+)
 from zarrtrace.store.metadata import (
     kind_of,
     read_run,
@@ -64,6 +69,7 @@ __all__ = [
     "attention_problem",
     "copy_run",
     "kind_of",
+    "labelled_layers",
     "layer_record",
     "locked",
     "only_writer",

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -23,7 +25,7 @@ _DIGEST = b"zarrtrace.digest"
 
 
 def read_label_file(
-    run: Location, *, array: str | None = None, layer: int | None = None
+    run: Location, *, array: str | None = None, layers: Collection[int] | None = None
 ) -> pd.DataFrame:
     """Read the labels of a run or a table.
 
@@ -31,8 +33,8 @@ def read_label_file(
     ----------
     run
         Its folder, or its address.
-    array, layer
-        Only of this array of features, and of this layer; all if None.
+    array, layers
+        Only of this array of features, and of these layers; all if None.
 
     Returns
     -------
@@ -44,10 +46,23 @@ def read_label_file(
     IntegrityError
         If the file is damaged.
     """
-    asked = {"array": array, "layer": layer}
-    table = _read(run, {name: value for name, value in asked.items() if value is not None})
+    chosen: list[tuple[str, str, Any]] = [] if array is None else [("array", "=", array)]
+    if layers is not None:
+        chosen.append(("layer", "in", set(layers)))
+    table = _read(run, chosen)
     found: pd.DataFrame = (_schema().empty_table() if table is None else table).to_pandas()
     return found
+
+
+def labelled_layers(run: Location) -> dict[str, list[int]]:
+    """Return the layers that have labels, by array of features."""
+    table = _read(run, [], LABEL_COLUMNS[:2])
+    if table is None:
+        return {}
+    found: dict[str, list[int]] = {}
+    for row in table.group_by(["array", "layer"]).aggregate([]).to_pylist():
+        found.setdefault(row["array"], []).append(row["layer"])
+    return {array: sorted(layers) for array, layers in sorted(found.items())}
 
 
 def check_labels(run: Location) -> None:
@@ -57,7 +72,7 @@ def check_labels(run: Location) -> None:
     ------
     IntegrityError
     """
-    table = _read(run, {})
+    table = _read(run, [])
     if table is not None and (table.schema.metadata or {}).get(_DIGEST) != _digest(table):
         raise _damaged(run, "its rows are not the ones that were written")
 
@@ -92,20 +107,24 @@ def _schema() -> pa.Schema:
     return pa.schema(list(zip(LABEL_COLUMNS, types, strict=True)))
 
 
-def _read(run: Location, chosen: dict[str, str | int]) -> pa.Table | None:
+def _read(
+    run: Location, chosen: list[tuple[str, str, Any]], columns: Sequence[str] = LABEL_COLUMNS
+) -> pa.Table | None:
     file = run / LABELLED
     try:
         content = file.inside(run).read()
     except FileNotFoundError:
         return None
-    filters = [(name, "=", value) for name, value in chosen.items()] or None
     try:
         table = pq.read_table(
-            pa.BufferReader(content), filters=filters, page_checksum_verification=True
+            pa.BufferReader(content),
+            columns=[*columns],
+            filters=chosen or None,
+            page_checksum_verification=True,
         )
     except (pa.ArrowException, OSError) as error:
         raise _damaged(run, "is damaged, or no Parquet file") from error
-    if not table.schema.equals(_schema()):
+    if not table.schema.equals(pa.schema([_schema().field(name) for name in columns])):
         raise _damaged(run, f"has other columns than {', '.join(LABEL_COLUMNS)}")
     return table
 
