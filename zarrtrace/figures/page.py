@@ -21,7 +21,7 @@ from zarrtrace.analysis.selecting import Data, require, span_names, tags, traces
 from zarrtrace.errors import ConfigError, ScenarioError, ZarrtraceError
 from zarrtrace.figures import contrasts, features, flow, heatmaps
 from zarrtrace.figures.drawing import box_of, metadata_of, save
-from zarrtrace.index import read_labels
+from zarrtrace.index import names_of, read_labels
 from zarrtrace.scenarios import DECISION, chosen_names
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import open_run, read_run
@@ -35,6 +35,8 @@ FORMATS = ("png", "pdf")
 MOST_DRAWN, MOST_COMPARED = 50, 1000
 # Features that get a bar each.
 _FEATURES_DRAWN = 8
+# Features that may have a name in the volcano plot, which has room for a few of them.
+_FEATURES_NAMED = 32
 # Below so many figures a worker, starting it takes longer than it saves.
 _WORTH_A_WORKER = 12
 
@@ -239,9 +241,15 @@ def _difference_heads(_path: Location, run: xr.DataTree) -> tuple[Figure, Any]:
     return contrasts.difference_heads(result, names=_two_groups(run)), result
 
 
+def _names(path: Location, contrast: xr.Dataset) -> dict[tuple[int, int], str]:
+    """Name the features of a contrast by labels, else by words of the index, if there is one."""
+    layers, found = (contrast[name].values.tolist() for name in ("layer", "feature"))
+    return names_of(path, zip(layers, found, strict=True))
+
+
 def _volcano(path: Location, run: xr.DataTree) -> tuple[Figure, Any]:
     result = _contrast(run)
-    groups, labels = _two_groups(run), _labels(path)
+    groups, labels = _two_groups(run), _names(path, result.isel(row=slice(_FEATURES_NAMED)))
     return _figure(contrasts.volcano(result, names=groups, labels=labels)), result
 
 
@@ -251,7 +259,7 @@ def _trajectory(path: Location, run: xr.DataTree) -> tuple[Figure, Any]:
         strongest["layer"].values.tolist(), strongest["feature"].values.tolist(), strict=True
     )
     result = analysis.feature_trajectory(run, list(pairs))
-    groups, labels = default_groups(run), _labels(path)
+    groups, labels = default_groups(run), _names(path, strongest)
     return _figure(features.trajectory(result, groups=groups, labels=labels)), result
 
 
