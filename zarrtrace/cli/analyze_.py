@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from zarrtrace.cli.commands import QUESTION, Group, option
+from zarrtrace.cli.feature_names import namer_of
 from zarrtrace.cli.results import check_output, write_result
 from zarrtrace.cli.rows import FeaturePair, choice_of, row_options
 from zarrtrace.cli.shared import (
@@ -479,29 +479,11 @@ def _run(name: str, function: str, given: dict[str, Any]) -> None:
         result = with_findings(_compute(function, data, given).compute())
         if function == "probe" and (output is None or output.suffix != ".nc"):
             result = result.drop_dims("sample")  # predictions: another table
-    namer = partial(_names, run, given.get("sae"))
+    namer = namer_of(run, given.get("sae"))
     if output is None:
         say(text_of(result, layout, choice, namer))
     else:
         write_result(result, output, layout, choice, namer)
-
-
-def _names(
-    run: Location,
-    sae: str | None,
-    features: Sequence[tuple[int, int]],
-    words: bool,  # noqa: FBT001 -- of a partial
-) -> dict[tuple[int, int], str]:
-    """Name the features of a table; a result is shown also if labels or index are damaged."""
-    from zarrtrace.errors import StoreError
-    from zarrtrace.index import names_of
-
-    array = f"features_{sae}" if sae else "features"
-    try:
-        return names_of(run, features, array=array, words=3 if words else 0)
-    except StoreError as error:
-        say(f"zarrtrace: warning: features are not named: {error.what}", err=True)
-        return {}
 
 
 def _open(run: Location, *, on_cluster: bool, large_layer: int = _LARGE_LAYER) -> Any:

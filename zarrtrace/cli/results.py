@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from zarrtrace.cli.feature_names import Namer
 from zarrtrace.cli.shared import refuse_run
-from zarrtrace.cli.tables import Choice, Layout, Namer, rows_of
+from zarrtrace.cli.tables import Choice, Layout, rows_of
 
 if TYPE_CHECKING:
     import xarray as xr

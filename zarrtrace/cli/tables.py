@@ -6,11 +6,12 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from zarrtrace.cli.feature_names import Namer, labelled, no_names, shortened
 from zarrtrace.suggestions import did_you_mean
 from zarrtrace.text import terminal_text
 
@@ -24,8 +25,6 @@ _FIRST = ("findings", "missing", "nonfinite")
 _ROWS_SHOWN = 20
 # Columns that sentences take at least.
 _NARROWEST = 40
-# Characters of a label.
-_LONGEST_LABEL = 32
 # Characters that a text is not cut below.
 _SHORTEST_TEXT = 12
 # Dimensions without labels that a person would ask for.
@@ -121,17 +120,8 @@ class Choice(NamedTuple):
     top: int | None = None
 
 
-#: Names features, pairs of a layer and a feature; the flag says that words may stand for labels.
-Namer = Callable[[Sequence[tuple[int, int]], bool], Mapping[tuple[int, int], str]]
-
-
-def _no_names(features: Sequence[tuple[int, int]], words: bool) -> dict[tuple[int, int], str]:  # noqa: FBT001
-    del features, words
-    return {}
-
-
 def rows_of(
-    result: xr.DataArray | xr.Dataset, layout: Layout, choice: Choice, namer: Namer = _no_names
+    result: xr.DataArray | xr.Dataset, layout: Layout, choice: Choice, namer: Namer = no_names
 ) -> pd.DataFrame:
     """Return all rows for a file, in the order in which a terminal shows them.
 
@@ -143,11 +133,11 @@ def rows_of(
         If the table lacks a column that rows are chosen or sorted by, or has no such row.
     """
     table = _Table(result, layout, choice)
-    return _labelled(table.long.reset_index(drop=True), namer, words=False)
+    return labelled(table.long.reset_index(drop=True), namer, words=False)
 
 
 def text_of(
-    result: xr.DataArray | xr.Dataset, layout: Layout, choice: Choice, namer: Namer = _no_names
+    result: xr.DataArray | xr.Dataset, layout: Layout, choice: Choice, namer: Namer = no_names
 ) -> str:
     """Write a result for a terminal: the sentence that answers the question comes first."""
     width = _width()
@@ -280,10 +270,10 @@ class _Table:
                 table = self._with_range(table)
         if means and self._over > 1:
             note = f"Means over {self._over} scenarios; --output FILE writes each."
-        named = _labelled(table, namer, words=True)
+        named = labelled(table, namer, words=True)
         constants, table = _without_constants(table, self.shown)
         if "label" in named:
-            table = table.assign(label=named["label"].map(_shortened))
+            table = table.assign(label=named["label"].map(shortened))
         cells = _drawable(table)
         extra = [name for name in cells if name in self._extra]
         kept = {
@@ -323,19 +313,6 @@ class _Table:
         groups = self.long.groupby(self._place)[value]
         least, most = (of.to_numpy()[: len(table)] for of in (groups.min(), groups.max()))
         return table.assign(min=least, max=most)
-
-
-def _labelled(table: pd.DataFrame, namer: Namer, *, words: bool) -> pd.DataFrame:
-    """Add the column ``label`` if the table is about features and any has a name."""
-    if not {"layer", "feature"} <= {*table} or "label" in table:
-        return table
-    pairs = list(zip(table["layer"].tolist(), table["feature"].tolist(), strict=True))
-    names = namer(pairs, words)
-    return table.assign(label=[names.get(pair, "") for pair in pairs]) if names else table
-
-
-def _shortened(label: str) -> str:
-    return label if len(label) <= _LONGEST_LABEL else label[: _LONGEST_LABEL - 1] + "…"
 
 
 # --- rows --------------------------------------------------------------------------------------
