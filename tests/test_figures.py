@@ -421,7 +421,7 @@ def test_volcano_shows_every_feature(run: xr.DataTree, p: Any) -> None:
     )
     assert ax.get_xlim()[0] == -ax.get_xlim()[1]
     if p == "p_welch":
-        assert "L4·5" in {text.get_text() for text in ax.texts}
+        assert "L4 · 5" in {text.get_text() for text in ax.texts}
 
 
 def test_critical_chart(run: xr.DataTree) -> None:

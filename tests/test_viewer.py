@@ -29,11 +29,11 @@ import zarrtrace as zt
 from zarrtrace.analysis import contrast, word_associations
 from zarrtrace.cli import bundle_, view_
 from zarrtrace.errors import ConfigError, IncompleteError, ScenarioError
+from zarrtrace.index.neuronpedia import source_of
 from zarrtrace.records import LayerRecord, TokensRecord
 from zarrtrace.store import RunWriter
 from zarrtrace.viewer import Layout, Server, plan, write_bundle
 from zarrtrace.viewer.bundle import single_page
-from zarrtrace.viewer.neuronpedia import source_of
 
 GROUPS = ("Safe_1", "Risky_2", "Safe_3", "Risky_4")
 

@@ -31,6 +31,7 @@ _COMMANDS = {
     "analyze": "Answer a question from a run: attention, features, groups, the decision.",
     "index": "Index a run's features: their strongest tokens over all scenarios.",
     "find": "Say which prompts drive a feature, from a run's index.",
+    "labels": "Store labels of features with a run, as from Neuronpedia.",
     "figures": "Draw a run's figures, with a page that shows them.",
     "view": "Look at a run in the browser.",
     "bundle": "Write a run with its viewer, for any web host or as one HTML file.",

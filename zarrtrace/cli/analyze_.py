@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from zarrtrace.cli.commands import QUESTION, Group, option
+from zarrtrace.cli.feature_names import namer_of
 from zarrtrace.cli.results import check_output, write_result
 from zarrtrace.cli.rows import FeaturePair, choice_of, row_options
 from zarrtrace.cli.shared import (
@@ -513,10 +514,11 @@ def _run(name: str, function: str, given: dict[str, Any]) -> None:
         result = with_findings(_compute(function, data, given).compute())
         if function == "probe" and (output is None or output.suffix != ".nc"):
             result = result.drop_dims("sample")  # predictions: another table
+    namer = namer_of(run, given.get("sae"))
     if output is None:
-        say(text_of(result, layout, choice))
+        say(text_of(result, layout, choice, namer))
     else:
-        write_result(result, output, layout, choice)
+        write_result(result, output, layout, choice, namer)
 
 
 def _open(run: Location, *, on_cluster: bool, large_layer: int = _LARGE_LAYER) -> Any:

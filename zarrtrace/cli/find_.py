@@ -24,14 +24,23 @@ if TYPE_CHECKING:
     from zarrtrace.storage import Location
 
 
-@click.command("find", cls=Command, examples=[("find runs/demo --feature 20:250 --top 3", "")])
+@click.command(
+    "find",
+    cls=Command,
+    examples=[
+        ("find runs/demo --feature 20:250 --top 3", ""),
+        ("find runs/demo --label money", "Features whose label speaks of money:"),
+    ],
+)
 @run_argument
 @option(
     "--feature",
     group=QUESTION,
     type=FeaturePair(),
-    required=True,
     help="Layer and index, as 20:250, or an index beside --layer.",
+)
+@option(
+    "--label", group=QUESTION, metavar="TEXT", help="List features whose label has these words."
 )
 @option("--layer", "layers", group=QUESTION, type=Layers(), help="Index of the block.")
 @option(
@@ -40,7 +49,7 @@ if TYPE_CHECKING:
     type=click.IntRange(1, 20),
     default=20,
     show_default=True,
-    help="Tokens to list.",
+    help="Tokens to list, or features with --label.",
 )
 @option(
     "--text",
@@ -55,8 +64,9 @@ if TYPE_CHECKING:
 @json_option
 def command(
     run: Location,
-    feature: tuple[int, int] | int,
+    feature: tuple[int, int] | int | None,
     layers: tuple[int, ...] | None,
+    label: str | None,
     top: int,
     text: Literal["all", "prompt", "generated"],
     sae: str | None,
@@ -66,8 +76,16 @@ def command(
     """Say which prompts of RUN drive a feature: its strongest tokens over all scenarios.
 
     Needs the index that 'zarrtrace index' makes; a table can do without. Special tokens (BOS, chat
-    markers) are left out unless asked for.
+    markers) are left out unless asked for. With --label TEXT: list the features whose label, of
+    'zarrtrace labels', has these words.
     """
+    if label is not None:
+        if feature is not None:
+            raise click.UsageError("Give one of --feature and --label, not both.")
+        _search(run, label, layers, sae, top, as_json=as_json)
+        return
+    if feature is None:
+        raise click.UsageError("Give --feature LAYER:INDEX, as 20:250, or --label TEXT.")
     from zarrtrace.index import find_feature
 
     array = f"features_{sae}" if sae else "features"
@@ -94,10 +112,49 @@ def _pair(feature: tuple[int, int] | int, layers: tuple[int, ...] | None) -> tup
     )
 
 
+def _search(
+    run: Location,
+    text: str,
+    layers: tuple[int, ...] | None,
+    sae: str | None,
+    top: int,
+    *,
+    as_json: bool,
+) -> None:
+    """Print features by the words of their labels."""
+    from zarrtrace.index import read_labels
+    from zarrtrace.store import read_run_or_table
+
+    read_run_or_table(run)  # says what is wrong if it is neither
+    if read_labels(run).empty:
+        raise click.UsageError(
+            f"{run} has no labels. 'zarrtrace labels {run} FILE' stores some, as Neuronpedia's."
+        )
+    found = read_labels(
+        run,
+        layers=layers,
+        array=f"features_{sae}" if sae else None,
+        text=text,
+    )
+    shown = found.head(top)
+    if as_json:
+        say(json_text(shown.to_dict("records")))
+        return
+    if set(shown["array"]) <= {"features"}:
+        shown = shown.drop(columns="array")
+    rows = [[str(cell) for cell in row] for row in shown.itertuples(index=False)]
+    lines = [table([*shown], rows)] if rows else [f"no label has {text!r}"]
+    if len(found) > top:
+        lines.append(f"... {len(found) - top:,} more")
+    say("\n".join(lines))
+
+
 def _text(found: FeatureUse, text: str, top: int, *, is_asked: bool) -> str:
     known = f"maximum {found.maximum:.4g}, mean {found.mean:.4g}"
     fires = f"fires at {found.frequency:.2%} of tokens"
     lines = [f"feature {found.feature} of layer {found.layer}: {known}, {fires}"]
+    if found.label:
+        lines.insert(0, found.label)
     if found.special and not is_asked:
         lines.append(
             "these numbers count special tokens, which the list leaves out: the index was built "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from zarrtrace.cli.feature_names import Namer
 from zarrtrace.cli.shared import refuse_run
 from zarrtrace.cli.tables import Choice, Layout, rows_of
 
@@ -34,7 +35,7 @@ def check_output(output: Path, choice: Choice) -> None:
 
 
 def write_result(
-    result: xr.DataArray | xr.Dataset, output: Path, layout: Layout, choice: Choice
+    result: xr.DataArray | xr.Dataset, output: Path, layout: Layout, choice: Choice, namer: Namer
 ) -> None:
     """Write a result by the ending of a file.
 
@@ -45,7 +46,7 @@ def write_result(
     if output.suffix == ".nc":
         _netcdf(result).to_netcdf(output, engine="h5netcdf")
         return
-    frame = rows_of(result, layout, choice)
+    frame = rows_of(result, layout, choice, namer)
     if output.suffix == ".csv":
         frame.to_csv(output, index=False)
     elif output.suffix == ".parquet":

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from zarrtrace.cli.feature_names import Namer, labelled, no_names, shortened
 from zarrtrace.suggestions import did_you_mean
 from zarrtrace.text import terminal_text
 
@@ -119,8 +120,12 @@ class Choice(NamedTuple):
     top: int | None = None
 
 
-def rows_of(result: xr.DataArray | xr.Dataset, layout: Layout, choice: Choice) -> pd.DataFrame:
+def rows_of(
+    result: xr.DataArray | xr.Dataset, layout: Layout, choice: Choice, namer: Namer = no_names
+) -> pd.DataFrame:
     """Return all rows for a file, in the order in which a terminal shows them.
+
+    Features that `namer` names have their label in a last column, ``label``.
 
     Raises
     ------
@@ -128,15 +133,17 @@ def rows_of(result: xr.DataArray | xr.Dataset, layout: Layout, choice: Choice) -
         If the table lacks a column that rows are chosen or sorted by, or has no such row.
     """
     table = _Table(result, layout, choice)
-    return table.long.reset_index(drop=True)
+    return labelled(table.long.reset_index(drop=True), namer, words=False)
 
 
-def text_of(result: xr.DataArray | xr.Dataset, layout: Layout, choice: Choice) -> str:
+def text_of(
+    result: xr.DataArray | xr.Dataset, layout: Layout, choice: Choice, namer: Namer = no_names
+) -> str:
     """Write a result for a terminal: the sentence that answers the question comes first."""
     width = _width()
     lines = [line for name in _FIRST for line in _sentences(result, name, width)]
     for part in [result] if layout.is_one else _parts(result):
-        lines += ["", *_Table(part, layout, choice).lines(width)]
+        lines += ["", *_Table(part, layout, choice).lines(width, namer)]
     limits = _sentences(result, "limits", width)
     return "\n".join([*lines, *([""] if limits else []), *limits]).lstrip("\n")
 
@@ -249,7 +256,7 @@ class _Table:
 
     # --- drawing -------------------------------------------------------------------------------
 
-    def lines(self, width: int | None) -> list[str]:
+    def lines(self, width: int | None, namer: Namer) -> list[str]:
         """Return the lines of a terminal: constants, the table, and what it leaves out."""
         if self.shown.empty:
             return ["No row has a value."]
@@ -263,10 +270,18 @@ class _Table:
                 table = self._with_range(table)
         if means and self._over > 1:
             note = f"Means over {self._over} scenarios; --output FILE writes each."
+        named = labelled(table, namer, words=True)
         constants, table = _without_constants(table, self.shown)
+        if "label" in named:
+            table = table.assign(label=named["label"].map(shortened))
         cells = _drawable(table)
         extra = [name for name in cells if name in self._extra]
-        kept = {*self._layout.sort, *self._layout.kept, *(str(name) for name in table.columns[:2])}
+        kept = {
+            "label",
+            *self._layout.sort,
+            *self._layout.kept,
+            *(str(name) for name in table.columns[:2]),
+        }
         cells, left = _fitted(cells, extra, kept, width)
         out = _wrapped(note, width) if note else []
         out += _wrapped(_constants_text(constants), width) if constants else []

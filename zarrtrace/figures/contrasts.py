@@ -27,10 +27,11 @@ from zarrtrace.figures.drawing import (
     label_layers,
     styled,
 )
-from zarrtrace.figures.labels import drawable
+from zarrtrace.figures.labels import FeatureLabels, drawable, feature_label
 
 _ALPHA = 0.05
 _NAME = (0.12, 0.035)  # width and height of a point's name, in shares of the axes
+_LABEL = 16  # characters of a point's label
 
 
 @styled
@@ -149,6 +150,7 @@ def volcano(
     p: Literal["p_welch", "p_permutation"] = "p_welch",
     names: tuple[str, str] = ("A", "B"),
     labelled: int = 8,
+    labels: FeatureLabels | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Volcano plot: size of every feature's difference against its p-value.
@@ -164,6 +166,8 @@ def volcano(
     labelled
         How many of the smallest p-values to name, as layer and latent index: of those coloured, if
         any are.
+    labels
+        Labels of features, as :func:`zarrtrace.index.names_of` returns them.
     ax
         Where to draw; a new figure if None.
 
@@ -212,7 +216,7 @@ def volcano(
         title="" if significant.any() else _meaning(contrast), alignment="left",
     )  # fmt: skip
     named = significant if significant.any() else shown
-    _name_points(ax, contrast, x, np.where(named, y, -np.inf), labelled)
+    _name_points(ax, contrast, x, np.where(named, y, -np.inf), labelled, labels)
     if p == "p_permutation" and "smallest_p" in contrast.attrs:
         floor = -np.log10(contrast.attrs["smallest_p"])
         ax.axhline(floor, color="black", lw=0.5, ls=":")
@@ -316,9 +320,16 @@ def _dots(ax: Axes, marked: xr.DataArray) -> None:
     ax.plot(columns, rows, "o", ms=2.2, mfc="black", mec="white", mew=0.4, ls="none")
 
 
-def _name_points(ax: Axes, contrast: xr.Dataset, x: np.ndarray, y: np.ndarray, count: int) -> None:
+def _name_points(
+    ax: Axes,
+    contrast: xr.Dataset,
+    x: np.ndarray,
+    y: np.ndarray,
+    count: int,
+    labels: FeatureLabels | None,
+) -> None:
     """Name the highest points that have room for a name beside them."""
-    taken: list[tuple[float, float]] = []
+    taken: list[tuple[float, float, float]] = []
     low, high = ax.get_xlim()
     top = ax.get_ylim()[1]
     layer, feature = np.asarray(contrast["layer"]), np.asarray(contrast["feature"])
@@ -326,17 +337,19 @@ def _name_points(ax: Axes, contrast: xr.Dataset, x: np.ndarray, y: np.ndarray, c
         if len(taken) == count or not np.isfinite(y[i]):
             break
         right = x[i] > 0
+        name = feature_label(int(layer[i]), int(feature[i]), labels, limit=_LABEL)
+        width = _NAME[0] * max(1, len(name) / 9)
         outwards = (x - x[i]) * (1 if right else -1) / (high - low)
-        beside = (outwards > 0) & (outwards < _NAME[0]) & (np.abs(y - y[i]) < _NAME[1] * top / 2)
+        beside = (outwards > 0) & (outwards < width) & (np.abs(y - y[i]) < _NAME[1] * top / 2)
         covers = any(
-            abs(x[i] - a) < _NAME[0] * (high - low) and abs(y[i] - b) < _NAME[1] * top
-            for a, b in taken
+            abs(x[i] - a) < max(width, other) * (high - low) and abs(y[i] - b) < _NAME[1] * top
+            for a, b, other in taken
         )
         if beside.any() or covers:
             continue
-        taken.append((float(x[i]), float(y[i])))
+        taken.append((float(x[i]), float(y[i]), width))
         ax.annotate(
-            f"L{layer[i]}·{feature[i]}", (x[i], y[i]), xytext=(3 if right else -3, 0),
+            name, (x[i], y[i]), xytext=(3 if right else -3, 0),
             textcoords="offset points", fontsize=5.5, va="center", ha="left" if right else "right",
             color="#666666",
         )  # fmt: skip

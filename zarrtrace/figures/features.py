@@ -49,7 +49,7 @@ from zarrtrace.figures.drawing import (
     span_colours,
     styled,
 )
-from zarrtrace.figures.labels import drawable, feature_label, token_label
+from zarrtrace.figures.labels import FeatureLabels, drawable, feature_label, token_label
 from zarrtrace.scenarios import DECISION
 
 # Tokens that the decision attends to most get their text beside their cell: at most so many, and
@@ -59,6 +59,10 @@ _NAMED, _LEAST_NAMED = 6, 0.25
 _BAR = 0.5
 # The first token's activations are often tens of times the others': they do not set the scale.
 _SHOWN = 0.99
+# Width of a character of an axis' labels, in inches.
+_CHARACTER = 0.067
+# Characters of a label beside the tokens.
+_LABEL = 34
 
 
 @styled
@@ -67,6 +71,7 @@ def feature_timeline(
     features: Feature | Sequence[Feature] | None = None,
     *,
     special: bool = False,
+    labels: FeatureLabels | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Activation along the prompt, with the token texts.
@@ -82,6 +87,8 @@ def feature_timeline(
     special
         Whether to draw special tokens (BOS, chat markers), too; otherwise their columns are empty.
         Their activations are often tens of times the others'.
+    labels
+        Labels of features, as :func:`zarrtrace.index.names_of` returns them.
     ax
         Where to draw; a new figure if None.
 
@@ -106,12 +113,13 @@ def feature_timeline(
         pairs = as_pairs(features, ds["features"], dictionaries_of(ds))
         layer, index = (xr.DataArray(list(one), dims="layer") for one in zip(*pairs, strict=True))
         values = ds["features"].sel(layer=layer, feature=index)
-        names, of = [feature_label(*pair) for pair in pairs], "layer · feature"
+        names, of = [feature_label(*pair, labels) for pair in pairs], "layer · feature"
     shown = np.ma.masked_invalid(of_all_tokens(ds, values.transpose("layer", "query")))
     if not special:
         shown[:, special_keys(ds)] = np.ma.masked
     height = 1.7 + max(1.0, 0.085 * len(names))
-    ax = axes_or_new(ax, PAGE_WIDTH, height, margins=(0.65, 0.65, 0.85, 0.85))
+    left = max(0.65, 0.1 + _CHARACTER * max(map(len, names)))
+    ax = axes_or_new(ax, PAGE_WIDTH, height, margins=(left, 0.65, 0.85, 0.85))
     image = ax.imshow(
         shown,
         **_scale(shown),
@@ -136,7 +144,11 @@ def feature_timeline(
 
 @styled
 def trajectory(
-    result: xr.DataArray, *, groups: Groups | None = None, ax: Axes | None = None
+    result: xr.DataArray,
+    *,
+    groups: Groups | None = None,
+    labels: FeatureLabels | None = None,
+    ax: Axes | None = None,
 ) -> Axes:
     """Activation of single features in all scenarios.
 
@@ -150,6 +162,8 @@ def trajectory(
         ``([scenario,] [pair])``.
     groups
         Names of scenarios by group.
+    labels
+        Labels of features, as :func:`zarrtrace.index.names_of` returns them.
     ax
         Where to draw; a new figure if None.
 
@@ -181,9 +195,12 @@ def trajectory(
         layer_axis(ax, layers)
         ax.set_title(f"feature {index[0]}{at}")
     else:
-        ax = axes_or_new(ax, max(PAGE_WIDTH * 0.4, 1 + 0.5 * len(index)), 2.4)
+        names = [feature_label(*pair, labels) for pair in zip(layers, index, strict=True)]
+        slanted = _CHARACTER * 0.71 * max(map(len, names))  # at 45 degrees
+        left, bottom = max(0.55, slanted - 0.1), max(0.45, slanted + 0.1)
+        width = max(PAGE_WIDTH * 0.4, 1 + 0.5 * len(index)) - 0.55 + left
+        ax = axes_or_new(ax, width, 1.95 + bottom, margins=(left, 0.2, bottom, 0.3))
         handles = _bars_by_pair(ax, result, groups)
-        names = [feature_label(*pair) for pair in zip(layers, index, strict=True)]
         ax.set_xticks(range(len(names)), labels=names, rotation=45, ha="right")
         ax.set_title(f"single features{at}")
     ax.set_ylabel("activation (SAE units)")
@@ -233,6 +250,7 @@ def integrated_view(
     sources: Sequence[str] | None = None,
     count: int = 12,
     special: bool = False,
+    labels: FeatureLabels | None = None,
     figure: Figure | None = None,
 ) -> Figure:
     """Features, words and tokens of one scenario in one picture.
@@ -255,6 +273,9 @@ def integrated_view(
     special
         Whether activations at special tokens (BOS, chat markers) are drawn and scale a feature's
         row, too.
+    labels
+        Labels of features, as :func:`zarrtrace.index.names_of` returns them; a feature that has
+        one has no words.
     figure
         Where to draw; a new figure if None.
 
@@ -314,7 +335,9 @@ def integrated_view(
         axes_at(figure, right + _BAR + 0.08, top, beside, above * stretch), ds, names, spans
     )
     lower = axes_at(figure, left, top + above * stretch + between, wide, below * stretch)
-    rows = _draw_features(lower, ds, chosen, spans, words, special=special, keep=interesting)
+    rows = _draw_features(
+        lower, ds, chosen, spans, words, labels or {}, special=special, keep=interesting
+    )
     if rows is not None:
         bar = axes_at(figure, right, top + above * stretch + between, 0.07, below * stretch)
         colour_bar(bar, rows, "share of own largest", cax=bar)
@@ -393,6 +416,7 @@ def _draw_features(
     chosen: Sequence[tuple[str, int, int]],
     spans: dict[str, list[int]],
     words: xr.Dataset | None,
+    labels: FeatureLabels,
     *,
     special: bool,
     keep: Sequence[int],
@@ -423,9 +447,12 @@ def _draw_features(
         if number and chosen[number][0] != chosen[number - 1][0]:
             ax.axhline(number - 0.5, color="black", lw=0.5)
         text = _words_of(words, layer, feature)
+        if label := drawable(labels.get((layer, feature), "")):
+            text = label if len(label) <= _LABEL else f"{label[: _LABEL - 1]}…"
         ax.text(at, number, text, transform=ax.get_yaxis_transform(), va="center", fontsize=5.5)
-    if words is not None:
-        ax.text(at, -0.75, "strongest words", transform=ax.get_yaxis_transform(), va="bottom",
+    if words is not None or labels:
+        heading = "label or strongest words" if labels else "strongest words"
+        ax.text(at, -0.75, heading, transform=ax.get_yaxis_transform(), va="bottom",
                 fontsize=5.5, color="#555555")  # fmt: skip
     label_token_axis(ax, ds, spans, keep=keep)
     ax.set_xlabel("token")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import math
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib as mpl
 from matplotlib.axis import Axis
 from matplotlib.font_manager import FontProperties, findfont, get_font
+
+#: Labels of features by layer and feature.
+FeatureLabels = Mapping[tuple[int, int], str]
 
 _VISIBLE = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"}
 _ELLIPSIS = "…"
@@ -52,9 +55,23 @@ def token_label(text: str, *, limit: int = 14) -> str:
     return "".join(kept or pieces[:1]) + _ELLIPSIS
 
 
-def feature_label(layer: int, feature: int) -> str:
-    """Return a pair of a layer and a feature as a label, as ``L25 · 250``."""
-    return f"L{layer} · {feature}"
+def feature_label(
+    layer: int, feature: int, labels: FeatureLabels | None = None, *, limit: int = 24
+) -> str:
+    """Return a layer and a feature with its label, as ``L25 · 250 money``.
+
+    Parameters
+    ----------
+    layer, feature
+        Block and latent.
+    labels
+        What :func:`zarrtrace.index.names_of` returned.
+    limit
+        Characters of the label to keep; longer ones end in ``…``.
+    """
+    text = drawable((labels or {}).get((layer, feature), ""))
+    text = text if len(text) <= limit else text[: limit - 1].rstrip() + _ELLIPSIS
+    return f"L{layer} · {feature} {text}".rstrip()
 
 
 def drawable(text: str) -> str:

@@ -21,6 +21,7 @@ from zarrtrace.analysis.selecting import Data, require, spans_before, tags, trac
 from zarrtrace.errors import ConfigError, ScenarioError, ZarrtraceError
 from zarrtrace.figures import contrasts, features, flow, gallery, heatmaps
 from zarrtrace.figures.drawing import box_of, metadata_of, save
+from zarrtrace.index import names_of, read_labels
 from zarrtrace.scenarios import DECISION, chosen_names
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import open_run, read_run
@@ -33,6 +34,8 @@ FORMATS = ("png", "pdf")
 MOST_DRAWN, MOST_COMPARED = 50, 1000
 # Features that get a bar each.
 _FEATURES_DRAWN = 8
+# Features that may have a name in the volcano plot, which has room for a few of them.
+_FEATURES_NAMED = 32
 # Below so many figures a worker, starting it takes longer than it saves.
 _WORTH_A_WORKER = 12
 
@@ -186,7 +189,7 @@ class _Result:
 
 @dataclass(frozen=True)
 class _Drawing:
-    """A figure of the set: `make` takes the run (and the trace) and returns what it shows."""
+    """A figure of the set: `make` takes the run's path and run or trace, returns what it shows."""
 
     key: str
     title: str
@@ -216,47 +219,55 @@ def _contrast(run: xr.DataTree, **options: Any) -> xr.Dataset:
     return analysis.contrast(run, *groups, **options)
 
 
-def _pathways(run: xr.DataTree) -> tuple[Figure, Any]:
+def _pathways(_path: Location, run: xr.DataTree) -> tuple[Figure, Any]:
     result = analysis.attention_to(run)
     groups = default_groups(run) or None
     return flow.pathway_strength(result, groups=groups, bands=run.attrs.get("bands")), result
 
 
-def _critical(run: xr.DataTree) -> tuple[Figure, Any]:
+def _critical(_path: Location, run: xr.DataTree) -> tuple[Figure, Any]:
     result = analysis.critical_layers(run)
     return _figure(contrasts.critical_chart(result)), result
 
 
-def _difference(run: xr.DataTree) -> tuple[Figure, Any]:
+def _difference(_path: Location, run: xr.DataTree) -> tuple[Figure, Any]:
     result = _contrast(run, what="attention")
     return _figure(contrasts.difference_map(result, names=_two_groups(run))), result
 
 
-def _difference_heads(run: xr.DataTree) -> tuple[Figure, Any]:
+def _difference_heads(_path: Location, run: xr.DataTree) -> tuple[Figure, Any]:
     result = _contrast(run, what="attention", heads="each")
     return contrasts.difference_heads(result, names=_two_groups(run)), result
 
 
-def _volcano(run: xr.DataTree) -> tuple[Figure, Any]:
+def _names(path: Location, contrast: xr.Dataset) -> dict[tuple[int, int], str]:
+    """Name the features of a contrast by labels, else by words of the index, if there is one."""
+    layers, found = (contrast[name].values.tolist() for name in ("layer", "feature"))
+    return names_of(path, zip(layers, found, strict=True))
+
+
+def _volcano(path: Location, run: xr.DataTree) -> tuple[Figure, Any]:
     result = _contrast(run)
-    return _figure(contrasts.volcano(result, names=_two_groups(run))), result
+    groups, labels = _two_groups(run), _names(path, result.isel(row=slice(_FEATURES_NAMED)))
+    return _figure(contrasts.volcano(result, names=groups, labels=labels)), result
 
 
-def _trajectory(run: xr.DataTree) -> tuple[Figure, Any]:
+def _trajectory(path: Location, run: xr.DataTree) -> tuple[Figure, Any]:
     strongest = _contrast(run).isel(row=slice(_FEATURES_DRAWN))
     pairs = zip(
         strongest["layer"].values.tolist(), strongest["feature"].values.tolist(), strict=True
     )
     result = analysis.feature_trajectory(run, list(pairs))
-    return _figure(features.trajectory(result, groups=default_groups(run))), result
+    groups, labels = default_groups(run), _names(path, strongest)
+    return _figure(features.trajectory(result, groups=groups, labels=labels)), result
 
 
-def _locality(run: xr.DataTree) -> tuple[Figure, Any]:
+def _locality(_path: Location, run: xr.DataTree) -> tuple[Figure, Any]:
     result = analysis.attention_locality(run)
     return flow.locality(result, bands=run.attrs.get("bands")), result
 
 
-def _bands(run: xr.DataTree) -> tuple[Figure, Any]:
+def _bands(_path: Location, run: xr.DataTree) -> tuple[Figure, Any]:
     result = analysis.layer_bands(run)
     return flow.bands(result, groups=default_groups(run) or None), result
 
@@ -297,9 +308,16 @@ def _words(path: Location) -> xr.Dataset:
     return analysis.word_associations(_open(path), strip=True)
 
 
+@functools.lru_cache(maxsize=1)
+def _labels(path: Location) -> dict[tuple[int, int], str]:
+    found = read_labels(path, array="features")
+    keys = zip(found["layer"].tolist(), found["feature"].tolist(), strict=True)
+    return dict(zip(keys, found["label"].tolist(), strict=True))
+
+
 def _integrated(path: Location, ds: xr.Dataset) -> tuple[Figure, Any]:
     require(ds, "attention_mean", "features")
-    return features.integrated_view(ds, words=_words(path)), ds
+    return features.integrated_view(ds, words=_words(path), labels=_labels(path)), ds
 
 
 _OF_SCENARIO = (
@@ -346,7 +364,7 @@ def _draw(
     try:
         run = _open(path)
         if task.scenario is None:
-            figure, shown = drawing.make(run)
+            figure, shown = drawing.make(path, run)
             title = drawing.title
         else:
             figure, shown = drawing.make(path, _trace(path, task.scenario))

@@ -28,6 +28,9 @@ NO_ID = 2**32 - 1
 INDEX = "index"
 #: The folder of a run in which traces are written, and the index of a run or a table.
 STAGED = ".staged"
+#: The file of a run or a table with the labels of its features. No name of a scenario or an array
+#: begins with a dot.
+LABELLED = ".labels.parquet"
 
 #: The coordinate that tells which tokens are special, such as BOS.
 SPECIAL = "special"

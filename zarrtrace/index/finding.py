@@ -9,6 +9,7 @@ import numpy as np
 
 from zarrtrace.errors import ConfigError, IntegrityError, ScenarioError, ZarrtraceError
 from zarrtrace.format.index_layout import INDEX_TOKENS
+from zarrtrace.index.labels import label_of
 from zarrtrace.index.tables import find_in_table
 from zarrtrace.index.uses import AFTER, BEFORE, FeatureUse, Text, TokenUse
 from zarrtrace.scenarios import check_trace_name
@@ -134,6 +135,7 @@ def find_feature(
         special=known.special,
         indexed=known.indexed,
         scenarios=known.scenarios,
+        label=label_of(run, layer, feature, array),
     )
 
 

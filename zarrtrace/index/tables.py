@@ -8,6 +8,7 @@ import xarray as xr
 
 from zarrtrace.errors import ConfigError
 from zarrtrace.format.layout import SPECIAL
+from zarrtrace.index.labels import label_of
 from zarrtrace.index.uses import AFTER, BEFORE, FeatureUse, Text, TokenUse
 from zarrtrace.scenarios import first_repeats, sample_names
 from zarrtrace.storage import Location
@@ -67,6 +68,7 @@ def find_in_table(
         special=special,
         indexed=int(ds.attrs["scenarios"]) - len(ds.attrs["failed"]),
         scenarios=int(ds.attrs["scenarios"]),
+        label=label_of(run, layer, feature, array),
     )
 
 

@@ -60,6 +60,8 @@ class FeatureUse:
     indexed, scenarios
         How many scenarios are in the index, and how many the run has; a table's index lacks those
         that failed, also where the table itself is read.
+    label
+        Its label; empty if the run has none for it.
     """
 
     layer: int
@@ -72,3 +74,4 @@ class FeatureUse:
     indexed: int
     scenarios: int
     special: bool
+    label: str = ""

@@ -19,6 +19,12 @@ from zarrtrace.store.indexable import (
     read_special,
     read_token_texts,
 )
+from zarrtrace.store.label_file import (
+    LABEL_COLUMNS,
+    labelled_layers,
+    read_label_file,
+    write_label_file,
+)
 from zarrtrace.store.metadata import (
     kind_of,
     read_run,
@@ -44,6 +50,7 @@ from zarrtrace.store.verification import verify
 from zarrtrace.store.write import trace_plan, write_trace
 
 __all__ = [
+    "LABEL_COLUMNS",
     "ColumnSummary",
     "ContinuationFile",
     "IndexWriter",
@@ -62,6 +69,7 @@ __all__ = [
     "attention_problem",
     "copy_run",
     "kind_of",
+    "labelled_layers",
     "layer_record",
     "locked",
     "only_writer",
@@ -69,6 +77,7 @@ __all__ = [
     "open_table",
     "open_trace",
     "read_indexable",
+    "read_label_file",
     "read_run",
     "read_run_or_table",
     "read_sample_texts",
@@ -86,5 +95,6 @@ __all__ = [
     "verify",
     "wait_for_writers",
     "write_index_layer",
+    "write_label_file",
     "write_trace",
 ]

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 from zarrtrace.errors import ConfigMismatchError, IntegrityError, NotATraceError, StoreError
 from zarrtrace.format.attributes import IndexAttributes, TableAttributes, TraceAttributes
-from zarrtrace.format.layout import INDEX, STAGED
+from zarrtrace.format.layout import INDEX, LABELLED, STAGED
 from zarrtrace.storage import Address, Location, disk, locate
 from zarrtrace.store.chunks import Checksum
 from zarrtrace.store.damage import check_sizes, compare_file
+from zarrtrace.store.label_file import check_labels
 from zarrtrace.store.metadata import (
     REPAIR,
     Group,
@@ -81,7 +82,7 @@ class _Counter:
 
 
 def copy_run(source: Address, target: Address, *, progress: Progress | None = None) -> Copied:
-    """Copy a run, a trace or a table, with index and card if it has them.
+    """Copy a run, a trace or a table, with index, labels and card if it has them.
 
     Parameters
     ----------
@@ -121,7 +122,9 @@ def copy_run(source: Address, target: Address, *, progress: Progress | None = No
                 if isinstance(group.attributes, TableAttributes):
                     scenarios = group.attributes.scenarios
             if kind != "trace":
-                _copy_file(source, "README.md", target)
+                check_labels(source)
+                for name in ("README.md", LABELLED):
+                    _copy_file(source, name, target)
             if is_run:
                 _copy_file(source, "zarr.json", target)
         finally:
@@ -145,7 +148,7 @@ def _refuse_other(source: Location, target: Location, kind: str) -> None:
         there = kind_of(target)
     except NotATraceError:
         # An interrupted copy has no zarr.json yet.
-        known = {STAGED, INDEX, "README.md"}
+        known = {STAGED, INDEX, LABELLED, "README.md"}
         if kind == "run":
             known |= {*read_run(source).attributes.scenarios}
         if target.is_file() or (

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from zarrtrace.errors import IntegrityError, StoreError
 from zarrtrace.format.attributes import IndexAttributes, TableAttributes
-from zarrtrace.format.layout import INDEX, STAGED
+from zarrtrace.format.layout import INDEX, LABELLED, STAGED
 from zarrtrace.storage import Location
 from zarrtrace.storage.backend import Content
 from zarrtrace.store.chunks import Checksum, FileIndex, checksum_of, fingerprint, parse_index
@@ -21,7 +21,7 @@ from zarrtrace.store.metadata import REPAIR, Group
 
 _METADATA = "zarr.json"
 #: Beside the traces of a run, or the arrays of a table, these belong to it.
-OF_RUN = frozenset({_METADATA, "README.md", INDEX, STAGED})
+OF_RUN = frozenset({_METADATA, "README.md", INDEX, LABELLED, STAGED})
 # Bytes of a file that are read at once. Files of a table have 512 MB.
 _PART_BYTES = 16 * 2**20
 

@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 from zarrtrace.errors import StoreError
 from zarrtrace.format.attributes import RunAttributes, TableAttributes
-from zarrtrace.format.layout import INDEX
+from zarrtrace.format.layout import INDEX, LABELLED
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store.damage import OF_RUN, Problem, find_damage
 from zarrtrace.store.index_arrays import stale_scenarios
+from zarrtrace.store.label_file import check_labels
 from zarrtrace.store.metadata import (
     Group,
     kind_of,
@@ -58,7 +59,7 @@ def verify(path: Address, *, progress: Progress | None = None) -> list[Problem]:
     (path / "zarr.json").inside(path)
     if kind == "table":
         table = read_table(path)
-        return [*find_damage(table, progress=progress), *_index(table)]
+        return [*find_damage(table, progress=progress), *_index(table), *_labels(path)]
     run = read_run(path)
     names = run.attributes.scenarios
     return [
@@ -66,6 +67,7 @@ def verify(path: Address, *, progress: Progress | None = None) -> list[Problem]:
         *_consolidated(run),
         *_unknown(path, names),
         *_index(run),
+        *_labels(path),
     ]
 
 
@@ -141,3 +143,11 @@ def _index(run: Group[RunAttributes] | Group[TableAttributes]) -> Iterator[Probl
     if not damage:
         for scenario, message in stale_scenarios(run):
             yield Problem(scenario=scenario, array=INDEX, message=message)
+
+
+def _labels(run: Location) -> Iterator[Problem]:
+    """Check the labels of a run or a table, if it has any."""
+    try:
+        check_labels(run)
+    except StoreError as error:
+        yield Problem(scenario=None, array=LABELLED, message=error.what)

@@ -59,10 +59,14 @@ def estimate(layout: Layout, output: str | Path) -> Estimate:
         count = sum(1 for _ in array.grid())
         total += read * count // max(1, len(places))
         files += count + 1
+    labels = layout.label_files()
+    total += sum(len(layout.read(file)) for file in labels)
     total += len(layout.index) + sum(len(page_file(name)) for name in PAGE_FILES)
     if _is_html(output):
         return Estimate(total * 4 // 3, 1, layout.eight_bit)
-    return Estimate(total, files + len(PAGE_FILES) + 2 + len(layout.traces), layout.eight_bit)
+    return Estimate(
+        total, files + len(labels) + len(PAGE_FILES) + 2 + len(layout.traces), layout.eight_bit
+    )
 
 
 def plan(

@@ -24,14 +24,22 @@ from zlib_ng import zlib_ng
 from zarrtrace.analysis.special import special_keys
 from zarrtrace.errors import ConfigError, IncompleteError
 from zarrtrace.format.attributes import ranges, sae_coordinate
-from zarrtrace.format.layout import NO_ID
+from zarrtrace.format.layout import LABELLED, NO_ID
+from zarrtrace.index.labels import home_of, read_labels
+from zarrtrace.index.neuronpedia import source_of
 from zarrtrace.scenarios import chosen_names, name_of
 from zarrtrace.storage import Address, Location, locate
-from zarrtrace.store import kind_of, open_run, open_trace, read_run, read_trace
+from zarrtrace.store import (
+    kind_of,
+    labelled_layers,
+    open_run,
+    open_trace,
+    read_run,
+    read_trace,
+)
 from zarrtrace.store.staged import read_staged
 from zarrtrace.text import terminal_text
 from zarrtrace.viewer.arrays import BundleArray, run_arrays, trace_arrays
-from zarrtrace.viewer.neuronpedia import source_of
 
 #: Version of the bundle's layout; the page refuses another.
 BUNDLE_VERSION = 1
@@ -53,6 +61,7 @@ PAGE_FILES = (
     "maps.js",
     "code.js",
     "features.js",
+    "labels.js",
     "compare.js",
 )
 
@@ -130,7 +139,25 @@ class Layout:
                 array.name: array.described(f"@run/{array.name}") for array in self._run_arrays
             },
         }
+        if self._labelled:
+            run["labels"] = self._labelled
         return json.dumps(run, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode()
+
+    @cached_property
+    def _labelled(self) -> dict[str, list[int]]:
+        """The layers that are shown and have labels, by array of features."""
+        shown = {int(layer) for ds in self.traces.values() for layer in np.asarray(ds["layer"])}
+        found = labelled_layers(home_of(self.path, LABELLED))
+        kept = {array: [n for n in layers if n in shown] for array, layers in found.items()}
+        return {array: layers for array, layers in kept.items() if layers}
+
+    def label_files(self) -> list[str]:
+        """Return the paths of the files of labels, one an array and layer."""
+        return [
+            f"data/@labels/{array}/{layer}.json.gz"
+            for array, layers in self._labelled.items()
+            for layer in layers
+        ]
 
     def _scenario(self, name: str, ds: xr.Dataset) -> dict[str, Any]:
         attributes = ds.attrs
@@ -166,6 +193,7 @@ class Layout:
         yield "data/zarr.json"
         for scenario in (*self.traces, *(["@run"] if self._run_arrays else [])):
             yield f"data/{scenario}/zarr.json"
+        yield from self.label_files()
         for path, array in self.arrays.items():
             yield f"data/{path}/zarr.json"
             for place in array.grid():
@@ -191,6 +219,8 @@ class Layout:
         if rest in {f"{group}zarr.json" for group in groups}:
             return _as_json({"zarr_format": 3, "node_type": "group", "attributes": {}})
         parts = rest.split("/")
+        if parts[0] == "@labels":
+            return self._label_file(file)
         array = self.arrays["/".join(parts[:2])]
         if parts[2:] == ["zarr.json"]:
             return _as_json(array.metadata(_GZIP_LEVEL))
@@ -200,6 +230,15 @@ class Layout:
         if [str(number) for number in place] != parts[3:] or not array.has(place):
             raise KeyError(file)
         return _gzip(array.chunk(place))
+
+    def _label_file(self, file: str) -> bytes:
+        if file not in self.label_files():
+            raise KeyError(file)
+        array, layer = file.removesuffix(".json.gz").split("/")[2:]
+        found = read_labels(self.path, array=array, layers=[int(layer)])
+        labels = map(terminal_text, found["label"])
+        by_feature = dict(zip(map(str, found["feature"]), labels, strict=True))
+        return _gzip(json.dumps(by_feature, ensure_ascii=True, separators=(",", ":")).encode())
 
 
 def _generated(attributes: Mapping[Any, Any]) -> dict[str, Any]:
