@@ -339,6 +339,12 @@ def test_flow_diagram_draws_attention_between_spans(ds: xr.Dataset) -> None:
     np.testing.assert_array_equal(lines["goal"].get_ydata(), planted.LAYERS)
 
 
+def test_flow_of_one_span(ds: xr.Dataset) -> None:
+    apart, ax, _ = figures.flow_diagram(ds, spans=["decision"]).axes
+    assert len(apart.lines) == 1
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["decision"]
+
+
 def test_flow_explains_where_rollout_ranks_otherwise(ds: xr.Dataset) -> None:
     sources = list(planted.SPANS)
     rollout = analysis.attention_rollout(ds, sources).isel(layer=-1)

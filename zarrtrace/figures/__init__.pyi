@@ -4,8 +4,8 @@ from zarrtrace.figures.contrasts import (
     difference_map,
     volcano,
 )
-from zarrtrace.figures.drawing import metadata_of, save
 from zarrtrace.figures.features import feature_timeline, integrated_view, trajectory
+from zarrtrace.figures.files import metadata_of, save
 from zarrtrace.figures.flow import bands, flow_diagram, locality, pathway_strength
 from zarrtrace.figures.heatmaps import attention_heads, attention_layers, attention_map
 from zarrtrace.figures.labels import token_label

@@ -1,12 +1,9 @@
-"""What all figures share: style, colours, spans beside an axis, and saving with metadata."""
+"""What all figures share: style, colours, and spans beside an axis."""
 
 from __future__ import annotations
 
 import functools
-import importlib.metadata
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import matplotlib as mpl
@@ -19,10 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import Bbox
 
 from zarrtrace.analysis.bands import Bands
-from zarrtrace.analysis.selecting import Data, positions, provenance
+from zarrtrace.analysis.selecting import positions
 from zarrtrace.errors import ConfigError
 from zarrtrace.figures.labels import drawable, label_tokens, thinned
 from zarrtrace.scenarios import COMPLETION
@@ -47,8 +43,6 @@ NOT_STORED = "#e6e6e6"
 #: Of the line behind the prompt, where generated text begins.
 PROMPT_END = "#C2185B"
 _PRINT_DPI = 300
-_PAD = 0.04  # inches around a saved figure
-_DPI = 300  # of a saved figure, unless asked otherwise
 _STYLE: dict[Any, Any] = {
     "font.size": 7,
     "axes.titlesize": 7.5,
@@ -416,104 +410,3 @@ def layer_axis(ax: Axes, layers: Sequence[int]) -> None:
     ax.set_xlim(min(layers) - 0.5, max(layers) + 0.5)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     ax.set_xlabel("layer")
-
-
-# --- saving ------------------------------------------------------------------------------------
-
-
-def metadata_of(data: Data | xr.DataArray) -> dict[str, str]:
-    """Return model, SAE release, scenarios and versions of what a figure shows.
-
-    Parameters
-    ----------
-    data
-        A trace, a run, or the result of an analysis.
-    """
-    if not isinstance(data, xr.DataArray) and "analysis" not in data.attrs:
-        found = provenance(data)
-        attributes = data.attrs
-        names = [attributes["scenario"]] if "scenario" in attributes else attributes["scenarios"]
-    else:
-        keys = ("analysis", "parameters", "model", "sae_release", "zarrtrace_version")
-        found = {key: str(data.attrs[key]) for key in keys if key in data.attrs}
-        names = np.atleast_1d(data["scenario"]).tolist() if "scenario" in data.coords else []
-    out = {**found, "scenario": ", ".join(map(str, names))}
-    out["figures_version"] = importlib.metadata.version("zarrtrace")
-    return {key: value for key, value in out.items() if value}
-
-
-@styled
-def save(
-    figure: Figure,
-    path: str | Path,
-    data: Data | xr.DataArray,
-    *,
-    title: str = "",
-    dpi: float = _DPI,
-    box: Bbox | None = None,
-) -> Path:
-    """Write a figure, with where it comes from in the file's metadata.
-
-    Parameters
-    ----------
-    figure
-        What a function of this package returned.
-    path
-        File to write; its ending, ``.png`` or ``.pdf``, says what.
-    data
-        The trace, run or result that the figure shows.
-    title
-        Of the figure, for the metadata.
-    dpi
-        Dots per inch: of a PNG, and of the images within a PDF.
-    box
-        What :func:`box_of` returned for the figure; it takes a fifth of the time.
-
-    Returns
-    -------
-    Path
-        `path`. A PNG has text chunks ``Title``, ``Software`` and ``zarrtrace:…`` for model, SAE
-        release, scenario and versions; a PDF has the same as JSON in its ``Keywords``. Neither has
-        a date: the same data give the same file.
-
-    Raises
-    ------
-    ConfigError
-        If the ending is neither.
-    """
-    path = Path(path)
-    found = metadata_of(data)
-    software = f"zarrtrace {found['figures_version']}"
-    if path.suffix == ".png":
-        metadata: dict[str, str | None] = {
-            "Title": title,
-            "Software": software,
-            **{f"zarrtrace:{key}": value for key, value in found.items()},
-        }
-        # Level 6, the default, takes four times as long for a tenth of the size.
-        options: dict[str, Any] = {"pil_kwargs": {"compress_level": 3}}
-    elif path.suffix == ".pdf":
-        keywords = json.dumps(found, ensure_ascii=False)
-        metadata = {
-            "Title": title, "Creator": software, "Subject": found.get("model", ""),
-            "Keywords": keywords, "CreationDate": None,
-        }  # fmt: skip
-        options = {}
-    else:
-        raise ConfigError(
-            f"{path}: cannot write a figure as {path.suffix or 'a file without ending'!r}",
-            remedy="Use .png or .pdf.",
-        )
-    figure.savefig(path, dpi=dpi, metadata=metadata, bbox_inches=box or box_of(figure), **options)
-    return path
-
-
-@styled
-def box_of(figure: Figure) -> Bbox:
-    """Return what of a figure is drawn on, and some space around it, in inches."""
-    # bbox_inches="tight" would draw everything twice to find this out.
-    shown, figure.dpi = figure.dpi, _DPI  # at 100, hinted letters are a tenth narrower
-    try:
-        return figure.get_tightbbox().padded(_PAD)
-    finally:
-        figure.dpi = shown

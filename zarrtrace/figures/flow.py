@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from zarrtrace.analysis import attention_rollout, attention_to
 from zarrtrace.analysis.bands import Bands
 from zarrtrace.analysis.selecting import (
+    Place,
     positions,
     require,
     scenario_of,
@@ -152,7 +153,7 @@ def flow_diagram(
     require(ds, "attention_mean")
     names = _in_prompt_order(ds) if spans is None else list(spans)
     first = int(token_labels(ds)[0])
-    share = attention_to(ds, names, names, reduce="sum")
+    share = _shares(ds, names, names)
     layers = np.asarray(share["layer"]).tolist()
     figure = figure or blank(PAGE_WIDTH, min(8.5, 1.6 + 0.17 * len(layers)))
     width, height = figure.get_size_inches()
@@ -172,7 +173,7 @@ def flow_diagram(
     ax.tick_params(axis="x", length=0)
     ax.set_title("span to span", loc="left")
     _draw_rollout(beside, ds, names, colours)
-    _draw_first_token(apart, ds, attention_to(ds, [first], names, reduce="sum"), colours)
+    _draw_first_token(apart, ds, _shares(ds, [first], names), colours)
     figure.suptitle(
         f"{drawable(scenario_of(ds))}: attention flow",
         x=0.5 / width, y=1 - 0.08 / height, ha="left", va="top",
@@ -352,6 +353,13 @@ def _draw_prompt_end(ax: Axes, ds: xr.Dataset, names: Sequence[str]) -> None:
         )  # fmt: skip
 
 
+def _shares(ds: xr.Dataset, sources: Sequence[Place], targets: Sequence[Place]) -> xr.DataArray:
+    """Return shares of attention ``(source, target, layer)``, also of a single span."""
+    found = attention_to(ds, sources, targets, reduce="sum")
+    lacking = [dim for dim in ("source", "target") if dim not in found.dims]
+    return found.expand_dims(lacking)
+
+
 def _uniform(ds: xr.Dataset, names: Sequence[str]) -> np.ndarray:
     """Return the share ``(source, target)`` that uniform attention would give."""
     at = [np.asarray(positions(ds, name)) for name in names]
@@ -367,10 +375,9 @@ def _draw_first_token(
     ax: Axes, ds: xr.Dataset, share: xr.DataArray, colours: dict[str, str]
 ) -> None:
     """Draw the share of attention that each span pays to the first token."""
-    share = share.isel(source=0) if "source" in share.dims else share
     layers = np.asarray(share["layer"]).tolist()
-    for target in np.atleast_1d(np.asarray(share["target"])).tolist():
-        own = share.sel(target=target) if "target" in share.dims else share
+    for target in np.asarray(share["target"]).tolist():
+        own = share.isel(source=0).sel(target=target)
         ax.plot(own, layers, lw=0.9, color=colours[str(target)])
     _down_layers(ax, layers)
     ax.set_xlim(0, max(0.05, min(1.0, ax.get_xlim()[1])))

@@ -20,7 +20,7 @@ from zarrtrace import analysis
 from zarrtrace.analysis.selecting import Data, require, spans_before, tags, traces
 from zarrtrace.errors import ConfigError, ScenarioError, ZarrtraceError
 from zarrtrace.figures import contrasts, features, flow, gallery, heatmaps
-from zarrtrace.figures.drawing import box_of, metadata_of, save
+from zarrtrace.figures.files import box_of, metadata_of, save
 from zarrtrace.index import names_of, read_labels
 from zarrtrace.scenarios import DECISION, chosen_names
 from zarrtrace.storage import Address, Location, locate
