@@ -128,7 +128,7 @@ def test_a_prompt_alone_has_no_end(ds: xr.Dataset) -> None:
 
 def test_the_flow_has_generated_spans_behind_the_decision(ds: xr.Dataset) -> None:
     figure = figures.flow_diagram(continued(ds))
-    ax, beside = figure.axes
+    _, ax, beside = figure.axes
     names = [label.get_text() for label in ax.get_xticklabels()]
     assert names[-3:] == ["decision", "completion", "answer"]
     assert [x for x, _ in ends(ax)] == [[len(names) - 2.5] * 2]

@@ -85,7 +85,10 @@ def test_dir_lists_what_users_call_and_nothing_else() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     top, index, analysis = (set(line.split()) for line in done.stdout.splitlines())
     assert top == PUBLIC
-    assert index == {"FeatureUse", "IndexUpdate", "TokenUse", "build_index", "find_feature"}
+    assert index == {
+        "FeatureUse", "IndexUpdate", "LabelUpdate", "TokenUse", "build_index", "find_feature",
+        "names_of", "read_labels", "write_labels",
+    }  # fmt: skip
     assert {"contrast", "decision", "attention_to"} < analysis
     assert not {name for name in analysis if name.startswith("_")}
     assert not analysis & {"importlib", "TYPE_CHECKING", "Any", "annotations", "lazy", "bands"}
