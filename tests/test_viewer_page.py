@@ -23,6 +23,7 @@ from everyday import mostly_long
 
 import zarrtrace as zt
 from zarrtrace.analysis import contrast, word_associations
+from zarrtrace.index import write_labels
 from zarrtrace.records import Tokens, TokensRecord
 from zarrtrace.store import RunWriter
 from zarrtrace.viewer import Layout, Server, write_bundle
@@ -1164,3 +1165,26 @@ def test_a_part_of_the_matrix_is_zoomed_into(tmp_path: Path, look: Open) -> None
         page.locator("#zoom-out").click()
         ready(page)
         assert page.evaluate("[large.height, large.width]") == [60, 60]
+
+
+@pytest.mark.parametrize("way", ["server", "file"])
+def test_features_have_their_labels(way: str, tmp_path: Path, look: Open) -> None:
+    run = fakes.make_run(tmp_path, scenarios=("Safe_1",), active=0.9)
+    top = int(run.truth["Safe_1"]["top_feature"][1, -1, 0])
+    text = f"layer,feature,label\n2,{top},money <b>&</b> debts\n"
+    (tmp_path / "labels.csv").write_text(text)
+    write_labels(run.path, tmp_path / "labels.csv")
+    write_bundle(Layout(run.path), tmp_path / "page.html")
+    with Server(run.path) as live:
+        url = live.url if way == "server" else (tmp_path / "page.html").as_uri()
+        page = look(url, layer=2, head=0)
+        rows_ = page.locator("#top-features li")
+        assert rows_.first.locator(".label").inner_text() == "money <b>&</b> debts"
+        assert set(rows_.locator(".label").all_text_contents()[1:]) == {""}
+        rows_.first.click()  # the whole row, not the number alone
+        ready(page)
+        assert fragment(page, f"feature={top}")
+        assert page.locator("#feature-name").inner_text().startswith(f"Feature {top}: money <b>")
+        page.keyboard.press("ArrowUp")
+        ready(page)
+        assert "money" not in page.locator("#feature-name").inner_text()

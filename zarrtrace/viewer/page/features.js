@@ -1,10 +1,11 @@
 /** A token's strongest features; one feature over layers and tokens, its words, its contrasts. */
 
 import { bars, element, fail, heat, named, number, setNumber, tokenText, visible } from "./draw.js";
+import { labelOf, readLabels } from "./labels.js";
 import { cells, layerRuler, promptEnd, scale, single, tokenRuler } from "./plot.js";
 import { activeToken, colourBy } from "./prompt.js";
 import { choose, index, saesOf, scenario, view } from "./state.js";
-import { ofFeature, ofToken, placeOf, timeline } from "./store.js";
+import { file, ofFeature, ofToken, placeOf, timeline } from "./store.js";
 
 const $ = (/** @type {string} */ id) => /** @type {HTMLElement} */ (document.getElementById(id));
 const search = /** @type {HTMLInputElement} */ ($("feature-number"));
@@ -24,7 +25,8 @@ function link(feature) {
 
 /** An empty row; its button chooses the feature that the row then shows. */
 function ofFeatureAndValue() {
-  const row = element("li", { class: "pickable" }, element("button", { type: "button", class: "feature" }), number(0));
+  const row = element("li", { class: "pickable" }, element("button", { type: "button", class: "feature" }),
+    element("span", { class: "label" }), number(0));
   row.addEventListener("click", () => choose({ feature: Number(row.dataset.feature) }));
   return row;
 }
@@ -48,14 +50,16 @@ export async function showTop(token) {
     return;
   }
   try {
-    const [found, strength] = await Promise.all([ofToken(ids, token, place), ofToken(strengths, token, place)]);
+    const [found, strength] = await Promise.all([ofToken(ids, token, place), ofToken(strengths, token, place),
+      readLabels(index.labels ?? {}, view.sae, layer, file)]);
     if (token !== activeToken() || layer !== view.layer || at !== scenario()) return;
     fail(panel, null);
     const active = Array.from(found, (feature, i) => ({ feature, value: strength[i] })).filter((f) => Math.abs(f.value) > 0);
     const most = Math.max(1e-9, ...active.map((f) => Math.abs(f.value)));
     bars(out, active.slice(0, SHOWN), ofFeatureAndValue, (row, { feature, value }) => {
-      const [name, shown] = row.children;
+      const [name, label, shown] = row.children;
       row.dataset.feature = name.textContent = String(feature);
+      label.textContent = labelOf(view.sae, layer, feature);
       row.classList.toggle("chosen", feature === view.feature);
       setNumber(/** @type {HTMLDataElement} */ (shown), value);
       return Math.abs(value) / most;
@@ -88,8 +92,19 @@ export async function showFeature() {
     colourBy(null);
     return;
   }
-  $("feature-name").replaceChildren(`Feature ${feature} `, ...[link(feature)].filter((l) => l !== null));
-  await Promise.all([drawTimeline(), showWords(), showContrasts()]);
+  await Promise.all([drawTimeline(), showWords(), showContrasts(), showName(feature)]);
+}
+
+/** Write the feature's number, its label and its link. @param {number} feature */
+async function showName(feature) {
+  const layer = view.layer, sae = view.sae;
+  const links = [link(feature)].filter((l) => l !== null);
+  $("feature-name").replaceChildren(`Feature ${feature} `, ...links);
+  await readLabels(index.labels ?? {}, sae, layer, file);
+  const label = labelOf(sae, layer, feature);
+  if (label && feature === view.feature && layer === view.layer) {
+    $("feature-name").replaceChildren(`Feature ${feature}: ${label} `, ...links);
+  }
 }
 
 async function drawTimeline() {

@@ -62,7 +62,7 @@ function fromBase64(text) {
  * @param {string} path
  * @returns {Promise<Response>}
  */
-async function file(path) {
+export async function file(path) {
   if (kernel) return fromKernel(path);
   if (inline) {
     if (!(path in inline)) throw new DamagedError(`${path} is not in this file.`);

@@ -43,6 +43,7 @@
  * @property {Record<string, string>} vocabulary
  * @property {Scenario[]} scenarios
  * @property {Record<string, Record<string, string>>} sources
+ * @property {Record<string, number[]>} [labels] layers whose features have labels, by array
  * @property {Record<string, ArrayInfo>} run
  *
  * @typedef {Object} View what is chosen; all of it is in the address
