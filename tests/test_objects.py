@@ -839,6 +839,7 @@ def test_every_command_takes_an_address(
         ).read_bytes()
     said("import", tmp_path / "npz", "-o", run.parent / "imported")
     assert verify(run.parent / "imported") == []
+    assert "index built" in said("index", local)  # its words name features in tables
     table = said("analyze", "feature-trajectory", run, "--feature", "2:3")
     assert table == said("analyze", "feature-trajectory", local, "--feature", "2:3")
     said("bundle", run, "-o", tmp_path / "bundle", "-q")
