@@ -94,6 +94,20 @@ def test_dir_lists_what_users_call_and_nothing_else() -> None:
     assert not analysis & {"importlib", "TYPE_CHECKING", "Any", "annotations", "lazy", "bands"}
 
 
+def test_every_analysis_states_its_null_or_that_it_has_none() -> None:
+    from zarrtrace import analysis
+
+    other = {"of_sae", "read_table", "table", "chose"}  # they make what analyses take
+    for name in {*dir(analysis)} - other:
+        if not inspect.isfunction(getattr(analysis, name)):
+            continue
+        notes = (inspect.getdoc(getattr(analysis, name)) or "").partition("Notes\n-----")[2]
+        assert re.search(r"\bnulls?\b|\bno test\b", notes, re.IGNORECASE), name
+        assert re.search(
+            r"\b(unit|scenarios?|groups?|prompts?|repeats?|samples?)\b", notes, re.IGNORECASE
+        ), name
+
+
 @pytest.mark.parametrize(
     "package",
     [

@@ -89,7 +89,8 @@ def attention_to(
     Notes
     -----
     ``attention[:, target][:, source].mean()`` of each layer's ``(query, key)`` matrix; only these
-    rows and columns are read.
+    rows and columns are read. A description: no null hypothesis is tested. The scenario is the
+    unit; :func:`contrast`, :func:`relate` and :func:`critical_layers` test what is seen here.
     """
     targets, several_targets = as_places(target)
     names = [label(place) for place in targets]
@@ -258,6 +259,10 @@ def attention_locality(
     ------
     ConfigError
         If there is no attention, or the window is negative.
+
+    Notes
+    -----
+    A description of the rows that are stored, a scenario each: no null hypothesis is tested.
     """
     if window < 0:
         raise ConfigError(f"window={window} is negative", remedy="Give 0 or more tokens.")

@@ -71,7 +71,8 @@ def choices(data: Data, *, at: str = DECISION, confidence: float = 0.95) -> xr.D
     covers the rate with at least `confidence` at any number of them. If all n repeats choose
     the same, it still reaches down to about 1 − 3.7/n. Repeats are drawn with the run's
     temperature and top-p: only at temperature 1 and top-p 1 does the stored probability say what
-    rate to expect, and only where the option follows the prompt at once.
+    rate to expect, and only where the option follows the prompt at once. No null hypothesis is
+    tested; the repeat is the unit.
     """
     chosen, known = _chosen(data), options(data)
     _check(chosen, known, confidence)

@@ -154,7 +154,7 @@ def contrast(
 
     Notes
     -----
-    `p_permutation`, `q_permutation` and `p_distribution` test that both groups have one
+    The null of `p_permutation`, `q_permutation` and `p_distribution` is that both groups have one
     distribution: observations are exchanged between the groups, and the p-values are exact. They
     can be small where only the spread differs. `p_familywise` tests for a difference of means
     in a family of tests: it holds under exchange, and for normal values whatever the spread of each

@@ -81,6 +81,11 @@ def decision(data: Data, *, at: str = DECISION, vocabulary: int | None = None) -
         stored.
     ScenarioError
         If no scenario has the span `at`.
+
+    Notes
+    -----
+    A description of each scenario: no null hypothesis is tested. :func:`relate` and
+    :func:`contrast` test what goes with it.
     """
     ids = options(data)
     if not ids:

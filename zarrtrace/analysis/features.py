@@ -136,8 +136,8 @@ def feature_trajectory(
 
     Notes
     -----
-    The pair (25, 250) at the last token is ``features[-1, 250]`` of layer 25. This describes: there
-    is no test.
+    The pair (25, 250) at the last token is ``features[-1, 250]`` of layer 25. This describes each
+    scenario: there is no test.
 
     Examples
     --------

@@ -81,7 +81,7 @@ def attention_rollout(
     heads, Ã = `residual`·I + (1 − `residual`)·A with rows normalised, the product of Ã over the
     layers. It is built by applying one layer after the other to the sources' indicator vectors,
     which gives the same numbers and holds one layer at a time. If the trace does not begin with
-    layer 0, neither does the rollout.
+    layer 0, neither does the rollout. A description of each scenario: no null hypothesis is tested.
     """
     if not 0 <= residual <= 1:
         raise ConfigError(f"residual={residual} is not within 0 to 1", remedy="The usual is 0.5.")
@@ -163,7 +163,8 @@ def attention_flow(
     Abnar & Zuidema (2020): tokens at each layer are nodes, Ã of :func:`attention_rollout` are the
     capacities. All tokens of a source feed one flow, and all tokens of the target take it.
     Capacities are rounded to 2⁻²⁸ for ``scipy.sparse.csgraph.maximum_flow`` (Dinic's algorithm).
-    Time grows with the square of the number of layers.
+    Time grows with the square of the number of layers. A description of each scenario: no null
+    hypothesis is tested.
     """
     if not 0 <= residual <= 1:
         raise ConfigError(f"residual={residual} is not within 0 to 1", remedy="The usual is 0.5.")

@@ -83,7 +83,8 @@ def pathway_features(
     -----
     Scoring by activation × attention follows the attribution of attention-mediated paths in
     Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits", without the
-    OV circuit, which a trace does not hold.
+    OV circuit, which a trace does not hold. A ranking of each scenario's features always has a
+    first one: no null hypothesis is tested.
     """
     at_least_one(top)
     require_places(data, [source, target])

@@ -55,7 +55,8 @@ def head_roles(data: Data) -> xr.DataArray:
     The patterns are those of Olsson et al. (2022), *In-context Learning and Induction Heads*, and
     of TransformerLens's ``head_detector`` (with ``duplicate_token_head`` and ``induction_head``).
     They are usually measured on repeated random tokens; on natural prompts, where few tokens
-    repeat, the last two say what a head does *here*, not what it is.
+    repeat, the last two say what a head does *here*, not what it is. A description of each
+    scenario: no null hypothesis is tested.
     """
     out = per_scenario(data, _roles).rename("score")
     return described(

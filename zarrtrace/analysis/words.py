@@ -80,8 +80,9 @@ def word_associations(
 
     Notes
     -----
-    There is no null hypothesis and no p-value: a ranking always has a first word. A word that
-    occurs once has one activation as its mean; ``count`` says so, and `min_count` leaves it out.
+    There is no null hypothesis and no p-value: a ranking always has a first word. The unit is an
+    occurrence of the word, in whichever scenario. A word that occurs once has one activation as its
+    mean; ``count`` says so, and `min_count` leaves it out.
     """
     if top < 1:
         raise ConfigError(f"top={top} keeps nothing", remedy="Give a number of at least 1.")
