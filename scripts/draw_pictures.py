@@ -23,7 +23,7 @@ PICTURES = Path(__file__).parent.parent / ".github"
 SCENARIO = "Bankruptcy_90_all_in"
 #: The head of the demo that attends most from the decision to the balance, and where it does.
 VIEW = {"scenario": SCENARIO, "layer": 25, "head": 2, "theme": "light"}
-WIDTH, HEIGHT = 1280, 1476
+WIDTH, HEIGHT = 1440, 900
 
 
 def draw_hero(run: Path, file: Path) -> None:
@@ -34,7 +34,7 @@ def draw_hero(run: Path, file: Path) -> None:
 
 
 def draw_viewer(run: Path, file: Path) -> None:
-    """Photograph the viewer's page above its fold."""
+    """Photograph the part of the viewer's page above its fold."""
     with Server(str(run)) as server, sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
