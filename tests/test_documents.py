@@ -181,7 +181,7 @@ def test_caption_agrees_with_the_picture(demo_run: Path) -> None:
         assert [int(n) for n in re.findall(r"\d+", said[1])] == [
             int(layer) for layer in strong.layer[strong > 0.05]
         ]
-        assert colours[span] == {"green": "#009E73", "orange": "#D55E00"}[named]
+        assert colours[span] == {"green": "#00795c", "orange": "#b35900"}[named]
 
 
 def test_quickstart_ends_with_commands_that_parse() -> None:
