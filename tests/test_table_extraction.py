@@ -563,11 +563,11 @@ from zarrtrace.capture import CaptureLimits
 from zarrtrace.extraction import table
 from zarrtrace.format.layout import Limits
 
-real = table.surveyed
+surveyed = table.surveyed
 
 @contextlib.contextmanager
 def small(*given, **options):
-    with real(*given, **options) as found:
+    with surveyed(*given, **options) as found:
         limits = CaptureLimits(layout=Limits(samples=64))
         model = dataclasses.replace(found.job.model, limits=limits)
         yield dataclasses.replace(found, job=dataclasses.replace(found.job, model=model))
