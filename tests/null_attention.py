@@ -257,7 +257,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         "critical_layers, any q",
-        "the same, heavy tails (t with 3 df), all layers alike",
+        "the same, heavy tails (t with 3 df), the same for all layers",
         any_layer(draw=heavy, common=0.9),
     ),
     Experiment("critical_layers, any q", "6 scenarios of 2 templates", any_layer(prompts=2)),

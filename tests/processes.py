@@ -23,6 +23,27 @@ _IMPORTS = [
     "transformers.models.llama.modeling_llama",
 ]
 
+#: Begins a script that kills itself at a step: before or after a call of a function that it names
+#: by ``counted(module, name)``. Its arguments are a folder and the number of the step, 0 for none.
+COUNTED = """
+import os, signal, sys
+folder, at = sys.argv[1], int(sys.argv[2])
+steps = 0
+def counted(module, name):
+    real = getattr(module, name)
+    def call(*given, **options):
+        global steps
+        steps += 1
+        if steps == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        found = real(*given, **options)
+        steps += 1
+        if steps == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+    setattr(module, name, call)
+"""
+
 # Who runs tests in a script's background has SIGINT ignored, and children inherit it.
 _CODE = """
 import signal

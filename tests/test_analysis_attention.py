@@ -119,7 +119,7 @@ def test_attention_locality_row_by_row(run, heads, exclude_first):
 @pytest.mark.parametrize("exclude_first", [False, True])
 @pytest.mark.parametrize("window", [0, 1, 5, planted.TOKENS - 3, planted.TOKENS - 2])
 def test_uniform_attention_is_as_local_as_the_window_is_wide(window, exclude_first):
-    # Every key alike: the share is the number of keys inside over that of all keys.
+    # Every key gets the same weight: the share is the number of keys inside over that of all keys.
     ones = np.tril(np.ones((planted.TOKENS, planted.TOKENS), np.float32))
     ds = planted.make_trace()
     ds["attention_mean"] = ds.attention_mean.copy(data=np.broadcast_to(ones, (6, *ones.shape)))

@@ -7,6 +7,7 @@ import json
 import signal
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import architectures
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.torch
 
 import zarrtrace as zt  # noqa: E402
 from zarrtrace import demo  # noqa: E402
+from zarrtrace.capture import comparison  # noqa: E402
 from zarrtrace.cli import group  # noqa: E402
 from zarrtrace.errors import ConfigError, ConfigMismatchError, ScenarioError  # noqa: E402
 from zarrtrace.exports import export  # noqa: E402
@@ -38,6 +40,20 @@ from zarrtrace.store import verify  # noqa: E402
 TEXTS = ("You now hold $90. Your choice:", "Bet or stop?", "You now hold $10. Your choice:")
 PROMPTS = [zt.Scenario(text, name=f"s{n}", options={"a": "1"}) for n, text in enumerate(TEXTS)]
 SAMPLED: dict[str, Any] = {"generate": 5, "temperature": 1.0, "samples": 2, "seed": 3}
+
+
+def rounding_of(model: Any, ids: list[int], logits: torch.Tensor) -> float:
+    """Return how far two orders of the same sums may lie apart in a log-probability.
+
+    The bound of the probe that permits generation, and of test_generation.py: eight roundings, each
+    as large as what one rounding of the embeddings changes; twice, because single values are
+    compared.
+    """
+    exact = logits.log_softmax(-1)
+    with comparison.other_rounding(SimpleNamespace(model=model)), torch.inference_mode():
+        noisy = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    least = torch.finfo(torch.float32).eps * exact.abs().max()
+    return float(8 * 2 * max((noisy - exact).abs().max(), least))
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +114,8 @@ def test_traces_hold_one_pass_over_prompt_and_continuation(
             np.testing.assert_array_equal(ds["attention"].sel(layer=layer), whole.attention[layer])
         stored = ds["next_token_logprob"].values
         np.testing.assert_array_equal(stored, whole.logits.log_softmax(-1).topk(10).values)
-        # Sums of float32 in another order, through all blocks: measured are 82 units at most.
         steps = step_by_step(llama["model"], ids, prompt)
-        np.testing.assert_allclose(stored, steps, rtol=0, atol=256 * np.finfo(np.float32).eps)
+        assert np.abs(steps - stored).max() <= rounding_of(llama["model"], ids, whole.logits)
 
 
 def test_greedy_is_what_transformers_generates(tmp_path: Path, llama: Mapping[str, Any]) -> None:
@@ -267,28 +282,13 @@ def test_nothing_is_generated_twice(
     assert fakes.files_in(tmp_path / "run") == fakes.files_in(sampled)
 
 
-KILLED = """
-import os, signal, sys
+KILLED = (
+    processes.COUNTED
+    + """
 import zarrtrace as zt
 from zarrtrace.storage import disk
 from zarrtrace.store import continuations
-
-folder, at = sys.argv[1], int(sys.argv[2])
 layout = sys.argv[3]
-steps = 0
-def counted(module, name):
-    real = getattr(module, name)
-    def call(*given, **options):
-        global steps
-        steps += 1
-        if steps == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        found = real(*given, **options)
-        steps += 1
-        if steps == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return found
-    setattr(module, name, call)
 
 from zarrtrace import capture
 plan = capture.plan_batches
@@ -303,6 +303,7 @@ zt.extract(folder, prompts, model="demo", layers=[3, 20], attention=layout == "t
            layout=layout, generate=2, samples=3, temperature=1, quiet=True)
 print(steps)
 """
+)
 
 
 @pytest.mark.long

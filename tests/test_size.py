@@ -281,6 +281,7 @@ _ON_A_TABLE: dict[str, tuple[str, ...]] = {
     "view": ("--no-browser",),
     "bundle": ("-o", "OUT"),
     "copy": ("OUT",),
+    "labels": (),
     "export": ("-o", "OUT"),
 }
 _REFUSED = {
@@ -316,7 +317,7 @@ def test_commands_take_a_table_or_say_why_not(tmp_path: Path, table: Path, name:
         # An analysis of a table without its spans, options or attention.
         assert done.err.startswith("zarrtrace: error: ")
         assert len(done.err.splitlines()) > 1, "no remedy"
-    always = ("info", "verify", "copy", "card", "find", "index")
+    always = ("info", "verify", "copy", "card", "find", "index", "labels")
     assert name not in always or done.code == 0, done.err
 
 

@@ -612,28 +612,13 @@ def test_memory_does_not_grow_with_prompts(tmp_path: Path) -> None:
 
 # --- kill -9 ------------------------------------------------------------------------------------
 
-KILLED = """
-import os, signal, sys
+KILLED = (
+    processes.COUNTED
+    + """
 import zarrtrace as zt
 from zarrtrace.extraction import table
 from zarrtrace.storage import disk
 from zarrtrace.store import table_writer, publish, staged_table
-
-folder, at = sys.argv[1], int(sys.argv[2])
-steps = 0
-def counted(module, name):
-    real = getattr(module, name)
-    def call(*given, **options):
-        global steps
-        steps += 1
-        if steps == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        found = real(*given, **options)
-        steps += 1
-        if steps == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return found
-    setattr(module, name, call)
 
 counted(table, "_computed")
 counted(disk, "append")
@@ -650,6 +635,7 @@ zt.extract(folder, prompts, model="demo", layers=[3, 20], residual=True, layout=
            positions="last", quiet=True, batch_size=16)
 print(steps)
 """
+)
 
 
 @pytest.mark.long

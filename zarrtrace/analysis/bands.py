@@ -120,14 +120,15 @@ def layer_bands(
     (1 − `confidence`)/2. Scenarios of one model share its layers, and any two bands of one model
     differ a little, in all scenarios: the interval alone says nothing of bands.
 
-    *The bands have nothing to do with the layers*: the unit is the place of the bands. Neighbouring
-    layers are alike, so layers cannot be permuted freely. The bands slide along the layers as a
-    whole, in their order and with their widths, and where the layers end they continue with their
-    mirror image, so that no place has an edge that the others lack; n layers have 2n places. (This
-    is the circular shift of Alexander-Bloch et al. 2018, NeuroImage 178, on layers reflected at
-    both ends.) The floor of p is 1/(2n), or 2/(2n) if the bands are their own mirror image, as the
-    middle one of three equal ones is: with fewer than 10, or 20, layers nothing is supported. A
-    measure that rises or falls steadily over all layers supports the last, or first, band.
+    *The bands have nothing to do with the layers*: the unit is the place of the bands.
+    Neighbouring layers resemble each other, so layers cannot be permuted freely. The bands
+    slide along the layers as a whole, in their order and with their widths, and where the
+    layers end they continue with their mirror image, so that no place has an edge that the
+    others lack; n layers have 2n places. (This is the circular shift of Alexander-Bloch et al.
+    2018, NeuroImage 178, on layers reflected at both ends.) The floor of p is 1/(2n), or 2/(2n)
+    if the bands are their own mirror image, as the middle one of three equal ones is: with
+    fewer than 10, or 20, layers nothing is supported. A measure that rises or falls steadily
+    over all layers supports the last, or first, band.
     """
     _check_number(data)
     bands, task_spans = _of_suite(data, bands, task_spans)

@@ -322,7 +322,7 @@ def _with_repeats(
 ) -> tuple[xr.DataArray, xr.DataArray, np.ndarray | None]:
     """Return both by what is exchangeable, and blocks within which rows are, if these are repeats.
 
-    Outcomes that repeats of a scenario share are averaged over these, and their quantity alike.
+    If the repeats of a scenario share an outcome, it and its quantity are averaged over them.
     """
     named = next(
         (one[SCENARIO_NAME] for one in (outcome, quantity) if SCENARIO_NAME in one.coords), None

@@ -12,7 +12,7 @@ import numpy as np
 
 # Two prompts are variants of one if they share this part of the pairs of neighbouring tokens of
 # the one that has fewer.
-_ALIKE = 0.5
+_LEAST_SHARED = 0.5
 # Neighbours that are looked at together.
 _BLOCK = 2_000_000
 
@@ -80,13 +80,13 @@ def variants(prompts: Sequence[np.ndarray]) -> list[list[int]]:
     for number, ids in enumerate(prompts):
         pairs = set(pairwise(ids.tolist()))
         shared = Counter(group for pair in pairs for group in holders.get(pair, ()))
-        alike = [
+        variants_of = [
             (count, -group)
             for group, count in shared.items()
-            if count >= _ALIKE * min(sizes[group], len(pairs))
+            if count >= _LEAST_SHARED * min(sizes[group], len(pairs))
         ]
-        if alike:
-            found[-max(alike)[1]].append(number)
+        if variants_of:
+            found[-max(variants_of)[1]].append(number)
             continue
         for pair in pairs:
             holders.setdefault(pair, []).append(len(found))
@@ -100,7 +100,7 @@ def aligned(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
     Tokens between equal ones correspond, too, if there are as many: the values of a template.
     """
-    if len(first) == len(second) and np.mean(first == second) >= _ALIKE:
+    if len(first) == len(second) and np.mean(first == second) >= _LEAST_SHARED:
         return np.arange(len(first))
     places = np.full(len(first), -1)
     matcher = difflib.SequenceMatcher(None, first.tolist(), second.tolist(), autojunk=False)
@@ -132,7 +132,7 @@ def compare(prompts: Sequence[Prompt], span: str, controls: int) -> Compared:
         own[number, rows], beside[number, rows] = against_neighbours(
             prompt, places[is_there], controls
         )
-    kept = exists.mean(0) >= _ALIKE
+    kept = exists.mean(0) >= _LEAST_SHARED
     n = (~np.isnan(own[:, 0])).sum(0)
     return Compared(n, _mean(own[:, kept]), _mean(beside[:, kept]))
 

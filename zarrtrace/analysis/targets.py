@@ -228,8 +228,8 @@ def exchanged(
             order = np.lexsort((rng.random(len(groups)), groups))
             values[base, number] = rest[order]
         values += fit[:, None]
-        alike = target if not confounds.shape[1] else np.arange(len(target))
-        ways = sum(_log_ways(alike[groups == group]) for group in range(len(sizes)))
+        distinct = target if not confounds.shape[1] else np.arange(len(target))
+        ways = sum(_log_ways(distinct[groups == group]) for group in range(len(sizes)))
     return Exchange(
         np.column_stack([target, values]),
         "groups" if between else "samples within groups",

@@ -46,7 +46,7 @@ def command(
             raise click.UsageError("--replace: with what? Give a FILE.")
         from zarrtrace.store import kind_of
 
-        kind_of(run)  # says what is wrong if it is no run
+        kind_of(run)  # raises if there is neither a run nor a table
         counts = read_labels(run).groupby(["array", "layer"]).size().reset_index()
         rows = [[str(cell) for cell in row] for row in counts.itertuples(index=False)]
         say(table(["array", "layer", "labels"], rows) if rows else f"{run}: no labels")

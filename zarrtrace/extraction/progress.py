@@ -52,10 +52,52 @@ class Watch(Protocol):
         ...
 
 
-class GenerationProgress:
-    """Continuations on stderr: a bar, or a line now and then; and the time they take.
+class _CountProgress:
+    """Things of one kind on stderr: a bar, or a line now and then.
 
     A context manager; an interruption that leaves it says how many there were.
+    """
+
+    def __init__(self, total: int, done: int, shown: Shown, unit: str) -> None:
+        self._total, self._done, self._unit = total, done, unit
+        self._lines, self._said = shown == "lines" and total > 0, time.monotonic()
+        self._bar = _bar()(
+            total=total,
+            initial=done,
+            desc=f"{unit}s",
+            unit=unit,
+            disable=shown != "bars" or not total,
+            file=sys.stderr,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def update(self, done: int) -> None:
+        """Count what was computed."""
+        self._done += done
+        self._bar.update(done)
+        if self._lines and time.monotonic() - self._said > _SECONDS_A_LINE:
+            self._said = time.monotonic()
+            sys.stderr.write(f"zarrtrace: {self}\n")
+
+    def __str__(self) -> str:
+        """Say how many there are."""
+        return f"{self._done:,} of {self._total:,} {self._unit}s"
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.close()
+        if kind is KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped after {self}") from None
+
+
+class GenerationProgress(_CountProgress):
+    """Continuations, and the time they take.
 
     Parameters
     ----------
@@ -66,19 +108,8 @@ class GenerationProgress:
     """
 
     def __init__(self, total: int, shown: Shown) -> None:
-        self._total, self._done, self.seconds = total, 0, 0.0
-        self._started = self._said = time.monotonic()
-        self._lines = shown == "lines" and total > 0
-        self._bar = _bar()(
-            total=total,
-            desc="continuations",
-            unit="continuation",
-            disable=shown != "bars" or not total,
-            file=sys.stderr,
-        )
-
-    def __enter__(self) -> Self:
-        return self
+        super().__init__(total, 0, shown, "continuation")
+        self._started, self.seconds = time.monotonic(), 0.0
 
     def found(self, done: int) -> None:
         """Count out continuations that an earlier process generated."""
@@ -86,14 +117,6 @@ class GenerationProgress:
         if not self._bar.disable:
             self._bar.initial += done  # no part of the rate
         self._bar.update(done)
-
-    def update(self, done: int) -> None:
-        """Count continuations that were generated."""
-        self._done += done
-        self._bar.update(done)
-        if self._lines and time.monotonic() - self._said > _SECONDS_A_LINE:
-            self._said = time.monotonic()
-            sys.stderr.write(f"zarrtrace: {self}\n")
 
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:
@@ -111,20 +134,6 @@ class GenerationProgress:
             return ""
         share = self.seconds / max(time.monotonic() - self._started, 1e-9)
         return f"{share:.0%} of the time in generate".replace("%", " %")
-
-    def __str__(self) -> str:
-        """Say how many continuations there are."""
-        return f"{self._done:,} of {self._total:,} continuations"
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._bar.close()
-        if kind is KeyboardInterrupt:
-            raise KeyboardInterrupt(f"stopped after {self}") from None
 
 
 class Progress:
@@ -233,10 +242,8 @@ def _and_share(generation: GenerationProgress | None) -> str:
     return f"; {generation.share}" if generation is not None and generation.share else ""
 
 
-class SampleProgress:
-    """Samples of a table on stderr: a bar, or a line now and then.
-
-    A context manager; an interruption that leaves it says how far the table was.
+class SampleProgress(_CountProgress):
+    """Samples of a table.
 
     Parameters
     ----------
@@ -255,32 +262,12 @@ class SampleProgress:
         shown: Shown,
         generation: GenerationProgress | None = None,
     ) -> None:
-        self._samples, self._done = samples, done
+        super().__init__(samples, done, shown, "sample")
         self._generation, self._shown = generation, shown
-        self._lines, self._said = shown == "lines", time.monotonic()
-        self._bar = _bar()(
-            total=samples,
-            initial=done,
-            desc="samples",
-            unit="sample",
-            disable=shown != "bars",
-            file=sys.stderr,
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def update(self, samples: int) -> None:
-        """Count samples that were computed."""
-        self._done += samples
-        self._bar.update(samples)
-        if self._lines and time.monotonic() - self._said > _SECONDS_A_LINE:
-            self._said = time.monotonic()
-            sys.stderr.write(f"zarrtrace: {self}\n")
 
     def __str__(self) -> str:
         """Say how far the table is."""
-        return f"{self._done:,} of {self._samples:,} samples{_and_share(self._generation)}"
+        return f"{super().__str__()}{_and_share(self._generation)}"
 
     def __exit__(
         self,
@@ -288,8 +275,6 @@ class SampleProgress:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._bar.close()
+        super().__exit__(kind, error, traceback)
         if kind is None and self._shown and self._generation and self._generation.share:
             sys.stderr.write(f"zarrtrace: {self}\n")
-        if kind is KeyboardInterrupt:
-            raise KeyboardInterrupt(f"stopped after {self}") from None
