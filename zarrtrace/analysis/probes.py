@@ -39,7 +39,8 @@ _METHOD = (
     "chosen in the training samples, the penalty in 3 folds of groups; p by permutation of the "
     "target with all probes trained again (Ojala & Garriga 2010), with confounds of its residuals "
     "(Freedman & Lane 1983), familywise over layers by the largest statistic (Westfall & Young "
-    "1993); intervals by the bootstrap over groups, with Student's t"
+    "1993); intervals by the bootstrap over groups, with Student's t, corrected for overlapping "
+    "folds (Nadeau & Bengio 2003)"
 )
 
 
@@ -137,15 +138,14 @@ def probe(
     the group, if all samples of each group have the same target; else the sample within its group,
     and then p is about differences within groups only, and samples of a group are taken to be
     exchangeable. All probes are trained again for each permutation. Of two values that is done by
-    ridge regression on 0 and 1, because logistic regression would take a hundred times longer;
+    ridge regression on 0 and 1, because all permutations share its one factorisation;
     ``score`` is the logistic one's.
 
     The floor of p is ``1 / (n_permutations + 1)``, or one by the number of distinct permutations
     where there are fewer: 3 groups against 3 give 0.1. ``attrs["smallest_p"]`` states it.
 
-    The interval is about these probes on other groups; it does not say how other training samples
-    would change them. The best of many layers scores better than it would again: ``p_familywise``
-    accounts for that, the interval does not.
+    The interval is about probes trained on as many other groups. The best of many layers scores
+    better than it would again: ``p_familywise`` accounts for that, the interval does not.
 
     Examples
     --------
@@ -261,8 +261,9 @@ def _scores(
         float(plan.score(y, one, fold, np.ones((1, len(y))))[0]) for one in predictions
     )
     drawn = resampled(scores, numbers, np.random.default_rng(plan.seed))
-    low, high = interval(alone, drawn[0], n_groups)
-    least, most = interval(both - base, drawn[1], n_groups)
+    n_folds = len(np.unique(fold))
+    low, high = interval(alone, drawn[0], n_groups, n_folds)
+    least, most = interval(both - base, drawn[1], n_groups, n_folds)
     found = {"score": alone, "low": low, "high": min(1.0, high)}
     if plan.target.classes:
         found["accuracy"] = float(((predictions[0] > 0.5) == (y == 1)).mean())
@@ -317,7 +318,7 @@ def _sentences(out: xr.Dataset, plan: Plan) -> dict[str, Any]:
         + ("groups" if unit == "groups" else "samples of one group: p is about differences there"),
         f"no p can be below {smallest:.2g}" if plan.n_permutations else "no p was asked for",
         f"{left_out} samples without target, group or confounds are left out" if left_out else "",
-        "the interval is about other groups, not about other training samples",
+        "the interval is about probes trained on as many other groups",
     ]
     return {
         **described_values(plan.target, plan.exchange.columns[:, 0]),

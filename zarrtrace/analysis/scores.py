@@ -64,9 +64,18 @@ def resampled(
     return np.concatenate(found, axis=-1)
 
 
-def interval(estimate: float, drawn: np.ndarray, n_groups: int) -> tuple[float, float]:
-    """Return the estimate ± Student's t × the bootstrap's standard error."""
+def interval(
+    estimate: float, drawn: np.ndarray, n_groups: int, n_folds: int
+) -> tuple[float, float]:
+    """Return the estimate ± Student's t × its standard error, of a score of cross-validation.
+
+    The bootstrap's error over groups is about the probes that were trained. Trained on other groups
+    they would differ, and those of overlapping folds err together: the variance is larger by
+    1 + n_folds × held-out / training samples (Nadeau & Bengio 2003, *Inference for the
+    Generalization Error*).
+    """
     # The bootstrap's variance is too small by (n - 1) / n.
-    error = np.nanstd(drawn, ddof=1) * np.sqrt(n_groups / (n_groups - 1))
+    variance = np.nanvar(drawn, ddof=1) * n_groups / (n_groups - 1)
+    error = np.sqrt(variance * (1 + n_folds / (n_folds - 1)))
     reach = float(stats.t.ppf(0.975, n_groups - 1) * error)
     return estimate - reach, estimate + reach
