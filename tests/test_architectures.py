@@ -242,6 +242,7 @@ def _quantise(folder: Path, method: str) -> None:
 
 
 # transformers' BitNet module imports something of torch that is to go.
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_a_quantised_model_is_captured_exactly(tmp_path: Path, suite: Path) -> None:
     """BitNet's ternary weights: the quantisation that transformers computes on a CPU by itself."""

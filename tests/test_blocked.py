@@ -495,6 +495,7 @@ def test_any_number_of_heads(
                 assert np.array_equal(weights, expected[call.layer].float().numpy())
 
 
+@pytest.mark.long
 @settings(max_examples=15)
 @given(
     name=ANY_ARCHITECTURE,

@@ -254,6 +254,7 @@ def test_what_goes_in_step_holds_little(model: LoadedModel, prompts: list[Prompt
     assert [len(wave) for wave in waves(model, found, [])] == [1] * len(found)
 
 
+@pytest.mark.long
 def test_records_do_not_pile_up(model: LoadedModel, prompts: list[Prompt]) -> None:
     def alive() -> int:
         return sum(type(thing) is LayerRecord for thing in gc.get_objects())

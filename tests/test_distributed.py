@@ -90,6 +90,7 @@ def test_a_cluster_finds_what_numpy_finds(client: Client, run: fakes.FakeRun, na
         assert_same(ANALYSES[name](zt.open_run(run.path, chunks=chunks)).compute(), expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [name for name in ANALYSES if name not in HERE])
 def test_what_is_sent_to_a_process_is_one_scenario(
     run: fakes.FakeRun, monkeypatch: pytest.MonkeyPatch, name: str
@@ -115,6 +116,7 @@ def test_what_is_sent_to_a_process_is_one_scenario(
     assert max(sent) < 2 * a_trace
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "tasks"),
     [("attention_to", 9), ("feature_trajectory", 9), ("attention_locality", 14), ("head_roles", 9)],

@@ -126,6 +126,7 @@ def means_the_same(before: bytes, file: Path) -> bool:
         return False
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize(
     ("damage", "seed"), DAMAGES, ids=lambda value: getattr(value, "__name__", str(value))

@@ -613,6 +613,7 @@ def hostile_trace() -> xr.Dataset:
     return found.assign_attrs(scenario=name)
 
 
+@pytest.mark.long
 def test_hostile_text_is_drawn_as_text_without_warnings() -> None:
     ds = hostile_trace()
     words = analysis.word_associations(ds)
@@ -681,6 +682,7 @@ def test_settings_of_the_caller_stay(ds: xr.Dataset) -> None:
     assert dict(mpl.rcParams) == before
 
 
+@pytest.mark.long
 def test_pyplot_is_never_imported() -> None:
     code = (
         "import sys, zarrtrace.figures as f\n"
@@ -742,6 +744,7 @@ def test_the_set_of_a_run(tmp_path: Path) -> None:
     assert "?" not in _texts_of(figures.locality(found))
 
 
+@pytest.mark.long
 def test_bands_are_drawn_if_the_suite_states_them(tmp_path: Path) -> None:
     names = ("Risky_1", "Risky_2", "Safe_1", "Safe_2")
     stated = {"bands": {"local": (1, 1), "task": (2, 2), "decision": (3, 3)}}
@@ -757,6 +760,7 @@ def _texts_of(figure: Figure) -> str:
     return " ".join(text.get_text() for ax in figure.axes for text in ax.texts)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("sizes", "drawn", "not_drawn"),
     [

@@ -82,6 +82,7 @@ _INDEX_FILES = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("damage", _DAMAGED)
 @pytest.mark.parametrize("file", _INDEX_FILES)
 def test_damaged_metadata_of_an_index_is_named(run: fakes.FakeRun, damage: str, file: str) -> None:
@@ -115,6 +116,7 @@ def test_an_index_of_another_run_is_refused(tmp_path: Path) -> None:
 # --- many scenarios ----------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_million_scenarios_that_are_not_there(run: fakes.FakeRun) -> None:
     def claim(group: Any) -> None:
         names = group["attributes"]["scenarios"]

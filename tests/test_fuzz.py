@@ -49,6 +49,7 @@ def test_parquet(targets: fuzzing.Targets, content: bytes) -> None:
     targets.suite(b"PAR1" + content + b"PAR1", ".parquet")
 
 
+@pytest.mark.long
 @settings(max_examples=40)
 @given(st.sampled_from(fuzzing.FILES), ways, fuzzing.anything)
 def test_metadata_and_attributes(
@@ -57,6 +58,7 @@ def test_metadata_and_attributes(
     targets.store(name, lambda found: fuzzing.changed(found, way, value))
 
 
+@pytest.mark.long
 @settings(max_examples=40)
 @given(st.integers(0, 4), ways, fuzzing.anything)
 def test_journals(targets: fuzzing.Targets, number: int, way: list[int], value: Any) -> None:
@@ -66,6 +68,7 @@ def test_journals(targets: fuzzing.Targets, number: int, way: list[int], value: 
 offsets = st.one_of(st.integers(0, 2000), st.sampled_from([2**31, 2**63, 2**64 - 1]))
 
 
+@pytest.mark.long
 @settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 2), offsets, offsets), min_size=1, max_size=4))
 def test_indexes_of_files(targets: fuzzing.Targets, entries: list[tuple[int, int, int]]) -> None:

@@ -60,6 +60,7 @@ def assert_unread_or_the_same(run: fakes.FakeRun) -> None:
 STEPS = (pytest.param(1, marks=pytest.mark.long), 5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("array", ["attention", "features", "query", "key_token", "next_token"])
 def test_odd_metadata_of_an_array_is_refused(run: fakes.FakeRun, array: str, step: int) -> None:
@@ -86,6 +87,7 @@ def test_odd_metadata_of_an_array_is_refused(run: fakes.FakeRun, array: str, ste
     assert verify(run.path) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("of_run", [False, True], ids=["trace", "run"])
 def test_odd_attributes_never_change_what_is_read(
@@ -336,6 +338,7 @@ JOURNALS: dict[str, tuple[int, Callable[[list[Any]], object]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("what", JOURNALS)
 def test_a_line_that_nobody_wrote_ends_the_journal(staged: Path, what: str) -> None:
     again, change = JOURNALS[what]

@@ -139,6 +139,7 @@ def change_tokenizer(files: Path) -> None:
     change_json(files / "model/tokenizer.json", change)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -168,6 +169,7 @@ def test_changed_files_are_refused(begun: Path, change: Callable[[Path], None], 
         (begun / name).write_bytes(before[name])
 
 
+@pytest.mark.long
 def test_restored_files_are_gone_on_with(files: Path) -> None:
     asked = options(files)
     begin(files / "run", asked)
@@ -261,6 +263,7 @@ FROM_HUB = Options(
 )
 
 
+@pytest.mark.long
 def test_commits_of_model_and_saes_are_compared(hub: Path, tmp_path: Path) -> None:
     model, saes = (
         hub / f"models--{name.replace('/', '--')}"
@@ -311,6 +314,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
     return ended.value.code
 
 
+@pytest.mark.long
 def test_other_versions_are_refused_or_both_are_said(
     files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -272,6 +272,7 @@ def project() -> dict[str, object]:
     return found
 
 
+@pytest.mark.long
 def test_all_that_is_imported_is_declared(project: dict[str, object]) -> None:
     found = {}
     for file in sorted(path for top in EXTRAS for path in (ROOT / top).rglob("*.py")):

@@ -125,6 +125,7 @@ def test_an_extraction_stores_the_layer_in_hand(
     assert verify(tmp_path / "run") == []
 
 
+@pytest.mark.long
 def test_writers_never_wait_for_a_lock_that_an_interruption_kept() -> None:
     """Interruptions at random moments, 300 times; without holding them back, some hang.
 

@@ -83,6 +83,7 @@ def test_no_whole_matrix_is_ever_made(
     assert _largest(models, name, blocked=True, attention_positions=queries) <= whole // 4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["Llama", "Gemma 2"])
 def test_work_grows_as_the_square_and_no_worse(models: Models, name: str) -> None:
     flops = []

@@ -49,6 +49,7 @@ def mapped(block: torch.nn.Module, pages: list[tuple[int, int]]) -> bool:
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("blocked", [False, True])
 def test_streamed_blocks_give_the_same(blocked: bool) -> None:
     name = str(demo.model_path())

@@ -67,6 +67,7 @@ def wide_run(tmp_path_factory: pytest.TempPathFactory) -> fakes.FakeRun:
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", mostly_long(lambda name: "dask" not in name, TRIED))
 def test_displays_take_less_than_a_screen(name: str, wide_run: fakes.FakeRun, page: Any) -> None:
     shown = TRIED[name](wide_run.trace)._repr_html_()

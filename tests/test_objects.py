@@ -109,6 +109,7 @@ def memory() -> Location:
 # --- what is written, and what is read ---------------------------------------------------------
 
 
+@pytest.mark.long
 def test_run_is_the_same_in_an_object_store(folder: Folder, tmp_path: Path) -> None:
     assert_is_the_same(folder(), tmp_path)
 
@@ -288,6 +289,7 @@ def test_large_objects_are_sent_in_parts(s3: Server, tmp_path: Path) -> None:
 # --- damage and faults -------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_damage_is_found(s3: Server) -> None:
     made = fakes.make_run(s3.folder(), scenarios=ONE)
     ds, run = zt.open_trace(made.trace), zt.open_run(made.path)
@@ -375,6 +377,7 @@ def test_server_that_is_gone_for_a_while(s3: Server, tmp_path: Path) -> None:
     assert contents(there) == fakes.files_in(tmp_path / "run")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "cut", mostly_long(lambda cut: cut in (0, 15, 39), [0, 1, 2, 15, 38, 39, 40])
 )
@@ -471,6 +474,7 @@ def test_replaced_run_is_not_read(s3: Server) -> None:
 # --- the index ---------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_index_is_built_on_machines_with_other_disks(
     s3: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -607,6 +611,7 @@ def same_size(tmp_path: Path, key: str) -> tuple[fakes.FakeRun, bytes]:
     raise AssertionError("no seed gives a file of the same size")
 
 
+@pytest.mark.long
 def test_mixture_of_one_size_is_named(s3: Server, tmp_path: Path) -> None:
     """Unequal hardware computes other values, whose chunks may have the same size."""
     array, key = "next_token_logprob", "next_token_logprob/c.0.0"
@@ -902,6 +907,7 @@ def test_killed_extraction_is_resumed(
     assert [*temporary.rglob("*.lock"), *temporary.glob("*/*/*")] == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cut", mostly_long(lambda cut: cut in (20, 60), [1, 20, 39, 60, 76]))
 def test_overwriting_and_interrupted_replacements(s3: Server, cut: int) -> None:
     """A run of 39 objects is written beside the old one, then copied over it."""

@@ -433,6 +433,7 @@ write_bundle(layout, sys.argv[3], progress=lambda done, _: done > 20 and os._exi
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["bundle", "page.html"])
 def test_killed_bundle_leaves_nothing_for_good(
     run: fakes.FakeRun, tmp_path: Path, name: str
@@ -655,6 +656,7 @@ def bucket(run: fakes.FakeRun) -> Iterator[tuple[type[_Bucket], Location]]:
         server.shutdown()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("call", "kind"),
     [(call, kind) for call in ("open", "verify", "copy") for kind in ("LIST", "GET")]

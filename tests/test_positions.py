@@ -201,6 +201,7 @@ def _joined(records: list[LayerRecord], of: Any, axis: int = 0) -> np.ndarray:
 CUT = CaptureLimits(layout=Limits(file_bytes=1, record_bytes=1, tokens=4, queries=4), logit_rows=3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("records", [3, 9])
 def test_an_interrupted_run_is_the_same_byte_for_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records: int

@@ -165,6 +165,7 @@ def test_the_number_of_a_group_is_not_predicted() -> None:
     assert found.attrs["exchanged"] == "groups"
 
 
+@pytest.mark.long
 def test_features_are_not_chosen_by_what_they_predict_out_of_fold() -> None:
     """Pure noise: 5,000 features of 60 samples."""
     scores, leaking = [], []
@@ -383,6 +384,7 @@ def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch)
     assert (analysis.directions(draw(14, classes=True), "y")["norm"] > 0).all()
 
 
+@pytest.mark.long
 def test_scikit_learn_is_imported_on_use() -> None:
     code = (
         "import sys; from zarrtrace import analysis; analysis.probe, analysis.directions, "

@@ -104,6 +104,7 @@ def test_a_run_is_the_same_byte_for_byte(
     assert set(open_run(tmp_path / "again").children) == set(ASKED.only)
 
 
+@pytest.mark.long
 def test_a_process_that_dies_is_named_and_the_run_goes_on(
     tmp_path: Path, two: WriterPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,6 +126,7 @@ def test_a_process_that_dies_is_named_and_the_run_goes_on(
     assert verify(tmp_path / "run") == []
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("two")
 def test_errors_of_a_process_are_raised_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -137,6 +139,7 @@ def test_errors_of_a_process_are_raised_here(
     assert caught.type.__module__ == NonFiniteError.__module__
 
 
+@pytest.mark.long
 def test_no_process_outlives_its_parent(tmp_path: Path) -> None:
     code = (
         "import time; from zarrtrace.extraction.processes import WriterPool;"

@@ -252,6 +252,7 @@ def test_an_interrupted_run_is_the_same_byte_for_byte(
     assert fakes.files_in(extract_within(CUT, tmp_path / "run", long)) == expected
 
 
+@pytest.mark.long
 def test_processes_that_write_beside_a_gpu_store_the_same(
     tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -289,6 +289,7 @@ def _check(
 
 # Which encoder is used and where its input is read do not know of each other: every day, each kind
 # at one hook point and each hook point with one kind.
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("sae", "kind"),
     mostly_long(

@@ -600,6 +600,7 @@ def _comparable(suite: tuple[Scenario, ...]) -> list[Any]:
     ]
 
 
+@pytest.mark.long
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=suites())
 def test_every_way_gives_the_same_scenarios(rows: list[dict[str, Any]], tmp_path: Path) -> None:

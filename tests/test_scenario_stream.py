@@ -75,6 +75,7 @@ def file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 # --- the same scenarios, one by one --------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_stream_knows_its_columns_and_is_read_again_and_again(file: Path) -> None:
     suite = stream(file)
     assert len(suite) == 1000
@@ -91,6 +92,7 @@ def test_a_stream_knows_its_columns_and_is_read_again_and_again(file: Path) -> N
     assert [s.prompt for s in as_scenarios(suite)] == [s.prompt for s in load_suite(file)]
 
 
+@pytest.mark.long
 def test_only_some_names(file: Path) -> None:
     suite = stream(file).only(["game_700", "game_3", "game_3"])
     assert len(suite) == 2
@@ -154,6 +156,7 @@ def test_a_frame_is_read_a_batch_at_a_time() -> None:
     assert len(asked) == 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", list(_FILES))
 def test_memory_does_not_grow_with_the_scenarios(kind: str, tmp_path: Path) -> None:
     """Python's and NumPy's memory; that of Arrow is in scripts/bench_scenarios.py."""

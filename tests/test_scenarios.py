@@ -565,6 +565,7 @@ def test_positions_equal_those_of_a_scan_over_all_ranges() -> None:
         assert token_positions(ranges, offsets) == scanned
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("names", ["one", "many"])
 def test_time_for_marks_grows_with_their_number(names: str) -> None:
     """Ten times as many marks must not take a hundred times as long."""
@@ -581,6 +582,7 @@ def test_time_for_marks_grows_with_their_number(names: str) -> None:
     assert min(seconds(20_000) for _ in range(3)) < 40 * few
 
 
+@pytest.mark.long
 def test_time_for_texts_grows_with_their_number(tmp_path: Path) -> None:
     entry = {
         "name": "a",

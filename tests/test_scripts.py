@@ -19,6 +19,7 @@ from zarrtrace.store import verify
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
+@pytest.mark.long
 @pytest.mark.torch
 def test_what_quickstart_shows(demo_run: Path, tmp_path: Path) -> None:
     """All of it, with the numbers of the store, and without a warning."""
@@ -51,6 +52,7 @@ def test_what_quickstart_shows(demo_run: Path, tmp_path: Path) -> None:
     assert exported.name in done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.torch
 @pytest.mark.parametrize(
     ("script", "arrays"),

@@ -424,6 +424,7 @@ def test_changed_bytes_of_a_journalled_layer_end_the_journal(
         shutil.rmtree(run)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("array", "again"),
     [

@@ -120,6 +120,7 @@ def test_codecs_are_those_that_every_reader_has(shared_run: fakes.FakeRun) -> No
         assert "crc32c" in names(metadata["codecs"])
 
 
+@pytest.mark.long
 @settings(max_examples=10)
 @given(strategies.trace_sizes, st.none() | strategies.small_limits)
 def test_any_sizes_read_as_written(
@@ -167,6 +168,7 @@ BY_ROWS = Limits(file_bytes=4 * 2**20)
 LENGTHS = mostly_long(lambda tokens: tokens in (7, 301), [7, 300, 301, 1100])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("limits", "files"),
     [pytest.param(Limits(), 1, marks=pytest.mark.long), (BY_LAYER, 2), (BY_ROWS, 9)],

@@ -161,6 +161,7 @@ SUITE = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("positions", ["all", "balance,decision"])
 @pytest.mark.parametrize("generation_prompt", [True, False])
 def test_chats_metadata_tags_and_options(
@@ -299,6 +300,7 @@ def failing(loaded: tuple[Any, Any], how: str) -> Iterator[None]:
         handle.remove()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("how", "positions"),
     mostly_long(

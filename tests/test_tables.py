@@ -423,6 +423,7 @@ def test_few_files_whatever_the_size() -> None:
 # --- damage ------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_damage_of_every_kind_of_file_is_found(table: Path, values: Values) -> None:
     """Of each file: a changed byte, a missing file; and a file that does not belong there."""
     assert zt.verify(table) == []

@@ -202,6 +202,7 @@ def assert_both_are_named(text: str, folder: Path) -> None:
     assert len(beside) == 2, text
 
 
+@pytest.mark.long
 def test_replacing_leaves_no_moment_without_a_run(run: fakes.FakeRun) -> None:
     before = float(run.truth["Safe_1"]["attention"][0, 0, 1, 0])
     code, found = replacing(run.path.parent, can_exchange=True)
@@ -213,6 +214,7 @@ def test_replacing_leaves_no_moment_without_a_run(run: fakes.FakeRun) -> None:
     assert [path.name for path in run.path.parent.iterdir()] == ["run"]
 
 
+@pytest.mark.long
 def test_readers_are_told_where_the_copies_are(run: fakes.FakeRun) -> None:
     """Where the file system cannot exchange two folders."""
     before = float(run.truth["Safe_1"]["attention"][0, 0, 1, 0])
@@ -227,6 +229,7 @@ def test_readers_are_told_where_the_copies_are(run: fakes.FakeRun) -> None:
     assert [path.name for path in run.path.parent.iterdir()] == ["run"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("can_exchange", "kill_at"),
     mostly_long(

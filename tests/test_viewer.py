@@ -65,6 +65,7 @@ def server(whole: fakes.FakeRun) -> Iterator[Server]:
         yield found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -524,6 +525,7 @@ def test_every_answer_has_the_policy(server: Server, request_line: bytes) -> Non
     assert b"<" not in body
 
 
+@pytest.mark.long
 def test_connections_are_limited(server: Server) -> None:
     with contextlib.ExitStack() as stack:
         address = ("127.0.0.1", server.port)
@@ -581,6 +583,7 @@ def test_bundle_command(whole: fakes.FakeRun, tmp_path: Path) -> None:
     assert bad.exit_code == 2
 
 
+@pytest.mark.long
 def test_view_command_stops_on_interrupt(whole: fakes.FakeRun) -> None:
     with running("view", whole.path, "--no-browser") as process:
         url = process.stdout.readline().strip()

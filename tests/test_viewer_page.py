@@ -520,6 +520,7 @@ def test_missing_layers_are_named(tmp_path: Path, look: Open) -> None:
         )
 
 
+@pytest.mark.long
 @pytest.mark.torch
 def test_queries_that_were_not_chosen_are_said(tmp_path: Path, look: Open) -> None:
     from zarrtrace.extraction import Options, extract_run
@@ -563,6 +564,7 @@ def test_what_a_run_lacks_is_said(tmp_path: Path, sizes: dict, message: str, loo
         assert len(rows(page, "#next", "token-id")) == 10
 
 
+@pytest.mark.long
 def test_a_long_prompt_is_shown_in_windows(tmp_path: Path, look: Open) -> None:
     run = fakes.make_run(tmp_path, scenarios=("Long",), tokens=700, layers=(0,), features=40)
     truth = run.truth["Long"]
@@ -598,6 +600,7 @@ def test_a_long_prompt_is_shown_in_windows(tmp_path: Path, look: Open) -> None:
         assert page.locator(".token").first.get_attribute("data-position") == "512"
 
 
+@pytest.mark.long
 def test_a_long_prompt_has_an_overview(tmp_path: Path, look: Open) -> None:
     run = fakes.make_run(tmp_path, scenarios=("Long",), tokens=700, layers=(0, 1), features=40)
     truth = run.truth["Long"]
@@ -646,6 +649,7 @@ def hostile_run(path: Path) -> xr.Dataset:
     return zt.open_trace(path / "Safe_1")
 
 
+@pytest.mark.long
 def test_texts_are_texts(tmp_path: Path, host: Callable[[Path], str], look: Open) -> None:
     """Tokens, tags and names of another's bundle are shown as they are."""
     ds = hostile_run(tmp_path / "run")
@@ -703,7 +707,7 @@ def test_special_tokens_are_shown_if_asked_for(whole: fakes.FakeRun, look: Open)
         listed = [at for at, _ in rows(page, "#top-features", "feature")]
         assert listed == truth["top_feature"][1, 0][: len(listed)].tolist()
         exactly(float(scale.get_attribute("value") or "nan"), every)
-        page.wait_for_function("location.hash.includes('special=1')")
+        page.wait_for_function("() => location.hash.includes('special=1')")
 
 
 def flip(path: Path, at: int | None = None) -> None:
@@ -716,6 +720,7 @@ def swap(path: Path) -> None:
     path.write_bytes(gzip.compress(b"another size"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "damage",
     mostly_long(lambda damage: damage in (flip, Path.unlink), [cut, flip, swap, Path.unlink]),
@@ -776,6 +781,7 @@ def fragment(page: Any, expected: str) -> str:
     return str(page.evaluate("location.hash"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", ["server", "file"])
 def test_what_is_chosen_is_in_the_address(way: str, addresses: dict[str, str], look: Open) -> None:
     page = look(addresses[way])
@@ -806,6 +812,7 @@ def test_what_is_chosen_is_in_the_address(way: str, addresses: dict[str, str], l
     assert fragment(page, there) == there
 
 
+@pytest.mark.long
 def test_any_address_shows_something(addresses: dict[str, str], look: Open) -> None:
     for junk, said in {
         "#layer=99&head=-7&token=1e9&feature=99999999": "layer=99 (Safe_1 has layers 1 to 3)",
@@ -947,6 +954,7 @@ Object.defineProperty(navigator, "clipboard", {value: {write: async ([item]) => 
 """
 
 
+@pytest.mark.long
 def test_what_is_copied_as_python_reads_what_is_shown(
     addresses: dict[str, str], whole: fakes.FakeRun, look: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1050,6 +1058,7 @@ def test_a_feature_colours_the_prompt(
 _NO_CLIPBOARD = _CLIPBOARD.replace("const blob", "throw new Error('no'); const blob")
 
 
+@pytest.mark.long
 def test_a_picture_is_copied_or_saved(addresses: dict[str, str], look: Open) -> None:
     page = look(addresses["server"], feature=3)
     page.evaluate(_CLIPBOARD)
@@ -1167,6 +1176,7 @@ def test_a_part_of_the_matrix_is_zoomed_into(tmp_path: Path, look: Open) -> None
         assert page.evaluate("[large.height, large.width]") == [60, 60]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", ["server", "file"])
 def test_features_have_their_labels(way: str, tmp_path: Path, look: Open) -> None:
     run = fakes.make_run(tmp_path, scenarios=("Safe_1",), active=0.9)
