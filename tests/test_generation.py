@@ -228,9 +228,21 @@ def test_what_a_probe_refuses(models: Models, monkeypatch: pytest.MonkeyPatch) -
     model = models("Llama")
     usual = probe_generation(model).permitted
     assert usual.cache
+    assert usual.cached_parts
     assert usual.cached_batches
     assert usual.left_padding
     prepare, forward = type(model.model).prepare_inputs_for_generation, type(model.model).forward
+
+    def restarted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = prepare(self, *args, **kwargs)
+        read = found["input_ids"].shape[1]
+        if read > 1 and found["past_key_values"].get_seq_length():
+            found["position_ids"] = torch.arange(read)[None]
+        return found
+
+    with monkeypatch.context() as patch:  # positions start again in each part of a prompt
+        patch.setattr(type(model.model), "prepare_inputs_for_generation", restarted)
+        assert probe_generation(model).permitted == replace(usual, cached_parts=False)
 
     def without_positions(self: Any, *args: Any, **kwargs: Any) -> Any:
         found = prepare(self, *args, **kwargs)
@@ -268,7 +280,8 @@ def test_what_a_probe_refuses(models: Models, monkeypatch: pytest.MonkeyPatch) -
         probe_generation(model)
 
 
-#: Families of each kind, with what a probe permits: a cache, batches, padding on the left.
+#: Families of each kind, with what a probe permits: a cache, batches, padding on the left. None
+#: where that depends on how the processor, or a version of transformers, rounds.
 WAYS = {
     "bart": (True, True, False),  # positions count the padding
     "bloom": (True, True, True),  # position in a bias
@@ -278,9 +291,9 @@ WAYS = {
     "openai-gpt": (True, False, False),  # it has no mask
     "opt": (True, True, True),  # learnt positions, which its mask counts
     "qwen3_5_moe": (True, True, True),
-    "recurrent_gemma": (True, True, False),  # its recurrence reads the padding
+    "recurrent_gemma": (True, None, False),  # its recurrence reads the padding
     "roberta decoder": None,  # generate counts positions from another number
-    "zamba2": (True, False, False),
+    "zamba2": (True, None, False),
 }
 
 
@@ -296,7 +309,8 @@ def test_families_continue_as_their_forward_pass_says(tmp_path: Path, name: str)
         return
     model = probe_generation(model)
     permitted = model.permitted
-    assert (permitted.cache, permitted.cached_batches, permitted.left_padding) == ways
+    found = (permitted.cache, permitted.cached_batches, permitted.left_padding)
+    assert all(way is None or one == way for one, way in zip(found, ways, strict=True))
     given, end = prompts((13, 13, 24)), model.model.generation_config.eos_token_id
     for (index, _), one in sampled(model, given, Sampling(6)).items():
         ids = list(given[index].tokens.ids)

@@ -189,27 +189,33 @@ def run(
     tokens: int,
     processor: LogitsProcessor,
     criteria: Sequence[StoppingCriteria] = (),
+    *,
+    part: int | None = None,
 ) -> list[list[int]]:
     """Run ``generate`` over the ids of some prompts, and return the ids that follow each.
 
-    Behind the end of a sequence, while others go on, are ids that mean nothing.
+    Behind the end of a sequence, while others go on, are ids that mean nothing. At most `part`
+    tokens of a prompt are read together, where the model permits parts.
     """
     name, device = model.attributes.id, model.device
     ids, mask = _padded(prompts, device)
-    settings = _settings(model, ids, tokens)
+    settings = _settings(model, ids, tokens, part)
     with (
         full_memory(name, device),
         forward_errors(name),
         _only(model.model, settings),
         torch.inference_mode(),
     ):
+        cache = _read_once(model, prompts, part) if settings.use_cache else None
+        if cache is not None:  # one token is left, and transformers 5.17 would read all again
+            settings.prefill_chunk_size = None
         found = model.model.generate(
             input_ids=ids,
             attention_mask=mask,
             generation_config=settings,
             logits_processor=LogitsProcessorList([processor]),
             stopping_criteria=StoppingCriteriaList(criteria),
-            past_key_values=_read_once(model, prompts) if settings.use_cache else None,
+            past_key_values=cache,
         )
         rows: list[list[int]] = found[:, ids.shape[1] :].tolist()
     return rows
@@ -227,7 +233,9 @@ def _padded(
     return to_device(ids, device), to_device(mask, device)
 
 
-def _read_once(model: LoadedModel, prompts: Sequence[Sequence[int]]) -> DynamicCache | None:
+def _read_once(
+    model: LoadedModel, prompts: Sequence[Sequence[int]], part: int | None
+) -> DynamicCache | None:
     """Return a cache of prompts that come several times, each read once but for its last token.
 
     Twenty repeats of a long prompt would else take the time of twenty prompts before the first new
@@ -245,12 +253,17 @@ def _read_once(model: LoadedModel, prompts: Sequence[Sequence[int]]) -> DynamicC
     model.model.generate(
         input_ids=ids,
         attention_mask=mask,
-        generation_config=_settings(model, ids, 1),
+        generation_config=_settings(model, ids, 1, part),
         past_key_values=cache,
     )
     rows = torch.tensor([places[tuple(prompt)] for prompt in prompts])
     cache.batch_select_indices(to_device(rows, model.device))
     return cache
+
+
+def keeps_keys_and_values(model: LoadedModel) -> bool:
+    """Whether a model keeps nothing but keys and values between tokens."""
+    return _keys_and_values(model) is not None
 
 
 def _keys_and_values(model: LoadedModel) -> DynamicCache | None:
@@ -271,18 +284,21 @@ def end_of_sequence_ids(model: LoadedModel) -> tuple[int, ...]:
     return () if found is None else (found,) if isinstance(found, int) else tuple(found)
 
 
-def _settings(model: LoadedModel, ids: torch.Tensor, tokens: int) -> GenerationConfig:
+def _settings(
+    model: LoadedModel, ids: torch.Tensor, tokens: int, part: int | None
+) -> GenerationConfig:
     """Return the settings of ``generate`` for prompts ``(sequence, token)``."""
     end_ids = end_of_sequence_ids(model)
     itemsize = torch.empty(0, dtype=model.model.dtype).element_size()
     # Queries of a long prompt whose scores are computed together, as capture does.
-    rows = max(1, _SCORE_BYTES // (ids.numel() * model.n_heads * itemsize))
-    in_parts = rows < ids.shape[1] and model.permitted.cache and _keys_and_values(model) is not None
+    rows = part or max(1, _SCORE_BYTES // (ids.numel() * model.n_heads * itemsize))
+    permitted = model.permitted
+    in_parts = permitted.cache and permitted.cached_parts and keeps_keys_and_values(model)
     return GenerationConfig(
         max_new_tokens=tokens,
         do_sample=False,
         use_cache=model.permitted.cache,
-        prefill_chunk_size=rows if in_parts else None,
+        prefill_chunk_size=rows if in_parts and rows < ids.shape[1] else None,
         eos_token_id=list(end_ids) or None,
         # Stands behind the end of a sequence while others go on, and is cut off.
         pad_token_id=end_ids[0] if end_ids else 0,

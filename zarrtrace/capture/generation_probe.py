@@ -15,7 +15,7 @@ import torch
 from transformers import LogitsProcessor
 
 from zarrtrace.capture.comparison import distance, other_rounding, within_rounding
-from zarrtrace.capture.generation import run
+from zarrtrace.capture.generation import keeps_keys_and_values, run
 from zarrtrace.capture.messages import forward_errors, full_memory
 from zarrtrace.capture.model import LoadedModel
 from zarrtrace.capture.probe import random_tokens
@@ -23,6 +23,8 @@ from zarrtrace.errors import ModelError
 
 # Lengths that no head has as its size, longer than the windows of tests; and tokens that follow.
 _LONG, _SHORT, _TOKENS = 47, 29, 4
+# Tokens of a prompt that are read together: neither length is a multiple.
+_PART = 11
 
 
 def probe_generation(model: LoadedModel) -> LoadedModel:
@@ -30,7 +32,8 @@ def probe_generation(model: LoadedModel) -> LoadedModel:
 
     Random tokens are continued in each way, and compared with one pass over all tokens. Without a
     cache that agrees, each step reads everything again; without batches that agree, prompts go
-    alone; without padding that agrees, prompts that go together are equally long.
+    alone; without padding that agrees, prompts that go together are equally long; without parts
+    that agree, a long prompt is read whole, which takes more memory.
 
     Raises
     ------
@@ -43,9 +46,10 @@ def probe_generation(model: LoadedModel) -> LoadedModel:
     long, other = random_tokens(model, longest).tolist()
     short = other[: max(1, longest * _SHORT // _LONG)]
 
-    def permits(batch: Sequence[Sequence[int]], **ways: bool) -> bool:
+    def permits(batch: Sequence[Sequence[int]], part: int | None = None, **ways: bool) -> bool:
+        tried = replace(model, permitted=replace(model.permitted, **ways))
         try:
-            return _agrees(replace(model, permitted=replace(model.permitted, **ways)), batch)
+            return _agrees(tried, batch, part)
         except ModelError:
             return False
 
@@ -62,6 +66,11 @@ def probe_generation(model: LoadedModel) -> LoadedModel:
     together = permits([long, other, other], cache=cache)
     padded = together and permits([long, short, short], cache=cache)
     ways = {"cache": cache, "cached_batches": together, "left_padding": padded}
+    if cache and keeps_keys_and_values(model):
+        batch = [long, short, short] if padded else [long, other, other] if together else [long]
+        ways["cached_parts"] = all(
+            permits(one, _PART, cached_parts=True, **ways) for one in ([long], batch)
+        )
     return replace(model, permitted=replace(model.permitted, **ways))
 
 
@@ -77,10 +86,10 @@ class Recorder(LogitsProcessor):  # type: ignore[misc]
         return scores
 
 
-def _agrees(model: LoadedModel, prompts: Sequence[Sequence[int]]) -> bool:
+def _agrees(model: LoadedModel, prompts: Sequence[Sequence[int]], part: int | None = None) -> bool:
     """Whether a batch says in each step what one pass over each sequence says."""
     recorder = Recorder()
-    rows = run(model, prompts, _TOKENS, recorder)
+    rows = run(model, prompts, _TOKENS, recorder, part=part)
     for at, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
         found = torch.stack([scores[at] for scores in recorder.scores]).float().log_softmax(-1)
         ids = [*prompt, *row][:-1]

@@ -50,6 +50,8 @@ class Permitted:
         MLPs and logits of a long prompt, some tokens at a time.
     cache
         Keys and values kept between the tokens of a continuation.
+    cached_parts
+        Keys and values of a long prompt, some tokens at a time, before its continuation.
     cached_batches
         Continuations of equally long prompts together.
     left_padding
@@ -60,6 +62,7 @@ class Permitted:
     batches: bool = True
     parts: bool = True
     cache: bool = True
+    cached_parts: bool = True
     cached_batches: bool = True
     left_padding: bool = False
 
