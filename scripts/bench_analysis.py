@@ -34,7 +34,7 @@ from zarrtrace.format.attributes import OptionAttributes, SpanAttributes, TraceA
 from zarrtrace.format.layout import TraceShape
 from zarrtrace.records import FeatureRecord, LayerRecord, Tokens, TokensRecord, TracePlan
 from zarrtrace.store import RunWriter, read_trace
-from zarrtrace.store.metadata import sealed_group
+from zarrtrace.store.seal import sealed_group
 
 LAYERS, HEADS, TOKENS, FEATURES, ACTIVE = tuple(range(1, 32)), 32, 121, 32_768, 50
 STORED = 8

@@ -39,15 +39,8 @@ from zarrtrace.format.layout import (
     TraceShape,
     attention_chunk_rows,
 )
-from zarrtrace.records import (
-    BFloat16,
-    LayerRecord,
-    Nonzeros,
-    SparseFeatures,
-    Tokens,
-    TokensRecord,
-    TracePlan,
-)
+from zarrtrace.layer_batches import SparseFeatures
+from zarrtrace.records import BFloat16, LayerRecord, Nonzeros, Tokens, TokensRecord, TracePlan
 from zarrtrace.store import TraceWriter, chunks
 
 FEATURES, FEATURE, KEYS = 32_768, 14_826, slice(51, 54)

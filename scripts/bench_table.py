@@ -20,8 +20,7 @@ import numpy as np
 import xarray as xr
 import zarr
 
-from zarrtrace.format.attributes import TableAttributes
-from zarrtrace.format.table_layout import TableShape, table_block, table_columns
+from zarrtrace.format.table_layout import TableAttributes, TableShape, table_block, table_columns
 from zarrtrace.index import build_index, find_feature
 from zarrtrace.records import BFloat16, Nonzeros, SampleRecord, SampleTokens, TablePlan
 from zarrtrace.store import TableWriter, open_table

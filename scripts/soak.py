@@ -27,7 +27,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
-from zarrtrace.cli.shared import Layers
+from zarrtrace.cli.option_types import Layers
 from zarrtrace.extraction import Options, extract_run
 from zarrtrace.records import LayerRecord
 from zarrtrace.store import TraceWriter, verify

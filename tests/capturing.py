@@ -13,7 +13,8 @@ from zarrtrace.extraction.job import prepare
 from zarrtrace.extraction.processes import WriterPool
 from zarrtrace.extraction.progress import Progress
 from zarrtrace.extraction.running import fill
-from zarrtrace.records import LayerBatch, LayerRecord, TokensRecord
+from zarrtrace.layer_batches import LayerBatch
+from zarrtrace.records import LayerRecord, TokensRecord
 from zarrtrace.storage import locate
 from zarrtrace.store import RunWriter
 

@@ -20,11 +20,10 @@ from zarrtrace.format.attributes import (
     OptionAttributes,
     SAEAttributes,
     SpanAttributes,
-    TableAttributes,
     TraceAttributes,
 )
 from zarrtrace.format.layout import Limits, TraceShape
-from zarrtrace.format.table_layout import TableShape, table_columns
+from zarrtrace.format.table_layout import TableAttributes, TableShape, table_columns
 from zarrtrace.index import build_index
 from zarrtrace.records import (
     FeatureRecord,

@@ -8,7 +8,8 @@ from pathlib import Path
 import fakes
 
 from zarrtrace.format.attributes import RunAttributes
-from zarrtrace.store.metadata import read_trace, sealed_group
+from zarrtrace.store.metadata import read_trace
+from zarrtrace.store.seal import sealed_group
 
 
 def names_of(count: int) -> list[str]:

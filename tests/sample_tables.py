@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from zarrtrace.format.attributes import SAEAttributes, TableAttributes
+from zarrtrace.format.attributes import SAEAttributes
 from zarrtrace.format.layout import Limits
-from zarrtrace.format.table_layout import TableShape, table_columns
+from zarrtrace.format.table_layout import TableAttributes, TableShape, table_columns
 from zarrtrace.records import Nonzeros, SampleRecord, SampleTokens, TablePlan
 from zarrtrace.store import TableWriter
 

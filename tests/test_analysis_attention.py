@@ -13,8 +13,8 @@ import synthetic
 import xarray as xr
 
 from zarrtrace import analysis
-from zarrtrace.analysis import selecting
 from zarrtrace.analysis.findings import with_findings
+from zarrtrace.analysis.traces import tags, traces
 from zarrtrace.errors import ConfigError, ScenarioError
 from zarrtrace.store import open_run
 
@@ -366,7 +366,7 @@ def test_layers_without_attention_have_none():
         (lambda ds: analysis.attention_locality(ds, window=-1), "negative"),
         (lambda ds: analysis.attention_to(ds.drop_attrs()), "not a trace"),
         (lambda ds: analysis.head_roles(ds.drop_vars("token_id")), "no token ids"),
-        (lambda ds: selecting.traces(xr.DataTree.from_dict({"/a": xr.Dataset()})), "no traces"),
+        (lambda ds: traces(xr.DataTree.from_dict({"/a": xr.Dataset()})), "no traces"),
     ],
 )
 def test_requests_that_make_no_sense(call, message):
@@ -375,11 +375,11 @@ def test_requests_that_make_no_sense(call, message):
 
 
 def test_traces_of_a_run_and_of_a_node(run):
-    assert list(selecting.traces(run)) == list(planted.SCENARIOS[:3])
-    assert list(selecting.traces(run["Risky_1"])) == ["Risky_1"]
+    assert list(traces(run)) == list(planted.SCENARIOS[:3])
+    assert list(traces(run["Risky_1"])) == ["Risky_1"]
     node = analysis.attention_to(run["Risky_1"], "goal")
     xr.testing.assert_identical(node, analysis.attention_to(trace_of(run, "Risky_1"), "goal"))
-    assert fakes.make_trace_attributes("x").tags == selecting.tags(
+    assert fakes.make_trace_attributes("x").tags == tags(
         trace_of(planted.as_run({"Safe_0": planted.make_trace("Safe_0")}), "Safe_0")
     )
 

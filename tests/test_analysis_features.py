@@ -403,5 +403,5 @@ def test_indexes_know_their_labels_before_threads_ask(
         return [call() for call in calls]
 
     monkeypatch.setattr(pd.Index, "get_indexer", get_indexer)
-    monkeypatch.setattr("zarrtrace.analysis.selecting.all_together", all_together)
+    monkeypatch.setattr("zarrtrace.analysis.results.all_together", all_together)
     attention_to(run, "balance")

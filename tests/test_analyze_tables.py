@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from zarrtrace import analysis
 from zarrtrace.cli import analyze_, group
+from zarrtrace.cli.analysis_options import ANALYSES
 from zarrtrace.cli.tables import LAYOUTS, Choice, Layout, rows_of, text_of
 
 SCENARIOS = tuple(f"S{n}" for n in range(12))
@@ -77,7 +78,7 @@ def body(shown: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("width", [80, 120, None])
-@pytest.mark.parametrize("name", sorted({*analyze_._ANALYSES} - {"layer-bands", "choices"}))
+@pytest.mark.parametrize("name", sorted({*ANALYSES} - {"layer-bands", "choices"}))
 def test_every_table_fits_its_terminal(
     monkeypatch: pytest.MonkeyPatch, name: str, width: int | None
 ) -> None:
@@ -213,7 +214,7 @@ class TestChoosing:
         np.testing.assert_allclose(value, found, rtol=1e-3, atol=1e-6)
 
     def test_all_layouts_belong_to_commands(self) -> None:
-        assert {*LAYOUTS} <= {*analyze_._ANALYSES}
+        assert {*LAYOUTS} <= {*ANALYSES}
 
 
 def test_constants_are_said_once_and_nothing_is_lost() -> None:

@@ -27,8 +27,9 @@ from zarrtrace.capture.prompts import tokenize  # noqa: E402
 from zarrtrace.capture.token_texts import TokenTexts, special_ids  # noqa: E402
 from zarrtrace.cli import group  # noqa: E402
 from zarrtrace.errors import ConfigError, ConfigMismatchError, ScenarioError  # noqa: E402
-from zarrtrace.extraction.job import _bos_notes, tokenized  # noqa: E402
+from zarrtrace.extraction.job import tokenized  # noqa: E402
 from zarrtrace.extraction.options import Options  # noqa: E402
+from zarrtrace.extraction.sae_sources import bos_notes  # noqa: E402
 from zarrtrace.scenarios import Scenario, as_scenarios  # noqa: E402
 
 USER = {"role": "user", "content": "You hold $90. Bet?"}
@@ -430,7 +431,7 @@ def test_a_template_that_disagrees_with_the_saes_on_bos_is_noted(
     scenarios = [Scenario(messages=[USER]), Scenario("Bet?")]
     prompts = list(tokenized(Options(), model, scenarios, prepend_bos=True))
     source: Any = SimpleNamespace(prepend_bos=trained)
-    notes = _bos_notes(source, prompts, tokenizer.bos_token_id)
+    notes = bos_notes(source, prompts, tokenizer.bos_token_id)
     assert len(notes) == (trained is not None and trained != (style == "llama"))
     assert all("BOS" in one for one in notes)
 

@@ -13,7 +13,7 @@ from architectures import Models
 
 import zarrtrace as zt
 from zarrtrace import demo
-from zarrtrace.capture import saes
+from zarrtrace.capture import release_saes
 from zarrtrace.cli import main
 from zarrtrace.errors import ConfigError, SAEError
 from zarrtrace.extraction import Job, Options, prepare
@@ -90,8 +90,8 @@ def test_blocks_of_a_release(monkeypatch: pytest.MonkeyPatch) -> None:
         more = {"architecture": "standard", "d_in": 64, "d_sae": 128}
         return {**more, "hook_name": sae_id, "metadata": {"hook_name": sae_id}}
 
-    monkeypatch.setattr(saes, "load_sae_config_from_huggingface", config)
-    monkeypatch.setattr(saes, "snapshot_download", lambda *_, **__: "snapshots/0123abc")
+    monkeypatch.setattr(release_saes, "load_sae_config_from_huggingface", config)
+    monkeypatch.setattr(release_saes, "snapshot_download", lambda *_, **__: "snapshots/0123abc")
     for patterns in ((), ("blocks.{layer}.hook_resid_pre",)):
         job = _job(sae_release="gpt2-small-res-jb", sae_ids=patterns)
         assert job.layers == BLOCKS[:12]

@@ -26,7 +26,8 @@ from zarrtrace.capture.fingerprint import (  # noqa: E402
     model_fingerprint,
     sae_fingerprint,
 )
-from zarrtrace.capture.saes import FolderSAEs, ReleaseSAEs  # noqa: E402
+from zarrtrace.capture.release_saes import ReleaseSAEs  # noqa: E402
+from zarrtrace.capture.saes import FolderSAEs  # noqa: E402
 from zarrtrace.cli import main  # noqa: E402
 from zarrtrace.errors import ConfigMismatchError, SAEError  # noqa: E402
 from zarrtrace.extraction import Options, configuration, extract_run  # noqa: E402

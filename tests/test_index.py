@@ -26,7 +26,8 @@ from zarrtrace.index import build_index, find_feature
 from zarrtrace.index.counting import FeatureCounts
 from zarrtrace.store import kind_of, locked, summarize, verify
 from zarrtrace.store.chunks import encode_file
-from zarrtrace.store.metadata import read_index_group, sealed_group
+from zarrtrace.store.metadata import read_index_group
+from zarrtrace.store.seal import sealed_group
 
 NAMES = ("Safe_1", "Risky_2", "Medium_3", "Late_4")
 SIZES: dict[str, Any] = {

@@ -30,8 +30,7 @@ from sample_tables import (
 import zarrtrace as zt
 from zarrtrace.cli import group
 from zarrtrace.errors import ConfigError, IntegrityError, NotATraceError
-from zarrtrace.format.attributes import TableAttributes
-from zarrtrace.format.table_layout import TableShape, table_columns
+from zarrtrace.format.table_layout import TableAttributes, TableShape, table_columns
 from zarrtrace.index import build_index, find_feature
 from zarrtrace.records import SampleRecord, TablePlan
 from zarrtrace.store import TableWriter

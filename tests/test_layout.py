@@ -16,15 +16,14 @@ from pydantic import ValidationError
 
 from zarrtrace.errors import ConfigError
 from zarrtrace.format.attributes import (
-    IndexAttributes,
     RunAttributes,
     SAEAttributes,
     TraceAttributes,
     is_trace,
     layers_in,
     ranges,
-    share_saes,
 )
+from zarrtrace.format.index_layout import IndexAttributes
 from zarrtrace.format.layout import (
     LABELS,
     NO_ID,
@@ -38,6 +37,7 @@ from zarrtrace.format.layout import (
     residual_rows,
     trace_layout,
 )
+from zarrtrace.format.shared_saes import share_saes
 
 FILE_BYTES = 512 * 2**20
 #: Dimensions whose labels are positions alone.

@@ -18,7 +18,7 @@ from sae_lens import SAE  # noqa: E402
 from zarrtrace import demo  # noqa: E402
 from zarrtrace.capture import Request, load_model, tokenize  # noqa: E402
 from zarrtrace.capture.encoder_files import encoder_stretches, load_encoder  # noqa: E402
-from zarrtrace.capture.saes import ReleaseSAEs  # noqa: E402
+from zarrtrace.capture.release_saes import ReleaseSAEs  # noqa: E402
 from zarrtrace.errors import ModelError  # noqa: E402
 from zarrtrace.extraction.reading_ahead import ReadAhead, weight_files  # noqa: E402
 from zarrtrace.scenarios import load_suite  # noqa: E402

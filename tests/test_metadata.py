@@ -24,8 +24,9 @@ from zarrtrace.format.layout import ArrayLayout, Limits, TraceShape, trace_layou
 from zarrtrace.store import RunWriter, kind_of, read_run, read_trace, summarize, verify
 from zarrtrace.store.chunks import encode_file
 from zarrtrace.store.codecs import ArrayEncoding
-from zarrtrace.store.metadata import read_index_group, seal_holds, sealed_group
+from zarrtrace.store.metadata import read_index_group
 from zarrtrace.store.nodes import array_metadata, encoded, layout_of
+from zarrtrace.store.seal import seal_holds, sealed_group
 
 LAYOUTS = {
     **trace_layout(

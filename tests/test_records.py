@@ -17,15 +17,8 @@ from hypothesis.extra import numpy as npst
 from scipy.sparse import csr_array
 
 from zarrtrace.format.layout import NO_ID, ArrayLayout, trace_layout
-from zarrtrace.records import (
-    BFloat16,
-    LayerBatch,
-    Member,
-    Nonzeros,
-    SparseFeatures,
-    settled,
-    strongest,
-)
+from zarrtrace.layer_batches import LayerBatch, Member, SparseFeatures
+from zarrtrace.records import BFloat16, Nonzeros, sort_strongest, strongest
 from zarrtrace.store.chunks import LayerGrid, encode_file, encode_rows, tail_of
 from zarrtrace.store.codecs import CRC_BYTES, ArrayEncoding
 from zarrtrace.store.nodes import array_metadata, encoded
@@ -232,7 +225,7 @@ def test_strongest_features_of_a_device_are_put_in_order(
     rank = np.where(np.isnan(dense), -np.inf, -np.abs(dense))
     anyhow = np.random.default_rng(seed).random(dense.shape)  # equal ones come in any order
     first = np.lexsort((anyhow, rank), axis=1)[:, :33]
-    found = settled(first.astype(np.int32), np.take_along_axis(dense, first, 1))
+    found = sort_strongest(first.astype(np.int32), np.take_along_axis(dense, first, 1))
     ordered = np.sort(rank, axis=1)
     left_out = width > 32 and ((ordered[:, 31] == ordered[:, 32]) & (ordered[:, 31] < 0)).any()
     assert (found is None) == left_out

@@ -16,8 +16,9 @@ from scipy import stats
 
 import zarrtrace as zt
 from zarrtrace import analysis
-from zarrtrace.analysis import critical, selecting
+from zarrtrace.analysis import critical
 from zarrtrace.analysis.placebos import variants
+from zarrtrace.analysis.traces import metadata, repeats, scenario_names
 from zarrtrace.card import write_card
 from zarrtrace.cli.find_ import command
 from zarrtrace.cli.info_ import command as info
@@ -111,7 +112,7 @@ def test_a_column_of_metadata_of_that_name_is_kept_beside(run: xr.DataTree) -> N
     changed = run.map_over_datasets(
         lambda ds: ds.assign_attrs(metadata={"choice": "mine"}) if ds.data_vars else ds
     )
-    columns = selecting.metadata(changed)
+    columns = metadata(changed)
     assert columns["choice"][0] == "bet"
     assert (columns["metadata_choice"] == "mine").all()
 
@@ -121,9 +122,9 @@ def test_a_table_has_the_same_columns(run: xr.DataTree) -> None:
     assert table["scenario"].to_numpy()[:6].tolist() == ["S0"] * 6
     assert table["repeat"].to_numpy()[:6].tolist() == [0, 0, 0, 1, 1, 1]
     assert table["generated"].to_numpy().all()
-    assert selecting.scenario_names(table) == NAMES
-    for name, column in selecting.repeats(run).items():
-        np.testing.assert_array_equal(selecting.repeats(table)[name], column)
+    assert scenario_names(table) == NAMES
+    for name, column in repeats(run).items():
+        np.testing.assert_array_equal(repeats(table)[name], column)
 
 
 # --- decision ----------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from zarrtrace.errors import (
 from zarrtrace.format.attributes import RunAttributes
 from zarrtrace.storage import disk
 from zarrtrace.store import RunWriter, open_run, read_run, summarize, verify
-from zarrtrace.store.metadata import sealed_group
+from zarrtrace.store.seal import sealed_group
 
 # --- attributes --------------------------------------------------------------------------------
 

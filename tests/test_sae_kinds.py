@@ -37,9 +37,9 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 from sae_lens.registry import SAE_CLASS_REGISTRY
 from transformers import AutoModelForCausalLM
 
-from zarrtrace.capture import sae_configs, saes
+from zarrtrace.capture import release_saes, sae_configs, saes
 from zarrtrace.capture.hooks import place
-from zarrtrace.capture.saes import ReleaseSAEs
+from zarrtrace.capture.release_saes import ReleaseSAEs
 from zarrtrace.errors import ConfigError, SAEError
 from zarrtrace.extraction import Options, extract_run
 from zarrtrace.store import open_trace, verify
@@ -558,7 +558,9 @@ def test_saes_of_a_release_are_refused_as_those_of_a_folder(
         ({"metadata": {"hook_name": hook, "hook_head_index": 3}}, "trained on head 3 alone"),
     ):
         config = {**_config_of(hook), **changes}
-        monkeypatch.setattr(saes, "load_sae_config_from_huggingface", lambda *_, c=config: c)
+        monkeypatch.setattr(
+            release_saes, "load_sae_config_from_huggingface", lambda *_, c=config: c
+        )
         with pytest.raises(SAEError) as caught:
             ReleaseSAEs("gpt2-small-res-jb").find([1])
         assert caught.value.what.startswith(f"gpt2-small-res-jb/{hook}: ")
@@ -682,8 +684,10 @@ def hook_of_id(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str], str
             asked.append(sae_id)
             return _config_of(hook(sae_id))
 
-        monkeypatch.setattr(saes, "load_sae_config_from_huggingface", load)
-        monkeypatch.setattr(saes, "snapshot_download", lambda *_, **__: "snapshots/0123abcd")
+        monkeypatch.setattr(release_saes, "load_sae_config_from_huggingface", load)
+        monkeypatch.setattr(
+            release_saes, "snapshot_download", lambda *_, **__: "snapshots/0123abcd"
+        )
         return asked
 
     return replace
@@ -792,8 +796,8 @@ def test_a_number_that_is_not_the_block_is_refused(hook_of_id: HookOfId) -> None
 
 def test_a_release_without_a_norm_to_fold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = _config_of("blocks.1.hook_resid_pre", normalize_activations="expected_average_only_in")
-    monkeypatch.setattr(saes, "load_sae_config_from_huggingface", lambda *_: config)
-    monkeypatch.setattr(saes, "snapshot_download", lambda *_, **__: "snapshots/0123abcd")
+    monkeypatch.setattr(release_saes, "load_sae_config_from_huggingface", lambda *_: config)
+    monkeypatch.setattr(release_saes, "snapshot_download", lambda *_, **__: "snapshots/0123abcd")
     with pytest.raises(SAEError, match="its input scale is not folded"):
         ReleaseSAEs("gpt2-small-res-jb").find([1])
     config["hook_name"] = "blocks.1.hook_resid_post"
@@ -807,11 +811,11 @@ def test_layers_without_an_sae_are_listed_and_have_no_features(
     release = "gpt2-small-res-jb"
     entry = get_pretrained_saes_directory()[release]
     monkeypatch.setattr(
-        saes,
+        release_saes,
         "get_pretrained_saes_directory",
         lambda: {release: replace(entry, saes_map=dict(list(entry.saes_map.items())[:2]))},
     )
-    monkeypatch.setattr(saes, "snapshot_download", lambda *_, **__: "snapshots/0123abcd")
+    monkeypatch.setattr(release_saes, "snapshot_download", lambda *_, **__: "snapshots/0123abcd")
     for layer in (0, 1):
         hook = f"blocks.{layer}.hook_resid_pre"
         KINDS["standard"](tmp_path / "saes" / hook, hook, 32)
@@ -823,8 +827,8 @@ def test_layers_without_an_sae_are_listed_and_have_no_features(
     def load(_release: str, sae_id: str, **_: Any) -> Any:
         return SAE.load_from_disk(tmp_path / "saes" / sae_id)
 
-    monkeypatch.setattr(saes, "load_sae_config_from_huggingface", config_of)
-    monkeypatch.setattr(saes.SAE, "from_pretrained", load)
+    monkeypatch.setattr(release_saes, "load_sae_config_from_huggingface", config_of)
+    monkeypatch.setattr(release_saes.SAE, "from_pretrained", load)
     path = models.path("GPT-2")
     options = _options(path, suite, attention=True, layers=(0, 1, 2, 3), sae_release=release)
     run = extract_run(tmp_path / "run", options)

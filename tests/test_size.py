@@ -24,7 +24,7 @@ from sample_tables import plan_of, records_of, values_of, write_table
 import zarrtrace as zt
 from zarrtrace.card import write_card
 from zarrtrace.cli import _COMMANDS, main
-from zarrtrace.cli.analyze_ import _ANALYSES
+from zarrtrace.cli.analysis_options import ANALYSES
 from zarrtrace.errors import ConfigError, ScenarioError
 from zarrtrace.figures import page
 from zarrtrace.format.layout import DEFAULT_LIMITS
@@ -294,7 +294,7 @@ _REFUSED = {
 
 def _analysis(name: str) -> tuple[str, ...]:
     """Return what the example of an analysis gives behind RUN, writing no file."""
-    words = _ANALYSES[name].example.split()
+    words = ANALYSES[name].example.split()
     return tuple(words[: words.index("-o")] if "-o" in words else words)
 
 
@@ -302,7 +302,7 @@ def test_every_command_is_tried_on_a_table() -> None:
     assert {*_COMMANDS} - {"extract", "import", "analyze"} == _ON_A_TABLE.keys()
 
 
-@pytest.mark.parametrize("name", [*_ON_A_TABLE, *(f"analyze {name}" for name in _ANALYSES)])
+@pytest.mark.parametrize("name", [*_ON_A_TABLE, *(f"analyze {name}" for name in ANALYSES)])
 def test_commands_take_a_table_or_say_why_not(tmp_path: Path, table: Path, name: str) -> None:
     words = name.split()
     given = _analysis(words[1]) if len(words) > 1 else _ON_A_TABLE[name]

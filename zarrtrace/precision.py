@@ -12,7 +12,8 @@ import numpy as np
 from numcodecs import BitRound
 
 from zarrtrace.errors import NonFiniteError
-from zarrtrace.format.attributes import TableAttributes, TraceAttributes
+from zarrtrace.format.attributes import TraceAttributes
+from zarrtrace.format.table_layout import TableAttributes
 from zarrtrace.records import (
     BFloat16,
     FeatureRecord,

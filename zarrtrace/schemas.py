@@ -15,16 +15,16 @@ import numpy as np
 from pydantic import BaseModel
 
 from zarrtrace.format.attributes import (
-    IndexAttributes,
     ModelAttributes,
     OptionAttributes,
     RunAttributes,
     SAEAttributes,
     SpanAttributes,
-    TableAttributes,
     TraceAttributes,
 )
+from zarrtrace.format.index_layout import IndexAttributes
 from zarrtrace.format.layout import TraceShape
+from zarrtrace.format.table_layout import TableAttributes
 from zarrtrace.records import FeatureRecord, LayerRecord, Tokens, TokensRecord, TracePlan
 from zarrtrace.scenarios import ScenarioEntry, SuiteFile
 from zarrtrace.store import TraceWriter

@@ -12,7 +12,9 @@ import xarray as xr
 
 from zarrtrace.analysis.blocks import blocks
 from zarrtrace.analysis.parallel import OfLayer, each_layer
-from zarrtrace.analysis.selecting import Data, Place, scenario_names, taken
+from zarrtrace.analysis.positions import Place
+from zarrtrace.analysis.trace_arrays import taken
+from zarrtrace.analysis.traces import Data, scenario_names
 
 # Activations that are in memory at once, about: those of some layers, if there are many scenarios.
 _AT_ONCE = 2**26

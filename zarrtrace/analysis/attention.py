@@ -12,24 +12,21 @@ import numpy as np
 import xarray as xr
 
 from zarrtrace.analysis.parallel import some_layers
-from zarrtrace.analysis.selecting import (
-    Data,
+from zarrtrace.analysis.positions import (
     Place,
     as_places,
-    attention,
-    described,
     label,
-    per_scenario,
     positions,
     present,
     require_places,
     require_queries,
     spans_before,
     stored_queries,
-    taken,
     token_labels,
-    whole,
 )
+from zarrtrace.analysis.results import described, per_scenario
+from zarrtrace.analysis.trace_arrays import attention, taken, whole
+from zarrtrace.analysis.traces import Data
 from zarrtrace.errors import ConfigError
 from zarrtrace.scenarios import DECISION
 

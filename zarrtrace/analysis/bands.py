@@ -12,25 +12,19 @@ import numpy as np
 import xarray as xr
 
 from zarrtrace.analysis.attention import attention_locality, attention_to
-from zarrtrace.analysis.selecting import (
-    Data,
-    attention,
-    described,
+from zarrtrace.analysis.positions import (
     has_span,
-    independent,
-    is_run,
-    over_repeats,
-    per_scenario,
     positions,
     require_places,
     require_queries,
     span_names,
     spans_before,
     stored_queries,
-    taken,
     token_labels,
-    traces,
 )
+from zarrtrace.analysis.results import described, per_scenario
+from zarrtrace.analysis.trace_arrays import attention, taken
+from zarrtrace.analysis.traces import Data, independent, is_run, over_repeats, traces
 from zarrtrace.errors import ConfigError
 from zarrtrace.scenarios import DECISION
 

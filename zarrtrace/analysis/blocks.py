@@ -11,9 +11,9 @@ import numpy as np
 import xarray as xr
 
 from zarrtrace.analysis.gaps import missing_layers, missing_of_table
+from zarrtrace.analysis.positions import Place
 from zarrtrace.analysis.repeats import Text
 from zarrtrace.analysis.samples import rows_of_place
-from zarrtrace.analysis.selecting import Data, Place, require, traces
 from zarrtrace.analysis.special import MARKS, generated_samples, special_samples
 from zarrtrace.analysis.tables import (
     SAMPLE,
@@ -22,6 +22,8 @@ from zarrtrace.analysis.tables import (
     rows_in_table,
     table_scenarios,
 )
+from zarrtrace.analysis.trace_arrays import require
+from zarrtrace.analysis.traces import Data, traces
 
 # Bytes of a layer of a block of a table, unless one scenario has more: a chunk of it at least.
 _BLOCK_BYTES = 2**27

@@ -11,9 +11,10 @@ from scipy import stats
 
 from zarrtrace.analysis.decisions import decision
 from zarrtrace.analysis.repeats import CHOICE
-from zarrtrace.analysis.selecting import (
+from zarrtrace.analysis.results import described
+from zarrtrace.analysis.tables import is_table
+from zarrtrace.analysis.traces import (
     Data,
-    described,
     independent,
     options,
     over_repeats,
@@ -21,7 +22,6 @@ from zarrtrace.analysis.selecting import (
     scenario_names,
     traces,
 )
-from zarrtrace.analysis.tables import is_table
 from zarrtrace.errors import ConfigError
 from zarrtrace.scenarios import DECISION
 from zarrtrace.suggestions import did_you_mean

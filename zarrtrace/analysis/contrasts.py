@@ -20,19 +20,9 @@ from zarrtrace.analysis.family import (
     corrected_welch,
 )
 from zarrtrace.analysis.groups import Block, Group, Groups, exchange_of, groups_of
-from zarrtrace.analysis.resampling import (
-    DEFAULT_PERMUTATIONS,
-    TwoGroups,
-    corrected,
-    familywise,
-    same_rows,
-)
-from zarrtrace.analysis.selecting import (
-    Data,
+from zarrtrace.analysis.positions import (
     Place,
     as_places,
-    attention,
-    described,
     has_span,
     label,
     positions,
@@ -40,10 +30,18 @@ from zarrtrace.analysis.selecting import (
     require_queries,
     span_names,
     spans_before,
-    taken,
-    traces,
 )
+from zarrtrace.analysis.resampling import (
+    DEFAULT_PERMUTATIONS,
+    TwoGroups,
+    corrected,
+    familywise,
+    same_rows,
+)
+from zarrtrace.analysis.results import described
 from zarrtrace.analysis.templates import number_of_templates
+from zarrtrace.analysis.trace_arrays import attention, taken
+from zarrtrace.analysis.traces import Data, traces
 from zarrtrace.errors import ScenarioError, SharedTemplateWarning
 from zarrtrace.scenarios import DECISION, split_trace_name
 

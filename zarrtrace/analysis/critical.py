@@ -11,25 +11,21 @@ import numpy as np
 import xarray as xr
 
 from zarrtrace.analysis.placebos import Compared, Prompt, compare, variants
-from zarrtrace.analysis.resampling import corrected
-from zarrtrace.analysis.selecting import (
-    Data,
+from zarrtrace.analysis.positions import (
     Place,
-    attention,
-    described,
     has_span,
-    per_scenario,
     positions,
     present,
     require_places,
     require_queries,
-    scenario_of,
     span_names,
     spans_before,
-    taken,
     token_labels,
-    traces,
 )
+from zarrtrace.analysis.resampling import corrected
+from zarrtrace.analysis.results import described, per_scenario
+from zarrtrace.analysis.trace_arrays import attention, taken
+from zarrtrace.analysis.traces import Data, scenario_of, traces
 from zarrtrace.errors import ConfigError
 from zarrtrace.scenarios import DECISION
 

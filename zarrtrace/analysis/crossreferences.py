@@ -10,17 +10,13 @@ import pandas as pd
 import xarray as xr
 
 from zarrtrace.analysis.parallel import each_layer
+from zarrtrace.analysis.positions import require_places, span_names
 from zarrtrace.analysis.resampling import corrected
-from zarrtrace.analysis.selecting import (
-    Data,
-    described,
-    require,
-    require_places,
-    span_names,
-    traces,
-)
+from zarrtrace.analysis.results import described
 from zarrtrace.analysis.shifts import Shifts, blocks_of, p_of_shifts, sentence_of_smallest
 from zarrtrace.analysis.span_measures import Measured, SpanPlaces, measure_jobs, span_places
+from zarrtrace.analysis.trace_arrays import require
+from zarrtrace.analysis.traces import Data, traces
 from zarrtrace.analysis.words import Table, all_layers, read_table
 from zarrtrace.errors import ConfigError
 from zarrtrace.scenarios import DECISION

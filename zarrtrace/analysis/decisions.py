@@ -12,6 +12,7 @@ import pandas as pd
 import xarray as xr
 
 from zarrtrace.analysis.gaps import GAPS
+from zarrtrace.analysis.positions import Place
 from zarrtrace.analysis.repeats import SCENARIO_NAME, correlations_within, varies_within
 from zarrtrace.analysis.resampling import (
     DEFAULT_PERMUTATIONS,
@@ -19,17 +20,11 @@ from zarrtrace.analysis.resampling import (
     correlations,
     same_rows,
 )
+from zarrtrace.analysis.results import described
 from zarrtrace.analysis.samples import samples
-from zarrtrace.analysis.selecting import (
-    Data,
-    Place,
-    described,
-    is_run,
-    options,
-    scenario_names,
-    whole,
-)
 from zarrtrace.analysis.tables import SAMPLE, Before
+from zarrtrace.analysis.trace_arrays import whole
+from zarrtrace.analysis.traces import Data, is_run, options, scenario_names
 from zarrtrace.errors import ConfigError
 from zarrtrace.scenarios import DECISION
 

@@ -9,20 +9,12 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import xarray as xr
 
+from zarrtrace.analysis.positions import Place, as_places, label
+from zarrtrace.analysis.results import described
 from zarrtrace.analysis.samples import Samples, samples
-from zarrtrace.analysis.selecting import (
-    Data,
-    Place,
-    as_places,
-    described,
-    is_run,
-    label,
-    scenario_names,
-    taken,
-    traces,
-    whole,
-)
 from zarrtrace.analysis.tables import SAMPLE, is_table
+from zarrtrace.analysis.trace_arrays import taken, whole
+from zarrtrace.analysis.traces import Data, is_run, scenario_names, traces
 from zarrtrace.errors import ConfigError
 from zarrtrace.format.attributes import SAE_FIELDS, sae_coordinate
 from zarrtrace.scenarios import DECISION

@@ -15,22 +15,20 @@ from scipy.sparse.csgraph import maximum_flow
 
 from zarrtrace.analysis.gaps import missing_layers
 from zarrtrace.analysis.parallel import some_layers
-from zarrtrace.analysis.selecting import (
-    Data,
+from zarrtrace.analysis.positions import (
     Place,
     as_places,
-    attention,
-    described,
     label,
-    per_scenario,
     positions,
     present,
     require_places,
     require_queries,
-    scenario_of,
     spans_before,
     token_labels,
 )
+from zarrtrace.analysis.results import described, per_scenario
+from zarrtrace.analysis.trace_arrays import attention
+from zarrtrace.analysis.traces import Data, scenario_of
 from zarrtrace.errors import ConfigError
 from zarrtrace.scenarios import DECISION
 

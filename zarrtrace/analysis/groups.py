@@ -10,7 +10,7 @@ import pandas as pd
 
 from zarrtrace.analysis.repeats import SCENARIO_NAME
 from zarrtrace.analysis.resampling import TwoGroups, paired_blocks, two_groups
-from zarrtrace.analysis.selecting import (
+from zarrtrace.analysis.traces import (
     Data,
     metadata,
     repeats,

@@ -10,8 +10,8 @@ import xarray as xr
 from scipy import sparse
 
 from zarrtrace.analysis.samples import At, table
-from zarrtrace.analysis.selecting import Data
 from zarrtrace.analysis.tables import SAMPLE, is_table, table_scenarios
+from zarrtrace.analysis.traces import Data
 from zarrtrace.errors import ConfigError
 from zarrtrace.scenarios import DECISION
 

@@ -11,9 +11,10 @@ import xarray as xr
 from zarrtrace.analysis.crossvalidation import Rows, require_sklearn, ridge_weights
 from zarrtrace.analysis.layer_samples import array_of, read_rows, samples_of
 from zarrtrace.analysis.probes import DEFAULT_FEATURES
+from zarrtrace.analysis.results import described
 from zarrtrace.analysis.samples import At
-from zarrtrace.analysis.selecting import Data, described
 from zarrtrace.analysis.targets import described_values, read_groups, read_target
+from zarrtrace.analysis.traces import Data
 from zarrtrace.errors import ConfigError
 
 _METHODS = {

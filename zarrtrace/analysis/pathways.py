@@ -8,21 +8,17 @@ import numpy as np
 import xarray as xr
 
 from zarrtrace.analysis.gaps import missing_layers
-from zarrtrace.analysis.selecting import (
-    Data,
+from zarrtrace.analysis.positions import (
     Place,
-    attention,
-    described,
     label,
-    per_scenario,
     present,
-    require,
     require_places,
     require_queries,
     stored_positions,
-    taken,
-    whole,
 )
+from zarrtrace.analysis.results import described, per_scenario
+from zarrtrace.analysis.trace_arrays import attention, require, taken, whole
+from zarrtrace.analysis.traces import Data
 from zarrtrace.errors import ConfigError
 from zarrtrace.format.attributes import SAE_FIELDS, sae_coordinate
 from zarrtrace.scenarios import DECISION

@@ -18,11 +18,12 @@ from zarrtrace.analysis.crossvalidation import (
 )
 from zarrtrace.analysis.layer_samples import array_of, read_rows, samples_of
 from zarrtrace.analysis.probe_plans import Plan, make_plan, require_groups, require_values
+from zarrtrace.analysis.results import described
 from zarrtrace.analysis.samples import At
 from zarrtrace.analysis.scores import interval, resampled
-from zarrtrace.analysis.selecting import Data, described
 from zarrtrace.analysis.tables import SAMPLE
 from zarrtrace.analysis.targets import described_values
+from zarrtrace.analysis.traces import Data
 from zarrtrace.errors import ConfigError
 
 #: Features that a probe takes at most: those that most training samples have.

@@ -6,16 +6,10 @@ import numpy as np
 import xarray as xr
 
 from zarrtrace.analysis.parallel import some_layers
-from zarrtrace.analysis.selecting import (
-    Data,
-    attention,
-    described,
-    per_scenario,
-    scenario_of,
-    stored_queries,
-    taken,
-    token_labels,
-)
+from zarrtrace.analysis.positions import stored_queries, token_labels
+from zarrtrace.analysis.results import described, per_scenario
+from zarrtrace.analysis.trace_arrays import attention, taken
+from zarrtrace.analysis.traces import Data, scenario_of
 from zarrtrace.errors import ConfigError
 
 #: The scores of :func:`head_roles`.

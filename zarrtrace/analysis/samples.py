@@ -11,27 +11,29 @@ import xarray as xr
 
 from zarrtrace.analysis.concatenated import concatenated
 from zarrtrace.analysis.gaps import gaps_of_traces
-from zarrtrace.analysis.repeats import SCENARIO_NAME
-from zarrtrace.analysis.selecting import (
-    Data,
+from zarrtrace.analysis.positions import (
     Place,
-    Scenarios,
     as_places,
     label,
     not_stored,
-    options,
     positions,
     present,
-    repeats,
-    require,
     require_places,
-    scenario_of,
     span_names,
+)
+from zarrtrace.analysis.repeats import SCENARIO_NAME
+from zarrtrace.analysis.tables import SAMPLE, is_table, rows_in_table, table_scenarios
+from zarrtrace.analysis.trace_arrays import require
+from zarrtrace.analysis.traces import (
+    Data,
+    Scenarios,
+    options,
+    repeats,
+    scenario_of,
     stored_metadata,
     tags,
     traces,
 )
-from zarrtrace.analysis.tables import SAMPLE, is_table, rows_in_table, table_scenarios
 from zarrtrace.errors import ConfigError, ScenarioError
 from zarrtrace.format.attributes import layers_in, ranges
 from zarrtrace.scenarios import DECISION, span

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy import fft
 
-from zarrtrace.analysis.selecting import (
+from zarrtrace.analysis.traces import (
     Data,
     independent,
     metadata,

@@ -12,15 +12,10 @@ import xarray as xr
 from scipy import stats
 
 from zarrtrace.analysis.parallel import OfLayer, each_layer
-from zarrtrace.analysis.selecting import (
-    attention,
-    has_span,
-    stored_positions,
-    stored_queries,
-    token_labels,
-)
+from zarrtrace.analysis.positions import has_span, stored_positions, stored_queries, token_labels
 from zarrtrace.analysis.shifts import shifted_products
 from zarrtrace.analysis.special import special_keys, special_queries
+from zarrtrace.analysis.trace_arrays import attention
 from zarrtrace.analysis.words import missing_rows
 from zarrtrace.errors import ConfigError
 

@@ -13,13 +13,9 @@ import xarray as xr
 from zarrtrace.analysis.blocks import blocks
 from zarrtrace.analysis.parallel import OfLayer, each_layer
 from zarrtrace.analysis.pathways import at_least_one, strongest
-from zarrtrace.analysis.selecting import (
-    Data,
-    described,
-    require_places,
-    scenario_names,
-    span_names,
-)
+from zarrtrace.analysis.positions import require_places, span_names
+from zarrtrace.analysis.results import described
+from zarrtrace.analysis.traces import Data, scenario_names
 from zarrtrace.scenarios import first_repeats
 
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import xarray as xr
 
-from zarrtrace.analysis.selecting import Data, traces
 from zarrtrace.analysis.tables import is_table
+from zarrtrace.analysis.traces import Data, traces
 
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _WORD = re.compile(r"[^\W\d_]+")

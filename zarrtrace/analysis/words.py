@@ -14,7 +14,9 @@ import xarray as xr
 from zarrtrace.analysis.blocks import Block, blocks
 from zarrtrace.analysis.parallel import each_layer
 from zarrtrace.analysis.repeats import Text
-from zarrtrace.analysis.selecting import Data, described, scenario_names, taken
+from zarrtrace.analysis.results import described
+from zarrtrace.analysis.trace_arrays import taken
+from zarrtrace.analysis.traces import Data, scenario_names
 from zarrtrace.errors import ConfigError
 from zarrtrace.scenarios import first_repeats
 

@@ -8,7 +8,7 @@ seconds: attention alone does without it.
 from zarrtrace.capture.batches import Request, grouped
 from zarrtrace.capture.borrow import borrow, refuse_unknown_ids, take_model
 from zarrtrace.capture.checks import check_additions, choose_batch_size, wants_blocks
-from zarrtrace.capture.encoders import KeptEncoders
+from zarrtrace.capture.encoder_prefetch import KeptEncoders
 from zarrtrace.capture.fingerprint import settings_fingerprint
 from zarrtrace.capture.generation import (
     check_context,

@@ -13,7 +13,7 @@ from zarrtrace.capture.model import LoadedModel
 from zarrtrace.capture.prompts import Prompt
 from zarrtrace.errors import ModelError
 from zarrtrace.format.attributes import SAEAttributes
-from zarrtrace.records import Member
+from zarrtrace.layer_batches import Member
 
 # What all batches of a wave may hold between two blocks. A wave walks through the layers once, so
 # SAEs are loaded once a wave; on a GPU, for which that takes longest, once in any but huge runs.

@@ -15,7 +15,8 @@ from zarrtrace.capture.features import Encoding, encode
 from zarrtrace.capture.host import begin_copy, to_host
 from zarrtrace.capture.lockstep import BlockState
 from zarrtrace.capture.model import DTYPES
-from zarrtrace.records import BFloat16, LayerBatch, SparseFeatures
+from zarrtrace.layer_batches import LayerBatch, SparseFeatures
+from zarrtrace.records import BFloat16
 
 if TYPE_CHECKING:
     from zarrtrace.capture.encoder import Encoder

@@ -14,7 +14,8 @@ from torch import nn
 
 from zarrtrace.capture.host import begin_copy, to_host
 from zarrtrace.format.layout import TOP_FEATURES
-from zarrtrace.records import Nonzeros, SparseFeatures
+from zarrtrace.layer_batches import SparseFeatures
+from zarrtrace.records import Nonzeros
 
 if TYPE_CHECKING:
     from zarrtrace.capture.encoder import Encoder, Tile

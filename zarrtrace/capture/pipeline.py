@@ -11,7 +11,7 @@ import torch
 from zarrtrace.capture.batches import Batch, Request, batches, waves
 from zarrtrace.capture.blocked import AttentionRows
 from zarrtrace.capture.copies import Copies, Made, rows_on_host
-from zarrtrace.capture.encoders import Encoders, KeptEncoders
+from zarrtrace.capture.encoder_prefetch import Encoders, KeptEncoders
 from zarrtrace.capture.features import encode
 from zarrtrace.capture.hooks import parse_hook
 from zarrtrace.capture.host import to_host
@@ -29,7 +29,8 @@ from zarrtrace.format.layout import (
     feature_rows,
     residual_rows,
 )
-from zarrtrace.records import LayerBatch, LayerRecord, TokensRecord
+from zarrtrace.layer_batches import LayerBatch
+from zarrtrace.records import LayerRecord, TokensRecord
 
 if TYPE_CHECKING:
     from zarrtrace.capture.encoder import Encoder

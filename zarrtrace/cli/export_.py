@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from zarrtrace.cli.commands import OUTPUT, PART, Command, option
+from zarrtrace.cli.option_types import PositionsType
 from zarrtrace.cli.shared import (
     PATH,
-    PositionsType,
     bar,
     layers_option,
     output_option,

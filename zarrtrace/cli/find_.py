@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from zarrtrace.cli.commands import QUESTION, Command, option
-from zarrtrace.cli.rows import FeaturePair
+from zarrtrace.cli.option_types import FeaturePair, Layers
 from zarrtrace.cli.shared import (
-    Layers,
     json_option,
     json_text,
     run_argument,

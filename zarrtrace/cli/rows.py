@@ -8,27 +8,8 @@ from typing import Any
 import click
 
 from zarrtrace.cli.commands import QUESTION, option
-from zarrtrace.cli.shared import Layers
+from zarrtrace.cli.option_types import FeaturePair, Layers
 from zarrtrace.cli.tables import Choice, Layout
-
-
-class FeaturePair(click.ParamType["tuple[int, int] | int"]):
-    """A feature of a layer, as ``25:250``; a number alone is left for the command to judge."""
-
-    name = "L:F"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, int] | int:
-        """Parse one number, or two with a colon."""
-        if isinstance(value, tuple | int):
-            return value
-        numbers = str(value).split(":")
-        if len(numbers) > 2 or not all(one.isdecimal() and len(one) < 10 for one in numbers):
-            self.fail(f"{value!r} is not a layer and a feature, as 25:250", param, ctx)
-        first = int(numbers[0])
-        return (first, int(numbers[1])) if len(numbers) > 1 else first
-
 
 _LAYER = option(
     "--layer",

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import click
 
 from zarrtrace.cli.commands import MACHINE, OBJECT_STORES, OUTPUT, PART, QUESTION, option
-from zarrtrace.errors import ConfigError, NotATraceError
+from zarrtrace.errors import NotATraceError
 from zarrtrace.text import terminal_text
 
 if TYPE_CHECKING:
-    from zarrtrace.scenarios.positions import Positions
     from zarrtrace.storage import Location
+from zarrtrace.cli.option_types import Layers
 
 
 class GivenPath(click.Path):
@@ -33,51 +33,6 @@ class GivenPath(click.Path):
 _SECONDS_UNSEEN = 1
 
 PATH = GivenPath(path_type=Path)
-
-
-class Layers(click.ParamType[tuple[int, ...]]):
-    """Indices of decoder blocks: ``1-31``, ``3``, ``1,5,20-31``."""
-
-    name = "LAYERS"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        """Parse a list of numbers and ranges."""
-        if isinstance(value, tuple):
-            return value
-        layers: list[int] = []
-        for part in str(value).split(","):
-            first, dash, last = part.strip().partition("-")
-            # Lengths first: Python refuses to read thousands of digits.
-            if not _number(first) or (dash and not _number(last)):
-                self.fail(f"{value!r} is not a list of layers like 1-31 or 1,5,20-31", param, ctx)
-            start, stop = int(first), int(last or first)
-            if stop < start or stop >= 10_000:
-                self.fail(f"{part.strip()!r} is not a range of layers", param, ctx)
-            layers += range(start, stop + 1)
-        return tuple(sorted(set(layers)))
-
-
-class PositionsType(click.ParamType["Positions"]):
-    """``all``, ``last``, ``spans``, names of spans with commas, or positions as ``0,5,-1``."""
-
-    name = "POSITIONS"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Positions:
-        """Parse a word or a list."""
-        from zarrtrace.scenarios.positions import parsed
-
-        try:
-            return parsed(value, "--positions")
-        except ConfigError as error:
-            self.fail(f"{value!r}: {error.remedy}", param, ctx)
-
-
-def _number(text: str) -> bool:
-    return text.isdecimal() and len(text) < 10
 
 
 class Address(click.ParamType["Location"]):

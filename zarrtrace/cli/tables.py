@@ -6,18 +6,25 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from zarrtrace.cli.feature_names import Namer, labelled, no_names, shortened
 from zarrtrace.suggestions import did_you_mean
-from zarrtrace.text import terminal_text
 
 if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
+from zarrtrace.cli.text_columns import (
+    aligned,
+    constants_text,
+    drawable,
+    fits,
+    fitted,
+    without_constants,
+)
 
 # Attributes that are printed before the table.
 _FIRST = ("findings", "missing", "nonfinite")
@@ -25,8 +32,6 @@ _FIRST = ("findings", "missing", "nonfinite")
 _ROWS_SHOWN = 20
 # Columns that sentences take at least.
 _NARROWEST = 40
-# Characters that a text is not cut below.
-_SHORTEST_TEXT = 12
 # Dimensions without labels that a person would ask for.
 _NUMBERS = ("row", "index", "pair")
 # Columns whose order is their own; of others the largest magnitude comes first.
@@ -178,7 +183,7 @@ def _parts(result: xr.DataArray | xr.Dataset) -> list[Any]:
 
 def _metadata_of(result: xr.Dataset) -> list[str]:
     """Name the coordinates of a result that hold metadata."""
-    from zarrtrace.analysis.selecting import METADATA
+    from zarrtrace.analysis.results import METADATA
 
     coords = result.coords.items()
     return [str(name) for name, one in coords if one.attrs.get("description") == METADATA]
@@ -264,17 +269,17 @@ class _Table:
         note, means = "", self._layout.averaged or self._layout.across == "scenario"
         if self._layout.across == "scenario" and self._over > 1:
             scenarios = self._by_scenario(table)
-            if scenarios is not None and _fits(_drawable(scenarios), width):
+            if scenarios is not None and fits(drawable(scenarios), width):
                 table, means = scenarios, False
             else:
                 table = self._with_range(table)
         if means and self._over > 1:
             note = f"Means over {self._over} scenarios; --output FILE writes each."
         named = labelled(table, namer, words=True)
-        constants, table = _without_constants(table, self.shown)
+        constants, table = without_constants(table, self.shown)
         if "label" in named:
             table = table.assign(label=named["label"].map(shortened))
-        cells = _drawable(table)
+        cells = drawable(table)
         extra = [name for name in cells if name in self._extra]
         kept = {
             "label",
@@ -282,10 +287,10 @@ class _Table:
             *self._layout.kept,
             *(str(name) for name in table.columns[:2]),
         }
-        cells, left = _fitted(cells, extra, kept, width)
+        cells, left = fitted(cells, extra, kept, width)
         out = _wrapped(note, width) if note else []
-        out += _wrapped(_constants_text(constants), width) if constants else []
-        out += _aligned(cells, width)
+        out += _wrapped(constants_text(constants), width) if constants else []
+        out += aligned(cells, width)
         if left:
             text = f"... too narrow for {', '.join(left)}; --output FILE writes them"
             out += _wrapped(text, width)
@@ -368,96 +373,3 @@ def _sorted(shown: pd.DataFrame, long: pd.DataFrame, columns: Sequence[str]) -> 
 
 
 # --- text --------------------------------------------------------------------------------------
-
-
-def _without_constants(
-    table: pd.DataFrame, whole: pd.DataFrame
-) -> tuple[dict[str, str], pd.DataFrame]:
-    """Return the columns with one value in all rows, as text, and the table without them."""
-    if len(whole) < 2:
-        return {}, table
-    constant = {
-        str(name): _cell(whole[name].iloc[0])
-        for name in table
-        if name in whole and len(whole[name].drop_duplicates()) == 1
-    }
-    if len(constant) == len(table.columns):
-        constant.pop(str(table.columns[0]))
-    return constant, table.drop(columns=list(constant))
-
-
-def _constants_text(constants: dict[str, str]) -> str:
-    parts = (f"{terminal_text(name)} {terminal_text(value)}" for name, value in constants.items())
-    return "In all rows: " + ", ".join(parts)
-
-
-def _drawable(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a table of texts that are safe on one line; texts of tokens in quotes."""
-    import pandas as pd
-
-    texts = [str(name) for name in table if str(name).endswith("token_text")]
-    shown = {name.removesuffix("_text"): table[name].map(repr) for name in texts}
-    if "word" in table:  # most begin with a space
-        shown["word"] = table["word"].map(repr)
-    table = table.assign(**shown).drop(columns=texts)
-    cells = {
-        terminal_text(str(name)): [terminal_text(_cell(value)) for value in column]
-        for name, column in table.items()
-    }
-    return pd.DataFrame(cells, dtype=object)
-
-
-def _cell(value: Any) -> str:
-    if value is None or value != value:  # NaN  # noqa: PLR0124
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _widths(cells: pd.DataFrame) -> list[int]:
-    return [max(len(str(name)), *map(len, cells[name])) for name in cells]
-
-
-def _fits(cells: pd.DataFrame, width: int | None) -> bool:
-    return width is None or sum(_widths(cells)) + 2 * (cells.shape[1] - 1) <= width
-
-
-def _fitted(
-    cells: pd.DataFrame, extra: Sequence[str], kept: Collection[str], width: int | None
-) -> tuple[pd.DataFrame, list[str]]:
-    """Leave out columns until a table fits: metadata, the last ones, those `kept` at the end."""
-    rest = [name for name in reversed(list(cells)) if name not in extra]
-    order = [*reversed(extra), *sorted(rest, key=lambda name: name in kept)]
-    left: list[str] = []
-    metadata_last = [*(name for name in cells if name not in extra), *extra]
-    cells = cells[metadata_last]
-    for name in order:
-        if _fits(cells, width) or cells.shape[1] <= 2:  # a label and a value stay
-            break
-        cells = cells.drop(columns=name)
-        left.insert(0, str(name))
-    return cells, left
-
-
-def _aligned(cells: pd.DataFrame, width: int | None) -> list[str]:
-    """Align columns, numbers to the right; cut long texts where the table is too wide."""
-    columns = {str(name): [str(name), *cells[name]] for name in cells}
-    if not _fits(cells, width) and width is not None:
-        longest = max(columns, key=lambda name: max(map(len, columns[name])))
-        rest = sum(_widths(cells)) - max(map(len, columns[longest])) + 2 * (len(columns) - 1)
-        room = max(_SHORTEST_TEXT, width - rest)
-        columns[longest] = [
-            text if len(text) <= room else text[: room - 1] + "…" for text in columns[longest]
-        ]
-    for name, texts in columns.items():
-        size = max(map(len, texts))
-        is_number = all(text == "-" or _is_number(text) for text in texts[1:])
-        columns[name] = [text.rjust(size) if is_number else text.ljust(size) for text in texts]
-    return ["  ".join(row).rstrip() for row in zip(*columns.values(), strict=True)]
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

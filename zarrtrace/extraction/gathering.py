@@ -10,9 +10,9 @@ import numpy as np
 
 from zarrtrace.format.layout import NEXT_TOKENS
 from zarrtrace.format.table_layout import TableShape, table_columns
+from zarrtrace.layer_batches import LayerBatch
 from zarrtrace.records import (
     BFloat16,
-    LayerBatch,
     LayerRecord,
     Nonzeros,
     SampleRecord,

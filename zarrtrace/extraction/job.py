@@ -45,6 +45,7 @@ from zarrtrace.scenarios.positions import Positions, as_text, positions_of
 if TYPE_CHECKING:  # they import torch
     from zarrtrace.capture import CaptureLimits, LoadedModel, Prompt
     from zarrtrace.capture.saes import SAESource
+from zarrtrace.extraction.sae_sources import bos_notes
 
 #: What the embedded model is called in a trace.
 DEMO_MODEL = "zarrtrace-demo"
@@ -335,7 +336,7 @@ def prepare(
         ahead.add(source.stretches([sae for found in saes.values() for sae in found]))
     prepend_bos = begins_with_bos(options, model, source)
     prompts = tuple(tokenized(options, model, scenarios, prepend_bos=prepend_bos))
-    notes += _bos_notes(source, prompts, model.tokenizer.bos_token_id)
+    notes += bos_notes(source, prompts, model.tokenizer.bos_token_id)
     if loaded.tokenizer is not None:
         capture.refuse_unknown_ids(model, (max(prompt.tokens.ids) for prompt in prompts))
     if weights:
@@ -382,20 +383,6 @@ def tokenized(
         model, rendered, prepend_bos=prepend_bos
     )
     return found
-
-
-def _bos_notes(
-    source: SAESource | None, prompts: Sequence[Prompt], bos: int | None
-) -> tuple[str, ...]:
-    """Say where a chat template and the SAEs disagree on BOS."""
-    begins = {prompt.tokens.ids[0] == bos for prompt in prompts if prompt.scenario.chat}
-    # SAEs that disagree with each other are asked only where it matters.
-    trained = None if source is None or not begins else source.prepend_bos
-    if trained is None or begins <= {bool(trained)}:
-        return ()
-    if trained:
-        return ("the chat template writes no BOS; the SAEs were trained with it (--prepend-bos)",)
-    return ("the chat template writes BOS; the SAEs were trained without it",)
 
 
 def _assembled(

@@ -34,7 +34,8 @@ from zarrtrace.extraction.writers import (
     Traces,
     bytes_of,
 )
-from zarrtrace.records import BFloat16, LayerBatch, TokensRecord
+from zarrtrace.layer_batches import LayerBatch
+from zarrtrace.records import BFloat16, TokensRecord
 
 #: Fewer than these are better written by threads: each would have one process.
 FEW_TRACES = 4

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from zarrtrace import demo
-from zarrtrace.extraction.options import Loaded, Options
+from zarrtrace.extraction.options import (
+    Loaded,
+    Options,
+)
 from zarrtrace.format.attributes import SAEAttributes
 
 if TYPE_CHECKING:  # they import torch
-    from zarrtrace.capture import LoadedModel
+    from zarrtrace.capture import LoadedModel, Prompt
     from zarrtrace.capture.saes import SAESource
 
 SAEs = dict[int, tuple[SAEAttributes, ...]]
@@ -22,7 +25,8 @@ def sae_source(options: Options, loaded: Loaded) -> SAESource:
         from zarrtrace.capture.loaded_saes import LoadedSAEs  # noqa: PLC0415 -- takes seconds
 
         return LoadedSAEs(loaded.saes)
-    from zarrtrace.capture.saes import FolderSAEs, ReleaseSAEs  # noqa: PLC0415
+    from zarrtrace.capture.release_saes import ReleaseSAEs  # noqa: PLC0415
+    from zarrtrace.capture.saes import FolderSAEs  # noqa: PLC0415
 
     if options.sae_release:
         return ReleaseSAEs(
@@ -53,3 +57,17 @@ def begins_with_bos(options: Options, model: LoadedModel, source: SAESource | No
         return options.prepend_bos
     trained = None if source is None else source.prepend_bos
     return model.tokenizer.bos_token_id is not None if trained is None else bool(trained)
+
+
+def bos_notes(
+    source: SAESource | None, prompts: Sequence[Prompt], bos: int | None
+) -> tuple[str, ...]:
+    """Say where a chat template and the SAEs disagree on BOS."""
+    begins = {prompt.tokens.ids[0] == bos for prompt in prompts if prompt.scenario.chat}
+    # SAEs that disagree with each other are asked only where it matters.
+    trained = None if source is None or not begins else source.prepend_bos
+    if trained is None or begins <= {bool(trained)}:
+        return ()
+    if trained:
+        return ("the chat template writes no BOS; the SAEs were trained with it (--prepend-bos)",)
+    return ("the chat template writes BOS; the SAEs were trained without it",)

@@ -31,8 +31,7 @@ from zarrtrace.extraction.progress import GenerationProgress, SampleProgress, Sh
 from zarrtrace.extraction.running import borrowed, captured, saying_how_much_room
 from zarrtrace.extraction.survey import Survey, survey
 from zarrtrace.extraction.writers import THREADS, Lack
-from zarrtrace.format.attributes import TableAttributes
-from zarrtrace.format.table_layout import TableShape
+from zarrtrace.format.table_layout import TableAttributes, TableShape
 from zarrtrace.hub import cache_if_unreachable
 from zarrtrace.identity import refuse_other
 from zarrtrace.memory import release_freed

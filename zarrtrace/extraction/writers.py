@@ -13,8 +13,9 @@ from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
 
 from zarrtrace.extraction.progress import Watch
+from zarrtrace.layer_batches import LayerBatch
 from zarrtrace.memory import release_freed
-from zarrtrace.records import LayerBatch, LayerRecord, TokensRecord, TracePlan
+from zarrtrace.records import LayerRecord, TokensRecord, TracePlan
 from zarrtrace.storage import Location, disk
 from zarrtrace.store import TraceWriter
 from zarrtrace.store.staged import staging_folder

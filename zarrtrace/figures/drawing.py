@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from zarrtrace.analysis.bands import Bands
-from zarrtrace.analysis.selecting import positions
+from zarrtrace.analysis.positions import positions
 from zarrtrace.errors import ConfigError
 from zarrtrace.figures.labels import drawable, label_tokens, thinned
 from zarrtrace.scenarios import COMPLETION

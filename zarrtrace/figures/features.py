@@ -14,14 +14,10 @@ from matplotlib.image import AxesImage
 
 from zarrtrace.analysis import attention_to, pathway_features
 from zarrtrace.analysis.features import Feature, as_pairs, dictionaries_of
-from zarrtrace.analysis.selecting import (
-    attention,
-    positions,
-    require,
-    require_queries,
-    scenario_of,
-)
+from zarrtrace.analysis.positions import positions, require_queries
 from zarrtrace.analysis.special import special_keys
+from zarrtrace.analysis.trace_arrays import attention, require
+from zarrtrace.analysis.traces import scenario_of
 from zarrtrace.errors import ConfigError
 from zarrtrace.figures.drawing import (
     DIVERGING,

@@ -12,7 +12,8 @@ import xarray as xr
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from zarrtrace.analysis.selecting import Data, provenance
+from zarrtrace.analysis.results import provenance
+from zarrtrace.analysis.traces import Data
 from zarrtrace.errors import ConfigError
 from zarrtrace.figures.drawing import styled
 

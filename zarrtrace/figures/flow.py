@@ -19,15 +19,9 @@ from matplotlib.ticker import MaxNLocator
 
 from zarrtrace.analysis import attention_rollout, attention_to
 from zarrtrace.analysis.bands import Bands
-from zarrtrace.analysis.selecting import (
-    Place,
-    positions,
-    require,
-    scenario_of,
-    span_names,
-    spans_before,
-    token_labels,
-)
+from zarrtrace.analysis.positions import Place, positions, span_names, spans_before, token_labels
+from zarrtrace.analysis.trace_arrays import require
+from zarrtrace.analysis.traces import scenario_of
 from zarrtrace.errors import ConfigError
 from zarrtrace.figures.drawing import (
     LINE_COLOUR,

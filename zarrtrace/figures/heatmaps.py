@@ -13,7 +13,8 @@ from matplotlib.colors import LogNorm, Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from zarrtrace.analysis.selecting import require, scenario_of
+from zarrtrace.analysis.trace_arrays import require
+from zarrtrace.analysis.traces import scenario_of
 from zarrtrace.errors import ConfigError
 from zarrtrace.figures.drawing import (
     DIVERGING,

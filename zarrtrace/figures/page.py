@@ -17,7 +17,9 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from zarrtrace import analysis
-from zarrtrace.analysis.selecting import Data, require, spans_before, tags, traces
+from zarrtrace.analysis.positions import spans_before
+from zarrtrace.analysis.trace_arrays import require
+from zarrtrace.analysis.traces import Data, tags, traces
 from zarrtrace.errors import ConfigError, ScenarioError, ZarrtraceError
 from zarrtrace.figures import contrasts, features, flow, gallery, heatmaps
 from zarrtrace.figures.files import box_of, metadata_of, save

@@ -31,8 +31,6 @@ from pydantic import (
     model_validator,
 )
 
-from zarrtrace.errors import ConfigError
-
 #: Version of the on-disk format. It is the only one that this code reads and writes.
 FORMAT_VERSION = 2
 
@@ -246,67 +244,12 @@ def sae_coordinate(field: str, variable: str) -> str:
     return f"sae_{field}{variable.removeprefix('features')}"
 
 
-def share_saes(
-    saes: Sequence[SAEAttributes], layers: Sequence[int]
-) -> tuple[dict[str, SAESetAttributes], dict[str, list[str]]]:
-    """Split what is known of SAEs into what layers share and what is said of each layer.
-
-    Parameters
-    ----------
-    saes
-        Those of all layers.
-    layers
-        The trace's layers, in order.
-
-    Returns
-    -------
-    shared
-        By array.
-    by_layer
-        Texts by coordinate, one a layer; empty where a layer has no SAE.
-    """
-    shared: dict[str, SAESetAttributes] = {}
-    by_layer: dict[str, list[str]] = {}
-    for variable in dict.fromkeys(sae.variable for sae in saes):
-        found = {sae.layer: sae for sae in saes if sae.variable == variable}
-        first = next(iter(found.values()))
-        texts: dict[str, str | None] = {}
-        for field in SAE_FIELDS:
-            values = {layer: getattr(sae, field) or "" for layer, sae in found.items()}
-            templates = {  # "float32" of layer 32 names no layer
-                _template(value, layer) if field == "hook_name" else value
-                for layer, value in values.items()
-            }
-            texts[field] = templates.pop() if len(templates) == 1 else None
-            if texts[field] is None or (field in _BY_LAYER and any(values.values())):
-                by_layer[sae_coordinate(field, variable)] = [values.get(n, "") for n in layers]
-        same = ("release", "revision", "d_in", "d_sae", "decoder_norm_folded")
-        for sae in found.values():
-            for field in same:
-                if getattr(sae, field) != getattr(first, field):
-                    raise ConfigError(
-                        f"SAEs of layers {first.layer} and {sae.layer} differ in {field}: "
-                        f"{getattr(first, field)!r} and {getattr(sae, field)!r}",
-                        why="SAEs whose features are stored in one array must agree in it.",
-                        remedy="Choose SAEs of one kind with --sae-id.",
-                    )
-        shared[variable] = SAESetAttributes(
-            **{field: getattr(first, field) for field in same},
-            **{field: texts[field] for field in _TEXTS},
-        )
-    return shared, by_layer
-
-
-def _template(value: str, layer: int) -> str:
-    return re.sub(rf"(?<!\d){layer}(?!\d)", "{layer}", value)
-
-
 def _stored(value: Any) -> Any:
     """Return a value of metadata as JSON holds it: NaN, a missing number, is null."""
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-_MetadataName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+MetadataName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 _Int64 = Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)]
 MetadataValue = Annotated[
     StrictBool | _Int64 | StrictFloat | StrictStr | None, BeforeValidator(_stored)
@@ -316,7 +259,9 @@ MetadataValue = Annotated[
 
 Seal = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 
-_SEAL = "BLAKE2b (8 bytes) of this very zarr.json, with sixteen zeros in place of the seal."
+SEAL_DESCRIPTION = (
+    "BLAKE2b (8 bytes) of this very zarr.json, with sixteen zeros in place of the seal."
+)
 
 
 class TraceAttributes(Extensible):
@@ -350,7 +295,7 @@ class TraceAttributes(Extensible):
         default=None,
         description="The option that was found in the continuation; left out if none was.",
     )
-    metadata: dict[_MetadataName, MetadataValue] = Field(
+    metadata: dict[MetadataName, MetadataValue] = Field(
         default_factory=dict,
         description="Columns of the run: the same names, each with one type, in all its traces. A "
         "missing text is empty, a missing number null.",
@@ -394,7 +339,7 @@ class TraceAttributes(Extensible):
         description="Layers in which arrays hold NaN or infinity: the model computed them, or "
         "values exceed the stored precision. No layers for an array without layers.",
     )
-    seal: Seal | None = Field(default=None, description=_SEAL)
+    seal: Seal | None = Field(default=None, description=SEAL_DESCRIPTION)
 
     @property
     def name(self) -> str:
@@ -433,7 +378,7 @@ class RunAttributes(Extensible):
     )
     config: dict[str, Any] = Field(description="What was asked for; a resumed run must ask again.")
     complete: bool = False
-    seal: Seal | None = Field(default=None, description=_SEAL)
+    seal: Seal | None = Field(default=None, description=SEAL_DESCRIPTION)
 
     @model_validator(mode="before")
     @classmethod
@@ -444,89 +389,6 @@ class RunAttributes(Extensible):
             return given
         keys = ("model", "dtype", "layers", "sae_release")
         return {**{key: config[key] for key in keys if isinstance(config.get(key), str)}, **given}
-
-
-class IndexAttributes(Extensible):
-    """The attributes of the group that indexes the features of a run or a table."""
-
-    left_out: ClassVar[frozenset[str]] = frozenset(("table",))
-
-    zarr_conventions: tuple[dict[str, str], ...] = CONVENTIONS
-    format_version: Literal[2] = 2
-    kind: Literal["index"] = "index"
-    layers: Layers = Field(description="Index of the dimension `layer`.")
-    features: dict[str, PositiveInt] = Field(
-        description="Number of latents by array of features that is indexed."
-    )
-    scenarios: NonNegativeInt = Field(description="How many the run or the table has.")
-    indexed: NonNegativeInt = Field(description="How many of them are in the index.")
-    table: Seal | None = Field(
-        default=None, description="Seal of the table that is indexed; absent for a run of traces."
-    )
-    special: bool = Field(
-        default=True,
-        description="Whether special tokens (BOS, chat markers) are counted; absent if they are.",
-    )
-    seal: Seal | None = Field(default=None, description=_SEAL)
-
-
-class TableAttributes(Frozen):
-    """The attributes of a table's group: samples of many scenarios in one store."""
-
-    zarr_conventions: tuple[dict[str, str], ...] = CONVENTIONS
-    format_version: Literal[2] = 2
-    kind: Literal["table"] = "table"
-    scenarios: NonNegativeInt = Field(
-        description="How many scenarios the samples are of; each repeat counts."
-    )
-    positions: str = Field(description="Token positions that were asked for, as 'last'.")
-    spans: tuple[str, ...] = Field(default=(), description="Names of the scenarios' spans.")
-    options: tuple[str, ...] = Field(
-        default=(), description="Each has a coordinate `option_NAME`: the id of its first token."
-    )
-    metadata: tuple[_MetadataName, ...] = Field(
-        default=(), description="Names of the coordinates that are columns of metadata."
-    )
-    failed: dict[str, str] = Field(
-        default_factory=dict,
-        description="Why scenarios were not computed; all values of their samples are NaN. With "
-        "repeats, names are `SCENARIO~REPEAT`.",
-    )
-    chat_template: Fingerprint | None = Field(
-        default=None,
-        description="BLAKE2b (8 bytes) of the chat template's text; null if no scenario is a chat.",
-    )
-    model: ModelAttributes | None = Field(description="Null if not known.")
-    saes: dict[str, SAESetAttributes] = Field(
-        default_factory=dict, description="By array: `features`, `features_NAME`."
-    )
-    layers: Layers = Field(description="Index of the dimension `layer`.")
-    layers_without_sae: Layers = ()
-    layers_without_residual: Layers = ()
-    feature_dtype: Literal["float16", "float32"] | None = Field(
-        description="Null if features were not asked for."
-    )
-    residual_dtype: Literal["float16", "float32"] | None = Field(
-        default=None, description="Null if the residual stream was not asked for."
-    )
-    residual_hook: str | None = Field(
-        default=None,
-        description="Hook point that `residual` is from, by TransformerLens's name; `{layer}` "
-        "stands for the layer's number. Null if not known.",
-    )
-    versions: dict[str, str] = Field(
-        description="Libraries the table was made with; if others completed it, both versions, as "
-        "in '2.4.0, 2.13.0'."
-    )
-    config: dict[str, Any] = Field(
-        default_factory=dict,
-        description="What was asked for; a resumed extraction must ask again.",
-    )
-    seal: Seal | None = Field(default=None, description=_SEAL)
-
-    def layers_of(self, _dim: str) -> tuple[int, ...]:
-        """Return the layers along an array's first dimension."""
-        return self.layers
 
 
 def is_trace(attributes: Mapping[Any, Any]) -> bool:

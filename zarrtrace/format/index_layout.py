@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar, Literal
 
-from zarrtrace.format.layout import (
-    ARRAYS,
-    Array,
-    ArrayLayout,
-    feature_indexes,
-    lay_out,
-    round_up,
-)
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from zarrtrace.format.attributes import CONVENTIONS, SEAL_DESCRIPTION, Extensible, Layers, Seal
+from zarrtrace.format.layout import ARRAYS, Array, ArrayLayout, feature_indexes, lay_out, round_up
 
 #: How many tokens the index keeps of each feature.
 INDEX_TOKENS = 20
@@ -77,3 +74,27 @@ def index_layout(
     for name in ("scenario", "start" if of_table else "digest"):
         out[name] = lay_out(_SCENARIOS[name], sizes, _INDEX_STEPS)
     return out
+
+
+class IndexAttributes(Extensible):
+    """The attributes of the group that indexes the features of a run or a table."""
+
+    left_out: ClassVar[frozenset[str]] = frozenset(("table",))
+
+    zarr_conventions: tuple[dict[str, str], ...] = CONVENTIONS
+    format_version: Literal[2] = 2
+    kind: Literal["index"] = "index"
+    layers: Layers = Field(description="Index of the dimension `layer`.")
+    features: dict[str, PositiveInt] = Field(
+        description="Number of latents by array of features that is indexed."
+    )
+    scenarios: NonNegativeInt = Field(description="How many the run or the table has.")
+    indexed: NonNegativeInt = Field(description="How many of them are in the index.")
+    table: Seal | None = Field(
+        default=None, description="Seal of the table that is indexed; absent for a run of traces."
+    )
+    special: bool = Field(
+        default=True,
+        description="Whether special tokens (BOS, chat markers) are counted; absent if they are.",
+    )
+    seal: Seal | None = Field(default=None, description=SEAL_DESCRIPTION)

@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
+from pydantic import Field, NonNegativeInt
+
+from zarrtrace.format.attributes import (
+    CONVENTIONS,
+    SEAL_DESCRIPTION,
+    Fingerprint,
+    Frozen,
+    Layers,
+    MetadataName,
+    ModelAttributes,
+    SAESetAttributes,
+    Seal,
+)
 from zarrtrace.format.layout import (
     ARRAYS,
     DEFAULT_LIMITS,
@@ -158,3 +172,62 @@ def _table_coordinates(shape: TableShape, sizes: Mapping[str, int]) -> dict[str,
         array = Array("sample", dtype, said)
         out[name] = lay_out(array, sizes, {"sample": shape.limits.labels})
     return out
+
+
+class TableAttributes(Frozen):
+    """The attributes of a table's group: samples of many scenarios in one store."""
+
+    zarr_conventions: tuple[dict[str, str], ...] = CONVENTIONS
+    format_version: Literal[2] = 2
+    kind: Literal["table"] = "table"
+    scenarios: NonNegativeInt = Field(
+        description="How many scenarios the samples are of; each repeat counts."
+    )
+    positions: str = Field(description="Token positions that were asked for, as 'last'.")
+    spans: tuple[str, ...] = Field(default=(), description="Names of the scenarios' spans.")
+    options: tuple[str, ...] = Field(
+        default=(), description="Each has a coordinate `option_NAME`: the id of its first token."
+    )
+    metadata: tuple[MetadataName, ...] = Field(
+        default=(), description="Names of the coordinates that are columns of metadata."
+    )
+    failed: dict[str, str] = Field(
+        default_factory=dict,
+        description="Why scenarios were not computed; all values of their samples are NaN. With "
+        "repeats, names are `SCENARIO~REPEAT`.",
+    )
+    chat_template: Fingerprint | None = Field(
+        default=None,
+        description="BLAKE2b (8 bytes) of the chat template's text; null if no scenario is a chat.",
+    )
+    model: ModelAttributes | None = Field(description="Null if not known.")
+    saes: dict[str, SAESetAttributes] = Field(
+        default_factory=dict, description="By array: `features`, `features_NAME`."
+    )
+    layers: Layers = Field(description="Index of the dimension `layer`.")
+    layers_without_sae: Layers = ()
+    layers_without_residual: Layers = ()
+    feature_dtype: Literal["float16", "float32"] | None = Field(
+        description="Null if features were not asked for."
+    )
+    residual_dtype: Literal["float16", "float32"] | None = Field(
+        default=None, description="Null if the residual stream was not asked for."
+    )
+    residual_hook: str | None = Field(
+        default=None,
+        description="Hook point that `residual` is from, by TransformerLens's name; `{layer}` "
+        "stands for the layer's number. Null if not known.",
+    )
+    versions: dict[str, str] = Field(
+        description="Libraries the table was made with; if others completed it, both versions, as "
+        "in '2.4.0, 2.13.0'."
+    )
+    config: dict[str, Any] = Field(
+        default_factory=dict,
+        description="What was asked for; a resumed extraction must ask again.",
+    )
+    seal: Seal | None = Field(default=None, description=SEAL_DESCRIPTION)
+
+    def layers_of(self, _dim: str) -> tuple[int, ...]:
+        """Return the layers along an array's first dimension."""
+        return self.layers

@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from zarrtrace.errors import ConfigError, NPZError
-from zarrtrace.format.attributes import TableAttributes
-from zarrtrace.format.table_layout import TableShape
+from zarrtrace.format.table_layout import TableAttributes, TableShape
 from zarrtrace.imports.columns import Columns, archive_columns, file_columns, settle_columns
 from zarrtrace.imports.hidden_files import HiddenStates, Rows, hidden_files, open_hidden
 from zarrtrace.npz.files import Progress, cpus

@@ -6,7 +6,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from zarrtrace.errors import StoreError
-from zarrtrace.format.attributes import TableAttributes
+from zarrtrace.format.table_layout import TableAttributes
 from zarrtrace.store.array import open_array
 from zarrtrace.store.metadata import Group
 

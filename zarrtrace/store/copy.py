@@ -13,8 +13,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from zarrtrace.errors import ConfigMismatchError, IntegrityError, NotATraceError, StoreError
-from zarrtrace.format.attributes import IndexAttributes, TableAttributes, TraceAttributes
+from zarrtrace.format.attributes import TraceAttributes
+from zarrtrace.format.index_layout import IndexAttributes
 from zarrtrace.format.layout import INDEX, LABELLED, STAGED
+from zarrtrace.format.table_layout import TableAttributes
 from zarrtrace.storage import Address, Location, disk, locate
 from zarrtrace.store.chunks import Checksum
 from zarrtrace.store.damage import check_sizes, compare_file

@@ -11,8 +11,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from zarrtrace.errors import IntegrityError, StoreError
-from zarrtrace.format.attributes import IndexAttributes, TableAttributes
+from zarrtrace.format.index_layout import IndexAttributes
 from zarrtrace.format.layout import INDEX, LABELLED, STAGED
+from zarrtrace.format.table_layout import TableAttributes
 from zarrtrace.storage import Location
 from zarrtrace.storage.backend import Content
 from zarrtrace.store.chunks import Checksum, FileIndex, checksum_of, fingerprint, parse_index

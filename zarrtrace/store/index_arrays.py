@@ -10,19 +10,21 @@ from typing import Any, Self
 import numpy as np
 
 from zarrtrace.errors import IntegrityError, StoreError
-from zarrtrace.format.attributes import IndexAttributes, RunAttributes, TableAttributes
-from zarrtrace.format.index_layout import index_layout
+from zarrtrace.format.attributes import RunAttributes
+from zarrtrace.format.index_layout import IndexAttributes, index_layout
 from zarrtrace.format.layout import INDEX
+from zarrtrace.format.table_layout import TableAttributes
 from zarrtrace.storage import Address, Location, disk, locate
 from zarrtrace.store.array import open_array
 from zarrtrace.store.chunks import Checksum, encode_file, file_key, label_files
 from zarrtrace.store.codecs import ArrayEncoding
 from zarrtrace.store.damage import check_sizes
 from zarrtrace.store.indexable import Indexable, digest_of, read_run_or_table
-from zarrtrace.store.metadata import Group, read_index_group, read_trace, sealed_group
+from zarrtrace.store.metadata import Group, read_index_group, read_trace
 from zarrtrace.store.nodes import Nodes, array_metadata, encoded
 from zarrtrace.store.publish import end_publishing, publish_folder, remove
 from zarrtrace.store.run_writer import lock_run
+from zarrtrace.store.seal import sealed_group
 from zarrtrace.store.staged import staging_folder
 
 _REBUILD = "Build the index again: 'zarrtrace index --rebuild'."

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from zarrtrace.errors import IntegrityError
-from zarrtrace.format.attributes import RunAttributes, TableAttributes, TraceAttributes
+from zarrtrace.format.attributes import RunAttributes, TraceAttributes
 from zarrtrace.format.layout import INDEX, SPECIAL
+from zarrtrace.format.table_layout import TableAttributes
 from zarrtrace.scenarios import first_repeats, sample_names
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store.array import open_array

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import itertools
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,19 +17,15 @@ from zarrtrace.errors import (
     NotATraceError,
     ScenarioError,
 )
-from zarrtrace.format.attributes import (
-    FORMAT_VERSION,
-    IndexAttributes,
-    RunAttributes,
-    TableAttributes,
-    TraceAttributes,
-)
-from zarrtrace.format.layout import LABELS
+from zarrtrace.format.attributes import FORMAT_VERSION, RunAttributes, TraceAttributes
+from zarrtrace.format.index_layout import IndexAttributes
+from zarrtrace.format.table_layout import TableAttributes
 from zarrtrace.scenarios import check_name, check_trace_name
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store.chunks import Checksum
 from zarrtrace.store.codecs import ArrayEncoding
-from zarrtrace.store.nodes import NONSENSE, Nodes, check_node, checksums_of, encoded
+from zarrtrace.store.nodes import NONSENSE, Nodes, check_node, checksums_of
+from zarrtrace.store.seal import GROUP, AnyAttributes, labels_of, seal_holds
 from zarrtrace.suggestions import closest_path
 
 Kind = Literal["run", "trace", "table", "index"]
@@ -42,11 +35,8 @@ REPAIR = (
     "--repair, computes it again."
 )
 _ELSEWHERE = "Choose another path; nothing there was changed."
-_NO_SEAL = "0" * 16
-_SEAL = re.compile(rb'"seal": "([0-9a-f]{16})"')
-_GROUP = {"zarr_format": 3, "node_type": "group"}
-# What no zarr.json exceeds.
-_MOST_BYTES, _MOST_SEALS = 2**30, 100
+# No zarr.json has more bytes.
+_MOST_BYTES = 2**30
 # What to do with a group of another kind than was asked for.
 _OTHER_KIND = {
     "table": "A table holds samples of many scenarios: open it with zarrtrace.open_table.",
@@ -54,11 +44,10 @@ _OTHER_KIND = {
     "trace": "A run holds one trace a scenario: open one with zarrtrace.open_trace.",
 }
 _Use = TypeVar("_Use")
-_AnyAttributes = IndexAttributes | RunAttributes | TableAttributes | TraceAttributes
 _Attributes = TypeVar(
     "_Attributes", IndexAttributes, RunAttributes, TableAttributes, TraceAttributes
 )
-_MODELS: dict[str, type[_AnyAttributes]] = {
+_MODELS: dict[str, type[AnyAttributes]] = {
     "run": RunAttributes,
     "trace": TraceAttributes,
     "table": TableAttributes,
@@ -102,62 +91,11 @@ class Group(Generic[_Attributes]):
 # --- writing -----------------------------------------------------------------------------------
 
 
-def sealed_group(attributes: _AnyAttributes, nodes: Nodes | None) -> bytes:
-    """Return the content of a group's ``zarr.json``, with consolidated metadata and seal.
-
-    The seal is BLAKE2b (8 bytes) of this very file, with zeros in place of the seal.
-
-    Parameters
-    ----------
-    nodes
-        Metadata of all nodes below; None leaves consolidated metadata out.
-    """
-    plain = attributes.model_dump(mode="json", exclude={"seal"})
-    if isinstance(attributes, IndexAttributes) and attributes.special:
-        del plain["special"]  # indexes from before it could be chosen count special tokens
-    if isinstance(attributes, TraceAttributes | TableAttributes) and nodes is not None:
-        plain["coordinates"] = labels_of(nodes)
-    plain["seal"] = _NO_SEAL
-    group: dict[str, Any] = {"attributes": plain, **_GROUP}
-    if nodes is not None:
-        group["consolidated_metadata"] = {
-            "kind": "inline",
-            "must_understand": False,
-            "metadata": nodes,
-        }
-    content = encoded(group)
-    # The attributes come first, and the seal is the last of them.
-    end = len(b'{"attributes": ') + len(encoded(plain)) - len(b'"}')
-    return content[: end - len(_NO_SEAL)] + _hash(content).encode() + content[end:]
-
-
-def _hash(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=8).hexdigest()
-
-
-def seal_holds(content: bytes) -> bool:
-    """Whether a group's ``zarr.json`` is the one that was written."""
-    # Something else may be called so, in the configuration of a run.
-    return any(
-        _hash(content[: found.start(1)] + _NO_SEAL.encode() + content[found.end(1) :])
-        == found.group(1).decode()
-        for found in itertools.islice(_SEAL.finditer(content), _MOST_SEALS)
-    )
-
-
-def labels_of(nodes: Nodes) -> str:
-    """Name the coordinates that are no index, as xarray reads them in an attribute."""
-    names = [name for name in LABELS if name in nodes]
-    along_sample = [name for name, node in nodes.items() if node["dimension_names"] == ["sample"]]
-    saes = sorted(name for name in nodes if name.startswith("sae_"))
-    return " ".join(dict.fromkeys([*names, *sorted(along_sample), *saes]))
-
-
 def repeated_nodes(trace: Group[TraceAttributes]) -> Nodes:
     """Return what a run repeats of a trace's metadata, by path below the trace."""
     group = {
         "attributes": {**trace.plain, "coordinates": labels_of(trace.nodes)},
-        **_GROUP,
+        **GROUP,
         "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": {}},
     }
     return {"": group, **trace.nodes}

@@ -19,8 +19,9 @@ from xarray.core.indexes import PandasIndex
 
 from zarrtrace.accessors import source_of
 from zarrtrace.errors import IncompleteError, NotATraceError
-from zarrtrace.format.attributes import TableAttributes, TraceAttributes
+from zarrtrace.format.attributes import TraceAttributes
 from zarrtrace.format.layout import ROWS
+from zarrtrace.format.table_layout import TableAttributes
 from zarrtrace.scenarios import chosen_names
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store.array import StoredArray, open_array

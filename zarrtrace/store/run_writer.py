@@ -29,10 +29,10 @@ from zarrtrace.store.metadata import (
     read_trace,
     refuse_foreign,
     repeated_nodes,
-    sealed_group,
 )
 from zarrtrace.store.nodes import Nodes
 from zarrtrace.store.publish import beside, exchange_folders, publish_folder, remove
+from zarrtrace.store.seal import sealed_group
 from zarrtrace.store.staged import staging_folder
 from zarrtrace.store.trace_writer import TraceWriter
 

@@ -22,8 +22,9 @@ from zarrtrace.storage import Location, locate
 from zarrtrace.storage.locks import FileLock
 from zarrtrace.store.chunks import Checksum, FileIndex, index_entries
 from zarrtrace.store.journal import Line, StoredParts, chunk_places, read_lines, replay
-from zarrtrace.store.metadata import Group, check_nodes, labels_of, parse_attributes
+from zarrtrace.store.metadata import Group, check_nodes, parse_attributes
 from zarrtrace.store.nodes import CHECKSUMS, NONSENSE
+from zarrtrace.store.seal import labels_of
 from zarrtrace.store.staged_files import StagedFiles, chunk_checksum, chunks_by_number
 
 

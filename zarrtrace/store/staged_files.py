@@ -14,8 +14,9 @@ import google_crc32c
 import numpy as np
 
 from zarrtrace.errors import IntegrityError
-from zarrtrace.format.attributes import TableAttributes, TraceAttributes
+from zarrtrace.format.attributes import TraceAttributes
 from zarrtrace.format.layout import ArrayLayout
+from zarrtrace.format.table_layout import TableAttributes
 from zarrtrace.identity import combined_versions
 from zarrtrace.storage import disk, locate
 from zarrtrace.store.chunks import Checksum, label_files, tail_of
@@ -29,8 +30,9 @@ from zarrtrace.store.journal import (
     encode_line,
     read_lines,
 )
-from zarrtrace.store.metadata import Group, sealed_group
+from zarrtrace.store.metadata import Group
 from zarrtrace.store.nodes import CHECKSUMS, NONSENSE, array_metadata, encoded
+from zarrtrace.store.seal import sealed_group
 
 _Attributes = TypeVar("_Attributes", TableAttributes, TraceAttributes)
 _Stored = TypeVar("_Stored", bound=StoredChunks)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from zarrtrace.errors import IntegrityError
-from zarrtrace.format.attributes import TableAttributes
 from zarrtrace.format.layout import ArrayLayout
+from zarrtrace.format.table_layout import TableAttributes
 from zarrtrace.storage import Location, locate
 from zarrtrace.store.chunks import LayerGrid, read_index
 from zarrtrace.store.codecs import checked
@@ -25,9 +25,10 @@ from zarrtrace.store.journal import (
     read_lines,
     replay_blocks,
 )
-from zarrtrace.store.metadata import Group, check_nodes, labels_of, parse_attributes
+from zarrtrace.store.metadata import Group, check_nodes, parse_attributes
 from zarrtrace.store.nodes import NONSENSE, array_metadata
 from zarrtrace.store.publish import beside
+from zarrtrace.store.seal import labels_of
 from zarrtrace.store.staged import staging_folder
 from zarrtrace.store.staged_files import StagedFiles
 

@@ -10,12 +10,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from zarrtrace.errors import NotATraceError
-from zarrtrace.format.attributes import (
-    FORMAT_VERSION,
-    MetadataValue,
-    TableAttributes,
-    TraceAttributes,
-)
+from zarrtrace.format.attributes import FORMAT_VERSION, MetadataValue, TraceAttributes
+from zarrtrace.format.table_layout import TableAttributes
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store.array import open_array
 from zarrtrace.store.column_summary import ColumnSummary, summarize_columns

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from zarrtrace.errors import (
-    ConfigError,
     ConfigMismatchError,
     IncompleteError,
     IntegrityError,
     StoreError,
 )
-from zarrtrace.format.attributes import TableAttributes, share_saes
-from zarrtrace.format.layout import INDEX, NEXT_TOKEN, NO_ID, ArrayLayout
-from zarrtrace.format.table_layout import table_block, table_layout
+from zarrtrace.format.layout import NEXT_TOKEN, NO_ID, ArrayLayout
+from zarrtrace.format.table_layout import TableAttributes, table_block
 from zarrtrace.identity import combined_versions, refuse_other
 from zarrtrace.precision import cast_samples
 from zarrtrace.records import BFloat16, Nonzeros, SampleRecord, SampleTokens, TablePlan
@@ -31,6 +28,7 @@ from zarrtrace.store.metadata import Group, kind_of, read_table, refuse_foreign,
 from zarrtrace.store.publish import old_of, publish_folder
 from zarrtrace.store.run_writer import LockedRun, remove_run
 from zarrtrace.store.staged_table import StagedTable, staged_header, table_folder
+from zarrtrace.store.table_plan import arrays_of, described
 from zarrtrace.store.table_rows import TableRows, nan_nonzeros
 
 _SAME_SIZES = "Give every record the sizes that the table was created with."
@@ -84,7 +82,7 @@ class TableWriter(LockedRun):
         self._overwrite, self._repair = overwrite, repair
         self._accept_versions = accept_versions
         self._samples, self._block = plan.shape.samples, table_block(plan.shape)
-        self._arrays = _arrays_of(plan, self._layouts)
+        self._arrays = arrays_of(plan, self._layouts)
         self._folder = table_folder(self._final)
         self._mutex = threading.Lock()
         self._failed: dict[int, tuple[int, str, str]] = {}
@@ -350,27 +348,6 @@ class TableWriter(LockedRun):
         return self._overwrite or self._repair
 
 
-def _arrays_of(plan: TablePlan, layouts: Mapping[str, ArrayLayout]) -> list[tuple[str, int | None]]:
-    """Return the arrays that are written block by block, with the layers that they have."""
-    attributes = plan.attributes
-    variables = {(sae.variable, sae.layer) for sae in plan.saes}
-    found: list[tuple[str, int | None]] = []
-    for name, layout in layouts.items():
-        if name in NEXT_TOKEN:
-            found.append((name, None))
-        elif layout.has_layers:
-            without = attributes.layers_without_sae
-            if name == "residual":
-                without = attributes.layers_without_residual
-            found += [
-                (name, layer)
-                for layer in attributes.layers
-                if layer not in without
-                and (name == "residual" or not variables or (name, layer) in variables)
-            ]
-    return found
-
-
 def _values_of(record: SampleRecord | SampleTokens) -> dict[str, Any]:
     if isinstance(record, SampleTokens):
         return {name: getattr(record, name) for name in NEXT_TOKEN}
@@ -385,72 +362,3 @@ def _not_computed(layout: ArrayLayout, shape: tuple[int, int]) -> np.ndarray:
     if layout.dtype == "string":
         return np.full(shape, "", object)
     return np.full(shape, NO_ID if layout.dtype == "uint32" else np.nan, layout.dtype)
-
-
-def described(
-    plan: TablePlan,
-) -> tuple[TableAttributes, dict[str, ArrayLayout], dict[str, np.ndarray]]:
-    """Return attributes, layouts, and the values of coordinates.
-
-    Raises
-    ------
-    ConfigError
-        If they contradict each other.
-    """
-    shape = plan.shape
-    update: dict[str, Any] = {"config": dict(plan.config), "seal": None, "failed": {}}
-    shared, by_layer = share_saes(plan.saes, plan.attributes.layers)
-    if plan.saes:
-        update["saes"] = shared
-    attributes = TableAttributes.model_validate({**dict(plan.attributes), **update})
-    values = {name: _labels(name, found, shape.samples) for name, found in plan.coordinates.items()}
-    types = {
-        name: "string" if found.dtype == object else found.dtype.name
-        for name, found in values.items()
-    }
-    shape = replace(shape, coordinates=types, sae_fields=tuple(by_layer))
-    layouts = table_layout(replace(shape, coordinates={}))
-    if taken := sorted(types.keys() & {*layouts, INDEX}):
-        raise ConfigError(
-            f"a coordinate along sample is called {taken[0]!r}",
-            why="The table has another array of that name, or its index of features.",
-            remedy="Rename the column of metadata.",
-        )
-    if not {"scenario", "position"} <= types.keys() or shape.samples < 1:
-        raise ConfigError(
-            f"a table of {shape.samples} samples with coordinates {', '.join(types) or 'none'}",
-            why="Each sample has a scenario and a position.",
-            remedy="Give at least one sample, and these coordinates.",
-        )
-    if shape.layers != len(attributes.layers):
-        raise ConfigError(
-            f"a table of {shape.layers} layers, and {len(attributes.layers)} are named",
-            remedy="Give shape.layers the number of attributes.layers.",
-        )
-    values |= {name: np.asarray(found, dtype=object) for name, found in by_layer.items()}
-    values["layer"] = np.asarray(attributes.layers)
-    layouts = table_layout(shape)
-    coordinates = {
-        name: values[name] if name in values else np.arange(layout.shape[0])
-        for name, layout in layouts.items()
-        if len(layout.dims) == 1
-    }
-    return attributes, layouts, coordinates
-
-
-_LABEL_TYPES = ("bool", "int64", "uint32", "float64")
-
-
-def _labels(name: str, given: Any, samples: int) -> np.ndarray:
-    """Return a coordinate's values in a type that is stored."""
-    values = np.asarray(given)
-    if values.dtype.kind in "UT":
-        values = values.astype(object)
-    is_text = values.dtype == object and all(isinstance(one, str) for one in values.flat)
-    if values.shape != (samples,) or not (is_text or values.dtype.name in _LABEL_TYPES):
-        raise ConfigError(
-            f"coordinate {name!r} is {values.dtype} of shape {values.shape}",
-            why=f"A table of {samples} samples has one text, bool, int64, uint32 or float64 each.",
-            remedy="Convert it; a missing text is empty, a missing number NaN.",
-        )
-    return values

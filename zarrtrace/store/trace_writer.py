@@ -11,8 +11,9 @@ from typing import Any, Self
 import numpy as np
 
 from zarrtrace.errors import IncompleteError, StoreError
-from zarrtrace.format.attributes import TraceAttributes, share_saes
+from zarrtrace.format.attributes import TraceAttributes
 from zarrtrace.format.layout import NEXT_TOKEN, ArrayLayout, trace_layout
+from zarrtrace.format.shared_saes import share_saes
 from zarrtrace.precision import cast_record, refusal
 from zarrtrace.records import BFloat16, LayerRecord, Nonzeros, TokensRecord, TracePlan
 from zarrtrace.storage import Address, Location, disk, locate

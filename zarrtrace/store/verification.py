@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from zarrtrace.errors import StoreError
-from zarrtrace.format.attributes import RunAttributes, TableAttributes
+from zarrtrace.format.attributes import RunAttributes
 from zarrtrace.format.layout import INDEX, LABELLED
+from zarrtrace.format.table_layout import TableAttributes
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store.damage import OF_RUN, Problem, find_damage
 from zarrtrace.store.index_arrays import stale_scenarios
