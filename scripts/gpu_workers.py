@@ -69,7 +69,7 @@ def _wrap_all(clocks: Clocks) -> None:
     clocks.wrap(batches.Batch, "advance", "forward", device=True)
     clocks.wrap(copies.Copy, "__init__", "encoding", device=True)
     clocks.wrap(copies.Copy, "arrived", "copying to the host", device=True)
-    clocks.wrap(copies.Made, "on_host", "encoding and copying, on a CPU")
+    clocks.wrap(copies.BlockOutput, "on_host", "encoding and copying, on a CPU")
     clocks.wrap(encoders.Encoders, "_load", "loading SAEs (a thread of its own)")
     clocks.wrap(encoders.Encoders, "take", "waiting for SAEs")
     clocks.wrap(WriterProcesses, "__init__", "opening traces")

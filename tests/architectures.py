@@ -281,7 +281,7 @@ class _Unchanged:
 
 @dataclass(frozen=True)
 class Reference:
-    """What transformers itself makes of a prompt.
+    """Outputs of transformers itself for a prompt.
 
     Attributes
     ----------

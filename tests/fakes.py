@@ -357,7 +357,7 @@ def make_run(
     drop
         Layers not to write, by scenario; such a run is not finished.
     stated
-        What the suite file states: attributes of the run.
+        Statements of the suite file: attributes of the run.
     finish
         Whether to finish the run; if not, traces without dropped layers are finished all the same.
     """

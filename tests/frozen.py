@@ -117,7 +117,7 @@ def attention_of(prompt: Prompt, layer: int) -> np.ndarray:
 
 
 def features_of(rows: int, size: int, layer: int, start: int = 0) -> np.ndarray:
-    """Return activations of which a fifth is not 0; those of few latents have both signs."""
+    """Return activations of which a fifth is non-zero; those of few latents have both signs."""
     found = numbers((rows, size), start + 101 * layer, 500)
     activations = np.where(found % 5 == 0, found / 8, 0)
     if size < 32:

@@ -1,4 +1,4 @@
-"""What is fuzzed: readers of files that strangers may write, each fed with bytes or JSON."""
+"""Fuzzed readers of strangers' files, each fed with bytes or JSON."""
 
 from __future__ import annotations
 

@@ -53,8 +53,8 @@ def word_run(
     Parameters
     ----------
     prompts
-        How many the scenarios are variants of. Variants have the same words at the same places,
-        but for every tenth.
+        Number of texts that the scenarios are variants of. Variants have the same words at the
+        same places, but for every tenth.
     draw
         Distribution of the words' effects.
     common
@@ -62,7 +62,7 @@ def word_run(
     noise
         Standard deviation over scenarios, in units of that over words.
     factor
-        How many times as much attention the span ``first`` gets in layer 3.
+        Factor of the attention that the span ``first`` gets in layer 3.
     """
     rng = np.random.default_rng(seed)
     effects, words = [], []

@@ -23,7 +23,7 @@ def table_of(residual: np.ndarray, per_group: int = 1, **columns: Any) -> xr.Dat
     Parameters
     ----------
     residual
-        Of the layers.
+        Numbers of the layers.
     per_group
         Neighbours in one ``group``; each sample is a scenario.
     columns
@@ -61,7 +61,7 @@ def draw(
     Parameters
     ----------
     seed
-        Of the draw.
+        Seed of the draw.
     groups, per_group, channels, layers
         Sizes.
     effect

@@ -1,4 +1,4 @@
-"""What PyTorch's rounding may change in a model: by layer in float64, or over all layers by trial.
+"""Bounds on PyTorch's rounding: by layer in float64, or by trial.
 
 Over several layers no formula holds: a unit in the last place of an early layer grows through
 norms and softmaxes, and where it changes the experts that a token goes to, without limit. So
@@ -120,7 +120,7 @@ def attention_in_float64(
     call
         Where queries, keys and values come from.
     window
-        How many tokens a query sees, itself included; None for all up to itself.
+        Number of tokens that a query sees, itself included; None for all up to it.
     sequence, tokens
         Which sequence of a batch, and how many of its tokens are no padding.
     """

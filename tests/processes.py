@@ -124,7 +124,7 @@ def _execute(
 
 @contextlib.contextmanager
 def forked(code: str, *arguments: object, terminal: Path | None = None) -> Iterator[Forked]:
-    """Run code beside the test, in a process that has imported what extraction needs.
+    """Run code while the test runs, in a process that has imported what extraction needs.
 
     It is killed if it still runs when the test ends.
     """

@@ -23,7 +23,7 @@ class Experiment(NamedTuple):
     name
         Analysis and statistic, as ``"contrast p_familywise"``.
     data
-        What is drawn, in words: groups, their sizes, the planted effect.
+        The drawn data, in words: groups, their sizes, the planted effect.
     draw
         Draws data from a seed, and tells whether the analysis reports a finding.
     nominal

@@ -202,7 +202,7 @@ use = egg:swift#dlo
 
 
 class Request(NamedTuple):
-    """What the proxy saw."""
+    """A request that the proxy saw."""
 
     method: str
     path: str
@@ -217,7 +217,7 @@ class Proxy:
     seen
         All requests since the test cleared it.
     most
-        How many were under way at once.
+        Most requests under way at once.
     fault
         Called for each request; returns a status to answer with instead, or None. It may sleep.
     google

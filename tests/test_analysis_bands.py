@@ -245,7 +245,7 @@ def nearest_by_hand(group: Sequence[int], token: int, how_many: int) -> list[int
 
 
 def log_ratio_by_hand(rows: np.ndarray, group: Sequence[int]) -> float:
-    """Of attention ``(scenario, key)`` to a group and to its neighbours."""
+    """Log ratio of attention ``(scenario, key)`` to a group and its neighbours."""
     own = rows[:, list(group)].mean()
     beside = [rows[:, nearest_by_hand(group, token, 4)].mean() for token in group]
     return float(np.log2(own / np.mean(beside)))

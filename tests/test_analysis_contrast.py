@@ -73,7 +73,7 @@ class TestFeatures:
         for row in frame.sample(25, random_state=0).itertuples():
             x, y = a[:, row.layer - 1, row.feature], b[:, row.layer - 1, row.feature]
             expected = stats.permutation_test((x, y), difference, n_resamples=np.inf)
-            # SciPy doubles the smaller tail; groups of one size make both tails alike.
+            # SciPy doubles the smaller tail; groups of one size make both tails equal.
             assert row.p_permutation == pytest.approx(expected.pvalue)
             pooled = math.sqrt((x.var(ddof=1) + y.var(ddof=1)) / 2)
             assert row.cohens_d == pytest.approx((x.mean() - y.mean()) / pooled)

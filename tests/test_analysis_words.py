@@ -75,7 +75,7 @@ class TestWordAssociations:
         assert found.sizes["row"] == (associations_by_pandas(run)["count"] >= 3).sum()
 
     def test_every_activation_counts(self) -> None:
-        """Of 400 active features, the 32 strongest hold 0.7 of what they should."""
+        """The 32 strongest of 400 active features hold 0.7 of the sum."""
         ds = synthetic.trace("S", tokens=40, features=512, active=0.8, layers=(1, 2))
         found = (
             word_associations(ds, top=100).to_dataframe().set_index(["layer", "feature", "word"])

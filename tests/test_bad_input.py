@@ -1,4 +1,4 @@
-"""What a careless or hostile user can hand over: one clear message, and nothing left behind.
+"""Careless or hostile input: one clear message, and nothing left behind.
 
 Each case makes its input below a folder of its own and calls the command line in this process.
 Whatever the case: exit code 1 or 2, a message that names the file and a remedy, no traceback,
@@ -38,7 +38,7 @@ Change = Callable[[Any], object]
 
 
 class Case(NamedTuple):
-    """What to hand over, and what must be said."""
+    """An input, and the message that must come."""
 
     #: Makes the input below a folder; returns the command line.
     arrange: Callable[[Path], list[str]]
@@ -87,7 +87,7 @@ def little_time_and_memory() -> Iterator[None]:
 
     measured = reset.exists()  # Linux
     if measured:
-        reset.write_text("5", encoding="ascii")  # the peak starts anew
+        reset.write_text("5", encoding="ascii")  # the peak is reset
         before = held("VmRSS")
     start = time.monotonic()
     yield

@@ -77,7 +77,7 @@ def _deviations(name: str, path: Path, ids: Any) -> dict[str, float]:
 
 
 def _tolerance(way: str, name: str, path: Path, ids: Any) -> float:
-    """What a way may differ by in float32: not at all, if it takes whole matrices."""
+    """Tolerance of a way in float32: zero if it takes whole matrices."""
     return _deviations(name, path, ids)["attention"] if way == "blocked" else 0
 
 

@@ -38,7 +38,7 @@ COMMAND = [sys.executable, "-m", "zarrtrace"]
 
 
 def call(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the command line in this process, which has torch already; others start it anew."""
+    """Run the command line in this process, which has torch already; others start a process."""
     out, err = io.StringIO(), io.StringIO()
     with (
         unittest.mock.patch.object(sys, "argv", ["zarrtrace", *map(str, arguments)]),

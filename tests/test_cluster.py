@@ -79,13 +79,13 @@ def client() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What one process stores."""
+    """The run as one process stores it."""
     return files_of(extract_run(tmp_path_factory.mktemp("single") / "run", options()))
 
 
 @pytest.fixture(scope="module")
 def single_attention(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What one process stores without features."""
+    """The run without features as one process stores it."""
     return files_of(extract_run(tmp_path_factory.mktemp("single") / "run", ATTENTION))
 
 

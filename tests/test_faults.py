@@ -661,7 +661,7 @@ while len(log) < kills:
     os.kill(child, signal.SIGKILL)
     code = end(child)
     stop[0] = 1
-    assert end(reader) == 0, "a reader beside the extraction"
+    assert end(reader) == 0, "a reader during the extraction"
     now = journalled()
     assert {key: now.get(key) for key in before} == before, "a stored layer was written again"
     before = now

@@ -561,7 +561,7 @@ def test_a_class_that_cannot_continue_is_refused(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", SOME)
 def test_one_pass_says_what_was_said_step_by_step(models: Models, name: str, dtype: str) -> None:
-    """What a trace stores of generated positions is what the choice was made from.
+    """A trace stores the probabilities that each generated token was chosen from.
 
     The bound is the probe's: eight roundings, each as large as what one rounding of the embeddings
     changes; twice that, because single values are compared and not their root mean square.

@@ -381,7 +381,7 @@ def test_arrays_of_a_staged_trace_that_are_gone_start_it_anew(staged: Path) -> N
 
 
 def test_configuration_of_a_run_is_any_json(tmp_path: Path) -> None:
-    """What stands in the configuration never looks like the seal."""
+    """Text in the configuration is never taken for the seal."""
     config = {"seal": "0" * 16, "nested": {"seal": "f" * 16, "text": '"seal": "' + "0" * 16}}
     run = fakes.make_run(tmp_path, config=config)
     assert read_run(run.path).attributes.config == config

@@ -459,7 +459,7 @@ def test_tensors_made_of_others_are_taken_apart() -> None:
 
 
 def test_only_some_pages_of_a_file_are_read(tmp_path: Path) -> None:
-    """Of a file of 2 GB, which takes no space on the disk, as much as of one of 2 MB."""
+    """A sparse file of 2 GB is read as little as one of 2 MB."""
     from sae_lens import StandardSAEConfig
 
     size = 2**31

@@ -1,4 +1,4 @@
-"""What is imported when, and what of it is declared: reading needs no torch, help very little."""
+"""Imports: reading needs no torch, help very little, and dependencies are declared."""
 
 from __future__ import annotations
 

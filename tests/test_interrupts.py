@@ -25,7 +25,7 @@ NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """Handlers as Python sets them, whoever started the tests."""
+    """Handlers as Python sets them, whatever started the tests."""
     before = {number: signal.getsignal(number) for number in NUMBERS}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
@@ -147,7 +147,7 @@ def later():
 
 writers.OpenTraces = lambda traces: Anything()
 writers.bytes_of = lambda record: 10
-writers._give_way = None  # beside other tests, who gives way holds Python's lock for long
+writers._give_way = None  # in parallel with other tests, who gives way holds Python's lock for long
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for _ in range(300):
     faulthandler.dump_traceback_later(60, exit=True)

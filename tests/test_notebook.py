@@ -1,4 +1,4 @@
-"""What a notebook shows: the displays of xarray, and the viewer's page in a frame."""
+"""Notebooks: the displays of xarray, and the viewer's page in a frame."""
 
 from __future__ import annotations
 

@@ -1033,7 +1033,7 @@ def test_a_scenario_that_is_a_copy_of_another_is_refused(tmp_path: Path) -> None
 
 
 def test_equal_files_that_are_plausible_are_imported(tmp_path: Path) -> None:
-    """Of two scenarios with the same tokens; of silent features; of one token."""
+    """Equal files of equal tokens, silent features or one token are accepted."""
     folder = npz_old_folder(tmp_path / "tokens", _equal_lengths())
     for layer in (1, 2, 3):
         _copy_file(folder, f"A/layer_{layer}.npz", f"B/layer_{layer}.npz")

@@ -1,4 +1,4 @@
-"""What a probe of the loaded model refuses, and which ways to compute it permits."""
+"""The probe of a loaded model: its refusals, and the ways it permits."""
 
 from __future__ import annotations
 

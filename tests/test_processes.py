@@ -1,4 +1,4 @@
-"""Writing in processes, as beside a GPU, gives what threads of one process give."""
+"""Processes write the same as threads of one process."""
 
 from __future__ import annotations
 

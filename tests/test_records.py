@@ -42,7 +42,7 @@ def layouts(draw: st.DrawFn) -> ArrayLayout:
 
 
 def nonzeros_of(dense: np.ndarray, columns: int) -> Nonzeros:
-    """What SciPy says is not 0, by blocks of columns."""
+    """Return SciPy's non-zero values by blocks of columns."""
     at, values = [], []
     for start in range(0, dense.shape[1], columns):
         stored = csr_array(dense[:, start : start + columns])
@@ -116,7 +116,7 @@ def test_bfloat16_equals_torch(bits: np.ndarray) -> None:
 def test_records_hold_the_features(
     way: str, lengths: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All ways to the host, on a CPU: tensors are not 0 where the dense ones are not."""
+    """Copies to the host, on a CPU, are non-zero where the dense tensors are."""
     import torch
 
     from zarrtrace.capture import features
@@ -143,7 +143,7 @@ def test_records_hold_the_features(
         encoding = features.Encoding(fake, inputs, None if way == "device" else -5.0)
         encoding.begin()
         found = encoding.arrived()
-        assert (found.top is not None) == (way == "device")  # there was no room: made anew
+        assert (found.top is not None) == (way == "device")  # no space was left: computed again
     assert len(found.nonzeros.at) == 3
     assert any((value < 0).any() for value in found.nonzeros.values)
     parts, start = torch.split(dense.float(), lengths), 0

@@ -268,7 +268,7 @@ class Reads:
 
 
 def test_one_feature_reads_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a file, only its index and the chunks that hold the feature."""
+    """Only a file's index and the chunks that hold the feature are read."""
     run = fakes.make_run(tmp_path, layers=(1,), features=4 * 4096, tokens=40, active=0.5)
     (file,) = data_files(run.trace, "features")
     ds = zt.open_trace(run.trace)

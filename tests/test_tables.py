@@ -425,7 +425,7 @@ def test_few_files_whatever_the_size() -> None:
 
 @pytest.mark.long
 def test_damage_of_every_kind_of_file_is_found(table: Path, values: Values) -> None:
-    """Of each file: a changed byte, a missing file; and a file that does not belong there."""
+    """A changed byte, each file missing, and a foreign file are named."""
     assert zt.verify(table) == []
     for file in sorted(table.rglob("*")):
         if not file.is_file():

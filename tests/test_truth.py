@@ -1,4 +1,4 @@
-"""What is read is what was opened, or an error: replaced, exchanged and vanished files."""
+"""Reads return the opened values or an error: replaced and vanished files."""
 
 from __future__ import annotations
 

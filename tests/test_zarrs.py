@@ -1,4 +1,4 @@
-"""Stores under zarrs, another codec pipeline for Zarr: read and written alike, damage refused."""
+"""Stores under zarrs, another codec pipeline for Zarr: read and written equally, damage refused."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ class RunAccessor:
     def scenarios(self) -> pd.DataFrame:
         """A row a scenario, or a repeat: number of tokens, tags, metadata, prompt.
 
-        Of generated text also ``scenario_name`` and ``repeat`` if there are several, ``choice`` and
+        Generated text adds ``scenario_name`` and ``repeat`` if there are several, ``choice`` and
         ``completion``.
         """
         import pandas as pd  # noqa: PLC0415 -- with xarray it is there

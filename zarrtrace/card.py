@@ -64,7 +64,7 @@ def write_card(
         Its folder, or its address.
     license
         Identifier as the Hub lists them, for example ``cc-by-4.0``. Without one the card names
-        none: whoever publishes the run has to choose.
+        none: the publisher of the run has to choose.
     title
         Heading of the card; the folder's name if None.
 

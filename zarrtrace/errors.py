@@ -40,11 +40,11 @@ class ZarrtraceError(Exception):
     Parameters
     ----------
     what
-        What failed, with the name of the thing it failed on.
+        The failure, with the name of the thing it failed on.
     why
         The usual cause, if one is known.
     remedy
-        What to do about it.
+        The next step for the user.
     """
 
     exit_code = 1
@@ -119,7 +119,7 @@ class NonFiniteError(CaptureError):
 
 
 class ClusterError(ZarrtraceError):
-    """A Dask cluster cannot be reached, is not set up alike, or loses its workers."""
+    """A Dask cluster cannot be reached, has workers that differ, or loses them."""
 
 
 class StoreError(ZarrtraceError):

@@ -71,7 +71,7 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[Diffe
     Parameters
     ----------
     stored, now
-        What a run says of itself, and what it would say if it were started now. Under
+        Configuration of a run, and the one that it would have if started now. Under
         ``"versions"`` each holds versions by library; the stored ones may name several.
     """
     before, after = _in_parts(stored, now), _in_parts(now, stored)

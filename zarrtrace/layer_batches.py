@@ -32,7 +32,7 @@ class Member:
     length
         Number of its tokens; shorter rows of a batch are padded.
     rows, attention_rows
-        How many of its tokens are stored, and of how many attention.
+        Numbers of its stored tokens, and of stored rows of attention.
     """
 
     scenario: str

@@ -159,7 +159,7 @@ def refusal(
     record
         As the model computed it.
     stored
-        What :func:`cast_record` made of it.
+        Result of :func:`cast_record`.
     attributes
         The trace's.
     """

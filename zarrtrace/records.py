@@ -238,7 +238,7 @@ class TracePlan:
     positions
         Token positions that are stored, ascending; None for all.
     attention_positions
-        Those whose rows of attention are stored, if attention has a dimension of its own for them;
+        Positions of stored rows of attention, if attention has a dimension of its own for them;
         None for `positions`.
     settings
         Hash of everything else that decides what is computed.
@@ -267,7 +267,7 @@ class TablePlan:
     coordinates
         Values along `sample` by name: ``scenario``, ``position`` and so on, and metadata.
     config
-        What was asked for, JSON values only. An existing table must have been asked for the same.
+        Options of the extraction, JSON values only; an existing table must have equal ones.
     saes
         The SAEs of its layers.
     """
@@ -369,7 +369,7 @@ def _top(
 def strongest(features: Nonzeros) -> tuple[np.ndarray, np.ndarray]:
     """Find the features of largest magnitude of each token.
 
-    Of equal ones, those of lower number come first. Some SAEs (AbsTopK) have negative activations.
+    Lower numbers come first among equals. Some SAEs (AbsTopK) have negative activations.
 
     Parameters
     ----------
@@ -380,7 +380,7 @@ def strongest(features: Nonzeros) -> tuple[np.ndarray, np.ndarray]:
     -------
     feature, activation
         ``(query, rank)`` uint32 and float32 with its sign, strongest first; NO_ID and 0 if fewer
-        features are not 0. NaN comes before all.
+        features are non-zero. NaN comes before all.
     """
     (tokens, width), columns = features.shape, features.columns
     count = min(TOP_FEATURES, width)
@@ -427,7 +427,7 @@ def with_strongest(activations: np.ndarray) -> FeatureRecord:
 
 
 class Continuation(NamedTuple):
-    """What the model went on to say after a prompt.
+    """The model's continuation of a prompt.
 
     Attributes
     ----------

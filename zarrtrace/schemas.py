@@ -1,4 +1,4 @@
-"""What ``schema/`` holds, generated from the code; a test fails when the two drift apart.
+"""The content of ``schema/``, generated from the code; a test compares them.
 
 ``python -m zarrtrace.schemas`` writes the files into ``./schema``.
 """

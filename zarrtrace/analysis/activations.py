@@ -24,8 +24,8 @@ _OFTEN_ACTIVE = 256
 _TESTED = 2**22
 
 
-class Active(NamedTuple):
-    """Mean activations that are not 0, of scenarios at one place and layer.
+class ActiveFeatures(NamedTuple):
+    """Mean non-zero activations of scenarios at one place and layer.
 
     Attributes
     ----------
@@ -45,27 +45,27 @@ class Active(NamedTuple):
 
 def active_features(
     data: Data, chosen: Sequence[str], places: Sequence[Place]
-) -> Iterator[tuple[tuple[int, int], Active]]:
+) -> Iterator[tuple[tuple[int, int], ActiveFeatures]]:
     """Yield what is active by (number of the place, layer), some layers at a time."""
     numbers = {name: number for number, name in enumerate(scenario_names(data))}
     rows = {numbers[name]: row for row, name in enumerate(chosen)}
     layers = sorted({n for block in blocks(data, ["features"], (), rows) for n in block.layers})
     step = max(1, _AT_ONCE // (len(chosen) * len(places) * _OFTEN_ACTIVE))
     for start in range(0, len(layers), step):
-        found: dict[tuple[int, int], list[Active]] = {}
+        found: dict[tuple[int, int], list[ActiveFeatures]] = {}
         for key, active in _active_of_layers(data, rows, places, layers[start : start + step]):
             found.setdefault(key, []).append(active)
         for key in sorted(found):
-            yield key, Active(*map(np.concatenate, zip(*found[key], strict=True)))
+            yield key, ActiveFeatures(*map(np.concatenate, zip(*found[key], strict=True)))
 
 
 def _active_of_layers(
     data: Data, rows: Mapping[int, int], places: Sequence[Place], layers: Sequence[int]
-) -> Iterator[tuple[tuple[int, int], Active]]:
+) -> Iterator[tuple[tuple[int, int], ActiveFeatures]]:
     """Yield what is active in some layers, block by block."""
     of_layers: deque[list[int]] = deque()  # of the blocks that are being read
 
-    def jobs() -> Iterator[tuple[xr.DataArray, OfLayer[list[tuple[int, Active]]]]]:
+    def jobs() -> Iterator[tuple[xr.DataArray, OfLayer[list[tuple[int, ActiveFeatures]]]]]:
         for block in blocks(data, ["features"], (), rows):
             cells = [
                 (place, rows[number], samples)
@@ -103,7 +103,7 @@ def _active_of_layer(
     *,
     cells: Sequence[tuple[int, int, np.ndarray]],
     gone: Sequence[Collection[int]],
-) -> list[tuple[int, Active]]:
+) -> list[tuple[int, ActiveFeatures]]:
     """Return what is active at each place of each scenario; nothing where it is missing."""
     found: dict[int, list[tuple[int, np.ndarray, np.ndarray]]] = {}
     for place, row, samples in cells:
@@ -118,12 +118,12 @@ def _active_of_layer(
         counts = [len(one) for one in features]
         rows = np.repeat(np.array(known, np.int32), counts)
         merged = np.concatenate(features), np.concatenate(values)
-        out.append((place, Active(np.array(known), rows, *merged)))
+        out.append((place, ActiveFeatures(np.array(known), rows, *merged)))
     return out
 
 
 def side_by_side(
-    active: Active, rows: np.ndarray, min_scenarios: int
+    active: ActiveFeatures, rows: np.ndarray, min_scenarios: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield features active in enough scenarios ``(m,)`` and their values ``(n, m)``."""
     features, counts = np.unique(active.feature, return_counts=True)

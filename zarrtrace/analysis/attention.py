@@ -61,7 +61,7 @@ def attention_to(
         Whose tokens are attended to (keys): a span, a position, several positions, or a list of
         spans; None takes every span but the target's own.
     target
-        Whose tokens attend (queries), given alike.
+        Places whose tokens attend (queries), given likewise.
     heads
         ``"mean"`` over heads (from ``attention_mean``), or ``"each"``.
     reduce
@@ -149,7 +149,7 @@ class Weights(NamedTuple):
     Attributes
     ----------
     names
-        Of the places.
+        Names of the places.
     positions
         Token positions, each once.
     values
@@ -178,7 +178,7 @@ def weighted(array: xr.DataArray, rows: Weights, columns: Weights) -> xr.DataArr
     array
         ``(layer[, head], query, key)``.
     rows, columns
-        Of the targets' queries and of the sources' keys.
+        Weights of the targets' queries and of the sources' keys.
 
     Returns
     -------

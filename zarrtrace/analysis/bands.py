@@ -77,7 +77,7 @@ def layer_bands(
     alpha
         Largest p of a supported hypothesis.
     resamples, confidence, seed
-        Of the bootstrap.
+        Samples, level and seed of the bootstrap.
 
     Returns
     -------
@@ -388,7 +388,7 @@ def _findings(out: xr.Dataset, bands: Bands, confidence: float) -> str:
 
 
 def _limits(out: xr.Dataset, layers: int, alpha: float) -> str:
-    """Say how small p can be with so many layers."""
+    """State the smallest p that this number of layers allows."""
     floors = {name: float(out["smallest_p"].sel(hypothesis=name)) for name in _MEASURES}
     text = f"{layers} layers are one sample: p can be no smaller than " + ", ".join(
         f"{floor:.2g} ({name})" for name, floor in floors.items()

@@ -39,7 +39,7 @@ class Block(NamedTuple):
     arrays
         ``([layer,] sample, …)`` by name, unread.
     layers
-        Of the arrays that have layers.
+        Layers of the arrays that have layers.
     scenarios
         Numbers of the scenarios in the run or the table.
     starts

@@ -28,7 +28,7 @@ from zarrtrace.suggestions import did_you_mean
 
 
 def choices(data: Data, *, at: str = DECISION, confidence: float = 0.95) -> xr.Dataset:
-    """Count the options that generated texts chose, beside their stored probabilities.
+    """Count the options that generated texts chose, next to their stored probabilities.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ def choices(data: Data, *, at: str = DECISION, confidence: float = 0.95) -> xr.D
         Where the stored probability is taken: ``"decision"``, the last token of the prompt, or
         ``"answer"``, the token before the answer, as :func:`decision` takes them.
     confidence
-        Of the intervals.
+        Level of the intervals.
 
     Returns
     -------
@@ -51,7 +51,7 @@ def choices(data: Data, *, at: str = DECISION, confidence: float = 0.95) -> xr.D
             `count` by all repeats, those without a choice included, and its interval; NaN where
             the scenario has not the option.
         ``probability (scenario, option)``
-            Of the option's first token as it is stored, the mean over repeats; NaN if it is not
+            Stored probability of the option's first token, the mean over repeats; NaN if it is not
             among the ten that are stored. Absent if no next tokens are.
         ``repeats``, ``none (scenario)``
             Repeats, and those in which no option was found.

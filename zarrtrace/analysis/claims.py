@@ -1,4 +1,4 @@
-"""What a comparison of two groups found, and what it could have found, in sentences."""
+"""Sentences about what a comparison of groups found, or could find."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def claims(
     design
         Its sizes and permutations.
     groups
-        What was compared.
+        The groups compared.
     note
-        What is to be said of templates; may be empty.
+        Sentence about templates; may be empty.
     """
     n_tests = int(np.isfinite(out["p_permutation"]).sum())
     smallest = design.smallest_p

@@ -1,4 +1,4 @@
-"""What separates one group of scenarios from another."""
+"""Differences between two groups of scenarios."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def contrast(
         Permutations to draw where there are more than 10,000 groupings; below that, every one is
         tried and the p-value is exact (252 for 5 against 5).
     seed
-        Of the permutations drawn.
+        Seed of the permutations drawn.
 
     Returns
     -------

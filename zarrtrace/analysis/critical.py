@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import xarray as xr
 
-from zarrtrace.analysis.placebos import Compared, Prompt, compare, variants
+from zarrtrace.analysis.placebos import NeighbourContrast, Prompt, compare, variants
 from zarrtrace.analysis.positions import (
     Place,
     has_span,
@@ -67,7 +67,7 @@ def critical_layers(
     draws
         Placebos to draw, at least 2,000, if there are more.
     seed
-        Of the draws.
+        Seed of the draws.
 
     Returns
     -------
@@ -219,7 +219,7 @@ def _free_tokens(ds: xr.Dataset, target: Place) -> np.ndarray:
 # --- test --------------------------------------------------------------------------------------
 
 
-class _Tested(NamedTuple):
+class _SpanTest(NamedTuple):
     """One span's columns ``(layer,)``, and how many placebos there were."""
 
     columns: dict[str, np.ndarray]
@@ -233,7 +233,7 @@ def _tested(
     controls: int,
     draws: int,
     rng: np.random.Generator,
-) -> _Tested | None:
+) -> _SpanTest | None:
     """Test one span, given the prompts by what they are variants of."""
     having = [[one for one in group if span in one.spans and one.is_free.any()] for group in groups]
     parts = [compare(group, span, controls) for group in having if group]
@@ -254,7 +254,7 @@ def _tested(
         "p": p,
         "n": np.sum([part.n for part in parts], axis=0),
     }
-    return _Tested(columns, len(own) - 1, smallest)
+    return _SpanTest(columns, len(own) - 1, smallest)
 
 
 def _choices(sizes: Sequence[int], draws: int, rng: np.random.Generator) -> np.ndarray:
@@ -268,7 +268,9 @@ def _choices(sizes: Sequence[int], draws: int, rng: np.random.Generator) -> np.n
     return np.vstack([np.zeros(len(sizes), np.int64), rng.integers(0, sizes, (draws, len(sizes)))])
 
 
-def _averaged(parts: Sequence[Compared], chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _averaged(
+    parts: Sequence[NeighbourContrast], chosen: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Return means over scenarios ``(choice, layer)`` of the groups chosen in each prompt."""
     weights = np.array([part.n for part in parts], dtype=np.float64)
     with np.errstate(invalid="ignore"):
@@ -316,7 +318,7 @@ def _studentised(values: np.ndarray) -> np.ndarray:
 # --- results -----------------------------------------------------------------------------------
 
 
-def _refuse_without_placebos(by_span: Mapping[str, _Tested | None]) -> None:
+def _refuse_without_placebos(by_span: Mapping[str, _SpanTest | None]) -> None:
     if not any(by_span.values()):
         raise ConfigError(
             f"nothing to compare {', '.join(map(repr, by_span))} with",
@@ -327,7 +329,7 @@ def _refuse_without_placebos(by_span: Mapping[str, _Tested | None]) -> None:
 
 
 def _collected(
-    by_span: Mapping[str, _Tested | None], layers: np.ndarray, alpha: float
+    by_span: Mapping[str, _SpanTest | None], layers: np.ndarray, alpha: float
 ) -> xr.Dataset:
     """Return the columns of all spans ``(source, layer)``, with q and what is critical."""
     tested = [one for one in by_span.values() if one]

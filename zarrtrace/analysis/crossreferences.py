@@ -14,7 +14,7 @@ from zarrtrace.analysis.positions import require_places, span_names
 from zarrtrace.analysis.resampling import corrected
 from zarrtrace.analysis.results import described
 from zarrtrace.analysis.shifts import Shifts, blocks_of, p_of_shifts, sentence_of_smallest
-from zarrtrace.analysis.span_measures import Measured, SpanPlaces, measure_jobs, span_places
+from zarrtrace.analysis.span_measures import SpanMeasures, SpanPlaces, measure_jobs, span_places
 from zarrtrace.analysis.trace_arrays import require
 from zarrtrace.analysis.traces import Data, traces
 from zarrtrace.analysis.words import Table, all_layers, read_table
@@ -314,7 +314,7 @@ class _Total:
             for (measure, span), layer in product(shifts, words.layers)
         }
 
-    def add(self, number: int, layer: int, measure: str, span: str, one: Measured) -> None:
+    def add(self, number: int, layer: int, measure: str, span: str, one: SpanMeasures) -> None:
         """Add what was measured in one layer of a scenario."""
         which, at = MEASURES.index(measure), self._words.layers.index(layer)
         self._fires[measure, span, layer][one.defined] = True

@@ -15,7 +15,7 @@ from scipy import linalg, sparse
 from zarrtrace.errors import ConfigError, install_command
 
 #: Ridge penalties, of which the training samples choose one: as parts of ``max(n, columns)``, about
-#: the mean eigenvalue of the standardised samples' Gram matrix that is not 0.
+#: the mean eigenvalue of the standardised samples' Gram matrix that is non-zero.
 PENALTIES = 10.0 ** np.arange(-4, 3)
 # Folds among the training samples, to choose the penalty.
 _INNER_FOLDS = 3
@@ -37,7 +37,7 @@ class Rows(NamedTuple):
     groups
         ``(n,)`` numbers of groups.
     n_columns
-        Sparse columns that a model takes at most: those that are not 0 most often.
+        Sparse columns that a model takes at most: those most often non-zero.
     """
 
     x: np.ndarray | sparse.csr_array
@@ -93,7 +93,7 @@ def group_folds(groups: np.ndarray, folds: int, seed: int) -> np.ndarray:
     folds
         Number of folds.
     seed
-        Of the groups' order.
+        Seed of the groups' order.
     """
     from sklearn.model_selection import GroupKFold  # noqa: PLC0415 -- an extra
 
@@ -141,8 +141,8 @@ def _inner_folds(groups: np.ndarray) -> Iterator[np.ndarray]:
 # --- preparation -------------------------------------------------------------------------------
 
 
-class Prepared(NamedTuple):
-    """What training samples say of columns, to be done to any samples.
+class ColumnScaling(NamedTuple):
+    """Scaling of columns, learned from training samples.
 
     Attributes
     ----------
@@ -164,7 +164,7 @@ class Prepared(NamedTuple):
         return np.asarray(rest / self.scale)
 
 
-def prepare(rows: Rows) -> tuple[Prepared, np.ndarray]:
+def prepare(rows: Rows) -> tuple[ColumnScaling, np.ndarray]:
     """Choose columns and scales from training samples, and apply them to these."""
     columns = None
     if sparse.issparse(rows.x):
@@ -178,11 +178,11 @@ def prepare(rows: Rows) -> tuple[Prepared, np.ndarray]:
     rest = x - known @ nuisance
     scale = np.sqrt((rest**2).mean(0))
     scale[scale <= _ROUNDING * np.maximum(x.std(0), _ROUNDING * np.abs(x).max(0))] = np.inf
-    return Prepared(columns, nuisance, scale), rest / scale
+    return ColumnScaling(columns, nuisance, scale), rest / scale
 
 
 def _times_active(x: sparse.csr_array, _groups: np.ndarray) -> np.ndarray:
-    """Count the samples in which each column is not 0: the target is not asked."""
+    """Count the samples in which each column is non-zero, whatever the target."""
     return np.asarray((x != 0).sum(0)).ravel()
 
 
@@ -234,7 +234,7 @@ class RidgeSystem:
         return np.asarray(linalg.cho_solve(factor, self._right[:, targets], check_finite=False))
 
 
-def _fit_ridge(rows: Rows, y: np.ndarray) -> tuple[Prepared, np.ndarray, RidgeSystem]:
+def _fit_ridge(rows: Rows, y: np.ndarray) -> tuple[ColumnScaling, np.ndarray, RidgeSystem]:
     """Return the preparation, the targets' own nuisance weights and the system."""
     prepared, x = prepare(rows)
     known = design(rows)

@@ -1,4 +1,4 @@
-"""What the model is about to choose, and what goes with it over scenarios."""
+"""Probabilities of options, and their correlates over scenarios."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def decision(data: Data, *, at: str = DECISION, vocabulary: int | None = None) -
         By ``scenario`` (a scalar coordinate for a trace), lazy if `data` is:
 
         ``probability (option)``
-            Of the option's first token; NaN if it is not among the ten that are stored.
+            Probability of the option's first token; NaN if it is not among the ten that are stored.
         ``upper_bound (option)``
             `probability`, or the most it can be if not stored: the tenth probability, or what the
             ten leave if that is less.

@@ -31,7 +31,7 @@ def hedges(cohens_d: np.ndarray, degrees: int, scale: float) -> Effects:
     cohens_d
         ``(m,)``, a difference in its own standard deviations; NaN stays NaN.
     degrees
-        Of freedom of the standard deviation.
+        Degrees of freedom of the standard deviation.
     scale
         ``cohens_d = scale * t`` with Student's t: ``sqrt(1 / n_a + 1 / n_b)`` for two groups.
 

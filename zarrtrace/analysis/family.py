@@ -32,7 +32,7 @@ STATISTICS = (
 
 @dataclass
 class Family:
-    """What is exchanged, and the family of tests."""
+    """The units exchanged, and the family of tests."""
 
     exchange: Exchange
     n_permutations: int

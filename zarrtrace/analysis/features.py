@@ -40,7 +40,7 @@ def of_sae(data: _DataT, name: str) -> _DataT:
     data
         A trace, a run or a table.
     name
-        What stands behind ``features_``.
+        Suffix behind ``features_``.
 
     Returns
     -------
@@ -103,7 +103,7 @@ def feature_trajectory(
     at
         A place, or several: a span's name, a position (negative from the end) or positions.
     reduce
-        What to make of a place's tokens: their ``"mean"``, their ``"max"`` (the activation of
+        How to reduce a place's tokens: their ``"mean"``, their ``"max"`` (the activation of
         largest magnitude, with its sign), or ``"none"``: keep each one (then `at` is a single
         place).
 

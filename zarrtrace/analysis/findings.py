@@ -24,7 +24,7 @@ def with_findings(result: _Result) -> _Result:
     Parameters
     ----------
     result
-        What an analysis returned.
+        Result of an analysis.
     """
     sentence_of = _SENTENCES.get(str(result.attrs.get("analysis")))
     if sentence_of is None or "findings" in result.attrs or dask.is_dask_collection(result):

@@ -34,7 +34,7 @@ from zarrtrace.scenarios import DECISION
 
 # Capacities are whole numbers for scipy; 2**28 keeps sums into a node within 32 bits.
 _UNIT = 2**28
-# A graph of so many edges takes about 1 GB while its flow is sought.
+# A graph of this many edges takes about 1 GB while its flow is sought.
 _MOST_EDGES = 20_000_000
 
 
@@ -248,10 +248,10 @@ def _edges(layers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Returns
     -------
     capacities, heads
-        Of each edge, and the node it leads to; token t at the input of layer l is node
+        Capacity of each edge, and the node it leads to; token t at the input of layer l is node
         1 + l · tokens + t.
     counts
-        Of the edges that leave each node.
+        Numbers of edges that leave each node.
     """
     onwards = np.triu(layers.swapaxes(1, 2))
     layer, key, query = np.nonzero(onwards)

@@ -62,7 +62,7 @@ def gaps_of_traces(runs: Mapping[str, xr.Dataset], layers: Iterable[int]) -> dic
     runs
         The traces by scenario.
     layers
-        Those of the table.
+        Layers of the table.
     """
     no_sae = "layers_without_sae"
     without = {name: {*layers_in(ds.attrs.get(no_sae, ""))} for name, ds in runs.items()}

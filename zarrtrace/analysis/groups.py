@@ -171,7 +171,7 @@ def _check(a: Sequence[str], b: Sequence[str]) -> None:
 
 
 class Units(NamedTuple):
-    """What is exchanged between the groups: scenarios, or blocks of them.
+    """The units exchanged between the groups: scenarios, or blocks of them.
 
     Attributes
     ----------
@@ -214,7 +214,7 @@ class Exchange:
     blocks
         ``(scenario,)`` number of each one's block; None if scenarios are exchanged.
     unit
-        What observations are called.
+        Word for observations.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Work on many layers and scenarios, in parts that dask does beside each other.
+"""Work on many layers and scenarios, in parts that dask does in parallel.
 
 Dask calls the analyses' functions where it reads: what comes back is small, and nothing is done in
 one thread while another waits. Of arrays that are no dask arrays, a scenario is a task.
@@ -53,7 +53,7 @@ def each_layer(jobs: Iterable[tuple[xr.DataArray, OfLayer[_Found]]]) -> Iterator
 
 
 def load(arrays: Iterable[xr.DataArray]) -> Iterator[np.ndarray]:
-    """Yield the values of small arrays in order; some are read beside each other."""
+    """Yield the values of small arrays in order; some are read in parallel."""
     for batch in _batches(arrays):
         lazy = [
             _called(np.asarray, array) if array.chunks is None else array.data for array in batch
@@ -63,7 +63,7 @@ def load(arrays: Iterable[xr.DataArray]) -> Iterator[np.ndarray]:
 
 
 def together(calls: Iterable[Callable[[], _Found]]) -> Iterator[_Found]:
-    """Yield what functions return, in order; some of them are called beside each other."""
+    """Yield what functions return, in order; some of them are called in parallel."""
     for batch in _batches(calls):
         yield from dask.compute(*map(_called, batch))
 
@@ -99,7 +99,7 @@ def _layer_by_layer(array: xr.DataArray, of: OfLayer[_Found]) -> list[_Found]:
 def some_layers(array: xr.DataArray) -> Iterator[tuple[int, np.ndarray]]:
     """Yield an array ``(layer, …)`` that is no dask array: some layers, and the first one's place.
 
-    What is small is read at once, for each reading costs a millisecond; else a layer at a time.
+    Small arrays are read at once, because each read costs a millisecond; others layer by layer.
     """
     step = max(1, _READ_BYTES // max(1, array[:1].nbytes))
     for start in range(0, len(array), step):

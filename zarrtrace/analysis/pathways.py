@@ -56,7 +56,7 @@ def pathway_features(
     source, target
         Spans or positions: attention goes from the target (query) to the source (key).
     top
-        How many features to keep by layer.
+        Number of features to keep by layer.
 
     Returns
     -------

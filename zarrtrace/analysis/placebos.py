@@ -26,7 +26,7 @@ class Prompt:
     ids
         ``(key,)`` token ids.
     own
-        Those of the prompt, without generated text: repeats of a prompt have the same.
+        Token ids of the prompt, without generated text: repeats of a prompt have the same.
     attention
         ``(layer, key)`` float64: the attention that the target pays; NaN for missing layers.
     is_free
@@ -43,7 +43,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Compared:
+class NeighbourContrast:
     """Attention to groups of tokens and to the tokens beside them, in variants of one prompt.
 
     Attributes
@@ -110,7 +110,7 @@ def aligned(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return places
 
 
-def compare(prompts: Sequence[Prompt], span: str, controls: int) -> Compared:
+def compare(prompts: Sequence[Prompt], span: str, controls: int) -> NeighbourContrast:
     """Measure attention to a span and to its placebos, in variants of one prompt.
 
     A placebo has the shape of the span in the first prompt. The same tokens of the template are
@@ -134,7 +134,7 @@ def compare(prompts: Sequence[Prompt], span: str, controls: int) -> Compared:
         )
     kept = exists.mean(0) >= _LEAST_SHARED
     n = (~np.isnan(own[:, 0])).sum(0)
-    return Compared(n, _mean(own[:, kept]), _mean(beside[:, kept]))
+    return NeighbourContrast(n, _mean(own[:, kept]), _mean(beside[:, kept]))
 
 
 def placebos(prompt: Prompt, span: str) -> np.ndarray:

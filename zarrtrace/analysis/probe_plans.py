@@ -23,7 +23,7 @@ from zarrtrace.errors import ConfigError
 
 @dataclass(frozen=True)
 class Plan:
-    """What is predicted, from which samples, in which folds.
+    """Target, samples and folds of a probe.
 
     Attributes
     ----------
@@ -44,7 +44,7 @@ class Plan:
     exchange
         The target of the kept samples, and its permutations.
     seed
-        Of resampled groups.
+        Seed of resampled groups.
     """
 
     target: Target

@@ -1,4 +1,4 @@
-"""What a linear probe reads from each layer, on prompts that it was not trained on."""
+"""Linear probes of each layer, tested on held-out prompts."""
 
 from __future__ import annotations
 
@@ -91,9 +91,9 @@ def probe(
     n_permutations
         Permutations of the target. 0: none, and no p.
     n_features
-        Of features, those that are active in most training samples.
+        Number of features, those that are active in most training samples.
     seed
-        Of folds, permutations and resampled groups.
+        Seed of folds, permutations and resampled groups.
 
     Returns
     -------
@@ -104,13 +104,13 @@ def probe(
             Out of fold: R² of numbers (``r2_score`` of scikit-learn); of two values the area under
             the ROC curve over pairs of samples in one fold. ``low`` and ``high``: 95 % interval.
         ``accuracy``
-            Of two values: the share that is on the right side of 0.5.
+            With two values: the share that is on the right side of 0.5.
         ``baseline``
             Score of the confounds alone; without any, that of the training samples' mean.
         ``score_with_confounds``
             Score of layer and confounds together, if there are confounds.
         ``improvement``
-            What the layer adds to the baseline: the score (with confounds) − `baseline`.
+            Gain of the layer over the baseline: the score (with confounds) − `baseline`.
             With confounds, ``improvement_low`` and ``improvement_high``: 95 % interval.
         ``statistic``
             The share of the baseline's squared error that a ridge probe removes out of fold, of two

@@ -97,7 +97,7 @@ def correlations_within(
     blocks
         ``(n,)`` number of each row's block.
     n_permutations, seed
-        Of the orders drawn, in which rows of a block change places.
+        Number and seed of the orders drawn, in which rows of a block change places.
 
     Returns
     -------

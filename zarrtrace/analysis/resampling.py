@@ -62,7 +62,7 @@ class TwoGroups:
     statistic
         ``(m,)`` the observed statistic of the permutation test.
     degrees, scale
-        Of the pooled t: ``cohens_d = scale * t``.
+        Degrees of freedom and factor of the pooled t: ``cohens_d = scale * t``.
     smallest_p
         The smallest p-value that a permutation can give.
     exact
@@ -107,7 +107,7 @@ def two_groups(
     n_permutations
         Permutations to draw if there are more than :data:`MOST_EXACT`.
     seed
-        Of the permutations drawn.
+        Seed of the permutations drawn.
 
     Returns
     -------
@@ -176,7 +176,7 @@ def paired_blocks(
     n_permutations
         Permutations to draw if there are more than :data:`MOST_EXACT`.
     seed
-        Of the permutations drawn.
+        Seed of the permutations drawn.
 
     Returns
     -------

@@ -83,7 +83,7 @@ def per_scenario(
 def _results(
     data: Data, function: Callable[[xr.Dataset], Labelled | None]
 ) -> Iterable[Labelled | None]:
-    """Call a function with each trace, several beside each other unless it only describes work."""
+    """Call a function with each trace, several in parallel unless it only describes work."""
     found = traces(data).values()
     lazy = any(array.chunks for ds in found for array in ds.values())
     if lazy or not is_run(data):
@@ -166,15 +166,15 @@ def described(
     Parameters
     ----------
     result
-        What was computed.
+        The computed result.
     data
-        What it was computed from.
+        The data that it was computed from.
     analysis
         Name of the function.
     method
         Definition and source, a sentence.
     parameters
-        What it was called with; JSON values.
+        Arguments of the call; JSON values.
     """
     gaps = (
         attributes_by_scenario(data)

@@ -1,4 +1,4 @@
-"""What single attention heads do."""
+"""Scores of the roles of attention heads."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ class Samples(NamedTuple):
     of_scenario
         Number of each sample's scenario in the run or the table.
     position
-        Of each sample, in its prompt.
+        Position of each sample in its prompt.
     rows
         For each place its samples, ascending.
     """
@@ -213,12 +213,12 @@ def _no_samples(data: Scenarios) -> ScenarioError:
     )
 
 
-def _texts(chosen: Sequence[_Chosen]) -> list[str]:
+def _texts(chosen: Sequence[_TraceRows]) -> list[str]:
     return [name for name in _TEXTS if all(name in one.ds.variables for one in chosen)]
 
 
 def _together(
-    chosen: Sequence[_Chosen], names: Sequence[str]
+    chosen: Sequence[_TraceRows], names: Sequence[str]
 ) -> tuple[dict[str, xr.Variable], dict[Hashable, np.ndarray]]:
     """Return arrays of traces side by side, unread, and the labels of their dimensions."""
     for one in chosen:
@@ -235,7 +235,7 @@ def _together(
     return arrays, labels
 
 
-class _Chosen(NamedTuple):
+class _TraceRows(NamedTuple):
     """Positions chosen of one trace.
 
     Attributes
@@ -265,7 +265,7 @@ class _Chosen(NamedTuple):
         return xr.Variable(dims, variable.isel({dim: rows}), variable.attrs)
 
 
-def _chosen(data: Scenarios, at: At) -> list[_Chosen]:
+def _chosen(data: Scenarios, at: At) -> list[_TraceRows]:
     """Choose positions of each trace that has any.
 
     Raises
@@ -280,7 +280,7 @@ def _chosen(data: Scenarios, at: At) -> list[_Chosen]:
         everything = isinstance(at, str) and at == _ALL
         wanted = np.asarray(ds["query"]) if everything else _wanted(ds, places)
         if len(wanted):
-            found.append(_Chosen(ds, wanted, _rows(ds, wanted)))
+            found.append(_TraceRows(ds, wanted, _rows(ds, wanted)))
     if not found:
         raise _no_samples(data)
     return found
@@ -323,14 +323,14 @@ def _is_of_samples(name: str) -> bool:
 
 
 def _labels(
-    chosen: Sequence[_Chosen], dims: Iterable[Hashable]
+    chosen: Sequence[_TraceRows], dims: Iterable[Hashable]
 ) -> tuple[dict[Hashable, np.ndarray], list[dict[Hashable, np.ndarray]]]:
     """Return the labels that any trace has, and where each trace with others has them.
 
     Parameters
     ----------
     chosen
-        Of the traces.
+        The chosen traces.
     dims
         Dimensions that may have labels.
     """
@@ -349,7 +349,7 @@ def _labels(
     return labels, places
 
 
-def _coordinates(data: Scenarios, chosen: Sequence[_Chosen]) -> dict[Hashable, xr.Variable]:
+def _coordinates(data: Scenarios, chosen: Sequence[_TraceRows]) -> dict[Hashable, xr.Variable]:
     """Return what is said of each sample, besides metadata; texts of tokens unread."""
     lengths = [len(one.positions) for one in chosen]
 
@@ -376,13 +376,13 @@ def _coordinates(data: Scenarios, chosen: Sequence[_Chosen]) -> dict[Hashable, x
     return out
 
 
-def _scenario_of_samples(data: Scenarios, chosen: Sequence[_Chosen]) -> np.ndarray:
+def _scenario_of_samples(data: Scenarios, chosen: Sequence[_TraceRows]) -> np.ndarray:
     """Return the number in the run of each sample's scenario."""
     numbers = {name: number for number, name in enumerate(traces(data))}
     return np.repeat([numbers[one.name] for one in chosen], [len(one.positions) for one in chosen])
 
 
-def _spans(chosen: _Chosen) -> np.ndarray:
+def _spans(chosen: _TraceRows) -> np.ndarray:
     """Name the spans that hold each position, the decision last."""
     found: dict[int, list[str]] = {int(position): [] for position in chosen.positions}
     for name in span_names(chosen.ds):

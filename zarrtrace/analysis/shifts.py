@@ -79,7 +79,7 @@ class Shifts:
     n_permutations
         Shifts to draw if there are several blocks.
     seed
-        Of the shifts drawn.
+        Seed of the shifts drawn.
 
     Attributes
     ----------

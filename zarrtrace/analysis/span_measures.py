@@ -31,7 +31,7 @@ class SpanPlaces(NamedTuple):
     Attributes
     ----------
     tokens
-        Those of the span, among the stored ones ``(query,)`` bool.
+        Tokens of the span, among the stored ones ``(query,)`` bool.
     counted
         Stored tokens that ``"place"`` compares ``(query,)`` bool: none if there are no others.
     ranked
@@ -39,10 +39,10 @@ class SpanPlaces(NamedTuple):
     rows
         Numbers of their rows in the stored attention.
     keys
-        Of each place, itself first, numbers of the keys ``(place, token)``; none if too few tokens
+        Numbers of each place's keys, its own first ``(place, token)``; none if too few tokens
         stand behind the span.
     after
-        Of each place, the first of `ranked` that stands behind it ``(place,)``.
+        First of `ranked` behind each place ``(place,)``.
     """
 
     tokens: np.ndarray
@@ -91,7 +91,7 @@ def _places(ds: xr.Dataset, name: str, ranked: np.ndarray, *, special: bool) -> 
     return np.asarray(np.flatnonzero(usual)[here + np.roll(moves, first)[:, None]])
 
 
-class Measured(NamedTuple):
+class SpanMeasures(NamedTuple):
     """One measure at one span, in one layer of one trace.
 
     Attributes
@@ -114,7 +114,7 @@ def measure_jobs(
     spans: Sequence[Mapping[str, SpanPlaces]],
     features: Mapping[int, np.ndarray],
     own: Mapping[tuple[int, str], np.ndarray],
-) -> Iterator[tuple[xr.DataArray, OfLayer[dict[tuple[str, str], Measured]]]]:
+) -> Iterator[tuple[xr.DataArray, OfLayer[dict[tuple[str, str], SpanMeasures]]]]:
     """Yield what to do with the features of each trace: results are by measure and span.
 
     Parameters
@@ -122,7 +122,7 @@ def measure_jobs(
     runs
         The traces.
     spans
-        Of each, where its spans are.
+        Places of each trace's spans.
     features
         By layer, the table's, ascending.
     own
@@ -176,7 +176,7 @@ def _measure_layer(
     own: Sequence[Mapping[str, np.ndarray]],
     weights: Sequence[Mapping[str, np.ndarray]],
     spans: Mapping[str, SpanPlaces],
-) -> dict[tuple[str, str], Measured]:
+) -> dict[tuple[str, str], SpanMeasures]:
     """Measure the table's features in ``(query, feature)``; nothing if the layer is missing."""
     features = tables[at]
     if missing_rows(layer).all() or not len(features):
@@ -207,7 +207,7 @@ def _measure_layer(
 
 def _follows(
     weights: np.ndarray, ranks: np.ndarray, place: SpanPlaces, firing: np.ndarray, own: np.ndarray
-) -> Measured:
+) -> SpanMeasures:
     """Compare how features follow attention to the span, and to each place it is moved to.
 
     Parameters
@@ -215,7 +215,7 @@ def _follows(
     weights
         Attention ``(place, query)``.
     ranks
-        Of strength over the whole prompt ``(query, feature)``.
+        Ranks of strength over the whole prompt ``(query, feature)``.
     place
         The span.
     firing
@@ -239,7 +239,7 @@ def _follows(
     # Coefficients of few tokens vary more: their variance is 1 / (n - 1) by chance.
     profiles = (own_mean - other_mean) * np.sqrt(behind - 1)[:, None]
     means = np.column_stack([own_mean[0], other_mean[0]])
-    return Measured(firing[defined[0]], means, np.nan_to_num(profiles).T)
+    return SpanMeasures(firing[defined[0]], means, np.nan_to_num(profiles).T)
 
 
 def _suffix_ranks(weights: np.ndarray, first: np.ndarray) -> np.ndarray:
@@ -255,7 +255,9 @@ def _suffix_ranks(weights: np.ndarray, first: np.ndarray) -> np.ndarray:
     return np.asarray(np.divide(ranks, length, out=np.full_like(ranks, np.nan), where=length > 0))
 
 
-def _stands(values: np.ndarray, place: SpanPlaces, firing: np.ndarray, own: np.ndarray) -> Measured:
+def _stands(
+    values: np.ndarray, place: SpanPlaces, firing: np.ndarray, own: np.ndarray
+) -> SpanMeasures:
     """Compare how features stand out at the span, and at each place it is moved to."""
     strength = _standardised(values[place.counted])
     defined = ~np.isnan(strength[0])
@@ -266,7 +268,7 @@ def _stands(values: np.ndarray, place: SpanPlaces, firing: np.ndarray, own: np.n
         groups /= groups.sum(-1, keepdims=True)  # NaN without any
     means = (groups @ (weights @ strength)).T
     differences = strength @ (groups[0] - groups[1]).T
-    return Measured(firing[defined], means, shifted_products(weights, differences))
+    return SpanMeasures(firing[defined], means, shifted_products(weights, differences))
 
 
 def _standardised(values: np.ndarray) -> np.ndarray:

@@ -41,9 +41,9 @@ def position_specific_features(
     threshold
         Magnitude of activation above which a feature fires, in the SAE's units.
     top
-        How many features to keep by span and layer.
+        Number of features to keep by span and layer.
     min_scenarios
-        Keep only features that fire at the span in at least so many scenarios.
+        Keep only features that fire at the span in at least this many scenarios.
 
     Returns
     -------
@@ -214,7 +214,7 @@ def _firing(
     kept
         Which samples count ``(sample,)``.
     scenario
-        Of each sample ``(sample,)``.
+        Scenario of each sample ``(sample,)``.
     missing
         For each layer the scenarios that lack it.
     threshold

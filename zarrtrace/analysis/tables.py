@@ -62,7 +62,7 @@ def table_scenarios(table: xr.Dataset) -> TableScenarios:
     Raises
     ------
     ConfigError
-        If samples of a scenario are not beside each other, or there are none.
+        If samples of a scenario are not consecutive, or there are none.
     """
     _require_coordinates(table, "scenario", "position", "span")
     if not table.sizes[SAMPLE]:

@@ -1,4 +1,4 @@
-"""What probes predict, beside what, and which samples belong together."""
+"""Targets of probes, their confounds, and groups of samples."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def exchanged(
     drawn
         Permutations besides the observed order.
     seed
-        Of the permutations.
+        Seed of the permutations.
 
     Raises
     ------

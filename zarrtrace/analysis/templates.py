@@ -28,7 +28,7 @@ def number_of_templates(data: Data, names: Sequence[str]) -> int | None:
     data
         A run, or a table.
     names
-        Of the scenarios.
+        Names of the scenarios.
 
     Returns
     -------

@@ -42,7 +42,7 @@ def word_associations(
 
     The score of a word (a token's text) for a feature is the magnitude of its activation, averaged
     over all occurrences of the word in the run; an occurrence at which the feature is silent counts
-    as 0. A feature fires where its activation is finite and not 0: some SAEs (AbsTopK) have
+    as 0. A feature fires where its activation is finite and non-zero: some SAEs (AbsTopK) have
     negative ones.
 
     Parameters
@@ -50,9 +50,9 @@ def word_associations(
     data
         A trace, a run or a table with ``features``.
     top
-        How many words to keep for each feature.
+        Number of words to keep for each feature.
     min_count
-        Keep only words at which the feature fires at least so many times.
+        Keep only words at which the feature fires at least this many times.
     strip
         Whether to take ``" balance"`` and ``"balance"`` as one word; otherwise a word is the
         token's text as it is. A token of nothing but white space stays as it is.
@@ -72,8 +72,8 @@ def word_associations(
         magnitude, with its sign) float32 in the SAE's units,
         ``count`` (occurrences at which the feature fires) and ``occurrences`` of the word.
         Computed at the call from every activation in ``features``, some layers at a time, scenario
-        by scenario: beside the number of each token's word, memory holds the pairs of a feature and
-        a word that occur together.
+        by scenario. Memory holds the number of each token's word, and the pairs of a feature and a
+        word that occur together.
 
     Raises
     ------
@@ -348,7 +348,7 @@ def read_table(table: Table) -> pd.DataFrame:
     Parameters
     ----------
     table
-        What :func:`word_associations` returned, a DataFrame, or the path of a CSV or Parquet file,
+        Result of :func:`word_associations`, a DataFrame, or the path of a CSV or Parquet file,
         with columns ``layer``, ``feature``, ``word`` and ``score`` (others are left out).
 
     Returns

@@ -24,7 +24,7 @@ _AT_LEAST = 8 * 2**20
 
 @dataclass(frozen=True)
 class Request:
-    """What is still wanted of one prompt.
+    """The layers and rows still wanted of one prompt.
 
     Attributes
     ----------
@@ -39,7 +39,7 @@ class Request:
     positions
         Token positions that are wanted, ascending; None for all.
     attention_positions
-        Those whose rows of attention are wanted; None for all of the prompt.
+        Positions whose rows of attention are wanted; None for all of the prompt.
     """
 
     prompt: Prompt
@@ -61,7 +61,7 @@ class Request:
 
     @property
     def rows(self) -> int:
-        """How many token positions are wanted."""
+        """Number of wanted token positions."""
         return self.length if self.positions is None else len(self.positions)
 
     def member(self) -> Member:

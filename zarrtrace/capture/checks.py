@@ -51,7 +51,7 @@ def choose_batch_size(model: LoadedModel, lengths: Iterable[int], wanted: int | 
     model, lengths
         The model, and the lengths of the prompts.
     wanted
-        What was asked for; None chooses from the memory of the device, 1 on a CPU.
+        Batch size that was asked for; None chooses from the memory of the device, 1 on a CPU.
     """
     size = wanted or default_batch_size(model, lengths)
     if size > 1 and not model.permitted.batches:

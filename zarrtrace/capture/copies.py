@@ -1,4 +1,4 @@
-"""What blocks made of batches, brought to the host while a GPU computes the next batches."""
+"""Outputs of blocks, copied to the host while a GPU computes."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _LATE = 4
 
 
 @dataclass(frozen=True)
-class Made:
-    """What a block made of a batch, on the device that did it.
+class BlockOutput:
+    """The output of a block for a batch, on its device.
 
     Attributes
     ----------
@@ -38,7 +38,7 @@ class Made:
         ``(sequence, head, query, key)`` of the wanted rows, bfloat16 as int16, and its mean over
         heads; or None.
     inputs
-        What is to be encoded by which encoder ``(token, d_in)``, by array name.
+        Inputs of encoders, with the encoders ``(token, d_in)``, by array name.
     residual
         ``(token, channel)``, bfloat16 as int16, or None.
     """
@@ -58,7 +58,7 @@ class Made:
         dtype: str | None,
         encoders: Sequence[Encoder],
         residual: torch.Tensor | None = None,
-    ) -> Made:
+    ) -> BlockOutput:
         """Take what is wanted of a block; `dtype` is the precision of stored attention."""
         attention, mean = state.attention if dtype else None, None
         with torch.inference_mode():
@@ -152,7 +152,7 @@ class Copies:
         self._waiting: deque[Copy] = deque()
         self._most: dict[str, float] = {}
 
-    def of(self, made: Made) -> Iterator[LayerBatch]:
+    def of(self, made: BlockOutput) -> Iterator[LayerBatch]:
         """Yield what has arrived: on a GPU, what was given some batches before."""
         if self._side is None:
             yield made.on_host()
@@ -170,20 +170,20 @@ class Copies:
 
 
 class Copy:
-    """What a block made of a batch, on its way to the host.
+    """The output of a block for a batch, on its way to the host.
 
     Parameters
     ----------
     made
-        What.
+        Output to copy.
     side
         The stream that copies.
     most
-        By array name, how many features of a token were not 0, at most.
+        By array name, most non-zero features of any token.
     """
 
     @torch.inference_mode()
-    def __init__(self, made: Made, side: Any, most: Mapping[str, float]) -> None:
+    def __init__(self, made: BlockOutput, side: Any, most: Mapping[str, float]) -> None:
         self._made, self.layer = made, made.layer
         # To wait for it does not keep a core busy: those that write have none too many.
         self._done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
@@ -200,7 +200,7 @@ class Copy:
             self._done.record(side)
 
     def arrived(self, most: dict[str, float]) -> LayerBatch:
-        """Wait for the copy; says in `most` how many features were not 0."""
+        """Wait for the copy; note the most non-zero features in `most`."""
         self._done.synchronize()
         features = {name: encoding.arrived() for name, encoding in self._features.items()}
         for name, found in features.items():

@@ -31,7 +31,7 @@ class Encoder:
     sae
         As sae-lens loads it; its decoder is dropped.
     attributes
-        What a trace says of it.
+        Description of the SAE that traces store.
     """
 
     def __init__(self, sae: Any, attributes: SAEAttributes) -> None:

@@ -68,7 +68,7 @@ def _matrix(file: Path, device: torch.device) -> torch.Tensor:
     header, start = read_header(file)
     entry = header[_ENCODER]
     first, last = (start + offset for offset in entry["data_offsets"])
-    # Copied beside what the GPU computes, but into memory of the stream that computes.
+    # Copied while the GPU computes, but into memory of the stream that computes.
     matrix = torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]], device=device)
     flat = matrix.view(-1).view(torch.uint8)
     side: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

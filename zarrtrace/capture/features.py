@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Tokens that a GPU encodes at once: twice as many are hardly faster.
 _ROWS = 1024
-# Features of a token that are not 0: room for these is made before any were counted.
+# Non-zero features of a token for which space is allocated before any were counted.
 _ACTIVE = 256
 
 
@@ -80,7 +80,7 @@ class _Found(NamedTuple):
     Attributes
     ----------
     tokens
-        How many there are.
+        Number of tokens.
     at, values
         Positions in blocks of :attr:`Encoder.columns`, one block behind the other, and values.
     number, strongest
@@ -137,17 +137,17 @@ def _joined(encoder: Encoder, parts: Sequence[_Found], sound: np.ndarray) -> Spa
 class Encoding:
     """Features on their way from a GPU, which is not waited for.
 
-    How many are not 0, only the GPU knows: so room is made for more than there were before. Where
+    Only the GPU knows the number of non-zero values, so more space than before is taken. Where
     that is not enough, the tokens are encoded again.
 
     Parameters
     ----------
     encoder
-        What encodes.
+        The encoder.
     inputs
         ``(token, d_in)``
     active
-        How many features of a token were not 0, at most; None if that is not known.
+        Most non-zero features of any token so far; None if that is not known.
     """
 
     @torch.inference_mode()

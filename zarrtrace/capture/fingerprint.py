@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-# Of each tensor, so many stretches of so many elements are looked at.
+# Number of stretches read of each tensor, and elements of a stretch.
 _STRETCHES, _ELEMENTS = 32, 32
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # What a configuration says of names, files and precision, and of what a forward pass returns.
@@ -51,9 +51,9 @@ def fingerprint(
     tensors
         By name, on any device; those that map a file are read where they are looked at.
     settings
-        What else belongs to them, as JSON.
+        Further content of the fingerprint, as JSON.
     dtype
-        What values are converted to first; None takes their bits as they are.
+        Dtype to convert values to first; None takes their bits as they are.
     """
     samples = {
         name: (tuple(tensor.shape), _some(tensor)) for name, tensor in _plain(tensors).items()
@@ -102,7 +102,7 @@ def _starts(size: int) -> list[int]:
 def _read_samples(file: Path) -> Samples:
     """Read what :func:`_some` takes of each tensor in a safetensors file, and nothing else.
 
-    Of the file's mapped pages the system would read ahead: of 1.6 GB, all.
+    The system would read mapped pages ahead: all of a file of 1.6 GB.
     """
     header, data = read_header(file)
     out: Samples = {}

@@ -28,7 +28,7 @@ from zarrtrace.errors import ModelError
 
 @dataclass
 class BlockState:
-    """What one block made of one batch.
+    """The output of one block for one batch.
 
     Attributes
     ----------
@@ -52,7 +52,7 @@ class BlockState:
 
 @dataclass
 class Logits:
-    """What the model would say next, for some rows.
+    """Logits of the next tokens, for some rows.
 
     Attributes
     ----------
@@ -164,9 +164,9 @@ class HeadInParts:
     wants_output
         Whether the pass is to end behind the decoder, which leaves what it makes in `output`.
     output
-        What the decoder made.
+        Output of the decoder.
     given
-        What the decoder returns instead of computing anything; None if it is to compute.
+        Output to return in place of computing; None if it is to compute.
     """
 
     wants_output: bool = False

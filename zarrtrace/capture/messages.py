@@ -123,7 +123,7 @@ def full_memory(name: str, device: torch.device) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise ModelError(
             f"{name}: the memory of {device} is full",
-            why="The model fits, but not with what a pass or an SAE computes beside it; or another "
+            why="The model fits, but not with what a pass or an SAE needs as well; or another "
             "process has taken the rest.",
             remedy="Try --low-memory, a smaller --batch-size, --attention-capture blocked, or "
             "--positions last. What was stored is kept; another --batch-size wants --overwrite.",

@@ -82,9 +82,9 @@ class LoadedModel:
     max_tokens
         Longest prompt, or None if the model has no limit.
     attributes
-        What a trace says of the model.
+        Description of the model that traces store.
     permitted
-        What a probe of the model found (:mod:`zarrtrace.capture.probe`).
+        Findings of a probe of the model (:mod:`zarrtrace.capture.probe`).
     limits
         From which sizes on it computes a prompt in parts.
     """

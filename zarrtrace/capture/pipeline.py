@@ -10,7 +10,7 @@ import torch
 
 from zarrtrace.capture.batches import Batch, Request, batches, waves
 from zarrtrace.capture.blocked import AttentionRows
-from zarrtrace.capture.copies import Copies, Made, rows_on_host
+from zarrtrace.capture.copies import BlockOutput, Copies, rows_on_host
 from zarrtrace.capture.encoder_prefetch import Encoders, KeptEncoders
 from zarrtrace.capture.features import encode
 from zarrtrace.capture.hooks import parse_hook
@@ -151,7 +151,7 @@ def _through_block(
     """Let a batch go through one block and yield what it did."""
     buffer = None
     while True:
-        # Inference mode must not leak to whoever consumes the records.
+        # Inference mode must not leak to the consumer of the records.
         with torch.inference_mode():
             step = batch.advance()
         if not isinstance(step, AttentionRows):
@@ -219,7 +219,7 @@ def _block_records(
         if stored > step:
             parts = torch.split(hidden, step)
             hidden = None
-    yield from copies.of(Made.by(batch, state, attention_dtype, whole, hidden))
+    yield from copies.of(BlockOutput.by(batch, state, attention_dtype, whole, hidden))
     for number, some in enumerate(parts):
         yield LayerRecord(
             scenario=batch.requests[0].prompt.scenario.name,

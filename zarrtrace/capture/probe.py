@@ -160,7 +160,7 @@ _Blocked = tuple[frozenset[int], tuple[int, ...] | None] | None
 
 @dataclass
 class _Observed:
-    """What a model makes of one prompt.
+    """A model's outputs for one prompt.
 
     Attributes
     ----------

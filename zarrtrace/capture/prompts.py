@@ -22,7 +22,7 @@ _Encoded = tuple[list[int], list[tuple[int, int]]]
 
 @dataclass(frozen=True)
 class Continued:
-    """What made a prompt and its continuation of a prompt.
+    """The prompt and the sampling that a continued prompt comes from.
 
     Attributes
     ----------

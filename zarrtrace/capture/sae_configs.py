@@ -1,4 +1,4 @@
-"""What the configurations of SAEs say, and errors about them."""
+"""Configurations of SAEs, and errors about them."""
 
 from __future__ import annotations
 

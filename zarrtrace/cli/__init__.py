@@ -143,7 +143,7 @@ def _run(signals: list[int]) -> int:
         say(f"zarrtrace: stopped by {signal.Signals(number).name}", err=True)
         return 128 + number
     except BrokenPipeError:
-        # Whoever read our output has stopped; Python would complain once more at exit.
+        # The reader of our output has stopped; Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (OSError, MemoryError, ImportError, RuntimeError) as error:
@@ -158,7 +158,7 @@ def _run(signals: list[int]) -> int:
 def _refused(error: Exception) -> str | None:
     """Say what the system refused, None if it refused nothing.
 
-    What stores and NPZ files refuse says more by itself.
+    Refusals of stores and NPZ files say more themselves.
     """
     import errno
 

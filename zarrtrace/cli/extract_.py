@@ -206,7 +206,7 @@ def _first_line(given: dict[str, Any], count: int) -> str:
 
 
 def silence_libraries() -> None:
-    """Have libraries say nothing beside what zarrtrace says itself: errors come as exceptions."""
+    """Silence libraries: their errors come as exceptions."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     libraries = "huggingface_hub|sae_lens|torch|transformer_lens|transformers"

@@ -14,7 +14,7 @@ from typing import NoReturn
 def interruptible() -> Iterator[list[int]]:
     """Raise KeyboardInterrupt on SIGINT and SIGTERM; yields the signals that came.
 
-    A second signal ends the process at once: a run survives that too, but whoever sends one has
+    A second signal ends the process at once: a run survives that too, but a user who sends one has
     waited long enough for what is being written.
     """
     came: list[int] = []
@@ -27,7 +27,7 @@ def interruptible() -> Iterator[list[int]]:
     before = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
-            # Ignored by whoever started us, as nohup and a script's & do: it stays so.
+            # The parent process ignored it, as nohup and a script's & do: it stays ignored.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, stop)
     try:

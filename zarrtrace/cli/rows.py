@@ -47,7 +47,7 @@ def row_options(layout: Layout, *, has_features: bool) -> list[Callable[..., Any
     Parameters
     ----------
     layout
-        Of the table.
+        Columns of the table.
     has_features
         Whether the command's own question has ``--feature``.
     """

@@ -80,7 +80,7 @@ def export(
         Which positions are samples, as for ``zt.table``: by default ``"decision"``, of a table all
         that it holds. ``npz`` holds all positions.
     scenarios, layers
-        What to export; by default everything.
+        Scenarios and layers to export; by default all.
     output_dtype
         Convert features, residual stream and attention; by default each is as stored.
     overwrite

@@ -73,7 +73,7 @@ class LayeredArray:
         return str(self.array.name).removeprefix("features").removeprefix("residual")
 
     def rows(self, layers: int) -> int:
-        """Number of samples that are read at once with so many layers.
+        """Number of samples that are read at once with `layers` layers.
 
         A chunk of a table is read once, in one piece; of traces, each is read once for all layers.
         """
@@ -97,7 +97,7 @@ class LayeredArray:
 
     @property
     def layers_at_once(self) -> int:
-        """How many layers are read together."""
+        """Number of layers read together."""
         rows = min(self.rows(len(self.layers)), self.samples)
         return max(1, _BYTES // max(1, rows * self.width * self.dtype.itemsize))
 

@@ -195,8 +195,8 @@ def extract(
         Indices of decoder blocks, or a text such as ``"1-31"``. By default all, with features all
         that have an SAE.
     attention, features, residual
-        What to store. The residual stream is taken where the SAEs of ``features`` read it, so that
-        they encode it to ``features``; without SAEs it is the output of each block.
+        Whether to store each. The residual stream is taken where the SAEs of ``features`` read it,
+        so that they encode it to ``features``; without SAEs it is the output of each block.
     layout
         ``"traces"`` stores a trace a scenario. ``"table"`` stores one table of samples, of which
         each is a stored position of a scenario: for thousands of prompts. It has no attention.
@@ -207,7 +207,7 @@ def extract(
         span), names of spans (``"goal,balance"`` or a sequence), or integers, negative ones from
         the end. SAEs encode these tokens only. The prompt's other tokens remain keys of attention.
     attention_positions
-        Those of `positions` whose rows of attention are stored, given likewise. By default all of
+        The `positions` whose rows of attention are stored, given likewise. By default all of
         them.
     revision
         Commit, tag or branch of the model on the hub.
@@ -243,13 +243,13 @@ def extract(
         Number of tokens for which the model goes on after each prompt, at most. They are stored
         like those of the prompt, and are the span ``completion``. None generates nothing.
     temperature
-        Of sampling; 0 takes the most likely token at each step.
+        Temperature of sampling; 0 takes the most likely token at each step.
     top_p
         Sum of the probabilities of the most likely tokens among which one is sampled.
     samples
         Continuations of each prompt: ``NAME~0``, ``NAME~1``, … are the children of the run then.
     seed
-        Of sampling. A continuation depends on it, its scenario's name and its number alone.
+        Seed of sampling. A continuation depends on it, its scenario's name and its number alone.
     stop
         Texts that end a continuation in which they appear.
     answer

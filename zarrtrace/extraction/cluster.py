@@ -2,7 +2,7 @@
 
 The client holds the run's lock, makes its manifest and, at the end, its consolidated metadata.
 In between, tasks of some scenarios each go to the workers
-(:mod:`zarrtrace.extraction.worker`). Which scenarios share a forward pass is settled for the whole
+(:mod:`zarrtrace.extraction.worker`). Which scenarios share a forward pass is decided for the whole
 run, as a single process does it; how many such batches make a task depends on the cluster, and
 changes nothing in what is stored.
 """
@@ -26,7 +26,7 @@ from zarrtrace.errors import ClusterError, ConfigError
 from zarrtrace.extraction import worker
 from zarrtrace.extraction.cluster_continuations import results, with_continuations
 from zarrtrace.extraction.options import Options, find_scenarios, stated_by_suite
-from zarrtrace.extraction.orders import Group, Item, Measured, Order, Plan, Setup
+from zarrtrace.extraction.orders import Group, Item, Order, Plan, Setup, TokenizedScenarios
 from zarrtrace.extraction.progress import GenerationProgress, Progress, Shown, say
 from zarrtrace.extraction.running import as_before, saying_how_much_room
 from zarrtrace.scenarios import Scenario, trace_name
@@ -59,7 +59,7 @@ def extract_on_cluster(
 ) -> Location:
     """Do what :func:`zarrtrace.extraction.extract_run` does, on the workers of a Dask cluster.
 
-    What is stored is the same, bit for bit, where workers compute as this machine would. If a
+    Stored values are the same, bit for bit, where workers compute as this machine would. If a
     worker dies, another one goes on with its scenarios.
 
     Parameters
@@ -104,7 +104,7 @@ def extract_on_cluster(
     names = [one.name for one in items]
     setup = Setup(replace(asked, scenarios=None), Path.cwd())
     plan = _plan(client, setup, tuple(scenarios))
-    say(plan.settled.notes, progress)
+    say(plan.settings.notes, progress)
     with (
         saying_how_much_room(plan.disk_bytes),
         RunWriter(
@@ -121,14 +121,14 @@ def extract_on_cluster(
             run=f"zarrtrace-{uuid.uuid4().hex}",
             setup=plan.setup,
             folder=run.path,
-            batch_size=plan.settled.batch_size,
+            batch_size=plan.settings.batch_size,
             repair=repair,
             allow_nonfinite=allow_nonfinite,
-            config=plan.settled.config,
+            config=plan.settings.config,
         )
         with GenerationProgress(len(names) if asked.generate else 0, progress) as generation:
             plan = with_continuations(client, output, order, plan, items, generation)
-        bars = Progress(dict.fromkeys(names, plan.settled.layers), progress, generation)
+        bars = Progress(dict.fromkeys(names, plan.settings.layers), progress, generation)
         with bars, _listening(client, order.run, bars):
             tasks = _Tasks(client, order, plan.config["prompts"], bars)
             tasks.run(plan.tasks(_count(client)))
@@ -155,15 +155,17 @@ def _plan(client: Client, setup: Setup, scenarios: tuple[Scenario, ...]) -> Plan
     tokens, blocked, digests, disk_bytes = _merged(measured)
     lengths = [tokens[scenario.name] for scenario in scenarios]
     alone = [scenario.name in blocked for scenario in scenarios]
-    [settled] = results(client, [client.submit(worker.settle, setup, lengths, alone, pure=False)])
-    _refuse_unlike(settled.config, measured)
+    [settings] = results(
+        client, [client.submit(worker.choose_settings, setup, lengths, alone, pure=False)]
+    )
+    _refuse_unlike(settings.config, measured)
     digests = {scenario.name: digests[scenario.name] for scenario in scenarios}
-    config = {**settled.config, "prompts": digests}
+    config = {**settings.config, "prompts": digests}
     items = tuple(Item(scenario, 0, scenario.name) for scenario in scenarios)
-    return Plan(setup, items, tokens, disk_bytes, settled, config)
+    return Plan(setup, items, tokens, disk_bytes, settings, config)
 
 
-def _refuse_unlike(config: Mapping[str, Any], measured: Sequence[Measured]) -> None:
+def _refuse_unlike(config: Mapping[str, Any], measured: Sequence[TokenizedScenarios]) -> None:
     """Refuse workers that differ, and a client that would write metadata otherwise than they."""
     for part in measured:
         # Each has chosen a batch size for its own part.
@@ -180,7 +182,7 @@ def _refuse_unlike(config: Mapping[str, Any], measured: Sequence[Measured]) -> N
 
 
 def _merged(
-    measured: Sequence[Measured],
+    measured: Sequence[TokenizedScenarios],
 ) -> tuple[dict[str, int], set[str], dict[str, str], int]:
     tokens: dict[str, int] = {}
     blocked: set[str] = set()
@@ -193,7 +195,7 @@ def _merged(
 
 
 def _count(client: Client) -> int:
-    """How many workers there are now."""
+    """Return the number of workers now."""
     return max(1, len(client.nthreads()))
 
 

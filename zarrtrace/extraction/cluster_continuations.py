@@ -53,11 +53,11 @@ def with_continuations(
         for one in found
         if one.continuation is not None
     }
-    lengths, size = [tokens[one.name] for one in found], plan.settled.batch_size
+    lengths, size = [tokens[one.name] for one in found], plan.settings.batch_size
     call = client.submit(worker.group_continued, plan.setup, lengths, size, pure=False)
     [groups] = results(client, [call])
     return replace(
-        plan, items=tuple(found), tokens=tokens, settled=replace(plan.settled, groups=groups)
+        plan, items=tuple(found), tokens=tokens, settings=replace(plan.settings, groups=groups)
     )
 
 

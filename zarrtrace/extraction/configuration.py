@@ -1,4 +1,4 @@
-"""What decides the content of a run: a resumed run must agree with it."""
+"""The configuration that decides a run's content; a resumed run must agree."""
 
 from __future__ import annotations
 

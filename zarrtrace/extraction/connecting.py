@@ -32,7 +32,7 @@ def connected(
     scheduler, scheduler_file
         Its address, or the file in which it wrote its address.
     workers
-        How many processes to start on this machine instead; on GPUs, one process a GPU.
+        Number of processes to start on this machine instead; on GPUs, one process a GPU.
     device
         ``"cuda"`` gives each of these its GPU.
 

@@ -1,4 +1,4 @@
-"""What a model goes on to say after each prompt, before prompt and continuation are captured.
+"""Continuations of prompts, generated before both are captured.
 
 Batches are planned over all scenarios and repeats, done or not, so that a resumed run makes those
 of an uninterrupted one. Each continuation is kept as soon as its batch is done

@@ -1,4 +1,4 @@
-"""What a run will need, before it starts."""
+"""Estimate of disk and memory before a run starts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _RECORDS_HELD = 7
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will need.
+    """Disk and memory that a run will need.
 
     Attributes
     ----------
@@ -115,7 +115,7 @@ def estimate_table(table: TableJob) -> Estimate:
 
 
 def _memory(job: Job, longest: int, stored: int) -> tuple[int, int]:
-    """Return bytes on host and device while prompts of so many tokens are computed."""
+    """Return bytes on host and device for prompts of these lengths."""
     on_device = job.options.device != "cpu"
     weights = _bytes_of(job.model.model)
     if on_device and job.options.low_memory:

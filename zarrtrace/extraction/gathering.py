@@ -63,7 +63,7 @@ class Group:
 
     @property
     def samples(self) -> int:
-        """How many samples the group has."""
+        """Number of samples in the group."""
         return max(stop for _, stop in self.rows.values())
 
     def add(self, record: LayerBatch | LayerRecord | TokensRecord, dtypes: tuple[str, str]) -> None:

@@ -16,8 +16,8 @@ def held_back() -> Iterator[Callable[[], None]]:
 
     Python raises KeyboardInterrupt between any two instructions of the main thread, also between
     the taking of a lock and the ``with`` that gives it back, in our code and in the standard
-    library's queues and pools. Threads that need the lock would wait for it forever, and whoever
-    joins them, too.
+    library's queues and pools. Threads that need the lock would wait for it forever, and so
+    would a thread that joins them.
 
     Only the first signal waits; a second finds the handler that was there before. In other threads
     than the main one, which gets no interruptions, this does nothing.

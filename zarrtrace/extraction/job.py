@@ -60,7 +60,7 @@ class Job:
     Attributes
     ----------
     options
-        What was asked for.
+        The options of the extraction.
     model
         The language model; without weights if it was prepared so.
     prompts
@@ -74,7 +74,7 @@ class Job:
     batch_size
         Scenarios in one forward pass.
     config
-        What a resumed run must agree with.
+        Configuration that a resumed run must agree with.
     notes
         Sentences about what is left out: layers without an SAE.
     """
@@ -295,7 +295,7 @@ def prepare(
     Parameters
     ----------
     options
-        What to extract.
+        Options of the extraction.
     scenarios
         The scenarios; None reads those that the options name.
     loaded

@@ -38,7 +38,7 @@ def choose_layers(options: Options, blocks: int, source: Any) -> LayerChoice:
     Parameters
     ----------
     options
-        What to extract.
+        Options of the extraction.
     blocks
         Number of the model's blocks.
     source

@@ -31,7 +31,7 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class Options:
-    """What to extract.
+    """Options of an extraction.
 
     Without `model` and `scenarios` the embedded model runs over the embedded scenarios. One of the
     two without the other is refused.
@@ -50,10 +50,10 @@ class Options:
     layer_start, layer_end
         First and last block, instead of `layers`; None is the model's own.
     features, attention, residual
-        What to store. `residual` is the residual stream at the hook point that the SAEs of
+        Whether to store each. `residual` is the residual stream at the hook point that the SAEs of
         ``features`` read, without SAEs the output of each block.
     scenarios
-        What :func:`zarrtrace.scenarios.stream` takes; ``"slot-machine"`` is the embedded
+        Argument of :func:`zarrtrace.scenarios.stream`; ``"slot-machine"`` is the embedded
         suite.
     only
         Names of scenarios; empty means all.
@@ -65,7 +65,7 @@ class Options:
         Token positions to store: ``"all"``, ``"last"``, ``"spans"`` (those of any span), names of
         spans, or integers, negative ones from the end.
     attention_positions
-        Those of `positions` whose rows of attention are stored; None for all of them.
+        The `positions` whose rows of attention are stored; None for all of them.
     attention_capture
         ``"whole"`` takes attention as transformers' eager implementation makes it; ``"blocked"``
         block of queries by block, so that no whole matrix is held; ``"auto"`` the latter only
@@ -141,7 +141,7 @@ class Loaded:
     tokenizer
         Used instead of the model's own.
     saes
-        What :class:`zarrtrace.capture.loaded_saes.LoadedSAEs` takes.
+        Argument of :class:`zarrtrace.capture.loaded_saes.LoadedSAEs`.
     """
 
     model: Any = None

@@ -1,4 +1,4 @@
-"""What the client of a cluster and its workers say to each other."""
+"""Messages between the client of a cluster and its workers."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _TASKS_A_WORKER = 4
 
 @dataclass(frozen=True)
 class Setup:
-    """What a worker loads once and keeps.
+    """Model and SAEs that a worker loads once and keeps.
 
     Attributes
     ----------
     options
-        What to extract; the client has read the scenarios.
+        Options of the extraction; the client has read the scenarios.
     base
         Where the client runs: relative paths begin there.
     """
@@ -36,14 +36,14 @@ class Setup:
 
 @dataclass(frozen=True)
 class Order:
-    """What all tasks of a run share.
+    """Options that all tasks of a run share.
 
     Attributes
     ----------
     run
         Name of this client's work, under which workers report.
     setup
-        What to load.
+        Model and SAEs to load.
     folder
         The run, which the client has created and holds the lock of.
     batch_size
@@ -51,7 +51,7 @@ class Order:
     repair, allow_nonfinite
         As for :func:`zarrtrace.extraction.extract_run`.
     config
-        What every worker must find: versions, weights and options; without the scenarios.
+        Versions, weights and options that every worker must find; without the scenarios.
     """
 
     run: str
@@ -64,21 +64,21 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a model's tokenizer makes of some scenarios.
+class TokenizedScenarios:
+    """Some scenarios as the model's tokenizer reads them.
 
     Attributes
     ----------
     tokens
         Length of each.
     blocked
-        Those whose attention is computed by blocks of queries.
+        Scenarios whose attention is computed by blocks of queries.
     digests
-        What a resumed run compares.
+        Digests that a resumed run compares.
     disk_bytes
         Expected size of their traces.
     worker, config
-        Who says so, and what it would begin a run with, without the scenarios.
+        The worker's name, and its configuration of a run without the scenarios.
     """
 
     tokens: Mapping[str, int]
@@ -90,19 +90,19 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Settled:
-    """What holds for all scenarios of a run.
+class RunSettings:
+    """Settings that hold for all scenarios of a run.
 
     Attributes
     ----------
     config
-        What a resumed run must agree with; without the scenarios.
+        Configuration that a resumed run must agree with; without the scenarios.
     batch_size
         Scenarios in one forward pass.
     groups
         Indices of the scenarios that go through the model together.
     layers
-        How many each scenario has.
+        Number of layers of each scenario.
     notes
         Sentences about what is left out.
     """
@@ -140,20 +140,20 @@ Group = tuple[Item, ...]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known of a run before it starts."""
+    """The plan of a run on a cluster."""
 
     setup: Setup
     items: tuple[Item, ...]
     tokens: Mapping[str, int]
     disk_bytes: int
-    settled: Settled
+    settings: RunSettings
     config: Mapping[str, Any]
 
     def tasks(self, workers: int) -> list[tuple[Group, ...]]:
         """Pack groups into tasks of similar length, the longest first."""
-        groups = [tuple(self.items[at] for at in group) for group in self.settled.groups]
+        groups = [tuple(self.items[at] for at in group) for group in self.settings.groups]
         lengths = [sum(self.tokens[one.name] for one in group) for group in groups]
-        if self.settled.batch_size == 1:  # else they are in order already, and must stay in it
+        if self.settings.batch_size == 1:  # else they are in order already, and must stay in it
             order = sorted(range(len(groups)), key=lambda at: lengths[at])
             groups, lengths = [groups[at] for at in order], [lengths[at] for at in order]
         parts = _TASKS_A_WORKER * workers if workers > 1 else 1

@@ -1,4 +1,4 @@
-"""The packages that an extraction needs beside zarrtrace's own."""
+"""Optional packages that an extraction needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compressing and writing records beside a GPU, in processes of their own.
+"""Processes that compress and write records while a GPU computes.
 
 A GPU makes records faster than threads of one process can write them: all of them, and the one
 that drives the GPU, would wait for Python's lock. Each trace has one process that writes it.
@@ -25,12 +25,12 @@ import numpy as np
 
 from zarrtrace.errors import StoreError
 from zarrtrace.extraction.channel import Channel, pair
-from zarrtrace.extraction.progress import Watch
+from zarrtrace.extraction.progress import ProgressListener
 from zarrtrace.extraction.writers import (
-    Lack,
+    MemoryBudget,
+    MissingParts,
     OpenTraces,
     Record,
-    Room,
     Traces,
     bytes_of,
 )
@@ -87,7 +87,7 @@ class WriterPool:
     Parameters
     ----------
     most
-        How many at most; by default all cores but one, which drives the GPU.
+        Number of processes, at most; by default all cores but one, which drives the GPU.
     """
 
     def __init__(self, most: int | None = None) -> None:
@@ -95,11 +95,11 @@ class WriterPool:
         self._idle: list[_Process] = []
 
     def start(self, traces: int) -> None:
-        """Start processes that will write so many traces, while weights are still read."""
+        """Start processes for a number of traces while weights are read."""
         self._idle += [_Process() for _ in range(min(self._most, traces) - len(self._idle))]
 
     def take(self, traces: int) -> list[_Process]:
-        """Return processes for so many traces, which are the caller's until they are given back."""
+        """Lend processes for a number of traces; the caller gives them back."""
         self.start(traces)
         taken, self._idle = self._idle, []
         return taken
@@ -128,27 +128,29 @@ class WriterProcesses:
     pool
         Its processes write.
     together
-        How many traces that follow each other come in one batch. Some of them have one process, if
+        Number of successive traces in a batch. Some of them have one process, if
         there are enough for all.
     """
 
-    def __init__(self, traces: Traces, watch: Watch, pool: WriterPool, together: int = 1) -> None:
+    def __init__(
+        self, traces: Traces, watch: ProgressListener, pool: WriterPool, together: int = 1
+    ) -> None:
         self._watch, self._pool = watch, pool
         self._processes = pool.take(len(traces.each))
         count = len(self._processes)
-        self._room = Room(count * _BYTES_A_PROCESS)
+        self._room = MemoryBudget(count * _BYTES_A_PROCESS)
         self._queues: list[SimpleQueue[Record | None]] = [SimpleQueue() for _ in range(count)]
         self._failed: list[BaseException] = []
         each = min(together, _TOGETHER, -(-len(traces.each) // count))
         names = [one.attributes.name for one in traces.each]
         self._at = {name: number // each % count for number, name in enumerate(names)}
-        self.lacks: Mapping[str, Lack] = self._open(traces)
+        self.lacks: Mapping[str, MissingParts] = self._open(traces)
         self._threads = [
             threading.Thread(target=self._feed, args=(at,), name=f"zarrtrace-write-{at}")
             for at in range(count)
         ]
 
-    def _open(self, traces: Traces) -> dict[str, Lack]:
+    def _open(self, traces: Traces) -> dict[str, MissingParts]:
         try:
             for at, process in enumerate(self._processes):
                 mine = [one for one in traces.each if self._at[one.attributes.name] == at]
@@ -261,14 +263,14 @@ def serve(descriptor: int, parent: int) -> None:
     Parameters
     ----------
     descriptor
-        Of the socket.
+        File descriptor of the socket.
     parent
         Number of the process that has the other end.
     """
     # Interruptions are the parent's to handle, which then sends no more.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    os.nice(10)  # whoever drives the GPU goes first
+    os.nice(10)  # the process that drives the GPU goes first
     _die_with(parent)
     channel = Channel(socket.socket(fileno=descriptor))
     traces: OpenTraces | None = None

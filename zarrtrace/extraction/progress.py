@@ -36,8 +36,8 @@ def _bar() -> type[tqdm.tqdm[Any]]:
     return kind
 
 
-class Watch(Protocol):
-    """Who is told how an extraction goes on, from any thread, and may end it."""
+class ProgressListener(Protocol):
+    """Receiver of an extraction's progress, from any thread; may end it."""
 
     def found(self, scenario: str, missing: int, *, complete: bool) -> None:
         """Take note of how many layers a scenario lacks before anything is computed."""
@@ -102,7 +102,7 @@ class GenerationProgress(_CountProgress):
     Parameters
     ----------
     total
-        How many are asked for; 0 shows nothing.
+        Number of tokens asked for; 0 shows nothing.
     shown
         In which form.
     """
@@ -248,7 +248,7 @@ class SampleProgress(_CountProgress):
     Parameters
     ----------
     samples, done
-        How many the table has, and how many were stored before.
+        Numbers of samples in the table, and of those stored before.
     shown
         In which form.
     generation

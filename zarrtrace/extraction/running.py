@@ -1,4 +1,4 @@
-"""Running a job: capture beside compression and writing.
+"""Running a job: capture, compression and writing in parallel.
 
 ``for record in capture(...): writer.append(record)``, with a bounded number of records between the
 two, and resume.
@@ -21,10 +21,10 @@ from zarrtrace.extraction.job import Job, prepare
 from zarrtrace.extraction.options import NOTHING_LOADED, Loaded, Options, stated_by_suite
 from zarrtrace.extraction.packages import capture_package
 from zarrtrace.extraction.processes import FEW_TRACES, WriterPool, WriterProcesses
-from zarrtrace.extraction.progress import GenerationProgress, Progress, Shown, Watch, say
+from zarrtrace.extraction.progress import GenerationProgress, Progress, ProgressListener, Shown, say
 from zarrtrace.extraction.writers import (
     THREADS,
-    Lack,
+    MissingParts,
     Record,
     Traces,
     Writers,
@@ -70,7 +70,7 @@ def extract_run(
     output
         Folder of the run, or its address in an object store.
     options
-        What to extract; by default the embedded model, SAEs and scenarios.
+        Options of the extraction; by default the embedded model, SAEs and scenarios.
     scenarios
         The scenarios; None reads those that the options name.
     loaded
@@ -78,7 +78,7 @@ def extract_run(
     overwrite
         Replace a run that exists, once the new one is finished.
     repair
-        Read every byte of a run that exists, and make anew what is damaged.
+        Read every byte of a run that exists, and compute damaged layers again.
     allow_nonfinite
         Store NaN and infinity, which the model computes or the stored precision makes of values
         too large for it, and say where in the trace's attributes.
@@ -168,7 +168,7 @@ def saying_how_much_room(needed: int) -> Iterator[None]:
 def fill(
     folder: Location,
     job: Job,
-    watch: Watch,
+    watch: ProgressListener,
     pool: WriterPool,
     *,
     repair: bool = False,
@@ -179,7 +179,7 @@ def fill(
     Parameters
     ----------
     folder
-        The run, which exists; whoever calls has seen to it that nobody else writes these traces.
+        The run, which exists; the caller makes sure that nobody else writes these traces.
     job
         Its prompts are computed in batches made of all of them, done or not.
     watch
@@ -212,7 +212,7 @@ def fill(
                 interrupted()
 
 
-def _writers(job: Job, traces: Traces, watch: Watch, pool: WriterPool) -> Writers:
+def _writers(job: Job, traces: Traces, watch: ProgressListener, pool: WriterPool) -> Writers:
     if job.model.device.type == "cpu":
         return WriterThreads(traces, watch)
     if len(traces.each) < FEW_TRACES:  # each would have one process
@@ -230,7 +230,7 @@ def _in_order(job: Job) -> list[Prompt]:
 
 def captured(
     job: Job,
-    lacks: Mapping[str, Lack],
+    lacks: Mapping[str, MissingParts],
     positions: Callable[[Prompt], tuple[int, ...] | None] | None = None,
 ) -> Generator[Record, None, None]:
     """Capture what traces lack.

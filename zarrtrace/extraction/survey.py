@@ -32,7 +32,7 @@ _ARRAYS = ("features", "feature_", "next_token", "residual", "sae_", "top_")
 
 @dataclass(frozen=True)
 class Survey:
-    """What is known of all samples of a table.
+    """Facts about all samples of a table.
 
     Attributes
     ----------
@@ -67,12 +67,12 @@ class Survey:
 
     @property
     def scenarios(self) -> int:
-        """How many there are."""
+        """Number of scenarios."""
         return len(self.starts) - 1
 
     @property
     def samples(self) -> int:
-        """How many there are."""
+        """Number of samples."""
         return int(self.starts[-1])
 
     def chosen(self, first: int, stop: int) -> list[tuple[str, list[int], tuple[int, ...]]]:
@@ -97,7 +97,7 @@ class Survey:
         ]
 
     def groups(self, most: int, done: int = 0) -> list[tuple[int, int]]:
-        """Cut scenarios into groups of at most so many samples, or of one scenario.
+        """Cut scenarios into groups of at most `most` samples, or of one scenario.
 
         Groups depend on nothing but the suite, so that a resumed table is computed in the same
         batches as an uninterrupted one.
@@ -282,7 +282,7 @@ def _coordinates(found: _Samples, counts: np.ndarray) -> dict[str, np.ndarray]:
         if name in out or name.startswith(_ARRAYS):
             raise ConfigError(
                 f"metadata {name!r} has a name that arrays of the table have",
-                why="In a table, columns of metadata stand beside its arrays.",
+                why="In a table, columns of metadata are coordinates of its arrays.",
                 remedy="Give the column another name.",
             )
         kind = object if isinstance(values[0], str) else None

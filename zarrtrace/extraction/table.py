@@ -30,7 +30,7 @@ from zarrtrace.extraction.packages import capture_package
 from zarrtrace.extraction.progress import GenerationProgress, SampleProgress, Shown, say
 from zarrtrace.extraction.running import borrowed, captured, saying_how_much_room
 from zarrtrace.extraction.survey import Survey, survey
-from zarrtrace.extraction.writers import THREADS, Lack
+from zarrtrace.extraction.writers import THREADS, MissingParts
 from zarrtrace.format.table_layout import TableAttributes, TableShape
 from zarrtrace.hub import cache_if_unreachable
 from zarrtrace.identity import refuse_other
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 _BATCH_SIZE, _MATRICES = 64, {"cpu": 2**28, "cuda": 2**32}
 # A group has at most this many samples, and about this many bytes of residual stream.
 _SAMPLES, _BYTES = 1024, 2**28
-# Seconds for which a thread may keep Python's lock while others wait, beside a GPU.
+# Seconds for which a thread may keep Python's lock while other threads wait and a GPU computes.
 _TURN = 1e-4
 # As many prompts as are needed to see that the model can be used.
 _FIRST = 16
@@ -161,7 +161,7 @@ def extract_table(
     output
         Folder of the table, or its address in an object store.
     options
-        What to extract; its scenarios are those of `stream`.
+        Options of the extraction; its scenarios are those of `stream`.
     stream
         The scenarios.
     loaded, overwrite, repair, accept_versions, progress
@@ -324,7 +324,7 @@ def _tokenized(job: Job, scenarios: Iterable[Scenario]) -> Iterator[Prompt]:
 
 
 def _fill(writer: TableWriter, table: TableJob, bar: SampleProgress) -> None:
-    """Compute what a table lacks, group by group, beside compression and writing."""
+    """Compute missing samples group by group; others compress and write."""
     done, shape = writer.done, table.shape
     groups = table.groups(done)
     options = table.job.options
@@ -405,7 +405,7 @@ def _computed(
 def _add_all(
     job: Job, chosen: Chosen, group: Group, dtypes: tuple[str, str], interrupted: Any
 ) -> None:
-    everything = Lack(job.layers, tokens=True)
+    everything = MissingParts(job.layers, tokens=True)
     job = with_prompts(job, tuple(prompt for prompt, _ in chosen.values()))
     positions = {name: where for name, (_, where) in chosen.items()}
     records = captured(

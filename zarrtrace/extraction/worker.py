@@ -1,4 +1,4 @@
-"""What runs in the processes of a Dask cluster: they keep the model, and fill traces.
+"""Tasks of a Dask cluster's processes, which keep the model and fill traces.
 
 A worker writes traces and nothing else of a run; its manifest is the client's
 (:mod:`zarrtrace.extraction.cluster`). Hooks sit on the model, so that one process extracts one
@@ -23,7 +23,7 @@ from zarrtrace.extraction.configuration import library_versions
 from zarrtrace.extraction.estimate import estimate
 from zarrtrace.extraction.job import Job, prepare, with_prompts, with_scenarios
 from zarrtrace.extraction.options import Options
-from zarrtrace.extraction.orders import Item, Measured, Order, Settled, Setup
+from zarrtrace.extraction.orders import Item, Order, RunSettings, Setup, TokenizedScenarios
 from zarrtrace.extraction.packages import capture_package
 from zarrtrace.extraction.processes import WriterPool
 from zarrtrace.extraction.running import SECONDS_GIVEN_UP, fill
@@ -44,8 +44,8 @@ class _Stopped(Exception):  # noqa: N818 -- a request, not an error
 
 
 @dataclass
-class _Held:
-    """What a worker holds from one task to the next.
+class _WorkerState:
+    """State of a worker between tasks.
 
     Attributes
     ----------
@@ -54,7 +54,7 @@ class _Held:
     kept
         The model last used, as a job without scenarios.
     pool
-        Processes that write beside a GPU.
+        Processes that write while a GPU computes.
     active, stopped
         Names of the runs that it works for, and of those that are to end.
     """
@@ -66,9 +66,9 @@ class _Held:
     stopped: set[str] = field(default_factory=set)
 
 
-def _held(dask_worker: Any = None) -> _Held:
+def _held(dask_worker: Any = None) -> _WorkerState:
     """Return what this worker holds; Dask keeps it as long as the worker."""
-    held: _Held = vars(dask_worker or get_worker()).setdefault("zarrtrace", _Held())
+    held: _WorkerState = vars(dask_worker or get_worker()).setdefault("zarrtrace", _WorkerState())
     return held
 
 
@@ -89,11 +89,11 @@ _NOT_LOADED: dict[str, Any] = {
 }
 
 
-def measure(setup: Setup, scenarios: Sequence[Scenario]) -> Measured:
+def measure(setup: Setup, scenarios: Sequence[Scenario]) -> TokenizedScenarios:
     """Load what `setup` names, if it is not loaded yet, and tokenise scenarios."""
     with _held().alone:
         job = _job(setup, scenarios)
-    return Measured(
+    return TokenizedScenarios(
         tokens={prompt.scenario.name: len(prompt.tokens.ids) for prompt in job.prompts},
         blocked=job.blocked,
         digests=job.config["prompts"],
@@ -103,7 +103,7 @@ def measure(setup: Setup, scenarios: Sequence[Scenario]) -> Measured:
     )
 
 
-def settle(setup: Setup, lengths: Sequence[int], alone: Sequence[bool]) -> Settled:
+def choose_settings(setup: Setup, lengths: Sequence[int], alone: Sequence[bool]) -> RunSettings:
     """Choose the batch size, and group scenarios as a single process does."""
     capture, sampling = capture_package(), setup.options.generate
     more = 0 if sampling is None else sampling.tokens
@@ -111,7 +111,7 @@ def settle(setup: Setup, lengths: Sequence[int], alone: Sequence[bool]) -> Settl
         job = _job(setup, ())
         most = [length + more for length in lengths]
         size = capture.choose_batch_size(job.model, most, setup.options.batch_size)
-    return Settled(
+    return RunSettings(
         config={**job.config, "batch_size": size, "prompts": {}},
         batch_size=size,
         groups=capture.grouped(lengths, alone, size),
@@ -197,7 +197,7 @@ def extract_some(
     Parameters
     ----------
     order, items
-        What to do.
+        The work.
     prompts
         Digests of the scenarios and their tokens, as the run's configuration has them.
     """

@@ -1,4 +1,4 @@
-"""Compressing and writing records beside the computation, in threads of this process."""
+"""Threads that compress and write records while the model computes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
 
-from zarrtrace.extraction.progress import Watch
+from zarrtrace.extraction.progress import ProgressListener
 from zarrtrace.layer_batches import LayerBatch
 from zarrtrace.memory import release_freed
 from zarrtrace.records import LayerRecord, TokensRecord, TracePlan
@@ -26,7 +26,7 @@ Record = LayerBatch | LayerRecord | TokensRecord
 THREADS = 2
 # Bytes of records that wait or are being written, by writer; one record may be larger.
 _BYTES_A_WRITER = 16 * 2**20
-# After a record of this size, or so many bytes of small ones, memory that was freed is given back.
+# After a record of this size, or this many bytes of small ones, freed memory is given back.
 _LARGE_RECORD = 32 * 2**20
 _SMALL_RECORDS = 64 * 2**20
 
@@ -51,22 +51,22 @@ class Traces:
     allow_nonfinite: bool
 
 
-class Lack(NamedTuple):
-    """What a trace lacks before anything is computed."""
+class MissingParts(NamedTuple):
+    """The parts that a trace lacks before anything is computed."""
 
     layers: tuple[int, ...]
     tokens: bool
 
 
 class Writers(Protocol):
-    """Appends records beside the computation; a context manager that waits for the last one.
+    """Appends records while the model computes; leaving it waits for the last one.
 
     The first error of a writer ends the capture: :meth:`submit` raises it.
     """
 
     @property
-    def lacks(self) -> Mapping[str, Lack]:
-        """What each trace lacked when it was opened."""
+    def lacks(self) -> Mapping[str, MissingParts]:
+        """The parts that each trace lacked when it was opened."""
         ...
 
     def submit(self, record: Record) -> None:
@@ -108,7 +108,7 @@ class OpenTraces:
             for plan in traces.each
         }
         self.lacks = {
-            name: Lack(writer.missing_layers, writer.needs_tokens)
+            name: MissingParts(writer.missing_layers, writer.needs_tokens)
             for name, writer in self._writers.items()
         }
         self._finished: set[str] = set()
@@ -151,7 +151,7 @@ def bytes_of(record: Record) -> int:
     return sum(array.nbytes for array in arrays if array is not None)
 
 
-class Room:
+class MemoryBudget:
     """Lets records in while what is held stays below a limit, or nothing is held."""
 
     def __init__(self, limit: int) -> None:
@@ -181,16 +181,16 @@ class WriterThreads:
     watch
         Is told of what was stored.
     threads
-        How many.
+        Number of threads.
     """
 
-    def __init__(self, traces: Traces, watch: Watch, threads: int = THREADS) -> None:
+    def __init__(self, traces: Traces, watch: ProgressListener, threads: int = THREADS) -> None:
         self._traces, self._watch = OpenTraces(traces), watch
-        self.lacks: Mapping[str, Lack] = self._traces.lacks
+        self.lacks: Mapping[str, MissingParts] = self._traces.lacks
         self._pool = ThreadPoolExecutor(
             threads, thread_name_prefix="zarrtrace-write", initializer=_give_way
         )
-        self._room = Room(min(threads, max(THREADS, os.cpu_count() or 1)) * _BYTES_A_WRITER)
+        self._room = MemoryBudget(min(threads, max(THREADS, os.cpu_count() or 1)) * _BYTES_A_WRITER)
         self._freed, self._mutex = 0, threading.Lock()
         self._failed: list[BaseException] = []
 

@@ -130,11 +130,11 @@ class TraceShape:
     channels
         Width of the residual stream; None for a trace without `residual`.
     attention_dtype, feature_dtype, residual_dtype
-        Of `attention`, `features` and `residual`.
+        Data types of `attention`, `features` and `residual`.
     next_token
         Whether the most likely next tokens are stored.
     attention_layers, attention_positions
-        How many layers and rows `attention` has, in dimensions of its own; None for those of all
+        Numbers of layers and rows of `attention`, in dimensions of its own; None for those of all
         arrays.
     special
         Whether the tokens are known that the tokenizer calls special.

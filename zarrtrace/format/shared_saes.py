@@ -24,7 +24,7 @@ def share_saes(
     Parameters
     ----------
     saes
-        Those of all layers.
+        SAEs of all layers.
     layers
         The trace's layers, in order.
 

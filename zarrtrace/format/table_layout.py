@@ -48,7 +48,7 @@ class TableShape:
     channels
         Width of the residual stream; None for a table without `residual`.
     feature_dtype, residual_dtype
-        Of `features` and `residual`.
+        Data types of `features` and `residual`.
     next_token
         Whether the most likely next tokens are stored.
     coordinates

@@ -23,7 +23,7 @@ _OPTION = "option_"
 
 @dataclass(frozen=True)
 class Columns:
-    """What is known of each sample.
+    """Columns of scenarios, positions and metadata, one row a sample.
 
     Attributes
     ----------

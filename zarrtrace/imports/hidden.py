@@ -51,7 +51,7 @@ def import_hidden(
     run
         Folder of the table to write, or its address.
     layers
-        Of an array ``(sample, layer, channel)`` that does not name them: the decoder block after
+        For an array ``(sample, layer, channel)`` that does not name them: the decoder block after
         which each layer was taken, counted from 0. transformers' ``hidden_states[N]`` is the output
         of block N-1. Otherwise the layers to import; by default all.
     metadata

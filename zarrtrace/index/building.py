@@ -24,7 +24,7 @@ from zarrtrace.store import (
 )
 from zarrtrace.store.chunks import Checksum
 
-# A task reads so many traces, or blocks of a table's samples, one after another, and so many tasks'
+# Number of traces, or blocks of a table's samples, that a task reads in turn, and of tasks whose
 # counts (9 MB each at 32,768 features) are put together at once.
 _PARTS_PER_TASK, _COUNTS_PER_TASK = 32, 8
 
@@ -32,7 +32,7 @@ _Parts = Sequence[IndexableTrace] | Sequence[IndexableSamples]
 
 
 class IndexUpdate(NamedTuple):
-    """What :func:`build_index` did.
+    """Result of :func:`build_index`.
 
     Attributes
     ----------
@@ -40,9 +40,9 @@ class IndexUpdate(NamedTuple):
         ``"built"`` from all scenarios, ``"updated"`` by those that were not in it, or
         ``"unchanged"``.
     added
-        How many scenarios were read.
+        Number of scenarios read.
     indexed, scenarios
-        How many are in the index now, and how many the run or the table has.
+        Numbers of scenarios in the index now, and in the run or the table.
     """
 
     how: Literal["built", "updated", "unchanged"]

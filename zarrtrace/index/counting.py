@@ -1,4 +1,4 @@
-"""What a layer's features do over many tokens, exactly, in whatever order scenarios are added.
+"""Exact statistics of a layer's features, whatever the order of scenarios.
 
 Sums of floating-point numbers depend on their order; these are sums of integers, so that an index
 that grew scenario by scenario equals one that was built at once, bit for bit.
@@ -28,7 +28,7 @@ _Entries = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 class FeatureCounts:
     """Sum, count and strongest tokens of every feature of one layer.
 
-    A feature fires at a token if its activation is not 0; the strongest tokens are those of largest
+    A feature fires at a token if its activation is non-zero; the strongest tokens have the largest
     magnitude. Some SAEs (AbsTopK) have negative activations.
 
     Parameters
@@ -39,7 +39,7 @@ class FeatureCounts:
     Attributes
     ----------
     tokens
-        How many tokens were added.
+        Number of tokens added.
     active, total
         Number of tokens at which the feature fires ``(feature,)`` int64; sum of its activations
         ``(feature, 2)`` int64, in units of 2⁻¹⁸ and of 2⁻⁵⁰.
@@ -89,7 +89,7 @@ class FeatureCounts:
             ``(token, feature)``; NaN and infinity count as silent, and magnitudes above 2³⁴ as
             2³⁴ in the sum.
         positions
-            Of the tokens in the prompt; None for all tokens of the prompt.
+            Positions of the tokens in the prompt; None for all tokens of the prompt.
         """
         tokens, width = activations.shape
         flat = np.ascontiguousarray(activations).reshape(-1)

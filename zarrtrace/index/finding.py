@@ -51,7 +51,7 @@ def find_feature(
     layer, feature
         Block and latent.
     top
-        How many tokens, at most 20.
+        Number of tokens, at most 20.
     array
         ``features``, or ``features_<name>`` for further SAEs on a layer.
     special

@@ -43,7 +43,7 @@ class LabelUpdate(NamedTuple):
     Attributes
     ----------
     added, stored
-        How many features got a label, and how many have one now.
+        Numbers of features that got a label, and that have one now.
     other_saes
         Rows left out because they are of SAEs, arrays or layers that the run lacks.
     out_of_range
@@ -224,7 +224,7 @@ def _objects(path: Path, *, is_lines: bool) -> Iterator[dict[str, Any]]:
 
 
 class _Sae(NamedTuple):
-    """How many features an SAE has, and its name on Neuronpedia, if that is known."""
+    """Size of an SAE, and its name on Neuronpedia, if known."""
 
     size: int
     source: str | None

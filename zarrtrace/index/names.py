@@ -30,7 +30,7 @@ def names_of(
     array
         ``features``, or ``features_<name>`` for further SAEs on a layer.
     words
-        How many words stand for a feature without a label, from the index, if there is one: the
+        Number of words for a feature without a label, from the index, if there is one: the
         texts of its strongest tokens, in quotes. Each feature takes some milliseconds; 0 for none.
 
     Returns

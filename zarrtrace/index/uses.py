@@ -51,14 +51,14 @@ class FeatureUse:
         SAE's units; a token at which the feature is silent counts as 0. Of a scenario's repeats the
         prompt counts once.
     frequency
-        Fraction of tokens at which it fires: its activation is not 0.
+        Fraction of tokens at which it fires: its activation is non-zero.
     tokens
         The tokens of largest magnitude, largest first; of equals, the first in the run.
     special
         Whether maximum, mean and frequency count special tokens. If an index counts them that are
         not asked for, `tokens` lacks them and may be fewer.
     indexed, scenarios
-        How many scenarios are in the index, and how many the run has; a table's index lacks those
+        Numbers of scenarios in the index, and in the run; a table's index lacks those
         that failed, also where the table itself is read.
     label
         Its label; empty if the run has none for it.

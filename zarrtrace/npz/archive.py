@@ -138,7 +138,7 @@ def member(archive: zipfile.ZipFile, out: IO[bytes], key: str) -> Iterator[zipfi
 
 @dataclass(frozen=True)
 class Header:
-    """What all files of a folder must agree on: heads or features, and the dtype."""
+    """Heads or features, and the dtype, that all files of a folder share."""
 
     size: int
     dtype: str

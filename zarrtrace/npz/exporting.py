@@ -24,7 +24,7 @@ from zarrtrace.suggestions import did_you_mean
 
 @dataclass(frozen=True)
 class _Trace:
-    """What export needs to know of one trace; `arrays` by key, read when they are asked for."""
+    """A trace as export reads it; `arrays` by key, read on demand."""
 
     path: Location
     attributes: TraceAttributes
@@ -65,7 +65,7 @@ def export_npz(
     output
         Folder to write into; files of the same name are replaced, each at once.
     scenarios, layers
-        What to export; by default everything.
+        Scenarios and layers to export; by default all.
     output_dtype
         Convert both arrays; by default each keeps its own.
     threads
@@ -236,7 +236,7 @@ def _load(trace: _Trace, key: str, layer: int) -> np.ndarray:
             f"{trace.path}: {key} of layer {layer} cannot be read: {said}",
             why="Its bytes are not the ones that were written.",
             remedy="'zarrtrace verify' names everything damaged; the 'zarrtrace extract' that made "
-            "the run makes it anew.",
+            "the run makes a new one.",
         ) from error
     rows = str(array.dims[2])
     if key == "attention" and array.sizes[rows] < array.sizes["key"]:

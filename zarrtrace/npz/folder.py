@@ -24,7 +24,7 @@ _ENOUGH_MISSING = 10_000
 
 @dataclass(frozen=True)
 class Folder:
-    """What the metadata file and the headers of all layer files say.
+    """Metadata file and headers of all layer files.
 
     Attributes
     ----------
@@ -33,7 +33,7 @@ class Folder:
     keys
         By layer: what its files hold, the same in all scenarios.
     fingerprint
-        Of all files' checksums: tells whether an import goes on with the same files.
+        Hash of all files' checksums: tells whether an import goes on with the same files.
     """
 
     path: Path

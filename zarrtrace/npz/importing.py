@@ -51,7 +51,7 @@ def import_npz(
     Parameters
     ----------
     folder
-        What :func:`export_npz`, or the script that the layout comes from, wrote.
+        Folder that :func:`export_npz`, or the script that the layout comes from, wrote.
     run
         Folder of the run to write, or its address.
     layers
@@ -110,7 +110,7 @@ def import_npz(
 def _origins(
     source: Folder, names: Sequence[str], scenarios: str | Path | None
 ) -> dict[str, Origin]:
-    """Return what is known of each scenario beside its numbers; `scenarios` gives the tags."""
+    """Return each scenario's metadata; `scenarios` gives the tags."""
     origins = {name: source.metadata.zarrtrace.get(name, Origin()) for name in names}
     if scenarios is None:
         return origins

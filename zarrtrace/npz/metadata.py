@@ -45,7 +45,7 @@ class ScenarioMetadata(BaseModel):
 
 
 class Origin(Extensible):
-    """What a trace says of itself and the layout has no field for."""
+    """Attributes of a trace that the layout has no field for."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
     left_out: ClassVar[frozenset[str]] = frozenset(("generation", "choice"))
@@ -58,7 +58,7 @@ class Origin(Extensible):
 
 
 class Metadata(BaseModel):
-    """What the metadata file says, checked.
+    """The checked content of the metadata file.
 
     Attributes
     ----------

@@ -74,7 +74,7 @@ def check_distinct(
     Parameters
     ----------
     files
-        What each holds.
+        Content of each file.
     token_ids
         Tokens of the scenario that each is from.
 
@@ -88,8 +88,8 @@ def check_distinct(
             if content.key == "attention" and len(token_ids[file]) == 1:
                 continue
             seen.setdefault(content, []).append(file)
-    for content, alike in seen.items():
-        for one, other in itertools.pairwise(alike):
+    for content, equal in seen.items():
+        for one, other in itertools.pairwise(equal):
             if one.name == other.name and token_ids[one] == token_ids[other]:
                 continue
             if _hold_the_same(content.key, one, other):

@@ -67,7 +67,7 @@ class Chat:
 
     @property
     def attributes(self) -> ChatAttributes | None:
-        """What a trace says of it; None until it is rendered."""
+        """Attributes that traces store; None until it is rendered."""
         if self.template is None:
             return None
         return ChatAttributes(
@@ -175,9 +175,9 @@ def render_chat(
     chat
         The messages.
     tokenizer
-        Of transformers, with a chat template.
+        Tokenizer of transformers, with a chat template.
     generation_prompt
-        Of a chat that does not say it.
+        Default for a chat that does not state it.
     prepend_bos
         Whether the text begins with BOS; None leaves it to the template.
 

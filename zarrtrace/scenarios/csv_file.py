@@ -165,7 +165,7 @@ class _Cells:
             return _text
         if not self._is_whole:
             return _float
-        # Beyond these it is a label: neither 64 bits nor, beside a missing one, a float hold it.
+        # Beyond these it is a label: neither 64 bits nor, if another is missing, a float hold it.
         most = 2**53 if self._has_gaps else 2**63 - 1
         return _whole if self._largest <= most else _text
 

@@ -216,7 +216,7 @@ def checked_entry(given: Mapping[str, Any], label: str) -> ScenarioEntry:
     given
         Fields by name; NumPy's values are taken as Python's.
     label
-        What messages call the scenario.
+        Name of the scenario in messages.
 
     Raises
     ------

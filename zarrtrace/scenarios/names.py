@@ -109,7 +109,7 @@ def chosen_names(names: Sequence[str], chosen: Sequence[str] | None) -> Sequence
     Parameters
     ----------
     names
-        Those of all traces.
+        Names of all traces.
     chosen
         Names of traces, or of scenarios, which stand for all their repeats.
 

@@ -23,9 +23,9 @@ def parsed(given: str | int | Iterable[int] | Iterable[str], option: str) -> Pos
     Parameters
     ----------
     given
-        What a caller gave.
+        Argument of a caller.
     option
-        What it is called in errors.
+        Its name in errors.
 
     Raises
     ------
@@ -149,7 +149,7 @@ def positions_of(
     name, tokens, spans
         Name, number of tokens and spans of the scenario.
     option
-        What chose them, for errors.
+        Option that chose them, for errors.
 
     Raises
     ------

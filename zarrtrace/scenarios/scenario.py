@@ -156,7 +156,7 @@ class Scenario:
         Parameters
         ----------
         tokenizer
-            Of transformers, with a chat template.
+            Tokenizer of transformers, with a chat template.
         generation_prompt
             Whether the template begins the assistant's next message, if the scenario does not say
             it.
@@ -206,13 +206,13 @@ def assembled(
     prompt, messages
         One of the two.
     generation_prompt
-        Of messages.
+        Whether a template of messages begins the assistant's next one.
     marked
         Spans whose marks were taken out of the prompt already.
     marks
         Whether to take marks out.
     chat
-        Of a scenario that is copied; then `prompt` and `spans` are what was made of it.
+        Chat of a copied scenario; `prompt` and `spans` then are its rendered ones.
 
     Raises
     ------

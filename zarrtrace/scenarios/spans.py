@@ -84,7 +84,7 @@ def find_span(
     Parameters
     ----------
     scenario, name
-        Of the scenario and the span, for messages.
+        Names of the scenario and the span, for messages.
     given
         The span, as an entry gives it.
     prompt
@@ -92,7 +92,7 @@ def find_span(
     search
         Returns the occurrences of a text in it.
     where
-        What messages call the text.
+        Name of the text in messages.
 
     Raises
     ------

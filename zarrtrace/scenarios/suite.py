@@ -63,7 +63,7 @@ def as_scenarios(given: Any) -> tuple[Scenario, ...]:
     Parameters
     ----------
     given
-        What :func:`stream` takes.
+        Argument of :func:`stream`.
 
     Returns
     -------
@@ -183,7 +183,7 @@ def suite_attributes(given: Any) -> dict[str, Any]:
     Parameters
     ----------
     given
-        What :func:`stream` takes.
+        Argument of :func:`stream`.
 
     Raises
     ------
@@ -313,7 +313,7 @@ def _refuse_odd_file(path: Path, status: os.stat_result, *, is_read_whole: bool)
         raise ScenarioError(
             f"{path}: larger than {readable(MAX_BYTES)}",
             why="YAML is read whole.",
-            remedy="Write so many scenarios as JSONL, CSV or Parquet, which are read row by row.",
+            remedy="Write large suites as JSONL, CSV or Parquet, which are read row by row.",
         )
 
 

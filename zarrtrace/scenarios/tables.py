@@ -68,11 +68,11 @@ def table_entries(
     Parameters
     ----------
     table
-        What messages call it.
+        Name of the table in messages.
     header
         Names of the columns.
     rows
-        What messages call a row, and its values.
+        Words for a row and for its values in messages.
     """
     check_header(table, header)
     is_empty = True

@@ -23,7 +23,7 @@ class FileLock:
     file
         The file.
     subject
-        What is locked, for messages.
+        Path that is locked, for messages.
     seconds
         How long to wait for another owner.
 

@@ -53,7 +53,7 @@ class StoredArray:
     checksums
         Size and checksum of each of its files; others do not exist.
     staged
-        Of an array that is still being written, the index of each file.
+        Index of each file of an array that is still being written.
     """
 
     def __init__(

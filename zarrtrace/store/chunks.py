@@ -6,7 +6,7 @@ A file of a sharded array holds its chunks in the order of their indices, then
 - the index of Zarr's ``sharding_indexed`` codec: offset and length of each chunk, and a CRC-32C.
 
 The fingerprint stands outside the index, where other readers do not look. The metadata of the array
-holds it, too: a file exchanged for another one is noticed by whoever reads the index.
+holds it, too: a file exchanged for another one is noticed by every reader of the index.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ Checksums = Mapping[str, Checksum]
 class LayerGrid:
     """How the chunks of one layer of an array are numbered, and which file each is in.
 
-    Of the dimensions between layers and rows a chunk holds all: chunks come in the order of rows.
+    A chunk holds all of the dimensions between layers and rows: chunks come in the order of rows.
 
     Parameters
     ----------
@@ -156,7 +156,7 @@ def _encode_nonzeros(
 def _encode_dense(
     encoding: ArrayEncoding, dtype: np.dtype[Any], at: np.ndarray, values: np.ndarray
 ) -> bytes:
-    """Encode a chunk by its values that are not 0.
+    """Encode a chunk from its non-zero values.
 
     One chunk's memory is filled and cleared again and again: to make all rows dense first takes
     longer than to compress them. Each thread keeps its own, for fresh memory costs time, too.

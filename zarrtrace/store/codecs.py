@@ -79,7 +79,7 @@ class ArrayEncoding:
     Attributes
     ----------
     layout, shape
-        Of the array.
+        Layout and shape of the array.
     dtype, fill
         Type of decoded values, and the value of those not stored; `is_text` tells whether it is
         text.
@@ -146,13 +146,13 @@ class ArrayEncoding:
         Raises
         ------
         Exception
-            Of any type, where bytes are not the ones that were written.
+            An error of any type, where bytes are not the ones that were written.
         """
         compressed = checked(content)
         if self.is_text:
             _check_size(_zstd_size(compressed), None)
             content = self._compressor.decode(compressed)
-            # Memory for so many texts is allocated before the first is read.
+            # Memory for all texts is allocated before the first is read.
             _check_size(int.from_bytes(content[:CRC_BYTES], "little"), math.prod(self.chunks))
             text: np.ndarray = VLenUTF8().decode(content)
             return text.reshape(self.chunks)

@@ -41,7 +41,7 @@ class ContinuationFile:
     run
         Folder of the run or table, or its address.
     settings
-        What decides the continuations, JSON values only.
+        Options that decide the continuations, JSON values only.
     is_first_check
         Whether nobody has compared the settings yet: others are refused then, and replaced if not.
     accept_versions
@@ -174,7 +174,7 @@ def stored_continuations(run: Location, names: Iterable[str]) -> dict[Repeat, Co
     Parameters
     ----------
     names
-        Of traces.
+        Names of traces.
     """
 
     def read(name: str) -> tuple[Repeat, Continuation] | None:

@@ -49,7 +49,7 @@ _READ: dict[str, Callable[[Location], Group[Any]]] = {
 _Piece = Group[TraceAttributes] | Group[TableAttributes] | Group[IndexAttributes]
 
 
-class Copied(NamedTuple):
+class CopySummary(NamedTuple):
     """The outcome of :func:`copy_run`.
 
     Attributes
@@ -83,7 +83,7 @@ class _Counter:
                 self._progress(self.written + self.there, self._total)
 
 
-def copy_run(source: Address, target: Address, *, progress: Progress | None = None) -> Copied:
+def copy_run(source: Address, target: Address, *, progress: Progress | None = None) -> CopySummary:
     """Copy a run, a trace or a table, with index, labels and card if it has them.
 
     Parameters
@@ -131,7 +131,7 @@ def copy_run(source: Address, target: Address, *, progress: Progress | None = No
                 _copy_file(source, "zarr.json", target)
         finally:
             lock.release()
-    return Copied(scenarios, counter.written, counter.there)
+    return CopySummary(scenarios, counter.written, counter.there)
 
 
 def _sizes(run: Location) -> dict[str, int]:

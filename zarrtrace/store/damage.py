@@ -39,7 +39,7 @@ class Problem(BaseModel):
     chunk
         Key of the damaged file in its array, such as ``c.0.0.0.0``; None if it is about all.
     message
-        What is wrong.
+        The damage, in words.
     """
 
     scenario: str | None
@@ -164,7 +164,7 @@ def compare_file(
     place
         Along the array's first dimension, in this file; None for all of them.
     message
-        What is wrong.
+        The damage, in words.
     """
     if encoding.is_sharded:
         tail = Content(content[-encoding.tail_bytes :], len(content))

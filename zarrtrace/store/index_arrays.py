@@ -155,7 +155,7 @@ class IndexWriter:
     run
         Folder of the run or the table.
     source
-        What is indexed of it.
+        The parts of it that are indexed.
     special
         Whether special tokens are counted.
     """
@@ -196,7 +196,7 @@ class IndexWriter:
         Parameters
         ----------
         stored
-            What :func:`write_index_layer` returned, by array.
+            Results of :func:`write_index_layer`, by array.
         """
         source = self._source
         values: dict[str, np.ndarray] = {
@@ -243,9 +243,9 @@ def write_index_layer(
     Parameters
     ----------
     folder
-        Of the new index: :attr:`IndexWriter.path`.
+        Path of the new index: :attr:`IndexWriter.path`.
     layers, features
-        What the index holds.
+        Layers and numbers of latents of the index.
     layer
         Which of its layers.
     arrays

@@ -1,4 +1,4 @@
-"""What of a run or a table can be indexed: features, by scenario and position."""
+"""Features of a run or a table, by scenario and position, to index."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class IndexableSamples(NamedTuple):
     def read(self, array: str, layer: int, *, special: bool) -> Activations:
         """Read the activations of a layer that it has, of samples that were computed.
 
-        Those of special tokens only if asked.
+        Special tokens are included only if asked.
 
         Raises
         ------
@@ -140,19 +140,19 @@ class IndexableSamples(NamedTuple):
 
 
 class Indexable(NamedTuple):
-    """What of a run or a table can be indexed.
+    """The parts of a run or a table that can be indexed.
 
     Attributes
     ----------
     names
-        Of all its scenarios, in order.
+        Names of all its scenarios, in order.
     parts
         Complete traces that have features, or the samples of the table.
     by_scenario
-        Of a run, the digest of each scenario's features, 0 without; of a table, the number of its
+        For a run, the digest of each scenario's features, 0 without; for a table, the number of its
         first sample.
     indexed
-        How many scenarios the parts are of.
+        Number of scenarios in the parts.
     table
         Seal of the table; None for a run of traces.
     """
@@ -366,7 +366,7 @@ def read_sample_texts(
     Parameters
     ----------
     rows
-        Of each scenario, numbers of the first sample and of the one behind the last.
+        Numbers of each scenario's first sample, and of the one behind its last.
 
     Raises
     ------

@@ -96,7 +96,7 @@ class StoredBlocks(StoredChunks):
     Attributes
     ----------
     blocks
-        How many blocks of samples are stored, in all layers.
+        Number of blocks of samples stored in all layers.
     failed
         Why scenarios of these samples were not computed, by name.
     """
@@ -271,7 +271,7 @@ def by_file(
     Parameters
     ----------
     places, chunks
-        Of each chunk, key of the file and number in it, and length and CRC-32C.
+        Key of each chunk's file, its number there, its length and CRC-32C.
     """
     found: dict[FileId, list[tuple[int, int, int]]] = {}
     for (key, number), (length, crc) in zip(places, chunks, strict=True):

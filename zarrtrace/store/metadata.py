@@ -64,7 +64,7 @@ class Group(Generic[_Attributes]):
     path
         Its folder.
     attributes
-        What was checked of its attributes.
+        Its checked attributes.
     plain
         All of its attributes but the names of coordinates, as xarray shows them.
     labels
@@ -392,7 +392,7 @@ def check_nodes(
     nodes
         Metadata of arrays by name.
     attributes
-        Of the group.
+        Attributes of the group.
     is_whole
         Whether no file may be missing of arrays that are not written layer by layer; of coordinates
         none ever may.

@@ -79,7 +79,7 @@ def check_node(
     Parameters
     ----------
     name, node
-        Of the array.
+        Name and metadata of the array.
     sizes
         Sizes of dimensions that are known already; its own are added.
     is_whole

@@ -60,7 +60,7 @@ def open_trace(
         None indexes lazily without dask, best for point reads. ``"auto"`` or ``{}`` gives dask
         arrays in blocks of whole layers; a mapping of dimensions to sizes, blocks of those.
     missing
-        What to do if the trace is not complete: ``"raise"``, or ``"nan"`` to read the layers that
+        Treatment of an incomplete trace: ``"raise"``, or ``"nan"`` to read the layers that
         it lacks as NaN. Then the attribute ``missing_layers`` names them, and ``nonfinite`` the
         stored layers in which the model computed NaN.
     storage_options

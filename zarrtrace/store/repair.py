@@ -1,4 +1,4 @@
-"""What of a damaged trace is sound, and can be used again."""
+"""The sound parts of a damaged trace, which are used again."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def sound_parts(
     path
         The trace.
     attributes, layouts
-        What it should be.
+        Attributes and arrays that it should have.
 
     Raises
     ------

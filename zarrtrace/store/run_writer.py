@@ -79,7 +79,7 @@ class RunWriter(LockedRun):
     scenarios
         Names of the traces.
     config
-        What was asked for, JSON values only. An existing run must have been asked for the same.
+        Options of the extraction, JSON values only; an existing run must have equal ones.
     stated
         Attributes that the suite file states, for readers: ``bands`` and ``task_spans``.
     overwrite
@@ -265,7 +265,7 @@ class RunExtension(LockedRun):
     path
         The run; created if need be.
     config
-        What all its traces share, JSON values only.
+        Configuration that all its traces share, JSON values only.
 
     Raises
     ------

@@ -183,7 +183,7 @@ def wait_for_writers(run: Location, *, seconds: float) -> None:
     Raises
     ------
     LockedError
-        If one still does after so many seconds.
+        If one still does after `seconds`.
     """
     for file in sorted(staging_folder(run).glob("*.lock")):
         FileLock(file, run / file.stem, seconds=seconds).release()

@@ -48,7 +48,7 @@ class StagedFiles(ABC, Generic[_Attributes, _Stored]):
     attributes, layouts
         Attributes of the group, and its arrays.
     settings
-        Hash of what else must be the same to resume it, where nothing beside it says so.
+        Hash of all else that must be equal to resume it, where nothing else records that.
 
     Attributes
     ----------
@@ -119,7 +119,7 @@ class StagedFiles(ABC, Generic[_Attributes, _Stored]):
     def resume(self, coordinates: Mapping[str, np.ndarray]) -> bool:
         """Continue what an earlier process left; False if there is nothing to continue.
 
-        What follows the last line of the journal that holds is cut off. If other versions of
+        Bytes behind the last valid line of the journal are cut off. If other versions of
         libraries began it, both are named. Bytes of all chunks are compared with their
         checksums: after a loss of power, files may hold other bytes.
 

@@ -87,7 +87,7 @@ class StagedTable(StagedFiles[TableAttributes, StoredBlocks]):
 
     @property
     def done(self) -> int:
-        """How many samples are stored, in all layers."""
+        """Number of samples stored in all layers."""
         return min(self.stored.blocks * self.block, self.samples)
 
     def chunks_of(self, name: str, block: int) -> int:
@@ -202,7 +202,7 @@ def read_staged_table(path: Location) -> tuple[Group[TableAttributes], int] | No
     group
         Its metadata.
     done
-        How many samples the journal names.
+        Number of samples in the journal.
     """
     folder = table_folder(path.resolved())
     lines = read_lines(folder)

@@ -61,11 +61,11 @@ class RunSummary(BaseModel):
     scenarios, scenarios_complete
         Numbers of all scenarios, and of those that are complete.
     traces
-        Those that were summarised, in the run's order.
+        Summaries of traces, in the run's order.
     scenarios_missing
         Scenarios that were not begun.
     bytes_on_disk, bytes_dense
-        Of `traces`.
+        Sizes of `traces`.
     """
 
     path: str
@@ -80,7 +80,7 @@ class RunSummary(BaseModel):
 
     @property
     def compression(self) -> float:
-        """How many dense bytes one byte on disk stands for."""
+        """Ratio of dense bytes to bytes on disk."""
         return self.bytes_dense / max(1, self.bytes_on_disk)
 
 
@@ -122,7 +122,7 @@ class TableSummary(BaseModel):
 
     @property
     def compression(self) -> float:
-        """How many dense bytes one byte on disk stands for."""
+        """Ratio of dense bytes to bytes on disk."""
         return self.bytes_dense / max(1, self.bytes_on_disk)
 
 

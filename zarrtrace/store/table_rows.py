@@ -53,7 +53,7 @@ class TableRows:
 
     @property
     def label(self) -> str:
-        """What they are called in messages."""
+        """Name of the rows in messages."""
         return "next tokens" if self.layer is None else f"layer {self.layer}"
 
     def problem(self, start: int, values: Mapping[str, _Rows], samples: int) -> str:

@@ -201,13 +201,13 @@ class TableWriter(LockedRun):
 
     @property
     def done(self) -> int:
-        """How many samples are stored in all layers: whole blocks, or all."""
+        """Number of samples stored in all layers: whole blocks, or all."""
         return self._samples if self.is_published else self._staged.done
 
     def append(self, record: SampleRecord | SampleTokens) -> None:
         """Store some samples of a layer, or next tokens of some samples; from any thread.
 
-        Those of one layer come in their order, from :attr:`done` on; layers are independent.
+        Samples of one layer come in order, from :attr:`done` on; layers are independent.
 
         Raises
         ------
