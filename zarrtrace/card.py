@@ -34,7 +34,7 @@ _MARK = re.compile(r"<!-- zarrtrace card ([0-9a-f]{16}) -->\n\Z")
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"))
 _LARGER = "1M<n<10M"
 _SCENARIOS_SHOWN = 50
-# Of metadata: columns, and characters of a text.
+# Most columns of metadata, and characters of a text.
 _COLUMNS_SHOWN, _TEXT_SHOWN = 6, 60
 
 _ARRAYS = {

@@ -15,7 +15,7 @@ from urllib.request import getproxies
 
 from zarrtrace.errors import ModelError
 
-# Of a connection; the hub's own client asks for each file six times, for half a minute.
+# Seconds for a connection; the hub's own client asks for each file six times, for half a minute.
 _SECONDS = 3
 _ENDPOINT = "https://huggingface.co"
 

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-# Of malloc.h.
+# From malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
@@ -36,7 +36,7 @@ def _malloc_trim() -> Callable[[int], Any] | None:
 def keep_freed() -> None:
     """Undo Dask's ``MALLOC_TRIM_THRESHOLD_`` in a worker; does nothing where it is not glibc.
 
-    Every large array would be mapped anew, page by page. These are the thresholds that glibc comes
+    Every large array would be mapped again, page by page. These are the thresholds that glibc comes
     to by itself where nothing is set.
     """
     if "MALLOC_TRIM_THRESHOLD_" in os.environ and _malloc_trim() is not None:

@@ -38,7 +38,7 @@ def attention(
     ----------
     data
         A trace, or its ``attention`` or ``attention_mean``, of which layers, heads, queries and
-        keys may be selected. Of a single query, a bar for each key is drawn.
+        keys may be selected. A single query is drawn as a bar for each key.
     layer
         The decoder block, where the data have several.
     head

@@ -53,7 +53,7 @@ def generate() -> dict[str, str]:
         _write_example(trace)
         attributes = _metadata(trace)
         attributes.pop("consolidated_metadata", None)
-        # What a compressor makes of the data differs from one of its versions to the next.
+        # Compressed bytes differ from one version of the compressor to the next.
         attributes["attributes"]["seal"] = _CHECKSUM
         out["example-trace.zarr.json"] = _text(attributes)
         for name in ("attention", "features"):

@@ -164,7 +164,7 @@ def _relate(result: xr.Dataset) -> str:
         return "No quantity is known, and varies, in three scenarios."
     q = result["q_permutation"]
     found, tested = int((q <= 0.05).sum()), int(p.notnull().sum())
-    # Of equal p the strongest correlation.
+    # The strongest correlation among equal p.
     order = p.fillna(np.inf) - 1e-9 * abs(result["rho"]).fillna(0)
     best = result.isel(order.argmin(...)) if order.ndim else result
     where = _where(best["rho"].expand_dims("_"), named=True)

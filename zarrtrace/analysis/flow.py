@@ -81,14 +81,11 @@ def attention_rollout(
     which gives the same numbers and holds one layer at a time. If the trace does not begin with
     layer 0, neither does the rollout. A description of each scenario: no null hypothesis is tested.
     """
-    if not 0 <= residual <= 1:
-        raise ConfigError(f"residual={residual} is not within 0 to 1", remedy="The usual is 0.5.")
-
     return _through_layers(
         data,
         source,
         target,
-        partial(_rolled, residual=residual),
+        _rolled,
         "attention_rollout",
         "product over layers of residual·I + (1 − residual)·attention, mean over heads, rows "
         "normalised (Abnar & Zuidema 2020); summed over the source's tokens",
@@ -164,14 +161,11 @@ def attention_flow(
     Time grows with the square of the number of layers. A description of each scenario: no null
     hypothesis is tested.
     """
-    if not 0 <= residual <= 1:
-        raise ConfigError(f"residual={residual} is not within 0 to 1", remedy="The usual is 0.5.")
-
     return _through_layers(
         data,
         source,
         target,
-        partial(_flowed, residual=residual),
+        _flowed,
         "attention_flow",
         "maximum flow through the graph of tokens by layer with capacities residual·I + "
         "(1 − residual)·attention, mean over heads (Abnar & Zuidema 2020)",
@@ -281,7 +275,7 @@ def _with_residual(layer: np.ndarray, residual: float) -> np.ndarray:
 class _Layers(Iterable[tuple[int, Any]]):
     """The matrices of a trace's layers in stretches ``(layer, query, key)``, from the first on.
 
-    Each comes with its number of layers. What is on dask comes lazily, a block at a time.
+    Each comes with its number of layers. Dask arrays come lazily, a block at a time.
     """
 
     def __init__(self, ds: xr.Dataset, array: xr.DataArray) -> None:
@@ -320,11 +314,14 @@ def _through_layers(
     data: Data,
     source: Place | Sequence[Place] | None,
     target: Place,
-    through: _Through,
+    through: Callable[..., _Found],
     analysis: str,
     method: str,
-    **parameters: float,
+    *,
+    residual: float,
 ) -> xr.DataArray:
+    if not 0 <= residual <= 1:
+        raise ConfigError(f"residual={residual} is not within 0 to 1", remedy="The usual is 0.5.")
     if source is None:
         source = [name for name in spans_before(data, [target]) if name != label(target)]
     sources, several = as_places(source)
@@ -332,7 +329,8 @@ def _through_layers(
         raise ConfigError("no source to start from", remedy="Give a span or positions.")
     require_places(data, [*sources, target])
 
-    of = partial(_through_trace, sources=sources, target=target, through=through)
+    step = partial(through, residual=residual)
+    of = partial(_through_trace, sources=sources, target=target, through=step)
     out = per_scenario(data, of).rename(analysis.removeprefix("attention_"))
     out = out.reindex(source=[label(place) for place in sources])
     out = out.transpose("scenario", "source", "layer", missing_dims="ignore")
@@ -344,7 +342,7 @@ def _through_layers(
         method,
         source=[label(place) for place in sources],
         target=label(target),
-        **parameters,
+        residual=residual,
     )
 
 

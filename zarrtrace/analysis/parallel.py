@@ -1,7 +1,7 @@
 """Work on many layers and scenarios, in parts that dask does in parallel.
 
 Dask calls the analyses' functions where it reads: what comes back is small, and nothing is done in
-one thread while another waits. Of arrays that are no dask arrays, a scenario is a task.
+one thread while another waits. For arrays that are no dask arrays, a scenario is a task.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OfLayer = Callable[[np.ndarray, int], _Found]
 
 # Scenarios, or calls, that dask gets together, and whose results are in memory at once.
 _AT_ONCE = max(8, 2 * (os.cpu_count() or 1))
-# Of an array that is no dask array, unless a layer is more.
+# Bytes read of an array that is no dask array, unless a layer is more.
 _READ_BYTES = 2**23
 
 

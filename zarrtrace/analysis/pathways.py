@@ -23,7 +23,7 @@ from zarrtrace.errors import ConfigError
 from zarrtrace.format.attributes import SAE_FIELDS, sae_coordinate
 from zarrtrace.scenarios import DECISION
 
-# What is said of each feature on a pathway.
+# Coordinates of each feature on a pathway.
 _ON_PATHWAY = ("feature", "score", "source_activation", "target_activation")
 
 

@@ -114,7 +114,7 @@ def _squared_normal(
     b += a
     square /= b
     share = np.divide(a, b, out=a).astype(np.float32)
-    # What is left needs no float64: nothing cancels.
+    # The rest needs no float64: nothing cancels.
     found = square.astype(np.float32)
     found *= (1 / na + 1 / nb) ** 2  # t squared
     inverse = share * (1 / (na - 1) + 1 / (nb - 1))  # of the degrees of freedom

@@ -190,7 +190,7 @@ def neighbours(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return positions ``(group, token, near)`` and whether each is a neighbour that counts."""
     free, at = np.flatnonzero(is_free), np.arange(len(is_free))
-    # Of two as near, the one behind: it is the later one that attention favours.
+    # The later of two equally near ones: it is the later one that attention favours.
     farness = 2 * np.abs(free - at[:, None]) + (free < at[:, None])
     nearest = free[np.argsort(farness, axis=1)][:, : controls + groups.shape[1]]
     near, rows = nearest[groups], np.arange(len(groups))[:, None]

@@ -138,7 +138,7 @@ def probe(
     Null hypothesis: the layer says nothing about the target beyond the confounds. Unit of exchange:
     the group, if all samples of each group have the same target; else the sample within its group,
     and then p is about differences within groups only, and samples of a group are taken to be
-    exchangeable. All probes are trained again for each permutation. Of two values that is done by
+    exchangeable. All probes are trained again for each permutation. With two values that is done by
     ridge regression on 0 and 1, because all permutations share its one factorisation;
     ``score`` is the logistic one's.
 

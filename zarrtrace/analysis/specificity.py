@@ -70,7 +70,7 @@ def position_specific_features(
     are not independent, scenarios of one template repeat the same tokens, and a ranking of many
     features always has a first one. `scenarios` says how often a finding repeats; in one template,
     that is no more than one prompt shows. Special tokens (BOS) count as elsewhere: a feature that
-    fires at them only scores below 0 at every other span. Of a scenario's repeats the prompt
+    fires at them only scores below 0 at every other span. Among a scenario's repeats the prompt
     counts once; at spans of generated text `scenarios` counts repeats one by one.
     """
     at_least_one(top)

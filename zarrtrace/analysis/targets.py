@@ -27,7 +27,7 @@ class Target(NamedTuple):
     name
         The column.
     values
-        ``(sample,)`` float64; NaN where missing. Of two values 0 and 1.
+        ``(sample,)`` float64; NaN where missing. Two values become 0 and 1.
     classes
         The two values in ascending order, as text; empty for numbers.
     """

@@ -61,7 +61,7 @@ def word_associations(
         without BOS is an ordinary one, but many models treat it like BOS: its activations may be
         far above those of the same word elsewhere.
     text
-        Count all tokens, those of prompts, or ``"generated"`` ones only. Of a scenario's repeats
+        Count all tokens, those of prompts, or ``"generated"`` ones only. Among a scenario's repeats
         the prompt counts once.
 
     Returns

@@ -15,8 +15,9 @@ from zarrtrace.errors import ModelError
 from zarrtrace.format.attributes import SAEAttributes
 from zarrtrace.layer_batches import Member
 
-# What all batches of a wave may hold between two blocks. A wave walks through the layers once, so
-# SAEs are loaded once a wave; on a GPU, for which that takes longest, once in any but huge runs.
+# Bytes that all batches of a wave may hold between two blocks. A wave walks through the layers
+# once, so SAEs are loaded once a wave; on a GPU, where that takes longest, once in all but huge
+# runs.
 _ON_GPU = 2**30
 # Elsewhere as much as a third of an encoder, and at least this: loading small ones takes time, too.
 _AT_LEAST = 8 * 2**20

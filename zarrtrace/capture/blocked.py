@@ -2,7 +2,7 @@
 
 Each block runs the architecture's own eager function on some rows of the query, with the rows of
 the mask that transformers itself makes for them: scaling, windows, soft caps and sinks are the
-architecture's, and a row of a softmax does not depend on the others. What differs from the whole
+architecture's, and a row of a softmax does not depend on the others. The difference from the whole
 matrix is the rounding of a smaller matrix product.
 """
 

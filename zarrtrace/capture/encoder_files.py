@@ -1,6 +1,6 @@
 """Reading the encoder out of an SAE's file and leaving the decoder, half of it, unread.
 
-sae-lens reads whole files. What it makes of Llama Scope's is done here with its own functions but
+sae-lens reads whole files. Its conversion of Llama Scope's is done here with its own functions but
 for the decoder; tests compare the two bit for bit.
 """
 

@@ -91,7 +91,7 @@ class KeptEncoders:
     Parameters
     ----------
     source
-        Where they come from. What no longer fits into a device's memory is loaded each time.
+        Where they come from. An SAE that no longer fits into a device's memory is loaded each time.
     """
 
     def __init__(self, source: SAESource) -> None:

@@ -24,7 +24,7 @@ import torch
 # Number of stretches read of each tensor, and elements of a stretch.
 _STRETCHES, _ELEMENTS = 32, 32
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# What a configuration says of names, files and precision, and of what a forward pass returns.
+# Fields of a configuration about names, files, precision and returned values.
 _NOT_OF_MODELS = (
     "_name_or_path", "architectures", "dtype", "output_attentions", "output_hidden_states",
     "return_dict", "torch_dtype", "transformers_version", "use_cache",

@@ -1,6 +1,6 @@
 """Hook points: where in a block an SAE reads, and which module that is.
 
-The names are TransformerLens's, as SAEs carry them. What they mean here:
+The names are TransformerLens's, as SAEs carry them. They mean here:
 
 ==============  ===================================================================
 ``resid_pre``   the block's input
@@ -38,7 +38,7 @@ _KIND_OF_SITE = {
 #: Kinds of hook points; where a layer has several SAEs, the first of them is ``features``.
 KINDS = tuple(dict.fromkeys(["resid_post", *_KIND_OF_SITE.values()]))
 
-# What architectures call the same thing.
+# Names of the same thing in different architectures.
 _MLP = ("mlp", "feed_forward", "block_sparse_moe")
 _OUTPUT_PROJECTION = ("o_proj", "c_proj", "dense", "out_proj")
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from zarrtrace.errors import ModelError, ZarrtraceError
 from zarrtrace.hub import not_reached
 
-#: What transformers raises for files that are missing, damaged or of another kind.
+#: Errors that transformers raises for files that are missing, damaged or of another kind.
 LOADING_ERRORS = (
     ArithmeticError,
     AttributeError,

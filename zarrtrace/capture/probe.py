@@ -390,7 +390,7 @@ def _recorded(model: LoadedModel, ids: torch.Tensor) -> list[torch.Tensor]:
             output_attentions=True,
         )
     for module, hooks, had_mark in before:
-        # Those that transformers puts on blocks, and says to have put on all.
+        # Masks that transformers puts on blocks, and says to have put on all.
         for key in set(module._forward_hooks) - set(hooks):  # noqa: SLF001
             del module._forward_hooks[key]  # noqa: SLF001
         if not had_mark:

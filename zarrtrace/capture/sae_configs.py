@@ -25,7 +25,7 @@ from zarrtrace.format.attributes import SAEAttributes
 _LAYER_IN_ID = re.compile(r"(?:^[lL]|(?:^|[/._-])(?:blocks?|layers?)[._-]?)(\d+)(?!\d)")
 
 
-#: What loading a damaged SAE raises.
+#: Errors that loading a damaged SAE raises.
 LOADING_ERRORS = (
     ArithmeticError,
     AssertionError,

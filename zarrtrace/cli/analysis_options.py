@@ -45,7 +45,7 @@ _KEEP = _option(
     help="Strongest ones to keep of each layer, or words of each feature.",
 )
 _SEED = _option(
-    "--seed", type=int, default=0, show_default=True, help="Of the random numbers drawn."
+    "--seed", type=int, default=0, show_default=True, help="Seed of the random numbers."
 )
 _PERMUTATIONS = _option(
     "--permutations",
@@ -209,7 +209,7 @@ ANALYSES: dict[str, Analysis] = {
     ),
     "contrast": Analysis(
         "contrast",
-        "What separates two groups of scenarios.",
+        "Differences between two groups of scenarios.",
         "--group-a risky --group-b safe",
         (
             _option("--group-a", metavar="TAG", help="Tag, or value of --by."),
@@ -350,7 +350,7 @@ ANALYSES: dict[str, Analysis] = {
             _option(
                 "--method",
                 type=click.Choice(["difference", "ridge"]),
-                help="Of means, or weights.  [default: by the column]",
+                help="Difference of means, or ridge weights.  [default: by the column]",
             ),
             layers_option,
             sae_option,
@@ -361,7 +361,7 @@ ANALYSES: dict[str, Analysis] = {
     ),
     "decision": Analysis(
         "decision",
-        "What the model would say next: the probability of each option, and entropy.",
+        "The model's next token: the probability of each option, and entropy.",
         "-o decisions.csv",
         (_DECIDED_AT,),
     ),
@@ -376,7 +376,7 @@ ANALYSES: dict[str, Analysis] = {
                 type=click.FloatRange(0, 1, min_open=True, max_open=True),
                 default=0.95,
                 show_default=True,
-                help="Of the intervals.",
+                help="Level of the intervals.",
             ),
         ),
     ),

@@ -56,7 +56,7 @@ class _Formats(click.ParamType[tuple[str, ...]]):
     group=PART,
     multiple=True,
     metavar="NAME",
-    help="Of single scenarios, only this one. Repeatable. Figures over scenarios take all.",
+    help="Only this single scenario. Repeatable. Figures over scenarios take all.",
 )
 @output_option("Folder to write to.  [default: RUN-figures, beside RUN]", type=PATH)
 @option(
@@ -74,7 +74,7 @@ class _Formats(click.ParamType[tuple[str, ...]]):
     type=click.IntRange(30, 1200),
     default=300,
     show_default=True,
-    help="Of PNGs, and of images within PDFs.",
+    help="Resolution of PNGs, and of images within PDFs.",
 )
 @quiet_option
 def command(
@@ -87,9 +87,8 @@ def command(
 ) -> None:
     """Draw RUN: attention, features, pathways and contrasts, and an index.html that shows them.
 
-    Prints the name of the page. It says which figures could not be drawn, and why. Of a run of more
-    than 50 scenarios, 50 are drawn one by one; of more than 1,000, figures over scenarios take
-    1,000: evenly spaced ones, as the page says.
+    Prints the name of the page. It says which figures could not be drawn, and why. At most
+    50 scenarios are drawn one by one, and 1,000 compared: evenly spaced ones, as the page says.
     """
     from zarrtrace.figures import draw_run
     from zarrtrace.figures.page import sampled

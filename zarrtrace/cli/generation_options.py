@@ -25,7 +25,7 @@ _OPTIONS = (
         group=GENERATION,
         type=click.FloatRange(0),
         default=0.0,
-        help="Of sampling.  [default: 0, the most likely token]",
+        help="Temperature of sampling.  [default: 0, the most likely token]",
     ),
     option(
         "--top-p",
@@ -47,7 +47,7 @@ _OPTIONS = (
         group=GENERATION,
         type=int,
         default=0,
-        help="Of sampling; other texts for another one.  [default: 0]",
+        help="Seed of sampling; other texts for another one.  [default: 0]",
     ),
     option(
         "--stop",
@@ -60,7 +60,7 @@ _OPTIONS = (
         "--answer",
         group=GENERATION,
         metavar="REGEX",
-        help="What is the answer in a continuation: its first group, or all of it.  [default: the "
+        help="Pattern of the answer in a continuation: its first group, or all.  [default: the "
         "first of the options]",
     ),
 )

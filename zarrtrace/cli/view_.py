@@ -63,8 +63,8 @@ def command(
 ) -> None:
     """Look at RUN in the browser, from this machine, until Ctrl-C.
 
-    Prints the page's address. Of a run of more than 500 scenarios, the first 500 are shown, or
-    those of --scenario.
+    Prints the page's address. The first 500 scenarios of a larger run are shown, or those of
+    --scenario.
     """
     import contextlib
     import webbrowser

@@ -60,7 +60,7 @@ def find_answer(text: str, pattern: str | None, options: Mapping[str, str]) -> A
     found = []
     for name, option in options.items():
         if (words := option.strip()) and (match := _whole(words).search(text[start:end])):
-            # Of several that begin at one place the longest: "stop now" before "stop".
+            # The longest of several that begin at one place: "stop now" before "stop".
             found.append((match.start(), -len(words), name))
     at, length, choice = min(found, default=(0, 0, None))
     if pattern is not None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # Continuations of a table that are planned together: no more prompts are held.
 _AT_ONCE = 4096
-# What of a run's configuration decides its continuations.
+# Parts of a run's configuration that decide its continuations.
 _DECISIVE = ("model", "revision", "model_fingerprint", "model_settings", "dtype", "prepend_bos",
              "device", "generation", "versions")  # fmt: skip
 

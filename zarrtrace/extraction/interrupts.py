@@ -41,7 +41,7 @@ def held_back() -> Iterator[Callable[[], None]]:
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
-            # What is not a function ends the process at once, or is ignored: no harm in either.
+            # A handler that is no function ends the process, or is ignored: no harm in either.
             if callable(handler := signal.getsignal(number)):
                 before[number] = handler
                 signal.signal(number, note)

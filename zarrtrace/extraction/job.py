@@ -47,7 +47,7 @@ if TYPE_CHECKING:  # they import torch
     from zarrtrace.capture.saes import SAESource
 from zarrtrace.extraction.sae_sources import bos_notes
 
-#: What the embedded model is called in a trace.
+#: Name of the embedded model in a trace.
 DEMO_MODEL = "zarrtrace-demo"
 
 P = ParamSpec("P")

@@ -45,7 +45,7 @@ _MOST = 15
 _TOGETHER = 4
 # Bytes of records that wait or are being sent, by process; one record may be larger.
 _BYTES_A_PROCESS = 24 * 2**20
-# Of linux/prctl.h.
+# From linux/prctl.h.
 _SIGNAL_AT_PARENTS_DEATH = 1
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _ID_BYTES = 4
 # Types of arrays for columns of numbers, which have one type in all scenarios.
 _CODES = {float: "d", int: "q"}
-#: What stands for an option that a scenario lacks.
+#: Stands for an option that a scenario lacks.
 NO_OPTION = -1
 # Beginnings of names of arrays that are no coordinates along `sample`.
 _ARRAYS = ("features", "feature_", "next_token", "residual", "sae_", "top_")
@@ -134,7 +134,7 @@ class _Samples:
     special: array[int] = field(default_factory=lambda: array("b"))
     span: list[str] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
-    # Of continuations; empty if there are none.
+    # Token ids of continuations; empty if there are none.
     repeat: array[int] = field(default_factory=lambda: array("q"))
     generated: array[int] = field(default_factory=lambda: array("b"))
     choice: list[str] = field(default_factory=list)

@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from zarrtrace.format.attributes import CONVENTIONS, SEAL_DESCRIPTION, Extensible, Layers, Seal
 from zarrtrace.format.layout import ARRAYS, Array, ArrayLayout, feature_indexes, lay_out, round_up
 
-#: How many tokens the index keeps of each feature.
+#: Number of tokens that the index keeps of each feature.
 INDEX_TOKENS = 20
 
 # One feature is looked up: what is decoded for it stays small.

@@ -14,9 +14,9 @@ from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from zarrtrace.format.attributes import Frozen
 
-#: How many of a token's strongest features ``top_feature`` and ``top_activation`` hold.
+#: Number of strongest features in ``top_feature`` and ``top_activation``, by token.
 TOP_FEATURES = 32
-#: How many continuations ``next_token`` holds at each position.
+#: Number of continuations in ``next_token`` at each position.
 NEXT_TOKENS = 10
 #: The arrays of continuations.
 NEXT_TOKEN = ("next_token", "next_token_logprob", "next_token_text")

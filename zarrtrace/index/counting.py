@@ -16,7 +16,7 @@ from zarrtrace.format.index_layout import INDEX_TOKENS
 # An activation is a multiple of 2**-18 and, of what is left, one of 2**-50: float32 is never
 # rounded above 2**-26.
 _HIGH, _LOW = 2.0**18, 2.0**32
-# What a sum of int64 has room for, with 2**11 such tokens a feature.
+# Largest magnitude whose sum fits int64, with 2**11 such tokens a feature.
 _LARGEST = 2.0**34
 # Entries that wait to be ranked: 24 bytes each.
 _MAX_WAITING = 2**20

@@ -48,8 +48,8 @@ class FeatureUse:
         Which: ``array`` is ``features`` or ``features_<name>``.
     maximum, mean
         Activation of largest magnitude, with its sign, and mean activation over all tokens, in the
-        SAE's units; a token at which the feature is silent counts as 0. Of a scenario's repeats the
-        prompt counts once.
+        SAE's units; a token at which the feature is silent counts as 0. Among a scenario's repeats
+        the prompt counts once.
     frequency
         Fraction of tokens at which it fires: its activation is non-zero.
     tokens

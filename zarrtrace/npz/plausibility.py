@@ -15,7 +15,7 @@ from zarrtrace.npz.archive import read_array
 from zarrtrace.npz.files import reading
 from zarrtrace.store import attention_problem
 
-#: What an NPZ folder does not hold, so that an import cannot tell.
+#: Facts that an NPZ folder does not hold, so that an import cannot tell.
 NOT_TOLD = (
     "Not told by NPZ files, so not checked: whether a file belongs to the layer that its name "
     "says, and, of scenarios with equally many tokens, to the scenario of its folder."

@@ -51,7 +51,7 @@ class Scenario:
         Groups the scenario belongs to, for example ``["risky"]``.
     spans
         As in a file of scenarios: a text that occurs once, ``{"text": …, "occurrence": …}``, or
-        character ranges ``(start, end)`` of the prompt without marks. Those of messages refer to
+        character ranges ``(start, end)`` of the prompt without marks. Ranges in messages refer to
         the text that the template makes, or with ``"message": 1`` to one message's content.
     options
         Named continuations whose probability matters, for example ``{"bet": "1"}``.
@@ -67,7 +67,7 @@ class Scenario:
     Attributes
     ----------
     prompt
-        The text. Of messages it is empty until they are rendered, and then holds the special
+        The text. With messages it is empty until they are rendered, and then holds the special
         tokens that the template writes.
     name
         Empty until a suite is made, if none was given.

@@ -32,7 +32,7 @@ _ENDINGS = (*_TEXT_FILES, ".parquet")
 _GIVE_A_FILE = "Give a YAML, JSONL, CSV or Parquet file, or the folder of a data set."
 
 _TABLES = {"pandas.DataFrame": frame_entries, "datasets.Dataset": dataset_entries}
-# Of entries that share nothing.
+# For entries that share nothing.
 _PLAIN = SuiteFile.model_construct(scenarios=[])
 
 Entries = Iterator[tuple[ScenarioEntry, str]]

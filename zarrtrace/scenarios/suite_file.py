@@ -33,7 +33,7 @@ def parse_yaml(path: Path, text: str) -> tuple[SuiteFile, list[str]]:
         data = loader.construct_document(node) if node is not None else None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        # What is never closed is noticed behind the last line.
+        # An unclosed bracket is noticed behind the last line.
         line = min(mark.line + 1, len(text.splitlines())) if mark is not None else 1
         reason = getattr(error, "problem", None) or str(error)
         raise ScenarioError(
@@ -41,7 +41,7 @@ def parse_yaml(path: Path, text: str) -> tuple[SuiteFile, list[str]]:
             remedy="Check quotes, colons and indentation around that line.",
         ) from None
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        # What PyYAML's constructors make of, for example, !!int without digits.
+        # PyYAML's constructors raise it, for example for !!int without digits.
         raise ScenarioError(
             f"{path}: not usable YAML: {type(error).__name__}",
             why="It holds a date, number or tag that is none.",

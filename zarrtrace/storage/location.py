@@ -19,7 +19,7 @@ from zarrtrace.storage.fsspec_files import FsspecFiles
 from zarrtrace.storage.object_store import SCHEMES, ObjectStore
 from zarrtrace.text import without_secrets
 
-#: How many requests a process makes at the same time, multipart uploads aside.
+#: Number of requests a process makes at once, multipart uploads aside.
 REQUESTS_AT_ONCE = 16
 
 _THREADS = "zarrtrace-requests"

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import google_crc32c
 import numpy as np
@@ -24,6 +24,7 @@ from zarrtrace.store.codecs import CRC_BYTES
 from zarrtrace.store.metadata import Group
 from zarrtrace.store.nodes import NONSENSE
 
+_Stored = TypeVar("_Stored", bound="StoredChunks")
 #: Name of the file, beside the arrays.
 JOURNAL = "journal"
 
@@ -104,6 +105,12 @@ class StoredBlocks(StoredChunks):
     blocks: int = 0
     failed: dict[str, str] = field(default_factory=dict)
 
+    def add_block(self, block: StoredBlocks) -> None:
+        """Add the block of samples that follows these."""
+        self.add_chunks(block.chunks)
+        self.blocks += 1
+        self.failed |= block.failed
+
 
 def chunk_places(
     group: Group[Any], name: str, layer: int | None, first: int = 0
@@ -163,15 +170,27 @@ def replay(
     list
         The lines that hold.
     """
+    return _valid_lines(
+        lines, lambda line: _parts_of(line, trace, stored, expected), is_there, stored.add
+    )
+
+
+def _valid_lines(
+    lines: Iterable[Line],
+    parse: Callable[[Line], _Stored],
+    is_there: Callable[[_Stored], bool],
+    add: Callable[[_Stored], None],
+) -> list[Line]:
+    """Add lines up to the first that cannot be parsed or whose bytes are missing."""
     kept = []
     for line in lines:
         try:
-            found = _parts_of(line, trace, stored, expected)
+            found = parse(line)
         except NONSENSE:  # nobody wrote such a line
             break
         if not is_there(found):
             break
-        stored.add(found)
+        add(found)
         kept.append(line)
     return kept
 
@@ -230,19 +249,9 @@ def replay_blocks(
     list
         The lines that hold.
     """
-    kept = []
-    for line in lines:
-        try:
-            found = _block_of(line, stored, places, expected)
-        except NONSENSE:  # nobody wrote such a line
-            break
-        if not is_there(found):
-            break
-        stored.add_chunks(found.chunks)
-        stored.blocks += 1
-        stored.failed |= found.failed
-        kept.append(line)
-    return kept
+    return _valid_lines(
+        lines, lambda line: _block_of(line, stored, places, expected), is_there, stored.add_block
+    )
 
 
 def _block_of(

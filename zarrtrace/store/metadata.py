@@ -29,7 +29,7 @@ from zarrtrace.store.seal import GROUP, AnyAttributes, labels_of, seal_holds
 from zarrtrace.suggestions import closest_path
 
 Kind = Literal["run", "trace", "table", "index"]
-#: What to do about a damaged file.
+#: Remedy for a damaged file.
 REPAIR = (
     "'zarrtrace verify' names everything damaged; the 'zarrtrace extract' that made the run, with "
     "--repair, computes it again."
@@ -37,7 +37,7 @@ REPAIR = (
 _ELSEWHERE = "Choose another path; nothing there was changed."
 # No zarr.json has more bytes.
 _MOST_BYTES = 2**30
-# What to do with a group of another kind than was asked for.
+# Remedies for a group of another kind than was asked for.
 _OTHER_KIND = {
     "table": "A table holds samples of many scenarios: open it with zarrtrace.open_table.",
     "run": "A run holds one trace a scenario: open it with zarrtrace.open_run.",

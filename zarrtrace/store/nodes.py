@@ -19,12 +19,12 @@ Nodes = dict[str, dict[str, Any]]
 #: The attribute of an array that holds sizes and checksums of its files.
 CHECKSUMS = "checksums"
 
-# What no array exceeds; above it, metadata would only make us ask for memory or for files.
+# No array exceeds these; above them, metadata would only make us ask for memory or for files.
 _MOST_LABELS, _MOST_FILES = 2**24, 2**18
 # Attributes by which xarray computes other numbers from those that are stored.
 _SCALED = {"scale_factor", "add_offset", "_FillValue", "missing_value", "dtype", "_Unsigned",
            "units", "calendar"}  # fmt: skip
-# What an array may hold where nothing is stored, by its data type.
+# Fill values that an array may have, by its data type.
 _FILLS: dict[str, tuple[Any, ...]] = {
     "bool": (False,), "float16": ("NaN",), "float32": ("NaN",), "float64": ("NaN",),
     "string": ("",),
@@ -34,7 +34,7 @@ _FILLS: dict[str, tuple[Any, ...]] = {
 _ARRAY_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _CHECKSUM = re.compile(r"[0-9a-f]{8}|[0-9a-f]{16}", re.ASCII)
 _FILE_KEY = re.compile(r"c(\.(0|[1-9]\d{0,8}))+", re.ASCII)
-#: What nonsense in JSON raises when it is parsed and taken for metadata.
+#: Errors that nonsense in JSON raises when it is parsed as metadata.
 NONSENSE = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 
 

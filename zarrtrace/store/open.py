@@ -37,7 +37,7 @@ ChunkSpec = Mapping[str, Any] | Literal["auto"] | None
 
 # A block of dask's holds at most this much, unless one layer is more.
 _BLOCK_BYTES = 32 * 2**20
-# A trace takes about 7 ms to open (2 of them to read its metadata, the others in xarray). So many
+# A trace takes about 7 ms to open (2 of them to read its metadata, the others in xarray). This many
 # are opened before it is said how long all of them take, if it is longer than this.
 _TIMED, _LONG_SECONDS = 200, 10.0
 
@@ -109,7 +109,7 @@ def open_run(
 ) -> xr.DataTree:
     """Open a run, lazily: one child a scenario, in the suite's order.
 
-    The metadata of every trace is read, some milliseconds each. Of a run of thousands, a warning
+    The metadata of every trace is read, some milliseconds each. For a run of thousands, a warning
     says how long that takes; `scenarios` opens a part, and a table has no such cost.
 
     Parameters

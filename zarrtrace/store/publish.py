@@ -109,8 +109,8 @@ def upload(folder: Path, target: Location) -> None:
     """Write a folder to an object store, its ``zarr.json`` last and its journal not at all.
 
     Another writer of the same command may upload at the same time. On equal hardware its bytes are
-    the same; else sizes tell, and all is written once more. Of bytes that differ and have one size,
-    ``verify`` names the mixture.
+    the same; else sizes tell, and all is written once more. ``verify`` names
+    a mixture of bytes that differ and have one size.
 
     Raises
     ------

@@ -125,7 +125,7 @@ def _parse(chunks: Sequence[SparseChunk], size: int) -> _Parse:
     spelt = np.where(zeros < _SHORTEST, zeros, ~from_before)
     in_two = is_long & ~(from_before & (width == 0))
 
-    # Of each piece: its first copy, the rest of it, and the end of its block.
+    # By piece: its first copy, the rest of it, and the end of its block.
     sequences = np.zeros((len(zeros), 3, 4), np.uint32)
     sequences[:, 0, 0] = np.where(from_before, _RUN + width, 1)
     sequences[:, 1, 0] = _RUN

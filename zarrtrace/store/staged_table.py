@@ -81,7 +81,7 @@ class StagedTable(StagedFiles[TableAttributes, StoredBlocks]):
         return {"failed": dict(self.stored.failed)}
 
     def _compared(self, header: Line) -> Line:
-        # What was asked for is compared before, and named where it differs.
+        # The configuration is compared before, and named where it differs.
         attributes = {k: v for k, v in header["attributes"].items() if k != "config"}
         return {**header, "attributes": attributes}
 

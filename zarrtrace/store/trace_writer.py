@@ -24,7 +24,7 @@ from zarrtrace.store.publish import end_publishing, publish_folder
 from zarrtrace.store.repair import SoundParts, sound_parts
 from zarrtrace.store.staged import StagedTrace, staging_folder
 
-# How many rows, and their chunks.
+# Number of rows, and their chunks.
 _Rows = tuple[int, list[bytes]]
 
 _SAME_SIZES = "Give every record the sizes that the trace was created with."
@@ -86,7 +86,7 @@ class TraceWriter:
         # By array and layer (None: next tokens) the encoded rows that wait, by first row.
         self._waiting: dict[tuple[str, int | None], dict[int, _Rows]] = {}
         self._nonfinite: dict[int | None, list[str]] = {}
-        # How many rows of the next layer and of next tokens are appended, by array.
+        # Numbers of rows of the next layer and of next tokens are appended, by array.
         self._rows: dict[str, int] = {}
         with disk.explained(self.path):
             if self.path.path is not None:
