@@ -10,7 +10,7 @@ the trace holds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -82,13 +82,18 @@ def plan_batches(
     batches: Plan = []
     for indices in groups.values():
         rows = [(index, repeat) for index in indices for repeat in range(sampling.samples)]
-        stop, cut = len(rows), []
-        while stop > 0:  # from behind: the longest prompt says how many there may be
-            most = size or _default_size(model, lengths[rows[stop - 1][0]], sampling.tokens)
-            cut.append(rows[max(0, stop - most) : stop])
-            stop -= most
-        batches += reversed(cut)
+        batches += _cut(rows, lambda at: size or _default_size(model, lengths[at], sampling.tokens))
     return batches
+
+
+def _cut(rows: Sequence[tuple[int, int]], most_of: Callable[[int], int]) -> Plan:
+    """Cut rows into batches as large as the longest prompt of each allows."""
+    stop, cut = len(rows), []
+    while stop > 0:  # from behind: the longest prompt decides the number
+        most = most_of(rows[stop - 1][0])
+        cut.append(list(rows[max(0, stop - most) : stop]))
+        stop -= most
+    return cut[::-1]
 
 
 def _default_size(model: LoadedModel, length: int, tokens: int) -> int:

@@ -235,14 +235,7 @@ def choose_samples(
             )
         ds = ds.isel(sample=_chosen(wanted))
     if layers is not None:
-        there = [int(layer) for layer in ds["layer"].values] if "layer" in ds.coords else []
-        absent = [layer for layer in layers if layer not in there]
-        if absent or not layers:
-            raise ConfigError(
-                f"no layer {absent[0]}" if absent else "no layer was asked for",
-                remedy=f"There are layers {', '.join(map(str, there)) or 'of nothing'}.",
-            )
-        ds = ds.isel(layer=_chosen(np.isin(there, list(layers))))
+        ds = _of_layers(ds, layers)
     if not ds.sizes["sample"]:
         raise ConfigError("there are no samples", remedy="Choose other positions with --at.")
     return Samples(ds)
@@ -259,3 +252,15 @@ def _chosen(mask: np.ndarray) -> Any:
     at = np.flatnonzero(mask)
     whole = len(at) and at[-1] - at[0] == len(at) - 1
     return slice(int(at[0]), int(at[-1]) + 1) if whole else at
+
+
+def _of_layers(ds: xr.Dataset, layers: Sequence[int]) -> xr.Dataset:
+    """Take some layers, which must exist."""
+    there = [int(layer) for layer in ds["layer"].values] if "layer" in ds.coords else []
+    absent = [layer for layer in layers if layer not in there]
+    if absent or not layers:
+        raise ConfigError(
+            f"no layer {absent[0]}" if absent else "no layer was asked for",
+            remedy=f"There are layers {', '.join(map(str, there)) or 'of nothing'}.",
+        )
+    return ds.isel(layer=_chosen(np.isin(there, list(layers))))

@@ -45,9 +45,8 @@ def with_continuations(
             file.add(new, digests)
             known |= new
             progress.update(len(new))
-    found = [
-        one._replace(continuation=known[Repeat(one.scenario.name, one.number)]) for one in items
-    ]
+    keys = [Repeat(one.scenario.name, one.number) for one in items]
+    found = [one._replace(continuation=known[key]) for one, key in zip(items, keys, strict=True)]
     tokens = {
         one.name: plan.tokens[one.scenario.name] + len(one.continuation.tokens)
         for one in found

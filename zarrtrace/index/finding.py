@@ -171,10 +171,7 @@ def _tokens(
     special: bool,
     text: Text,
 ) -> tuple[TokenUse, ...]:
-    """Add names and texts to activations, numbers of scenarios and positions.
-
-    Special tokens that the index counts are left out unless asked for.
-    """
+    """Add names and texts to activations; special tokens are left out unless asked for."""
     if strongest and index.attributes.special and not special:
         strongest = _without_special(run, index, strongest)
     if text == "all":
