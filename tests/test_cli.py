@@ -196,7 +196,7 @@ def test_a_run_where_nothing_can_be_written() -> None:
     assert "/proc/" in done.stderr
 
 
-def test_errors_of_nobody_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexpected_exceptions_propagate(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise ConnectionError("a bug of ours")
 
@@ -284,7 +284,7 @@ def test_low_memory_needs_two_blocks_on_the_device() -> None:
 
 
 @pytest.mark.torch
-def test_no_bars_beside_a_terminal(tmp_path: Path) -> None:
+def test_progress_bars_are_not_drawn_without_a_terminal(tmp_path: Path) -> None:
     arguments = ["--layers", "1-2", "--scenario", "Risky_40", "--no-features"]
     piped = call("extract", *arguments, "-o", tmp_path / "a")
     assert piped.returncode == 0

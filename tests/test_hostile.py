@@ -340,7 +340,7 @@ JOURNALS: dict[str, tuple[int, Callable[[list[Any]], object]]] = {
 
 @pytest.mark.long
 @pytest.mark.parametrize("what", JOURNALS)
-def test_a_line_that_nobody_wrote_ends_the_journal(staged: Path, what: str) -> None:
+def test_invalid_line_ends_the_journal(staged: Path, what: str) -> None:
     again, change = JOURNALS[what]
     lines = hostile.journal_of(staged)
     change(lines)
@@ -366,14 +366,14 @@ def _extra_folder(file: Path) -> None:
 
 @pytest.mark.parametrize("change", [Path.unlink, _pipe, _folder, _extra_folder])
 @pytest.mark.parametrize("file", ["journal", "query/c.0", "attention/c.0.0.0.0"])
-def test_odd_files_of_a_staged_trace_start_it_anew(
+def test_odd_files_of_a_staged_trace_restart_it(
     staged: Path, file: str, change: Callable[[Path], None]
 ) -> None:
     change(staged / file)
     goes_on(staged)
 
 
-def test_arrays_of_a_staged_trace_that_are_gone_start_it_anew(staged: Path) -> None:
+def test_missing_arrays_of_a_staged_trace_restart_it(staged: Path) -> None:
     for file in (staged / "features").iterdir():
         file.unlink()
     (staged / "features").rmdir()

@@ -125,7 +125,7 @@ def test_an_index_that_grew_equals_one_built_at_once(tmp_path: Path) -> None:
     assert_index_is_right(run, ("features", "features_mlp"))
 
 
-def test_a_changed_scenario_is_counted_anew(run: fakes.FakeRun, tmp_path: Path) -> None:
+def test_a_changed_scenario_is_counted_again(run: fakes.FakeRun, tmp_path: Path) -> None:
     build_index(run.path)
     other = fakes.make_run(tmp_path, name="other", scenarios=("Safe_1",), seed=5)
     shutil.rmtree(run.path / "Safe_1")

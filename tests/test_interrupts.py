@@ -49,7 +49,7 @@ def test_an_interruption_waits_until_it_is_asked_for() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_an_interruption_nobody_asked_for_comes_at_the_end() -> None:
+def test_pending_interruption_is_raised_at_the_end() -> None:
     reached = []
     with pytest.raises(KeyboardInterrupt), held_back():
         interrupt()

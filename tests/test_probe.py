@@ -210,7 +210,7 @@ def test_a_model_is_as_before_when_it_was_probed(models: Models) -> None:
         assert len(model.model(ids, output_attentions=True).attentions) == 4
 
 
-def test_a_probe_runs_two_of_many_blocks_that_are_alike(
+def test_a_probe_runs_two_of_many_equal_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub_cache.make_llama(tmp_path)

@@ -253,7 +253,7 @@ def test_an_interrupted_run_is_the_same_byte_for_byte(
 
 
 @pytest.mark.long
-def test_processes_that_write_beside_a_gpu_store_the_same(
+def test_writer_processes_store_the_same_residual(
     tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def processes(job: Any, traces: Any, watch: Any, pool: Any) -> Any:

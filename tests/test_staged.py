@@ -469,7 +469,7 @@ def test_lost_files_of_a_journalled_layer_end_the_journal(
     assert fakes.files_in(run) == expected
 
 
-def test_another_plan_begins_anew(tmp_path: Path) -> None:
+def test_another_plan_restarts_a_staged_trace(tmp_path: Path) -> None:
     run = tmp_path / "run"
     interrupted(run, 3)
     other = {"layers": LAYERS, "feature_dtype": "float16"}

@@ -309,7 +309,7 @@ def test_exchanged_scenarios_are_not_resumed_but_repaired(
     assert fakes.files_in(again.path) == fakes.files_in(shared_run.path)
 
 
-def test_exchanged_staged_traces_are_begun_anew(tmp_path: Path, shared_run: fakes.FakeRun) -> None:
+def test_exchanged_staged_traces_restart(tmp_path: Path, shared_run: fakes.FakeRun) -> None:
     begun = fakes.make_run(tmp_path, drop={"Safe_1": (3,), "Risky_2": (3,)})
     exchange(begun.path / ".staged" / "Safe_1", begun.path / ".staged" / "Risky_2")
     again = fakes.make_run(tmp_path)

@@ -78,7 +78,7 @@ def test_a_run_written_under_it_is_the_same(
             np.testing.assert_array_equal(array[:], first[name.lstrip("/")][:], err_msg=name)
 
 
-def test_what_zarr_copies_under_it_reads_alike_without(
+def test_copies_made_under_zarrs_read_equally_without_it(
     stored: fakes.FakeRun, tmp_path: Path
 ) -> None:
     """Arrays with our chunks, shards and codecs, written by zarr."""
