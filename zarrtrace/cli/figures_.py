@@ -64,9 +64,9 @@ class _Formats(click.ParamType[tuple[str, ...]]):
     "formats",
     group=OUTPUT,
     type=_Formats(),
-    default="png,pdf",
+    default="png",
     show_default=True,
-    help="Kinds of files.",
+    help="Kinds of files: png, pdf or png,pdf.",
 )
 @option(
     "--dpi",

@@ -46,6 +46,7 @@ _PRINT_DPI = 300
 _STYLE: dict[Any, Any] = {
     "font.size": 7,
     "axes.titlesize": 7.5,
+    "axes.titley": 1.0,  # else every drawing measures all labels of x to place the title
     "axes.labelsize": 7,
     "xtick.labelsize": 6,
     "ytick.labelsize": 6,

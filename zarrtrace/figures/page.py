@@ -7,7 +7,7 @@ import functools
 import multiprocessing
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from zarrtrace.store import open_run, read_run
 Progress = Callable[[int, int, str], None]
 
 FORMATS = ("png", "pdf")
+#: A PDF takes as long as a PNG, half of it for its fonts: PDFs are written if asked for.
+DEFAULT_FORMATS = ("png",)
 #: Scenarios that are drawn one by one, and those that figures over scenarios take, at most.
 MOST_DRAWN, MOST_COMPARED = 50, 1000
 # Features that get a bar each.
@@ -45,7 +47,7 @@ def draw_run(
     output: str | Path,
     *,
     scenarios: Sequence[str] | None = None,
-    formats: Sequence[str] = FORMATS,
+    formats: Sequence[str] = DEFAULT_FORMATS,
     dpi: float = 300,
     workers: int = 1,
     progress: Progress | None = None,
@@ -104,6 +106,7 @@ def draw_run(
         results.append(result)
         if progress:
             progress(len(results), len(tasks), result.task.stem)
+    results.sort(key=lambda result: tasks.index(result.task))
     page = output / "index.html"
     note = sampled(known, scenarios)
     page.write_text(_page(run, names, results, note, at=str(path)), encoding="utf-8")
@@ -386,13 +389,28 @@ def _trace(path: Location, name: str) -> xr.Dataset:
 def _in_processes(
     draw: Callable[[_Task], _Result], tasks: Sequence[_Task], workers: int
 ) -> Iterator[_Result]:
+    """Draw in this process and `workers` - 1 others; yield results as they come."""
     if workers < 2:
         yield from map(draw, tasks)
         return
     # Not forked: Zarr and dask keep threads, which do not survive it.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        yield from pool.map(draw, tasks)
+    with ProcessPoolExecutor(workers - 1, mp_context=context) as pool:
+        try:
+            theirs = {pool.submit(draw, task): task for task in tasks}
+            # The others import for seconds, and this process has done so: it draws from the end.
+            for own, task in reversed(list(theirs.items())):
+                if not own.cancel():
+                    break
+                del theirs[own]
+                yield draw(task)
+                for done in [one for one in theirs if one.done()]:
+                    del theirs[done]
+                    yield done.result()
+            for done in as_completed(theirs):
+                yield done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _stems(names: Iterable[str]) -> list[str]:
