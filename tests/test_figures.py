@@ -922,6 +922,30 @@ def test_command(
     assert CliRunner().invoke(command, [*arguments, "--format", "svg"]).exit_code == 2
 
 
+def test_command_draws_special_tokens_if_asked_for(
+    shared_run: fakes.FakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, bool]] = []
+
+    def note(name: str, draw: Any) -> Any:
+        def noted(*args: Any, special: bool, **options: Any) -> Any:
+            asked.append((name, special))
+            return draw(*args, special=special, **options)
+
+        return noted
+
+    for name in ("integrated_view", "feature_timeline"):
+        monkeypatch.setattr(page.features, name, note(name, getattr(page.features, name)))
+    monkeypatch.setattr(page, "_OF_RUN", ())
+    monkeypatch.setattr(page, "_OF_SCENARIO", [d for d in page._OF_SCENARIO if d.has_special])
+    for options in ([], ["--special"]):
+        arguments = [str(shared_run.path), "-o", str(tmp_path), "--scenario", "Safe_1", "--quiet"]
+        result = CliRunner().invoke(command, [*arguments, "--dpi", "40", *options])
+        assert result.exit_code == 0, result.output
+    names = ["integrated_view", "feature_timeline"]
+    assert asked == [(name, special) for special in (False, True) for name in names]
+
+
 def test_the_bar_says_which_figure_was_drawn(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -49,6 +49,7 @@ def draw_run(
     scenarios: Sequence[str] | None = None,
     formats: Sequence[str] = DEFAULT_FORMATS,
     dpi: float = 300,
+    special: bool = False,
     workers: int = 1,
     progress: Progress | None = None,
 ) -> Path:
@@ -67,6 +68,9 @@ def draw_run(
         Of ``"png"`` and ``"pdf"``.
     dpi
         Dots per inch of the PNGs, and of the images within the PDFs.
+    special
+        Whether to draw activations at special tokens (BOS, chat markers), and to count their words,
+        too.
     workers
         Processes to draw in; small runs are drawn in this one.
     progress
@@ -99,7 +103,7 @@ def draw_run(
     output.mkdir(parents=True, exist_ok=True)
     tasks = _tasks(names, has_bands="bands" in run.attrs)
     draw = functools.partial(
-        _draw, path, str(output), formats=tuple(dict.fromkeys(formats)), dpi=dpi
+        _draw, path, str(output), formats=tuple(dict.fromkeys(formats)), dpi=dpi, special=special
     )
     results = []
     for result in _in_processes(draw, tasks, min(workers, len(tasks) // _WORTH_A_WORKER)):
@@ -198,6 +202,7 @@ class _Drawing:
     title: str
     caption: str
     make: Callable[..., tuple[Figure, Any]]
+    has_special: bool = False
 
 
 def _figure(ax: Any) -> Figure:
@@ -307,8 +312,8 @@ _OF_RUN = (
 
 
 @functools.lru_cache(maxsize=1)
-def _words(path: Location) -> xr.Dataset:
-    return analysis.word_associations(_open(path), strip=True)
+def _words(path: Location, *, special: bool) -> xr.Dataset:
+    return analysis.word_associations(_open(path), strip=True, special=special)
 
 
 @functools.lru_cache(maxsize=1)
@@ -318,16 +323,21 @@ def _labels(path: Location) -> dict[tuple[int, int], str]:
     return dict(zip(keys, found["label"].tolist(), strict=True))
 
 
-def _integrated(path: Location, ds: xr.Dataset) -> tuple[Figure, Any]:
+def _integrated(path: Location, ds: xr.Dataset, *, special: bool) -> tuple[Figure, Any]:
     require(ds, "attention_mean", "features")
-    return features.integrated_view(ds, words=_words(path), labels=_labels(path)), ds
+    words, labels = _words(path, special=special), _labels(path)
+    return features.integrated_view(ds, words=words, labels=labels, special=special), ds
+
+
+def _timeline(_path: Location, ds: xr.Dataset, *, special: bool) -> tuple[Figure, Any]:
+    return _figure(features.feature_timeline(ds, special=special)), ds
 
 
 _OF_SCENARIO = (
     _Drawing("integrated", "Features, words and tokens",
              "Above: attention of the decision to every token. Below: features active at a span "
              "and at the decision, strongest on the pathway, with the words that activate them "
-             "most over the whole run.", _integrated),
+             "most over the whole run.", _integrated, has_special=True),
     _Drawing("layers", "Attention by layer",
              "Mean over heads, divided by what uniform attention would give; query downwards, key "
              "to the right; one scale for all layers.",
@@ -343,7 +353,7 @@ _OF_SCENARIO = (
              lambda _, ds: (flow.flow_diagram(ds), ds)),
     _Drawing("timeline", "Feature timeline",
              "Activation of each token's strongest feature, by layer.",
-             lambda _, ds: (_figure(features.feature_timeline(ds)), ds)),
+             _timeline, has_special=True),
 )  # fmt: skip
 _BY_KEY = {(of_run, drawing.key): drawing
            for of_run, drawings in ((True, _OF_RUN), (False, _OF_SCENARIO))
@@ -361,7 +371,13 @@ def _open(path: Location) -> xr.DataTree:
 
 
 def _draw(
-    path: Location, output: str, task: _Task, *, formats: tuple[str, ...], dpi: float
+    path: Location,
+    output: str,
+    task: _Task,
+    *,
+    formats: tuple[str, ...],
+    dpi: float,
+    special: bool = False,
 ) -> _Result:
     drawing = _BY_KEY[task.scenario is None, task.key]
     try:
@@ -370,7 +386,8 @@ def _draw(
             figure, shown = drawing.make(path, run)
             title = drawing.title
         else:
-            figure, shown = drawing.make(path, _trace(path, task.scenario))
+            options = {"special": special} if drawing.has_special else {}
+            figure, shown = drawing.make(path, _trace(path, task.scenario), **options)
             title = f"{task.scenario}: {drawing.title}"
         files = [f"{task.stem}.{ending}" for ending in formats]
         box = box_of(figure)
