@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import re
@@ -136,6 +137,24 @@ def test_the_flow_has_generated_spans_behind_the_decision(ds: xr.Dataset) -> Non
     # Nothing that was generated reached the decision.
     shown = [text.get_text() for text in beside.get_legend().get_texts()]
     assert not any(name in text for text in shown for name in ("completion", "answer", "decision"))
+
+
+# --- all functions -----------------------------------------------------------------------------
+
+
+def test_functions_are_documented_return_figures_and_take_axes_or_a_figure() -> None:
+    readme = (Path(figures.__file__).parent / "README.md").read_text(encoding="utf-8")
+    returned = {}
+    for name in sorted(set(dir(figures)) - {"draw_run", "metadata_of", "save", "token_label"}):
+        assert f"`{name}`" in readme, name
+        signature = inspect.signature(getattr(figures, name))
+        kind = str(signature.return_annotation)
+        assert {"Axes": "ax", "Figure": "figure"}[kind] in signature.parameters, name
+        returned[name] = kind
+    one = [name for name, kind in returned.items() if kind == "Axes"]
+    assert one == ["attention_map", "critical_chart", "difference_map", "feature_timeline",
+                   "trajectory", "volcano"]  # fmt: skip
+    assert len(returned) == 14
 
 
 # --- attention ---------------------------------------------------------------------------------
