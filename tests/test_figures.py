@@ -953,8 +953,8 @@ def test_command_draws_special_tokens_if_asked_for(
 
         return noted
 
-    for name in ("integrated_view", "feature_timeline"):
-        monkeypatch.setattr(page.features, name, note(name, getattr(page.features, name)))
+    for home, name in ((page.integrated, "integrated_view"), (page.features, "feature_timeline")):
+        monkeypatch.setattr(home, name, note(name, getattr(home, name)))
     monkeypatch.setattr(page, "_OF_RUN", ())
     monkeypatch.setattr(page, "_OF_SCENARIO", [d for d in page._OF_SCENARIO if d.has_special])
     for options in ([], ["--special"]):

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from zarrtrace import analysis
 from zarrtrace.analysis.selecting import Data, require, spans_before, tags, traces
 from zarrtrace.errors import ConfigError, ScenarioError, ZarrtraceError
-from zarrtrace.figures import contrasts, features, flow, gallery, heatmaps
+from zarrtrace.figures import contrasts, features, flow, gallery, heatmaps, integrated
 from zarrtrace.figures.files import box_of, metadata_of, save
 from zarrtrace.index import names_of, read_labels
 from zarrtrace.scenarios import DECISION, chosen_names
@@ -326,7 +326,7 @@ def _labels(path: Location) -> dict[tuple[int, int], str]:
 def _integrated(path: Location, ds: xr.Dataset, *, special: bool) -> tuple[Figure, Any]:
     require(ds, "attention_mean", "features")
     words, labels = _words(path, special=special), _labels(path)
-    return features.integrated_view(ds, words=words, labels=labels, special=special), ds
+    return integrated.integrated_view(ds, words=words, labels=labels, special=special), ds
 
 
 def _timeline(_path: Location, ds: xr.Dataset, *, special: bool) -> tuple[Figure, Any]:
