@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import re
 import subprocess
 import sys
 import zlib
+from collections.abc import Iterable
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -135,6 +137,24 @@ def test_the_flow_has_generated_spans_behind_the_decision(ds: xr.Dataset) -> Non
     # Nothing that was generated reached the decision.
     shown = [text.get_text() for text in beside.get_legend().get_texts()]
     assert not any(name in text for text in shown for name in ("completion", "answer", "decision"))
+
+
+# --- all functions -----------------------------------------------------------------------------
+
+
+def test_functions_are_documented_return_figures_and_take_axes_or_a_figure() -> None:
+    readme = (Path(figures.__file__).parent / "README.md").read_text(encoding="utf-8")
+    returned = {}
+    for name in sorted(set(dir(figures)) - {"draw_run", "metadata_of", "save", "token_label"}):
+        assert f"`{name}`" in readme, name
+        signature = inspect.signature(getattr(figures, name))
+        kind = str(signature.return_annotation)
+        assert {"Axes": "ax", "Figure": "figure"}[kind] in signature.parameters, name
+        returned[name] = kind
+    one = [name for name, kind in returned.items() if kind == "Axes"]
+    assert one == ["attention_map", "critical_chart", "difference_map", "feature_timeline",
+                   "trajectory", "volcano"]  # fmt: skip
+    assert len(returned) == 14
 
 
 # --- attention ---------------------------------------------------------------------------------
@@ -539,10 +559,48 @@ def test_integrated_view_names_what_the_decision_attends_to(ds: xr.Dataset) -> N
 # --- colours of spans --------------------------------------------------------------------------
 
 
-def test_spans_have_the_colours_that_the_viewer_gives_them() -> None:
+def _colours_of_the_viewer(name: str) -> list[str]:
     script = Path(zt.__file__).parent / "viewer" / "page" / "draw.js"
-    (line,) = re.findall(r"LIGHT_SPANS = (\[.*?\]);", script.read_text())
-    assert list(drawing.SPAN_COLOURS) == json.loads(line)
+    (line,) = re.findall(rf"{name} = (\[.*?\]);", script.read_text())
+    return list(json.loads(line))
+
+
+def test_spans_have_the_colours_that_the_viewer_gives_them() -> None:
+    assert list(drawing.SPAN_COLOURS) == _colours_of_the_viewer("LIGHT_SPANS")
+    assert len(_colours_of_the_viewer("DARK_SPANS")) == len(drawing.SPAN_COLOURS) >= 8
+
+
+# Machado, Oliveira & Fernandes (2009), severity 1: linear RGB as people without one cone see it.
+VISION = {
+    "all cones": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
+                   [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+                     [-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602],
+                   [0.004733, 0.691367, 0.303900]],
+}  # fmt: skip
+# From linear sRGB to XYZ, relative to the white of D65 (IEC 61966-2-1).
+XYZ = np.array([[0.4125, 0.3576, 0.1804], [0.2127, 0.7152, 0.0722], [0.0193, 0.1192, 0.9503]])
+
+
+def _linear(colours: Iterable[str]) -> np.ndarray:
+    shares = np.array([mpl.colors.to_rgb(colour) for colour in colours])
+    return np.where(shares <= 0.04045, shares / 12.92, ((shares + 0.055) / 1.055) ** 2.4)
+
+
+@pytest.mark.parametrize(("name", "paper"), [("LIGHT_SPANS", "#ffffff"), ("DARK_SPANS", "#11161f")])
+def test_readers_with_any_vision_tell_spans_apart_and_can_read_them(name: str, paper: str) -> None:
+    colours = _colours_of_the_viewer(name)
+    for vision, matrix in VISION.items():
+        seen = np.clip(_linear(colours) @ np.transpose(matrix), 0, 1)
+        x, y, z = np.cbrt(seen @ XYZ.T / XYZ.sum(1)).T
+        lab = np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)  # CIE 1976
+        distance = np.linalg.norm(lab[:, None] - lab, axis=-1)
+        pairs = distance[np.triu_indices(len(colours), 1)]
+        assert pairs.min() > 10, vision  # four times what people just notice
+    light, back = (_linear(of) @ XYZ[1] + 0.05 for of in (colours, [paper]))
+    assert np.maximum(light / back, back / light).min() >= 4.5  # WCAG 2.2, contrast of text
 
 
 def test_a_span_has_one_colour_in_every_figure(ds: xr.Dataset) -> None:
@@ -550,7 +608,7 @@ def test_a_span_has_one_colour_in_every_figure(ds: xr.Dataset) -> None:
     order = ["choices", "decision", "nowhere", "balance", "goal", "probability"]
     spans = {"nowhere": {"characters": [], "tokens": []}, **ds.attrs["spans"]}
     other = ds.assign_attrs(spans={name: spans[name] for name in order})
-    colours = dict(zip(order, drawing.SPAN_COLOURS, strict=True))
+    colours = dict(zip(order, drawing.SPAN_COLOURS, strict=False))
     figure = figures.flow_diagram(other, spans=["balance", "decision"])
     ticks = figure.axes[1].get_xticklabels()
     assert {tick.get_text(): tick.get_color() for tick in ticks} == {
@@ -863,7 +921,7 @@ def test_processes_draw_the_same_files(tmp_path: Path) -> None:
         out.mkdir()
         draw = partial(page._draw, locate(run.path), str(out), formats=("png",), dpi=40)
         drawn = list(page._in_processes(draw, some, workers))
-        assert [one.task for one in drawn] == some
+        assert sorted(some, key=repr) == sorted((one.task for one in drawn), key=repr)
     assert len(fakes.files_in(tmp_path / "1")) == 3
     assert fakes.files_in(tmp_path / "1") == fakes.files_in(tmp_path / "2")
 
@@ -881,6 +939,30 @@ def test_command(
     assert result.output.strip() == str(output / "index.html")
     assert {file.suffix for file in output.iterdir()} == {".html", ".pdf"}
     assert CliRunner().invoke(command, [*arguments, "--format", "svg"]).exit_code == 2
+
+
+def test_command_draws_special_tokens_if_asked_for(
+    shared_run: fakes.FakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, bool]] = []
+
+    def note(name: str, draw: Any) -> Any:
+        def noted(*args: Any, special: bool, **options: Any) -> Any:
+            asked.append((name, special))
+            return draw(*args, special=special, **options)
+
+        return noted
+
+    for home, name in ((page.integrated, "integrated_view"), (page.features, "feature_timeline")):
+        monkeypatch.setattr(home, name, note(name, getattr(home, name)))
+    monkeypatch.setattr(page, "_OF_RUN", ())
+    monkeypatch.setattr(page, "_OF_SCENARIO", [d for d in page._OF_SCENARIO if d.has_special])
+    for options in ([], ["--special"]):
+        arguments = [str(shared_run.path), "-o", str(tmp_path), "--scenario", "Safe_1", "--quiet"]
+        result = CliRunner().invoke(command, [*arguments, "--dpi", "40", *options])
+        assert result.exit_code == 0, result.output
+    names = ["integrated_view", "feature_timeline"]
+    assert asked == [(name, special) for special in (False, True) for name in names]
 
 
 def test_the_bar_says_which_figure_was_drawn(

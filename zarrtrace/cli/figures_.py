@@ -18,6 +18,7 @@ from zarrtrace.cli.shared import (
     refuse_table,
     run_argument,
     say,
+    special_option,
 )
 
 if TYPE_CHECKING:
@@ -58,15 +59,16 @@ class _Formats(click.ParamType[tuple[str, ...]]):
     metavar="NAME",
     help="Only this single scenario. Repeatable. Figures over scenarios take all.",
 )
+@special_option
 @output_option("Folder to write to.  [default: RUN-figures, beside RUN]", type=PATH)
 @option(
     "--format",
     "formats",
     group=OUTPUT,
     type=_Formats(),
-    default="png,pdf",
+    default="png",
     show_default=True,
-    help="Kinds of files.",
+    help="Kinds of files: png, pdf or png,pdf.",
 )
 @option(
     "--dpi",
@@ -83,6 +85,7 @@ def command(
     scenarios: tuple[str, ...],
     formats: tuple[str, ...],
     dpi: int,
+    special: bool,  # noqa: FBT001
     quiet: bool,  # noqa: FBT001 -- click passes flags so
 ) -> None:
     """Draw RUN: attention, features, pathways and contrasts, and an index.html that shows them.
@@ -111,6 +114,7 @@ def command(
             scenarios=scenarios or None,
             formats=formats,
             dpi=dpi,
+            special=special,
             workers=os.cpu_count() or 1,
             progress=progress,
         )

@@ -33,7 +33,9 @@ SEQUENTIAL = "YlGnBu"
 DIVERGING = "RdBu_r"
 #: Colours of spans, dark enough for text, that colour-blind readers tell apart: the viewer's
 #: ``LIGHT_SPANS`` (a test compares), so that a span has one colour everywhere.
-SPAN_COLOURS = ("#0072b2", "#b35900", "#00795c", "#a3437b", "#6b5bb5", "#7a6400")
+SPAN_COLOURS = (
+    "#0072b2", "#b35900", "#00795c", "#a3437b", "#710fb2", "#70161a", "#343074", "#4b2147",
+)  # fmt: skip
 #: Okabe & Ito (2008), of groups of scenarios: none is the colour of a span. Of scenarios in none.
 GROUP_COLOURS = ("#E69F00", "#56B4E9", "#000000", "#CC79A7", "#009E73", "#F0E442")
 NO_GROUP = "#999999"
@@ -46,6 +48,7 @@ _PRINT_DPI = 300
 _STYLE: dict[Any, Any] = {
     "font.size": 7,
     "axes.titlesize": 7.5,
+    "axes.titley": 1.0,  # else every drawing measures all labels of x to place the title
     "axes.labelsize": 7,
     "xtick.labelsize": 6,
     "ytick.labelsize": 6,

@@ -90,7 +90,7 @@ def attention_map(
     ConfigError
         If the trace has no attention, or not that layer or head.
     """
-    weights = _weights(ds, layer, head)
+    (weights,) = _weights(ds, [layer], [head])
     size = PAGE_WIDTH * 0.8
     ax = axes_or_new(ax, size, size, margins=(0.85, 0.65, 0.9, 0.6))
     image = _show(ax, weights, norm or _scale([weights]))
@@ -155,7 +155,8 @@ def attention_layers(
         If the trace has no attention, or not one of the layers or the head.
     """
     numbers = _layers(ds) if layers is None else list(layers)
-    panels = {f"L{layer}": _weights(ds, layer, head, relative=relative) for layer in numbers}
+    found = _weights(ds, numbers, [head], relative=relative)
+    panels = {f"L{layer}": weights for layer, weights in zip(numbers, found, strict=True)}
     of = "mean over heads" if head is None else f"head {head}"
     scale = norm or _norm(list(panels.values()), relative=relative)
     return _multiples(ds, panels, f"attention by layer, {of}", columns, scale, figure)
@@ -197,7 +198,8 @@ def attention_heads(
     """
     require(ds, "attention")
     numbers = np.asarray(ds["head"]).tolist() if heads is None else list(heads)
-    panels = {f"head {head}": _weights(ds, layer, head, relative=relative) for head in numbers}
+    found = _weights(ds, [layer], numbers, relative=relative)
+    panels = {f"head {head}": weights for head, weights in zip(numbers, found, strict=True)}
     scale = norm or _norm(list(panels.values()), relative=relative)
     return _multiples(ds, panels, f"heads of layer {layer}", columns, scale, figure)
 
@@ -216,33 +218,42 @@ def _layer_dim(ds: xr.Dataset) -> str:
 
 
 def _weights(
-    ds: xr.Dataset, layer: int, head: int | None, *, relative: bool = False
-) -> np.ma.MaskedArray:
-    """Return ``(query, key)``, what a query cannot see and what is not stored masked.
+    ds: xr.Dataset,
+    layers: Sequence[int],
+    heads: Sequence[int | None],
+    *,
+    relative: bool = False,
+) -> list[np.ma.MaskedArray]:
+    """Return ``(query, key)`` of each layer's heads; the mean over heads for the head None.
 
-    If `relative`, as ratios to a uniform row.
+    Keys after the query and rows that are not stored are masked. If `relative`, ratios to a
+    uniform row.
     """
-    name = "attention_mean" if head is None else "attention"
+    mean = list(heads) == [None]
+    name = "attention_mean" if mean else "attention"
     require(ds, name)
-    wanted = {_layer_dim(ds): layer, **({} if head is None else {"head": head})}
-    for dim, value in wanted.items():
-        if value not in ds.indexes[dim]:
-            raise ConfigError(
-                f"{scenario_of(ds)}: the trace has no attention of {dim} {value}",
-                remedy=f"It has {ranges(np.asarray(ds[dim]).tolist())}.",
-            )
+    wanted: dict[str, list[Any]] = {_layer_dim(ds): list(layers)}
+    if not mean:
+        wanted["head"] = [*heads]
+    for dim, numbers in wanted.items():
+        for value in numbers:
+            if value not in ds.indexes[dim]:
+                raise ConfigError(
+                    f"{scenario_of(ds)}: the trace has no attention of {dim} {value}",
+                    remedy=f"It has {ranges(np.asarray(ds[dim]).tolist())}.",
+                )
     weights = ds[name].sel(wanted).reset_coords(drop=True)
     if "attention_query" in weights.dims:
         weights = weights.rename(attention_query="query")
     # A row for every token: those that are not stored are drawn as such.
-    weights = weights.reindex(query=ds["key"].values)
-    values = np.asarray(weights.transpose("query", "key"), dtype=np.float64)
+    weights = weights.reindex(query=ds["key"].values).transpose(*wanted, "query", "key")
+    values = np.asarray(weights, dtype=np.float64).reshape(-1, *weights.shape[-2:])
     keys = np.asarray(ds["key"])
     future = keys[None, :] > keys[:, None]
     if relative:
         # No ratio is drawn as 0, which has no logarithm: windows are at the end of the scale.
         values = np.maximum(values * (keys[:, None] + 1), 1 / _MOST_RATIO)
-    return np.ma.masked_where(future | np.isnan(values), values)
+    return [np.ma.masked_where(future | np.isnan(one), one) for one in values]
 
 
 def _scale(panels: Sequence[np.ma.MaskedArray]) -> PowerNorm:
@@ -366,11 +377,12 @@ def _small_ticks(
     width, height = size_of(ax)
     for axis, inches, shown in ((ax.yaxis, height, first), (ax.xaxis, width, last)):
         if shown:
+            axis.set_tick_params(length=1.5, pad=4 if axis is ax.yaxis else 1.5)
             label_tokens(axis, texts, inches=inches, keep=starts, colours=starts, size=4,
                          rotation=90 if axis is ax.xaxis else 0, limit=9)  # fmt: skip
         else:
             axis.set_ticks([])  # strips mark the spans, and many ticks take long to draw
-        axis.set_tick_params(length=1.5, pad=4 if axis is ax.yaxis else 1.5)
+            axis.set_visible(False)  # an axis without ticks is measured all the same
 
 
 def _span_key(

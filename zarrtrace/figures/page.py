@@ -7,7 +7,7 @@ import functools
 import multiprocessing
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from zarrtrace.analysis.positions import spans_before
 from zarrtrace.analysis.trace_arrays import require
 from zarrtrace.analysis.traces import Data, tags, traces
 from zarrtrace.errors import ConfigError, ScenarioError, ZarrtraceError
-from zarrtrace.figures import contrasts, features, flow, gallery, heatmaps
+from zarrtrace.figures import contrasts, features, flow, gallery, heatmaps, integrated
 from zarrtrace.figures.files import box_of, metadata_of, save
 from zarrtrace.index import names_of, read_labels
 from zarrtrace.scenarios import DECISION, chosen_names
@@ -32,6 +32,8 @@ from zarrtrace.store import open_run, read_run
 Progress = Callable[[int, int, str], None]
 
 FORMATS = ("png", "pdf")
+#: A PDF takes as long as a PNG, half of it for its fonts: PDFs are written if asked for.
+DEFAULT_FORMATS = ("png",)
 #: Scenarios that are drawn one by one, and those that figures over scenarios take, at most.
 MOST_DRAWN, MOST_COMPARED = 50, 1000
 # Features that get a bar each.
@@ -47,8 +49,9 @@ def draw_run(
     output: str | Path,
     *,
     scenarios: Sequence[str] | None = None,
-    formats: Sequence[str] = FORMATS,
+    formats: Sequence[str] = DEFAULT_FORMATS,
     dpi: float = 300,
+    special: bool = False,
     workers: int = 1,
     progress: Progress | None = None,
 ) -> Path:
@@ -67,6 +70,9 @@ def draw_run(
         Of ``"png"`` and ``"pdf"``.
     dpi
         Dots per inch of the PNGs, and of the images within the PDFs.
+    special
+        Whether to draw activations at special tokens (BOS, chat markers), and to count their words,
+        too.
     workers
         Processes to draw in; small runs are drawn in this one.
     progress
@@ -99,13 +105,14 @@ def draw_run(
     output.mkdir(parents=True, exist_ok=True)
     tasks = _tasks(names, has_bands="bands" in run.attrs)
     draw = functools.partial(
-        _draw, path, str(output), formats=tuple(dict.fromkeys(formats)), dpi=dpi
+        _draw, path, str(output), formats=tuple(dict.fromkeys(formats)), dpi=dpi, special=special
     )
     results = []
     for result in _in_processes(draw, tasks, min(workers, len(tasks) // _WORTH_A_WORKER)):
         results.append(result)
         if progress:
             progress(len(results), len(tasks), result.task.stem)
+    results.sort(key=lambda result: tasks.index(result.task))
     page = output / "index.html"
     note = sampled(known, scenarios)
     page.write_text(_page(run, names, results, note, at=str(path)), encoding="utf-8")
@@ -197,6 +204,7 @@ class _Drawing:
     title: str
     caption: str
     make: Callable[..., tuple[Figure, Any]]
+    has_special: bool = False
 
 
 def _figure(ax: Any) -> Figure:
@@ -306,8 +314,8 @@ _OF_RUN = (
 
 
 @functools.lru_cache(maxsize=1)
-def _words(path: Location) -> xr.Dataset:
-    return analysis.word_associations(_open(path), strip=True)
+def _words(path: Location, *, special: bool) -> xr.Dataset:
+    return analysis.word_associations(_open(path), strip=True, special=special)
 
 
 @functools.lru_cache(maxsize=1)
@@ -317,16 +325,21 @@ def _labels(path: Location) -> dict[tuple[int, int], str]:
     return dict(zip(keys, found["label"].tolist(), strict=True))
 
 
-def _integrated(path: Location, ds: xr.Dataset) -> tuple[Figure, Any]:
+def _integrated(path: Location, ds: xr.Dataset, *, special: bool) -> tuple[Figure, Any]:
     require(ds, "attention_mean", "features")
-    return features.integrated_view(ds, words=_words(path), labels=_labels(path)), ds
+    words, labels = _words(path, special=special), _labels(path)
+    return integrated.integrated_view(ds, words=words, labels=labels, special=special), ds
+
+
+def _timeline(_path: Location, ds: xr.Dataset, *, special: bool) -> tuple[Figure, Any]:
+    return _figure(features.feature_timeline(ds, special=special)), ds
 
 
 _OF_SCENARIO = (
     _Drawing("integrated", "Features, words and tokens",
              "Above: attention of the decision to every token. Below: features active at a span "
              "and at the decision, strongest on the pathway, with the words that activate them "
-             "most over the whole run.", _integrated),
+             "most over the whole run.", _integrated, has_special=True),
     _Drawing("layers", "Attention by layer",
              "Mean over heads, divided by what uniform attention would give; query downwards, key "
              "to the right; one scale for all layers.",
@@ -342,7 +355,7 @@ _OF_SCENARIO = (
              lambda _, ds: (flow.flow_diagram(ds), ds)),
     _Drawing("timeline", "Feature timeline",
              "Activation of each token's strongest feature, by layer.",
-             lambda _, ds: (_figure(features.feature_timeline(ds)), ds)),
+             _timeline, has_special=True),
 )  # fmt: skip
 _BY_KEY = {(of_run, drawing.key): drawing
            for of_run, drawings in ((True, _OF_RUN), (False, _OF_SCENARIO))
@@ -360,7 +373,13 @@ def _open(path: Location) -> xr.DataTree:
 
 
 def _draw(
-    path: Location, output: str, task: _Task, *, formats: tuple[str, ...], dpi: float
+    path: Location,
+    output: str,
+    task: _Task,
+    *,
+    formats: tuple[str, ...],
+    dpi: float,
+    special: bool = False,
 ) -> _Result:
     drawing = _BY_KEY[task.scenario is None, task.key]
     try:
@@ -369,7 +388,8 @@ def _draw(
             figure, shown = drawing.make(path, run)
             title = drawing.title
         else:
-            figure, shown = drawing.make(path, _trace(path, task.scenario))
+            options = {"special": special} if drawing.has_special else {}
+            figure, shown = drawing.make(path, _trace(path, task.scenario), **options)
             title = f"{task.scenario}: {drawing.title}"
         files = [f"{task.stem}.{ending}" for ending in formats]
         box = box_of(figure)
@@ -388,13 +408,28 @@ def _trace(path: Location, name: str) -> xr.Dataset:
 def _in_processes(
     draw: Callable[[_Task], _Result], tasks: Sequence[_Task], workers: int
 ) -> Iterator[_Result]:
+    """Draw in this process and `workers` - 1 others; yield results as they come."""
     if workers < 2:
         yield from map(draw, tasks)
         return
     # Not forked: Zarr and dask keep threads, which do not survive it.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        yield from pool.map(draw, tasks)
+    with ProcessPoolExecutor(workers - 1, mp_context=context) as pool:
+        try:
+            theirs = {pool.submit(draw, task): task for task in tasks}
+            # The others import for seconds, and this process has done so: it draws from the end.
+            for own, task in reversed(list(theirs.items())):
+                if not own.cancel():
+                    break
+                del theirs[own]
+                yield draw(task)
+                for done in [one for one in theirs if one.done()]:
+                    del theirs[done]
+                    yield done.result()
+            for done in as_completed(theirs):
+                yield done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _stems(names: Iterable[str]) -> list[str]:

@@ -3,8 +3,8 @@
 /** @typedef {import("./types.js").View} View */
 
 /** Colours of spans; each is told apart from its neighbours also by people who see few colours. */
-const LIGHT_SPANS = ["#0072b2", "#b35900", "#00795c", "#a3437b", "#6b5bb5", "#7a6400"];
-const DARK_SPANS = ["#6cb8ee", "#f0a04b", "#4ccfa6", "#ee9cc8", "#b3a6ff", "#e3cf57"];
+const LIGHT_SPANS = ["#0072b2", "#b35900", "#00795c", "#a3437b", "#710fb2", "#70161a", "#343074", "#4b2147"];
+const DARK_SPANS = ["#6cb8ee", "#f0a04b", "#4ccfa6", "#ee9cc8", "#7f75f8", "#988552", "#f6ce35", "#bff7aa"];
 
 /** @type {Record<string, number[][]>} */
 const STOPS = {
