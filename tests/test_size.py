@@ -299,7 +299,7 @@ def _analysis(name: str) -> tuple[str, ...]:
 
 
 def test_every_command_is_tried_on_a_table() -> None:
-    assert {*_COMMANDS} - {"extract", "import", "analyze"} == _ON_A_TABLE.keys()
+    assert {*_COMMANDS} - {"extract", "import", "analyze", "tutorial"} == _ON_A_TABLE.keys()
 
 
 @pytest.mark.parametrize("name", [*_ON_A_TABLE, *(f"analyze {name}" for name in ANALYSES)])

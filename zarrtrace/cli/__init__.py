@@ -37,6 +37,7 @@ _COMMANDS = {
     "bundle": "Write a run with its viewer, for any web host or as one HTML file.",
     "copy": "Copy a run between disks and object stores, verified by checksum.",
     "card": "Make a run a Hugging Face dataset folder.",
+    "tutorial": "Copy two notebooks to learn from, which run without a download.",
 }
 
 # How the dynamic linker, PyTorch and threading say it, in errors of other types than MemoryError.
