@@ -16,8 +16,7 @@ from zarrtrace.extraction.progress import Watch
 from zarrtrace.memory import release_freed
 from zarrtrace.records import LayerBatch, LayerRecord, TokensRecord, TracePlan
 from zarrtrace.storage import Location, disk
-from zarrtrace.store import TraceWriter
-from zarrtrace.store.staged import staging_folder
+from zarrtrace.store import TraceWriter, staging_folder
 
 Record = LayerBatch | LayerRecord | TokensRecord
 
