@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 import zarr
 from everyday import mostly_long
 
@@ -193,6 +194,23 @@ def test_quickstart_ends_with_commands_that_parse() -> None:
     ]
     for command in to_try:
         parse(command)
+
+
+def test_citation_says_what_the_package_says() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["title"] == project["name"]
+    assert cited["abstract"] == project["description"]
+    for name in ("version", "license", "authors", "keywords"):
+        assert cited[name] == project[name], name
+
+
+@pytest.mark.parametrize("name", ["bug", "feature"])
+def test_issue_forms_have_the_keys_that_github_asks_for(name: str) -> None:
+    text = (ROOT / ".github" / "ISSUE_TEMPLATE" / f"{name}.yml").read_text(encoding="utf-8")
+    form = yaml.safe_load(text)
+    assert {"name", "description", "body"} <= form.keys()
+    assert all(field["attributes"]["label"] for field in form["body"])
 
 
 def test_what_is_installed_can_be_installed() -> None:

@@ -133,53 +133,6 @@ def test_version_is_that_of_the_package() -> None:
     assert zarrtrace.__version__ == version("zarrtrace")
 
 
-@pytest.mark.long  # without .mypy_cache
-@pytest.mark.parametrize(
-    ("expression", "outcome"),
-    [
-        (
-            "reveal_type(zt.extract)",
-            r"note: .* -> xarray\.core\.datatree\.DataTree, def \(output: ",
-        ),
-        ('reveal_type(zt.extract("x"))', r'note: .*"xarray\.core\.datatree\.DataTree"'),
-        (
-            'reveal_type(zt.extract("x", layout="table"))',
-            r'note: .*"xarray\.core\.dataset\.Dataset"',
-        ),
-        ("reveal_type(zt.open_run)", r"note: .* -> xarray\.core\.datatree\.DataTree"),
-        ("reveal_type(zt.open_trace)", r"note: .* -> xarray\.core\.dataset\.Dataset"),
-        ("reveal_type(zt.copy)", r'note: Revealed type is "def \(source: '),
-        ("reveal_type(zt.analysis.contrast)", r"note: .* -> xarray\.core\.dataset\.Dataset"),
-        ("reveal_type(zt.index.find_feature)", r'note: Revealed type is "def \(run: '),
-        ("reveal_type(zt.plot.attention)", r"note: .* -> matplotlib\.axes\._axes\.Axes"),
-        ("reveal_type(zt.__version__)", r'note: Revealed type is "str"'),
-        ("reveal_type(open_run)", r"note: .* -> xarray\.core\.datatree\.DataTree"),
-        ("zt.no_such_name()", r'error: Module has no attribute "no_such_name"'),
-        ("zt.analysis.no_such_name()", r'error: Module has no attribute "no_such_name"'),
-    ],
-)
-def test_types_are_known(revealed: dict[str, str], expression: str, outcome: str) -> None:
-    assert re.search(outcome, revealed[expression])
-
-
-@pytest.fixture(scope="module")
-def revealed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Return what mypy says of the lines of a user's file."""
-    pytest.importorskip("mypy")
-    lines = [case[0] for mark in test_types_are_known.pytestmark if mark.name == "parametrize"
-             for case in mark.args[1]]  # fmt: skip
-    file = tmp_path_factory.mktemp("types") / "user.py"
-    head = ["import zarrtrace as zt", "from zarrtrace import open_run"]
-    file.write_text("\n".join([*head, *lines]), encoding="utf-8")
-    # The configuration, and so the cache, of scripts/check.
-    done = subprocess.run(
-        [sys.executable, "-m", "mypy", str(file)], cwd=ROOT, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    said = dict(re.findall(r"user\.py:(\d+): (.*)", done.stdout))
-    return {line: said.get(str(n), "") for n, line in enumerate(lines, len(head) + 1)}
-
-
 def test_the_proof_can_fail() -> None:
     assert "xarray" in imported("import zarrtrace, xarray")
 

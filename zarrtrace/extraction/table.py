@@ -42,12 +42,12 @@ from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import (
     ContinuationFile,
     TableWriter,
+    check_sizes,
     read_table,
     refuse_foreign,
     refuse_kind,
     remove_continuations,
 )
-from zarrtrace.store.damage import check_sizes
 
 if TYPE_CHECKING:
     from zarrtrace.capture import Prompt

@@ -17,8 +17,7 @@ from zarrtrace.layer_batches import LayerBatch
 from zarrtrace.memory import release_freed
 from zarrtrace.records import LayerRecord, TokensRecord, TracePlan
 from zarrtrace.storage import Location, disk
-from zarrtrace.store import TraceWriter
-from zarrtrace.store.staged import staging_folder
+from zarrtrace.store import TraceWriter, staging_folder
 
 Record = LayerBatch | LayerRecord | TokensRecord
 

@@ -12,6 +12,7 @@ from zarrtrace.errors import ConfigError, StoreError
 from zarrtrace.index.counting import FeatureCounts
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import (
+    Checksum,
     Indexable,
     IndexableSamples,
     IndexableTrace,
@@ -22,7 +23,6 @@ from zarrtrace.store import (
     read_run_or_table,
     write_index_layer,
 )
-from zarrtrace.store.chunks import Checksum
 
 # Number of traces, or blocks of a table's samples, that a task reads in turn, and of tasks whose
 # counts (9 MB each at 32,768 features) are put together at once.

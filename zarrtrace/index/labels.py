@@ -19,6 +19,7 @@ from zarrtrace.store import (
     LABEL_COLUMNS,
     IndexableTrace,
     locked,
+    open_array,
     read_indexable,
     read_label_file,
     read_run_or_table,
@@ -26,7 +27,6 @@ from zarrtrace.store import (
     read_trace,
     write_label_file,
 )
-from zarrtrace.store.array import open_array
 
 #: A table of labels, or the path of a file of them.
 Labels = pd.DataFrame | str | Path

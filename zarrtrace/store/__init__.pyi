@@ -1,4 +1,6 @@
+from zarrtrace.store.array import open_array
 from zarrtrace.store.captured import attention_problem, layer_record
+from zarrtrace.store.chunks import Checksum
 from zarrtrace.store.column_summary import ColumnSummary
 from zarrtrace.store.continuations import (
     ContinuationFile,
@@ -7,7 +9,7 @@ from zarrtrace.store.continuations import (
     stored_continuations,
 )
 from zarrtrace.store.copy import copy_run
-from zarrtrace.store.damage import Problem
+from zarrtrace.store.damage import Problem, check_sizes
 from zarrtrace.store.index_arrays import IndexWriter, RunIndex, locked, write_index_layer
 from zarrtrace.store.indexable import (
     Indexable,
@@ -34,8 +36,9 @@ from zarrtrace.store.metadata import (
     refuse_kind,
 )
 from zarrtrace.store.open import open_run, open_trace
+from zarrtrace.store.publish import old_of, put_in_place
 from zarrtrace.store.run_writer import RunWriter
-from zarrtrace.store.staged import only_writer, wait_for_writers
+from zarrtrace.store.staged import only_writer, read_staged, staging_folder, wait_for_writers
 from zarrtrace.store.summary import (
     RunSummary,
     TableSummary,
@@ -51,6 +54,7 @@ from zarrtrace.store.write import trace_plan, write_trace
 
 __all__ = [
     "LABEL_COLUMNS",
+    "Checksum",
     "ColumnSummary",
     "ContinuationFile",
     "IndexWriter",
@@ -67,27 +71,33 @@ __all__ = [
     "TraceSummary",
     "TraceWriter",
     "attention_problem",
+    "check_sizes",
     "copy_run",
     "kind_of",
     "labelled_layers",
     "layer_record",
     "locked",
+    "old_of",
     "only_writer",
+    "open_array",
     "open_run",
     "open_table",
     "open_trace",
+    "put_in_place",
     "read_indexable",
     "read_label_file",
     "read_run",
     "read_run_or_table",
     "read_sample_texts",
     "read_special",
+    "read_staged",
     "read_table",
     "read_token_texts",
     "read_trace",
     "refuse_foreign",
     "refuse_kind",
     "remove_continuations",
+    "staging_folder",
     "stored_continuations",
     "summarize",
     "summarize_table",

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from zarrtrace.errors import ConfigError, StoreError
 from zarrtrace.storage import Address, disk, locate
 from zarrtrace.storage.locks import take_lock
-from zarrtrace.store.publish import old_of, put_in_place
+from zarrtrace.store import old_of, put_in_place
 from zarrtrace.viewer.layout import PAGE_FILES, Layout, page_file, sample
 
 #: A larger single file is refused: browsers hold all of it in memory, base64 and all.

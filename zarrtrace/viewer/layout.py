@@ -35,9 +35,9 @@ from zarrtrace.store import (
     open_run,
     open_trace,
     read_run,
+    read_staged,
     read_trace,
 )
-from zarrtrace.store.staged import read_staged
 from zarrtrace.text import terminal_text
 from zarrtrace.viewer.arrays import BundleArray, run_arrays, trace_arrays
 
