@@ -200,7 +200,7 @@ OF_ZARRTRACE = ("extract", "cluster", "cloud", "notebook", "probe")
 #: Used where it is installed, and not asked for.
 OPTIONAL = {"dask-cuda"}
 #: Runs in an environment of its own, which it makes.
-ELSEWHERE = ("scripts/peers.py",)
+ELSEWHERE = ("scripts/bench/peer_tools.py",)
 
 
 def canonical(name: str) -> str:
@@ -252,7 +252,11 @@ def undeclared(file: str, source: str, project: dict[str, object]) -> set[str]:
     below = max((path for path in EXTRAS if f"{file}/".startswith(f"{path}/")), key=len)
     top = EXTRAS[below]
     lazily = (*top, *OF_ZARRTRACE) if below.startswith("zarrtrace") else top
-    own = {path.stem for folder in ("tests", "scripts") for path in (ROOT / folder).glob("*.py")}
+    own = {
+        path.stem
+        for folder in ("tests", "scripts", "scripts/bench")
+        for path in (ROOT / folder).glob("*.py")
+    }
     known = distributions()
     out: set[str] = set()
     for module, at_top in imports(source):

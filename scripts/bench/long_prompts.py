@@ -10,7 +10,7 @@ figure for lengths that were not run grows as the square. ``blocked`` and ``last
 extractions, with compression and writing: all rows of attention, and only the last one.
 
 Run it with nothing else on the machine; 16,384 tokens take some 8 GB of disk:
-``python scripts/bench_long.py [--tokens N ...] [--scratch FOLDER] [--json FILE]``.
+``python scripts/bench/long_prompts.py [--tokens N ...] [--scratch FOLDER] [--json FILE]``.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Every figure is the median of 20, from the event until everything chosen is draw
 server's cache is emptied before each first view and each layer, which is one that the page has not
 read ahead: these times include reading and decoding the store.
 
-    python scripts/bench_viewer.py [--repeats 20] [--json FILE]
+    python scripts/bench/viewer.py [--repeats 20] [--json FILE]
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench_read import FEATURES, NAME, Case, records, write_trace
 from playwright.sync_api import sync_playwright
+from read import FEATURES, NAME, Case, records, write_trace
 
 from zarrtrace.viewer import Server
 

@@ -1,6 +1,6 @@
 """What a table on disk costs: size against the user's files, plain reads, writing, its index.
 
-``python scripts/bench_table.py [--samples N] [NAME ...]`` makes synthetic tables in the folder of
+``python scripts/bench/table.py [--samples N] [NAME ...]`` makes synthetic tables in the folder of
 temporary files and prints medians of CPU and wall milliseconds, and the bytes that are decoded.
 """
 

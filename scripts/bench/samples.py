@@ -6,7 +6,7 @@ fresh process; CPU a prompt is that of the larger one beyond the smaller one. Th
 model's forward passes over the same batches, and the encoders on the rows that are stored. Reading
 is plain xarray's.
 
-    python scripts/bench_samples.py [--counts 1000 100000] [--floor 2048] [--keep FOLDER]
+    python scripts/bench/samples.py [--counts 1000 100000] [--floor 2048] [--keep FOLDER]
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The scenarios are synthetic and small (64 tokens, 4 layers, 4,096 features at 50 active a token),
 but each is a whole trace with all its arrays, so that what grows with their number is there.
 
-    python scripts/bench_index.py [--scenarios 1000] [--keep FOLDER] [--json FILE]
+    python scripts/bench/index.py [--scenarios 1000] [--keep FOLDER] [--json FILE]
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ def warm(home: Path, scale: Scale, device: str, asked: Mapping[str, Any]) -> dic
 
 def old(home: Path, scale: Scale, device: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     """Extract as the user's script does."""
-    import old_way
+    import npz_script
     from sae_lens import SAE
 
     start = time.perf_counter()
@@ -148,7 +148,7 @@ def old(home: Path, scale: Scale, device: str, asked: Mapping[str, Any]) -> dict
         out["loading SAEs s"] = time.perf_counter() - start
     some = dict(gpu_shape.prompts(scale.old))
     start = time.perf_counter()
-    old_way.extract(model, tokenizer, saes, some, LAYERS, home / "old")
+    npz_script.extract(model, tokenizer, saes, some, LAYERS, home / "old")
     out["seconds"] = (time.perf_counter() - start) * 10 / len(some)
     out["timed on"], out["scaled to"] = len(some), 10
     out["bytes"] = size_of(home / "old") * 10 / len(some)

@@ -1,9 +1,9 @@
 """Run every analysis over many scenarios on a cluster of two worker processes.
 
 Says how long opening takes, how many tasks each graph has, how long it runs, and the most memory
-that a worker held. The run is that of scripts/bench_index.py: 64 tokens, 4 layers, 4,096 features.
+that a worker held. The run is that of scripts/bench/index.py: 64 tokens, 4 layers, 4,096 features.
 
-    python scripts/bench_distributed.py [--scenarios 1000] [--run FOLDER] [--only NAME ...]
+    python scripts/bench/dask_analysis.py [--scenarios 1000] [--run FOLDER] [--only NAME ...]
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 
 import dask
 import psutil
-from bench_index import write_run
 from distributed import Client, LocalCluster
+from index import write_run
 
 import zarrtrace as zt
 from zarrtrace import analysis
@@ -85,7 +85,7 @@ def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scenarios", type=int, default=1000)
-    parser.add_argument("--run", type=Path, help="A run that scripts/bench_index.py --keep made.")
+    parser.add_argument("--run", type=Path, help="A run that scripts/bench/index.py --keep made.")
     parser.add_argument("--only", nargs="+", choices=list(ANALYSES), default=list(ANALYSES))
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:

@@ -5,7 +5,7 @@ loaded before the clock starts. "one core" pins a whole process, with the thread
 write, to one core, as a cluster would be that leaves no core free; without it, the writers of one
 process use the second core already.
 
-    python scripts/bench_cluster.py [--scenarios 20] [--repeats 3] [--json FILE]
+    python scripts/bench/cluster.py [--scenarios 20] [--repeats 3] [--json FILE]
 """
 
 from __future__ import annotations

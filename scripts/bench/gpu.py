@@ -4,7 +4,7 @@ Weights are random, for the true ones cannot be had everywhere; sizes, files and
 Every stage runs in a fresh process and leaves ``<json>/<stage>.json`` as soon as it is done. Cold
 stages start with the system's file cache dropped, if that is allowed; each says so.
 
-    python scripts/bench_gpu.py --json FOLDER [--only STAGE ...] [--scale tiny --device cpu]
+    python scripts/bench/gpu.py --json FOLDER [--only STAGE ...] [--scale tiny --device cpu]
 """
 
 from __future__ import annotations

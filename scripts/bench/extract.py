@@ -4,7 +4,7 @@ Every contender runs in a process of its own, in turns; the clock starts when li
 are loaded. The floor is the bare forward passes, one matrix product a layer and prompt, and
 writing as many bytes as zarrtrace leaves on the disk.
 
-    python scripts/bench_extract.py [--active 50] [--repeats 3] [--json FILE]
+    python scripts/bench/extract.py [--active 50] [--repeats 3] [--json FILE]
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def old_way(
     folder: Path, count: int, *, features: bool, dtype: torch.dtype = torch.float16
 ) -> dict[str, float]:
     """Extract as the user's script does, SAEs loaded beforehand."""
-    import old_way as script
+    import npz_script as script
     from sae_lens import SAE
 
     model, tokenizer = _load(folder)
@@ -233,7 +233,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.one:
         folder, who, mode, count = given.one
-        # Features alone are asked of zarrtrace only (bench_peers.py).
+        # Features alone are asked of zarrtrace only (peers.py).
         wanted = {"attention": False} if mode == "features" else {}
         contender = CONTENDERS[who]
         print(

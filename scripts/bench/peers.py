@@ -1,13 +1,13 @@
 """Compare extraction with the field's tools that store the same, on the `proxy` model.
 
 Contenders: sae-lens with TransformerLens, nnsight, and for one half alone delphi's latent cache
-(features) and TransformerLens (attention); see ``peers.py``. They run in turns with zarrtrace,
+(features) and TransformerLens (attention); see ``peer_tools.py``. They run in turns with zarrtrace,
 each in a process of its own, all in one virtual environment that this script makes. The clock
 starts when libraries and model are loaded; reading SAEs is in everybody's time.
 
 What everybody stored of the first scenario is compared with zarrtrace's before anything is printed.
 
-    python scripts/bench_peers.py [--scenarios 10] [--repeats 3] [--json FILE]
+    python scripts/bench/peers.py [--scenarios 10] [--repeats 3] [--json FILE]
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = ROOT / ".venv-peers"
 #: delphi's own dependencies hold vLLM, for models that explain features: what its cache needs is
 #: named here instead.
@@ -130,11 +130,11 @@ def compare(
     python: Path, folder: Path, mode: str, scenarios: int, repeats: int
 ) -> dict[str, dict[str, float]]:
     """Return medians of each contender's figures."""
-    from bench_extract import prompts
+    from extract import prompts
     from proxy import FEATURES
 
-    scripts, output = ROOT / "scripts", folder / "peer"
-    ours = [str(python), str(scripts / "bench_extract.py"), "--one", str(folder), "zarrtrace"]
+    scripts, output = ROOT / "scripts" / "bench", folder / "peer"
+    ours = [str(python), str(scripts / "extract.py"), "--one", str(folder), "zarrtrace"]
     found: dict[str, list[dict[str, float]]] = {who: [] for who in ("zarrtrace", *TABLES[mode])}
     first = next(iter(prompts(1)))
     for repeat in range(repeats):
@@ -143,7 +143,7 @@ def compare(
                 runs.append(run([*ours, mode, str(scenarios)]))
                 stored = {at: read_zarrtrace(folder / "run", first, at) for at in COMPARED}
                 continue
-            theirs = [str(python), str(scripts / "peers.py"), who, str(folder), str(output)]
+            theirs = [str(python), str(scripts / "peer_tools.py"), who, str(folder), str(output)]
             runs.append(run([*theirs, str(scenarios)]))
             if repeat == 0:
                 for at, arrays in stored.items():

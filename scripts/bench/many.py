@@ -4,7 +4,7 @@ The `proxy` model (see ``proxy.py``) with the prompts of the ten scenarios under
 Memory is what the process holds beyond the model, at its highest. What a run costs whatever its
 size (reading SAEs, above all) is taken off in the last row: ``(many - few) / (300 - 10)``.
 
-    python scripts/bench_many.py [--counts 10 300] [--layers 4] [--repeats 3] [--json FILE]
+    python scripts/bench/many.py [--counts 10 300] [--layers 4] [--repeats 3] [--json FILE]
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        import bench_extract
+        import extract
 
-        bench_extract.LAYERS = tuple(range(1, given.layers + 1))
+        extract.LAYERS = tuple(range(1, given.layers + 1))
         folder, count = given.one
-        print(json.dumps(bench_extract.zarrtrace_way(Path(folder), int(count), features=True)))
+        print(json.dumps(extract.zarrtrace_way(Path(folder), int(count), features=True)))
         return
     from proxy import build
 

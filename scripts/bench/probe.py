@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Time a probe of one layer: samples × channels in memory, a number in groups of ten.
 
-scripts/bench_probe.py                          # 10,000 samples, 4,096 channels
-scripts/bench_probe.py --samples 1000 --permutations 999
+scripts/bench/probe.py                          # 10,000 samples, 4,096 channels
+scripts/bench/probe.py --samples 1000 --permutations 999
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 """Measure NPZ export against ``np.savez_compressed`` on the same values.
 
 NumPy gets its arrays in memory; zarrtrace also reads its own from the store. Run it with nothing
-else on the machine: ``python scripts/bench_npz.py [--json FILE]``.
+else on the machine: ``python scripts/bench/npz.py [--json FILE]``.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ prompts that consist of a scenario and its most likely next token: the same toke
 the difference is what generating costs. Each way runs in a process of its own, in turn, which also
 imports torch and loads the model.
 
-    python scripts/bench_generation.py [--repeats 3] [--samples 20] [--tokens 1] [--features]
+    python scripts/bench/generation.py [--repeats 3] [--samples 20] [--tokens 1] [--features]
         [--json FILE]
 """
 

@@ -5,7 +5,7 @@ of which some fire at each token. Times are CPU time of this process, all its th
 repeats in turns: other jobs of the machine change them little. Selections are timed on datasets
 that are open; opening is a figure of its own. NumPy opens each of its files, there is no other way.
 
-    python scripts/bench_read.py [--tokens 121 277] [--active 50 1000] [--heads 32] [--repeats 5]
+    python scripts/bench/read.py [--tokens 121 277] [--active 50 1000] [--heads 32] [--repeats 5]
                                  [--rows 32 --feature-tokens 64 --feature-columns 4096]
 """
 

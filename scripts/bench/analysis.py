@@ -6,7 +6,7 @@ then each analysis runs in a process of its own, from the closed run to its resu
 ``zarrtrace analyze`` does. Peak memory is that of the largest process, Python and its libraries
 included; CPU time is that of all.
 
-    python scripts/bench_analysis.py [--scenarios 200] [--only attention_to contrast] [--run FOLDER]
+    python scripts/bench/analysis.py [--scenarios 200] [--only attention_to contrast] [--run FOLDER]
                                      [--workers 2] [--chunks auto]
 """
 

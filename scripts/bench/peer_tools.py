@@ -1,8 +1,8 @@
 """What the field's tools do for the same job, each as its own documentation has it.
 
-Run by ``bench_peers.py``, one contender in one process, in an environment that has the tools:
+Run by ``peers.py``, one contender in one process, in an environment that has the tools:
 
-    python scripts/peers.py CONTENDER FOLDER OUTPUT SCENARIOS
+    python scripts/bench/peer_tools.py CONTENDER FOLDER OUTPUT SCENARIOS
 
 `FOLDER` holds ``model`` and ``saes`` (see ``proxy.py``). One line of JSON is printed: wall and CPU
 seconds from the loaded model on, with reading SAEs, bytes on disk, and the most memory held beyond
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_extract import LAYERS, Peak, prompts, size_of
+from extract import LAYERS, Peak, prompts, size_of
 from sae_lens import SAE, HookedSAETransformer
 
 #: ``attention`` (head, query, key) and ``features`` (query, feature) of one layer, as far as asked.

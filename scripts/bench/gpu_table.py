@@ -4,7 +4,7 @@ Model and SAEs have random weights that are made on the device; the prompts are 
 times, the share of the time in which the GPU computes, peaks of memory, the floor (the same batches
 through the model and the encoders alone), and how far the table is from plain hooks.
 
-    python scripts/gpu_table.py [--shape tiny --device cpu --prompts 200 --tokens 20]
+    python scripts/bench/gpu_table.py [--shape tiny --device cpu --prompts 200 --tokens 20]
 """
 
 from __future__ import annotations

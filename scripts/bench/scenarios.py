@@ -6,7 +6,7 @@ first pass checks all scenarios and finds the types of columns, the next one yie
 the highest resident size of the process beyond that of one scenario of the same source, libraries
 loaded.
 
-    python scripts/bench_scenarios.py [--counts 1000 100000] [--sources jsonl csv …]
+    python scripts/bench/scenarios.py [--counts 1000 100000] [--sources jsonl csv …]
 """
 
 from __future__ import annotations
