@@ -253,7 +253,9 @@ def bench() -> ModuleType:
     assert loader is not None
     assert loader.loader is not None
     module = importlib.util.module_from_spec(loader)
-    loader.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)  # where `common` is
+        loader.loader.exec_module(module)
     return module
 
 

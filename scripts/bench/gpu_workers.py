@@ -15,6 +15,7 @@ from typing import Any
 import gpu_shape
 import numpy as np
 import torch
+from common import size_of
 from gpu_shape import LAYERS, RELEASE, Scale
 
 
@@ -22,11 +23,6 @@ def synchronize() -> None:
     """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def size_of(folder: Path) -> int:
-    """Return the bytes of all files below a folder."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 class Clocks:

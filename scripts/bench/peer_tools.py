@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from extract import LAYERS, Peak, prompts, size_of
+from common import Peak, demo_prompts, size_of
+from extract import LAYERS
 from sae_lens import SAE, HookedSAETransformer
 
 #: ``attention`` (head, query, key) and ``features`` (query, feature) of one layer, as far as asked.
@@ -196,7 +197,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(Path(folder) / "model")
     ids = {
         name: tokenizer(text, return_tensors="pt")["input_ids"]
-        for name, text in prompts(int(count)).items()
+        for name, text in demo_prompts(int(count)).items()
     }
     Path(output).mkdir()
     clock = Clock()

@@ -10,13 +10,13 @@ read ahead: these times include reading and decoding the store.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import common
 from playwright.sync_api import sync_playwright
 from read import FEATURES, NAME, Case, records, write_trace
 
@@ -145,8 +145,7 @@ def main() -> None:
     for what in dict.fromkeys(key for one in found.values() for key in one):
         cells = " | ".join(str(one.get(what, "–")) for one in found.values())
         print(f"| {what} | {LIMITS.get(what, '–')} | {cells} |")
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=2))
+    common.save(options.json, found)
 
 
 if __name__ == "__main__":
