@@ -114,33 +114,10 @@ class Targets:
         with only_our_errors():
             assert as_scenarios(as_scenarios(given))
 
-    def seeds(self) -> list[bytes]:
-        """Return good files: YAML, JSONL, an NPZ file, an array in it, metadata, stores."""
-        make_layout(self._layout)
-        layer = self._layout / "a" / "layer_1.npz"
-        with zipfile.ZipFile(layer) as archive:
-            array = archive.read("features.npy")
-        entry = {"name": "a", "prompt": "$5 of $9", "spans": {"goal": {"text": "$9"}}}
-        suite = (
-            'template: "[[goal:{x}]] y"\noptions: {bet: "1"}\nscenarios:\n'
-            "- name: a\n  values: {x: 5}\n  tags: [risky]\n"
-        )
-        return [
-            suite.encode(),
-            json.dumps(entry).encode(),
-            layer.read_bytes(),
-            array,
-            (self._layout / METADATA).read_bytes(),
-            *((self._run / name).read_bytes() for name in FILES),
-        ]
-
     def store(self, name: str, change: Callable[[Any], Any]) -> None:
-        """Read a run of which one file's JSON was changed; the seal fits again."""
+        """Open, summarise and verify a run after a change of one file's JSON; the seal fits."""
         found = change(json.loads((self._run / name).read_bytes()))
-        self.store_bytes(name, hostile.sealed(found))
-
-    def store_bytes(self, name: str, content: bytes) -> None:
-        """Open, read, summarise and verify a run in which one file is other bytes."""
+        content = hostile.sealed(found)
         with tempfile.TemporaryDirectory(dir=self._folder) as made:
             run = Path(made) / "run"
             shutil.copytree(self._run, run)
@@ -213,12 +190,7 @@ class Targets:
         """Import a folder whose metadata file was changed."""
         make_layout(self._layout)
         found = change(json.loads((self._layout / METADATA).read_bytes()))
-        self.metadata_bytes(json.dumps(found).encode())
-
-    def metadata_bytes(self, content: bytes) -> None:
-        """Import a folder whose metadata file is other bytes."""
-        make_layout(self._layout)
-        (self._layout / METADATA).write_bytes(content)
+        (self._layout / METADATA).write_bytes(json.dumps(found).encode())
         self._import()
 
     def _import(self) -> None:

@@ -34,7 +34,9 @@ def script() -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["train_demo"] = module
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(path.parent)  # where its other modules are
+        spec.loader.exec_module(module)
     return module
 
 
@@ -79,7 +81,7 @@ def test_choices_agree_with_the_policy(script: ModuleType, model: Any, tokenizer
     seen = script.seen_games(seed=0, steps=script.STEPS)
     games = script.held_out_games(random.Random(SEED), 200, seen)
     text = script.GameText()
-    agreement = script.policy_agreement(model, tokenizer, text, games)
+    agreement = script.demo_model.policy_agreement(model, tokenizer, text, games)
     assert agreement >= 0.9
     assert agreement == pytest.approx(card_agreement(), abs=0.03)  # of other games
     answers = [text.answer(game) for game in games]
@@ -104,8 +106,10 @@ def test_learnt_more_than_a_bigram(script: ModuleType, model: Any, tokenizer: An
     text, rng = script.GameText(), random.Random(SEED)
     games = [script.sample_game(rng) for _ in range(100)]
     train = [text.full(script.sample_game(rng)) for _ in range(500)]
-    baselines = script.baseline_losses(tokenizer, train, [text.full(game) for game in games])
-    assert script.mean_loss(model, tokenizer, text, games) < 0.7 * min(baselines)
+    baselines = script.demo_model.baseline_losses(
+        tokenizer, train, [text.full(game) for game in games]
+    )
+    assert script.demo_model.mean_loss(model, tokenizer, text, games) < 0.7 * min(baselines)
 
 
 def test_prompts_have_the_length_and_spans_of_the_mission(tokenizer: Any) -> None:

@@ -1,4 +1,4 @@
-"""Readers of strangers' files raise our own errors only; ``scripts/fuzz.py`` goes on."""
+"""Readers of strangers' files raise our own errors only."""
 
 from __future__ import annotations
 

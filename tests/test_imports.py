@@ -147,13 +147,13 @@ EXTRAS = {
     "zarrtrace/extraction": ("cluster",),
     "zarrtrace/viewer/widget.py": ("notebook",),
     "tests": ("test",),
-    "scripts": ("test", "dev", "fuzz"),
+    "scripts": ("test", "dev"),
 }
 OF_ZARRTRACE = ("extract", "cluster", "cloud", "notebook", "probe")
 #: Used where it is installed, and not asked for.
 OPTIONAL = {"dask-cuda"}
 #: Runs in an environment of its own, which it makes.
-ELSEWHERE = ("scripts/peers.py",)
+ELSEWHERE = ("scripts/bench/peer_tools.py",)
 
 
 def canonical(name: str) -> str:
@@ -205,7 +205,11 @@ def undeclared(file: str, source: str, project: dict[str, object]) -> set[str]:
     below = max((path for path in EXTRAS if f"{file}/".startswith(f"{path}/")), key=len)
     top = EXTRAS[below]
     lazily = (*top, *OF_ZARRTRACE) if below.startswith("zarrtrace") else top
-    own = {path.stem for folder in ("tests", "scripts") for path in (ROOT / folder).glob("*.py")}
+    own = {
+        path.stem
+        for folder in ("tests", "scripts", "scripts/bench")
+        for path in (ROOT / folder).glob("*.py")
+    }
     known = distributions()
     out: set[str] = set()
     for module, at_top in imports(source):
@@ -245,7 +249,7 @@ def test_all_that_is_imported_is_declared(project: dict[str, object]) -> None:
         ("zarrtrace/capture/one.py", "from . import other", set()),
         ("zarrtrace/one.py", "import fakes", {"fakes"}),
         ("tests/test_one.py", "import fakes, ruff", {"ruff"}),
-        ("scripts/one.py", "importlib.import_module('atheris')\nimport nnsight", {"nnsight"}),
+        ("scripts/one.py", "importlib.import_module('ruff')\nimport nnsight", {"nnsight"}),
     ],
 )
 def test_what_is_not_declared_is_found(

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.torch
 TOKENS = 400
 #: Layers are cut into as many records and files as can be.
 CUT = CaptureLimits(layout=Limits(file_bytes=1, record_bytes=1), logit_rows=64)
-SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_long.py"
+SCRIPT = Path(__file__).parents[1] / "scripts" / "bench" / "long_prompts.py"
 
 
 #: Blocks, records and pieces of logits as small against 400 tokens as they are in truth.
@@ -249,11 +249,13 @@ def test_freed_memory_is_given_back_where_the_c_library_can(
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    loader = importlib.util.spec_from_file_location("bench_long", SCRIPT)
+    loader = importlib.util.spec_from_file_location("long_prompts", SCRIPT)
     assert loader is not None
     assert loader.loader is not None
     module = importlib.util.module_from_spec(loader)
-    loader.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)  # where `common` is
+        loader.loader.exec_module(module)
     return module
 
 

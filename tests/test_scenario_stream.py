@@ -159,7 +159,7 @@ def test_a_frame_is_read_a_batch_at_a_time() -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("kind", list(_FILES))
 def test_memory_does_not_grow_with_the_scenarios(kind: str, tmp_path: Path) -> None:
-    """Python's and NumPy's memory; that of Arrow is in scripts/bench_scenarios.py."""
+    """Python's and NumPy's memory; that of Arrow is in scripts/bench/scenarios.py."""
 
     def peak(count: int) -> int:
         path = tmp_path / f"{count}_{kind}"

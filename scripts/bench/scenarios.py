@@ -6,7 +6,7 @@ first pass checks all scenarios and finds the types of columns, the next one yie
 the highest resident size of the process beyond that of one scenario of the same source, libraries
 loaded.
 
-    python scripts/bench_scenarios.py [--counts 1000 100000] [--sources jsonl csv …]
+    python scripts/bench/scenarios.py [--counts 1000 100000] [--sources jsonl csv …]
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ import argparse
 import csv
 import itertools
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 
 SOURCES = ("jsonl", "csv", "parquet", "dataset", "list")
@@ -104,23 +103,7 @@ def measure(path: Path, count: int) -> dict[str, float]:
     if sum(len(scenario.metadata) for scenario in suite) != 10 * count:
         raise SystemExit("columns are missing")
     again = time.process_time() - begin
-    return {"first": first / count, "again": again / count, "peak": peak_bytes()}
-
-
-def peak_bytes() -> int:
-    """Return the highest resident size of this process."""
-    status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-
-
-def in_process(path: Path, count: int) -> dict[str, float]:
-    """Measure in a fresh process."""
-    command = [sys.executable, __file__, "--one", str(path), str(count)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    found: dict[str, float] = json.loads(done.stdout)
-    return found
+    return {"first": first / count, "again": again / count, "peak": common.peak_bytes()}
 
 
 def main() -> None:
@@ -134,12 +117,13 @@ def main() -> None:
         path, count = given.one
         print(json.dumps(measure(Path(path), int(count))))
         return
-    print("| source | scenarios | CPU µs each, first pass | next pass | MB beyond one scenario |")
-    print("|---|---|---|---|---|")
+    common.print_head(
+        "source", "scenarios", "CPU µs each, first pass", "next pass", "MB beyond one scenario"
+    )
     with tempfile.TemporaryDirectory() as folder:
         for source, count in itertools.product(given.sources, given.counts):
-            least = in_process(write(Path(folder), source, 1), 1)["peak"]
-            found = in_process(write(Path(folder), source, count), count)
+            least = common.in_process(__file__, "--one", write(Path(folder), source, 1), 1)["peak"]
+            found = common.in_process(__file__, "--one", write(Path(folder), source, count), count)
             print(
                 f"| {source} | {count:,} | {1e6 * found['first']:.0f} | "
                 f"{1e6 * found['again']:.0f} | {(found['peak'] - least) / 1e6:.1f} |",

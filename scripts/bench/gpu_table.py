@@ -4,7 +4,7 @@ Model and SAEs have random weights that are made on the device; the prompts are 
 times, the share of the time in which the GPU computes, peaks of memory, the floor (the same batches
 through the model and the encoders alone), and how far the table is from plain hooks.
 
-    python scripts/gpu_table.py [--shape tiny --device cpu --prompts 200 --tokens 20]
+    python scripts/bench/gpu_table.py [--shape tiny --device cpu --prompts 200 --tokens 20]
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from typing import Any
 import gpu_shape
 import numpy as np
 import torch
+from common import cpu_with_children, size_of
 from gpu_shape import LAYERS, SCALES, Scale
-from gpu_workers import size_of, synchronize
+from gpu_workers import synchronize
 from sae_lens import SAE
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
@@ -322,12 +323,6 @@ def compare(found: Any, setup: Setup, batch: int) -> dict[str, float]:
 # --- the table of results ----------------------------------------------------------------------
 
 
-def cpu_seconds() -> float:
-    """Return the processor time of this process and of those that it started."""
-    whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    return sum(sum(resource.getrusage(one)[:2]) for one in whose)
-
-
 def say(what: str, value: Any) -> None:
     """Print a line of the table."""
     if isinstance(value, float):
@@ -362,11 +357,11 @@ def run(given: argparse.Namespace, folder: Path) -> None:
     shutil.rmtree(folder / "warm")
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    stages, cpu = Stages(), cpu_seconds()
+    stages, cpu = Stages(), cpu_with_children()
     begun = time.perf_counter()
     with Utilisation(given.device) as seen, stages.watching():
         found = extract(folder / "run", setup, setup.prompts)
-    whole, cpu = time.perf_counter() - begun, cpu_seconds() - cpu
+    whole, cpu = time.perf_counter() - begun, cpu_with_children() - cpu
     for label in ("preparing", "survey", "filling"):
         say(f"{label} s", stages.seconds(label))
     say("the rest: opening, publishing s", whole - sum(map(stages.seconds, stages.spans)))

@@ -5,21 +5,19 @@ loaded before the clock starts. "one core" pins a whole process, with the thread
 write, to one core, as a cluster would be that leaves no core free; without it, the writers of one
 process use the second core already.
 
-    python scripts/bench_cluster.py [--scenarios 20] [--repeats 3] [--json FILE]
+    python scripts/bench/cluster.py [--scenarios 20] [--repeats 3] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
-import resource
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +25,20 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from zarrtrace import demo
+import common
+
 from zarrtrace.extraction import Options, prepare
 from zarrtrace.extraction.cluster import extract_on_cluster
 from zarrtrace.extraction.connecting import connected
 from zarrtrace.extraction.processes import WriterPool
 from zarrtrace.extraction.progress import Progress
 from zarrtrace.extraction.running import fill
-from zarrtrace.scenarios import load_suite
 from zarrtrace.store import RunWriter
 
 
 def cpu_seconds() -> float:
     """Return the CPU seconds of this process so far."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
+    return time.process_time()
 
 
 def pin(cores: set[int]) -> None:
@@ -49,23 +46,6 @@ def pin(cores: set[int]) -> None:
     for thread in Path("/proc/self/task").iterdir():
         with contextlib.suppress(ProcessLookupError):  # it ended in between
             os.sched_setaffinity(int(thread.name), cores)
-
-
-def write_suite(file: Path, count: int) -> None:
-    """Write the embedded scenarios, repeated under other names."""
-    suite = load_suite(demo.suite_path())
-    lines = [
-        json.dumps({"name": f"s{at:05d}", "prompt": suite[at % len(suite)].prompt})
-        for at in range(count)
-    ]
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def timed(work: Callable[[], None], cpu: Callable[[], float]) -> tuple[float, float]:
-    """Return wall and CPU seconds of some work."""
-    before, start = cpu(), time.perf_counter()
-    work()
-    return time.perf_counter() - start, cpu() - before
 
 
 class Bench:
@@ -103,9 +83,9 @@ def void(_value: object) -> None:
     """Drop a value."""
 
 
-def contest(bench: Bench, repeats: int) -> dict[str, list[tuple[float, float]]]:
+def contest(bench: Bench, repeats: int) -> dict[str, list[common.Spent]]:
     """Let one process, one worker and two workers take turns, pinned and free."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    found: dict[str, list[common.Spent]] = {}
     with connected(workers=1) as one, connected(workers=2) as two:
         clusters = {"1 worker": one, "2 workers": two}
         for client in clusters.values():
@@ -115,13 +95,13 @@ def contest(bench: Bench, repeats: int) -> dict[str, list[tuple[float, float]]]:
                 cores = bench.cores[:1] if pinned else bench.cores
                 pin(set(cores))
                 name = "one core a process" if pinned else "free"
-                result = timed(bench.single, cpu_seconds)
+                result = common.timed(bench.single, cpu_seconds)
                 found.setdefault(f"1 process, {name}", []).append(result)
                 for kind, client in clusters.items():
                     for at, address in enumerate(client.nthreads()):
                         own = {bench.cores[at % len(bench.cores)]} if pinned else set(cores)
                         client.run(pin, own, workers=[address])
-                    result = timed(bench.on(client), lambda: bench.cpu_of(client))  # noqa: B023
+                    result = common.timed(bench.on(client), lambda: bench.cpu_of(client))  # noqa: B023
                     found.setdefault(f"{kind}, {name}", []).append(result)
     pin(set(bench.cores))
     return found
@@ -136,18 +116,15 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_suite(folder / "suite.jsonl", given.scenarios)
+        common.write_suite(folder / "suite.jsonl", common.demo_prompts(given.scenarios))
         bench = Bench(folder, Options(model="demo", scenarios=folder / "suite.jsonl"))
         bench.single()  # warms up
         found = contest(bench, given.repeats)
-    middle: Mapping[str, tuple[float, float]] = {
-        name: (statistics.median(w for w, _ in each), statistics.median(c for _, c in each))
-        for name, each in found.items()
-    }
     print(f"{given.scenarios} scenarios, medians of {given.repeats}; load {os.getloadavg()[0]:.1f}")
-    print("| | wall s | CPU s |\n|---|---|---|")
-    for name, (wall, cpu) in middle.items():
-        print(f"| {name} | {wall:.2f} | {cpu:.2f} |")
+    common.print_head("", "wall s", "CPU s")
+    for name, runs in found.items():
+        wall, cpu = common.middle(runs)
+        common.print_row(name, f"{wall:.2f}", f"{cpu:.2f}")
     for how in ("one core a process", "free"):
         # Ratios within a turn: what else the machine does changes between turns.
         turns = zip(*(found[f"{kind}, {how}"] for kind in KINDS), strict=True)
@@ -157,8 +134,7 @@ def main() -> None:
         cpu = statistics.median(one / plain - 1 for *_, one, plain in ratios)
         print(f"{how}: 2 workers {speed:.2f}x 1 worker; 1 worker costs {wall:+.1%} wall, "
               f"{cpu:+.1%} CPU over 1 process")  # fmt: skip
-    if given.json:
-        given.json.write_text(json.dumps(found, indent=2) + "\n")
+    common.save(given.json, found)
 
 
 KINDS = ("1 process", "1 worker", "2 workers")

@@ -4,35 +4,22 @@ The `proxy` model (see ``proxy.py``) with the prompts of the ten scenarios under
 Memory is what the process holds beyond the model, at its highest. What a run costs whatever its
 size (reading SAEs, above all) is taken off in the last row: ``(many - few) / (300 - 10)``.
 
-    python scripts/bench_many.py [--counts 10 300] [--layers 4] [--repeats 3] [--json FILE]
+    python scripts/bench/many.py [--counts 10 300] [--layers 4] [--repeats 3] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import common
+
 #: The encoder of one of proxy's SAEs with biases and thresholds, float32: part of any run's memory.
 SAE_BYTES = 4 * 32_768 * (256 + 2)
-#: Set before torch is loaded, as zarrtrace itself does: threads that wait do not spin.
-ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", **os.environ}
-
-
-def in_process(folder: Path, count: int, layers: int) -> dict[str, float]:
-    """Run one extraction in a fresh process."""
-    command = [sys.executable, __file__, "--one", str(folder), str(count), "--layers", str(layers)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 def main() -> None:
@@ -45,11 +32,11 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        import bench_extract
+        import extract
 
-        bench_extract.LAYERS = tuple(range(1, given.layers + 1))
+        extract.LAYERS = tuple(range(1, given.layers + 1))
         folder, count = given.one
-        print(json.dumps(bench_extract.zarrtrace_way(Path(folder), int(count), features=True)))
+        print(json.dumps(extract.zarrtrace_way(Path(folder), int(count), features=True)))
         return
     from proxy import build
 
@@ -59,16 +46,14 @@ def main() -> None:
         found: dict[int, list[dict[str, float]]] = {count: [] for count in given.counts}
         for _ in range(given.repeats):
             for count, runs in found.items():
-                runs.append(in_process(folder, count, given.layers))
+                runs.append(
+                    common.in_process(__file__, "--one", folder, count, "--layers", given.layers)
+                )
                 print(f"{count}: {runs[-1]}", file=sys.stderr, flush=True)
-        shown = {
-            count: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-            for count, runs in found.items()
-        }
+        shown = {count: common.medians(runs) for count, runs in found.items()}
         few, many = given.counts
         print(f"layers 1-{given.layers}, medians of {given.repeats}\n")
-        print("| scenarios | ms a scenario | CPU ms | MB beyond model and one SAE |")
-        print("|---|---|---|---|")
+        common.print_head("scenarios", "ms a scenario", "CPU ms", "MB beyond model and one SAE")
         for count, row in shown.items():
             wall, cpu = (row[key] / count * 1e3 for key in ("seconds", "cpu_seconds"))
             print(f"| {count} | {wall:.0f} | {cpu:.0f} | {(row['peak'] - SAE_BYTES) / 1e6:.0f} |")
@@ -77,8 +62,7 @@ def main() -> None:
             for key in ("seconds", "cpu_seconds")
         ]
         print(f"| each beyond {few} | {more[0]:.0f} | {more[1]:.0f} | |")
-        if given.json:
-            given.json.write_text(json.dumps(found, indent=2))
+        common.save(given.json, found)
     finally:
         shutil.rmtree(folder)
 

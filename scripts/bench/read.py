@@ -5,7 +5,7 @@ of which some fire at each token. Times are CPU time of this process, all its th
 repeats in turns: other jobs of the machine change them little. Selections are timed on datasets
 that are open; opening is a figure of its own. NumPy opens each of its files, there is no other way.
 
-    python scripts/bench_read.py [--tokens 121 277] [--active 50 1000] [--heads 32] [--repeats 5]
+    python scripts/bench/read.py [--tokens 121 277] [--active 50 1000] [--heads 32] [--repeats 5]
                                  [--rows 32 --feature-tokens 64 --feature-columns 4096]
 """
 
@@ -13,11 +13,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import shutil
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -25,22 +22,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import common
 import numpy as np
 import tensorstore
 import xarray as xr
 import zarr
 
 import zarrtrace as zt
-from zarrtrace.format.attributes import SpanAttributes, TraceAttributes
 from zarrtrace.format.layout import (
     DEFAULT_LIMITS,
-    NEXT_TOKENS,
     Limits,
-    TraceShape,
     attention_chunk_rows,
 )
 from zarrtrace.layer_batches import SparseFeatures
-from zarrtrace.records import BFloat16, LayerRecord, Nonzeros, Tokens, TokensRecord, TracePlan
+from zarrtrace.records import BFloat16, LayerRecord, Nonzeros, TokensRecord, TracePlan
 from zarrtrace.store import TraceWriter, chunks
 
 FEATURES, FEATURE, KEYS = 32_768, 14_826, slice(51, 54)
@@ -67,29 +62,16 @@ class Case(NamedTuple):
 # --- values ------------------------------------------------------------------------------------
 
 
-def attention(rng: np.random.Generator, heads: int, tokens: int) -> np.ndarray:
-    """Return causal softmax attention ``(head, query, key)``; the first token is a sink."""
-    found = np.empty((heads, tokens, tokens), np.float32)
-    for head in found:
-        weights = np.exp(2 * rng.standard_normal((tokens, tokens), np.float32))
-        weights[:, 0] *= 20
-        weights *= np.tri(tokens, dtype=np.float32)
-        head[:] = weights / weights.sum(-1, keepdims=True)
-    return found
-
-
 def features(rng: np.random.Generator, tokens: int, active: int) -> np.ndarray:
     """Return ``(query, feature)`` of which `active` a token are above 0, float32."""
-    values = np.zeros((tokens, FEATURES), np.float32)
-    for row in values:
-        row[rng.choice(FEATURES, active, replace=False)] = rng.gamma(2.0, size=active) + 0.3
+    values = common.features(rng, tokens, FEATURES, active)
     values[:, FEATURE] = 1  # the answer is not empty
     return values
 
 
 def bfloat16(values: np.ndarray) -> BFloat16:
     """Cut values to bfloat16."""
-    return BFloat16((values.view(np.uint32) >> 16).astype(np.uint16))
+    return BFloat16(common.bfloat16(values))
 
 
 def sparse(values: np.ndarray, columns: int) -> SparseFeatures:
@@ -106,41 +88,25 @@ def records(case: Case) -> list[LayerRecord | TokensRecord]:
     rng = np.random.default_rng(0)
     found: list[LayerRecord | TokensRecord] = []
     for layer in range(case.layers):
-        weights = attention(rng, case.heads, case.tokens)
+        weights = common.attention(rng, case.heads, case.tokens)
         active = np.asarray(bfloat16(features(rng, case.tokens, case.active)))
         record = sparse(active, case.limits.features).record()
         found.append(
             LayerRecord(NAME, layer, 0, bfloat16(weights), weights.mean(0), {"features": record})
         )
-    ids = rng.integers(0, 128_000, (case.tokens, NEXT_TOKENS), dtype=np.uint32)
-    logprobs = -np.sort(rng.exponential(3, ids.shape)).astype(np.float32)
-    texts = np.vectorize(lambda number: f" word{number}", otypes=[object])(ids)
-    return [*found, TokensRecord(NAME, ids, logprobs, texts)]
+    return [*found, common.tokens_record(rng, NAME, case.tokens)]
 
 
 def plan(case: Case) -> TracePlan:
     """Return the trace before its first layer."""
-    attributes = TraceAttributes(
-        scenario=NAME,
-        prompt=None,
-        spans={"decision": SpanAttributes(characters=(), tokens=(case.tokens - 1,))},
-        model=None,
-        layers=tuple(range(case.layers)),
-        attention_dtype="float32",
-        feature_dtype="float32",
-        versions={},
-    )
-    shape = TraceShape(
-        layers=case.layers,
-        tokens=case.tokens,
+    return common.trace_plan(
+        NAME,
+        range(case.layers),
+        case.tokens,
         heads=case.heads,
-        features={"features": FEATURES},
-        attention_dtype="float32",
-        feature_dtype="float32",
+        features=FEATURES,
         limits=case.limits,
     )
-    texts = [f" word{at}" for at in range(case.tokens)]
-    return TracePlan(attributes, shape, Tokens(range(case.tokens), texts))
 
 
 # --- writing -----------------------------------------------------------------------------------
@@ -170,11 +136,6 @@ def write_npz(folder: Path, found: list[LayerRecord | TokensRecord]) -> None:
                 attention=np.asarray(record.attention),
                 features=np.asarray(record.features["features"].activations),
             )
-
-
-def size_of(folder: Path) -> int:
-    """Return the bytes of all files in a folder."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -269,20 +230,9 @@ READERS: dict[str, Reader] = {
 }
 
 
-def cpu_ms(act: Callable[[], Any]) -> float:
-    """Return the CPU milliseconds that something takes in all threads."""
-    start = time.process_time()
-    act()
-    return 1e3 * (time.process_time() - start)
-
-
 def medians(acts: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Return the median CPU milliseconds of each, measured in turns."""
-    taken: dict[str, list[float]] = {name: [] for name in acts}
-    for _ in range(repeats):
-        for name, act in acts.items():
-            taken[name].append(cpu_ms(act))
-    return {name: statistics.median(found) for name, found in taken.items()}
+    return {name: 1e3 * spent.cpu for name, spent in common.turns(acts, repeats).items()}
 
 
 class Measured(NamedTuple):
@@ -304,7 +254,7 @@ def measure(folder: Path, case: Case, repeats: int) -> Measured:
     writing = medians(writers, repeats) | medians({NPZ: partial(write_npz, folder, found)}, 1)
     del found
     size = {
-        name: size_of(folder / path)
+        name: common.size_of(folder / path)
         for name, path in (("trace", NAME), (SEARCHED, f"{SEARCHED}/{NAME}"), (NPZ, "npz"))
     }
     opening = medians({name: partial(one.open, folder) for name, one in READERS.items()}, repeats)
@@ -321,23 +271,17 @@ def measure(folder: Path, case: Case, repeats: int) -> Measured:
     return Measured(reading, opening, writing, size)
 
 
-def row(name: str, cells: list[str]) -> None:
-    """Print a row of a table."""
-    print("|", " | ".join([name, *cells]), "|", flush=True)
-
-
 def report(case: Case, found: Measured) -> None:
     """Print the tables of one case; in brackets how many times as fast as NPZ."""
     rows = attention_chunk_rows(case.tokens, case.heads, case.limits)
     print(f"\n{case}; chunks of {rows} rows of attention, ", end="")
     print(f"{case.limits.tokens} tokens × {case.limits.features:,} features\n")
-    row("CPU ms", list(READERS))
-    print("|---" * (len(READERS) + 1) + "|")
+    common.print_head("CPU ms", *READERS)
     for question, times in found.reading.items():
         base = times[NPZ]
         cells = [f"{ms:.1f} ({base / ms:.1f})" for name, ms in times.items() if name != NPZ]
-        row(question, [f"{base:.0f}", *cells])
-    row("opening", [f"{ms:.1f}" for ms in found.opening.values()])
+        common.print_row(question, f"{base:.0f}", *cells)
+    common.print_row("opening", *(f"{ms:.1f}" for ms in found.opening.values()))
     ours, theirs = found.size["trace"], found.size[NPZ]
     print(
         f"\n{ours / 1e6:.2f} MB, {ours / theirs:.3f} of NPZ's {theirs / 1e6:.2f}; written in ",
@@ -380,8 +324,7 @@ def main() -> None:
                     found = measure(Path(work), case, given.repeats)
                 report(case, found)
                 results[str(case)] = found._asdict()
-    if given.json:
-        given.json.write_text(json.dumps(results, indent=2))
+    common.save(given.json, results)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 import gpu_shape
 import numpy as np
 import torch
+from common import size_of
 from gpu_shape import LAYERS, RELEASE, Scale
 
 
@@ -22,11 +23,6 @@ def synchronize() -> None:
     """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def size_of(folder: Path) -> int:
-    """Return the bytes of all files below a folder."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 class Clocks:
@@ -133,7 +129,7 @@ def warm(home: Path, scale: Scale, device: str, asked: Mapping[str, Any]) -> dic
 
 def old(home: Path, scale: Scale, device: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     """Extract as the user's script does."""
-    import old_way
+    import npz_script
     from sae_lens import SAE
 
     start = time.perf_counter()
@@ -148,7 +144,7 @@ def old(home: Path, scale: Scale, device: str, asked: Mapping[str, Any]) -> dict
         out["loading SAEs s"] = time.perf_counter() - start
     some = dict(gpu_shape.prompts(scale.old))
     start = time.perf_counter()
-    old_way.extract(model, tokenizer, saes, some, LAYERS, home / "old")
+    npz_script.extract(model, tokenizer, saes, some, LAYERS, home / "old")
     out["seconds"] = (time.perf_counter() - start) * 10 / len(some)
     out["timed on"], out["scaled to"] = len(some), 10
     out["bytes"] = size_of(home / "old") * 10 / len(some)

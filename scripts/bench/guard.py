@@ -3,7 +3,7 @@
 Ratios of CPU time, and of size: both sides run in this process, in turns. Bounds are about half
 of what a busy two-core machine shows, so that noise passes and a large loss does not.
 
-    python scripts/bench_guard.py
+    python scripts/bench/guard.py
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-import bench_npz
-import bench_read
+import npz
 import numpy as np
+import read
 
-CASE, REPEATS = bench_read.Case(tokens=121, heads=32, active=50, layers=8), 5
+CASE, REPEATS = read.Case(tokens=121, heads=32, active=50, layers=8), 5
 
 #: What has to be how many times as fast as NPZ files, by reader, in the order of the questions.
 READING = {
@@ -32,20 +32,20 @@ WRITING, SIZE, EXPORT = 6.0, 1.0, 1.4
 def ratios() -> dict[str, tuple[float, float]]:
     """Measure all ratios, each with its bound."""
     with tempfile.TemporaryDirectory() as work:
-        found = bench_read.measure(Path(work), CASE, REPEATS)
+        found = read.measure(Path(work), CASE, REPEATS)
     out = {}
     for reader, bounds in READING.items():
         for bound, (question, times) in zip(bounds, found.reading.items(), strict=True):
-            out[f"{reader}: {question}"] = times[bench_read.NPZ] / times[reader], bound
+            out[f"{reader}: {question}"] = times[read.NPZ] / times[reader], bound
     for name, measured, bound in (
         ("writing", found.writing, WRITING),
         ("size", found.size, SIZE),
     ):
-        out[name] = measured[bench_read.NPZ] / measured["trace"], bound
+        out[name] = measured[read.NPZ] / measured["trace"], bound
     rng = np.random.default_rng(0)
-    layers = [bench_npz.CASES["both, bfloat16 values"](rng) for _ in range(CASE.layers)]
+    layers = [npz.CASES["both, bfloat16 values"](rng) for _ in range(CASE.layers)]
     with tempfile.TemporaryDirectory() as work:
-        out["NPZ export"] = bench_npz.measure(Path(work), layers, REPEATS)["times_faster"], EXPORT
+        out["NPZ export"] = npz.measure(Path(work), layers, REPEATS)["times_faster"], EXPORT
     return out
 
 

@@ -293,16 +293,6 @@ def model_bytes(scale: Scale) -> int:
     return sum(2 * torch.Size(shape).numel() for shape in weight_shapes(scale).values())
 
 
-def write_suite(file: Path, count: int) -> None:
-    """Write the ten scenarios, repeated under other names if more are asked for."""
-    suite = load_suite(demo.suite_path())
-    lines = [
-        json.dumps({"name": f"{suite[i % 10].name}_{i}", "prompt": suite[i % 10].prompt})
-        for i in range(count)
-    ]
-    file.write_text("\n".join(lines), encoding="utf-8")
-
-
 def write_long(file: Path, home: Path, tokens: int) -> None:
     """Write one scenario of about so many tokens, the suite's prompts one after another."""
     tokenizer = AutoTokenizer.from_pretrained(Repository(home, MODEL).snapshot)

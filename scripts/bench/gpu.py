@@ -4,7 +4,7 @@ Weights are random, for the true ones cannot be had everywhere; sizes, files and
 Every stage runs in a fresh process and leaves ``<json>/<stage>.json`` as soon as it is done. Cold
 stages start with the system's file cache dropped, if that is allowed; each says so.
 
-    python scripts/bench_gpu.py --json FOLDER [--only STAGE ...] [--scale tiny --device cpu]
+    python scripts/bench/gpu.py --json FOLDER [--only STAGE ...] [--scale tiny --device cpu]
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from typing import Any
 
 import gpu_shape
 import torch
+from common import demo_prompts, size_of, write_suite
 from gpu_shape import SCALES, Scale
-from gpu_workers import WORKERS, size_of
+from gpu_workers import WORKERS
 
 _READERS = 4
 _READ_BYTES = 8 * 2**20
@@ -275,7 +276,7 @@ def old(bench: Bench) -> dict[str, Any]:
 def many(bench: Bench) -> dict[str, Any]:
     """Measure throughput over many scenarios."""
     suite = bench.home / "many.jsonl"
-    gpu_shape.write_suite(suite, bench.scale.many)
+    write_suite(suite, demo_prompts(bench.scale.many))
     found = worker(bench, "warm", repeats=1, clocks=False, scenarios=str(suite))
     return {**found, "floor": floor(bench, found.get("tokens", 0))}
 

@@ -1,22 +1,20 @@
 """Compare extraction with the field's tools that store the same, on the `proxy` model.
 
 Contenders: sae-lens with TransformerLens, nnsight, and for one half alone delphi's latent cache
-(features) and TransformerLens (attention); see ``peers.py``. They run in turns with zarrtrace,
+(features) and TransformerLens (attention); see ``peer_tools.py``. They run in turns with zarrtrace,
 each in a process of its own, all in one virtual environment that this script makes. The clock
 starts when libraries and model are loaded; reading SAEs is in everybody's time.
 
 What everybody stored of the first scenario is compared with zarrtrace's before anything is printed.
 
-    python scripts/bench_peers.py [--scenarios 10] [--repeats 3] [--json FILE]
+    python scripts/bench/peers.py [--scenarios 10] [--repeats 3] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,9 +23,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = ROOT / ".venv-peers"
 #: delphi's own dependencies hold vLLM, for models that explain features: what its cache needs is
 #: named here instead.
@@ -115,58 +114,43 @@ def refuse_other_values(who: str, ours: dict[str, np.ndarray], theirs: dict[str,
 # --- the comparison ---------------------------------------------------------------------------
 
 
-def run(command: list[str]) -> dict[str, float]:
-    """Run one contender in a process of its own."""
-    # Set before torch is loaded, as zarrtrace itself does: threads that wait do not spin.
-    quiet = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", **os.environ}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=quiet)
-    if done.returncode:
-        sys.exit(done.stderr)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
 def compare(
     python: Path, folder: Path, mode: str, scenarios: int, repeats: int
 ) -> dict[str, dict[str, float]]:
     """Return medians of each contender's figures."""
-    from bench_extract import prompts
     from proxy import FEATURES
 
-    scripts, output = ROOT / "scripts", folder / "peer"
-    ours = [str(python), str(scripts / "bench_extract.py"), "--one", str(folder), "zarrtrace"]
+    scripts, output = ROOT / "scripts" / "bench", folder / "peer"
+    ours = [scripts / "extract.py", "--one", folder, "zarrtrace"]
     found: dict[str, list[dict[str, float]]] = {who: [] for who in ("zarrtrace", *TABLES[mode])}
-    first = next(iter(prompts(1)))
+    first = next(iter(common.demo_prompts(1)))
     for repeat in range(repeats):
         for who, runs in found.items():
             if who == "zarrtrace":
-                runs.append(run([*ours, mode, str(scenarios)]))
+                runs.append(common.in_process(*ours, mode, scenarios, python=python))
                 stored = {at: read_zarrtrace(folder / "run", first, at) for at in COMPARED}
                 continue
-            theirs = [str(python), str(scripts / "peers.py"), who, str(folder), str(output)]
-            runs.append(run([*theirs, str(scenarios)]))
+            theirs = [scripts / "peer_tools.py", who, folder, output, scenarios]
+            runs.append(common.in_process(*theirs, python=python))
             if repeat == 0:
                 for at, arrays in stored.items():
                     peer = read_peer(output, first, at, FEATURES)
                     refuse_other_values(f"{who}, layer {at}", arrays, peer)
             shutil.rmtree(output)
             print(f"{mode}: {who}: {runs[-1]}", file=sys.stderr, flush=True)
-    return {
-        who: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        for who, runs in found.items()
-    }
+    return {who: common.medians(runs) for who, runs in found.items()}
 
 
 def show(mode: str, found: dict[str, dict[str, float]]) -> None:
     """Print a table."""
     ours = found["zarrtrace"]
-    print(f"\n| {mode} | s | CPU s | against zarrtrace | CPU s | MB | peak MB |")
-    print("|---" * 7 + "|")
+    print()
+    common.print_head(mode, "s", "CPU s", "against zarrtrace", "CPU s", "MB", "peak MB")
     for who, row in found.items():
         cells = [f"{row['seconds']:.1f}", f"{row['cpu_seconds']:.1f}"]
         cells += [f"{row[key] / ours[key]:.2f}x" for key in ("seconds", "cpu_seconds")]
         cells += [f"{row[key] / 1e6:.0f}" for key in ("bytes", "peak")]
-        print(f"| {who} | " + " | ".join(cells) + " |", flush=True)
+        common.print_row(who, *cells)
 
 
 def main() -> None:
@@ -196,8 +180,7 @@ def main() -> None:
         for mode in given.modes:
             results[mode] = compare(python, folder, mode, given.scenarios, given.repeats)
             show(mode, results[mode])
-        if given.json:
-            given.json.write_text(json.dumps(results, indent=2))
+        common.save(given.json, results)
     finally:
         shutil.rmtree(folder)
 

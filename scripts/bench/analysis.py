@@ -4,9 +4,9 @@
 traces are written and copied under other names until the run has as many as it should (29 MB each),
 then each analysis runs in a process of its own, from the closed run to its result in memory, as
 ``zarrtrace analyze`` does. Peak memory is that of the largest process, Python and its libraries
-included; CPU time is that of all.
+included; CPU time is that of all. With ``--workers`` each runs on a local cluster of processes.
 
-    python scripts/bench_analysis.py [--scenarios 200] [--only attention_to contrast] [--run FOLDER]
+    python scripts/bench/analysis.py [--scenarios 200] [--only attention_to contrast] [--run FOLDER]
                                      [--workers 2] [--chunks auto]
 """
 
@@ -16,30 +16,29 @@ import argparse
 import json
 import resource
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import common
+import dask
 import numpy as np
 import pandas as pd
 
 import zarrtrace as zt
 from zarrtrace import analysis
 from zarrtrace.cli.shared import computing
-from zarrtrace.format.attributes import OptionAttributes, SpanAttributes, TraceAttributes
-from zarrtrace.format.layout import TraceShape
-from zarrtrace.records import FeatureRecord, LayerRecord, Tokens, TokensRecord, TracePlan
+from zarrtrace.format.attributes import OptionAttributes
 from zarrtrace.store import RunWriter, read_trace
 from zarrtrace.store.seal import sealed_group
 
 LAYERS, HEADS, TOKENS, FEATURES, ACTIVE = tuple(range(1, 32)), 32, 121, 32_768, 50
 STORED = 8
 BANDS = {"local": (1, 10), "task": (11, 20), "decision": (21, 31)}
-SPANS = {"probability": [82], "goal": [76, 77, 78], "balance": [51, 52], "decision": [120]}
+SPANS = {"probability": [82], "goal": [76, 77, 78], "balance": [51, 52]}
 
 ANALYSES: dict[str, Callable[[Any], Any]] = {
     "attention_to": analysis.attention_to,
@@ -88,43 +87,30 @@ def make_run(path: Path, scenarios: int) -> None:
 
 def _write_trace(run: RunWriter, name: str, number: int) -> None:
     rng = np.random.default_rng(number)
-    shape = TraceShape(
-        layers=len(LAYERS), tokens=TOKENS, heads=HEADS, features={"features": FEATURES}
-    )
-    attributes = TraceAttributes(
-        scenario=name,
-        prompt=None,
+    plan = common.trace_plan(
+        name,
+        LAYERS,
+        TOKENS,
+        heads=HEADS,
+        features=FEATURES,
+        spans=SPANS,
+        words=40,
         tags=("risky" if number % 2 else "safe",),
-        spans={k: SpanAttributes(characters=(), tokens=tuple(v)) for k, v in SPANS.items()},
         options={"bet": OptionAttributes(text="1", token_id=3)},
-        model=None,
-        layers=LAYERS,
-        attention_dtype="float32",
-        feature_dtype="float32",
-        versions={},
     )
-    words = [f" word{i % 40}" for i in range(TOKENS)]
-    tokens = Tokens(ids=list(range(TOKENS)), texts=words)
-    with run.trace(TracePlan(attributes, shape, tokens)) as trace:
+    with run.trace(plan) as trace:
         for layer in trace.missing_layers:
-            trace.append(_layer(rng, name, layer))
-        ids = np.tile(np.arange(10, dtype=np.uint32), (TOKENS, 1))
-        logprobs = -np.sort(rng.exponential(3, (TOKENS, 10))).astype(np.float32)
+            weights = common.attention(rng, HEADS, TOKENS)
+            values = common.features(rng, TOKENS, FEATURES, ACTIVE)
+            trace.append(common.layer_record(name, layer, weights, values))
         if trace.needs_tokens:
-            texts = np.full(ids.shape, " word", object)
-            trace.append(TokensRecord(name, ids, logprobs, texts))
+            record = common.tokens_record(rng, name, TOKENS)
+            trace.append(replace(record, next_token=_same_tokens(record.next_token)))
 
 
-def _layer(rng: np.random.Generator, name: str, layer: int) -> LayerRecord:
-    scores = rng.normal(0, 2, (HEADS, TOKENS, TOKENS)).astype(np.float32)
-    weights = np.exp(scores) * np.tri(TOKENS, dtype=np.float32)
-    weights /= weights.sum(-1, keepdims=True)
-    values = np.zeros((TOKENS, FEATURES), np.float32)
-    at = rng.integers(0, FEATURES, (TOKENS, ACTIVE))
-    np.put_along_axis(values, at, rng.exponential(2, at.shape).astype(np.float32), axis=1)
-    top = np.argsort(-values, axis=1)[:, :32]
-    record = FeatureRecord(values, top.astype(np.uint32), np.take_along_axis(values, top, axis=1))
-    return LayerRecord(name, layer, 0, weights, weights.mean(0), {"features": record})
+def _same_tokens(found: np.ndarray) -> np.ndarray:
+    """Return ids of which the options are among the most likely."""
+    return np.broadcast_to(np.arange(found.shape[1], dtype=np.uint32), found.shape)
 
 
 def _copy_trace(source: Path, target: Path) -> None:
@@ -135,22 +121,31 @@ def _copy_trace(source: Path, target: Path) -> None:
     (target / "zarr.json").write_bytes(sealed_group(attributes, trace.nodes))
 
 
-def used() -> tuple[float, float]:
-    """Return the CPU seconds of this process and those it started, and the largest one's MB."""
+def measure(path: Path, name: str, workers: int | None, chunks: str) -> dict[str, float]:
+    """Run one analysis in this process; its CPU time and memory are also those of its workers."""
+    found: dict[str, float] = {}
+    results: list[Any] = []
+
+    def analyse() -> None:
+        with computing(threads=None, workers=workers, scheduler=None, progress=False):
+            run = zt.open_run(path, chunks="auto" if chunks == "auto" else None)
+            start = time.perf_counter()
+            results.append(ANALYSES[name](run))
+            found["graph"] = time.perf_counter() - start
+            results[0].compute()
+
+    spent = common.timed(analyse, common.cpu_with_children)
     both = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     peak = max(one.ru_maxrss for one in both) / 1024
-    return sum(one.ru_utime + one.ru_stime for one in both), peak
+    return {**found, "wall": spent.wall, "cpu": spent.cpu, "peak": peak, "tasks": tasks(results[0])}
 
 
-def measure(path: Path, name: str, workers: int | None, chunks: str) -> dict[str, float]:
-    """Run one analysis in this process."""
-    before, _ = used()
-    start = time.perf_counter()
-    with computing(threads=None, workers=workers, scheduler=None, progress=False):
-        ANALYSES[name](zt.open_run(path, chunks="auto" if chunks == "auto" else None)).compute()
-    wall = time.perf_counter() - start
-    cpu, peak = used()
-    return {"wall": wall, "cpu": cpu - before, "peak": peak}
+def tasks(result: Any) -> int:
+    """Return the number of tasks that are left after dask's optimisation; 0 if none are lazy."""
+    if result.__dask_graph__() is None:
+        return 0
+    (small,) = dask.optimize(result)
+    return len(dict(small.__dask_graph__()))
 
 
 def main() -> None:
@@ -171,21 +166,21 @@ def main() -> None:
         path = given.run or Path(scratch) / "run"
         if not path.exists() or len(list(path.glob("S*"))) < given.scenarios:
             make_run(path, given.scenarios)
-        print(f"{given.scenarios} scenarios\n\n| analysis | s | CPU s / s | peak MB |")
-        print("|---|---|---|---|")
+        print(f"{given.scenarios} scenarios\n")
+        common.print_head("analysis", "tasks", "graph s", "s", "CPU s / s", "peak MB")
         how = ["--chunks", given.chunks]
         how += ["--workers", str(given.workers)] if given.workers else []
         for name in given.only:
-            done = subprocess.run(
-                [sys.executable, __file__, "--measure", str(path), name, *how],
-                capture_output=True,
-                text=True,
-                check=True,
-            )
-            found = json.loads(done.stdout.splitlines()[-1])
+            found = common.in_process(__file__, "--measure", path, name, *how)
             cores = found["cpu"] / found["wall"]
-            print(f"| {name} | {found['wall']:.1f} | {cores:.2f} | {found['peak']:.0f} |")
-            sys.stdout.flush()
+            common.print_row(
+                name,
+                f"{found['tasks']:.0f}",
+                f"{found['graph']:.1f}",
+                f"{found['wall']:.1f}",
+                f"{cores:.2f}",
+                f"{found['peak']:.0f}",
+            )
 
 
 if __name__ == "__main__":

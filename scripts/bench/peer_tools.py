@@ -1,8 +1,8 @@
 """What the field's tools do for the same job, each as its own documentation has it.
 
-Run by ``bench_peers.py``, one contender in one process, in an environment that has the tools:
+Run by ``peers.py``, one contender in one process, in an environment that has the tools:
 
-    python scripts/peers.py CONTENDER FOLDER OUTPUT SCENARIOS
+    python scripts/bench/peer_tools.py CONTENDER FOLDER OUTPUT SCENARIOS
 
 `FOLDER` holds ``model`` and ``saes`` (see ``proxy.py``). One line of JSON is printed: wall and CPU
 seconds from the loaded model on, with reading SAEs, bytes on disk, and the most memory held beyond
@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_extract import LAYERS, Peak, prompts, size_of
+from common import Peak, demo_prompts, size_of
+from extract import LAYERS
 from sae_lens import SAE, HookedSAETransformer
 
 #: ``attention`` (head, query, key) and ``features`` (query, feature) of one layer, as far as asked.
@@ -196,7 +197,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(Path(folder) / "model")
     ids = {
         name: tokenizer(text, return_tensors="pt")["input_ids"]
-        for name, text in prompts(int(count)).items()
+        for name, text in demo_prompts(int(count)).items()
     }
     Path(output).mkdir()
     clock = Clock()

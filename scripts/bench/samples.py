@@ -6,7 +6,7 @@ fresh process; CPU a prompt is that of the larger one beyond the smaller one. Th
 model's forward passes over the same batches, and the encoders on the rows that are stored. Reading
 is plain xarray's.
 
-    python scripts/bench_samples.py [--counts 1000 100000] [--floor 2048] [--keep FOLDER]
+    python scripts/bench/samples.py [--counts 1000 100000] [--floor 2048] [--keep FOLDER]
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import resource
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import common
 
 COLUMNS = 10
 
@@ -51,9 +50,7 @@ def extract_once(prompts: str, output: str) -> None:
         output, Path(prompts), model="demo", positions="last", residual=True, layout="table",
         quiet=True,
     )  # fmt: skip
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    found = {"cpu": used.ru_utime + used.ru_stime, "peak": used.ru_maxrss * 1024}
-    print(json.dumps(found))
+    print(json.dumps({"cpu": time.process_time(), "peak": common.peak_bytes()}))
 
 
 def floor_once(prompts: str, count: int) -> None:
@@ -96,27 +93,6 @@ def floor_once(prompts: str, count: int) -> None:
     print(json.dumps({"cpu": spent[-1] / count}))
 
 
-def in_process(*arguments: object) -> dict[str, float]:
-    """Run a part of this script in a fresh process."""
-    command = [sys.executable, __file__, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-def timed(read: Callable[[], Any], repeats: int = 5) -> tuple[float, float]:
-    """Return median wall and CPU seconds."""
-    walls, cpus = [], []
-    for _ in range(repeats):
-        wall, cpu = time.perf_counter(), time.process_time()
-        read()
-        walls.append(time.perf_counter() - wall)
-        cpus.append(time.process_time() - cpu)
-    return statistics.median(walls), statistics.median(cpus)
-
-
 def read(run: Path) -> list[tuple[str, float, float]]:
     """Time plain xarray, opening included."""
     import xarray as xr
@@ -124,17 +100,12 @@ def read(run: Path) -> list[tuple[str, float, float]]:
     def features(**chosen: int) -> None:
         _ = xr.open_zarr(run, chunks=None)["features"].isel(chosen).values
 
-    return [
-        ("a layer of features", *timed(lambda: features(layer=15), 3)),
-        ("one (layer, feature)", *timed(lambda: features(layer=15, feature=100))),
-        ("one sample of a layer", *timed(lambda: features(layer=15, sample=700))),
-    ]
-
-
-def size(folder: Path, name: str = "") -> tuple[int, int]:
-    """Return number and bytes of files below a folder."""
-    files = [file for file in (folder / name).rglob("*") if file.is_file()]
-    return len(files), sum(file.stat().st_size for file in files)
+    acts = {
+        "a layer of features": partial(features, layer=15),
+        "one (layer, feature)": partial(features, layer=15, feature=100),
+        "one sample of a layer": partial(features, layer=15, sample=700),
+    }
+    return [(what, *spent) for what, spent in common.turns(acts, 5).items()]
 
 
 def main() -> None:
@@ -158,13 +129,17 @@ def main() -> None:
         prompts = {count: folder / f"{count}.jsonl" for count in (few, many, given.floor)}
         for count, file in prompts.items():
             write_prompts(file, count)
-        floors = [in_process("--alone", prompts[given.floor], given.floor)["cpu"]]
+        floors = [common.in_process(__file__, "--alone", prompts[given.floor], given.floor)["cpu"]]
         runs, walls = {}, {}
         for count in (few, many):
             began = time.perf_counter()
-            runs[count] = in_process("--one", prompts[count], folder / f"run_{count}")
+            runs[count] = common.in_process(
+                __file__, "--one", prompts[count], folder / f"run_{count}"
+            )
             walls[count] = time.perf_counter() - began
-        floors.append(in_process("--alone", prompts[given.floor], given.floor)["cpu"])
+        floors.append(
+            common.in_process(__file__, "--alone", prompts[given.floor], given.floor)["cpu"]
+        )
         each = (runs[many]["cpu"] - runs[few]["cpu"]) / (many - few)
         floor = statistics.mean(floors)
         run = folder / f"run_{many}"
@@ -175,8 +150,8 @@ def main() -> None:
             peak = runs[count]["peak"] / 1e6
             print(f"{count:,} prompts: {walls[count]:.0f} s, peak memory {peak:.0f} MB")
         print(f"memory: {runs[many]['peak'] / runs[few]['peak'] - 1:+.1%}")
-        files, total = size(run)
-        of_features, of_residual = (size(run, name)[1] for name in ("features", "residual"))
+        files, total = sum(one.is_file() for one in run.rglob("*")), common.size_of(run)
+        of_features, of_residual = (common.size_of(run / name) for name in ("features", "residual"))
         print(
             f"{files:,} files, {total / 1e6:.0f} MB: features {of_features / 1e6:.0f}, residual "
             f"{of_residual / 1e6:.0f}"

@@ -10,22 +10,20 @@ figure for lengths that were not run grows as the square. ``blocked`` and ``last
 extractions, with compression and writing: all rows of attention, and only the last one.
 
 Run it with nothing else on the machine; 16,384 tokens take some 8 GB of disk:
-``python scripts/bench_long.py [--tokens N ...] [--scratch FOLDER] [--json FILE]``.
+``python scripts/bench/long_prompts.py [--tokens N ...] [--scratch FOLDER] [--json FILE]``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import resource
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import common
 
 LAYERS, HEADS = 4, 4
 TOKENS = (2048, 4096, 8192, 16384)
@@ -105,7 +103,7 @@ def measure(way: str, tokens: int, work: Path) -> dict[str, Any]:
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     with torch.inference_mode():
         model(ids[:, :16], output_attentions=True)
-    baseline = resident()
+    baseline = common.resident()
     start, cpu_start = time.perf_counter(), time.process_time()
     if way == "whole":
         with torch.inference_mode():
@@ -114,37 +112,22 @@ def measure(way: str, tokens: int, work: Path) -> dict[str, Any]:
     else:
         run = work / f"{way}{tokens}"
         extract_run(run, options)
-        result = stored_bytes(run)
+        result = common.size_of(run)
     return {
         "seconds": time.perf_counter() - start,
         "cpu_seconds": time.process_time() - cpu_start,
         "baseline_bytes": baseline,
-        "beyond_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - baseline,
+        "beyond_bytes": common.peak_bytes() - baseline,
         "result_bytes": result,
     }
 
 
-def resident() -> int:
-    """Bytes of this process in memory now (Linux)."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def stored_bytes(folder: Path) -> int:
-    """Size of all files of a run."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
 def in_process(way: str, tokens: int, work: Path) -> dict[str, Any]:
     """Measure one way in a fresh process, and delete what it stored."""
-    command = [sys.executable, __file__, "--measure", way, "--tokens", str(tokens)]
     with tempfile.TemporaryDirectory(dir=work) as scratch:
         (Path(scratch) / "model").symlink_to(work / "model")
-        out = subprocess.run(
-            [*command, "--scratch", scratch], check=True, stdout=subprocess.PIPE, text=True
-        ).stdout
-    result: dict[str, Any] = json.loads(out.splitlines()[-1])
-    return result
+        asked = ("--measure", way, "--tokens", tokens, "--scratch", scratch)
+        return common.in_process(__file__, *asked)
 
 
 def main() -> None:
@@ -161,8 +144,8 @@ def main() -> None:
         print(json.dumps(found))
         return
     results: dict[str, dict[int, Any]] = {"whole": {}, "blocked": {}, "last": {}}
-    print("| tokens | way | s | CPU s | CPU s a million pairs | MiB beyond the model | MB made |")
-    print("|---|---|---|---|---|---|---|", flush=True)
+    pairs, beyond = "CPU s a million pairs", "MiB beyond the model"
+    common.print_head("tokens", "way", "s", "CPU s", pairs, beyond, "MB made")
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         work = Path(folder)
         make_model(work / "model")
@@ -181,8 +164,7 @@ def main() -> None:
                     f"| {row['beyond_bytes'] / MIB:,.0f} | {row['result_bytes'] / 1e6:,.1f} |",
                     flush=True,
                 )
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    common.save(options.json, results)
 
 
 def extrapolated(done: dict[int, dict[str, Any]], tokens: int) -> dict[str, Any]:

@@ -4,21 +4,21 @@ Every figure is the median of 20, from the event until everything chosen is draw
 server's cache is emptied before each first view and each layer, which is one that the page has not
 read ahead: these times include reading and decoding the store.
 
-    python scripts/bench_viewer.py [--repeats 20] [--json FILE]
+    python scripts/bench/viewer.py [--repeats 20] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench_read import FEATURES, NAME, Case, records, write_trace
+import common
 from playwright.sync_api import sync_playwright
+from read import FEATURES, NAME, Case, records, write_trace
 
 from zarrtrace.viewer import Server
 
@@ -145,8 +145,7 @@ def main() -> None:
     for what in dict.fromkeys(key for one in found.values() for key in one):
         cells = " | ".join(str(one.get(what, "–")) for one in found.values())
         print(f"| {what} | {LIMITS.get(what, '–')} | {cells} |")
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=2))
+    common.save(options.json, found)
 
 
 if __name__ == "__main__":

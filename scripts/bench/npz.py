@@ -2,27 +2,23 @@
 """Measure NPZ export against ``np.savez_compressed`` on the same values.
 
 NumPy gets its arrays in memory; zarrtrace also reads its own from the store. Run it with nothing
-else on the machine: ``python scripts/bench_npz.py [--json FILE]``.
+else on the machine: ``python scripts/bench/npz.py [--json FILE]``.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import common
 import numpy as np
 
-from zarrtrace.format.attributes import SpanAttributes, TraceAttributes
-from zarrtrace.format.layout import TraceShape
 from zarrtrace.npz import export_npz
-from zarrtrace.records import FeatureRecord, LayerRecord, Tokens, TracePlan
+from zarrtrace.records import BFloat16, FeatureRecord, LayerRecord
 from zarrtrace.store import RunWriter
 
 TOKENS, HEADS, FEATURES = 121, 32, 32768
@@ -30,27 +26,18 @@ Arrays = dict[str, np.ndarray]
 
 
 def as_bfloat16(values: np.ndarray) -> np.ndarray:
-    """Round float32 values to what bfloat16 can hold."""
-    bits = values.astype(np.float32).view(np.uint32).astype(np.uint64)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-    return rounded.astype(np.uint32).view(np.float32)
+    """Cut float32 values to what bfloat16 can hold."""
+    return np.asarray(BFloat16(common.bfloat16(values)))
 
 
 def attention(rng: np.random.Generator) -> np.ndarray:
     """Make causal softmax attention, float32."""
-    scores = rng.normal(scale=2, size=(HEADS, TOKENS, TOKENS))
-    scores[:, ~np.tri(TOKENS, dtype=bool)] = -np.inf
-    weights: np.ndarray = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return np.asarray(weights / weights.sum(axis=-1, keepdims=True), dtype=np.float32)
+    return common.attention(rng, HEADS, TOKENS)
 
 
 def features(rng: np.random.Generator, active: int) -> np.ndarray:
-    """Make features of which some, about `active` a token, are above 0."""
-    values = np.zeros((TOKENS, FEATURES), dtype=np.float32)
-    for row in values:
-        at = rng.choice(FEATURES, active, replace=False)
-        row[at] = rng.gamma(2.0, size=active) + 0.3
-    return values
+    """Make features of which `active` a token are above 0."""
+    return common.features(rng, TOKENS, FEATURES, active)
 
 
 CASES: dict[str, Callable[[np.random.Generator], Arrays]] = {
@@ -71,28 +58,17 @@ def write_run(path: Path, layers: list[Arrays]) -> None:
     """Write the arrays as a run of one scenario."""
     first = layers[0]
     has_attention, has_features = "attention" in first, "features" in first
-    attributes = TraceAttributes(
-        scenario="bench",
-        prompt=None,
-        spans={"decision": SpanAttributes(characters=(), tokens=(TOKENS - 1,))},
-        model=None,
-        layers=tuple(range(len(layers))),
-        attention_dtype=attention_dtype(first["attention"]) if has_attention else None,
-        feature_dtype="float32" if has_features else None,
-        versions={},
-    )
-    shape = TraceShape(
-        layers=len(layers),
-        tokens=TOKENS,
+    plan = common.trace_plan(
+        "bench",
+        range(len(layers)),
+        TOKENS,
         heads=HEADS if has_attention else None,
-        features={"features": FEATURES} if has_features else {},
-        attention_dtype=attributes.attention_dtype,
-        feature_dtype=attributes.feature_dtype,
+        features=FEATURES if has_features else None,
+        attention_dtype=attention_dtype(first["attention"]) if has_attention else None,
         next_token=False,
     )
-    tokens = Tokens(ids=range(TOKENS), texts=[str(at) for at in range(TOKENS)])
     with RunWriter(path, ["bench"], {}) as run:
-        with run.trace(TracePlan(attributes, shape, tokens)) as trace:
+        with run.trace(plan) as trace:
             for layer, arrays in enumerate(layers):
                 trace.append(record(layer, arrays))
         run.finish()
@@ -127,33 +103,32 @@ def savez(folder: Path, layers: list[Arrays]) -> None:
 
 
 def measure(work: Path, layers: list[Arrays], repeats: int) -> dict[str, Any]:
-    """Time both ways in turn; every repeat writes anew."""
+    """Time both ways in turn; every repeat writes to a new folder."""
     write_run(work / "run", layers)
-    times: dict[str, list[float]] = {"numpy": [], "zarrtrace": []}
-    cpu: dict[str, list[float]] = {"numpy": [], "zarrtrace": []}
-    for repeat in range(repeats):
-        for name, write in (
-            ("numpy", lambda folder: savez(folder, layers)),
-            ("zarrtrace", lambda folder: export_npz(work / "run", folder)),
-        ):
-            start, cpu_start = time.perf_counter(), time.process_time()
-            write(work / f"{name}{repeat}")
-            times[name].append(time.perf_counter() - start)
-            cpu[name].append(time.process_time() - cpu_start)
+    numpys, exports = (
+        iter([work / f"{name}{at}" for at in range(repeats)]) for name in ("numpy", "ours")
+    )
+    spent = common.turns(
+        {
+            "numpy": lambda: savez(next(numpys), layers),
+            "ours": lambda: export_npz(work / "run", next(exports)),
+        },
+        repeats,
+    )
+    numpy, ours = spent["numpy"], spent["ours"]
     size = {
         name: sum(file.stat().st_size for file in (work / f"{name}0").rglob("*.npz"))
-        for name in times
+        for name in spent
     }
-    seconds = {name: statistics.median(taken) for name, taken in times.items()}
     return {
-        "numpy_s": seconds["numpy"],
-        "zarrtrace_s": seconds["zarrtrace"],
-        "times_faster": seconds["numpy"] / seconds["zarrtrace"],
-        "numpy_cpu_s": statistics.median(cpu["numpy"]),
-        "zarrtrace_cpu_s": statistics.median(cpu["zarrtrace"]),
+        "numpy_s": numpy.wall,
+        "zarrtrace_s": ours.wall,
+        "times_faster": numpy.wall / ours.wall,
+        "numpy_cpu_s": numpy.cpu,
+        "zarrtrace_cpu_s": ours.cpu,
         "numpy_bytes": size["numpy"],
-        "zarrtrace_bytes": size["zarrtrace"],
-        "bytes_ratio": size["zarrtrace"] / size["numpy"],
+        "zarrtrace_bytes": size["ours"],
+        "bytes_ratio": size["ours"] / size["numpy"],
     }
 
 
@@ -181,8 +156,7 @@ def main() -> None:
             f"| {row['zarrtrace_bytes'] / 1e6:.2f} | {row['bytes_ratio']:.3f} |",
             flush=True,
         )
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    common.save(options.json, results)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Every contender runs in a process of its own, in turns; the clock starts when li
 are loaded. The floor is the bare forward passes, one matrix product a layer and prompt, and
 writing as many bytes as zarrtrace leaves on the disk.
 
-    python scripts/bench_extract.py [--active 50] [--repeats 3] [--json FILE]
+    python scripts/bench/extract.py [--active 50] [--repeats 3] [--json FILE]
 """
 
 from __future__ import annotations
@@ -13,66 +13,20 @@ import argparse
 import json
 import os
 import shutil
-import statistics
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-# As zarrtrace itself sets them; the same for all.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
-
+import common
 import numpy as np
 import torch
-
-from zarrtrace import demo
-from zarrtrace.scenarios import load_suite
 
 LAYERS = tuple(range(1, 32))
 #: The old way is slow: it is timed on so many scenarios and scaled to ten.
 OLD_SCENARIOS = 2
-
-
-def prompts(count: int) -> dict[str, str]:
-    """Return the suite's prompts, repeated under other names if more are asked for."""
-    suite = load_suite(demo.suite_path())
-    return {f"{suite[i % len(suite)].name}_{i}": suite[i % len(suite)].prompt for i in range(count)}
-
-
-def size_of(folder: Path) -> int:
-    """Return the bytes of all files below a folder."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def resident() -> int:
-    """Return the bytes of memory that this process holds."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-class Peak:
-    """The most memory this process holds while the context is open, above what it held before."""
-
-    def __enter__(self) -> Peak:
-        self._stop = threading.Event()
-        self._before, self.bytes = resident(), 0
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.01):
-            self.bytes = max(self.bytes, resident() - self._before)
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
 
 
 # --- contenders, each in its own process ------------------------------------------------------
@@ -86,8 +40,7 @@ def zarrtrace_way(
     from zarrtrace.extraction import Options, prepare, running
 
     suite = folder / f"suite{count}.jsonl"
-    lines = [json.dumps({"name": name, "prompt": text}) for name, text in prompts(count).items()]
-    suite.write_text("\n".join(lines))
+    common.write_suite(suite, common.demo_prompts(count))
     options = Options(
         model=str(folder / "model"),
         sae_path=folder / "saes" if features else None,
@@ -104,12 +57,14 @@ def zarrtrace_way(
     setattr(running, "prepare", lambda *_, **__: job)  # noqa: B010
     output = folder / "run"
     shutil.rmtree(output, ignore_errors=True)
-    with Peak() as peak:
-        start, cpu = time.perf_counter(), time.process_time()
-        running.extract_run(output, options)
-        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    found = {"seconds": seconds, "cpu_seconds": cpu, "bytes": size_of(output), "peak": peak.bytes}
-    return {**found, **(features_and_entropy(output) if features else {})}
+    with common.Peak() as peak:
+        spent = common.timed(lambda: running.extract_run(output, options))
+    found = {"seconds": spent.wall, "cpu_seconds": spent.cpu, "peak": peak.bytes}
+    return {
+        **found,
+        "bytes": common.size_of(output),
+        **(features_and_entropy(output) if features else {}),
+    }
 
 
 def features_and_entropy(run: Path) -> dict[str, float]:
@@ -122,7 +77,7 @@ def features_and_entropy(run: Path) -> dict[str, float]:
 
     size = bits = 0.0
     for name in zt.open_run(run).children:
-        size += size_of(run / name / "features")
+        size += common.size_of(run / name / "features")
         layers = zt.open_trace(run / name)["features"]
         for at in range(len(layers)):
             values = layers[at].values
@@ -150,7 +105,7 @@ def old_way(
     folder: Path, count: int, *, features: bool, dtype: torch.dtype = torch.float16
 ) -> dict[str, float]:
     """Extract as the user's script does, SAEs loaded beforehand."""
-    import old_way as script
+    import npz_script as script
     from sae_lens import SAE
 
     model, tokenizer = _load(folder)
@@ -160,19 +115,23 @@ def old_way(
         saes = {layer: SAE.load_from_disk(folder / "saes" / name) for layer, name in names.items()}
     output = folder / "old"
     shutil.rmtree(output, ignore_errors=True)
-    some = dict(list(prompts(count).items())[:OLD_SCENARIOS])
-    with Peak() as peak:
+    some = dict(list(common.demo_prompts(count).items())[:OLD_SCENARIOS])
+    with common.Peak() as peak:
         start = time.perf_counter()
         script.extract(model, tokenizer, saes, some, LAYERS, output, attention_dtype=dtype)
         seconds = (time.perf_counter() - start) * count / len(some)
-    return {"seconds": seconds, "bytes": size_of(output) * count / len(some), "peak": peak.bytes}
+    return {
+        "seconds": seconds,
+        "bytes": common.size_of(output) * count / len(some),
+        "peak": peak.bytes,
+    }
 
 
 @torch.inference_mode()
 def floor(folder: Path, count: int, *, features: bool) -> dict[str, float]:
     """Do what cannot be left out."""
     model, tokenizer = _load(folder)
-    tokens = [tokenizer(text, return_tensors="pt") for text in prompts(count).values()]
+    tokens = [tokenizer(text, return_tensors="pt") for text in common.demo_prompts(count).values()]
     content = np.random.default_rng(0).bytes(int(os.environ["ZARRTRACE_BENCH_BYTES"]))
     encoder = torch.randn(model.config.hidden_size, 32_768)
     start = time.perf_counter()
@@ -200,13 +159,8 @@ CONTENDERS: dict[str, Callable[..., dict[str, float]]] = {
 
 def in_process(folder: Path, who: str, mode: str, count: int, size: float = 0) -> dict[str, float]:
     """Run one contender in a fresh process."""
-    command = [sys.executable, __file__, "--one", str(folder), who, mode, str(count)]
-    environment = {**os.environ, "ZARRTRACE_BENCH_BYTES": str(int(size))}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    bytes_written = {"ZARRTRACE_BENCH_BYTES": str(int(size))}
+    return common.in_process(__file__, "--one", folder, who, mode, count, **bytes_written)
 
 
 def compare(folder: Path, mode: str, repeats: int) -> dict[str, dict[str, float]]:
@@ -216,10 +170,7 @@ def compare(folder: Path, mode: str, repeats: int) -> dict[str, dict[str, float]
         for who, runs in found.items():
             size = found["zarrtrace"][0]["bytes"] if found["zarrtrace"] else 0
             runs.append(in_process(folder, who, mode, 10, size))
-    return {
-        who: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        for who, runs in found.items()
-    }
+    return {who: common.medians(runs) for who, runs in found.items()}
 
 
 def main() -> None:
@@ -233,7 +184,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.one:
         folder, who, mode, count = given.one
-        # Features alone are asked of zarrtrace only (bench_peers.py).
+        # Features alone are asked of zarrtrace only (peers.py).
         wanted = {"attention": False} if mode == "features" else {}
         contender = CONTENDERS[who]
         print(
@@ -247,8 +198,16 @@ def main() -> None:
         build(folder, given.active)
         results = {mode: compare(folder, mode, given.repeats) for mode in given.modes}
         print(f"proxy, 10 scenarios, {given.active} active features a token; medians\n")
-        print("| mode | zarrtrace s | old way, float16 attention | old way, same values | ", end="")
-        print("zarrtrace / floor | MB | MB of NPZ, same values | peak MB |\n" + "|---" * 8 + "|")
+        common.print_head(
+            "mode",
+            "zarrtrace s",
+            "old way, float16 attention",
+            "old way, same values",
+            "zarrtrace / floor",
+            "MB",
+            "MB of NPZ, same values",
+            "peak MB",
+        )
         for mode, found in results.items():
             ours, old, same, least = (found[who]["seconds"] for who in CONTENDERS)
             npz = found["old way, lossless"]["bytes"] / 1e6
@@ -261,8 +220,7 @@ def main() -> None:
         if "full" in results:
             ours, least = (results["full"]["zarrtrace"][key] for key in ("features", "entropy"))
             print(f"\nfeatures: {ours / 1e6:.2f} MB, {ours / least:.2f} x their entropy")
-        if given.json:
-            given.json.write_text(json.dumps(results, indent=2))
+        common.save(given.json, results)
     finally:
         shutil.rmtree(folder)
 

@@ -1,16 +1,15 @@
 #!/usr/bin/env python
 """Time a probe of one layer: samples × channels in memory, a number in groups of ten.
 
-scripts/bench_probe.py                          # 10,000 samples, 4,096 channels
-scripts/bench_probe.py --samples 1000 --permutations 999
+scripts/bench/probe.py                          # 10,000 samples, 4,096 channels
+scripts/bench/probe.py --samples 1000 --permutations 999
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
-import time
 
+import common
 import numpy as np
 import xarray as xr
 
@@ -39,10 +38,15 @@ def main() -> None:
         {"layer": [0], **{name: ("sample", one) for name, one in columns.items()}},
         {"kind": "table", "metadata": ["group", "y"]},
     )
-    start, cpu = time.perf_counter(), time.process_time()
-    found = analysis.probe(samples, "y", groups="group", n_permutations=given.permutations)
-    wall, cpu = time.perf_counter() - start, time.process_time() - cpu
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    results: list[xr.Dataset] = []
+
+    def probe() -> None:
+        asked = {"groups": "group", "n_permutations": given.permutations}
+        results.append(analysis.probe(samples, "y", **asked))
+
+    wall, cpu = common.timed(probe)
+    (found,) = results
+    peak = common.peak_bytes() / 1e9
     sizes = f"{given.samples:,} samples × {given.channels:,} channels"
     print(f"{sizes}, {given.permutations} permutations: {wall:.0f} s, {cpu:.0f} s of CPU time")
     print(f"{peak:.1f} GB of memory at most; {found.attrs['findings']}")

@@ -1,6 +1,6 @@
 """Time the first call of a notebook: ``zt.extract`` of three prompts with a loaded model.
 
-    python scripts/bench_first.py [--repeats 5]
+    python scripts/bench/first_call.py [--repeats 5]
 
 Importing libraries, loading the model and loading the SAEs are not timed. "forward" is the model's
 own eager forward pass over the three prompts, with every SAE's ``encode`` behind its block: what is

@@ -1,14 +1,12 @@
-"""What a table on disk costs: size against the user's files, plain reads, writing, its index.
+"""Measure a table on disk: size against the user's files, plain reads, writing, its index.
 
-``python scripts/bench_table.py [--samples N] [NAME ...]`` makes synthetic tables in the folder of
+``python scripts/bench/table.py [--samples N] [NAME ...]`` makes synthetic tables in the folder of
 temporary files and prints medians of CPU and wall milliseconds, and the bytes that are decoded.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import common
 import numpy as np
 import xarray as xr
 import zarr
@@ -49,11 +48,6 @@ CASES = {
 }
 
 
-def bfloat16(values: np.ndarray) -> np.ndarray:
-    """Return the upper halves of float32 values, rounded down."""
-    return (np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
-
-
 def frequencies(case: Case, layer: int) -> np.ndarray:
     """Return how likely each feature is: few fire often, as in SAEs."""
     rank = np.random.default_rng(layer).permutation(case.features) + 10.0
@@ -70,7 +64,7 @@ def sparse_rows(case: Case, layer: int, start: int, stop: int) -> tuple[Nonzeros
         drawn = np.searchsorted(likely, rng.random(8 * case.active) * likely[-1])
         _, first = np.unique(drawn, return_index=True)
         row[:] = np.sort(drawn[np.sort(first)[: case.active]])
-    bits = bfloat16(rng.exponential(2, fires.shape) + 0.1)
+    bits = common.bfloat16(rng.exponential(2, fires.shape) + 0.1)
     values = (bits.astype(np.uint32) << 16).view(np.float32)
     columns = table_columns(case.features)
     row = np.repeat(np.arange(stop - start), case.active)
@@ -85,7 +79,7 @@ def residual_rows(case: Case, layer: int, start: int, stop: int) -> BFloat16:
     """Make rows of a residual stream: heavy tails, each channel with a scale of its own."""
     rng = np.random.default_rng([layer, start, 1])
     scale = np.random.default_rng(layer).lognormal(0, 1, case.channels)
-    return BFloat16(bfloat16(rng.standard_t(4, (stop - start, case.channels or 0)) * scale))
+    return BFloat16(common.bfloat16(rng.standard_t(4, (stop - start, case.channels or 0)) * scale))
 
 
 def write(case: Case, path: Path) -> dict[str, float]:
@@ -175,13 +169,8 @@ def decoded(path: Path, name: str, key: Key) -> float:
 
 def measure(action: Callable[[], Any]) -> tuple[float, float]:
     """Return the medians of CPU and wall milliseconds."""
-    cpu, wall = [], []
-    for _ in range(_REPEATS):
-        begun = time.process_time(), time.perf_counter()
-        action()
-        cpu.append((time.process_time() - begun[0]) * 1000)
-        wall.append((time.perf_counter() - begun[1]) * 1000)
-    return statistics.median(cpu), statistics.median(wall)
+    spent = common.middle([common.timed(action) for _ in range(_REPEATS)])
+    return 1000 * spent.cpu, 1000 * spent.wall
 
 
 def sizes(case: Case, path: Path, folder: Path) -> Iterator[tuple[str, float]]:
@@ -216,7 +205,7 @@ def run(name: str, case: Case) -> None:
         writing = write(case, path)
         files = [file for file in path.rglob("*") if file.is_file()]
         shape = TableShape(case.layers, case.samples, {"features": case.features})
-        size = sum(file.stat().st_size for file in files) / 1e6
+        size = common.size_of(path) / 1e6
         print(f"{name}: {case}")
         print(f"  block {table_block(shape)} × {table_columns(case.features)} features")
         print(f"  {len(files)} files, {size:.1f} MB")
@@ -235,12 +224,10 @@ def run(name: str, case: Case) -> None:
 
 def print_index(path: Path) -> None:
     """Index a table, look a feature up, and print what both cost."""
-    cpu, wall = time.process_time(), time.perf_counter()
-    build_index(path)
-    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    wall, cpu = common.timed(lambda: build_index(path))
     layer = int(open_table(path).layer[0])
     found = measure(partial(find_feature, path, layer, 0))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = common.peak_bytes() / 2**20
     print(f"  index: {cpu:.1f} s CPU, {wall:.1f} s; the process's peak up to now {peak:.0f} MB")
     print(f"  find_feature: {found[0]:.0f} ms CPU, {found[1]:.0f} ms")
 

@@ -4,7 +4,7 @@ Each command runs in a process of its own, several times in turns: until it ends
 first line for an extraction, which is then killed. Wall time depends on what else the machine does;
 CPU time is that of the process until then. The limits are those of the project, on a quiet machine.
 
-    python scripts/bench_first_screen.py [--repeats 15] [--json FILE]
+    python scripts/bench/first_screen.py [--repeats 15] [--json FILE]
 """
 
 from __future__ import annotations

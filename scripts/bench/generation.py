@@ -5,7 +5,7 @@ prompts that consist of a scenario and its most likely next token: the same toke
 the difference is what generating costs. Each way runs in a process of its own, in turn, which also
 imports torch and loads the model.
 
-    python scripts/bench_generation.py [--repeats 3] [--samples 20] [--tokens 1] [--features]
+    python scripts/bench/generation.py [--repeats 3] [--samples 20] [--tokens 1] [--features]
         [--json FILE]
 """
 
@@ -15,15 +15,14 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-#: Set before torch is loaded, as zarrtrace itself does: threads that wait do not spin.
-ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", **os.environ}
+import common
+
 WAYS = ("continued", "prompts")
 
 
@@ -76,20 +75,12 @@ def main() -> None:
         print(json.dumps(one_way(given.way, given)))
         return
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-    command = [sys.executable, *sys.argv]
     for _ in range(given.repeats):
         for way, runs in found.items():
-            done = subprocess.run(
-                [*command, "--way", way], capture_output=True, text=True, check=False,
-                env=ENVIRONMENT,
-            )  # fmt: skip
-            if done.returncode:
-                raise SystemExit(done.stderr)
-            runs.append(json.loads(done.stdout.splitlines()[-1]))
+            runs.append(common.in_process(*sys.argv, "--way", way))
             print(f"{way}: {runs[-1]}", file=sys.stderr, flush=True)
     print_table(found, given)
-    if given.json:
-        given.json.write_text(json.dumps(found, indent=2))
+    common.save(given.json, found)
 
 
 def print_table(found: dict[str, list[dict[str, float]]], given: argparse.Namespace) -> None:
@@ -98,8 +89,7 @@ def print_table(found: dict[str, list[dict[str, float]]], given: argparse.Namesp
         "continued": f"10 scenarios x {given.samples}, continued",
         "prompts": f"{10 * given.samples} prompts",
     }
-    print("| | tokens | s | CPU s | share of the time in generate |")
-    print("|---|---|---|---|---|")
+    common.print_head("", "tokens", "s", "CPU s", "share of the time in generate")
     for way, runs in found.items():
         seconds, cpu, tokens = (
             statistics.median(run[key] for run in runs)
