@@ -156,6 +156,7 @@ def cold(bench: Bench, *options: str) -> dict[str, Any]:
     libraries = [_imports(bench) for _ in range(2)][1]
     watch = Watch(bench)
     command = [sys.executable, "-m", "zarrtrace", "extract", "-o", str(output), "--quiet"]
+    command += ["--layers", f"{gpu_shape.LAYERS[0]}-{gpu_shape.LAYERS[-1]}"]
     command += ["--model", gpu_shape.MODEL, "--device", bench.device, *options]
     if "--scenarios" not in options:
         command += ["--scenarios", "slot-machine"]

@@ -86,9 +86,7 @@ def warm(home: Path, scale: Scale, device: str, asked: Mapping[str, Any]) -> dic
     given = dict(asked)
     repeats, output = given.pop("repeats", 2), home / "warm"
     with_clocks = given.pop("clocks", True)
-    for name in ("layers", "sae_ids"):
-        if name in given:
-            given[name] = tuple(given[name])
+    given["layers"] = tuple(given.get("layers", LAYERS))
     if given.get("features", True):
         given["sae_release"] = RELEASE
     given["scenarios"] = given.get("scenarios", "slot-machine")
@@ -193,6 +191,7 @@ def correctness(home: Path, scale: Scale, device: str, asked: Mapping[str, Any])
             model=gpu_shape.MODEL,
             scenarios="slot-machine",
             sae_release=RELEASE,
+            layers=LAYERS,
             only=names,
             device=device,
             batch_size=size,
