@@ -59,15 +59,15 @@ class Clocks:
 
 
 def _wrap_all(clocks: Clocks) -> None:
-    from zarrtrace.capture import batches, copies, encoders
+    from zarrtrace.capture import batches, copies, encoder_prefetch
     from zarrtrace.extraction.processes import WriterProcesses
 
     clocks.wrap(batches.Batch, "advance", "forward", device=True)
     clocks.wrap(copies.Copy, "__init__", "encoding", device=True)
     clocks.wrap(copies.Copy, "arrived", "copying to the host", device=True)
     clocks.wrap(copies.BlockOutput, "on_host", "encoding and copying, on a CPU")
-    clocks.wrap(encoders.Encoders, "_load", "loading SAEs (a thread of its own)")
-    clocks.wrap(encoders.Encoders, "take", "waiting for SAEs")
+    clocks.wrap(encoder_prefetch.Encoders, "_load", "loading SAEs (a thread of its own)")
+    clocks.wrap(encoder_prefetch.Encoders, "take", "waiting for SAEs")
     clocks.wrap(WriterProcesses, "__init__", "opening traces")
     clocks.wrap(WriterProcesses, "submit", "waiting for writers")
     clocks.wrap(WriterProcesses, "__exit__", "waiting for the last records")
