@@ -199,7 +199,7 @@ def test_quickstart_ends_with_commands_that_parse() -> None:
 
 def test_citation_says_what_the_package_says() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    cited = yaml.safe_load((ROOT / ".github/CITATION.cff").read_text(encoding="utf-8"))
     assert cited["title"] == project["name"]
     assert cited["abstract"] == project["description"]
     for name in ("version", "license", "authors", "keywords"):
