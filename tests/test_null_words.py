@@ -6,6 +6,8 @@ import pytest
 from null_words import EXPERIMENTS
 from rates import Experiment, holds, rate
 
+pytestmark = pytest.mark.torch  # the demo is extracted
+
 
 @pytest.mark.long
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda one: f"{one.name}: {one.data}")
