@@ -105,7 +105,7 @@ class LoadedModel:
         """The decoder blocks, in order."""
         return self.decoder.blocks
 
-    @property
+    @cached_property
     def attentions(self) -> Mapping[int, nn.Module]:
         """By index of the block, the attention module of the blocks that have one."""
         return {layer: one.module for layer, one in self.decoder.attentions.items()}

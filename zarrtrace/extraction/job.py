@@ -129,7 +129,7 @@ class Job:
         own = self.attention_positions(prompt)
         return self.positions(prompt) if own is None else own
 
-    @property
+    @cached_property
     def attention_layers(self) -> tuple[int, ...]:
         """Layers whose block has an attention matrix."""
         return tuple(layer for layer in self.layers if layer in self.model.attentions)
@@ -195,7 +195,7 @@ class Job:
             settings=self._settings,
         )
 
-    @property
+    @cached_property
     def _settings(self) -> str:
         """Hash what a run is asked for, its prompts and the versions of libraries left out."""
         asked = {k: v for k, v in self.config.items() if k not in ("prompts", "versions")}
