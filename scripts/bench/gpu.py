@@ -282,6 +282,14 @@ def many(bench: Bench) -> dict[str, Any]:
     return {**found, "floor": floor(bench, found.get("tokens", 0))}
 
 
+def many_half(bench: Bench) -> dict[str, Any]:
+    """Measure the same with SAEs that multiply in bfloat16."""
+    suite = bench.home / "many.jsonl"
+    write_suite(suite, demo_prompts(bench.scale.many))
+    given = {"scenarios": str(suite), "sae_products": "bfloat16"}
+    return worker(bench, "warm", repeats=1, clocks=False, **given)
+
+
 def floor(bench: Bench, tokens: int) -> dict[str, float]:
     """Operations of model and encoders for so many tokens; matrix products alone."""
     scale = bench.scale
@@ -316,6 +324,7 @@ STAGES: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "long_b_last": _long(1, attention_positions="last", repeats=0),
     "long_a_all": _long(0, layers=[1, 16], features=False, repeats=0),
     "many": many,
+    "many_half": many_half,
     "long_b_all": _long(1, layers=[16], features=False, repeats=0),
 }
 

@@ -51,6 +51,12 @@ class Encoder:
         encoded: torch.Tensor = self._sae.encode(activations)
         return encoded
 
+    def replace_matrix(self, other: Callable[[Any], Any]) -> None:
+        """Let the SAE multiply with another object than its matrix, made of the SAE."""
+        matrix = other(self._sae)
+        del self._sae.W_enc
+        self._sae.W_enc = matrix
+
     def split(self) -> None:
         """Get ready to encode some features at a time, where no feature depends on another.
 

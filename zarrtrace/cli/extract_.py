@@ -261,6 +261,7 @@ def _options(given: dict[str, Any], scenarios: object) -> Options:
         sae_ids=given["sae_ids"],
         sae_path=given["sae_path"],
         fold_decoder_norm=given["fold_decoder_norm"],
+        sae_products=given["sae_products"],
         layers=given["layers"],
         layer_start=given["layer_start"],
         layer_end=given["layer_end"],

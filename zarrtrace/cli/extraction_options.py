@@ -98,6 +98,14 @@ _OPTIONS = (
     option(
         "--fold-decoder-norm", group=MODEL, is_flag=True, help="Scale features to decoder norm 1."
     ),
+    option(
+        "--sae-products",
+        group=MODEL,
+        type=click.Choice(["float32", "bfloat16"]),
+        default="float32",
+        show_default=True,
+        help="bfloat16: on a GPU's tensor cores, added up in float32.",
+    ),
     generation_options,
     option(
         "--layers",

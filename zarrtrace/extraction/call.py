@@ -20,6 +20,7 @@ from zarrtrace.extraction.options import (
     Dtype,
     Loaded,
     Options,
+    Products,
     StoredDtype,
     find_scenarios,
     find_stream,
@@ -68,6 +69,7 @@ class ExtractOptions(TypedDict, total=False):
     attention_positions: str | int | Iterable[int] | Iterable[str] | None
     revision: str | None
     fold_decoder_norm: bool
+    sae_products: Products
     layer_start: int | None
     layer_end: int | None
     device: str | torch.device | None
@@ -134,6 +136,7 @@ def extract(
     attention_positions: str | int | Iterable[int] | Iterable[str] | None = None,
     revision: str | None = None,
     fold_decoder_norm: bool = False,
+    sae_products: Products = "float32",
     layer_start: int | None = None,
     layer_end: int | None = None,
     device: str | torch.device | None = None,
@@ -213,6 +216,10 @@ def extract(
         Commit, tag or branch of the model on the hub.
     fold_decoder_norm
         Scale features to decoder directions of norm 1.
+    sae_products
+        ``"bfloat16"`` multiplies in bfloat16 on a GPU's tensor cores and adds up in float32, which
+        is several times as fast and about as precise; for models and SAEs whose weights are
+        bfloat16.
     layer_start, layer_end
         First and last block, instead of `layers`.
     device, gpu
@@ -318,6 +325,7 @@ def extract(
             else parsed(attention_positions, "attention_positions"),
             revision=revision,
             fold_decoder_norm=fold_decoder_norm,
+            sae_products=sae_products,
             device=device_of(device, gpu),
             dtype=cast("Dtype", str(dtype).removeprefix("torch.")),  # checked with all others
             low_memory=low_memory,

@@ -324,7 +324,7 @@ def prepare(
     capture.hide_progress(downloads=not progress)
     # All that can be wrong is found out before the weights are read, which takes minutes.
     model = _load_model(options, loaded, capture, weights=False)
-    source = sae_source(options, loaded) if options.features else None
+    source = sae_source(options, loaded, model) if options.features else None
     if pool and model.device.type != "cpu" and len(scenarios) >= FEW_TRACES:
         pool.start(len(scenarios))
     layers, notes = choose_layers(options, len(model.blocks), source)

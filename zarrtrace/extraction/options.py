@@ -18,6 +18,7 @@ DEMO, SLOT_MACHINE = "demo", "slot-machine"
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 StoredDtype = Literal["float32", "float16"]
+Products = Literal["float32", "bfloat16"]
 AttentionCapture = Literal["auto", "whole", "blocked"]
 # Options that take one of a few words.
 _CHOICES = {
@@ -26,6 +27,7 @@ _CHOICES = {
     "attention_dtype": StoredDtype,
     "feature_dtype": StoredDtype,
     "residual_dtype": StoredDtype,
+    "sae_products": Products,
 }
 
 
@@ -44,6 +46,8 @@ class Options:
         The SAEs: a release that sae-lens knows with optional patterns of ids, or a folder.
     fold_decoder_norm
         Whether activations are scaled to decoder directions of norm 1.
+    sae_products
+        ``"bfloat16"`` multiplies on a GPU's tensor cores and adds up in float32.
     layers
         Indices of decoder blocks. None is all, with features all that have an SAE; of the embedded
         model, 1 to 31.
@@ -100,6 +104,7 @@ class Options:
     sae_ids: tuple[str, ...] = ()
     sae_path: Path | None = None
     fold_decoder_norm: bool = False
+    sae_products: Products = "float32"
     layers: tuple[int, ...] | None = None
     layer_start: int | None = None
     layer_end: int | None = None

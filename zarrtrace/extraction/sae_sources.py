@@ -19,7 +19,17 @@ if TYPE_CHECKING:  # they import torch
 SAEs = dict[int, tuple[SAEAttributes, ...]]
 
 
-def sae_source(options: Options, loaded: Loaded) -> SAESource:
+def sae_source(options: Options, loaded: Loaded, model: LoadedModel) -> SAESource:
+    """Return where SAEs come from, and how they multiply."""
+    source = _place(options, loaded)
+    if options.sae_products == "float32":
+        return source
+    from zarrtrace.capture.half_products import HalfProducts  # noqa: PLC0415
+
+    return HalfProducts(source, model)
+
+
+def _place(options: Options, loaded: Loaded) -> SAESource:
     """Return where SAEs come from: memory, a release or a folder."""
     if loaded.saes is not None:
         from zarrtrace.capture.loaded_saes import LoadedSAEs  # noqa: PLC0415 -- takes seconds

@@ -203,7 +203,10 @@ class SAEAttributes(Frozen):
     architecture: str
     d_in: PositiveInt
     d_sae: PositiveInt
-    dtype: str = Field(description="Precision of the encoder's arithmetic.")
+    dtype: str = Field(
+        description="Precision of the encoder's arithmetic: a type, or "
+        "'bfloat16 products, float32 sums'."
+    )
     decoder_norm_folded: bool
     revision: str | None = Field(
         default=None, description="Commit of the weights, if they came from a hub."
