@@ -20,8 +20,8 @@ from zarrtrace.records import Nonzeros
 if TYPE_CHECKING:
     from zarrtrace.capture.encoder import Encoder, Tile
 
-# Tokens that a GPU encodes at once: twice as many are hardly faster.
-_ROWS = 1024
+# Tokens that a GPU encodes at once: fewer, and its launches take longer than its work.
+_ROWS = 2048
 # Non-zero features of a token for which space is allocated before any were counted.
 _ACTIVE = 256
 

@@ -307,7 +307,7 @@ def _device(given: dict[str, Any]) -> str:
 def _plan(given: dict[str, Any], options: Options) -> str:
     """Say what would be done."""
     from zarrtrace.extraction import estimate, prepare
-    from zarrtrace.extraction.estimate import estimate_table
+    from zarrtrace.extraction.estimates import estimate_table
     from zarrtrace.extraction.options import find_stream
     from zarrtrace.extraction.table import prepare_table
 

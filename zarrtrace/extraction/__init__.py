@@ -1,21 +1,6 @@
 """The main job: scenarios in, one labelled Zarr store each out."""
 
-from zarrtrace.extraction.call import extract
-from zarrtrace.extraction.estimate import Estimate, estimate
-from zarrtrace.extraction.job import DEMO_MODEL, Job, prepare
-from zarrtrace.extraction.options import Loaded, Options
-from zarrtrace.extraction.running import extract_run
-from zarrtrace.store import write_trace
+from zarrtrace._lazy import lazy
 
-__all__ = [
-    "DEMO_MODEL",
-    "Estimate",
-    "Job",
-    "Loaded",
-    "Options",
-    "estimate",
-    "extract",
-    "extract_run",
-    "prepare",
-    "write_trace",
-]
+# Resolved on first use: processes that write need neither pandas nor scenarios, which take seconds.
+__getattr__, __dir__ = lazy(__name__, __file__)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from zarrtrace.errors import IntegrityError, NoSpaceError, readable
 from zarrtrace.extraction.continuations import trace_names, with_continuations
-from zarrtrace.extraction.estimate import estimate
+from zarrtrace.extraction.estimates import estimate
 from zarrtrace.extraction.interrupts import held_back
 from zarrtrace.extraction.job import Job, prepare
 from zarrtrace.extraction.options import NOTHING_LOADED, Loaded, Options, stated_by_suite

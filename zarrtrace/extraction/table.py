@@ -21,7 +21,7 @@ from zarrtrace.errors import ModelError
 from zarrtrace.extraction.answers import expected_prompts
 from zarrtrace.extraction.configuration import library_versions, prompt_digest
 from zarrtrace.extraction.continuations import continued_stream, expected, settings_of
-from zarrtrace.extraction.estimate import estimate_table
+from zarrtrace.extraction.estimates import estimate_table
 from zarrtrace.extraction.gathering import Group
 from zarrtrace.extraction.interrupts import held_back
 from zarrtrace.extraction.job import Job, prepare, tokenized, with_prompts

@@ -20,7 +20,7 @@ from distributed import get_worker
 from zarrtrace.errors import ClusterError
 from zarrtrace.extraction.answers import with_continuation
 from zarrtrace.extraction.configuration import library_versions
-from zarrtrace.extraction.estimate import estimate
+from zarrtrace.extraction.estimates import estimate
 from zarrtrace.extraction.job import Job, prepare, with_prompts, with_scenarios
 from zarrtrace.extraction.options import Options
 from zarrtrace.extraction.orders import Item, Order, RunSettings, Setup, TokenizedScenarios
