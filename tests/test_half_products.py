@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -77,11 +76,7 @@ def _attributes(name: str = ID) -> SAEAttributes:
 
 
 def _source(sae: Any, name: str = ID) -> HalfProducts:
-    return HalfProducts(_Source(sae, _attributes(name)), _model())
-
-
-def _model(device: str = "cuda", dtype: str = "bfloat16") -> Any:
-    return SimpleNamespace(device=torch.device(device), attributes=SimpleNamespace(dtype=dtype))
+    return HalfProducts(_Source(sae, _attributes(name)), "cuda", "bfloat16")
 
 
 def _encoder(sae: Any, device: str = "cpu") -> Encoder:
@@ -188,4 +183,4 @@ def test_where_they_would_be_wrong_or_useless_they_are_refused(
     device: str, dtype: str, said: str
 ) -> None:
     with pytest.raises(ConfigError, match=said):
-        HalfProducts(_Source(_sae(), _attributes()), _model(device, dtype))
+        HalfProducts(_Source(_sae(), _attributes()), device, dtype)

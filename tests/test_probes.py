@@ -158,7 +158,9 @@ def test_the_number_of_a_group_is_not_predicted() -> None:
     found = analysis.probe(
         table_of(x, 5, y=rng.permutation(30)[groups]), "y", groups="group", n_permutations=39
     )
-    leaking = cross_val_predict(Ridge(), x[0], found["target"], cv=KFold(5, shuffle=True, random_state=0))
+    leaking = cross_val_predict(
+        Ridge(), x[0], found["target"], cv=KFold(5, shuffle=True, random_state=0)
+    )
     assert r2_score(found["target"], leaking) > 0.8
     assert float(found["score"][0]) < 0.2
     assert float(found["p"][0]) > 0.05

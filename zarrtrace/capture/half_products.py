@@ -22,7 +22,6 @@ from zarrtrace.errors import ConfigError, SAEError
 from zarrtrace.format.attributes import SAEAttributes
 
 if TYPE_CHECKING:
-    from zarrtrace.capture.model import LoadedModel
     from zarrtrace.capture.saes import Found, SAESource
 
 #: What :attr:`SAEAttributes.dtype` says of such an encoder.
@@ -42,8 +41,8 @@ class HalfProducts:
     ----------
     source
         Where they come from.
-    model
-        The model whose activations they read.
+    device, dtype
+        Where and how the model computes whose activations they read.
 
     Raises
     ------
@@ -51,17 +50,17 @@ class HalfProducts:
         If the model is not on a GPU, is not in bfloat16, or torch is too old.
     """
 
-    def __init__(self, source: SAESource, model: LoadedModel) -> None:
+    def __init__(self, source: SAESource, device: str, dtype: str) -> None:
         self._source = source
-        if model.device.type != "cuda":
+        if torch.device(device).type != "cuda":
             raise _useless(
-                f"on the device {model.device.type}",
+                f"on the device {device}",
                 why="The tensor cores of an NVIDIA GPU compute such products.",
                 remedy="Give --device cuda, or leave it out.",
             )
-        if model.attributes.dtype != "bfloat16":
+        if dtype != "bfloat16":
             raise _useless(
-                f"with a model in {model.attributes.dtype}",
+                f"with a model in {dtype}",
                 why="Rounded to bfloat16, what the SAEs read would be something else.",
                 remedy="Leave it out.",
             )

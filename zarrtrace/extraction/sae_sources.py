@@ -26,7 +26,7 @@ def sae_source(options: Options, loaded: Loaded, model: LoadedModel) -> SAESourc
         return source
     from zarrtrace.capture.half_products import HalfProducts  # noqa: PLC0415
 
-    return HalfProducts(source, model)
+    return HalfProducts(source, options.device, model.attributes.dtype)
 
 
 def _place(options: Options, loaded: Loaded) -> SAESource:
