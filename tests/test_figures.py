@@ -32,7 +32,7 @@ from zarrtrace import analysis, figures
 from zarrtrace.cli import shared
 from zarrtrace.cli.figures_ import command
 from zarrtrace.errors import ConfigError, ScenarioError
-from zarrtrace.figures import drawing, labels, page
+from zarrtrace.figures import catalogue, drawing, features, integrated, labels, page
 from zarrtrace.storage import locate
 
 HOSTILE = ["<s>", " <b>x</b>", "🎰", "你好", "\u202ertl", "$x^2$", "$10", "\n", "\t", "", "e\u0301"]
@@ -265,7 +265,7 @@ def test_layers_of_a_hybrid_model(ds: xr.Dataset) -> None:
 
 def test_pathways_have_a_line_a_scenario_and_means_of_groups(run: xr.DataTree) -> None:
     attention = analysis.attention_to(run)
-    groups = page.default_groups(run)
+    groups = catalogue.default_groups(run)
     figure = figures.pathway_strength(attention, groups=groups)
     sources = attention["source"].values.tolist()
     assert len(figure.axes) == len(sources)
@@ -892,15 +892,15 @@ def test_names_of_files_are_harmless_and_differ() -> None:
 
 
 def test_groups(run: xr.DataTree) -> None:
-    assert page.default_groups(run) == {
+    assert catalogue.default_groups(run) == {
         "risky": list(RISKY),
         "safe": list(SAFE),
     }
-    assert page.default_groups(planted.make_run(RISKY)) == {}
+    assert catalogue.default_groups(planted.make_run(RISKY)) == {}
 
 
 def test_strongest_layer(ds: xr.Dataset) -> None:
-    assert page.strongest_layer(ds) == 3
+    assert catalogue.strongest_layer(ds) == 3
 
 
 def test_unknown_scenario_and_format(shared_run: fakes.FakeRun, tmp_path: Path) -> None:
@@ -929,8 +929,8 @@ def test_processes_draw_the_same_files(tmp_path: Path) -> None:
 def test_command(
     shared_run: fakes.FakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("_OF_RUN", "_OF_SCENARIO"):  # a test above draws all of them
-        monkeypatch.setattr(page, name, getattr(page, name)[:1])
+    for name in ("OF_RUN", "OF_SCENARIO"):  # a test above draws all of them
+        monkeypatch.setattr(catalogue, name, getattr(catalogue, name)[:1])
     output = tmp_path / "out"
     arguments = [str(shared_run.path), "-o", str(output), "--scenario", "Safe_1"]
     options = ["--format", "pdf", "--dpi", "40", "--quiet"]
@@ -953,10 +953,11 @@ def test_command_draws_special_tokens_if_asked_for(
 
         return noted
 
-    for home, name in ((page.integrated, "integrated_view"), (page.features, "feature_timeline")):
+    for home, name in ((integrated, "integrated_view"), (features, "feature_timeline")):
         monkeypatch.setattr(home, name, note(name, getattr(home, name)))
-    monkeypatch.setattr(page, "_OF_RUN", ())
-    monkeypatch.setattr(page, "_OF_SCENARIO", [d for d in page._OF_SCENARIO if d.has_special])
+    monkeypatch.setattr(catalogue, "OF_RUN", ())
+    special = [drawing for drawing in catalogue.OF_SCENARIO if drawing.has_special]
+    monkeypatch.setattr(catalogue, "OF_SCENARIO", special)
     for options in ([], ["--special"]):
         arguments = [str(shared_run.path), "-o", str(tmp_path), "--scenario", "Safe_1", "--quiet"]
         result = CliRunner().invoke(command, [*arguments, "--dpi", "40", *options])

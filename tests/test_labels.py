@@ -24,7 +24,7 @@ from click.testing import CliRunner
 import zarrtrace as zt
 from zarrtrace.cli import group
 from zarrtrace.errors import ConfigError, IntegrityError, LockedError, NotATraceError
-from zarrtrace.figures import features, page
+from zarrtrace.figures import catalogue, features
 from zarrtrace.format.attributes import SAEAttributes
 from zarrtrace.format.layout import LABELLED
 from zarrtrace.index import (
@@ -370,7 +370,7 @@ def test_figures_name_their_features(run: fakes.FakeRun) -> None:
     )
     shown = [text.get_text() for text in ax.get_yticklabels()]
     assert shown == ["L1 · 4 $ amounts, and a text t…", "L2 · 4"]
-    assert page._labels(locate(run.path)) == {(1, 4): label}
+    assert catalogue._labels(locate(run.path)) == {(1, 4): label}
 
 
 def test_figures_of_a_run_take_its_labels(tmp_path: Path) -> None:
@@ -379,7 +379,7 @@ def test_figures_of_a_run_take_its_labels(tmp_path: Path) -> None:
         run.path, labels_of(*((n, f, f"of {n}: {f}") for n in (1, 2, 3) for f in range(16)))
     )
     found = zt.open_run(run.path)
-    for make in (page._volcano, page._trajectory):
+    for make in (catalogue._volcano, catalogue._trajectory):
         figure, _ = make(locate(run.path), found)
         (ax,) = figure.axes
         texts = [text.get_text() for text in (*ax.texts, *ax.get_xticklabels())]

@@ -26,7 +26,7 @@ from zarrtrace.card import write_card
 from zarrtrace.cli import _COMMANDS, main
 from zarrtrace.cli.analysis_options import ANALYSES
 from zarrtrace.errors import ConfigError, ScenarioError
-from zarrtrace.figures import page
+from zarrtrace.figures import catalogue, page
 from zarrtrace.format.layout import DEFAULT_LIMITS
 from zarrtrace.index import find_feature
 from zarrtrace.store import copy_run, damage, run_writer, summarize, verify
@@ -195,7 +195,7 @@ def test_figures_take_evenly_spaced_scenarios_and_say_so(
     tmp_path: Path, many: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(page, "MOST_DRAWN", 3)
-    monkeypatch.setattr(page, "MOST_COMPARED", 4)
+    monkeypatch.setattr(catalogue, "MOST_COMPARED", 4)
     drawn: list[str | None] = []
 
     def draw(path: object, output: object, task: page._Task, **_: object) -> page._Result:
@@ -203,14 +203,14 @@ def test_figures_take_evenly_spaced_scenarios_and_say_so(
         return page._Result(task)
 
     monkeypatch.setattr(page, "_draw", draw)
-    page._open.cache_clear()
+    catalogue.open_compared.cache_clear()
     done = call("figures", many, "-o", tmp_path / "out")
     assert done.code == 0, done.err
     said = "Of 60 scenarios, evenly spaced: figures over scenarios take 4, 3 are drawn one by one"
     assert said in done.err
     assert said in (tmp_path / "out" / "index.html").read_text()
     assert {*drawn} == {None, "S000000", "S000020", "S000040"}
-    assert list(page._open(zt.storage.locate(many)).children) == [
+    assert list(catalogue.open_compared(zt.storage.locate(many)).children) == [
         "S000000",
         "S000015",
         "S000030",
@@ -220,7 +220,7 @@ def test_figures_take_evenly_spaced_scenarios_and_say_so(
     drawn.clear()
     call("figures", many, "-o", tmp_path / "out", "--scenario", "S000007")
     assert {*drawn} == {None, "S000007"}
-    page._open.cache_clear()
+    catalogue.open_compared.cache_clear()
 
 
 def test_a_page_of_too_many_scenarios_is_refused_with_a_number(

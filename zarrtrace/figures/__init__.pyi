@@ -6,10 +6,11 @@ from zarrtrace.figures.contrasts import (
 )
 from zarrtrace.figures.features import feature_timeline, trajectory
 from zarrtrace.figures.files import metadata_of, save
-from zarrtrace.figures.flow import bands, flow_diagram, locality, pathway_strength
+from zarrtrace.figures.flow import flow_diagram
 from zarrtrace.figures.heatmaps import attention_heads, attention_layers, attention_map
 from zarrtrace.figures.integrated import integrated_view
 from zarrtrace.figures.labels import token_label
+from zarrtrace.figures.layers import bands, locality, pathway_strength
 from zarrtrace.figures.page import draw_run
 
 __all__ = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import textwrap
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -80,6 +81,11 @@ def drawable(text: str) -> str:
     For names (scenarios, spans, models), whose spaces stay as they are.
     """
     return "".join(c if c == " " else _drawn(c) for c in text)
+
+
+def wrapped(text: str, width: int) -> str:
+    """Return `text` in lines of at most `width` characters."""
+    return "\n".join(textwrap.wrap(text, width))
 
 
 def _drawn(character: str) -> str:

@@ -10,21 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import xarray as xr
-from matplotlib.figure import Figure
 
-from zarrtrace import analysis
-from zarrtrace.analysis.positions import spans_before
-from zarrtrace.analysis.trace_arrays import require
-from zarrtrace.analysis.traces import Data, tags, traces
-from zarrtrace.errors import ConfigError, ScenarioError, ZarrtraceError
-from zarrtrace.figures import contrasts, features, flow, gallery, heatmaps, integrated
+from zarrtrace.analysis.traces import traces
+from zarrtrace.errors import ConfigError, ZarrtraceError
+from zarrtrace.figures import catalogue, gallery
 from zarrtrace.figures.files import box_of, metadata_of, save
-from zarrtrace.index import names_of, read_labels
-from zarrtrace.scenarios import DECISION, chosen_names
+from zarrtrace.scenarios import chosen_names
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import open_run, read_run
 
@@ -34,12 +27,8 @@ Progress = Callable[[int, int, str], None]
 FORMATS = ("png", "pdf")
 #: A PDF takes as long as a PNG, half of it for its fonts: PDFs are written if asked for.
 DEFAULT_FORMATS = ("png",)
-#: Scenarios that are drawn one by one, and those that figures over scenarios take, at most.
-MOST_DRAWN, MOST_COMPARED = 50, 1000
-# Features that get a bar each.
-_FEATURES_DRAWN = 8
-# Features that may have a name in the volcano plot, which has room for a few of them.
-_FEATURES_NAMED = 32
+#: Scenarios that are drawn one by one, at most.
+MOST_DRAWN = 50
 # Below so many figures a worker, starting it takes longer than it saves.
 _WORTH_A_WORKER = 12
 
@@ -65,7 +54,7 @@ def draw_run(
         Folder to write to; made if it is not there. Files of the same name are replaced.
     scenarios
         Scenarios to draw one by one; if None all of them, or :data:`MOST_DRAWN` evenly spaced ones.
-        Figures over scenarios always take all, or :data:`MOST_COMPARED` evenly spaced ones.
+        Figures over scenarios take all, or ``catalogue.MOST_COMPARED`` evenly spaced ones.
     formats
         Of ``"png"`` and ``"pdf"``.
     dpi
@@ -100,8 +89,12 @@ def draw_run(
             remedy=f"There are: {', '.join(FORMATS)}.",
         )
     known = read_run(path).attributes.scenarios
-    names = _evenly(known, MOST_DRAWN) if scenarios is None else chosen_names(known, scenarios)
-    run = _open(path)
+    names = (
+        catalogue.evenly_spaced(known, MOST_DRAWN)
+        if scenarios is None
+        else chosen_names(known, scenarios)
+    )
+    run = catalogue.open_compared(path)
     output.mkdir(parents=True, exist_ok=True)
     tasks = _tasks(names, has_bands="bands" in run.attrs)
     draw = functools.partial(
@@ -122,64 +115,12 @@ def draw_run(
 def sampled(names: Sequence[str], chosen: Sequence[str] | None) -> str:
     """Say which scenarios of a run are drawn; empty if all of them are."""
     parts = []
-    if len(names) > MOST_COMPARED:
-        parts.append(f"figures over scenarios take {MOST_COMPARED:,}")
+    if len(names) > catalogue.MOST_COMPARED:
+        parts.append(f"figures over scenarios take {catalogue.MOST_COMPARED:,}")
     if chosen is None and len(names) > MOST_DRAWN:
         parts.append(f"{MOST_DRAWN} are drawn one by one (--scenario NAME draws others)")
     said = f"Of {len(names):,} scenarios, evenly spaced: {', '.join(parts)}."
     return said if parts else ""
-
-
-def _evenly(names: Sequence[str], most: int) -> Sequence[str]:
-    """Return at most so many names, evenly spaced."""
-    if len(names) <= most:
-        return names
-    return [names[number * len(names) // most] for number in range(most)]
-
-
-def _tasks(scenarios: Sequence[str], *, has_bands: bool) -> list[_Task]:
-    """List the figures of a run, those over scenarios first."""
-    tasks = [
-        _Task(drawing.key, None, f"run_{drawing.key}")
-        for drawing in _OF_RUN
-        if has_bands or drawing.make is not _bands
-    ]
-    return tasks + [
-        _Task(drawing.key, name, f"{stem}_{drawing.key}")
-        for name, stem in zip(scenarios, _stems(scenarios), strict=True)
-        for drawing in _OF_SCENARIO
-    ]
-
-
-def default_groups(data: Data) -> dict[str, list[str]]:
-    """Return the two groups of scenarios to compare, by tag.
-
-    The two tags that most scenarios have, each without the scenarios that have both; nothing if
-    there are not two such groups.
-    """
-    members: dict[str, list[str]] = {}
-    for name, ds in traces(data).items():
-        for tag in tags(ds):
-            members.setdefault(tag, []).append(name)
-    pair = sorted(members, key=lambda tag: -len(members[tag]))[:2]
-    if len(pair) < 2:
-        return {}
-    both = set(members[pair[0]]) & set(members[pair[1]])
-    groups = {tag: [name for name in members[tag] if name not in both] for tag in pair}
-    return groups if all(groups.values()) else {}
-
-
-def strongest_layer(ds: xr.Dataset) -> int:
-    """Return the layer in which the decision attends most to the spans."""
-    spans = spans_before(ds, [DECISION])
-    if not spans:
-        require(ds, "attention_mean")
-        return int(np.asarray(ds["layer"])[-1])
-    strength = analysis.attention_to(ds, spans, reduce="sum").sum("source")
-    return int(strength.fillna(0).idxmax("layer"))
-
-
-# --- what there is to draw ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -196,180 +137,26 @@ class _Result:
     why_not: str = ""
 
 
-@dataclass(frozen=True)
-class _Drawing:
-    """A figure of the set: `make` takes the run's path and run or trace, returns what it shows."""
-
-    key: str
-    title: str
-    caption: str
-    make: Callable[..., tuple[Figure, Any]]
-    has_special: bool = False
+def _drawing_of(task: _Task) -> catalogue.Drawing:
+    known = catalogue.OF_RUN if task.scenario is None else catalogue.OF_SCENARIO
+    return next(drawing for drawing in known if drawing.key == task.key)
 
 
-def _figure(ax: Any) -> Figure:
-    found = ax.get_figure(root=True)
-    assert isinstance(found, Figure)  # noqa: S101 -- it was just made
-    return found
-
-
-def _two_groups(run: xr.DataTree) -> tuple[str, str]:
-    groups = default_groups(run)
-    if not groups:
-        raise ScenarioError(
-            "the run has no two groups of scenarios to compare",
-            why="Groups are tags, and fewer than two tags have scenarios of their own.",
-        )
-    first, second = groups
-    return first, second
-
-
-def _contrast(run: xr.DataTree, **options: Any) -> xr.Dataset:
-    groups = [default_groups(run)[name] for name in _two_groups(run)]
-    return analysis.contrast(run, *groups, **options)
-
-
-def _pathways(_path: Location, run: xr.DataTree) -> tuple[Figure, Any]:
-    result = analysis.attention_to(run)
-    groups = default_groups(run) or None
-    return flow.pathway_strength(result, groups=groups, bands=run.attrs.get("bands")), result
-
-
-def _critical(_path: Location, run: xr.DataTree) -> tuple[Figure, Any]:
-    result = analysis.critical_layers(run)
-    return _figure(contrasts.critical_chart(result)), result
-
-
-def _difference(_path: Location, run: xr.DataTree) -> tuple[Figure, Any]:
-    result = _contrast(run, what="attention")
-    return _figure(contrasts.difference_map(result, names=_two_groups(run))), result
-
-
-def _difference_heads(_path: Location, run: xr.DataTree) -> tuple[Figure, Any]:
-    result = _contrast(run, what="attention", heads="each")
-    return contrasts.difference_heads(result, names=_two_groups(run)), result
-
-
-def _names(path: Location, contrast: xr.Dataset) -> dict[tuple[int, int], str]:
-    """Name the features of a contrast by labels, else by words of the index, if there is one."""
-    layers, found = (contrast[name].values.tolist() for name in ("layer", "feature"))
-    return names_of(path, zip(layers, found, strict=True))
-
-
-def _volcano(path: Location, run: xr.DataTree) -> tuple[Figure, Any]:
-    result = _contrast(run)
-    groups, labels = _two_groups(run), _names(path, result.isel(row=slice(_FEATURES_NAMED)))
-    return _figure(contrasts.volcano(result, names=groups, labels=labels)), result
-
-
-def _trajectory(path: Location, run: xr.DataTree) -> tuple[Figure, Any]:
-    strongest = _contrast(run).isel(row=slice(_FEATURES_DRAWN))
-    pairs = zip(
-        strongest["layer"].values.tolist(), strongest["feature"].values.tolist(), strict=True
-    )
-    result = analysis.feature_trajectory(run, list(pairs))
-    groups, labels = default_groups(run), _names(path, strongest)
-    return _figure(features.trajectory(result, groups=groups, labels=labels)), result
-
-
-def _locality(_path: Location, run: xr.DataTree) -> tuple[Figure, Any]:
-    result = analysis.attention_locality(run)
-    return flow.locality(result, bands=run.attrs.get("bands")), result
-
-
-def _bands(_path: Location, run: xr.DataTree) -> tuple[Figure, Any]:
-    result = analysis.layer_bands(run)
-    return flow.bands(result, groups=default_groups(run) or None), result
-
-
-_OF_RUN = (
-    _Drawing("pathways", "Pathways to the decision",
-             "Attention of the decision to one token of each span, by layer, mean over heads. "
-             "Thin: scenarios; thick: means of groups.", _pathways),
-    _Drawing("critical", "Critical layers",
-             "How many times the attention that tokens beside it get goes to a span (log₂; dots: "
-             "more than placebo groups of tokens of the same prompts, Benjamini–Hochberg).",
-             _critical),
-    _Drawing("bands", "Hypothesised bands",
-             "Whether attention is local, then about the task, then about the decision. Dashed: "
-             "means of bands; below the name, how much the hypothesised band exceeds the others, "
-             "with its 95 % interval over scenarios, and p over places of the bands.", _bands),
-    _Drawing("locality", "Locality of attention",
-             "How far back attention reaches, by layer: mean over heads and scenarios, and the "
-             "range of heads. Shaded, if the suite file states any: bands of layers.", _locality),
-    _Drawing("difference", "Difference map",
-             "Attention of the decision to the spans, one group less the other. Dots: "
-             "p_familywise of zarrtrace analyze contrast, as in the plot of features.",
-             _difference),
-    _Drawing("heads", "Difference by head",
-             "As the difference map, for every head.", _difference_heads),
-    _Drawing("volcano", "Features that separate the groups",
-             "Every feature active at the decision. Names are layer · latent index. Heights are "
-             "Welch's p-values, which assume normal activations; colours are corrected p-values, "
-             "p_familywise of zarrtrace analyze contrast.", _volcano),
-    _Drawing("trajectory", "Activation of the strongest such features",
-             "At the decision: means of the groups, and a dot a scenario. A bar each, because SAEs "
-             "of two layers share no features.", _trajectory),
-)  # fmt: skip
-
-
-@functools.lru_cache(maxsize=1)
-def _words(path: Location, *, special: bool) -> xr.Dataset:
-    return analysis.word_associations(_open(path), strip=True, special=special)
-
-
-@functools.lru_cache(maxsize=1)
-def _labels(path: Location) -> dict[tuple[int, int], str]:
-    found = read_labels(path, array="features")
-    keys = zip(found["layer"].tolist(), found["feature"].tolist(), strict=True)
-    return dict(zip(keys, found["label"].tolist(), strict=True))
-
-
-def _integrated(path: Location, ds: xr.Dataset, *, special: bool) -> tuple[Figure, Any]:
-    require(ds, "attention_mean", "features")
-    words, labels = _words(path, special=special), _labels(path)
-    return integrated.integrated_view(ds, words=words, labels=labels, special=special), ds
-
-
-def _timeline(_path: Location, ds: xr.Dataset, *, special: bool) -> tuple[Figure, Any]:
-    return _figure(features.feature_timeline(ds, special=special)), ds
-
-
-_OF_SCENARIO = (
-    _Drawing("integrated", "Features, words and tokens",
-             "Above: attention of the decision to every token. Below: features active at a span "
-             "and at the decision, strongest on the pathway, with the words that activate them "
-             "most over the whole run.", _integrated, has_special=True),
-    _Drawing("layers", "Attention by layer",
-             "Mean over heads, divided by what uniform attention would give; query downwards, key "
-             "to the right; one scale for all layers.",
-             lambda _, ds: (heatmaps.attention_layers(ds), ds)),
-    _Drawing("heads", "Heads of one layer",
-             "The layer in which the decision attends most to the spans, divided by what uniform "
-             "attention would give.",
-             lambda _, ds: (heatmaps.attention_heads(ds, strongest_layer(ds)), ds)),
-    _Drawing("flow", "Attention flow",
-             "Share of attention from span to span, layers downwards; left, apart, on the first "
-             "token; right: rollout (Abnar & Zuidema 2020). Shares below 15 % of the largest, or "
-             "below twice what uniform attention would give, are left out.",
-             lambda _, ds: (flow.flow_diagram(ds), ds)),
-    _Drawing("timeline", "Feature timeline",
-             "Activation of each token's strongest feature, by layer.",
-             _timeline, has_special=True),
-)  # fmt: skip
-_BY_KEY = {(of_run, drawing.key): drawing
-           for of_run, drawings in ((True, _OF_RUN), (False, _OF_SCENARIO))
-           for drawing in drawings}  # fmt: skip
+def _tasks(scenarios: Sequence[str], *, has_bands: bool) -> list[_Task]:
+    """List the figures of a run, those over scenarios first."""
+    tasks = [
+        _Task(drawing.key, None, f"run_{drawing.key}")
+        for drawing in catalogue.OF_RUN
+        if has_bands or not drawing.needs_bands
+    ]
+    return tasks + [
+        _Task(drawing.key, name, f"{stem}_{drawing.key}")
+        for name, stem in zip(scenarios, _stems(scenarios), strict=True)
+        for drawing in catalogue.OF_SCENARIO
+    ]
 
 
 # --- drawing -----------------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=1)
-def _open(path: Location) -> xr.DataTree:
-    # Once a process; traces of a run are small beside what drawing them takes.
-    names = read_run(path).attributes.scenarios
-    return open_run(path, scenarios=_evenly(names, MOST_COMPARED))
 
 
 def _draw(
@@ -381,9 +168,9 @@ def _draw(
     dpi: float,
     special: bool = False,
 ) -> _Result:
-    drawing = _BY_KEY[task.scenario is None, task.key]
+    drawing = _drawing_of(task)
     try:
-        run = _open(path)
+        run = catalogue.open_compared(path)
         if task.scenario is None:
             figure, shown = drawing.make(path, run)
             title = drawing.title
@@ -401,7 +188,7 @@ def _draw(
 
 
 def _trace(path: Location, name: str) -> xr.Dataset:
-    found = traces(_open(path))
+    found = traces(catalogue.open_compared(path))
     return found[name] if name in found else traces(open_run(path, scenarios=[name]))[name]
 
 
@@ -460,7 +247,7 @@ def _page(
     by_scenario: dict[str | None, list[str]] = {None: [], **{name: [] for name in names}}
     for result in results:
         if not result.why_not:
-            drawing = _BY_KEY[result.task.scenario is None, result.task.key]
+            drawing = _drawing_of(result.task)
             item = gallery.thumbnail(drawing.title, drawing.caption, result.files)
             by_scenario[result.task.scenario].append(item)
     parts = [
@@ -478,7 +265,7 @@ def _view_of(run: xr.DataTree, name: str) -> dict[str, str]:
     """Return the viewer's place at which a scenario's heads are drawn."""
     view = {"scenario": name}
     with contextlib.suppress(ZarrtraceError, KeyError):  # not all runs have attention
-        view["layer"] = str(strongest_layer(run[name].to_dataset()))
+        view["layer"] = str(catalogue.strongest_layer(run[name].to_dataset()))
     return view
 
 
@@ -487,7 +274,7 @@ def _reasons(results: Sequence[_Result]) -> dict[tuple[str, str], list[str]]:
     reasons: dict[tuple[str, str], list[str]] = {}
     for result in results:
         if result.why_not:
-            title = _BY_KEY[result.task.scenario is None, result.task.key].title
+            title = _drawing_of(result.task).title
             # The reason names the scenario; without it, scenarios with the same one are together.
             own = result.why_not.removeprefix(f"{result.task.scenario}: ")
             reasons.setdefault((title, own), []).append(result.task.scenario or "all scenarios")
