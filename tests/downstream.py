@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, assert_type
 import pandas as pd
 import xarray as xr
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 import zarrtrace as zt
 from zarrtrace import open_run
@@ -68,7 +69,7 @@ def look(folder: Path) -> None:
     assert isinstance(view, View), "there is no anywidget"
     assert "<iframe" in view._repr_html_()
     assert_type(zt.plot.attention(ds, layer=2, head=0), Axes)
-    assert_type(zt.figures.attention_map(ds, 2), Axes)
+    assert_type(zt.figures.attention_map(ds, 2), Figure)
 
 
 def analyse(folder: Path) -> None:

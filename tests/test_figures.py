@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import itertools
 import json
 import re
@@ -78,6 +79,12 @@ def image(ax: Any) -> np.ma.MaskedArray:
     return np.ma.asarray(found.get_array())
 
 
+def axes_of(figure: Figure) -> Any:
+    """Return the axes of a figure that has one."""
+    (ax,) = figure.axes
+    return ax
+
+
 def panels(figure: Figure) -> list[Any]:
     return [ax for ax in figure.axes if ax.get_images()]
 
@@ -112,19 +119,19 @@ def ends(ax: Any) -> list[tuple[list[float], list[float]]]:
 def test_figures_with_token_axes_mark_where_the_prompt_ends(ds: xr.Dataset) -> None:
     generated = continued(ds)
     both = [([21.5, 21.5], [0, 1]), ([0, 1], [21.5, 21.5])]
-    assert ends(figures.attention_map(generated, 3)) == both
+    assert ends(axes_of(figures.attention_map(generated, 3))) == both
     for ax in panels(figures.attention_layers(generated)):
         assert ends(ax) == both
     figure = figures.attention_layers(generated)
     assert "│ prompt ends" in [text.get_text() for text in figure.texts]
-    assert ends(figures.feature_timeline(generated)) == both[:1]
+    assert ends(axes_of(figures.feature_timeline(generated))) == both[:1]
     for ax in panels(figures.integrated_view(generated)):
         assert ends(ax) == both[:1]
     drawn_by(figure)
 
 
 def test_a_prompt_alone_has_no_end(ds: xr.Dataset) -> None:
-    assert ends(figures.attention_map(ds, 3)) == []
+    assert ends(axes_of(figures.attention_map(ds, 3))) == []
     assert "│ prompt ends" not in [text.get_text() for text in figures.attention_layers(ds).texts]
 
 
@@ -144,24 +151,44 @@ def test_the_flow_has_generated_spans_behind_the_decision(ds: xr.Dataset) -> Non
 
 def test_functions_are_documented_return_figures_and_take_axes_or_a_figure() -> None:
     readme = (Path(figures.__file__).parent / "README.md").read_text(encoding="utf-8")
-    returned = {}
+    takes = {}
     for name in sorted(set(dir(figures)) - {"draw_run", "metadata_of", "save", "token_label"}):
         assert f"`{name}`" in readme, name
-        signature = inspect.signature(getattr(figures, name))
-        kind = str(signature.return_annotation)
-        assert {"Axes": "ax", "Figure": "figure"}[kind] in signature.parameters, name
-        returned[name] = kind
-    one = [name for name, kind in returned.items() if kind == "Axes"]
+        function = getattr(figures, name)
+        signature = inspect.signature(function)
+        assert signature.return_annotation == "Figure", name
+        assert "    Returns\n    -------\n    Figure\n" in (function.__doc__ or ""), name
+        (takes[name],) = {"ax", "figure"} & {*signature.parameters}
+    one = [name for name, given in takes.items() if given == "ax"]
     assert one == ["attention_map", "critical_chart", "difference_map", "feature_timeline",
                    "trajectory", "volcano"]  # fmt: skip
-    assert len(returned) == 14
+    assert len(takes) == 14
+
+
+def test_axes_in_no_figure_are_refused(ds: xr.Dataset) -> None:
+    figure = Figure()
+    ax = figure.add_subplot()
+    ax.remove()
+    with pytest.raises(ConfigError, match="in no figure"):
+        figures.attention_map(ds, 2, ax=ax)
+
+
+def test_figures_are_values_of_cells_without_pyplot(ds: xr.Dataset) -> None:
+    formatters = pytest.importorskip("IPython.core.formatters")
+    figure = figures.feature_timeline(ds)
+    data, metadata = formatters.DisplayFormatter().format(figure)
+    with Image.open(io.BytesIO(data["image/png"])) as shown:
+        size = metadata["image/png"]
+        assert shown.size == pytest.approx((2 * size["width"], 2 * size["height"]), abs=2)
+        assert size["width"] == pytest.approx(110 * figure.get_size_inches()[0], rel=0.1)
+        assert np.unique(np.asarray(shown.convert("L"))).size > 10
 
 
 # --- attention ---------------------------------------------------------------------------------
 
 
 def test_attention_map_shows_the_weights_query_down_key_right(ds: xr.Dataset) -> None:
-    ax = figures.attention_map(ds, 3)
+    ax = axes_of(figures.attention_map(ds, 3))
     weights = ds["attention_mean"].sel(layer=3).to_numpy()
     visible = np.tril(np.ones_like(weights, bool))
     np.testing.assert_array_equal(image(ax).filled(-1), np.where(visible, weights, -1))
@@ -177,7 +204,8 @@ def test_attention_map_shows_the_weights_query_down_key_right(ds: xr.Dataset) ->
 def test_attention_map_of_a_head_in_given_axes(ds: xr.Dataset) -> None:
     figure = Figure()
     ax = figure.add_subplot()
-    assert figures.attention_map(ds, 2, head=1, ax=ax) is ax
+    assert figures.attention_map(ds, 2, head=1, ax=ax) is figure
+    assert figure.axes == [ax]
     weights = ds["attention"].sel(layer=2, head=1).to_numpy()
     assert np.ma.allclose(image(ax), weights, rtol=0, atol=0)
 
@@ -243,11 +271,11 @@ def test_rows_and_layers_that_are_not_stored_are_masked() -> None:
 
 def test_rows_that_were_not_chosen_are_masked(ds: xr.Dataset) -> None:
     chosen = synthetic.with_queries(ds, [5, 27])
-    for ax, weights in (
+    for figure, weights in (
         (figures.attention_map(chosen, 3), ds["attention_mean"].sel(layer=3)),
         (figures.attention_map(chosen, 3, head=1), ds["attention"].sel(layer=3, head=1)),
     ):
-        shown = image(ax)
+        shown = image(axes_of(figure))
         assert shown.shape == (planted.TOKENS, planted.TOKENS)
         assert np.flatnonzero(~shown.mask.all(axis=1)).tolist() == [5, 27]
         for row in (5, 27):
@@ -390,7 +418,7 @@ def test_flow_diagram_without_a_layer_says_so() -> None:
 def test_difference_map_is_centred_on_zero(run: xr.DataTree) -> None:
     found = analysis.contrast(run, "risky", "safe", what="attention")
     found["p_familywise"] = xr.where(np.abs(found["difference"]) > 0.05, 0.01, 1.0)
-    ax = figures.difference_map(found, names=("risky", "safe"))
+    ax = axes_of(figures.difference_map(found, names=("risky", "safe")))
     np.testing.assert_array_equal(image(ax), found["difference"].transpose("source", "layer"))
     norm = ax.get_images()[0].norm
     assert norm(0.0) == 0.5
@@ -406,13 +434,13 @@ def test_figures_of_a_contrast_say_why_nothing_is_marked(run: xr.DataTree) -> No
     for what, draw in (("attention", figures.difference_map), ("features", figures.volcano)):
         found = analysis.contrast(run, *few.values(), what=what)
         assert found.attrs["smallest_p"] > 0.05
-        text = "".join(part.get_text() for part in draw(found).figure.findobj(mpl.text.Text))
+        text = "".join(part.get_text() for part in draw(found).findobj(mpl.text.Text))
         assert "2 against 2 scenarios are too few for any p ≤ 0.05" in text
         assert "•" not in text
         assert "more in" not in text
         enough = analysis.contrast(run, "risky", "safe", what=what)
         enough["p_familywise"] = xr.ones_like(enough["p_familywise"])
-        text = "".join(part.get_text() for part in draw(enough).figure.findobj(mpl.text.Text))
+        text = "".join(part.get_text() for part in draw(enough).findobj(mpl.text.Text))
         assert "nothing reaches familywise p ≤ 0.05, which takes |g|" in text
 
 
@@ -437,7 +465,7 @@ def test_contrasts_are_not_mixed_up(run: xr.DataTree) -> None:
 @pytest.mark.parametrize("p", ["p_welch", "p_permutation"])
 def test_volcano_shows_every_feature(run: xr.DataTree, p: Any) -> None:
     found = analysis.contrast(run, "risky", "safe")
-    ax = figures.volcano(found, p=p, names=("risky", "safe"))
+    ax = axes_of(figures.volcano(found, p=p, names=("risky", "safe")))
     clouds = [line for line in ax.lines if line.get_linestyle() == "None"]
     points = np.concatenate([line.get_xydata() for line in clouds])
     known = np.isfinite(found[p].values)
@@ -450,9 +478,37 @@ def test_volcano_shows_every_feature(run: xr.DataTree, p: Any) -> None:
         assert "L4 · 5" in {text.get_text() for text in ax.texts}
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_names_cover_no_point_and_no_other_name(run: xr.DataTree, seed: int) -> None:
+    found = analysis.contrast(run, "risky", "safe").copy(deep=True)
+    rng = np.random.default_rng(seed)
+    rows = found.sizes["row"]
+    found["difference"] = ("row", rng.normal(1, 2, rows))
+    found["p_welch"] = ("row", 10 ** -(rng.beta(2, 3, rows) * 8))
+    found["p_familywise"] = ("row", np.where(found["p_welch"] < 1e-4, 0.01, 1.0))
+    names = {
+        (int(layer), int(feature)): "a label of some length"
+        for layer, feature in zip(found["layer"], found["feature"], strict=True)
+    }
+    figure = figures.volcano(found, labels=names)
+    figure.dpi = 300  # of a print, whose letters are wider than those of a screen
+    figure.draw_without_rendering()
+    ax = axes_of(figure)
+    boxes = [mpl.text.Text.get_window_extent(text) for text in ax.texts]
+    assert len(boxes) == 8
+    for one, other in itertools.combinations(boxes, 2):
+        assert not one.overlaps(other)
+    values = np.stack([found["difference"], -np.log10(found["p_welch"])], axis=1)
+    points = ax.transData.transform(values[np.isfinite(values).all(axis=1)])
+    for box in boxes:
+        assert ax.bbox.fully_containsx(box.x0)
+        assert ax.bbox.fully_containsx(box.x1)
+        assert not box.count_contains(points)
+
+
 def test_critical_chart(run: xr.DataTree) -> None:
     found = analysis.critical_layers(run)
-    ax = figures.critical_chart(found)
+    ax = axes_of(figures.critical_chart(found))
     own, others = (found[name].transpose("source", "layer") for name in ("attention", "control"))
     np.testing.assert_allclose(image(ax), np.log2(own) - np.log2(others))
     assert ax.get_images()[0].norm(0.0) == 0.5
@@ -463,13 +519,13 @@ def test_critical_chart(run: xr.DataTree) -> None:
 
 
 def test_feature_timeline(ds: xr.Dataset) -> None:
-    ax = figures.feature_timeline(ds, [(3, 5), (1, 7)])
+    ax = axes_of(figures.feature_timeline(ds, [(3, 5), (1, 7)]))
     expected = [ds["features"].sel(layer=layer, feature=f) for layer, f in ((3, 5), (1, 7))]
     np.testing.assert_array_equal(image(ax), expected)
     assert [label.get_text() for label in ax.get_yticklabels()] == ["L3 · 5", "L1 · 7"]
     assert ax.yaxis_inverted()
     assert ax.get_xticklabels()[0].get_text() == "·t0"
-    strongest = figures.feature_timeline(ds)
+    strongest = axes_of(figures.feature_timeline(ds))
     np.testing.assert_array_equal(image(strongest), ds["features"].max("feature"))
     with pytest.raises(ConfigError, match="no feature 24"):
         figures.feature_timeline(ds, (1, 24))
@@ -480,7 +536,7 @@ def test_feature_timeline(ds: xr.Dataset) -> None:
 def test_unrelated_features_get_bars_and_no_line(run: xr.DataTree) -> None:
     found = analysis.feature_trajectory(run, [(3, 5), (1, 5), (2, 7)])
     groups = {"a": ["Risky_2"], "b": [name for name in run.children if name != "Risky_2"]}
-    ax = figures.trajectory(found, groups=groups)
+    ax = axes_of(figures.trajectory(found, groups=groups))
     assert all(line.get_linestyle() == "None" for line in ax.lines if len(line.get_xdata()) > 2)
     heights = [[bar.get_height() for bar in bars] for bars in ax.containers]
     expected = [found.sel(scenario=members).mean("scenario") for members in groups.values()]
@@ -499,11 +555,11 @@ def test_one_sae_of_all_layers_gets_a_line(run: xr.DataTree) -> None:
         )
     )
     found = analysis.feature_trajectory(shared, 5)
-    ax = figures.trajectory(found)
+    ax = axes_of(figures.trajectory(found))
     assert not ax.containers
     own = {line.get_gid(): line.get_ydata() for line in ax.lines if line.get_gid()}
     np.testing.assert_array_equal(own["Risky_2"], found.sel(scenario="Risky_2"))
-    several = figures.trajectory(analysis.feature_trajectory(shared, [5, 6]))
+    several = axes_of(figures.trajectory(analysis.feature_trajectory(shared, [5, 6])))
     assert len(several.containers[0]) == 2 * run["Risky_2"].sizes["layer"]
 
 
@@ -512,12 +568,12 @@ def test_special_tokens_are_left_out_unless_asked_for(ds: xr.Dataset) -> None:
     loud = ds.copy(deep=True).assign_coords(special=("key", special))
     loud["features"][:, :2] = 1e6
     loud["top_activation"][:, :2] = 1e6
-    (image,) = figures.feature_timeline(loud).images
+    (image,) = axes_of(figures.feature_timeline(loud)).images
     drawn = image.get_array()
     assert drawn is not None
     assert np.ma.getmaskarray(drawn)[:, special].all()
     assert image.norm.vmax < 1e6
-    (image,) = figures.feature_timeline(loud, special=True).images
+    (image,) = axes_of(figures.feature_timeline(loud, special=True)).images
     assert np.asarray(image.get_array()).max() == 1e6
     below = panels(figures.integrated_view(loud, sources=["balance"], count=4))[-1]
     scaled = np.ma.masked_invalid(below.images[0].get_array())
@@ -616,8 +672,8 @@ def test_a_span_has_one_colour_in_every_figure(ds: xr.Dataset) -> None:
     }
     for found in (
         figures.integrated_view(other),
-        figures.attention_map(other, 3).figure,
-        figures.feature_timeline(other).figure,
+        figures.attention_map(other, 3),
+        figures.feature_timeline(other),
         figures.attention_layers(other),
     ):
         texts = {t.get_text().removeprefix("■ "): t for t in found.findobj(mpl.text.Text)}
@@ -656,7 +712,7 @@ def test_labels_are_thinned_and_the_important_ones_stay() -> None:
 
 
 def test_every_label_is_readable_text(ds: xr.Dataset) -> None:
-    ax = figures.attention_map(ds, 1)
+    ax = axes_of(figures.attention_map(ds, 1))
     drawn_by(ax.figure)
     boxes = [label.get_window_extent() for label in ax.get_xticklabels()]
     for before, after in itertools.pairwise(boxes):
@@ -676,10 +732,10 @@ def test_hostile_text_is_drawn_as_text_without_warnings() -> None:
     ds = hostile_trace()
     words = analysis.word_associations(ds)
     for figure in (
-        figures.attention_map(ds, 1).figure,
+        figures.attention_map(ds, 1),
         figures.attention_layers(ds),
         figures.attention_heads(ds, 1),
-        figures.feature_timeline(ds).figure,
+        figures.feature_timeline(ds),
         figures.integrated_view(ds, words=words),
         figures.flow_diagram(ds),
     ):
@@ -693,7 +749,7 @@ def test_hostile_text_is_drawn_as_text_without_warnings() -> None:
 
 def test_metadata_is_in_the_files(ds: xr.Dataset, run: xr.DataTree, tmp_path: Path) -> None:
     ds = ds.assign_attrs(saes={"features": {"release": "llama_scope_lxr_8x"}})
-    figure = figures.feature_timeline(ds).figure
+    figure = figures.feature_timeline(ds)
     png = figures.save(figure, tmp_path / "a.png", ds, title="Timeline", dpi=50)
     with Image.open(png) as opened:
         text = opened.text  # type: ignore[attr-defined]
@@ -717,7 +773,7 @@ def test_metadata_is_in_the_files(ds: xr.Dataset, run: xr.DataTree, tmp_path: Pa
 
 def test_pdf_has_fonts_and_text(ds: xr.Dataset, run: xr.DataTree, tmp_path: Path) -> None:
     contrast = analysis.contrast(run, "risky", "safe")
-    for number, figure in enumerate((figures.flow_diagram(ds), figures.volcano(contrast).figure)):
+    for number, figure in enumerate((figures.flow_diagram(ds), figures.volcano(contrast))):
         content = figures.save(figure, tmp_path / f"{number}.pdf", ds, dpi=50).read_bytes()
         assert content.count(b"/FontFile2") > 0  # TrueType, embedded
         assert b"/Subtype /Type3" not in content

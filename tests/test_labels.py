@@ -362,12 +362,45 @@ def test_analyses_name_their_features(run: fakes.FakeRun, table: Path, tmp_path:
     assert (again.exit_code, "features are not named" in again.stderr) == (0, True)
 
 
+@pytest.mark.parametrize(
+    ("analysis", "options", "dims"),
+    [
+        ("word-associations", (), ("row",)),
+        ("feature-trajectory", ("--feature", "1:4", "--feature", "3:4"), ("pair",)),
+        ("pathway-features", ("--source", "balance"), ("scenario", "rank", "layer")),
+    ],
+)
+def test_netcdf_has_labels_where_the_run_has(
+    table: Path, tmp_path: Path, analysis: str, options: Any, dims: Any
+) -> None:
+    run = fakes.make_run(tmp_path, scenarios=("Safe_1", "Risky_2"), active=0.6)
+
+    def written() -> xr.Dataset:
+        done = call("analyze", analysis, run.path, *options, "-o", tmp_path / "out.nc")
+        assert done.exit_code == 0, done.stderr
+        return xr.load_dataset(tmp_path / "out.nc", engine="h5netcdf")
+
+    assert "label" not in written().variables
+    write_labels(run.path, table)  # of layers 1 and 2
+    found = written()
+    assert "label" in found.coords
+    assert set(found["label"].dims) <= set(dims)
+    layer, feature, label = xr.broadcast(found["layer"], found["feature"], found["label"])
+    named = [
+        text == (f"label {number} of {at}" if at < 3 and number >= 0 else "")
+        for at, number, text in zip(*map(np.ravel, (layer, feature, label)), strict=True)
+    ]
+    assert all(named)
+    assert (label != "").any()
+    assert (label == "").any()
+
+
 def test_figures_name_their_features(run: fakes.FakeRun) -> None:
     label = "$ amounts, and a text that is longer than there is room for"
     write_labels(run.path, labels_of((1, 4, label)))
-    ax = features.feature_timeline(
+    (ax,) = features.feature_timeline(
         zt.open_trace(run.trace), [(1, 4), (2, 4)], labels=names_of(run.path, [(1, 4)])
-    )
+    ).axes
     shown = [text.get_text() for text in ax.get_yticklabels()]
     assert shown == ["L1 · 4 $ amounts, and a text t…", "L2 · 4"]
     assert catalogue._labels(locate(run.path)) == {(1, 4): label}

@@ -387,12 +387,12 @@ def test_the_index_names_the_tokens_of_the_prompt(runs: dict[str, Path], tmp_pat
 
 def test_figures_have_a_place_for_every_token(runs: dict[str, Path]) -> None:
     ds = open_trace(runs["spans"] / NAMES[0])
-    ax = figures.feature_timeline(ds)
+    (ax,) = figures.feature_timeline(ds).axes
     (image,) = ax.images
     drawn = np.ma.getmaskarray(image.get_array())
     assert drawn.shape == (len(LAYERS), ds.sizes["key"])
     assert np.flatnonzero(~drawn[0]).tolist() == ds["query"].values.tolist()
-    shown = figures.attention_map(ds, 20).images[0].get_array()
+    shown = figures.attention_map(ds, 20).axes[0].images[0].get_array()
     assert shown.shape == (ds.sizes["key"], ds.sizes["key"])
     rows = np.flatnonzero(~np.ma.getmaskarray(shown).all(axis=1))
     assert rows.tolist() == ds["query"].values.tolist()

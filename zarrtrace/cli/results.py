@@ -41,10 +41,11 @@ def write_result(
 
     All but NetCDF hold a row a combination of labels, sorted as on a terminal. Parquet, NetCDF and
     JSON hold the attributes, and with them the sentence that answers the question; CSV has no
-    place for it.
+    place for it. Features that `namer` names have their label in ``label``, a column or, in
+    NetCDF, a coordinate.
     """
     if output.suffix == ".nc":
-        _netcdf(result).to_netcdf(output, engine="h5netcdf")
+        _netcdf(_with_labels(result, namer)).to_netcdf(output, engine="h5netcdf")
         return
     frame = rows_of(result, layout, choice, namer)
     if output.suffix == ".csv":
@@ -58,6 +59,24 @@ def write_result(
             "rows": json.loads(frame.to_json(orient="records", double_precision=15)),
         }
         output.write_text(json.dumps(content, indent=2, default=str), encoding="utf-8")
+
+
+def _with_labels(result: xr.DataArray | xr.Dataset, namer: Namer) -> xr.DataArray | xr.Dataset:
+    """Return the result with a coordinate ``label`` if it is about features and one has a label."""
+    import numpy as np
+    import xarray as xr
+
+    names = {*result.coords, *(result if isinstance(result, xr.Dataset) else ())}
+    if not {"layer", "feature"} <= names or "label" in names:
+        return result
+    pair = (result[name].reset_coords(drop=True) for name in ("layer", "feature"))
+    layer, feature = xr.broadcast(*pair)
+    pairs = list(zip(layer.values.ravel().tolist(), feature.values.ravel().tolist(), strict=True))
+    if not (found := namer(pairs, False)):  # noqa: FBT003
+        return result
+    texts = np.array([found.get(pair, "") for pair in pairs], dtype=object).reshape(layer.shape)
+    attrs = {"long_name": "label of the feature in the run's labels; empty if it has none"}
+    return result.assign_coords(label=(layer.dims, texts, attrs))
 
 
 def _netcdf(result: xr.DataArray | xr.Dataset) -> xr.DataArray | xr.Dataset:

@@ -1,12 +1,13 @@
-"""Figures for papers: xarray in, matplotlib out; nothing is shown, pyplot is never touched.
+"""Figures for papers: xarray in, Matplotlib's Figure out; pyplot is never touched.
 
 Each function takes a trace, or the result of an analysis, and ``ax=`` (or ``figure=`` where it
-draws several axes), and returns the Axes (or the Figure). :func:`save` writes a file whose
-metadata says what it shows; :func:`draw_run` draws everything there is to draw of a run.
+draws several axes). Jupyter shows the returned Figure where it is the last value of a cell.
+:func:`save` writes a file whose metadata says what it shows; :func:`draw_run` draws every figure
+that a run allows.
 
->>> ax = attention_map(ds, 25)
->>> save(ax.figure, "layer_25.pdf", ds)
->>> save(volcano(contrast(run, "risky", "safe")).figure, "volcano.png", run)
+>>> figure = attention_map(ds, 25)
+>>> save(figure, "layer_25.pdf", ds)
+>>> save(volcano(contrast(run, "risky", "safe")), "volcano.png", run)
 """
 
 from zarrtrace._lazy import lazy

@@ -1,4 +1,4 @@
-"""Catalogue of a run's figures: title, caption, and the analysis each one shows."""
+"""Catalogue of a run's figures: title, caption, and the analysis shown."""
 
 from __future__ import annotations
 
@@ -24,10 +24,9 @@ from zarrtrace.store import open_run, read_run
 
 #: Scenarios that figures over scenarios take, at most.
 MOST_COMPARED = 1000
-# Features that get a bar each.
-_FEATURES_DRAWN = 8
-# Features that may have a name in the volcano plot, which has room for a few of them.
-_FEATURES_NAMED = 32
+# Features that get a bar each, and those that may have a name in the volcano plot: reading the
+# words of one from the index takes 50 ms.
+_FEATURES_DRAWN, _FEATURES_NAMED = 8, 12
 
 
 @functools.lru_cache(maxsize=1)
@@ -74,7 +73,10 @@ def strongest_layer(ds: xr.Dataset) -> int:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure of the set: `make` takes the run's path and run or trace, returns what it shows."""
+    """A figure of the set.
+
+    `make` takes the run's path and the run or trace; it returns the figure and the data it shows.
+    """
 
     key: str
     title: str
@@ -82,12 +84,6 @@ class Drawing:
     make: Callable[..., tuple[Figure, Any]]
     has_special: bool = False
     needs_bands: bool = False
-
-
-def _figure(ax: Any) -> Figure:
-    found = ax.get_figure(root=True)
-    assert isinstance(found, Figure)  # noqa: S101 -- it was just made
-    return found
 
 
 def _two_groups(run: xr.DataTree) -> tuple[str, str]:
@@ -114,12 +110,12 @@ def _pathways(_path: Location, run: xr.DataTree) -> tuple[Figure, Any]:
 
 def _critical(_path: Location, run: xr.DataTree) -> tuple[Figure, Any]:
     result = analysis.critical_layers(run)
-    return _figure(contrasts.critical_chart(result)), result
+    return contrasts.critical_chart(result), result
 
 
 def _difference(_path: Location, run: xr.DataTree) -> tuple[Figure, Any]:
     result = _contrast(run, what="attention")
-    return _figure(contrasts.difference_map(result, names=_two_groups(run))), result
+    return contrasts.difference_map(result, names=_two_groups(run)), result
 
 
 def _difference_heads(_path: Location, run: xr.DataTree) -> tuple[Figure, Any]:
@@ -128,7 +124,7 @@ def _difference_heads(_path: Location, run: xr.DataTree) -> tuple[Figure, Any]:
 
 
 def _names(path: Location, contrast: xr.Dataset) -> dict[tuple[int, int], str]:
-    """Name the features of a contrast by labels, else by words of the index, if there is one."""
+    """Name the features of a contrast by labels, else by words."""
     layers, found = (contrast[name].values.tolist() for name in ("layer", "feature"))
     return names_of(path, zip(layers, found, strict=True))
 
@@ -136,7 +132,7 @@ def _names(path: Location, contrast: xr.Dataset) -> dict[tuple[int, int], str]:
 def _volcano(path: Location, run: xr.DataTree) -> tuple[Figure, Any]:
     result = _contrast(run)
     groups, labels = _two_groups(run), _names(path, result.isel(row=slice(_FEATURES_NAMED)))
-    return _figure(contrasts.volcano(result, names=groups, labels=labels)), result
+    return contrasts.volcano(result, names=groups, labels=labels), result
 
 
 def _trajectory(path: Location, run: xr.DataTree) -> tuple[Figure, Any]:
@@ -146,7 +142,7 @@ def _trajectory(path: Location, run: xr.DataTree) -> tuple[Figure, Any]:
     )
     result = analysis.feature_trajectory(run, list(pairs))
     groups, labels = default_groups(run), _names(path, strongest)
-    return _figure(features.trajectory(result, groups=groups, labels=labels)), result
+    return features.trajectory(result, groups=groups, labels=labels), result
 
 
 def _locality(_path: Location, run: xr.DataTree) -> tuple[Figure, Any]:
@@ -210,7 +206,7 @@ def _integrated(path: Location, ds: xr.Dataset, *, special: bool) -> tuple[Figur
 
 
 def _timeline(_path: Location, ds: xr.Dataset, *, special: bool) -> tuple[Figure, Any]:
-    return _figure(features.feature_timeline(ds, special=special)), ds
+    return features.feature_timeline(ds, special=special), ds
 
 
 OF_SCENARIO = (

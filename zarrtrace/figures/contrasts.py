@@ -1,4 +1,4 @@
-"""What separates groups of scenarios, and what stands out: maps of differences, volcano plot."""
+"""Contrasts of groups of scenarios, and critical layers."""
 
 from __future__ import annotations
 
@@ -24,14 +24,13 @@ from zarrtrace.figures.drawing import (
     blank,
     colour_bar,
     counted,
+    figure_of,
     label_layers,
     styled,
 )
-from zarrtrace.figures.labels import FeatureLabels, drawable, feature_label
+from zarrtrace.figures.labels import FeatureLabels, drawable, feature_label, name_points
 
 _ALPHA = 0.05
-_NAME = (0.12, 0.035)  # width and height of a point's name, in shares of the axes
-_LABEL = 16  # characters of a point's label
 
 
 @styled
@@ -40,27 +39,27 @@ def difference_map(
     *,
     names: tuple[str, str] = ("A", "B"),
     ax: Axes | None = None,
-) -> Axes:
-    """Difference of two groups' attention to each span, by layer, centred on 0.
+) -> Figure:
+    """Difference of two groups' attention to each span, by layer.
 
-    Scenarios differ in length, so that token does not stand against token: they are compared span
-    by span.
+    Scenarios differ in length, so that they are compared span by span, not token by token.
 
     Parameters
     ----------
     contrast
-        What :func:`zarrtrace.analysis.contrast` returned with ``what="attention"`` and heads as
+        Result of :func:`zarrtrace.analysis.contrast` with ``what="attention"`` and heads as
         ``"mean"``.
     names
-        Of the groups.
+        Names of the two groups.
     ax
         Where to draw; a new figure if None.
 
     Returns
     -------
-    Axes
-        With an image ``(source, layer)`` of the difference, first group less second; a dot where
-        ``p_familywise`` ≤ 0.05, the test of :func:`volcano`. Without any dot the title says why.
+    Figure
+        One axes with an image ``(source, layer)`` of the difference, first group less second; a dot
+        where ``p_familywise`` ≤ 0.05, the test of :func:`volcano`. Without any dot the title says
+        why.
 
     Raises
     ------
@@ -77,7 +76,7 @@ def difference_map(
         f"attention of the {_target(contrast)} per token, {first} − {second}\n{_meaning(contrast)}",
         loc="left",
     )
-    return ax
+    return figure_of(ax)
 
 
 @styled
@@ -87,15 +86,15 @@ def difference_heads(
     names: tuple[str, str] = ("A", "B"),
     figure: Figure | None = None,
 ) -> Figure:
-    """Difference of two groups' attention to each span, by layer and head, centred on 0.
+    """Difference of two groups' attention to each span, by head.
 
     Parameters
     ----------
     contrast
-        What :func:`zarrtrace.analysis.contrast` returned with ``what="attention"`` and heads as
+        Result of :func:`zarrtrace.analysis.contrast` with ``what="attention"`` and heads as
         ``"each"``.
     names
-        Of the groups.
+        Names of the two groups.
     figure
         Where to draw; a new figure if None.
 
@@ -152,20 +151,20 @@ def volcano(
     labelled: int = 8,
     labels: FeatureLabels | None = None,
     ax: Axes | None = None,
-) -> Axes:
+) -> Figure:
     """Volcano plot: size of every feature's difference against its p-value.
 
     Parameters
     ----------
     contrast
-        What :func:`zarrtrace.analysis.contrast` returned for features.
+        Result of :func:`zarrtrace.analysis.contrast` for features.
     p
-        Which p-value. Permutation p-values of few scenarios take few values and have a floor.
+        The p-value to draw. Permutation p-values of few scenarios take few values and have a floor.
     names
-        Of the groups.
+        Names of the two groups.
     labelled
-        How many of the smallest p-values to name, as layer and latent index: of those coloured, if
-        any are.
+        Number of features to name at most, those of the smallest p first; if any are coloured, only
+        coloured ones. A feature without room for its name stays unnamed.
     labels
         Labels of features, as :func:`zarrtrace.index.names_of` returns them.
     ax
@@ -173,10 +172,10 @@ def volcano(
 
     Returns
     -------
-    Axes
-        With points (difference of means, −log₁₀ p): coloured where the familywise p ≤ 0.05, grey
-        elsewhere; if nothing is coloured the key says why. Features whose p is not defined are
-        left out; p = 0 is drawn at the top.
+    Figure
+        One axes with points (difference of means, −log₁₀ p): coloured where the familywise p ≤
+        0.05, grey elsewhere; if nothing is coloured the key says why. Features without a defined p
+        are left out; p = 0 is drawn at the top.
 
     Raises
     ------
@@ -213,33 +212,35 @@ def volcano(
     ax.set_ylabel(f"−log₁₀ p ({test})")
     ax.legend(
         loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, columnspacing=1, handletextpad=0.2,
-        title="" if significant.any() else _meaning(contrast), alignment="left",
+        title=_meaning(contrast, f"colour by p_familywise, height by {p}"), alignment="left",
     )  # fmt: skip
-    named = significant if significant.any() else shown
-    _name_points(ax, contrast, x, np.where(named, y, -np.inf), labelled, labels)
+    order = np.lexsort((-np.abs(x), -y))
+    named = order[(significant if significant.any() else shown)[order]]
+    points = np.stack([x, np.where(shown, y, np.nan)], axis=1)
+    _name_features(ax, contrast, points, named, labelled, labels)
     if p == "p_permutation" and "smallest_p" in contrast.attrs:
         floor = -np.log10(contrast.attrs["smallest_p"])
         ax.axhline(floor, color="black", lw=0.5, ls=":")
         ax.text(-limit, floor, " smallest p there can be", va="bottom", fontsize=5.5)
-    return ax
+    return figure_of(ax)
 
 
 @styled
-def critical_chart(critical: xr.Dataset, *, ax: Axes | None = None) -> Axes:
-    """Critical layers: how far attention to each span stands out against its neighbourhood.
+def critical_chart(critical: xr.Dataset, *, ax: Axes | None = None) -> Figure:
+    """Critical layers: attention to each span against its neighbourhood.
 
     Parameters
     ----------
     critical
-        What :func:`zarrtrace.analysis.critical_layers` returned.
+        Result of :func:`zarrtrace.analysis.critical_layers`.
     ax
         Where to draw; a new figure if None.
 
     Returns
     -------
-    Axes
-        With an image ``(source, layer)`` of log₂ of the ratio of attention to the controls',
-        centred on 0 and limited to ±3, and a dot at each critical layer.
+    Figure
+        One axes with an image ``(source, layer)`` of log₂ of the ratio of attention to the
+        controls', centred on 0 and limited to ±3, and a dot at each critical layer.
     """
     ratio = critical["ratio"].transpose("source", "layer")
     effect = ratio.copy(data=np.log2(ratio.where(ratio > 0)))
@@ -254,7 +255,7 @@ def critical_chart(critical: xr.Dataset, *, ax: Axes | None = None) -> Axes:
         f"(• critical: more than placebos, q ≤ {asked['alpha']})",
         loc="left",
     )
-    return ax
+    return figure_of(ax)
 
 
 # --- parts -------------------------------------------------------------------------------------
@@ -272,14 +273,14 @@ def _attention_difference(contrast: xr.Dataset, dims: Sequence[str]) -> xr.DataA
     return found.transpose(*dims)
 
 
-def _meaning(contrast: xr.Dataset) -> str:
-    """Say what a dot is; without any, that there is none, and whether there could be one."""
+def _meaning(contrast: xr.Dataset, mark: str = f"• familywise p ≤ {_ALPHA}") -> str:
+    """Say what marks small p-values, or why there are none."""
     n_a, n_b = (contrast.attrs.get(name, "?") for name in ("n_a", "n_b"))
     unit = "scenario" if n_a == n_b == 1 else contrast.attrs.get("unit", "scenarios")
     sizes = f"{n_a} against {n_b} {drawable(str(unit))}"
     floor, least = (contrast.attrs.get(name) for name in ("smallest_p", "least_g"))
     if bool((contrast["p_familywise"] <= _ALPHA).any()):
-        return f"{sizes}; • familywise p ≤ {_ALPHA}"
+        return f"{sizes}; {mark}"
     if floor is not None and floor > _ALPHA:
         return f"{sizes} are too few for any p ≤ {_ALPHA}: none can be below {floor:.2g}"
     needed = "" if least is None else f", which takes |g| of at least {least:.2g}"
@@ -320,36 +321,12 @@ def _dots(ax: Axes, marked: xr.DataArray) -> None:
     ax.plot(columns, rows, "o", ms=2.2, mfc="black", mec="white", mew=0.4, ls="none")
 
 
-def _name_points(
-    ax: Axes,
-    contrast: xr.Dataset,
-    x: np.ndarray,
-    y: np.ndarray,
-    count: int,
+def _name_features(
+    ax: Axes, contrast: xr.Dataset, points: np.ndarray, order: np.ndarray, count: int,
     labels: FeatureLabels | None,
-) -> None:
-    """Name the highest points that have room for a name beside them."""
-    taken: list[tuple[float, float, float]] = []
-    low, high = ax.get_xlim()
-    top = ax.get_ylim()[1]
+) -> None:  # fmt: skip
+    """Name features in order, as far as there is room."""
     layer, feature = np.asarray(contrast["layer"]), np.asarray(contrast["feature"])
-    for i in np.lexsort((-np.abs(x), -y)):
-        if len(taken) == count or not np.isfinite(y[i]):
-            break
-        right = x[i] > 0
-        name = feature_label(int(layer[i]), int(feature[i]), labels, limit=_LABEL)
-        width = _NAME[0] * max(1, len(name) / 9)
-        outwards = (x - x[i]) * (1 if right else -1) / (high - low)
-        beside = (outwards > 0) & (outwards < width) & (np.abs(y - y[i]) < _NAME[1] * top / 2)
-        covers = any(
-            abs(x[i] - a) < max(width, other) * (high - low) and abs(y[i] - b) < _NAME[1] * top
-            for a, b, other in taken
-        )
-        if beside.any() or covers:
-            continue
-        taken.append((float(x[i]), float(y[i]), width))
-        ax.annotate(
-            name, (x[i], y[i]), xytext=(3 if right else -3, 0),
-            textcoords="offset points", fontsize=5.5, va="center", ha="left" if right else "right",
-            color="#666666",
-        )  # fmt: skip
+    names = (feature_label(int(layer[i]), int(feature[i]), labels) for i in order)
+    everything = points[np.isfinite(points).all(axis=1)]
+    name_points(ax, zip(names, points[order], strict=True), everything, most=count)

@@ -1,8 +1,9 @@
-"""What all figures share: style, colours, and spans beside an axis."""
+"""Parts of all figures: style, colours, and spans beside an axis."""
 
 from __future__ import annotations
 
 import functools
+import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -13,11 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PatchCollection
 from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Bbox
 
-from zarrtrace.analysis.bands import Bands
 from zarrtrace.analysis.positions import positions
 from zarrtrace.errors import ConfigError
 from zarrtrace.figures.labels import drawable, label_tokens, thinned
@@ -36,15 +36,19 @@ DIVERGING = "RdBu_r"
 SPAN_COLOURS = (
     "#0072b2", "#b35900", "#00795c", "#a3437b", "#710fb2", "#70161a", "#343074", "#4b2147",
 )  # fmt: skip
-#: Okabe & Ito (2008), of groups of scenarios: none is the colour of a span. Of scenarios in none.
+#: Colours of groups of scenarios, Okabe & Ito (2008): none is the colour of a span.
 GROUP_COLOURS = ("#E69F00", "#56B4E9", "#000000", "#CC79A7", "#009E73", "#F0E442")
+#: Colour of scenarios in no group.
 NO_GROUP = "#999999"
-#: Of a line that belongs to no span and no group.
+#: Colour of a line that belongs to no span and no group.
 LINE_COLOUR = "#444444"
 NOT_STORED = "#e6e6e6"
-#: Of the line behind the prompt, where generated text begins.
+#: Colour of the line behind the prompt, where generated text begins.
 PROMPT_END = "#C2185B"
-_PRINT_DPI = 300
+#: Dots per inch of a saved figure, unless asked otherwise.
+PRINT_DPI = 300
+_SCREEN_DPI = 110  # CSS pixels per inch in a notebook: the smallest text has 6 to its height
+_PAD = 0.04  # inches around a drawn figure
 _STYLE: dict[Any, Any] = {
     "font.size": 7,
     "axes.titlesize": 7.5,
@@ -70,7 +74,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def styled(function: Callable[P, R]) -> Callable[P, R]:
-    """Draw in the package's style and leave the caller's settings as they were."""
+    """Draw in the package's style, and restore the caller's settings."""
 
     @functools.wraps(function)
     def drawn(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -80,9 +84,50 @@ def styled(function: Callable[P, R]) -> Callable[P, R]:
     return drawn
 
 
+class NotebookFigure(Figure):
+    """Figure that Jupyter shows as the value of a cell."""
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        """Return a PNG of two dots a CSS pixel, and its size."""
+        box, buffer = box_of(self), io.BytesIO()
+        with mpl.rc_context(_STYLE):
+            self.savefig(buffer, format="png", dpi=2 * _SCREEN_DPI, bbox_inches=box)
+        size = {"width": box.width * _SCREEN_DPI, "height": box.height * _SCREEN_DPI}
+        return buffer.getvalue(), {name: round(pixels) for name, pixels in size.items()}
+
+
 def blank(width: float, height: float) -> Figure:
-    """Return an empty figure of a size in inches that pyplot knows nothing of."""
-    return Figure(figsize=(width, height))
+    """Return an empty figure of a size in inches, without pyplot."""
+    return NotebookFigure(figsize=(width, height))
+
+
+def figure_of(ax: Axes) -> Figure:
+    """Return the figure that axes are in.
+
+    Raises
+    ------
+    ConfigError
+        If the axes are in none.
+    """
+    figure = ax.get_figure(root=True)
+    if figure is None:
+        raise ConfigError(
+            "the axes given are in no figure",
+            why="They were removed from it.",
+            remedy="Give axes of a figure, such as those of plt.subplots().",
+        )
+    return figure
+
+
+@styled
+def box_of(figure: Figure) -> Bbox:
+    """Return the part of a figure that is drawn on, in inches."""
+    # bbox_inches="tight" would draw everything twice to find this out.
+    shown, figure.dpi = figure.dpi, PRINT_DPI  # at 100, hinted letters are a tenth narrower
+    try:
+        return figure.get_tightbbox().padded(_PAD)
+    finally:
+        figure.dpi = shown
 
 
 def axes_or_new(
@@ -97,7 +142,7 @@ def axes_or_new(
     Parameters
     ----------
     ax
-        What the caller gave.
+        Axes that the caller gave, or None.
     width, height
         Size of the new figure, in inches.
     margins
@@ -113,17 +158,14 @@ def axes_or_new(
 
 
 def axes_at(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
-    """Add axes at a place in inches from the figure's upper left corner."""
+    """Add axes at inches from the figure's upper left corner."""
     w, h = figure.get_size_inches()
     return figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
 
 
 def size_of(ax: Axes) -> tuple[float, float]:
-    """Return width and height of axes in inches, before their aspect shrinks them."""
-    figure = ax.get_figure(root=True)
-    if figure is None:
-        raise ConfigError("the axes given are in no figure", remedy="Give axes of a figure.")
-    width, height = figure.get_size_inches()
+    """Return width and height of axes in inches, before aspect."""
+    width, height = figure_of(ax).get_size_inches()
     box = ax.get_position()
     return float(box.width * width), float(box.height * height)
 
@@ -137,13 +179,10 @@ def colour_bar(
     extend: Literal["neither", "max", "both"] = "neither",
     orientation: Literal["vertical", "horizontal"] = "vertical",
 ) -> Colorbar:
-    """Add a colour bar with a label, in axes of its own if given."""
-    figure = ax.get_figure(root=True)
-    if figure is None:
-        raise ConfigError("the axes given are in no figure", remedy="Give axes of a figure.")
+    """Add a colour bar with a label, in `cax` if given."""
     if cax is None:
         cax = ax.inset_axes((1.015, 0.0, 0.02, 1.0))
-    bar = figure.colorbar(mappable, cax=cax, extend=extend, orientation=orientation)
+    bar = figure_of(ax).colorbar(mappable, cax=cax, extend=extend, orientation=orientation)
     bar.locator = MaxNLocator(nbins=4)
     bar.update_ticks()
     bar.set_label(label, fontsize=6.5)
@@ -158,26 +197,28 @@ def counted(number: int, noun: str) -> str:
 
 
 def interpolation(ax: Axes, cells: int) -> str:
-    """Return ``"nearest"`` where every cell of an image gets a dot of a print, else ``"auto"``.
+    """Choose an image's interpolation by its cells a side.
 
-    Sharp cells are right, and files of them small; with more cells than dots some would vanish.
+    ``"nearest"`` where every cell gets a dot of a print: cells are sharp, and files small. With
+    more cells than dots some would vanish; then ``"auto"``.
     """
-    return "nearest" if cells <= min(size_of(ax)) * _PRINT_DPI else "auto"
+    return "nearest" if cells <= min(size_of(ax)) * PRINT_DPI else "auto"
 
 
 # --- spans -------------------------------------------------------------------------------------
 
 
 def span_colours(names: Iterable[str]) -> dict[str, str]:
-    """Return a colour for each span of a trace, given all of them in the trace's order."""
+    """Return a colour for each span of a trace, by its place."""
     return {name: SPAN_COLOURS[i % len(SPAN_COLOURS)] for i, name in enumerate(names)}
 
 
 def cells_of_spans(ds: xr.Dataset) -> dict[str, list[int]]:
-    """Return which cells of an image over a prompt's tokens each span of a trace covers.
+    """Return the cells of an image over tokens that each span covers.
 
-    All spans, in the trace's order, which gives them their colours; those outside have no cell.
-    All of a generated text is no span here: it would hide those in it, and a line marks it.
+    The result has all spans, in the trace's order, which gives them their colours; spans outside
+    of the image have no cell. ``completion`` has none either: it would hide the spans in it, and a
+    line marks where it begins.
     """
     where = {int(label): i for i, label in enumerate(np.asarray(ds["key"]))}
     spans = ds.attrs["spans"]
@@ -191,7 +232,7 @@ def cells_of_spans(ds: xr.Dataset) -> dict[str, list[int]]:
 
 
 def of_all_tokens(ds: xr.Dataset, values: xr.DataArray) -> np.ndarray:
-    """Return values with every token of the prompt along ``query``; NaN where not stored."""
+    """Return values of every token along ``query``; NaN where not stored."""
     bare = values.reset_coords(drop=True)
     return np.asarray(bare.reindex(query=ds["key"].values), dtype=np.float64)
 
@@ -215,7 +256,7 @@ def mark_spans(
     names: bool = True,
     thickness: float = 0.05,
 ) -> None:
-    """Draw a coloured strip outside the axes for every span, with its name.
+    """Draw a strip with its name outside the axes for every span.
 
     Parameters
     ----------
@@ -224,11 +265,11 @@ def mark_spans(
     spans
         Cells of each span.
     side
-        Along which side.
+        Side of the axes along which strips run.
     names
         Whether to write the names.
     thickness
-        Of the strip, in inches.
+        Thickness of a strip, in inches.
     """
     colours = span_colours(spans)
     width, height = size_of(ax)
@@ -256,7 +297,7 @@ def mark_spans(
 
 
 def prompt_end(ds: xr.Dataset) -> float | None:
-    """Return where between the cells of tokens the prompt ends; None if nothing was generated."""
+    """Return the edge of cells at which generated text begins; else None."""
     generation, keys = ds.attrs.get("generation"), np.asarray(ds["key"])
     if generation is None:
         return None
@@ -267,7 +308,7 @@ def prompt_end(ds: xr.Dataset) -> float | None:
 def mark_prompt_end(
     ax: Axes, ds: xr.Dataset, *, side: Literal["x", "y"] = "x", name: bool = False
 ) -> None:
-    """Draw a line where generated tokens begin along one axis of an image.
+    """Draw a line where generated tokens begin.
 
     Parameters
     ----------
@@ -278,7 +319,7 @@ def mark_prompt_end(
     side
         The axis of tokens.
     name
-        Whether to write what the line is, along it.
+        Whether to write "prompt ends" beside the line.
     """
     at = prompt_end(ds)
     if at is None:
@@ -303,7 +344,7 @@ def label_token_axis(
     size: float = 5.5,
     keep: Sequence[int] = (),
 ) -> None:
-    """Label one axis of an image with a trace's tokens, spans in colours, and the prompt's end."""
+    """Label one axis with tokens, spans in colours, and the prompt's end."""
     colours = span_colours(spans)
     by_cell = {cell: colours[name] for name, cells in spans.items() for cell in cells}
     width, height = size_of(ax)
@@ -322,7 +363,7 @@ def label_token_axis(
 
 
 def label_layers(ax: Axes, layers: Sequence[int], *, side: Literal["x", "y"] = "y") -> None:
-    """Label one axis of an image with layers L1, L2, …, thinned when crowded."""
+    """Label one axis with layers L1, L2, …, thinned when crowded."""
     label_rows(ax, [f"L{layer}" for layer in layers], side=side)
 
 
@@ -334,82 +375,3 @@ def label_rows(ax: Axes, names: Sequence[str], *, side: Literal["x", "y"] = "y")
     shown = thinned(len(names), inches, size)
     axis = ax.xaxis if side == "x" else ax.yaxis
     axis.set_ticks(shown, labels=[names[i] for i in shown])
-
-
-def shade_bands(
-    ax: Axes, layers: Sequence[int], bands: Bands | None = None, *, names: bool = True
-) -> None:
-    """Shade the given bands of layers, on an x axis of layer numbers."""
-    first, last = min(layers), max(layers)
-    for number, (name, (start, stop)) in enumerate((bands or {}).items()):
-        low, high = max(first, start) - 0.5, min(last, stop) + 0.5
-        if low >= high:
-            continue
-        ax.axvspan(low, high, color=("#f3f3f3", "#e6e6e6")[number % 2], lw=0, zorder=0)
-        if names:
-            ax.text(
-                (low + high) / 2, 0.985, f"{drawable(name)}?", transform=ax.get_xaxis_transform(),
-                ha="center", va="top", fontsize=5.5, color="#555555",
-            )  # fmt: skip
-    ax.set_xlim(first - 0.5, last + 0.5)
-
-
-# --- lines by layer ----------------------------------------------------------------------------
-
-Groups = Mapping[str, Sequence[str]]
-
-
-def lines_by_layer(ax: Axes, values: xr.DataArray, groups: Groups | None) -> list[Any]:
-    """Draw every scenario as a thin line, and the mean of each group (or of all) as a thick one.
-
-    Parameters
-    ----------
-    ax
-        Where to draw.
-    values
-        ``([scenario,] layer)``.
-    groups
-        Names of scenarios by group; those in none are grey.
-
-    Returns
-    -------
-    list
-        The thick lines, labelled, for a legend.
-    """
-    layers = np.asarray(values["layer"])
-    if "scenario" not in values.dims:
-        label = drawable(str(values["scenario"].item()))
-        return list(ax.plot(layers, values, color=LINE_COLOUR, label=label))
-    values = values.transpose("scenario", "layer")
-    names = [str(name) for name in np.asarray(values["scenario"])]
-    groups = groups or {_mean_of(len(names)): names}
-    for name, row in zip(names, np.asarray(values), strict=True):
-        colour = group_colour(name, groups)
-        ax.plot(layers, row, lw=0.5, alpha=0.55, color=colour, gid=name)
-    thick = []
-    for group, members in groups.items():
-        mean = values.sel(scenario=[n for n in names if n in members]).mean("scenario")
-        colour = group_colour(members[0], groups)
-        thick += ax.plot(layers, mean, lw=1.6, color=colour, label=drawable(group))
-    if not set(names) <= {name for members in groups.values() for name in members}:
-        thick.append(Line2D([], [], lw=0.5, color=NO_GROUP, label="other scenarios"))
-    return thick
-
-
-def _mean_of(scenarios: int) -> str:
-    return "the scenario" if scenarios == 1 else f"mean of {scenarios} scenarios"
-
-
-def group_colour(scenario: str, groups: Groups) -> str:
-    """Return the colour of the group that a scenario is in."""
-    for number, members in enumerate(groups.values()):
-        if scenario in members:
-            return GROUP_COLOURS[number % len(GROUP_COLOURS)]
-    return NO_GROUP
-
-
-def layer_axis(ax: Axes, layers: Sequence[int]) -> None:
-    """Count layers in whole numbers along x."""
-    ax.set_xlim(min(layers) - 0.5, max(layers) + 0.5)
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-    ax.set_xlabel("layer")

@@ -1,4 +1,4 @@
-"""Activation of features along the prompt, and of single features in all scenarios."""
+"""Activation of features along the prompt and in all scenarios."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
 
 from zarrtrace.analysis.features import Feature, as_pairs, dictionaries_of
 from zarrtrace.analysis.special import special_keys
@@ -20,23 +21,26 @@ from zarrtrace.figures.drawing import (
     NOT_STORED,
     PAGE_WIDTH,
     SEQUENTIAL,
-    Groups,
     axes_or_new,
     cells_of_spans,
     colour_bar,
-    group_colour,
+    figure_of,
     interpolation,
     label_rows,
     label_token_axis,
-    layer_axis,
-    lines_by_layer,
     mark_spans,
     of_all_tokens,
-    shade_bands,
     size_of,
     styled,
 )
 from zarrtrace.figures.labels import FeatureLabels, drawable, feature_label
+from zarrtrace.figures.layers import (
+    Groups,
+    group_colour,
+    layer_axis,
+    lines_by_layer,
+    shade_bands,
+)
 
 # The first token's activations are often tens of times the others': they do not set the scale.
 _SHOWN = 0.99
@@ -52,7 +56,7 @@ def feature_timeline(
     special: bool = False,
     labels: FeatureLabels | None = None,
     ax: Axes | None = None,
-) -> Axes:
+) -> Figure:
     """Activation along the prompt, with the token texts.
 
     Parameters
@@ -73,9 +77,9 @@ def feature_timeline(
 
     Returns
     -------
-    Axes
-        With an image ``(layer or pair, query)``, layers downwards; the scale ends at the 99th
-        percentile of active magnitudes, and is a diverging one where activations are negative
+    Figure
+        One axes with an image ``(layer or pair, query)``, layers downwards; the scale ends at the
+        99th percentile of active magnitudes, and is a diverging one where activations are negative
         (AbsTopK).
 
     Raises
@@ -118,7 +122,7 @@ def feature_timeline(
     )  # fmt: skip
     extend: Literal["both", "max"] = "both" if (shown < 0).any() else "max"
     colour_bar(ax, image, "activation (SAE units)", extend=extend)
-    return ax
+    return figure_of(ax)
 
 
 @styled
@@ -128,7 +132,7 @@ def trajectory(
     groups: Groups | None = None,
     labels: FeatureLabels | None = None,
     ax: Axes | None = None,
-) -> Axes:
+) -> Figure:
     """Activation of single features in all scenarios.
 
     A line joins layers only if one SAE serves all of them. Otherwise the same index is another
@@ -137,7 +141,7 @@ def trajectory(
     Parameters
     ----------
     result
-        What :func:`zarrtrace.analysis.feature_trajectory` returned for one place:
+        Result of :func:`zarrtrace.analysis.feature_trajectory` for one place:
         ``([scenario,] [pair])``.
     groups
         Names of scenarios by group.
@@ -148,9 +152,9 @@ def trajectory(
 
     Returns
     -------
-    Axes
-        With bars: for each pair the mean of each group, and a dot a scenario. With lines: a thin
-        one a scenario and the mean of each group.
+    Figure
+        One axes with bars: for each pair the mean of each group, and a dot a scenario; or with
+        lines: a thin one a scenario and the mean of each group.
 
     Raises
     ------
@@ -184,7 +188,7 @@ def trajectory(
         ax.set_title(f"single features{at}")
     ax.set_ylabel("activation (SAE units)")
     ax.legend(handles=handles, loc="best")
-    return ax
+    return figure_of(ax)
 
 
 def _is_one_feature(result: xr.DataArray) -> bool:
@@ -198,7 +202,7 @@ def _is_one_feature(result: xr.DataArray) -> bool:
 
 
 def _bars_by_pair(ax: Axes, result: xr.DataArray, groups: Groups | None) -> list[Any]:
-    """Draw the mean of each group as a bar and scenarios as dots ``([scenario,] pair)``."""
+    """Draw means of groups as bars and scenarios as dots."""
     if "scenario" not in result.dims:
         result = result.expand_dims("scenario")
     values = np.asarray(result.transpose("scenario", "pair"))
@@ -222,7 +226,7 @@ def _bars_by_pair(ax: Axes, result: xr.DataArray, groups: Groups | None) -> list
 
 
 def scale_of(values: np.ma.MaskedArray, share: float = _SHOWN) -> dict[str, Any]:
-    """Return the colours and norm for values, diverging from 0 if some are negative."""
+    """Return colours and norm, diverging from 0 if values are negative."""
     present = values.compressed()
     active = np.abs(present[present != 0])
     end = float(np.quantile(active, share)) if active.size else 1.0

@@ -1,4 +1,4 @@
-"""Files of figures, with model, SAE release, scenarios and versions in their metadata."""
+"""Files of figures, with model, scenarios and versions in their metadata."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ from matplotlib.transforms import Bbox
 from zarrtrace.analysis.results import provenance
 from zarrtrace.analysis.traces import Data
 from zarrtrace.errors import ConfigError
-from zarrtrace.figures.drawing import styled
-
-_DPI = 300  # of a saved figure, unless asked otherwise
-_PAD = 0.04  # inches around a saved figure
+from zarrtrace.figures.drawing import PRINT_DPI, box_of, styled
 
 
 def metadata_of(data: Data | xr.DataArray) -> dict[str, str]:
@@ -49,7 +46,7 @@ def save(
     data: Data | xr.DataArray,
     *,
     title: str = "",
-    dpi: float = _DPI,
+    dpi: float = PRINT_DPI,
     box: Bbox | None = None,
 ) -> Path:
     """Write a figure, with where it comes from in the file's metadata.
@@ -57,17 +54,18 @@ def save(
     Parameters
     ----------
     figure
-        What a function of this package returned.
+        Figure, such as a function of this package returns.
     path
-        File to write; its ending, ``.png`` or ``.pdf``, says what.
+        File to write; its ending, ``.png`` or ``.pdf``, gives the format.
     data
         The trace, run or result that the figure shows.
     title
-        Of the figure, for the metadata.
+        Title of the figure, for the metadata.
     dpi
-        Dots per inch: of a PNG, and of the images within a PDF.
+        Dots per inch of a PNG, and of the images within a PDF.
     box
-        What :func:`box_of` returned for the figure; it takes a fifth of the time.
+        Part of the figure to write, in inches; if None, all that is drawn on, which takes time to
+        measure.
 
     Returns
     -------
@@ -79,7 +77,7 @@ def save(
     Raises
     ------
     ConfigError
-        If the ending is neither.
+        If the ending is another one.
     """
     path = Path(path)
     found = metadata_of(data)
@@ -106,14 +104,3 @@ def save(
         )
     figure.savefig(path, dpi=dpi, metadata=metadata, bbox_inches=box or box_of(figure), **options)
     return path
-
-
-@styled
-def box_of(figure: Figure) -> Bbox:
-    """Return what of a figure is drawn on, and some space around it, in inches."""
-    # bbox_inches="tight" would draw everything twice to find this out.
-    shown, figure.dpi = figure.dpi, _DPI  # at 100, hinted letters are a tenth narrower
-    try:
-        return figure.get_tightbbox().padded(_PAD)
-    finally:
-        figure.dpi = shown

@@ -57,7 +57,7 @@ def flow_diagram(
     ds
         A trace with ``attention_mean``.
     spans
-        Which spans, in this order; all of them in the order of the prompt if None.
+        Spans to draw, in this order; all of them in the order of the prompt if None.
     figure
         Where to draw; a new figure if None.
 
@@ -94,7 +94,7 @@ def flow_diagram(
     ax.set_yticks([])
     ax.spines[["top", "right", "bottom", "left"]].set_visible(False)
     ax.tick_params(axis="x", length=0)
-    ax.set_title("span to span", loc="left")
+    ax.set_title("shares, span to span", loc="left")
     _draw_rollout(beside, ds, names, colours)
     _draw_first_token(apart, ds, _shares(ds, [first], names), colours)
     figure.suptitle(
@@ -113,7 +113,7 @@ def _in_prompt_order(ds: xr.Dataset) -> list[str]:
 
 
 def _draw_prompt_end(ax: Axes, ds: xr.Dataset, names: Sequence[str]) -> None:
-    """Draw a line between the columns of the prompt's spans and those of generated text."""
+    """Draw a line between columns of the prompt and of generated text."""
     if prompt_end(ds) is None:
         return
     first = ds.attrs["generation"]["prompt_tokens"]
@@ -149,7 +149,7 @@ def _down_layers(ax: Axes, layers: Sequence[int]) -> None:
 def _draw_first_token(
     ax: Axes, ds: xr.Dataset, share: xr.DataArray, colours: dict[str, str]
 ) -> None:
-    """Draw the share of attention that each span pays to the first token."""
+    """Draw the share that each span pays to the first token."""
     layers = np.asarray(share["layer"]).tolist()
     for target in np.asarray(share["target"]).tolist():
         own = share.isel(source=0).sel(target=target)
@@ -240,7 +240,7 @@ def _draw_rollout(ax: Axes, ds: xr.Dataset, names: Sequence[str], colours: dict[
 
 
 def _why_otherwise(ds: xr.Dataset, rollout: xr.DataArray, sources: Sequence[str]) -> str:
-    """Explain rollout where it puts another span first than attention does; else nothing."""
+    """Explain rollout where it ranks spans otherwise than attention does."""
     tokens = xr.DataArray([len(positions(ds, name)) for name in sources], dims="source")
     by_paths = str((rollout.isel(layer=-1) / tokens).idxmax("source").item())
     direct = str(attention_to(ds, sources).max("layer").idxmax("source").item())

@@ -1,4 +1,4 @@
-"""HTML of the page that shows all figures of a run; every text is escaped."""
+"""HTML of the page of figures; every text is escaped."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ _NAMES = {"model": "Model", "sae_release": "SAE release", "zarrtrace_version": "
 
 
 def opening(title: str, metadata: Mapping[str, str], note: str, sections: Sequence[str]) -> str:
-    """Return the page up to its first section: facts of the run, and links to sections.
+    """Return the page up to its first section.
 
     Parameters
     ----------
     title
-        Of the page.
+        Title of the page.
     metadata
-        What :func:`zarrtrace.figures.metadata_of` returned.
+        Result of :func:`zarrtrace.figures.metadata_of`.
     note
         A sentence below the title; may be empty.
     sections
@@ -73,7 +73,7 @@ def opening(title: str, metadata: Mapping[str, str], note: str, sections: Sequen
 
 
 def section(number: int, name: str, path: str, view: Mapping[str, str]) -> str:
-    """Return a scenario's heading, and the command that opens the viewer at the same place."""
+    """Return a scenario's heading and the command that opens the viewer."""
     command = shlex.join(["zarrtrace", "view", path, "--show", urlencode(view, quote_via=quote)])
     return (
         f'<h2 id="s{number}">{html_text(name)}</h2>\n'
@@ -82,12 +82,12 @@ def section(number: int, name: str, path: str, view: Mapping[str, str]) -> str:
 
 
 def thumbnails(items: Sequence[str]) -> str:
-    """Return a grid of what :func:`thumbnail` returned."""
+    """Return a grid of pictures, each made by :func:`thumbnail`."""
     return '<div class="figures">\n' + "\n".join(items) + "\n</div>"
 
 
 def thumbnail(title: str, caption: str, files: Sequence[str]) -> str:
-    """Return a figure's picture, which opens in full, with its caption and files."""
+    """Return a picture that opens in full, with caption and files."""
     links = " · ".join(
         f'<a href="{quote(file)}">{html_text(Path(file).suffix[1:].upper())}</a>' for file in files
     )

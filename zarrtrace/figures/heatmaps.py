@@ -1,4 +1,4 @@
-"""Attention as images: query downwards, key to the right, origin at the top."""
+"""Attention as images: query downwards, key to the right."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from zarrtrace.figures.drawing import (
     blank,
     cells_of_spans,
     colour_bar,
+    figure_of,
     interpolation,
     label_token_axis,
     mark_prompt_end,
@@ -41,7 +42,7 @@ from zarrtrace.figures.labels import drawable, label_tokens
 from zarrtrace.format.attributes import ranges
 
 _WEIGHT = "attention weight"
-_RATIO = "attention, times what a uniform row would give"
+_RATIO = "ratio to uniform attention, 1 / (q + 1)"
 # Rows that see few tokens are far from uniform by chance, and the first token takes what no other
 # gets: neither sets the scale of ratios.
 _FIRST_ROWS, _LEAST_RATIO, _MOST_RATIO, _SHOWN_RATIOS = 8, 4.0, 64.0, 0.999
@@ -53,6 +54,8 @@ _GAMMA = 0.5
 _SHOWN = 0.995
 # Width that the key to colours and spans needs, in inches.
 _KEY = 4.0
+# Width of a character of the key to spans, and of the square before it, in inches.
+_CHARACTER, _SQUARE = 0.055, 0.3
 
 
 @styled
@@ -63,8 +66,8 @@ def attention_map(
     head: int | None = None,
     norm: Normalize | None = None,
     ax: Axes | None = None,
-) -> Axes:
-    """Attention of one layer with its tokens: one head, or the mean over heads.
+) -> Figure:
+    """Attention of one layer, of one head or the mean over heads.
 
     Parameters
     ----------
@@ -81,9 +84,9 @@ def attention_map(
 
     Returns
     -------
-    Axes
-        With an image ``(query, key)``. Keys after the query, which it cannot see, and rows that
-        are not stored are masked.
+    Figure
+        One axes with an image ``(query, key)``. Keys after the query, which it cannot see, and rows
+        that are not stored are masked.
 
     Raises
     ------
@@ -108,7 +111,7 @@ def attention_map(
         transform=ax.transAxes, ha="right", va="top", fontsize=7.5,
     )  # fmt: skip
     colour_bar(ax, image, _WEIGHT, extend="max")
-    return ax
+    return figure_of(ax)
 
 
 @styled
@@ -129,11 +132,11 @@ def attention_layers(
     ds
         A trace with ``attention_mean`` (and ``attention`` for one head).
     layers
-        Which layers; all of them if None.
+        Layers to draw; all of them if None.
     head
         A query head; the mean over heads if None.
     columns
-        How many panels side by side.
+        Number of panels side by side; by the number of panels if None.
     relative
         Whether to divide by what a uniform row would give, 1 / (q + 1) for query q, so that panels
         differ by what heads and layers choose; the plain weights if False.
@@ -173,7 +176,7 @@ def attention_heads(
     norm: Normalize | None = None,
     figure: Figure | None = None,
 ) -> Figure:
-    """Attention of every head of one layer as small multiples on one colour scale.
+    """Attention of every head of one layer as small multiples.
 
     Parameters
     ----------
@@ -182,7 +185,7 @@ def attention_heads(
     layer
         The decoder block.
     heads
-        Which heads; all of them if None.
+        Heads to draw; all of them if None.
     columns, relative, norm, figure
         As for :func:`attention_layers`.
 
@@ -224,7 +227,7 @@ def _weights(
     *,
     relative: bool = False,
 ) -> list[np.ma.MaskedArray]:
-    """Return ``(query, key)`` of each layer's heads; the mean over heads for the head None.
+    """Return ``(query, key)`` of each head; None is their mean.
 
     Keys after the query and rows that are not stored are masked. If `relative`, ratios to a
     uniform row.
@@ -334,9 +337,9 @@ def _multiples(
     )  # fmt: skip
     below = (top + rows * (side + gap)) * squeeze
     middle = left + columns * side / 2
-    _write(figure, middle, below + 0.4, "key (token attended to)", ha="center")
+    _write(figure, middle, below + 0.5, "key (token attended to)", ha="center")
     _write(figure, 0.08, (below + top) / 2, "query (token that attends)", rotation=90)
-    x, y = left, below + 0.7
+    x, y = left, below + 0.75
     if inside:
         x, y = left + (columns - free) * (side + 0.6 * gap) + 0.3, below - side * squeeze * 0.5
     bar = axes_at(figure, x, y, 2.4, 0.09)
@@ -370,7 +373,7 @@ def _write(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:
 def _small_ticks(
     ax: Axes, ds: xr.Dataset, spans: Mapping[str, Sequence[int]], *, first: bool, last: bool
 ) -> None:
-    """Label the tokens beside the first panel of a row and below the last of a column."""
+    """Label tokens beside the first column and below the last row."""
     texts = [str(text) for text in np.asarray(ds["key_token"])]
     colours = span_colours(spans)
     starts = {run[0]: colours[name] for name, cells in spans.items() for run in runs_of(cells)}
@@ -378,7 +381,7 @@ def _small_ticks(
     for axis, inches, shown in ((ax.yaxis, height, first), (ax.xaxis, width, last)):
         if shown:
             axis.set_tick_params(length=1.5, pad=4 if axis is ax.yaxis else 1.5)
-            label_tokens(axis, texts, inches=inches, keep=starts, colours=starts, size=4,
+            label_tokens(axis, texts, inches=inches, keep=starts, colours=starts, size=5,
                          rotation=90 if axis is ax.xaxis else 0, limit=9)  # fmt: skip
         else:
             axis.set_ticks([])  # strips mark the spans, and many ticks take long to draw
@@ -388,14 +391,15 @@ def _small_ticks(
 def _span_key(
     figure: Figure, ds: xr.Dataset, spans: Mapping[str, Sequence[int]], left: float, top: float
 ) -> None:
-    """Write the names of spans in their colours, and what the line behind the prompt is."""
+    """Write the names of spans in their colours, and the prompt's end."""
     colours = span_colours(spans)
     entries = [(f"■ {drawable(name)}", colours[name]) for name, cells in spans.items() if cells]
     if prompt_end(ds) is not None:
         entries.append(("│ prompt ends", PROMPT_END))
-    for number, (text, colour) in enumerate(entries):
-        row, column = divmod(number, 5)
-        _write(
-            figure, left + column * 0.85, top + 0.16 * row, text,
-            color=colour, fontsize=6.5, ha="left", va="top",
-        )  # fmt: skip
+    x, end = left, float(figure.get_size_inches()[0])
+    for text, colour in entries:
+        width = _SQUARE + _CHARACTER * len(text)
+        if x > left and x + width > end:
+            x, top = left, top + 0.16
+        _write(figure, x, top, text, color=colour, fontsize=6.5, ha="left", va="top")
+        x += width

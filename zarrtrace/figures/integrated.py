@@ -35,12 +35,20 @@ from zarrtrace.figures.drawing import (
     styled,
 )
 from zarrtrace.figures.features import scale_of
-from zarrtrace.figures.labels import FeatureLabels, drawable, feature_label, token_label
+from zarrtrace.figures.labels import (
+    FeatureLabels,
+    drawable,
+    feature_label,
+    name_points,
+    token_label,
+)
 from zarrtrace.scenarios import DECISION
 
-# Tokens that the decision attends to most get their text beside their cell: at most so many, and
-# none with less than this share of the largest.
+# Tokens that the decision attends to most get their text beside their cell: at most `_NAMED`, and
+# none with less than `_LEAST_NAMED` of the largest.
 _NAMED, _LEAST_NAMED = 6, 0.25
+# Distance of a name from the middle of a cell, in points.
+_CELL = 3.0
 # Width of a scale with its numbers, in inches.
 _BAR = 0.5
 # Characters of a label beside the tokens.
@@ -70,11 +78,11 @@ def integrated_view(
     ds
         A trace with ``attention_mean`` and ``features``.
     words
-        What :func:`zarrtrace.analysis.word_associations` returned: the words of each feature.
+        Result of :func:`zarrtrace.analysis.word_associations`: the words of each feature.
     sources
-        Spans; all but the decision if None.
+        Spans whose pathways to draw; all but the decision if None.
     count
-        How many features, shared out among the spans.
+        Number of features, shared out among the spans.
     special
         Whether activations at special tokens (BOS, chat markers) are drawn and scale a feature's
         row, too.
@@ -157,7 +165,7 @@ def integrated_view(
 
 
 def _pathway_rows(ds: xr.Dataset, names: Sequence[str], count: int) -> list[tuple[str, int, int]]:
-    """Return (span, layer, feature), the strongest of each span, by span and layer."""
+    """Return the strongest (span, layer, feature) of each span."""
     each = max(1, count // max(1, len(names)))
     rows: list[tuple[str, int, int]] = []
     for name in names:
@@ -170,20 +178,18 @@ def _pathway_rows(ds: xr.Dataset, names: Sequence[str], count: int) -> list[tupl
 
 
 def _name_tokens(ax: Axes, ds: xr.Dataset, values: np.ma.MaskedArray) -> list[int]:
-    """Write the tokens attended to most beside their cells, and return which they are."""
+    """Write the tokens attended to most beside their cells; return them."""
     peaks = np.asarray(values.filled(0).max(axis=0))
     peaks[0] = 0
     order = np.argsort(-peaks, kind="stable")[:_NAMED]
     chosen = [int(key) for key in order if peaks[key] > _LEAST_NAMED * peaks.max()]
-    texts = np.asarray(ds["key_token"])
-    for key in chosen:
-        left = key < values.shape[1] / 2
-        ax.annotate(
-            token_label(str(texts[key])), (key, int(values.filled(0)[:, key].argmax())),
-            xytext=(4 if left else -4, 0), textcoords="offset points", fontsize=6, va="center",
-            ha="left" if left else "right", parse_math=False,
-            bbox={"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 0.8},
-        )  # fmt: skip
+    texts, attended = np.asarray(ds["key_token"]), values.filled(0)
+    strong = np.argwhere(attended > _LEAST_NAMED * peaks.max())[:, ::-1]
+    cells = [np.array([key, attended[:, key].argmax()], dtype=float) for key in chosen]
+    named = zip((token_label(str(texts[key])) for key in chosen), cells, strict=True)
+    name_points(
+        ax, named, strong, most=_NAMED, size=6, colour="black", clear=_CELL, background="white"
+    )
     return chosen
 
 

@@ -1,4 +1,4 @@
-"""Token text as labels: visible white space, no glyph that the font lacks, thinned when crowded."""
+"""Texts as labels: visible white space, known glyphs, room for each."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import functools
 import math
 import textwrap
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.text import Text
 
 #: Labels of features by layer and feature.
 FeatureLabels = Mapping[tuple[int, int], str]
@@ -59,14 +62,14 @@ def token_label(text: str, *, limit: int = 14) -> str:
 def feature_label(
     layer: int, feature: int, labels: FeatureLabels | None = None, *, limit: int = 24
 ) -> str:
-    """Return a layer and a feature with its label, as ``L25 · 250 money``.
+    """Return layer, feature and label, as ``L25 · 250 money``.
 
     Parameters
     ----------
     layer, feature
         Block and latent.
     labels
-        What :func:`zarrtrace.index.names_of` returned.
+        Result of :func:`zarrtrace.index.names_of`.
     limit
         Characters of the label to keep; longer ones end in ``…``.
     """
@@ -75,10 +78,94 @@ def feature_label(
     return f"L{layer} · {feature} {text}".rstrip()
 
 
-def drawable(text: str) -> str:
-    """Return `text` with every character that the font lacks written as its code point.
+def name_points(
+    ax: Axes,
+    named: Iterable[tuple[str, np.ndarray]],
+    points: np.ndarray,
+    *,
+    most: int,
+    size: float = 5.5,
+    colour: str = "#555555",
+    clear: float = 1.2,
+    background: str = "none",
+) -> None:
+    """Write names beside points, clear of all points and of each other.
 
-    For names (scenarios, spans, models), whose spaces stay as they are.
+    A name stands at the nearest free place around its point, and a line joins them. A name without
+    a free place is left out.
+
+    Parameters
+    ----------
+    ax
+        Axes whose limits and size are final.
+    named
+        Names and their points ``(x, y)`` in data coordinates, the most important ones first.
+    points
+        All points ``(point, 2)`` that no name may cover.
+    most
+        Names to write at most.
+    size
+        Font size in points.
+    colour, background
+        Colours of names and lines, and of what is behind a name.
+    clear
+        Distance of a name from the middle of a point, in points; by default half of a marker.
+    """
+    scale = _POINTS_PER_INCH / ax.figure.dpi
+    space = np.reshape(ax.bbox.extents, (2, 2)) * scale
+    obstacles = ax.transData.transform(points) * scale
+    boxes: list[np.ndarray] = []
+    for name, point in named:
+        if len(boxes) == most:
+            break
+        text = ax.annotate(
+            name, point, (0, 0), textcoords="offset points", fontsize=size, color=colour,
+            ha="center", va="center", parse_math=False,
+            bbox={"facecolor": background, "alpha": 0.8, "lw": 0, "pad": 0.5},
+            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": colour, "shrinkA": 0, "shrinkB": 1},
+        )  # fmt: skip
+        measured = Text.get_window_extent(text)  # without its line
+        # At 100 dots per inch, hinted letters are a tenth narrower than in print.
+        half = np.array([measured.width * 1.1, measured.height]) * scale / 2 + 0.5
+        anchor = ax.transData.transform(point) * scale
+        for offset in _around(half):
+            box = np.stack([anchor + offset - half, anchor + offset + half])
+            line = anchor + np.linspace(0.0, 1.0, 20)[:, None] * offset
+            if not (
+                (box[0] < space[0]).any()
+                or (box[1] > space[1]).any()
+                or _inside(obstacles, box, clear).any()
+                or any(_inside(line, other).any() or _overlap(box, other) for other in boxes)
+            ):
+                text.set_position(tuple(offset))
+                boxes.append(box)
+                obstacles = np.concatenate([obstacles, line[~_inside(line, box)]])
+                break
+        else:
+            text.remove()
+
+
+def _around(half: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield offsets of a box around a point, the nearest first."""
+    turns = np.radians([0, 180, 25, 155, -25, -155, 50, 130, -50, -130, 90, -90])
+    for distance in (3, 7, 12, 18, 26, 36, 48, 62):
+        for turn in turns:
+            yield np.array([np.cos(turn), np.sin(turn)]) * (half + distance)
+
+
+def _inside(points: np.ndarray, box: np.ndarray, margin: float = 0.0) -> np.ndarray:
+    """Whether points are in a box ``(corner, xy)`` with a margin."""
+    return ((points > box[0] - margin) & (points < box[1] + margin)).all(axis=1)
+
+
+def _overlap(one: np.ndarray, other: np.ndarray) -> bool:
+    return bool(((one[0] < other[1]) & (other[0] < one[1])).all())
+
+
+def drawable(text: str) -> str:
+    """Return `text` with characters that the font lacks as code points.
+
+    Spaces stay as they are: texts are names of scenarios, spans and models.
     """
     return "".join(c if c == " " else _drawn(c) for c in text)
 
@@ -113,7 +200,7 @@ def thinned(count: int, inches: float, size: float, keep: Iterable[int] = ()) ->
     Parameters
     ----------
     count
-        How many positions there are.
+        Number of positions.
     inches
         Length of the axis.
     size
@@ -163,7 +250,7 @@ def label_tokens(
     size
         Font size in points.
     rotation
-        Of the labels, in degrees.
+        Rotation of the labels, in degrees.
     limit
         Characters of a label to keep.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,22 +13,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from zarrtrace.analysis.bands import Bands
 from zarrtrace.errors import ConfigError
 from zarrtrace.figures.drawing import (
+    GROUP_COLOURS,
     LINE_COLOUR,
+    NO_GROUP,
     PAGE_WIDTH,
-    Groups,
     axes_at,
     blank,
-    layer_axis,
-    lines_by_layer,
-    shade_bands,
     styled,
 )
 from zarrtrace.figures.labels import drawable, wrapped
 from zarrtrace.scenarios import DECISION
+
+#: Names of scenarios by group.
+Groups = Mapping[str, Sequence[str]]
 
 _WITH_KEY = 0.65  # inches below axes, for the name of the axis and the key to lines
 _LOCALITY_TITLES = {
@@ -52,7 +54,7 @@ def pathway_strength(
     Parameters
     ----------
     attention
-        What :func:`zarrtrace.analysis.attention_to` returned, with heads as ``"mean"`` and one
+        Result of :func:`zarrtrace.analysis.attention_to`, with heads as ``"mean"`` and one
         target: ``([scenario,] [source,] layer)``.
     groups
         Names of scenarios by group, such as ``{"risky": [...], "safe": [...]}``.
@@ -103,7 +105,7 @@ def locality(
     Parameters
     ----------
     result
-        What :func:`zarrtrace.analysis.attention_locality` returned.
+        Result of :func:`zarrtrace.analysis.attention_locality`.
     bands
         First and last layer of hypothesised bands to shade, by name; None shades none.
     figure
@@ -141,12 +143,12 @@ def locality(
 def bands(
     result: xr.Dataset, *, groups: Groups | None = None, figure: Figure | None = None
 ) -> Figure:
-    """Test of the hypothesised bands: each one's measure by layer, and what was found.
+    """Test of the hypothesised bands: measures by layer, and results.
 
     Parameters
     ----------
     result
-        What :func:`zarrtrace.analysis.layer_bands` returned.
+        Result of :func:`zarrtrace.analysis.layer_bands`.
     groups
         Names of scenarios by group.
     figure
@@ -239,3 +241,80 @@ def _numbers(one: xr.Dataset) -> str:
     """Return an estimate, its interval and its p."""
     estimate, low, high = (f"{float(one[name]):+.4f}" for name in ("estimate", "low", "high"))
     return f"{estimate} [{low}, {high}], p {float(one['p']):.2g}".replace("-", "−")
+
+
+# --- axes and lines by layer --------------------------------------------------------------------
+
+
+def shade_bands(
+    ax: Axes, layers: Sequence[int], bands: Bands | None = None, *, names: bool = True
+) -> None:
+    """Shade bands of layers on an x axis of layer numbers."""
+    first, last = min(layers), max(layers)
+    for number, (name, (start, stop)) in enumerate((bands or {}).items()):
+        low, high = max(first, start) - 0.5, min(last, stop) + 0.5
+        if low >= high:
+            continue
+        ax.axvspan(low, high, color=("#f3f3f3", "#e6e6e6")[number % 2], lw=0, zorder=0)
+        if names:
+            ax.text(
+                (low + high) / 2, 0.985, f"{drawable(name)}?", transform=ax.get_xaxis_transform(),
+                ha="center", va="top", fontsize=5.5, color="#555555",
+            )  # fmt: skip
+    ax.set_xlim(first - 0.5, last + 0.5)
+
+
+def lines_by_layer(ax: Axes, values: xr.DataArray, groups: Groups | None) -> list[Any]:
+    """Draw scenarios as thin lines, and means of groups as thick ones.
+
+    Parameters
+    ----------
+    ax
+        Where to draw.
+    values
+        ``([scenario,] layer)``.
+    groups
+        Names of scenarios by group, the others grey; one group of all of them if None.
+
+    Returns
+    -------
+    list
+        The thick lines, labelled, for a legend.
+    """
+    layers = np.asarray(values["layer"])
+    if "scenario" not in values.dims:
+        label = drawable(str(values["scenario"].item()))
+        return list(ax.plot(layers, values, color=LINE_COLOUR, label=label))
+    values = values.transpose("scenario", "layer")
+    names = [str(name) for name in np.asarray(values["scenario"])]
+    groups = groups or {_mean_of(len(names)): names}
+    for name, row in zip(names, np.asarray(values), strict=True):
+        colour = group_colour(name, groups)
+        ax.plot(layers, row, lw=0.5, alpha=0.55, color=colour, gid=name)
+    thick = []
+    for group, members in groups.items():
+        mean = values.sel(scenario=[n for n in names if n in members]).mean("scenario")
+        colour = group_colour(members[0], groups)
+        thick += ax.plot(layers, mean, lw=1.6, color=colour, label=drawable(group))
+    if not set(names) <= {name for members in groups.values() for name in members}:
+        thick.append(Line2D([], [], lw=0.5, color=NO_GROUP, label="other scenarios"))
+    return thick
+
+
+def _mean_of(scenarios: int) -> str:
+    return "the scenario" if scenarios == 1 else f"mean of {scenarios} scenarios"
+
+
+def group_colour(scenario: str, groups: Groups) -> str:
+    """Return the colour of the group that a scenario is in."""
+    for number, members in enumerate(groups.values()):
+        if scenario in members:
+            return GROUP_COLOURS[number % len(GROUP_COLOURS)]
+    return NO_GROUP
+
+
+def layer_axis(ax: Axes, layers: Sequence[int]) -> None:
+    """Count layers in whole numbers along x."""
+    ax.set_xlim(min(layers) - 0.5, max(layers) + 0.5)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    ax.set_xlabel("layer")

@@ -16,12 +16,13 @@ import xarray as xr
 from zarrtrace.analysis.traces import traces
 from zarrtrace.errors import ConfigError, ZarrtraceError
 from zarrtrace.figures import catalogue, gallery
-from zarrtrace.figures.files import box_of, metadata_of, save
+from zarrtrace.figures.drawing import PRINT_DPI, box_of
+from zarrtrace.figures.files import metadata_of, save
 from zarrtrace.scenarios import chosen_names
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import open_run, read_run
 
-#: Is told ``done, total`` and the name of the figure that was drawn last.
+#: Callable that gets ``done, total`` and the name of the figure that was drawn last.
 Progress = Callable[[int, int, str], None]
 
 FORMATS = ("png", "pdf")
@@ -39,45 +40,44 @@ def draw_run(
     *,
     scenarios: Sequence[str] | None = None,
     formats: Sequence[str] = DEFAULT_FORMATS,
-    dpi: float = 300,
+    dpi: float = PRINT_DPI,
     special: bool = False,
     workers: int = 1,
     progress: Progress | None = None,
 ) -> Path:
-    """Draw the whole set of figures of a run, and a page ``index.html`` that shows them.
+    """Draw all figures of a run, and a page that shows them.
 
     Parameters
     ----------
     path
         Folder of the run.
     output
-        Folder to write to; made if it is not there. Files of the same name are replaced.
+        Folder to write to; it is made if it does not exist. Files of the same name are replaced.
     scenarios
         Scenarios to draw one by one; if None all of them, or :data:`MOST_DRAWN` evenly spaced ones.
         Figures over scenarios take all, or ``catalogue.MOST_COMPARED`` evenly spaced ones.
     formats
-        Of ``"png"`` and ``"pdf"``.
+        Formats to write: ``"png"``, ``"pdf"`` or both.
     dpi
         Dots per inch of the PNGs, and of the images within the PDFs.
     special
-        Whether to draw activations at special tokens (BOS, chat markers), and to count their words,
-        too.
+        Whether to draw activations at special tokens (BOS, chat markers) and count their words.
     workers
-        Processes to draw in; small runs are drawn in this one.
+        Number of processes at most; small runs are drawn in this one.
     progress
-        Is told how many of how many figures are done, and the last one's name.
+        Callable that gets the number of figures done, of all, and the last one's name.
 
     Returns
     -------
     Path
-        The page. It names what could not be drawn, and why.
+        The page. It names figures that could not be drawn, and why.
 
     Raises
     ------
     ScenarioError
         If the run has no such scenario.
     ConfigError
-        If a format is neither.
+        If a format is another one.
     NotATraceError, FormatVersionError, IncompleteError, IntegrityError
         As for :func:`zarrtrace.open_run`.
     """
@@ -113,7 +113,7 @@ def draw_run(
 
 
 def sampled(names: Sequence[str], chosen: Sequence[str] | None) -> str:
-    """Say which scenarios of a run are drawn; empty if all of them are."""
+    """Say which scenarios are drawn; empty if all of them are."""
     parts = []
     if len(names) > catalogue.MOST_COMPARED:
         parts.append(f"figures over scenarios take {catalogue.MOST_COMPARED:,}")
@@ -195,7 +195,7 @@ def _trace(path: Location, name: str) -> xr.Dataset:
 def _in_processes(
     draw: Callable[[_Task], _Result], tasks: Sequence[_Task], workers: int
 ) -> Iterator[_Result]:
-    """Draw in this process and `workers` - 1 others; yield results as they come."""
+    """Draw in several processes; yield results as they come."""
     if workers < 2:
         yield from map(draw, tasks)
         return
@@ -220,7 +220,7 @@ def _in_processes(
 
 
 def _stems(names: Iterable[str]) -> list[str]:
-    """Return names of files: nothing in them but letters, digits, dots and dashes, no two alike."""
+    """Return distinct names of files of letters, digits, dots and dashes."""
     stems: list[str] = []
     for name in names:
         stem = re.sub(r"[^\w-]+", "_", name, flags=re.ASCII).strip("_") or "scenario"
@@ -270,7 +270,7 @@ def _view_of(run: xr.DataTree, name: str) -> dict[str, str]:
 
 
 def _reasons(results: Sequence[_Result]) -> dict[tuple[str, str], list[str]]:
-    """Return, by title and reason, the scenarios of figures that were not drawn."""
+    """Return scenarios without a figure, by title and reason."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for result in results:
         if result.why_not:
