@@ -41,8 +41,8 @@ from zarrtrace.store import (
 _SECONDS_FOR_A_WORKER = 60
 _SCENARIOS_A_MEASUREMENT = 1000
 _SECONDS_BETWEEN_CHECKS = 2
-# Tasks that are with a worker: the one that runs, and the one after it.
-_AHEAD = 2
+# Tasks that are with a worker: one stores its last layers, one computes, one opens its traces.
+_AHEAD = 3
 
 
 def extract_on_cluster(
@@ -227,6 +227,9 @@ class _Tasks:
         self._client, self._order, self._bars = client, order, bars
         self._prompts = prompts
         self._waiting: deque[tuple[Group, ...]] = deque()
+        # Parts of tasks whose workers ended, and the key of the one that is tried.
+        self._suspects: deque[tuple[Group, ...]] = deque()
+        self._tried = ""
         self._going: dict[str, tuple[Future, tuple[Group, ...]]] = {}
         self._ended: queue.SimpleQueue[Future] = queue.SimpleQueue()
         self._seen = time.monotonic()
@@ -235,7 +238,7 @@ class _Tasks:
         """Have all tasks done; whatever ends this early ends them, too."""
         self._waiting.extend(tasks)
         try:
-            while self._waiting or self._going:
+            while self._waiting or self._suspects or self._going:
                 self._submit()
                 try:
                     future = self._ended.get(timeout=_SECONDS_BETWEEN_CHECKS)
@@ -248,17 +251,21 @@ class _Tasks:
             raise
 
     def _submit(self) -> None:
-        room = _AHEAD * _count(self._client) - len(self._going)
-        while self._waiting and room > 0:
-            task = self._waiting.popleft()
-            items = tuple(one for group in task for one in group)
-            prompts = {one.scenario.name: self._prompts[one.scenario.name] for one in items}
-            future = self._client.submit(
-                worker.extract_some, self._order, items, prompts, pure=False
-            )
-            self._going[future.key] = (future, task)
-            future.add_done_callback(self._ended.put)
-            room -= 1
+        """Submit tasks; a suspect only alone, because Dask blames all tasks of a lost worker."""
+        if self._suspects or self._tried in self._going:
+            if not self._going:
+                self._tried = self._submit_one(self._suspects.popleft())
+            return
+        while self._waiting and len(self._going) < _AHEAD * _count(self._client):
+            self._submit_one(self._waiting.popleft())
+
+    def _submit_one(self, task: tuple[Group, ...]) -> str:
+        items = tuple(one for group in task for one in group)
+        prompts = {one.scenario.name: self._prompts[one.scenario.name] for one in items}
+        future = self._client.submit(worker.extract_some, self._order, items, prompts, pure=False)
+        self._going[future.key] = (future, task)
+        future.add_done_callback(self._ended.put)
+        return str(future.key)
 
     def _take(self, future: Future) -> None:
         _, task = self._going.pop(future.key)
@@ -266,26 +273,15 @@ class _Tasks:
             raise _lost(self._client)
         error = future.exception()
         if isinstance(error, KilledWorker):
-            self._again_or_refuse(task, error)
+            if len(task) > 1 or future.key != self._tried:
+                self._suspects.extend((group,) for group in task)
+            else:
+                raise _refusal(task[0]) from error
         elif error is not None:
             raise error
         else:
             for name, (missing, complete) in future.result().items():
                 self._bars.stored(name, missing, complete=complete)
-
-    def _again_or_refuse(self, task: tuple[Group, ...], error: KilledWorker) -> None:
-        """Have the parts of a task done one by one, to find the one that ends its workers."""
-        if len(task) > 1:
-            self._waiting.extendleft((group,) for group in task)
-            return
-        names = ", ".join(one.name for one in task[0])
-        raise ClusterError(
-            f"every worker that computes {names} ends",
-            why="Most often its memory does not suffice: the system, or the worker's nanny at its "
-            "--memory-limit, ends it then. Workers' logs say more.",
-            remedy="Give workers more memory, or use --batch-size 1, --positions or --low-memory; "
-            "what is done stays.",
-        ) from error
 
     def _check_cluster(self) -> None:
         """Refuse to wait for workers that do not come."""
@@ -314,6 +310,18 @@ class _Tasks:
             worker.stop, self._order.run, on_error="ignore"
         )
         return found
+
+
+def _refusal(group: Group) -> ClusterError:
+    """Say that a group of scenarios ends each worker that computes it alone."""
+    names = ", ".join(one.name for one in group)
+    return ClusterError(
+        f"every worker that computes {names} ends",
+        why="Most often its memory does not suffice: the system, or the worker's nanny at its "
+        "--memory-limit, ends it then. Workers' logs say more.",
+        remedy="Give workers more memory, or use --batch-size 1, --positions or --low-memory; "
+        "what is done stays.",
+    )
 
 
 def _lost(client: Client) -> ClusterError:

@@ -171,6 +171,7 @@ def fill(
     watch: ProgressListener,
     pool: WriterPool,
     *,
+    computing: AbstractContextManager[None] | None = None,
     repair: bool = False,
     allow_nonfinite: bool = False,
 ) -> None:
@@ -186,6 +187,8 @@ def fill(
         Is told of what was found and stored.
     pool
         Its processes write what a GPU computes for several traces.
+    computing
+        Context that is entered when all traces are open, and left when everything is computed.
     repair, allow_nonfinite
         As for :func:`extract_run`.
 
@@ -205,7 +208,8 @@ def fill(
         for name, lack in writers.lacks.items():
             watch.found(name, len(lack.layers), complete=not any(lack))
         # Closed here: a pass that is dropped in another thread cannot be ended there.
-        with contextlib.closing(captured(job, writers.lacks)) as records:
+        turn = computing or contextlib.nullcontext()
+        with turn, contextlib.closing(captured(job, writers.lacks)) as records:
             for record in records:
                 watch.check()
                 writers.submit(record)

@@ -1,8 +1,8 @@
 """Tasks of a Dask cluster's processes, which keep the model and fill traces.
 
 A worker writes traces and nothing else of a run; its manifest is the client's
-(:mod:`zarrtrace.extraction.cluster`). Hooks sit on the model, so that one process extracts one
-thing at a time.
+(:mod:`zarrtrace.extraction.cluster`). Hooks sit on the model, so that one task computes at a time;
+meanwhile the next one opens its traces, and those before it store what they have computed.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from queue import LifoQueue
 from typing import Any
 
-from distributed import get_worker
+from distributed import get_worker, secede
 
 from zarrtrace.errors import ClusterError
 from zarrtrace.extraction.answers import with_continuation
@@ -34,6 +35,8 @@ from zarrtrace.scenarios import Scenario
 from zarrtrace.store import only_writer
 
 _SECONDS_A_REPORT = 0.5
+# Tasks whose traces are open: of one the model computes, of the other the last layers are stored.
+_WRITERS = 2
 
 #: Layers that a scenario lacks, and whether its trace is complete.
 State = tuple[int, bool]
@@ -49,21 +52,43 @@ class _WorkerState:
 
     Attributes
     ----------
-    alone
-        Held by the task that uses the model.
+    opening
+        Held by the task that opens its traces, until it has the model.
+    model
+        Held by the task that uses the model, or loads another one.
     kept
         The model last used, as a job without scenarios.
-    pool
-        Processes that write while a GPU computes.
+    pools
+        Processes that write while a GPU computes, for one task each.
     active, stopped
         Names of the runs that it works for, and of those that are to end.
     """
 
-    alone: threading.Lock = field(default_factory=threading.Lock)
+    opening: threading.Lock = field(default_factory=threading.Lock)
+    model: threading.RLock = field(default_factory=threading.RLock)
     kept: dict[Setup, Job] = field(default_factory=dict)
-    pool: WriterPool = field(default_factory=WriterPool)
+    pools: LifoQueue[WriterPool] = field(default_factory=LifoQueue)
     active: list[str] = field(default_factory=list)
     stopped: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        for _ in range(_WRITERS):
+            self.pools.put(WriterPool())
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait until no other task opens traces or computes."""
+        with self.opening, self.model:
+            yield
+
+    @contextlib.contextmanager
+    def writers(self) -> Iterator[WriterPool]:
+        """Wait for processes that write, and lend them."""
+        pool = self.pools.get()
+        try:
+            yield pool
+        finally:
+            self.pools.put(pool)
 
 
 def _held(dask_worker: Any = None) -> _WorkerState:
@@ -91,7 +116,7 @@ _NOT_LOADED: dict[str, Any] = {
 
 def measure(setup: Setup, scenarios: Sequence[Scenario]) -> TokenizedScenarios:
     """Load what `setup` names, if it is not loaded yet, and tokenise scenarios."""
-    with _held().alone:
+    with _held().alone():
         job = _job(setup, scenarios)
     return TokenizedScenarios(
         tokens={prompt.scenario.name: len(prompt.tokens.ids) for prompt in job.prompts},
@@ -107,7 +132,7 @@ def choose_settings(setup: Setup, lengths: Sequence[int], alone: Sequence[bool])
     """Choose the batch size, and group scenarios as a single process does."""
     capture, sampling = capture_package(), setup.options.generate
     more = 0 if sampling is None else sampling.tokens
-    with _held().alone:
+    with _held().alone():
         job = _job(setup, ())
         most = [length + more for length in lengths]
         size = capture.choose_batch_size(job.model, most, setup.options.batch_size)
@@ -122,7 +147,7 @@ def choose_settings(setup: Setup, lengths: Sequence[int], alone: Sequence[bool])
 
 def plan_generation(setup: Setup, lengths: Sequence[int]) -> list[list[tuple[int, int]]]:
     """Plan batches of continuations of all scenarios, as a single process does."""
-    with _held().alone:
+    with _held().alone():
         job = _job(setup, ())
         plan: list[list[tuple[int, int]]] = capture_package().plan_batches(
             job.model, lengths, setup.options.generate
@@ -146,7 +171,7 @@ def generate_some(
         Which scenarios, and of each continuation the index of its scenario and its number.
     """
     _check(order)
-    with _held().alone:
+    with _held().alone():
         job = _prepared(order, scenarios, prompts)
         pairs = [(job.prompts[at], number) for at, number in requests]
         found: list[Continuation] = capture_package().generate(
@@ -160,7 +185,7 @@ def group_continued(
 ) -> Sequence[Sequence[int]]:
     """Group prompts with continuations of known lengths, as a single process does."""
     capture = capture_package()
-    with _held().alone:
+    with _held().alone():
         model, mode = _job(setup, ()).model, setup.options.attention_capture
         alone = [capture.wants_blocks(model, length, mode=mode) for length in lengths]
     groups: Sequence[Sequence[int]] = capture.grouped(lengths, alone, batch_size)
@@ -204,20 +229,35 @@ def extract_some(
     _check(order)
     names = [one.name for one in items]
     scenarios = {one.scenario.name: one.scenario for one in items}
-    reports = _Reports(order.run)
-    with contextlib.suppress(_Stopped), _going(order.run), _held().alone, reports:
+    reports, held = _Reports(order.run), _held()
+    with contextlib.suppress(_Stopped), _going(order.run), reports, contextlib.ExitStack() as turn:
+        turn.enter_context(held.opening)
         reports.check()
         with only_writer(order.folder, names, seconds=SECONDS_GIVEN_UP):
             job = _prepared(order, tuple(scenarios.values()), prompts)
-            fill(
-                order.folder,
-                _with_continuations(job, items),
-                reports,
-                _held().pool,
-                repair=order.repair,
-                allow_nonfinite=order.allow_nonfinite,
-            )
+            with held.writers() as pool:
+                fill(
+                    order.folder,
+                    _with_continuations(job, items),
+                    reports,
+                    pool,
+                    computing=_computing(held, turn),
+                    repair=order.repair,
+                    allow_nonfinite=order.allow_nonfinite,
+                )
     return reports.states
+
+
+@contextlib.contextmanager
+def _computing(held: _WorkerState, opening: contextlib.ExitStack) -> Iterator[None]:
+    """Wait for the model; from then on the next task opens its traces.
+
+    Dask gives a worker of one thread the next task once this one secedes.
+    """
+    with held.model:
+        opening.close()
+        secede()
+        yield
 
 
 def stop(run: str, dask_worker: Any = None) -> bool:
@@ -239,9 +279,12 @@ def _job(setup: Setup, scenarios: Sequence[Scenario], batch_size: int | None = N
     held = _held()
     kept = held.kept
     if loaded not in kept:
-        keep_freed()
-        kept.clear()  # two models may not fit into the memory of a device
-        job = prepare(_resolved(setup), scenarios=scenarios, progress=False, pool=held.pool)
+        # Two models may not fit into the memory of a device. No other task holds the one that is
+        # kept: none opens its traces, because this one does, none computes, and none stores.
+        with held.model, held.writers() as pool, held.writers():
+            keep_freed()
+            kept.clear()
+            job = prepare(_resolved(setup), scenarios=scenarios, progress=False, pool=pool)
         source = job.source and capture_package().KeptEncoders(job.source)
         kept[loaded] = replace(job, source=source)
     options = replace(setup.options, batch_size=batch_size or setup.options.batch_size)
