@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -368,6 +369,46 @@ def test_processes_of_their_own(
         with pytest.raises(SystemExit) as ended:
             main()
         assert ended.value.code == 0
+
+
+def test_workers_of_this_machine(single_attention: dict[str, bytes], tmp_path: Path) -> None:
+    """As typed: they are forked from a process that has imported what they need."""
+    with extracting("-o", tmp_path / "run", "--workers", "2", *ASKED) as process:
+        assert process.wait(240) == 0, process.communicate()[1]
+    assert_same(tmp_path / "run", single_attention)
+
+
+_FORKED = """
+import multiprocessing, os, signal, sys
+from zarrtrace.extraction import Options, fork_server
+
+def look(there):
+    blocked = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    modules = [name in sys.modules for name in ("torch", "zarrtrace.extraction.worker")]
+    there.send([*modules, os.environ["OMP_NUM_THREADS"], blocked])
+
+if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "3"
+    before = dict(os.environ)
+    assert fork_server.start(2, Options(features=False))
+    assert "torch" not in sys.modules
+    assert dict(os.environ) == before
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    here, there = multiprocessing.Pipe(duplex=False)
+    assert fork_server.gpu_count() == int(sys.argv[1])
+    process = multiprocessing.get_context("forkserver").Process(target=look, args=(there,))
+    process.start()
+    assert here.recv() == [True, True, "3", True]
+    process.join()
+"""
+
+
+def test_fork_server_imports_once_and_counts_gpus(tmp_path: Path) -> None:
+    import torch
+
+    (tmp_path / "main.py").write_text(_FORKED)
+    command = [sys.executable, str(tmp_path / "main.py"), str(torch.cuda.device_count())]
+    subprocess.run(command, check=True)
 
 
 @pytest.mark.parametrize(

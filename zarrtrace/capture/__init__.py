@@ -26,6 +26,7 @@ from zarrtrace.capture.model import (
     load_model,
     load_tokenizer,
     renamed,
+    was_forked_from_gpu,
 )
 from zarrtrace.capture.pipeline import capture
 from zarrtrace.capture.probe import probe_model
@@ -62,4 +63,5 @@ __all__ = [
     "tokenize",
     "tokenize_all",
     "wants_blocks",
+    "was_forked_from_gpu",
 ]

@@ -352,6 +352,11 @@ def gpu_count() -> int:
     return torch.cuda.device_count()
 
 
+def was_forked_from_gpu() -> bool:
+    """Whether this process was forked from one that used CUDA, and cannot use it itself."""
+    return bool(torch.cuda._is_in_bad_fork())  # noqa: SLF001 -- it has no public name
+
+
 def check_device(device: str) -> None:
     """Refuse a device that this machine does not have.
 

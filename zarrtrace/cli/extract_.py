@@ -240,12 +240,15 @@ def _extract(given: dict[str, Any], options: Options) -> None:
     if all(value is None for value in where.values()):
         extract_run(given["output"], options, **how)
         return
+    from zarrtrace.extraction import fork_server
+
+    forked = bool(given["workers"]) and fork_server.start(given["workers"], options)
     try:
         from zarrtrace.extraction.cluster import extract_on_cluster
         from zarrtrace.extraction.connecting import connected
     except ModuleNotFoundError as error:
         raise missing_for_cluster(error) from error
-    with connected(**where, device=options.device) as client:
+    with connected(**where, device=options.device, forked=forked) as client:
         extract_on_cluster(client, given["output"], options, **how)
 
 

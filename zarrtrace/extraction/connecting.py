@@ -14,6 +14,7 @@ import dask
 from distributed import Client, Nanny, Scheduler, SpecCluster
 
 from zarrtrace.errors import ClusterError, ConfigError
+from zarrtrace.extraction import fork_server
 from zarrtrace.extraction.packages import capture_package
 
 
@@ -24,6 +25,7 @@ def connected(
     scheduler_file: Path | None = None,
     workers: int | None = None,
     device: str = "cpu",
+    forked: bool = False,
 ) -> Iterator[Client]:
     """Yield a client of a cluster that runs, or of one that lives as long as the context.
 
@@ -35,6 +37,8 @@ def connected(
         Number of processes to start on this machine instead; on GPUs, one process a GPU.
     device
         ``"cuda"`` gives each of these its GPU.
+    forked
+        Whether the processes come from :mod:`zarrtrace.extraction.fork_server`, which was started.
 
     Raises
     ------
@@ -44,7 +48,7 @@ def connected(
         If the file is not there, or there are more workers than GPUs.
     """
     if workers is not None:
-        with _local_cluster(workers, device) as cluster, _client(cluster) as client:
+        with _local_cluster(workers, device, forked=forked) as cluster, _client(cluster) as client:
             yield client
         return
     if scheduler_file is not None and not scheduler_file.is_file():
@@ -78,11 +82,11 @@ def no_scheduler(error: Exception) -> ClusterError:
 
 
 @contextlib.contextmanager
-def _local_cluster(workers: int, device: str) -> Iterator[Any]:
+def _local_cluster(workers: int, device: str, *, forked: bool) -> Iterator[Any]:
     """Processes of this machine; one that dies is replaced."""
     before = dict(os.environ)
     try:
-        with _started(workers, device) as cluster:
+        with _started(workers, device, forked=forked) as cluster:
             yield cluster
     finally:
         # Dask changes the environment of the process that starts workers.
@@ -90,18 +94,24 @@ def _local_cluster(workers: int, device: str) -> Iterator[Any]:
         os.environ.update(before)
 
 
-def _started(workers: int, device: str) -> Any:
-    gpus = _gpus(workers) if device.startswith("cuda") else None
+@contextlib.contextmanager
+def _started(workers: int, device: str, *, forked: bool) -> Iterator[Any]:
+    gpus, count = None, fork_server.gpu_count() if forked else None
+    forked = count is not None
+    if device.startswith("cuda"):
+        gpus = _gpus(workers, capture_package().gpu_count() if count is None else count)
     if gpus is not None and importlib.util.find_spec("dask_cuda") is not None:
         from dask_cuda import LocalCUDACluster  # noqa: PLC0415 -- an option
 
-        return LocalCUDACluster(
+        with LocalCUDACluster(
             CUDA_VISIBLE_DEVICES=gpus,
             threads_per_worker=1,
             memory_limit=None,
             preload=["zarrtrace.extraction.worker"],
             dashboard_address=None,
-        )
+        ) as cluster:
+            yield cluster
+        return
     network = {"host": "127.0.0.1", "protocol": "tcp://", "dashboard": False}
     network["dashboard_address"] = "127.0.0.1:0"  # of the server that answers health checks
     worker = {
@@ -112,34 +122,36 @@ def _started(workers: int, device: str) -> Any:
         "silence_logs": logging.CRITICAL,
     }
     own = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] if gpus else [{}] * workers
-    with dask.config.set(_settings(workers)):
-        return SpecCluster(
+    # All the time: a worker that dies is replaced.
+    with (
+        dask.config.set(_settings(workers, forked=forked)),
+        SpecCluster(
             scheduler={"cls": Scheduler, "options": {**network, "port": 0}},
             workers={
                 at: {"cls": Nanny, "options": {**worker, "env": env}} for at, env in enumerate(own)
             },
             silence_logs=logging.CRITICAL,
-        )
+        ) as cluster,
+    ):
+        yield cluster
 
 
-def _settings(workers: int) -> dict[str, Any]:
+def _settings(workers: int, *, forked: bool) -> dict[str, Any]:
     """Dask's settings for processes that compute with torch."""
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, _cores() // workers)))
-    return {
+    settings = {
         # Without Dask's MALLOC_TRIM_THRESHOLD_, which has the C library give back freed memory at
         # once: page faults for every large array.
-        "distributed.nanny.pre-spawn-environ": {
-            "OMP_NUM_THREADS": threads,
-            "MKL_NUM_THREADS": threads,
-        },
+        "distributed.nanny.pre-spawn-environ": fork_server.environment(workers),
         # It takes the interpreter's lock a hundred times a second.
         "distributed.worker.profile.enabled": False,
     }
+    if forked:
+        settings["distributed.worker.multiprocessing-method"] = "forkserver"
+    return settings
 
 
-def _gpus(workers: int) -> list[str]:
-    """Name one visible GPU for each worker."""
-    count = capture_package().gpu_count()
+def _gpus(workers: int, count: int) -> list[str]:
+    """Name one visible GPU of `count` for each worker."""
     if workers > count:
         raise ConfigError(
             f"--workers {workers}: {count} GPUs are visible",
@@ -149,11 +161,3 @@ def _gpus(workers: int) -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(at) for at in range(count)]
     return [name.strip() for name in names[:workers]]
-
-
-def _cores() -> int:
-    """Count the cores that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS
-        return os.cpu_count() or 1

@@ -16,12 +16,7 @@ def capture_package() -> Any:
     ConfigError
         If the extra ``extract`` is not installed.
     """
-    # Torch's threads spin while they wait for each other, and take the cores from the writers;
-    # read once, when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
-    # On a GPU: memory that one size of tensors leaves is used for others.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    set_environment()
     try:
         from zarrtrace import capture  # noqa: PLC0415 -- torch takes seconds
     except ModuleNotFoundError as error:
@@ -31,3 +26,12 @@ def capture_package() -> Any:
             remedy=install_command("extract"),
         ) from error
     return capture
+
+
+def set_environment() -> None:
+    """Set the environment variables that torch reads once, when it is loaded."""
+    # Torch's threads spin while they wait for each other, and take the cores from the writers.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    # On a GPU: memory that one size of tensors leaves is used for others.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")

@@ -278,7 +278,7 @@ def serve(descriptor: int, parent: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     os.nice(10)  # the process that drives the GPU goes first
-    _die_with(parent)
+    die_with(parent)
     channel = Channel(socket.socket(fileno=descriptor))
     traces: OpenTraces | None = None
     with suppress(EOFError, ConnectionError):
@@ -299,7 +299,7 @@ def serve(descriptor: int, parent: int) -> None:
             channel.send(answer)
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """End this process at once where its parent is killed: no one else may find it writing."""
     with suppress(AttributeError, OSError):  # not Linux
         ctypes.CDLL(None).prctl(_SIGNAL_AT_PARENTS_DEATH, signal.SIGKILL)
