@@ -35,7 +35,7 @@ BLOCK = 2**17
 def other_check() -> Iterator[None]:
     """Check the library again where a test changed it."""
     yield
-    module._library.cache_clear()
+    module.sequences_library.cache_clear()
     module._LOCAL.__dict__.clear()
 
 
@@ -243,7 +243,7 @@ def test_what_does_not_pass_its_check_is_not_used(
     dense = list(encode_rows(layout, encoding, np.asarray(rows)))
     made = list(encode_rows(layout, encoding, rows))
     assert made != dense
-    module._library.cache_clear()
+    module.sequences_library.cache_clear()
     module._LOCAL.__dict__.clear()
     if name == "no module":
         monkeypatch.setitem(sys.modules, "zstandard._cffi", None)

@@ -36,7 +36,7 @@ from zarrtrace.format.layout import (
 )
 from zarrtrace.layer_batches import SparseFeatures
 from zarrtrace.records import BFloat16, LayerRecord, Nonzeros, TokensRecord, TracePlan
-from zarrtrace.store import TraceWriter, chunks
+from zarrtrace.store import TraceWriter, chunks, codecs
 
 FEATURES, FEATURE, KEYS = 32_768, 14_826, slice(51, 54)
 NAME, SEARCHED = "bench", "searched"
@@ -122,7 +122,10 @@ def write_trace(folder: Path, case: Case, found: list[LayerRecord | TokensRecord
 
 def write_searched(folder: Path, case: Case, found: list[LayerRecord | TokensRecord]) -> None:
     """Write the records as a trace of which zstd searches all chunks, as without zstandard."""
-    with mock.patch.object(chunks, "sparse_frames", lambda parts, _: [None] * len(parts)):
+    with (
+        mock.patch.object(chunks, "sparse_frames", lambda parts, _: [None] * len(parts)),
+        mock.patch.object(codecs, "causal_frame", return_value=None),
+    ):
         write_trace(folder, case, found)
 
 

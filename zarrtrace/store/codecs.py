@@ -12,6 +12,7 @@ from numcodecs import Blosc, VLenUTF8, Zstd, blosc
 
 from zarrtrace.format.layout import ArrayLayout
 from zarrtrace.records import BFloat16
+from zarrtrace.store.causal_frames import causal_frame
 
 #: Bytes of a checksum, at the end of what it is of.
 CRC_BYTES = 4
@@ -108,6 +109,7 @@ class ArrayEncoding:
         self.strides = tuple(math.prod(self.grid[at + 1 :]) for at in range(len(self.grid)))
         self.count = math.prod(self.grid)
         self._is_blosc = layout.codec == "shuffle"
+        self._is_attention = self._is_blosc and layout.dims[-1] == "key"
         self._compressor = _BLOSC_CODEC if self._is_blosc else _ZSTD_CODEC
         self._little = self.dtype.newbyteorder("<")
 
@@ -131,14 +133,26 @@ class ArrayEncoding:
 
     def encode(self, values: np.ndarray | BFloat16) -> bytes:
         """Encode the values of one chunk; at the array's edge they may be fewer."""
-        content = np.ascontiguousarray(values, self._little)
-        if content.shape != self.chunks:
-            padded = np.full(self.chunks, "" if self.is_text else 0, self._little)
-            padded[tuple(map(slice, content.shape))] = content
-            content = padded
+        if self._is_attention and (frame := causal_frame(self._attention(values))) is not None:
+            return with_checksum(frame)
+        content = self._whole(np.asarray(values, self._little))
         if self.is_text:
             content = VLenUTF8().encode(content)
         return with_checksum(bytes(self._compressor.encode(content)))
+
+    def _attention(self, values: np.ndarray | BFloat16) -> np.ndarray | BFloat16:
+        """Return a chunk ``(head, query, key)``; bfloat16 stays as it is."""
+        if isinstance(values, BFloat16):
+            return BFloat16(self._whole(values.bits).reshape(-1, *self.chunks[-2:]))
+        return self._whole(np.asarray(values, self._little)).reshape(-1, *self.chunks[-2:])
+
+    def _whole(self, values: np.ndarray) -> np.ndarray:
+        """Return values that lie side by side, with zeros beyond the array's edge."""
+        if values.shape == self.chunks:
+            return np.ascontiguousarray(values)
+        padded = np.full(self.chunks, "" if self.is_text else 0, values.dtype)
+        padded[tuple(map(slice, values.shape))] = values
+        return padded
 
     def decode(self, content: bytes) -> np.ndarray:
         """Decode a chunk; the values are valid until this thread decodes the next.

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from numcodecs import Zstd
 
-# Bytes of a block: the most that the format allows.
-_BLOCK = 2**17
+#: Bytes of a block of zstd's: the most that the format allows.
+ZSTD_BLOCK = 2**17
 # Bytes of zeros that are copied at once.
 _RUN = 128
 # No copy may be shorter than 3 bytes.
@@ -35,15 +35,15 @@ _SHORTEST = 4
 _LEAST_BYTES, _BYTES_A_VALUE = 2**21, 512
 # Share of values that stand right below another; from here on frames are larger than zstd's own.
 _MOST_REPEATED = 0.7
-# libzstd may read this far behind the literals.
-_MARGIN = 8
+#: libzstd may read this far behind the literals.
+MARGIN = 8
 
 _LOCAL = threading.local()
 
 #: Places in a chunk, ascending, and the values there, little endian.
 SparseChunk = tuple[np.ndarray, np.ndarray]
-# Sequences ``(n, 4)`` and literals of chunks one behind another, and where those of each end.
-_Parse = tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]
+#: Sequences ``(n, 4)`` and literals of chunks one behind another, and where those of each end.
+Parse = tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]
 
 
 def sparse_frames(chunks: Sequence[SparseChunk], shape: tuple[int, int]) -> list[bytes | None]:
@@ -63,11 +63,11 @@ def sparse_frames(chunks: Sequence[SparseChunk], shape: tuple[int, int]) -> list
     """
     size, total = math.prod(shape), math.prod(shape) * chunks[0][1].itemsize
     fits = [len(at) * _BYTES_A_VALUE <= total for at, _ in chunks]
-    library = _library() if sum(fits) * total >= _LEAST_BYTES else None
+    library = sequences_library() if sum(fits) * total >= _LEAST_BYTES else None
     chosen = [chunk for chunk, fit in zip(chunks, fits, strict=True) if fit]
     if library is None or _repeats_rows(max((at for at, _ in chosen), key=len), shape[1]):
         return [None] * len(chunks)
-    frames = iter(_compressed(library, _parse(chosen, size), total))
+    frames = iter(compressed(library, _parse(chosen, size), total))
     return [next(frames) if fit else None for fit in fits]
 
 
@@ -78,7 +78,7 @@ def _repeats_rows(at: np.ndarray, columns: int) -> bool:
     return bool(np.count_nonzero(found) > _MOST_REPEATED * len(at))
 
 
-def _compressed(library: Any, parse: _Parse, total: int) -> list[bytes | None]:
+def compressed(library: Any, parse: Parse, total: int) -> list[bytes | None]:
     """Make frames of `total` bytes; None where a block would not be smaller than its content."""
     ffi, lib = library.ffi, library.lib
     context, room = _context(library), np.empty(total, np.uint8)
@@ -88,13 +88,13 @@ def _compressed(library: Any, parse: _Parse, total: int) -> list[bytes | None]:
     for (first, start), (last, stop) in pairwise([(0, 0), *parse[2]]):
         written = lib.ZSTD_compressSequencesAndLiterals(
             context, target, total, sequences + first, last - first,
-            literals + start, stop - start, stop - start + _MARGIN, total,
+            literals + start, stop - start, stop - start + MARGIN, total,
         )  # fmt: skip
         frames.append(None if lib.ZSTD_isError(written) else room[:written].tobytes())
     return frames
 
 
-def _parse(chunks: Sequence[SparseChunk], size: int) -> _Parse:
+def _parse(chunks: Sequence[SparseChunk], size: int) -> Parse:
     """Describe chunks as literals and copies."""
     item, count = chunks[0][1].itemsize, len(chunks)
     values = np.concatenate([one for _, one in chunks])
@@ -104,7 +104,7 @@ def _parse(chunks: Sequence[SparseChunk], size: int) -> _Parse:
     start_bytes = np.concatenate(places, dtype=np.int64) * item + low
     # A piece is a value and the zeros behind it, or the zeros at a block's start: copies, too, end
     # with their block.
-    first = np.arange(0, size * item, _BLOCK)
+    first = np.arange(0, size * item, ZSTD_BLOCK)
     blocks = (first + size * item * np.arange(count)[:, None]).ravel()
     opens = np.searchsorted(start_bytes, blocks) + np.arange(len(blocks))
     has_value = np.ones(len(values) + len(blocks), bool)
@@ -138,7 +138,7 @@ def _parse(chunks: Sequence[SparseChunk], size: int) -> _Parse:
     behind = np.cumsum(width + spelt)
     sequences[:, 1] = np.diff(behind.take(kept // 3), prepend=0)
 
-    literals = np.zeros(behind[-1] + _MARGIN, np.uint8)
+    literals = np.zeros(behind[-1] + MARGIN, np.uint8)
     at = (behind - width - spelt)[has_value]
     for number in range(low, item):
         literals[at + (number - low)] = values.view(np.uint8)[number::item]
@@ -169,7 +169,7 @@ def _context(library: Any) -> Any:
 
 
 @cache
-def _library() -> Any:
+def sequences_library() -> Any:
     """Return the module of libzstd's functions; None if it is missing or makes wrong frames."""
     try:
         library = importlib.import_module("zstandard._cffi")
@@ -182,12 +182,12 @@ def _library() -> Any:
 def _makes_right_frames(library: Any) -> bool:
     """Compare what frames decode to with what they were made of."""
     rising = np.cumsum(np.arange(1, 400))  # runs of every length up to some hundred
-    size = 5 * _BLOCK // 8  # float32 values of two blocks and a half
+    size = 5 * ZSTD_BLOCK // 8  # float32 values of two blocks and a half
     numbers = np.arange(1, 400, dtype=np.uint32)
     for values in (numbers << 16, numbers * 0x01010101, numbers.astype(np.uint16)):
         places = (rising[:0], rising, np.array([0, size - 1]))
         chunks = [(at, values[: len(at)]) for at in places]
-        frames = _compressed(library, _parse(chunks, size), size * values.itemsize)
+        frames = compressed(library, _parse(chunks, size), size * values.itemsize)
         for (at, value), frame in zip(chunks, frames, strict=True):
             dense = np.zeros(size, values.dtype)
             dense[at] = value
