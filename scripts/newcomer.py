@@ -198,7 +198,7 @@ def play(folder: Path) -> None:
         "-o runs/typed"
     )
     (newcomer.clone / "prompts.csv").write_text(PROMPTS, encoding="utf-8")
-    newcomer.enter("zarrtrace extract --model demo --prompts prompts.csv -o runs/table")
+    newcomer.enter("zarrtrace extract --model demo --scenarios prompts.csv -o runs/table")
     newcomer.enter("zarrtrace analyze decision runs/mine")
     newcomer.enter("zarrtrace info runs/table")
     play_notebook(newcomer)

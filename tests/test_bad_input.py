@@ -235,7 +235,7 @@ _LINES: dict[str, Case] = {
     "superscript layer": Case(line("extract", "-o", "FOLDER/run", "--layers", "²"), ("'²'",)),
     "layers twice": Case(
         line("extract", "-o", "FOLDER/run", "--layers", "1", "--layer-start", "1"),
-        ("either --layers",),
+        ("both choose layers",),
     ),
     "unknown precision": Case(
         line("extract", "-o", "FOLDER/run", "--dtype", "int4"), ("float32", "bfloat16")

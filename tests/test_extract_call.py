@@ -411,6 +411,9 @@ _RENAMED = {
     "sae_path": "saes",
     "storage_option": "storage_options",
     "prompt": "scenarios",
+    "gpu": "device",
+    "layer_start": "layers",
+    "layer_end": "layers",
 }
 #: Printed, not extracted.
 _OF_THE_COMMAND = {"dry_run", "json", "help"}
@@ -532,7 +535,6 @@ def test_a_loaded_model_needs_a_tokenizer(models: Models, tmp_path: Path) -> Non
     "options",
     [
         {"device": "cpu"},
-        {"gpu": 0},
         {"dtype": "float32"},
         {"revision": "main"},
         {"low_memory": True},
@@ -621,9 +623,6 @@ def test_saes_disagree_on_bos(models: Models, tmp_path: Path) -> None:
         ({"positions": 1.5}, "positions 1.5"),
         ({"attention_positions": [True]}, "attention_positions [True]"),
         ({"layers": "all"}, "layers: 'all' is not a list"),
-        ({"layers": 1, "layer_end": 3}, "both choose layers"),
-        ({"layer_start": 3, "layer_end": 1}, "is before"),
-        ({"device": "cpu", "gpu": 0}, "device and gpu"),
         ({"overwrite": True, "repair": True}, "overwrite and repair"),
         ({"workers": 2, "scheduler": "tcp://x"}, "workers and scheduler"),
         ({"attention": False}, "leave nothing to extract"),

@@ -867,6 +867,16 @@ def test_storage_options_on_the_command_line() -> None:
     assert "x" not in str(bad.exception).split()
 
 
+def test_a_copy_reaches_its_target_by_options_of_its_own(s3: Server, tmp_path: Path) -> None:
+    local = fakes.make_run(tmp_path, scenarios=ONE, layers=(1,))
+    there = s3.folder() / "copy"
+    options = ["--storage-option", "endpoint=http://127.0.0.1:9"]
+    for name, value in there.options:
+        options += ["--target-option", f"{name}={value}"]
+    assert call("copy", local.path, str(there), "-q", *options).exit_code == 0
+    assert contents(there) == fakes.files_in(local.path)
+
+
 @pytest.mark.torch
 @pytest.mark.long
 @pytest.mark.parametrize("moment", ["capture", "upload"])

@@ -35,7 +35,7 @@ _EXAMPLES = [
         "Attention of your own model and prompt:",
     ),
     (
-        "extract -o runs/mine --model gpt2 --sae-release gpt2-small-res-jb --prompts mine.yaml",
+        "extract -o runs/mine --model gpt2 --sae-release gpt2-small-res-jb --scenarios mine.yaml",
         "With SAE features, for a file of prompts with named spans:",
     ),
 ]
@@ -106,7 +106,6 @@ def _check(given: dict[str, Any]) -> None:
 
         unused = {name: given[name] for name in _OF_TRACES}
         refuse_for_table({**unused, "allow_nonfinite": given["allow_nonfinite"] or None})
-    _check_layers(given)
     _device(given)
 
 
@@ -289,14 +288,6 @@ def _options(given: dict[str, Any], scenarios: object) -> Options:
         generate=sampling_of(given["generate"], **{name: given[name] for name in SAMPLING}),
         answer=given["answer"],
     )
-
-
-def _check_layers(given: dict[str, Any]) -> None:
-    start, end = given["layer_start"], given["layer_end"]
-    if given["layers"] is not None and (start, end) != (None, None):
-        raise click.UsageError("Give either --layers, or --layer-start and --layer-end.")
-    if start is not None and end is not None and end < start:
-        raise click.UsageError(f"--layer-end {end} is before --layer-start {start}.")
 
 
 def _device(given: dict[str, Any]) -> str:

@@ -33,8 +33,6 @@ _OPTIONS = (
     ),
     option(
         "--scenarios",
-        "--prompts",
-        "scenarios",
         group=PROMPTS,
         type=PATH,
         metavar="FILE",

@@ -43,15 +43,6 @@ def _integers(name: str, given: int | Iterable[int]) -> tuple[int, ...]:
         ) from None
 
 
-def device_of(device: object, gpu: int | None) -> str:
-    """Return where the model computes, by its name or by the number of a GPU."""
-    if gpu is None:
-        return "cpu" if device is None else str(device)
-    if device is not None:
-        raise ConfigError("device and gpu both say where to compute", remedy="Give one of them.")
-    return f"cuda:{gpu}"
-
-
 def of_model(
     options: Options, model: object, tokenizer: object, *, device_given: bool
 ) -> tuple[Options, Loaded]:

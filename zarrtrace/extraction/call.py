@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Unpack, ca
 
 from zarrtrace.errors import ConfigError, missing_for_cluster
 from zarrtrace.extraction.arguments import (
-    device_of,
     layers_of,
     of_model,
     with_saes,
@@ -70,10 +69,7 @@ class ExtractOptions(TypedDict, total=False):
     revision: str | None
     fold_decoder_norm: bool
     sae_products: Products
-    layer_start: int | None
-    layer_end: int | None
     device: str | torch.device | None
-    gpu: int | None
     dtype: Dtype | torch.dtype
     low_memory: bool
     batch_size: int | None
@@ -137,10 +133,7 @@ def extract(
     revision: str | None = None,
     fold_decoder_norm: bool = False,
     sae_products: Products = "float32",
-    layer_start: int | None = None,
-    layer_end: int | None = None,
     device: str | torch.device | None = None,
-    gpu: int | None = None,
     dtype: Dtype | torch.dtype = "auto",
     low_memory: bool = False,
     batch_size: int | None = None,
@@ -220,11 +213,8 @@ def extract(
         ``"bfloat16"`` multiplies in bfloat16 on a GPU's tensor cores and adds up in float32, which
         is several times as fast and about as precise; for models and SAEs whose weights are
         bfloat16.
-    layer_start, layer_end
-        First and last block, instead of `layers`.
-    device, gpu
-        Where a model given by name computes: ``"cuda:1"``, or the number of a GPU. By default the
-        CPU.
+    device
+        Where a model given by name computes, as ``"cuda:1"``. By default the CPU.
     dtype
         Precision of a model given by name; ``"auto"`` is the checkpoint's.
     low_memory
@@ -307,13 +297,9 @@ def extract(
     >>> ds = run["scenario_0"].to_dataset()
     """
     where = locate(output, storage_options)
-    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "samples": samples}
-    sampling |= {"seed": seed, "stop": stop}
     options, loaded = of_model(
         Options(
             layers=layers_of(layers),
-            layer_start=layer_start,
-            layer_end=layer_end,
             attention=attention,
             features=features,
             residual=residual,
@@ -326,7 +312,7 @@ def extract(
             revision=revision,
             fold_decoder_norm=fold_decoder_norm,
             sae_products=sae_products,
-            device=device_of(device, gpu),
+            device="cpu" if device is None else str(device),
             dtype=cast("Dtype", str(dtype).removeprefix("torch.")),  # checked with all others
             low_memory=low_memory,
             batch_size=batch_size,
@@ -350,7 +336,7 @@ def extract(
         ),
         model,
         tokenizer,
-        device_given=device is not None or gpu is not None,
+        device_given=device is not None,
     )
     options, loaded = with_saes(options, loaded, saes)
     if overwrite and repair:
