@@ -25,8 +25,8 @@ from zarrtrace.format.attributes import (
 )
 from zarrtrace.format.index_layout import IndexAttributes
 from zarrtrace.format.layout import (
-    LABELS,
     NO_ID,
+    PLAIN_COORDINATES,
     ROWS,
     ArrayLayout,
     Limits,
@@ -263,7 +263,7 @@ def test_missing_numbers_read_as_nan_and_missing_ids_as_no_id(tokens: int) -> No
     for name, layout in layout_for(tokens=tokens).items():
         if layout.dtype.startswith("float"):
             assert math.isnan(float(layout.fill_value)), name
-        elif layout.dtype == "uint32" and name not in LABELS:
+        elif layout.dtype == "uint32" and name not in PLAIN_COORDINATES:
             assert layout.fill_value == NO_ID == 2**32 - 1, name
 
 

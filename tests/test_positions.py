@@ -30,7 +30,7 @@ from zarrtrace.format.layout import Limits
 from zarrtrace.index import build_index, find_feature
 from zarrtrace.npz import export_npz
 from zarrtrace.records import LayerRecord, TokensRecord
-from zarrtrace.scenarios.positions import parsed
+from zarrtrace.scenarios.positions import parse_positions
 from zarrtrace.store import open_trace, verify
 from zarrtrace.viewer.arrays import trace_arrays
 
@@ -272,13 +272,13 @@ def test_a_dry_run_says_their_size(runs: dict[str, Path]) -> None:
     ],
 )
 def test_words_names_and_integers(given: Any, options: Any) -> None:
-    assert parsed(given, "positions") == options
+    assert parse_positions(given, "positions") == options
 
 
 @pytest.mark.parametrize("given", ["", "goal,", [], 1.5, ["goal", 3], [True], None])
 def test_other_things_are_no_positions(given: Any) -> None:
     with pytest.raises(ConfigError, match="positions"):
-        parsed(given, "positions")
+        parse_positions(given, "positions")
 
 
 @pytest.mark.parametrize(

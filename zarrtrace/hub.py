@@ -51,14 +51,14 @@ def refuse_absent(model: str, revision: str | None = None) -> None:
     ------
     ModelError
     """
-    refuse_other_folder(model)
+    refuse_non_model_folder(model)
     if (snapshot_folder(model, revision) / "config.json").is_file():
         return
     if _is_offline() or not is_reachable():
         raise not_reached(model)
 
 
-def refuse_other_folder(model: str) -> None:
+def refuse_non_model_folder(model: str) -> None:
     """Refuse a path that does not lead to a model.
 
     Raises

@@ -31,7 +31,7 @@ _BLOCK_BYTES = 2**27
 _NAMES = {"token": "query_token"}
 
 
-class Block(NamedTuple):
+class SampleBlock(NamedTuple):
     """Samples of some whole scenarios.
 
     Attributes
@@ -109,7 +109,7 @@ def blocks(
     names: Sequence[str],
     optional: Sequence[str] = (),
     scenarios: Collection[int] | None = None,
-) -> Iterator[Block]:
+) -> Iterator[SampleBlock]:
     """Yield the samples of a run, a trace or a table, scenario by scenario.
 
     Parameters
@@ -138,7 +138,7 @@ def blocks(
             yield _block_of_trace(number, ds, [*names, *optional])
 
 
-def _block_of_trace(number: int, ds: xr.Dataset, names: Sequence[str]) -> Block:
+def _block_of_trace(number: int, ds: xr.Dataset, names: Sequence[str]) -> SampleBlock:
     arrays = {}
     for name in names:
         variable = ds.variables.get(_NAMES.get(name, name))
@@ -150,12 +150,12 @@ def _block_of_trace(number: int, ds: xr.Dataset, names: Sequence[str]) -> Block:
     marks = partial(special_samples, ds), partial(generated_samples, ds)
     missing = {number: missing_layers(ds)}
     find = partial(rows_of_place, ds)
-    return Block(arrays, layers, [number], starts, find, *marks, missing)
+    return SampleBlock(arrays, layers, [number], starts, find, *marks, missing)
 
 
 def _blocks_of_table(
     table: xr.Dataset, names: Sequence[str], scenarios: Collection[int] | None
-) -> Iterator[Block]:
+) -> Iterator[SampleBlock]:
     known = table_scenarios(table)
     variables = {name: table.variables[name] for name in names if name in table.variables}
     layers = table.indexes["layer"].tolist() if "layer" in table.indexes else []
@@ -176,7 +176,7 @@ def _blocks_of_table(
         find = partial(rows_in_table, part, scenarios=own)
         marks = partial(special_samples, part), partial(generated_samples, part)
         missing = {n: gaps.get(known.names[n], gaps[""]) for n in numbers}
-        yield Block(arrays, layers, numbers, own.starts, find, *marks, missing)
+        yield SampleBlock(arrays, layers, numbers, own.starts, find, *marks, missing)
 
 
 def _most(variables: Collection[xr.Variable]) -> int:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import xarray as xr
 
-from zarrtrace.analysis.placebos import NeighbourContrast, Prompt, compare, variants
+from zarrtrace.analysis.placebos import AttendedPrompt, NeighbourContrast, compare, variants
 from zarrtrace.analysis.positions import (
     Place,
     has_span,
@@ -24,8 +24,8 @@ from zarrtrace.analysis.positions import (
 )
 from zarrtrace.analysis.resampling import corrected
 from zarrtrace.analysis.results import described, per_scenario
-from zarrtrace.analysis.trace_arrays import attention, taken
-from zarrtrace.analysis.traces import Data, scenario_of, traces
+from zarrtrace.analysis.trace_arrays import attention, taken, token_ids
+from zarrtrace.analysis.traces import Data, traces
 from zarrtrace.errors import ConfigError
 from zarrtrace.scenarios import DECISION
 
@@ -171,7 +171,9 @@ def _attention_row(ds: xr.Dataset, target: Place) -> xr.DataArray | None:
     return taken(array, query=queries).mean("query", skipna=False, dtype=np.float64)
 
 
-def _prompts(data: Data, rows: xr.DataArray, names: Sequence[str], target: Place) -> list[Prompt]:
+def _prompts(
+    data: Data, rows: xr.DataArray, names: Sequence[str], target: Place
+) -> list[AttendedPrompt]:
     """Return the prompts that have the target, with those of the spans that it can attend to."""
     found = []
     every = rows.transpose(..., "layer", "key").values
@@ -182,9 +184,10 @@ def _prompts(data: Data, rows: xr.DataArray, names: Sequence[str], target: Place
         keys = token_labels(ds)
         last = max(positions(ds, target))
         own = {n: np.unique(positions(ds, n)) for n in names if has_span(ds, n)}
+        ids = token_ids(ds, "Variants of a prompt are recognised by their tokens.")
         found.append(
-            Prompt(
-                ids=(ids := _token_ids(ds)),
+            AttendedPrompt(
+                ids=ids,
                 own=ids[: (ds.attrs.get("generation") or {}).get("prompt_tokens")],
                 attention=row[:, rows.indexes["key"].get_indexer(keys)],
                 is_free=_free_tokens(ds, target),
@@ -192,16 +195,6 @@ def _prompts(data: Data, rows: xr.DataArray, names: Sequence[str], target: Place
             )
         )
     return found
-
-
-def _token_ids(ds: xr.Dataset) -> np.ndarray:
-    if "token_id" not in ds.coords:
-        raise ConfigError(
-            f"{scenario_of(ds)}: the trace has no token ids",
-            why="Variants of a prompt are recognised by their tokens.",
-            remedy="Keep the coordinate 'token_id'.",
-        )
-    return np.asarray(ds["token_id"].values)
 
 
 def _free_tokens(ds: xr.Dataset, target: Place) -> np.ndarray:
@@ -228,7 +221,7 @@ class _SpanTest(NamedTuple):
 
 
 def _tested(
-    groups: Sequence[Sequence[Prompt]],
+    groups: Sequence[Sequence[AttendedPrompt]],
     span: str,
     controls: int,
     draws: int,

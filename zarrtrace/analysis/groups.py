@@ -19,10 +19,9 @@ from zarrtrace.analysis.traces import (
     scenario_tags,
 )
 from zarrtrace.errors import ConfigError, ScenarioError
-from zarrtrace.scenarios import chosen_names, is_missing
+from zarrtrace.scenarios import Value, chosen_names, is_missing
 from zarrtrace.suggestions import did_you_mean
 
-Value = bool | int | float | str
 #: A tag, names of scenarios, or a value of a column of metadata.
 Group = Value | Sequence[str]
 #: A column of metadata, or one label a scenario in the run's order.

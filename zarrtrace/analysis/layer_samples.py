@@ -27,7 +27,7 @@ def samples_of(data: Data, at: At | None) -> xr.Dataset:
     return table(data, DECISION if at is None else at)
 
 
-def array_of(rows: xr.Dataset, what: str, layers: Sequence[int] | None) -> xr.DataArray:
+def probed_array(rows: xr.Dataset, what: str, layers: Sequence[int] | None) -> xr.DataArray:
     """Return the array of a table that is probed, at some layers."""
     known = [name for name, one in rows.data_vars.items() if {"layer", SAMPLE} <= {*one.dims}]
     if what not in known:

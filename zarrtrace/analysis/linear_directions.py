@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from zarrtrace.analysis.crossvalidation import Rows, require_sklearn, ridge_weights
-from zarrtrace.analysis.layer_samples import array_of, read_rows, samples_of
+from zarrtrace.analysis.layer_samples import probed_array, read_rows, samples_of
 from zarrtrace.analysis.probes import DEFAULT_FEATURES
 from zarrtrace.analysis.results import described
 from zarrtrace.analysis.samples import At
@@ -80,7 +80,7 @@ def directions(
     >>> along = xr.dot(samples.residual, found.direction, dim="channel")  # (layer, sample)
     """
     rows = samples_of(samples, at)
-    array = array_of(rows, what, layers)
+    array = probed_array(rows, what, layers)
     wanted = read_target(rows, target)
     chosen = method or ("difference" if wanted.classes else "ridge")
     _check_method(chosen, wanted.name, is_number=not wanted.classes)

@@ -18,7 +18,7 @@ _BLOCK = 2_000_000
 
 
 @dataclass(frozen=True)
-class Prompt:
+class AttendedPrompt:
     """One scenario as a test of its spans sees it.
 
     Attributes
@@ -110,7 +110,7 @@ def aligned(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return places
 
 
-def compare(prompts: Sequence[Prompt], span: str, controls: int) -> NeighbourContrast:
+def compare(prompts: Sequence[AttendedPrompt], span: str, controls: int) -> NeighbourContrast:
     """Measure attention to a span and to its placebos, in variants of one prompt.
 
     A placebo has the shape of the span in the first prompt. The same tokens of the template are
@@ -137,7 +137,7 @@ def compare(prompts: Sequence[Prompt], span: str, controls: int) -> NeighbourCon
     return NeighbourContrast(n, _mean(own[:, kept]), _mean(beside[:, kept]))
 
 
-def placebos(prompt: Prompt, span: str) -> np.ndarray:
+def placebos(prompt: AttendedPrompt, span: str) -> np.ndarray:
     """Return all groups ``(group, token)`` of free tokens that have a span's shape."""
     tokens = prompt.spans[span]
     shape = tokens - tokens[0]
@@ -147,7 +147,7 @@ def placebos(prompt: Prompt, span: str) -> np.ndarray:
 
 
 def against_neighbours(
-    prompt: Prompt, groups: np.ndarray, controls: int
+    prompt: AttendedPrompt, groups: np.ndarray, controls: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return attention to groups of tokens, and to the tokens beside them.
 

@@ -11,7 +11,7 @@ import xarray as xr
 from zarrtrace.analysis.crossvalidation import group_folds
 from zarrtrace.analysis.scores import auc, r_squared
 from zarrtrace.analysis.targets import (
-    Exchange,
+    PermutedTarget,
     Target,
     exchanged,
     read_confounds,
@@ -54,7 +54,7 @@ class Plan:
     confound_names: tuple[str, ...]
     kept: np.ndarray
     fold: np.ndarray
-    exchange: Exchange
+    exchange: PermutedTarget
     seed: int
 
     @property

@@ -16,7 +16,7 @@ from zarrtrace.analysis.crossvalidation import (
     require_sklearn,
     ridge,
 )
-from zarrtrace.analysis.layer_samples import array_of, read_rows, samples_of
+from zarrtrace.analysis.layer_samples import probed_array, read_rows, samples_of
 from zarrtrace.analysis.probe_plans import Plan, make_plan, require_groups, require_values
 from zarrtrace.analysis.results import described
 from zarrtrace.analysis.samples import At
@@ -154,7 +154,7 @@ def probe(
     """
     require_sklearn()
     rows = samples_of(samples, at)
-    array = array_of(rows, what, layers)
+    array = probed_array(rows, what, layers)
     plan = make_plan(rows, target, groups, confounds, folds, n_permutations, seed)
     found: dict[int, _Layer] = {}
     refused: dict[int, ConfigError] = {}

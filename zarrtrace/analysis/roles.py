@@ -8,9 +8,8 @@ import xarray as xr
 from zarrtrace.analysis.parallel import some_layers
 from zarrtrace.analysis.positions import stored_queries, token_labels
 from zarrtrace.analysis.results import described, per_scenario
-from zarrtrace.analysis.trace_arrays import attention, taken
-from zarrtrace.analysis.traces import Data, scenario_of
-from zarrtrace.errors import ConfigError
+from zarrtrace.analysis.trace_arrays import attention, taken, token_ids
+from zarrtrace.analysis.traces import Data
 
 #: The scores of :func:`head_roles`.
 ROLES = ("previous_token", "first_token", "duplicate_token", "induction")
@@ -91,13 +90,7 @@ def _in_patterns(array: xr.DataArray, patterns: xr.DataArray) -> xr.DataArray:
 
 def _patterns(ds: xr.Dataset) -> xr.DataArray:
     """Return which keys fit each role, ``(role, query, key)`` bool."""
-    if "token_id" not in ds.coords:
-        raise ConfigError(
-            f"{scenario_of(ds)}: the trace has no token ids",
-            why="Repeated tokens are found by their ids.",
-            remedy="Keep the coordinate 'token_id'.",
-        )
-    ids, at = np.asarray(ds["token_id"].values), token_labels(ds)
+    ids, at = token_ids(ds, "Repeated tokens are found by their ids."), token_labels(ds)
     query, key = at[:, None], at[None, :]
     earlier = (ids[:, None] == ids[None, :]) & (key < query)
     after = np.zeros_like(earlier)

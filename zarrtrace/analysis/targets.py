@@ -165,7 +165,7 @@ def _column(samples: xr.Dataset, given: str | xr.DataArray) -> tuple[str, np.nda
     return given, samples[given].to_numpy()
 
 
-class Exchange(NamedTuple):
+class PermutedTarget(NamedTuple):
     """Targets with the link to the samples broken, and how.
 
     Attributes
@@ -185,7 +185,7 @@ class Exchange(NamedTuple):
 
 def exchanged(
     target: np.ndarray, groups: np.ndarray, confounds: np.ndarray, drawn: int, seed: int
-) -> Exchange:
+) -> PermutedTarget:
     """Permute a target between groups if each has one value, else within groups.
 
     With confounds the residuals of the target are permuted and the confounds' part is added again
@@ -230,7 +230,7 @@ def exchanged(
         values += fit[:, None]
         distinct = target if not confounds.shape[1] else np.arange(len(target))
         ways = sum(_log_ways(distinct[groups == group]) for group in range(len(sizes)))
-    return Exchange(
+    return PermutedTarget(
         np.column_stack([target, values]),
         "groups" if between else "samples within groups",
         max(1 / (drawn + 1), math.exp(-ways)),

@@ -68,6 +68,30 @@ def attention(ds: xr.Dataset, heads: Literal["mean", "each"]) -> xr.DataArray:
     return out.rename({dim: common for dim, common in own.items() if dim in out.dims})
 
 
+def token_ids(ds: xr.Dataset, why: str) -> np.ndarray:
+    """Return the ids of a trace's tokens ``(key,)``.
+
+    Parameters
+    ----------
+    ds
+        A trace.
+    why
+        The sentence of the error that says why they are needed.
+
+    Raises
+    ------
+    ConfigError
+        If the trace has none.
+    """
+    if "token_id" not in ds.coords:
+        raise ConfigError(
+            f"{scenario_of(ds)}: the trace has no token ids",
+            why=why,
+            remedy="Keep the coordinate 'token_id'.",
+        )
+    return np.asarray(ds["token_id"].values)
+
+
 def taken(array: xr.DataArray, **labels: Sequence[int] | np.ndarray) -> xr.DataArray:
     """Return an array at some labels of its dimensions, reading no others but those between.
 

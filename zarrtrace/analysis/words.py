@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from zarrtrace.analysis.blocks import Block, blocks
+from zarrtrace.analysis.blocks import SampleBlock, blocks
 from zarrtrace.analysis.parallel import each_layer
+from zarrtrace.analysis.pathways import at_least_one
 from zarrtrace.analysis.repeats import Text
 from zarrtrace.analysis.results import described
 from zarrtrace.analysis.trace_arrays import taken
@@ -86,8 +87,7 @@ def word_associations(
     occurrence of the word, in whichever scenario. A word that occurs once has one activation as its
     mean; ``count`` says so, and `min_count` leaves it out.
     """
-    if top < 1:
-        raise ConfigError(f"top={top} keeps nothing", remedy="Give a number of at least 1.")
+    at_least_one(top)
     parts_of = list(blocks(data, ["token", "features"]))
     kept = _kept(data, parts_of, special=special, text=text)
     vocabulary, word_ids = _numbered(parts_of, kept, strip=strip)
@@ -123,7 +123,9 @@ def word_associations(
     )
 
 
-def _kept(data: Data, found: Sequence[Block], *, special: bool, text: Text) -> Iterator[np.ndarray]:
+def _kept(
+    data: Data, found: Sequence[SampleBlock], *, special: bool, text: Text
+) -> Iterator[np.ndarray]:
     """Yield which samples of each block count.
 
     Raises
@@ -152,7 +154,7 @@ def _word(text: str, *, strip: bool) -> str:
 
 
 def _numbered(
-    found: Sequence[Block], kept: Iterable[np.ndarray], *, strip: bool
+    found: Sequence[SampleBlock], kept: Iterable[np.ndarray], *, strip: bool
 ) -> tuple[list[str], list[np.ndarray]]:
     """Return all words, and for each block the number of each sample's ``(sample,)`` int32.
 
@@ -230,7 +232,7 @@ class _Pairs(NamedTuple):
 
 
 def _by_layer(
-    found: Sequence[Block],
+    found: Sequence[SampleBlock],
     words: Sequence[np.ndarray],
     n_words: int,
     most: int = _MOST_PAIRS,
@@ -278,7 +280,7 @@ class _Sum:
         return self._sum
 
 
-def _at_layers(block: Block, layers: Sequence[int]) -> xr.DataArray:
+def _at_layers(block: SampleBlock, layers: Sequence[int]) -> xr.DataArray:
     return taken(block.arrays["features"].assign_coords(layer=block.layers), layer=layers)
 
 

@@ -21,7 +21,7 @@ from zarrtrace.capture.sae_configs import (
     hook_name_of,
     prepend_bos_of,
     sae_attributes,
-    several,
+    several_saes,
 )
 from zarrtrace.capture.saes import Found, variables_of
 from zarrtrace.errors import SAEError
@@ -66,7 +66,9 @@ class LoadedSAEs:
                 remedy=f"Give it as saes={{{hook.layer}: sae}}.",
             )
         if hook in self._saes:
-            raise several("saes", hook.layer, [name, name], "Give one SAE for each hook point.")
+            raise several_saes(
+                "saes", hook.layer, [name, name], "Give one SAE for each hook point."
+            )
         check_config(f"{where} ({name})", config)
         _check_precision(where, sae)
         found = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}

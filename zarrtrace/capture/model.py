@@ -31,7 +31,7 @@ from zarrtrace.capture.streaming import BlockStream
 from zarrtrace.capture.token_texts import TokenTexts, special_ids
 from zarrtrace.errors import ConfigError, ModelError
 from zarrtrace.format.attributes import ModelAttributes
-from zarrtrace.hub import refuse_other_folder
+from zarrtrace.hub import refuse_non_model_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -171,7 +171,7 @@ def load_model(
         If the device does not exist.
     """
     check_device(device)
-    refuse_other_folder(name)
+    refuse_non_model_folder(name)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(name, **options)

@@ -22,7 +22,7 @@ from zarrtrace.capture.encoder import Encoder
 from zarrtrace.capture.encoder_files import encoder_stretches, load_encoder, reads_encoder_alone
 from zarrtrace.capture.hooks import KINDS, parse_hook
 from zarrtrace.capture.sae_configs import (
-    LOADING_ERRORS,
+    SAE_LOADING_ERRORS,
     cannot_fold,
     check_config,
     form_of,
@@ -30,7 +30,7 @@ from zarrtrace.capture.sae_configs import (
     layer_in_id,
     prepend_bos_of,
     sae_attributes,
-    several,
+    several_saes,
     unreadable,
 )
 from zarrtrace.capture.saes import Found
@@ -165,13 +165,13 @@ class ReleaseSAEs:
         for layer in layers:
             names = sorted(by_layer.get(layer, ()), key=lambda name: -forms[form_of(name)])
             if len(names) > _MAX_CHOICES:
-                raise several(self._release, layer, names, _SAY_WHICH)
+                raise several_saes(self._release, layer, names, _SAY_WHICH)
             here: dict[str, str] = {}
             for name in names:
                 kind, form = self._kind(name, layer), form_of(name)
                 rival = here.setdefault(kind, form)
                 if rival != form and forms[rival] == forms[form]:
-                    raise several(self._release, layer, names, _SAY_WHICH)
+                    raise several_saes(self._release, layer, names, _SAY_WHICH)
             taken |= {form: kind for kind, form in here.items()}
         return tuple(sorted(taken, key=lambda form: (-forms[form], KINDS.index(taken[form]))))
 
@@ -230,7 +230,7 @@ class ReleaseSAEs:
             sae = self._load(attributes, device)
         except NotImplementedError as error:
             raise cannot_fold(what, error) from error
-        except LOADING_ERRORS as error:
+        except SAE_LOADING_ERRORS as error:
             raise unreadable(what, error) from error
         commit = self._commit(fetch=False)
         if commit != attributes.revision:

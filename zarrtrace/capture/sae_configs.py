@@ -26,7 +26,7 @@ _LAYER_IN_ID = re.compile(r"(?:^[lL]|(?:^|[/._-])(?:blocks?|layers?)[._-]?)(\d+)
 
 
 #: Errors that loading a damaged SAE raises.
-LOADING_ERRORS = (
+SAE_LOADING_ERRORS = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -73,7 +73,7 @@ def read_config(file: Path) -> dict[str, Any]:
         if not isinstance(found.get("metadata", {}), dict):
             raise TypeError("its metadata is not an object")
         config: dict[str, Any] = handle_config_defaulting(found)
-    except (*LOADING_ERRORS, RecursionError) as error:
+    except (*SAE_LOADING_ERRORS, RecursionError) as error:
         raise unreadable(str(file), error) from error
     return config
 
@@ -205,7 +205,7 @@ def shapes_of(what: str, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return the shape of each weight of an SAE, by name, from its configuration alone."""
     try:
         sae = SAE.from_dict({**config, "device": "meta", "dtype": "float32"})
-    except LOADING_ERRORS as error:
+    except SAE_LOADING_ERRORS as error:
         sizes = f"d_in {str(config.get('d_in'))[:30]}, d_sae {str(config.get('d_sae'))[:30]}"
         raise unreadable(f"{what} ({sizes})", error) from error
     return {name: tuple(weight.shape) for name, weight in sae.state_dict().items()}
@@ -223,7 +223,7 @@ def check_weights(path: Path, config: dict[str, Any]) -> None:
         with safe_open(path / "sae_weights.safetensors", framework="pt") as tensors:
             names = set(tensors.keys())
             stored = {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
-    except LOADING_ERRORS as error:
+    except SAE_LOADING_ERRORS as error:
         raise unreadable(str(path), error) from error
     check_shapes(str(path), config, stored)
 
@@ -280,7 +280,7 @@ def cannot_fold(what: str, error: Exception) -> SAEError:
     )
 
 
-def several(where: str, layer: int, names: Sequence[str], remedy: str) -> SAEError:
+def several_saes(where: str, layer: int, names: Sequence[str], remedy: str) -> SAEError:
     """Say that a layer has several SAEs to choose from."""
     return SAEError(
         f"{where}: {len(names)} SAEs for layer {layer}: {', '.join(names[:6])}"
@@ -326,6 +326,6 @@ def prepend_bos_of(configs: Mapping[str, dict[str, Any]]) -> bool | None:
     return next(iter(said), None)
 
 
-def natural(path: Path) -> list[Any]:
+def natural_key(path: Path) -> list[Any]:
     """Sort key that counts the numbers in a path."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]

@@ -20,16 +20,16 @@ from zarrtrace.capture.fingerprint import sae_fingerprint
 from zarrtrace.capture.hooks import KINDS, HookPoint, parse_hook, place
 from zarrtrace.capture.model import LoadedModel
 from zarrtrace.capture.sae_configs import (
-    LOADING_ERRORS,
+    SAE_LOADING_ERRORS,
     cannot_fold,
     check_config,
     check_weights,
     hook_name_of,
-    natural,
+    natural_key,
     prepend_bos_of,
     read_config,
     sae_attributes,
-    several,
+    several_saes,
     unreadable,
 )
 from zarrtrace.errors import SAEError
@@ -93,7 +93,7 @@ class FolderSAEs:
             raise SAEError(f"{folder}: no such folder", remedy="Check --sae-path.")
         self._configs: dict[str, dict[str, Any]] = {}
         self._used: dict[str, dict[str, Any]] = {}
-        for file in sorted(self._folder.rglob("cfg.json"), key=natural):
+        for file in sorted(self._folder.rglob("cfg.json"), key=natural_key):
             self._configs[file.parent.relative_to(self._folder).as_posix()] = read_config(file)
         if not self._configs:
             raise SAEError(
@@ -149,7 +149,7 @@ class FolderSAEs:
 
     def _attributes(self, layer: int, names: Sequence[str], variable: str) -> SAEAttributes:
         if len(names) > 1:
-            raise several(
+            raise several_saes(
                 str(self._folder), layer, names, "Give --sae-path a folder that holds one of them."
             )
         path = self._folder / names[0]
@@ -183,7 +183,7 @@ class FolderSAEs:
             )
         except NotImplementedError as error:
             raise cannot_fold(str(path), error) from error
-        except LOADING_ERRORS as error:
+        except SAE_LOADING_ERRORS as error:
             raise unreadable(str(path), error) from error
         now = _fingerprint(path, self._configs[attributes.id])
         if now != attributes.fingerprint:
@@ -236,5 +236,5 @@ def _fingerprint(path: Path, config: dict[str, Any]) -> str:
     try:
         _, config_class = get_sae_class(config["architecture"])
         return sae_fingerprint(config_class.from_dict(config), path / "sae_weights.safetensors")
-    except LOADING_ERRORS as error:
+    except SAE_LOADING_ERRORS as error:
         raise unreadable(str(path), error) from error

@@ -6,6 +6,9 @@ from typing import Any
 
 import numpy as np
 
+# SentencePiece writes a space so.
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
     """Return the ids of special tokens, also of those that only chat templates write."""
@@ -35,10 +38,8 @@ class TokenTexts(dict[int, str]):
         piece: str | None = self._tokenizer.convert_ids_to_tokens(token)
         if piece is None:  # a model's vocabulary may be larger than its tokenizer's
             text = ""
-        elif (
-            "\N{LOWER ONE EIGHTH BLOCK}" in piece
-        ):  # SentencePiece's space; decode() would strip it
-            text = piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ")
+        elif _SPACE in piece:  # decode() would strip it
+            text = piece.replace(_SPACE, " ")
         else:
             text = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
         self[token] = text

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from zarrtrace.cli.commands import Group
-from zarrtrace.cli.feature_names import namer_of
+from zarrtrace.cli.feature_names import feature_namer
 from zarrtrace.cli.results import check_output, write_result
 from zarrtrace.cli.rows import choice_of, row_options
 from zarrtrace.cli.shared import (
@@ -92,7 +92,7 @@ def _run(name: str, function: str, given: dict[str, Any]) -> None:
         result = with_findings(_compute(function, data, given).compute())
         if function == "probe" and (output is None or output.suffix != ".nc"):
             result = result.drop_dims("sample")  # predictions: another table
-    namer = namer_of(run, given.get("sae"))
+    namer = feature_namer(run, given.get("sae"))
     if output is None:
         say(text_of(result, layout, choice, namer))
     else:

@@ -27,7 +27,7 @@ def no_names(features: Sequence[tuple[int, int]], words: bool) -> dict[tuple[int
     return {}
 
 
-def namer_of(run: Location, sae: str | None) -> Namer:
+def feature_namer(run: Location, sae: str | None) -> Namer:
     """Return what names the features of an SAE of a run.
 
     Where labels or index are damaged it warns, and names none: the result is shown all the same.

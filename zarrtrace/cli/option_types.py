@@ -45,10 +45,10 @@ class PositionsType(click.ParamType["Positions"]):
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> Positions:
         """Parse a word or a list."""
-        from zarrtrace.scenarios.positions import parsed
+        from zarrtrace.scenarios.positions import parse_positions
 
         try:
-            return parsed(value, "--positions")
+            return parse_positions(value, "--positions")
         except ConfigError as error:
             self.fail(f"{value!r}: {error.remedy}", param, ctx)
 

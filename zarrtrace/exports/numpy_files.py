@@ -25,7 +25,7 @@ _HIDDEN = ("hidden_states", "layers", VALID)
 Step = Callable[[int], None]
 
 
-class Nonzero:
+class GrowingCoordinates:
     """The non-zero values of one layer, in the order of rows, then columns.
 
     Parameters
@@ -42,7 +42,7 @@ class Nonzero:
 
     def append(self, start: int, values: np.ndarray, valid: np.ndarray) -> None:
         """Append samples; those of failed scenarios, which are NaN, have no values here."""
-        row, column, found = nonzero(values, valid)
+        row, column, found = nonzero_coordinates(values, valid)
         self.rows.append(row + np.int32(start))
         self.columns.append(column)
         self.values.append(found)
@@ -53,7 +53,9 @@ class Nonzero:
             one.close()
 
 
-def nonzero(values: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def nonzero_coordinates(
+    values: np.ndarray, valid: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return rows, columns and values of what is not zero in valid rows, row by row."""
     is_there = values != 0
     is_there[~valid] = False
@@ -100,9 +102,9 @@ def _write_layers(
     kind = np.dtype(dtype or array.dtype)
     files = {layer: folder / f"sae_features{array.suffix}_L{layer}.npz" for layer in layers}
     with contextlib.ExitStack() as stack:
-        found: dict[int, Nonzero] = {}
+        found: dict[int, GrowingCoordinates] = {}
         for layer in layers:
-            found[layer] = Nonzero(lambda one: GrowingArray(folder, pool, one), kind)
+            found[layer] = GrowingCoordinates(lambda one: GrowingArray(folder, pool, one), kind)
             stack.callback(found[layer].close)
         rows = array.rows(len(array.layers))
         for start in range(0, samples.count, rows):

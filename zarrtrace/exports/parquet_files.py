@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from zarrtrace.exports.folder import writing
-from zarrtrace.exports.numpy_files import nonzero
+from zarrtrace.exports.numpy_files import nonzero_coordinates
 from zarrtrace.exports.samples import VALID, LayeredArray, Samples
 from zarrtrace.npz.files import DType, converted
 
@@ -132,7 +132,7 @@ def _feature_lists(
     for layers in array.groups():
         block = array.read(layers, start, stop)
         for layer, dense in zip(layers, block.values, strict=True):
-            row, column, values = nonzero(converted(folder, dense, dtype), valid)
+            row, column, values = nonzero_coordinates(converted(folder, dense, dtype), valid)
             ends = np.searchsorted(row, np.arange(stop - start + 1)).astype(np.int32)
             for name, content in (("indices", column), ("values", values)):
                 columns[f"feature_{name}{array.suffix}_layer_{layer}"] = pa.ListArray.from_arrays(

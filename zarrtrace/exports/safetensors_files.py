@@ -15,7 +15,7 @@ import numpy as np
 
 from zarrtrace.errors import ConfigError
 from zarrtrace.exports.folder import writing
-from zarrtrace.exports.numpy_files import nonzero
+from zarrtrace.exports.numpy_files import nonzero_coordinates
 from zarrtrace.exports.parquet_files import write_coordinates
 from zarrtrace.exports.samples import LayeredArray, Samples
 from zarrtrace.npz.files import DType, converted
@@ -136,7 +136,7 @@ def _features(
         block = array.read(layers, start, min(start + rows, samples.count))
         valid = samples.valid(start, block.stop)
         for (row, column, found), dense in zip(tensors, block.values, strict=True):
-            parts = nonzero(converted(folder, dense, dtype), valid)
+            parts = nonzero_coordinates(converted(folder, dense, dtype), valid)
             row.append(parts[0] + np.int32(start))
             column.append(parts[1])
             found.append(parts[2])

@@ -29,7 +29,7 @@ from zarrtrace.extraction.options import (
 from zarrtrace.extraction.progress import Shown
 from zarrtrace.extraction.running import extract_run
 from zarrtrace.extraction.table import extract_table
-from zarrtrace.scenarios.positions import parsed
+from zarrtrace.scenarios.positions import parse_positions
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import open_run, open_table
 
@@ -305,10 +305,10 @@ def extract(
             residual=residual,
             scenarios=scenarios,
             only=(scenario,) if isinstance(scenario, str) else tuple(scenario),
-            positions=parsed(positions, "positions"),
+            positions=parse_positions(positions, "positions"),
             attention_positions=None
             if attention_positions is None
-            else parsed(attention_positions, "attention_positions"),
+            else parse_positions(attention_positions, "attention_positions"),
             revision=revision,
             fold_decoder_norm=fold_decoder_norm,
             sae_products=sae_products,

@@ -40,7 +40,7 @@ class _Part(NamedTuple):
 
 
 @dataclass
-class Group:
+class SampleGroup:
     """Some scenarios that go through the model together, and what was computed of them.
 
     Attributes

@@ -8,7 +8,6 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
 import tqdm
@@ -85,12 +84,7 @@ class _CountProgress:
         """Say how many there are."""
         return f"{self._done:,} of {self._total:,} {self._unit}s"
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._bar.close()
         if kind is KeyboardInterrupt:
             raise KeyboardInterrupt(f"stopped after {self}") from None
@@ -224,12 +218,7 @@ class Progress:
             f"{len(self._missing)} scenarios{_and_share(self._generation)}"
         )
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._scenario_bar.close()
         self._layer_bar.close()
         if kind is None and self._shown and self._generation and self._generation.share:
@@ -269,12 +258,7 @@ class SampleProgress(_CountProgress):
         """Say how far the table is."""
         return f"{super().__str__()}{_and_share(self._generation)}"
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        super().__exit__(kind, error, traceback)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        super().__exit__(kind)
         if kind is None and self._shown and self._generation and self._generation.share:
             sys.stderr.write(f"zarrtrace: {self}\n")

@@ -22,7 +22,7 @@ from zarrtrace.extraction.answers import expected_prompts
 from zarrtrace.extraction.configuration import library_versions, prompt_digest
 from zarrtrace.extraction.continuations import continued_stream, expected, settings_of
 from zarrtrace.extraction.estimates import estimate_table
-from zarrtrace.extraction.gathering import Group
+from zarrtrace.extraction.gathering import SampleGroup
 from zarrtrace.extraction.interrupts import held_back
 from zarrtrace.extraction.job import Job, prepare, tokenized, with_prompts
 from zarrtrace.extraction.options import NOTHING_LOADED, Loaded, Options
@@ -339,7 +339,7 @@ def _fill(writer: TableWriter, table: TableJob, bar: SampleProgress) -> None:
             here = table.prompts(first, stop)
             starts = table.survey.starts[first : stop + 1]
             rows = itertools.pairwise((starts - starts[0]).tolist())
-            group = Group(int(starts[0]), dict(zip(here, rows, strict=True)))
+            group = SampleGroup(int(starts[0]), dict(zip(here, rows, strict=True)))
             group = _computed(
                 table.job, here, group, dtypes, interrupted, is_first=group.start == 0
             )
@@ -371,12 +371,12 @@ def _quick_turns(job: Job) -> Iterator[None]:
 def _computed(
     job: Job,
     chosen: Chosen,
-    group: Group,
+    group: SampleGroup,
     dtypes: tuple[str, str],
     interrupted: Any,
     *,
     is_first: bool,
-) -> Group:
+) -> SampleGroup:
     """Compute a group; if that fails, its scenarios one by one.
 
     Raises
@@ -390,7 +390,7 @@ def _computed(
         last = error
     else:
         return group
-    alone, job = Group(group.start, group.rows), replace(job, batch_size=1)
+    alone, job = SampleGroup(group.start, group.rows), replace(job, batch_size=1)
     for name, one in chosen.items():
         try:
             _add_all(job, {name: one}, alone, dtypes, interrupted)
@@ -403,7 +403,7 @@ def _computed(
 
 
 def _add_all(
-    job: Job, chosen: Chosen, group: Group, dtypes: tuple[str, str], interrupted: Any
+    job: Job, chosen: Chosen, group: SampleGroup, dtypes: tuple[str, str], interrupted: Any
 ) -> None:
     everything = MissingParts(job.layers, tokens=True)
     job = with_prompts(job, tuple(prompt for prompt, _ in chosen.values()))
@@ -420,7 +420,7 @@ def _add_all(
 def _written(
     pool: ThreadPoolExecutor,
     writer: TableWriter,
-    group: Group,
+    group: SampleGroup,
     layers: Sequence[int],
     shape: TableShape,
     done: int,

@@ -36,7 +36,14 @@ LABELLED = ".labels.parquet"
 SPECIAL = "special"
 #: Coordinates that are no index; a group's ``coordinates`` attribute names those it has.
 # Text among the data would make Dataset.where() of plain xarray fail: it has no NaN.
-LABELS = ("token_id", "key_token", "special", "generated", "query_token", "next_token_text")
+PLAIN_COORDINATES = (
+    "token_id",
+    "key_token",
+    "special",
+    "generated",
+    "query_token",
+    "next_token_text",
+)
 
 #: How chunks are compressed: schema/README.md, "Codecs".
 Codec = Literal["shuffle", "sparse", "plain"]

@@ -41,7 +41,7 @@ def find_in_table(
     names, generated = _names(ds), _generated(ds)
     is_known = ~np.isnan(values) & (generated | _of_first_repeats(names))
     if not special and is_known.any():
-        is_known &= ~special_samples(ds)
+        is_known &= ~_special(ds)
         if not is_known.any():
             raise ConfigError(
                 f"{run}: all samples of the table are special tokens",
@@ -72,7 +72,7 @@ def find_in_table(
     )
 
 
-def special_samples(ds: xr.Dataset) -> np.ndarray:
+def _special(ds: xr.Dataset) -> np.ndarray:
     """Tell which samples of a table hold special tokens; none if it does not say."""
     if SPECIAL not in ds.coords or SPECIAL in ds.attrs["metadata"]:
         return np.zeros(ds.sizes["sample"], bool)

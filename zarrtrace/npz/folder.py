@@ -15,7 +15,7 @@ from zarrtrace.errors import ConfigError, NPZError
 from zarrtrace.npz.archive import Header, keys_of, read_header
 from zarrtrace.npz.files import check_inside, reading
 from zarrtrace.npz.metadata import Metadata, ScenarioMetadata, find_metadata
-from zarrtrace.npz.plausibility import Content, check_distinct
+from zarrtrace.npz.plausibility import ArrayEntry, check_distinct
 from zarrtrace.suggestions import closest_path
 
 # Counting further would take long where a metadata file claims millions.
@@ -119,7 +119,7 @@ def _look_at_files(folder: Folder) -> Folder:
     digest = hashlib.blake2b(json.dumps(described).encode(), digest_size=8)
     headers: dict[str, Header] = {}
     keys: dict[int, tuple[str, ...]] = {}
-    contents: dict[Path, list[Content]] = {}
+    contents: dict[Path, list[ArrayEntry]] = {}
     token_ids: dict[Path, tuple[int, ...]] = {}
     for scenario in folder.metadata.scenarios:
         ids = tuple(scenario.token_ids)
@@ -133,7 +133,7 @@ def _look_at_files(folder: Folder) -> Folder:
                     for key in keys_of(file, archive)
                 }
                 infos = {key: archive.getinfo(f"{key}.npy") for key in found}
-            contents[file] = [Content(key, one.CRC, one.file_size) for key, one in infos.items()]
+            contents[file] = [ArrayEntry(key, one.CRC, one.file_size) for key, one in infos.items()]
             _check_keys(folder, file, tuple(found), keys.setdefault(layer, tuple(found)))
             token_ids[file] = ids
             _check_alike(file, found, headers)

@@ -49,7 +49,7 @@ def check_attention(file: Path, attention: np.ndarray, queries: np.ndarray) -> N
         )
 
 
-class Content(NamedTuple):
+class ArrayEntry(NamedTuple):
     """One array of a layer file, by what its archive says of it.
 
     Attributes
@@ -64,7 +64,7 @@ class Content(NamedTuple):
 
 
 def check_distinct(
-    files: Mapping[Path, Iterable[Content]], token_ids: Mapping[Path, tuple[int, ...]]
+    files: Mapping[Path, Iterable[ArrayEntry]], token_ids: Mapping[Path, tuple[int, ...]]
 ) -> None:
     """Refuse layer files that hold the same numbers as another of other tokens or another layer.
 
@@ -74,7 +74,7 @@ def check_distinct(
     Parameters
     ----------
     files
-        Content of each file.
+        The arrays of each file.
     token_ids
         Tokens of the scenario that each is from.
 
@@ -82,7 +82,7 @@ def check_distinct(
     ------
     NPZError
     """
-    seen: dict[Content, list[Path]] = {}
+    seen: dict[ArrayEntry, list[Path]] = {}
     for file, contents in files.items():
         for content in contents:
             if content.key == "attention" and len(token_ids[file]) == 1:

@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, Self
 
 import numpy as np
@@ -111,12 +110,7 @@ class NPZStream:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # After an error, closing may fail as well: on a full disk.
         with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
             self._archive.close()

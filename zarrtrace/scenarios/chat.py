@@ -11,8 +11,14 @@ from typing import Any
 from zarrtrace.errors import ConfigError, ScenarioError
 from zarrtrace.format.attributes import ChatAttributes
 from zarrtrace.scenarios.entries import MessageEntry, SpanEntry, TextSpan
-from zarrtrace.scenarios.names import DECISION, label
-from zarrtrace.scenarios.spans import CharRange, find_span, locate_spans, occurrences
+from zarrtrace.scenarios.names import label
+from zarrtrace.scenarios.spans import (
+    CharRange,
+    find_span,
+    locate_spans,
+    occurrences,
+    refuse_decision,
+)
 from zarrtrace.scenarios.templates import read_marks
 
 _ASSISTANT = "assistant"
@@ -115,7 +121,7 @@ def read_chat(
     ]
     sought: dict[str, SpanEntry] = {}
     for name, given in spans.items():
-        _refuse_decision(scenario, name)
+        refuse_decision(scenario, name)
         if not isinstance(given, TextSpan) or given.message is None:
             sought[name] = given
             continue
@@ -145,14 +151,6 @@ def _read_message(scenario: str, at: int, given: MessageEntry, *, marks: bool) -
                 remedy=f"{error.remedy} Or take contents word for word with marks=False.",
             ) from None
     return Message(given.role, content, spans)
-
-
-def _refuse_decision(scenario: str, name: str) -> None:
-    if name == DECISION:
-        raise ScenarioError(
-            f"{label(scenario)}: span {DECISION!r} is always the last token",
-            remedy="Give your span another name.",
-        )
 
 
 # --- rendering ---------------------------------------------------------------------------------

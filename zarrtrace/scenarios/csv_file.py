@@ -11,7 +11,7 @@ from typing import Any
 from zarrtrace.errors import ScenarioError
 from zarrtrace.scenarios.entries import ScenarioEntry
 from zarrtrace.scenarios.metadata import Value
-from zarrtrace.scenarios.streams import has_changed
+from zarrtrace.scenarios.streams import changed_error
 from zarrtrace.scenarios.suite_file import MAX_BYTES, lines_of
 from zarrtrace.scenarios.tables import BATCH, FIELDS, check_header, table_entries
 
@@ -42,14 +42,14 @@ class CSVFile:
         rows = self._rows()
         where, header = next(rows)
         if len(header) != len(converts):
-            raise has_changed(where)
+            raise changed_error(where)
 
         def typed() -> Iterator[tuple[str, Sequence[Any]]]:
             for place, row in rows:
                 try:
                     cells = [convert(cell) for convert, cell in zip(converts, row, strict=True)]
                 except (KeyError, ValueError):
-                    raise has_changed(place) from None
+                    raise changed_error(place) from None
                 yield place, cells
 
         yield from table_entries(where, header, typed())

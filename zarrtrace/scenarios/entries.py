@@ -168,7 +168,7 @@ class SuiteFile(_Strict):
     scenarios: list[ScenarioEntry] = Field(min_length=1)
 
 
-class Problem(NamedTuple):
+class EntryProblem(NamedTuple):
     """Where an entry is wrong, why, and what to do."""
 
     location: tuple[str | int, ...]
@@ -181,7 +181,7 @@ class Problem(NamedTuple):
         return ".".join(map(str, self.location))
 
 
-def problem_of(error: ValidationError) -> Problem:
+def problem_of(error: ValidationError) -> EntryProblem:
     """Return the first problem that pydantic found, in words of the file format."""
     first, *others = sorted(
         error.errors(),
@@ -204,8 +204,8 @@ def problem_of(error: ValidationError) -> Problem:
             remedy = f"Did you mean {close!r}? {remedy}"
         elif len(location) == 1 or location[0] == "scenarios":
             remedy = f"Numbers, text and booleans of your own stand under 'metadata'. {remedy}"
-        return Problem(location, f"unknown field {name!r}", remedy)
-    return Problem(location, first["msg"].removeprefix("Value error, "), remedy)
+        return EntryProblem(location, f"unknown field {name!r}", remedy)
+    return EntryProblem(location, first["msg"].removeprefix("Value error, "), remedy)
 
 
 def checked_entry(given: Mapping[str, Any], label: str) -> ScenarioEntry:

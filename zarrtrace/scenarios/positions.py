@@ -17,7 +17,7 @@ Positions = str | tuple[str, ...] | tuple[int, ...]
 _WORDS = ("all", "last", "spans")
 
 
-def parsed(given: str | int | Iterable[int] | Iterable[str], option: str) -> Positions:
+def parse_positions(given: str | int | Iterable[int] | Iterable[str], option: str) -> Positions:
     """Return positions as options hold them; text is a word, or names or integers with commas.
 
     Parameters

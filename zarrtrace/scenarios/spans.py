@@ -51,13 +51,23 @@ def locate_spans(
         search = functools.cache(search)
     spans = {name: list(ranges) for name, ranges in marked.items()}
     for name, one in given.items():
-        if name == DECISION:
-            raise ScenarioError(
-                f"{label(scenario)}: span {DECISION!r} is always the last token",
-                remedy="Give your span another name.",
-            )
+        refuse_decision(scenario, name)
         spans.setdefault(name, []).extend(find_span(scenario, name, one, prompt, search))
     return {name: tuple(sorted(set(ranges))) for name, ranges in spans.items()}
+
+
+def refuse_decision(scenario: str, name: str) -> None:
+    """Refuse a span that has the name of the one that every scenario has.
+
+    Raises
+    ------
+    ScenarioError
+    """
+    if name == DECISION:
+        raise ScenarioError(
+            f"{label(scenario)}: span {DECISION!r} is always the last token",
+            remedy="Give your span another name.",
+        )
 
 
 def occurrences(prompt: str, text: str) -> list[CharRange]:

@@ -109,13 +109,13 @@ class Source:
         facts, count = self.facts, 0
         for draft in self.drafts():
             if facts.contents[count : count + 1].tolist() != [_content(draft.scenario)]:
-                raise has_changed(draft.where)
+                raise changed_error(draft.where)
             count += 1
             given = draft.scenario.metadata
             typed = {name: one.typed(given.get(name)) for name, one in facts.columns.items()}
             yield changed(draft.scenario, metadata=typed)
         if count != len(facts.contents):
-            raise has_changed(self.where)
+            raise changed_error(self.where)
 
 
 class ScenarioStream:
@@ -178,7 +178,7 @@ def placed(where: str, error: ScenarioError) -> ScenarioError:
     return ScenarioError(what, why=error.why, remedy=error.remedy)
 
 
-def has_changed(where: str) -> ScenarioError:
+def changed_error(where: str) -> ScenarioError:
     """Return the error for scenarios that are not those of the first pass."""
     error = ScenarioError(
         "the scenarios have changed since they were first read",

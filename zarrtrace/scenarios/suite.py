@@ -22,7 +22,7 @@ from zarrtrace.scenarios.entries import ScenarioEntry, SuiteFile, checked_entry
 from zarrtrace.scenarios.metadata import RESERVED, Column, Value, plain_value
 from zarrtrace.scenarios.names import check_name, default_name, label
 from zarrtrace.scenarios.scenario import Scenario, assembled, changed
-from zarrtrace.scenarios.streams import Draft, ScenarioStream, Source, has_changed, placed
+from zarrtrace.scenarios.streams import Draft, ScenarioStream, Source, changed_error, placed
 from zarrtrace.scenarios.suite_file import MAX_BYTES, parse_yaml, read_jsonl
 from zarrtrace.scenarios.tables import dataset_entries, frame_entries
 from zarrtrace.scenarios.templates import render_template, text_of, value_names
@@ -209,7 +209,7 @@ def _watched(path: Path, files: Sequence[Path], read: Callable[[], Entries]) -> 
         with _readable(path):
             now = [(one.st_size, one.st_mtime_ns) for one in map(os.stat, files)]
             if first and first != now:
-                raise has_changed(str(path))
+                raise changed_error(str(path))
             first[:] = now
             yield from _drafts(read())
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -22,7 +21,7 @@ from zarrtrace.store.damage import check_sizes
 from zarrtrace.store.indexable import Indexable, digest_of, read_run_or_table
 from zarrtrace.store.metadata import Group, read_index_group, read_trace
 from zarrtrace.store.nodes import Nodes, array_metadata, encoded
-from zarrtrace.store.publish import end_publishing, publish_folder, remove
+from zarrtrace.store.publish import beside, end_publishing, publish_folder, remove
 from zarrtrace.store.run_writer import lock_run
 from zarrtrace.store.seal import sealed_group
 from zarrtrace.store.staged import staging_folder
@@ -165,8 +164,8 @@ class IndexWriter:
         self._run, self._source = locate(run).resolved(), source
         # Tasks on other machines write it, too: in an object store it stands beside the run.
         is_remote = self._run.path is None
-        beside = self._run.with_name(f".{self._run.name}.zarrtrace-index")
-        self.path = beside if is_remote else locate(staging_folder(self._run) / INDEX)
+        staged = staging_folder(self._run) / INDEX
+        self.path = beside(self._run, "index") if is_remote else locate(staged)
         layers, scenarios = len(source.layers), len(source.names)
         is_table = source.table is not None
         self._layout = index_layout(layers, source.features, scenarios, of_table=is_table)
@@ -179,12 +178,7 @@ class IndexWriter:
                     (folder / name).mkdir(parents=True)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         remove(self.path)
         if (folder := self.path.path) is not None:
             with contextlib.suppress(OSError):  # what else is staged stays

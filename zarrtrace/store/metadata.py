@@ -24,8 +24,8 @@ from zarrtrace.scenarios import check_name, check_trace_name
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store.chunks import Checksum
 from zarrtrace.store.codecs import ArrayEncoding
-from zarrtrace.store.nodes import NONSENSE, Nodes, check_node, checksums_of
-from zarrtrace.store.seal import GROUP, AnyAttributes, labels_of, seal_holds
+from zarrtrace.store.nodes import NONSENSE, Nodes, check_array, stored_checksums
+from zarrtrace.store.seal import GROUP, AnyAttributes, coordinate_names, seal_holds
 from zarrtrace.suggestions import closest_path
 
 Kind = Literal["run", "trace", "table", "index"]
@@ -85,7 +85,7 @@ class Group(Generic[_Attributes]):
     @cached_property
     def checksums(self) -> dict[str, dict[str, Checksum]]:
         """Sizes and checksums of its arrays' files, by array and key."""
-        return {name: checksums_of(self.nodes[name]) for name in self.encodings}
+        return {name: stored_checksums(self.nodes[name]) for name in self.encodings}
 
 
 # --- writing -----------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ class Group(Generic[_Attributes]):
 def repeated_nodes(trace: Group[TraceAttributes]) -> Nodes:
     """Return what a run repeats of a trace's metadata, by path below the trace."""
     group = {
-        "attributes": {**trace.plain, "coordinates": labels_of(trace.nodes)},
+        "attributes": {**trace.plain, "coordinates": coordinate_names(trace.nodes)},
         **GROUP,
         "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": {}},
     }
@@ -409,7 +409,7 @@ def check_nodes(
     encodings = {}
     for name, node in nodes.items():
         try:
-            encodings[name] = check_node(name, node, sizes, is_whole=is_whole)
+            encodings[name] = check_array(name, node, sizes, is_whole=is_whole)
         except NONSENSE as error:
             raise ValueError(f"array {name!r}: {error}") from error
     if isinstance(attributes, IndexAttributes):

@@ -71,7 +71,7 @@ def encoded(node: Mapping[str, Any]) -> bytes:
     return json.dumps(node, allow_nan=False).encode()
 
 
-def check_node(
+def check_array(
     name: str, node: Mapping[str, Any], sizes: dict[str, int], *, is_whole: bool
 ) -> ArrayEncoding:
     """Refuse metadata that no array of zarrtrace has; return how the array is encoded.
@@ -91,7 +91,7 @@ def check_node(
     """
     encoding = ArrayEncoding(layout_of(node))
     _check_dims(name, encoding, sizes)
-    _check_files(checksums_of(node), encoding, is_whole=is_whole)
+    _check_files(stored_checksums(node), encoding, is_whole=is_whole)
     return encoding
 
 
@@ -177,7 +177,7 @@ def _check_files(files: Checksums, encoding: ArrayEncoding, *, is_whole: bool) -
         raise ValueError("files are missing")
 
 
-def checksums_of(node: Mapping[str, Any]) -> dict[str, Checksum]:
+def stored_checksums(node: Mapping[str, Any]) -> dict[str, Checksum]:
     """Return sizes and checksums of an array's files, by key.
 
     Raises

@@ -15,7 +15,7 @@ from zarrtrace.store.chunks import read_index
 from zarrtrace.store.damage import find_damage
 from zarrtrace.store.journal import chunk_places
 from zarrtrace.store.metadata import Group, read_trace
-from zarrtrace.store.nodes import array_metadata, checksums_of
+from zarrtrace.store.nodes import array_metadata, stored_checksums
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def sound_parts(
     if trace.attributes.model_dump(exclude=changing) != attributes.model_dump(exclude=changing):
         return None
     if layouts.keys() != trace.nodes.keys() or any(
-        array_metadata(layout, checksums_of(trace.nodes[name])) != trace.nodes[name]
+        array_metadata(layout, stored_checksums(trace.nodes[name])) != trace.nodes[name]
         for name, layout in layouts.items()
     ):
         return None

@@ -9,7 +9,7 @@ from typing import Any
 
 from zarrtrace.format.attributes import RunAttributes, TraceAttributes
 from zarrtrace.format.index_layout import IndexAttributes
-from zarrtrace.format.layout import LABELS
+from zarrtrace.format.layout import PLAIN_COORDINATES
 from zarrtrace.format.table_layout import TableAttributes
 from zarrtrace.store.nodes import Nodes, encoded
 
@@ -37,7 +37,7 @@ def sealed_group(attributes: AnyAttributes, nodes: Nodes | None) -> bytes:
     if isinstance(attributes, IndexAttributes) and attributes.special:
         del plain["special"]  # indexes from before it could be chosen count special tokens
     if isinstance(attributes, TraceAttributes | TableAttributes) and nodes is not None:
-        plain["coordinates"] = labels_of(nodes)
+        plain["coordinates"] = coordinate_names(nodes)
     plain["seal"] = _NO_SEAL
     group: dict[str, Any] = {"attributes": plain, **GROUP}
     if nodes is not None:
@@ -66,9 +66,9 @@ def seal_holds(content: bytes) -> bool:
     )
 
 
-def labels_of(nodes: Nodes) -> str:
+def coordinate_names(nodes: Nodes) -> str:
     """Name the coordinates that are no index, as xarray reads them in an attribute."""
-    names = [name for name in LABELS if name in nodes]
+    names = [name for name in PLAIN_COORDINATES if name in nodes]
     along_sample = [name for name, node in nodes.items() if node["dimension_names"] == ["sample"]]
     saes = sorted(name for name in nodes if name.startswith("sae_"))
     return " ".join(dict.fromkeys([*names, *sorted(along_sample), *saes]))

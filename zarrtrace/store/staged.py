@@ -24,7 +24,7 @@ from zarrtrace.store.chunks import Checksum, FileIndex, index_entries
 from zarrtrace.store.journal import Line, StoredParts, chunk_places, read_lines, replay
 from zarrtrace.store.metadata import Group, check_nodes, parse_attributes
 from zarrtrace.store.nodes import CHECKSUMS, NONSENSE
-from zarrtrace.store.seal import labels_of
+from zarrtrace.store.seal import coordinate_names
 from zarrtrace.store.staged_files import StagedFiles, chunk_checksum, chunks_by_number
 
 
@@ -124,7 +124,7 @@ def read_staged(
     try:
         attributes = parse_attributes(here, header["attributes"], "trace")
         nodes = header["arrays"]
-        labels = frozenset(labels_of(nodes).split())
+        labels = frozenset(coordinate_names(nodes).split())
         encodings = check_nodes(nodes, attributes, is_whole=False)
     except (*NONSENSE, IntegrityError):
         return None  # nor does a writer resume it: it begins again

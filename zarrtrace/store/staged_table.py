@@ -28,7 +28,7 @@ from zarrtrace.store.journal import (
 from zarrtrace.store.metadata import Group, check_nodes, parse_attributes
 from zarrtrace.store.nodes import NONSENSE, array_metadata
 from zarrtrace.store.publish import beside
-from zarrtrace.store.seal import labels_of
+from zarrtrace.store.seal import coordinate_names
 from zarrtrace.store.staged import staging_folder
 from zarrtrace.store.staged_files import StagedFiles
 
@@ -210,7 +210,7 @@ def read_staged_table(path: Location) -> tuple[Group[TableAttributes], int] | No
     try:
         attributes = parse_attributes(here, header["attributes"], "table")
         encodings = check_nodes(header["arrays"], attributes, is_whole=False)
-        labels = frozenset(labels_of(header["arrays"]).split())
+        labels = frozenset(coordinate_names(header["arrays"]).split())
     except (*NONSENSE, IntegrityError):
         return None
     block = max(e.chunks[e.layout.row_axis] for e in encodings.values() if e.is_sharded)
