@@ -6,15 +6,15 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -d .venv ] && export PATH="$PWD/.venv/bin:$PATH"
 output=${OUTPUT:-runs/llama}
-model=(--model "${MODEL:-meta-llama/Llama-3.1-8B}")
-saes=(--sae-release "${SAE_RELEASE:-llama_scope_lxr_8x}")
-[ -n "${SAE_PATH:-}" ] && saes=(--sae-path "$SAE_PATH")
-layers=(--layers 1-31)
-scenarios=(--scenarios slot-machine)
-[[ " $* " == *" --layer"* ]] && layers=()
-[[ " $* " == *" --scenarios"* || " $* " == *" --prompt"* ]] && scenarios=()
+given=(--model "${MODEL:-meta-llama/Llama-3.1-8B}")
+if [[ " $* " != *" --no-features "* ]]; then
+    saes=(--sae-release "${SAE_RELEASE:-llama_scope_lxr_8x}")
+    [ -n "${SAE_PATH:-}" ] && saes=(--sae-path "$SAE_PATH")
+    given+=("${saes[@]}")
+fi
+[[ " $* " != *" --layer"* ]] && given+=(--layers 1-31)
+[[ " $* " != *" --scenarios"* && " $* " != *" --prompt"* ]] && given+=(--scenarios slot-machine)
 mkdir -p "$(dirname "$output")"
 log="${output%/}_$(date +%Y%m%d_%H%M%S).log"
 echo "logging to $log"
-zarrtrace extract "${model[@]}" ${layers[@]+"${layers[@]}"} "${saes[@]}" \
-    ${scenarios[@]+"${scenarios[@]}"} -o "$output" "$@" 2>&1 | tee "$log"
+zarrtrace extract "${given[@]}" -o "$output" "$@" 2>&1 | tee "$log"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from zarrtrace.capture import CaptureLimits, capture
-from zarrtrace.extraction import Options
+from zarrtrace.extraction import Options, running
 from zarrtrace.extraction.job import prepare
 from zarrtrace.extraction.processes import WriterPool
 from zarrtrace.extraction.progress import Progress
@@ -38,3 +40,21 @@ def extract_within(limits: CaptureLimits, output: Path, options: Options) -> Pat
             fill(locate(output), job, bars, pool)
             run.finish()
     return output
+
+
+@contextmanager
+def interrupted_after(records: int, writers: Any = running.WriterThreads) -> Iterator[None]:
+    """Interrupt an extraction as it hands over one of its records to be written."""
+    real = writers.submit
+    submitted = []
+
+    def stop_later(self: Any, record: Any) -> None:
+        submitted.append(record)
+        if len(submitted) == records:
+            raise KeyboardInterrupt
+        real(self, record)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writers, "submit", stop_later)
+        with pytest.raises(KeyboardInterrupt):
+            yield

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from sample_tables import nonzeros
 
 from zarrtrace.format.attributes import (
     ChatAttributes,
@@ -28,7 +29,6 @@ from zarrtrace.index import build_index
 from zarrtrace.records import (
     FeatureRecord,
     LayerRecord,
-    Nonzeros,
     SampleRecord,
     SampleTokens,
     TablePlan,
@@ -445,17 +445,6 @@ def table_attributes() -> TableAttributes:
     )
 
 
-def _nonzeros(dense: np.ndarray) -> Nonzeros:
-    columns = table_columns(dense.shape[1], CUT)
-    at, values = [], []
-    for first in range(0, dense.shape[1], columns):
-        part = dense[:, first : first + columns]
-        row, column = np.nonzero(part)
-        at.append(row * columns + column)
-        values.append(part[row, column])
-    return Nonzeros((dense.shape[0], dense.shape[1]), columns, tuple(at), tuple(values))
-
-
 def write_table(path: Path, *, repair: bool = False) -> None:
     """Write the table: blocks of four samples, several files of each layer."""
     shape = TableShape(
@@ -470,7 +459,10 @@ def write_table(path: Path, *, repair: bool = False) -> None:
             for layer in LAYERS:
                 values = {name: found[part] for name, found in table_values(layer).items()}
                 residual = values.pop("residual", None)
-                features = {name: _nonzeros(found) for name, found in values.items()}
+                features = {
+                    name: nonzeros(found, table_columns(found.shape[1], CUT))
+                    for name, found in values.items()
+                }
                 table.append(SampleRecord(layer, start, features, residual))
             tokens = {name: found[part] for name, found in tokens_of(SAMPLES, 17).items()}
             table.append(SampleTokens(start, **tokens))

@@ -201,10 +201,9 @@ class Targets:
 def make_layout(layout: Path) -> None:
     """Write a small folder in the documented NPZ layout."""
     (layout / "a").mkdir(parents=True, exist_ok=True)
+    features = np.arange(12, dtype=np.float32).reshape(3, 4)
     for layer in (1, 2):
-        np.savez_compressed(
-            layout / "a" / f"layer_{layer}.npz", features=np.ones((3, 4), np.float32)
-        )
+        np.savez_compressed(layout / "a" / f"layer_{layer}.npz", features=features)
     metadata = {
         "timestamp": "20250101_000000",
         "n_scenarios": 1,

@@ -15,7 +15,7 @@ import pytest
 import rounding
 import xarray as xr
 from architectures import Activations, Models
-from capturing import extract_within, records_of
+from capturing import extract_within, interrupted_after, records_of
 from sae_lens import SAE, StandardSAEConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zarrtrace import memory
 from zarrtrace.capture import CaptureLimits, LoadedModel
 from zarrtrace.errors import IncompleteError
-from zarrtrace.extraction import Options, extract_run, running
+from zarrtrace.extraction import Options, extract_run
 from zarrtrace.format.layout import Limits
 from zarrtrace.store import open_trace, verify
 
@@ -177,23 +177,12 @@ def test_layers_in_several_records_are_the_same_layers(models: Models, tmp_path:
 
 
 def test_a_run_stopped_between_two_records_of_a_layer_goes_on(
-    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: Models, tmp_path: Path
 ) -> None:
     options = _options(models, tmp_path, attention_capture="blocked")
     expected = open_trace(extract_within(CUT, tmp_path / "expected", options) / "long")
-    real = running.WriterThreads.submit
-    submitted = []
-
-    def stop_later(self: Any, record: Any) -> None:
-        submitted.append(record)
-        if len(submitted) == 3:
-            raise KeyboardInterrupt
-        real(self, record)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(running.WriterThreads, "submit", stop_later)
-        with pytest.raises(KeyboardInterrupt):
-            extract_within(CUT, tmp_path / "run", options)
+    with interrupted_after(3):
+        extract_within(CUT, tmp_path / "run", options)
     with pytest.raises(IncompleteError, match="not complete"):
         open_trace(tmp_path / "run" / "long")
     run = extract_within(CUT, tmp_path / "run", options)

@@ -16,6 +16,7 @@ import threading
 import traceback
 import urllib.parse
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -634,26 +635,27 @@ class _Bucket(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@contextmanager
+def served(kind: type[_Bucket], run: Path) -> Iterator[tuple[type[_Bucket], str]]:
+    """Serve a run below ``a/run``; yield the handler's class and the server's address.
+
+    The class is of this call alone, so that a test may change what it cuts and refuses.
+    """
+    objects = {f"a/run/{name}": content for name, content in fakes.files_in(run).items()}
+    own = {"objects": objects, "cut": lambda _: False, "refused": lambda _: False}
+    handler = type(kind.__name__, (kind,), own)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield handler, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
 @pytest.fixture
 def bucket(run: fakes.FakeRun) -> Iterator[tuple[type[_Bucket], Location]]:
     """A server that holds the run, and the run's address there."""
-
-    class Bucket(_Bucket):
-        objects: ClassVar[dict[str, bytes]] = {
-            f"a/run/{name}": content for name, content in fakes.files_in(run.path).items()
-        }
-        cut: ClassVar[Callable[[str], bool]] = lambda _: False
-        refused: ClassVar[Callable[[str], bool]] = lambda _: False
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Bucket) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        options = {
-            "endpoint": f"http://127.0.0.1:{server.server_port}",
-            "region": "us-east-1",
-            "skip_signature": "true",
-        }
-        yield Bucket, locate("s3://bucket/a/run", options)
-        server.shutdown()
+    with served(_Bucket, run.path) as (handler, address):
+        options = {"endpoint": address, "region": "us-east-1", "skip_signature": "true"}
+        yield handler, locate("s3://bucket/a/run", options)
 
 
 @pytest.mark.long
@@ -746,21 +748,12 @@ class _Container(_Bucket):
 
 
 def test_azure_is_read(run: fakes.FakeRun) -> None:
-    class Container(_Container):
-        objects: ClassVar[dict[str, bytes]] = {
-            f"a/run/{name}": content for name, content in fakes.files_in(run.path).items()
-        }
-        cut: ClassVar[Callable[[str], bool]] = lambda _: False
-        refused: ClassVar[Callable[[str], bool]] = lambda _: False
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Container) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with served(_Container, run.path) as (_, address):
         options = {
             "azure_storage_account_name": "account",
-            "azure_endpoint": f"http://127.0.0.1:{server.server_port}",
+            "azure_endpoint": address,
             "azure_skip_signature": "true",
         }
         opened = zt.open_trace("az://container/a/run/Safe_1", storage_options=options)
         for name, expected in run.truth["Safe_1"].items():
             np.testing.assert_array_equal(opened[name].values, expected)
-        server.shutdown()

@@ -17,7 +17,7 @@ import tensorstore
 import torch
 import xarray as xr
 from architectures import Activations, Models
-from capturing import extract_within, records_of
+from capturing import extract_within, interrupted_after, records_of
 from everyday import mostly_long
 from sae_lens import SAE
 
@@ -25,7 +25,7 @@ import zarrtrace as zt
 from zarrtrace import analysis, demo, figures
 from zarrtrace.capture import CaptureLimits
 from zarrtrace.errors import ConfigError, ConfigMismatchError, IntegrityError, ScenarioError
-from zarrtrace.extraction import Options, estimate, extract_run, prepare, running
+from zarrtrace.extraction import Options, estimate, extract_run, prepare
 from zarrtrace.format.layout import Limits
 from zarrtrace.index import build_index, find_feature
 from zarrtrace.npz import export_npz
@@ -203,24 +203,11 @@ CUT = CaptureLimits(layout=Limits(file_bytes=1, record_bytes=1, tokens=4, querie
 
 @pytest.mark.long
 @pytest.mark.parametrize("records", [3, 9])
-def test_an_interrupted_run_is_the_same_byte_for_byte(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records: int
-) -> None:
+def test_an_interrupted_run_is_the_same_byte_for_byte(tmp_path: Path, records: int) -> None:
     options = Options(**{**SMALL, "only": NAMES[:1]}, positions="spans")
-    real = running.WriterThreads.submit
-    submitted = []
-
-    def stop_later(self: Any, record: Any) -> None:
-        submitted.append(record)
-        if len(submitted) == records:
-            raise KeyboardInterrupt
-        real(self, record)
-
     expected = fakes.files_in(extract_within(CUT, tmp_path / "expected", options))
-    with monkeypatch.context() as patch:
-        patch.setattr(running.WriterThreads, "submit", stop_later)
-        with pytest.raises(KeyboardInterrupt):
-            extract_within(CUT, tmp_path / "run", options)
+    with interrupted_after(records):
+        extract_within(CUT, tmp_path / "run", options)
     assert fakes.files_in(extract_within(CUT, tmp_path / "run", options)) == expected
     whole = extract_within(CUT, tmp_path / "whole", Options(**{**SMALL, "only": NAMES[:1]}))
     ds = xr.open_zarr(tmp_path / "run" / NAMES[0])

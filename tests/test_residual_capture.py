@@ -15,7 +15,7 @@ import pytest
 import torch
 import xarray as xr
 from architectures import Activations, Models
-from capturing import extract_within, records_of
+from capturing import extract_within, interrupted_after, records_of
 from sae_lens import SAE, StandardSAEConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -232,22 +232,11 @@ def test_rows_of_a_long_prompt_are_those_of_all(tmp_path: Path, long: Options) -
     [pytest.param(2, marks=pytest.mark.long), 7, pytest.param(12, marks=pytest.mark.long)],
 )
 def test_an_interrupted_run_is_the_same_byte_for_byte(
-    tmp_path: Path, long: Options, monkeypatch: pytest.MonkeyPatch, records: int
+    tmp_path: Path, long: Options, records: int
 ) -> None:
-    real = running.WriterThreads.submit
-    submitted = []
-
-    def stop_later(self: Any, record: Any) -> None:
-        submitted.append(record)
-        if len(submitted) == records:
-            raise KeyboardInterrupt
-        real(self, record)
-
     expected = fakes.files_in(extract_within(CUT, tmp_path / "expected", long))
-    with monkeypatch.context() as patch:
-        patch.setattr(running.WriterThreads, "submit", stop_later)
-        with pytest.raises(KeyboardInterrupt):
-            extract_within(CUT, tmp_path / "run", long)
+    with interrupted_after(records):
+        extract_within(CUT, tmp_path / "run", long)
     assert not (tmp_path / "run/long").exists()
     assert fakes.files_in(extract_within(CUT, tmp_path / "run", long)) == expected
 

@@ -19,7 +19,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,8 @@ import zarrtrace as zt
 from zarrtrace import analysis
 from zarrtrace.cli.shared import computing
 from zarrtrace.format.attributes import OptionAttributes
+from zarrtrace.format.layout import NEXT_TOKENS
+from zarrtrace.records import TracePlan
 from zarrtrace.store import RunWriter, read_trace
 from zarrtrace.store.seal import sealed_group
 
@@ -76,18 +77,19 @@ def _table() -> pd.DataFrame:
 def make_run(path: Path, scenarios: int) -> None:
     """Write some traces, copy them under other names, and finish the run."""
     names = [f"S{number:03d}" for number in range(scenarios)]
+    # The options are among the most likely tokens.
+    likely = np.tile(np.arange(NEXT_TOKENS, dtype=np.uint32), (TOKENS, 1))
     with RunWriter(path, names, {"model": "synthetic"}) as run:
         for number, name in enumerate(names[:STORED]):
-            _write_trace(run, name, number)
+            common.write_trace(run, _plan(name, number), number, ACTIVE, likely)
         for number, name in enumerate(names[STORED:]):
             if not (path / name).exists():
                 _copy_trace(path / names[number % STORED], path / name)
         run.finish()
 
 
-def _write_trace(run: RunWriter, name: str, number: int) -> None:
-    rng = np.random.default_rng(number)
-    plan = common.trace_plan(
+def _plan(name: str, number: int) -> TracePlan:
+    return common.trace_plan(
         name,
         LAYERS,
         TOKENS,
@@ -98,19 +100,6 @@ def _write_trace(run: RunWriter, name: str, number: int) -> None:
         tags=("risky" if number % 2 else "safe",),
         options={"bet": OptionAttributes(text="1", token_id=3)},
     )
-    with run.trace(plan) as trace:
-        for layer in trace.missing_layers:
-            weights = common.attention(rng, HEADS, TOKENS)
-            values = common.features(rng, TOKENS, FEATURES, ACTIVE)
-            trace.append(common.layer_record(name, layer, weights, values))
-        if trace.needs_tokens:
-            record = common.tokens_record(rng, name, TOKENS)
-            trace.append(replace(record, next_token=_same_tokens(record.next_token)))
-
-
-def _same_tokens(found: np.ndarray) -> np.ndarray:
-    """Return ids of which the options are among the most likely."""
-    return np.broadcast_to(np.arange(found.shape[1], dtype=np.uint32), found.shape)
 
 
 def _copy_trace(source: Path, target: Path) -> None:

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +23,7 @@ import numpy as np
 if TYPE_CHECKING:
     from zarrtrace.format.layout import Limits
     from zarrtrace.records import LayerRecord, TokensRecord, TracePlan
+    from zarrtrace.store import RunWriter
 
 #: Set before torch is loaded, as zarrtrace itself does: threads that wait do not spin.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
@@ -266,3 +268,23 @@ def tokens_record(rng: np.random.Generator, name: str, tokens: int) -> TokensRec
     logprobs = -np.sort(rng.exponential(3, ids.shape)).astype(np.float32)
     texts = np.vectorize(lambda number: f" word{number}", otypes=[object])(ids)
     return TokensRecord(name, ids, logprobs, texts)
+
+
+def write_trace(
+    run: RunWriter, plan: TracePlan, seed: int, active: int, likely: np.ndarray | None = None
+) -> None:
+    """Write what is missing of a synthetic trace, with `active` features a token.
+
+    `likely` are the ids of its next tokens ``(token, rank)``; None for random ones.
+    """
+    rng = np.random.default_rng(seed)
+    name, tokens = plan.attributes.scenario, plan.shape.tokens
+    heads, latents = plan.shape.heads or 0, plan.shape.features["features"]
+    with run.trace(plan) as trace:
+        for layer in trace.missing_layers:
+            weights = attention(rng, heads, tokens)
+            values = features(rng, tokens, latents, active)
+            trace.append(layer_record(name, layer, weights, values))
+        if trace.needs_tokens:
+            record = tokens_record(rng, name, tokens)
+            trace.append(record if likely is None else replace(record, next_token=likely))

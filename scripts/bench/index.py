@@ -20,6 +20,7 @@ import common
 import numpy as np
 
 from zarrtrace.index import build_index, find_feature
+from zarrtrace.records import TracePlan
 from zarrtrace.store import RunWriter
 
 LAYERS, HEADS, TOKENS, FEATURES, ACTIVE = (1, 2, 3, 4), 4, 64, 4096, 50
@@ -29,16 +30,14 @@ def write_run(path: Path, names: list[str], complete: int) -> None:
     """Write the first `complete` scenarios of a synthetic run, or those that are missing."""
     with RunWriter(path, names, {"model": "synthetic"}) as run:
         for number, name in enumerate(names[:complete]):
-            if (path / name).exists():
-                continue
-            _write_trace(run, name, number)
+            if not (path / name).exists():
+                common.write_trace(run, _plan(name, number), number, ACTIVE)
         if complete == len(names):
             run.finish()
 
 
-def _write_trace(run: RunWriter, name: str, number: int) -> None:
-    rng = np.random.default_rng(number)
-    plan = common.trace_plan(
+def _plan(name: str, number: int) -> TracePlan:
+    return common.trace_plan(
         name,
         LAYERS,
         TOKENS,
@@ -47,12 +46,6 @@ def _write_trace(run: RunWriter, name: str, number: int) -> None:
         spans={"balance": (20, 21)},
         tags=("risky",) if number % 2 else ("safe",),
     )
-    with run.trace(plan) as trace:
-        for layer in LAYERS:
-            weights = common.attention(rng, HEADS, TOKENS)
-            values = common.features(rng, TOKENS, FEATURES, ACTIVE)
-            trace.append(common.layer_record(name, layer, weights, values))
-        trace.append(common.tokens_record(rng, name, TOKENS))
 
 
 def main() -> None:
