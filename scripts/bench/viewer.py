@@ -26,7 +26,7 @@ ACTIVE = 50
 #: The mission's shape, and a long prompt: tokens, layers, heads.
 SHAPES = {"121 tokens, 31 layers": (121, 31, 32), "4,096 tokens, 3 layers": (4_096, 3, 8)}
 #: Limits in ms, for the first shape.
-LIMITS = {"first view": 1_000, "another layer": 100, "another head": 30, "hover": 16}
+LIMITS = {"first view": 900, "another layer": 100, "another head": 15, "hover": 12}
 
 _FIRST = """
 window.drawn = new Promise(done => {
