@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import json
 import sys
@@ -31,7 +32,7 @@ from zarrtrace.format.layout import DEFAULT_LIMITS
 from zarrtrace.index import find_feature
 from zarrtrace.store import copy_run, damage, run_writer, summarize, verify
 from zarrtrace.store import open as opening
-from zarrtrace.viewer import layout, notebook
+from zarrtrace.viewer import Layout, bundle, traces
 from zarrtrace.viewer.server import Server
 
 COUNT = 60
@@ -226,46 +227,48 @@ def test_figures_take_evenly_spaced_scenarios_and_say_so(
 def test_a_page_of_too_many_scenarios_is_refused_with_a_number(
     tmp_path: Path, many: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layout, "MOST_SCENARIOS", 50)
+    monkeypatch.setattr(traces, "MOST_SCENARIOS", 50)
+    monkeypatch.setattr(bundle, "MOST_SCENARIOS", 50)
     refused = call("bundle", many, "-o", tmp_path / "bundle")
     assert refused.code == 2
-    assert "60 scenarios, one page shows at most 50" in refused.err
+    assert "60 scenarios, a bundle holds at most 50" in refused.err
     assert "--scenario NAME" in refused.err
     done = call("bundle", many, "-o", tmp_path / "bundle", "--scenario", "S000055")
     assert done.code == 0, done.err
     index = json.loads((tmp_path / "bundle" / "index.json").read_bytes())
-    assert [one["name"] for one in index["scenarios"]] == ["S000055"]
-    with pytest.raises(ConfigError, match="60 scenarios"):
-        Server(many)
+    assert index["scenarios"] == ["S000055"]
 
 
-def test_view_shows_the_first_scenarios_and_those_asked_for(
+def test_view_shows_all_scenarios_of_a_large_run(
     many: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layout, "MOST_SCENARIOS", 3)
-    monkeypatch.setattr(notebook, "MOST_SCENARIOS", 3)
+    monkeypatch.setattr(traces, "MOST_SCENARIOS", 3)
     monkeypatch.setattr(Server, "run", lambda _: None)
-    shown: list[list[str]] = []
-    made = layout.Layout.__init__
-
-    def spied(self: layout.Layout, *given: object, **named: object) -> None:
-        made(self, *given, **named)  # type: ignore[arg-type]
-        shown.append(list(self.traces))
-
-    monkeypatch.setattr(layout.Layout, "__init__", spied)
+    opened: list[str] = []
+    open_ = traces.Traces._open
+    monkeypatch.setattr(
+        traces.Traces, "_open", lambda self, name: (opened.append(name), open_(self, name))[1]
+    )
     done = call("view", many, "--no-browser")
     assert done.code == 0, done.err
-    assert "3 scenarios are shown, there are more; --scenario NAME shows others" in done.err
-    call("view", many, "--no-browser", "--show", "scenario=S000044&layer=1")
-    call("view", many, "--no-browser", "--scenario", "S000055")
-    assert shown == [
-        ["S000000", "S000001", "S000002"],
-        ["S000000", "S000001", "S000044"],
-        ["S000055"],
-    ]
+    assert "60 scenarios: without contrasts of features" in done.err
+    assert opened == ["S000000"]
+    layout = Layout(many)
+    index = json.loads(layout.index)
+    assert index["scenarios"] == many_traces.names_of(COUNT)
+    assert index["run"] == {}
+    listing = json.loads(gzip.decompress(layout.read("data/@listing/0.json.gz")))
+    assert listing["tags"][:4] == [["safe"], ["risky"], ["safe"], ["risky"]]
+    assert len(listing["tags"]) == len(listing["metadata"]) == COUNT
+    assert opened == ["S000000"] * 2
+    name = "S000044"
+    found = json.loads(gzip.decompress(layout.read(f"data/@scenarios/{name}.json.gz")))
+    assert found["tokens"] == zt.open_trace(many / name).key_token.values.tolist()
     view = zt.open_run(many).zt.view(scenario="S000020", static=True)
     assert "1 of 60 scenarios is shown" in view.note
     assert b"S000020" in view.page
+    done = call("view", many, "--no-browser", "--scenario", "S000055")
+    assert done.err.splitlines() == ["Ctrl-C stops."]
 
 
 # --- tables ------------------------------------------------------------------------------------

@@ -52,6 +52,14 @@ def get(url: str, path: str, *, host: str | None = None, method: str = "GET"):
     return response.status, dict(response.getheaders()), body
 
 
+def json_of(content: bytes) -> dict:
+    return json.loads(gzip.decompress(content))
+
+
+def scenario_of(layout: Layout, name: str) -> dict:
+    return json_of(layout.read(f"data/@scenarios/{name}.json.gz"))
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> fakes.FakeRun:
     return fakes.make_run(
@@ -141,7 +149,8 @@ def test_chunks_are_gzip_without_time(whole: fakes.FakeRun) -> None:
 def test_index_says_what_the_run_says(whole: fakes.FakeRun, server: Server) -> None:
     index = json.loads(get(server.url, "/index.json")[2])
     ds = zt.open_trace(whole.path / "Risky_2")
-    found = next(one for one in index["scenarios"] if one["name"] == "Risky_2")
+    assert index["scenarios"] == list(GROUPS)
+    found = json_of(get(server.url, "/data/@scenarios/Risky_2.json.gz")[2])
     assert found["tokens"] == ds.query_token.values.tolist()
     assert found["token_ids"] == ds.token_id.values.tolist()
     assert found["spans"]["balance"] == zt.span(ds, "balance")
@@ -158,21 +167,21 @@ def test_index_says_what_the_run_says(whole: fakes.FakeRun, server: Server) -> N
 
 
 def test_ids_of_prompts_options_and_next_tokens_have_texts(whole: fakes.FakeRun) -> None:
-    expected = {"3": "1"}  # the option
-    for ids, texts in (("token_id", "key_token"), ("next_token", "next_token_text")):
-        for truth in whole.truth.values():
+    for name, truth in whole.truth.items():
+        expected = {"3": "1"}  # the option
+        for ids, texts in (("token_id", "key_token"), ("next_token", "next_token_text")):
             numbers = map(str, truth[ids].flat)
             expected |= dict(zip(numbers, truth[texts].flat, strict=True))
-    assert json.loads(Layout(whole.path).index)["vocabulary"] == expected
+        assert scenario_of(Layout(whole.path), name)["vocabulary"] == expected
 
 
 def test_a_trace_without_next_tokens_yet_has_no_text_for_none(tmp_path: Path) -> None:
     writer = fakes.make_trace_writer(tmp_path / "run", "Safe_1")
     with RunWriter(tmp_path / "run", ["Safe_1"], fakes.CONFIG):
         writer.append(next(fakes.make_records("Safe_1")))
-    index = json.loads(Layout(tmp_path / "run").index)
-    assert index["scenarios"][0]["missing"] == [2, 3]
-    assert str(2**32 - 1) not in index["vocabulary"]
+    found = scenario_of(Layout(tmp_path / "run"), "Safe_1")
+    assert found["missing"] == [2, 3]
+    assert str(2**32 - 1) not in found["vocabulary"]
 
 
 def test_saes_that_neuronpedia_shows_are_linked(tmp_path: Path) -> None:
@@ -186,7 +195,7 @@ def test_saes_that_neuronpedia_shows_are_linked(tmp_path: Path) -> None:
             for record in fakes.make_records("Safe_1", without_sae=(2,)):
                 writer.append(record)
         run.finish()
-    assert json.loads(Layout(tmp_path / "run").index)["sources"] == {
+    assert scenario_of(Layout(tmp_path / "run"), "Safe_1")["sources"] == {
         "features": {str(n): f"llama3.1-8b/{n}-llamascope-res-32k" for n in (1, 3)}
     }
 
@@ -309,12 +318,12 @@ def test_eight_bits_keep_missing_values(tmp_path: Path) -> None:
 def test_scenarios_and_layers_are_chosen(whole: fakes.FakeRun) -> None:
     layout = Layout(whole.path, scenarios=["Risky_4", "Safe_1"], layers=[1, 3])
     index = json.loads(layout.index)
-    assert [one["name"] for one in index["scenarios"]] == ["Safe_1", "Risky_4"]
+    assert index["scenarios"] == ["Safe_1", "Risky_4"]
     values = np.frombuffer(
         gzip.decompress(layout.read("data/Safe_1/attention/c/1/0/0/0")), np.float32
     )
     np.testing.assert_array_equal(values, whole.truth["Safe_1"]["attention"][2].ravel())
-    assert index["scenarios"][0]["arrays"]["attention"]["layers"] == [1, 3]
+    assert scenario_of(layout, "Safe_1")["arrays"]["attention"]["layers"] == [1, 3]
 
 
 @pytest.mark.parametrize("what", [{"scenarios": ["Nowhere"]}, {"layers": [77]}])
@@ -325,7 +334,7 @@ def test_unknown_choices_are_refused(whole: fakes.FakeRun, what: dict) -> None:
 
 def test_a_trace_alone_is_a_run_of_one(whole: fakes.FakeRun) -> None:
     index = json.loads(Layout(whole.path / "Safe_1").index)
-    assert [one["name"] for one in index["scenarios"]] == ["Safe_1"]
+    assert index["scenarios"] == ["Safe_1"]
 
 
 def test_a_run_without_scenarios_says_so(tmp_path: Path) -> None:
@@ -402,7 +411,9 @@ def test_a_single_file_holds_the_same_bytes(whole: fakes.FakeRun, tmp_path: Path
     assert written == len(page.encode())
     found = re.search(r'<script type="application/json" id="bundle-files">(.*?)</script>', page)
     held = {name: base64.b64decode(content) for name, content in json.loads(found[1]).items()}
-    needed = [name for name in layout.files() if "/c/" in name or name == "index.json"]
+    needed = [
+        name for name in layout.files() if name.endswith((".gz", "index.json")) or "/c/" in name
+    ]
     assert sorted(held) == sorted(needed)
     for name in needed:
         assert held[name] == layout.read(name), name
@@ -442,6 +453,11 @@ def test_large_single_files_are_rounded(whole: fakes.FakeRun, tmp_path: Path) ->
         "//etc/passwd",
         "/data/Safe_1/attention%00/zarr.json",
         "/data/Safe_1/%ff/zarr.json",
+        "/data/@scenarios/Nobody.json.gz",
+        "/data/@scenarios/Safe_1",
+        "/data/@listing/1.json.gz",
+        "/data/@listing/00.json.gz",
+        "/data/@listing/../../index.json",
         "/page/main.js",
         "/layout.py",
     ],

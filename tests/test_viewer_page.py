@@ -6,13 +6,15 @@ import functools
 import gzip
 import itertools
 import json
+import re
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import unquote, urlencode
 
 import fakes
 import numpy as np
@@ -112,6 +114,21 @@ def look(pages: list[Any]) -> Iterator[Open]:
 def ready(page: Any) -> None:
     """Wait until everything chosen is drawn."""
     page.wait_for_selector("body:not([data-state=busy])")
+
+
+def choose(page: Any, field: str, name: str) -> None:
+    """Choose a scenario in a field of the header."""
+    page.locator(f"#{field}").fill(name)
+    page.keyboard.press("Enter")
+    ready(page)
+
+
+def unpacked(path: Path) -> Any:
+    return json.loads(gzip.decompress(path.read_bytes()))
+
+
+def pack(path: Path, content: Any) -> None:
+    path.write_bytes(gzip.compress(json.dumps(content).encode()))
 
 
 class _Quiet(SimpleHTTPRequestHandler):
@@ -296,7 +313,10 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_generated_text_is_told_from_the_prompt(generated: Path, look: Open) -> None:
     with Server(generated) as live:
         page = look(live.url, feature=3, **{"with": "game~1"})
-        assert page.locator("#scenario option").all_text_contents() == ["game~0", "game~1"]
+        page.locator("#scenario").click()
+        names = page.locator("#scenario-list [role=option] bdi").all_text_contents()
+        assert names == ["game~0", "game~1"]
+        page.keyboard.press("Escape")
         # The prompt's last token comes first; those behind it are marked, and where they begin.
         assert page.locator(".token[aria-selected=true]").get_attribute("data-position") == "4"
         marked = page.locator("#tokens .token.generated")
@@ -319,8 +339,7 @@ def test_generated_text_is_told_from_the_prompt(generated: Path, look: Open) -> 
                 start, size = ("x", "width") if across else ("y", "height")
                 place = (middle - canvas[start]) / canvas[size]
                 assert place == pytest.approx(5 / 8, abs=2 / canvas[size])
-        page.select_option("#scenario", "game~1")
-        ready(page)
+        choose(page, "scenario", "game~1")
         assert "choice: none" in page.locator("#generated").inner_text()
 
 
@@ -495,9 +514,8 @@ def test_a_public_release_is_linked_and_not_asked(
     whole: fakes.FakeRun, tmp_path: Path, host: Callable[[Path], str], look: Open
 ) -> None:
     write_bundle(Layout(whole.path, scenarios=["Safe_1"]), tmp_path / "out")
-    index = tmp_path / "out/index.json"
-    found = json.loads(index.read_text())
-    index.write_text(json.dumps({**found, "sources": {"features": {"2": "gpt2-small/2-res-jb"}}}))
+    file = tmp_path / "out/data/@scenarios/Safe_1.json.gz"
+    pack(file, {**unpacked(file), "sources": {"features": {"2": "gpt2-small/2-res-jb"}}})
     page = look(host(tmp_path / "out"), layer=2, feature=5)
     link = page.locator("#feature-name a")
     assert link.get_attribute("href") == "https://www.neuronpedia.org/gpt2-small/2-res-jb/5"
@@ -650,37 +668,54 @@ def hostile_run(path: Path) -> xr.Dataset:
 
 
 @pytest.mark.long
-def test_texts_are_texts(tmp_path: Path, host: Callable[[Path], str], look: Open) -> None:
+def test_texts_are_texts(
+    tmp_path: Path, host: Callable[[Path], str], look: Open, pages: list[Any]
+) -> None:
     """Tokens, tags and names of another's bundle are shown as they are."""
     ds = hostile_run(tmp_path / "run")
     feature = int(ds.top_feature.sel(layer=1)[-1, 0])
     write_bundle(Layout(tmp_path / "run"), tmp_path / "out")
     index = json.loads((tmp_path / "out/index.json").read_text())
     index |= {"title": HOSTILE[1], "model": HOSTILE[0]}
-    other = index["scenarios"][0]
     # Names that no run of ours can have, but a file from elsewhere can.
-    index["scenarios"] = [{**other, "name": name} for name in HOSTILE[:8]]
-    for one in index["scenarios"]:
-        one["spans"] = {HOSTILE[0]: [1], HOSTILE[1]: [2], "__proto__": [3]}
-        one["options"] = {HOSTILE[1]: 3}
+    index["scenarios"] = HOSTILE[:8]
     (tmp_path / "out/index.json").write_text(json.dumps(index))
+    data = tmp_path / "out/data"
+    one = unpacked(data / "@scenarios/Safe_1.json.gz")
+    one["spans"] = {HOSTILE[0]: [1], HOSTILE[1]: [2], "__proto__": [3]}
+    one["options"] = {HOSTILE[1]: 3}
+    listing = {
+        "tags": [[text] for text in HOSTILE[:8]],
+        "metadata": [dict.fromkeys(HOSTILE, text) for text in HOSTILE[:8]],
+    }
+    pack(data / "@listing/0.json.gz", listing)
+
+    def answer(route: Any) -> None:  # no folder holds a file of such a name
+        name = unquote(route.request.url.split("scenarios/")[1]).removesuffix(".json.gz")
+        route.fulfill(body=gzip.compress(json.dumps({**one, "name": name}).encode()))
+
+    there = re.compile(r"/(@|%40)scenarios/")
     url = host(tmp_path / "out")
     with Server(tmp_path / "run") as live:
         for address, names in (
             (live.url, ["Safe_1"]),
             (url, [HOSTILE[0], HOSTILE[3], HOSTILE[5], HOSTILE[6]]),
         ):
+            if address == url:
+                pages[0].context.route(there, answer)
             for name in names:
                 page = look(address, scenario=name, layer=1, head=0, feature=feature)
                 shown = page.locator(".token").all_text_contents()
                 assert shown[:8] == HOSTILE[:8]
-                options = page.eval_on_selector_all("#scenario option", "o => o.map(x => x.value)")
-                assert name in options
                 assert page.locator("#scenario").input_value() == name
+                page.locator("#scenario").click()
+                assert name in page.locator("#scenario-list bdi").all_text_contents()
+                page.keyboard.press("/")
                 assert page.evaluate("window.hacked") is None
                 assert page.locator("script").count() == 1
                 assert page.locator("img, iframe, object").count() == 0
                 assert page.evaluate("document.documentElement.scrollWidth") <= 1280
+    pages[0].context.unroute(there)
 
 
 # --- damage --------------------------------------------------------------------------------------
@@ -765,9 +800,9 @@ def test_a_page_without_its_index_says_so(
 ) -> None:
     write_bundle(Layout(whole.path, scenarios=["Safe_1"]), tmp_path / "out")
     index = tmp_path / "out/index.json"
-    index.write_text(index.read_text().replace('"version":1', '"version":99'))
+    index.write_text(index.read_text().replace('"version":2', '"version":99'))
     url = host(tmp_path / "out")
-    assert messages(look(url)) == ["This page reads layout 1, index.json is 99."]
+    assert messages(look(url)) == ["This page reads layout 2, index.json is 99."]
     index.unlink()
     assert messages(look(url, damaged=True)) == ["index.json is missing (404)."]
 
@@ -785,7 +820,7 @@ def fragment(page: Any, expected: str) -> str:
 @pytest.mark.parametrize("way", ["server", "file"])
 def test_what_is_chosen_is_in_the_address(way: str, addresses: dict[str, str], look: Open) -> None:
     page = look(addresses[way])
-    page.locator("#other").select_option("Risky_4")
+    choose(page, "other", "Risky_4")
     page.locator("#heads button").nth(1).click()
     page.locator("#layers button").nth(0).click()
     page.locator("#heads button").nth(1).click()
@@ -805,8 +840,7 @@ def test_what_is_chosen_is_in_the_address(way: str, addresses: dict[str, str], l
         assert again.locator(selector).inner_text() == page.locator(selector).inner_text()
     assert fragment(again, there) == there
     # Another scenario is a step back.
-    page.locator("#scenario").select_option("Safe_3")
-    ready(page)
+    choose(page, "scenario", "Safe_3")
     page.go_back()
     page.wait_for_function("() => document.querySelector('#scenario').value === 'Safe_1'")
     assert fragment(page, there) == there
@@ -922,8 +956,14 @@ def test_a_screen_reader_finds_its_way(addresses: dict[str, str], look: Open) ->
 def test_a_server_that_was_stopped_is_said(addresses: dict[str, str], look: Open) -> None:
     page = look(addresses["server"], damaged=True, scenario="Safe_1", layer=1)
     page.route("**/data/**", lambda route: route.abort("connectionrefused"))
-    page.locator("#scenario").select_option("Safe_3")
-    ready(page)
+    choose(page, "scenario", "Safe_3")
+    assert any("nothing answers" in message for message in messages(page))
+    # It still shows what it says that it shows.
+    assert page.locator("#scenario").input_value() == "Safe_1"
+    assert page.locator("#heads button").first.is_visible()
+    page.unroute("**/data/**")
+    page.route("**/data/Safe_3/**", lambda route: route.abort("connectionrefused"))
+    choose(page, "scenario", "Safe_3")
     assert any("nothing answers" in message for message in messages(page))
     # Nothing of the other scenario is left that could be taken for this one's.
     assert not page.locator("#heads button").first.is_visible()
@@ -1198,3 +1238,151 @@ def test_features_have_their_labels(way: str, tmp_path: Path, look: Open) -> Non
         page.keyboard.press("ArrowUp")
         ready(page)
         assert "money" not in page.locator("#feature-name").inner_text()
+
+
+# --- scenarios and search --------------------------------------------------------------------
+
+
+def rows_of(page: Any, within: str) -> list[str]:
+    return page.locator(f"{within} [role=option]").all_inner_texts()
+
+
+def test_a_scenario_is_chosen_from_a_grouped_list(addresses: dict[str, str], look: Open) -> None:
+    page = look(addresses["server"], scenario="Risky_2")
+    field, options = page.locator("#scenario"), "#scenario-list"
+    field.click()
+    page.wait_for_selector(f"{options} [role=group]:nth-of-type(2)")
+    groups = page.locator(f"{options} [role=group]")
+    assert [one.get_attribute("aria-label") for one in groups.all()] == ["safe", "risky"]
+    assert rows_of(page, options) == ["Safe_1", "Safe_3", "Risky_2", "Risky_4"]
+    assert page.locator(f"{options} [aria-selected=true]").inner_text() == "Risky_2"
+    # The field keeps the focus, and says which row is meant.
+    page.keyboard.press("ArrowDown")
+    row = page.locator(f"#{field.get_attribute('aria-activedescendant')}")
+    assert row.inner_text() == "Risky_4"
+    page.keyboard.press("Escape")
+    assert page.locator(options).is_hidden()
+    assert field.input_value() == "Risky_2"
+    page.keyboard.type("safe 3")
+    assert rows_of(page, options) == ["Safe_3"]
+    page.keyboard.press("Enter")
+    ready(page)
+    assert fragment(page, "scenario=Safe_3&")
+    choose(page, "other", "Safe_1")
+    assert page.locator("#compare-name-b").inner_text() == "B: Safe_1"
+    page.locator("#other").click()
+    page.locator("#other-list [role=option]", has_text="nothing").click()
+    ready(page)
+    assert page.locator("#compare-panel").is_hidden()
+
+
+def seek(page: Any, text: str) -> None:
+    """Type into the search, and wait until labels and words have been read."""
+    page.locator("#search-text").fill(text)
+    page.wait_for_function(
+        "text => document.querySelector('#search-list').dataset.query === text", arg=text
+    )
+
+
+def test_the_search_finds_what_the_run_holds(
+    whole: fakes.FakeRun, tmp_path: Path, look: Open
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole.path, run)
+    (tmp_path / "labels.csv").write_text("layer,feature,label\n3,7,debts & <b>money</b>\n")
+    write_labels(run, tmp_path / "labels.csv")
+    table = word_associations(zt.open_run(run), top=5).to_dataframe().reset_index()
+    of_layer = table[table.layer == 2]
+    word = next(one for one in of_layer.word if one.strip())
+    with_word = of_layer[of_layer.word.str.strip().str.lower().str.contains(word.strip().lower())]
+    with Server(run) as live:
+        page = look(live.url, scenario="Risky_2", layer=2)
+        press = page.keyboard.press
+        press("/")
+        assert page.evaluate("document.activeElement.id") == "search-text"
+        seek(page, "risky")
+        assert rows_of(page, "#search-list [aria-label^=Scenarios]") == ["Risky_2", "Risky_4"]
+        for key in ("ArrowDown", "ArrowDown", "Enter"):
+            press(key)
+        ready(page)
+        assert fragment(page, "scenario=Risky_4")
+        press("Control+k")
+        seek(page, "debts")
+        press("Enter")
+        ready(page)
+        assert fragment(page, "layer=3")
+        assert fragment(page, "feature=7")
+        press("Control+k")
+        seek(page, "5")
+        assert "L3 feature 5" in rows_of(page, "#search-list")
+        texts = page.locator("#tokens .token").all_text_contents()
+        text = next(one.strip() for one in texts[1:] if one.strip())
+        seek(page, text.lower())
+        found = page.locator("#search-list [data-token]").first
+        token = found.get_attribute("data-token")
+        assert found.locator("mark").inner_text().strip() == texts[int(token)].strip()
+        found.click()
+        ready(page)
+        assert fragment(page, f"token={token}")
+        page.goto("about:blank")
+        page.goto(f"{live.url}#scenario=Risky_2&layer=2")
+        ready(page)
+        page.keyboard.press("/")
+        seek(page, word.strip())
+        shown = page.locator("#search-list [aria-label^='Features of L2'] [role=option]")
+        features = {int(one.get_attribute("data-feature")) for one in shown.all()}
+        assert features
+        assert features <= set(with_word.feature)
+        assert len(features) == min(20, with_word.feature.nunique())
+        seek(page, "no such thing")
+        assert page.locator("#search-list").inner_text() == "nothing found"
+        press("Escape")
+        assert not page.locator("#search").is_visible()
+        press("?")
+        assert page.locator("#keys").is_visible()
+        press("ArrowDown")  # it changes no layer behind the dialog
+        press("Escape")
+        assert page.locator("#layer-shown").inner_text() == "L2"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("width", [390, 1440])
+def test_thousands_of_scenarios_are_listed(
+    whole: fakes.FakeRun, tmp_path: Path, host: Callable[[Path], str], look: Open, width: int
+) -> None:
+    """Some rows of each group, and the others by what is typed."""
+    count = 2_000
+    write_bundle(Layout(whole.path, scenarios=["Safe_1"]), tmp_path / "out")
+    data = tmp_path / "out/data"
+    index = json.loads((tmp_path / "out/index.json").read_text())
+    names = ["Safe_1", *(f"S{number:05}" for number in range(1, count))]
+    index |= {"scenarios": names, "run": {}}
+    (tmp_path / "out/index.json").write_text(json.dumps(index))
+    for part in range(count // index["listed"]):
+        numbers = range(part * index["listed"], (part + 1) * index["listed"])
+        pack(data / f"@listing/{part}.json.gz", {
+            "tags": [["odd" if n % 2 else "even"] for n in numbers],
+            "metadata": [{"balance": n} for n in numbers],
+        })  # fmt: skip
+    one = unpacked(data / "@scenarios/Safe_1.json.gz")
+    pack(data / "@scenarios/S01234.json.gz", {**one, "name": "S01234"})
+    page = look(host(tmp_path / "out"), width=width)
+    page.locator("#scenario").click()
+    page.wait_for_selector("#scenario-list [aria-label=odd]")
+    page.wait_for_function(
+        "() => document.querySelector('#scenario-list').innerText.includes('900 more of odd')"
+    )
+    assert page.locator("#scenario-list [role=option]").count() <= 202
+    box = page.locator("#scenario-list").bounding_box()
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= width
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.locator("#scenario-list [role=option]", has_text="900 more of odd").click()
+    assert page.locator("#scenario").input_value() == "odd"
+    assert len(rows_of(page, "#scenario-list")) == 200
+    page.locator("#scenario").fill("balance=1234")
+    assert rows_of(page, "#scenario-list") == ["S01234\nbalance=1234"]
+    page.keyboard.press("Enter")
+    ready(page)
+    assert fragment(page, "scenario=S01234")
+    assert page.locator("#scenario").input_value() == "S01234"

@@ -63,13 +63,14 @@ def command(
 ) -> None:
     """Look at RUN in the browser, from this machine, until Ctrl-C.
 
-    Prints the page's address. The first 500 scenarios of a larger run are shown, or those of
-    --scenario.
+    Prints the page's address. Words and contrasts of features read every scenario: a run of more
+    than 500 is shown without them.
     """
     import contextlib
     import webbrowser
 
     from zarrtrace.viewer.server import serve
+    from zarrtrace.viewer.traces import MOST_SCENARIOS
 
     refuse_table(
         run,
@@ -77,13 +78,14 @@ def command(
         "Read it with zarrtrace.open_table, or ask 'zarrtrace analyze'; to look at some of its "
         "prompts, extract them without --layout table.",
     )
-    shown = _shown(run, scenarios, show)
-    if shown is not None and not scenarios and not quiet:
+    server = serve(run, host=host, port=port, scenarios=scenarios or None)
+    traces = server.layout.traces
+    if traces.is_large and not quiet:
         say(
-            f"{len(shown)} scenarios are shown, there are more; --scenario NAME shows others",
+            f"{len(traces):,} scenarios: without contrasts of features and the words that drive "
+            f"them; --scenario NAME shows some, up to {MOST_SCENARIOS} with them",
             err=True,
         )
-    server = serve(run, host=host, port=port, scenarios=shown)
     url = f"{server.url}#{show}" if show else server.url
     say(url)
     if not quiet:
@@ -95,21 +97,3 @@ def command(
             server.run()
     finally:
         server.close()
-
-
-def _shown(run: Location, scenarios: tuple[str, ...], show: str) -> list[str] | None:
-    """Return the scenarios to show: the first ones of a run of too many; None for all."""
-    from urllib.parse import parse_qs
-
-    from zarrtrace.store import kind_of, read_run
-    from zarrtrace.viewer.layout import MOST_SCENARIOS
-
-    if scenarios:
-        return [*scenarios]
-    if kind_of(run) == "trace":
-        return None
-    names = read_run(run).attributes.scenarios
-    if len(names) <= MOST_SCENARIOS:
-        return None
-    asked = [name for name in parse_qs(show).get("scenario", []) if name in names]
-    return [*dict.fromkeys([*asked, *names])][:MOST_SCENARIOS]

@@ -28,8 +28,10 @@ from zarrtrace.store.label_file import (
     write_label_file,
 )
 from zarrtrace.store.metadata import (
+    each_trace,
     kind_of,
     read_run,
+    read_scenario,
     read_table,
     read_trace,
     refuse_foreign,
@@ -73,6 +75,7 @@ __all__ = [
     "attention_problem",
     "check_sizes",
     "copy_run",
+    "each_trace",
     "kind_of",
     "labelled_layers",
     "layer_record",
@@ -89,6 +92,7 @@ __all__ = [
     "read_run",
     "read_run_or_table",
     "read_sample_texts",
+    "read_scenario",
     "read_special",
     "read_staged",
     "read_table",

@@ -21,6 +21,7 @@ from zarrtrace.storage import Address, disk, locate
 from zarrtrace.storage.locks import take_lock
 from zarrtrace.store import old_of, put_in_place
 from zarrtrace.viewer.layout import PAGE_FILES, Layout, page_file, sample
+from zarrtrace.viewer.traces import MOST_SCENARIOS
 
 #: A larger single file is refused: browsers hold all of it in memory, base64 and all.
 MAX_HTML_BYTES = 150 * 10**6
@@ -61,11 +62,16 @@ def estimate(layout: Layout, output: str | Path) -> Estimate:
         files += count + 1
     labels = layout.label_files()
     total += sum(len(layout.read(file)) for file in labels)
+    about = layout.scenario_files()
+    some = about[:: max(1, len(about) // 16)]
+    total += sum(len(layout.read(file)) for file in some) * len(about) // len(some)
     total += len(layout.index) + sum(len(page_file(name)) for name in PAGE_FILES)
     if _is_html(output):
         return Estimate(total * 4 // 3, 1, layout.eight_bit)
     return Estimate(
-        total, files + len(labels) + len(PAGE_FILES) + 2 + len(layout.traces), layout.eight_bit
+        total,
+        files + len(labels) + len(about) + len(PAGE_FILES) + 2 + len(layout.traces),
+        layout.eight_bit,
     )
 
 
@@ -77,8 +83,21 @@ def plan(
     layers: Sequence[int] | None = None,
     eight_bit_from: int = _EIGHT_BIT_FROM,
 ) -> tuple[Layout, Estimate]:
-    """Choose what a bundle holds: attention in a large single file is rounded to 8 bits."""
+    """Choose what a bundle holds: attention in a large single file is rounded to 8 bits.
+
+    Raises
+    ------
+    ConfigError
+        If there are more than :data:`~zarrtrace.viewer.traces.MOST_SCENARIOS` scenarios.
+    """
     layout = Layout(run, scenarios=scenarios, layers=layers)
+    if layout.traces.is_large:
+        raise ConfigError(
+            f"{run}: {len(layout.traces):,} scenarios, a bundle holds at most {MOST_SCENARIOS}",
+            why="It copies all their values, with the words and contrasts of every feature.",
+            remedy="Choose some: --scenario NAME, repeatable. 'zarrtrace info' lists them, and "
+            "'zarrtrace view' shows a run of any size.",
+        )
     found = estimate(layout, output)
     if _is_html(output) and found.bytes > eight_bit_from:
         layout = Layout(run, scenarios=scenarios, layers=layers, eight_bit=True)

@@ -13,7 +13,7 @@ import math
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib import resources
 from typing import Any
 
@@ -22,27 +22,18 @@ import xarray as xr
 from zlib_ng import zlib_ng
 
 from zarrtrace.analysis.special import special_keys
-from zarrtrace.errors import ConfigError, IncompleteError
-from zarrtrace.format.attributes import ranges, sae_coordinate
+from zarrtrace.format.attributes import sae_coordinate
 from zarrtrace.format.layout import LABELLED, NO_ID
 from zarrtrace.index.labels import home_of, read_labels
 from zarrtrace.index.neuronpedia import source_of
-from zarrtrace.scenarios import chosen_names, name_of
-from zarrtrace.storage import Address, Location, locate
-from zarrtrace.store import (
-    kind_of,
-    labelled_layers,
-    open_run,
-    open_trace,
-    read_run,
-    read_staged,
-    read_trace,
-)
+from zarrtrace.storage import Address, locate
+from zarrtrace.store import labelled_layers
 from zarrtrace.text import terminal_text
 from zarrtrace.viewer.arrays import BundleArray, run_arrays, trace_arrays
+from zarrtrace.viewer.traces import Traces
 
 #: Version of the bundle's layout; the page refuses another.
-BUNDLE_VERSION = 1
+BUNDLE_VERSION = 2
 
 #: The page's own files, by the name they have in a bundle.
 PAGE_FILES = (
@@ -63,11 +54,13 @@ PAGE_FILES = (
     "features.js",
     "labels.js",
     "compare.js",
+    "choices.js",
+    "scenarios.js",
+    "search.js",
 )
 
-#: The page holds names and tokens of all its scenarios: of more it would take long to open.
-MOST_SCENARIOS = 500
-
+#: Scenarios whose tags and metadata are in one file.
+LISTED = 500
 _GZIP_LEVEL = 1
 
 
@@ -84,14 +77,15 @@ class Layout:
         Only these decoder blocks; all if None.
     eight_bit
         Whether attention is rounded to 8 bits, which the page says.
+    seals
+        The seal that a trace must have, by name, if it was opened before.
 
     Raises
     ------
     NotATraceError, FormatVersionError, IntegrityError
         As for :func:`zarrtrace.open_run`.
-    ConfigError
-        If a scenario or layer asked for is not in the run, or there are more scenarios than
-        :data:`MOST_SCENARIOS`.
+    ConfigError, ScenarioError
+        If a layer or a scenario asked for is not in the run.
     """
 
     def __init__(
@@ -101,27 +95,32 @@ class Layout:
         scenarios: Sequence[str] | None = None,
         layers: Sequence[int] | None = None,
         eight_bit: bool = False,
+        seals: Mapping[str, str | None] | None = None,
     ) -> None:
         self.path = locate(path)
         self.eight_bit = eight_bit
-        names = _names(self.path, scenarios)
-        self._missing = _missing_layers(self.path, names)
-        self.traces = _only_layers(_open(self.path, names), layers)
+        self.traces = Traces(self.path, scenarios=scenarios, layers=layers, seals=seals)
+        self._arrays_of = lru_cache(maxsize=LISTED)(self._describe_arrays)
         self._lock = threading.Lock()
 
     @cached_property
     def arrays(self) -> dict[str, BundleArray]:
         """Every array by its folder below ``data/``."""
-        found = {
-            f"{scenario}/{array.name}": array
-            for scenario, ds in self.traces.items()
-            for array in trace_arrays(ds, eight_bit=self.eight_bit)
-        }
-        return found | {f"@run/{array.name}": array for array in self._run_arrays}
+        groups = (*self.traces, "@run")
+        return {path: array for group in groups for path, array in self._arrays_of(group).items()}
+
+    def _describe_arrays(self, group: str) -> dict[str, BundleArray]:
+        """Return the arrays of a scenario or of the run, by their folder below ``data/``."""
+        if group == "@run":
+            found = self._run_arrays
+        else:
+            found = trace_arrays(self.traces[group], eight_bit=self.eight_bit)
+        return {f"{group}/{array.name}": array for array in found}
 
     @cached_property
     def _run_arrays(self) -> list[BundleArray]:
-        return run_arrays(self.traces)
+        # They read every scenario.
+        return [] if self.traces.is_large else run_arrays(self.traces)
 
     @cached_property
     def index(self) -> bytes:
@@ -132,21 +131,20 @@ class Layout:
             "version": BUNDLE_VERSION,
             "title": terminal_text(self.path.resolved().name),
             "model": model.get("id") and terminal_text(model["id"]),
-            "vocabulary": _vocabulary(self.traces),
-            "scenarios": [self._scenario(name, ds) for name, ds in self.traces.items()],
-            "sources": _sources(self.traces),
+            "scenarios": [*self.traces],
+            "listed": LISTED,
             "run": {
                 array.name: array.described(f"@run/{array.name}") for array in self._run_arrays
             },
         }
         if self._labelled:
             run["labels"] = self._labelled
-        return json.dumps(run, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode()
+        return _compact(run)
 
     @cached_property
     def _labelled(self) -> dict[str, list[int]]:
         """The layers that are shown and have labels, by array of features."""
-        shown = {int(layer) for ds in self.traces.values() for layer in np.asarray(ds["layer"])}
+        shown = self.traces.layers
         found = labelled_layers(home_of(self.path, LABELLED))
         kept = {array: [n for n in layers if n in shown] for array, layers in found.items()}
         return {array: layers for array, layers in kept.items() if layers}
@@ -159,10 +157,31 @@ class Layout:
             for layer in layers
         ]
 
-    def _scenario(self, name: str, ds: xr.Dataset) -> dict[str, Any]:
+    def scenario_files(self) -> list[str]:
+        """Return the paths of the files about scenarios: one each, and their list in parts."""
+        parts = range(-(-len(self.traces) // LISTED))
+        return [
+            *(f"data/@scenarios/{name}.json.gz" for name in self.traces),
+            *(f"data/@listing/{part}.json.gz" for part in parts),
+        ]
+
+    def _listing(self, at: int) -> dict[str, Any]:
+        """Return tags and metadata of the scenarios of one file."""
+        names = [*itertools.islice(self.traces, at * LISTED, (at + 1) * LISTED)]
+        if not names:
+            raise KeyError(at)
+        found = self.traces.about(names)
+        return {
+            "tags": [[terminal_text(tag) for tag in tags] for tags, _ in found],
+            "metadata": [_readable(metadata) for _, metadata in found],
+        }
+
+    def _scenario(self, name: str) -> dict[str, Any]:
+        """Return what the page knows of a scenario before it reads a chunk."""
+        ds = self.traces[name]
         attributes = ds.attrs
         layers = [int(layer) for layer in np.asarray(ds["layer"])]
-        missing = self._missing.get(name, ())
+        missing = self.traces.missing(name)
         return {
             "name": name,
             "tags": [terminal_text(tag) for tag in attributes["tags"]],
@@ -180,10 +199,10 @@ class Layout:
             "layers": layers,
             "missing": [layer for layer in layers if layer in missing],
             "arrays": {
-                array.name: array.described(path)
-                for path, array in self.arrays.items()
-                if path.startswith(f"{name}/")
+                array.name: array.described(path) for path, array in self._arrays_of(name).items()
             },
+            "vocabulary": _vocabulary(ds),
+            "sources": _sources(ds),
         }
 
     def files(self) -> Iterator[str]:
@@ -194,6 +213,7 @@ class Layout:
         for scenario in (*self.traces, *(["@run"] if self._run_arrays else [])):
             yield f"data/{scenario}/zarr.json"
         yield from self.label_files()
+        yield from self.scenario_files()
         for path, array in self.arrays.items():
             yield f"data/{path}/zarr.json"
             for place in array.grid():
@@ -215,21 +235,40 @@ class Layout:
         folder, _, rest = file.partition("/")
         if folder != "data":
             raise KeyError(file)
-        groups = ("", *(f"{name}/" for name in (*self.traces, "@run")))
-        if rest in {f"{group}zarr.json" for group in groups}:
-            return _as_json({"zarr_format": 3, "node_type": "group", "attributes": {}})
-        parts = rest.split("/")
-        if parts[0] == "@labels":
+        group, *parts = rest.split("/")
+        if group == "@labels":
             return self._label_file(file)
-        array = self.arrays["/".join(parts[:2])]
-        if parts[2:] == ["zarr.json"]:
+        if group in ("@scenarios", "@listing"):
+            return self._json_file(group, "/".join(parts))
+        is_group = parts == ["zarr.json"] and (group in self.traces or group == "@run")
+        if rest == "zarr.json" or is_group:
+            return _as_json({"zarr_format": 3, "node_type": "group", "attributes": {}})
+        return self._array_file(group, parts)
+
+    def _array_file(self, group: str, parts: list[str]) -> bytes:
+        """Make the metadata or a chunk of an array."""
+        array = self._arrays_of(group)["/".join([group, *parts[:1]])]
+        if parts[1:] == ["zarr.json"]:
             return _as_json(array.metadata(_GZIP_LEVEL))
-        if parts[2:3] != ["c"] or not all(re.fullmatch(r"[0-9]{1,9}", p) for p in parts[3:]):
-            raise KeyError(file)
-        place = tuple(map(int, parts[3:]))
-        if [str(number) for number in place] != parts[3:] or not array.has(place):
-            raise KeyError(file)
+        if parts[1:2] != ["c"] or not all(re.fullmatch(r"[0-9]{1,9}", p) for p in parts[2:]):
+            raise KeyError("/".join(parts))
+        place = tuple(map(int, parts[2:]))
+        if [str(number) for number in place] != parts[2:] or not array.has(place):
+            raise KeyError("/".join(parts))
         return _gzip(array.chunk(place))
+
+    def _json_file(self, group: str, file: str) -> bytes:
+        """Make the file of a scenario, or of the list."""
+        name = file.removesuffix(".json.gz")
+        if name == file:
+            raise KeyError(file)
+        if group == "@scenarios":
+            found = self._scenario(name)
+        elif re.fullmatch("0|[1-9][0-9]{0,8}", name):
+            found = self._listing(int(name))
+        else:
+            raise KeyError(file)
+        return _gzip(_compact(found))
 
     def _label_file(self, file: str) -> bytes:
         if file not in self.label_files():
@@ -238,7 +277,7 @@ class Layout:
         found = read_labels(self.path, array=array, layers=[int(layer)])
         labels = map(terminal_text, found["label"])
         by_feature = dict(zip(map(str, found["feature"]), labels, strict=True))
-        return _gzip(json.dumps(by_feature, ensure_ascii=True, separators=(",", ":")).encode())
+        return _gzip(_compact(by_feature))
 
 
 def _generated(attributes: Mapping[Any, Any]) -> dict[str, Any]:
@@ -270,92 +309,28 @@ def _gzip(content: bytes) -> bytes:
     return packer.compress(content) + packer.flush()
 
 
+def _compact(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode()
+
+
+def _readable(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metadata whose texts do nothing but be read."""
+    return {
+        terminal_text(str(name)): terminal_text(value) if isinstance(value, str) else value
+        for name, value in metadata.items()
+    }
+
+
 def _as_json(value: dict[str, Any]) -> bytes:
     return json.dumps(value, indent=2, sort_keys=True).encode()
 
 
-def _names(path: Location, chosen: Sequence[str] | None) -> list[str]:
-    """Return the scenarios to show, in the run's order.
-
-    Raises
-    ------
-    ConfigError
-        If there are too many.
-    ScenarioError
-        If one of those that were chosen is not there.
-    """
-    kind = kind_of(path)
-    known = (
-        [read_trace(path).attributes.name]
-        if kind == "trace"
-        else [*read_run(path).attributes.scenarios]
-    )
-    names = [*chosen_names(known, chosen)]
-    if len(names) > MOST_SCENARIOS:
-        raise ConfigError(
-            f"{path}: {len(names):,} scenarios, one page shows at most {MOST_SCENARIOS}",
-            why="It lists all its scenarios, and reads the tokens of each when it opens.",
-            remedy="Choose some: --scenario NAME, repeatable. 'zarrtrace info' lists them.",
-        )
-    return names
-
-
-def _open(path: Location, names: Sequence[str]) -> dict[str, xr.Dataset]:
-    if kind_of(path) == "trace":
-        ds = open_trace(path, missing="nan")
-        return {name_of(ds.attrs): ds}
-    run = open_run(path, scenarios=names, missing="nan")
-    found = {name: run[name].to_dataset() for name in names if name in run.children}
-    if not found:
-        raise IncompleteError(
-            f"{path}: no scenario is stored yet",
-            why="The extraction was interrupted, or is still running.",
-            remedy="Run the same 'zarrtrace extract' again to resume it.",
-        )
-    return found
-
-
-def _missing_layers(path: Location, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Return the layers that traces lack, of a run that is not complete."""
-    if kind_of(path) == "trace" or read_run(path).attributes.complete:
-        return {}
-    staged = {name: read_staged(path / name) for name in names}
-    return {name: found[1] for name, found in staged.items() if found is not None}
-
-
-def _only_layers(
-    traces: dict[str, xr.Dataset], layers: Sequence[int] | None
-) -> dict[str, xr.Dataset]:
-    if layers is None:
-        return traces
-    found = {}
-    for name, ds in traces.items():
-        absent = sorted(set(layers) - {int(layer) for layer in np.asarray(ds["layer"])})
-        if absent:
-            raise ConfigError(
-                f"{name} has no layer {absent[0]}",
-                remedy=f"It has layers {ranges(np.asarray(ds['layer']).tolist())}.",
-            )
-        chosen = {
-            dim: np.isin(np.asarray(ds[dim]), layers)
-            for dim in ("layer", "attention_layer")
-            if dim in ds.dims
-        }
-        found[name] = ds.isel({dim: np.flatnonzero(kept) for dim, kept in chosen.items()})
-    return found
-
-
-def _vocabulary(traces: dict[str, xr.Dataset]) -> dict[str, str]:
-    """Return the text of every token id that the run holds."""
-    found: dict[int, str] = {}
-    for ds in traces.values():
-        for option in ds.attrs["options"].values():
-            found.setdefault(int(option["token_id"]), str(option["text"]))
-    for ds in traces.values():
-        found |= _texts_by_id(ds["token_id"], ds["key_token"])
-    for ds in traces.values():
-        if "next_token" in ds:
-            found |= _texts_by_id(ds["next_token"], ds["next_token_text"])
+def _vocabulary(ds: xr.Dataset) -> dict[str, str]:
+    """Return the text of every token id of a trace."""
+    found = {int(one["token_id"]): str(one["text"]) for one in ds.attrs["options"].values()}
+    found |= _texts_by_id(ds["token_id"], ds["key_token"])
+    if "next_token" in ds:
+        found |= _texts_by_id(ds["next_token"], ds["next_token_text"])
     found.pop(NO_ID, None)
     return {str(number): found[number] for number in sorted(found)}
 
@@ -368,16 +343,15 @@ def _texts_by_id(ids: xr.DataArray, texts: xr.DataArray) -> dict[int, str]:
     }
 
 
-def _sources(traces: dict[str, xr.Dataset]) -> dict[str, dict[str, str]]:
+def _sources(ds: xr.Dataset) -> dict[str, dict[str, str]]:
     """Return where Neuronpedia shows an SAE's features, by array and layer."""
     out: dict[str, dict[str, str]] = {}
-    for ds in traces.values():
-        for variable, sae in ds.attrs["saes"].items():
-            ids = np.asarray(ds[sae_coordinate("id", variable)])
-            for layer, sae_id in zip(np.asarray(ds["layer"]), ids, strict=True):
-                source = source_of(sae["release"], str(sae_id))
-                if source:
-                    out.setdefault(variable, {})[str(layer)] = source
+    for variable, sae in ds.attrs["saes"].items():
+        ids = np.asarray(ds[sae_coordinate("id", variable)])
+        for layer, sae_id in zip(np.asarray(ds["layer"]), ids, strict=True):
+            source = source_of(sae["release"], str(sae_id))
+            if source:
+                out.setdefault(variable, {})[str(layer)] = source
     return out
 
 

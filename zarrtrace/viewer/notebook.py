@@ -12,11 +12,12 @@ from urllib.parse import urlencode
 import numpy as np
 import xarray as xr
 
-from zarrtrace.errors import ConfigError, IntegrityError, readable
+from zarrtrace.errors import ConfigError, readable
 from zarrtrace.storage import Location
 from zarrtrace.text import terminal_text
 from zarrtrace.viewer.bundle import page_of
-from zarrtrace.viewer.layout import MOST_SCENARIOS, Layout
+from zarrtrace.viewer.layout import Layout
+from zarrtrace.viewer.traces import MOST_SCENARIOS, Traces
 
 if TYPE_CHECKING:
     from zarrtrace.viewer.widget import ViewWidget
@@ -102,40 +103,31 @@ def show(
     IntegrityError
         If a trace was replaced since it was opened.
     """
-    candidates = [*seals] if len(seals) <= MOST_SCENARIOS else [scenario]
-    traces = Layout(path, scenarios=candidates, layers=layers).traces
-    for name in candidates:
-        if seals[name] not in (None, traces[name].attrs.get("seal")):
-            raise IntegrityError(
-                f"{path}: {name} is not the trace that was opened",
-                why="The run was replaced since then.",
-                remedy="Open it again.",
-            )
+    layout = Layout(path, scenarios=[*seals], layers=layers, seals=seals)
+    traces = layout.traces
     chosen = {name: number for name, number in choice.items() if number is not None}
     _check_choice(traces[scenario], scenario, chosen)
     at = urlencode({"scenario": scenario, **chosen})
     if not static and importlib.util.find_spec("anywidget") is not None:
         from zarrtrace.viewer.widget import ViewWidget  # noqa: PLC0415 -- an extra
 
-        layout = Layout(path, scenarios=candidates, layers=layers)
         return ViewWidget(
             layout, _command(path, at), at, sandbox=_SANDBOX, height=height, scenario=scenario
         )
 
-    return _static(path, traces, scenario, layers, at, number=len(seals), height=height)
+    return _static(path, traces, scenario, layers, at, height=height)
 
 
 def _static(
     path: Location,
-    traces: Mapping[str, xr.Dataset],
+    traces: Traces,
     scenario: str,
     layers: Sequence[int] | None,
     at: str,
     *,
-    number: int,
     height: int,
 ) -> View:
-    """Return a page that holds as many of `number` scenarios as a notebook should."""
+    """Return a page that holds as many scenarios as a notebook should."""
 
     def page(names: Sequence[str]) -> bytes | None:
         """Return a page of some scenarios; None if it is too large."""
@@ -154,9 +146,9 @@ def _static(
         note = f"{terminal_text(scenario)} takes more than the {_LIMIT}."
         if traces[scenario].sizes["layer"] > 1:
             note += " Fewer layers take less, as in ds.sel(layer=[20, 21]).zt.view()."
-    elif number > len(traces):
+    elif traces.is_large:
         note = (
-            f"1 of {number:,} scenarios is shown: a page holds at most {MOST_SCENARIOS}."
+            f"1 of {len(traces):,} scenarios is shown: a page holds at most {MOST_SCENARIOS}."
             " view(scenario=…) shows another."
         )
     elif len(traces) > 1:

@@ -21,6 +21,9 @@ export async function readLabels(labelled, sae, layer, file) {
   known.set(key, await new Response(unpacked).json());
 }
 
+/** Labels of a layer by feature; undefined if they have not been read. @param {string} sae @param {number} layer */
+export const labelsOf = (sae, layer) => known.get(`${sae}/${layer}`);
+
 /**
  * Return the label of a feature; null if it has none, or its layer has not been read.
  * @param {string} sae

@@ -8,7 +8,9 @@ import { showFeature, showTop } from "./features.js";
 import { clearOverview, showOverview } from "./overview.js";
 import { activeToken, build, failPrompt, onActive, show, showNext } from "./prompt.js";
 import { finding, showMap } from "./maps.js";
-import { asked, choose, decisionOf, headsOf, index, onChange, scenario, setIndex, setOpening, start, unknown, view } from "./state.js";
+import { chooser } from "./scenarios.js";
+import { startSearch } from "./search.js";
+import { asked, busy, choose, decisionOf, done, headsOf, index, onChange, readFirst, scenario, setIndex, setOpening, start, unknown, view, visit } from "./state.js";
 import { kernel, openIndex, windowOf } from "./store.js";
 
 const $ = (/** @type {string} */ id) => /** @type {HTMLElement} */ (document.getElementById(id));
@@ -61,9 +63,9 @@ let soon;
 /** @param {Set<string>} changed */
 async function render(changed) {
   const some = (/** @type {string[]} */ ...names) => names.some((name) => changed.has(name));
-  pending++;
   clearTimeout(soon); // what is read ahead must not delay what is asked for
-  document.body.dataset.state = "busy";
+  pending++;
+  busy();
   if (some("theme")) applyTheme();
   controls(changed);
   clearOverview();
@@ -82,10 +84,11 @@ async function render(changed) {
   document.documentElement.style.setProperty("--top", `${Math.max(0, $("top").getBoundingClientRect().bottom)}px`);
   await Promise.all(work);
   loose ||= some("scenario", "theme");
-  if (--pending) return;
-  if (loose) fitGrids();
-  loose = false;
-  document.body.dataset.state = "ready";
+  const isLast = !--pending;
+  if (isLast && loose) fitGrids();
+  if (isLast) loose = false;
+  done();
+  if (!isLast) return;
   // For who does not see what has changed.
   const [layer, head, token] = said();
   $("status").textContent = `${layer}, ${head}, ${token}`;
@@ -106,18 +109,19 @@ function said() {
 function controls(changed) {
   const at = scenario();
   if (changed.has("scenario")) {
-    select("scenario").value = at.name;
     $("tags").textContent = at.tags.join(", ");
     input("layer").max = String(at.layers.length - 1);
     input("head").max = String(headsOf(at) - 1);
     input("head").disabled = !headsOf(at);
-    for (const option of select("other").options) option.disabled = option.value === at.name;
   }
   const missing = at.missing.length ? `Not stored: layers ${at.missing.join(", ")}.` : "";
   const lacking = unknown.length ? `This run has no ${unknown.join(", ")}; the nearest is shown.` : "";
   fail($("top"), [lacking, missing].filter(Boolean).join(" "));
   select("scale").value = view.scale;
-  select("other").value = view.other;
+  // A name that is being typed stays.
+  for (const [id, name] of [["scenario", view.scenario], ["other", view.other]]) {
+    if ($(id).getAttribute("aria-expanded") !== "true") input(id).value = name;
+  }
   input("layer").value = String(at.layers.indexOf(view.layer));
   $("layer-shown").textContent = `L${view.layer}`;
   input("layer").setAttribute("aria-valuetext", `layer ${view.layer}`);
@@ -139,7 +143,7 @@ function applyTheme() {
 /** @param {KeyboardEvent} event */
 function keys(event) {
   const target = /** @type {HTMLElement} */ (event.target);
-  if (event.ctrlKey || event.metaKey || event.altKey || target.closest("input, select, textarea, [role=option]")) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || target.closest("input, select, textarea, dialog, [role=option]")) return;
   const at = scenario(), layer = at.layers.indexOf(view.layer);
   const go = /** @type {Record<string, () => void>} */ ({
     ArrowUp: () => choose({ layer: at.layers[Math.max(0, layer - 1)] }),
@@ -169,18 +173,11 @@ function python(panel) {
 }
 
 function wire() {
-  const options = () => index.scenarios.map((one) =>
-    element("option", { value: one.name }, one.tags.length ? `${one.name} (${one.tags.join(", ")})` : one.name));
-  select("scenario").replaceChildren(...options());
-  select("other").replaceChildren(element("option", { value: "" }, "nothing"), ...options());
-  select("scenario").addEventListener("change", () => {
-    const name = select("scenario").value, token = decisionOf(scenario(name));
-    // The decision is each scenario's; any other position is another word there.
-    choose({ scenario: name, token, window: windowOf(token, scenario(name).tokens.length) });
-  });
+  chooser("scenario", (name) => visit({ scenario: name }));
+  chooser("other", (name) => visit({ other: name }), "nothing");
+  startSearch();
   select("scale").addEventListener("change", () =>
     choose({ scale: /** @type {import("./types.js").View["scale"]} */ (select("scale").value) }));
-  select("other").addEventListener("change", () => choose({ other: select("other").value }));
   input("layer").addEventListener("input", () => choose({ layer: scenario().layers[Number(input("layer").value)] }));
   input("head").addEventListener("input", () => choose({ head: Number(input("head").value) }));
   $("theme").addEventListener("click", () =>
@@ -234,21 +231,22 @@ function follow(port) {
     const news = SHARED.filter((name) => changed.has(name) && wanted[name] !== view[name]);
     if (news.length) port.postMessage({ view: Object.fromEntries(news.map((name) => [name, view[name]])) });
   };
-  const take = (/** @type {Partial<View>} */ found) => {
+  const take = async (/** @type {Partial<View>} */ found) => {
     wanted = found;
-    const name = found.scenario ?? view.scenario, tokens = scenario(name).tokens.length;
-    const token = found.token ?? (name === view.scenario ? view.token : decisionOf(scenario(name)));
-    choose({ ...found, token, window: windowOf(token, tokens) });
+    await visit(found);
     wanted = {};
   };
-  let isFirst = true;
+  let isFirst = true, taken = Promise.resolve();
   port.addEventListener("message", ({ data }) => {
     if (!data.choose) return;
     if (isFirst) onChange(tell);
-    take(data.choose);
-    // Until Python has chosen anything, it is told what the page opened on.
-    if (isFirst) tell(new Set(SHARED));
+    const first = isFirst;
     isFirst = false;
+    // One after another: what comes behind a scenario is meant for that.
+    taken = taken.then(() => take(data.choose)).then(() => {
+      // Until Python has chosen anything, it is told what the page opened on.
+      if (first) tell(new Set(SHARED));
+    });
   });
   port.postMessage({ isReady: true });
 }
@@ -256,6 +254,7 @@ function follow(port) {
 async function begin() {
   try {
     setIndex(await openIndex());
+    await readFirst();
   } catch (error) {
     fail($("top"), error);
     document.body.dataset.state = "failed";

@@ -1,6 +1,7 @@
 /** What is chosen, kept in the address so that a link shows the same view. */
 
-import { placesOf, windowOf } from "./store.js";
+import { fail } from "./draw.js";
+import { packed, placesOf, windowOf } from "./store.js";
 
 /** @typedef {import("./types.js").View} View */
 /** @typedef {import("./types.js").Index} Index */
@@ -21,9 +22,46 @@ export const index = /** @type {any} */ ({});
 /** @type {((changed: Set<string>) => void)[]} */
 const listeners = [];
 
+/** Names of all scenarios. @type {Set<string>} */
+let names = new Set();
+/** Scenarios that were read. @type {Map<string, Scenario>} */
+const known = new Map();
+
 /** @param {Index} found */
 export function setIndex(found) {
-  Object.assign(index, found);
+  Object.assign(index, found, { vocabulary: {}, sources: {} });
+  names = new Set(index.scenarios);
+}
+
+/** The scenario of a name, or the first one. @param {string} name */
+const nearest = (name) => (names.has(name) ? name : index.scenarios[0]);
+
+/** Read a scenario, the first one if there is none of this name. @param {string} asked @returns {Promise<Scenario>} */
+export async function opened(asked) {
+  const name = nearest(asked);
+  if (!known.has(name)) {
+    const found = await packed(`data/@scenarios/${name}.json.gz`);
+    Object.assign(index.vocabulary, found.vocabulary);
+    for (const [sae, byLayer] of Object.entries(found.sources)) {
+      index.sources[sae] = Object.assign(index.sources[sae] || {}, byLayer);
+    }
+    known.set(name, found);
+  }
+  return scenario(name);
+}
+
+/** Works that the page is at: it is ready when there is none. */
+let works = 0;
+
+/** Say that something is asked for, and not shown yet. */
+export function busy() {
+  works++;
+  document.body.dataset.state = "busy";
+}
+
+/** Say that it is shown. */
+export function done() {
+  if (!--works) document.body.dataset.state = "ready";
 }
 
 /** @param {import("./types.js").Opening | null} found */
@@ -36,9 +74,9 @@ export function asked() {
   return new URLSearchParams(location.hash.slice(1) || given?.content);
 }
 
-/** @param {string} [name] @returns {Scenario} */
+/** A scenario that was read. @param {string} [name] @returns {Scenario} */
 export function scenario(name = view.scenario) {
-  return index.scenarios.find((one) => one.name === name) || index.scenarios[0];
+  return /** @type {Scenario} */ (known.get(nearest(name)));
 }
 
 /** Number of query heads, 0 if there is no attention. @param {Scenario} of */
@@ -71,7 +109,7 @@ export function zoomed() {
 function settle() {
   const at = scenario();
   view.scenario = at.name;
-  if (view.other === at.name || !index.scenarios.some((s) => s.name === view.other)) view.other = "";
+  if (view.other === at.name || !known.has(view.other)) view.other = "";
   if (!at.layers.includes(view.layer)) {
     view.layer = at.layers.reduce(
       (best, layer) => (Math.abs(layer - view.layer) < Math.abs(best - view.layer) ? layer : best),
@@ -200,6 +238,48 @@ export function choose(change) {
   tell(before);
 }
 
+/** Which of the scenarios that were asked for is the last one. */
+let asking = 0;
+
+/**
+ * Read what is asked for, then go there, unless something else has been asked for by then.
+ * @param {string[]} scenarios @param {() => void} go
+ */
+async function reading(scenarios, go) {
+  const mine = ++asking;
+  busy();
+  try {
+    await Promise.all(scenarios.map(opened));
+    if (mine === asking) go();
+  } catch (error) {
+    if (mine === asking) fail(/** @type {HTMLElement} */ (document.getElementById("top")), error);
+  }
+  done();
+}
+
+/**
+ * Choose a scenario, or one to compare with, and other things with it.
+ * @param {Partial<View>} change
+ */
+export function visit(change) {
+  const wanted = [change.scenario, change.other].filter((name) => name !== undefined && names.has(name));
+  return reading(/** @type {string[]} */ (wanted), () => {
+    const at = scenario(change.scenario ?? view.scenario);
+    // The decision is each scenario's; any other position is another word there.
+    const token = change.token ?? (at.name === view.scenario ? undefined : decisionOf(at));
+    choose(token === undefined ? change : { ...change, token, window: windowOf(token, at.tokens.length) });
+  });
+}
+
+/** The scenarios that an address names. */
+function inAddress() {
+  const found = asked(), other = found.get("with") || "";
+  return [found.get("scenario") || "", ...(names.has(other) ? [other] : [])];
+}
+
+/** Read the scenarios that the page opens with. */
+export const readFirst = () => Promise.all(inAddress().map(opened));
+
 /** @param {(changed: Set<string>) => void} listener */
 export function onChange(listener) {
   listeners.push(listener);
@@ -210,9 +290,11 @@ export function start() {
   read();
   const follow = () => {
     clearTimeout(later);
-    const before = { ...view };
-    read();
-    tell(before);
+    reading(inAddress(), () => {
+      const before = { ...view };
+      read();
+      tell(before);
+    });
   };
   addEventListener("hashchange", follow);
   addEventListener("popstate", follow);

@@ -6,7 +6,7 @@
 /** @typedef {import("./types.js").Block} Block */
 /** @typedef {Float32Array | Uint32Array} Values */
 
-const VERSION = 1;
+const VERSION = 2;
 /** Longer prompts are shown in windows of so many tokens. */
 export const WINDOW = 256;
 const CACHE_BYTES = 192 * 2 ** 20;
@@ -92,6 +92,21 @@ export async function openIndex() {
     throw new DamagedError(`This page reads layout ${VERSION}, index.json is ${index.version}.`);
   }
   return index;
+}
+
+/**
+ * Return what a packed file says.
+ * @param {string} path
+ * @returns {Promise<any>}
+ */
+export async function packed(path) {
+  const { body } = await file(path);
+  const stream = /** @type {ReadableStream<Uint8Array<ArrayBuffer>>} */ (body);
+  try {
+    return await new Response(stream.pipeThrough(new DecompressionStream("gzip"))).json();
+  } catch {
+    throw new DamagedError(`${path} is damaged.`);
+  }
 }
 
 /**

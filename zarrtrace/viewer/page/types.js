@@ -29,6 +29,8 @@
  * @property {number[]} layers
  * @property {number[]} missing
  * @property {Record<string, ArrayInfo>} arrays
+ * @property {Record<string, string>} vocabulary
+ * @property {Record<string, Record<string, string>>} sources
  *
  * @typedef {Object} Generated the text that the model wrote behind the prompt
  * @property {number} from its first token
@@ -40,9 +42,10 @@
  * @property {number} version
  * @property {string} title
  * @property {string | null} model
- * @property {Record<string, string>} vocabulary
- * @property {Scenario[]} scenarios
- * @property {Record<string, Record<string, string>>} sources
+ * @property {Record<string, string>} vocabulary of the scenarios that were read
+ * @property {string[]} scenarios names
+ * @property {number} listed scenarios whose tags and metadata are in one file
+ * @property {Record<string, Record<string, string>>} sources of the scenarios that were read
  * @property {Record<string, number[]>} [labels] layers whose features have labels, by array
  * @property {Record<string, ArrayInfo>} run
  *
