@@ -18,6 +18,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import fakes
+import many_traces
 import numpy as np
 import pytest
 import rounding
@@ -32,6 +33,8 @@ from zarrtrace.errors import ConfigError, IncompleteError, ScenarioError
 from zarrtrace.index.neuronpedia import source_of
 from zarrtrace.records import LayerRecord, TokensRecord
 from zarrtrace.store import RunWriter
+from zarrtrace.store.metadata import read_trace
+from zarrtrace.store.seal import sealed_group
 from zarrtrace.viewer import Layout, Server, plan, write_bundle
 from zarrtrace.viewer.bundle import single_page
 
@@ -324,6 +327,46 @@ def test_scenarios_and_layers_are_chosen(whole: fakes.FakeRun) -> None:
     )
     np.testing.assert_array_equal(values, whole.truth["Safe_1"]["attention"][2].ravel())
     assert scenario_of(layout, "Safe_1")["arrays"]["attention"]["layers"] == [1, 3]
+
+
+@pytest.mark.long
+def test_a_large_run_is_listed_in_parts_and_read_when_asked_for(tmp_path: Path) -> None:
+    """20,000 scenarios: the first part and the last have traces, one of them damaged."""
+    names = many_traces.names_of(20_000)
+    run = many_traces.make_many(tmp_path, 3)
+    many_traces.write_run(run, names)
+    first = read_trace(run / names[0])
+    for number, name in enumerate(names[3:], 3):
+        (run / name).mkdir()
+        if number >= len(names) - 10:
+            metadata = {"number": number}
+            attributes = first.attributes.model_copy(
+                update={"scenario": name, "tags": ("late",), "metadata": metadata}
+            )
+            (run / name / "zarr.json").write_bytes(sealed_group(attributes, first.nodes))
+    broken = run / names[-1] / "zarr.json"
+    broken.write_bytes(broken.read_bytes().replace(b"late", b"lat3"))
+    with Server(run) as live:
+        assert json.loads(get(live.url, "/index.json")[2])["scenarios"] == names
+        part = json_of(get(live.url, "/data/@listing/39.json.gz")[2])
+        assert part["tags"] == [None] * 490 + [["late"]] * 9 + [None]
+        assert part["metadata"][490:499] == [{"number": n} for n in range(19_990, 19_999)]
+        assert get(live.url, "/data/@listing/40.json.gz")[0] == 404
+        assert json_of(get(live.url, "/data/@listing/0.json.gz")[2])["tags"][:4] == [
+            ["safe"],
+            ["risky"],
+            ["safe"],
+            None,
+        ]
+        found = json_of(get(live.url, f"/data/@scenarios/{names[2]}.json.gz")[2])
+        assert found["tokens"] == zt.open_trace(run / names[2]).key_token.values.tolist()
+        chunk = get(live.url, f"/data/{names[2]}/attention/c/0/0/0/0")
+        values = np.frombuffer(gzip.decompress(chunk[2]), np.float32)
+        stored = zt.open_trace(run / names[2]).attention.values
+        np.testing.assert_array_equal(values, stored[0].ravel())
+        status, _, said = get(live.url, f"/data/@scenarios/{names[-1]}.json.gz")
+        assert status == 500
+        assert b"not the metadata that was written" in said
 
 
 @pytest.mark.parametrize("what", [{"scenarios": ["Nowhere"]}, {"layers": [77]}])

@@ -10,6 +10,9 @@ read ahead: these times include reading and decoding the store.
 from __future__ import annotations
 
 import argparse
+import gzip
+import json
+import re
 import shutil
 import statistics
 import tempfile
@@ -25,8 +28,10 @@ from zarrtrace.viewer import Server
 ACTIVE = 50
 #: The mission's shape, and a long prompt: tokens, layers, heads.
 SHAPES = {"121 tokens, 31 layers": (121, 31, 32), "4,096 tokens, 3 layers": (4_096, 3, 8)}
+#: Scenarios that are searched.
+SCENARIOS = 10_000
 #: Limits in ms, for the first shape.
-LIMITS = {"first view": 900, "another layer": 100, "another head": 15, "hover": 12}
+LIMITS = {"first view": 900, "another layer": 100, "another head": 15, "hover": 12, "search": 50}
 
 _FIRST = """
 window.drawn = new Promise(done => {
@@ -120,6 +125,36 @@ def measure(browser: Any, server: Server, tokens: int, layers: int, repeats: int
     return medians | {"MB for the first view": round(received / 1e6, 2)}
 
 
+def measure_search(browser: Any, server: Server, repeats: int) -> float:
+    """Return the median of a search over :data:`SCENARIOS` names, tags and metadata, in ms."""
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    numbers = range(SCENARIOS)
+    index = json.loads(server.file("index.json"))
+    names = [*index["scenarios"], *(f"scenario_{number}" for number in numbers[1:])]
+    told = json.dumps({**index, "scenarios": names, "listed": SCENARIOS})
+    listing = {
+        "tags": [[f"group_{number % 20}"] for number in numbers],
+        "metadata": [{"balance": number % 300, "round": number % 7} for number in numbers],
+    }
+    packed = gzip.compress(json.dumps(listing).encode())
+    page.route("**/index.json", lambda route: route.fulfill(body=told))
+    page.route(re.compile("listing/0"), lambda route: route.fulfill(body=packed))
+    page.goto(server.url)
+    page.wait_for_selector("body[data-state=ready]")
+    page.keyboard.press("/")
+    page.locator("#search-text").fill("group_3")
+    page.wait_for_function("() => document.querySelector('#search-list').innerText.includes('500')")
+    found: list[float] = []
+    for at in range(repeats):
+        text = f"group_{at % 20} balance={at}"
+        page.evaluate("text => { document.querySelector('#search-text').value = text; }", text)
+        found.append(page.evaluate(_TIMED, ["#search-text", "InputEvent", "input", {}]))
+        page.wait_for_selector("#search-list [data-name]")
+        page.wait_for_timeout(300)
+    page.close()
+    return round(statistics.median(found), 1)
+
+
 def main() -> None:
     """Build, measure, print a table."""
     parser = argparse.ArgumentParser(
@@ -138,6 +173,7 @@ def main() -> None:
             build(Path(folder), tokens, layers, heads)
             with Server(path) as server:
                 found[name] = measure(browser, server, tokens, layers, options.repeats)
+                found[name]["search"] = measure_search(browser, server, options.repeats)
             shutil.rmtree(path)
         browser.close()
     print(f"{ACTIVE} active features a token, {FEATURES:,} in all; median of {options.repeats}\n")

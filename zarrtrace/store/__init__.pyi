@@ -28,7 +28,6 @@ from zarrtrace.store.label_file import (
     write_label_file,
 )
 from zarrtrace.store.metadata import (
-    each_trace,
     kind_of,
     read_run,
     read_scenario,
@@ -75,7 +74,6 @@ __all__ = [
     "attention_problem",
     "check_sizes",
     "copy_run",
-    "each_trace",
     "kind_of",
     "labelled_layers",
     "layer_record",

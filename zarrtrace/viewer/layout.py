@@ -172,8 +172,8 @@ class Layout:
             raise KeyError(at)
         found = self.traces.about(names)
         return {
-            "tags": [[terminal_text(tag) for tag in tags] for tags, _ in found],
-            "metadata": [_readable(metadata) for _, metadata in found],
+            "tags": [one and [terminal_text(tag) for tag in one[0]] for one in found],
+            "metadata": [_readable(one[1]) if one else {} for one in found],
         }
 
     def _scenario(self, name: str) -> dict[str, Any]:

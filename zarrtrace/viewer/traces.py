@@ -9,12 +9,17 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from zarrtrace.errors import ConfigError, IncompleteError, IntegrityError
+from zarrtrace.errors import (
+    ConfigError,
+    IncompleteError,
+    IntegrityError,
+    NotATraceError,
+    ZarrtraceError,
+)
 from zarrtrace.format.attributes import ranges
 from zarrtrace.scenarios import chosen_names, name_of
 from zarrtrace.storage import Location, locate
 from zarrtrace.store import (
-    each_trace,
     kind_of,
     open_run,
     open_trace,
@@ -29,6 +34,10 @@ from zarrtrace.store import (
 MOST_SCENARIOS = 500
 # Open datasets that are kept of a large run.
 _KEPT = 64
+
+
+#: Tags and metadata of a trace.
+About = tuple[Sequence[str], Mapping[str, Any]]
 
 
 class Traces(Mapping[str, xr.Dataset]):
@@ -120,18 +129,25 @@ class Traces(Mapping[str, xr.Dataset]):
         """Return the layers that are not stored yet of a trace."""
         return self._missing.get(name, ())
 
-    def about(self, names: Sequence[str]) -> list[tuple[Sequence[str], Mapping[str, Any]]]:
-        """Return tags and metadata of some traces, reading no more than their attributes."""
+    def about(self, names: Sequence[str]) -> list[About | None]:
+        """Return tags and metadata of some traces; None for one that cannot be read.
+
+        Of a large run, no more than their attributes are read.
+        """
         if not self.is_large:
-            attributes = [self[name].attrs for name in names]
-            return [(attrs["tags"], attrs.get("metadata") or {}) for attrs in attributes]
-        stored = each_trace(
-            self._path, names, lambda one: (one.attributes.tags, one.plain.get("metadata") or {})
-        )
-        return [
-            found or (self[name].attrs["tags"], self[name].attrs.get("metadata") or {})
-            for name, found in zip(names, stored, strict=True)
-        ]
+            return [_about(self[name]) for name in names]
+        return self._path.each(self._read_about, names)
+
+    def _read_about(self, name: str) -> About | None:
+        # One damaged trace must not hide the tags of the others; opened, it says what is wrong.
+        try:
+            try:
+                trace = read_scenario(self._path, name)
+            except NotATraceError:
+                return _about(self[name])  # not complete yet
+            return trace.attributes.tags, trace.plain.get("metadata") or {}
+        except ZarrtraceError:
+            return None
 
     def _present(self, names: Sequence[str]) -> tuple[dict[str, None], dict[str, tuple[int, ...]]]:
         """Return the names of stored traces, and the layers that unfinished ones lack."""
@@ -171,6 +187,10 @@ class Traces(Mapping[str, xr.Dataset]):
                 remedy="Open it again.",
             )
         return ds if self._layers is None else _only_layers(name, ds, self._layers)
+
+
+def _about(ds: xr.Dataset) -> About:
+    return ds.attrs["tags"], ds.attrs.get("metadata") or {}
 
 
 def _only_layers(name: str, ds: xr.Dataset, layers: Sequence[int]) -> xr.Dataset:
