@@ -11,13 +11,16 @@ from zarrtrace.index.finding import find_feature
 from zarrtrace.index.labels import home_of, read_labels
 from zarrtrace.storage import Address
 
+#: How many words stand for a feature without a label.
+WORDS = 3
+
 
 def names_of(
     run: Address,
     features: Iterable[tuple[int, int]],
     *,
     array: str = "features",
-    words: int = 3,
+    words: int = WORDS,
 ) -> dict[tuple[int, int], str]:
     """Name features: by their labels, else by the words that drive them most.
 
@@ -55,8 +58,12 @@ def names_of(
         for layer, feature in (pair for pair in asked if pair not in names):
             with contextlib.suppress(ConfigError):  # the index lacks this layer
                 use = find_feature(home, layer, feature, array=array)
-                texts = [one.token.strip() for one in use.tokens]
-                strongest = [text for text in dict.fromkeys(texts) if text][:words]
+                strongest = distinct_words((one.token for one in use.tokens), words)
                 if strongest:
                     names[layer, feature] = ", ".join(f'"{text}"' for text in strongest)
     return names
+
+
+def distinct_words(texts: Iterable[str], words: int) -> list[str]:
+    """Return the first different words among texts of tokens, strongest token first."""
+    return [text for text in dict.fromkeys(text.strip() for text in texts) if text][:words]

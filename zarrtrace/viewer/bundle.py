@@ -53,26 +53,20 @@ class Estimate(NamedTuple):
 
 def estimate(layout: Layout, output: str | Path) -> Estimate:
     """Say how large a bundle will be, before writing it; see :class:`Estimate`."""
-    total, files = 0, 0
+    total = 0
     for path, array in layout.arrays.items():
         places = sample(array)
-        read = sum(len(layout.read(f"data/{path}/c/{'/'.join(map(str, at))}")) for at in places)
+        sampled = sum(len(layout.read(f"data/{path}/c/{'/'.join(map(str, at))}")) for at in places)
         count = sum(1 for _ in array.grid())
-        total += read * count // max(1, len(places))
-        files += count + 1
-    labels = layout.label_files()
-    total += sum(len(layout.read(file)) for file in labels)
-    about = layout.scenario_files()
-    some = about[:: max(1, len(about) // 16)]
-    total += sum(len(layout.read(file)) for file in some) * len(about) // len(some)
+        total += sampled * count // max(1, len(places))
+    total += sum(len(layout.read(file)) for file in layout.label_files())
+    for files in (layout.scenario_files(), layout.context_files()):
+        some = files[:: max(1, len(files) // 16)]
+        total += sum(len(layout.read(file)) for file in some) * len(files) // max(1, len(some))
     total += len(layout.index) + sum(len(page_file(name)) for name in PAGE_FILES)
     if _is_html(output):
         return Estimate(total * 4 // 3, 1, layout.eight_bit)
-    return Estimate(
-        total,
-        files + len(labels) + len(about) + len(PAGE_FILES) + 2 + len(layout.traces),
-        layout.eight_bit,
-    )
+    return Estimate(total, sum(1 for _ in layout.files()), layout.eight_bit)
 
 
 def plan(

@@ -30,6 +30,7 @@ from zarrtrace.storage import Address, locate
 from zarrtrace.store import labelled_layers
 from zarrtrace.text import terminal_text
 from zarrtrace.viewer.arrays import BundleArray, run_arrays, trace_arrays
+from zarrtrace.viewer.contexts import Contexts
 from zarrtrace.viewer.traces import Traces
 
 #: Version of the bundle's layout; the page refuses another.
@@ -53,6 +54,8 @@ PAGE_FILES = (
     "code.js",
     "features.js",
     "labels.js",
+    "contexts.js",
+    "drawer.js",
     "compare.js",
     "choices.js",
     "scenarios.js",
@@ -62,6 +65,8 @@ PAGE_FILES = (
 #: Scenarios whose tags and metadata are in one file.
 LISTED = 500
 _GZIP_LEVEL = 1
+# Folders below ``data/`` whose files are compressed JSON.
+_TEXTS = ("@labels", "@strongest", "@scenarios", "@listing")
 
 
 class Layout:
@@ -139,6 +144,8 @@ class Layout:
         }
         if self._labelled:
             run["labels"] = self._labelled
+        if self._contexts.described:
+            run["strongest"] = self._contexts.described
         return _compact(run)
 
     @cached_property
@@ -148,6 +155,14 @@ class Layout:
         found = labelled_layers(home_of(self.path, LABELLED))
         kept = {array: [n for n in layers if n in shown] for array, layers in found.items()}
         return {array: layers for array, layers in kept.items() if layers}
+
+    @cached_property
+    def _contexts(self) -> Contexts:
+        return Contexts(self.path, self.traces.layers, len(self.traces))
+
+    def context_files(self) -> list[str]:
+        """Return the paths of the files of features' strongest tokens."""
+        return list(self._contexts.files())
 
     def label_files(self) -> list[str]:
         """Return the paths of the files of labels, one an array and layer."""
@@ -214,6 +229,7 @@ class Layout:
             yield f"data/{scenario}/zarr.json"
         yield from self.label_files()
         yield from self.scenario_files()
+        yield from self._contexts.files()
         for path, array in self.arrays.items():
             yield f"data/{path}/zarr.json"
             for place in array.grid():
@@ -236,10 +252,8 @@ class Layout:
         if folder != "data":
             raise KeyError(file)
         group, *parts = rest.split("/")
-        if group == "@labels":
-            return self._label_file(file)
-        if group in ("@scenarios", "@listing"):
-            return self._json_file(group, "/".join(parts))
+        if group in _TEXTS:
+            return _gzip_text(_compact(self._text_file(group, file)))
         is_group = parts == ["zarr.json"] and (group in self.traces or group == "@run")
         if rest == "zarr.json" or is_group:
             return _as_json({"zarr_format": 3, "node_type": "group", "attributes": {}})
@@ -257,27 +271,28 @@ class Layout:
             raise KeyError("/".join(parts))
         return _gzip(array.chunk(place))
 
-    def _json_file(self, group: str, file: str) -> bytes:
-        """Make the file of a scenario, or of the list."""
-        name = file.removesuffix(".json.gz")
-        if name == file:
+    def _text_file(self, group: str, file: str) -> Mapping[str, Any]:
+        """Return labels, strongest tokens, a scenario or a part of the list."""
+        if group == "@labels":
+            return self._label_file(file)
+        if group == "@strongest":
+            return self._contexts.read(file)
+        name = file.removeprefix(f"data/{group}/").removesuffix(".json.gz")
+        if file != f"data/{group}/{name}.json.gz":
             raise KeyError(file)
         if group == "@scenarios":
-            found = self._scenario(name)
-        elif re.fullmatch("0|[1-9][0-9]{0,8}", name):
-            found = self._listing(int(name))
-        else:
-            raise KeyError(file)
-        return _gzip(_compact(found))
+            return self._scenario(name)
+        if re.fullmatch("0|[1-9][0-9]{0,8}", name):
+            return self._listing(int(name))
+        raise KeyError(file)
 
-    def _label_file(self, file: str) -> bytes:
+    def _label_file(self, file: str) -> dict[str, str]:
         if file not in self.label_files():
             raise KeyError(file)
         array, layer = file.removesuffix(".json.gz").split("/")[2:]
         found = read_labels(self.path, array=array, layers=[int(layer)])
         labels = map(terminal_text, found["label"])
-        by_feature = dict(zip(map(str, found["feature"]), labels, strict=True))
-        return _gzip(_compact(by_feature))
+        return dict(zip(map(str, found["feature"]), labels, strict=True))
 
 
 def _generated(attributes: Mapping[Any, Any]) -> dict[str, Any]:
@@ -311,6 +326,12 @@ def _gzip(content: bytes) -> bytes:
 
 def _compact(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode()
+
+
+def _gzip_text(content: bytes) -> bytes:
+    # Text repeats itself: with the search, contexts take a third of the bytes.
+    packer = zlib_ng.compressobj(_GZIP_LEVEL, zlib_ng.DEFLATED, 16 + zlib_ng.MAX_WBITS)
+    return packer.compress(content) + packer.flush()
 
 
 def _readable(metadata: Mapping[str, Any]) -> dict[str, Any]:

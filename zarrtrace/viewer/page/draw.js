@@ -139,6 +139,42 @@ export function lines(canvas, lines, layers, chosen) {
   }
 }
 
+/** Numbers of bars of a histogram. */
+const BINS = 12;
+
+/**
+ * Draw how many values lie in each of twelve equal parts of their range, from 0.
+ * @param {HTMLCanvasElement} canvas
+ * @param {number[]} values
+ */
+export function histogram(canvas, values) {
+  const ratio = window.devicePixelRatio || 1, width = canvas.clientWidth || 300, height = canvas.clientHeight || 90;
+  canvas.width = width * ratio;
+  canvas.height = height * ratio;
+  const context = /** @type {CanvasRenderingContext2D} */ (canvas.getContext("2d"));
+  context.scale(ratio, ratio);
+  const low = Math.min(0, ...values), high = Math.max(0, ...values), counts = Array(BINS).fill(0);
+  for (const value of values) counts[Math.min(BINS - 1, Math.floor((BINS * (value - low)) / (high - low)))]++;
+  canvas.dataset.counts = counts.join();
+  const style = getComputedStyle(canvas), most = Math.max(...counts);
+  const left = 30, bottom = 16, top = 12, bar = (width - left - 4) / BINS, tall = height - top - bottom;
+  context.font = `11px ${style.fontFamily}`;
+  counts.forEach((count, i) => {
+    const size = (tall * count) / most;
+    context.fillStyle = style.accentColor === "auto" ? style.color : style.accentColor;
+    context.fillRect(left + i * bar + 1, top + tall - size, bar - 2, size);
+  });
+  context.fillStyle = style.color;
+  context.fillRect(left, top + tall, width - left - 4, 1);
+  context.textAlign = "right";
+  context.fillText(String(most), left - 5, top + 8);
+  context.fillText("0", left - 5, top + tall);
+  [low, (low + high) / 2, high].forEach((value, i) => {
+    context.textAlign = /** @type {CanvasTextAlign[]} */ (["left", "center", "right"])[i];
+    context.fillText(number(value).textContent || "", left + (i * (width - left - 4)) / 2, height - 3);
+  });
+}
+
 /**
  * Make an element; text is always text.
  * @template {keyof HTMLElementTagNameMap} K
@@ -204,6 +240,9 @@ export function visible(text) {
     ? text.replace(/\r?\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "␣")
     : text;
 }
+
+/** Text of several tokens on one line. @param {string} text */
+export const spaced = (text) => text.replace(/\r?\n/g, "⏎").replace(/\t/g, "⇥");
 
 /** A token's text in an element of its own direction. @param {string} text */
 export function tokenText(text) {

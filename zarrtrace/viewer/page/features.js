@@ -1,6 +1,8 @@
 /** A token's strongest features; one feature over layers and tokens, its words, its contrasts. */
 
 import { bars, element, fail, heat, named, number, setNumber, tokenText, visible } from "./draw.js";
+import { readUses, wordsOf } from "./contexts.js";
+import { showUses } from "./drawer.js";
 import { labelOf, readLabels } from "./labels.js";
 import { cells, layerRuler, promptEnd, scale, single, tokenRuler } from "./plot.js";
 import { activeToken, colourBy } from "./prompt.js";
@@ -59,17 +61,41 @@ export async function showTop(token) {
     bars(out, active.slice(0, SHOWN), ofFeatureAndValue, (row, { feature, value }) => {
       const [name, label, shown] = row.children;
       row.dataset.feature = name.textContent = String(feature);
-      label.textContent = labelOf(view.sae, layer, feature);
+      setLabel(label, feature);
       row.classList.toggle("chosen", feature === view.feature);
       setNumber(/** @type {HTMLDataElement} */ (shown), value);
       return Math.abs(value) / most;
     });
+    clearTimeout(soon); // words of tokens that the pointer passes over are not asked for
+    soon = setTimeout(() => addWords(layer), 120);
     if (!active.length) {
       out.append(element("li", { class: "none" },
         Number.isNaN(strength[0]) ? "no SAE on this layer" : "no feature is active"));
     }
   } catch (error) {
     fail(panel, error);
+  }
+}
+
+/** @type {ReturnType<typeof setTimeout> | undefined} */
+let soon;
+
+/** Write a feature's label beside its number, else its strongest words. @param {Element} out @param {number} feature */
+function setLabel(out, feature) {
+  const text = labelOf(view.sae, view.layer, feature) ?? wordsOf(view.sae, view.layer, feature) ?? "";
+  out.textContent = text;
+  out.setAttribute("title", text);
+}
+
+/** Read the words of the listed features that have no label, and write them. @param {number} layer */
+async function addWords(layer) {
+  const sae = view.sae;
+  for (const row of /** @type {NodeListOf<HTMLElement>} */ ($("top-features").querySelectorAll("[data-feature]"))) {
+    const feature = Number(row.dataset.feature);
+    if (labelOf(sae, layer, feature)) continue;
+    const found = await readUses(sae, layer, feature).catch(() => null); // the drawer says what is damaged
+    if (sae !== view.sae || layer !== view.layer) return;
+    if (found && Number(row.dataset.feature) === feature) setLabel(row.children[1], feature);
   }
 }
 
@@ -92,16 +118,17 @@ export async function showFeature() {
     colourBy(null);
     return;
   }
-  await Promise.all([drawTimeline(), showWords(), showContrasts(), showName(feature)]);
+  await Promise.all([drawTimeline(), showWords(), showContrasts(), showName(feature), showUses()]);
 }
 
-/** Write the feature's number, its label and its link. @param {number} feature */
+/** Write the feature's number, its label or else its words, and its link. @param {number} feature */
 async function showName(feature) {
   const layer = view.layer, sae = view.sae;
   const links = [link(feature)].filter((l) => l !== null);
   $("feature-name").replaceChildren(`Feature ${feature} `, ...links);
-  await readLabels(index.labels ?? {}, sae, layer, file);
-  const label = labelOf(sae, layer, feature);
+  await Promise.all([readLabels(index.labels ?? {}, sae, layer, file),
+    readUses(sae, layer, feature).catch(() => null)]); // showUses() says what is damaged
+  const label = labelOf(sae, layer, feature) ?? wordsOf(sae, layer, feature);
   if (label && feature === view.feature && layer === view.layer) {
     $("feature-name").replaceChildren(`Feature ${feature}: ${label} `, ...links);
   }

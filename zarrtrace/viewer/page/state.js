@@ -33,6 +33,9 @@ export function setIndex(found) {
   names = new Set(index.scenarios);
 }
 
+/** Whether this page has a scenario. @param {string} name */
+export const isHere = (name) => names.has(name);
+
 /** The scenario of a name, or the first one. @param {string} name */
 const nearest = (name) => (names.has(name) ? name : index.scenarios[0]);
 

@@ -47,7 +47,17 @@
  * @property {number} listed scenarios whose tags and metadata are in one file
  * @property {Record<string, Record<string, string>>} sources of the scenarios that were read
  * @property {Record<string, number[]>} [labels] layers whose features have labels, by array
+ * @property {Strongest} [strongest] absent if the run has no index
  * @property {Record<string, ArrayInfo>} run
+ *
+ * @typedef {Object} Strongest what the index of features holds
+ * @property {string} [problem] why it cannot be used; then nothing else is there
+ * @property {Record<string, number>} arrays numbers of features
+ * @property {number[]} layers
+ * @property {number} step how many features a file holds
+ * @property {boolean} special whether special tokens are counted
+ * @property {number} indexed
+ * @property {number} scenarios
  *
  * @typedef {Object} View what is chosen; all of it is in the address
  * @property {string} scenario
