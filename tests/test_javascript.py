@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
-from typing import NoReturn
 
 import fakes
+import node_packages
 import numpy as np
 import pytest
 
@@ -18,7 +16,6 @@ import zarrtrace as zt
 from zarrtrace.format.layout import Limits
 from zarrtrace.index import build_index
 
-ZARRITA = "0.7.5"
 HERE = Path(__file__).parent
 ARRAYS = (
     "attention",
@@ -36,30 +33,8 @@ ARRAYS = (
 )
 
 
-def not_run(why: str) -> NoReturn:
-    if os.environ.get("ZARRTRACE_REQUIRE_NODE"):
-        pytest.fail(why)
-    pytest.skip(f"zarrita.js has not read a run: {why}")
-
-
-def install() -> None:
-    """Put zarrita.js into tests/node_modules, which git ignores."""
-    if shutil.which("node") is None or shutil.which("npm") is None:
-        not_run("node and npm are not installed")
-    package = HERE / "node_modules" / "zarrita" / "package.json"
-    if package.exists() and json.loads(package.read_text())["version"] == ZARRITA:
-        return
-    done = subprocess.run(
-        ["npm", "install", "--prefix", HERE, "--no-save", "--no-package-lock", "--no-audit",
-         "--no-fund", f"zarrita@{ZARRITA}"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        not_run(f"npm could not install it: {done.stderr[-300:]}")
-
-
 def test_zarrita_reads_what_numpy_wrote(tmp_path: Path) -> None:
-    install()
+    node_packages.install()
     # The second is long enough for several chunks a layer, the third for several files an array;
     # layer 2 has no SAE, so that its chunks of features are absent.
     run = fakes.make_run(
@@ -101,7 +76,7 @@ def test_zarrita_reads_what_numpy_wrote(tmp_path: Path) -> None:
 
 @pytest.mark.torch
 def test_example_of_the_documents(demo_run: Path, tmp_path: Path) -> None:
-    install()
+    node_packages.install()
     (tmp_path / "node_modules").symlink_to(HERE / "node_modules")
     document = HERE.parent / "zarrtrace" / "store" / "README.md"
     (example,) = re.findall(r"^```js\n(.*?)^```$", document.read_text("utf-8"), re.M | re.S)

@@ -367,7 +367,7 @@ def test_axes_say_which_token_and_layer(
         assert page.locator(f"#{ruler} .chosen").inner_text() == "L2"
     page.locator("#scale").select_option("absolute")
     ready(page)
-    assert page.locator("#large-scale data").all_text_contents() == ["0", "0.25", "1"]
+    assert page.locator("#large-scale data").all_text_contents() == ["0", "0.250", "1.00"]
 
 
 def test_every_span_has_its_name_on_the_axis(tmp_path: Path, look: Open) -> None:

@@ -1,6 +1,6 @@
 /** Heads of a layer, layers, one large, and the flow into the chosen token. */
 
-import { element, fail, heat, lines, named, number, spanColour, theme } from "./draw.js";
+import { element, fail, heat, lines, named, number, readable, spanColour, theme } from "./draw.js";
 import { cells, layerRuler, promptEnd, scale, single, tokenRuler } from "./plot.js";
 import { choose, headsOf, scenario, view, zoomed } from "./state.js";
 import { block, placeOf, windowOf } from "./store.js";
@@ -151,7 +151,7 @@ export async function showHeads() {
     canvases.forEach((canvas, head) => heat(canvas, found.data, head * size, found.rows, found.columns, options));
     mark(grid, view.head);
     const bits = at.arrays.attention.bits;
-    $("bits").textContent = bits ? `attention rounded to ${bits} bits (±${(0.5 / 254).toFixed(3)})` : "";
+    $("bits").textContent = bits ? `attention rounded to ${bits} bits (±${readable(0.5 / 254)})` : "";
   } catch (error) {
     fail(panel, error);
   }
@@ -236,7 +236,7 @@ const pointFlow = cells(flowCanvas, () => (flow ? [flow.layers.length, flow.keys
   (row, column) => {
     const { data, layers, firstKey, keys } = /** @type {NonNullable<typeof flow>} */ (flow);
     $("flow-cell").replaceChildren(`L${layers[row]}: `, ...named(scenario(), view.token), " → ",
-      ...named(scenario(), firstKey + column), " = ", number(data[row * keys + column], 4));
+      ...named(scenario(), firstKey + column), " = ", number(data[row * keys + column]));
   },
   (row) => flow && choose({ layer: flow.layers[row] }));
 
@@ -302,7 +302,7 @@ const point = cells(large, () => (largeBlock ? [largeBlock.rows, largeBlock.colu
     const at = scenario();
     pointed = [row, column];
     $("cell").replaceChildren(...named(at, firstRow + row), " → ", ...named(at, firstColumn + column),
-      " = ", number(data[row * columns + column], 4));
+      " = ", number(data[row * columns + column]));
     cross.style.setProperty("--x", `${(100 * column) / columns}%`);
     cross.style.setProperty("--y", `${(100 * row) / rows}%`);
     cross.style.setProperty("--w", `${100 / columns}%`);

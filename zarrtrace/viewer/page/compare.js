@@ -103,7 +103,7 @@ function strongest(values, row, n) {
 function show(row, column) {
   if (!drawn) return;
   const { a, b, units, values } = drawn, n = units.length;
-  const [x, y, difference] = values.map((of) => number(of[row * n + column], 4));
+  const [x, y, difference] = values.map((of) => number(of[row * n + column]));
   const from = units[row], to = units[column];
   $("compare-cell").replaceChildren(
     "A: ", tokenText(textOf(a, from.a)), " → ", tokenText(textOf(a, to.a)), " = ", x,

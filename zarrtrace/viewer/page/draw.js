@@ -106,7 +106,7 @@ export function lines(canvas, lines, layers, chosen) {
   context.globalAlpha = 0.75;
   context.textAlign = "right";
   for (const part of [0, 0.5, 1]) {
-    context.fillText(number(max * part, 2).textContent || "", left - 5, y(max * part) + 4);
+    context.fillText(readable(max * part), left - 5, y(max * part) + 4);
     context.globalAlpha = 0.15;
     context.fillRect(left, y(max * part), width - left - right, 1);
     context.globalAlpha = 0.75;
@@ -171,7 +171,7 @@ export function histogram(canvas, values) {
   context.fillText("0", left - 5, top + tall);
   [low, (low + high) / 2, high].forEach((value, i) => {
     context.textAlign = /** @type {CanvasTextAlign[]} */ (["left", "center", "right"])[i];
-    context.fillText(number(value).textContent || "", left + (i * (width - left - 4)) / 2, height - 3);
+    context.fillText(readable(value), left + (i * (width - left - 4)) / 2, height - 3);
   });
 }
 
@@ -190,26 +190,24 @@ export function element(tag, attributes = {}, ...children) {
   return out;
 }
 
-/** A number as people read it, and exactly for programs. @param {number} value @param {number} [digits] */
-export function number(value, digits = 3) {
-  return setNumber(/** @type {HTMLDataElement} */ (element("data")), value, digits);
+/** A number as people read it, the same in all panels: three digits, or whole. @param {number} value */
+export function readable(value) {
+  if (!Number.isFinite(value)) return "–";
+  const size = Math.abs(value);
+  const text = value === 0 ? "0" : size < 1e-3 ? value.toExponential(2)
+    : size < 999.5 ? value.toPrecision(3) : String(Math.round(value));
+  return text.replace(/-/g, "−");
 }
 
-/** Change a number that is shown. @param {HTMLDataElement} shown @param {number} value @param {number} [digits] */
-export function setNumber(shown, value, digits = 3) {
-  const text = Number.isFinite(value)
-    ? Math.abs(value) >= 1e-3 || value === 0 ? String(Number(value.toPrecision(digits))) : value.toExponential(1)
-    : "–";
+/** A number as people read it, and exactly for programs. @param {number} value */
+export function number(value) {
+  return setNumber(/** @type {HTMLDataElement} */ (element("data")), value);
+}
+
+/** Change a number that is shown. @param {HTMLDataElement} shown @param {number} value */
+export function setNumber(shown, value) {
   shown.value = String(value);
-  shown.textContent = text.replace(/^-/, "−");
-  return shown;
-}
-
-/** A share as people read it, and exactly for programs. @param {number} value */
-export function percent(value) {
-  const shown = number(value);
-  const text = (100 * value).toFixed(value < 0.1 ? 2 : 1);
-  shown.textContent = value < 1 && /^100/.test(text) ? "over 99.9 %" : `${text} %`;
+  shown.textContent = readable(value);
   return shown;
 }
 

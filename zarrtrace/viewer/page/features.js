@@ -168,7 +168,7 @@ const pointAt = cells(canvas, () => (drawn ? [drawn.layers, drawn.tokens] : [0, 
     const { data, tokens } = /** @type {NonNullable<typeof drawn>} */ (drawn);
     const at = scenario(), layer = (at.arrays[view.sae].layers || [])[row];
     $("timeline-cell").replaceChildren(`L${layer}, `, ...named(at, view.window + token), " = ",
-      number(data[row * tokens + token], 4));
+      number(data[row * tokens + token]));
   },
   (row, token) => {
     const layers = scenario().arrays[view.sae].layers || [];

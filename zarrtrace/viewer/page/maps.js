@@ -1,6 +1,6 @@
 /** Attention of the chosen token to a span, by layer and head; where it is strongest. */
 
-import { element, fail, heat, named, number, percent } from "./draw.js";
+import { element, fail, heat, named, number } from "./draw.js";
 import { cells, headRuler, layerRuler, scale } from "./plot.js";
 import { choose, scenario, view } from "./state.js";
 import { placesOf, STRONGEST, toSpans } from "./store.js";
@@ -94,14 +94,14 @@ function say(at, token, place, found) {
   }
   const go = element("button", { type: "button", class: "small" }, `L${found.layer} H${found.head}`);
   go.addEventListener("click", () => choose({ layer: found.layer, head: found.head }));
-  out.replaceChildren(...named(at, token), ` attends most to ${inWords(place)} in `, go, ": ", percent(found.value), " of its attention.");
+  out.replaceChildren(...named(at, token), ` attends most to ${inWords(place)} in `, go, ": ", number(found.value), " of its attention.");
 }
 
 const pointAt = cells(canvas, () => (drawn ? [drawn.layers.length, drawn.heads] : [0, 0]),
   (row, head) => {
     const { data, layers, heads } = /** @type {NonNullable<typeof drawn>} */ (drawn);
     $("map-cell").replaceChildren(`L${layers[row]} H${head}: `, ...named(scenario(), view.token), " → ",
-      inWords(choice.value), " = ", number(data[row * heads + head], 4));
+      inWords(choice.value), " = ", number(data[row * heads + head]));
   },
   (row, head) => drawn && choose({ layer: drawn.layers[row], head }));
 

@@ -194,7 +194,7 @@ export function scale(id, { max = 1, difference = false } = {}) {
   heat(bar, values, 0, 1, 128, { max, difference });
   const labels = difference ? [-max, 0, max] : [0, max / 4, max];
   out.replaceChildren(bar, ...labels.map((value) => {
-    const label = number(value, 2);
+    const label = number(value);
     label.setAttribute("data-label", "");
     return label;
   }));
