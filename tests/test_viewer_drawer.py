@@ -164,3 +164,36 @@ def test_a_part_of_a_run_has_contexts_of_all_of_it(tmp_path: Path) -> None:
         with pytest.raises(KeyError):
             layout.read(f"data/@strongest/{path}.json.gz")
     assert estimate(layout, "site").files == len(list(layout.files()))
+
+
+# --- residual stream and metadata ----------------------------------------------------------------
+
+
+def test_the_residual_streams_norm_is_shown(tmp_path: Path, look: Open) -> None:  # noqa: F811
+    run = fakes.make_run(tmp_path, scenarios=("Safe_1",), channels=8, tokens=70)
+    truth = np.linalg.norm(run.truth["Safe_1"]["residual"].astype(np.float64), axis=-1)
+    with Server(run.path) as live:
+        page = look(live.url, layer=LAYER, token=66)
+        shown = float(page.locator("#residual-value data").get_attribute("value"))
+        np.testing.assert_allclose(shown, truth[LAYER - 1, 66], rtol=1e-6)
+        page.keyboard.press("ArrowDown")
+        ready(page)
+        shown = float(page.locator("#residual-value data").get_attribute("value"))
+        np.testing.assert_allclose(shown, truth[LAYER, 66], rtol=1e-6)
+        hook = zt.open_trace(run.path / "Safe_1").attrs["residual_hook"]
+        assert page.locator("#residual-hook").inner_text() == (f"At {hook}. " if hook else "")
+
+
+@pytest.mark.torch
+def test_metadata_stands_below_the_prompt(demo_run: Path, look: Open) -> None:  # noqa: F811
+    stored = zt.open_trace(demo_run / "Risky_40").attrs["metadata"]
+    with Server(demo_run, scenarios=["Risky_40"]) as live:
+        page = look(live.url)
+        page.locator("#metadata summary").click()
+        shown = dict(
+            page.eval_on_selector_all(
+                "#metadata tr", "rows => rows.map(r => [...r.children].map(c => c.innerText))"
+            )
+        )
+    assert shown == {name: str(value) for name, value in stored.items()}
+    assert len(shown) > 3

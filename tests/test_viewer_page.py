@@ -1122,7 +1122,7 @@ def test_a_picture_is_copied_or_saved(addresses: dict[str, str], look: Open) -> 
 def test_it_fits(width: int, addresses: dict[str, str], look: Open) -> None:
     page = look(addresses["server"], width=width, feature=3, **{"with": "Risky_2"})
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    widths = page.eval_on_selector_all(".panel", "all => all.map(p => p.offsetWidth)")
+    widths = page.eval_on_selector_all(".panel:not([hidden])", "all => all.map(p => p.offsetWidth)")
     assert min(widths) >= 280
     narrow = page.eval_on_selector_all(".multiple canvas", "all => all.map(c => c.offsetWidth)")
     assert min(narrow) >= 40

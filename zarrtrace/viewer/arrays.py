@@ -125,7 +125,7 @@ class BundleArray:
 
 
 def trace_arrays(ds: xr.Dataset, *, eight_bit: bool = False) -> list[BundleArray]:
-    """Return the arrays of one scenario, but for the residual stream: the page shows none of it."""
+    """Return the arrays of one scenario; of the residual stream, the norms alone."""
     stored = [
         _of_variable(str(name), variable, ds.sizes["key"], eight_bit=eight_bit)
         for name, variable in sorted(ds.data_vars.items())
@@ -133,7 +133,36 @@ def trace_arrays(ds: xr.Dataset, *, eight_bit: bool = False) -> list[BundleArray
         and variable.dtype.kind != "O"  # text is in index.json
         and name != "residual"
     ]
-    return [*stored, *([_attention_to_spans(ds)] if "attention" in ds else [])]
+    stored += [_attention_to_spans(ds)] if "attention" in ds else []
+    return [*stored, *([_residual_norm(ds)] if "residual" in ds else [])]
+
+
+def _residual_norm(ds: xr.Dataset) -> BundleArray:
+    """Return the length of the residual stream's vectors ``(layer, query)``; NaN if not stored."""
+    residual = ds["residual"]
+    stored, tokens = np.asarray(residual["query"]), ds.sizes["key"]
+
+    def load(box: tuple[slice, ...]) -> np.ndarray:
+        at = np.flatnonzero((stored >= box[1].start) & (stored < box[1].stop))
+        out = np.full([part.stop - part.start for part in box], np.nan, np.float32)
+        for number, layer in enumerate(range(box[0].start, box[0].stop)):  # one in memory at a time
+            vectors = residual.isel(layer=layer, query=at).transpose("query", "channel").values
+            norms = np.linalg.norm(vectors.astype(np.float64), axis=-1)
+            out[number, stored[at] - box[1].start] = norms
+        return out
+
+    return BundleArray(
+        name="residual_norm",
+        dims=("layer", "query"),
+        shape=(residual.sizes["layer"], tokens),
+        chunks=(residual.sizes["layer"], min(_ROWS, tokens)),
+        dtype="float32",
+        load=load,
+        attributes={
+            "layers": [int(layer) for layer in np.asarray(residual["layer"])],
+            "hook": ds.attrs["residual_hook"] or "",
+        },
+    )
 
 
 def _attention_to_spans(ds: xr.Dataset) -> BundleArray:

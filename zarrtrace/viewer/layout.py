@@ -56,6 +56,7 @@ PAGE_FILES = (
     "labels.js",
     "contexts.js",
     "drawer.js",
+    "residual.js",
     "compare.js",
     "choices.js",
     "scenarios.js",
@@ -210,6 +211,7 @@ class Layout:
                 terminal_text(option): found["token_id"]
                 for option, found in attributes["options"].items()
             },
+            "metadata": _readable(attributes["metadata"]),
             **_generated(attributes),
             "layers": layers,
             "missing": [layer for layer in layers if layer in missing],
@@ -310,6 +312,14 @@ def _generated(attributes: Mapping[Any, Any]) -> dict[str, Any]:
     }
 
 
+def _readable(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metadata whose texts do nothing but be read."""
+    return {
+        terminal_text(str(name)): terminal_text(value) if isinstance(value, str) else value
+        for name, value in metadata.items()
+    }
+
+
 def page_file(name: str) -> bytes:
     """Return a file of the page."""
     return resources.files("zarrtrace.viewer").joinpath("page", name).read_bytes()
@@ -332,14 +342,6 @@ def _gzip_text(content: bytes) -> bytes:
     # Text repeats itself: with the search, contexts take a third of the bytes.
     packer = zlib_ng.compressobj(_GZIP_LEVEL, zlib_ng.DEFLATED, 16 + zlib_ng.MAX_WBITS)
     return packer.compress(content) + packer.flush()
-
-
-def _readable(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return metadata whose texts do nothing but be read."""
-    return {
-        terminal_text(str(name)): terminal_text(value) if isinstance(value, str) else value
-        for name, value in metadata.items()
-    }
 
 
 def _as_json(value: dict[str, Any]) -> bytes:

@@ -8,6 +8,7 @@ import { showFeature, showTop } from "./features.js";
 import { clearOverview, showOverview } from "./overview.js";
 import { activeToken, build, failPrompt, onActive, show, showNext } from "./prompt.js";
 import { finding, showMap } from "./maps.js";
+import { showResidual } from "./residual.js";
 import { chooser } from "./scenarios.js";
 import { startSearch } from "./search.js";
 import { asked, busy, choose, decisionOf, done, headsOf, index, onChange, readFirst, scenario, setIndex, setOpening, start, unknown, view, visit } from "./state.js";
@@ -77,6 +78,7 @@ async function render(changed) {
   if (some("scenario", "layer", "window", "scale", "theme") || (some("token") && scenario().tokens.length > 256)) work.push(showHeads());
   if (some("scenario", "token", "window", "scale", "theme", "layer")) work.push(showLayers());
   if (some("head")) showChosen();
+  if (some("scenario", "token", "layer", "theme")) work.push(showResidual());
   if (some("scenario", "token")) work.push(showNext(activeToken()));
   if (some("scenario", "token", "layer", "sae", "feature", "special")) work.push(showTop(activeToken()));
   if (some("scenario", "layer", "window", "feature", "sae", "special", "theme")) work.push(showFeature());

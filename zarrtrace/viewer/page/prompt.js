@@ -103,6 +103,7 @@ export function build() {
   if (!tokens.some((token) => token.tabIndex === 0) && tokens.length) tokens[0].tabIndex = 0;
   buildLegend(at, names);
   buildGenerated(at);
+  buildMetadata(at);
   buildPager(at.tokens.length);
 }
 
@@ -133,6 +134,16 @@ function buildGenerated(at) {
   out.replaceChildren(element("span", { class: "prompt-end", "aria-hidden": "true" }),
     `generated from token ${from} on: `, element("bdi", { class: "token generated" }, visible(text)),
     " · choice: ", element("strong", {}, choice ?? "none"), ` · ended by ${ends[ended_by] ?? ended_by}`);
+}
+
+/** The columns of metadata that the scenario has. @param {Scenario} at */
+function buildMetadata(at) {
+  const columns = Object.entries(at.metadata).filter(([, value]) => value !== null);
+  const out = /** @type {HTMLElement} */ (document.getElementById("metadata"));
+  out.hidden = !columns.length;
+  out.querySelector("tbody")?.replaceChildren(...columns.map(([name, value]) =>
+    element("tr", {}, element("th", { scope: "row" }, name),
+      element("td", {}, element("bdi", {}, String(value))))));
 }
 
 const pages = element("input", { type: "range", min: "0", "aria-label": "window of tokens" });

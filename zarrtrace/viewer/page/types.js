@@ -13,6 +13,7 @@
  * @property {number} [missing] 8-bit attention: code of a missing value
  * @property {number} [bits]
  * @property {string[]} [places] of attention_to_spans: spans, then "@strongest"
+ * @property {string} [hook] of residual_norm: the hook point, by TransformerLens's name
  * @property {string[]} [words]
  * @property {string[][]} [pairs]
  * @property {string[]} [statistics]
@@ -25,6 +26,7 @@
  * @property {number[]} token_ids
  * @property {Record<string, number[]>} spans
  * @property {Record<string, number>} options
+ * @property {Record<string, string | number | boolean | null>} metadata
  * @property {Generated} [generated] absent if all tokens are the prompt
  * @property {number[]} layers
  * @property {number[]} missing
