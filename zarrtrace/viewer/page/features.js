@@ -113,6 +113,7 @@ export async function showFeature() {
   if (document.activeElement !== search) search.value = feature < 0 ? "" : String(feature);
   search.setCustomValidity("");
   panel.hidden = feature < 0 || !array;
+  document.body.classList.toggle("has-drawer", !panel.hidden);
   if (feature < 0 || !array) {
     fail(panel, null);
     colourBy(null);

@@ -83,7 +83,6 @@ async function render(changed) {
   if (some("scenario", "token", "layer", "sae", "feature", "special")) work.push(showTop(activeToken()));
   if (some("scenario", "layer", "window", "feature", "sae", "special", "theme")) work.push(showFeature());
   if (view.other ? some("scenario", "other", "layer", "head", "token", "window", "scale", "theme") : some("other", "theme")) work.push(showCompare());
-  document.documentElement.style.setProperty("--top", `${Math.max(0, $("top").getBoundingClientRect().bottom)}px`);
   await Promise.all(work);
   loose ||= some("scenario", "theme");
   const isLast = !--pending;
@@ -202,6 +201,8 @@ function wire() {
     showTop(token);
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => render(new Set(["theme"])));
+  // The drawer begins below the header, which stays at the top of the window.
+  new ResizeObserver(() => $("feature-panel").style.setProperty("--top", `${$("top").offsetHeight}px`)).observe($("top"));
   let width = innerWidth;
   addEventListener("resize", () => {
     if (width !== innerWidth) {
