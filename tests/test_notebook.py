@@ -314,6 +314,19 @@ def test_choices_of_the_widget_are_checked(shared_run: fakes.FakeRun) -> None:
     assert (view.token, view.feature) == (2, 15)
 
 
+def test_the_widget_says_the_layer_that_is_chosen(shared_run: fakes.FakeRun) -> None:
+    pytest.importorskip("anywidget")
+    ds = zt.open_trace(shared_run.trace)
+    view = ds.zt.view(layer=3, head=1)
+    assert (view.layer, view.head) == (3, 1)
+    assert f"{ds.attrs['scenario']}, layer 3;" in repr(view)
+    assert "layer=3" in repr(view)
+    open_ = ds.zt.view()
+    assert "layer" not in repr(open_)  # the page will choose one
+    open_.layer = 2
+    assert ", layer 2;" in repr(open_)
+
+
 def test_the_widget_answers_with_files_of_the_bundle(
     run: fakes.FakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -112,7 +112,13 @@ def show(
         from zarrtrace.viewer.widget import ViewWidget  # noqa: PLC0415 -- an extra
 
         return ViewWidget(
-            layout, _command(path, at), at, sandbox=_SANDBOX, height=height, scenario=scenario
+            layout,
+            _command(path, at),
+            at,
+            sandbox=_SANDBOX,
+            height=height,
+            scenario=scenario,
+            choice=chosen,
         )
 
     return _static(path, traces, scenario, layers, at, height=height)

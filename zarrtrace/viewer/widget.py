@@ -11,8 +11,8 @@ import traitlets
 import xarray as xr
 
 from zarrtrace.text import terminal_text, without_secrets
-from zarrtrace.viewer.bundle import single_page
-from zarrtrace.viewer.layout import Layout, page_file
+from zarrtrace.viewer.layout import Layout
+from zarrtrace.viewer.page_files import page_file, single_page
 
 _TRAITS = ("scenario", "layer", "head", "token", "feature")
 #: What an empty choice is, by trait: the mean of heads, no feature.
@@ -56,27 +56,37 @@ class ViewWidget(anywidget.AnyWidget):
     _esm = page_file("widget.js").decode()
 
     def __init__(
-        self, layout: Layout, command: str, view: str, *, sandbox: str, height: int, scenario: str
+        self,
+        layout: Layout,
+        command: str,
+        view: str,
+        *,
+        sandbox: str,
+        height: int,
+        scenario: str,
+        choice: Mapping[str, int],
     ) -> None:
         self._layout = layout
         self.command = command
+        self._has_layer = "layer" in choice
         spans = layout.traces[scenario].attrs["spans"]
+        first = {"layer": _labels(layout.traces[scenario], "layer")[0]}
         super().__init__(
             scenario=scenario,
             token=spans["decision"]["tokens"][-1],
             height=height,
             _page=single_page({}, view, from_kernel=True).decode(),
             _sandbox=sandbox,
-            layer=_labels(layout.traces[scenario], "layer")[0],
+            **first | dict(choice),
         )
         self.on_msg(self._answer)
         self.observe(self._choose, [*_TRAITS])
 
     def __repr__(self) -> str:
         """Return what is shown, and the command that shows it in a browser."""
-        return (
-            f"<zarrtrace view of {self.scenario}, layer {self.layer}; in a browser: {self.command}>"
-        )
+        # The page chooses a layer when it is first shown, if nobody has.
+        layer = f", layer {self.layer}" if self._has_layer or self._is_chosen else ""
+        return f"<zarrtrace view of {self.scenario}{layer}; in a browser: {self.command}>"
 
     def _choose(self, _change: object) -> None:
         """Note that the page no longer opens on its own choice."""
