@@ -21,6 +21,8 @@ WINDOW = 256
 _ROWS = 64
 _MAX_CHUNK_BYTES = 4 * 2**20
 _FEATURES_PER_TABLE = 4096
+# Attention of several layers that is in memory at a time.
+_READ_BYTES = 32 * 2**20
 # Rows of the map of heads in a chunk: choosing a token reads one.
 _QUERIES_PER_MAP = 16
 #: The last place of the map of heads: the single token that a head attends to most.
@@ -184,15 +186,19 @@ def _attention_to_spans(ds: xr.Dataset) -> BundleArray:
         out = np.full([part.stop - part.start for part in box], np.nan, np.float32)
         at = np.flatnonzero((stored >= box[0].start) & (stored < box[0].stop))
         rows = stored[at] - box[0].start
-        for number, layer in enumerate(range(box[1].start, box[1].stop)):  # one in memory at a time
-            chosen = attention.isel({first: layer, "head": box[2], row: at})
-            weights = chosen.transpose(row, "head", "key").values.astype(np.float32)
+        # Several layers at once take a third of the time that they take one by one.
+        each = max(1, _READ_BYTES // (4 * max(1, len(at)) * shape[2] * tokens))
+        for start in range(box[1].start, box[1].stop, each):
+            layers = slice(start, min(start + each, box[1].stop))
+            chosen = attention.isel({first: layers, "head": box[2], row: at})
+            weights = chosen.transpose(first, row, "head", "key").values.astype(np.float32)
             places = [weights[..., keys].sum(-1) for keys in spans.values()]
             absent = np.isnan(weights[..., 0])
             weights[..., 0] = 0
-            weights[np.arange(len(at)), :, stored[at]] = 0
+            weights[:, np.arange(len(at)), :, stored[at]] = 0
             places.append(np.where(absent, np.nan, weights.max(-1)))
-            out[rows, number] = np.stack(places, axis=-1)[..., box[3]]
+            found = np.stack(places, axis=-1)[..., box[3]]
+            out[rows, start - box[1].start : layers.stop - box[1].start] = found.swapaxes(0, 1)
         return out
 
     return BundleArray(

@@ -5,11 +5,8 @@ from __future__ import annotations
 import base64
 import contextlib
 import glob
-import hashlib
-import html
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -20,15 +17,14 @@ from zarrtrace.errors import ConfigError, StoreError
 from zarrtrace.storage import Address, disk, locate
 from zarrtrace.storage.locks import take_lock
 from zarrtrace.store import old_of, put_in_place
-from zarrtrace.viewer.layout import PAGE_FILES, Layout, page_file, sample
+from zarrtrace.viewer.layout import Layout, sample
+from zarrtrace.viewer.page_files import DATA_ELEMENT, PAGE_FILES, page_file, single_page
 from zarrtrace.viewer.traces import MOST_SCENARIOS
 
 #: A larger single file is refused: browsers hold all of it in memory, base64 and all.
 MAX_HTML_BYTES = 150 * 10**6
 #: Above this, attention in a single file is rounded to 8 bits.
 _EIGHT_BIT_FROM = 40 * 10**6
-# Of the element that holds a single page's data.
-_DATA_ELEMENT = 'type="application/json" id="bundle-files"'
 
 Progress = Callable[[int, int], None]
 
@@ -231,7 +227,7 @@ def _check_output(output: Path, *, overwrite: bool) -> None:
 def _other_than_a_bundle(output: Path) -> str | None:
     """Say what at a path is not a bundle's, for what is replaced is removed; None if nothing is."""
     if _is_html(output):
-        if not output.is_file() or _DATA_ELEMENT.encode() not in output.read_bytes():
+        if not output.is_file() or DATA_ELEMENT.encode() not in output.read_bytes():
             return "it was not written by 'zarrtrace bundle'"
         return None
     if not output.is_dir():
@@ -308,71 +304,3 @@ def page_of(
     page = single_page(files, view)
     refuse_larger(len(page), limit)
     return page
-
-
-def single_page(files: dict[str, str], view: str = "", *, from_kernel: bool = False) -> bytes:
-    """Return the page with its style, its modules and `files` (base64 by name) inside.
-
-    With `from_kernel` it asks the notebook around it for files instead.
-    """
-    page = page_file("index.html").decode()
-    style, script = page_file("style.css").decode(), one_script()
-    # JSON of base64 and names: '<' is escaped, so that no name ends the element.
-    data = json.dumps(files, separators=(",", ":")).replace("<", "\\u003c")
-    policy = (
-        "default-src 'none'; "
-        f"script-src {_hash(script)}; style-src {_hash(style)}; img-src data: blob:; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    page = re.sub(
-        r'(http-equiv="Content-Security-Policy" content=")[^"]*',
-        lambda found: found[1] + policy,
-        page,
-    )
-    if from_kernel:
-        page = page.replace("<title>", '<meta name="files" content="kernel">\n<title>')
-    if view:
-        page = page.replace("<title>", f'<meta name="view" content="{html.escape(view)}">\n<title>')
-    page = page.replace(
-        '<link rel="stylesheet" href="style.css">', f"<style>{style}</style>"
-    ).replace(
-        '<script type="module" src="main.js"></script>',
-        ("" if from_kernel else f"<script {_DATA_ELEMENT}>{data}</script>\n")
-        + f'<script type="module">{script}</script>',
-    )
-    return page.encode()
-
-
-def one_script() -> str:
-    """Join the page's modules into one, each in a scope of its own, in order of their imports."""
-    done: dict[str, str] = {}
-
-    def add(name: str) -> None:
-        if name in done:
-            return
-        source = page_file(name).decode()
-        imports = re.findall(r'^import \{([^}]*)\} from "\./([\w.]+)";\n', source, re.MULTILINE)
-        for _, module in imports:
-            add(module)
-        body = re.sub(r'^import \{[^}]*\} from "[^"]*";\n', "", source, flags=re.MULTILINE)
-        names = re.findall(r"^export (?:async )?(?:function|const|class) (\w+)", body, re.MULTILINE)
-        body = re.sub(r"^export (?=async|function|const|class)", "", body, flags=re.MULTILINE)
-        taken = "".join(
-            f"const {{ {imported.strip()} }} = {_variable(module)};\n"
-            for imported, module in imports
-        )
-        done[name] = (
-            f"const {_variable(name)} = (() => {{\n{taken}{body}\n"
-            f"return {{ {', '.join(names)} }};\n}})();\n"
-        )
-
-    add("main.js")
-    return "".join(done.values())
-
-
-def _variable(module: str) -> str:
-    return "module_" + module.removesuffix(".js")
-
-
-def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -14,7 +14,6 @@ import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
-from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -31,37 +30,11 @@ from zarrtrace.store import labelled_layers
 from zarrtrace.text import terminal_text
 from zarrtrace.viewer.arrays import BundleArray, run_arrays, trace_arrays
 from zarrtrace.viewer.contexts import Contexts
+from zarrtrace.viewer.page_files import PAGE_FILES, page_file
 from zarrtrace.viewer.traces import Traces
 
 #: Version of the bundle's layout; the page refuses another.
 BUNDLE_VERSION = 2
-
-#: The page's own files, by the name they have in a bundle.
-PAGE_FILES = (
-    "index.html",
-    "style.css",
-    "main.js",
-    "types.js",
-    "store.js",
-    "state.js",
-    "draw.js",
-    "plot.js",
-    "overview.js",
-    "align.js",
-    "prompt.js",
-    "attention.js",
-    "maps.js",
-    "code.js",
-    "features.js",
-    "labels.js",
-    "contexts.js",
-    "drawer.js",
-    "residual.js",
-    "compare.js",
-    "choices.js",
-    "scenarios.js",
-    "search.js",
-)
 
 #: Scenarios whose tags and metadata are in one file.
 LISTED = 500
@@ -318,11 +291,6 @@ def _readable(metadata: Mapping[str, Any]) -> dict[str, Any]:
         terminal_text(str(name)): terminal_text(value) if isinstance(value, str) else value
         for name, value in metadata.items()
     }
-
-
-def page_file(name: str) -> bytes:
-    """Return a file of the page."""
-    return resources.files("zarrtrace.viewer").joinpath("page", name).read_bytes()
 
 
 def _gzip(content: bytes) -> bytes:

@@ -81,6 +81,46 @@ export function heat(canvas, data, from, rows, columns, { max = 1, difference = 
   context.putImageData(image, 0, 0);
 }
 
+/** @typedef {{width: number, height: number, font: string, ink: string, accent: string}} Box */
+/** Elements as they are laid out. @type {WeakMap<HTMLElement, Box>} */
+let boxes = new WeakMap();
+
+/**
+ * The size of an element in pixels, and its font and colours. They are kept: to ask the browser for them
+ * makes it lay out at once all that has changed, and a choice draws several panels.
+ * @param {HTMLElement} of @returns {Box}
+ */
+export function boxOf(of) {
+  let found = boxes.get(of);
+  if (!found?.width) {
+    const style = getComputedStyle(of);
+    found = { width: of.clientWidth, height: of.clientHeight, font: `11px ${style.fontFamily}`, ink: style.color,
+      accent: style.getPropertyValue("--accent") };
+    boxes.set(of, found);
+  }
+  return found;
+}
+
+/** Forget how elements are laid out: the page has another width or theme, or a part of it. @param {Iterable<Element>} [some] */
+export function forgetBoxes(some) {
+  if (!some) boxes = new WeakMap();
+  else for (const one of some) boxes.delete(/** @type {HTMLElement} */ (one));
+}
+
+/**
+ * A context to draw on a canvas in CSS pixels, at the screen's resolution.
+ * @param {HTMLCanvasElement} canvas @returns {CanvasRenderingContext2D}
+ */
+function sharp(canvas) {
+  const ratio = window.devicePixelRatio || 1, { width, height, font } = boxOf(canvas);
+  canvas.width = width * ratio;
+  canvas.height = height * ratio;
+  const context = /** @type {CanvasRenderingContext2D} */ (canvas.getContext("2d"));
+  context.scale(ratio, ratio);
+  context.font = font;
+  return context;
+}
+
 /**
  * Draw lines over layers.
  * @param {HTMLCanvasElement} canvas
@@ -89,20 +129,13 @@ export function heat(canvas, data, from, rows, columns, { max = 1, difference = 
  * @param {number} chosen the layer to mark
  */
 export function lines(canvas, lines, layers, chosen) {
-  const ratio = window.devicePixelRatio || 1;
-  const width = canvas.clientWidth || 300, height = canvas.clientHeight || 160;
-  canvas.width = width * ratio;
-  canvas.height = height * ratio;
-  const context = /** @type {CanvasRenderingContext2D} */ (canvas.getContext("2d"));
-  context.scale(ratio, ratio);
-  const style = getComputedStyle(canvas);
+  const { width, height, ink } = boxOf(canvas), context = sharp(canvas);
   const left = 38, right = 10, top = 8, bottom = 20;
   const max = Math.max(0, ...lines.flatMap((line) => line.values.filter(Number.isFinite))) || 1;
   const x = (/** @type {number} */ i) =>
     left + ((width - left - right) * i) / Math.max(1, layers.length - 1);
   const y = (/** @type {number} */ v) => height - bottom - ((height - top - bottom) * v) / max;
-  context.font = `11px ${style.fontFamily}`;
-  context.fillStyle = context.strokeStyle = style.color;
+  context.fillStyle = context.strokeStyle = ink;
   context.globalAlpha = 0.75;
   context.textAlign = "right";
   for (const part of [0, 0.5, 1]) {
@@ -148,23 +181,18 @@ const BINS = 12;
  * @param {number[]} values
  */
 export function histogram(canvas, values) {
-  const ratio = window.devicePixelRatio || 1, width = canvas.clientWidth || 300, height = canvas.clientHeight || 90;
-  canvas.width = width * ratio;
-  canvas.height = height * ratio;
-  const context = /** @type {CanvasRenderingContext2D} */ (canvas.getContext("2d"));
-  context.scale(ratio, ratio);
+  const { width, height, ink, accent } = boxOf(canvas), context = sharp(canvas);
   const low = Math.min(0, ...values), high = Math.max(0, ...values), counts = Array(BINS).fill(0);
   for (const value of values) counts[Math.min(BINS - 1, Math.floor((BINS * (value - low)) / (high - low)))]++;
   canvas.dataset.counts = counts.join();
-  const style = getComputedStyle(canvas), most = Math.max(...counts);
+  const most = Math.max(...counts);
   const left = 30, bottom = 16, top = 12, bar = (width - left - 4) / BINS, tall = height - top - bottom;
-  context.font = `11px ${style.fontFamily}`;
+  context.fillStyle = accent;
   counts.forEach((count, i) => {
     const size = (tall * count) / most;
-    context.fillStyle = style.accentColor === "auto" ? style.color : style.accentColor;
     context.fillRect(left + i * bar + 1, top + tall - size, bar - 2, size);
   });
-  context.fillStyle = style.color;
+  context.fillStyle = ink;
   context.fillRect(left, top + tall, width - left - 4, 1);
   context.textAlign = "right";
   context.fillText(String(most), left - 5, top + 8);
@@ -199,6 +227,11 @@ export function readable(value) {
   return text.replace(/-/g, "−");
 }
 
+/** Write a text; one that stands there already is not laid out again. @param {Element} out @param {string} text */
+export function setText(out, text) {
+  if (out.textContent !== text) out.textContent = text;
+}
+
 /** A number as people read it, and exactly for programs. @param {number} value */
 export function number(value) {
   return setNumber(/** @type {HTMLDataElement} */ (element("data")), value);
@@ -207,7 +240,7 @@ export function number(value) {
 /** Change a number that is shown. @param {HTMLDataElement} shown @param {number} value */
 export function setNumber(shown, value) {
   shown.value = String(value);
-  shown.textContent = readable(value);
+  setText(shown, readable(value));
   return shown;
 }
 
@@ -256,8 +289,8 @@ export function named(of, token) {
 export function fail(panel, error) {
   const note = panel.querySelector(".message");
   if (note instanceof HTMLElement) {
-    note.textContent = error ? String(error instanceof Error ? error.message : error) : "";
-    note.hidden = !error;
+    setText(note, error ? String(error instanceof Error ? error.message : error) : "");
+    if (note.hidden !== !error) note.hidden = !error;
   }
   panel.classList.toggle("failed", Boolean(error));
 }

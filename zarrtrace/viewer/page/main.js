@@ -3,7 +3,7 @@
 import { chosenBlock, fitGrids, headsBlock, meansBlock, showChosen, showHeads, showLarge, showLayers } from "./attention.js";
 import { showCompare } from "./compare.js";
 import { slices } from "./code.js";
-import { copyPicture, element, fail, visible } from "./draw.js";
+import { boxOf, copyPicture, element, fail, forgetBoxes, setText, visible } from "./draw.js";
 import { showFeature, showTop } from "./features.js";
 import { clearOverview, showOverview } from "./overview.js";
 import { activeToken, build, failPrompt, onActive, show, showNext } from "./prompt.js";
@@ -68,6 +68,8 @@ async function render(changed) {
   pending++;
   busy();
   if (some("theme")) applyTheme();
+  // All of them before the first is drawn: after that, each would lay the page out again.
+  for (const one of document.querySelectorAll(".ruler.across, .lines")) boxOf(/** @type {HTMLElement} */ (one));
   controls(changed);
   clearOverview();
   if (some("scenario", "window", "theme")) build();
@@ -124,20 +126,20 @@ function controls(changed) {
     if ($(id).getAttribute("aria-expanded") !== "true") input(id).value = name;
   }
   input("layer").value = String(at.layers.indexOf(view.layer));
-  $("layer-shown").textContent = `L${view.layer}`;
+  setText($("layer-shown"), `L${view.layer}`);
   input("layer").setAttribute("aria-valuetext", `layer ${view.layer}`);
   input("head").value = String(view.head);
-  $("head-shown").textContent = view.head < 0 ? "mean" : `H${view.head}`;
+  setText($("head-shown"), view.head < 0 ? "mean" : `H${view.head}`);
   const [layer, head] = said();
   input("head").setAttribute("aria-valuetext", head);
-  for (const name of document.querySelectorAll(".layer-name")) name.textContent = layer;
-  for (const name of document.querySelectorAll(".matrix-name")) name.textContent = `${layer}, ${head}`;
-  $("readout-of").textContent = `${layer}, ${head}`;
+  for (const name of document.querySelectorAll(".layer-name")) setText(name, layer);
+  for (const name of document.querySelectorAll(".matrix-name, #readout-of")) setText(name, `${layer}, ${head}`);
 }
 
 function applyTheme() {
   const dark = view.theme ? view.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
   document.documentElement.dataset.theme = dark ? "dark" : "light";
+  forgetBoxes();
   $("theme").textContent = dark ? "Light" : "Dark";
 }
 
@@ -203,23 +205,30 @@ function wire() {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => render(new Set(["theme"])));
   // The drawer begins below the header, which stays at the top of the window.
   new ResizeObserver(() => $("feature-panel").style.setProperty("--top", `${$("top").offsetHeight}px`)).observe($("top"));
-  let width = innerWidth;
-  addEventListener("resize", () => {
-    if (width !== innerWidth) {
-      loose = true;
-      render(new Set(["layer"]));
-    }
-    width = innerWidth;
-  });
+  // Its width changes with the window, and with the drawer.
+  let { clientWidth } = $("panels");
+  new ResizeObserver(() => {
+    if (clientWidth === $("panels").clientWidth) return;
+    ({ clientWidth } = $("panels"));
+    forgetBoxes();
+    loose = true;
+    render(new Set(["layer"]));
+  }).observe($("panels"));
 }
 
-/** Without a layer or a head in the address, the page opens where attention to a span is strongest. */
-async function openOnFinding() {
+/** The token that the address names, if the prompt has it. @param {import("./types.js").Scenario} of */
+function tokenAsked(of) {
+  const token = Number(asked().get("token") ?? NaN);
+  return token >= 0 && token < of.tokens.length ? Math.floor(token) : decisionOf(of);
+}
+
+/**
+ * Without a layer or a head in the address, the page opens where attention to a span is strongest.
+ * @param {import("./types.js").Scenario} at @param {number} token
+ */
+async function openOnFinding(at, token) {
   const found = asked();
   if (found.has("layer") || found.has("head")) return;
-  const at = scenario(found.get("scenario") || "");
-  const token = Number(found.get("token") ?? decisionOf(at));
-  if (!(token >= 0 && token < at.tokens.length)) return;
   setOpening(await finding(at, token, found.get("place") || "").catch(() => null));
 }
 
@@ -265,14 +274,14 @@ async function begin() {
   }
   document.title = `${index.title} – zarrtrace`;
   $("run").textContent = index.model ? `${index.title} · ${index.model}` : index.title;
-  await openOnFinding();
+  // Attention comes later than the rest: all that is sure to be shown is asked for before it is known where to look.
+  const at = scenario(asked().get("scenario") || ""), token = tokenAsked(at), row = windowOf(token, at.tokens.length);
+  meansBlock(at, row, row).catch(() => {});
+  await openOnFinding(at, token);
   start();
   wire();
   onChange(render);
   kernel?.then(follow);
-  // The heads come later than the means: ask for both before drawing.
-  const at = scenario();
-  meansBlock(at, windowOf(view.token, at.tokens.length), view.window).catch(() => {});
   await render(new Set(ALL));
 }
 

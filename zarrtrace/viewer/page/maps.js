@@ -1,6 +1,6 @@
 /** Attention of the chosen token to a span, by layer and head; where it is strongest. */
 
-import { element, fail, heat, named, number } from "./draw.js";
+import { element, fail, heat, named, number, theme } from "./draw.js";
 import { cells, headRuler, layerRuler, scale } from "./plot.js";
 import { choose, scenario, view } from "./state.js";
 import { placesOf, STRONGEST, toSpans } from "./store.js";
@@ -13,6 +13,8 @@ const canvas = /** @type {HTMLCanvasElement} */ ($("map"));
 const choice = /** @type {HTMLSelectElement} */ ($("place"));
 /** The map that is drawn, (layer, head). @type {{data: Float32Array, layers: number[], heads: number} | null} */
 let drawn = null;
+/** Of which token and place it is, and in which colours. */
+let drawnLook = "";
 
 /** @param {string} place */
 const inWords = (place) => (place === STRONGEST ? "one token, not the first" : place);
@@ -58,30 +60,42 @@ export async function showMap() {
   const array = at.arrays.attention_to_spans;
   try {
     if (!array || !array.layers) throw new Error("This run holds no attention.");
-    const names = placesOf(at);
     const [data, strongest] = await Promise.all([toSpans(array, token), finding(at, token, view.place)]);
     if (panel.dataset.wanted !== key) return;
     fail(panel, null);
-    const place = view.place || strongest?.place || candidates(at, token)[0];
-    choice.replaceChildren(...names.map((name) => element("option", { value: name }, inWords(name))));
-    choice.value = place;
-    const heads = array.shape[2], column = names.indexOf(place);
-    const values = Float32Array.from({ length: array.layers.length * heads }, (_, i) => data[i * names.length + column]);
-    drawn = { data: values, layers: array.layers, heads };
-    const max = view.scale === "absolute" ? 1 : values.reduce((most, v) => (v > most ? v : most), 0);
-    heat(canvas, values, 0, array.layers.length, heads, { max, byRow: view.scale === "row" });
+    const look = [key, view.scale, theme()].join(), heads = array.shape[2];
+    if (drawnLook !== look) draw(data, array.layers, heads, strongest);
+    drawnLook = look;
     layerRuler("map-layers", array.layers, view.layer);
     headRuler("map-heads", heads, view.head);
-    scale("map-scale", { max });
-    $("map-token").replaceChildren(...named(at, token));
-    say(at, token, place, strongest && { ...strongest, place });
     const row = array.layers.indexOf(view.layer);
     pointAt(Math.max(0, row), Math.max(0, view.head));
   } catch (error) {
     drawn = null;
+    drawnLook = "";
     fail(panel, error);
     $("map-finding").textContent = "";
   }
+}
+
+/**
+ * Draw what layer and head do not change.
+ * @param {import("./store.js").Values} data (layer, head, place) @param {number[]} layers @param {number} heads
+ * @param {Opening | null} strongest
+ */
+function draw(data, layers, heads, strongest) {
+  const at = scenario(), token = view.token, names = placesOf(at);
+  const place = view.place || strongest?.place || candidates(at, token)[0];
+  choice.replaceChildren(...names.map((name) => element("option", { value: name }, inWords(name))));
+  choice.value = place;
+  const column = names.indexOf(place);
+  const values = Float32Array.from({ length: layers.length * heads }, (_, i) => data[i * names.length + column]);
+  drawn = { data: values, layers, heads };
+  const max = view.scale === "absolute" ? 1 : values.reduce((most, v) => (v > most ? v : most), 0);
+  heat(canvas, values, 0, layers.length, heads, { max, byRow: view.scale === "row" });
+  scale("map-scale", { max });
+  $("map-token").replaceChildren(...named(at, token));
+  say(at, token, place, strongest && { ...strongest, place });
 }
 
 /** @param {Scenario} at @param {number} token @param {string} place @param {Opening | null} found */

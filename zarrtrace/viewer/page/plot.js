@@ -1,6 +1,6 @@
 /** What stands around a matrix: the cell that is pointed at, its axes, the scale of its colours. */
 
-import { element, heat, number, spanColour, theme, visible } from "./draw.js";
+import { boxOf, element, forgetBoxes, heat, number, spanColour, theme, visible } from "./draw.js";
 import { isAllGenerated } from "./state.js";
 
 /** @typedef {import("./types.js").Scenario} Scenario */
@@ -82,7 +82,7 @@ const READABLE = 40;
  */
 export function tokenRuler(id, of, units, numbered = true) {
   const out = /** @type {HTMLElement} */ (document.getElementById(id));
-  const count = units.length, width = out.clientWidth;
+  const count = units.length, { width } = boxOf(out);
   const key = [theme(), of.name, count, units[0], units[count - 1], numbered, width].join();
   if (out.dataset.shown === key) return;
   out.dataset.shown = key;
@@ -90,7 +90,10 @@ export function tokenRuler(id, of, units, numbered = true) {
   const band = element("canvas", { "aria-hidden": "true" });
   [band.width, band.height] = down ? [1, count] : [count, 1];
   const texts = numbered && count <= READABLE && (down || width / count >= 13);
-  out.classList.toggle("texts", texts);
+  if (out.classList.contains("texts") !== texts) {
+    out.classList.toggle("texts", texts);
+    forgetBoxes(out.parentElement?.children); // the axis below has another width
+  }
   const every = texts ? 1 : [1, 2, 5, 10, 20, 50, 100].find((step) => count / step <= 7) || 200;
   const marks = !numbered ? [] : units.flatMap(([start], i) =>
     (start % every ? [] : [mark("tick", texts ? visible(of.tokens[start]) : String(start), (i + 0.5) / count)]));

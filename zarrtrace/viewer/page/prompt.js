@@ -16,6 +16,10 @@ const pager = /** @type {HTMLElement} */ (document.getElementById("windows"));
 let tokens = [];
 /** Their background colours. @type {string[]} */
 let colours = [];
+/** Which of them is said to be the chosen one; none if it is in another window. */
+let marked = -1;
+/** Which of them is outlined. */
+let outlined = NaN;
 let hovered = -1;
 /** @type {{rows: Block, columns: Block, at: number} | null} */
 let shown = null;
@@ -40,6 +44,7 @@ let painted = null;
  * @param {{feature: number, values: Float32Array} | null} by
  */
 export function colourBy(by) {
+  if (!by && !painted) return;
   painted = by;
   const most = by ? largest(by.values) : 0;
   for (const [id, hidden] of /** @type {[string, boolean][]} */ ([["attention-legend", Boolean(by)], ["feature-legend", !by]])) {
@@ -69,6 +74,7 @@ export function build() {
   const first = view.window, last = Math.min(at.tokens.length, first + WINDOW);
   const names = Object.keys(at.spans);
   hovered = -1;
+  outlined = NaN; // no token yet
   tokens = [];
   colours = [];
   list.replaceChildren();
@@ -100,7 +106,8 @@ export function build() {
     }
     if (/\n$/.test(text)) list.append(element("br"));
   }
-  if (!tokens.some((token) => token.tabIndex === 0) && tokens.length) tokens[0].tabIndex = 0;
+  marked = view.token - first;
+  if (!tokens[marked] && tokens.length) tokens[0].tabIndex = 0;
   buildLegend(at, names);
   buildGenerated(at);
   buildMetadata(at);
@@ -167,12 +174,15 @@ function buildPager(count) {
  */
 export function show(blocks) {
   shown = blocks;
-  tokens.forEach((token) => {
-    const chosen = Number(token.dataset.position) === view.token;
-    token.setAttribute("aria-selected", String(chosen));
-    token.tabIndex = chosen ? 0 : -1;
-  });
-  if (!tokens.some((token) => token.tabIndex === 0) && tokens.length) tokens[0].tabIndex = 0;
+  const chosen = view.token - view.window;
+  if (chosen !== marked) {
+    tokens[marked]?.setAttribute("aria-selected", "false");
+    tokens[chosen]?.setAttribute("aria-selected", "true");
+    // One of them can be tabbed to, also where the chosen one is in another window.
+    for (const token of tokens.filter((one) => one.tabIndex === 0)) token.tabIndex = -1;
+    (tokens[chosen] ?? tokens[0])?.setAttribute("tabindex", "0");
+    marked = chosen;
+  }
   paint();
 }
 
@@ -224,16 +234,20 @@ function paint() {
       colour = share > 0 ? shade("feature", share) : "";
     }
     if (colours[i] !== colour) token.style.backgroundColor = colours[i] = colour;
-    if (token.classList.contains("active") !== (position === at)) token.classList.toggle("active");
   });
+  if (outlined !== at - view.window) {
+    tokens[outlined]?.classList.remove("active");
+    outlined = at - view.window;
+    tokens[outlined]?.classList.add("active");
+    for (const id of ["active-token", "features-of"]) {
+      document.getElementById(id)?.replaceChildren(...named(scenario(), at));
+    }
+  }
   const inside = at >= view.window && at < view.window + tokens.length;
   readout("attends-to", to, inside && Number.isNaN(shownWeight(at, at)));
   const first = Math.max(at, view.window), later = tokens.length - (first - view.window);
   const unstored = Array.from({ length: Math.max(0, later) }, (_, i) => Number.isNaN(shownWeight(first + i, at)));
   readout("attended-by", from, unstored.length > 0 && unstored.every(Boolean));
-  for (const id of ["active-token", "features-of"]) {
-    document.getElementById(id)?.replaceChildren(...named(scenario(), at));
-  }
 }
 
 /** @param {number} query @param {number} key */

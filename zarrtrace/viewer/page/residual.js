@@ -1,6 +1,6 @@
 /** The residual stream of the chosen token: the length of its vector on every layer. */
 
-import { fail, lines, named, number } from "./draw.js";
+import { boxOf, fail, lines, named, number } from "./draw.js";
 import { scenario, view } from "./state.js";
 import { chunk } from "./store.js";
 
@@ -19,8 +19,8 @@ export async function showResidual() {
     const norms = layers.map((_, i) => values[i * step + (token % step)]);
     $("residual-token").replaceChildren(...named(at, token));
     $("residual-hook").textContent = array.hook ? `At ${array.hook}. ` : "";
-    const colour = getComputedStyle(panel).getPropertyValue("--accent");
-    lines(/** @type {HTMLCanvasElement} */ ($("residual-lines")), [{ name: "norm", colour, values: norms }], layers, view.layer);
+    const canvas = /** @type {HTMLCanvasElement} */ ($("residual-lines")), colour = boxOf(canvas).accent;
+    lines(canvas, [{ name: "norm", colour, values: norms }], layers, view.layer);
     const chosen = layers.indexOf(view.layer);
     $("residual-value").replaceChildren(`L${view.layer}: `, number(chosen < 0 ? NaN : norms[chosen]));
   } catch (error) {
