@@ -1,6 +1,7 @@
-"""A run in the browser: one page, fed by a live server, a folder or a single HTML file.
+"""A run in the browser.
 
-All three speak the layout of :mod:`zarrtrace.viewer.layout`, described in ``schema/README.md``.
+One page is fed by a live server, a folder or a single HTML file. All three have the layout
+of :mod:`zarrtrace.viewer.layout`, described in ``schema/README.md``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The arrays of a bundle: how each is chunked, and how a chunk is read from a run."""
+"""Arrays of a bundle, with their chunks and how to read one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WINDOW = 256
 _ROWS = 64
 _MAX_CHUNK_BYTES = 4 * 2**20
 _FEATURES_PER_TABLE = 4096
-# Attention of several layers that is in memory at a time.
+# Attention that is read at once.
 _READ_BYTES = 32 * 2**20
 # Rows of the map of heads in a chunk: choosing a token reads one.
 _QUERIES_PER_MAP = 16
@@ -39,14 +39,14 @@ Load = Callable[[tuple[slice, ...]], np.ndarray]
 
 @dataclass(frozen=True)
 class BundleArray:
-    """One array of a bundle.
+    """An array of a bundle.
 
     Attributes
     ----------
     load
         Returns the values in a box of the array, in its dtype.
     attributes
-        What Zarr readers and the page are told beside shape and dtype.
+        Attributes for Zarr readers and the page, beside shape and dtype.
     """
 
     name: str
@@ -59,11 +59,11 @@ class BundleArray:
 
     @property
     def fill_value(self) -> str | int:
-        """What pads the last chunks: NaN, or 0 for integers."""
+        """Value that pads the last chunks: NaN, or 0 for integers."""
         return "NaN" if self.dtype.startswith("float") else 0
 
     def grid(self) -> Iterator[tuple[int, ...]]:
-        """Yield the place of every chunk, in the order of their keys."""
+        """Yield the place of every chunk, in order of keys."""
         return itertools.product(*(range(n) for n in self._grid_shape))
 
     def has(self, place: tuple[int, ...]) -> bool:
@@ -77,7 +77,7 @@ class BundleArray:
         return tuple(-(-n // step) for n, step in zip(self.shape, self.chunks, strict=True))
 
     def chunk(self, place: tuple[int, ...]) -> bytes:
-        """Return one chunk's values, little-endian, row by row, padded to its full shape."""
+        """Return a chunk's values: little-endian, C order, padded to full shape."""
         box = tuple(
             slice(at * step, min(n, (at + 1) * step))
             for at, step, n in zip(place, self.chunks, self.shape, strict=True)
@@ -127,7 +127,7 @@ class BundleArray:
 
 
 def trace_arrays(ds: xr.Dataset, *, eight_bit: bool = False) -> list[BundleArray]:
-    """Return the arrays of one scenario; of the residual stream, the norms alone."""
+    """Return one scenario's arrays; norms stand for the residual stream."""
     stored = [
         _of_variable(str(name), variable, ds.sizes["key"], eight_bit=eight_bit)
         for name, variable in sorted(ds.data_vars.items())
@@ -140,7 +140,10 @@ def trace_arrays(ds: xr.Dataset, *, eight_bit: bool = False) -> list[BundleArray
 
 
 def _residual_norm(ds: xr.Dataset) -> BundleArray:
-    """Return the length of the residual stream's vectors ``(layer, query)``; NaN if not stored."""
+    """Return norms of the residual stream, ``(layer, query)``.
+
+    A position that is not stored is NaN.
+    """
     residual = ds["residual"]
     stored, tokens = np.asarray(residual["query"]), ds.sizes["key"]
 
@@ -170,9 +173,9 @@ def _residual_norm(ds: xr.Dataset) -> BundleArray:
 def _attention_to_spans(ds: xr.Dataset) -> BundleArray:
     """Return each head's attention to each span ``(query, layer, head, place)``.
 
-    A span's is the sum over its tokens. The last place, :data:`STRONGEST`, is the largest weight
-    of one token other than the first, which many heads attend to in want of another, and the query
-    itself.
+    Attention to a span is the sum over its tokens. The last place, :data:`STRONGEST`, is the
+    largest weight of one token. The query itself is left out of it, and so is the first token,
+    which many heads attend to if they find nothing else.
     """
     attention = ds["attention"]
     row = "attention_query" if "attention_query" in attention.dims else "query"
@@ -216,7 +219,7 @@ def _attention_to_spans(ds: xr.Dataset) -> BundleArray:
 
 
 def _of_variable(name: str, variable: xr.DataArray, tokens: int, *, eight_bit: bool) -> BundleArray:
-    """Return an array with a row for each of the prompt's tokens."""
+    """Return an array with one row for each token."""
 
     def of_box(box: tuple[slice, ...]) -> np.ndarray:
         return np.asarray(variable.isel(dict(zip(variable.dims, box, strict=True))).values)
@@ -252,7 +255,10 @@ def _of_variable(name: str, variable: xr.DataArray, tokens: int, *, eight_bit: b
 
 
 def _with_all_rows(variable: xr.DataArray, row: str) -> Load:
-    """Return what loads some rows with a row for every token: NaN or no id if it is not stored."""
+    """Return a loader with a row for every token.
+
+    Rows that are not stored are NaN, or :data:`NO_ID` in arrays of ids.
+    """
     axis = variable.dims.index(row)
     stored = np.asarray(variable[row])
     missing = np.nan if variable.dtype.kind == "f" else NO_ID
@@ -293,11 +299,11 @@ def _eight_bit(values: np.ndarray) -> np.ndarray:
     return codes
 
 
-# --- of the run: what the analyses say of every feature ------------------------------------------
+# --- of the run: results of analyses for every feature ------------------------------------------
 
 
 def run_arrays(traces: Mapping[str, xr.Dataset]) -> list[BundleArray]:
-    """Return words and contrasts of every feature; nothing for a run without features."""
+    """Return words and contrasts of every feature, if there are features."""
     having = {name: ds for name, ds in traces.items() if "features" in ds}
     if not having:
         return []
@@ -376,7 +382,7 @@ def _contrast_arrays(
 
 
 def _pairs(traces: Mapping[str, xr.Dataset]) -> list[tuple[str, str]]:
-    """Pairs of tags that can be compared: two scenarios each, none in both."""
+    """Return pairs of disjoint tags with two or more scenarios each."""
     groups: dict[str, set[str]] = {}
     for name, ds in traces.items():
         for tag in ds.attrs["tags"]:
@@ -415,7 +421,7 @@ def _tree(traces: Mapping[str, xr.Dataset], layers: Sequence[int]) -> xr.DataTre
 
 
 class _PerLayer:
-    """Tables that are computed once each, whichever thread asks."""
+    """Tables that are computed on first use, once for all threads."""
 
     def __init__(self, compute: Callable[[int], dict[str, np.ndarray]]) -> None:
         self._compute = compute

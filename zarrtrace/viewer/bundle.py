@@ -1,4 +1,4 @@
-"""Writing a bundle: a folder for any static host, or one HTML file."""
+"""Write a bundle: a folder for any host, or one HTML file."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ Progress = Callable[[int, int], None]
 
 
 class Estimate(NamedTuple):
-    """What a bundle will be.
+    """Size of a bundle before it is written.
 
     Attributes
     ----------
     bytes
-        Expected size: a few chunks of each array are compressed, the others taken alike.
+        Expected size, from a few compressed chunks of each array.
     files
         Number of files; 1 for a single HTML file.
     eight_bit
@@ -48,7 +48,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(layout: Layout, output: str | Path) -> Estimate:
-    """Say how large a bundle will be, before writing it; see :class:`Estimate`."""
+    """Estimate how large a bundle will be."""
     total = 0
     for path, array in layout.arrays.items():
         places = sample(array)
@@ -73,7 +73,9 @@ def plan(
     layers: Sequence[int] | None = None,
     eight_bit_from: int = _EIGHT_BIT_FROM,
 ) -> tuple[Layout, Estimate]:
-    """Choose what a bundle holds: attention in a large single file is rounded to 8 bits.
+    """Choose the content of a bundle.
+
+    Attention in a large single file is rounded to 8 bits.
 
     Raises
     ------
@@ -108,7 +110,7 @@ def write_bundle(
     Parameters
     ----------
     layout
-        What to write, of :func:`plan`.
+        Content of the bundle, from :func:`plan`.
     output
         A folder, or a file ending in ``.html``. It appears when it is whole.
     max_bytes
@@ -149,7 +151,10 @@ def write_bundle(
 
 @contextlib.contextmanager
 def _workspace(output: Path) -> Iterator[Path]:
-    """Yield a folder beside the output; if this process is killed, the next call removes it."""
+    """Yield a folder beside the output, which later calls clean up.
+
+    If this process is killed, the next call removes the folder.
+    """
     while True:
         made = Path(tempfile.mkdtemp(dir=output.parent, prefix=_prefix(output)))
         handle = os.open(made, os.O_RDONLY)
@@ -170,10 +175,12 @@ def _prefix(output: Path) -> str:
 
 
 def _remove_left(output: Path) -> None:
-    """Remove what killed calls left; one that is alive holds its folder's lock.
+    """Remove the folders of killed calls.
 
-    Where folders cannot be exchanged, the bundle that was being replaced may be in it, and is put
-    back.
+    A live call holds the lock of its folder.
+
+    Where folders cannot be exchanged, the folder may hold the bundle that was being replaced,
+    which is put back.
     """
     for folder in output.parent.glob(f"{glob.escape(_prefix(output))}*"):
         whole = folder / "whole"
@@ -225,7 +232,10 @@ def _check_output(output: Path, *, overwrite: bool) -> None:
 
 
 def _other_than_a_bundle(output: Path) -> str | None:
-    """Say what at a path is not a bundle's, for what is replaced is removed; None if nothing is."""
+    """Return why a path is no bundle, None if it is one.
+
+    A bundle that is replaced is removed: nothing else may be.
+    """
     if _is_html(output):
         if not output.is_file() or DATA_ELEMENT.encode() not in output.read_bytes():
             return "it was not written by 'zarrtrace bundle'"
@@ -279,9 +289,9 @@ def page_of(
     Parameters
     ----------
     layout
-        What it holds.
+        Content of the page.
     view
-        What it shows first, as in the part of its address behind ``#``.
+        First view, written like the part of an address behind ``#``.
     limit
         Bytes that it may take.
     progress

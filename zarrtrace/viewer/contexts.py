@@ -1,4 +1,4 @@
-"""The tokens at which features are strongest, from a run's index, a block of features a file."""
+"""Strongest tokens of features, from a run's index."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from zarrtrace.storage import Location
 from zarrtrace.store import RunIndex, digest_of, read_special, read_token_texts, read_trace
 from zarrtrace.text import terminal_text
 
-#: Features of a file; their tokens may be of as many scenarios, whose texts are read.
+#: Features in a file. Their tokens may come from as many scenarios, whose texts are read.
 _FEATURES = 256
-#: Of a larger run a file holds one feature: each scenario's texts take 3 ms to read.
+#: In a larger run a file holds one feature: each scenario's texts take 3 ms to read.
 _MOST_SCENARIOS = 500
-#: How many different contexts of a feature are listed.
+#: Different contexts of a feature that are listed.
 _LISTED = 10
 
 
 class _Scenario(NamedTuple):
-    """Texts of a scenario's tokens, how many are the prompt, and which are special."""
+    """Token texts of a scenario, prompt length, and special tokens."""
 
     name: str
     texts: list[str]
@@ -41,7 +41,7 @@ _Use = tuple[float, _Scenario, int]
 
 
 class Contexts:
-    """The strongest tokens of every feature, in files that the page reads when it shows one.
+    """Files with the strongest tokens of a block of features each.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ class Contexts:
     layers
         The decoder blocks that are shown.
     shown
-        How many scenarios are shown.
+        Number of scenarios that are shown.
     """
 
     def __init__(self, path: Location, layers: Collection[int], shown: int) -> None:
@@ -72,7 +72,7 @@ class Contexts:
 
     @functools.cached_property
     def described(self) -> dict[str, Any] | None:
-        """What ``index.json`` says of it; None if the run has no index."""
+        """Description in ``index.json``; None if the run has no index."""
         if not (self._home / INDEX / "zarr.json").is_file():
             return None
         try:
@@ -89,7 +89,7 @@ class Contexts:
         }
 
     def files(self) -> Iterator[str]:
-        """Yield the paths of the files, a block of features of an array and layer each."""
+        """Yield the paths of all files."""
         found = self.described or {}
         for array, features in found.get("arrays", {}).items():
             for layer in found["layers"]:
@@ -168,7 +168,7 @@ class Contexts:
         return np.asarray(self._index.read("digest", slice(None)))
 
     def _read_scenario(self, number: int) -> _Scenario:
-        """Read the texts of a scenario, if its features are those that were indexed."""
+        """Read a scenario's texts, if its features are the indexed ones."""
         if number >= len(self._names):
             raise self._of_another_run()
         # It becomes a path: a file from elsewhere must not lead out of the run.
@@ -188,7 +188,7 @@ class Contexts:
 
 
 def _contexts(uses: Sequence[_Use]) -> list[list[Any]]:
-    """Return the different contexts: the strongest use of each, and how many there are.
+    """Return each different context with its strongest use and count.
 
     Prompts of one template share most of their text: 20 tokens may be 20 times the same words.
     """
@@ -202,5 +202,5 @@ def _contexts(uses: Sequence[_Use]) -> list[list[Any]]:
 
 
 def _number(value: np.floating[Any]) -> float:
-    """Return a float32 as JSON should have it: with no more digits than it takes."""
+    """Return a float32 with as few digits as it takes."""
     return float(str(value))

@@ -1,8 +1,8 @@
-"""The bundle's layout: every file of it, made from a run on demand.
+"""Layout of a bundle, whose files are made on demand.
 
 A bundle is the page, ``index.json`` and, under ``data/``, unsharded Zarr v3 arrays whose chunks
 are gzip: a browser unpacks them without a library, and a host needs no byte ranges. Chunks are
-sized so that what the page shows at once is one small request.
+sized so that one view takes one small request.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _TEXTS = ("@labels", "@strongest", "@scenarios", "@listing")
 
 
 class Layout:
-    """The files of a bundle of one run; the same bytes for every producer.
+    """Files of a run's bundle, the same bytes for every producer.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ class Layout:
         return {path: array for group in groups for path, array in self._arrays_of(group).items()}
 
     def _describe_arrays(self, group: str) -> dict[str, BundleArray]:
-        """Return the arrays of a scenario or of the run, by their folder below ``data/``."""
+        """Return arrays of a scenario or the run by folder."""
         if group == "@run":
             found = self._run_arrays
         else:
@@ -98,12 +98,12 @@ class Layout:
 
     @cached_property
     def _run_arrays(self) -> list[BundleArray]:
-        # They read every scenario.
+        # Words and contrasts read every scenario.
         return [] if self.traces.is_large else run_arrays(self.traces)
 
     @cached_property
     def index(self) -> bytes:
-        """``index.json``: what the page knows before it reads a chunk."""
+        """Content of ``index.json``, which the page reads first."""
         first = next(iter(self.traces.values()))
         model = first.attrs.get("model") or {}
         run: dict[str, Any] = {
@@ -124,7 +124,7 @@ class Layout:
 
     @cached_property
     def _labelled(self) -> dict[str, list[int]]:
-        """The layers that are shown and have labels, by array of features."""
+        """Layers with labels, by array of features."""
         shown = self.traces.layers
         found = labelled_layers(home_of(self.path, LABELLED))
         kept = {array: [n for n in layers if n in shown] for array, layers in found.items()}
@@ -135,11 +135,11 @@ class Layout:
         return Contexts(self.path, self.traces.layers, len(self.traces))
 
     def context_files(self) -> list[str]:
-        """Return the paths of the files of features' strongest tokens."""
+        """Return the paths of files of strongest tokens."""
         return list(self._contexts.files())
 
     def label_files(self) -> list[str]:
-        """Return the paths of the files of labels, one an array and layer."""
+        """Return the paths of files of labels, by array and layer."""
         return [
             f"data/@labels/{array}/{layer}.json.gz"
             for array, layers in self._labelled.items()
@@ -147,7 +147,7 @@ class Layout:
         ]
 
     def scenario_files(self) -> list[str]:
-        """Return the paths of the files about scenarios: one each, and their list in parts."""
+        """Return the paths of scenarios' files and of their list."""
         parts = range(-(-len(self.traces) // LISTED))
         return [
             *(f"data/@scenarios/{name}.json.gz" for name in self.traces),
@@ -166,7 +166,7 @@ class Layout:
         }
 
     def _scenario(self, name: str) -> dict[str, Any]:
-        """Return what the page knows of a scenario before it reads a chunk."""
+        """Return a description of a scenario, all but its chunks."""
         ds = self.traces[name]
         attributes = ds.attrs
         layers = [int(layer) for layer in np.asarray(ds["layer"])]
@@ -271,7 +271,7 @@ class Layout:
 
 
 def _generated(attributes: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return what the page says of generated text; nothing if all tokens are the prompt."""
+    """Return a description of generated text; empty if there is none."""
     found, choice = attributes.get("generation"), attributes.get("choice")
     if found is None:
         return {}
@@ -286,7 +286,7 @@ def _generated(attributes: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _readable(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return metadata whose texts do nothing but be read."""
+    """Return metadata without control characters in its texts."""
     return {
         terminal_text(str(name)): terminal_text(value) if isinstance(value, str) else value
         for name, value in metadata.items()
@@ -335,7 +335,7 @@ def _texts_by_id(ids: xr.DataArray, texts: xr.DataArray) -> dict[int, str]:
 
 
 def _sources(ds: xr.Dataset) -> dict[str, dict[str, str]]:
-    """Return where Neuronpedia shows an SAE's features, by array and layer."""
+    """Return sources of features on Neuronpedia, by array and layer."""
     out: dict[str, dict[str, str]] = {}
     for variable, sae in ds.attrs["saes"].items():
         ids = np.asarray(ds[sae_coordinate("id", variable)])

@@ -32,7 +32,7 @@ _SANDBOX = "allow-scripts allow-downloads allow-popups allow-popups-to-escape-sa
 
 
 class View:
-    """The page of a run, for a notebook: the last value of a cell is shown.
+    """The page of a run as a notebook's output.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ class View:
         self.command, self.page, self.note, self.height = command, page, note, height
 
     def __repr__(self) -> str:
-        """Return the command, for a console and for notebooks that do not show HTML."""
+        """Return the command, for consoles and notebooks without HTML."""
         return "\n".join(part for part in (self.note, f"To look at it: {self.command}") if part)
 
     def _repr_html_(self) -> str:
@@ -76,7 +76,9 @@ def show(
     height: int = 800,
     static: bool = False,
 ) -> View | ViewWidget:
-    """Return the view of a run or a trace: a widget if anywidget is installed, else a page.
+    """Return the view of a run or a trace.
+
+    It is a widget if anywidget is installed, else a page.
 
     Parameters
     ----------
@@ -133,7 +135,7 @@ def _static(
     *,
     height: int,
 ) -> View:
-    """Return a page that holds as many scenarios as a notebook should."""
+    """Return a page with as many scenarios as a notebook may hold."""
 
     def page(names: Sequence[str]) -> bytes | None:
         """Return a page of some scenarios; None if it is too large."""

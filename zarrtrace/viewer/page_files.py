@@ -1,4 +1,4 @@
-"""The page's own files: HTML, style, and its modules joined into one script."""
+"""The page's own files: HTML, style and script."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PRELOAD = '<link rel="preload" href="index.json" as="fetch" crossorigin="anonym
 
 @functools.cache
 def page_file(name: str) -> bytes:
-    """Return one of the page's files; the script with all modules that it imports."""
+    """Return a file of the page; its script holds all modules."""
     return _joined(name).encode() if name == "main.js" else _source(name).encode()
 
 
@@ -29,9 +29,16 @@ def _source(name: str) -> str:
 
 
 def single_page(files: dict[str, str], view: str = "", *, from_kernel: bool = False) -> bytes:
-    """Return the page with its style, its modules and `files` (base64 by name) inside.
+    """Return the page as one file.
 
-    With `from_kernel` it asks the notebook around it for files instead.
+    Parameters
+    ----------
+    files
+        Files of the bundle that the page holds, base64 by name.
+    view
+        First view, written like the part of an address behind ``#``.
+    from_kernel
+        Whether the page asks the notebook around it for files instead.
     """
     page = page_file("index.html").decode()
     style, script = page_file("style.css").decode(), page_file("main.js").decode()
@@ -64,7 +71,10 @@ def single_page(files: dict[str, str], view: str = "", *, from_kernel: bool = Fa
 
 
 def _joined(main: str) -> str:
-    """Return a module and those it imports as one, each in a scope of its own, imports first."""
+    """Return a module with all that it imports as one.
+
+    Each has a scope of its own; imports come first.
+    """
     done: dict[str, str] = {}
 
     def add(name: str) -> None:

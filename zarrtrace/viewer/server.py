@@ -1,4 +1,4 @@
-"""The live server: a bundle's files, made from the run when the page asks for them."""
+"""Live server of a bundle's files, made when asked for."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from zarrtrace.text import terminal_text, without_secrets
 from zarrtrace.viewer.layout import Layout
 
 _CACHE_BYTES = 256 * 2**20
-# A browser opens six; others wait for nothing and are told so.
+# A browser opens six. More connections than this are refused at once.
 _MOST_CONNECTIONS = 64
 _TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -51,7 +51,7 @@ _BUSY = "".join(
 
 
 class Server:
-    """Serves one run on one address until it is closed; a context manager.
+    """Server of one run on one address; a context manager.
 
     The page's address holds a random token, and nothing is served without it: other users of the
     machine reach a loopback address, too.
@@ -125,16 +125,16 @@ class Server:
         self._http.serve_forever(poll_interval=0.1)
 
     def close(self) -> None:
-        """Give the port back; for a server that ran in the calling thread."""
+        """Release the port of a server that ran in this thread."""
         self._http.server_close()
 
     def forget(self) -> None:
-        """Drop what was made so far; the next requests read the run again."""
+        """Drop all cached files."""
         with self._lock:
             self._made.clear()
 
     def file(self, name: str) -> bytes:
-        """Return a file of the bundle; recent ones are kept.
+        """Return a file of the bundle, which is then cached.
 
         Raises
         ------
@@ -155,7 +155,7 @@ class Server:
 
 
 class _HTTP(ThreadingHTTPServer):
-    """A server with a thread a connection, and a limit on their number."""
+    """A server with one thread for each of a few connections."""
 
     daemon_threads = True
 
@@ -242,18 +242,18 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(content)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Answer a request that is none of GET and HEAD, or not HTTP, with the same headers."""
+        """Answer a bad request with the same headers as others."""
         del explain
         self.close_connection = True
         said = terminal_text(message or HTTPStatus(code).phrase)
         self._send(code, f"{said}\n".encode(), body=self.command != "HEAD")
 
     def handle_expect_100(self) -> bool:
-        """Answer once: no body is waited for."""
+        """Send no interim answer: no body is read."""
         return True
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        """Keep quiet: a page makes hundreds of requests."""
+        """Log nothing: a page makes hundreds of requests."""
 
 
 def serve(
@@ -263,7 +263,7 @@ def serve(
     port: int = 0,
     scenarios: Sequence[str] | None = None,
 ) -> Server:
-    """Return a server of a run, bound and not yet serving; see :class:`Server`."""
+    """Return a bound :class:`Server` of a run, not yet serving."""
     return Server(path, host=host, port=port, scenarios=scenarios)
 
 

@@ -1,4 +1,4 @@
-"""The traces that a page shows: of a large run each is opened when it is asked for."""
+"""Traces that a page shows, opened on demand if there are many."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from zarrtrace.store import (
     staging_folder,
 )
 
-#: Of more scenarios, none is opened before it is shown: each takes some milliseconds.
+#: If there are more scenarios, each is opened when it is shown: opening takes milliseconds.
 MOST_SCENARIOS = 500
-# Open datasets that are kept of a large run.
+# Datasets of a large run that stay open.
 _KEPT = 64
 
 
@@ -41,7 +41,7 @@ About = tuple[Sequence[str], Mapping[str, Any]]
 
 
 class Traces(Mapping[str, xr.Dataset]):
-    """The traces of a run by name, in its order.
+    """Traces of a run by name, in its order.
 
     Parameters
     ----------
@@ -61,8 +61,8 @@ class Traces(Mapping[str, xr.Dataset]):
     IncompleteError
         If no scenario is stored yet.
     IntegrityError
-        If a trace has another seal. Of more than :data:`MOST_SCENARIOS` scenarios, these three
-        are found for the first one, and for another when it is asked for.
+        If a trace has another seal. If there are more than :data:`MOST_SCENARIOS` scenarios, only
+        the first is checked for these three, each other one when it is opened.
     ScenarioError
         If a scenario is not there.
     """
@@ -121,18 +121,18 @@ class Traces(Mapping[str, xr.Dataset]):
 
     @property
     def layers(self) -> set[int]:
-        """The layers that are shown; of a large run, its first scenario's."""
+        """Layers that are shown; the first scenario's in a large run."""
         some = self._opened.values() or [self[next(iter(self._names))]]
         return {int(layer) for ds in some for layer in np.asarray(ds["layer"])}
 
     def missing(self, name: str) -> tuple[int, ...]:
-        """Return the layers that are not stored yet of a trace."""
+        """Return the layers that a trace does not have yet."""
         return self._missing.get(name, ())
 
     def about(self, names: Sequence[str]) -> list[About | None]:
-        """Return tags and metadata of some traces; None for one that cannot be read.
+        """Return tags and metadata of traces, None if one is unreadable.
 
-        Of a large run, no more than their attributes are read.
+        In a large run, only their attributes are read.
         """
         if not self.is_large:
             return [_about(self[name]) for name in names]
@@ -150,7 +150,7 @@ class Traces(Mapping[str, xr.Dataset]):
             return None
 
     def _present(self, names: Sequence[str]) -> tuple[dict[str, None], dict[str, tuple[int, ...]]]:
-        """Return the names of stored traces, and the layers that unfinished ones lack."""
+        """Return names of stored traces, and missing layers by name."""
         if not self._is_run:
             return dict.fromkeys(names), {}
         published = set(self._path.present(names))
@@ -179,7 +179,7 @@ class Traces(Mapping[str, xr.Dataset]):
         return self._chosen(name, ds)
 
     def _chosen(self, name: str, ds: xr.Dataset) -> xr.Dataset:
-        """Return the chosen layers of a trace that is the one asked for."""
+        """Return the chosen layers of a trace after checking its seal."""
         if self._seals.get(name) not in (None, ds.attrs.get("seal")):
             raise IntegrityError(
                 f"{self._path}: {name} is not the trace that was opened",

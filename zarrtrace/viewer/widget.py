@@ -1,4 +1,4 @@
-"""The page as a widget: chunks come through the kernel, choices go both ways."""
+"""The page as a widget that reads chunks through the kernel."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from zarrtrace.viewer.layout import Layout
 from zarrtrace.viewer.page_files import page_file, single_page
 
 _TRAITS = ("scenario", "layer", "head", "token", "feature")
-#: What an empty choice is, by trait: the mean of heads, no feature.
+#: Values beside those of the trace: the mean of heads, no feature.
 _NONE = {"head": -1, "feature": -1}
 
 
 class ViewWidget(anywidget.AnyWidget):
-    """The page of a run in a notebook, of any size and wherever the run is stored.
+    """The page of a run of any size, in a notebook.
 
     Attributes
     ----------
@@ -83,7 +83,7 @@ class ViewWidget(anywidget.AnyWidget):
         self.observe(self._choose, [*_TRAITS])
 
     def __repr__(self) -> str:
-        """Return what is shown, and the command that shows it in a browser."""
+        """Return the current view and the command that shows it."""
         # The page chooses a layer when it is first shown, if nobody has.
         layer = f", layer {self.layer}" if self._has_layer or self._is_chosen else ""
         return f"<zarrtrace view of {self.scenario}{layer}; in a browser: {self.command}>"
@@ -93,7 +93,7 @@ class ViewWidget(anywidget.AnyWidget):
         self._is_chosen = True
 
     def _answer(self, _widget: Any, content: Mapping[str, Any], _buffers: Sequence[Any]) -> None:
-        """Send a file of the bundle to the page that asks for it."""
+        """Send the page a file of the bundle that it asks for."""
         number, path = content.get("id"), str(content.get("path"))
         try:
             file = self._layout.read(path)
@@ -123,7 +123,7 @@ class ViewWidget(anywidget.AnyWidget):
 
 
 def _labels(ds: xr.Dataset, trait: str) -> list[int]:
-    """Return the labels that a trait can take in a trace."""
+    """Return the values that a trait can take in a trace."""
     if trait == "feature":
         arrays = [ds[name] for name in ds if str(name).startswith("features")]
         return [*range(max((array.shape[-1] for array in arrays), default=0))]
