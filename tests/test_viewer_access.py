@@ -100,6 +100,30 @@ def test_labels_are_not_cut_off(screen: Screen, live: str, look: Open) -> None: 
     assert max(width) <= screen[0][0]
 
 
+def test_a_phone_shows_first_what_was_found(live: str, look: Open) -> None:  # noqa: F811
+    """The map stands below the prompt; title, Close and histogram above the drawer's fold."""
+    page = look(live, width=390, layer=2)
+    page.set_viewport_size({"width": 390, "height": 844})
+    ready(page)
+    tops = {
+        name: page.locator(f"#{name}").bounding_box()["y"]
+        for name in ("prompt", "map-panel", "flow-panel", "readout")
+    }
+    assert sorted(tops, key=tops.__getitem__) == [*tops]
+    page.locator("#top-features .feature").first.click()
+    page.locator("#histogram").wait_for()
+    ready(page)
+    boxes = {
+        name: page.locator(f"#{name}").bounding_box()
+        for name in ("feature-panel", "feature-name", "feature-close", "histogram")
+    }
+    drawer, title, close, histogram = boxes.values()
+    assert close["y"] < title["y"] + title["height"] < histogram["y"]
+    assert close["x"] > title["x"] + title["width"] - 1
+    assert drawer["y"] > 844 / 3
+    assert histogram["y"] + histogram["height"] <= 844
+
+
 def test_numbers_have_one_format(live: str, look: Open) -> None:  # noqa: F811
     """Three digits, or an integer; the exact value is that of the element."""
     page = look(live, layer=2, head=1, feature=3, **{"with": "Risky_2"})
