@@ -253,6 +253,15 @@ def test_no_attention_at_all_is_at_the_end_of_the_scale(ds: xr.Dataset) -> None:
     drawn_by(figure)
 
 
+def test_small_multiples_have_a_labelled_key_within_the_page(ds: xr.Dataset) -> None:
+    for draw in (figures.attention_layers, partial(figures.attention_heads, layer=4)):
+        for relative, said in ((True, "ratio to uniform attention"), (False, "attention weight")):
+            figure = draw(ds, relative=relative)
+            assert figure.axes[-1].get_xlabel().startswith(said)
+            box = drawing.box_of(figure)
+            assert -0.05 < box.x0 < box.x1 < drawing.PAGE_WIDTH + 0.1  # with the space around
+
+
 def test_heads_of_one_layer(ds: xr.Dataset) -> None:
     axes = panels(figures.attention_heads(ds, 4, relative=False))
     for head, ax in enumerate(axes):

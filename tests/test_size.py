@@ -204,7 +204,7 @@ def test_figures_take_evenly_spaced_scenarios_and_say_so(
         return page._Result(task)
 
     monkeypatch.setattr(page, "_draw", draw)
-    catalogue.open_compared.cache_clear()
+    catalogue.forget()
     done = call("figures", many, "-o", tmp_path / "out")
     assert done.code == 0, done.err
     said = "Of 60 scenarios, evenly spaced: figures over scenarios take 4, 3 are drawn one by one"
@@ -221,7 +221,7 @@ def test_figures_take_evenly_spaced_scenarios_and_say_so(
     drawn.clear()
     call("figures", many, "-o", tmp_path / "out", "--scenario", "S000007")
     assert {*drawn} == {None, "S000007"}
-    catalogue.open_compared.cache_clear()
+    catalogue.forget()
 
 
 def test_a_page_of_too_many_scenarios_is_refused_with_a_number(

@@ -36,6 +36,12 @@ def open_compared(path: Location) -> xr.DataTree:
     return open_run(path, scenarios=evenly_spaced(names, MOST_COMPARED))
 
 
+def forget() -> None:
+    """Drop what is kept of a run that may have been replaced since."""
+    for kept in (open_compared, _features_contrast, _words, _labels):
+        kept.cache_clear()
+
+
 def evenly_spaced(names: Sequence[str], most: int) -> Sequence[str]:
     """Return at most so many names, evenly spaced."""
     if len(names) <= most:
@@ -129,14 +135,19 @@ def _names(path: Location, contrast: xr.Dataset) -> dict[tuple[int, int], str]:
     return names_of(path, zip(layers, found, strict=True))
 
 
+@functools.lru_cache(maxsize=1)
+def _features_contrast(path: Location) -> xr.Dataset:
+    return _contrast(open_compared(path))
+
+
 def _volcano(path: Location, run: xr.DataTree) -> tuple[Figure, Any]:
-    result = _contrast(run)
+    result = _features_contrast(path)
     groups, labels = _two_groups(run), _names(path, result.isel(row=slice(_FEATURES_NAMED)))
     return contrasts.volcano(result, names=groups, labels=labels), result
 
 
 def _trajectory(path: Location, run: xr.DataTree) -> tuple[Figure, Any]:
-    strongest = _contrast(run).isel(row=slice(_FEATURES_DRAWN))
+    strongest = _features_contrast(path).isel(row=slice(_FEATURES_DRAWN))
     pairs = zip(
         strongest["layer"].values.tolist(), strongest["feature"].values.tolist(), strict=True
     )

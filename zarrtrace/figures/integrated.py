@@ -187,9 +187,7 @@ def _name_tokens(ax: Axes, ds: xr.Dataset, values: np.ma.MaskedArray) -> list[in
     strong = np.argwhere(attended > _LEAST_NAMED * peaks.max())[:, ::-1]
     cells = [np.array([key, attended[:, key].argmax()], dtype=float) for key in chosen]
     named = zip((token_label(str(texts[key])) for key in chosen), cells, strict=True)
-    name_points(
-        ax, named, strong, most=_NAMED, size=6, colour="black", clear=_CELL, background="white"
-    )
+    name_points(ax, named, strong, most=_NAMED, size=6, colour="black", clear=_CELL)
     return chosen
 
 

@@ -87,7 +87,6 @@ def name_points(
     size: float = 5.5,
     colour: str = "#555555",
     clear: float = 1.2,
-    background: str = "none",
 ) -> None:
     """Write names beside points, clear of all points and of each other.
 
@@ -106,8 +105,8 @@ def name_points(
         Names to write at most.
     size
         Font size in points.
-    colour, background
-        Colours of names and lines, and of what is behind a name.
+    colour
+        Colour of names.
     clear
         Distance of a name from the middle of a point, in points; by default half of a marker.
     """
@@ -121,8 +120,8 @@ def name_points(
         text = ax.annotate(
             name, point, (0, 0), textcoords="offset points", fontsize=size, color=colour,
             ha="center", va="center", parse_math=False,
-            bbox={"facecolor": background, "alpha": 0.8, "lw": 0, "pad": 0.5},
-            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": colour, "shrinkA": 0, "shrinkB": 1},
+            bbox={"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 0.5},
+            arrowprops={"arrowstyle": "-", "lw": 0.3, "color": "#888888", "shrinkA": 0, "shrinkB": 1},
         )  # fmt: skip
         measured = Text.get_window_extent(text)  # without its line
         # At 100 dots per inch, hinted letters are a tenth narrower than in print.
