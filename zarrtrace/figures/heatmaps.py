@@ -54,8 +54,8 @@ _GAMMA = 0.5
 _SHOWN = 0.995
 # Width that the key to colours and spans needs, in inches.
 _KEY = 4.0
-# Width of a character of the key to spans, and of the square before it, in inches.
-_CHARACTER, _SQUARE = 0.055, 0.3
+# Width of a character of the key to spans, and of the gap between names, in inches.
+_CHARACTER, _GAP = 0.05, 0.2
 
 
 @styled
@@ -398,7 +398,7 @@ def _span_key(
         entries.append(("│ prompt ends", PROMPT_END))
     x, end = left, float(figure.get_size_inches()[0])
     for text, colour in entries:
-        width = _SQUARE + _CHARACTER * len(text)
+        width = _GAP + _CHARACTER * len(text)
         if x > left and x + width > end:
             x, top = left, top + 0.16
         _write(figure, x, top, text, color=colour, fontsize=6.5, ha="left", va="top")

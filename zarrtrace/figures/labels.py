@@ -121,7 +121,7 @@ def name_points(
             name, point, (0, 0), textcoords="offset points", fontsize=size, color=colour,
             ha="center", va="center", parse_math=False,
             bbox={"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 0.5},
-            arrowprops={"arrowstyle": "-", "lw": 0.3, "color": "#888888", "shrinkA": 0, "shrinkB": 1},
+            arrowprops={"arrowstyle": "-", "lw": 0.3, "color": "#888888", "shrinkB": 1},
         )  # fmt: skip
         measured = Text.get_window_extent(text)  # without its line
         # At 100 dots per inch, hinted letters are a tenth narrower than in print.
