@@ -792,6 +792,13 @@ def test_pdf_has_fonts_and_text(ds: xr.Dataset, run: xr.DataTree, tmp_path: Path
         assert pages.count(b"\nBT") >= len(written) / 2
 
 
+def test_images_in_a_pdf_need_no_mask(ds: xr.Dataset, tmp_path: Path) -> None:
+    figure = figures.attention_heads(ds, 4)  # which leaves later keys out
+    content = figures.save(figure, tmp_path / "a.pdf", ds, dpi=50).read_bytes()
+    assert content.count(b"/Subtype /Image") >= planted.HEADS
+    assert b"/SMask" not in content
+
+
 def test_png_has_the_dots_it_should(ds: xr.Dataset, tmp_path: Path) -> None:
     figure = figures.attention_layers(ds)
     with Image.open(figures.save(figure, tmp_path / "a.png", ds, dpi=100)) as opened:

@@ -17,12 +17,12 @@ from zarrtrace.errors import ConfigError
 from zarrtrace.figures.drawing import (
     DIVERGING,
     GROUP_COLOURS,
-    NOT_STORED,
     PAGE_WIDTH,
     axes_at,
     axes_or_new,
     blank,
     colour_bar,
+    colour_map,
     counted,
     figure_of,
     label_layers,
@@ -123,8 +123,9 @@ def difference_heads(
     for number, source in enumerate(sources):
         ax = axes_at(figure, left + number * (each + gap), top, each, height - top - bottom)
         shown = values.sel(source=source)
-        image = ax.imshow(shown, cmap=DIVERGING, norm=norm, aspect="auto", interpolation="nearest")
-        ax.set_facecolor(NOT_STORED)
+        image = ax.imshow(
+            shown, cmap=colour_map(DIVERGING), norm=norm, aspect="auto", interpolation="nearest"
+        )
         _dots(ax, contrast["p_familywise"].sel(source=source).transpose("layer", "head") <= _ALPHA)
         ax.set_title(drawable(source))
         ax.set_xlabel("head")
@@ -305,10 +306,9 @@ def _centred(values: xr.DataArray, limit: float | None = None) -> CenteredNorm:
 def _by_source_and_layer(ax: Axes, values: xr.DataArray, limit: float | None = None) -> AxesImage:
     """Show ``(source, layer)``: spans downwards, layers to the right."""
     image = ax.imshow(
-        values, cmap=DIVERGING, norm=_centred(values, limit), aspect="auto",
+        values, cmap=colour_map(DIVERGING), norm=_centred(values, limit), aspect="auto",
         interpolation="nearest",
     )  # fmt: skip
-    ax.set_facecolor(NOT_STORED)
     names = [drawable(str(name)) for name in np.asarray(values["source"])]
     ax.set_yticks(range(len(names)), labels=names)
     label_layers(ax, np.asarray(values["layer"]).tolist(), side="x")

@@ -13,6 +13,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.collections import PatchCollection
 from matplotlib.colorbar import Colorbar
+from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
@@ -189,6 +190,15 @@ def colour_bar(
     bar.outline.set_linewidth(0.4)
     bar.ax.tick_params(labelsize=6, width=0.4, length=2)
     return bar
+
+
+def colour_map(name: str, missing: str = NOT_STORED) -> Colormap:
+    """Return a colour map that draws missing cells opaque.
+
+    Transparent cells are black below their mask: readers of PDFs that smooth images (PDFium) would
+    draw a dark line around them.
+    """
+    return mpl.colormaps[name].with_extremes(bad=missing)
 
 
 def counted(number: int, noun: str) -> str:

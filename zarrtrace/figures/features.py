@@ -18,12 +18,12 @@ from zarrtrace.analysis.traces import scenario_of
 from zarrtrace.errors import ConfigError
 from zarrtrace.figures.drawing import (
     DIVERGING,
-    NOT_STORED,
     PAGE_WIDTH,
     SEQUENTIAL,
     axes_or_new,
     cells_of_spans,
     colour_bar,
+    colour_map,
     figure_of,
     interpolation,
     label_rows,
@@ -109,7 +109,6 @@ def feature_timeline(
         aspect="auto",
         interpolation=interpolation(ax, shown.shape[1]),
     )
-    ax.set_facecolor(NOT_STORED)
     spans = cells_of_spans(ds)
     label_token_axis(ax, ds, spans)
     mark_spans(ax, spans)
@@ -231,5 +230,5 @@ def scale_of(values: np.ma.MaskedArray, share: float = _SHOWN) -> dict[str, Any]
     active = np.abs(present[present != 0])
     end = float(np.quantile(active, share)) if active.size else 1.0
     if (present < 0).any():
-        return {"cmap": DIVERGING, "norm": Normalize(-end, end)}
-    return {"cmap": SEQUENTIAL, "norm": Normalize(0, end)}
+        return {"cmap": colour_map(DIVERGING), "norm": Normalize(-end, end)}
+    return {"cmap": colour_map(SEQUENTIAL), "norm": Normalize(0, end)}

@@ -27,6 +27,7 @@ from zarrtrace.figures.drawing import (
     blank,
     cells_of_spans,
     colour_bar,
+    colour_map,
     figure_of,
     interpolation,
     label_token_axis,
@@ -276,7 +277,7 @@ def _norm(panels: Sequence[np.ma.MaskedArray], *, relative: bool) -> Normalize:
 
 
 def _show(ax: Axes, weights: np.ma.MaskedArray, norm: Normalize) -> AxesImage:
-    colours = DIVERGING if isinstance(norm, LogNorm) else SEQUENTIAL
+    colours = colour_map(DIVERGING if isinstance(norm, LogNorm) else SEQUENTIAL, missing="white")
     image = ax.imshow(
         weights, cmap=colours, norm=norm, aspect="auto",
         interpolation=interpolation(ax, max(weights.shape)),

@@ -17,13 +17,13 @@ from zarrtrace.analysis.special import special_keys
 from zarrtrace.analysis.trace_arrays import attention, require
 from zarrtrace.analysis.traces import scenario_of
 from zarrtrace.figures.drawing import (
-    NOT_STORED,
     PAGE_WIDTH,
     SEQUENTIAL,
     axes_at,
     blank,
     cells_of_spans,
     colour_bar,
+    colour_map,
     interpolation,
     label_layers,
     label_token_axis,
@@ -126,13 +126,12 @@ def integrated_view(
     largest = float(values.filled(0)[:, 1:].max(initial=0))
     image = ax.imshow(
         values,
-        cmap=SEQUENTIAL,
+        cmap=colour_map(SEQUENTIAL),
         norm=PowerNorm(0.5, 0, largest or 1.0),
         aspect="auto",
         interpolation=interpolation(ax, values.shape[1]),
     )
     interesting = _name_tokens(ax, ds, values)
-    ax.set_facecolor(NOT_STORED)
     mark_spans(ax, spans)
     mark_prompt_end(ax, ds)
     label_layers(ax, layers)
@@ -236,7 +235,6 @@ def _draw_features(
     values /= np.nanmax(np.abs(values), axis=1, keepdims=True)
     shown = np.ma.masked_invalid(values)
     image = ax.imshow(shown, **scale_of(shown, 1.0), aspect="auto")
-    ax.set_facecolor(NOT_STORED)
     colours = span_colours(spans)
     ax.set_yticks(range(len(chosen)), labels=[feature_label(n, f) for _, n, f in chosen])
     for tick, (name, _, _) in zip(ax.get_yticklabels(), chosen, strict=True):

@@ -118,7 +118,7 @@ def name_points(
         if len(boxes) == most:
             break
         text = ax.annotate(
-            name, point, (0, 0), textcoords="offset points", fontsize=size, color=colour,
+            name, tuple(point), (0, 0), textcoords="offset points", fontsize=size, color=colour,
             ha="center", va="center", parse_math=False,
             bbox={"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 0.5},
             arrowprops={"arrowstyle": "-", "lw": 0.3, "color": "#888888", "shrinkB": 1},
@@ -154,7 +154,8 @@ def _around(half: np.ndarray) -> Iterator[np.ndarray]:
 
 def _inside(points: np.ndarray, box: np.ndarray, margin: float = 0.0) -> np.ndarray:
     """Whether points are in a box ``(corner, xy)`` with a margin."""
-    return ((points > box[0] - margin) & (points < box[1] + margin)).all(axis=1)
+    found = (points > box[0] - margin) & (points < box[1] + margin)
+    return np.asarray(found.all(axis=1))
 
 
 def _overlap(one: np.ndarray, other: np.ndarray) -> bool:
