@@ -1,11 +1,12 @@
 """Time extraction on a local cluster: what a second worker brings, and what the first one costs.
 
-The embedded model with attention and features. Contenders take turns; libraries and model are
-loaded before the clock starts. "one core" pins a whole process, with the threads that compress and
-write, to one core, as a cluster would be that leaves no core free; without it, the writers of one
-process use the second core already.
+The embedded model with attention and features, or another one. Contenders take turns; libraries and
+model are loaded before the clock starts. "one core" pins a whole process, with the threads that
+compress and write, to one core, as a cluster would be that leaves no core free; without it, the
+writers of one process use the second core already. On a GPU nothing is pinned.
 
     python scripts/bench/cluster.py [--scenarios 20] [--repeats 3] [--json FILE]
+    python scripts/bench/cluster.py --device cuda --model ID --sae-release NAME --scenarios 300
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def pin(cores: set[int]) -> None:
 class Bench:
     """Contenders over one suite."""
 
-    def __init__(self, folder: Path, options: Options) -> None:
-        self.folder, self.options = folder, options
+    def __init__(self, folder: Path, options: Options, pool: WriterPool) -> None:
+        self.folder, self.options, self.pool = folder, options, pool
         self.job = prepare(options, progress=False)
         self.cores = sorted(os.sched_getaffinity(0))
 
@@ -63,7 +64,7 @@ class Bench:
             RunWriter(self._run(), list(layers), self.job.config) as run,
             Progress(layers, None) as bars,
         ):
-            fill(run.path, self.job, bars, WriterPool())
+            fill(run.path, self.job, bars, self.pool)
             run.finish()
 
     def on(self, client: Any) -> Callable[[], None]:
@@ -86,12 +87,13 @@ def void(_value: object) -> None:
 def contest(bench: Bench, repeats: int) -> dict[str, list[common.Spent]]:
     """Let one process, one worker and two workers take turns, pinned and free."""
     found: dict[str, list[common.Spent]] = {}
-    with connected(workers=1) as one, connected(workers=2) as two:
+    device = bench.options.device
+    with connected(workers=1, device=device) as one, connected(workers=2, device=device) as two:
         clusters = {"1 worker": one, "2 workers": two}
         for client in clusters.values():
             bench.on(client)()  # loads the model
         for _ in range(repeats):
-            for pinned in (True, False):
+            for pinned in (True, False) if device == "cpu" else (False,):
                 cores = bench.cores[:1] if pinned else bench.cores
                 pin(set(cores))
                 name = "one core a process" if pinned else "free"
@@ -112,12 +114,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--scenarios", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--sae-release")
+    parser.add_argument("--sae-path", type=Path)
+    parser.add_argument("--layers", help="as FIRST-LAST; by default all that have an SAE")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="write the figures here, too")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
+    first, last = map(int, given.layers.split("-")) if given.layers else (None, None)
+    with tempfile.TemporaryDirectory() as temporary, WriterPool() as pool:
         folder = Path(temporary)
         common.write_suite(folder / "suite.jsonl", common.demo_prompts(given.scenarios))
-        bench = Bench(folder, Options(model="demo", scenarios=folder / "suite.jsonl"))
+        options = Options(
+            model=given.model,
+            sae_release=given.sae_release,
+            sae_path=given.sae_path,
+            layer_start=first,
+            layer_end=last,
+            scenarios=folder / "suite.jsonl",
+            device=given.device,
+        )
+        bench = Bench(folder, options, pool)
         bench.single()  # warms up
         found = contest(bench, given.repeats)
     print(f"{given.scenarios} scenarios, medians of {given.repeats}; load {os.getloadavg()[0]:.1f}")
@@ -125,7 +142,7 @@ def main() -> None:
     for name, runs in found.items():
         wall, cpu = common.middle(runs)
         common.print_row(name, f"{wall:.2f}", f"{cpu:.2f}")
-    for how in ("one core a process", "free"):
+    for how in ("one core a process", "free") if given.device == "cpu" else ("free",):
         # Ratios within a turn: what else the machine does changes between turns.
         turns = zip(*(found[f"{kind}, {how}"] for kind in KINDS), strict=True)
         ratios = [(two[0], one[0], plain[0], one[1], plain[1]) for plain, one, two in turns]

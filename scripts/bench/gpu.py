@@ -150,14 +150,20 @@ def worker(bench: Bench, name: str, **asked: Any) -> dict[str, Any]:
 
 def cold(bench: Bench, *options: str) -> dict[str, Any]:
     """Run the command line from disk to finished store."""
-    output = bench.home / "cold"
-    shutil.rmtree(output, ignore_errors=True)
     dropped = drop_cache()
     libraries = [_imports(bench) for _ in range(2)][1]
+    found = typed(bench, *options)
+    return {"file cache of weights dropped": dropped, "importing libraries s": libraries, **found}
+
+
+def typed(bench: Bench, *options: str) -> dict[str, Any]:
+    """Run the command line as a user types it."""
+    output = bench.home / "typed"
+    shutil.rmtree(output, ignore_errors=True)
     watch = Watch(bench)
     command = [sys.executable, "-m", "zarrtrace", "extract", "-o", str(output), "--quiet"]
     command += ["--layers", f"{gpu_shape.LAYERS[0]}-{gpu_shape.LAYERS[-1]}"]
-    command += ["--model", gpu_shape.MODEL, "--device", bench.device, *options]
+    command += ["--model", gpu_shape.MODEL, "--device", bench.device.partition(":")[0], *options]
     if "--scenarios" not in options:
         command += ["--scenarios", "slot-machine"]
     if "--no-features" not in options:
@@ -165,8 +171,6 @@ def cold(bench: Bench, *options: str) -> dict[str, Any]:
     seconds, code, _ = watch.run(command)
     found = {
         "command": " ".join(["zarrtrace", *command[3:]]),
-        "file cache of weights dropped": dropped,
-        "importing libraries s": libraries,
         "exit code": code,
         "seconds": seconds,
         "bytes": size_of(output),
@@ -290,6 +294,33 @@ def many_half(bench: Bench) -> dict[str, Any]:
     return worker(bench, "warm", repeats=1, clocks=False, **given)
 
 
+def _two_gpus(size: str) -> Callable[[Bench], dict[str, Any]]:
+    def stage(bench: Bench) -> dict[str, Any]:
+        """Time the command with one GPU, and with two workers; the system caches all files."""
+        count = getattr(bench.scale, size)
+        suite = bench.home / f"{size}.jsonl"
+        write_suite(suite, demo_prompts(count))
+        given = ("--scenarios", str(suite))
+        one = typed(bench, *given)
+        two = typed(bench, *given, "--workers", "2")
+        faster = one["seconds"] / two["seconds"]
+        return {"scenarios": count, "one GPU": one, "two workers": two, "times as fast": faster}
+
+    return stage
+
+
+def clusters(bench: Bench) -> dict[str, Any]:
+    """Time one process, one worker and two workers with the weights loaded."""
+    figures = bench.home / "clusters.json"
+    layers = f"{gpu_shape.LAYERS[0]}-{gpu_shape.LAYERS[-1]}"
+    command = [sys.executable, str(Path(__file__).with_name("cluster.py")), "--layers", layers]
+    command += ["--model", gpu_shape.MODEL, "--sae-release", gpu_shape.RELEASE, "--repeats", "2"]
+    command += ["--device", bench.device.partition(":")[0], "--json", str(figures)]
+    seconds, code, said = Watch(bench).run([*command, "--scenarios", str(bench.scale.few)])
+    taken = json.loads(figures.read_text()) if code == 0 else {}
+    return {"process s": seconds, "exit code": code, "wall s, CPU s": taken, "said": said}
+
+
 def floor(bench: Bench, tokens: int) -> dict[str, float]:
     """Operations of model and encoders for so many tokens; matrix products alone."""
     scale = bench.scale
@@ -325,6 +356,9 @@ STAGES: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "long_a_all": _long(0, layers=[1, 16], features=False, repeats=0),
     "many": many,
     "many_half": many_half,
+    "two_gpus": _two_gpus("few"),
+    "clusters": clusters,
+    "two_gpus_long": _two_gpus("most"),
     "long_b_all": _long(1, layers=[16], features=False, repeats=0),
 }
 

@@ -46,6 +46,8 @@ class Scale:
         Lengths of the long prompts.
     old
         Scenarios on which the old way is timed.
+    few, most
+        Scenarios of the runs that one GPU and two do.
     """
 
     width: int = 4096
@@ -57,11 +59,13 @@ class Scale:
     many: int = 500
     long: tuple[int, int] = (8_192, 32_768)
     old: int = 3
+    few: int = 300
+    most: int = 2_000
 
 
 SCALES = {
     "true": Scale(),
-    "tiny": Scale(64, 4, 2, 96, 4_096, 512, many=12, long=(700, 1_200), old=1),
+    "tiny": Scale(64, 4, 2, 96, 4_096, 512, many=12, long=(700, 1_200), old=1, few=12, most=24),
 }
 
 
