@@ -13,7 +13,6 @@ import http.server
 import json
 import os
 import shutil
-import sys
 import threading
 import time
 import zipfile
@@ -26,10 +25,11 @@ import fakes
 import hostile
 import numpy as np
 import pytest
+from command_line import call
+from fuzzing import METADATA, make_layout
 from numcodecs import Zstd
 
 from zarrtrace import demo
-from zarrtrace.cli import main
 
 _SECONDS = 60
 _BYTES = 600 * 2**20
@@ -47,24 +47,6 @@ class Case(NamedTuple):
     code: int = 2
     #: Whether it needs torch, transformers and sae-lens.
     torch: bool = False
-
-
-class Outcome(NamedTuple):
-    code: int
-    stdout: str
-    stderr: str
-
-
-def call(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
-) -> Outcome:
-    """Call the command line in this process."""
-    capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["zarrtrace", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    captured = capsys.readouterr()
-    return Outcome(int(ended.value.code or 0), captured.out, captured.err)
 
 
 def contents(folder: Path) -> dict[str, tuple[int, int]]:
@@ -534,26 +516,7 @@ def npz(change: Callable[[Path], object]) -> Callable[[Path], list[str]]:
 
     def arrange(folder: Path) -> list[str]:
         layout = folder / "npz"
-        (layout / "a").mkdir(parents=True)
-        features = np.arange(12, dtype=np.float32).reshape(3, 4)
-        for layer in (1, 2):
-            np.savez_compressed(layout / "a" / f"layer_{layer}.npz", features=features)
-        scenario = {
-            "scenario": "a",
-            "tokens": ["x", "y", "z"],
-            "token_ids": [1, 2, 3],
-            "seq_len": 3,
-            "key_positions": {"goal": [1]},
-        }
-        metadata = {
-            "timestamp": "20250101_000000",
-            "n_scenarios": 1,
-            "layer_range": [1, 2],
-            "save_features": True,
-            "save_attention": False,
-            "scenarios": [scenario],
-        }
-        (layout / "metadata_L1_2.json").write_text(json.dumps(metadata))
+        make_layout(layout)
         change(layout)
         return ["import", str(layout), "-o", str(folder / "run")]
 
@@ -611,16 +574,16 @@ def _long_header(layout: Path) -> None:
 
 
 def _metadata(change: Change) -> Callable[[Path], None]:
-    return lambda layout: rewrite(layout / "metadata_L1_2.json", change)
+    return lambda layout: rewrite(layout / METADATA, change)
 
 
 def _pipe_for_the_layout(layout: Path) -> None:
-    (layout / "metadata_L1_2.json").unlink()
-    os.mkfifo(layout / "metadata_L1_2.json")
+    (layout / METADATA).unlink()
+    os.mkfifo(layout / METADATA)
 
 
 def _link_to_metadata(layout: Path) -> None:
-    file = layout / "metadata_L1_2.json"
+    file = layout / METADATA
     file.rename(layout.parent / "elsewhere.json")
     file.symlink_to(layout.parent / "elsewhere.json")
 
@@ -664,20 +627,20 @@ _NPZ: dict[str, Case] = {
             lambda f: (f / "a" / "layer_2.npz").write_bytes(npy(b"{}")),
             ("layer_2.npz",),
         ),
-        "metadata that is a pipe": (_pipe_for_the_layout, ("metadata_L1_2.json",)),
-        "metadata behind a link": (_link_to_metadata, ("metadata_L1_2.json", "leads out")),
+        "metadata that is a pipe": (_pipe_for_the_layout, (METADATA,)),
+        "metadata behind a link": (_link_to_metadata, (METADATA, "leads out")),
         "metadata that is a folder": (
-            lambda f: ((f / "metadata_L1_2.json").unlink(), (f / "metadata_L1_2.json").mkdir()),
-            ("metadata_L1_2.json",),
+            lambda f: ((f / METADATA).unlink(), (f / METADATA).mkdir()),
+            (METADATA,),
         ),
         "180 million files": (_metadata(_many_scenarios), ("missing", "layer_0.npz")),
         "layers of a billion": (
             _metadata(_set("layer_range", [0, 10**9])),
-            ("metadata_L1_2.json", "layer_range"),
+            (METADATA, "layer_range"),
         ),
         "scenario of the device kind": (
             _metadata(_set("scenarios", 0, "scenario", "con")),
-            ("metadata_L1_2.json", "'con'"),
+            (METADATA, "'con'"),
         ),
     }.items()
 }
@@ -798,17 +761,12 @@ CASES = {
         for name, case in CASES.items()
     ],
 )
-def test_one_clear_message(
-    case: Case,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_one_clear_message(case: Case, tmp_path: Path) -> None:
     arguments = case.arrange(tmp_path)
     before = contents(tmp_path)
     with little_time_and_memory():
-        done = call(monkeypatch, capsys, arguments)
-    assert done.code == case.code, done.stderr
+        done = call(*arguments)
+    assert done.returncode == case.code, done.stderr
     for words in case.said:
         assert words in done.stderr
     what, *more = done.stderr.strip().splitlines()
@@ -872,33 +830,25 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Hub]]:
 
 
 @pytest.mark.torch
-def test_a_token_never_stands_in_an_error(
-    hub: type[_Hub],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_token_never_stands_in_an_error(hub: type[_Hub], tmp_path: Path) -> None:
     arguments = extract(tmp_path, "--model", "nobody/secret-model", "--scenarios", "slot-machine")
-    done = call(monkeypatch, capsys, arguments)
+    done = call(*arguments)
     assert any(_TOKEN in given for given in hub.given)  # it was sent, and came back
-    assert done.code == 1
+    assert done.returncode == 1
     assert _TOKEN not in done.stderr + done.stdout
     assert not contents(tmp_path)
 
 
 @pytest.mark.torch
 def test_a_token_never_stands_in_a_store_or_a_log(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", _TOKEN)
     monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", _TOKEN)
     caplog.set_level("DEBUG")
     arguments = ["extract", "-o", str(tmp_path / "run"), "--layers", "1", "--scenario", "Risky_40"]
-    done = call(monkeypatch, capsys, arguments)
-    assert done.code == 0
+    done = call(*arguments)
+    assert done.returncode == 0
     assert _TOKEN not in done.stdout + done.stderr + caplog.text
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert files

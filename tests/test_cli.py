@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import io
 import json
 import os
 import pty
@@ -16,7 +14,6 @@ import subprocess
 import sys
 import termios
 import time
-import unittest.mock
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +24,7 @@ import pandas as pd
 import pytest
 import reading
 import xarray as xr
+from command_line import call
 from processes import extracting, said_after
 
 import zarrtrace as zt
@@ -35,21 +33,6 @@ from zarrtrace.cli import analyze_, main
 from zarrtrace.storage import locate
 
 COMMAND = [sys.executable, "-m", "zarrtrace"]
-
-
-def call(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the command line in this process, which has torch already; others start a process."""
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        unittest.mock.patch.object(sys, "argv", ["zarrtrace", *map(str, arguments)]),
-        contextlib.chdir(cwd or Path.cwd()),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        pytest.raises(SystemExit) as ended,
-    ):
-        main()
-    code = int(ended.value.code or 0)
-    return subprocess.CompletedProcess(sys.argv, code, out.getvalue(), err.getvalue())
 
 
 def test_help_lists_every_command() -> None:

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import command_line
 import fakes
 import numpy as np
 import pandas as pd
@@ -22,7 +23,6 @@ import xarray as xr
 from scipy.sparse import coo_matrix
 
 import zarrtrace as zt
-from zarrtrace.cli import main
 from zarrtrace.errors import ConfigError, IntegrityError, NoSpaceError, NPZError, StoreError
 from zarrtrace.exports import folder, parquet_files
 from zarrtrace.exports import samples as blocks
@@ -576,20 +576,11 @@ def test_a_table_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: 
 # --- the command line --------------------------------------------------------------------------
 
 
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Return a function that runs the command line; it returns exit code, stdout and stderr."""
-
+def test_command(tmp_path: Path) -> None:
     def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["zarrtrace", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return (int(ended.value.code or 0), *capsys.readouterr())
+        done = command_line.call(*arguments)
+        return done.returncode, done.stdout, done.stderr
 
-    return call
-
-
-def test_command(tmp_path: Path, call: Any) -> None:
     run = fakes.make_run(tmp_path, channels=CHANNELS)
     for to in ("coo", "hidden", "safetensors", "parquet"):
         out = tmp_path / to

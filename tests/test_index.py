@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import pytest
 import rounding
 import xarray as xr
 from chunk_reads import ChunkReads
+from command_line import call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -301,23 +300,18 @@ def test_a_foreign_name_leads_nowhere(run: fakes.FakeRun) -> None:
 
 def test_command_line(tmp_path: Path) -> None:
     run = fakes.make_run(tmp_path, drop={"Risky_2": (2,)})
-    command = [sys.executable, "-m", "zarrtrace"]
-
-    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
-
-    made = call("index", str(run.path), "--threads", "1")
+    made = call("index", run.path, "--threads", 1)
     assert (made.returncode, made.stderr) == (3, "")
     assert "1 of 2 in it" in made.stdout
     feature = int(np.argmax(run.truth["Safe_1"]["features"][1][1:].max(0)))
-    found = call("find", str(run.path), "--layer", "2", "--feature", str(feature), "--json")
+    found = call("find", run.path, "--layer", "2", "--feature", feature, "--json")
     use = json.loads(found.stdout)
     assert use["tokens"][0]["activation"] == run.truth["Safe_1"]["features"][1][1:].max()
-    shown = call("find", str(run.path), "--layer", "2", "--feature", str(feature))
+    shown = call("find", run.path, "--layer", "2", "--feature", feature)
     assert "1 of 2 scenarios are indexed" in shown.stdout
     assert f"»{use['tokens'][0]['token']}«" in shown.stdout.replace("\\n", "\n")
-    refused = call("find", str(run.path), "--layer", "2", "--feature", "0", "--special")
+    refused = call("find", run.path, "--layer", "2", "--feature", "0", "--special")
     assert (refused.returncode, "--special'" in refused.stderr) == (2, True)
-    assert call("index", str(run.path), "--special", "--threads", "1").returncode == 3
-    first = call("find", str(run.path), "--layer", "2", "--feature", str(feature))
+    assert call("index", run.path, "--special", "--threads", 1).returncode == 3
+    first = call("find", run.path, "--layer", "2", "--feature", feature)
     assert "these numbers count special tokens" in first.stdout.replace("\n", " ")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import sys
-import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import command_line
 import fakes
 import numpy as np
 import pandas as pd
@@ -21,7 +18,6 @@ import xarray as xr
 import zarrtrace as zt
 from zarrtrace import analysis
 from zarrtrace.card import write_card
-from zarrtrace.cli import main
 from zarrtrace.cli.tables import Choice, Layout, text_of
 from zarrtrace.errors import ConfigError, ScenarioError
 from zarrtrace.format.attributes import TraceAttributes
@@ -237,17 +233,10 @@ def test_wrong_groups_are_refused(
 
 
 def call(*arguments: object, code: int = 0) -> str:
-    """Run the command line in this process; return what it prints, or its error."""
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        unittest.mock.patch.object(sys, "argv", ["zarrtrace", *map(str, arguments)]),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        pytest.raises(SystemExit) as ended,
-    ):
-        main()
-    assert int(ended.value.code or 0) == code, err.getvalue()
-    return out.getvalue() if code == 0 else err.getvalue()
+    """Run a command that ends with a code; return what it prints, or its error."""
+    done = command_line.call(*arguments)
+    assert done.returncode == code, done.stderr
+    return done.stdout if code == 0 else done.stderr
 
 
 SUITE = pd.DataFrame(

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
-import io
 import json
-import sys
 import tracemalloc
-import unittest.mock
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from subprocess import CompletedProcess
 
+import command_line
 import fakes
 import many_traces
 import numpy as np
@@ -24,7 +21,7 @@ from sample_tables import plan_of, records_of, values_of, write_table
 
 import zarrtrace as zt
 from zarrtrace.card import write_card
-from zarrtrace.cli import _COMMANDS, main
+from zarrtrace.cli import _COMMANDS
 from zarrtrace.cli.analysis_options import ANALYSES
 from zarrtrace.errors import ConfigError, ScenarioError
 from zarrtrace.figures import catalogue, page
@@ -38,26 +35,10 @@ from zarrtrace.viewer.server import Server
 COUNT = 60
 
 
-class Done(NamedTuple):
-    """The outcome of a command."""
-
-    code: int
-    out: str
-    err: str
-
-
-def call(*arguments: str | Path) -> Done:
-    """Run a command in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        unittest.mock.patch.object(sys, "argv", ["zarrtrace", *map(str, arguments)]),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        warnings.catch_warnings(action="default"),
-        pytest.raises(SystemExit) as ended,
-    ):
-        main()
-    return Done(int(ended.value.code or 0), out.getvalue(), err.getvalue())
+def call(*arguments: str | Path) -> CompletedProcess[str]:
+    """Run a command whose warnings are shown, as they are to users."""
+    with warnings.catch_warnings(action="default"):
+        return command_line.call(*arguments)
 
 
 def widest(text: str) -> int:
@@ -91,24 +72,24 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_info_lists_the_first_scenarios_and_counts_the_others(many: Path) -> None:
     done = call("info", many)
-    assert done.code == 0
-    assert "yes, 60 of 60 scenarios" in done.out
-    assert "S000049" in done.out
-    assert "S000050" not in done.out
-    assert "... 10 more scenarios" in done.out
-    assert "(of 50 scenarios)" in done.out
-    assert widest(done.out) <= 80
+    assert done.returncode == 0
+    assert "yes, 60 of 60 scenarios" in done.stdout
+    assert "S000049" in done.stdout
+    assert "S000050" not in done.stdout
+    assert "... 10 more scenarios" in done.stdout
+    assert "(of 50 scenarios)" in done.stdout
+    assert widest(done.stdout) <= 80
     few, everything = call("info", many, "--first", "3"), call("info", many, "--all")
-    assert few.out.count("\nS0") == 3
-    assert "... 57 more scenarios" in few.out
-    assert everything.out.count("\nS0") == COUNT
-    assert "more scenarios" not in everything.out
-    assert call("info", many, "--first", "3", "--all").code == 2
+    assert few.stdout.count("\nS0") == 3
+    assert "... 57 more scenarios" in few.stdout
+    assert everything.stdout.count("\nS0") == COUNT
+    assert "more scenarios" not in everything.stdout
+    assert call("info", many, "--first", "3", "--all").returncode == 2
 
 
 def test_info_as_json_is_complete_unless_paged(many: Path) -> None:
-    whole = json.loads(call("info", many, "--json").out)
-    part = json.loads(call("info", many, "--json", "--first", "2").out)
+    whole = json.loads(call("info", many, "--json").stdout)
+    part = json.loads(call("info", many, "--json", "--first", "2").stdout)
     assert [trace["scenario"] for trace in whole["traces"]] == many_traces.names_of(COUNT)
     assert part["traces"] == whole["traces"][:2]
     assert part["scenarios"] == part["scenarios_complete"] == COUNT
@@ -145,7 +126,7 @@ def test_a_long_opening_is_told_with_a_number(many: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         zt.open_run(many, scenarios=["S000001"])
-    said = call("analyze", "decision", many).err
+    said = call("analyze", "decision", many).stderr
     assert said.startswith("zarrtrace: warning: ")
     assert "UserWarning" not in said
 
@@ -206,9 +187,9 @@ def test_figures_take_evenly_spaced_scenarios_and_say_so(
     monkeypatch.setattr(page, "_draw", draw)
     catalogue.forget()
     done = call("figures", many, "-o", tmp_path / "out")
-    assert done.code == 0, done.err
+    assert done.returncode == 0, done.stderr
     said = "Of 60 scenarios, evenly spaced: figures over scenarios take 4, 3 are drawn one by one"
-    assert said in done.err
+    assert said in done.stderr
     assert said in (tmp_path / "out" / "index.html").read_text()
     assert {*drawn} == {None, "S000000", "S000020", "S000040"}
     assert list(catalogue.open_compared(zt.storage.locate(many)).children) == [
@@ -230,11 +211,11 @@ def test_a_page_of_too_many_scenarios_is_refused_with_a_number(
     monkeypatch.setattr(traces, "MOST_SCENARIOS", 50)
     monkeypatch.setattr(bundle, "MOST_SCENARIOS", 50)
     refused = call("bundle", many, "-o", tmp_path / "bundle")
-    assert refused.code == 2
-    assert "60 scenarios, a bundle holds at most 50" in refused.err
-    assert "--scenario NAME" in refused.err
+    assert refused.returncode == 2
+    assert "60 scenarios, a bundle holds at most 50" in refused.stderr
+    assert "--scenario NAME" in refused.stderr
     done = call("bundle", many, "-o", tmp_path / "bundle", "--scenario", "S000055")
-    assert done.code == 0, done.err
+    assert done.returncode == 0, done.stderr
     index = json.loads((tmp_path / "bundle" / "index.json").read_bytes())
     assert index["scenarios"] == ["S000055"]
 
@@ -250,8 +231,8 @@ def test_view_shows_all_scenarios_of_a_large_run(
         traces.Traces, "_open", lambda self, name: (opened.append(name), open_(self, name))[1]
     )
     done = call("view", many, "--no-browser")
-    assert done.code == 0, done.err
-    assert "60 scenarios: without contrasts of features" in done.err
+    assert done.returncode == 0, done.stderr
+    assert "60 scenarios: without contrasts of features" in done.stderr
     assert opened == ["S000000"]
     layout = Layout(many)
     index = json.loads(layout.index)
@@ -312,16 +293,16 @@ def test_commands_take_a_table_or_say_why_not(tmp_path: Path, table: Path, name:
     copy_run(table, tmp_path / "table")
     arguments = [word.replace("OUT", str(tmp_path / "out")) for word in given]
     done = call(*words, tmp_path / "table", *arguments)
-    assert done.code in (0, 1, 2), done.err
+    assert done.returncode in (0, 1, 2), done.stderr
     if name in _REFUSED:
-        assert done.code
-        assert _REFUSED[name] in done.err
-    elif done.code:
+        assert done.returncode
+        assert _REFUSED[name] in done.stderr
+    elif done.returncode:
         # An analysis of a table without its spans, options or attention.
-        assert done.err.startswith("zarrtrace: error: ")
-        assert len(done.err.splitlines()) > 1, "no remedy"
+        assert done.stderr.startswith("zarrtrace: error: ")
+        assert len(done.stderr.splitlines()) > 1, "no remedy"
     always = ("info", "verify", "copy", "card", "find", "index", "labels")
-    assert name not in always or done.code == 0, done.err
+    assert name not in always or done.returncode == 0, done.stderr
 
 
 def test_a_feature_of_a_table_is_found_without_an_index(tmp_path: Path) -> None:
@@ -361,7 +342,7 @@ def test_a_feature_of_a_table_is_found_without_an_index(tmp_path: Path) -> None:
 
 def test_info_shows_groups_of_a_table(table: Path) -> None:
     done = call("info", table)
-    assert "samples      50 of 25 scenarios" in done.out
+    assert "samples      50 of 25 scenarios" in done.stdout
     for line in (
         "tags: safe (50), low (50)",
         "balance: 0.125 to 6.125, 40 values; 10 samples have none",
@@ -369,9 +350,9 @@ def test_info_shows_groups_of_a_table(table: Path) -> None:
         "is_last: False (25), True (25)",
         "_paradigm: p0 (17), p1 (17), p2 (16)",
     ):
-        assert line in done.out
-    assert widest(done.out) <= 80
-    columns = json.loads(call("info", table, "--json").out)["columns"]
+        assert line in done.stdout
+    assert widest(done.stdout) <= 80
+    columns = json.loads(call("info", table, "--json").stdout)["columns"]
     ds = zt.open_table(table)
     for name, column in columns.items():
         if name != "tags":
@@ -400,8 +381,8 @@ def test_a_hundred_thousand_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     values = values_of(2, samples, 16, 32)
     write_table(path, plan, values, step=4096)
     done = call("info", path)
-    assert "100,000 of 50,000 scenarios" in done.out
-    assert widest(done.out) <= 80
+    assert "100,000 of 50,000 scenarios" in done.stdout
+    assert widest(done.stdout) <= 80
     ds = zt.open_table(path)
     np.testing.assert_array_equal(ds.features.sel(layer=1, feature=3), values.features[0, :, 3])
     monkeypatch.setattr(damage, "_PART_BYTES", 2**20)

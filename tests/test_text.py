@@ -16,6 +16,7 @@ import fakes
 import numpy as np
 import pytest
 import yaml
+from command_line import call
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
@@ -84,18 +85,6 @@ def obeyed(text: str) -> set[str]:
     return {one for one in text if unicodedata.category(one) in odd and one != "\n"}
 
 
-def call(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
-) -> tuple[str, str]:
-    capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["zarrtrace", *arguments])
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # main() sets its own
-    with pytest.raises(SystemExit):
-        main()
-    captured = capsys.readouterr()
-    return captured.out, captured.err
-
-
 _COMMANDS: dict[str, tuple[str, ...]] = {
     "info": ("info", "RUN"),
     "info --json": ("info", "RUN", "--json"),
@@ -115,21 +104,17 @@ _COMMANDS: dict[str, tuple[str, ...]] = {
 
 
 @pytest.mark.parametrize("name", _COMMANDS)
-def test_a_terminal_gets_nothing_to_obey(
-    hostile_run: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    name: str,
-) -> None:
+def test_a_terminal_gets_nothing_to_obey(hostile_run: Path, name: str) -> None:
     feature = strongest_feature(hostile_run)
     places = {"RUN": str(hostile_run), "FEATURE": str(feature)}
     arguments = [places.get(one, one).replace("RUN/", f"{hostile_run}/") for one in _COMMANDS[name]]
-    out, err = call(monkeypatch, capsys, *arguments)
-    assert out or err
-    assert "Traceback" not in err
-    assert obeyed(out) | obeyed(err) == set()
+    done = call(*arguments)
+    said = done.stdout + done.stderr
+    assert said
+    assert "Traceback" not in done.stderr
+    assert obeyed(said) == set()
     if name not in ("verify",) and "decision" not in name:
-        assert "\\x1b[2J" in out + err or "\\u001b[2J" in out
+        assert "\\x1b[2J" in said or "\\u001b[2J" in done.stdout
 
 
 def strongest_feature(run: Path) -> int:
@@ -139,17 +124,13 @@ def strongest_feature(run: Path) -> int:
     return int(np.argmax(features.to_numpy().max(axis=0)))
 
 
-def test_json_on_a_terminal_says_the_same(
-    hostile_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out, _ = call(monkeypatch, capsys, "info", str(hostile_run), "--json")
+def test_json_on_a_terminal_says_the_same(hostile_run: Path) -> None:
+    out = call("info", hostile_run, "--json").stdout
     assert json.loads(out)["traces"][0]["model"] == HOSTILE
 
 
-def test_names_stay_on_their_lines(
-    hostile_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out, _ = call(monkeypatch, capsys, "info", str(hostile_run))
+def test_names_stay_on_their_lines(hostile_run: Path) -> None:
+    out = call("info", hostile_run).stdout
     rows = out.splitlines()
     assert not any(row.startswith("# b") for row in rows)
     arrays = 3  # on lines of their own
@@ -306,12 +287,10 @@ def test_other_messages_stay_as_they_are(text: str) -> None:
         ("copy", f"https://host/a/run?sig={SECRET}", "target"),
     ],
 )
-def test_no_secret_on_the_command_line_comes_back(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
-) -> None:
-    out, err = call(monkeypatch, capsys, *arguments)
-    assert "SeCr3tValue" not in out + err
-    assert err
+def test_no_secret_on_the_command_line_comes_back(arguments: tuple[str, ...]) -> None:
+    done = call(*arguments)
+    assert "SeCr3tValue" not in done.stdout + done.stderr
+    assert done.stderr
 
 
 def test_no_secret_in_what_a_store_answers(monkeypatch: pytest.MonkeyPatch) -> None:
