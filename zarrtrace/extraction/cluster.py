@@ -295,7 +295,7 @@ class _Tasks:
             raise ClusterError(
                 f"{self._client.scheduler.address}: all workers are gone",
                 why="They ended, and nothing has started others.",
-                remedy="Start workers, and run the same command again: it goes on where it is.",
+                remedy="Start workers and run the same command again: it resumes where it stopped.",
             )
 
     def _stop(self) -> None:
@@ -328,5 +328,5 @@ def _lost(client: Client) -> ClusterError:
     return ClusterError(
         f"{client.scheduler.address}: the connection to the scheduler was lost",
         why="It ended, or the network did.",
-        remedy="Run the same command again when it is back: it goes on where it is.",
+        remedy="Run the same command again when it is back: it resumes where it stopped.",
     )

@@ -257,7 +257,7 @@ def _ended(record: Record, error: BaseException) -> BaseException:
     return StoreError(
         f"{', '.join(names)}: the process that wrote it has ended",
         why="It was killed; on Linux, usually because memory ran out.",
-        remedy="Run the same command again; it goes on where this one stopped.",
+        remedy="Run the same command again; it resumes where this one stopped.",
     )
 
 
