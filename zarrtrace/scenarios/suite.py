@@ -140,7 +140,7 @@ def _sequence_stream(given: Iterable[Any]) -> ScenarioStream:
 
 def _file_stream(path: Path) -> ScenarioStream:
     suffix = path.suffix.lower()
-    with _readable(path):
+    with _reading(path):
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
             files = folder_files(path)
@@ -166,7 +166,7 @@ def _yaml_stream(path: Path) -> ScenarioStream:
 
     @functools.cache
     def parsed() -> tuple[SuiteFile, list[str]]:
-        with _readable(path):
+        with _reading(path):
             text = path.read_bytes().decode("utf-8-sig")
         return parse_yaml(path, text)
 
@@ -195,7 +195,7 @@ def suite_attributes(given: Any) -> dict[str, Any]:
     path = Path(given)
     if path.suffix.lower() not in (".yaml", ".yml"):
         return {}
-    with _readable(path):
+    with _reading(path):
         suite, _ = parse_yaml(path, path.read_bytes().decode("utf-8-sig"))
     stated = {"bands": suite.bands, "task_spans": suite.task_spans}
     return {name: value for name, value in stated.items() if value is not None}
@@ -206,7 +206,7 @@ def _watched(path: Path, files: Sequence[Path], read: Callable[[], Entries]) -> 
     first: list[tuple[int, int]] = []
 
     def drafts() -> Iterator[Draft]:
-        with _readable(path):
+        with _reading(path):
             now = [(one.st_size, one.st_mtime_ns) for one in map(os.stat, files)]
             if first and first != now:
                 raise changed_error(str(path))
@@ -217,7 +217,7 @@ def _watched(path: Path, files: Sequence[Path], read: Callable[[], Entries]) -> 
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _reading(path: Path) -> Iterator[None]:
     """Raise what an operating system says of a file, or of its text, as our errors."""
     try:
         yield
@@ -241,7 +241,7 @@ def read_columns(path: str | Path) -> dict[str, list[Value]]:
         If it cannot be read, or a column is none of metadata.
     """
     path = Path(path)
-    with _readable(path):
+    with _reading(path):
         if path.suffix.lower() == ".csv":
             found: Mapping[str, Sequence[Any]] = CSVFile(path).columns()
         elif path.suffix.lower() == ".parquet":
