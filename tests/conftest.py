@@ -78,13 +78,45 @@ _LONG = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+#: Files of long tests that another version of Python or zarr may change: they read through zarr,
+#: or send objects to other processes. The rest are about servers, kills, pages and statistics.
+_OF_VERSIONS = (
+    "test_accessors.py",
+    "test_distributed.py",
+    "test_exports.py",
+    "test_faults.py",
+    "test_fuzz.py",
+    "test_hostile.py",
+    "test_imports.py",
+    "test_store.py",
+    "test_tables.py",
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option of `scripts/test --matrix`."""
+    parser.addoption(
+        "--versions",
+        action="store_true",
+        help="Of long tests, run those alone that another version of Python or zarr may change.",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put the longest files first; within a file the order stays."""
 
     def place(item: pytest.Item) -> int:
         return _LONG.index(item.path.name) if item.path.name in _LONG else len(_LONG)
 
     items.sort(key=place)
+    if config.getoption("--versions"):
+        same = [
+            item
+            for item in items
+            if item.get_closest_marker("long") and item.path.name not in _OF_VERSIONS
+        ]
+        config.hook.pytest_deselected(items=same)
+        items[:] = [item for item in items if item not in same]
 
 
 @pytest.fixture

@@ -216,9 +216,15 @@ def test_a_blocked_run_equals_a_whole_one(
 # --- chosen queries -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["whole", "blocked"])
-@pytest.mark.parametrize("queries", ["last", "spans", (0, 5, -1)])
-@pytest.mark.parametrize("name", ["Llama", "Gemma 2", "Qwen3-Next"])
+@pytest.mark.parametrize(
+    ("name", "queries", "way"),
+    mostly_long(
+        lambda name, queries, _: name == "Llama" or queries == "spans",
+        ["Llama", "Gemma 2", "Qwen3-Next"],
+        ["last", "spans", (0, 5, -1)],
+        ["whole", "blocked"],
+    ),
+)
 def test_chosen_queries_are_stored_and_nothing_else(
     models: Models, suite: Path, tmp_path: Path, name: str, queries: Any, way: Any
 ) -> None:
@@ -335,7 +341,7 @@ def test_analysis_reads_stored_rows_and_refuses_others_by_name(
 # --- long prompts on disk -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["whole", "blocked"])
+@pytest.mark.parametrize("way", [pytest.param("whole", marks=pytest.mark.long), "blocked"])
 def test_long_prompts_are_cut_into_files_and_read_as_one(
     models: Models, tmp_path: Path, way: Any
 ) -> None:
@@ -471,6 +477,7 @@ def test_mlps_compute_a_long_prompt_in_parts(
             )
 
 
+@pytest.mark.long  # every day, heads of the models above
 @settings(max_examples=10)
 @given(heads=HEAD_COUNTS, tokens=LENGTHS, dtype=st.sampled_from(DTYPES))
 def test_any_number_of_heads(

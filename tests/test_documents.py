@@ -30,7 +30,7 @@ DOCUMENTS = sorted(
 DOCUMENTS = [file for file in DOCUMENTS if "node_modules" not in file.parts]
 NAMES = [file.relative_to(ROOT).as_posix() for file in DOCUMENTS]
 # Folders of zarrtrace whose examples take several seconds.
-LONGER = ("analysis", "extraction", "figures", "npz", "store", "viewer")
+LONGER = ("analysis", "extraction", "figures", "index", "npz", "store", "viewer")
 # Words of the front page outside its code blocks.
 FRONT_DOOR = 1_200
 

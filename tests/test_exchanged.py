@@ -50,7 +50,7 @@ def read_wrong(run: fakes.FakeRun, scenario: str, arrays: set[str]) -> list[str]
             ds = (
                 zt.open_trace(run.path / scenario)
                 if how == "open_trace"
-                else zt.open_run(run.path)[scenario].to_dataset()
+                else zt.open_run(run.path, scenarios=[scenario])[scenario].to_dataset()
             )
         except StoreError:
             continue

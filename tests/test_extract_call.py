@@ -298,6 +298,7 @@ def test_an_interrupted_run_is_resumed(
         assert node.to_dataset().identical(again[name].to_dataset())
 
 
+@pytest.mark.long
 def test_a_loaded_model_resumes_a_run_by_name(
     models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -469,6 +470,7 @@ def test_options_reach_the_run(models: Models, tmp_path: Path) -> None:
     assert config["batch_size"] == 2
 
 
+@pytest.mark.long
 def test_the_demo_by_name(tmp_path: Path) -> None:
     options: dict[str, Any] = {"layers": [1, 2], "scenario": "Risky_40", "quiet": True}
     plain = zt.extract(tmp_path / "a", **options)

@@ -245,6 +245,7 @@ def test_answers_are_spans_of_tokens(tmp_path: Path, llama: Mapping[str, Any]) -
 # --- resume -------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_nothing_is_generated_twice(
     tmp_path: Path, sampled: Path, llama: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

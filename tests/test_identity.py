@@ -354,6 +354,7 @@ def test_other_versions_are_refused_or_both_are_said(
     assert verify(files / "begun") == []
 
 
+@pytest.mark.long
 def test_a_repaired_trace_says_both_versions_and_the_others_keep_theirs(
     files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

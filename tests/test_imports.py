@@ -60,11 +60,15 @@ def test_help_is_light(arguments: list[str]) -> None:
 def test_reading_needs_no_torch(shared_run: fakes.FakeRun, tmp_path: Path) -> None:
     run = str(shared_run.path)
     assert imported(CLI, "info", run) == {"pydantic"}
-    for arguments in (["verify", run], ["export", run, "-o", str(tmp_path / "npz")]):
-        assert not imported(CLI, *arguments) & {"torch", "transformers", "sae_lens", "obstore"}
-    opened = imported(f"import zarrtrace; zarrtrace.open_run({run!r})")
-    assert "xarray" in opened
-    assert "obstore" not in opened
+    program = (
+        "import zarrtrace\nfrom zarrtrace.cli import group\n"
+        f"group.main(['verify', {run!r}], standalone_mode=False)\n"
+        f"group.main(['export', {run!r}, '-o', {str(tmp_path / 'npz')!r}], standalone_mode=False)\n"
+        f"zarrtrace.open_run({run!r})"
+    )
+    read = imported(program)
+    assert "xarray" in read
+    assert not read & {"torch", "transformers", "sae_lens", "obstore"}
 
 
 # --- public names ------------------------------------------------------------------------------

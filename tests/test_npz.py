@@ -482,6 +482,7 @@ export_npz(sys.argv[1], sys.argv[2], threads=2)
 """
 
 
+@pytest.mark.long
 def test_killed_export_leaves_whole_files_only(tmp_path: Path, default_run: Path) -> None:
     values = npz_values()
     out = tmp_path / "out"

@@ -727,6 +727,7 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- copying -----------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_copy_there_and_back(s3: Server, tmp_path: Path, temporary: Path) -> None:
     local = fakes.make_run(tmp_path, layers=(1, 2))
     build_index(local.path)

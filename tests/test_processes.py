@@ -15,6 +15,7 @@ from typing import Any
 import fakes
 import numpy as np
 import pytest
+from capturing import interrupted_after
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
@@ -75,33 +76,35 @@ def test_what_is_more_than_a_socket_holds_arrives() -> None:
     np.testing.assert_array_equal(np.concatenate(got[0]), np.concatenate(large))
 
 
+@pytest.fixture(scope="module")
+def by_threads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files that threads write."""
+    run = tmp_path_factory.mktemp("threads") / "run"
+    extract_run(run, ASKED)
+    return fakes.files_in(run)
+
+
 def test_a_run_is_the_same_byte_for_byte(
-    tmp_path: Path, two: WriterPool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, two: WriterPool, by_threads: dict[str, bytes]
+) -> None:
+    extract_run(tmp_path / "run", ASKED)
+    assert fakes.files_in(tmp_path / "run") == by_threads
+
+
+@pytest.mark.long
+def test_the_same_processes_write_run_after_run_and_the_rest_of_one(
+    tmp_path: Path, two: WriterPool, by_threads: dict[str, bytes]
 ) -> None:
     two.start(3)
     before = [process._process.pid for process in two._idle]
-    extract_run(tmp_path / "processes", ASKED)
-    # The same ones write the next run, too; here the rest of one that was stopped.
+    extract_run(tmp_path / "whole", ASKED)
     assert sorted(process._process.pid for process in two._idle) == sorted(before)
-    stopped, seen = WriterProcesses.submit, []
-
-    def submit(self: WriterProcesses, record: Any) -> None:
-        seen.append(record)
-        if len(seen) == 5:
-            raise KeyboardInterrupt
-        stopped(self, record)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(WriterProcesses, "submit", submit)
-        with pytest.raises(KeyboardInterrupt):
-            extract_run(tmp_path / "again", ASKED)
-    extract_run(tmp_path / "again", ASKED)
-    monkeypatch.undo()
-    extract_run(tmp_path / "threads", ASKED)
-    expected = fakes.files_in(tmp_path / "threads")
-    assert fakes.files_in(tmp_path / "processes") == expected
-    assert fakes.files_in(tmp_path / "again") == expected
-    assert set(open_run(tmp_path / "again").children) == set(ASKED.only)
+    with interrupted_after(5, WriterProcesses):
+        extract_run(tmp_path / "rest", ASKED)
+    extract_run(tmp_path / "rest", ASKED)
+    for run in ("whole", "rest"):
+        assert fakes.files_in(tmp_path / run) == by_threads
+    assert set(open_run(tmp_path / "rest").children) == set(ASKED.only)
 
 
 @pytest.mark.long
