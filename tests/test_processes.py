@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from zarrtrace.errors import NonFiniteError, StoreError
-from zarrtrace.extraction import Options, extract_run, running
+from zarrtrace.extraction import Options, extract_run, prepare, running
 from zarrtrace.extraction.channel import Channel, pair
 from zarrtrace.extraction.processes import WriterPool, WriterProcesses
 from zarrtrace.store import open_run, verify
@@ -89,6 +89,13 @@ def test_a_run_is_the_same_byte_for_byte(
 ) -> None:
     extract_run(tmp_path / "run", ASKED)
     assert fakes.files_in(tmp_path / "run") == by_threads
+
+
+def test_a_cpu_starts_no_process() -> None:
+    names = ("Risky_40", "Desperate_10", "Medium_60", "Bankruptcy_90_all_in")
+    with WriterPool(1) as pool:
+        prepare(Options(layers=(1,), only=names, features=False), weights=False, pool=pool)
+        assert pool._idle == []
 
 
 @pytest.mark.long

@@ -325,7 +325,9 @@ def prepare(
     # All that can be wrong is found out before the weights are read, which takes minutes.
     model = _load_model(options, loaded, capture, weights=False)
     source = sae_source(options, loaded, model) if options.features else None
-    if pool and model.device.type != "cpu" and len(scenarios) >= FEW_TRACES:
+    # A model whose weights are not read yet is on no device.
+    device = options.device if loaded.model is None else model.device.type
+    if pool and device != "cpu" and len(scenarios) >= FEW_TRACES:
         pool.start(len(scenarios))
     layers, notes = choose_layers(options, len(model.blocks), source)
     saes = {} if source is None else find_saes(source, layers, model)
