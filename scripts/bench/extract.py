@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -117,33 +116,39 @@ def old_way(
     shutil.rmtree(output, ignore_errors=True)
     some = dict(list(common.demo_prompts(count).items())[:OLD_SCENARIOS])
     with common.Peak() as peak:
-        start = time.perf_counter()
-        script.extract(model, tokenizer, saes, some, LAYERS, output, attention_dtype=dtype)
-        seconds = (time.perf_counter() - start) * count / len(some)
+        spent = common.timed(
+            lambda: script.extract(
+                model, tokenizer, saes, some, LAYERS, output, attention_dtype=dtype
+            )
+        )
     return {
-        "seconds": seconds,
+        "seconds": spent.wall * count / len(some),
+        "cpu_seconds": spent.cpu * count / len(some),
         "bytes": common.size_of(output) * count / len(some),
         "peak": peak.bytes,
     }
 
 
-@torch.inference_mode()
 def floor(folder: Path, count: int, *, features: bool) -> dict[str, float]:
     """Do what cannot be left out."""
     model, tokenizer = _load(folder)
     tokens = [tokenizer(text, return_tensors="pt") for text in common.demo_prompts(count).values()]
     content = np.random.default_rng(0).bytes(int(os.environ["ZARRTRACE_BENCH_BYTES"]))
     encoder = torch.randn(model.config.hidden_size, 32_768)
-    start = time.perf_counter()
-    for inputs in tokens:
-        model(**inputs, use_cache=False)
-    if features:
+
+    @torch.inference_mode()
+    def act() -> None:
         for inputs in tokens:
-            hidden = torch.ones(inputs["input_ids"].shape[1], model.config.hidden_size)
-            for _ in LAYERS:
-                hidden @ encoder
-    (folder / "floor.bin").write_bytes(content)
-    return {"seconds": time.perf_counter() - start, "bytes": len(content), "peak": 0}
+            model(**inputs, use_cache=False)
+        if features:
+            for inputs in tokens:
+                hidden = torch.ones(inputs["input_ids"].shape[1], model.config.hidden_size)
+                for _ in LAYERS:
+                    hidden @ encoder
+        (folder / "floor.bin").write_bytes(content)
+
+    spent = common.timed(act)
+    return {"seconds": spent.wall, "cpu_seconds": spent.cpu, "bytes": len(content), "peak": 0}
 
 
 CONTENDERS: dict[str, Callable[..., dict[str, float]]] = {

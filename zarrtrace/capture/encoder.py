@@ -7,15 +7,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from zarrtrace.capture.firing import FiringFeatures, has_thresholds, in_block
 from zarrtrace.capture.hooks import HookPoint, parse_hook
 from zarrtrace.format.attributes import SAEAttributes
 from zarrtrace.format.layout import feature_columns
 
-#: Encodes some features.
-Tile = Callable[[], torch.Tensor]
+#: Encodes a block of features: positions ``token * columns + feature`` of those that fire, and
+#: their activations.
+Tile = Callable[[], tuple[np.ndarray, np.ndarray]]
 
 # Architectures in which what a feature does depends on no other, and which parameters are a
 # feature's own, by their last dimension.
@@ -40,7 +43,7 @@ class Encoder:
         self.columns = feature_columns(attributes.d_sae)
         self.hook: HookPoint = parse_hook(attributes.hook_name)
         self._sae = sae
-        self._parts: list[Any] = []
+        self._parts: list[Callable[[torch.Tensor], tuple[np.ndarray, np.ndarray]]] = []
         if self.hook.kind == "hook_z":
             sae.turn_off_forward_pass_hook_z_reshaping()  # heads come side by side already
         if not needs_decoder(sae):  # half of the SAE
@@ -64,7 +67,11 @@ class Encoder:
         """
         width, columns = self.attributes.d_sae, self.columns
         if width > columns and self._sae.cfg.architecture() in _EACH_ALONE:
-            self._parts = [self._part(at, columns) for at in range(0, width, columns)]
+            parts = [self._part(at, columns) for at in range(0, width, columns)]
+            if all(map(has_thresholds, parts)):
+                self._parts = [FiringFeatures(part, columns) for part in parts]
+            else:
+                self._parts = [partial(_encode, part, columns) for part in parts]
             self._sae = None  # all its weights have been copied
 
     def _part(self, start: int, columns: int) -> Any:
@@ -81,13 +88,24 @@ class Encoder:
     def tiles(self, activations: torch.Tensor) -> list[Tile]:
         """Return what encodes ``(token, d_in)`` some features at a time, in any thread.
 
-        Each makes as many columns of ``(token, d_sae)`` as a chunk holds, the last one fewer.
+        Each encodes as many features as a chunk holds, the last one fewer.
         Without :meth:`split`, all are encoded here.
         """
         if self._parts:
-            return [partial(part.encode, activations) for part in self._parts]
+            return [partial(part, activations) for part in self._parts]
         whole = torch.split(self(activations), self.columns, dim=1)
-        return [partial(torch.Tensor.contiguous, one) for one in whole]
+        return [partial(_nonzero, one, self.columns) for one in whole]
+
+
+def _encode(sae: Any, columns: int, activations: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    return _nonzero(sae.encode(activations), columns)
+
+
+def _nonzero(block: torch.Tensor, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """Find non-zero values of a block: NumPy does it ten times as fast as torch."""
+    flat = block.float().contiguous().numpy().reshape(-1)
+    at = np.flatnonzero(flat != 0)
+    return in_block(at, block.shape[1], columns), flat[at]
 
 
 def needs_decoder(sae: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -37,8 +37,8 @@ def encode(encoder: Encoder, inputs: torch.Tensor) -> SparseFeatures:
         found = [_found(encoder(rows), columns, None) for rows in _some_rows(inputs)]
         return _joined(encoder, [_on_host(one, to_host) for one in found], sound)
     # Some features at a time: what is made of them stays in the processor's cache.
-    tiles = [partial(_nonzero, tile, columns) for tile in encoder.tiles(inputs)]
-    made = [tiles[0]()] if len(tiles) == 1 else _pool(os.getpid()).map(lambda tile: tile(), tiles)
+    tiles = encoder.tiles(inputs)
+    made = [tiles[0]()] if len(tiles) == 1 else _pool(os.getpid()).map(_call, tiles)
     at, values = zip(*made, strict=True)
     shape = len(inputs), encoder.attributes.d_sae
     return SparseFeatures(Nonzeros(shape, columns, at, values), sound)
@@ -58,15 +58,8 @@ def _pool(_process: int) -> ThreadPoolExecutor:
 
 
 @torch.inference_mode()
-def _nonzero(encode_tile: Tile, columns: int) -> tuple[np.ndarray, np.ndarray]:
-    """Encode a block of columns and find non-zero values: NumPy does it ten times as fast."""
-    tile = encode_tile()
-    width, flat = tile.shape[1], tile.float().numpy().reshape(-1)
-    at = np.flatnonzero(flat != 0)
-    values = flat[at]
-    if width < columns:
-        at += at // width * (columns - width)
-    return at, values
+def _call(tile: Tile) -> tuple[np.ndarray, np.ndarray]:
+    return tile()
 
 
 def _some_rows(inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:

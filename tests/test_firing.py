@@ -1,0 +1,77 @@
+"""Features that fire against sae-lens's own ``encode``, at thresholds and beside them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sae_lens import (
+    JumpReLUSAE,
+    JumpReLUSAEConfig,
+    StandardSAE,
+    StandardSAEConfig,
+    TopKSAE,
+    TopKSAEConfig,
+)
+from sae_lens.saes.sae import SAEMetadata
+
+from zarrtrace.capture import firing
+
+pytestmark = pytest.mark.torch
+
+HOOK = SAEMetadata(hook_name="blocks.0.hook_resid_post")
+CONFIG: dict[str, Any] = {"d_in": 3, "d_sae": 40, "metadata": HOOK}
+
+#: Few numbers, so that sums meet thresholds exactly, or miss them by their last bit.
+NUMBERS = st.sampled_from(
+    [0.0, -0.0, 1.0, -1.0, 0.1, -0.1, 1e-8, 2.0**-149, 3e38, -3e38, math.inf, -math.inf, math.nan,
+     float(np.nextafter(np.float32(1), np.float32(2))), 1.1, 0.9, 16_777_216.0]
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.sampled_from(["jumprelu", "standard"]))
+def test_firing_features_are_those_of_encode_bit_for_bit(data: st.DataObject, kind: str) -> None:
+    def numbers(*shape: int) -> torch.Tensor:
+        some = data.draw(st.lists(NUMBERS, min_size=1, max_size=12))
+        rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+        return torch.tensor(rng.choice(np.array(some, np.float32), shape))
+
+    sae: Any = (
+        JumpReLUSAE(JumpReLUSAEConfig(**CONFIG))
+        if kind == "jumprelu"
+        else StandardSAE(StandardSAEConfig(**CONFIG))
+    )
+    sae.W_enc.data, sae.b_enc.data, sae.b_dec.data = numbers(3, 40), numbers(40), numbers(3)
+    if kind == "jumprelu":
+        sae.threshold.data = numbers(40)
+    assert firing.has_thresholds(sae)
+    tokens = numbers(7, 3)
+    with torch.inference_mode():
+        expected = sae.encode(tokens).numpy()
+        at, values = firing.FiringFeatures(sae, 48)(tokens)
+    found = np.zeros((7, 48), np.float32)
+    found.reshape(-1)[at] = values
+    assert not found[:, 40:].any()  # the block is wider than the SAE
+    found = found[:, :40]
+    assert np.array_equal(np.flatnonzero(expected), np.flatnonzero(found))
+    is_nan = np.isnan(expected)  # the bits of a NaN are nobody's
+    assert np.array_equal(np.isnan(found), is_nan)
+    assert found[~is_nan].tobytes() == np.where(expected == 0, 0, expected)[~is_nan].tobytes()
+
+
+def test_saes_that_do_more_than_compare_with_thresholds_go_their_own_way() -> None:
+    sae = JumpReLUSAE(JumpReLUSAEConfig(**CONFIG))
+    assert firing.has_thresholds(sae)
+    sae.hook_sae_acts_pre.register_forward_hook(lambda *_: None)
+    assert not firing.has_thresholds(sae)
+    assert not firing.has_thresholds(JumpReLUSAE(JumpReLUSAEConfig(**CONFIG, dtype="float16")))
+    assert not firing.has_thresholds(TopKSAE(TopKSAEConfig(**CONFIG, k=2)))
+    other = StandardSAE(StandardSAEConfig(**CONFIG))
+    other.activation_fn = torch.nn.Tanh()
+    assert not firing.has_thresholds(other)
