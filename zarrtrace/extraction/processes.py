@@ -40,7 +40,6 @@ from zarrtrace.records import BFloat16, TokensRecord
 #: Fewer than these are better written by threads: each would have one process.
 FEW_TRACES = 4
 
-_MOST = 15
 # Traces of a batch that one process writes: few, so that all have equally much to do.
 _TOGETHER = 4
 # Bytes of records that wait or are being sent, by process; one record may be larger.
@@ -102,7 +101,7 @@ class WriterPool:
     """
 
     def __init__(self, most: int | None = None) -> None:
-        self._most = most or max(1, min(_MOST, (os.cpu_count() or 1) - 1))
+        self._most = most or max(1, (os.cpu_count() or 1) - 1)
         self._idle: list[_Process] = []
 
     def start(self, traces: int) -> None:
