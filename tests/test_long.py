@@ -20,7 +20,7 @@ from sae_lens import SAE, StandardSAEConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from zarrtrace import memory
+from zarrtrace import machine
 from zarrtrace.capture import CaptureLimits, LoadedModel
 from zarrtrace.errors import IncompleteError
 from zarrtrace.extraction import Options, extract_run
@@ -225,12 +225,12 @@ def test_freed_memory_is_given_back_where_the_c_library_can(
     class NoSuchFunction:
         pass
 
-    memory.release_freed()
-    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _name: NoSuchFunction())
-    memory._malloc_trim.cache_clear()
-    memory.release_freed()
-    assert memory._malloc_trim() is None
-    memory._malloc_trim.cache_clear()
+    machine.release_freed()
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda _name: NoSuchFunction())
+    machine._malloc_trim.cache_clear()
+    machine.release_freed()
+    assert machine._malloc_trim() is None
+    machine._malloc_trim.cache_clear()
 
 
 # --- the benchmark ------------------------------------------------------------------------------

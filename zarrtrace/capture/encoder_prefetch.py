@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from zarrtrace.format.attributes import SAEAttributes
-from zarrtrace.memory import memory_sizes, release_freed
+from zarrtrace.machine import memory_sizes, release_freed
 
 if TYPE_CHECKING:
     from zarrtrace.capture.encoder import Encoder

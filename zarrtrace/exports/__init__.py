@@ -29,8 +29,9 @@ from zarrtrace.exports.numpy_files import COO_FILES, HIDDEN_FILES, write_coo, wr
 from zarrtrace.exports.parquet_files import PARQUET_FILES, write_parquet
 from zarrtrace.exports.safetensors_files import SAFETENSORS_FILES, write_safetensors
 from zarrtrace.exports.samples import Samples, choose_samples
+from zarrtrace.machine import cpus
 from zarrtrace.npz.exporting import export_npz
-from zarrtrace.npz.files import DType, Progress, cpus
+from zarrtrace.npz.files import DType, Progress
 from zarrtrace.scenarios import DECISION
 from zarrtrace.storage import Address, locate
 from zarrtrace.store import kind_of, open_run, open_table, open_trace

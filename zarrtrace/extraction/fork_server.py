@@ -17,7 +17,9 @@ from multiprocessing.connection import Connection
 from zarrtrace.errors import ConfigError
 from zarrtrace.extraction.options import Options
 from zarrtrace.extraction.packages import capture_package, set_environment
+from zarrtrace.extraction.processes import SHARE
 from zarrtrace.extraction.reading_ahead import ReadAhead, weight_files
+from zarrtrace.machine import cpus
 
 
 def start(workers: int, options: Options) -> bool:
@@ -57,16 +59,9 @@ def start(workers: int, options: Options) -> bool:
 
 def environment(workers: int) -> dict[str, str]:
     """Return environment variables that share this machine's cores among workers."""
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, _cores() // workers)))
-    return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-
-
-def _cores() -> int:
-    """Count the cores that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS
-        return os.cpu_count() or 1
+    share = str(max(1, cpus() // workers))
+    threads = os.environ.get("OMP_NUM_THREADS", share)
+    return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, SHARE: share}
 
 
 def gpu_count() -> int | None:

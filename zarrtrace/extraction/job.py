@@ -27,15 +27,12 @@ from zarrtrace.extraction.reading_ahead import ReadAhead, weight_files
 from zarrtrace.extraction.sae_sources import (
     SAEs,
     begins_with_bos,
+    bos_notes,
     find_saes,
     hooks_of,
     sae_source,
 )
-from zarrtrace.format.attributes import (
-    ModelAttributes,
-    TraceAttributes,
-    ranges,
-)
+from zarrtrace.format.attributes import ModelAttributes, TraceAttributes, ranges
 from zarrtrace.format.layout import TraceShape
 from zarrtrace.hub import cache_if_unreachable
 from zarrtrace.records import TracePlan
@@ -45,7 +42,6 @@ from zarrtrace.scenarios.positions import Positions, as_text, positions_of
 if TYPE_CHECKING:  # they import torch
     from zarrtrace.capture import CaptureLimits, LoadedModel, Prompt
     from zarrtrace.capture.saes import SAESource
-from zarrtrace.extraction.sae_sources import bos_notes
 
 #: Name of the embedded model in a trace.
 DEMO_MODEL = "zarrtrace-demo"

@@ -35,7 +35,11 @@ from zarrtrace.extraction.writers import (
     bytes_of,
 )
 from zarrtrace.layer_batches import LayerBatch
+from zarrtrace.machine import cpus
 from zarrtrace.records import BFloat16, TokensRecord
+
+#: Environment variable that says how many cores a worker has.
+SHARE = "ZARRTRACE_CORES"
 
 #: Fewer than these are better written by threads: each would have one process.
 FEW_TRACES = 4
@@ -97,11 +101,13 @@ class WriterPool:
     Parameters
     ----------
     most
-        Number of processes, at most; by default all cores but one, which drives the GPU.
+        Number of processes, at most; by default all cores but one, which drives the GPU: those
+        that this worker has, where several on this machine share them.
     """
 
     def __init__(self, most: int | None = None) -> None:
-        self._most = most or max(1, (os.cpu_count() or 1) - 1)
+        share = int(os.environ.get(SHARE, cpus()))
+        self._most = most or max(1, share - 1)
         self._idle: list[_Process] = []
 
     def start(self, traces: int) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from queue import Empty, Queue
 
 from zarrtrace.hub import snapshot_folder
-from zarrtrace.memory import memory_sizes
+from zarrtrace.machine import memory_sizes
 
 _THREADS = 3
 

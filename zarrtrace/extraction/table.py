@@ -34,7 +34,7 @@ from zarrtrace.extraction.writers import THREADS, MissingParts
 from zarrtrace.format.table_layout import TableAttributes, TableShape
 from zarrtrace.hub import cache_if_unreachable
 from zarrtrace.identity import refuse_other
-from zarrtrace.memory import release_freed
+from zarrtrace.machine import release_freed
 from zarrtrace.records import SampleRecord, SampleTokens, TablePlan, Tokens
 from zarrtrace.scenarios.positions import as_text
 from zarrtrace.scenarios.scenario import changed

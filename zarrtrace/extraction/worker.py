@@ -29,7 +29,7 @@ from zarrtrace.extraction.packages import capture_package
 from zarrtrace.extraction.processes import WriterPool
 from zarrtrace.extraction.running import SECONDS_GIVEN_UP, fill
 from zarrtrace.identity import differences
-from zarrtrace.memory import keep_freed
+from zarrtrace.machine import keep_freed
 from zarrtrace.records import Continuation
 from zarrtrace.scenarios import Scenario
 from zarrtrace.store import only_writer

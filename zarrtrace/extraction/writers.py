@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, Self
 
 from zarrtrace.extraction.progress import ProgressListener
 from zarrtrace.layer_batches import LayerBatch
-from zarrtrace.memory import release_freed
+from zarrtrace.machine import release_freed
 from zarrtrace.records import LayerRecord, TokensRecord, TracePlan
 from zarrtrace.storage import Location, disk
 from zarrtrace.store import TraceWriter, staging_folder

@@ -15,7 +15,8 @@ from zarrtrace.errors import ConfigError, NPZError
 from zarrtrace.format.table_layout import TableAttributes, TableShape
 from zarrtrace.imports.columns import Columns, archive_columns, file_columns, settle_columns
 from zarrtrace.imports.hidden_files import HiddenStates, Rows, hidden_files, open_hidden
-from zarrtrace.npz.files import Progress, cpus
+from zarrtrace.machine import cpus
+from zarrtrace.npz.files import Progress
 from zarrtrace.records import SampleRecord, TablePlan
 from zarrtrace.storage import Address
 from zarrtrace.store import TableWriter

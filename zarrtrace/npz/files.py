@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import IO, Literal
 import numpy as np
 
 from zarrtrace.errors import NPZError, ZarrtraceError
+from zarrtrace.machine import cpus
 from zarrtrace.storage import disk
 
 Progress = Callable[[int, int], None]
@@ -92,14 +92,6 @@ def run_jobs(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-
-
-def cpus() -> int:
-    """Return how many CPUs this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS
-        return os.cpu_count() or 1
 
 
 def converted(file: Path, values: np.ndarray, dtype: DType | None) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Memory of the host: what is free, and giving freed memory back to the system."""
+"""Cores and memory of this machine, and giving freed memory back to the system."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ from typing import Any
 
 # From malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def cpus() -> int:
+    """Return how many cores this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        return os.cpu_count() or 1
 
 
 def release_freed() -> None:
