@@ -276,7 +276,9 @@ class _Unchanged:
         pass
 
     def tiles(self, activations: torch.Tensor) -> list[Any]:
-        return [activations.float]
+        values = activations.float().numpy().reshape(-1)
+        at = np.flatnonzero(values)
+        return [lambda: (at, values[at])]
 
 
 @dataclass(frozen=True)
