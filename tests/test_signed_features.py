@@ -122,7 +122,7 @@ def test_figures_have_colours_for_both_signs(run: xr.DataTree, negated: xr.DataT
     name = next(iter(run.children))
     for ds, low in ((run[name].to_dataset(), 0), (negated[name].to_dataset(), -1)):
         for feature in (None, (1, 3)):
-            (image,) = feature_timeline(ds, feature).images
+            (image,) = feature_timeline(ds, feature).axes[0].images
             assert np.sign(image.norm.vmin) == low
             assert image.norm.vmax > 0
             assert (image.cmap.name == "RdBu_r") == (low < 0)
