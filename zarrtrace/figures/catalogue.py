@@ -171,8 +171,8 @@ OF_RUN = (
              "Attention of the decision to one token of each span, by layer, mean over heads. "
              "Thin: scenarios; thick: means of groups.", _pathways),
     Drawing("critical", "Critical layers",
-             "How many times the attention that tokens beside it get goes to a span (log₂; dots: "
-             "more than placebo groups of tokens of the same prompts, Benjamini–Hochberg).",
+             "Attention to a span as a multiple of what the tokens beside it get (log₂; dots: more "
+             "than placebo groups of tokens of the same prompts, Benjamini–Hochberg).",
              _critical),
     Drawing("bands", "Hypothesised bands",
              "Whether attention is local, then about the task, then about the decision. Dashed: "
