@@ -127,21 +127,37 @@ def name_points(
         # At 100 dots per inch, hinted letters are a tenth narrower than in print.
         half = np.array([measured.width * 1.1, measured.height]) * scale / 2 + 0.5
         anchor = ax.transData.transform(point) * scale
-        for offset in _around(half):
-            box = np.stack([anchor + offset - half, anchor + offset + half])
-            line = anchor + np.linspace(0.0, 1.0, 20)[:, None] * offset
-            if not (
-                (box[0] < space[0]).any()
-                or (box[1] > space[1]).any()
-                or _inside(obstacles, box, clear).any()
-                or any(_inside(line, other).any() or _overlap(box, other) for other in boxes)
-            ):
-                text.set_position(tuple(offset))
-                boxes.append(box)
-                obstacles = np.concatenate([obstacles, line[~_inside(line, box)]])
-                break
-        else:
+        offset = _free_offset(anchor, half, space, obstacles, boxes, clear)
+        if offset is None:
             text.remove()
+            continue
+        text.set_position(tuple(offset))
+        boxes.append(np.stack([anchor + offset - half, anchor + offset + half]))
+        line = _line(anchor, offset)
+        obstacles = np.concatenate([obstacles, line[~_inside(line, boxes[-1])]])
+
+
+def _free_offset(
+    anchor: np.ndarray, half: np.ndarray, space: np.ndarray, obstacles: np.ndarray,
+    boxes: Sequence[np.ndarray], clear: float,
+) -> np.ndarray | None:  # fmt: skip
+    """Return the nearest offset at which a box is in `space` and clear of all else."""
+    for offset in _around(half):
+        box = np.stack([anchor + offset - half, anchor + offset + half])
+        line = _line(anchor, offset)
+        if not (
+            (box[0] < space[0]).any()
+            or (box[1] > space[1]).any()
+            or _inside(obstacles, box, clear).any()
+            or any(_inside(line, other).any() or _overlap(box, other) for other in boxes)
+        ):
+            return offset
+    return None
+
+
+def _line(anchor: np.ndarray, offset: np.ndarray) -> np.ndarray:
+    """Return points on the line from a point to the middle of its name."""
+    return np.asarray(anchor + np.linspace(0.0, 1.0, 20)[:, None] * offset)
 
 
 def _around(half: np.ndarray) -> Iterator[np.ndarray]:
