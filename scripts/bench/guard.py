@@ -26,7 +26,7 @@ READING = {
     "tensorstore": (6.0, 40.0, 15.0, 2.0, 0.8),
 }
 #: The same of writing; how much smaller a trace is than the NPZ files; NPZ export.
-WRITING, SIZE, EXPORT = 6.0, 1.0, 1.4
+WRITING, SIZE, EXPORT = 9.0, 1.1, 1.4
 
 
 def ratios() -> dict[str, tuple[float, float]]:
