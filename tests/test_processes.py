@@ -115,6 +115,16 @@ def test_the_same_processes_write_run_after_run_and_the_rest_of_one(
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("two")
+def test_processes_outlive_the_thread_that_asked_for_them(tmp_path: Path) -> None:
+    for name in ("first", "second"):  # as tasks of a worker, which end with their threads
+        thread = threading.Thread(target=extract_run, args=(tmp_path / name, ASKED))
+        thread.start()
+        thread.join()
+        assert verify(tmp_path / name) == []
+
+
+@pytest.mark.long
 def test_a_process_that_dies_is_named_and_the_run_goes_on(
     tmp_path: Path, two: WriterPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

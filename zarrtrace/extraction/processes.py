@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from queue import SimpleQueue
@@ -109,10 +110,14 @@ class WriterPool:
         share = int(os.environ.get(SHARE, cpus()))
         self._most = most or max(1, share - 1)
         self._idle: list[_Process] = []
+        # Linux ends them with the thread that started them: one of the pool's own, because a
+        # worker's tasks leave theirs.
+        self._starter = ThreadPoolExecutor(1, thread_name_prefix="zarrtrace-start")
 
     def start(self, traces: int) -> None:
         """Start processes for a number of traces while weights are read."""
-        self._idle += [_Process() for _ in range(min(self._most, traces) - len(self._idle))]
+        for _ in range(min(self._most, traces) - len(self._idle)):
+            self._idle.append(self._starter.submit(_Process).result())
 
     def take(self, traces: int) -> list[_Process]:
         """Lend processes for a number of traces; the caller gives them back."""
@@ -130,6 +135,7 @@ class WriterPool:
     def __exit__(self, *_: object) -> None:
         ending, self._idle = self._idle, []
         _end(ending)
+        self._starter.shutdown()
 
 
 class WriterProcesses:
