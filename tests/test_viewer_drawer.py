@@ -18,6 +18,9 @@ from test_viewer_page import Open, exactly, fragment, look, pages, ready  # noqa
 import zarrtrace as zt
 from zarrtrace.errors import IntegrityError
 from zarrtrace.index import build_index, names_of
+from zarrtrace.storage import locate
+from zarrtrace.store.metadata import read_trace
+from zarrtrace.store.seal import sealed_group
 from zarrtrace.viewer import Layout, Server, estimate, write_bundle
 
 SCENARIOS, LENGTHS = ("Safe_1", "Risky_2", "Safe_3"), (30, 41, 30)
@@ -184,10 +187,13 @@ def test_the_residual_streams_norm_is_shown(tmp_path: Path, look: Open) -> None:
         assert page.locator("#residual-hook").inner_text() == (f"At {hook}. " if hook else "")
 
 
-@pytest.mark.torch
-def test_metadata_stands_below_the_prompt(demo_run: Path, look: Open) -> None:  # noqa: F811
-    stored = zt.open_trace(demo_run / "Risky_40").attrs["metadata"]
-    with Server(demo_run, scenarios=["Risky_40"]) as live:
+def test_metadata_stands_below_the_prompt(tmp_path: Path, look: Open) -> None:  # noqa: F811
+    stored = {"balance": 40, "win_rate": 0.25, "is_risky": True, "note": "a & <i>b</i>"}
+    path = locate(fakes.make_run(tmp_path, scenarios=("Risky_40",)).trace)
+    trace = read_trace(path)
+    attributes = trace.attributes.model_copy(update={"metadata": stored})
+    (tmp_path / "run" / "Risky_40" / "zarr.json").write_bytes(sealed_group(attributes, trace.nodes))
+    with Server(path) as live:
         page = look(live.url)
         page.locator("#metadata summary").click()
         shown = dict(
@@ -195,5 +201,5 @@ def test_metadata_stands_below_the_prompt(demo_run: Path, look: Open) -> None:  
                 "#metadata tr", "rows => rows.map(r => [...r.children].map(c => c.innerText))"
             )
         )
-    assert shown == {name: str(value) for name, value in stored.items()}
-    assert len(shown) > 3
+    written = {name: str(value) for name, value in stored.items()}
+    assert shown == written | {"is_risky": "true"}

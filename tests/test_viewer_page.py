@@ -1284,6 +1284,7 @@ def seek(page: Any, text: str) -> None:
     )
 
 
+@pytest.mark.long
 def test_the_search_finds_what_the_run_holds(
     whole: fakes.FakeRun, tmp_path: Path, look: Open
 ) -> None:
