@@ -83,6 +83,7 @@ let soon;
 /** Write a feature's label beside its number, else its strongest words. @param {Element} out @param {number} feature */
 function setLabel(out, feature) {
   const text = labelOf(view.sae, view.layer, feature) ?? wordsOf(view.sae, view.layer, feature) ?? "";
+  if (out.textContent === text) return;
   out.textContent = text;
   out.setAttribute("title", text);
 }
