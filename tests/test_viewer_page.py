@@ -1118,6 +1118,32 @@ def test_a_picture_is_copied_or_saved(addresses: dict[str, str], look: Open) -> 
     assert Path(saved.value.path()).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_choice_lays_the_page_out_once(addresses: dict[str, str], look: Open) -> None:
+    """A head whose layer has been read: what is drawn asks for no size that has to be laid out."""
+    page = look(addresses["server"], layer=2, head=0)
+    page.wait_for_timeout(500)  # neighbours are read ahead
+    session = page.context.new_cdp_session(page)
+    session.send("Performance.enable")
+
+    def layouts() -> int:
+        found = session.send("Performance.getMetrics")["metrics"]
+        return int(next(one["value"] for one in found if one["name"] == "LayoutCount"))
+
+    before = layouts()
+    page.evaluate(
+        """async () => {
+            const init = {key: "ArrowRight", bubbles: true};
+            document.body.dispatchEvent(new KeyboardEvent("keydown", init));
+            for (let i = 0; i < 50; i++) await null;
+            document.body.getBoundingClientRect();
+        }"""
+    )
+    assert layouts() - before <= 2  # one, or two if the browser paints in between
+    assert page.locator("#head-shown").inner_text() == "H1"
+    ready(page)
+    session.detach()
+
+
 @pytest.mark.parametrize("width", mostly_long(lambda width: width != 768, [360, 768, 2560]))
 def test_it_fits(width: int, addresses: dict[str, str], look: Open) -> None:
     page = look(addresses["server"], width=width, feature=3, **{"with": "Risky_2"})
