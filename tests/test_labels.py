@@ -39,6 +39,7 @@ from zarrtrace.store import RunWriter, locked
 from zarrtrace.store.label_file import check_labels
 from zarrtrace.viewer.bundle import write_bundle
 from zarrtrace.viewer.layout import Layout
+from zarrtrace.viewer.page_files import page_file
 
 COLUMNS = ["array", "layer", "feature", "label"]
 
@@ -450,7 +451,7 @@ def test_the_page_reads_the_labels_of_a_layer(
     write_labels(run.path, table)
     layout = Layout(run.path)
     (tmp_path / "2.json.gz").write_bytes(layout.read("data/@labels/features/2.json.gz"))
-    (tmp_path / "labels.mjs").write_bytes(layout.read("labels.js"))
+    (tmp_path / "labels.mjs").write_bytes(page_file("labels.js"))
     script = f"""
         import {{ readFileSync }} from "node:fs";
         import {{ labelOf, readLabels }} from "./labels.mjs";
