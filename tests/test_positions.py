@@ -393,7 +393,8 @@ def test_the_viewer_has_a_row_for_every_token(runs: dict[str, Path]) -> None:
             at = array.dims.index("query")
             assert array.shape[at] == tokens
             values = np.moveaxis(array.load(tuple(slice(0, n) for n in array.shape)), at, 0)
-            own = ds["attention" if array.name == "attention_to_spans" else array.name]
+            made_of = {"attention_to_spans": "attention", "residual_norm": "residual"}
+            own = ds[made_of.get(array.name, array.name)]
             dim = "attention_query" if "attention_query" in own.dims else "query"
             rows = own[dim].values
             stored = np.moveaxis(own.values, own.dims.index(dim), 0)
@@ -403,6 +404,9 @@ def test_the_viewer_has_a_row_for_every_token(runs: dict[str, Path]) -> None:
                     values[rows][..., array.attributes["places"].index("decision")],
                     stored[..., last].sum(-1),
                 )
+            elif array.name == "residual_norm":
+                squares = (stored.astype(np.float64) ** 2).sum(-1)
+                np.testing.assert_allclose(values[rows] ** 2, squares, rtol=1e-6)
             else:
                 np.testing.assert_array_equal(values[rows], stored)
             rest = np.delete(values, rows, axis=0)

@@ -249,7 +249,7 @@ def test_view_shows_all_scenarios_of_a_large_run(
     assert "1 of 60 scenarios is shown" in view.note
     assert b"S000020" in view.page
     done = call("view", many, "--no-browser", "--scenario", "S000055")
-    assert done.err.splitlines() == ["Ctrl-C stops."]
+    assert done.stderr.splitlines() == ["Ctrl-C stops."]
 
 
 # --- tables ------------------------------------------------------------------------------------

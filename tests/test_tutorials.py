@@ -54,18 +54,18 @@ def test_command_copies_notebooks_and_says_how_to_run_them(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     done = call("tutorial")
-    assert done.code == 0, done.err
+    assert done.returncode == 0, done.stderr
     for name in NAMES:
         assert (tmp_path / name).read_bytes() == (demo.suite_path().parent / name).read_bytes()
-    assert done.out.splitlines()[-1].strip() == f"jupyter lab {NAMES[0]}"
+    assert done.stdout.splitlines()[-1].strip() == f"jupyter lab {NAMES[0]}"
 
 
 def test_command_replaces_no_file(tmp_path: Path) -> None:
     (tmp_path / NAMES[1]).write_text("mine", encoding="utf-8")
     done = call("tutorial", "-o", tmp_path)
-    assert done.code == 2
-    assert "is there already" in done.err
-    assert "zarrtrace tutorial -o FOLDER" in done.err
+    assert done.returncode == 2
+    assert "is there already" in done.stderr
+    assert "zarrtrace tutorial -o FOLDER" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == [NAMES[1]]
     assert (tmp_path / NAMES[1]).read_text(encoding="utf-8") == "mine"
 
