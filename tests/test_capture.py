@@ -166,6 +166,7 @@ def test_no_token_sees_what_follows(model: LoadedModel, prompts: list[Prompt]) -
             )
 
 
+@pytest.mark.long
 def test_a_batch_changes_nothing_but_rounding(model: LoadedModel, prompts: list[Prompt]) -> None:
     lengths = {len(prompt.tokens.ids) for prompt in prompts}
     assert len(lengths) > 1

@@ -266,6 +266,7 @@ def test_low_memory_needs_two_blocks_on_the_device() -> None:
     assert needs(low_memory=False) - needs(low_memory=True) == sum(sizes) - 2 * max(sizes)
 
 
+@pytest.mark.long
 @pytest.mark.torch
 def test_progress_bars_are_not_drawn_without_a_terminal(tmp_path: Path) -> None:
     arguments = ["--layers", "1-2", "--scenario", "Risky_40", "--no-features"]

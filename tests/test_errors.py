@@ -153,6 +153,7 @@ def test_no_saes_given() -> None:
     assert "--sae-release" in fails(ConfigError, model="some/model")
 
 
+@pytest.mark.long
 def test_unknown_release() -> None:
     assert "llama_scope_lxr_8x" in fails(SAEError, sae_release="llama_scope_lxr_8")
 

@@ -306,6 +306,7 @@ def test_repair_leaves_foreign_folders_alone(tmp_path: Path) -> None:
     assert fakes.files_in(tmp_path / "run") == {"thesis.txt": b"precious"}
 
 
+@pytest.mark.long
 @pytest.mark.torch
 def test_extract_repairs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -348,6 +349,7 @@ def stored_layers(run: Path) -> tuple[int, ...]:
     return tuple(layer for layer in trace.layers if layer not in trace.missing_layers)
 
 
+@pytest.mark.long
 @pytest.mark.torch
 def test_a_failing_writer_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from zarrtrace.extraction import extract_run

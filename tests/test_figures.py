@@ -116,6 +116,7 @@ def ends(ax: Any) -> list[tuple[list[float], list[float]]]:
     return [(list(line.get_xdata()), list(line.get_ydata())) for line in found]
 
 
+@pytest.mark.long
 def test_figures_with_token_axes_mark_where_the_prompt_ends(ds: xr.Dataset) -> None:
     generated = continued(ds)
     both = [([21.5, 21.5], [0, 1]), ([0, 1], [21.5, 21.5])]
@@ -201,6 +202,7 @@ def test_attention_map_shows_the_weights_query_down_key_right(ds: xr.Dataset) ->
     assert "query" in ax.get_ylabel()
 
 
+@pytest.mark.long
 def test_attention_map_of_a_head_in_given_axes(ds: xr.Dataset) -> None:
     figure = Figure()
     ax = figure.add_subplot()
@@ -253,6 +255,7 @@ def test_no_attention_at_all_is_at_the_end_of_the_scale(ds: xr.Dataset) -> None:
     drawn_by(figure)
 
 
+@pytest.mark.long
 def test_small_multiples_have_a_labelled_key_within_the_page(ds: xr.Dataset) -> None:
     for draw in (figures.attention_layers, partial(figures.attention_heads, layer=4)):
         for relative, said in ((True, "ratio to uniform attention"), (False, "attention weight")):
@@ -792,6 +795,7 @@ def test_pdf_has_fonts_and_text(ds: xr.Dataset, run: xr.DataTree, tmp_path: Path
         assert pages.count(b"\nBT") >= len(written) / 2
 
 
+@pytest.mark.long
 def test_images_in_a_pdf_need_no_mask(ds: xr.Dataset, tmp_path: Path) -> None:
     figure = figures.attention_heads(ds, 4)  # which leaves later keys out
     content = figures.save(figure, tmp_path / "a.pdf", ds, dpi=50).read_bytes()

@@ -20,6 +20,7 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[fuzzing.Target
     return fuzzing.Targets(tmp_path_factory.mktemp("fuzz"))
 
 
+@pytest.mark.long
 @given(fuzzing.yaml_text)
 def test_yaml(targets: fuzzing.Targets, text: str) -> None:
     targets.suite(text.encode("utf-8", "surrogatepass"), ".yaml")

@@ -390,6 +390,7 @@ def test_names_of_the_continuation_are_taken(
 # --- chats, the command line, the demo ----------------------------------------------------------
 
 
+@pytest.mark.long
 def test_chats_go_on_after_the_template(tmp_path: Path) -> None:
     tokenizer = chat_tokenizer(LLAMA)
     with architectures.quiet():
@@ -414,6 +415,7 @@ def test_chats_go_on_after_the_template(tmp_path: Path) -> None:
     assert ids == expected[0].tolist()
 
 
+@pytest.mark.long
 def test_command_line(tmp_path: Path) -> None:
     runner, run = CliRunner(), tmp_path / "run"
     how = ["--layers", "3", "--no-features", "--scenario", "Risky_40", "--generate", "2"]

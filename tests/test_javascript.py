@@ -33,6 +33,7 @@ ARRAYS = (
 )
 
 
+@pytest.mark.long
 def test_zarrita_reads_what_numpy_wrote(tmp_path: Path) -> None:
     node_packages.install()
     # The second is long enough for several chunks a layer, the third for several files an array;

@@ -111,6 +111,7 @@ def test_llama_with_llama_scope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     check(trace, expected, range(1, 32))
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings(r"ignore:\s*This SAE has non-empty model_from_pretrained_kwargs")
 def test_gpt2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"$ {GPT2}\n" in README

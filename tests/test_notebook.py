@@ -17,10 +17,11 @@ from typing import Any
 import fakes
 import pytest
 import xarray as xr
-from everyday import mostly_long
 
 import zarrtrace as zt
 from zarrtrace.viewer import Layout
+
+pytestmark = pytest.mark.long  # a JupyterLab, and pages in frames
 
 #: Height of a laptop's screen, in pixels of CSS.
 SCREEN = 900
@@ -67,8 +68,7 @@ def wide_run(tmp_path_factory: pytest.TempPathFactory) -> fakes.FakeRun:
     )
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", mostly_long(lambda name: "dask" not in name, TRIED))
+@pytest.mark.parametrize("name", TRIED)
 def test_displays_take_less_than_a_screen(name: str, wide_run: fakes.FakeRun, page: Any) -> None:
     shown = TRIED[name](wide_run.trace)._repr_html_()
     page.set_content(f"<!doctype html><body style='font: 13px sans-serif'>{shown}</body>")
@@ -241,7 +241,6 @@ def output(page: Any, number: int) -> Any:
     return page.locator(".jp-Notebook .jp-CodeCell").nth(number).locator(".jp-OutputArea-output")
 
 
-@pytest.mark.long
 def test_view_in_jupyterlab(notebook: Callable[..., Any], shared_run: fakes.FakeRun) -> None:
     page = notebook(
         f"import zarrtrace as zt\nrun = zt.open_run({str(shared_run.path)!r})\n"
@@ -257,7 +256,6 @@ def test_view_in_jupyterlab(notebook: Callable[..., Any], shared_run: fakes.Fake
     assert chosen(frame) == ("Safe_1", "L3", "H1")
 
 
-@pytest.mark.long
 def test_the_widget_in_jupyterlab(notebook: Callable[..., Any], shared_run: fakes.FakeRun) -> None:
     """Chunks come through the kernel; what one side chooses the other side has."""
     page = notebook(

@@ -459,6 +459,7 @@ def test_staged_layers_of_other_settings_are_not_resumed() -> None:
             writer.append(records[0])
 
 
+@pytest.mark.long
 def test_replaced_run_is_not_read(s3: Server) -> None:
     folder = s3.folder()
     made = fakes.make_run(folder, scenarios=ONE)
@@ -753,6 +754,7 @@ def test_copy_there_and_back(s3: Server, tmp_path: Path, temporary: Path) -> Non
     assert [*temporary.glob("*/*")] == []
 
 
+@pytest.mark.long
 def test_interrupted_copy_is_resumed(s3: Server, tmp_path: Path) -> None:
     local, there = fakes.make_run(tmp_path), s3.folder() / "copy"
     puts = 0

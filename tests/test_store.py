@@ -83,6 +83,7 @@ PLAIN_XARRAY = """
 """
 
 
+@pytest.mark.long
 def test_plain_xarray_reads_the_same(shared_run: fakes.FakeRun, tmp_path: Path) -> None:
     """In a process that never imports zarrtrace."""
     name, truth = next(iter(shared_run.truth.items()))
@@ -354,6 +355,7 @@ def _as_index(values: list[int]) -> np.ndarray:
     return np.asarray(values, dtype=np.int64)
 
 
+@pytest.mark.long
 def test_datasets_equal_those_of_plain_xarray(shared_long: fakes.FakeRun) -> None:
     ours = zt.open_trace(shared_long.trace)
     plain = xr.open_zarr(shared_long.trace, consolidated=False)

@@ -213,6 +213,7 @@ def only_rows(record: LayerRecord | TokensRecord, rows: list[int]) -> LayerRecor
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tokens", [7, 300])
 def test_rows_that_were_not_chosen_are_nan(tmp_path: Path, tokens: int) -> None:
     queries = (2, tokens - 1)

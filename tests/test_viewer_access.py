@@ -8,11 +8,12 @@ from typing import Any
 import fakes
 import node_packages
 import pytest
-from everyday import mostly_long
 from test_viewer_page import Open, look, pages, ready  # noqa: F401
 
 from zarrtrace.index import build_index
 from zarrtrace.viewer import Server
+
+pytestmark = pytest.mark.long  # axe-core from npm, in a browser
 
 #: A laptop and a phone.
 SIZES = [(1440, 900), (390, 844)]
@@ -22,10 +23,6 @@ VIEWS: dict[str, dict[str, Any]] = {
 }
 SCREENS = [(size, theme, view) for size in SIZES for theme in ("light", "dark") for view in VIEWS]
 Screen = tuple[tuple[int, int], str, str]
-
-
-def is_seldom(screen: Screen) -> bool:
-    return screen not in [(SIZES[0], "light", "feature"), (SIZES[1], "dark", "comparison")]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +87,7 @@ _OUTSIDE = """() => [...document.querySelectorAll(".tick, .name, .scale, .copy, 
     }).map(e => `${e.className} ${e.textContent.slice(0, 40)}`)"""
 
 
-@pytest.mark.parametrize("screen", mostly_long(is_seldom, SCREENS))
+@pytest.mark.parametrize("screen", SCREENS)
 def test_labels_are_not_cut_off(screen: Screen, live: str, look: Open) -> None:  # noqa: F811
     page = shown(look, live, screen)
     assert page.locator(".tick").count() > 10

@@ -510,6 +510,7 @@ def test_scenarios_of_other_length_are_aligned_by_span(
         np.testing.assert_allclose(float(y), b[keys_b].sum(dtype=float))
 
 
+@pytest.mark.long
 def test_a_public_release_is_linked_and_not_asked(
     whole: fakes.FakeRun, tmp_path: Path, host: Callable[[Path], str], look: Open
 ) -> None:
@@ -861,6 +862,7 @@ def test_any_address_shows_something(addresses: dict[str, str], look: Open) -> N
         assert messages(page) == []
 
 
+@pytest.mark.long
 def test_everything_can_be_done_by_keyboard(
     addresses: dict[str, str], whole: fakes.FakeRun, look: Open
 ) -> None:

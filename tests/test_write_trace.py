@@ -427,6 +427,7 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
         lock.release()
 
 
+@pytest.mark.long
 @pytest.mark.torch
 def test_a_cache_of_transformer_lens_is_what_zarrtrace_captures(tmp_path: Path) -> None:
     """The recipe of ``zarrtrace/extraction/README.md``, against an extraction of the same model."""
