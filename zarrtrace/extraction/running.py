@@ -117,7 +117,7 @@ def extract_run(
             scenarios=scenarios,
             loaded=loaded,
             progress=progress == "bars",
-            pool=None if loaded.model is None and options.device == "cpu" else pool,
+            pool=pool,
         )
         say(job.notes, progress)
         layers = dict.fromkeys(trace_names(job), len(job.layers))

@@ -284,9 +284,7 @@ def _job(setup: Setup, scenarios: Sequence[Scenario], batch_size: int | None = N
         with held.model, held.writers() as pool, held.writers():
             keep_freed()
             kept.clear()
-            options = _resolved(setup)
-            used = None if options.device == "cpu" else pool
-            job = prepare(options, scenarios=scenarios, progress=False, pool=used)
+            job = prepare(_resolved(setup), scenarios=scenarios, progress=False, pool=pool)
         source = job.source and capture_package().KeptEncoders(job.source)
         kept[loaded] = replace(job, source=source)
     options = replace(setup.options, batch_size=batch_size or setup.options.batch_size)
