@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
+from zarrtrace.capture.encoder_prefetch import KeptEncoders
 from zarrtrace.capture.host import to_device
 from zarrtrace.capture.lockstep import Pass, Step
 from zarrtrace.capture.model import LoadedModel
@@ -14,6 +17,9 @@ from zarrtrace.capture.prompts import Prompt
 from zarrtrace.errors import ModelError
 from zarrtrace.format.attributes import SAEAttributes
 from zarrtrace.layer_batches import Member
+
+if TYPE_CHECKING:
+    from zarrtrace.capture.saes import SAESource
 
 # Bytes that all batches of a wave may hold between two blocks. A wave walks through the layers
 # once, so SAEs are loaded once a wave; on a GPU, where that takes longest, once in all but huge
@@ -244,26 +250,35 @@ def default_batch_size(model: LoadedModel, lengths: Iterable[int]) -> int:
 
 
 def waves(
-    model: LoadedModel, found: Sequence[Batch], saes: Iterable[SAEAttributes]
+    model: LoadedModel,
+    found: Sequence[Batch],
+    saes: Sequence[SAEAttributes],
+    source: SAESource | None = None,
 ) -> Iterator[list[Batch]]:
     """Cut batches into groups that together stay within what may be held between two blocks.
 
     In a computer's own memory that is a third of one encoder, so that many scenarios need no more
     memory than few: dozens of scenarios then share each SAE, which takes the time of one or two to
-    load. Without SAEs nothing is shared, and each batch goes its way alone.
+    load. Without SAEs, or once the source keeps all of them, nothing is shared: each batch goes its
+    way alone, and its traces are complete long before the last ones.
     """
-    if model.device.type == "cuda":
-        budget = _ON_GPU
-    else:
-        budget = max((max(_AT_LEAST, 4 * sae.d_in * sae.d_sae // 3) for sae in saes), default=0)
-    wave: list[Batch] = []
-    held = 0
-    for batch in found:
-        cost = batch.held_bytes()
-        if wave and held + cost > budget:
-            yield wave
-            wave, held = [], 0
-        wave.append(batch)
-        held += cost
-    if wave:
+    left = deque(found)
+    while left:
+        budget = _held_at_most(model, saes, source)
+        wave = [left.popleft()]
+        held = wave[0].held_bytes()
+        while left and held + left[0].held_bytes() <= budget:
+            wave.append(left.popleft())
+            held += wave[-1].held_bytes()
         yield wave
+
+
+def _held_at_most(
+    model: LoadedModel, saes: Sequence[SAEAttributes], source: SAESource | None
+) -> int:
+    kept = isinstance(source, KeptEncoders) and source.has(saes, model.device)
+    if not model.is_streamed and (not saes or kept):
+        return 0
+    if model.device.type == "cuda":
+        return _ON_GPU
+    return max((max(_AT_LEAST, 4 * sae.d_in * sae.d_sae // 3) for sae in saes), default=0)

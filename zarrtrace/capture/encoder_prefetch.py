@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -40,7 +40,7 @@ class Encoders:
         saes: Mapping[int, Sequence[SAEAttributes]],
         source: SAESource | None,
         device: torch.device,
-        order: Sequence[int],
+        order: Iterable[int],
     ) -> None:
         self._saes, self._source, self._device = saes, source, device
         self._order = iter(order)

@@ -87,6 +87,8 @@ class LoadedModel:
         Findings of a probe of the model (:mod:`zarrtrace.capture.probe`).
     limits
         From which sizes on it computes a prompt in parts.
+    is_streamed
+        Whether its blocks come to the device one at a time.
     """
 
     model: Any
@@ -99,6 +101,7 @@ class LoadedModel:
     attributes: ModelAttributes
     permitted: Permitted = Permitted()
     limits: CaptureLimits = DEFAULT_CAPTURE_LIMITS
+    is_streamed: bool = False
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:
@@ -274,6 +277,7 @@ def describe_model(
         d_model=d_model,
         d_heads=d_heads,
         max_tokens=getattr(text_config, "max_position_embeddings", None),
+        is_streamed=stream_to is not None,
         attributes=ModelAttributes(
             id=name,
             revision=revision,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -92,17 +93,24 @@ def capture(
     made = batches(model, requests, batch_size, attention=wanted)
     todo = [batch for batch in made if not batch.done]
     every = [sae for found in saes.values() for sae in found]
-    if isinstance(source, KeptEncoders) and source.has(every, model.device):
-        every = []  # they need not be shared: each batch goes its way alone, and stays in the cache
-    in_step = list(waves(model, todo, every))
-    order = [layer for wave in in_step for layer in sorted(_layers(wave)) if layer in saes]
+    on_gpu = model.device.type == "cuda" and not model.is_streamed
+    if source is not None and on_gpu and not isinstance(source, KeptEncoders):
+        source = KeptEncoders(source)
+    in_step: deque[list[Batch]] = deque()
+
+    def order() -> Iterator[int]:
+        """Yield layers whose encoders are needed next; an encoder is loaded before its turn."""
+        for wave in waves(model, todo, every, source):
+            in_step.append(wave)
+            yield from (layer for layer in sorted(_layers(wave)) if layer in saes)
+
     with (
         full_memory(model.attributes.id, model.device),
         taps(model, attention=wanted, kinds=kinds),
-        Encoders(saes, source, model.device, order) as encoders,
+        Encoders(saes, source, model.device, order()) as encoders,
     ):
-        for wave in in_step:
-            yield from _run_wave(model, wave, attention_dtype, encoders, streams)
+        while in_step:
+            yield from _run_wave(model, in_step.popleft(), attention_dtype, encoders, streams)
 
 
 def _layers(wave: Sequence[Batch]) -> frozenset[int]:

@@ -14,9 +14,9 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from queue import SimpleQueue
 from types import TracebackType
@@ -38,6 +38,7 @@ from zarrtrace.extraction.writers import (
 from zarrtrace.layer_batches import LayerBatch
 from zarrtrace.machine import cpus
 from zarrtrace.records import BFloat16, TokensRecord
+from zarrtrace.store import is_untouched
 
 #: Environment variable that says how many cores a worker has.
 SHARE = "ZARRTRACE_CORES"
@@ -166,23 +167,38 @@ class WriterProcesses:
         each = min(together, _TOGETHER, -(-len(traces.each) // count))
         names = [one.attributes.name for one in traces.each]
         self._at = {name: number // each % count for number, name in enumerate(names)}
-        self.lacks: Mapping[str, MissingParts] = self._open(traces)
+        self._traces = traces
+        self._begins = not traces.repair and is_untouched(traces.folder, names)
+        self.lacks: Mapping[str, MissingParts] = (
+            self._everything() if self._begins else self._open()
+        )
         self._threads = [
             threading.Thread(target=self._feed, args=(at,), name=f"zarrtrace-write-{at}")
             for at in range(count)
         ]
 
-    def _open(self, traces: Traces) -> dict[str, MissingParts]:
+    def _everything(self) -> dict[str, MissingParts]:
+        """Return what traces lack of which nothing is stored."""
+        return {
+            one.attributes.name: MissingParts(one.attributes.layers, one.shape.next_token)
+            for one in self._traces.each
+        }
+
+    def _open(self) -> dict[str, MissingParts]:
+        """Let all processes open their traces; returns what these lack."""
         try:
             for at, process in enumerate(self._processes):
-                mine = [one for one in traces.each if self._at[one.attributes.name] == at]
-                process.send(replace(traces, each=mine))
+                process.send(self._traces_of(at))
             found = [process.answer() for process in self._processes]
         except BaseException:
             _end(self._processes)
             raise
         lacks = {name: lack for of_process in found for name, lack in of_process.items()}
         return {name: lacks[name] for name in self._at}
+
+    def _traces_of(self, at: int) -> Traces:
+        each = [one for one in self._traces.each if self._at[one.attributes.name] == at]
+        return replace(self._traces, each=each)
 
     def __enter__(self) -> Self:
         for thread in self._threads:
@@ -206,19 +222,36 @@ class WriterProcesses:
         self._queues[at].put(record)
 
     def _feed(self, at: int) -> None:
-        """Send a process its records, one at a time."""
-        process = self._processes[at]
+        """Send a process its records, one at a time, and hear what it has stored."""
+        process, mine = self._processes[at], [name for name in self._at if self._at[name] == at]
+        if self._begins:  # the model computes meanwhile
+            with self._noting(mine):
+                process.send(self._traces_of(at))
+                process.answer()
         while (record := self._queues[at].get()) is not None:
-            try:
-                if not self._failed:
-                    process.send(_contiguous(record))
-                    for scenario, missing, complete in process.answer():
-                        self._watch.stored(scenario, missing, complete=complete)
-            except (EOFError, OSError) as error:
-                self._failed.append(_ended(record, error))
-            except BaseException as error:  # noqa: BLE001 -- raised where records are submitted
-                self._failed.append(error)
+            with self._noting(_scenarios(record)):
+                self._exchange(process, _contiguous(record))
             self._room.give_back(bytes_of(record))
+        with self._noting(mine):
+            self._exchange(process, None)
+
+    def _exchange(self, process: _Process, record: Record | None) -> None:
+        """Send a record, or None behind the last one, and report what was stored."""
+        if self._failed:
+            return
+        process.send(record)
+        for scenario, missing, complete in process.answer():
+            self._watch.stored(scenario, missing, complete=complete)
+
+    @contextmanager
+    def _noting(self, scenarios: Sequence[str]) -> Iterator[None]:
+        """Note an error, which is raised where records are submitted."""
+        try:
+            yield
+        except (EOFError, OSError) as error:
+            self._failed.append(_ended(scenarios, error))
+        except BaseException as error:  # noqa: BLE001
+            self._failed.append(error)
 
     def _raise_first(self) -> None:
         if self._failed:
@@ -237,8 +270,6 @@ class WriterProcesses:
         if self._failed or kind is not None:
             _end(self._processes)
         else:
-            for process in self._processes:
-                process.send(None)
             self._pool.give_back(self._processes)
         if kind is None:
             self._raise_first()
@@ -261,12 +292,15 @@ def _contiguous(record: Record) -> Record:
     )
 
 
-def _ended(record: Record, error: BaseException) -> BaseException:
+def _scenarios(record: Record) -> Sequence[str]:
+    return record.scenarios if isinstance(record, LayerBatch) else [record.scenario]
+
+
+def _ended(scenarios: Sequence[str], error: BaseException) -> BaseException:
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError | ConnectionError):
         return error
-    names = record.scenarios if isinstance(record, LayerBatch) else [record.scenario]
     return StoreError(
-        f"{', '.join(names)}: the process that wrote it has ended",
+        f"{', '.join(scenarios)}: the process that wrote it has ended",
         why="It was killed; on Linux, usually because memory ran out.",
         remedy="Run the same command again; it resumes where this one stopped.",
     )
@@ -295,19 +329,22 @@ def serve(descriptor: int, parent: int) -> None:
     with suppress(EOFError, ConnectionError):
         while True:
             value = channel.receive()
-            if value is None:
-                traces = None
-                continue
             try:
                 if isinstance(value, Traces):
                     traces = OpenTraces(value)
                     answer: Any = traces.lacks
+                elif value is None:
+                    answer = traces.close() if traces else []
+                    traces = None
                 else:
                     assert traces is not None  # noqa: S101 -- they came first
                     answer = traces.append(value)
             except Exception as error:  # noqa: BLE001 -- the parent raises it
                 answer = error
             channel.send(answer)
+    if traces is not None:  # the capture failed; what is complete stays
+        with suppress(Exception):
+            traces.close()
 
 
 def die_with(parent: int) -> None:

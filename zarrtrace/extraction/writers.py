@@ -86,8 +86,29 @@ class Writers(Protocol):
         ...
 
 
+class Stored(NamedTuple):
+    """How much of a trace is stored.
+
+    Attributes
+    ----------
+    scenario
+        Its scenario.
+    missing
+        Number of layers that it lacks.
+    complete
+        Whether readers find it.
+    """
+
+    scenario: str
+    missing: int
+    complete: bool
+
+
 class OpenTraces:
-    """Traces that one process writes, from any thread.
+    """Traces that one process writes, from any thread; :meth:`close` follows the last record.
+
+    A thread of its own publishes complete traces: it waits for the disk, which may have gigabytes
+    to take, while the others are written.
 
     Parameters
     ----------
@@ -112,23 +133,59 @@ class OpenTraces:
         }
         self._finished: set[str] = set()
         self._mutex = threading.Lock()
+        self._publishing = ThreadPoolExecutor(1, thread_name_prefix="zarrtrace-publish")
+        self._completed: list[str] = []
+        self._published: list[Stored] = []
+        self._failed: Exception | None = None
         for name, lack in self.lacks.items():
             if not any(lack):
                 self._writers[name].finish()  # an earlier process may have stopped just before it
 
-    def append(self, record: Record) -> list[tuple[str, int, bool]]:
-        """Store a record; returns of each trace how many layers it lacks, and if it is whole."""
+    def append(self, record: Record) -> list[Stored]:
+        """Store a record; returns how much of its traces is stored, and which were published."""
         names = record.scenarios if isinstance(record, LayerBatch) else [record.scenario]
         for one in record.records() if isinstance(record, LayerBatch) else [record]:
             self._writers[one.scenario].append(one)
         complete = [name for name in names if self._is_last(name, self._writers[name])]
         for name in complete:
             self._writers[name].complete()
-        if complete:  # once for all: it waits for everything that is on its way to the disk
+        with self._mutex:
+            self._completed += complete
+        if complete:
+            self._publishing.submit(self._publish)
+        stored = [
+            Stored(name, len(self._writers[name].missing_layers), complete=False) for name in names
+        ]
+        return stored + self._news()
+
+    def _publish(self) -> None:
+        """Publish what is complete, once the disk has all of it."""
+        with self._mutex:
+            names, self._completed = self._completed, []
+        if not names or self._failed:  # an earlier call has done it
+            return
+        try:
             disk.sync(staging_folder(self._folder))
-        for name in complete:
-            self._writers[name].publish()
-        return [(name, len(self._writers[name].missing_layers), name in complete) for name in names]
+            for name in names:
+                self._writers[name].publish()
+        except Exception as error:  # noqa: BLE001 -- raised where records are appended
+            self._failed = error
+            return
+        with self._mutex:
+            self._published += [Stored(name, 0, complete=True) for name in names]
+
+    def _news(self) -> list[Stored]:
+        """Return what was published since this was asked; raises what prevented that."""
+        if self._failed:
+            raise self._failed
+        with self._mutex:
+            found, self._published = self._published, []
+        return found
+
+    def close(self) -> list[Stored]:
+        """Wait until what is complete is published, and return what is new."""
+        self._publishing.shutdown()
+        return self._news()
 
     def _is_last(self, scenario: str, writer: TraceWriter) -> bool:
         """Whether a trace has just got its last record; true once."""
@@ -206,8 +263,11 @@ class WriterThreads:
 
     def _append(self, record: Record) -> None:
         if not self._failed:
-            for scenario, missing, complete in self._traces.append(record):
-                self._watch.stored(scenario, missing, complete=complete)
+            self._say(self._traces.append(record))
+
+    def _say(self, found: Sequence[Stored]) -> None:
+        for scenario, missing, complete in found:
+            self._watch.stored(scenario, missing, complete=complete)
 
     def _done(self, size: int, future: Future[None]) -> None:
         error = future.exception()
@@ -233,6 +293,10 @@ class WriterThreads:
         traceback: TracebackType | None,
     ) -> None:
         self._pool.shutdown(wait=True)
+        try:
+            self._say(self._traces.close())
+        except Exception as failure:  # noqa: BLE001 -- raised below, if it is the first
+            self._failed.append(failure)
         if kind is None:
             self._raise_first()
 

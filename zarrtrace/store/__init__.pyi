@@ -40,7 +40,12 @@ from zarrtrace.store.metadata import (
 from zarrtrace.store.open import open_run, open_trace
 from zarrtrace.store.publish import old_of, put_in_place
 from zarrtrace.store.run_writer import RunWriter
-from zarrtrace.store.staged import only_writer, read_staged, staging_folder, wait_for_writers
+from zarrtrace.store.staged import (
+    only_writer,
+    read_staged,
+    staging_folder,
+    wait_for_writers,
+)
 from zarrtrace.store.summary import (
     RunSummary,
     TableSummary,
@@ -50,7 +55,7 @@ from zarrtrace.store.summary import (
 )
 from zarrtrace.store.table_writer import TableWriter
 from zarrtrace.store.tables import open_table
-from zarrtrace.store.trace_writer import TraceWriter
+from zarrtrace.store.trace_writer import TraceWriter, is_untouched
 from zarrtrace.store.verification import verify
 from zarrtrace.store.write import trace_plan, write_trace
 
@@ -76,6 +81,7 @@ __all__ = [
     "check_sizes",
     "copy_run",
     "digest_of",
+    "is_untouched",
     "kind_of",
     "labelled_layers",
     "layer_record",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -20,7 +20,7 @@ from zarrtrace.storage import Address, Location, disk, locate
 from zarrtrace.store.chunks import encode_file, encode_rows
 from zarrtrace.store.damage import check_sizes
 from zarrtrace.store.metadata import read_scenario
-from zarrtrace.store.publish import end_publishing, publish_folder
+from zarrtrace.store.publish import end_publishing, old_of, publish_folder
 from zarrtrace.store.repair import SoundParts, sound_parts
 from zarrtrace.store.staged import StagedTrace, staging_folder
 
@@ -336,6 +336,15 @@ class TraceWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.finish()
+
+
+def is_untouched(run: Location, scenarios: Collection[str]) -> bool:
+    """Whether nothing is stored of some traces; False where an object store would be asked."""
+    if run.path is None:
+        return False
+    staged = staging_folder(run)
+    here = {*disk.Disk().children(str(run.path)), *disk.Disk().children(str(staged))}
+    return here.isdisjoint({*scenarios, *(old_of(staged / name).name for name in scenarios)})
 
 
 def incomplete(path: Location, layers: Sequence[int], missing: Sequence[int]) -> IncompleteError:
