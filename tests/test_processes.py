@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from zarrtrace.errors import NonFiniteError, StoreError
-from zarrtrace.extraction import Options, extract_run, prepare, running
+from zarrtrace.extraction import Options, extract_run, prepare, running, writer_template
 from zarrtrace.extraction.channel import Channel, pair
 from zarrtrace.extraction.processes import WriterPool, WriterProcesses
 from zarrtrace.store import open_run, verify
@@ -39,6 +39,21 @@ def two(monkeypatch: pytest.MonkeyPatch) -> Iterator[WriterPool]:
             running, "WriterThreads", lambda traces, watch: WriterProcesses(traces, watch, pool)
         )
         yield pool
+
+
+def template() -> int:
+    """Number of the process that writers are forked from."""
+    return writer_template._TEMPLATES[os.getpid()]._process.pid
+
+
+def writers(count: int = 1) -> list[int]:
+    """Numbers of the processes that write, once there are that many."""
+    for _ in range(400):
+        found = Path(f"/proc/{template()}/task/{template()}/children").read_text().split()
+        if len(found) >= count:
+            return list(map(int, found))
+        time.sleep(0.05)
+    raise AssertionError("too few were forked")
 
 
 @given(
@@ -103,9 +118,9 @@ def test_the_same_processes_write_run_after_run_and_the_rest_of_one(
     tmp_path: Path, two: WriterPool, by_threads: dict[str, bytes]
 ) -> None:
     two.start(3)
-    before = [process._process.pid for process in two._idle]
+    before = writers(2)
     extract_run(tmp_path / "whole", ASKED)
-    assert sorted(process._process.pid for process in two._idle) == sorted(before)
+    assert writers() == before
     with interrupted_after(5, WriterProcesses):
         extract_run(tmp_path / "rest", ASKED)
     extract_run(tmp_path / "rest", ASKED)
@@ -133,8 +148,8 @@ def test_a_process_that_dies_is_named_and_the_run_goes_on(
     def submit(self: WriterProcesses, record: Any) -> None:
         seen.append(record)
         if len(seen) == 4:
-            for process in self._processes:
-                os.kill(process._process.pid, signal.SIGKILL)
+            for process in writers():
+                os.kill(process, signal.SIGKILL)
         original(self, record)
 
     with monkeypatch.context() as patch:
@@ -160,15 +175,21 @@ def test_errors_of_a_process_are_raised_here(
 
 
 @pytest.mark.long
-def test_no_process_outlives_its_parent(tmp_path: Path) -> None:
+def test_no_process_outlives_its_parent() -> None:
     code = (
-        "import time; from zarrtrace.extraction.processes import WriterPool;"
-        "pool = WriterPool(1); pool.start(3);"
-        "print(pool._idle[0]._process.pid, flush=True); time.sleep(60)"
+        "import test_processes as tests; from zarrtrace.extraction.processes import WriterPool;"
+        "pool = WriterPool(1); pool.start(3); print(*tests.writers(), flush=True); input()"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    tests = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | tests,
+    )
     assert parent.stdout is not None
-    child = int(parent.stdout.readline())
+    (child,) = map(int, parent.stdout.readline().split())
     parent.send_signal(signal.SIGKILL)
     parent.communicate()
     for _ in range(200):
@@ -177,3 +198,15 @@ def test_no_process_outlives_its_parent(tmp_path: Path) -> None:
             return
         time.sleep(0.05)
     raise AssertionError("it lives")
+
+
+@pytest.mark.long
+def test_a_template_that_was_killed_is_started_again(tmp_path: Path, two: WriterPool) -> None:
+    extract_run(tmp_path / "before", ASKED)
+    os.kill(template(), signal.SIGKILL)
+    with pytest.raises(
+        StoreError, match="process that wrote it has ended"
+    ):  # its children end, too
+        extract_run(tmp_path / "run", ASKED)
+    extract_run(tmp_path / "run", ASKED)
+    assert verify(tmp_path / "run") == []

@@ -6,7 +6,7 @@ that a thread that sends hardly holds Python's lock.
 
 from __future__ import annotations
 
-import os
+import contextlib
 import pickle
 import socket
 import struct
@@ -75,13 +75,17 @@ class Channel:
             done += got
         return content
 
+    def end(self) -> None:
+        """Send no more; the other end then reads its end."""
+        with contextlib.suppress(OSError):  # the other process has ended before
+            self._end.shutdown(socket.SHUT_WR)
+
     def close(self) -> None:
-        """End the connection; the other end then reads its end."""
+        """Close this end, as the end of its process does."""
         self._end.close()
 
 
 def pair() -> tuple[Channel, socket.socket]:
     """Return a channel, and the end of it that another process is to have."""
     ours, theirs = socket.socketpair()
-    os.set_inheritable(theirs.fileno(), True)  # noqa: FBT003 -- Popen passes it on
     return Channel(ours), theirs

@@ -5,7 +5,7 @@ import os
 from contextlib import suppress
 
 from zarrtrace.extraction.packages import capture_package
-from zarrtrace.extraction.processes import die_with
+from zarrtrace.extraction.writer_template import die_with
 
 die_with(os.getppid())  # it would notice only after the imports
 with suppress(Exception):  # workers say what cannot be imported

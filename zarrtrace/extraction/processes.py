@@ -6,16 +6,9 @@ that drives the GPU, would wait for Python's lock. Each trace has one process th
 
 from __future__ import annotations
 
-import ctypes
-import json
 import os
-import signal
-import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from queue import SimpleQueue
@@ -25,12 +18,12 @@ from typing import Any, Self
 import numpy as np
 
 from zarrtrace.errors import StoreError
-from zarrtrace.extraction.channel import Channel, pair
+from zarrtrace.extraction.channel import pair
 from zarrtrace.extraction.progress import ProgressListener
+from zarrtrace.extraction.writer_template import fork_writer
 from zarrtrace.extraction.writers import (
     MemoryBudget,
     MissingParts,
-    OpenTraces,
     Record,
     Traces,
     bytes_of,
@@ -50,12 +43,6 @@ FEW_TRACES = 4
 _TOGETHER = 4
 # Bytes of records that wait or are being sent, by process; one record may be larger.
 _BYTES_A_PROCESS = 24 * 2**20
-# From linux/prctl.h.
-_SIGNAL_AT_PARENTS_DEATH = 1
-_PROGRAM = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from zarrtrace.extraction.processes import serve; serve(int(sys.argv[2]), int(sys.argv[3]))"
-)
 
 
 class _Process:
@@ -63,11 +50,8 @@ class _Process:
 
     def __init__(self) -> None:
         self._channel, theirs = pair()
-        arguments = [json.dumps(sys.path), str(theirs.fileno()), str(os.getpid())]
         with theirs:
-            self._process = subprocess.Popen(  # noqa: S603 -- Python itself
-                [sys.executable, "-c", _PROGRAM, *arguments], pass_fds=[theirs.fileno()]
-            )
+            fork_writer(theirs)
 
     def send(self, value: Traces | Record | None) -> None:
         """Send traces to open, a record of one of them, or None where it is done with them."""
@@ -80,19 +64,22 @@ class _Process:
             raise found
         return found
 
-    def close(self) -> None:
-        """Let it end."""
-        self._channel.close()
+    def end(self) -> None:
+        """Let it end: it stores what it has."""
+        self._channel.end()
 
     def wait(self) -> None:
         """Wait for its end."""
-        self._process.wait()
+        with suppress(EOFError, ConnectionError):
+            while True:  # it may still answer
+                self._channel.receive()
+        self._channel.close()
 
 
 def _end(processes: Sequence[_Process]) -> None:
-    """Let processes end, and wait for that: each takes a fifth of a second, all together."""
+    """Let processes end, and wait for that."""
     for process in processes:
-        process.close()
+        process.end()
     for process in processes:
         process.wait()
 
@@ -111,14 +98,11 @@ class WriterPool:
         share = int(os.environ.get(SHARE, cpus()))
         self._most = most or max(1, share - 1)
         self._idle: list[_Process] = []
-        # Linux ends them with the thread that started them: one of the pool's own, because a
-        # worker's tasks leave theirs.
-        self._starter = ThreadPoolExecutor(1, thread_name_prefix="zarrtrace-start")
 
     def start(self, traces: int) -> None:
         """Start processes for a number of traces while weights are read."""
         for _ in range(min(self._most, traces) - len(self._idle)):
-            self._idle.append(self._starter.submit(_Process).result())
+            self._idle.append(_Process())
 
     def take(self, traces: int) -> list[_Process]:
         """Lend processes for a number of traces; the caller gives them back."""
@@ -136,7 +120,6 @@ class WriterPool:
     def __exit__(self, *_: object) -> None:
         ending, self._idle = self._idle, []
         _end(ending)
-        self._starter.shutdown()
 
 
 class WriterProcesses:
@@ -304,52 +287,3 @@ def _ended(scenarios: Sequence[str], error: BaseException) -> BaseException:
         why="It was killed; on Linux, usually because memory ran out.",
         remedy="Run the same command again; it resumes where this one stopped.",
     )
-
-
-# --- in the other process -----------------------------------------------------------------------
-
-
-def serve(descriptor: int, parent: int) -> None:
-    """Write what comes through a socket, until its other end is closed.
-
-    Parameters
-    ----------
-    descriptor
-        File descriptor of the socket.
-    parent
-        Number of the process that has the other end.
-    """
-    # Interruptions are the parent's to handle, which then sends no more.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    os.nice(10)  # the process that drives the GPU goes first
-    die_with(parent)
-    channel = Channel(socket.socket(fileno=descriptor))
-    traces: OpenTraces | None = None
-    with suppress(EOFError, ConnectionError):
-        while True:
-            value = channel.receive()
-            try:
-                if isinstance(value, Traces):
-                    traces = OpenTraces(value)
-                    answer: Any = traces.lacks
-                elif value is None:
-                    answer = traces.close() if traces else []
-                    traces = None
-                else:
-                    assert traces is not None  # noqa: S101 -- they came first
-                    answer = traces.append(value)
-            except Exception as error:  # noqa: BLE001 -- the parent raises it
-                answer = error
-            channel.send(answer)
-    if traces is not None:  # the capture failed; what is complete stays
-        with suppress(Exception):
-            traces.close()
-
-
-def die_with(parent: int) -> None:
-    """End this process at once where its parent is killed: no one else may find it writing."""
-    with suppress(AttributeError, OSError):  # not Linux
-        ctypes.CDLL(None).prctl(_SIGNAL_AT_PARENTS_DEATH, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
