@@ -238,7 +238,7 @@ def default_batch_size(model: LoadedModel, lengths: Iterable[int]) -> int:
     """Choose how many prompts go through the model together: 1 on a CPU.
 
     On a GPU as many as keep three attention matrices of a block and one layer of 32,768 features
-    within a tenth of its free memory, 16 at most: more are no faster.
+    within a tenth of its free memory, 32 at most: more are no faster.
     """
     if model.device.type != "cuda":
         return 1
@@ -246,7 +246,7 @@ def default_batch_size(model: LoadedModel, lengths: Iterable[int]) -> int:
     itemsize = torch.empty(0, dtype=model.model.dtype).element_size()
     each = longest * (3 * model.n_heads * longest * itemsize + 2 * 4 * 32_768)
     free, _ = torch.cuda.mem_get_info(model.device)
-    return max(1, min(16, free // 10 // each))
+    return max(1, min(32, free // 10 // each))
 
 
 def waves(
