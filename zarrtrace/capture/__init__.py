@@ -8,7 +8,7 @@ seconds: attention alone does without it.
 from zarrtrace.capture.batches import Request, grouped
 from zarrtrace.capture.borrow import borrow, refuse_unknown_ids, take_model
 from zarrtrace.capture.checks import check_additions, choose_batch_size, wants_blocks
-from zarrtrace.capture.encoder_prefetch import KeptEncoders
+from zarrtrace.capture.encoder_prefetch import keeping
 from zarrtrace.capture.fingerprint import settings_fingerprint
 from zarrtrace.capture.generation import (
     check_context,
@@ -35,7 +35,6 @@ from zarrtrace.capture.prompts import Continued, Prompt, tokenize, tokenize_all
 __all__ = [
     "CaptureLimits",
     "Continued",
-    "KeptEncoders",
     "LoadedModel",
     "Prompt",
     "Request",
@@ -49,6 +48,7 @@ __all__ = [
     "gpu_count",
     "grouped",
     "hide_progress",
+    "keeping",
     "load_model",
     "load_tokenizer",
     "parse_hook",

@@ -124,6 +124,11 @@ class KeptEncoders:
         return encoder
 
 
+def keeping(source: SAESource) -> KeptEncoders:
+    """Return a source that keeps what it has loaded: this one, if it does."""
+    return source if isinstance(source, KeptEncoders) else KeptEncoders(source)
+
+
 def _key(attributes: SAEAttributes, device: torch.device) -> tuple[str, str, str]:
     return attributes.id, attributes.variable, str(device)
 

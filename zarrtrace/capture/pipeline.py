@@ -12,7 +12,7 @@ import torch
 from zarrtrace.capture.batches import Batch, Request, batches, waves
 from zarrtrace.capture.blocked import AttentionRows
 from zarrtrace.capture.copies import BlockOutput, Copies, rows_on_host
-from zarrtrace.capture.encoder_prefetch import Encoders, KeptEncoders
+from zarrtrace.capture.encoder_prefetch import Encoders
 from zarrtrace.capture.features import encode
 from zarrtrace.capture.hooks import parse_hook
 from zarrtrace.capture.host import to_host
@@ -93,9 +93,6 @@ def capture(
     made = batches(model, requests, batch_size, attention=wanted)
     todo = [batch for batch in made if not batch.done]
     every = [sae for found in saes.values() for sae in found]
-    on_gpu = model.device.type == "cuda" and not model.is_streamed
-    if source is not None and on_gpu and not isinstance(source, KeptEncoders):
-        source = KeptEncoders(source)
     in_step: deque[list[Batch]] = deque()
 
     def order() -> Iterator[int]:

@@ -10,6 +10,7 @@ from zarrtrace.extraction.options import (
     Loaded,
     Options,
 )
+from zarrtrace.extraction.packages import capture_package
 from zarrtrace.format.attributes import SAEAttributes
 
 if TYPE_CHECKING:  # they import torch
@@ -20,13 +21,15 @@ SAEs = dict[int, tuple[SAEAttributes, ...]]
 
 
 def sae_source(options: Options, loaded: Loaded, model: LoadedModel) -> SAESource:
-    """Return where SAEs come from, and how they multiply."""
+    """Return where SAEs come from, how they multiply, and that a GPU keeps them."""
     source = _place(options, loaded)
-    if options.sae_products == "float32":
-        return source
-    from zarrtrace.capture.half_products import HalfProducts  # noqa: PLC0415
+    if options.sae_products != "float32":
+        from zarrtrace.capture.half_products import HalfProducts  # noqa: PLC0415
 
-    return HalfProducts(source, options.device, model.attributes.dtype)
+        source = HalfProducts(source, options.device, model.attributes.dtype)
+    if model.device.type == "cuda" and not model.is_streamed:
+        source = capture_package().keeping(source)
+    return source
 
 
 def _place(options: Options, loaded: Loaded) -> SAESource:

@@ -252,7 +252,7 @@ def _prepared(
         progress=progress == "bars",
     )
     if job.source is not None:  # each is loaded once, as far as there is memory
-        job = replace(job, source=capture_package().KeptEncoders(job.source))
+        job = replace(job, source=capture_package().keeping(job.source))
     if options.attention:
         job = replace(job, notes=(*job.notes, "a table holds no attention (--no-attention)"))
     return job

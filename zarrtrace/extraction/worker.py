@@ -285,7 +285,7 @@ def _job(setup: Setup, scenarios: Sequence[Scenario], batch_size: int | None = N
             keep_freed()
             kept.clear()
             job = prepare(_resolved(setup), scenarios=scenarios, progress=False, pool=pool)
-        source = job.source and capture_package().KeptEncoders(job.source)
+        source = job.source and capture_package().keeping(job.source)
         kept[loaded] = replace(job, source=source)
     options = replace(setup.options, batch_size=batch_size or setup.options.batch_size)
     return with_scenarios(replace(kept[loaded], options=options), scenarios)
