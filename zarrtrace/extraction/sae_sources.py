@@ -10,7 +10,6 @@ from zarrtrace.extraction.options import (
     Loaded,
     Options,
 )
-from zarrtrace.extraction.packages import capture_package
 from zarrtrace.format.attributes import SAEAttributes
 
 if TYPE_CHECKING:  # they import torch
@@ -21,14 +20,12 @@ SAEs = dict[int, tuple[SAEAttributes, ...]]
 
 
 def sae_source(options: Options, loaded: Loaded, model: LoadedModel) -> SAESource:
-    """Return where SAEs come from, how they multiply, and that a GPU keeps them."""
+    """Return where SAEs come from, and how they multiply."""
     source = _place(options, loaded)
     if options.sae_products != "float32":
         from zarrtrace.capture.half_products import HalfProducts  # noqa: PLC0415
 
         source = HalfProducts(source, options.device, model.attributes.dtype)
-    if model.device.type == "cuda" and not model.is_streamed:
-        source = capture_package().keeping(source)
     return source
 
 
