@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numerics
@@ -18,7 +19,7 @@ from capturing import records_of
 from sae_lens import SAE
 
 from zarrtrace import demo
-from zarrtrace.capture import LoadedModel, Prompt, Request, load_model, tokenize
+from zarrtrace.capture import LoadedModel, Prompt, Request, keeping, load_model, tokenize
 from zarrtrace.capture.batches import batches, waves
 from zarrtrace.capture.saes import FolderSAEs
 from zarrtrace.format.attributes import SAEAttributes
@@ -253,6 +254,25 @@ def test_what_goes_in_step_holds_little(model: LoadedModel, prompts: list[Prompt
         assert all(one + more > budget for one, more in zip(held, nexts, strict=False))
         assert (len(cut) > 1) == (saes == [attributes])
     assert [len(wave) for wave in waves(model, found, [])] == [1] * len(found)
+
+
+def test_batches_go_alone_once_all_encoders_are_kept(
+    model: LoadedModel, prompts: list[Prompt]
+) -> None:
+    found = batches(model, requests(prompts * 40), 1)
+    source = keeping(CountedSAEs())
+    assert keeping(source) is source
+    (saes,) = source.find([3]).values()
+    cut = waves(model, found, saes, source)
+    first = next(cut)
+    assert len(first) > 1
+    assert not source.has(saes, model.device)
+    source.load(saes[0], model.device)
+    rest = list(cut)
+    assert [len(wave) for wave in rest] == [1] * (len(found) - len(first))
+    assert [batch for wave in (first, *rest) for batch in wave] == found
+    streamed = replace(model, is_streamed=True)  # each batch would bring all blocks again
+    assert len(next(waves(streamed, found, saes, source))) > 1
 
 
 @pytest.mark.long
