@@ -24,7 +24,7 @@ Record = LayerBatch | LayerRecord | TokensRecord
 #: Two in parallel with a CPU that computes.
 THREADS = 2
 # Bytes of records that wait or are being written, by writer; one record may be larger.
-_BYTES_A_WRITER = 16 * 2**20
+_BYTES_A_WRITER = 8 * 2**20
 # After a record of this size, or this many bytes of small ones, freed memory is given back.
 _LARGE_RECORD = 32 * 2**20
 _SMALL_RECORDS = 64 * 2**20

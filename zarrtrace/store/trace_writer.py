@@ -6,6 +6,7 @@ import contextlib
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, Self
 
 import numpy as np
@@ -389,11 +390,17 @@ def _described(
         **{name: np.asarray(found, dtype=object) for name, found in by_layer.items()},
     }
     coordinates = {
-        name: values.get(name, np.arange(layout.shape[0]))
+        name: values[name] if name in values else _numbers(layout.shape[0])
         for name, layout in layouts.items()
         if len(layout.dims) == 1
     }
     return attributes, layouts, coordinates
+
+
+@lru_cache(16)
+def _numbers(count: int) -> np.ndarray:
+    """Return the values of a coordinate that counts: hundreds of traces share those of features."""
+    return np.arange(count)
 
 
 def _arrays_of(record: LayerRecord) -> Mapping[str, np.ndarray | BFloat16 | Nonzeros]:
