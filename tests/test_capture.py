@@ -7,6 +7,7 @@ import weakref
 from collections import Counter, defaultdict
 from collections.abc import Generator, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numerics
@@ -20,7 +21,7 @@ from sae_lens import SAE
 
 from zarrtrace import demo
 from zarrtrace.capture import LoadedModel, Prompt, Request, keeping, load_model, tokenize
-from zarrtrace.capture.batches import batches, waves
+from zarrtrace.capture.batches import batches, goes_in_several_waves, waves
 from zarrtrace.capture.saes import FolderSAEs
 from zarrtrace.format.attributes import SAEAttributes
 from zarrtrace.format.layout import NO_ID
@@ -271,8 +272,22 @@ def test_batches_go_alone_once_all_encoders_are_kept(
     rest = list(cut)
     assert [len(wave) for wave in rest] == [1] * (len(found) - len(first))
     assert [batch for wave in (first, *rest) for batch in wave] == found
+    assert not goes_in_several_waves(model, found)  # only a GPU's own memory is worth it
     streamed = replace(model, is_streamed=True)  # each batch would bring all blocks again
     assert len(next(waves(streamed, found, saes, source))) > 1
+
+
+def test_a_gpu_keeps_encoders_that_it_needs_again() -> None:
+    sizes = [SimpleNamespace(held_bytes=lambda: 2**28)] * 5
+    for device, streamed, count, expected in (
+        ("cuda", False, 5, True),
+        ("cuda", False, 4, False),
+        ("cuda", True, 5, False),
+        ("cpu", False, 5, False),
+    ):
+        one: Any = SimpleNamespace(device=torch.device(device), is_streamed=streamed)
+        some: Any = sizes[:count]
+        assert goes_in_several_waves(one, some) == expected
 
 
 @pytest.mark.long

@@ -10,7 +10,7 @@ figure for lengths that were not run grows as the square. ``blocked`` and ``last
 extractions, with compression and writing: all rows of attention, and only the last one.
 
 Run it with nothing else on the machine; 16,384 tokens take some 8 GB of disk:
-``python scripts/bench/long_prompts.py [--tokens N ...] [--scratch FOLDER] [--json FILE]``.
+``python scripts/bench/long_prompts.py [--tokens N ...] [--ways WAY ...] [--scratch FOLDER]``.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import common
 
 LAYERS, HEADS = 4, 4
 TOKENS = (2048, 4096, 8192, 16384)
+MOST, WAYS = 2**15, ("whole", "blocked", "last")
 # What transformers keeps of attention is 2 x 4 x 4 x T^2 bytes at its peak: 4.3 GB at 8,192 tokens.
 MOST_WHOLE = 4096
 MIB = 2**20
@@ -50,13 +51,13 @@ def make_model(folder: Path) -> None:
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
         num_key_value_heads=2,
-        max_position_embeddings=max(TOKENS),
+        max_position_embeddings=MOST,
         initializer_range=0.2,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.model_max_length = max(TOKENS)
+    tokenizer.model_max_length = MOST
     tokenizer.save_pretrained(folder)
 
 
@@ -134,16 +135,17 @@ def main() -> None:
     """Measure every way at every length and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--most-whole", type=int, default=MOST_WHOLE, help="longest eager run")
     parser.add_argument("--scratch", type=Path, help="folder for what is stored, then deleted")
     parser.add_argument("--json", type=Path, help="also write the figures here")
-    parser.add_argument("--measure", choices=["whole", "blocked", "last"], help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         found = measure(options.measure, options.tokens[0], options.scratch)
         print(json.dumps(found))
         return
-    results: dict[str, dict[int, Any]] = {"whole": {}, "blocked": {}, "last": {}}
+    results: dict[str, dict[int, Any]] = {way: {} for way in options.ways}
     pairs, beyond = "CPU s a million pairs", "MiB beyond the model"
     common.print_head("tokens", "way", "s", "CPU s", pairs, beyond, "MB made")
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:

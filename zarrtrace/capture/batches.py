@@ -249,6 +249,13 @@ def default_batch_size(model: LoadedModel, lengths: Iterable[int]) -> int:
     return max(1, min(32, free // 10 // each))
 
 
+def goes_in_several_waves(model: LoadedModel, found: Sequence[Batch]) -> bool:
+    """Whether a GPU needs each encoder more than once, so that it had better keep them."""
+    if model.device.type != "cuda" or model.is_streamed:
+        return False
+    return sum(batch.held_bytes() for batch in found) > _ON_GPU
+
+
 def waves(
     model: LoadedModel,
     found: Sequence[Batch],

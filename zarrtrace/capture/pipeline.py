@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from zarrtrace.capture.batches import Batch, Request, batches, waves
+from zarrtrace.capture.batches import Batch, Request, batches, goes_in_several_waves, waves
 from zarrtrace.capture.blocked import AttentionRows
 from zarrtrace.capture.copies import BlockOutput, Copies, rows_on_host
-from zarrtrace.capture.encoder_prefetch import Encoders
+from zarrtrace.capture.encoder_prefetch import Encoders, keeping
 from zarrtrace.capture.features import encode
 from zarrtrace.capture.hooks import parse_hook
 from zarrtrace.capture.host import to_host
@@ -93,6 +93,8 @@ def capture(
     made = batches(model, requests, batch_size, attention=wanted)
     todo = [batch for batch in made if not batch.done]
     every = [sae for found in saes.values() for sae in found]
+    if source is not None and goes_in_several_waves(model, todo):
+        source = keeping(source)
     in_step: deque[list[Batch]] = deque()
 
     def order() -> Iterator[int]:

@@ -400,8 +400,6 @@ def _assembled(
     blocked = _blocked(options, model, prompts)
     model = capture.renamed(model, options.own_model or DEMO_MODEL, prepend_bos=prepend_bos)
     settings = capture.settings_fingerprint(model.model.config)
-    if source is not None and model.device.type == "cuda" and not model.is_streamed:
-        source = capture.keeping(source)
     job = Job(
         options=options,
         model=model,
