@@ -161,7 +161,7 @@ class Plan:
         parts = _TASKS_A_WORKER * workers if workers > 1 else 1
         batches = _BATCHES_A_TASK if self.settings.batch_size > 1 else 0
         scenarios = max(_SCENARIOS_A_TASK, batches * self.settings.batch_size)
-        most = min(max(_TOKENS_A_TASK, batches * max(lengths)), sum(lengths) / parts)
+        most = min(max(_TOKENS_A_TASK, batches * max(lengths, default=0)), sum(lengths) / parts)
         tasks: list[list[Group]] = []
         tokens = 0.0
         for group, length in zip(groups, lengths, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import json
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+from concurrent.futures import Future
 from typing import Any
 
 from zarrtrace.extraction.channel import Channel
@@ -58,28 +60,42 @@ class _Template:
 
     def __init__(self) -> None:
         self.end, theirs = socket.socketpair()
-        ready = threading.Event()
+        started: Future[subprocess.Popen[bytes]] = Future()
         # Linux ends it with the thread that starts it, so that one stays.
-        with theirs:
-            threading.Thread(
-                target=self._start, args=(theirs, ready), name="zarrtrace-template", daemon=True
-            ).start()
-            ready.wait()
-
-    def _start(self, theirs: socket.socket, ready: threading.Event) -> None:
-        arguments = [json.dumps(sys.path), str(theirs.fileno()), str(os.getpid())]
-        self._process = subprocess.Popen(  # noqa: S603 -- Python itself
-            [sys.executable, "-c", _PROGRAM, *arguments],
-            pass_fds=[theirs.fileno()],
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # no threads that a fork would lose
-        )
-        ready.set()
-        self._process.wait()
+        threading.Thread(
+            target=_start, args=(theirs.fileno(), started), name="zarrtrace-template", daemon=True
+        ).start()
+        try:
+            self._process = started.result()
+        except OSError:
+            self.end.close()
+            raise
+        finally:
+            theirs.close()
+        atexit.register(self.end.close)  # which lets it end
 
     @property
     def has_ended(self) -> bool:
         """Whether it cannot fork any more: it was killed."""
         return self._process.poll() is not None
+
+
+def _start(descriptor: int, started: Future[subprocess.Popen[bytes]]) -> None:
+    """Start the process that others are forked from, and wait for its end."""
+    # Ctrl-C is for this process to handle, also while the other one imports libraries.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+    arguments = [json.dumps(sys.path), str(descriptor), str(os.getpid())]
+    try:
+        process = subprocess.Popen(  # noqa: S603 -- Python itself
+            [sys.executable, "-c", _PROGRAM, *arguments],
+            pass_fds=[descriptor],
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # no threads that a fork would lose
+        )
+    except OSError as error:
+        started.set_exception(error)
+        return
+    started.set_result(process)
+    process.wait()
 
 
 # --- in the other processes ---------------------------------------------------------------------
@@ -95,9 +111,6 @@ def fork_writers(descriptor: int, parent: int) -> None:
     parent
         Number of the process that has the other end.
     """
-    # Interruptions are the parent's to handle, which then sends no more.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how they ended
     die_with(parent)
     asked = socket.socket(fileno=descriptor)
