@@ -82,9 +82,9 @@ def test_a_trace_that_cannot_be_published_is_an_error(
 ) -> None:
     opened = OpenTraces(traces(tmp_path / "run", [fakes.make_plan(name) for name in NAMES]))
     (tmp_path / "run" / NAMES[0]).write_text("somebody else's")
-    write(opened, NAMES[0])
-    opened._publishing.submit(int).result()  # behind the publishing
     with pytest.raises(StoreError, match="a file is where a folder should be"):
+        write(opened, NAMES[0])  # raises, if the disk is fast
+        opened._publishing.submit(int).result()  # behind the publishing
         write(opened, NAMES[1])
     with pytest.raises(StoreError, match="a file is where a folder should be"):
         opened.close()
@@ -100,13 +100,23 @@ def test_a_trace_that_cannot_be_published_is_an_error(
 def test_traces_that_begin_lack_what_their_writers_say(
     tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    """Processes are not asked what they find where there is nothing to be found."""
+    """They are not asked where there is nothing to be found."""
     plans = [fakes.make_plan(name, **options) for name in NAMES]
     given = traces(tmp_path / "run", plans)
-    expected = OpenTraces(given).lacks
     with WriterPool(1) as pool, WriterProcesses(given, _Nobody(), pool) as found:
         assert found._begins
-        assert found.lacks == expected
+    for plan in plans:
+        writer = TraceWriter(tmp_path / "other", plan)
+        expected = MissingParts(writer.missing_layers, writer.needs_tokens)
+        assert found.lacks[plan.attributes.name] == expected
+
+
+def test_only_traces_that_are_written_are_open(tmp_path: Path) -> None:
+    opened = OpenTraces(traces(tmp_path / "run", [fakes.make_plan(name) for name in NAMES]))
+    assert opened._writers == {}
+    said = write(opened, NAMES[0]) + opened.close()
+    assert said[-1] == Stored(NAMES[0], 0, complete=True)
+    assert opened._writers == {}
 
 
 class _Nobody:

@@ -27,11 +27,11 @@ from zarrtrace.extraction.writers import (
     Record,
     Traces,
     bytes_of,
+    what_begins,
 )
 from zarrtrace.layer_batches import LayerBatch
 from zarrtrace.machine import cpus
 from zarrtrace.records import BFloat16, TokensRecord
-from zarrtrace.store import is_untouched
 
 #: Environment variable that says how many cores a worker has.
 SHARE = "ZARRTRACE_CORES"
@@ -151,21 +151,13 @@ class WriterProcesses:
         names = [one.attributes.name for one in traces.each]
         self._at = {name: number // each % count for number, name in enumerate(names)}
         self._traces = traces
-        self._begins = not traces.repair and is_untouched(traces.folder, names)
-        self.lacks: Mapping[str, MissingParts] = (
-            self._everything() if self._begins else self._open()
-        )
+        begin = what_begins(traces)
+        self._begins = bool(begin)
+        self.lacks: Mapping[str, MissingParts] = begin or self._open()
         self._threads = [
             threading.Thread(target=self._feed, args=(at,), name=f"zarrtrace-write-{at}")
             for at in range(count)
         ]
-
-    def _everything(self) -> dict[str, MissingParts]:
-        """Return what traces lack of which nothing is stored."""
-        return {
-            one.attributes.name: MissingParts(one.attributes.layers, one.shape.next_token)
-            for one in self._traces.each
-        }
 
     def _open(self) -> dict[str, MissingParts]:
         """Let all processes open their traces; returns what these lack."""

@@ -17,7 +17,7 @@ from zarrtrace.layer_batches import LayerBatch
 from zarrtrace.machine import release_freed
 from zarrtrace.records import LayerRecord, TokensRecord, TracePlan
 from zarrtrace.storage import Location, disk
-from zarrtrace.store import TraceWriter, staging_folder
+from zarrtrace.store import TraceWriter, is_untouched, staging_folder
 
 Record = LayerBatch | LayerRecord | TokensRecord
 
@@ -55,6 +55,17 @@ class MissingParts(NamedTuple):
 
     layers: tuple[int, ...]
     tokens: bool
+
+
+def what_begins(traces: Traces) -> dict[str, MissingParts]:
+    """Return what traces lack, all of it, where nothing of any is stored; else nothing."""
+    names = [plan.attributes.name for plan in traces.each]
+    if traces.repair or not is_untouched(traces.folder, names):
+        return {}
+    return {
+        plan.attributes.name: MissingParts(plan.attributes.layers, plan.shape.next_token)
+        for plan in traces.each
+    }
 
 
 class Writers(Protocol):
@@ -117,44 +128,54 @@ class OpenTraces:
     """
 
     def __init__(self, traces: Traces) -> None:
-        self._folder = traces.folder
-        self._writers = {
-            plan.attributes.name: TraceWriter(
-                traces.folder,
-                plan,
-                repair=traces.repair,
-                allow_nonfinite=traces.allow_nonfinite,
-            )
-            for plan in traces.each
-        }
-        self.lacks = {
-            name: MissingParts(writer.missing_layers, writer.needs_tokens)
-            for name, writer in self._writers.items()
-        }
+        self._traces, self._mutex = traces, threading.Lock()
+        self._plans = {plan.attributes.name: plan for plan in traces.each}
+        # Of traces that begin, only those that are being written: a run may have thousands.
+        self._writers: dict[str, TraceWriter] = {}
         self._finished: set[str] = set()
-        self._mutex = threading.Lock()
         self._publishing = ThreadPoolExecutor(1, thread_name_prefix="zarrtrace-publish")
         self._completed: list[str] = []
         self._published: list[Stored] = []
         self._failed: Exception | None = None
-        for name, lack in self.lacks.items():
-            if not any(lack):
-                self._writers[name].finish()  # an earlier process may have stopped just before it
+        begin = what_begins(traces)
+        self.lacks = begin or {name: self._found(name) for name in self._plans}
+
+    def _found(self, name: str) -> MissingParts:
+        """Return what a trace lacks; one that lacks nothing is published."""
+        writer = self._writer(name)
+        lack = MissingParts(writer.missing_layers, writer.needs_tokens)
+        if not any(lack):
+            writer.finish()  # an earlier process may have stopped just before it
+            del self._writers[name]
+        return lack
+
+    def _writer(self, name: str) -> TraceWriter:
+        with self._mutex:
+            if name not in self._writers:
+                self._writers[name] = TraceWriter(
+                    self._traces.folder,
+                    self._plans[name],
+                    repair=self._traces.repair,
+                    allow_nonfinite=self._traces.allow_nonfinite,
+                )
+            return self._writers[name]
 
     def append(self, record: Record) -> list[Stored]:
         """Store a record; returns how much of its traces is stored, and which were published."""
         names = record.scenarios if isinstance(record, LayerBatch) else [record.scenario]
+        open_ones = {name: self._writer(name) for name in names}
         for one in record.records() if isinstance(record, LayerBatch) else [record]:
-            self._writers[one.scenario].append(one)
-        complete = [name for name in names if self._is_last(name, self._writers[name])]
+            open_ones[one.scenario].append(one)
+        complete = [name for name, writer in open_ones.items() if self._is_last(name, writer)]
         for name in complete:
-            self._writers[name].complete()
+            open_ones[name].complete()
         with self._mutex:
             self._completed += complete
         if complete:
             self._publishing.submit(self._publish)
         stored = [
-            Stored(name, len(self._writers[name].missing_layers), complete=False) for name in names
+            Stored(name, len(writer.missing_layers), complete=False)
+            for name, writer in open_ones.items()
         ]
         return stored + self._news()
 
@@ -165,14 +186,16 @@ class OpenTraces:
         if not names or self._failed:  # an earlier call has done it
             return
         try:
-            disk.sync(staging_folder(self._folder))
+            disk.sync(staging_folder(self._traces.folder))
             for name in names:
-                self._writers[name].publish()
+                self._writer(name).publish()
         except Exception as error:  # noqa: BLE001 -- raised where records are appended
             self._failed = error
             return
         with self._mutex:
-            self._published += [Stored(name, 0, complete=True) for name in names]
+            for name in names:
+                del self._writers[name]
+                self._published.append(Stored(name, 0, complete=True))
 
     def _news(self) -> list[Stored]:
         """Return what was published since this was asked; raises what prevented that."""

@@ -310,9 +310,6 @@ class TraceWriter:
             else:
                 publish_folder(self._staged.folder, self.path)
         self._is_published = True
-        # A run may have thousands of traces.
-        self._waiting, self._source = {}, None
-        self._staged = StagedTrace(self._staged.folder, self._attributes, {}, {})
 
     def finish(self) -> None:
         """Complete the trace, have the disk hold it, and publish it.
