@@ -82,10 +82,14 @@ def test_a_trace_that_cannot_be_published_is_an_error(
 ) -> None:
     opened = OpenTraces(traces(tmp_path / "run", [fakes.make_plan(name) for name in NAMES]))
     (tmp_path / "run" / NAMES[0]).write_text("somebody else's")
-    with pytest.raises(StoreError, match="a file is where a folder should be"):
+
+    def write_both() -> None:
         write(opened, NAMES[0])  # raises, if the disk is fast
         opened._publishing.submit(int).result()  # behind the publishing
         write(opened, NAMES[1])
+
+    with pytest.raises(StoreError, match="a file is where a folder should be"):
+        write_both()
     with pytest.raises(StoreError, match="a file is where a folder should be"):
         opened.close()
     monkeypatch.undo()
