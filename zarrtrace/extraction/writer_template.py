@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import traceback
 from concurrent.futures import Future
 from typing import Any
 
@@ -121,9 +122,11 @@ def fork_writers(descriptor: int, parent: int) -> None:
         me = os.getpid()
         if os.fork() == 0:
             asked.close()
-            with contextlib.suppress(BaseException):
+            try:
                 die_with(me)
                 _write(descriptors[0])
+            except BaseException:  # noqa: BLE001 -- the parent learns only that it has ended
+                traceback.print_exc()
             os._exit(0)
         os.close(descriptors[0])
 
@@ -149,8 +152,9 @@ def _write(descriptor: int) -> None:
             except Exception as error:  # noqa: BLE001 -- the parent raises it
                 answer = error
             channel.send(answer)
-    if traces is not None:  # the capture failed; what is complete stays
-        traces.close()
+    if traces is not None:  # the capture failed, which the parent reports; what is complete stays
+        with contextlib.suppress(Exception):
+            traces.close()
 
 
 def die_with(parent: int) -> None:
