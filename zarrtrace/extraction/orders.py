@@ -15,8 +15,6 @@ from zarrtrace.storage import Location
 # Larger tasks would be lost with a worker, and leave others idle at the end.
 _SCENARIOS_A_TASK = 32
 _TOKENS_A_TASK = 8192
-# A GPU, which takes many scenarios at once, idles between two tasks.
-_BATCHES_A_TASK = 4
 _TASKS_A_WORKER = 4
 
 
@@ -159,14 +157,12 @@ class Plan:
             order = sorted(range(len(groups)), key=lambda at: lengths[at])
             groups, lengths = [groups[at] for at in order], [lengths[at] for at in order]
         parts = _TASKS_A_WORKER * workers if workers > 1 else 1
-        batches = _BATCHES_A_TASK if self.settings.batch_size > 1 else 0
-        scenarios = max(_SCENARIOS_A_TASK, batches * self.settings.batch_size)
-        most = min(max(_TOKENS_A_TASK, batches * max(lengths, default=0)), sum(lengths) / parts)
+        most = min(_TOKENS_A_TASK, sum(lengths) / parts)
         tasks: list[list[Group]] = []
         tokens = 0.0
         for group, length in zip(groups, lengths, strict=True):
             held = sum(map(len, tasks[-1])) if tasks else 0
-            if not tasks or tokens + length > most or held + len(group) > scenarios:
+            if not tasks or tokens + length > most or held + len(group) > _SCENARIOS_A_TASK:
                 tasks.append([])
                 tokens = 0
             tasks[-1].append(group)

@@ -225,7 +225,7 @@ class WriterProcesses:
             yield
         except (EOFError, OSError) as error:
             self._failed.append(_ended(scenarios, error))
-        except BaseException as error:  # noqa: BLE001
+        except BaseException as error:  # noqa: BLE001 -- raised where records are submitted
             self._failed.append(error)
 
     def _raise_first(self) -> None:

@@ -22,11 +22,11 @@ SAEs = dict[int, tuple[SAEAttributes, ...]]
 def sae_source(options: Options, loaded: Loaded, model: LoadedModel) -> SAESource:
     """Return where SAEs come from, and how they multiply."""
     source = _place(options, loaded)
-    if options.sae_products != "float32":
-        from zarrtrace.capture.half_products import HalfProducts  # noqa: PLC0415
+    if options.sae_products == "float32":
+        return source
+    from zarrtrace.capture.half_products import HalfProducts  # noqa: PLC0415
 
-        source = HalfProducts(source, options.device, model.attributes.dtype)
-    return source
+    return HalfProducts(source, options.device, model.attributes.dtype)
 
 
 def _place(options: Options, loaded: Loaded) -> SAESource:

@@ -40,12 +40,7 @@ from zarrtrace.store.metadata import (
 from zarrtrace.store.open import open_run, open_trace
 from zarrtrace.store.publish import old_of, put_in_place
 from zarrtrace.store.run_writer import RunWriter
-from zarrtrace.store.staged import (
-    only_writer,
-    read_staged,
-    staging_folder,
-    wait_for_writers,
-)
+from zarrtrace.store.staged import only_writer, read_staged, staging_folder, wait_for_writers
 from zarrtrace.store.summary import (
     RunSummary,
     TableSummary,

@@ -397,7 +397,9 @@ def _described(
 @lru_cache(16)
 def _numbers(count: int) -> np.ndarray:
     """Return the values of a coordinate that counts: hundreds of traces share those of features."""
-    return np.arange(count)
+    numbers = np.arange(count)
+    numbers.flags.writeable = False
+    return numbers
 
 
 def _arrays_of(record: LayerRecord) -> Mapping[str, np.ndarray | BFloat16 | Nonzeros]:
