@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from zarrtrace.errors import StoreError
 from zarrtrace.extraction import writers
 from zarrtrace.extraction.processes import WriterPool, WriterProcesses
 from zarrtrace.extraction.writers import MissingParts, OpenTraces, Stored, Traces
-from zarrtrace.records import TracePlan
+from zarrtrace.records import LayerRecord, TracePlan
 from zarrtrace.storage import locate
 from zarrtrace.store import TraceWriter, is_untouched, open_trace, staging_folder
 
@@ -75,6 +76,34 @@ def test_what_is_complete_together_is_synced_together(
     may_go_on.set()
     assert {said.scenario for said in opened.close()} == set(names)
     assert len(synced) <= 2
+
+
+def test_the_error_of_the_earliest_record_is_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a later record fails first, in another thread."""
+    has_failed = threading.Event()
+
+    def append(_self: OpenTraces, record: LayerRecord) -> list[Stored]:
+        if record.scenario == NAMES[0]:
+            assert has_failed.wait(SECONDS)
+            time.sleep(0.1)  # so that the other error is noted first
+        else:
+            has_failed.set()
+        raise ValueError(record.scenario)
+
+    monkeypatch.setattr(OpenTraces, "append", append)
+    asked = traces(tmp_path / "run", [fakes.make_plan(name) for name in NAMES])
+    records = [next(iter(fakes.make_records(name))) for name in NAMES]
+
+    def submit_all() -> None:
+        with writers.WriterThreads(asked, _Nobody()) as opened:
+            opened.submit(records[0])
+            while True:
+                opened.submit(records[1])
+
+    with pytest.raises(ValueError, match=f"^{NAMES[0]}$"):
+        submit_all()
 
 
 def test_a_trace_that_cannot_be_published_is_an_error(

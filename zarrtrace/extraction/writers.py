@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -271,7 +273,10 @@ class WriterThreads:
         )
         self._room = MemoryBudget(min(threads, max(THREADS, os.cpu_count() or 1)) * _BYTES_A_WRITER)
         self._freed, self._mutex = 0, threading.Lock()
-        self._failed: list[BaseException] = []
+        self._numbers = count()
+        # What failed, by number of its record: that of the earliest is raised, whichever thread
+        # was faster.
+        self._failed: dict[int, BaseException] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -282,20 +287,22 @@ class WriterThreads:
             size = bytes_of(one)
             self._room.take(size)
             self._raise_first()
-            self._pool.submit(self._append, one).add_done_callback(partial(self._done, size))
+            number = next(self._numbers)
+            future = self._pool.submit(self._append, number, one)
+            future.add_done_callback(partial(self._done, number, size))
 
-    def _append(self, record: Record) -> None:
-        if not self._failed:
+    def _append(self, number: int, record: Record) -> None:
+        if number < min(self._failed, default=math.inf):
             self._say(self._traces.append(record))
 
     def _say(self, found: Sequence[Stored]) -> None:
         for scenario, missing, complete in found:
             self._watch.stored(scenario, missing, complete=complete)
 
-    def _done(self, size: int, future: Future[None]) -> None:
+    def _done(self, number: int, size: int, future: Future[None]) -> None:
         error = future.exception()
         if error is not None:
-            self._failed.append(error)
+            self._failed[number] = error
         self._room.give_back(size)
         with self._mutex:
             self._freed += size
@@ -307,7 +314,8 @@ class WriterThreads:
 
     def _raise_first(self) -> None:
         if self._failed:
-            raise self._failed[0]
+            self._pool.shutdown(wait=True)  # an earlier record may still fail
+            raise self._failed[min(self._failed)]
 
     def __exit__(
         self,
@@ -319,7 +327,7 @@ class WriterThreads:
         try:
             self._say(self._traces.close())
         except Exception as failure:  # noqa: BLE001 -- raised below, if it is the first
-            self._failed.append(failure)
+            self._failed[next(self._numbers)] = failure
         if kind is None:
             self._raise_first()
 
