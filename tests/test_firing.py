@@ -54,7 +54,7 @@ def test_firing_features_are_those_of_encode_bit_for_bit(data: st.DataObject, ki
     tokens = numbers(7, 3)
     with torch.inference_mode():
         expected = sae.encode(tokens).numpy()
-        at, values = firing.FiringFeatures(sae, 48)(tokens)
+        at, values = firing.FiringFeatures(sae, 0, 48)(sae.process_sae_in(tokens))
     found = np.zeros((7, 48), np.float32)
     found.reshape(-1)[at] = values
     assert not found[:, 40:].any()  # the block is wider than the SAE
@@ -63,6 +63,31 @@ def test_firing_features_are_those_of_encode_bit_for_bit(data: st.DataObject, ki
     is_nan = np.isnan(expected)  # the bits of a NaN are nobody's
     assert np.array_equal(np.isnan(found), is_nan)
     assert found[~is_nan].tobytes() == np.where(expected == 0, 0, expected)[~is_nan].tobytes()
+
+
+@pytest.mark.parametrize(("start", "columns"), [(0, 48), (8, 32), (8, 24)])
+def test_features_multiplied_some_at_a_time_keep_their_order(
+    start: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole numbers, whose sums are exact in any order."""
+    monkeypatch.setattr(firing, "_TOGETHER", 10)
+    rng = np.random.default_rng(1)
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.tensor(rng.integers(-4, 5, shape).astype(np.float32))
+
+    sae = JumpReLUSAE(JumpReLUSAEConfig(**CONFIG))
+    sae.W_enc.data, sae.b_enc.data, sae.b_dec.data = numbers(3, 40), numbers(40), numbers(3)
+    sae.threshold.data, tokens = numbers(40), numbers(50, 3)
+    with torch.inference_mode():
+        expected = sae.encode(tokens).numpy()[:, start : start + columns]
+        given = sae.process_sae_in(tokens)
+        at, values = firing.FiringFeatures(sae, start, columns)(given)
+    assert (np.diff(at) > 0).all()
+    found = np.zeros((50, columns), np.float32)
+    found.reshape(-1)[at] = values
+    assert np.array_equal(found[:, : expected.shape[1]], expected)
+    assert np.count_nonzero(found) == np.count_nonzero(expected) > 100
 
 
 def test_saes_that_do_more_than_compare_with_thresholds_go_their_own_way() -> None:

@@ -37,7 +37,7 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 from sae_lens.registry import SAE_CLASS_REGISTRY
 from transformers import AutoModelForCausalLM
 
-from zarrtrace.capture import release_saes, sae_configs, saes
+from zarrtrace.capture import features, release_saes, sae_configs, saes
 from zarrtrace.capture.hooks import place
 from zarrtrace.capture.release_saes import ReleaseSAEs
 from zarrtrace.errors import ConfigError, SAEError
@@ -165,6 +165,30 @@ def test_some_features_at_a_time_are_those_of_all(kind: str, tmp_path: Path) -> 
         size = _input_size(sae, tokens)
         numerics.assert_features_close(of_parts, expected.numpy(), sae, 0, size)
     assert (expected != 0).any()
+
+
+@pytest.mark.parametrize("kind", ["standard", "jumprelu", "gated"])
+def test_threads_share_the_features_of_an_encoder(kind: str, tmp_path: Path) -> None:
+    KINDS[kind](tmp_path, "blocks.0.hook_resid_post", 32)
+    tokens = torch.randn(9, 32, generator=torch.Generator().manual_seed(1))
+    source, before = saes.FolderSAEs(tmp_path), torch.get_num_threads()
+    encoder = source.load(source.find([0])[0][0], torch.device("cpu"))
+    encoder.columns = 8
+    encoder.split()
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            features._pool.cache_clear()
+            found.append(features.encode(encoder, tokens).nonzeros)
+    finally:
+        torch.set_num_threads(before)
+        features._pool.cache_clear()
+    alone, shared = found
+    assert len(alone.at) == 8
+    assert sum(map(len, alone.at)) > 0
+    for one, other in zip((*alone.at, *alone.values), (*shared.at, *shared.values), strict=True):
+        assert np.array_equal(one, other)
 
 
 def _dense(

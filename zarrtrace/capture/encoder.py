@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from zarrtrace.capture.firing import FiringFeatures, has_thresholds, in_block
+from zarrtrace.capture.firing import FiringFeatures, has_thresholds, some_features
 from zarrtrace.capture.hooks import HookPoint, parse_hook
 from zarrtrace.format.attributes import SAEAttributes
 from zarrtrace.format.layout import feature_columns
@@ -44,6 +44,8 @@ class Encoder:
         self.hook: HookPoint = parse_hook(attributes.hook_name)
         self._sae = sae
         self._parts: list[Callable[[torch.Tensor], tuple[np.ndarray, np.ndarray]]] = []
+        # What parts share: done once.
+        self._prepare: Callable[[torch.Tensor], torch.Tensor] = nn.Identity()
         if self.hook.kind == "hook_z":
             sae.turn_off_forward_pass_hook_z_reshaping()  # heads come side by side already
         if not needs_decoder(sae):  # half of the SAE
@@ -66,22 +68,23 @@ class Encoder:
         Each part has its weights side by side: the processor multiplies them faster.
         """
         width, columns = self.attributes.d_sae, self.columns
-        if width > columns and self._sae.cfg.architecture() in _EACH_ALONE:
-            parts = [self._part(at, columns) for at in range(0, width, columns)]
-            if all(map(has_thresholds, parts)):
-                self._parts = [FiringFeatures(part, columns) for part in parts]
-            else:
-                self._parts = [partial(_encode, part, columns) for part in parts]
-            self._sae = None  # all its weights have been copied
+        if width <= columns or self._sae.cfg.architecture() not in _EACH_ALONE:
+            return
+        starts = range(0, width, columns)
+        if has_thresholds(self._sae):
+            self._parts = [FiringFeatures(self._sae, at, columns) for at in starts]
+            self._prepare = self._sae.process_sae_in
+            self._sae.W_enc = nn.Parameter(torch.empty(0))  # it has been copied
+        else:
+            self._parts = [partial(_encode, self._part(at), columns) for at in starts]
+            self._sae = None
 
-    def _part(self, start: int, columns: int) -> Any:
+    def _part(self, start: int) -> Any:
         """Return an SAE of some of the features."""
         taken = {id(tensor): tensor for tensor in (*self._sae.parameters(), *self._sae.buffers())}
         for name, value in self._sae.named_parameters():
             if name in _OF_FEATURES:
-                some = value[..., start : start + columns]
-                # A matrix that lies the other way round is left so: products depend on it.
-                some = some if some.ndim == 2 and some.T.is_contiguous() else some.contiguous()
+                some = some_features(value, start, self.columns)
                 taken[id(value)] = nn.Parameter(some, requires_grad=False)
         return copy.deepcopy(self._sae, taken)
 
@@ -92,7 +95,8 @@ class Encoder:
         Without :meth:`split`, all are encoded here.
         """
         if self._parts:
-            return [partial(part, activations) for part in self._parts]
+            given = self._prepare(activations)
+            return [partial(part, given) for part in self._parts]
         whole = torch.split(self(activations), self.columns, dim=1)
         return [partial(_nonzero, one, self.columns) for one in whole]
 
@@ -105,7 +109,8 @@ def _nonzero(block: torch.Tensor, columns: int) -> tuple[np.ndarray, np.ndarray]
     """Find non-zero values of a block: NumPy does it ten times as fast as torch."""
     flat = block.float().contiguous().numpy().reshape(-1)
     at = np.flatnonzero(flat != 0)
-    return in_block(at, block.shape[1], columns), flat[at]
+    width = block.shape[1]
+    return (at + at // width * (columns - width) if width < columns else at), flat[at]
 
 
 def needs_decoder(sae: Any) -> bool:

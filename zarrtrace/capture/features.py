@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import chain
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -38,8 +40,9 @@ def encode(encoder: Encoder, inputs: torch.Tensor) -> SparseFeatures:
         return _joined(encoder, [_on_host(one, to_host) for one in found], sound)
     # Some features at a time: what is made of them stays in the processor's cache.
     tiles = encoder.tiles(inputs)
-    made = [tiles[0]()] if len(tiles) == 1 else _pool(os.getpid()).map(_call, tiles)
-    at, values = zip(*made, strict=True)
+    threads, left = min(len(tiles), torch.get_num_threads()), enumerate(tiles)
+    made = [_run(left)] if threads == 1 else _pool(os.getpid()).map(_run, [left] * threads)
+    _, at, values = zip(*sorted(chain(*made), key=itemgetter(0)), strict=True)
     shape = len(inputs), encoder.attributes.d_sae
     return SparseFeatures(Nonzeros(shape, columns, at, values), sound)
 
@@ -58,8 +61,9 @@ def _pool(_process: int) -> ThreadPoolExecutor:
 
 
 @torch.inference_mode()
-def _call(tile: Tile) -> tuple[np.ndarray, np.ndarray]:
-    return tile()
+def _run(tiles: Iterator[tuple[int, Tile]]) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """Encode tiles as long as some are left: threads that share them wake each other once."""
+    return [(number, *tile()) for number, tile in tiles]
 
 
 def _some_rows(inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
