@@ -37,7 +37,8 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 from sae_lens.registry import SAE_CLASS_REGISTRY
 from transformers import AutoModelForCausalLM
 
-from zarrtrace.capture import features, release_saes, sae_configs, saes
+from zarrtrace.capture import encoder, features, release_saes, sae_configs, saes
+from zarrtrace.capture.encoder_prefetch import Encoders, keeping
 from zarrtrace.capture.hooks import place
 from zarrtrace.capture.release_saes import ReleaseSAEs
 from zarrtrace.errors import ConfigError, SAEError
@@ -189,6 +190,28 @@ def test_threads_share_the_features_of_an_encoder(kind: str, tmp_path: Path) -> 
     assert sum(map(len, alone.at)) > 0
     for one, other in zip((*alone.at, *alone.values), (*shared.at, *shared.values), strict=True):
         assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("kind", ["jumprelu", "gated"])
+def test_a_kept_encoder_encodes_again(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tables of several waves, and workers with several tasks, use an encoder more than once."""
+    monkeypatch.setattr(encoder, "feature_columns", lambda _: 24)
+    KINDS[kind](tmp_path, "blocks.0.hook_resid_post", 32)
+    tokens = torch.randn(40, 32, generator=torch.Generator().manual_seed(1))
+    source = keeping(saes.FolderSAEs(tmp_path))
+    layers, device = {0: source.find([0])[0]}, torch.device("cpu")
+    sae = SAE.load_from_disk(tmp_path)
+    expected = sae.encode(tokens).detach().numpy()
+    for _ in range(2):
+        with Encoders(layers, source, device, iter([0])) as encoders:
+            (one,) = encoders.take(0)
+        found = features.encode(one, tokens).nonzeros
+        tiles = list(zip(found.at, found.values, strict=True))
+        whole = _dense(tiles, 40, 24, [24, 24, 16])
+        numerics.assert_features_close(whole, expected, sae, 0, _input_size(sae, tokens))
+    assert source.has(layers[0], device)
 
 
 def _dense(

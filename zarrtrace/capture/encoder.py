@@ -65,10 +65,11 @@ class Encoder:
     def split(self) -> None:
         """Get ready to encode some features at a time, where no feature depends on another.
 
-        Each part has its weights side by side: the processor multiplies them faster.
+        Each part has its weights side by side: the processor multiplies them faster. One that is
+        ready, kept from an earlier wave, stays as it is.
         """
         width, columns = self.attributes.d_sae, self.columns
-        if width <= columns or self._sae.cfg.architecture() not in _EACH_ALONE:
+        if self._parts or width <= columns or self._sae.cfg.architecture() not in _EACH_ALONE:
             return
         starts = range(0, width, columns)
         if has_thresholds(self._sae):
