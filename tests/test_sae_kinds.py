@@ -173,23 +173,23 @@ def test_threads_share_the_features_of_an_encoder(kind: str, tmp_path: Path) -> 
     KINDS[kind](tmp_path, "blocks.0.hook_resid_post", 32)
     tokens = torch.randn(9, 32, generator=torch.Generator().manual_seed(1))
     source, before = saes.FolderSAEs(tmp_path), torch.get_num_threads()
-    encoder = source.load(source.find([0])[0][0], torch.device("cpu"))
-    encoder.columns = 8
-    encoder.split()
+    one = source.load(source.find([0])[0][0], torch.device("cpu"))
+    one.columns = 8
+    one.split()
     found = []
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
             features._pool.cache_clear()
-            found.append(features.encode(encoder, tokens).nonzeros)
+            found.append(features.encode(one, tokens).nonzeros)
     finally:
         torch.set_num_threads(before)
         features._pool.cache_clear()
     alone, shared = found
     assert len(alone.at) == 8
     assert sum(map(len, alone.at)) > 0
-    for one, other in zip((*alone.at, *alone.values), (*shared.at, *shared.values), strict=True):
-        assert np.array_equal(one, other)
+    for mine, other in zip((*alone.at, *alone.values), (*shared.at, *shared.values), strict=True):
+        assert np.array_equal(mine, other)
 
 
 @pytest.mark.parametrize("kind", ["jumprelu", "gated"])

@@ -17,8 +17,8 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from sae_lens.saes.standard_sae import StandardSAE
 from torch import nn
 
-# Features multiplied at once: what is made of them stays in a core's own cache (a tenth faster than
-# 4,096 at 256 to 4,096 channels).
+# Features multiplied at once: fewer values at a time than 4,096 features make are nearer to the
+# processor when they are compared (scripts/bench/README.md, "Extraction on a CPU").
 _TOGETHER = 1024
 
 
