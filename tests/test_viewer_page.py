@@ -1365,12 +1365,14 @@ def test_the_search_finds_what_the_run_holds(
         assert len(features) == min(20, with_word.feature.nunique())
         seek(page, "no such thing")
         assert page.locator("#search-list").inner_text() == "nothing found"
-        press("Escape")
-        assert not page.locator("#search").is_visible()
-        press("?")
-        assert page.locator("#keys").is_visible()
-        press("ArrowDown")  # it changes no layer behind the dialog
-        press("Escape")
+        for _ in range(8):  # a key that follows at once is the page's: one in four was lost
+            press("/")
+            press("Escape")
+            assert not page.locator("#search").is_visible()
+            press("?")
+            assert page.locator("#keys").is_visible()
+            press("ArrowDown")  # it changes no layer behind the dialog
+            press("Escape")
         assert page.locator("#layer-shown").inner_text() == "L2"
 
 

@@ -165,7 +165,11 @@ function keys(event) {
   if ((isPlain && event.key === "/") || ((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "k")) open();
   else if (isPlain && event.key === "?" && !dialog("search").open) {
     if (!dialog("keys").open) dialog("keys").showModal();
-  } else return;
+  } else {
+    // A field that closes with its dialog would have the next key until the browser draws again.
+    if (event.key === "Escape" && !event.isComposing && dialog("search").open) field.blur();
+    return;
+  }
   event.preventDefault();
 }
 
