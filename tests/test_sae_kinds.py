@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -212,6 +214,23 @@ def test_a_kept_encoder_encodes_again(
         whole = _dense(tiles, 40, 24, [24, 24, 16])
         numerics.assert_features_close(whole, expected, sae, 0, _input_size(sae, tokens))
     assert source.has(layers[0], device)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says of a process's memory")
+@pytest.mark.parametrize("kind", ["standard", "jumprelu", "gated"])
+def test_an_encoder_in_parts_holds_no_file(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its parts are copies: the file they were read from, decoder and all, is not kept mapped."""
+    monkeypatch.setattr(encoder, "feature_columns", lambda _: 24)
+    KINDS[kind](tmp_path, "blocks.0.hook_resid_post", 32)
+    source, device = saes.FolderSAEs(tmp_path), torch.device("cpu")
+    file = str(next(tmp_path.rglob("*.safetensors")))
+    with Encoders({0: source.find([0])[0]}, source, device, iter([0])) as encoders:
+        held = encoders.take(0)
+    gc.collect()
+    assert file not in Path("/proc/self/maps").read_text()
+    assert held
 
 
 def _dense(

@@ -71,6 +71,9 @@ class Encoder:
         width, columns = self.attributes.d_sae, self.columns
         if self._parts or width <= columns or self._sae.cfg.architecture() not in _EACH_ALONE:
             return
+        for parameter in self._sae.parameters():
+            if parameter.ndim == 1:  # a view of its file holds all of that in memory
+                parameter.data = parameter.data.clone()
         starts = range(0, width, columns)
         if has_thresholds(self._sae):
             self._parts = [FiringFeatures(self._sae, at, columns) for at in starts]

@@ -59,13 +59,21 @@ class Encoders:
         self._next = None if layer is None else self._pool.submit(self._load, layer)
 
     def _load(self, layer: int) -> list[Encoder]:
-        source = self._source
+        source, on_cpu = self._source, self._device.type == "cpu"
         if source is None:
             return []
+        # A process is largest here: the encoder in use, this one's file and its parts. So what has
+        # been freed is given back before, and what reading has freed right after.
+        is_loaded = isinstance(source, KeptEncoders) and source.has(self._saes[layer], self._device)
+        gives_back = on_cpu and not is_loaded
+        if gives_back:
+            release_freed()
         loaded = [source.load(attributes, self._device) for attributes in self._saes[layer]]
-        if self._device.type == "cpu":
+        if on_cpu:
             for encoder in loaded:
                 encoder.split()
+        if gives_back:
+            release_freed()
         return loaded
 
     def take(self, layer: int) -> list[Encoder]:
@@ -74,8 +82,6 @@ class Encoders:
             return []
         loaded = self._next.result()
         self._prefetch()
-        if self._device.type == "cpu" and not isinstance(self._source, KeptEncoders):
-            release_freed()
         return loaded
 
 
