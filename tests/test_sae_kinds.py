@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -216,7 +215,6 @@ def test_a_kept_encoder_encodes_again(
     assert source.has(layers[0], device)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says of a process's memory")
 @pytest.mark.parametrize("kind", ["standard", "jumprelu", "gated"])
 def test_an_encoder_in_parts_holds_no_file(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
