@@ -1373,7 +1373,12 @@ def test_the_search_finds_what_the_run_holds(
             assert page.locator("#keys").is_visible()
             press("ArrowDown")  # it changes no layer behind the dialog
             press("Escape")
-        assert page.locator("#layer-shown").inner_text() == "L2"
+        for key, layer in (("ArrowDown", "L3"), ("ArrowUp", "L2")) * 4:
+            press("/")
+            press("Escape")
+            press(key)
+            ready(page)
+            assert page.locator("#layer-shown").inner_text() == layer
 
 
 @pytest.mark.long

@@ -146,7 +146,8 @@ function applyTheme() {
 /** @param {KeyboardEvent} event */
 function keys(event) {
   const target = /** @type {HTMLElement} */ (event.target);
-  if (event.ctrlKey || event.metaKey || event.altKey || target.closest("input, select, textarea, dialog, [role=option]")) return;
+  const isTaken = target.checkVisibility() && target.closest("input, select, textarea, dialog, [role=option]");
+  if (event.ctrlKey || event.metaKey || event.altKey || isTaken) return;
   const at = scenario(), layer = at.layers.indexOf(view.layer);
   const go = /** @type {Record<string, () => void>} */ ({
     ArrowUp: () => choose({ layer: at.layers[Math.max(0, layer - 1)] }),

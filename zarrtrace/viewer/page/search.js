@@ -160,16 +160,14 @@ function open() {
 
 /** @param {KeyboardEvent} event */
 function keys(event) {
-  const isField = /** @type {HTMLElement} */ (event.target).closest("input:not([type=range], [type=checkbox]), select, textarea");
+  const target = /** @type {HTMLElement} */ (event.target);
+  // A field that has closed with its dialog still gets keys until the browser draws again.
+  const isField = target.checkVisibility() && target.closest("input:not([type=range], [type=checkbox]), select, textarea");
   const isPlain = !event.ctrlKey && !event.metaKey && !event.altKey && !isField;
   if ((isPlain && event.key === "/") || ((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "k")) open();
   else if (isPlain && event.key === "?" && !dialog("search").open) {
     if (!dialog("keys").open) dialog("keys").showModal();
-  } else {
-    // A field that closes with its dialog would have the next key until the browser draws again.
-    if (event.key === "Escape" && !event.isComposing && dialog("search").open) field.blur();
-    return;
-  }
+  } else return;
   event.preventDefault();
 }
 
