@@ -379,13 +379,14 @@ def test_workers_of_this_machine(single_attention: dict[str, bytes], tmp_path: P
 
 
 _FORKED = """
-import multiprocessing, os, signal, sys
+import gc, multiprocessing, os, signal, sys
 from zarrtrace.extraction import Options, fork_server
 
 def look(there):
     blocked = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
     modules = [name in sys.modules for name in ("torch", "zarrtrace.extraction.worker")]
-    there.send([*modules, os.environ["OMP_NUM_THREADS"], blocked])
+    garbage = gc.isenabled(), gc.get_freeze_count() > 100_000
+    there.send([*modules, os.environ["OMP_NUM_THREADS"], blocked, *garbage])
 
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "3"
@@ -398,7 +399,7 @@ if __name__ == "__main__":
     assert fork_server.gpu_count() == int(sys.argv[1])
     process = multiprocessing.get_context("forkserver").Process(target=look, args=(there,))
     process.start()
-    assert here.recv() == [True, True, "3", True]
+    assert here.recv() == [True, True, "3", True, True, True]
     process.join()
 """
 

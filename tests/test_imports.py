@@ -43,6 +43,34 @@ def imported(code: str, *arguments: str) -> set[str]:
 CLI = "from zarrtrace.cli import main\nmain()"
 
 
+_GARBAGE = """
+import gc, sys
+from zarrtrace.extraction.options import NOTHING_LOADED, Options
+from zarrtrace.extraction.packages import capture_package, no_garbage
+from zarrtrace.extraction.sae_sources import sae_source
+phases = []
+gc.callbacks.append(lambda phase, info: phases.append(phase))
+capture_package()
+sae_source(Options(), NOTHING_LOADED, None)
+assert {"torch", "transformers", "sae_lens"} <= {*sys.modules}
+print(gc.isenabled(), len(phases))
+gc.disable()
+with no_garbage():
+    pass
+print(gc.isenabled())
+"""
+
+
+@pytest.mark.torch
+def test_imports_do_not_look_for_garbage() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _GARBAGE], capture_output=True, text=True, check=True
+    )
+    enabled, times, after = done.stdout.split()
+    assert (enabled, after) == ("True", "False"), done.stderr
+    assert int(times) < 50  # as it would else be more than a thousand times
+
+
 def test_import_is_light() -> None:
     assert imported("import zarrtrace") == set()
     alone = "import sys; old = {*sys.modules}; import zarrtrace; print(len({*sys.modules} - old))"

@@ -5,6 +5,8 @@ Nothing but click is imported until a subcommand runs.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
 import io
 import os
@@ -96,6 +98,8 @@ def main() -> None:
     # Else pydantic reads the metadata of every package there is, a tenth of a second before the
     # first line of an extraction.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
+    # At its end Python looks through everything for garbage, a second after an extraction.
+    atexit.register(gc.freeze)
     sys.excepthook = _show_traceback
     warnings.showwarning = _show_warning
     with interruptible() as signals:

@@ -1,5 +1,6 @@
 """Imports of the fork server: what workers of this machine need, before they are forked."""
 
+import gc
 import importlib
 import os
 from contextlib import suppress
@@ -7,7 +8,15 @@ from contextlib import suppress
 from zarrtrace.extraction.packages import capture_package
 from zarrtrace.extraction.writer_template import die_with
 
+
+def _look_for_garbage() -> None:
+    gc.freeze()  # what a worker begins with is none
+    gc.enable()
+
+
 die_with(os.getppid())  # it would notice only after the imports
+gc.disable()  # as in packages.no_garbage
+os.register_at_fork(after_in_child=_look_for_garbage)
 with suppress(Exception):  # workers say what cannot be imported
     importlib.import_module("zarrtrace.extraction.worker")
     capture_package()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from zarrtrace.errors import ConfigError, install_command
@@ -18,7 +21,8 @@ def capture_package() -> Any:
     """
     set_environment()
     try:
-        from zarrtrace import capture  # noqa: PLC0415 -- torch takes seconds
+        with no_garbage():
+            from zarrtrace import capture  # noqa: PLC0415 -- torch takes seconds
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"extracting needs {error.name}, which is not installed",
@@ -26,6 +30,22 @@ def capture_package() -> Any:
             remedy=install_command("extract"),
         ) from error
     return capture
+
+
+@contextmanager
+def no_garbage() -> Iterator[None]:
+    """Let Python not look for garbage while libraries are imported.
+
+    Nearly all that importing makes stays. To walk through it again and again takes a fifth of the
+    time of importing torch, transformers and sae-lens.
+    """
+    looks_for_it = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if looks_for_it:
+            gc.enable()
 
 
 def set_environment() -> None:

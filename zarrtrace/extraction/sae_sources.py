@@ -10,6 +10,7 @@ from zarrtrace.extraction.options import (
     Loaded,
     Options,
 )
+from zarrtrace.extraction.packages import no_garbage
 from zarrtrace.format.attributes import SAEAttributes
 
 if TYPE_CHECKING:  # they import torch
@@ -21,7 +22,8 @@ SAEs = dict[int, tuple[SAEAttributes, ...]]
 
 def sae_source(options: Options, loaded: Loaded, model: LoadedModel) -> SAESource:
     """Return where SAEs come from, and how they multiply."""
-    source = _place(options, loaded)
+    with no_garbage():
+        source = _place(options, loaded)
     if options.sae_products == "float32":
         return source
     from zarrtrace.capture.half_products import HalfProducts  # noqa: PLC0415
