@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,16 +134,8 @@ def test_batches_hold_each_prompts_own_tokens(
     models: Models, dtype: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit what an encoder is given, in batches and parts of them."""
-    if way == "device":  # what goes from a GPU to the host, on a CPU
-        monkeypatch.setattr(copies.Copies, "__init__", _with_stream)
-        for name, value in {
-            "Event": _Stream,
-            "current_stream": _Stream,
-            "stream": lambda _: nullcontext(),
-        }.items():
-            monkeypatch.setattr(torch.cuda, name, value)
-        for module in (copies, features):
-            monkeypatch.setattr(module, "begin_copy", torch.Tensor.clone)
+    if way == "device":
+        _copy_as_from_a_gpu(monkeypatch)
     lengths = {"a": 5, "b": 9, "c": 7, "d": 2}
     requests = [
         architectures.request(architectures.random_ids(length), name)
@@ -169,6 +162,38 @@ def test_batches_hold_each_prompts_own_tokens(
         assert given.any()
 
 
+@pytest.mark.parametrize("way", ["host", "device"])
+def test_rows_of_one_prompt_are_each_tokens_own(
+    models: Models, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "device":
+        _copy_as_from_a_gpu(monkeypatch)
+    source, asked = Activations(), [architectures.request(architectures.random_ids(50))]
+
+    def captured(limits: CaptureLimits) -> list[LayerRecord]:
+        found = records_of(
+            replace(models("Llama", "bfloat16"), limits=limits),
+            asked,
+            attention_dtype=None,
+            saes=source.find(range(4)),
+            source=source,
+            residual={layer: f"blocks.{layer}.hook_resid_post" for layer in range(4)},
+        )
+        return [one for one in found if isinstance(one, LayerRecord)]
+
+    whole = {one.layer: np.asarray(one.residual) for one in captured(CaptureLimits())}
+    parts = captured(CaptureLimits(layout=Limits(file_bytes=1, record_bytes=1, tokens=4)))
+    for layer, expected in whole.items():
+        streams = [one for one in parts if one.layer == layer and one.residual is not None]
+        encoded = [one for one in parts if one.layer == layer and one.features]
+        for found in (streams, encoded):
+            assert [one.start for one in found] == list(range(0, 50, 4))
+        residual = np.concatenate([np.asarray(one.residual) for one in streams])
+        given = [np.asarray(one.features["features"].activations) for one in encoded]
+        np.testing.assert_array_equal(residual, expected)
+        np.testing.assert_array_equal(np.concatenate(given), expected)
+
+
 def test_a_model_that_changes_what_it_passed_on_changes_no_record(models: Models) -> None:
     model, ids = models("Llama"), architectures.random_ids(9)
 
@@ -189,6 +214,19 @@ def test_a_model_that_changes_what_it_passed_on_changes_no_record(models: Models
         np.testing.assert_array_equal(captured()[1].residual, expected)
     finally:
         handle.remove()
+
+
+def _copy_as_from_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a CPU do what is done to bring a GPU's results to the host."""
+    monkeypatch.setattr(copies.Copies, "__init__", _with_stream)
+    for name, value in {
+        "Event": _Stream,
+        "current_stream": _Stream,
+        "stream": lambda _: nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    for module in (copies, features):
+        monkeypatch.setattr(module, "begin_copy", torch.Tensor.clone)
 
 
 def _with_stream(self: copies.Copies, device: torch.device) -> None:

@@ -16,12 +16,12 @@ from zarrtrace.capture.host import begin_copy, to_host
 from zarrtrace.capture.lockstep import BlockState
 from zarrtrace.capture.model import DTYPES
 from zarrtrace.layer_batches import LayerBatch, SparseFeatures
-from zarrtrace.records import BFloat16
+from zarrtrace.records import BFloat16, LayerRecord
 
 if TYPE_CHECKING:
     from zarrtrace.capture.encoder import Encoder
 
-# Copies on their way at once, where attention is not captured: a GPU has work for the milliseconds
+# Copies on their way at once, where they hold no attention: a GPU has work for the milliseconds
 # in which other threads hold Python's lock.
 _LATE = 4
 
@@ -41,6 +41,8 @@ class BlockOutput:
         Inputs of encoders, with the encoders ``(token, d_in)``, by array name.
     residual
         ``(token, channel)``, bfloat16 as int16, or None.
+    start
+        Of some rows of one prompt, the number of the first; None for all rows of the batch.
     """
 
     batch: Batch
@@ -49,6 +51,7 @@ class BlockOutput:
     mean: torch.Tensor | None
     inputs: Mapping[str, tuple[Encoder, torch.Tensor]]
     residual: torch.Tensor | None = None
+    start: int | None = None
 
     @classmethod
     def by(
@@ -77,11 +80,28 @@ class BlockOutput:
                 )
                 for one in encoders
             }
-            if residual is not None:
-                residual = _own(residual)
-        return cls(batch, state.layer, attention, mean, inputs, residual)
+        return cls(batch, state.layer, attention, mean, inputs, _own(residual))
 
-    def on_host(self) -> LayerBatch:
+    @classmethod
+    def parts(
+        cls,
+        batch: Batch,
+        layer: int,
+        rows: int,
+        *,
+        encoder: tuple[Encoder, torch.Tensor] | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> Iterator[BlockOutput]:
+        """Cut an encoder's inputs, or a residual stream, of one prompt into so many rows each."""
+        inputs = encoder[1] if encoder else residual
+        assert inputs is not None  # noqa: S101 -- one of the two is given
+        for start in range(0, len(inputs), rows):
+            some = slice(start, start + rows)
+            found = {encoder[0].attributes.variable: (encoder[0], inputs[some])} if encoder else {}
+            kept = None if residual is None else _own(residual[some])
+            yield cls(batch, layer, None, None, found, kept, start)
+
+    def on_host(self) -> LayerBatch | LayerRecord:
         """Encode the tokens of a batch together, and bring all to the host."""
         return self.of(
             None if self.attention is None else to_host(self.attention),
@@ -96,9 +116,17 @@ class BlockOutput:
         mean: np.ndarray | None,
         features: Mapping[str, SparseFeatures],
         residual: np.ndarray | None,
-    ) -> LayerBatch:
-        """Return the batch of what was brought to the host."""
+    ) -> LayerBatch | LayerRecord:
+        """Return the record of what was brought to the host."""
         requests = self.batch.requests
+        if self.start is not None:
+            return LayerRecord(
+                scenario=requests[0].prompt.scenario.name,
+                layer=self.layer,
+                start=self.start,
+                features={name: found.record() for name, found in features.items()},
+                residual=None if residual is None else _with_halves(residual),
+            )
         return LayerBatch(
             self.layer,
             self.batch.members,
@@ -116,8 +144,11 @@ def _taken_rows(attention: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return attention.gather(2, at)
 
 
-def _own(hidden: torch.Tensor) -> torch.Tensor:
+@torch.inference_mode()
+def _own(hidden: torch.Tensor | None) -> torch.Tensor | None:
     """Return a copy, bfloat16 as int16: the model may change what it passes on."""
+    if hidden is None:
+        return None
     copied = hidden.clone()
     return copied.view(torch.int16) if copied.dtype == torch.bfloat16 else copied
 
@@ -125,12 +156,6 @@ def _own(hidden: torch.Tensor) -> torch.Tensor:
 def _with_halves(array: np.ndarray) -> np.ndarray | BFloat16:
     """Return an array of the host's in which bfloat16 is int16."""
     return BFloat16(array.view(np.uint16)) if array.dtype == np.int16 else array
-
-
-@torch.inference_mode()
-def rows_on_host(hidden: torch.Tensor) -> np.ndarray | BFloat16:
-    """Bring some rows ``(token, channel)`` of what a model passes on to the host, as a copy."""
-    return _with_halves(to_host(_own(hidden)))
 
 
 class Copies:
@@ -152,7 +177,7 @@ class Copies:
         self._waiting: deque[Copy] = deque()
         self._most: dict[str, float] = {}
 
-    def of(self, made: BlockOutput) -> Iterator[LayerBatch]:
+    def of(self, made: BlockOutput) -> Iterator[LayerBatch | LayerRecord]:
         """Yield what has arrived: on a GPU, what was given some batches before."""
         if self._side is None:
             yield made.on_host()
@@ -163,7 +188,7 @@ class Copies:
         while len(self._waiting) > late or self._waiting[0].layer != made.layer:
             yield self._waiting.popleft().arrived(self._most)
 
-    def rest(self) -> Iterator[LayerBatch]:
+    def rest(self) -> Iterator[LayerBatch | LayerRecord]:
         """Yield what is still on its way."""
         while self._waiting:
             yield self._waiting.popleft().arrived(self._most)
@@ -199,7 +224,7 @@ class Copy:
                 encoding.begin()
             self._done.record(side)
 
-    def arrived(self, most: dict[str, float]) -> LayerBatch:
+    def arrived(self, most: dict[str, float]) -> LayerBatch | LayerRecord:
         """Wait for the copy; note the most non-zero features in `most`."""
         self._done.synchronize()
         features = {name: encoding.arrived() for name, encoding in self._features.items()}

@@ -149,7 +149,8 @@ class Encoding:
 
     @torch.inference_mode()
     def __init__(self, encoder: Encoder, inputs: torch.Tensor, active: float | None) -> None:
-        self._encoder, self._inputs = encoder, inputs
+        # Copied, for the model may change what it passes on before they are encoded again.
+        self._encoder, self._inputs = encoder, inputs.clone()
         each = _ACTIVE if active is None else int(1.5 * active) + 16
         self._sound = _sound(inputs)
         self._found = [

@@ -11,9 +11,8 @@ import torch
 
 from zarrtrace.capture.batches import Batch, Request, batches, goes_in_several_waves, waves
 from zarrtrace.capture.blocked import AttentionRows
-from zarrtrace.capture.copies import BlockOutput, Copies, rows_on_host
+from zarrtrace.capture.copies import BlockOutput, Copies
 from zarrtrace.capture.encoder_prefetch import Encoders, keeping
-from zarrtrace.capture.features import encode
 from zarrtrace.capture.hooks import parse_hook
 from zarrtrace.capture.host import to_host
 from zarrtrace.capture.lockstep import BlockState, Logits, taps
@@ -220,32 +219,19 @@ def _block_records(
     if len(batch.requests) > 1:
         large = []
     whole = [encoder for encoder in encoders if encoder not in large]
-    parts: Sequence[torch.Tensor] = ()
+    cut = None
     if hidden is not None and len(batch.requests) == 1:
-        step = residual_rows(stored, hidden.shape[1], limits)
-        if stored > step:
-            parts = torch.split(hidden, step)
-            hidden = None
+        rows = residual_rows(stored, hidden.shape[1], limits)
+        if stored > rows:
+            cut, hidden = BlockOutput.parts(batch, state.layer, rows, residual=hidden), None
     yield from copies.of(BlockOutput.by(batch, state, attention_dtype, whole, hidden))
-    for number, some in enumerate(parts):
-        yield LayerRecord(
-            scenario=batch.requests[0].prompt.scenario.name,
-            layer=state.layer,
-            start=number * step,
-            residual=rows_on_host(some),
-        )
+    for part in cut or ():
+        yield from copies.of(part)
     for encoder in large:
-        step = feature_rows(stored, encoder.attributes.d_sae, limits)
-        for start in range(0, stored, step):
-            rows = slice(start, start + step)
-            inputs = batch.tokens(state.hooks[encoder.hook.kind], encoder.attributes.d_in)[rows]
-            features = encode(encoder, inputs).record()
-            yield LayerRecord(
-                scenario=batch.requests[0].prompt.scenario.name,
-                layer=state.layer,
-                start=start,
-                features={encoder.attributes.variable: features},
-            )
+        rows = feature_rows(stored, encoder.attributes.d_sae, limits)
+        inputs = batch.tokens(state.hooks[encoder.hook.kind], encoder.attributes.d_in)
+        for part in BlockOutput.parts(batch, state.layer, rows, encoder=(encoder, inputs)):
+            yield from copies.of(part)
 
 
 def _tokens_records(batch: Batch, texts: TokenTexts) -> list[TokensRecord]:
