@@ -36,7 +36,9 @@ def two(monkeypatch: pytest.MonkeyPatch) -> Iterator[WriterPool]:
     """Extraction on a CPU writes with two processes, the same ones in every run."""
     with WriterPool(2) as pool:
         monkeypatch.setattr(
-            running, "WriterThreads", lambda traces, watch: WriterProcesses(traces, watch, pool)
+            running,
+            "WriterThreads",
+            lambda traces, watch, **_: WriterProcesses(traces, watch, pool),
         )
         yield pool
 

@@ -128,14 +128,14 @@ def _attention(
     running = _sinks[-1]
     sink = running if running.layer in running.layers else None
     eager = partial(_eager(module), module, **kwargs)
-    tokens, heads = query.shape[2], query.shape[1]
+    heads = query.shape[1]
     if (sink is None or sink.queries is not None) and _plain(kwargs):
         if sink is not None:
             _chosen_rows(sink, eager, query, key, value, attention_mask)
         scaling = kwargs.get("scaling")
         return _fast(query, key, value, attention_mask, scaling, running.limits), None
     out = []
-    for rows in _blocks(tokens, heads, key.shape[2], running.limits):
+    for rows in _blocks(query, heads, key.shape[2], running.limits):
         keys = slice(0, rows.stop)
         part, weights = eager(
             query[:, :, rows.start : rows.stop],
@@ -198,7 +198,7 @@ def _fast(
             scale=scaling,
             enable_gqa=key.shape[1] != query.shape[1],
         )
-        for rows in _blocks(query.shape[2], 1, key.shape[2], limits)
+        for rows in _blocks(query, 1, key.shape[2], limits)
     ]
     return torch.cat(out, dim=2).transpose(1, 2).contiguous()
 
@@ -215,9 +215,11 @@ def _eager(module: nn.Module) -> Callable[..., tuple[torch.Tensor, torch.Tensor]
     return found
 
 
-def _blocks(tokens: int, heads: int, keys: int, limits: CaptureLimits) -> Iterator[range]:
-    rows = limits.block_rows
-    step = max(rows, limits.block_bytes // (heads * keys * 4) // rows * rows)
+def _blocks(query: torch.Tensor, heads: int, keys: int, limits: CaptureLimits) -> Iterator[range]:
+    """Cut queries ``(sequence, head, query, d)`` so that a block has scores of a certain size."""
+    tokens, rows = query.shape[2], limits.block_rows
+    size = limits.block_bytes if query.device.type == "cpu" else limits.gpu_block_bytes
+    step = max(rows, size // (heads * keys * 4) // rows * rows)
     for start in range(0, tokens, step):
         yield range(start, min(start + step, tokens))
 

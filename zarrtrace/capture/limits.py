@@ -21,6 +21,8 @@ class CaptureLimits:
     block_bytes
         Size of the scores of a block of queries; eager functions hold about four times that. No
         larger: blocks grow with their keys, and the allocator keeps what it freed of each size.
+    gpu_block_bytes
+        The same on a GPU, which small blocks leave idle: it is done before the next is launched.
     block_rows
         Queries of a block: a multiple of this, and at least this.
     logit_rows
@@ -32,6 +34,7 @@ class CaptureLimits:
     layout: Limits = DEFAULT_LIMITS
     whole_bytes: int = 256 * 2**20
     block_bytes: int = 8 * 2**20
+    gpu_block_bytes: int = 256 * 2**20
     block_rows: int = 16
     logit_rows: int = 512
     mlp_tokens: int = 8192

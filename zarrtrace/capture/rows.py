@@ -8,8 +8,10 @@ import numpy as np
 import torch
 
 from zarrtrace.capture.blocked import AttentionRows
+from zarrtrace.capture.host import to_host
 from zarrtrace.capture.model import DTYPES
 from zarrtrace.errors import ModelError
+from zarrtrace.records import BFloat16
 
 
 class RowBuffer:
@@ -24,7 +26,8 @@ class RowBuffer:
     positions
         Token positions that will come; None for all.
     dtype
-        Precision of what is taken: ``"float32"`` or ``"float16"``.
+        Precision of what is taken: ``"float32"`` or ``"float16"``; bfloat16 is taken as it is where
+        that is ``"float32"``.
     """
 
     def __init__(
@@ -44,10 +47,10 @@ class RowBuffer:
     def _new(self) -> None:
         rows = min(self._rows, self._total - self._start)
         self._filled = 0
-        self._weights = np.zeros((self._heads, rows, self._tokens), self._dtype)
+        self._weights: np.ndarray | None = None  # its type is that of the first rows
         self._mean = np.zeros((rows, self._tokens), np.float32)
 
-    def add(self, step: AttentionRows) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    def add(self, step: AttentionRows) -> Iterator[tuple[int, np.ndarray | BFloat16, np.ndarray]]:
         """Take rows in; yield every buffer that they fill.
 
         Yields
@@ -66,18 +69,25 @@ class RowBuffer:
                 why="Its block computes attention more than once.",
                 remedy="Use --attention-capture whole.",
             )
-        keys = step.weights.shape[-1]
-        weights = step.weights.to(DTYPES[self._dtype]).cpu().numpy()
-        mean = step.weights.mean(0, dtype=torch.float32).cpu().numpy()
+        keys, is_half = step.weights.shape[-1], step.weights.dtype == torch.bfloat16
+        is_half = is_half and self._dtype == "float32"
+        kept = step.weights.view(torch.int16) if is_half else step.weights.to(DTYPES[self._dtype])
+        weights = to_host(kept)
+        weights = weights.view(np.uint16) if is_half else weights
+        mean = to_host(step.weights.mean(0, dtype=torch.float32))
         at = 0
         while at < weights.shape[1]:
-            count = min(weights.shape[1] - at, self._weights.shape[1] - self._filled)
+            rows = self._mean.shape[0]
+            if self._weights is None:
+                self._weights = np.zeros((self._heads, rows, self._tokens), weights.dtype)
+            count = min(weights.shape[1] - at, rows - self._filled)
             into, of = slice(self._filled, self._filled + count), slice(at, at + count)
             self._weights[:, into, :keys] = weights[:, of]
             self._mean[into, :keys] = mean[of]
             self._filled += count
             at += count
-            if self._filled == self._weights.shape[1]:
-                yield self._start, self._weights, self._mean
+            if self._filled == rows:
+                made = BFloat16(self._weights) if is_half else self._weights
+                yield self._start, made, self._mean
                 self._start += self._filled
                 self._new()

@@ -7,7 +7,6 @@ two, and resume.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -23,7 +22,6 @@ from zarrtrace.extraction.packages import capture_package
 from zarrtrace.extraction.processes import FEW_TRACES, WriterPool, WriterProcesses
 from zarrtrace.extraction.progress import GenerationProgress, Progress, ProgressListener, Shown, say
 from zarrtrace.extraction.writers import (
-    THREADS,
     MissingParts,
     Record,
     Traces,
@@ -217,10 +215,9 @@ def fill(
 
 
 def _writers(job: Job, traces: Traces, watch: ProgressListener, pool: WriterPool) -> Writers:
-    if job.model.device.type == "cpu":
-        return WriterThreads(traces, watch)
-    if len(traces.each) < FEW_TRACES:  # each would have one process
-        return WriterThreads(traces, watch, os.cpu_count() or THREADS)
+    gpu = job.model.device.type != "cpu"
+    if not gpu or len(traces.each) < FEW_TRACES:  # each would have one process
+        return WriterThreads(traces, watch, gpu=gpu)
     return WriterProcesses(traces, watch, pool, job.batch_size)
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, Self
 
 from zarrtrace.extraction.progress import ProgressListener
 from zarrtrace.layer_batches import LayerBatch
-from zarrtrace.machine import release_freed
+from zarrtrace.machine import cpus, release_freed
 from zarrtrace.records import LayerRecord, TokensRecord, TracePlan
 from zarrtrace.storage import Location, disk
 from zarrtrace.store import TraceWriter, is_untouched, staging_folder
@@ -25,8 +25,11 @@ Record = LayerBatch | LayerRecord | TokensRecord
 
 #: Two in parallel with a CPU that computes.
 THREADS = 2
-# Bytes of records that wait or are being written, by writer; one record may be larger.
-_BYTES_A_WRITER = 8 * 2**20
+# Bytes of records that wait or are being written, by writer; one record may be larger. Beside a GPU
+# as much as a record of a long prompt in bfloat16, so that none is idle.
+_BYTES_A_WRITER, _BESIDE_A_GPU = 8 * 2**20, 32 * 2**20
+# Threads beside a GPU, at most: Python's lock keeps more from being busy.
+_MOST_THREADS = 16
 # After a record of this size, or this many bytes of small ones, freed memory is given back.
 _LARGE_RECORD = 32 * 2**20
 _SMALL_RECORDS = 64 * 2**20
@@ -261,17 +264,18 @@ class WriterThreads:
         Where to.
     watch
         Is told of what was stored.
-    threads
-        Number of threads.
+    gpu
+        Whether a GPU computes: it leaves them all cores.
     """
 
-    def __init__(self, traces: Traces, watch: ProgressListener, threads: int = THREADS) -> None:
+    def __init__(self, traces: Traces, watch: ProgressListener, *, gpu: bool = False) -> None:
         self._traces, self._watch = OpenTraces(traces), watch
+        threads = max(THREADS, min(cpus(), _MOST_THREADS)) if gpu else THREADS
         self.lacks: Mapping[str, MissingParts] = self._traces.lacks
         self._pool = ThreadPoolExecutor(
             threads, thread_name_prefix="zarrtrace-write", initializer=_give_way
         )
-        self._room = MemoryBudget(min(threads, max(THREADS, os.cpu_count() or 1)) * _BYTES_A_WRITER)
+        self._room = MemoryBudget(threads * (_BESIDE_A_GPU if gpu else _BYTES_A_WRITER))
         self._freed, self._mutex = 0, threading.Lock()
         self._numbers = count()
         # What failed, by number of its record: that of the earliest is raised, whichever thread
