@@ -42,7 +42,7 @@ class BlockOutput:
     residual
         ``(token, channel)``, bfloat16 as int16, or None.
     start
-        Of some rows of one prompt, the number of the first; None for all rows of the batch.
+        Number of the first row, where these are some rows of one prompt; None for all of the batch.
     """
 
     batch: Batch
