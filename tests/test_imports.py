@@ -44,16 +44,23 @@ CLI = "from zarrtrace.cli import main\nmain()"
 
 
 _GARBAGE = """
-import gc, sys
+import contextlib, gc, sys
+from zarrtrace.errors import ConfigError
 from zarrtrace.extraction.options import NOTHING_LOADED, Options
 from zarrtrace.extraction.packages import capture_package, no_garbage
 from zarrtrace.extraction.sae_sources import sae_source
-phases = []
-gc.callbacks.append(lambda phase, info: phases.append(phase))
-capture_package()
-sae_source(Options(), NOTHING_LOADED, None)
-assert {"torch", "transformers", "sae_lens"} <= {*sys.modules}
-print(gc.isenabled(), len(phases))
+
+class Torch:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print(gc.isenabled())
+            raise ModuleNotFoundError(name=name)
+
+sys.meta_path.insert(0, Torch())
+for call in (capture_package, lambda: sae_source(Options(), NOTHING_LOADED, None)):
+    with contextlib.suppress(ConfigError, ModuleNotFoundError):
+        call()
+    print(gc.isenabled())
 gc.disable()
 with no_garbage():
     pass
@@ -61,14 +68,12 @@ print(gc.isenabled())
 """
 
 
-@pytest.mark.torch
 def test_imports_do_not_look_for_garbage() -> None:
+    """Torch takes seconds, so that the import is broken off where it would begin."""
     done = subprocess.run(
         [sys.executable, "-c", _GARBAGE], capture_output=True, text=True, check=True
     )
-    enabled, times, after = done.stdout.split()
-    assert (enabled, after) == ("True", "False"), done.stderr
-    assert int(times) < 50  # as it would else be more than a thousand times
+    assert done.stdout.split() == ["False", "True", "False", "True", "False"]
 
 
 def test_import_is_light() -> None:
