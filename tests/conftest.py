@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import gc
 import importlib.util
 import io
 import os
@@ -24,6 +25,9 @@ import fakes
 # matrix product otherwise, and tests compare what processes store bit for bit.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
+
+# Until all tests are collected: nearly all that importing makes stays.
+gc.disable()
 
 settings.register_profile(
     "zarrtrace",
@@ -100,6 +104,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="Of long tests, run those alone that another version of Python or zarr may change.",
     )
+
+
+def pytest_collection_finish() -> None:
+    """Look for garbage again, but not among what is there."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
