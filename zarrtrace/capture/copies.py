@@ -84,22 +84,16 @@ class BlockOutput:
 
     @classmethod
     def parts(
-        cls,
-        batch: Batch,
-        layer: int,
-        rows: int,
-        *,
-        encoder: tuple[Encoder, torch.Tensor] | None = None,
-        residual: torch.Tensor | None = None,
+        cls, batch: Batch, layer: int, rows: int, hidden: torch.Tensor, encoder: Encoder | None
     ) -> Iterator[BlockOutput]:
-        """Cut an encoder's inputs, or a residual stream, of one prompt into so many rows each."""
-        inputs = encoder[1] if encoder else residual
-        assert inputs is not None  # noqa: S101 -- one of the two is given
-        for start in range(0, len(inputs), rows):
-            some = slice(start, start + rows)
-            found = {encoder[0].attributes.variable: (encoder[0], inputs[some])} if encoder else {}
-            kept = None if residual is None else _own(residual[some])
-            yield cls(batch, layer, None, None, found, kept, start)
+        """Cut inputs of an encoder, or else a residual stream, of one prompt into so many rows."""
+        for start in range(0, len(hidden), rows):
+            some = hidden[start : start + rows]
+            if encoder is None:
+                yield cls(batch, layer, None, None, {}, _own(some), start)
+            else:
+                inputs = {encoder.attributes.variable: (encoder, some)}
+                yield cls(batch, layer, None, None, inputs, start=start)
 
     def on_host(self) -> LayerBatch | LayerRecord:
         """Encode the tokens of a batch together, and bring all to the host."""

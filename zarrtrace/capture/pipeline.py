@@ -223,14 +223,14 @@ def _block_records(
     if hidden is not None and len(batch.requests) == 1:
         rows = residual_rows(stored, hidden.shape[1], limits)
         if stored > rows:
-            cut, hidden = BlockOutput.parts(batch, state.layer, rows, residual=hidden), None
+            cut, hidden = BlockOutput.parts(batch, state.layer, rows, hidden, None), None
     yield from copies.of(BlockOutput.by(batch, state, attention_dtype, whole, hidden))
     for part in cut or ():
         yield from copies.of(part)
     for encoder in large:
         rows = feature_rows(stored, encoder.attributes.d_sae, limits)
         inputs = batch.tokens(state.hooks[encoder.hook.kind], encoder.attributes.d_in)
-        for part in BlockOutput.parts(batch, state.layer, rows, encoder=(encoder, inputs)):
+        for part in BlockOutput.parts(batch, state.layer, rows, inputs, encoder):
             yield from copies.of(part)
 
 

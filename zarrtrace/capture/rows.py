@@ -69,8 +69,8 @@ class RowBuffer:
                 why="Its block computes attention more than once.",
                 remedy="Use --attention-capture whole.",
             )
-        keys, is_half = step.weights.shape[-1], step.weights.dtype == torch.bfloat16
-        is_half = is_half and self._dtype == "float32"
+        keys = step.weights.shape[-1]
+        is_half = step.weights.dtype == torch.bfloat16 and self._dtype == "float32"
         kept = step.weights.view(torch.int16) if is_half else step.weights.to(DTYPES[self._dtype])
         weights = to_host(kept)
         weights = weights.view(np.uint16) if is_half else weights
