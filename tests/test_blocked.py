@@ -62,6 +62,15 @@ IN_PARTS = CaptureLimits(
 )
 
 
+@pytest.mark.parametrize(("device", "rows"), [("cpu", 16), ("meta", 256)])
+def test_blocks_are_larger_where_small_ones_leave_a_device_idle(device: str, rows: int) -> None:
+    """Scores of 32 heads over 8,192 keys in float32: 8 and 256 MiB a block."""
+    query = torch.empty((1, 32, 8192, 4), device=device)
+    found = list(blocked._blocks(query, 32, 8192, CaptureLimits()))
+    assert [len(block) for block in found] == [rows] * (8192 // rows)
+    assert [at for block in found for at in block] == list(range(8192))
+
+
 def in_parts(model: LoadedModel, limits: CaptureLimits = IN_PARTS) -> LoadedModel:
     return replace(model, limits=limits)
 

@@ -106,6 +106,26 @@ def test_the_error_of_the_earliest_record_is_raised(
         submit_all()
 
 
+def test_beside_a_gpu_every_thread_has_a_record_of_a_long_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records of 32 MiB, all of which are in hand before the first is done."""
+    cores = 3
+    together = threading.Barrier(cores)
+
+    def append(_self: OpenTraces, _record: LayerRecord) -> list[Stored]:
+        together.wait(SECONDS)
+        return []
+
+    monkeypatch.setattr(OpenTraces, "append", append)
+    monkeypatch.setattr(writers, "cpus", lambda: cores)
+    monkeypatch.setattr(writers, "bytes_of", lambda _record: 32 * 2**20)
+    asked = traces(tmp_path / "run", [fakes.make_plan(NAMES[0])])
+    with writers.WriterThreads(asked, _Nobody(), gpu=True) as opened:
+        for _ in range(cores):
+            opened.submit(next(iter(fakes.make_records(NAMES[0]))))
+
+
 def test_a_trace_that_cannot_be_published_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
