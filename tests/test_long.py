@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zarrtrace import machine
 from zarrtrace.capture import CaptureLimits, LoadedModel
 from zarrtrace.errors import IncompleteError
-from zarrtrace.extraction import Options, extract_run
+from zarrtrace.extraction import Options, estimate, extract_run, prepare
 from zarrtrace.format.layout import Limits
 from zarrtrace.store import open_trace, verify
 
@@ -260,6 +260,35 @@ def test_the_benchmark_measures_every_way(bench: ModuleType, tmp_path: Path, way
         ds = open_trace(tmp_path / f"{way}300" / "long")
         assert ds.sizes["query"] == 300
         assert ds.attrs["model"]["attn_implementation"] == "blocked"
+
+
+def test_expected_memory_of_long_prompts_does_not_grow_as_the_square(
+    bench: ModuleType, tmp_path: Path
+) -> None:
+    bench.make_model(tmp_path / "model")
+
+    def expected(way: str, tokens: int) -> int:
+        options = bench.make_options(way, tokens, tmp_path)
+        return estimate(prepare(options, weights=False)).host_bytes
+
+    def growth(way: str) -> float:
+        return expected(way, 8192) / expected(way, 4096)
+
+    assert growth("whole") > 2.5  # or this test could not fail
+    assert growth("blocked") < 1.2
+    assert growth("last") < 1.2
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("way", ["blocked", "last"])
+def test_expected_memory_is_what_a_process_takes(
+    bench: ModuleType, tmp_path: Path, way: str
+) -> None:
+    bench.make_model(tmp_path / "model")
+    found = bench.in_process(way, 3000, tmp_path)
+    taken = found["baseline_bytes"] + found["beyond_bytes"]
+    # Libraries take different amounts on other machines; too little would mislead.
+    assert taken <= found["expected_bytes"] <= 3 * taken
 
 
 def test_the_benchmark_lets_figures_grow_as_the_square(bench: ModuleType) -> None:

@@ -7,7 +7,8 @@ imported and the model loaded; the peak is the highest resident set of the whole
 
 ``whole`` is what transformers does with ``output_attentions=True``: nothing is stored, and its
 figure for lengths that were not run grows as the square. ``blocked`` and ``last`` are whole
-extractions, with compression and writing: all rows of attention, and only the last one.
+extractions, with compression and writing: all rows of attention, and only the last one. Beside the
+process's whole peak stands what ``zarrtrace extract --dry-run`` expects of them.
 
 Run it with nothing else on the machine; 16,384 tokens take some 8 GB of disk:
 ``python scripts/bench/long_prompts.py [--tokens N ...] [--ways WAY ...] [--scratch FOLDER]``.
@@ -21,9 +22,12 @@ import random
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import common
+
+if TYPE_CHECKING:
+    from zarrtrace.extraction import Options
 
 LAYERS, HEADS = 4, 4
 TOKENS = (2048, 4096, 8192, 16384)
@@ -79,29 +83,38 @@ def make_suite(file: Path, tokenizer: Any, tokens: int) -> None:
     )
 
 
-def measure(way: str, tokens: int, work: Path) -> dict[str, Any]:
-    """Measure one way in this process."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def make_options(way: str, tokens: int, work: Path) -> Options:
+    """Return the options of an extraction, and write its suite."""
+    from transformers import AutoTokenizer
 
-    from zarrtrace.capture import hide_progress
-    from zarrtrace.extraction import Options, extract_run
+    from zarrtrace.extraction import Options
 
-    hide_progress()
-    model_path, suite = str(work / "model"), work / f"{way}{tokens}.yaml"
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    make_suite(suite, tokenizer, tokens)
-    options = Options(
-        model=model_path,
+    suite = work / f"{way}{tokens}.yaml"
+    make_suite(suite, AutoTokenizer.from_pretrained(work / "model"), tokens)
+    return Options(
+        model=str(work / "model"),
         features=False,
         layers=tuple(range(LAYERS)),
         scenarios=suite,
-        attention_capture="blocked",
+        attention_capture="whole" if way == "whole" else "blocked",
         attention_positions="last" if way == "last" else None,
     )
+
+
+def measure(way: str, tokens: int, work: Path) -> dict[str, Any]:
+    """Measure one way in this process."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from zarrtrace.capture import hide_progress
+    from zarrtrace.extraction import estimate, extract_run, prepare
+
+    hide_progress()
+    options = make_options(way, tokens, work)
+    job = prepare(options, weights=False)
+    ids = torch.tensor([job.prompts[0].tokens.ids])
+    model_path = str(options.model)
     model = AutoModelForCausalLM.from_pretrained(model_path, attn_implementation="eager")
-    prompt = json.loads(suite.read_text(encoding="utf-8"))["scenarios"][0]["prompt"]
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     with torch.inference_mode():
         model(ids[:, :16], output_attentions=True)
     baseline = common.resident()
@@ -119,6 +132,7 @@ def measure(way: str, tokens: int, work: Path) -> dict[str, Any]:
         "cpu_seconds": time.process_time() - cpu_start,
         "baseline_bytes": baseline,
         "beyond_bytes": common.peak_bytes() - baseline,
+        "expected_bytes": 0 if way == "whole" else estimate(job).host_bytes,
         "result_bytes": result,
     }
 
@@ -147,7 +161,8 @@ def main() -> None:
         return
     results: dict[str, dict[int, Any]] = {way: {} for way in options.ways}
     pairs, beyond = "CPU s a million pairs", "MiB beyond the model"
-    common.print_head("tokens", "way", "s", "CPU s", pairs, beyond, "MB made")
+    peaks = "peak, MiB", "expected"
+    common.print_head("tokens", "way", "s", "CPU s", pairs, beyond, *peaks, "MB made")
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         work = Path(folder)
         make_model(work / "model")
@@ -163,10 +178,15 @@ def main() -> None:
                 print(
                     f"| {tokens:,} | {way} | {shown} | {row['cpu_seconds']:.1f} "
                     f"| {row['cpu_seconds'] / tokens**2 * 1e6:.2f} "
-                    f"| {row['beyond_bytes'] / MIB:,.0f} | {row['result_bytes'] / 1e6:,.1f} |",
+                    f"| {row['beyond_bytes'] / MIB:,.0f} | {_peak(row) / MIB:,.0f} "
+                    f"| {row['expected_bytes'] / MIB:,.0f} | {row['result_bytes'] / 1e6:,.1f} |",
                     flush=True,
                 )
     common.save(options.json, results)
+
+
+def _peak(row: dict[str, Any]) -> int:
+    return int(row["baseline_bytes"] + row["beyond_bytes"])
 
 
 def extrapolated(done: dict[int, dict[str, Any]], tokens: int) -> dict[str, Any]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zarrtrace.extraction.continuations import expected
 from zarrtrace.extraction.job import Job
+from zarrtrace.extraction.packages import capture_package
 from zarrtrace.format.attributes import SAEAttributes
-from zarrtrace.format.layout import TraceShape, trace_layout
+from zarrtrace.format.layout import TraceShape, feature_rows, trace_layout
 from zarrtrace.format.table_layout import table_layout
 
 if TYPE_CHECKING:
@@ -31,7 +33,8 @@ _PER_SAMPLE = 90
 _ACTIVE_FEATURES = 64
 # Python, torch, transformers and sae-lens before the first tensor; buffers of codecs.
 _LIBRARIES_BYTES = 900 * 2**20
-_RECORDS_HELD = 7
+# The one that a thread compresses and the one that waits, and bytes of an active feature in them.
+_RECORDS_HELD, _FEATURE_BYTES = 2, 8
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ def estimate(job: Job) -> Estimate:
         From :func:`zarrtrace.extraction.prepare`; weights are not needed.
     """
     job = expected(job)
-    dense, disk, record, stored = 0, 0.0, 0, 0
+    dense, disk, record, stored = 0, 0.0, 0.0, 0
+    layers = max(1, len(job.layers))
     for prompt in job.prompts:
         shape = job.shape(prompt)
         stored = max(stored, shape.rows)
@@ -76,14 +80,16 @@ def estimate(job: Job) -> Estimate:
         }
         dense += sum(sizes.values())
         disk += _on_disk(job, shape)
-        record = max(record, sum(sizes.values()) // max(1, len(job.layers)))
-    longest = max(len(prompt.tokens.ids) for prompt in job.prompts)
-    host, device = _memory(job, longest, stored)
+        most = shape.limits.record_bytes if prompt.scenario.name in job.blocked else math.inf
+        held = [size // layers for name, size in sizes.items() if name not in shape.features]
+        active = shape.rows * len(shape.features) * _ACTIVE_FEATURES * _FEATURE_BYTES
+        record = max(record, sum(min(size, most) for size in held) + active)
+    host, device = _memory(job, {len(prompt.tokens.ids) for prompt in job.prompts}, stored)
     return Estimate(
         tokens={prompt.scenario.name: len(prompt.tokens.ids) for prompt in job.prompts},
         dense_bytes=dense,
         disk_bytes=round(disk),
-        host_bytes=host + _RECORDS_HELD * record,
+        host_bytes=host + round(_RECORDS_HELD * record),
         device_bytes=device,
     )
 
@@ -96,14 +102,16 @@ def estimate_table(table: TableJob) -> Estimate:
     table
         From :func:`zarrtrace.extraction.table.prepare_table`; weights are not needed.
     """
-    job, samples = table.job, table.survey.samples
+    job, samples, longest = table.job, table.survey.samples, table.survey.longest
     sizes = {
         name: math.prod(layout.shape) * _itemsize(layout.dtype)
         for name, layout in table_layout(table.shape).items()
     }
     group = min(samples, table.most_samples)
     held = group * (_values_on_disk(job) + len(job.layers) * 4 * (job.channels or 0))
-    host, device = _memory(job, table.survey.longest, table.survey.longest)
+    # The others have any length: also the one whose attention is computed whole and the largest.
+    whole = math.isqrt(job.model.limits.whole_bytes // (job.model.n_heads * _computed_size(job)))
+    host, device = _memory(job, {longest, min(longest, whole)}, longest)
     return Estimate(
         tokens={},
         dense_bytes=sum(sizes.values()),
@@ -114,7 +122,7 @@ def estimate_table(table: TableJob) -> Estimate:
     )
 
 
-def _memory(job: Job, longest: int, stored: int) -> tuple[int, int]:
+def _memory(job: Job, lengths: Collection[int], stored: int) -> tuple[int, int]:
     """Return bytes on host and device for prompts of these lengths."""
     on_device = job.options.device != "cpu"
     weights = _bytes_of(job.model.model)
@@ -122,11 +130,12 @@ def _memory(job: Job, longest: int, stored: int) -> tuple[int, int]:
         blocks = [_bytes_of(block) for block in job.model.blocks]
         weights += 2 * max(blocks) - sum(blocks)  # the one that computes and the one that comes
     encoder = max((4 * sae.d_in * sae.d_sae for sae in _all(job)), default=0)
+    computing = max(_block_bytes(job, tokens, min(tokens, stored)) for tokens in lengths)
     # One encoder in use; the next is loaded whole, with its decoder.
-    computing = weights + 3 * encoder + _block_bytes(job, longest, stored)
+    needed = weights + 3 * encoder + computing
     if on_device:
-        return _LIBRARIES_BYTES, computing
-    return _LIBRARIES_BYTES + computing, 0
+        return _LIBRARIES_BYTES, needed
+    return _LIBRARIES_BYTES + needed, 0
 
 
 def _bytes_of(module: Any) -> int:
@@ -160,11 +169,26 @@ def _values_on_disk(job: Job) -> float:
 
 def _block_bytes(job: Job, tokens: int, stored: int) -> int:
     """Activations of one block of one batch: attention three times over, features twice."""
-    itemsize = 4 if job.model.attributes.dtype == "float32" else 2
-    rows = tokens * job.batch_size
-    attention = 3 * job.model.n_heads * rows * tokens * itemsize
-    features = 2 * 4 * stored * job.batch_size * max((sae.d_sae for sae in _all(job)), default=0)
-    return int(attention + features + 16 * rows * job.model.d_model * itemsize)
+    model, size = job.model, _computed_size(job)
+    widest = max((sae.d_sae for sae in _all(job)), default=0)
+    mode = job.options.attention_capture
+    batch = job.batch_size
+    if capture_package().wants_blocks(model, tokens, mode=mode):
+        batch, limits = 1, model.limits
+        on_cpu = job.options.device == "cpu"
+        block = limits.block_bytes if on_cpu else limits.gpu_block_bytes
+        scores = 4 * model.n_heads * tokens
+        attention = 4 * min(max(block, scores * limits.block_rows), scores * tokens)
+    else:
+        attention = 3 * model.n_heads * batch * tokens**2 * size
+    # Features of a prompt alone are cut as records are.
+    encoded = stored * batch if batch > 1 or not widest else feature_rows(stored, widest)
+    return attention + 2 * 4 * encoded * widest + 16 * batch * tokens * model.d_model * size
+
+
+def _computed_size(job: Job) -> int:
+    """Bytes of a number of the model."""
+    return 4 if job.model.attributes.dtype == "float32" else 2
 
 
 def _all(job: Job) -> list[SAEAttributes]:
