@@ -14,6 +14,7 @@ import pandas as pd
 import planted
 import pytest
 import xarray as xr
+from everyday import mostly_long
 
 import zarrtrace as zt
 from zarrtrace import analysis
@@ -115,7 +116,9 @@ def test_every_analysis_is_among_these() -> None:
     assert {*_BY_SCENARIO, *_OVER_SCENARIOS} == {*analysis.__all__} - others
 
 
-@pytest.mark.parametrize("name", _BY_SCENARIO)
+@pytest.mark.parametrize(
+    "name", mostly_long(lambda name: name in ("attention_to", "feature_trajectory"), _BY_SCENARIO)
+)
 def test_results_by_scenario_have_the_columns(run: xr.DataTree, name: str) -> None:
     result = _BY_SCENARIO[name](run)
     assert result["scenario"].to_numpy().tolist() == list(planted.SCENARIOS)

@@ -464,6 +464,7 @@ def test_a_single_file_holds_the_same_bytes(whole: fakes.FakeRun, tmp_path: Path
     assert not re.search(r"<(script|link|img)[^>]*(src|href)=[\"'](?!data:)", page)
 
 
+@pytest.mark.long
 def test_large_single_files_are_rounded(whole: fakes.FakeRun, tmp_path: Path) -> None:
     layout, expected = plan(whole.path, tmp_path / "page.html", eight_bit_from=1000)
     assert layout.eight_bit

@@ -212,7 +212,9 @@ def messages(page: Any) -> list[str]:
 # --- values --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["server", "folder", "file"])
+@pytest.mark.parametrize(
+    "way", mostly_long(lambda way: way != "folder", ["server", "folder", "file"])
+)
 def test_what_is_shown_is_what_is_stored(
     way: str, addresses: dict[str, str], whole: fakes.FakeRun, look: Open
 ) -> None:
