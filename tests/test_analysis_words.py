@@ -308,6 +308,21 @@ class TestCrossreference:
             assert p[row] == pytest.approx((scaled[row] >= scaled[row, 0]).mean())
         assert np.isnan([p[2], familywise[2]]).all()
 
+    def test_shifts_without_a_value_do_not_count(self) -> None:
+        """Else they would count as shifts that show nothing, and p would be too small."""
+        statistics = np.abs(np.random.default_rng(0).normal(size=(2, 40)))
+        statistics[0, 1:11] = np.nan
+        statistics[1, 6:16] = np.nan
+        p, familywise = p_of_shifts(statistics)
+        scaled = statistics / np.sqrt(np.nanmean(statistics**2, axis=1, keepdims=True))
+        largest = np.fmax(*scaled)
+        largest = largest[~np.isnan(largest)]
+        assert len(largest) == 35
+        for row in (0, 1):
+            there = scaled[row][~np.isnan(scaled[row])]
+            assert p[row] == pytest.approx((there >= scaled[row, 0]).mean())
+            assert familywise[row] == pytest.approx((largest >= scaled[row, 0]).mean())
+
     def test_planted_features_are_found(self, run: xr.DataTree) -> None:
         traces = []
         for child in run.children.values():

@@ -103,7 +103,8 @@ def crossreference(
     are not exchanged: each permutation moves the span along the prompt, by the same number of
     tokens in all scenarios of a block, in a circle over its tokens (``"place"``), or over the 128
     nearest places that leave three tokens behind it (``"attention"``; there coefficients are
-    multiplied by √(n − 1) of the n tokens behind, because those of few tokens vary more). That
+    multiplied by √(n − 1) of the n tokens behind, because those of few tokens vary more, and places
+    behind which none of the features fire do not count). That
     keeps what features, neighbouring tokens and scenarios of one template have in common, and how
     much a token attends to anything. The test is exact for a span whose place was drawn at random.
 
@@ -309,6 +310,7 @@ class _Total:
             (measure, pair): np.zeros((shape[2], shifts[measure, span].count))
             for measure, (pair, (_, span)) in product(MEASURES, enumerate(words.wanted))
         }
+        self._defined = {key: np.zeros_like(one, np.int64) for key, one in self._statistics.items()}
         self._fires = {
             (measure, span, layer): np.zeros(len(words.features[layer]), bool)
             for (measure, span), layer in product(shifts, words.layers)
@@ -325,7 +327,9 @@ class _Total:
             if not np.isnan(means).any():
                 self._means[which, pair, at] += means
                 self._scenarios[which, pair, at] += 1
-                self._statistics[measure, pair][at] += profile[moved]
+                there = profile[moved]
+                self._statistics[measure, pair][at] += np.nan_to_num(there)
+                self._defined[measure, pair][at] += ~np.isnan(there)
 
     def columns(self) -> dict[str, np.ndarray]:
         """Return means, differences, p-values and numbers ``(measure, pair, layer)``."""
@@ -337,10 +341,13 @@ class _Total:
         for name in ("p_permutation", "p_familywise"):
             out[name] = np.full(n.shape, np.nan)
         sizes = {name: np.zeros_like(n) for name in ("n_features", "n_others")}
-        for (measure, pair), statistics in self._statistics.items():
+        for (measure, pair), sums in self._statistics.items():
             which, span = MEASURES.index(measure), self._words.wanted[pair][1]
+            # Where features of fewer scenarios fire behind the span, the sum would vary less.
+            with np.errstate(divide="ignore", invalid="ignore"):
+                statistics = sums * np.sqrt(n[which, pair, :, None] / self._defined[measure, pair])
             out["p_permutation"][which, pair], out["p_familywise"][which, pair] = p_of_shifts(
-                np.where(n[which, pair, :, None] > 0, statistics, np.nan)
+                statistics
             )
             for at, layer in enumerate(self._words.layers):
                 fires = self._fires[measure, span, layer]

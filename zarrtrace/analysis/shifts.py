@@ -152,24 +152,26 @@ def p_of_shifts(statistics: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Parameters
     ----------
     statistics
-        ``(row, shift)``; NaN in rows without values.
+        ``(row, shift)``; NaN where a shift has no value, and first in rows without values.
 
     Returns
     -------
     p, p_familywise
-        ``(row,)``: share of shifts that reach the observed magnitude, itself counted (Phipson &
-        Smyth 2010), and the share in which the largest standardised magnitude of any row does
-        (Westfall & Young 1993, single step). NaN in rows without values.
+        ``(row,)``: share of shifts with a value that reach the observed magnitude, itself counted
+        (Phipson & Smyth 2010), and the share in which the largest standardised magnitude of any
+        row does (Westfall & Young 1993, single step). NaN in rows without values.
     """
     p, familywise = np.full((2, len(statistics)), np.nan)
-    known = ~np.isnan(statistics).any(1)
-    if not known.any() or not statistics.shape[1]:
+    if not statistics.shape[1]:
         return p, familywise
+    known = ~np.isnan(statistics[:, 0])
     size = np.abs(statistics[known])
-    spread = np.sqrt((size**2).mean(1, keepdims=True))
-    size = np.divide(size, spread, out=np.zeros_like(size), where=spread > 0)
-    p[known] = (size >= size[:, :1] - _TIE).mean(1)
-    familywise[known] = (size.max(0) >= size[:, :1] - _TIE).mean(1)
+    has_value = ~np.isnan(size)
+    spread = np.sqrt(np.mean(size**2, axis=1, keepdims=True, where=has_value))
+    size = np.divide(size, spread, out=np.zeros_like(size), where=has_value & (spread > 0))
+    p[known] = np.mean(size >= size[:, :1] - _TIE, axis=1, where=has_value)
+    largest = np.max(size, axis=0, initial=0, where=has_value)[has_value.any(0)]
+    familywise[known] = [(largest >= one - _TIE).mean() for one in size[:, 0]]
     return p, familywise
 
 

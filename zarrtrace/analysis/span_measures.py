@@ -101,7 +101,8 @@ class SpanMeasures(NamedTuple):
     means
         Over each pair's own features, and over the others ``(pair, 2)``; NaN without any.
     profiles
-        Their difference, by how far the span is moved ``(pair, shift)``.
+        Their difference, by how far the span is moved ``(pair, shift)``; NaN where none is
+        defined.
     """
 
     defined: np.ndarray
@@ -239,7 +240,7 @@ def _follows(
     # Coefficients of few tokens vary more: their variance is 1 / (n - 1) by chance.
     profiles = (own_mean - other_mean) * np.sqrt(behind - 1)[:, None]
     means = np.column_stack([own_mean[0], other_mean[0]])
-    return SpanMeasures(firing[defined[0]], means, np.nan_to_num(profiles).T)
+    return SpanMeasures(firing[defined[0]], means, profiles.T)
 
 
 def _suffix_ranks(weights: np.ndarray, first: np.ndarray) -> np.ndarray:
