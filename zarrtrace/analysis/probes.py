@@ -145,7 +145,8 @@ def probe(
     The floor of p is ``1 / (n_permutations + 1)``, or one by the number of distinct permutations
     where there are fewer: 3 groups against 3 give 0.1. ``attrs["smallest_p"]`` states it.
 
-    The interval is about probes trained on as many other groups. The best of many layers scores
+    The interval is about probes trained on as many other groups; of 20 groups it covered their
+    expected score in 94 % of simulated draws (``README.md``). The best of many layers scores
     better than it would again: ``p_familywise`` accounts for that, the interval does not.
 
     Examples
