@@ -27,7 +27,7 @@ from zarrtrace.scenarios import Scenario
 
 pytestmark = pytest.mark.torch
 
-#: One of each kind; the others take minutes.
+#: Of the most different kinds; the others take minutes.
 _EVERY_DAY = (
     "bert", "deepseek_v32", "deepseek_v4", "gemma3", "gptj", "llama4_text", "mamba", "minimax",
 )  # fmt: skip

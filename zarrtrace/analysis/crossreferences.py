@@ -103,10 +103,12 @@ def crossreference(
     are not exchanged: each permutation moves the span along the prompt, by the same number of
     tokens in all scenarios of a block, in a circle over its tokens (``"place"``), or over the 128
     nearest places that leave three tokens behind it (``"attention"``; there coefficients are
-    multiplied by √(n − 1) of the n tokens behind, because those of few tokens vary more, and places
-    behind which none of the features fire do not count). That
+    multiplied by √(n − 1) of the n tokens behind, because those of few tokens vary more). That
     keeps what features, neighbouring tokens and scenarios of one template have in common, and how
-    much a token attends to anything. The test is exact for a span whose place was drawn at random.
+    much a token attends to anything. A place behind which none of the word's features fire, or none
+    of the others, has no measure: a sum over fewer scenarios is divided by the square root of
+    their share, and a permutation without any does not count. The test is exact for a span whose
+    place was drawn at random.
 
     Floor: one block has as many permutations as its longest prompt has places, so p is at least
     1/100 for 100 of them, however many scenarios it has; with several blocks, it is at least
@@ -343,7 +345,7 @@ class _Total:
         sizes = {name: np.zeros_like(n) for name in ("n_features", "n_others")}
         for (measure, pair), sums in self._statistics.items():
             which, span = MEASURES.index(measure), self._words.wanted[pair][1]
-            # Where features of fewer scenarios fire behind the span, the sum would vary less.
+            # A sum over fewer scenarios, in which features fire behind the place, varies less.
             with np.errstate(divide="ignore", invalid="ignore"):
                 statistics = sums * np.sqrt(n[which, pair, :, None] / self._defined[measure, pair])
             out["p_permutation"][which, pair], out["p_familywise"][which, pair] = p_of_shifts(

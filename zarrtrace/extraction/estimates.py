@@ -11,7 +11,7 @@ from zarrtrace.extraction.continuations import expected
 from zarrtrace.extraction.job import Job
 from zarrtrace.extraction.packages import capture_package
 from zarrtrace.format.attributes import SAEAttributes
-from zarrtrace.format.layout import TraceShape, feature_rows, trace_layout
+from zarrtrace.format.layout import TraceShape, feature_rows, itemsize, trace_layout
 from zarrtrace.format.table_layout import table_layout
 
 if TYPE_CHECKING:
@@ -110,7 +110,8 @@ def estimate_table(table: TableJob) -> Estimate:
     group = min(samples, table.most_samples)
     held = group * (_values_on_disk(job) + len(job.layers) * 4 * (job.channels or 0))
     # The others have any length: also the one whose attention is computed whole and the largest.
-    whole = math.isqrt(job.model.limits.whole_bytes // (job.model.n_heads * _computed_size(job)))
+    size = itemsize(job.model.attributes.dtype)
+    whole = math.isqrt(job.model.limits.whole_bytes // (job.model.n_heads * size))
     host, device = _memory(job, {longest, min(longest, whole)}, longest)
     return Estimate(
         tokens={},
@@ -168,27 +169,20 @@ def _values_on_disk(job: Job) -> float:
 
 
 def _block_bytes(job: Job, tokens: int, stored: int) -> int:
-    """Activations of one block of one batch: attention three times over, features twice."""
-    model, size = job.model, _computed_size(job)
+    """Activations of one decoder block of one batch: attention some times over, features twice."""
+    model, batch = job.model, job.batch_size
+    size = itemsize(model.attributes.dtype)
     widest = max((sae.d_sae for sae in _all(job)), default=0)
-    mode = job.options.attention_capture
-    batch = job.batch_size
-    if capture_package().wants_blocks(model, tokens, mode=mode):
+    attention = 3 * model.n_heads * batch * tokens**2 * size
+    if capture_package().wants_blocks(model, tokens, mode=job.options.attention_capture):
         batch, limits = 1, model.limits
         on_cpu = job.options.device == "cpu"
-        block = limits.block_bytes if on_cpu else limits.gpu_block_bytes
-        scores = 4 * model.n_heads * tokens
-        attention = 4 * min(max(block, scores * limits.block_rows), scores * tokens)
-    else:
-        attention = 3 * model.n_heads * batch * tokens**2 * size
+        scores = limits.block_bytes if on_cpu else limits.gpu_block_bytes
+        of_row = 4 * model.n_heads * tokens
+        attention = 4 * min(max(scores, of_row * limits.block_rows), of_row * tokens)
     # Features of a prompt alone are cut as records are.
     encoded = stored * batch if batch > 1 or not widest else feature_rows(stored, widest)
     return attention + 2 * 4 * encoded * widest + 16 * batch * tokens * model.d_model * size
-
-
-def _computed_size(job: Job) -> int:
-    """Bytes of a number of the model."""
-    return 4 if job.model.attributes.dtype == "float32" else 2
 
 
 def _all(job: Job) -> list[SAEAttributes]:

@@ -31,6 +31,7 @@ from zarrtrace.extraction.progress import GenerationProgress, SampleProgress, Sh
 from zarrtrace.extraction.running import borrowed, captured, saying_how_much_room
 from zarrtrace.extraction.survey import Survey, survey
 from zarrtrace.extraction.writers import THREADS, MissingParts
+from zarrtrace.format.layout import itemsize
 from zarrtrace.format.table_layout import TableAttributes, TableShape
 from zarrtrace.hub import cache_if_unreachable
 from zarrtrace.identity import refuse_other
@@ -309,8 +310,7 @@ def _config(job: Job, digest: str) -> dict[str, Any]:
 
 def _with_batches(job: Job, longest: int) -> Job:
     """Choose how many scenarios go through the model together, by the longest prompt alone."""
-    itemsize = 4 if job.model.attributes.dtype == "float32" else 2
-    matrices = 3 * job.model.n_heads * longest**2 * itemsize
+    matrices = 3 * job.model.n_heads * longest**2 * itemsize(job.model.attributes.dtype)
     room = _MATRICES["cpu" if job.model.device.type == "cpu" else "cuda"]
     size = max(1, min(job.batch_size, room // matrices))
     config = {**job.config, "batch_size": size}

@@ -418,4 +418,4 @@ def round_up(size: int, multiple: int) -> int:
 
 def itemsize(dtype: str) -> int:
     """Return the bytes of a number."""
-    return {"float16": 2, "float32": 4, "uint32": 4}[dtype]
+    return {"float16": 2, "bfloat16": 2, "float32": 4, "uint32": 4}[dtype]
