@@ -275,6 +275,10 @@ class _Unchanged:
     def split(self) -> None:
         pass
 
+    def firing(self, activations: torch.Tensor) -> Any:
+        values = self(activations)
+        return values != 0, lambda at: values.reshape(-1)[at]
+
     def tiles(self, activations: torch.Tensor) -> list[Any]:
         values = activations.float().numpy().reshape(-1)
         at = np.flatnonzero(values)

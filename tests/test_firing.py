@@ -20,7 +20,9 @@ from sae_lens import (
 )
 from sae_lens.saes.sae import SAEMetadata
 
-from zarrtrace.capture import firing
+from zarrtrace.capture import encoder, firing
+from zarrtrace.capture.features import _found
+from zarrtrace.format.attributes import SAEAttributes
 
 pytestmark = pytest.mark.torch
 
@@ -55,10 +57,14 @@ def test_firing_features_are_those_of_encode_bit_for_bit(data: st.DataObject, ki
     with torch.inference_mode():
         expected = sae.encode(tokens).numpy()
         at, values = firing.FiringFeatures(sae, 0, 48)(sae.process_sae_in(tokens))
+        may_fire, values_at = firing.FiringOnGPU(sae)(tokens)
+        place = may_fire.reshape(-1).nonzero()[:, 0]
+        on_gpu = torch.zeros(7 * 40).index_put((place,), values_at(place)).numpy()
     found = np.zeros((7, 48), np.float32)
     found.reshape(-1)[at] = values
     assert not found[:, 40:].any()  # the block is wider than the SAE
     found = found[:, :40]
+    np.testing.assert_array_equal(found.reshape(-1), on_gpu)
     assert np.array_equal(np.flatnonzero(expected), np.flatnonzero(found))
     is_nan = np.isnan(expected)  # the bits of a NaN are nobody's
     assert np.array_equal(np.isnan(found), is_nan)
@@ -88,6 +94,49 @@ def test_features_multiplied_some_at_a_time_keep_their_order(
     found.reshape(-1)[at] = values
     assert np.array_equal(found[:, : expected.shape[1]], expected)
     assert np.count_nonzero(found) == np.count_nonzero(expected) > 100
+
+
+@pytest.mark.parametrize("kind", ["jumprelu", "topk"])
+@pytest.mark.parametrize("columns", [16, 40, 64])
+@pytest.mark.parametrize("room", [None, 400])
+def test_what_a_gpu_finds_is_what_saelens_encodes(
+    kind: str, columns: int, room: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU does it, on a CPU: SAEs with thresholds, and others."""
+    monkeypatch.setattr(encoder, "feature_columns", lambda _: columns)
+    torch.manual_seed(0)
+    sae: Any = (
+        JumpReLUSAE(JumpReLUSAEConfig(**CONFIG))
+        if kind == "jumprelu"
+        else TopKSAE(TopKSAEConfig(**CONFIG, k=9))
+    )
+    sae.b_enc.data.normal_()
+    tokens = torch.randn(11, 3)
+    with torch.inference_mode():
+        expected = sae.encode(tokens).numpy()
+        found = _found(encoder.Encoder(sae, _attributes(kind)), tokens, room)
+    assert firing.has_thresholds(sae) == (kind == "jumprelu")
+    at, values = (one.numpy()[found.at.numpy() >= 0] for one in (found.at, found.values))
+    assert (np.diff(at) > 0).all()
+    block, token, column = np.unravel_index(at, (-(-40 // columns), 11, columns))
+    dense = np.zeros((11, 40), np.float32)
+    dense[token, block * columns + column] = values
+    np.testing.assert_array_equal(dense, expected)
+    assert np.count_nonzero(expected) > 50
+
+
+def _attributes(kind: str) -> SAEAttributes:
+    return SAEAttributes(
+        layer=0,
+        release=None,
+        id="0",
+        hook_name="blocks.0.hook_resid_post",
+        architecture=kind,
+        d_in=3,
+        d_sae=40,
+        dtype="float32",
+        decoder_norm_folded=False,
+    )
 
 
 def test_saes_that_do_more_than_compare_with_thresholds_go_their_own_way() -> None:

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from scipy.sparse import csr_array
 
+from zarrtrace import records
 from zarrtrace.format.layout import NO_ID, ArrayLayout, trace_layout
 from zarrtrace.layer_batches import LayerBatch, Member, SparseFeatures
-from zarrtrace.records import BFloat16, Nonzeros, sort_strongest, strongest
+from zarrtrace.records import BFloat16, Nonzeros, strongest
 from zarrtrace.store.chunks import LayerGrid, encode_file, encode_rows, tail_of
 from zarrtrace.store.codecs import CRC_BYTES, ArrayEncoding
 from zarrtrace.store.nodes import array_metadata, encoded
@@ -136,16 +137,14 @@ def test_records_hold_the_features(
     elif way == "device, waiting":
         rows = features._some_rows(inputs)
         assert [len(some) for some in rows] == [1050, 1050]
-        made = [features._found(fake(some), columns, None) for some in rows]
+        made = [features._found(fake, some, None) for some in rows]
         parts = [features._on_host(one, to_host) for one in made]
         found = features._joined(fake, parts, np.ones(tokens, bool))
-        assert found.top is not None
     else:
         encoding = features.Encoding(fake, inputs, None if way == "device" else -5.0)
         encoding.begin()
         inputs.zero_()  # as a model may do with what it has passed on
         found = encoding.arrived()
-        assert (found.top is not None) == (way == "device")  # no space was left: computed again
     assert len(found.nonzeros.at) == 3
     assert any((value < 0).any() for value in found.nonzeros.values)
     parts, start = torch.split(dense.float(), lengths), 0
@@ -174,6 +173,13 @@ class _Fake:
 
     def __call__(self, inputs: Any) -> Any:
         return self._dense[inputs[:, 0].nan_to_num(posinf=0).long()]
+
+    def firing(self, inputs: Any) -> Any:
+        """Return what may fire, one feature too many, and what gives values."""
+        encoded = self(inputs)
+        fires = encoded != 0
+        fires[:, 3] = True
+        return fires, lambda at: encoded.reshape(-1)[at].float()
 
     def tiles(self, inputs: Any) -> Any:
         """Return blocks of some columns: positions ``row * columns + column``, and values."""
@@ -221,26 +227,29 @@ def test_strongest_features_are_those_that_sorting_finds(
         best = sorted(named, key=lambda one: one[:2])[:32]
         empty = min(32, width) - len(best)
         np.testing.assert_array_equal(values, [v for *_, v in best] + [0.0] * empty)
-        if width <= 64:  # beyond, of equal ones any may be left out
-            assert found.tolist() == [n for _, n, _ in best] + [NO_ID] * empty
+        assert found.tolist() == [n for _, n, _ in best] + [NO_ID] * empty
 
 
-@given(st.data(), st.integers(1, 4), st.integers(1, 60), st.integers(0, 2**32 - 1))
-def test_strongest_features_of_a_device_are_put_in_order(
-    data: Any, tokens: int, width: int, seed: int
+def test_strongest_features_of_many_values_are_found_in_parts(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    dense = data.draw(npst.arrays(np.float32, (tokens, width), elements=RANKED | st.floats(1, 2)))
-    rank = np.where(np.isnan(dense), -np.inf, -np.abs(dense))
-    anyhow = np.random.default_rng(seed).random(dense.shape)  # equal ones come in any order
-    first = np.lexsort((anyhow, rank), axis=1)[:, :33]
-    found = sort_strongest(first.astype(np.int32), np.take_along_axis(dense, first, 1))
-    ordered = np.sort(rank, axis=1)
-    left_out = width > 32 and ((ordered[:, 31] == ordered[:, 32]) & (ordered[:, 31] < 0)).any()
-    assert (found is None) == left_out
-    if found is not None:
-        for one, other in zip(found, strongest(nonzeros_of(dense, width)), strict=True):
-            assert one.dtype == other.dtype
+    """As many values as numbers of 64 bits can tell from each other, and more."""
+    rng = np.random.default_rng(3)
+    dense = rng.integers(1, 2_000, (37, 90)).astype(np.float32) * rng.choice([-1, 1], (37, 90))
+    expected = strongest(nonzeros_of(dense, 32))
+    order = np.lexsort((np.broadcast_to(np.arange(90), dense.shape), -np.abs(dense)))[:, :32]
+    np.testing.assert_array_equal(expected[0], order)
+    for tokens, values in ((5, 2**23), (2**10, 90), (2**10, 200), (2**10, 1)):
+        monkeypatch.setattr(records, "_TOKENS_SORTED", tokens)
+        monkeypatch.setattr(records, "_VALUES_SORTED", values)
+        for one, other in zip(strongest(nonzeros_of(dense, 32)), expected, strict=True):
             np.testing.assert_array_equal(one, other)
+    monkeypatch.undo()
+    whole = np.ones((1024, 8192), np.float32)  # 2**23 values
+    whole[1023, 8191] = 2
+    feature, _ = strongest(nonzeros_of(whole, 4096))
+    assert feature[0].tolist() == [*range(32)]
+    assert feature[1023].tolist() == [8191, *range(31)]
 
 
 @given(st.data())

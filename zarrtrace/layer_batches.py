@@ -16,7 +16,6 @@ from zarrtrace.records import (
     FeatureRecord,
     LayerRecord,
     Nonzeros,
-    sort_strongest,
     strongest,
 )
 
@@ -51,36 +50,27 @@ class SparseFeatures:
         ``(token, feature)``
     is_finite
         Whether the input of the encoder is finite, by token: thresholds turn NaN into 0.
-    top
-        Number and activation of each token's features of largest magnitude and of one more,
-        largest first, ``(token, rank)``; equal ones in any order. None if not known yet.
     """
 
     nonzeros: Nonzeros
     is_finite: np.ndarray
-    top: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes that are held."""
-        return sum(part.nbytes for part in (self.nonzeros, self.is_finite, *(self.top or ())))
+        return self.nonzeros.nbytes + self.is_finite.nbytes
 
     def part(self, start: int, stop: int) -> SparseFeatures:
         """Return some of the tokens; only positions are copied."""
         if not start and stop == len(self.is_finite):
             return self
-        return SparseFeatures(
-            self.nonzeros.part(start, stop),
-            self.is_finite[start:stop],
-            self.top and (self.top[0][start:stop], self.top[1][start:stop]),
-        )
+        return SparseFeatures(self.nonzeros.part(start, stop), self.is_finite[start:stop])
 
     def record(self) -> FeatureRecord:
         """Return the record of all tokens, which are one prompt's."""
         found = self.nonzeros
-        top = (sort_strongest(*self.top) if self.top else None) or strongest(found)
         finite = self.is_finite.all() and all(np.isfinite(one).all() for one in found.values)
-        return FeatureRecord(found, *top, nonfinite=not finite)
+        return FeatureRecord(found, *strongest(found), nonfinite=not finite)
 
 
 @dataclass(frozen=True)

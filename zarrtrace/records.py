@@ -13,6 +13,11 @@ from zarrtrace.format.attributes import SAEAttributes, TraceAttributes
 from zarrtrace.format.layout import NO_ID, TOP_FEATURES, TraceShape
 from zarrtrace.format.table_layout import TableAttributes, TableShape
 
+# Tokens, and values that they can have, that are sorted at once: numbers of so many need 10 and 23
+# bits, and the magnitude of a float32, up to infinity, 31.
+_TOKENS_SORTED, _VALUES_SORTED = 2**10, 2**23
+_MAGNITUDE, _INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
+
 
 @dataclass(frozen=True)
 class Nonzeros:
@@ -323,49 +328,6 @@ class SampleTokens:
     next_token_text: np.ndarray
 
 
-def sort_strongest(
-    feature: np.ndarray, activation: np.ndarray
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Sort the strongest features as :func:`strongest` does.
-
-    Parameters
-    ----------
-    feature, activation
-        As ``top`` of :class:`SparseFeatures`.
-
-    Returns
-    -------
-    tuple or None
-        None if a feature that is left out may be equal to one that is not.
-    """
-    rank = _rank(activation)
-    count = min(TOP_FEATURES, rank.shape[1])
-    equal = (rank[:, 1:] == rank[:, :-1]) & (rank[:, 1:] < 0)
-    if equal[:, count - 1 :].any():
-        return None
-    first = np.arange(count)[None]
-    if equal.any():
-        first = np.lexsort((feature, rank), axis=1)[:, :count]
-    return _top(feature, activation, first)
-
-
-def _rank(activation: np.ndarray) -> np.ndarray:
-    """Sort key of activations: largest magnitude first, NaN before all."""
-    return np.where(np.isnan(activation), -np.inf, -np.abs(activation))
-
-
-def _top(
-    feature: np.ndarray, activation: np.ndarray, first: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Take features in an order ``(token, rank)``; NO_ID and 0 stand for those that do not fire."""
-    feature, activation = (np.take_along_axis(one, first, 1) for one in (feature, activation))
-    fires = activation != 0
-    return (
-        np.where(fires, feature.astype(np.uint32, copy=False), np.uint32(NO_ID)),
-        np.where(fires, activation, np.float32(0)),
-    )
-
-
 def strongest(features: Nonzeros) -> tuple[np.ndarray, np.ndarray]:
     """Find the features of largest magnitude of each token.
 
@@ -380,27 +342,41 @@ def strongest(features: Nonzeros) -> tuple[np.ndarray, np.ndarray]:
     -------
     feature, activation
         ``(query, rank)`` uint32 and float32 with its sign, strongest first; NO_ID and 0 if fewer
-        features are non-zero. NaN comes before all.
+        features are non-zero. NaN counts as infinity.
     """
     (tokens, width), columns = features.shape, features.columns
-    count = min(TOP_FEATURES, width)
+    step = max(1, min(_TOKENS_SORTED, _VALUES_SORTED // width))
+    if tokens > step:
+        starts = range(0, tokens, step)
+        parts = [strongest(features.part(at, min(at + step, tokens))) for at in starts]
+        numbers, values = zip(*parts, strict=True)
+        return np.concatenate(numbers), np.concatenate(values)
     token = np.concatenate([at // columns for at in features.at])
     number = np.concatenate([at % columns + n * columns for n, at in enumerate(features.at)])
     value = np.concatenate(features.values).astype(np.float32, copy=False)
-    # Stable, and of 16 bits where that is enough: NumPy then sorts by digits.
-    order = np.argsort(token.astype(np.uint16 if tokens <= 2**16 else np.int64), kind="stable")
-    token = token[order]
     counts = np.bincount(token, minlength=tokens)
-    # Features of a token side by side, zeros behind them.
-    place = np.arange(len(token)) - np.repeat(np.cumsum(counts) - counts, counts)
-    shape = (tokens, max(count, int(counts.max(initial=0))))
-    values, numbers = np.zeros(shape, np.float32), np.zeros(shape, np.uint32)
-    values[token, place], numbers[token, place] = value[order], number[order]
-    rank = _rank(values)
-    if shape[1] > 2 * count:  # most need not be sorted
-        some = np.sort(np.argpartition(rank, count - 1, axis=1)[:, :count], axis=1)
-        values, numbers, rank = (np.take_along_axis(a, some, 1) for a in (values, numbers, rank))
-    return _top(numbers, values, np.argsort(rank, axis=1, kind="stable")[:, :count])
+    rank = np.arange(min(TOP_FEATURES, width))
+    fires = rank < counts[:, None]
+    first = (np.cumsum(counts) - counts)[:, None]
+    taken = _strongest_first(token, value)[(first + rank)[fires]]
+    feature, activation = np.full(fires.shape, NO_ID, np.uint32), np.zeros(fires.shape, np.float32)
+    feature[fires], activation[fires] = number[taken], value[taken]
+    return feature, activation
+
+
+def _strongest_first(token: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """Return the order of tokens, and of values by magnitude in a token; equal ones as they come.
+
+    Token, magnitude and place share the 64 bits of a number: NumPy sorts numbers by themselves
+    several times as fast as it finds their order.
+    """
+    size = np.minimum(value.view(np.uint32) & _MAGNITUDE, _INFINITY)
+    bits = np.uint64((len(value) - 1).bit_length())
+    key = token.astype(np.uint64) << np.uint64(31)
+    key = (key | (_MAGNITUDE - size)) << bits | np.arange(len(value), dtype=np.uint64)
+    key.sort()
+    order: np.ndarray = key & ((np.uint64(1) << bits) - np.uint64(1))
+    return order.astype(np.intp)
 
 
 def with_strongest(activations: np.ndarray) -> FeatureRecord:

@@ -11,7 +11,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from zarrtrace.capture.firing import FiringFeatures, has_thresholds, some_features
+from zarrtrace.capture.firing import (
+    FiringFeatures,
+    FiringOnGPU,
+    has_thresholds,
+    some_features,
+)
 from zarrtrace.capture.hooks import HookPoint, parse_hook
 from zarrtrace.format.attributes import SAEAttributes
 from zarrtrace.format.layout import feature_columns
@@ -44,6 +49,7 @@ class Encoder:
         self.hook: HookPoint = parse_hook(attributes.hook_name)
         self._sae = sae
         self._parts: list[Callable[[torch.Tensor], tuple[np.ndarray, np.ndarray]]] = []
+        self._on_gpu: FiringOnGPU | None = None
         # What parts share: done once.
         self._prepare: Callable[[torch.Tensor], torch.Tensor] = nn.Identity()
         if self.hook.kind == "hook_z":
@@ -91,6 +97,16 @@ class Encoder:
                 some = some_features(value, start, self.columns)
                 taken[id(value)] = nn.Parameter(some, requires_grad=False)
         return copy.deepcopy(self._sae, taken)
+
+    def firing(
+        self, activations: torch.Tensor
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+        """Encode on a GPU as :class:`FiringOnGPU` does, ``(token, d_in)``."""
+        if has_thresholds(self._sae):
+            self._on_gpu = self._on_gpu or FiringOnGPU(self._sae)
+            return self._on_gpu(activations)
+        encoded = self(activations)
+        return encoded != 0, lambda at: encoded.reshape(-1)[at].float()
 
     def tiles(self, activations: torch.Tensor) -> list[Tile]:
         """Return what encodes ``(token, d_in)`` some features at a time, in any thread.

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from zarrtrace.capture.host import begin_copy, to_host
-from zarrtrace.format.layout import TOP_FEATURES
 from zarrtrace.layer_batches import SparseFeatures
 from zarrtrace.records import Nonzeros
 
@@ -36,7 +35,7 @@ def encode(encoder: Encoder, inputs: torch.Tensor) -> SparseFeatures:
     """
     columns, sound = encoder.columns, to_host(_sound(inputs))
     if inputs.device.type != "cpu":
-        found = [_found(encoder(rows), columns, None) for rows in _some_rows(inputs)]
+        found = [_found(encoder, rows, None) for rows in _some_rows(inputs)]
         return _joined(encoder, [_on_host(one, to_host) for one in found], sound)
     # Some features at a time: what is made of them stays in the processor's cache.
     tiles = encoder.tiles(inputs)
@@ -79,34 +78,31 @@ class _Found(NamedTuple):
     tokens
         Number of tokens.
     at, values
-        Positions in blocks of :attr:`Encoder.columns`, one block behind the other, and values.
-    number, strongest
-        Index and activation of each token's features of largest magnitude and of one more
-        ``(token, rank)``.
+        Positions in blocks of :attr:`Encoder.columns`, one block behind the other, and values, of
+        which some may be 0.
     """
 
     tokens: int
     at: Any
     values: Any
-    number: Any
-    strongest: Any
 
 
-def _found(features: torch.Tensor, columns: int, room: int | None) -> _Found:
-    """Find non-zero values on a device.
+def _found(encoder: Encoder, rows: torch.Tensor, room: int | None) -> _Found:
+    """Find non-zero features on a device.
 
     With a fixed `room` the GPU is not waited for: unused positions are -1.
     """
-    tokens, width = features.shape
-    whole = nn.functional.pad(features, (0, -width % columns))
-    flat = whole.reshape(tokens, -1, columns).transpose(0, 1).flatten()
+    fires, values = encoder.firing(rows)
+    (tokens, width), columns = fires.shape, encoder.columns
+    whole = nn.functional.pad(fires, (0, -width % columns))
+    flat = whole.view(tokens, -1, columns).transpose(0, 1).flatten()
     if room is None:
         at = flat.nonzero().squeeze(1)
     else:
         at = torch.nonzero_static(flat, size=room, fill_value=-1).squeeze(1)
-    # Some SAEs (AbsTopK) have negative activations.
-    top = features.abs().topk(min(width, TOP_FEATURES + 1), dim=1).indices
-    return _Found(tokens, at, flat[at].float(), top.int(), features.gather(1, top).float())
+    block, inner = at // (tokens * columns), at % (tokens * columns)
+    there = inner // columns * width + block * columns + inner % columns
+    return _Found(tokens, at, values(there.clamp_(min=0)))
 
 
 def _on_host(found: _Found, copy: Callable[[torch.Tensor], Any]) -> _Found:
@@ -119,16 +115,21 @@ def _joined(encoder: Encoder, parts: Sequence[_Found], sound: np.ndarray) -> Spa
     blocks, start = range(-(-width // columns)), 0
     at: list[list[np.ndarray]] = [[] for _ in blocks]
     values: list[list[np.ndarray]] = [[] for _ in blocks]
-    for part in parts:
+    for part in map(_without_zeros, parts):
         size = part.tokens * columns
         ends = np.searchsorted(part.at, [size * block for block in (*blocks, len(blocks))])
         for block, here in enumerate(map(slice, ends[:-1], ends[1:])):
             at[block].append(part.at[here] + (start * columns - block * size))
             values[block].append(part.values[here])
         start += part.tokens
-    top = (np.concatenate([p.number for p in parts]), np.concatenate([p.strongest for p in parts]))
     found = tuple(map(np.concatenate, at)), tuple(map(np.concatenate, values))
-    return SparseFeatures(Nonzeros((start, width), columns, *found), sound, top)
+    return SparseFeatures(Nonzeros((start, width), columns, *found), sound)
+
+
+def _without_zeros(part: _Found) -> _Found:
+    """Leave out what could have fired and did not."""
+    fires = part.values != 0
+    return part if fires.all() else part._replace(at=part.at[fires], values=part.values[fires])
 
 
 class Encoding:
@@ -153,9 +154,7 @@ class Encoding:
         self._encoder, self._inputs = encoder, inputs.clone()
         each = _ACTIVE if active is None else int(1.5 * active) + 16
         self._sound = _sound(inputs)
-        self._found = [
-            _found(encoder(rows), encoder.columns, len(rows) * each) for rows in _some_rows(inputs)
-        ]
+        self._found = [_found(encoder, rows, len(rows) * each) for rows in _some_rows(inputs)]
 
     @torch.inference_mode()
     def begin(self) -> None:

@@ -8,6 +8,7 @@ feature that fires stays below, and only those few go through the SAE's arithmet
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -35,22 +36,7 @@ class FiringFeatures:
 
     def __init__(self, sae: Any, start: int, columns: int) -> None:
         self._columns = columns
-        self._bias = some_features(sae.b_enc, start, columns).numpy()
-        is_jump = isinstance(sae, JumpReLUSAE)
-        threshold = (
-            some_features(sae.threshold, start, columns).numpy()
-            if is_jump
-            else np.zeros_like(self._bias)
-        )
-        self._threshold = threshold
-        # Rounded sums keep their order: where value + bias is above a threshold once rounded, the
-        # value is above threshold - bias, exactly.
-        with np.errstate(invalid="ignore", over="ignore"):
-            bound = np.maximum(threshold, np.float32(0)) - self._bias
-        bound = np.nextafter(bound, np.float32(-np.inf))
-        # Infinity minus infinity, and infinity that stays below a threshold, are NaN to an SAE.
-        is_finite = np.isfinite(threshold) & np.isfinite(self._bias)
-        bound = np.where(is_finite, bound, np.float32(np.nan))
+        self._bias, self._threshold, bound = (one.numpy() for one in _bounds(sae, start, columns))
         ends = [*range(0, len(bound), _TOGETHER), len(bound)]
         self._parts = [
             (first, some_features(sae.W_enc, start + first, last - first), bound[first:last])
@@ -79,6 +65,55 @@ class FiringFeatures:
             values = np.maximum(before, np.float32(0)) * (before > self._threshold[feature])
         fires = values != 0
         return position[fires], values[fires]
+
+
+class FiringOnGPU:
+    """Finds which features fire, on a GPU, which is not waited for.
+
+    Parameters
+    ----------
+    sae
+        One that :func:`has_thresholds`.
+    """
+
+    def __init__(self, sae: Any) -> None:
+        self._sae = sae
+        self._bias, self._threshold, self._bound = _bounds(sae, 0, len(sae.b_enc))
+
+    def __call__(
+        self, activations: torch.Tensor
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+        """Encode ``(token, d_in)``.
+
+        Returns
+        -------
+        torch.Tensor
+            Which features may fire ``(token, d_sae)``: all that do, and hardly any other.
+        Callable
+            Gives activations at some positions ``token * d_sae + feature``; 0 if one does not fire.
+        """
+        product = self._sae.process_sae_in(activations) @ self._sae.W_enc
+        may_fire = (product <= self._bound).logical_not_()  # NaN is not low
+
+        def values(at: torch.Tensor) -> torch.Tensor:
+            feature = at % product.shape[1]
+            before: torch.Tensor = product.view(-1)[at] + self._bias[feature]
+            return before.relu() * (before > self._threshold[feature])
+
+        return may_fire, values
+
+
+def _bounds(sae: Any, start: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return biases, thresholds and bounds of some features: one that fires is above its bound."""
+    bias = some_features(sae.b_enc, start, columns)
+    is_jump = isinstance(sae, JumpReLUSAE)
+    threshold = some_features(sae.threshold, start, columns) if is_jump else torch.zeros_like(bias)
+    # Rounded sums keep their order: where value + bias is above a threshold once rounded, the
+    # value is above threshold - bias, exactly.
+    bound = torch.nextafter(threshold.clamp(min=0) - bias, bias.new_tensor(-torch.inf))
+    # Infinity minus infinity, and infinity that stays below a threshold, are NaN to an SAE.
+    is_finite = threshold.isfinite() & bias.isfinite()
+    return bias, threshold, torch.where(is_finite, bound, torch.nan)
 
 
 def some_features(weights: torch.Tensor, start: int, columns: int) -> torch.Tensor:

@@ -145,7 +145,7 @@ class HalfMatrix:
                 break
         else:
             raise _refused(attributes, "its weights are no bfloat16 numbers")
-        self.device, self._scale = weights.device, scale
+        self.device, self.dtype, self._scale = weights.device, weights.dtype, scale
         self._halves = halves.T.contiguous().T  # a feature's weights side by side
         self.shape = weights.shape
 
