@@ -296,8 +296,26 @@ def test_an_edited_snapshot_is_noticed_under_its_old_commit(hub: Path, tmp_path:
         extract_run(tmp_path / "run", FROM_HUB)
 
 
-def test_a_commit_that_arrives_during_a_run_ends_it(hub: Path) -> None:
+def test_a_commit_that_arrives_during_a_run_is_not_read(hub: Path) -> None:
     source = ReleaseSAEs("llama_scope_lxr_8x")
+    (attributes,) = source.find([3])[3]
+    repository = hub / "models--fnlp--Llama3_1-8B-Base-LXR-8x"
+    tokens = torch.randn(5, attributes.d_in)
+    before = source.load(attributes, torch.device("cpu"))(tokens)
+    later = move_on(repository)
+    (file,) = (repository / "snapshots" / later).glob("*-L3R-*/checkpoints/final.safetensors")
+    weights = load_file(file)
+    file.unlink()  # a link to what the first commit has
+    save_file({**weights, "encoder.weight": 2 * weights["encoder.weight"]}, file)
+    torch.testing.assert_close(
+        source.load(attributes, torch.device("cpu"))(tokens), before, rtol=0, atol=0
+    )
+    now = attributes.model_copy(update={"revision": later})
+    assert not torch.equal(source.load(now, torch.device("cpu"))(tokens), before)
+
+
+def test_a_commit_that_arrives_during_a_run_ends_it_where_sae_lens_reads(hub: Path) -> None:
+    source = ReleaseSAEs("llama_scope_lxr_8x", fold_decoder_norm=True)
     (attributes,) = source.find([3])[3]
     source.load(attributes, torch.device("cpu"))
     later = move_on(hub / "models--fnlp--Llama3_1-8B-Base-LXR-8x")

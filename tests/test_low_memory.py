@@ -17,7 +17,11 @@ from sae_lens import SAE  # noqa: E402
 
 from zarrtrace import demo  # noqa: E402
 from zarrtrace.capture import Request, load_model, tokenize  # noqa: E402
-from zarrtrace.capture.encoder_files import encoder_stretches, load_encoder  # noqa: E402
+from zarrtrace.capture.encoder_files import (  # noqa: E402
+    encoder_stretches,
+    load_encoder,
+    read_config,
+)
 from zarrtrace.capture.release_saes import ReleaseSAEs  # noqa: E402
 from zarrtrace.errors import ModelError  # noqa: E402
 from zarrtrace.extraction.reading_ahead import ReadAhead, weight_files  # noqa: E402
@@ -98,7 +102,8 @@ def test_an_encoder_alone_is_what_sae_lens_loads(dtype: str) -> None:
     found = ReleaseSAEs(RELEASE).find([3, 17])
     for (default,) in found.values():
         attributes = default.model_copy(update={"dtype": dtype})
-        alone = load_encoder(RELEASE, attributes, torch.device("cpu"))
+        config = read_config(RELEASE, attributes.id)
+        alone = load_encoder(RELEASE, attributes, config, torch.device("cpu"))
         expected = SAE.from_pretrained(RELEASE, attributes.id, dtype=dtype)
         for name in ("W_enc", "b_enc", "b_dec", "threshold"):
             here, there = getattr(alone, name), getattr(expected, name)

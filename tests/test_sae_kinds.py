@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 from sae_lens.registry import SAE_CLASS_REGISTRY
 from transformers import AutoModelForCausalLM
 
-from zarrtrace.capture import encoder, features, release_saes, sae_configs, saes
+from zarrtrace.capture import encoder, encoder_prefetch, features, release_saes, sae_configs, saes
 from zarrtrace.capture.encoder_prefetch import Encoders, keeping
 from zarrtrace.capture.hooks import place
 from zarrtrace.capture.release_saes import ReleaseSAEs
@@ -206,13 +207,38 @@ def test_a_kept_encoder_encodes_again(
     sae = SAE.load_from_disk(tmp_path)
     expected = sae.encode(tokens).detach().numpy()
     for _ in range(2):
-        with Encoders(layers, source, device, iter([0])) as encoders:
+        with Encoders(layers, source, device, [[0]]) as encoders:
             (one,) = encoders.take(0)
         found = features.encode(one, tokens).nonzeros
         tiles = list(zip(found.at, found.values, strict=True))
         whole = _dense(tiles, 40, 24, [24, 24, 16])
         numerics.assert_features_close(whole, expected, sae, 0, _input_size(sae, tokens))
     assert source.has(layers[0], device)
+
+
+def test_a_gpu_with_room_waits_for_two_encoders_but_not_beyond_a_wave(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(encoder_prefetch, "_free_share", lambda _: 0.5)
+    at_once, loaded = threading.Barrier(2, timeout=20), []
+
+    class Source:
+        def load(self, attributes: int, _device: torch.device) -> int:
+            at_once.wait()  # another one is loaded at the same time
+            loaded.append(attributes)
+            return attributes
+
+    def order() -> Iterator[list[int]]:
+        yield [3, 4, 5, 6]
+        assert sorted(loaded) == [3, 4, 5, 6]
+        yield []
+        yield [3, 4]
+
+    given: Any = ({layer: [layer] for layer in range(9)}, Source(), torch.device("cuda"), order())
+    with Encoders(*given) as encoders:
+        taken = [encoders.take(layer) for layer in (3, 4, 5, 6, 3, 4)]
+        assert encoders.take(3) == []
+    assert taken == [[3], [4], [5], [6], [3], [4]]
 
 
 @pytest.mark.parametrize("kind", ["standard", "jumprelu", "gated"])
@@ -224,7 +250,7 @@ def test_an_encoder_in_parts_holds_no_file(
     KINDS[kind](tmp_path, "blocks.0.hook_resid_post", 32)
     source, device = saes.FolderSAEs(tmp_path), torch.device("cpu")
     file = str(next(tmp_path.rglob("*.safetensors")))
-    with Encoders({0: source.find([0])[0]}, source, device, iter([0])) as encoders:
+    with Encoders({0: source.find([0])[0]}, source, device, [[0]]) as encoders:
         held = encoders.take(0)
     gc.collect()
     assert file not in Path("/proc/self/maps").read_text()
@@ -747,6 +773,10 @@ def test_models_that_scale_what_they_add_are_refused_there(
 # --- registered releases: ids from sae-lens's own table -----------------------------------------
 
 
+#: What reads configurations, of Llama Scope's SAEs and of others.
+CONFIG_READERS = "read_config", "load_sae_config_from_huggingface"
+
+
 def _config_of(hook: str, **more: Any) -> dict[str, Any]:
     return {"architecture": "jumprelu", "d_in": 32, "d_sae": 64, "hook_name": hook, **more}
 
@@ -762,7 +792,8 @@ def hook_of_id(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str], str
             asked.append(sae_id)
             return _config_of(hook(sae_id))
 
-        monkeypatch.setattr(release_saes, "load_sae_config_from_huggingface", load)
+        for name in CONFIG_READERS:
+            monkeypatch.setattr(release_saes, name, load)
         monkeypatch.setattr(
             release_saes, "snapshot_download", lambda *_, **__: "snapshots/0123abcd"
         )
@@ -874,7 +905,8 @@ def test_a_number_that_is_not_the_block_is_refused(hook_of_id: HookOfId) -> None
 
 def test_a_release_without_a_norm_to_fold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = _config_of("blocks.1.hook_resid_pre", normalize_activations="expected_average_only_in")
-    monkeypatch.setattr(release_saes, "load_sae_config_from_huggingface", lambda *_: config)
+    for name in CONFIG_READERS:
+        monkeypatch.setattr(release_saes, name, lambda *_: config)
     monkeypatch.setattr(release_saes, "snapshot_download", lambda *_, **__: "snapshots/0123abcd")
     with pytest.raises(SAEError, match="its input scale is not folded"):
         ReleaseSAEs("gpt2-small-res-jb").find([1])

@@ -6,7 +6,7 @@ for the decoder; tests compare the two bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,9 @@ from zarrtrace.capture.fingerprint import read_header
 from zarrtrace.format.attributes import SAEAttributes
 
 _FILE = "checkpoints/final.safetensors"
-_ENCODER = "encoder.weight"
+_ENCODER, _THRESHOLD = "encoder.weight", "jump_relu_threshold"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_READERS, _PIECE = 4, 16 * 2**20
+_READERS, _PIECE = 3, 16 * 2**20
 
 
 def encoder_stretches(release: str, saes: Iterable[SAEAttributes]) -> list[tuple[Path, int, int]]:
@@ -101,13 +101,25 @@ def reads_encoder_alone(release: str) -> bool:
     return bool(get_conversion_loader_name(release) == "llama_scope")
 
 
-def load_encoder(release: str, attributes: SAEAttributes, device: torch.device) -> JumpReLUSAE:
+def read_config(release: str, name: str) -> dict[str, Any]:
+    """Read the configuration of one of Llama Scope's SAEs: sae-lens's, and the threshold."""
+    repository, folder = get_repo_id_and_folder_name(release, name)
+    overrides = get_config_overrides(release, name)
+    config = get_llama_scope_config_from_hf(repository, folder, "cpu", cfg_overrides=overrides)
+    return {**handle_config_defaulting(config), _THRESHOLD: config[_THRESHOLD]}
+
+
+def load_encoder(
+    release: str, attributes: SAEAttributes, config: Mapping[str, Any], device: torch.device
+) -> JumpReLUSAE:
     """Load one of Llama Scope's SAEs without its decoder, from the hub's cache or the hub.
 
     Parameters
     ----------
     release, attributes
-        Which one; its decoder's norm must not be asked to be folded.
+        Which one, and the commit; its decoder's norm must not be asked to be folded.
+    config
+        Its configuration, by :func:`read_config`.
     device
         Where it computes.
 
@@ -117,16 +129,9 @@ def load_encoder(release: str, attributes: SAEAttributes, device: torch.device) 
         Its ``encode`` gives what that of ``SAE.from_pretrained`` gives; ``W_dec`` is empty.
     """
     repository, folder = get_repo_id_and_folder_name(release, attributes.id)
-    overrides = {
-        **get_config_overrides(release, attributes.id),
-        "device": str(device),
-        "dtype": attributes.dtype,
-    }
-    config = get_llama_scope_config_from_hf(
-        repository, folder, str(device), cfg_overrides=overrides
-    )
     scale = get_norm_scaling_factor(release, attributes.id)
-    file = hf_hub_download(repository, f"{folder}/{_FILE}")
+    # Named by its commit, a file that is in the cache is taken without asking the hub.
+    file = hf_hub_download(repository, f"{folder}/{_FILE}", revision=attributes.revision)
     dtype: torch.dtype = getattr(torch, attributes.dtype)
     with safe_open(file, framework="pt", device=str(device)) as tensors:
         encoder = _matrix(Path(file), device) if device.type == "cuda" else None
@@ -134,17 +139,16 @@ def load_encoder(release: str, attributes: SAEAttributes, device: torch.device) 
             tensors.get_tensor(name).to(dtype) for name in ("encoder.bias", "decoder.bias")
         )
         encoder = (tensors.get_tensor(_ENCODER) if encoder is None else encoder).to(dtype)
-    sae = JumpReLUSAE(
-        JumpReLUSAEConfig.from_dict(handle_config_defaulting({**config, "device": "meta"}))
-    )
+    settings = {**config, "device": "meta", "dtype": attributes.dtype}
+    threshold = settings.pop(_THRESHOLD)
+    sae = JumpReLUSAE(JumpReLUSAEConfig.from_dict(settings))
     sae.cfg.device = str(device)
     state = {
         "W_enc": encoder.T,
         "b_enc": encoder_bias,
         "b_dec": decoder_bias,
         "W_dec": torch.empty(0, dtype=dtype, device=device),
-        "threshold": torch.ones(encoder.shape[0], dtype=dtype, device=device)
-        * config["jump_relu_threshold"],
+        "threshold": torch.ones(encoder.shape[0], dtype=dtype, device=device) * threshold,
     }
     for name, value in state.items():
         setattr(sae, name, torch.nn.Parameter(value, requires_grad=False))

@@ -1,9 +1,10 @@
-"""Loading encoders one after another, the next one while this one computes."""
+"""Loading encoders one after another, the next ones while this one computes."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 # Encoders are kept while this share of the memory of their device stays free.
 _ROOM = 0.25
+# Encoders that are loaded at once for a GPU with room: one is read, another is put together.
+_AHEAD = 2
 
 
 class Encoders:
@@ -32,7 +35,8 @@ class Encoders:
     device
         Where they compute.
     order
-        Layers in the order in which :meth:`take` will ask for them.
+        Layers in the order in which :meth:`take` will ask for them, wave by wave. A wave is asked
+        for once the encoders of those before are loaded: it may depend on which ones are kept.
     """
 
     def __init__(
@@ -40,23 +44,31 @@ class Encoders:
         saes: Mapping[int, Sequence[SAEAttributes]],
         source: SAESource | None,
         device: torch.device,
-        order: Iterable[int],
+        order: Iterable[Sequence[int]],
     ) -> None:
         self._saes, self._source, self._device = saes, source, device
-        self._order = iter(order)
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="zarrtrace-sae")
-        self._next: Future[list[Encoder]] | None = None
+        self._order, self._left = iter(order), deque[int]()
+        has_room = device.type == "cuda" and _free_share(device) > _ROOM
+        self._ahead = _AHEAD if has_room else 1
+        self._pool = ThreadPoolExecutor(self._ahead, thread_name_prefix="zarrtrace-sae")
+        self._next: deque[Future[list[Encoder]]] = deque()
 
     def __enter__(self) -> Self:
-        self._prefetch()
+        for _ in range(self._ahead):
+            self._prefetch()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
     def _prefetch(self) -> None:
-        layer = next(self._order, None)
-        self._next = None if layer is None else self._pool.submit(self._load, layer)
+        while not self._left:
+            wait(self._next)
+            wave = next(self._order, None)
+            if wave is None:
+                return
+            self._left.extend(wave)
+        self._next.append(self._pool.submit(self._load, self._left.popleft()))
 
     def _load(self, layer: int) -> list[Encoder]:
         source, on_cpu = self._source, self._device.type == "cpu"
@@ -78,9 +90,9 @@ class Encoders:
 
     def take(self, layer: int) -> list[Encoder]:
         """Return the encoders of the next layer in order; none if `layer` has none."""
-        if layer not in self._saes or self._next is None:
+        if layer not in self._saes or not self._next:
             return []
-        loaded = self._next.result()
+        loaded = self._next.popleft().result()
         self._prefetch()
         return loaded
 

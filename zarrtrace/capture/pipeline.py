@@ -96,11 +96,11 @@ def capture(
         source = keeping(source)
     in_step: deque[list[Batch]] = deque()
 
-    def order() -> Iterator[int]:
+    def order() -> Iterator[list[int]]:
         """Yield layers whose encoders are needed next; an encoder is loaded before its turn."""
         for wave in waves(model, todo, every, source):
             in_step.append(wave)
-            yield from (layer for layer in sorted(_layers(wave)) if layer in saes)
+            yield [layer for layer in sorted(_layers(wave)) if layer in saes]
 
     with (
         full_memory(model.attributes.id, model.device),

@@ -19,7 +19,12 @@ from sae_lens.loading.pretrained_saes_directory import (
 )
 
 from zarrtrace.capture.encoder import Encoder
-from zarrtrace.capture.encoder_files import encoder_stretches, load_encoder, reads_encoder_alone
+from zarrtrace.capture.encoder_files import (
+    encoder_stretches,
+    load_encoder,
+    read_config,
+    reads_encoder_alone,
+)
 from zarrtrace.capture.hooks import KINDS, parse_hook
 from zarrtrace.capture.sae_configs import (
     SAE_LOADING_ERRORS,
@@ -197,11 +202,11 @@ class ReleaseSAEs:
 
     def _config(self, name: str) -> dict[str, Any]:
         if name not in self._configs:
+            read = read_config if self._encoder_alone else load_sae_config_from_huggingface
             try:
-                config = load_sae_config_from_huggingface(self._release, name)
+                self._configs[name] = read(self._release, name)
             except (OSError, ValueError, KeyError, EntryNotFoundError) as error:
                 raise unreadable(f"{self._release}/{name}", error) from error
-            self._configs[name] = config
         return self._configs[name]
 
     def _commit(self, *, fetch: bool) -> str:
@@ -227,7 +232,16 @@ class ReleaseSAEs:
         """Load one encoder from the hub's cache, fetching it if need be."""
         what = f"{self._release}/{attributes.id}"
         try:
-            sae = self._load(attributes, device)
+            if self._encoder_alone:
+                config = self._config(attributes.id)
+                return Encoder(load_encoder(self._release, attributes, config, device), attributes)
+            sae = SAE.from_pretrained(
+                self._release,
+                attributes.id,
+                device=str(device),
+                dtype=attributes.dtype,
+                fold_W_dec_norm=attributes.decoder_norm_folded,
+            )
         except NotImplementedError as error:
             raise cannot_fold(what, error) from error
         except SAE_LOADING_ERRORS as error:
@@ -241,17 +255,6 @@ class ReleaseSAEs:
                 "commit.",
             )
         return Encoder(sae, attributes)
-
-    def _load(self, attributes: SAEAttributes, device: torch.device) -> Any:
-        if self._encoder_alone:
-            return load_encoder(self._release, attributes, device)
-        return SAE.from_pretrained(
-            self._release,
-            attributes.id,
-            device=str(device),
-            dtype=attributes.dtype,
-            fold_W_dec_norm=attributes.decoder_norm_folded,
-        )
 
 
 def _form_variables(kinds: Mapping[str, str]) -> dict[str, str]:
