@@ -47,8 +47,9 @@ _GARBAGE = """
 import contextlib, gc, sys
 from zarrtrace.errors import ConfigError
 from zarrtrace.extraction.options import NOTHING_LOADED, Options
-from zarrtrace.extraction.packages import capture_package, no_garbage
+from zarrtrace.extraction.packages import capture_package
 from zarrtrace.extraction.sae_sources import sae_source
+from zarrtrace.machine import no_garbage
 
 class Torch:
     def find_spec(self, name, *_):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -90,6 +91,52 @@ def test_a_run_is_not_finished_without_its_traces(tmp_path: Path) -> None:
             writer.finish()
     assert read_run(tmp_path / "run").attributes.complete is False
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["zarr.json"]
+
+
+def _damage(run: Path) -> None:
+    file = run / "Safe_1" / "zarr.json"
+    file.write_bytes(file.read_bytes().replace(b'"float32"', b'"float64"', 1))
+
+
+def _exchange(run: Path) -> None:
+    (run / "Safe_1").rename(run / "x")
+    (run / "Risky_2").rename(run / "Safe_1")
+    (run / "x").rename(run / "Risky_2")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(_damage, "not the metadata that was written"), (_exchange, "holds scenario 'Risky_2'")],
+)
+def test_a_run_is_not_finished_with_metadata_of_other_traces(
+    tmp_path: Path, change: Callable[[Path], None], said: str
+) -> None:
+    begun = fakes.make_run(tmp_path)
+    content = (begun.path / "zarr.json").read_bytes()
+    change(begun.path)
+    with (
+        RunWriter(begun.path, fakes.SCENARIOS, fakes.CONFIG) as run,
+        pytest.raises(IntegrityError, match=said),
+    ):
+        run.finish()
+    assert (begun.path / "zarr.json").read_bytes() == content
+
+
+def test_python_looks_for_no_garbage_while_a_run_is_opened(
+    shared_run: fakes.FakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meanwhile = []
+
+    def chosen(names: tuple[str, ...], _: object) -> tuple[str, ...]:
+        meanwhile.append(gc.isenabled())
+        return names
+
+    monkeypatch.setattr("zarrtrace.store.open.chosen_names", chosen)
+    assert len(open_run(shared_run.path).children) == len(fakes.SCENARIOS)
+    with pytest.raises(NotATraceError):
+        open_run(shared_run.path / "elsewhere")
+    assert meanwhile == [False]
+    assert gc.isenabled()
 
 
 def test_another_configuration_is_refused_by_name(run: fakes.FakeRun) -> None:

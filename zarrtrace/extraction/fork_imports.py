@@ -15,7 +15,7 @@ def _look_for_garbage() -> None:
 
 
 die_with(os.getppid())  # it would notice only after the imports
-gc.disable()  # as in packages.no_garbage
+gc.disable()  # as in machine.no_garbage
 os.register_at_fork(after_in_child=_look_for_garbage)
 with suppress(Exception):  # workers say what cannot be imported
     importlib.import_module("zarrtrace.extraction.worker")

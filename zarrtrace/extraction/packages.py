@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from zarrtrace.errors import ConfigError, install_command
+from zarrtrace.machine import no_garbage
 
 
 def capture_package() -> Any:
@@ -30,22 +28,6 @@ def capture_package() -> Any:
             remedy=install_command("extract"),
         ) from error
     return capture
-
-
-@contextmanager
-def no_garbage() -> Iterator[None]:
-    """Let Python not look for garbage while libraries are imported.
-
-    Nearly all that importing makes stays. To walk through it again and again takes a fifth of the
-    time of importing torch, transformers and sae-lens.
-    """
-    looks_for_it = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if looks_for_it:
-            gc.enable()
 
 
 def set_environment() -> None:

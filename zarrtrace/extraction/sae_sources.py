@@ -10,8 +10,8 @@ from zarrtrace.extraction.options import (
     Loaded,
     Options,
 )
-from zarrtrace.extraction.packages import no_garbage
 from zarrtrace.format.attributes import SAEAttributes
+from zarrtrace.machine import no_garbage
 
 if TYPE_CHECKING:  # they import torch
     from zarrtrace.capture import LoadedModel, Prompt

@@ -114,14 +114,17 @@ def read_run(path: Address) -> Group[RunAttributes]:
     return _read(locate(path), "run")
 
 
-def read_trace(path: Address) -> Group[TraceAttributes]:
+def read_trace(path: Address, *, by_seal: bool = False) -> Group[TraceAttributes]:
     """Read the metadata of a trace.
+
+    With `by_seal` a seal that holds is enough: arrays' metadata is not compared with the format,
+    and `encodings` are left empty.
 
     Raises
     ------
     NotATraceError, FormatVersionError, IntegrityError
     """
-    return _read(locate(path), "trace")
+    return _read(locate(path), "trace", by_seal=by_seal)
 
 
 def read_table(path: Address) -> Group[TableAttributes]:
@@ -134,14 +137,16 @@ def read_table(path: Address) -> Group[TableAttributes]:
     return _read(locate(path), "table")
 
 
-def read_scenario(run: Location, name: str) -> Group[TraceAttributes]:
+def read_scenario(run: Location, name: str, *, by_seal: bool = False) -> Group[TraceAttributes]:
     """Read the metadata of a run's trace, which must be the one that its folder names.
+
+    `by_seal` is that of :func:`read_trace`.
 
     Raises
     ------
     NotATraceError, FormatVersionError, IntegrityError
     """
-    trace = read_trace(run / name)
+    trace = read_trace(run / name, by_seal=by_seal)
     if trace.attributes.name != name:
         raise IntegrityError(
             f"{run / name}: holds scenario {trace.attributes.name!r}",
@@ -153,9 +158,15 @@ def read_scenario(run: Location, name: str) -> Group[TraceAttributes]:
 
 
 def each_trace(
-    run: Location, names: Iterable[str], use: Callable[[Group[TraceAttributes]], _Use]
+    run: Location,
+    names: Iterable[str],
+    use: Callable[[Group[TraceAttributes]], _Use],
+    *,
+    by_seal: bool = False,
 ) -> list[_Use | None]:
     """Return what a function makes of each trace's metadata; None for those not complete.
+
+    `by_seal` is that of :func:`read_trace`.
 
     Raises
     ------
@@ -164,7 +175,7 @@ def each_trace(
 
     def used(name: str) -> _Use | None:
         try:
-            return use(read_scenario(run, name))
+            return use(read_scenario(run, name, by_seal=by_seal))
         except NotATraceError:
             return None
 
@@ -260,7 +271,7 @@ def _not_there(path: Location, wanted: str) -> NotATraceError:
     return _not_ours(path, "run or trace", "It has no zarr.json.", remedy)
 
 
-def _read(path: Location, wanted: Kind) -> Group[Any]:
+def _read(path: Location, wanted: Kind, *, by_seal: bool = False) -> Group[Any]:
     content, group = _load(path, wanted)
     file, plain = path / "zarr.json", group["attributes"]
     if plain["kind"] != wanted:
@@ -280,7 +291,7 @@ def _read(path: Location, wanted: Kind) -> Group[Any]:
         nodes = (group.get("consolidated_metadata") or {"metadata": {}})["metadata"]
         if not isinstance(nodes, dict):
             raise TypeError("consolidated_metadata: not an object of objects")
-        encodings = {} if wanted == "run" else check_nodes(nodes, attributes)
+        encodings = {} if wanted == "run" or by_seal else check_nodes(nodes, attributes)
         coordinates = frozenset(str.split(labels))
     except NONSENSE as error:
         raise damaged(file, error) from error

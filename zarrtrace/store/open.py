@@ -22,6 +22,7 @@ from zarrtrace.errors import IncompleteError, NotATraceError
 from zarrtrace.format.attributes import TraceAttributes
 from zarrtrace.format.layout import ROWS
 from zarrtrace.format.table_layout import TableAttributes
+from zarrtrace.machine import no_garbage
 from zarrtrace.scenarios import chosen_names
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store.array import StoredArray, open_array
@@ -99,6 +100,7 @@ def open_trace(
     return lazy_dataset(path, trace, chunks)
 
 
+@no_garbage()
 def open_run(
     path: Address,
     *,
@@ -177,7 +179,7 @@ def _opened(run: Location, names: Sequence[str], chunks: ChunkSpec) -> list[xr.D
             f"{run}: opening its {len(names):,} traces takes about {seconds:.0f} s; "
             "open_run(path, scenarios=[…]) opens a part, open_trace one of them. Prompts whose "
             "attention is not needed are better stored as a table (--layout table)",
-            stacklevel=3,
+            stacklevel=4,  # behind no_garbage, which wraps open_run
         )
     return [*first, *opened(names[_TIMED:])]
 

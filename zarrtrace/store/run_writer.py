@@ -17,6 +17,7 @@ from zarrtrace.errors import (
 )
 from zarrtrace.format.attributes import RunAttributes
 from zarrtrace.identity import combined_versions, differences, refuse_other
+from zarrtrace.machine import no_garbage
 from zarrtrace.records import TracePlan
 from zarrtrace.scenarios import check_trace_name, name_key
 from zarrtrace.storage import Address, Location, disk, locate
@@ -219,6 +220,7 @@ class RunWriter(LockedRun):
         """Return the writer of one scenario's trace, which may hold layers already."""
         return TraceWriter(self.path, plan, repair=self._repair)
 
+    @no_garbage()
     def finish(self) -> None:
         """Mark the run complete if its traces are, and consolidate its metadata.
 
@@ -229,7 +231,9 @@ class RunWriter(LockedRun):
         """
         names = self._attributes.scenarios
         is_consolidated = len(names) <= MOST_CONSOLIDATED
-        found = each_trace(self.path, names, repeated_nodes if is_consolidated else lambda _: {})
+        used = repeated_nodes if is_consolidated else lambda _: {}
+        # Who published a trace, or found it there, has compared all of it with the format.
+        found = each_trace(self.path, names, used, by_seal=True)
         missing = [name for name, nodes in zip(names, found, strict=True) if nodes is None]
         if missing:
             raise IncompleteError(
