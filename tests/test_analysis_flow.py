@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
-from itertools import pairwise
+from collections.abc import Sequence
 
+import networkx as nx
 import numpy as np
 import planted
 import pytest
@@ -45,55 +45,46 @@ def test_rollout_to_a_span_is_the_mean_over_its_tokens():
     np.testing.assert_allclose(together, np.mean(each, axis=0))
 
 
-def shortest_path(rest: dict[int, dict[int, float]], start: int, end: int) -> list[int]:
-    """Return the nodes from `start` to `end` with room on every edge; empty if there are none."""
-    before, queue = {start: start}, deque([start])
-    while queue and end not in before:
-        node = queue.popleft()
-        for follower, capacity in rest[node].items():
-            if capacity > 1e-12 and follower not in before:
-                before[follower] = node
-                queue.append(follower)
-    path = [end] if end in before else []
-    while path and path[-1] != start:
-        path.append(before[path[-1]])
-    return path[::-1]
-
-
-def edmonds_karp(layers: list[np.ndarray], sources: tuple[int, ...], target: int) -> float:
-    """Maximum flow on real capacities, by shortest augmenting paths."""
-    tokens = len(layers[0])
-    start, end = -1, len(layers) * tokens + target
-    rest: dict[int, dict[int, float]] = {start: {}}
+def maximum_flow(layers: list[np.ndarray], sources: Sequence[int], targets: Sequence[int]) -> float:
+    """Return what can flow to one of the target's tokens, by networkx on real capacities."""
+    graph = nx.DiGraph()
+    graph.add_nodes_from(["source", "target"])
     for number, layer in enumerate(layers):
-        for query, key in zip(*np.tril_indices(tokens), strict=True):
-            a, b = number * tokens + int(key), (number + 1) * tokens + int(query)
-            rest.setdefault(a, {})[b] = layer[query, key]
-            rest.setdefault(b, {}).setdefault(a, 0.0)
-    for token in sources:
-        rest[start][token] = 10.0
-        rest[token][start] = 0.0
-    total = 0.0
-    while path := shortest_path(rest, start, end):
-        pairs = list(pairwise(path))
-        amount = min(rest[a][b] for a, b in pairs)
-        for a, b in pairs:
-            rest[a][b] -= amount
-            rest[b][a] += amount
-        total += amount
-    return total
+        for query, key in zip(*np.tril_indices(len(layer)), strict=True):
+            graph.add_edge((number, key), (number + 1, query), capacity=float(layer[query, key]))
+    graph.add_edges_from([("source", (0, token)) for token in sources])
+    graph.add_edges_from([((len(layers), token), "target") for token in targets])
+    return float(nx.maximum_flow_value(graph, "source", "target")) / len(targets)
 
 
-def test_flow_is_the_maximum_flow():
-    ds = planted.make_trace(tokens=8, spans=SPANS, layers=(3, 4, 5, 6))
-    found = analysis.attention_flow(ds, ["goal", "balance"])
+@pytest.mark.parametrize(
+    "target", [(7,), (5, 6, 7), (0, 1, 2, 3, 4, 5, 6, 7), (3, 4), (1,)], ids=str
+)
+def test_flow_is_the_maximum_flow(target):
+    ds = planted.make_trace(tokens=8, spans={**SPANS, "first": (0,)}, layers=(3, 4, 5, 6))
+    found = analysis.attention_flow(ds, ["goal", "balance", "first"], target)
     layers = [residual(matrix, 0.5) for matrix in ds.attention_mean.values]
     for top in range(1, 5):
-        for span, tokens in SPANS.items():
-            expected = edmonds_karp(layers[:top], tokens, 7)
+        for span, tokens in {**SPANS, "first": (0,)}.items():
             assert float(found.sel(source=span).isel(layer=top - 1)) == pytest.approx(
-                expected, abs=1e-6
+                maximum_flow(layers[:top], tokens, target), abs=1e-6
             )
+
+
+def test_one_token_feeds_many():
+    """The first token gets most attention of all others: a target of twelve takes it in full."""
+    weights = np.tril(np.full((24, 24), 0.02))
+    weights[:, 0] = 1
+    weights /= weights.sum(1, keepdims=True)
+    ds = planted.make_trace(tokens=24, spans={"first": (0,), "long": tuple(range(12, 24))})
+    ds["attention_mean"] = ds["attention_mean"].copy(
+        data=np.broadcast_to(weights.astype(np.float32), ds["attention_mean"].shape)
+    )
+    found = analysis.attention_flow(ds, "first", "long")
+    for top in (1, 2, 3):
+        expected = maximum_flow([residual(weights, 0.5)] * top, [0], range(12, 24))
+        assert float(found[top - 1]) == pytest.approx(expected, abs=1e-6)
+    assert float(found[0]) == pytest.approx(weights[12:, 0].mean() / 2)
 
 
 def test_flow_bounds_rollout_and_finds_the_pathway():

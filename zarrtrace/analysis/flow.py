@@ -207,26 +207,30 @@ def _flow(layers: np.ndarray, sources: list[int], targets: list[int]) -> np.ndar
     """Return the maximum flow from some tokens to others, up to each layer ``(layer,)``."""
     # Attention looks back: nothing flows through tokens before the first source.
     first, last = min(sources), max(targets)
-    starts = [token - first for token in sources]
+    starts = [token - first for token in sources if token <= last]
     ends = [token - first for token in targets if token >= first]
     if not ends:
         return np.zeros(len(layers))
-    values, heads, counts = _edges(layers[:, first : last + 1, first : last + 1])
+    here = layers[:, first : last + 1, first : last + 1]
+    values, heads, counts = _edges(here)
     tokens = last + 1 - first
+    # The sources are one node, 0, that has all their edges: as rows are normalised, none exceeds 1,
+    # however many tokens a source feeds.
+    fed = here[0][:, starts].sum(1, dtype=np.int32)
+    begins = np.flatnonzero(fed)
     out = np.empty(len(layers))
     for top in range(1, len(layers) + 1):
-        # Node 0 feeds all sources, and the last node takes from all targets.
+        # The last node takes from all targets.
         sink = 1 + (top + 1) * tokens
         edges = counts[: top * tokens].sum()
         takes = np.zeros(tokens, np.int64)
         takes[ends] = 1
-        ends_at = np.cumsum([0, len(starts), *counts[: top * tokens], *takes, 0])
-        unlimited = np.full(len(starts) + len(ends), _UNIT * 2 - 1, np.int32)
-        capacity = [unlimited[: len(starts)], values[:edges], unlimited[len(starts) :]]
-        to = [np.add(starts, 1), heads[:edges], np.full(len(ends), sink)]
+        ends_at = np.cumsum([0, len(begins), *counts[: top * tokens], *takes, 0])
+        unlimited = np.full(len(ends), _UNIT * 2 - 1, np.int32)
+        to = [1 + tokens + begins, heads[:edges], np.full(len(ends), sink)]
         graph = csr_array(
             (
-                np.concatenate(capacity),
+                np.concatenate([fed[begins], values[:edges], unlimited]),
                 np.concatenate(to).astype(np.int32),
                 ends_at.astype(np.int32),
             ),
