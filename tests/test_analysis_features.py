@@ -187,6 +187,16 @@ class TestPathway:
                 np.testing.assert_allclose(row["score"][:n], list(by_feature.values()))
                 assert np.isnan(row["score"][n:]).all()
 
+    def test_layers_without_attention_have_no_pathway(self, run: xr.DataTree) -> None:
+        ds = next(iter(run.children.values())).to_dataset()
+        own = {"layer": "attention_layer"}
+        names = ("attention", "attention_mean")
+        hybrid = ds.assign({name: ds[name].isel(layer=[0, 2]).rename(own) for name in names})
+        expected = pathway_features(ds, "balance").isel(layer=[0, 2])
+        for data in (hybrid, hybrid.chunk(layer=1, attention_layer=1)):
+            found = pathway_features(data, "balance").compute()
+            xr.testing.assert_allclose(found.drop_attrs(), expected.drop_attrs())
+
     def test_a_planted_pathway_comes_first(self) -> None:
         ds = synthetic.trace("S", seed=4)
         ds["features"][1, [3, 4, 11], 7] = 50

@@ -65,8 +65,9 @@ def pathway_features(
         ``target_activation`` (means over tokens; NaN where fewer), ``(scenario, layer, rank)``;
         ``attention (scenario, layer)``, the mean from target to source; and ``features_nan
         (scenario, layer)``, how many features are left out because the model computed NaN. Without
-        ``scenario`` for a trace. Ties go to the lower index. Lazy if `data` is; reads the rows of
-        the two places only: the stored index of 32 features a token would miss weaker ones.
+        ``scenario`` for a trace. Layers are those that have features and attention. Ties go to the
+        lower index. Lazy if `data` is; reads the rows of the two places only: the stored index of
+        32 features a token would miss weaker ones.
 
     Raises
     ------
@@ -117,10 +118,13 @@ def _on_pathway(ds: xr.Dataset, source: Place, target: Place, top: int) -> xr.Da
     activations = _activations(ds).drop_vars("query_token", errors="ignore")
     of_both = taken(activations, query=rows).drop_vars("query")
     weights = taken(attention(ds, "mean"), query=dst, key=src).drop_vars(["query", "key"])
+    weights = weights.rename(query="target", key="source")
+    # Blocks without attention have features, and the other way round.
+    of_both, weights = xr.align(of_both, weights, join="inner")
     strongest = xr.apply_ufunc(
         _strongest_on_pathway,
         whole(of_both, "query", "feature"),
-        whole(weights.rename(query="target", key="source"), "target", "source"),
+        whole(weights, "target", "source"),
         kwargs={
             "source": np.searchsorted(rows, src),
             "target": np.searchsorted(rows, dst),
@@ -138,7 +142,7 @@ def _on_pathway(ds: xr.Dataset, source: Place, target: Place, top: int) -> xr.Da
     # All of a missing layer is NaN, but the model has not computed it.
     is_stored = ~np.isin(out["layer"], list(missing_layers(ds)))
     out["strongest"] = out["strongest"].where(xr.DataArray(is_stored, dims="layer"))
-    out["attention"] = weights.mean(["query", "key"], skipna=False)
+    out["attention"] = weights.mean(["target", "source"], skipna=False)
     return out.assign_coords(rank=np.arange(1, top + 1))
 
 
