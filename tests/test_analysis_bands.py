@@ -70,6 +70,20 @@ def test_measures_and_differences_by_hand(noise):
         assert float(one.estimate) == pytest.approx(expected.mean())
 
 
+def test_a_token_of_several_spans_counts_once(noise):
+    spans = {"all": sorted({*EVERY_SPAN}), "first": [EVERY_SPAN[0]]}
+    more = {name: {"characters": [], "tokens": at} for name, at in spans.items()}
+    traces = {
+        name: child.to_dataset().assign_attrs(spans={**more, **child.attrs["spans"]})
+        for name, child in noise.children.items()
+    }
+    found = analysis.layer_bands(
+        planted.as_run(traces), planted.BANDS, task_spans=TASK_SPANS, resamples=99
+    )
+    same = analysis.layer_bands(noise, planted.BANDS, task_spans=TASK_SPANS, resamples=99)
+    np.testing.assert_allclose(found.value, same.value)
+
+
 def test_the_interval_has_the_coverage_of_students():
     # On normal data the bootstrap-t estimates Student's t, whose interval is known.
     from zarrtrace.analysis.bands import _interval

@@ -11,10 +11,11 @@ import dask
 import numpy as np
 import xarray as xr
 
-from zarrtrace.analysis.attention import attention_locality, attention_to
+from zarrtrace.analysis.attention import attention_locality
 from zarrtrace.analysis.positions import (
     has_span,
     positions,
+    present,
     require_places,
     require_queries,
     span_names,
@@ -268,7 +269,7 @@ def _measure(data: Data, task_spans: Sequence[str], window: int) -> xr.DataArray
     local = attention_locality(data, heads="mean", window=window, exclude_first=True)
     task = per_scenario(data, partial(_to_task, task_spans=task_spans))
     spans = spans_before(data, [DECISION])
-    decided = attention_to(data, spans, reduce="sum").sum("source", min_count=1)
+    decided = per_scenario(data, partial(attention_of_decision, spans=spans))
     measures = [local["window_share"], task, decided]
     # One computation: dask reads each block once for all three.
     loaded = dask.compute(
@@ -286,7 +287,7 @@ def _measure(data: Data, task_spans: Sequence[str], window: int) -> xr.DataArray
 
 def _to_task(ds: xr.Dataset, task_spans: Sequence[str]) -> xr.DataArray | None:
     """Return mean attention to the task's spans from the tokens behind them, by layer."""
-    keys = sorted({k for name in task_spans if has_span(ds, name) for k in positions(ds, name)})
+    keys = _tokens_of(ds, task_spans)
     decided = set(positions(ds, DECISION))
     behind = [q for q in token_labels(ds).tolist() if keys and q > keys[-1] and q not in decided]
     if not behind:
@@ -294,6 +295,25 @@ def _to_task(ds: xr.Dataset, task_spans: Sequence[str]) -> xr.DataArray | None:
     queries = [q for q in stored_queries(ds).tolist() if q in behind]
     if not queries:
         require_queries(ds, behind)
+    chosen = taken(attention(ds, "mean"), query=queries, key=keys)
+    return chosen.sum("key", skipna=False, dtype=np.float64).mean("query", skipna=False)
+
+
+def _tokens_of(ds: xr.Dataset, spans: Sequence[str]) -> list[int]:
+    """Return the positions of all tokens of some spans, each once."""
+    return sorted({at for name in spans if has_span(ds, name) for at in positions(ds, name)})
+
+
+def attention_of_decision(ds: xr.Dataset, spans: Sequence[str]) -> xr.DataArray | None:
+    """Return the attention that the decision pays to all tokens of some spans, by layer.
+
+    A token of several spans counts once.
+    """
+    keys = _tokens_of(ds, spans)
+    if not keys or not present(ds, [DECISION]):
+        return None
+    queries = positions(ds, DECISION)
+    require_queries(ds, queries)
     chosen = taken(attention(ds, "mean"), query=queries, key=keys)
     return chosen.sum("key", skipna=False, dtype=np.float64).mean("query", skipna=False)
 

@@ -12,6 +12,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from zarrtrace import analysis
+from zarrtrace.analysis.bands import attention_of_decision
 from zarrtrace.analysis.positions import spans_before
 from zarrtrace.analysis.trace_arrays import require
 from zarrtrace.analysis.traces import Data, tags, traces
@@ -69,11 +70,10 @@ def default_groups(data: Data) -> dict[str, list[str]]:
 
 def strongest_layer(ds: xr.Dataset) -> int:
     """Return the layer in which the decision attends most to the spans."""
-    spans = spans_before(ds, [DECISION])
-    if not spans:
+    strength = attention_of_decision(ds, spans_before(ds, [DECISION]))
+    if strength is None:
         require(ds, "attention_mean")
         return int(np.asarray(ds["layer"])[-1])
-    strength = analysis.attention_to(ds, spans, reduce="sum").sum("source")
     return int(strength.fillna(0).idxmax("layer"))
 
 
