@@ -283,6 +283,20 @@ def test_repeats_of_a_prompt_are_one_unit_of_critical_layers(
     assert found.attrs["prompts"] == len(CHOICES)
     assert [len(ids) for ids in asked] == [PROMPT] * len(traces)
     assert [len(group) for group in variants(asked)] == [4] * len(CHOICES)
+    assert found["n"].max() == len(CHOICES)
+    assert "scenarios are variants" not in found.attrs["limits"]
+    # All repeats of S0 are like its first: nothing else changes by them.
+    copied = {**traces, **{f"S0~{n}": traces["S0~0"].assign_attrs(repeat=n) for n in range(1, 4)}}
+    fewer = {name: ds for name, ds in copied.items() if name not in ("S0~1", "S0~2", "S0~3")}
+    several, one = (
+        analysis.critical_layers(
+            xr.DataTree.from_dict({"/": run.to_dataset(), **some}), ["balance"], "completion",
+            controls=1,
+        )
+        for some in (copied, fewer)
+    )  # fmt: skip
+    for name in ("attention", "control", "z", "p", "n"):
+        np.testing.assert_allclose(several[name], one[name])
 
 
 def test_layer_bands_count_scenarios(run: xr.DataTree) -> None:
@@ -449,11 +463,25 @@ def test_words_count_the_prompt_of_repeats_once(data: Any, run: xr.DataTree) -> 
         analysis.word_associations(synthetic.random_run(2), text="generated")
 
 
-def test_specific_features_count_the_prompt_of_repeats_once(run: xr.DataTree) -> None:
-    found = analysis.position_specific_features(run, ["balance"], top=3)
-    once = run_of({name: made[:1] for name, made in CHOICES.items()})
-    xr.testing.assert_equal(found, analysis.position_specific_features(once, ["balance"], top=3))
-    assert found["scenarios"].max() <= 4
+@pytest.mark.parametrize("span", ["balance", "answer"])
+def test_specific_features_count_the_prompt_of_repeats_once(
+    data: Any, run: xr.DataTree, span: str
+) -> None:
+    """And each continuation, also of repeats without the span; the first of S2 has no answer."""
+    found = analysis.position_specific_features(data, [span], top=3).sel(span=span)
+    for layer in run["S0~0"].indexes["layer"]:
+        dense, labels = counted(run, layer)
+        spans = {name: run[name].attrs["spans"].get(span, {"tokens": []}) for name in NAMES}
+        is_at = np.array([at in spans[name]["tokens"] for name, at in labels])
+        fires = dense != 0
+        at, elsewhere = fires[is_at].mean(0), fires[~is_at].mean(0)
+        here = found.sel(layer=layer)
+        assert here["tokens_at"] == is_at.sum()
+        assert here["tokens_elsewhere"] == (~is_at).sum()
+        order = np.argsort(elsewhere - at, kind="stable")[:3]
+        np.testing.assert_allclose(here["score"], (at - elsewhere)[order])
+        np.testing.assert_array_equal(here["feature"], order)
+    assert found["scenarios"].max() <= (4 if span == "balance" else 14)
 
 
 def test_blocks_of_crossreference_hold_all_repeats(run: xr.DataTree) -> None:

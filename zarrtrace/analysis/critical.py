@@ -25,7 +25,7 @@ from zarrtrace.analysis.positions import (
 from zarrtrace.analysis.resampling import corrected
 from zarrtrace.analysis.results import described, per_scenario
 from zarrtrace.analysis.trace_arrays import attention, taken, token_ids
-from zarrtrace.analysis.traces import Data, traces
+from zarrtrace.analysis.traces import Data, independent, traces
 from zarrtrace.errors import ConfigError
 from zarrtrace.scenarios import DECISION
 
@@ -125,7 +125,7 @@ def critical_layers(
     out = _collected(by_span, rows["layer"].values, alpha)
     out = out.assign_attrs(
         findings=_findings(out),
-        limits=_limits(out, len(prompts), len(groups), alpha),
+        limits=_limits(out, len({one.scenario for one in prompts}), len(groups), alpha),
         prompts=len(groups),
         smallest_p=float(out["smallest_p"].min()),
     )
@@ -178,7 +178,9 @@ def _prompts(
     found = []
     every = rows.transpose(..., "layer", "key").values
     by_scenario = every if every.ndim > 2 else every[None]
-    for row, ds in zip(by_scenario, traces(data).values(), strict=True):
+    for scenario, row, ds in zip(
+        independent(data), by_scenario, traces(data).values(), strict=True
+    ):
         if not present(ds, [target]):
             continue
         keys = token_labels(ds)
@@ -187,6 +189,7 @@ def _prompts(
         ids = token_ids(ds, "Variants of a prompt are recognised by their tokens.")
         found.append(
             AttendedPrompt(
+                scenario=str(scenario),
                 ids=ids,
                 own=ids[: (ds.attrs.get("generation") or {}).get("prompt_tokens")],
                 attention=row[:, rows.indexes["key"].get_indexer(keys)],

@@ -23,6 +23,8 @@ class AttendedPrompt:
 
     Attributes
     ----------
+    scenario
+        Its scenario's name: repeats of one have the same.
     ids
         ``(key,)`` token ids.
     own
@@ -35,6 +37,7 @@ class AttendedPrompt:
         Token positions by the span's name.
     """
 
+    scenario: str
     ids: np.ndarray
     own: np.ndarray
     attention: np.ndarray
@@ -49,9 +52,10 @@ class NeighbourContrast:
     Attributes
     ----------
     n
-        ``(layer,)`` in how many variants the attention to the span is known.
+        ``(layer,)`` in how many scenarios the attention to the span is known.
     own, beside
-        ``(group, layer)`` float64: means over the variants. The span comes first, then placebos.
+        ``(group, layer)`` float64: means over the scenarios, of each over its repeats. The span
+        comes first, then placebos.
     """
 
     n: np.ndarray
@@ -132,7 +136,10 @@ def compare(prompts: Sequence[AttendedPrompt], span: str, controls: int) -> Neig
         own[number, rows], beside[number, rows] = against_neighbours(
             prompt, places[is_there], controls
         )
-    kept = exists.mean(0) >= _LEAST_SHARED
+    scenarios = np.unique([prompt.scenario for prompt in prompts], return_inverse=True)[1]
+    repeats = [scenarios == number for number in range(scenarios.max() + 1)]
+    own, beside = (np.stack([_mean(one[of]) for of in repeats]) for one in (own, beside))
+    kept = np.stack([exists[of].any(0) for of in repeats]).mean(0) >= _LEAST_SHARED
     n = (~np.isnan(own[:, 0])).sum(0)
     return NeighbourContrast(n, _mean(own[:, kept]), _mean(beside[:, kept]))
 
@@ -201,7 +208,7 @@ def neighbours(
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
-    """Return the mean over scenarios of those that have a value, else NaN."""
+    """Return the mean of those along the first axis that have a value, else NaN."""
     has_value = ~np.isnan(values)
     with np.errstate(invalid="ignore"):
         return np.asarray(np.where(has_value, values, 0).sum(0) / has_value.sum(0))

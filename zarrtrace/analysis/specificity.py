@@ -16,7 +16,7 @@ from zarrtrace.analysis.pathways import at_least_one, strongest
 from zarrtrace.analysis.positions import require_places, span_names
 from zarrtrace.analysis.results import described
 from zarrtrace.analysis.traces import Data, scenario_names
-from zarrtrace.scenarios import first_repeats
+from zarrtrace.scenarios import first_repeats, split_trace_name
 
 
 def position_specific_features(
@@ -71,7 +71,8 @@ def position_specific_features(
     features always has a first one. `scenarios` says how often a finding repeats; in one template,
     that is no more than one prompt shows. Special tokens (BOS) count as elsewhere: a feature that
     fires at them only scores below 0 at every other span. Among a scenario's repeats the prompt
-    counts once; at spans of generated text `scenarios` counts repeats one by one.
+    counts once, and each continuation, if any repeat has the span; at spans of generated text
+    `scenarios` counts repeats one by one.
     """
     at_least_one(top)
     names = span_names(data) if spans is None else list(spans)
@@ -123,7 +124,10 @@ def position_specific_features(
 def _count(data: Data, names: Sequence[str], threshold: float) -> dict[str, np.ndarray]:
     """Count, by span and layer, tokens, and by feature those at which it fires."""
     layers, width = _layers_and_width(data)
-    first = np.array(first_repeats(scenario_names(data)), bool)
+    traces = scenario_names(data)
+    first = np.array(first_repeats(traces), bool)
+    of_traces = np.unique([split_trace_name(one)[0] for one in traces], return_inverse=True)[1]
+    holders = _holders(data, names, of_traces)
     by_layer = ("tokens", "tokens_all", "tokens_nan")
     total = {name: np.zeros((len(names), len(layers)), np.int64) for name in by_layer}
     for name in ("fired", "fired_all", "scenarios"):
@@ -139,7 +143,8 @@ def _count(data: Data, names: Sequence[str], threshold: float) -> dict[str, np.n
             firing = partial(
                 _firing,
                 places=places,
-                kept=block.counted(first),
+                everywhere=holders[:, of_traces[list(block.scenarios)]][:, block.of_samples]
+                & block.counted(first),
                 scenario=block.of_samples,
                 missing=block.missing_scenarios(),
                 threshold=threshold,
@@ -154,6 +159,15 @@ def _count(data: Data, names: Sequence[str], threshold: float) -> dict[str, np.n
             for name in ("fired", "fired_all", "scenarios"):
                 total[name][:, at][:, one.feature] += getattr(one, name)
     return {"layer": layers, **total}
+
+
+def _holders(data: Data, names: Sequence[str], of_traces: np.ndarray) -> np.ndarray:
+    """Tell which scenarios have each span in any of their repeats ``(span, scenario)``."""
+    found = np.zeros((len(names), of_traces.max() + 1), bool)
+    for block in blocks(data, ["features"]):
+        for row, name in zip(found, names, strict=True):
+            row[of_traces[list(block.rows(name))]] = True
+    return found
 
 
 def _layers_and_width(data: Data) -> tuple[np.ndarray, int]:
@@ -171,7 +185,8 @@ class _Firing(NamedTuple):
     feature
         ``(feature,)``.
     tokens, tokens_all
-        Tokens that each span has ``(span,)``, and all tokens of the scenarios that have it.
+        Tokens that each span has ``(span,)``, and all tokens of the scenarios that have it in any
+        of their repeats.
     tokens_nan
         Among all tokens, those that are left out because the model computed NaN ``(span,)``.
     fired
@@ -196,7 +211,7 @@ def _firing(
     at_layer: int,
     *,
     places: np.ndarray,
-    kept: np.ndarray,
+    everywhere: np.ndarray,
     scenario: np.ndarray,
     missing: Sequence[Sequence[int]],
     threshold: float,
@@ -211,8 +226,8 @@ def _firing(
         Activations.
     places
         Which samples each span holds ``(span, sample)``.
-    kept
-        Which samples count ``(sample,)``.
+    everywhere
+        Which samples count, of scenarios that have each span ``(span, sample)``.
     scenario
         Scenario of each sample ``(sample,)``.
     missing
@@ -221,12 +236,11 @@ def _firing(
         Magnitude above which a feature fires.
     """
     width = layer.shape[1]
-    stored = ~np.isin(scenario, missing[at_layer]) & kept
-    # All samples of the scenarios that have the span.
-    everywhere = np.array([np.isin(scenario, scenario[row]) & stored for row in places & stored])
+    everywhere = everywhere & ~np.isin(scenario, missing[at_layer])
     is_nan = np.isnan(layer.max(1))  # the largest of some is NaN if one of them is
     tokens_nan = (everywhere & is_nan).sum(1)
-    places, everywhere = places & stored & ~is_nan, everywhere & ~is_nan
+    everywhere = everywhere & ~is_nan
+    places = places & everywhere
     token, feature = np.divmod(np.flatnonzero(np.abs(layer) > threshold), width)
     firing = np.flatnonzero(np.bincount(feature, minlength=width))
 
