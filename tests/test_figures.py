@@ -334,6 +334,15 @@ def test_spans_without_values_get_no_panel(run: xr.DataTree) -> None:
     assert titles == ["probability", "balance", "choices"]
 
 
+def test_pathways_name_the_target_that_was_chosen_and_what_is_summed(run: xr.DataTree) -> None:
+    several = analysis.attention_to(run, "balance", ["decision", "choices"])
+    (ax,) = figures.pathway_strength(several.sel(target="choices")).axes
+    assert ax.get_title() == "balance → choices"
+    assert ax.get_ylabel() == "attention per token"
+    (ax,) = figures.pathway_strength(analysis.attention_to(run, "choices", reduce="sum")).axes
+    assert ax.get_ylabel() == "attention to all its tokens"
+
+
 def test_one_scenario_is_not_a_plural(run: xr.DataTree) -> None:
     figure = figures.pathway_strength(analysis.attention_to(run).isel(scenario=[0]))
     (legend,) = figure.legends
@@ -464,6 +473,9 @@ def test_difference_by_head(run: xr.DataTree) -> None:
         expected = found["difference"].sel(source=source).transpose("layer", "head")
         np.testing.assert_array_equal(image(ax), expected)
         assert ax.get_images()[0].norm.vmax == largest
+    some = figures.difference_heads(found.isel(head=slice(1, None)))
+    labels = [label.get_text() for label in panels(some)[0].get_xticklabels()]
+    assert labels == [str(head) for head in found["head"].to_numpy()[1:]]
 
 
 def test_contrasts_are_not_mixed_up(run: xr.DataTree) -> None:
@@ -554,6 +566,13 @@ def test_unrelated_features_get_bars_and_no_line(run: xr.DataTree) -> None:
     expected = [found.sel(scenario=members).mean("scenario") for members in groups.values()]
     np.testing.assert_allclose(heights, expected, rtol=1e-6)
     assert [label.get_text() for label in ax.get_xticklabels()] == ["L3 · 5", "L1 · 5", "L2 · 7"]
+    members = groups["b"]
+    found = found.copy(deep=True)  # as if a scenario had no such place
+    found.loc[{"scenario": members[0]}] = np.nan
+    _, others = axes_of(figures.trajectory(found, groups=groups)).containers
+    np.testing.assert_allclose(
+        [bar.get_height() for bar in others], found.sel(scenario=members).mean("scenario"), 1e-6
+    )
     with pytest.raises(ConfigError, match="place"):
         figures.trajectory(analysis.feature_trajectory(run, (3, 5), ["goal", "balance"]))
 

@@ -129,7 +129,9 @@ def difference_heads(
         _dots(ax, contrast["p_familywise"].sel(source=source).transpose("layer", "head") <= _ALPHA)
         ax.set_title(drawable(source))
         ax.set_xlabel("head")
-        ax.set_xticks(range(0, len(shown["head"]), max(1, len(shown["head"]) // 8)))
+        heads = np.asarray(shown["head"]).tolist()
+        ticks = range(0, len(heads), max(1, len(heads) // 8))
+        ax.set_xticks(ticks, [str(heads[at]) for at in ticks])
         if number:
             ax.set_yticks([])
         else:

@@ -216,8 +216,10 @@ def _bars_by_pair(ax: Axes, result: xr.DataArray, groups: Groups | None) -> list
         x = np.arange(values.shape[1]) + (number - (len(groups) - 1) / 2) * width
         colour = group_colour(members[0], groups)
         label = drawable(group)
-        # A mean with NaN in it is NaN, and has no bar.
-        handles.append(ax.bar(x, rows.mean(0), width * 0.9, color=colour, alpha=0.5, label=label))
+        has_value = ~np.isnan(rows)
+        with np.errstate(invalid="ignore"):  # no bar where no scenario of the group has the place
+            means = np.where(has_value, rows, 0).sum(0) / has_value.sum(0)
+        handles.append(ax.bar(x, means, width * 0.9, color=colour, alpha=0.5, label=label))
         if len(rows) > 1:
             ax.plot(x, rows.T, ls="", marker=".", ms=3, color=colour)
     ax.axhline(0, color="black", lw=0.5)

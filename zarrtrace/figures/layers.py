@@ -83,7 +83,9 @@ def pathway_strength(
     layers = np.asarray(attention["layer"]).tolist()
     figure, axes = _panels(len(sources), figure, height=1.75, bottom=_WITH_KEY)
     top = float(np.nanmax(attention, initial=0)) or 1.0
-    target = np.asarray(_parameter(attention, "target", [DECISION])).tolist()[0]
+    chosen = attention.coords.get("target", _parameter(attention, "target", [DECISION]))
+    target = np.atleast_1d(np.asarray(chosen)).tolist()[0]
+    summed = _parameter(attention, "reduce", "mean") == "sum"
     lines = []
     for ax, source in zip(axes, sources, strict=True):
         shade_bands(ax, layers, bands)
@@ -91,7 +93,7 @@ def pathway_strength(
         layer_axis(ax, layers)
         ax.set_ylim(0, top * 1.12)
         ax.set_title(f"{drawable(source)} → {drawable(str(target))}")
-        ax.set_ylabel("attention per token")
+        ax.set_ylabel("attention to all its tokens" if summed else "attention per token")
     _key(figure, lines)
     return figure
 
