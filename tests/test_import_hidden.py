@@ -223,6 +223,13 @@ def test_an_interrupted_import_is_resumed(
             import_("whole")
 
 
+def test_every_possible_token_id_is_kept(tmp_path: Path) -> None:
+    ids = np.array([0, 1, 128_000, 2**31, 2**32 - 1] * (SAMPLES // 5))
+    _npz(tmp_path / "a.npz", token_id=ids)
+    import_hidden(tmp_path / "a.npz", tmp_path / "run", layers=LAYERS)
+    np.testing.assert_array_equal(xr.open_zarr(tmp_path / "run").token_id, ids)
+
+
 # --- refusals ---------------------------------------------------------------------------------
 
 
@@ -245,6 +252,14 @@ def _object_array() -> np.ndarray:
         ({"z": np.arange(SAMPLES) * 1j}, "'z' is of type complex128"),
         ({"z": np.full(SAMPLES, 2**64 - 1, np.uint64)}, "'z' has whole numbers of more than 63"),
         ({"z": np.full(SAMPLES, np.inf)}, "'z' has infinite numbers"),
+        (
+            {"token_id": np.where(np.arange(SAMPLES) % 9 == 3, -100, 5)},
+            "row 3: column 'token_id' has -100, which is no token's id",
+        ),
+        (
+            {"token_id": np.arange(2**32 - 30, 2**32 + 10, dtype=np.uint64)},
+            "row 30: column 'token_id' has 4294967296, which",
+        ),
         ({"position": np.ones(SAMPLES)}, "'position' is float64, not int64"),
         ({"scenario": np.array(["a", "b"] * 20)}, "row 2: scenario 'a' stands in rows that are"),
         ({"scenario": np.array(["a"] * 40)}, "row 1: scenario 'a' has position -1 twice"),

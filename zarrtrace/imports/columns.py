@@ -148,7 +148,21 @@ def _typed(where: Path, name: str, values: np.ndarray) -> np.ndarray:
     wanted |= dict.fromkeys(_TEXTS, "object")
     if typed.dtype.name != wanted.get(name, typed.dtype.name):
         raise _wrong(where, name, f"is {values.dtype}, not {wanted[name]}")
-    return typed.astype(np.uint32) if name == "token_id" else typed
+    return _token_ids(where, typed) if name == "token_id" else typed
+
+
+def _token_ids(where: Path, ids: np.ndarray) -> np.ndarray:
+    """Refuse numbers that a token's id cannot be: a cast would make other ids of them."""
+    if (wrong := np.flatnonzero((ids < 0) | (ids > NO_ID))).size:
+        row = int(wrong[0])
+        raise NPZError(
+            f"{where}: row {row}: column 'token_id' has {ids[row]}, which is no token's id",
+            why=f"Ids are whole numbers from 0; training code often marks tokens with -100 that "
+            f"it ignores. {NO_ID} stands for a token that is not known.",
+            remedy=f"Write the tokens' ids, or {NO_ID} where there is none, or leave out the "
+            "column.",
+        )
+    return ids.astype(np.uint32)
 
 
 def _check_scenarios(where: Path, columns: Columns) -> None:
