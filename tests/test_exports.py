@@ -241,6 +241,28 @@ def test_another_sae(tmp_path: Path) -> None:
     assert "feature_indices_wide_layer_1" in pq.read_table(tmp_path / "parquet").column_names
 
 
+@pytest.mark.torch
+def test_features_that_float16_cannot_hold_still_fire(tmp_path: Path) -> None:
+    ds = make_table(failed=False)
+    ds["features"][0, 0, :3] = [1e-8, -1e-8, 2e-7]
+    ds["residual"][0, 0, 0] = 1e-8
+    values = ds["features"].to_numpy()[0]
+    expected = values.astype(np.float16)
+    smallest = np.float16(2**-24)  # the store's, too
+    expected[0, :2] = smallest, -smallest
+    assert np.count_nonzero(expected) == np.count_nonzero(values)
+    for to in ("coo", "safetensors", "parquet"):
+        zt.export(ds, tmp_path / to, to=to, output_dtype="float16")  # type: ignore[arg-type]
+    matrix = matrix_of(load(tmp_path / "coo" / "sae_features_L1.npz"))
+    np.testing.assert_array_equal(matrix.toarray(), expected)
+    tensors = read_safetensors(tmp_path / "safetensors", 1)
+    found = matrix_of(tensors, "features.layer_1.")
+    np.testing.assert_array_equal(found.toarray(), expected)
+    assert tensors["residual.layer_1"][0, 0] == 0
+    rows = pq.read_table(tmp_path / "parquet")["feature_values_layer_1"].to_pylist()
+    assert rows == [row[row != 0].tolist() for row in expected]
+
+
 # --- safetensors -------------------------------------------------------------------------------
 
 

@@ -427,6 +427,20 @@ def test_layers_with_nothing_to_export_are_refused(tmp_path: Path) -> None:
         export_npz(run, tmp_path / "out", layers=[2])
 
 
+def test_features_too_small_for_float16_still_fire(tmp_path: Path) -> None:
+    values = npz_values(scenarios=("a",))
+    values["a"][2]["features"][0, :2] = 1e-8, -1e-8
+    values["a"][2]["attention"][0, 0, 0] = 1e-8
+    run = npz_write_run(tmp_path / "run", values)
+    export_npz(run, tmp_path / "out", output_dtype="float16")
+    half = {
+        layer: {key: array.astype("f2") for key, array in arrays.items()}
+        for layer, arrays in values["a"].items()
+    }
+    half[2]["features"][0, :2] = 2**-24, -(2**-24)
+    npz_assert_holds(tmp_path / "out", {"a": half})
+
+
 def test_too_large_for_float16(tmp_path: Path) -> None:
     values = npz_values(scenarios=("a",), keys=("features",))
     values["a"][2]["features"][0, 0] = 70000

@@ -92,10 +92,16 @@ def _cast(record: FeatureRecord, dtype: np.dtype) -> FeatureRecord:
 
 def _narrowed(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     with np.errstate(over="ignore", under="ignore"):
-        cast = values.astype(dtype)
+        return keep_firing(values.astype(dtype), values)
+
+
+def keep_firing(cast: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Replace the zeros that a cast made of activations by the type's smallest number, in place."""
+    if cast.dtype == values.dtype:
+        return cast
     lost = (cast == 0) & (values != 0)
     if lost.any():
-        cast[lost] = np.copysign(np.finfo(dtype).smallest_subnormal, values[lost])
+        cast[lost] = np.copysign(np.finfo(cast.dtype).smallest_subnormal, values[lost])
     return cast
 
 

@@ -83,7 +83,8 @@ def export(
     scenarios, layers
         Scenarios and layers to export; by default all.
     output_dtype
-        Convert features, residual stream and attention; by default each is as stored.
+        Convert features, residual stream and attention; by default each is as stored. Activations
+        too small for float16 become its smallest number, as in a store, and not 0.
     overwrite
         Replace files of an earlier export in the same format. Other files stay.
     threads

@@ -111,7 +111,8 @@ def _write_layers(
             block = array.read(layers, start, min(start + rows, samples.count))
             valid = samples.valid(block.start, block.stop)
             for layer, values in zip(layers, block.values, strict=True):
-                found[layer].append(start, converted(files[layer], values, dtype), valid)
+                cast = converted(files[layer], values, dtype, firing=True)
+                found[layer].append(start, cast, valid)
             step(len(layers) * (block.stop - block.start))
         for layer, file in files.items():
             with writing(file) as out, NPZStream(out, pool) as npz:

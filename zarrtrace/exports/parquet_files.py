@@ -132,7 +132,8 @@ def _feature_lists(
     for layers in array.groups():
         block = array.read(layers, start, stop)
         for layer, dense in zip(layers, block.values, strict=True):
-            row, column, values = nonzero_coordinates(converted(folder, dense, dtype), valid)
+            cast = converted(folder, dense, dtype, firing=True)
+            row, column, values = nonzero_coordinates(cast, valid)
             ends = np.searchsorted(row, np.arange(stop - start + 1)).astype(np.int32)
             for name, content in (("indices", column), ("values", values)):
                 columns[f"feature_{name}{array.suffix}_layer_{layer}"] = pa.ListArray.from_arrays(

@@ -136,7 +136,8 @@ def _features(
         block = array.read(layers, start, min(start + rows, samples.count))
         valid = samples.valid(start, block.stop)
         for (row, column, found), dense in zip(tensors, block.values, strict=True):
-            parts = nonzero_coordinates(converted(folder, dense, dtype), valid)
+            cast = converted(folder, dense, dtype, firing=True)
+            parts = nonzero_coordinates(cast, valid)
             row.append(parts[0] + np.int32(start))
             column.append(parts[1])
             found.append(parts[2])

@@ -67,7 +67,8 @@ def export_npz(
     scenarios, layers
         Scenarios and layers to export; by default all.
     output_dtype
-        Convert both arrays; by default each keeps its own.
+        Convert both arrays; by default each keeps its own. Features too small for float16 become
+        its smallest number, and not 0.
     threads
         By default one a CPU. Each holds one array of one layer at a time.
     progress
@@ -221,7 +222,10 @@ def _export_layer(file: Path, trace: _Trace, layer: int, dtype: DType | None) ->
     with replacing(file) as out:
         write_npz(
             out,
-            ((key, converted(file, _load(trace, key, layer), dtype)) for key in trace.keys(layer)),
+            (
+                (key, converted(file, _load(trace, key, layer), dtype, firing=key == "features"))
+                for key in trace.keys(layer)
+            ),
         )
 
 

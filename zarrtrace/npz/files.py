@@ -13,6 +13,7 @@ import numpy as np
 
 from zarrtrace.errors import NPZError, ZarrtraceError
 from zarrtrace.machine import cpus
+from zarrtrace.precision import keep_firing
 from zarrtrace.storage import disk
 
 Progress = Callable[[int, int], None]
@@ -94,11 +95,17 @@ def run_jobs(
             raise
 
 
-def converted(file: Path, values: np.ndarray, dtype: DType | None) -> np.ndarray:
-    """Return values in C order and another precision; refuse those that become infinite."""
+def converted(
+    file: Path, values: np.ndarray, dtype: DType | None, *, firing: bool = False
+) -> np.ndarray:
+    """Return values in C order and another precision; refuse those that become infinite.
+
+    With `firing`, activations too small for it become its smallest number, as in a store.
+    """
     try:
         with np.errstate(over="raise"):
-            return np.ascontiguousarray(values, dtype=dtype)
+            cast = np.ascontiguousarray(values, dtype=dtype)
+            return keep_firing(cast, values) if firing else cast
     except FloatingPointError:
         raise NPZError(
             f"{file}: a value is too large for {dtype}",
