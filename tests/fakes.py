@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -402,6 +403,33 @@ def make_run(
         if finish and not drop:
             run.finish()
     return FakeRun(path, truth, written)
+
+
+def make_run_of_two_saes(tmp_path: Path, **sizes: Any) -> FakeRun:
+    """Write a run whose `features` have an SAE on layer 1 alone, `features_mlp` on layer 2 alone.
+
+    No layer is in ``layers_without_sae``: each has one of the arrays.
+    """
+    features = {"features": 16, "features_mlp": 8}
+    sizes |= {"layers": (1, 2), "features": features}
+    saes = (
+        *make_saes((1,), 16),
+        *(one.model_copy(update={"variable": "features_mlp"}) for one in make_saes((2,), 8)),
+    )
+    path, truth = tmp_path / "run", dict[str, Truth]()
+    with RunWriter(path, SCENARIOS, CONFIG) as run:
+        for number, scenario in enumerate(SCENARIOS):
+            records = list(make_records(scenario, **sizes, seed=number, active=0.5))
+            for at, name in enumerate(features):
+                layer = records[at]
+                assert isinstance(layer, LayerRecord)
+                records[at] = replace(layer, features={name: layer.features[name]})
+            with run.trace(replace(make_plan(scenario, **sizes), saes=saes)) as trace:
+                for record in records:
+                    trace.append(record)
+            truth[scenario] = truth_of(records, (1, 2), make_tokens(7))
+        run.finish()
+    return FakeRun(path, truth, [])
 
 
 def files_in(folder: Path) -> dict[str, bytes]:

@@ -165,6 +165,27 @@ def write_table(path: Any, plan: TablePlan, values: Values, *, step: int = 7, **
         writer.finish()
 
 
+def write_table_of_two_saes(path: Path, values: Values) -> None:
+    """Write `features` with an SAE on layer 1 alone, and `features_mlp` with one on layer 2."""
+    plan = plan_of(len(values.next_token))
+    one, two = plan.saes
+    size = values.features.shape[2]
+    plan = replace(
+        plan,
+        saes=(one, two.model_copy(update={"variable": "features_mlp"})),
+        shape=replace(plan.shape, features={"features": size, "features_mlp": size}),
+    )
+    with TableWriter(path, plan) as writer:
+        for record in records_of(plan, values):
+            is_second = isinstance(record, SampleRecord) and record.layer == 2
+            writer.append(_of_second_sae(record) if is_second else record)
+        writer.finish()
+
+
+def _of_second_sae(record: Any) -> Any:
+    return replace(record, features={"features_mlp": record.features["features"]})
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
     """Read every file of a folder."""
     return {

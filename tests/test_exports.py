@@ -23,7 +23,14 @@ import xarray as xr
 from scipy.sparse import coo_matrix
 
 import zarrtrace as zt
-from zarrtrace.errors import ConfigError, IntegrityError, NoSpaceError, NPZError, StoreError
+from zarrtrace.errors import (
+    ConfigError,
+    IncompleteError,
+    IntegrityError,
+    NoSpaceError,
+    NPZError,
+    StoreError,
+)
 from zarrtrace.exports import folder, parquet_files
 from zarrtrace.exports import samples as blocks
 
@@ -239,6 +246,58 @@ def test_another_sae(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found["values"], expected[expected != 0])
     assert "features_wide.layer_5.values" in read_safetensors(tmp_path / "safetensors", 5)
     assert "feature_indices_wide_layer_1" in pq.read_table(tmp_path / "parquet").column_names
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("kind", ["run", "table"])
+def test_layers_that_one_of_several_saes_lacks_are_left_out(tmp_path: Path, kind: str) -> None:
+    """`features` have an SAE on layer 1 alone, `features_mlp` on layer 2 alone."""
+    if kind == "run":
+        run = fakes.make_run_of_two_saes(tmp_path)
+        one, two = (
+            np.stack([truth[name][at, -1] for truth in run.truth.values()])
+            for at, name in enumerate(("features", "features_mlp"))
+        )
+    else:
+        values = sample_tables.values_of(3, 50, 300, 12)
+        sample_tables.write_table_of_two_saes(tmp_path / "run", values)
+        one, two, _ = values.features
+    for to in ("coo", "safetensors", "parquet"):
+        zt.export(tmp_path / "run", tmp_path / to, to=to)  # type: ignore[arg-type]
+    files = sorted(file.name for file in (tmp_path / "coo").iterdir())
+    assert files == ["sae_features_L1.npz", "sae_features_mlp_L2.npz"]
+    rows = pq.read_table(tmp_path / "parquet").to_pydict()
+    lists = {name for name in rows if name.startswith("feature_values")}
+    assert lists == {"feature_values_layer_1", "feature_values_mlp_layer_2"}
+    for layer, array, dense in ((1, "", one), (2, "_mlp", two)):
+        found = load(tmp_path / "coo" / f"sae_features{array}_L{layer}.npz")
+        np.testing.assert_array_equal(matrix_of(found).toarray(), dense)
+        tensors = read_safetensors(tmp_path / "safetensors", layer)
+        names = [name for name in tensors if name.endswith("values")]
+        assert names == [f"features{array}.layer_{layer}.values"]
+        np.testing.assert_array_equal(tensors[names[0]], dense[dense != 0])
+        assert rows[f"feature_values{array}_layer_{layer}"] == [r[r != 0].tolist() for r in dense]
+
+
+@pytest.mark.parametrize("to", ["coo", "hidden", "safetensors", "parquet"])
+def test_a_scenario_that_lacks_a_layer_is_refused(tmp_path: Path, to: Any) -> None:
+    run = fakes.make_run(tmp_path, channels=CHANNELS, drop={"Risky_2": (3,)})
+    opened = zt.open_run(run.path, missing="nan")
+    for source in (opened, zt.table(opened)):
+        with pytest.raises(IncompleteError, match="Risky_2: layer 3 is not stored") as caught:
+            zt.export(source, tmp_path / "out", to=to)
+        assert "--layers" in caught.value.remedy
+        assert not (tmp_path / "out").exists()
+    zt.export(opened, tmp_path / "layers", to=to, layers=[1, 2])
+    zt.export(opened, tmp_path / "scenarios", to=to, scenarios=["Safe_1"])
+    if to == "coo":
+        expected = np.stack([one["features"][1, -1] for one in run.truth.values()])
+        found = load(tmp_path / "layers" / "sae_features_L2.npz")
+        np.testing.assert_array_equal(matrix_of(found).toarray(), expected)
+        found = load(tmp_path / "scenarios" / "sae_features_L3.npz")
+        np.testing.assert_array_equal(
+            matrix_of(found).toarray(), run.truth["Safe_1"]["features"][2, -1:]
+        )
 
 
 @pytest.mark.torch

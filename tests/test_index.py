@@ -113,6 +113,18 @@ def test_layers_without_an_sae_count_no_tokens(tmp_path: Path) -> None:
     assert ds["tokens"].values.tolist() == [12, 12]  # without BOS
 
 
+def test_a_layer_that_one_of_several_saes_lacks_has_no_values(tmp_path: Path) -> None:
+    run = fakes.make_run_of_two_saes(tmp_path)
+    build_index(run.path)
+    for at, (layer, array) in enumerate(((1, "features"), (2, "features_mlp"))):
+        values = np.concatenate([truth[array][at][1:] for truth in run.truth.values()])
+        assert find_feature(run.path, layer, 3, array=array).maximum == values[:, 3].max()
+        message = f"layer {3 - layer} has no values of '{array}'"
+        with pytest.raises(ConfigError, match=message) as caught:
+            find_feature(run.path, 3 - layer, 3, array=array)
+        assert caught.value.remedy == f"Layers that have values: {layer}."
+
+
 def test_an_index_that_grew_equals_one_built_at_once(tmp_path: Path) -> None:
     part = fakes.make_run(tmp_path, name="run", drop={"Risky_2": (2,), "Late_4": (1,)}, **SIZES)
     assert build_index(part.path) == ("built", 2, 2, 4)

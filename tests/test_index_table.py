@@ -25,6 +25,7 @@ from sample_tables import (
     records_of,
     values_of,
     write_table,
+    write_table_of_two_saes,
 )
 
 import zarrtrace as zt
@@ -98,6 +99,21 @@ def test_readers_of_the_table_do_not_meet_its_index(table: Path) -> None:
     said = CliRunner().invoke(group, ["info", str(table)])
     assert said.exit_code == 0, said.output
     assert "50 of 50 samples" in said.output
+
+
+def test_a_layer_that_one_of_several_saes_lacks_has_no_values(tmp_path: Path) -> None:
+    write_table_of_two_saes(tmp_path / "run", SIGNED)
+    for is_indexed in (False, True):
+        if is_indexed:
+            build_index(tmp_path / "run")
+        for layer, array in ((1, "features"), (2, "features_mlp")):
+            found = find_feature(tmp_path / "run", layer, 7, array=array)
+            column = SIGNED.features[layer - 1, :, 7]
+            assert found.maximum == column[np.abs(column).argmax()]
+            message = f"layer {3 - layer} has no values of '{array}'"
+            with pytest.raises(ConfigError, match=message) as caught:
+                find_feature(tmp_path / "run", 3 - layer, 7, array=array)
+            assert caught.value.remedy == f"Layers that have values: {layer}."
 
 
 def test_find_says_tokens_and_those_beside_them(table: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fakes import make_run_of_two_saes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -425,6 +426,21 @@ def test_layers_with_nothing_to_export_are_refused(tmp_path: Path) -> None:
     run = npz_write_run(tmp_path / "run", values)
     with pytest.raises(ConfigError, match="neither attention nor features"):
         export_npz(run, tmp_path / "out", layers=[2])
+
+
+def test_a_layer_that_the_first_of_several_saes_lacks_has_no_features(tmp_path: Path) -> None:
+    run = make_run_of_two_saes(tmp_path)
+    export_npz(run.path, tmp_path / "out", timestamp=WHEN)
+    for scenario, truth in run.truth.items():
+        for at, layer in enumerate((1, 2)):
+            arrays = {"attention": truth["attention"][at]}
+            if layer == 1:
+                arrays["features"] = truth["features"][at]
+            npz_assert_file(tmp_path / "out" / scenario / f"layer_{layer}.npz", arrays)
+    import_npz(tmp_path / "out", tmp_path / "again")
+    again = open_trace(tmp_path / "again" / "Safe_1")
+    assert again.attrs["layers_without_sae"] == "2"
+    np.testing.assert_array_equal(again.features[0], run.truth["Safe_1"]["features"][0])
 
 
 def test_features_too_small_for_float16_still_fire(tmp_path: Path) -> None:

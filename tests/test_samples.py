@@ -147,6 +147,18 @@ class TestOfARunOnDisk:
         assert tokenize(all_of_it["features"]) != tokenize(last["features"])
 
 
+def test_several_saes_say_which_layers_each_has(tmp_path: Path) -> None:
+    run = fakes.make_run_of_two_saes(tmp_path)
+    for data in (zt.open_run(run.path), zt.open_run(run.path, chunks="auto")):
+        found = zt.table(data)
+        assert found["sae_id"].to_numpy().tolist() == ["l1", ""]
+        assert found["sae_id_mlp"].to_numpy().tolist() == ["", "l2"]
+        for name in ("features", "features_mlp"):
+            expected = np.stack([truth[name][:, -1] for truth in run.truth.values()], 1)
+            np.testing.assert_array_equal(found[name], expected)
+            assert (np.isnan(expected).all((1, 2)) == (found[f"sae_id{name[8:]}"] == "")).all()
+
+
 class TestIndexing:
     @pytest.fixture
     def run(self) -> xr.DataTree:

@@ -5,7 +5,7 @@ Both read as NaN. The store's attributes tell them apart: a value never does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,15 +30,45 @@ def missing_layers(ds: xr.Dataset, name: str = "features") -> frozenset[int]:
     name
         An array. For arrays of features, layers without an SAE are missing, too.
     """
-    found = set(layers_in(ds.attrs.get("missing_layers", "")))
-    if not name.startswith("features"):
-        return frozenset(found)
-    found |= set(layers_in(ds.attrs.get("layers_without_sae", "")))
+    found = frozenset(layers_in(ds.attrs.get("missing_layers", "")))
+    return found | layers_without_sae(ds, name) if name.startswith("features") else found
+
+
+def layers_without_sae(ds: xr.Dataset, name: str = "features") -> frozenset[int]:
+    """Return the layers of a trace or a table in which an array of features has no SAE.
+
+    The attribute ``layers_without_sae`` names those that no array has; of several arrays, each
+    lacks others, too.
+    """
+    found = {*layers_in(ds.attrs.get("layers_without_sae", ""))}
     ids = sae_coordinate("id", name)
-    if ids in ds.coords and "layer" in ds.indexes:  # of several SAEs each lacks other layers
+    if ids in ds.coords and ds[ids].dims == ("layer",) and "layer" in ds.indexes:
         layers, texts = ds.indexes["layer"].tolist(), np.asarray(ds[ids]).tolist()
         found |= {layer for layer, text in zip(layers, texts, strict=True) if not text}
     return frozenset(found)
+
+
+def sae_ids(runs: Sequence[xr.Dataset], layers: Sequence[int]) -> dict[Hashable, xr.Variable]:
+    """Return the coordinates of a table of traces that say which layers each of several SAEs has.
+
+    With a single one, the attribute ``layers_without_sae`` says it, and nothing is read.
+    """
+    arrays = [str(name) for name in runs[0].data_vars if str(name).split("_")[0] == "features"]
+    if len(arrays) < 2 or not layers:
+        return {}
+    found: dict[str, dict[int, str]] = {sae_coordinate("id", array): {} for array in arrays}
+    seen: set[int] = set()
+    for ds in runs:
+        own = ds.indexes["layer"].tolist()
+        if not seen >= {*own}:  # traces of a run have the same SAEs on the same layers
+            for name in found.keys() & ds.coords.keys():
+                found[name] |= zip(own, np.asarray(ds[name]).tolist(), strict=True)
+            seen |= {*own}
+    return {
+        name: xr.Variable("layer", np.array([texts.get(n, "") for n in layers], object))
+        for name, texts in found.items()
+        if texts
+    }
 
 
 def missing_of_table(table: xr.Dataset) -> dict[str, frozenset[int]]:
@@ -46,7 +76,7 @@ def missing_of_table(table: xr.Dataset) -> dict[str, frozenset[int]]:
 
     The name ``""`` stands for scenarios without gaps of their own.
     """
-    everywhere = frozenset(layers_in(table.attrs.get("layers_without_sae", "")))
+    everywhere = layers_without_sae(table)
     own = table.attrs.get("missing_layers", {})
     failed = dict.fromkeys(table.attrs.get("failed", {}), table.indexes.get("layer", []))
     found = {name: frozenset(layers_in(text)) for name, text in own.items()}

@@ -10,7 +10,7 @@ import pandas as pd
 import xarray as xr
 
 from zarrtrace.analysis.concatenated import concatenated
-from zarrtrace.analysis.gaps import gaps_of_traces
+from zarrtrace.analysis.gaps import gaps_of_traces, sae_ids
 from zarrtrace.analysis.positions import (
     Place,
     as_places,
@@ -79,12 +79,12 @@ def table(run: Data, at: At = DECISION) -> xr.Dataset:
         and ``next_token_logprob (sample, rank)``, those that the traces hold; with coordinates
         along ``sample``: ``scenario``, ``position`` in the prompt, ``token``, ``token_id``,
         ``special`` (whether it is BOS or a chat marker), ``span`` (names of the spans that hold the
-        position, joined by commas), ``tags``,
-        ``option_NAME`` (id of the option's first token, −1 without one) and the columns of
-        metadata; of generated text also ``generated``, ``choice`` (empty without one) and, where
-        scenarios have several, ``repeat``. Nothing is read before it is looked at, and then only
-        the chunks that hold it. On dask if the run was opened with ``chunks``. NaN where a trace
-        lacks a layer.
+        position, joined by commas), ``tags``, ``option_NAME`` (id of the option's first token, −1
+        without one) and the columns of metadata; of generated text also ``generated``, ``choice``
+        (empty without one) and, where scenarios have several, ``repeat``. With several SAEs, each
+        has its ``sae_id (layer)``, empty in layers that it lacks. No other array is read before it
+        is looked at, and then only the chunks that hold it. On dask if the run was opened with
+        ``chunks``. NaN where a trace lacks a layer.
 
     Raises
     ------
@@ -110,6 +110,7 @@ def table(run: Data, at: At = DECISION) -> xr.Dataset:
     coordinates: dict[Hashable, xr.Variable] = {
         **{dim: xr.Variable(dim, values, first[dim].attrs) for dim, values in labels.items()},
         **_coordinates(runs, chosen),
+        **sae_ids([one.ds for one in chosen], list(labels.get("layer", ()))),
         **{name: arrays.pop(name) for name in _TEXTS if name in arrays},
     }
     columns = stored_metadata(runs)

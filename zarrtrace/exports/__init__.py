@@ -103,7 +103,8 @@ def export(
         If the format does not fit what is stored, a scenario or layer does not exist, a column has
         the name of a key of the format, or `output` holds an export and is not to be overwritten.
     StoreError
-        If the samples cannot be read or the files not be written.
+        If the samples cannot be read or the files not be written, or a scenario lacks layers that
+        others have.
     """
     if to not in FORMATS:
         raise ConfigError(f"no format {to!r}", remedy=did_you_mean(str(to), FORMATS))

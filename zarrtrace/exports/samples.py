@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from zarrtrace.errors import ConfigError
-from zarrtrace.format.attributes import layers_in
+from zarrtrace.analysis.gaps import layers_without_sae
+from zarrtrace.errors import ConfigError, IncompleteError
+from zarrtrace.format.attributes import layers_in, ranges
 from zarrtrace.scenarios import sample_names, split_trace_name
 from zarrtrace.suggestions import did_you_mean
 
@@ -138,22 +139,16 @@ class Samples:
     def features(self) -> list[LayeredArray]:
         """Features of each SAE."""
         names = [name for name in map(str, self.ds.data_vars) if _FEATURES.fullmatch(name)]
-        return [self._layered(name, "layers_without_sae") for name in names]
+        return [LayeredArray(self.ds[name], layers_without_sae(self.ds, name)) for name in names]
 
     @cached_property
     def residual(self) -> LayeredArray | None:
         """The residual stream; None if it is not stored."""
-        return (
-            self._layered("residual", "layers_without_residual")
-            if "residual" in self.ds.data_vars
-            else None
-        )
-
-    def _layered(self, name: str, without: str) -> LayeredArray:
-        lacking = self.ds.attrs.get(without, ())
-        return LayeredArray(
-            self.ds[name], layers_in(lacking) if isinstance(lacking, str) else lacking
-        )
+        if "residual" not in self.ds.data_vars:
+            return None
+        lacking = self.ds.attrs.get("layers_without_residual", ())
+        without = layers_in(lacking) if isinstance(lacking, str) else lacking
+        return LayeredArray(self.ds["residual"], without)
 
     @property
     def layers(self) -> list[int]:
@@ -174,6 +169,30 @@ class Samples:
         """Which of some samples were computed."""
         names = _names(self.ds.isel(sample=slice(start, stop)))
         return np.fromiter((name not in self.failed for name in names), bool, stop - start)
+
+    def refuse_gaps(self) -> None:
+        """Refuse scenarios that lack layers which others have: their values would be NaN.
+
+        Raises
+        ------
+        IncompleteError
+        """
+        own = self.ds.attrs.get("missing_layers")
+        if not own:
+            return
+        arrays = [*self.features, *([self.residual] if self.residual else [])]
+        exported = {layer for array in arrays for layer in array.layers}
+        for name in dict.fromkeys(_names(self.ds)):
+            if gone := sorted(exported.intersection(layers_in(own.get(name, "")))):
+                raise IncompleteError(
+                    f"{name}: layer {ranges(gone)} is not stored"
+                    if len(gone) == 1
+                    else f"{name}: layers {ranges(gone)} are not stored",
+                    why="Its extraction is not finished, or had fewer layers than others: nothing "
+                    "in the files would tell its missing values from computed ones.",
+                    remedy="Finish the extraction, or export the layers or scenarios that are "
+                    "complete: --layers or --scenario, in Python layers=… or scenarios=….",
+                )
 
     def windows(self) -> Iterator[slice]:
         """Yield samples whose texts are held at once."""
@@ -211,7 +230,7 @@ def choose_samples(
 
     Raises
     ------
-    ConfigError
+    ConfigError, IncompleteError
     """
     if ds.attrs.get("kind") != "table" or "sample" not in ds.dims or "scenario" not in ds.coords:
         raise ConfigError(
@@ -238,7 +257,9 @@ def choose_samples(
         ds = _of_layers(ds, layers)
     if not ds.sizes["sample"]:
         raise ConfigError("there are no samples", remedy="Choose other positions with --at.")
-    return Samples(ds)
+    samples = Samples(ds)
+    samples.refuse_gaps()
+    return samples
 
 
 def _names(ds: xr.Dataset) -> list[str]:

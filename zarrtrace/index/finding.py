@@ -11,7 +11,7 @@ from zarrtrace.errors import ConfigError, IntegrityError, ScenarioError, Zarrtra
 from zarrtrace.format.index_layout import INDEX_TOKENS
 from zarrtrace.index.labels import label_of
 from zarrtrace.index.tables import find_in_table
-from zarrtrace.index.uses import AFTER, BEFORE, FeatureUse, Text, TokenUse
+from zarrtrace.index.uses import AFTER, BEFORE, FeatureUse, Text, TokenUse, no_values
 from zarrtrace.scenarios import check_trace_name
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import (
@@ -68,8 +68,8 @@ def find_feature(
     IntegrityError
         If the index is damaged, or that of another run.
     ConfigError
-        If the index has no such array, layer or feature, holds fewer tokens, or leaves out the
-        special tokens that are asked for.
+        If the index has no such array, layer or feature, or no values of the array in that layer,
+        holds fewer tokens, or leaves out the special tokens that are asked for.
     """
     if not 1 <= top <= INDEX_TOKENS:
         raise ConfigError(f"top={top}: the index holds {INDEX_TOKENS} tokens", remedy="Give fewer.")
@@ -117,6 +117,10 @@ def find_feature(
         float(index.read(f"{name}{suffix}", at, feature))
         for name in ("maximum", "mean", "frequency")
     )
+    if np.isnan(frequency):  # a fraction of no tokens
+        counted = index.read(f"tokens{suffix}", slice(None))
+        having = [n for n, tokens in zip(known.layers, counted, strict=True) if tokens]
+        raise no_values(run, layer, array, having)
     return FeatureUse(
         layer=layer,
         feature=feature,

@@ -6,10 +6,11 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from zarrtrace.analysis.gaps import layers_without_sae
 from zarrtrace.errors import ConfigError
 from zarrtrace.format.layout import SPECIAL
 from zarrtrace.index.labels import label_of
-from zarrtrace.index.uses import AFTER, BEFORE, FeatureUse, Text, TokenUse
+from zarrtrace.index.uses import AFTER, BEFORE, FeatureUse, Text, TokenUse, no_values
 from zarrtrace.scenarios import first_repeats, sample_names
 from zarrtrace.storage import Location
 from zarrtrace.store import open_table
@@ -48,11 +49,9 @@ def find_in_table(
                 remedy="Ask for them: --special, or special=True.",
             )
     if not is_known.any():
-        raise ConfigError(
-            f"{run}: layer {layer} has no values of {array!r}",
-            why="It has no SAE, or none of its samples was computed.",
-            remedy=f"Layers without an SAE: {ds.attrs['layers_without_sae'] or 'none'}.",
-        )
+        without = layers_without_sae(ds, array)
+        having = [n for n in ds["layer"].to_numpy().tolist() if n not in without]
+        raise no_values(run, layer, array, having)
     known = np.where(is_known, values, 0).astype(np.float64)
     order = np.argsort(-np.abs(known), kind="stable")
     listed = np.ones(len(known), bool) if text == "all" else generated == (text == "generated")

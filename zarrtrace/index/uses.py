@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from zarrtrace.errors import ConfigError
+from zarrtrace.format.attributes import ranges
+from zarrtrace.storage import Location
 
 #: Which tokens are listed.
 Text = Literal["all", "prompt", "generated"]
@@ -75,3 +80,13 @@ class FeatureUse:
     scenarios: int
     special: bool
     label: str = ""
+
+
+def no_values(run: Location, layer: int, array: str, having: Sequence[int]) -> ConfigError:
+    """Return the error that says that no token of a layer has values; `having` are layers with."""
+    return ConfigError(
+        f"{run}: layer {layer} has no values of {array!r}",
+        why="The array has no SAE there, or none of the layer's tokens was computed and counted.",
+        remedy="Layers that have values: "
+        f"{ranges([one for one in having if one != layer]) or 'none'}.",
+    )

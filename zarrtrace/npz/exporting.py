@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
+from zarrtrace.analysis.gaps import layers_without_sae
 from zarrtrace.errors import ConfigError, IntegrityError, NPZError
 from zarrtrace.format.attributes import TraceAttributes, ranges
 from zarrtrace.npz.archive import write_npz
@@ -24,20 +25,20 @@ from zarrtrace.suggestions import did_you_mean
 
 @dataclass(frozen=True)
 class _Trace:
-    """A trace as export reads it; `arrays` by key, read on demand."""
+    """A trace as export reads it; `arrays` by key, read on demand; `without` features: layers."""
 
     path: Location
     attributes: TraceAttributes
     metadata: ScenarioMetadata
     arrays: Mapping[str, xr.DataArray]
+    without: frozenset[int]
 
     def keys(self, layer: int) -> list[str]:
-        without = self.attributes.layers_without_sae
         return [
             key
             for key, array in self.arrays.items()
             if layer in self.attributes.layers_of(str(array.dims[0]))
-            and (key != "features" or layer not in without)
+            and (key != "features" or layer not in self.without)
         ]
 
 
@@ -158,6 +159,7 @@ def _trace(path: Location, ds: xr.Dataset) -> _Trace:
             },
         ),
         arrays={key: ds[key] for key in keys},
+        without=layers_without_sae(ds),
     )
 
 
