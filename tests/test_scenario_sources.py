@@ -320,6 +320,34 @@ def test_cells_of_csv_are_typed_by_column(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "cells",
+    [
+        ["18446744073709551614", "18446744073709551615"],
+        ["9223372036854775808", "-9223372036854775809"],
+        ["9007199254740993", "9007199254740992", "0.5"],
+        ["0.5", "9007199254740993", "9007199254740992"],
+        ["9" * 5000, f"{'9' * 4999}8", "1"],
+    ],
+)
+def test_whole_numbers_of_csv_are_never_rounded(tmp_path: Path, cells: list[str]) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text("prompt,game\n" + "".join(f"x,{cell}\n" for cell in cells))
+    assert [s.metadata["game"] for s in load_suite(file)] == cells
+    (tmp_path / "a.jsonl").write_text(
+        "".join(f'{{"prompt": "x", "metadata": {{"game": {cell}}}}}\n' for cell in cells)
+    )
+    with pytest.raises(ScenarioError):
+        load_suite(tmp_path / "a.jsonl")
+
+
+def test_whole_numbers_of_csv_that_floats_hold_are_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text("prompt,game\nx,9007199254740994\nx,0.5\nx,\n")
+    first, second, third = (s.metadata["game"] for s in load_suite(file))
+    assert (first, second, str(third)) == (9007199254740994, 0.5, "nan")
+
+
+@pytest.mark.parametrize(
     ("content", "line", "message"),
     [
         ("", None, "is empty"),

@@ -16,7 +16,7 @@ from zarrtrace.scenarios.suite_file import MAX_BYTES, lines_of
 from zarrtrace.scenarios.tables import BATCH, FIELDS, check_header, table_entries
 
 # Text "007" is a label, not the number 7.
-_INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]{0,18})")
+_INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"[+-]?(0|[1-9][0-9]*)?(\.[0-9]*)?([eE][+-]?[0-9]+)?")
 _BOOLEANS = {"true": True, "false": False}
 
@@ -134,7 +134,7 @@ class _Cells:
     def __init__(self) -> None:
         self._is_boolean = self._is_whole = self._is_number = True
         self._has_values = self._has_numbers = self._has_gaps = False
-        self._largest = 0
+        self._is_exact = True  # floats hold all whole numbers
 
     def add(self, cell: str) -> None:
         if not (self._is_boolean or self._is_number):
@@ -149,8 +149,10 @@ class _Cells:
             self._has_gaps = True
             return
         self._has_numbers = True
-        if self._is_whole and _INTEGER.fullmatch(cell):
-            self._largest = max(self._largest, abs(int(cell)))
+        if _INTEGER.fullmatch(cell):
+            # Beyond 64 bits it is a label: rounded, two of them could become equal.
+            self._is_number = self._is_number and len(cell) <= 20 and -(2**63) <= int(cell) < 2**63
+            self._is_exact = self._is_exact and self._is_number and int(float(cell)) == int(cell)
             return
         self._is_whole = False
         self._is_number = self._is_number and _is_float(cell)
@@ -163,11 +165,10 @@ class _Cells:
             return _boolean
         if not self._has_numbers or not self._is_number:
             return _text
-        if not self._is_whole:
-            return _float
-        # Beyond these it is a label: neither 64 bits nor, if another is missing, a float hold it.
-        most = 2**53 if self._has_gaps else 2**63 - 1
-        return _whole if self._largest <= most else _text
+        # Beside a fraction or a missing number all of them are floats.
+        if not self._is_exact and (self._has_gaps or not self._is_whole):
+            return _text
+        return _whole if self._is_whole else _float
 
 
 def _missing(cell: str) -> None:
