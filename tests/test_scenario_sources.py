@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import enum
 import importlib.util
 import json
 import math
@@ -28,6 +29,7 @@ from hypothesis import strategies as st
 import zarrtrace as zt
 from zarrtrace.errors import ScenarioError
 from zarrtrace.scenarios import RESERVED, Scenario, as_scenarios, load_suite
+from zarrtrace.scenarios.metadata import plain_value
 
 # --- one scenario ------------------------------------------------------------------------------
 
@@ -421,6 +423,44 @@ def test_columns_of_two_types_are_refused(first: Any, second: Any, message: str)
         as_scenarios(
             [Scenario("x", metadata={"c": first}), Scenario("y", name="b", metadata={"c": second})]
         )
+
+
+class _Game(enum.IntEnum):
+    SLOTS = 3
+
+
+@pytest.mark.parametrize(
+    ("given", "plainly"),
+    [
+        (_Game.SLOTS, 3),
+        (np.longdouble(1.5), 1.5),
+        (np.array(2, np.longdouble), 2.0),
+        (np.datetime64("NaT", "ns"), None),
+    ],
+)
+def test_metadata_is_of_types_of_python(given: Any, plainly: Any) -> None:
+    kept = Scenario("x", name="a", metadata={"m": given}).metadata["m"]
+    assert kept == plainly
+    assert type(kept) is type(plainly)
+    assert plain_value(given) == plainly
+
+
+@pytest.mark.parametrize("given", [2**63, -(2**63) - 1, enum.IntEnum("Big", {"A": 2**63}).A])
+def test_whole_numbers_beyond_64_bits_are_refused(given: int) -> None:
+    with pytest.raises(ScenarioError, match="more than 64 bits"):
+        Scenario("x", name="a", metadata={"m": given})
+
+
+@pytest.mark.parametrize("unit", ["D", "s", "ns"])
+@pytest.mark.parametrize("make", [np.datetime64, np.timedelta64])
+def test_dates_and_durations_never_become_numbers(make: Any, unit: str) -> None:
+    given = make(5, unit)
+    for value in (given, np.array(given)):
+        with pytest.raises(ScenarioError, match=f"m: a value of type {make.__name__}"):
+            Scenario("x", name="a", metadata={"m": value})
+        for several in (value, [value], np.array([given])):
+            with pytest.raises(ScenarioError, match=f"m: a value of type {make.__name__}"):
+                as_scenarios({"template": "{m}", "values": {"m": several}})
 
 
 def test_values_of_templates_are_metadata(tmp_path: Path) -> None:

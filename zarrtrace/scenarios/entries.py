@@ -20,7 +20,13 @@ from pydantic import (
 
 from zarrtrace.errors import ScenarioError
 from zarrtrace.format.attributes import LayerRange
-from zarrtrace.scenarios.metadata import RESERVED, Value, check_metadata_name, plain_value
+from zarrtrace.scenarios.metadata import (
+    RESERVED,
+    Value,
+    check_metadata_name,
+    from_numpy,
+    plain_value,
+)
 from zarrtrace.scenarios.names import IDENTIFIER
 from zarrtrace.suggestions import closest
 
@@ -46,6 +52,17 @@ _UNION_MEMBER = re.compile(
 
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _without_dates(value: Any) -> Any:
+    """Refuse dates and durations of NumPy, of which pydantic makes floats that say no unit."""
+    for one in value if isinstance(value, list) else [value]:
+        if (kind := type(one).__name__) in ("datetime64", "timedelta64"):
+            raise ValueError(f"a value of type {kind}; give its text, as the prompt shall hold it")
+    return value
+
+
+_TemplateValue = Annotated[_Scalar | list[_Scalar], BeforeValidator(_without_dates)]
 
 
 def _text_alone(content: Any) -> Any:
@@ -118,7 +135,7 @@ class ScenarioEntry(_Strict):
     )
     generation_prompt: bool | None = Field(default=None, description=_GENERATION_PROMPT)
     marks: bool | None = Field(default=None, description=_MARKS)
-    values: dict[str, _Scalar | list[_Scalar]] = Field(
+    values: dict[str, _TemplateValue] = Field(
         default_factory=dict,
         description="Values of the template, which are metadata, too; a list is joined with ', '.",
     )
@@ -148,7 +165,7 @@ class SuiteFile(_Strict):
 
     name: str | None = None
     template: _Text | None = Field(default=None, description="Template of entries without one.")
-    defaults: dict[str, _Scalar | list[_Scalar]] = Field(default_factory=dict)
+    defaults: dict[str, _TemplateValue] = Field(default_factory=dict)
     options: dict[str, _Text] = Field(default_factory=dict)
     generation_prompt: bool | None = Field(
         default=None, description="Of entries with messages that do not say it themselves."
@@ -237,7 +254,8 @@ def plain(value: Any) -> Any:
     if type(value) in _PLAIN:
         return value
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
-        return plain(value.tolist())
+        found = from_numpy(value)
+        return found if type(found) is type(value) else plain(found)
     if isinstance(value, Mapping):
         return {key: plain(one) for key, one in value.items()}
     if isinstance(value, set | frozenset):  # whose order differs from process to process

@@ -35,7 +35,6 @@ Value = bool | int | float | str
 
 _IDENTIFIER = re.compile(IDENTIFIER)
 _NEVER_MISSING = frozenset((str, int, bool))
-_INT64 = range(-(2**63), 2**63)
 
 
 def check_metadata_name(name: object) -> str:
@@ -66,12 +65,12 @@ def plain_value(value: Any) -> Value | None:
     """
     if is_missing(value):
         return None
-    if type(value).__module__ == "numpy" and hasattr(value, "item"):
-        value = value.item()
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        value = from_numpy(value)
     if isinstance(value, bool):
         return value
     if isinstance(value, int):
-        if value not in _INT64:
+        if not -(2**63) <= value < 2**63:
             raise ValueError("a whole number of more than 64 bits; write it as text")
         return int(value)
     if isinstance(value, float):
@@ -87,6 +86,17 @@ def plain_value(value: Any) -> Value | None:
     raise ValueError(
         f"a value of type {type(value).__name__}; metadata is numbers, text, true and false"
     )
+
+
+def from_numpy(value: Any) -> Any:
+    """Return a value or array of NumPy as Python's; dates and durations as they are."""
+    kind = value.dtype.char
+    if kind in "mM":
+        # tolist() turns those of nanoseconds into whole numbers, which say no unit.
+        return list(value) if value.ndim else value[()]
+    if kind in "gG":  # tolist() returns the long double itself
+        value = value.astype("d" if kind == "g" else "D")
+    return value.tolist()
 
 
 def is_missing(value: Any) -> bool:
