@@ -23,6 +23,7 @@ from zarrtrace.errors import (
     ScenarioError,
     ZarrtraceError,
 )
+from zarrtrace.format.attributes import MOST_LAYERS
 from zarrtrace.store import verify
 from zarrtrace.store import write as module
 from zarrtrace.store.trace_writer import TraceWriter
@@ -278,6 +279,32 @@ def test_spans_by_offsets_and_by_positions(tmp_path: Path) -> None:
     assert not (tmp_path / "d").exists()
 
 
+@pytest.mark.parametrize(
+    "of", ["builtins.list", "numpy.array", pytest.param("torch.tensor", marks=pytest.mark.torch)]
+)
+def test_positions_and_tokens_of_any_integers(tmp_path: Path, of: str) -> None:
+    library, _, function = of.partition(".")
+    of_kind = getattr(pytest.importorskip(library), function)
+    given = {
+        "tokens": (of_kind([7, 8, 9, 10, 11]), np.array(TEXTS)),
+        "attention": {0: attention(rows=2, keys=5)},
+        "positions": of_kind([3, 4]),
+    }
+    write(tmp_path / "run", **given, spans={"x": of_kind([4, 1])})
+    trace = zt.open_trace(tmp_path / "run" / "poor")
+    assert trace.zt.span("x") == [1, 4]
+    assert trace["query"].values.tolist() == [3, 4]
+    assert trace["token_id"].values.tolist() == [7, 8, 9, 10, 11]
+    assert trace.zt.tokens == TEXTS
+    with pytest.raises(ConfigError, match="span 'x': not token positions"):
+        write(tmp_path / "masked", **given, spans={"x": of_kind([False] * 4 + [True])})
+
+
+def test_the_last_layer_that_can_be_read_is_written(tmp_path: Path) -> None:
+    write(tmp_path / "run", attention={MOST_LAYERS - 1: attention()})
+    assert zt.open_trace(tmp_path / "run" / "poor").layer.values.tolist() == [MOST_LAYERS - 1]
+
+
 def test_a_space_that_sentencepiece_adds(tmp_path: Path) -> None:
     write(tmp_path / "run", tokens=(range(5), ["<s>", " You", " hold", " $9", "0"]))
     spans = zt.open_run(tmp_path / "run")["poor"].attrs["spans"]
@@ -351,6 +378,29 @@ def _with(value: float) -> np.ndarray:
         ({"spans": {"x": [5]}}, ConfigError, "span 'x' at [5]"),
         ({"spans": {"decision": [1]}}, ConfigError, "span 'decision' at [1]"),
         ({"offsets": [(0, 1)]}, ConfigError, "offsets are for 1 tokens"),
+        ({"spans": {"x": np.arange(5) > 3}}, ConfigError, "span 'x': not token positions"),
+        ({"spans": {"x": [False, True]}}, ConfigError, "span 'x': not token positions"),
+        ({"spans": {"x": [1.7]}}, ConfigError, "span 'x': not token positions"),
+        ({"spans": {"x": 1}}, ConfigError, "span 'x': not token positions"),
+        ({"spans": {"x,y": [1]}}, ConfigError, "'x,y' is no name of a span"),
+        ({"spans": {"": [1]}}, ConfigError, "'' is no name of a span"),
+        ({"spans": {3: [1]}}, ConfigError, "3 is no name of a span"),
+        ({"positions": [0.2, 1.9]}, ConfigError, "positions: not token positions: [0.2"),
+        ({"positions": np.arange(5) > 3}, ConfigError, "positions: not token positions"),
+        ({"attention_positions": [True]}, ConfigError, "attention_positions: not token positions"),
+        ({"attention_positions": [4.5]}, ConfigError, "attention_positions: not token positions"),
+        ({"tokens": ([1.5, 2, 3, 4, 5], TEXTS)}, ConfigError, "tokens are no ids and texts"),
+        ({"tokens": ([True, 2, 3, 4, 5], TEXTS)}, ConfigError, "tokens are no ids and texts"),
+        (
+            {"tokens": (range(5), [*TEXTS[:4], "\ud800"])},
+            ConfigError,
+            "the text of token 4 is '\\ud800', which is not valid Unicode",
+        ),
+        ({"features": {0: features()[:, :0]}}, ConfigError, "features of layer 0 is empty"),
+        ({"attention": {0: attention()[:0]}}, ConfigError, "attention of layer 0 is empty"),
+        ({"residual": {0: residual()[:, :0]}}, ConfigError, "residual of layer 0 is empty"),
+        ({"residual": {10**6: residual()}}, ConfigError, "1000000 is no layer"),
+        ({"residual": {MOST_LAYERS: residual()}}, ConfigError, "100000 is no layer"),
         ({"scenario": "../x"}, ScenarioError, "not safe as a folder name"),
         ({"scenario": zt.Scenario("x")}, ScenarioError, "has no name"),
         ({"scenario": zt.Scenario("x", name="x", options={"bet": "1"})}, ConfigError, "options"),

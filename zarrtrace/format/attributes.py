@@ -64,8 +64,8 @@ class Extensible(Frozen):
 # --- layers ------------------------------------------------------------------------------------
 
 _RANGES = re.compile(r"([0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*)?")
-# More blocks than any model has: a damaged range must not ask for memory.
-_MOST_LAYERS = 100_000
+#: More blocks than any model has: a damaged range must not ask for memory.
+MOST_LAYERS = 100_000
 
 
 def ranges(layers: Sequence[int]) -> str:
@@ -93,7 +93,7 @@ def layers_in(text: str) -> tuple[int, ...]:
     for part in text.split(",") if text else []:
         first, _, last = part.partition("-")
         start, stop = int(first), int(last or first) + 1
-        if stop > _MOST_LAYERS or stop - start + len(found) > _MOST_LAYERS:
+        if stop > MOST_LAYERS or stop - start + len(found) > MOST_LAYERS:
             raise ValueError(f"{text!r} names more layers than any model has")
         found += range(start, stop)
     if len(set(found)) < len(found):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from zarrtrace.errors import ConfigError, NonFiniteError
+from zarrtrace.format.attributes import MOST_LAYERS
 from zarrtrace.format.layout import feature_columns
 from zarrtrace.records import (
     BFloat16,
@@ -31,6 +33,46 @@ _DIMS = {
     "features": "query, feature",
     "residual": "query, channel",
 }
+
+
+def whole_numbers(given: Iterable[Any]) -> list[int]:
+    """Return integers of Python, NumPy or torch as Python's.
+
+    Raises
+    ------
+    TypeError
+        If one is a fraction, which int() would cut, or a boolean, which belongs to a mask.
+    """
+    found = [one.tolist() if hasattr(one, "tolist") else one for one in given]
+    if any(isinstance(one, bool) for one in found):
+        raise TypeError("a boolean is no whole number")
+    return [operator.index(one) for one in found]
+
+
+def token_positions(what: str, given: Iterable[Any]) -> list[int]:
+    """Return token positions as integers.
+
+    Parameters
+    ----------
+    what
+        Names the scenario and the positions in messages.
+    given
+        Positions, of any integer type.
+
+    Raises
+    ------
+    ConfigError
+        If one is a boolean or a fraction.
+    """
+    try:
+        return whole_numbers(given)
+    except TypeError:
+        raise ConfigError(
+            f"{what}: not token positions: {given!s:.80}",
+            why="Positions are whole numbers from 0, in a sequence. A mask of true and false, or "
+            "a fraction, is none.",
+            remedy="Of a mask, give numpy.flatnonzero(mask).",
+        ) from None
 
 
 def layer_record(
@@ -128,9 +170,13 @@ class CapturedArrays:
                 f"{label}: no array was given", remedy="Give attention, features or residual."
             )
         for layer in layers:
-            if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+            is_index = isinstance(layer, int) and not isinstance(layer, bool)
+            if not is_index or not 0 <= layer < MOST_LAYERS:
                 raise ConfigError(
                     f"{label}: {layer!r} is no layer",
+                    why=f"No model has {MOST_LAYERS:,} layers; it may be the id of something else."
+                    if is_index and layer > 0
+                    else "",
                     remedy="Give arrays by the index of the decoder block, an int from 0.",
                 )
         self.layers = tuple(sorted(layers))
@@ -158,7 +204,7 @@ class CapturedArrays:
         """Return positions among those that are known; None for all of them."""
         if given is None:
             return None
-        rows = tuple(int(one) for one in given)
+        rows = tuple(token_positions(f"{self._label}: {name}", given))
         if not rows or list(rows) != sorted(set(rows)) or not set(rows) <= set(known):
             of = f"the {len(known)} tokens" if name == "positions" else "the stored positions"
             raise ConfigError(
@@ -189,6 +235,12 @@ class CapturedArrays:
                     f"({', '.join(map(str, said))})",
                     why=f"It is ({_DIMS[name]}) of one prompt, of the same sizes in all layers.",
                     remedy="Take one prompt out of a batch, as array[0]; check the tokens.",
+                )
+            if size == 0:
+                raise ConfigError(
+                    f"{self._label}: {name} of layer {layer} is empty: its shape is {shape}",
+                    why=f"It is ({_DIMS[name]}), and has at least one of each.",
+                    remedy=f"Leave {name} out if there is none.",
                 )
         return size
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -21,8 +22,9 @@ from zarrtrace.format.attributes import (
 from zarrtrace.format.layout import TraceShape
 from zarrtrace.records import Tokens, TracePlan
 from zarrtrace.scenarios import COMPLETION, DECISION, CharRange, Scenario, span_positions
+from zarrtrace.scenarios.names import IDENTIFIER
 from zarrtrace.storage import Address, locate
-from zarrtrace.store.captured import CapturedArrays
+from zarrtrace.store.captured import CapturedArrays, token_positions, whole_numbers
 from zarrtrace.store.run_writer import RunExtension
 from zarrtrace.store.trace_writer import TraceWriter
 
@@ -280,11 +282,11 @@ def _tokens(
     error = ConfigError(
         f"{label}: tokens are no ids and texts of one prompt",
         why="Each token has an id in the model's vocabulary and a text.",
-        remedy="Give tokens=(ids, texts), equally many; special, if given, as many, too.",
+        remedy="Give (ids, texts) as tokens, equally many; special, if given, as many, too.",
     )
     try:
         first, second = given
-        ids, texts = [int(one) for one in first], list(second)
+        ids, texts = whole_numbers(first), list(second)
     except (TypeError, ValueError):
         raise error from None
     is_odd = not all(isinstance(one, str) for one in texts) or any(
@@ -293,7 +295,17 @@ def _tokens(
     marks = None if special is None else [bool(one) for one in special]
     if is_odd or not ids or {len(texts), len(ids if marks is None else marks)} != {len(ids)}:
         raise error
-    return Tokens(ids, texts, marks)
+    for number, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"{label}: the text of token {number} is {text!r}, which is not valid Unicode",
+                why="Half of a surrogate pair is stored as no text; it is left over where bytes "
+                "were decoded with 'surrogateescape'.",
+                remedy="Decode with errors='replace', as tokenizers do.",
+            ) from None
+    return Tokens(ids, [str(text) for text in texts], marks)  # NumPy's texts are no plain str
 
 
 def _generation(
@@ -337,7 +349,7 @@ def _spans(
     last = len(texts) - 1
     prompt = len(texts) if generation is None else generation.prompt_tokens
     own = {DECISION} if generation is None else {DECISION, COMPLETION}
-    found = {name: sorted({int(at) for at in positions}) for name, positions in given.items()}
+    found = _given_spans(label, given)
     taken = {name: list[int]() for name in own & {*scenario.spans}}
     for name, positions in {**taken, **found}.items():
         if name in own or not positions or positions[0] < 0 or positions[-1] > last:
@@ -363,6 +375,21 @@ def _spans(
         found |= {name: positions_of[name] for name in rest}
     found[DECISION] = [prompt - 1]
     return found if generation is None else {**found, COMPLETION: [*range(prompt, last + 1)]}
+
+
+def _given_spans(label: str, given: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    """Return positions of spans that a caller names, ascending."""
+    for name in given:
+        if not isinstance(name, str) or not re.fullmatch(IDENTIFIER, name):
+            raise ConfigError(
+                f"{label}: {name!r} is no name of a span",
+                why="Tables put the names of a token's spans together, with commas between them.",
+                remedy="Use letters, digits and '_', and begin with no digit.",
+            )
+    return {
+        name: sorted({*token_positions(f"{label}: span {name!r}", positions)})
+        for name, positions in given.items()
+    }
 
 
 def _offsets(prompt: str, texts: Sequence[str]) -> list[CharRange] | None:
