@@ -147,6 +147,54 @@ def test_yaml_suite(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("value", "metadata"),
+    [
+        # Numbers, dates and booleans of YAML 1.1 alone, and numbers of YAML 1.2 alone, are text.
+        *((text, text) for text in ("12:30", "1:30.5", "0123", "-007", "1_000", "1_0.5", "0b11")),
+        *((text, text) for text in ("no", "Yes", "on", "OFF", "y", "N", "2024-01-01", "=")),
+        *((text, text) for text in ("1e3", "0o17", "-0x1F", "'1.50'", '"true"')),
+        # Numbers of both have the text of the file, and are numbers in metadata.
+        *(("1.50", 1.5), ("+5", 5), ("-0", 0), ("0x1F", 31), ("1.0e+3", 1000.0), (".5", 0.5)),
+        *(("7", 7), ("-2.25", -2.25), ("9007199254740993.0", 9007199254740992.0), ("5.", 5.0)),
+        ("[1.50, a, 12:30, 007, 2]", "1.50, a, 12:30, 007, 2"),
+    ],
+)
+def test_plain_values_of_yaml_enter_prompts_as_they_stand(
+    tmp_path: Path, value: str, metadata: Any
+) -> None:
+    text = value.strip("'\"[]")
+    if isinstance(metadata, str):
+        metadata = text
+    template = 'template: "At {t} go"\n'
+    for content in (
+        f"{template}scenarios: [values: {{t: {value}}}]",
+        f"{template}defaults: {{t: {value}}}\nscenarios: [{{}}]",
+    ):
+        (scenario,) = load_suite(write(tmp_path, content))
+        assert scenario.prompt == f"At {text} go"
+        assert scenario.metadata == {"t": metadata}
+        assert type(scenario.metadata["t"]) is type(metadata)
+
+
+def test_plain_values_of_yaml_elsewhere(tmp_path: Path) -> None:
+    (scenario,) = load_suite(
+        write(
+            tmp_path,
+            """
+            scenarios:
+            - {prompt: "[[a:b]]", name: 1_0, tags: [no, 12:30], options: {bet: yes}, marks: no,
+               metadata: {a: 12:30, b: 1.50, c: off, d: true, e: 0x1F}}
+            """,
+        )
+    )
+    assert (scenario.name, scenario.tags) == ("1_0", ("no", "12:30"))
+    assert (dict(scenario.options), scenario.prompt) == ({"bet": "yes"}, "[[a:b]]")
+    expected: dict[str, Any] = {"a": "12:30", "b": 1.5, "c": "off", "d": True, "e": 31}
+    assert scenario.metadata == expected
+    assert [type(one) for one in scenario.metadata.values()] == [str, float, str, bool, int]
+
+
 def test_spans_beside_a_template_add_to_its_marks(tmp_path: Path) -> None:
     path = write(
         tmp_path,

@@ -14,7 +14,9 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
+    ValidatorFunctionWrapHandler,
     WithJsonSchema,
+    WrapValidator,
     model_validator,
 )
 
@@ -28,6 +30,7 @@ from zarrtrace.scenarios.metadata import (
     plain_value,
 )
 from zarrtrace.scenarios.names import IDENTIFIER
+from zarrtrace.scenarios.written_numbers import WrittenNumber
 from zarrtrace.suggestions import closest
 
 _Text = Annotated[str, StringConstraints(min_length=1)]
@@ -54,15 +57,21 @@ class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def _without_dates(value: Any) -> Any:
-    """Refuse dates and durations of NumPy, of which pydantic makes floats that say no unit."""
+def _template_value(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """Refuse NumPy's dates, and keep numbers with a text: pydantic makes plain numbers of both."""
     for one in value if isinstance(value, list) else [value]:
         if (kind := type(one).__name__) in ("datetime64", "timedelta64"):
             raise ValueError(f"a value of type {kind}; give its text, as the prompt shall hold it")
-    return value
+    checked = check(value)
+    if isinstance(value, list):
+        return [
+            given if isinstance(given, WrittenNumber) else one
+            for given, one in zip(value, checked, strict=True)
+        ]
+    return value if isinstance(value, WrittenNumber) else checked
 
 
-_TemplateValue = Annotated[_Scalar | list[_Scalar], BeforeValidator(_without_dates)]
+_TemplateValue = Annotated[_Scalar | list[_Scalar], WrapValidator(_template_value)]
 
 
 def _text_alone(content: Any) -> Any:

@@ -13,10 +13,10 @@ from pydantic import ValidationError
 
 from zarrtrace.errors import ScenarioError, readable
 from zarrtrace.scenarios.entries import ScenarioEntry, SuiteFile, problem_of
+from zarrtrace.scenarios.yaml_loader import YAMLLoader
 
 #: Larger than any scenario, or any YAML file, which is read whole.
 MAX_BYTES = 2**28
-_YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # Scenarios need 6. libyaml builds deeper ones by recursion that overflows the stack.
 _MAX_YAML_DEPTH = 50
 
@@ -26,7 +26,7 @@ def parse_yaml(path: Path, text: str) -> tuple[SuiteFile, list[str]]:
     loader: Any = None
     try:
         # The reader of its first characters complains at once.
-        loader = _YAML_LOADER(text)
+        loader = YAMLLoader(text)
         _refuse_deep_yaml(path, text)
         node = loader.get_single_node()
         _refuse_odd_yaml(path, node)
@@ -117,7 +117,7 @@ decode_json = json.JSONDecoder(object_pairs_hook=refuse_double_keys).decode
 
 def _refuse_deep_yaml(path: Path, text: str) -> None:
     depth = 0
-    for event in yaml.parse(text, Loader=_YAML_LOADER):
+    for event in yaml.parse(text, Loader=YAMLLoader):
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):
