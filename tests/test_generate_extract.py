@@ -346,6 +346,34 @@ def test_changed_settings_are_refused(
         zt.extract(sampled, PROMPTS, **{**SAMPLED, **llama, "residual": True, **changed})
 
 
+def test_changed_ends_of_sequences_are_refused(
+    sampled: Path, llama: Mapping[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no continuation that was kept with other ends is taken for one with these."""
+    own, how = llama["model"].generation_config, {**SAMPLED, **llama, "residual": True}
+    before = own.eos_token_id
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # all are generated, and none is stored
+        patch.setattr(continuations, "with_continuation", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            zt.extract(tmp_path / "run", PROMPTS, **how)
+    assert next(tmp_path.glob(".run.zarrtrace-continuations")).stat().st_size > 1000
+    first = zt.open_run(sampled)["s0~0"]
+    token = int(first["token_id"][first.attrs["generation"]["prompt_tokens"] + 1])
+    monkeypatch.setattr(own, "eos_token_id", [token, before])
+    named = rf"end-of-sequence tokens of the model: \[{before}\] there, \[.*{token}.*\] now"
+    with pytest.raises(ConfigMismatchError, match=named):
+        zt.extract(sampled, PROMPTS, **how)
+    run = zt.extract(tmp_path / "run", PROMPTS, overwrite=True, **how)
+    assert run["s0~0"].attrs["generation"]["ended_by"] == "end_of_sequence"
+    new = zt.extract(tmp_path / "new", PROMPTS, **how)
+    for name, one in new.children.items():
+        assert one.to_dataset().identical(run[name].to_dataset())
+
+
 # --- errors -------------------------------------------------------------------------------------
 
 

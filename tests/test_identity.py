@@ -19,7 +19,7 @@ pytestmark = pytest.mark.torch
 
 from sae_lens import SAE  # noqa: E402
 
-from zarrtrace import demo  # noqa: E402
+from zarrtrace import demo, extract  # noqa: E402
 from zarrtrace.capture import load_model  # noqa: E402
 from zarrtrace.capture.fingerprint import (  # noqa: E402
     fingerprint,
@@ -130,6 +130,13 @@ def change_sae_config(files: Path) -> None:
     change_json(files / "saes" / SAE_FOLDER / "cfg.json", change)
 
 
+def change_hook_point(files: Path) -> None:
+    def change(config: dict[str, Any]) -> None:
+        config["metadata"]["hook_name"] = "blocks.2.hook_resid_pre"
+
+    change_json(files / "saes" / SAE_FOLDER / "cfg.json", change)
+
+
 def change_tokenizer(files: Path) -> None:
     """Exchange the ids of two tokens that prompts have."""
 
@@ -149,6 +156,7 @@ def change_tokenizer(files: Path) -> None:
         (change_settings, r"\n  configuration of the model: '\w{16}' there, '\w{16}' now\n"),
         (change_sae, r"\n  weights of SAEs: .*'\w{16}'.* there, .*'\w{16}'.* now\n"),
         (change_sae_config, r"\n  weights of SAEs: .* there, .* now\n"),
+        (change_hook_point, r"\n  hook points of SAEs: .*resid_post.* there, .*resid_pre.* now\n"),
         (
             change_tokenizer,
             r"\n  prompts: Risky_40, Medium_60 changed\n.*or the tokenizer makes other tokens",
@@ -168,6 +176,32 @@ def test_changed_files_are_refused(begun: Path, change: Callable[[Path], None], 
     assert [name.split("/")[0] for name in changed] in (["model"], ["saes"])
     for name in changed:  # for the next test
         (begun / name).write_bytes(before[name])
+
+
+@pytest.mark.parametrize("layout", ["traces", "table"])
+def test_a_corrected_hook_point_is_refused(files: Path, layout: str) -> None:
+    """The weights are the same, and what they encode is not."""
+    given: dict[str, Any] = {
+        "model": str(files / "model"), "saes": str(files / "saes"), "layers": [2], "quiet": True,
+        "scenario": NAMES[0], "layout": layout, "attention": False,
+    }  # fmt: skip
+    extract(files / "run", "slot-machine", **given)
+    change_hook_point(files)
+    named = r"hook points of SAEs: \{.*hook_resid_post'\} there, \{.*hook_resid_pre'\} now"
+    with pytest.raises(ConfigMismatchError, match=named):
+        extract(files / "run", "slot-machine", **given)
+
+
+def test_runs_that_do_not_say_hook_points_and_ends_are_resumed() -> None:
+    stored = {"saes": {"a": "f00d", "b": "cafe"}, "generation": {"tokens": 3}}
+    added = {"sae_hooks": {"a": "blocks.1.hook_resid_pre"}, "end_of_sequence": [1, 2]}
+    refuse_other("run", stored, {**stored, **added})
+    refuse_other("run", {**stored, **added}, stored)
+    with pytest.raises(ConfigMismatchError) as refused:
+        refuse_other("run", {**stored, **added}, {**stored, **added, "saes": {}, "sae_hooks": {}})
+    assert "hook points" not in str(refused.value)  # they are other SAEs
+    with pytest.raises(ConfigMismatchError, match=r"end-of-sequence.*: \[1, 2\] there, \[\] now"):
+        refuse_other("run", {**stored, **added}, {**stored, **added, "end_of_sequence": []})
 
 
 @pytest.mark.long

@@ -11,12 +11,18 @@ from typing import Any, NamedTuple
 
 from zarrtrace.errors import ConfigMismatchError
 
-# Keys of a configuration that speak of files of weights, and what a difference there is called.
+# Keys of a configuration that speak of files of a model or of SAEs, and how differences are called.
 _WEIGHTS = {
     "model_fingerprint": "weights of the model",
     "model_settings": "configuration of the model",
+    "end_of_sequence": "end-of-sequence tokens of the model",
     "saes": "weights of SAEs",
+    "sae_hooks": "hook points of SAEs",
 }
+# Keys by SAE.
+_BY_SAE = ("saes", "sae_hooks")
+# Keys that runs made before them lack: these are resumed, too.
+_ADDED = ("sae_hooks", "end_of_sequence")
 _NAMES_SHOWN = 5
 _BETWEEN_VERSIONS = ", "
 _VERSION_OF = "version of "
@@ -59,7 +65,7 @@ class Difference(NamedTuple):
     @property
     def is_of_weights(self) -> bool:
         """Whether files have other contents, and not another model or SAE was asked for."""
-        if self.key == "saes":
+        if self.key in _BY_SAE:
             both = isinstance(self.stored, dict) and isinstance(self.now, dict)
             return both and self.stored.keys() == self.now.keys()
         return self.key in _WEIGHTS
@@ -102,6 +108,11 @@ def _is_version(key: str) -> bool:
 def _same(key: str, stored: Any, now: Any) -> bool:
     if _is_version(key) and isinstance(stored, str):
         return now in stored.split(_BETWEEN_VERSIONS)
+    if key in _ADDED and (stored is None or now is None):
+        return True
+    if key == "sae_hooks" and isinstance(stored, dict) and isinstance(now, dict):
+        # Of SAEs that only one of the two has, "saes" says so.
+        return all(now.get(sae, hook) == hook for sae, hook in stored.items())
     return bool(stored == now)
 
 

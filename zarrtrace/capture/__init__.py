@@ -13,6 +13,7 @@ from zarrtrace.capture.fingerprint import settings_fingerprint
 from zarrtrace.capture.generation import (
     check_context,
     continuation_text,
+    end_of_sequence_ids,
     generate,
     plan_batches,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "check_context",
     "choose_batch_size",
     "continuation_text",
+    "end_of_sequence_ids",
     "generate",
     "gpu_count",
     "grouped",

@@ -285,7 +285,8 @@ def _keys_and_values(model: LoadedModel) -> DynamicCache | None:
 
 def end_of_sequence_ids(model: LoadedModel) -> tuple[int, ...]:
     """Return the ids of the model's end-of-sequence tokens: none, one or several."""
-    found = model.model.generation_config.eos_token_id
+    # A class that cannot continue text has no such configuration.
+    found = getattr(model.model.generation_config, "eos_token_id", None)
     return () if found is None else (found,) if isinstance(found, int) else tuple(found)
 
 

@@ -11,6 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from zarrtrace.extraction.options import Options
+from zarrtrace.extraction.packages import capture_package
 from zarrtrace.format.attributes import SAEAttributes, ranges
 from zarrtrace.scenarios.positions import as_json
 
@@ -47,7 +48,10 @@ def run_config(
         Hash of the model's configuration.
     """
     attributes = model.attributes
-    generation = {} if options.generate is None else {"generation": generation_config(options)}
+    generation: dict[str, Any] = {}
+    if options.generate is not None:
+        ends = capture_package().end_of_sequence_ids(model)
+        generation = {"generation": generation_config(options), "end_of_sequence": sorted(ends)}
     return {
         "model": attributes.id,
         "revision": attributes.revision,
@@ -72,6 +76,7 @@ def run_config(
         "saes": {
             sae.id: sae.fingerprint or sae.revision for found in saes.values() for sae in found
         },
+        "sae_hooks": {sae.id: sae.hook_name for found in saes.values() for sae in found},
         "sae_dtype": sorted({sae.dtype for found in saes.values() for sae in found}),
         "fold_decoder_norm": options.fold_decoder_norm,
         "prompts": {prompt.scenario.name: prompt_digest(prompt) for prompt in prompts},

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _AT_ONCE = 4096
 # Parts of a run's configuration that decide its continuations.
 _DECISIVE = ("model", "revision", "model_fingerprint", "model_settings", "dtype", "prepend_bos",
-             "device", "generation", "versions")  # fmt: skip
+             "device", "generation", "end_of_sequence", "versions")  # fmt: skip
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
