@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import itertools
 import subprocess
 import sys
 import threading
@@ -24,7 +25,9 @@ pytestmark = pytest.mark.torch
 
 from sae_lens import (  # noqa: E402  # noqa: E402
     SAE,
+    GatedSAEConfig,
     JumpReLUSAEConfig,
+    StandardSAE,
     StandardSAEConfig,
     StandardTrainingSAE,
     StandardTrainingSAEConfig,
@@ -147,6 +150,85 @@ def test_features_are_those_of_the_loaded_sae(models: Models, tmp_path: Path, dt
         for name, value in sae.state_dict().items():
             assert value.data_ptr() == before[layer][name].data_ptr()
         assert all(parameter.requires_grad for parameter in sae.parameters())
+
+
+class Divided(StandardSAE):
+    """Divides each feature by the largest of its token."""
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        found = super().encode(x)
+        return found / found.amax(-1, keepdim=True)
+
+
+class Decoding(StandardSAE):
+    """Scales each feature by its decoder direction."""
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return super().encode(x) * self.W_dec.norm(dim=-1)
+
+
+def ablate(sae: Any) -> None:
+    sae.hook_sae_acts_post.add_hook(lambda found, hook: found * (torch.arange(5000) != 7))
+
+
+def mix(sae: Any) -> None:
+    sae.hook_sae_acts_pre.add_hook(lambda found, hook: found.roll(1, -1))
+
+
+def share(sae: Any) -> None:
+    sae.activation_fn = torch.nn.Softmax(dim=-1)
+
+
+def double(sae: Any) -> None:
+    own = sae.encode
+    sae.encode = lambda x: 2 * own(x)
+
+
+def of_class(kind: type) -> Callable[[Any], None]:
+    return lambda sae: setattr(sae, "__class__", kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        *itertools.product([StandardSAEConfig, GatedSAEConfig], [ablate, mix, share, double]),
+        (StandardSAEConfig, of_class(Divided)),
+        (StandardSAEConfig, of_class(Decoding)),
+    ],
+)
+def test_changed_saes_encode_as_they_are(
+    models: Models, tmp_path: Path, kind: Any, change: Callable[[Any], None]
+) -> None:
+    """5,000 features are encoded some at a time, unless a user's code may see all of them."""
+    model, tokenizer = load(models.path("Llama"))
+    sae = make_sae(1, 5000, kind)
+    change(sae)
+    run = zt.extract(
+        tmp_path / "run", PROMPTS[0], model=model, tokenizer=tokenizer, saes=sae, residual=True
+    )
+    ds = run["scenario_0"].to_dataset()
+    with torch.no_grad():
+        expected = sae.encode(torch.tensor(ds.residual.values[0])).numpy()
+    assert np.array_equal(ds.features.values[0], expected)
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "constant_norm_rescale"])
+@pytest.mark.parametrize("kind", [StandardSAEConfig, GatedSAEConfig])
+def test_saes_decode_as_before(models: Models, tmp_path: Path, norm: str, kind: Any) -> None:
+    """Decoding scales back by what encoding took note of, here with gradients."""
+    model, tokenizer = load(models.path("Llama"))
+    sae = make_sae(1, 5000, kind, normalize_activations=norm)
+    inputs = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    expected = sae.decode(sae.encode(inputs)).detach()
+    found = sae.encode(inputs)
+    run = zt.extract(
+        tmp_path / "run", PROMPTS[0], model=model, tokenizer=tokenizer, saes=sae, residual=True
+    )
+    assert torch.equal(sae.decode(found), expected)
+    ds = run["scenario_0"].to_dataset()
+    with torch.no_grad():
+        encoded = sae.encode(torch.tensor(ds.residual.values[0])).numpy()
+    np.testing.assert_allclose(ds.features.values[0], encoded, rtol=1e-4, atol=1e-4)
 
 
 def test_several_saes_of_a_layer_and_one_alone(models: Models, tmp_path: Path) -> None:

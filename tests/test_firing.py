@@ -146,6 +146,16 @@ def test_saes_that_do_more_than_compare_with_thresholds_go_their_own_way() -> No
     assert not firing.has_thresholds(sae)
     assert not firing.has_thresholds(JumpReLUSAE(JumpReLUSAEConfig(**CONFIG, dtype="float16")))
     assert not firing.has_thresholds(TopKSAE(TopKSAEConfig(**CONFIG, k=2)))
-    other = StandardSAE(StandardSAEConfig(**CONFIG))
-    other.activation_fn = torch.nn.Tanh()
-    assert not firing.has_thresholds(other)
+    for change in (
+        {"activation_fn": torch.nn.Tanh()},
+        {"encode": lambda x: x},
+        {"__class__": type("Own", (StandardSAE,), {})},
+    ):
+        other = StandardSAE(StandardSAEConfig(**CONFIG))
+        assert firing.has_thresholds(other)
+        for name, value in change.items():
+            setattr(other, name, value)
+        assert not firing.has_thresholds(other)
+    hooked = StandardSAE(StandardSAEConfig(**CONFIG))
+    hooked.hook_sae_input.register_forward_pre_hook(lambda *_: None)
+    assert not firing.has_thresholds(hooked)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from types import CellType, FunctionType
 from typing import Any
 
 import numpy as np
 import torch
+from sae_lens import SAE
 from torch import nn
 
 from zarrtrace.capture.firing import (
     FiringFeatures,
     FiringOnGPU,
     has_thresholds,
+    is_plain,
     some_features,
 )
 from zarrtrace.capture.hooks import HookPoint, parse_hook
@@ -75,7 +78,7 @@ class Encoder:
         ready, kept from an earlier wave, stays as it is.
         """
         width, columns = self.attributes.d_sae, self.columns
-        if self._parts or width <= columns or self._sae.cfg.architecture() not in _EACH_ALONE:
+        if self._parts or width <= columns or not _is_each_alone(self._sae):
             return
         for parameter in self._sae.parameters():
             if parameter.ndim == 1:  # a view of its file holds all of that in memory
@@ -96,7 +99,7 @@ class Encoder:
             if name in _OF_FEATURES:
                 some = some_features(value, start, self.columns)
                 taken[id(value)] = nn.Parameter(some, requires_grad=False)
-        return copy.deepcopy(self._sae, taken)
+        return copied(self._sae, taken)
 
     def firing(
         self, activations: torch.Tensor
@@ -133,7 +136,37 @@ def _nonzero(block: torch.Tensor, columns: int) -> tuple[np.ndarray, np.ndarray]
     return (at + at // width * (columns - width) if width < columns else at), flat[at]
 
 
+def _is_each_alone(sae: Any) -> bool:
+    """Whether no feature of an SAE depends on another: not so where a user's code may see all."""
+    known = sae.cfg.architecture() in _EACH_ALONE and type(sae.activation_fn) is nn.ReLU
+    return known and is_plain(sae)
+
+
 def needs_decoder(sae: Any) -> bool:
-    """Whether an SAE encodes with its decoder."""
+    """Whether an SAE encodes with its decoder, or a user's code in it may."""
     scales = getattr(sae.cfg, "rescale_acts_by_decoder_norm", False)
-    return bool(scales) or sae.cfg.architecture() in ("matching_pursuit", "temporal")
+    with_decoder = sae.cfg.architecture() in ("matching_pursuit", "temporal")
+    return bool(scales) or with_decoder or not is_plain(sae)
+
+
+def copied(sae: Any, memo: dict[int, Any]) -> Any:
+    """Copy an SAE, but for the tensors in `memo`, so that the two share no state.
+
+    sae-lens scales inputs in functions that close over the SAE and set its attributes, by which
+    ``decode`` scales back; a deep copy has the same functions.
+    """
+    own = copy.deepcopy(sae, memo)
+    for name, value in vars(own).items():
+        if isinstance(value, FunctionType) and value.__module__ == SAE.__module__:
+            vars(own)[name] = _closing_over(own, value)
+    return own
+
+
+def _closing_over(sae: Any, function: FunctionType) -> FunctionType:
+    """Return a function that reads and sets attributes of this SAE instead of another one."""
+    cells = tuple(
+        CellType(sae) if isinstance(cell.cell_contents, SAE) else cell
+        for cell in function.__closure__ or ()
+    )
+    rest = function.__globals__, function.__name__, function.__defaults__, cells or None
+    return FunctionType(function.__code__, *rest)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from sae_lens.saes.standard_sae import StandardSAE
 from torch import nn
@@ -21,6 +22,9 @@ from torch import nn
 # Features multiplied at once: fewer values at a time than 4,096 features make are nearer to the
 # processor when they are compared (scripts/bench/README.md, "Extraction on a CPU").
 _TOGETHER = 1024
+# Methods that a user may set on one SAE, and where torch keeps the hooks of a module.
+_OF_ENCODING = {"encode", "process_sae_in"}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 class FiringFeatures:
@@ -125,10 +129,20 @@ def some_features(weights: torch.Tensor, start: int, columns: int) -> torch.Tens
     return some if some.ndim == 2 and some.T.is_contiguous() else some.contiguous()
 
 
+def is_plain(sae: Any) -> bool:
+    """Whether an SAE encodes as sae-lens's class for its architecture does, and nothing is added.
+
+    An SAE that its user has loaded may be of a class with an ``encode`` of its own, or have hooks.
+    """
+    registered, _ = SAE_CLASS_REGISTRY.get(sae.cfg.architecture(), (None, None))
+    if type(sae) is not registered or _OF_ENCODING & vars(sae).keys():
+        return False
+    return not any(vars(module)[hooks] for module in sae.modules() for hooks in _HOOKS)
+
+
 def has_thresholds(sae: Any) -> bool:
     """Whether thresholds alone decide which features of an SAE fire, in float32."""
     known = type(sae).encode in (JumpReLUSAE.encode, StandardSAE.encode)
     if not known or type(sae.activation_fn) is not nn.ReLU or sae.W_enc.dtype != torch.float32:
         return False
-    points = sae.hook_sae_acts_pre, sae.hook_sae_acts_post
-    return not any(vars(point)["_forward_hooks"] for point in points)
+    return is_plain(sae)

@@ -18,6 +18,7 @@ from sae_lens.loading.pretrained_saes_directory import (
 )
 
 from zarrtrace.capture.encoder import Encoder
+from zarrtrace.capture.firing import is_plain
 from zarrtrace.errors import ConfigError, SAEError
 from zarrtrace.format.attributes import SAEAttributes
 
@@ -138,6 +139,8 @@ class HalfMatrix:
             raise _refused(attributes, f"{config.architecture()} SAEs use their weights otherwise")
         if config.apply_b_dec_to_input or config.normalize_activations != "none":
             raise _refused(attributes, "it subtracts a bias from its inputs, or scales them")
+        if not is_plain(sae):
+            raise _refused(attributes, "it has hooks, or an encode of its own")
         weights = sae.W_enc.data
         for scale in _scales(attributes):
             halves = (weights / scale).bfloat16()

@@ -12,7 +12,7 @@ from sae_lens import SAE, TrainingSAE
 from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
 from torch import nn
 
-from zarrtrace.capture.encoder import Encoder, needs_decoder
+from zarrtrace.capture.encoder import Encoder, copied, needs_decoder
 from zarrtrace.capture.fingerprint import sae_fingerprint
 from zarrtrace.capture.hooks import HookPoint, parse_hook
 from zarrtrace.capture.sae_configs import (
@@ -191,8 +191,10 @@ def _sharing(sae: Any, device: torch.device) -> Any:
         if name != "W_dec" or needs_decoder(sae)
     }
     weights |= {id(value): value.to(device) for value in sae.buffers()}
+    # How its last inputs were scaled: what gradients flow through is not copied.
+    weights |= {id(one): one.detach() for one in vars(sae).values() if torch.is_tensor(one)}
     if not needs_decoder(sae):
         weights[id(sae.W_dec)] = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
-    own = copy.deepcopy(sae, weights)
+    own = copied(sae, weights)
     own.device, own.cfg.device = device, str(device)
     return own.eval()

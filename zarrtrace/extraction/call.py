@@ -186,7 +186,8 @@ def extract(
     saes
         A release that sae-lens knows; a tuple of a release and patterns of ids, as
         ``("llama_scope_lxr_8x", "l{layer}r_8x")``; a folder; or loaded SAEs of sae-lens: one,
-        several, or by layer one or several. Loaded SAEs are used as they are.
+        several, or by layer one or several. Loaded SAEs are used as they are,
+        hooks and an ``encode`` of your own included, and are left as they are.
     layers
         Indices of decoder blocks, or a text such as ``"1-31"``. By default all, with features all
         that have an SAE.
