@@ -178,6 +178,23 @@ def save_random(config: Any, folder: Path, dtype: str = "float32") -> Path:
     return folder
 
 
+def longrope_config(model_type: str, limit: int = 64) -> Any:
+    """Return a tiny configuration with other rotary embeddings beyond `limit` tokens."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "factor": 16.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0, 8.0, 16.0, 32.0],
+        "original_max_position_embeddings": limit,
+    }
+    changes = {"rope_parameters": rope, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    if model_type == "phi3":
+        changes["original_max_position_embeddings"] = limit
+    # Larger weights than usual, so that positions show in what is attended to.
+    return CONFIG_MAPPING[model_type](**{**_SIZES, **changes, "initializer_range": 0.3})
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Let transformers draw no bars."""

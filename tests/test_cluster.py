@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dask
@@ -118,18 +119,25 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
 @given(
     prompts=st.lists(st.tuples(st.integers(1, 9), st.booleans()), max_size=20),
     size=st.integers(1, 5),
+    limit=st.integers(1, 10),
     cut=st.tuples(st.integers(0, 20), st.integers(0, 20)),
 )
 def test_groups_that_follow_each_other_stay_the_same(
-    prompts: list[tuple[int, bool]], size: int, cut: tuple[int, int]
+    prompts: list[tuple[int, bool]], size: int, limit: int, cut: tuple[int, int]
 ) -> None:
     from zarrtrace.capture import grouped
 
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": limit}
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(rope_parameters=rope))
+    model: Any = SimpleNamespace(model=SimpleNamespace(config=config), max_tokens=9)
+
     def groups_of(indices: list[int]) -> list[list[int]]:
         lengths, alone = ([prompts[at][field] for at in indices] for field in (0, 1))
-        return [[indices[at] for at in group] for group in grouped(lengths, alone, size)]
+        return [[indices[at] for at in group] for group in grouped(model, lengths, alone, size)]
 
-    some = groups_of(list(range(len(prompts))))[min(cut) : max(cut)]
+    every = groups_of(list(range(len(prompts))))
+    assert all(len({prompts[at][0] > limit for at in group}) == 1 for group in every)
+    some = every[min(cut) : max(cut)]
     assert groups_of([at for group in some for at in group]) == some
 
 

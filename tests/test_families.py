@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import architectures
@@ -17,8 +18,11 @@ from architectures import Activations, Reference
 from capturing import records_of
 from everyday import mostly_long
 from families import FAMILIES, REFUSALS
+from transformers import AutoTokenizer, LlamaConfig, LlavaConfig
 
+import zarrtrace as zt
 from zarrtrace.capture import CaptureLimits, Request, blocked
+from zarrtrace.capture.rope import rope_limits, rope_sides
 from zarrtrace.errors import ModelError
 from zarrtrace.extraction import Options
 from zarrtrace.extraction.job import Job, prepare, with_scenarios
@@ -253,3 +257,84 @@ def test_saes_on_blocks_that_pass_on_several_vectors_are_refused(models: Models,
     job = _in_way(models.job(name), "alone")
     with pytest.raises(ModelError, match="one vector a token"):
         _capture(job, vectors=True)
+
+
+# --- rotary embeddings that depend on the length of a pass ---------------------------------------
+
+
+def _of_lengths(tokenizer: Any, lengths: Iterable[int]) -> list[Scenario]:
+    """Return prompts of some numbers of tokens, BOS included, named by them."""
+    text = PROMPTS["long"]
+    ends = {len(tokenizer(text[:end])["input_ids"]): end for end in range(1, 600)}
+    return [Scenario(text[: ends[n]], name=f"s{n}", marks=False) for n in lengths]
+
+
+@pytest.mark.parametrize("way", ["together", "by blocks", "from host memory"])
+@pytest.mark.parametrize("model_type", ["phi3", "llama"])
+def test_short_and_long_prompts_have_their_own_rope_factors(
+    tmp_path: Path, model_type: str, way: str
+) -> None:
+    """On both sides of the limit of 64 tokens, where the factors change for a whole pass."""
+    path = architectures.save_random(architectures.longrope_config(model_type), tmp_path / "model")
+    tokenizer, eager = AutoTokenizer.from_pretrained(path), architectures.load_eager(path)
+    options: dict[str, Any] = {
+        "together": {"batch_size": 3},
+        "by blocks": {"attention_capture": "blocked"},
+        "from host memory": {"batch_size": 3, "low_memory": True},
+    }[way]
+    run = zt.extract(
+        tmp_path / "run", _of_lengths(tokenizer, (90, 24, 64, 65, 63, 30)), model=path,
+        tokenizer=tokenizer, features=False, residual=True, quiet=True, **options,
+    )  # fmt: skip
+    assert sorted(run.children) == ["s24", "s30", "s63", "s64", "s65", "s90"]
+    for name, node in run.children.items():
+        ds = node.to_dataset()
+        ids = ds.token_id.values.tolist()
+        assert name == f"s{len(ids)}"
+        expected = architectures.reference_of(eager, "model.layers", range(4), ids)
+        for layer, weights in expected.attention.items():
+            found = ds.attention.sel(layer=layer)
+            np.testing.assert_allclose(found, weights, atol=ATTENTION_TOLERANCE, rtol=0)
+        logprobs = expected.logits.log_softmax(-1).topk(10).values
+        np.testing.assert_allclose(ds.next_token_logprob, logprobs, atol=LOGPROB_TOLERANCE)
+
+
+def test_a_table_has_each_prompts_own_rope_factors(tmp_path: Path) -> None:
+    path = architectures.save_random(architectures.longrope_config("phi3"), tmp_path / "model")
+    tokenizer, eager = AutoTokenizer.from_pretrained(path), architectures.load_eager(path)
+    table = zt.extract(
+        tmp_path / "table", _of_lengths(tokenizer, (90, 24, 64, 65)), model=path, layout="table",
+        tokenizer=tokenizer, features=False, residual=True, quiet=True,
+    )  # fmt: skip
+    for name in ("s90", "s24", "s64", "s65"):
+        ds = table.isel(sample=table.scenario.values == name)
+        ids = ds.token_id.values.tolist()
+        assert name == f"s{len(ids)}"
+        expected = architectures.reference_of(eager, "model.layers", range(4), ids)
+        for layer, hidden in expected.blocks.items():
+            found = ds.residual.sel(layer=layer)
+            np.testing.assert_allclose(found, hidden, rtol=1e-4, atol=1e-4)
+
+
+def test_lengths_at_which_rope_factors_change() -> None:
+    def limits(config: Any, longest: int | None = 1024) -> list[int]:
+        return rope_limits(
+            SimpleNamespace(model=SimpleNamespace(config=config), max_tokens=longest)
+        )
+
+    phi = architectures.longrope_config("phi3")
+    assert limits(phi) == [64]
+    assert limits(phi, 65) == [64]
+    assert limits(phi, None) == [64]
+    assert limits(phi, 64) == []  # no prompt is longer
+    assert limits(LlamaConfig()) == []
+    text = architectures.longrope_config("llama").to_dict()
+    assert limits(LlavaConfig(text_config=text)) == [64]
+    nested = LlamaConfig(layer_types=["sliding_attention", "full_attention"] * 16)
+    nested.rope_parameters = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": dict(phi.rope_parameters),
+    }
+    assert limits(nested) == [64]
+    model: Any = SimpleNamespace(model=SimpleNamespace(config=phi), max_tokens=1024)
+    assert rope_sides(model, (1, 64, 65, 1024)) == [0, 0, 1, 1]

@@ -548,6 +548,36 @@ def test_blocks_in_host_memory_continue_the_same(models: Models) -> None:
     assert sampled(streamed, prompts(), Sampling(5, temperature=1.0, samples=2)) == expected
 
 
+@pytest.mark.parametrize("model_type", ["phi3", "llama"])
+def test_continuations_have_their_own_rope_factors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str
+) -> None:
+    """On both sides of the limit of 64 tokens, where the factors change for a whole pass."""
+    path = architectures.save_random(architectures.longrope_config(model_type), tmp_path / "model")
+    model = probe_generation(load_model(str(path)))
+    assert model.permitted.left_padding
+    assert model.permitted.cached_parts
+    monkeypatch.setattr(generation, "_SCORE_BYTES", 2**13)  # a few queries of a prompt together
+    given = prompts((24, 58, 65, 66, 90))
+    found = sampled(model, given, Sampling(6))
+    for (index, _), one in found.items():
+        assert list(one.tokens) == alone(model, given[index], 6)
+    for prompt in given[2:]:  # read once, but for its last token
+        ids = prompt.tokens.ids
+        assert run(model, [ids, ids], 6, Recorder()) == [alone(model, prompt, 6)] * 2
+
+
+def test_continuations_within_which_rope_factors_change_are_refused(tmp_path: Path) -> None:
+    """The pass that traces store has the long factors for all tokens, ``generate`` had not."""
+    path = architectures.save_random(architectures.longrope_config("llama"), tmp_path / "model")
+    model = load_model(str(path))
+    check_context(model, prompts((60, 65, 1020)), Sampling(4))
+    with pytest.raises(ConfigError, match=r"longer than 64[\s\S]*--generate 4 or less"):
+        generate(model, [(prompts((60,))[0], 0)], Sampling(5))
+    with pytest.raises(ConfigError, match=r"longer than 64[\s\S]*Use a longer or shorter prompt"):
+        check_context(model, prompts((64,)), Sampling(1))
+
+
 def test_a_class_that_cannot_continue_is_refused(
     models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:

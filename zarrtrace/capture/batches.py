@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from zarrtrace.capture.host import to_device
 from zarrtrace.capture.lockstep import Pass, Step
 from zarrtrace.capture.model import LoadedModel
 from zarrtrace.capture.prompts import Prompt
+from zarrtrace.capture.rope import rope_sides
 from zarrtrace.errors import ModelError
 from zarrtrace.format.attributes import SAEAttributes
 from zarrtrace.layer_batches import Member
@@ -204,17 +206,22 @@ def batches(
     lengths, alone = [one.length for one in requests], [one.blocked for one in requests]
     return [
         Batch(model, [requests[at] for at in group], attention=attention)
-        for group in grouped(lengths, alone, size)
+        for group in grouped(model, lengths, alone, size)
     ]
 
 
-def grouped(lengths: Sequence[int], alone: Sequence[bool], size: int) -> list[list[int]]:
+def grouped(
+    model: LoadedModel, lengths: Sequence[int], alone: Sequence[bool], size: int
+) -> list[list[int]]:
     """Group scenarios of similar length; what is together depends on nothing but the suite.
 
-    Some groups that follow each other, given without the others, are grouped as here.
+    Some groups that follow each other, given without the others, are grouped as here. No group is
+    on both sides of a length at which rotary embeddings change (:mod:`zarrtrace.capture.rope`).
 
     Parameters
     ----------
+    model
+        The model; only its configuration counts.
     lengths
         Tokens of each scenario.
     alone
@@ -230,7 +237,11 @@ def grouped(lengths: Sequence[int], alone: Sequence[bool], size: int) -> list[li
     together = [at for at, single in enumerate(alone) if not single]
     if size > 1:
         together.sort(key=lambda at: lengths[at])
-    groups = [together[start : start + size] for start in range(0, len(together), size)]
+    sides = rope_sides(model, lengths)
+    groups: list[list[int]] = []
+    for _, side in itertools.groupby(together, key=lambda at: sides[at]):
+        here = list(side)
+        groups += [here[start : start + size] for start in range(0, len(here), size)]
     return groups + [[at] for at, single in enumerate(alone) if single]
 
 

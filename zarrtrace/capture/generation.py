@@ -29,6 +29,7 @@ from zarrtrace.capture.host import to_device
 from zarrtrace.capture.messages import forward_errors, full_memory
 from zarrtrace.capture.model import LoadedModel
 from zarrtrace.capture.prompts import Prompt
+from zarrtrace.capture.rope import rope_limits, rope_sides
 from zarrtrace.capture.sampler import Sampler
 from zarrtrace.errors import ConfigError, ModelError
 from zarrtrace.records import Continuation
@@ -54,7 +55,8 @@ def plan_batches(
     """Group the repeats of all scenarios into batches, by length of the prompts.
 
     Prompts of a batch are equally long, or padded where the model permits it
-    (:func:`zarrtrace.capture.probe_generation`). The result depends on the arguments alone: a
+    (:func:`zarrtrace.capture.probe_generation`), and on one side of a length at which rotary
+    embeddings change (:mod:`zarrtrace.capture.rope`). The result depends on the arguments alone: a
     resumed run that plans all its scenarios, done or not, makes the same batches as an
     uninterrupted one, and skips those that are done.
 
@@ -76,9 +78,11 @@ def plan_batches(
     """
     permitted = model.permitted
     size = size if permitted.cached_batches else 1
-    groups: dict[int, list[int]] = {}
+    groups: dict[tuple[int, int], list[int]] = {}
+    sides = rope_sides(model, lengths)
     for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
-        groups.setdefault(0 if permitted.left_padding else lengths[index], []).append(index)
+        length = 0 if permitted.left_padding else lengths[index]
+        groups.setdefault((sides[index], length), []).append(index)
     batches: Plan = []
     for indices in groups.values():
         rows = [(index, repeat) for index in indices for repeat in range(sampling.samples)]
@@ -113,7 +117,8 @@ def check_context(model: LoadedModel, prompts: Iterable[Prompt], sampling: Sampl
     Raises
     ------
     ConfigError
-        If a prompt and its continuation may be longer than the model's context.
+        If a prompt and its continuation may be longer than the model's context, or than the length
+        at which its rotary embeddings change and the prompt is not.
     ModelError
         If the model's class cannot continue text.
     """
@@ -124,11 +129,10 @@ def check_context(model: LoadedModel, prompts: Iterable[Prompt], sampling: Sampl
             why="Its class has no method generate.",
             remedy="Leave out --generate, or choose a causal language model.",
         )
-    if model.max_tokens is None:
-        return
     for prompt in prompts:
         length = len(prompt.tokens.ids)
-        if length + sampling.tokens > model.max_tokens:
+        _check_rope(model, prompt, sampling.tokens)
+        if model.max_tokens is not None and length + sampling.tokens > model.max_tokens:
             raise ConfigError(
                 f"scenario {prompt.scenario.name!r}: its prompt has {length} tokens, and "
                 f"{sampling.tokens} more do not fit the model's context of {model.max_tokens}",
@@ -136,6 +140,23 @@ def check_context(model: LoadedModel, prompts: Iterable[Prompt], sampling: Sampl
                 remedy=f"Use --generate {model.max_tokens - length} or less, or a shorter prompt."
                 if length < model.max_tokens
                 else "Shorten the prompt, or choose a model with a longer context.",
+            )
+
+
+def _check_rope(model: LoadedModel, prompt: Prompt, tokens: int) -> None:
+    """Refuse a continuation within which rotary embeddings change."""
+    length = len(prompt.tokens.ids)
+    for limit in rope_limits(model):
+        if length <= limit < length + tokens:
+            room = limit - length
+            raise ConfigError(
+                f"scenario {prompt.scenario.name!r}: its prompt has {length} tokens, and with "
+                f"{tokens} more it may get longer than {limit}, where {model.attributes.id} "
+                "computes otherwise (LongRoPE)",
+                why="A trace is one pass over prompt and continuation. Beyond this length the pass "
+                "has other rotary embeddings than chose the first tokens of the continuation.",
+                remedy=(f"Use --generate {room} or less, or" if room else "Use")
+                + " a longer or shorter prompt.",
             )
 
 
@@ -245,10 +266,14 @@ def _read_once(
 
     Twenty repeats of a long prompt would else take the time of twenty prompts before the first new
     token. None, so that ``generate`` reads each, where this saves nothing, and for caches that hold
-    more than keys and values: transformers cannot copy a recurrent state.
+    more than keys and values: transformers cannot copy a recurrent state. Nor where the last token
+    is the one that makes rotary embeddings change: keys of the others are to change with it.
     """
     places = {one: at for at, one in enumerate(dict.fromkeys(map(tuple, prompts)))}
     if len(places) == len(prompts) or min(map(len, places)) < 2:
+        return None
+    longest = max(map(len, places))
+    if len(set(rope_sides(model, (longest - 1, longest)))) > 1:
         return None
     cache = _keys_and_values(model)
     if cache is None:
@@ -300,6 +325,8 @@ def _settings(
     rows = part or max(1, _SCORE_BYTES // (ids.numel() * model.n_heads * itemsize))
     permitted = model.permitted
     in_parts = permitted.cache and permitted.cached_parts and keeps_keys_and_values(model)
+    # Beyond a limit, the first part would be short enough for other rotary embeddings.
+    in_parts = in_parts and rope_sides(model, (ids.shape[1],)) == [0]
     return GenerationConfig(
         max_new_tokens=tokens,
         do_sample=False,

@@ -225,7 +225,7 @@ def _in_order(job: Job) -> list[Prompt]:
     """Return a job's prompts as they go through the model, those of a batch side by side."""
     lengths = [len(prompt.tokens.ids) for prompt in job.prompts]
     alone = [prompt.scenario.name in job.blocked for prompt in job.prompts]
-    groups = capture_package().grouped(lengths, alone, job.batch_size)
+    groups = capture_package().grouped(job.model, lengths, alone, job.batch_size)
     return [job.prompts[at] for group in groups for at in group]
 
 

@@ -139,7 +139,7 @@ def choose_settings(setup: Setup, lengths: Sequence[int], alone: Sequence[bool])
     return RunSettings(
         config={**job.config, "batch_size": size, "prompts": {}},
         batch_size=size,
-        groups=capture.grouped(lengths, alone, size),
+        groups=capture.grouped(job.model, lengths, alone, size),
         layers=len(job.layers),
         notes=job.notes,
     )
@@ -188,7 +188,7 @@ def group_continued(
     with _held().alone():
         model, mode = _job(setup, ()).model, setup.options.attention_capture
         alone = [capture.wants_blocks(model, length, mode=mode) for length in lengths]
-    groups: Sequence[Sequence[int]] = capture.grouped(lengths, alone, batch_size)
+    groups: Sequence[Sequence[int]] = capture.grouped(model, lengths, alone, batch_size)
     return groups
 
 
