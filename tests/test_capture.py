@@ -18,6 +18,8 @@ import torch
 from architectures import Activations
 from capturing import records_of
 from sae_lens import SAE
+from tokenizers.processors import ByteLevel
+from transformers import AutoTokenizer
 
 from zarrtrace import demo
 from zarrtrace.capture import LoadedModel, Prompt, Request, keeping, load_model, tokenize
@@ -341,21 +343,30 @@ def test_inference_mode_does_not_leak(model: LoadedModel, prompts: list[Prompt])
         assert not torch.is_inference_mode_enabled()
 
 
-@pytest.mark.parametrize(
-    ("text", "prepend", "starts"),
-    [
-        ("Bet now", True, ["<|begin_of_text|>", "B"]),
-        ("<|begin_of_text|>Bet now", True, ["<|begin_of_text|>", "B"]),
-        ("Bet now", False, ["B"]),
-    ],
-)
+BOS = "<|begin_of_text|>"
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])  # whether the tokenizer does, as Llama's
+@pytest.mark.parametrize("prepend", [True, False])
+@pytest.mark.parametrize("spelt", [0, 1, 2])
 def test_bos_exactly_once_or_not_at_all(
-    model: LoadedModel, text: str, prepend: bool, starts: list[str]
+    model: LoadedModel, spelt: int, prepend: bool, adds_bos: bool
 ) -> None:
-    prompt = tokenize(model, Scenario(text, name="a", marks=False), prepend_bos=prepend)
-    found = [token[:1] if not token.startswith("<") else token for token in prompt.tokens.texts]
-    assert found[: len(starts)] == starts
-    assert list(prompt.tokens.texts).count("<|begin_of_text|>") == int(prepend)
+    """One that the prompt spells out is text: it stays without --prepend-bos."""
+    tokenizer = AutoTokenizer.from_pretrained(demo.model_path())
+    if not adds_bos:
+        tokenizer.backend_tokenizer.post_processor = ByteLevel()
+    assert (tokenizer("Bet")["input_ids"][0] == tokenizer.bos_token_id) == adds_bos
+    text = spelt * BOS + "Bet now"
+    prompt = tokenize(
+        replace(model, tokenizer=tokenizer),
+        Scenario(text, name="a", marks=False, spans={"now": "now"}),
+        prepend_bos=prepend,
+    )
+    plain = tokenizer(BOS + "Bet now" if prepend else text, add_special_tokens=False)["input_ids"]
+    assert list(prompt.tokens.ids) == plain
+    assert list(prompt.tokens.texts).count(BOS) == (1 if prepend else spelt)
+    assert "".join(prompt.tokens.texts[at] for at in prompt.spans["now"].tokens) == " now"
 
 
 def test_attributes_say_what_computed(model: LoadedModel) -> None:

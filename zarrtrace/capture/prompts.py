@@ -76,7 +76,7 @@ def tokenize(model: LoadedModel, scenario: Scenario, *, prepend_bos: bool) -> Pr
 def tokenize_all(
     model: LoadedModel, scenarios: Iterable[Scenario], *, prepend_bos: bool
 ) -> Iterator[Prompt]:
-    """Tokenise prompts, with BOS exactly once or not at all; some are read ahead.
+    """Tokenise prompts, and add BOS once or not at all; some are read ahead.
 
     Parameters
     ----------
@@ -85,8 +85,9 @@ def tokenize_all(
     scenarios
         Prompts and their spans; chats are rendered (:meth:`Scenario.render`).
     prepend_bos
-        Whether sequences start with BOS, as the SAEs were trained. In a rendered chat all special
-        tokens are part of the text.
+        Whether sequences start with BOS, as the SAEs were trained: with one, also if the prompt
+        spells it out. False adds none, and keeps those that the prompt spells out. In a rendered
+        chat all special tokens are part of the text.
 
     Raises
     ------
@@ -167,10 +168,10 @@ def _with_bos(
     leading = 0
     while leading < len(ids) and ids[leading] == bos:
         leading += 1
-    wanted = 1 if prepend_bos else 0
-    if not prepend_bos and leading and offsets[leading - 1] != (0, 0):
-        wanted = leading  # the prompt spells BOS out: it is text
-    elif prepend_bos and bos is None:
+    # A BOS that the prompt spells out is text, other than the one that the tokenizer adds.
+    spelt = sum(offset != (0, 0) for offset in offsets[:leading])
+    wanted = 1 if prepend_bos else spelt
+    if prepend_bos and bos is None:
         raise ConfigError(
             "the SAEs expect a BOS token, and this tokenizer has none",
             why="The SAEs are those of another model, or its tokenizer was changed.",
