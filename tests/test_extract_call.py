@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import itertools
+import shutil
 import subprocess
 import sys
 import threading
@@ -267,6 +268,26 @@ def test_a_tokenizer_given_with_a_name(models: Models, tmp_path: Path) -> None:
     assert np.array_equal(by_name["scenario_0"].token_id, plain.token_id)
     with pytest.raises(ConfigError, match="gives id 480, the model has 480 embeddings"):
         zt.extract(tmp_path / "other", PROMPTS[0], model=path, tokenizer=other, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"layout": "table", "residual": True}, {"generate": 2}])
+def test_tokens_without_embeddings_are_refused(
+    models: Models, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """They were added to the tokenizer of a model, whose embeddings nobody resized."""
+    path = shutil.copytree(models.path("Llama"), tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_tokens(["hold"])
+    tokenizer.save_pretrained(path)
+    ids = tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
+    with pytest.raises(IndexError), torch.inference_mode():
+        architectures.load_eager(path)(ids)
+    given = {"model": path, "features": False, "quiet": True, **options}
+    prompts = [f"Bet {number}?" for number in range(20)]
+    with pytest.raises(ConfigError, match="gives id 480, the model has 480 embeddings"):
+        zt.extract(tmp_path / "run", [*prompts, PROMPTS[0]], **given)
+    assert not (tmp_path / "run").exists()
+    zt.extract(tmp_path / "run", prompts[:2], **given)
 
 
 # --- a model is given back as it was --------------------------------------------------------------

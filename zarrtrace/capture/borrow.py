@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,22 +81,26 @@ def take_model(model: Any, tokenizer: Any, name: str) -> LoadedModel:
     return describe_model(model, tokenizer, name, revision=commit, weights=True)
 
 
-def refuse_unknown_ids(model: LoadedModel, ids: Iterator[int]) -> None:
-    """Refuse token ids for which the model has no embedding: its tokenizer is another one.
+def refuse_unknown_ids(model: LoadedModel, ids: Sequence[int]) -> None:
+    """Refuse token ids for which the model has no embedding.
 
     Raises
     ------
     ConfigError
     """
-    embeddings = model.model.get_input_embeddings()
+    try:
+        embeddings = model.model.get_input_embeddings()
+    except NotImplementedError:  # transformers does not find them in some models' own code
+        return
     count = getattr(embeddings, "num_embeddings", None)
     largest = max(ids, default=0)
     if isinstance(count, int) and largest >= count:
         raise ConfigError(
             f"{model.attributes.id}: the tokenizer gives id {largest}, the model has {count} "
             "embeddings",
-            why="The tokenizer is another model's.",
-            remedy="Give the tokenizer that belongs to the model.",
+            why="The tokenizer is another model's, or tokens were added to it alone.",
+            remedy="Give the tokenizer that belongs to the model, or give the model embeddings for "
+            "the new tokens: model.resize_token_embeddings(len(tokenizer)).",
         )
 
 

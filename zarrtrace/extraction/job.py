@@ -335,8 +335,6 @@ def prepare(
     prepend_bos = begins_with_bos(options, model, source)
     prompts = tuple(tokenized(options, model, scenarios, prepend_bos=prepend_bos))
     notes += bos_notes(source, prompts, model.tokenizer.bos_token_id)
-    if loaded.tokenizer is not None:
-        capture.refuse_unknown_ids(model, (max(prompt.tokens.ids) for prompt in prompts))
     if weights:
         if loaded.model is None:
             model = _load_model(options, loaded, capture, weights=True)
@@ -368,7 +366,11 @@ def with_prompts(job: Job, prompts: tuple[Prompt, ...]) -> Job:
 def tokenized(
     options: Options, model: LoadedModel, scenarios: Iterable[Scenario], *, prepend_bos: bool
 ) -> Iterator[Prompt]:
-    """Yield scenarios as the model reads them; chats are rendered as options say."""
+    """Yield scenarios as the model reads them; chats are rendered as options say.
+
+    Token ids for which the model has no embedding are refused.
+    """
+    capture = capture_package()
     rendered = (
         scenario.render(
             model.tokenizer,
@@ -377,10 +379,9 @@ def tokenized(
         )
         for scenario in scenarios
     )
-    found: Iterator[Prompt] = capture_package().tokenize_all(
-        model, rendered, prepend_bos=prepend_bos
-    )
-    return found
+    for prompt in capture.tokenize_all(model, rendered, prepend_bos=prepend_bos):
+        capture.refuse_unknown_ids(model, prompt.tokens.ids)
+        yield prompt
 
 
 def _assembled(
