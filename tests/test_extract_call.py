@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import itertools
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import architectures
+import fakes
 import numpy as np
 import pytest
 import torch
@@ -651,6 +653,61 @@ def test_options_of_loading(models: Models, tmp_path: Path, options: Mapping[str
     said = fails(tmp_path, ConfigError, "x", model=model, tokenizer=tokenizer, **options)
     (name,) = options
     assert f"{'device' if name == 'gpu' else name} with a loaded model" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"batch_size": 2.0}, "--batch-size 2.0"),
+        ({"batch_size": "2"}, "--batch-size '2'"),
+        ({"batch_size": np.array([1, 2])}, "--batch-size array"),
+        ({"attention_keepbits": 5.0}, "--attention-keepbits 5.0"),
+        ({"workers": "2"}, "--workers '2'"),
+        ({"prepend_bos": "no"}, "--prepend-bos 'no'"),
+        ({"attention": 2}, "--attention 2"),
+        ({"generate": 2, "temperature": "hot"}, "--temperature 'hot'"),
+        ({"generate": 2, "temperature": 1, "top_p": [1]}, r"--top-p \[1\]"),
+        ({"generate": 2, "temperature": 1, "seed": "x"}, "--seed 'x'"),
+        ({"generate": 2, "answer": 1}, "--answer 1"),
+        ({"generate": 2, "stop": 1}, "--stop 1"),
+        ({"generate": 2, "stop": ["x", b"y"]}, "--stop "),
+    ],
+)
+def test_values_of_another_kind(tmp_path: Path, options: Mapping[str, Any], said: str) -> None:
+    given = {"model": "demo", "features": False, **options}
+    assert re.match(said, fails(tmp_path, ConfigError, "x", **given))
+
+
+@pytest.mark.parametrize("layout", ["traces", "table"])
+def test_numbers_of_numpy_are_pythons(models: Models, tmp_path: Path, layout: Any) -> None:
+    model, tokenizer = load(models.path("Llama"))
+    options: dict[str, Any] = {
+        "model": model, "tokenizer": tokenizer, "layout": layout, "generate": 2, "samples": 2,
+        "temperature": 1, "residual": True,
+    }  # fmt: skip
+    plain = {"features": False, "prepend_bos": True, "batch_size": 2, "seed": 3, "top_p": 0.5}
+    numpy = {"features": np.bool_(False), "prepend_bos": np.bool_(True), "top_p": np.float32(0.5)}
+    numpy |= {"batch_size": np.int64(2), "seed": np.uint8(3)}
+    if layout == "traces":
+        plain["attention_keepbits"], numpy["attention_keepbits"] = 5, np.int64(5)
+    zt.extract(tmp_path / "run", PROMPTS, **options, **numpy)
+    zt.extract(tmp_path / "run", PROMPTS, **options, **plain)  # resumes it
+    zt.extract(tmp_path / "plain", PROMPTS, **options, **plain)
+    assert fakes.files_in(tmp_path / "run") == fakes.files_in(tmp_path / "plain")
+
+
+def test_a_model_in_float64_is_refused(models: Models, tmp_path: Path) -> None:
+    model, tokenizer = load(models.path("Llama"))
+    given = {"model": model.double(), "tokenizer": tokenizer, "features": False}
+    said = fails(tmp_path, ModelError, "x", **given)
+    assert "its weights are torch.float64" in said
+    assert "model.float()" in said
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    wide = {"model": tmp_path / "model", "features": False}
+    assert "--dtype float32" in fails(tmp_path, ModelError, "x", **wide)
+    narrow = zt.extract(tmp_path / "run", "x", **wide, dtype="float32")
+    assert narrow.equals(zt.extract(tmp_path / "own", "x", **{**given, "model": model.float()}))
 
 
 def test_models_that_are_none(models: Models, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from zarrtrace.capture.model import LoadedModel, describe_model, refuse_encoder_decoder
+from zarrtrace.capture.model import LoadedModel, describe_model
+from zarrtrace.capture.refusals import refuse_encoder_decoder
 from zarrtrace.errors import ConfigError, ModelError
 
 _UNSET = object()

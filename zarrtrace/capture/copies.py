@@ -14,7 +14,7 @@ from zarrtrace.capture.batches import Batch
 from zarrtrace.capture.features import Encoding, encode
 from zarrtrace.capture.host import begin_copy, to_host
 from zarrtrace.capture.lockstep import BlockState
-from zarrtrace.capture.model import DTYPES
+from zarrtrace.capture.refusals import DTYPES
 from zarrtrace.layer_batches import LayerBatch, SparseFeatures
 from zarrtrace.records import BFloat16, LayerRecord
 

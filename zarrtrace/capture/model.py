@@ -27,13 +27,12 @@ from zarrtrace.capture.fingerprint import model_fingerprint
 from zarrtrace.capture.limits import DEFAULT_CAPTURE_LIMITS, CaptureLimits
 from zarrtrace.capture.messages import LOADING_ERRORS, forward_errors, load_error
 from zarrtrace.capture.modules import Decoder, find_decoder, not_exact
+from zarrtrace.capture.refusals import DTYPES, refuse_dtype, refuse_encoder_decoder
 from zarrtrace.capture.streaming import BlockStream
 from zarrtrace.capture.token_texts import TokenTexts, special_ids
 from zarrtrace.errors import ConfigError, ModelError
 from zarrtrace.format.attributes import ModelAttributes
 from zarrtrace.hub import refuse_non_model_folder
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -207,21 +206,6 @@ def load_model(
     )
 
 
-def refuse_encoder_decoder(config: Any, name: str) -> None:
-    """Refuse a model that reads one sequence and writes another.
-
-    Raises
-    ------
-    ModelError
-    """
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{name}: an encoder-decoder model",
-            why="zarrtrace traces decoder-only models: one sequence, one attention a block.",
-            remedy="Choose a causal language model.",
-        )
-
-
 def load_tokenizer(name: str) -> Any:
     """Load a tokenizer from a folder or the local cache; None if it is in neither."""
     try:
@@ -263,6 +247,7 @@ def describe_model(
             why="Only 'fast' tokenizers do, and spans are found through them.",
             remedy="Convert the tokenizer to tokenizer.json (transformers does it on saving).",
         )
+    refuse_dtype(model, name)
     decoder = find_decoder(model, name)
     fingerprint = model_fingerprint(model) if weights else None
     if stream_to is not None:

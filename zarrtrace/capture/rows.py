@@ -9,7 +9,7 @@ import torch
 
 from zarrtrace.capture.blocked import AttentionRows
 from zarrtrace.capture.host import to_host
-from zarrtrace.capture.model import DTYPES
+from zarrtrace.capture.refusals import DTYPES
 from zarrtrace.errors import ModelError
 from zarrtrace.records import BFloat16
 

@@ -6,11 +6,21 @@ import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from zarrtrace.errors import ConfigError
-from zarrtrace.extraction.options import DEMO, Loaded, Options
+from zarrtrace.extraction.options import DEMO, Loaded, Options, whole_number
 from zarrtrace.extraction.packages import capture_package
 from zarrtrace.format.attributes import layers_in
+
+# Options that are whole numbers, and those that are true or false.
+_NUMBERS = ("layer_start", "layer_end", "batch_size", "attention_keepbits")
+_TRUTHS = (
+    "trust_remote_code", "fold_decoder_norm", "features", "attention", "residual", "prepend_bos",
+    "generation_prompt", "low_memory",
+)  # fmt: skip
 
 
 def layers_of(given: int | str | Iterable[int] | None) -> tuple[int, ...] | None:
@@ -41,6 +51,28 @@ def _integers(name: str, given: int | Iterable[int]) -> tuple[int, ...]:
         raise ConfigError(
             f"{name} {given!r} are no integers", remedy="Give integers such as [1, 2]."
         ) from None
+
+
+def plain(options: Options) -> Options:
+    """Return options with Python's own numbers and truth values, as a caller may give NumPy's.
+
+    Raises
+    ------
+    ConfigError
+        If one is something else.
+    """
+    found: dict[str, Any] = {}
+    for name in (*_NUMBERS, *_TRUTHS):
+        if (value := getattr(options, name)) is not None:
+            kind = whole_number if name in _NUMBERS else _truth
+            found[name] = kind(f"--{name.replace('_', '-')}", value)
+    return replace(options, **found)
+
+
+def _truth(option: str, value: Any) -> bool:
+    if not isinstance(value, int | np.bool_) or value not in (0, 1):
+        raise ConfigError(f"{option} {value!r}", remedy="Give True or False.")
+    return bool(value)
 
 
 def of_model(

@@ -11,6 +11,7 @@ from zarrtrace.errors import ConfigError, missing_for_cluster
 from zarrtrace.extraction.arguments import (
     layers_of,
     of_model,
+    plain,
     with_saes,
     with_tokenizer,
 )
@@ -25,6 +26,7 @@ from zarrtrace.extraction.options import (
     find_stream,
     refuse_for_table,
     sampling_of,
+    whole_number,
 )
 from zarrtrace.extraction.progress import Shown
 from zarrtrace.extraction.running import extract_run
@@ -339,7 +341,7 @@ def extract(
         tokenizer,
         device_given=device is not None,
     )
-    options, loaded = with_saes(options, loaded, saes)
+    options, loaded = with_saes(plain(options), loaded, saes)
     if overwrite and repair:
         raise ConfigError("overwrite and repair contradict each other", remedy="Give one of them.")
     how: dict[str, Any] = {
@@ -348,7 +350,8 @@ def extract(
         "accept_versions": accept_versions,
         "progress": _shown(quiet=quiet),
     }
-    cluster = {"workers": workers, "scheduler": scheduler, "scheduler_file": scheduler_file}
+    count = None if workers is None else whole_number("--workers", workers)
+    cluster = {"workers": count, "scheduler": scheduler, "scheduler_file": scheduler_file}
     if layout == "table":
         unused = {
             **cluster,

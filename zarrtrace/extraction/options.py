@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -214,6 +216,12 @@ def _check_generation(options: Options) -> None:
         return
     if options.generate is None:
         raise _without_generate("--answer")
+    if not isinstance(options.answer, str):
+        raise ConfigError(
+            f"--answer {options.answer!r}: no text",
+            why="It is a regular expression that is searched in what the model goes on to say.",
+            remedy=r"Give one such as '[12]' or 'choice: (\w+)'.",
+        )
     try:
         re.compile(options.answer)
     except re.error as error:
@@ -248,21 +256,41 @@ def sampling_of(tokens: int | None, **settings: Any) -> Sampling | None:
     ConfigError
         If they do not fit each other, or are given for nothing.
     """
-    stop = settings.get("stop", ())
-    settings["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    settings["stop"] = _texts("--stop", settings.get("stop", ()))
     if tokens is not None:
-        return Sampling(_integer("--generate", tokens), **_numbers(settings))
+        return Sampling(whole_number("--generate", tokens), **_numbers(settings))
     for name, value in settings.items():
         if value != getattr(Sampling, name):
             raise _without_generate(f"--{name.replace('_', '-')}")
     return None
 
 
-def _integer(option: str, value: Any) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise ConfigError(f"{option} {value!r}", remedy="Give a whole number.")
-    number: int = value.__index__()
-    return number
+def _texts(option: str, value: Any) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
+    if not all(isinstance(one, str) for one in texts):
+        raise ConfigError(f"{option} {value!r}", remedy="Give a text, or several.")
+    return texts
+
+
+def whole_number(option: str, value: Any) -> int:
+    """Return Python's own integer: NumPy's cannot be stored.
+
+    Raises
+    ------
+    ConfigError
+        If it is something else, such as 2.0 or a text.
+    """
+    if not isinstance(value, bool):
+        with contextlib.suppress(TypeError):
+            return operator.index(value)
+    raise ConfigError(f"{option} {value!r}", remedy="Give a whole number.")
+
+
+def _number(option: str, value: Any) -> float:
+    try:
+        return float("" if isinstance(value, str) else value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{option} {value!r}", remedy="Give a number.") from None
 
 
 def _numbers(settings: dict[str, Any]) -> dict[str, Any]:
@@ -270,10 +298,10 @@ def _numbers(settings: dict[str, Any]) -> dict[str, Any]:
     found = dict(settings)
     for name in ("samples", "seed"):
         if name in found:
-            found[name] = _integer(f"--{name}", found[name])
+            found[name] = whole_number(f"--{name}", found[name])
     for name in ("temperature", "top_p"):
         if name in found:
-            found[name] = float(found[name])
+            found[name] = _number(f"--{name.replace('_', '-')}", found[name])
     return found
 
 
