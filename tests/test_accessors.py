@@ -95,6 +95,27 @@ def test_a_run_lists_its_scenarios(shared_run: fakes.FakeRun) -> None:
         assert run["Risky_2"].zt.span("decision") == [6]
 
 
+def test_metadata_called_as_a_column_of_a_run_gets_another_name(
+    shared_run: fakes.FakeRun,
+) -> None:
+    run = zt.open_run(shared_run.path)
+    named = {"tokens": 1, "metadata_tokens": 2, "prompt": "p", "tags": "t", "choice": "c"}
+    for node in run.children.values():
+        node.attrs["metadata"] = named
+    table = run.zt.scenarios
+    for name, row in table.iterrows():
+        assert row["tokens"] == 7
+        assert row["prompt"] == run[name].attrs["prompt"]
+        assert row["tags"] == ", ".join(run[name].attrs["tags"])
+        assert row[["metadata_metadata_tokens", "metadata_tokens"]].tolist() == [1, 2]
+        assert row[["metadata_prompt", "metadata_tags", "choice"]].tolist() == ["p", "t", "c"]
+    for node in run.children.values():
+        node.attrs["generation"] = {"text": "bet"}
+        node.attrs["choice"] = "stop"
+    both = run.zt.scenarios[["choice", "metadata_choice"]]
+    assert both.to_numpy().tolist() == [["stop", "c"]] * 2
+
+
 def test_source_follows_the_run_and_not_the_folder_one_is_in(
     run: fakes.FakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -251,3 +251,14 @@ def test_accessor_of_a_table() -> None:
     assert found["tags"].tolist() == ["risky", "safe", "safe"]
     assert found["round"].tolist() == [0, 1, 2]
     assert table.zt.provenance["model"] == "fake/model"
+
+
+def test_metadata_called_samples_gets_another_name_in_the_accessor() -> None:
+    run = synthetic.random_run(3)
+    named = [
+        synthetic.with_attributes(child.to_dataset(), metadata={"samples": number})
+        for number, child in enumerate(run.children.values())
+    ]
+    found = zt.table(synthetic.run(named), at="balance").zt.scenarios
+    assert found["samples"].tolist() == [2, 2, 2]
+    assert found["metadata_samples"].tolist() == [0, 1, 2]

@@ -20,6 +20,7 @@ import xarray as xr
 
 from zarrtrace.errors import ConfigError, NotATraceError
 from zarrtrace.scenarios import span
+from zarrtrace.scenarios.metadata import free_name
 from zarrtrace.storage import Location, locate
 
 if TYPE_CHECKING:
@@ -156,19 +157,24 @@ class RunAccessor:
         """A row a scenario, or a repeat: number of tokens, tags, metadata, prompt.
 
         Generated text adds ``scenario_name`` and ``repeat`` if there are several, ``choice`` and
-        ``completion``.
+        ``completion``. Metadata called as one of these columns is ``metadata_NAME``.
         """
         import pandas as pd  # noqa: PLC0415 -- with xarray it is there
 
+        traces = self._traces()
+        found = {name: node.attrs.get("metadata", {}) for name, node in traces.items()}
+        columns = {column for metadata in found.values() for column in metadata}
+        generated = {name: _generated(node.attrs) for name, node in traces.items()}
+        own = {"tokens", "tags", "prompt"}.union(*generated.values())
         rows = {
             name: {
                 "tokens": node.sizes["key"],
                 "tags": ", ".join(node.attrs["tags"]),
-                **node.attrs.get("metadata", {}),
+                **{free_name(one, own, columns): value for one, value in found[name].items()},
                 "prompt": node.attrs["prompt"],
-                **_generated(node.attrs),
+                **generated[name],
             }
-            for name, node in self._traces().items()
+            for name, node in traces.items()
         }
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("scenario")
 
@@ -250,7 +256,10 @@ class TableAccessor:
 
     @property
     def scenarios(self) -> pd.DataFrame:
-        """A row a scenario, or a repeat: number of samples, tags, metadata, choice."""
+        """A row a scenario, or a repeat: number of samples, tags, metadata, choice.
+
+        Metadata called ``samples`` is ``metadata_samples``.
+        """
         ds, attributes = self._ds, _attributes_of(self._ds, "table")
         known = ("tags", *attributes["metadata"], "choice")
         columns = [name for name in dict.fromkeys(known) if name in ds.coords]
@@ -260,6 +269,7 @@ class TableAccessor:
             keys, frame["repeat"] = ["scenario", "repeat"], ds["repeat"].to_numpy()
         by_scenario = frame.groupby(keys, sort=False)
         first = by_scenario.first()
+        first = first.rename(columns={"samples": free_name("samples", {"samples"}, columns)})
         first.insert(0, "samples", by_scenario.size())
         return first
 

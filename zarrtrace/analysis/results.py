@@ -28,6 +28,7 @@ from zarrtrace.analysis.traces import (
     traces,
 )
 from zarrtrace.errors import ScenarioError, ZarrtraceError
+from zarrtrace.scenarios.metadata import free_name
 
 
 def per_scenario(
@@ -146,9 +147,7 @@ def _with_metadata(result: Labelled, data: Data) -> Labelled:
     coords = {}
     for name, values in columns.items():
         own = values[at] if scenario.ndim else values[at[0]]
-        called = name
-        while called in taken or (called != name and called in columns):
-            called = f"metadata_{called}"
+        called = free_name(name, taken, columns)
         coords[called] = xr.Variable(scenario.dims, own, {"description": METADATA})
     return result.assign_coords(coords)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from zarrtrace.errors import ScenarioError
@@ -52,6 +52,24 @@ def check_metadata_name(name: object) -> str:
     if name in RESERVED:
         raise ValueError(f"{name!r} is the name of a dimension or coordinate; choose another one")
     return name
+
+
+def free_name(name: str, taken: Collection[str], columns: Collection[str]) -> str:
+    """Name a column of metadata beside others.
+
+    Parameters
+    ----------
+    name
+        Its name in the suite.
+    taken
+        Names of what is not metadata; such a column becomes ``metadata_NAME``.
+    columns
+        Names of all columns of metadata.
+    """
+    called = name
+    while called in taken or (called != name and called in columns):
+        called = f"metadata_{called}"
+    return called
 
 
 def plain_value(value: Any) -> Value | None:
