@@ -44,6 +44,7 @@ def model_of(tokenizer: Any) -> Any:
     return SimpleNamespace(
         tokenizer=tokenizer,
         max_tokens=None,
+        model=SimpleNamespace(get_input_embeddings=lambda: None),
         texts=TokenTexts(tokenizer),
         special_ids=special_ids(tokenizer),
     )
