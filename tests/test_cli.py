@@ -103,6 +103,29 @@ def test_info_of_a_partial_run(tmp_path: Path) -> None:
     assert "complete     NO, 1 of 2 scenarios" in done.stdout
 
 
+def test_copy_of_a_partial_run_names_what_it_lacks(tmp_path: Path) -> None:
+    run, target = fakes.make_run(tmp_path, drop={"Safe_1": (2,)}), tmp_path / "copy"
+    done = call("copy", run.path, target)
+    assert done.returncode == 3
+    assert "copy: 1 of 2 scenarios, " in done.stdout
+    assert "left out of the copy: Safe_1\nResume the extraction first" in done.stderr
+    assert zt.copy(run.path, target).missing == ("Safe_1",)
+    fakes.make_run(tmp_path)
+    done = call("copy", run.path, target)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "copy: 2 scenarios, " in done.stdout
+    assert fakes.files_in(target) == fakes.files_in(run.path)
+
+
+def test_copy_of_a_run_without_any_complete_trace_is_refused(tmp_path: Path) -> None:
+    run = fakes.make_run(tmp_path, drop=dict.fromkeys(fakes.SCENARIOS, (2,)))
+    done = call("copy", run.path, tmp_path / "copy")
+    assert done.returncode == 3
+    assert "none of its 2 scenarios is complete; nothing to copy" in done.stderr
+    assert "'zarrtrace extract' again" in done.stderr
+    assert not (tmp_path / "copy").exists()
+
+
 def test_verify(run: fakes.FakeRun) -> None:
     assert call("verify", run.path).returncode == 0
     reading.flip_byte_of_layer(run.trace, "features", 1)

@@ -127,6 +127,18 @@ def test_resume_after_any_record_gives_the_same_bytes(
     assert {*done} == {0, 16, 50}
 
 
+def test_copy_of_a_table_that_is_being_written_is_refused(
+    table: Path, plan: TablePlan, values: Values
+) -> None:
+    path = table.with_name("unfinished")
+    with zt.store.TableWriter(path, plan) as writer:
+        for record, _ in zip(records_of(plan, values), range(8), strict=False):
+            writer.append(record)
+    with pytest.raises(IncompleteError, match="still being written"):
+        zt.copy(path, table.with_name("copy"))
+    assert not table.with_name("copy").exists()
+
+
 def test_failed_scenarios_are_nan_and_named(
     tmp_path: Path, plan: TablePlan, values: Values
 ) -> None:

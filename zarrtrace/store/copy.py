@@ -12,7 +12,13 @@ import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from zarrtrace.errors import ConfigMismatchError, IntegrityError, NotATraceError, StoreError
+from zarrtrace.errors import (
+    ConfigMismatchError,
+    IncompleteError,
+    IntegrityError,
+    NotATraceError,
+    StoreError,
+)
 from zarrtrace.format.attributes import TraceAttributes
 from zarrtrace.format.index_layout import IndexAttributes
 from zarrtrace.format.layout import INDEX, LABELLED, STAGED
@@ -36,6 +42,7 @@ from zarrtrace.store.metadata import (
 from zarrtrace.store.publish import publish_folder
 from zarrtrace.store.run_writer import lock_run
 from zarrtrace.store.staged import staging_folder
+from zarrtrace.store.staged_table import refuse_staged_table
 
 Progress = Callable[[int, int], None]
 
@@ -60,11 +67,14 @@ class CopySummary(NamedTuple):
         Bytes that were written.
     bytes_there
         Bytes that were there already.
+    missing
+        Scenarios of the run that the copy lacks, because they are not complete.
     """
 
     scenarios: int
     bytes: int
     bytes_there: int
+    missing: tuple[str, ...] = ()
 
 
 class _Counter:
@@ -89,7 +99,8 @@ def copy_run(source: Address, target: Address, *, progress: Progress | None = No
     Parameters
     ----------
     source
-        Folder or address; the complete traces of a run are copied, also if others are not.
+        Folder or address; the complete traces of a run are copied, also if others are not. The
+        outcome names those others.
     target
         Folder or address of the copy. If an earlier call was interrupted, what arrived stays.
     progress
@@ -99,6 +110,8 @@ def copy_run(source: Address, target: Address, *, progress: Progress | None = No
     ------
     ConfigMismatchError
         If another run is at `target`.
+    IncompleteError
+        If no trace of a run is complete, or a table is still being written.
     IntegrityError
         If files of `source` are not the ones that were written.
     LockedError
@@ -106,10 +119,10 @@ def copy_run(source: Address, target: Address, *, progress: Progress | None = No
     NotATraceError, FormatVersionError, RemoteError, NoSpaceError
     """
     source, target = locate(source), locate(target).resolved()
-    kind = kind_of(source)
+    kind = _kind_of(source)
     is_run = kind == "run"
     _refuse_other(source, target, kind)
-    sizes = _sizes(source) if is_run else {"": _bytes_of(_READ[kind](source))}
+    sizes, missing = _sizes(source) if is_run else ({"": _bytes_of(_READ[kind](source))}, ())
     if kind != "trace":
         with contextlib.suppress(NotATraceError):
             sizes[INDEX] = _bytes_of(read_index_group(source / INDEX))
@@ -131,14 +144,29 @@ def copy_run(source: Address, target: Address, *, progress: Progress | None = No
                 _copy_file(source, "zarr.json", target)
         finally:
             lock.release()
-    return CopySummary(scenarios, counter.written, counter.there)
+    return CopySummary(scenarios, counter.written, counter.there, missing)
 
 
-def _sizes(run: Location) -> dict[str, int]:
-    """Return the bytes of a run's complete traces by name."""
+def _kind_of(source: Location) -> str:
+    try:
+        return kind_of(source)
+    except NotATraceError:
+        refuse_staged_table(source)
+        raise
+
+
+def _sizes(run: Location) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Return the bytes of a run's complete traces by name, and the names of the others."""
     names = read_run(run).attributes.scenarios
-    found = zip(names, each_trace(run, names, _bytes_of), strict=True)
-    return {name: size for name, size in found if size is not None}
+    found = dict(zip(names, each_trace(run, names, _bytes_of), strict=True))
+    sizes = {name: size for name, size in found.items() if size is not None}
+    if not sizes:
+        raise IncompleteError(
+            f"{run}: none of its {len(names)} scenarios is complete; nothing to copy",
+            why="The extraction was interrupted, or is still running.",
+            remedy="Run the same 'zarrtrace extract' again to resume it, then copy.",
+        )
+    return sizes, tuple(name for name in names if name not in sizes)
 
 
 def _in_run(run: Location, name: str) -> _Piece:

@@ -12,7 +12,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from zarrtrace.errors import IntegrityError
+from zarrtrace.errors import IncompleteError, IntegrityError
 from zarrtrace.format.layout import ArrayLayout
 from zarrtrace.format.table_layout import TableAttributes
 from zarrtrace.storage import Location, locate
@@ -217,6 +217,26 @@ def read_staged_table(path: Location) -> tuple[Group[TableAttributes], int] | No
     done = min(sum(1 for _ in lines) * block, encodings["scenario"].shape[0])
     plain = header["attributes"]
     return Group(here, attributes, plain, labels, header["arrays"], encodings), done
+
+
+def refuse_staged_table(path: Location) -> None:
+    """Refuse to read a table that is still being written.
+
+    Parameters
+    ----------
+    path
+        Where the table will be.
+
+    Raises
+    ------
+    IncompleteError
+    """
+    if not path.exists() and staged_header(table_folder(path.resolved())) is not None:
+        raise IncompleteError(
+            f"{path}: not complete: its samples are still being written",
+            why="The extraction was interrupted, or is still running.",
+            remedy="Run the same 'zarrtrace extract' again to resume it.",
+        )
 
 
 def staged_header(folder: Path) -> dict[str, Any] | None:

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 import xarray as xr
 
-from zarrtrace.errors import IncompleteError, NotATraceError
-from zarrtrace.storage import Address, Location, locate
+from zarrtrace.errors import NotATraceError
+from zarrtrace.storage import Address, locate
 from zarrtrace.store.damage import check_sizes
 from zarrtrace.store.metadata import read_table
 from zarrtrace.store.open import ChunkSpec, lazy_dataset
-from zarrtrace.store.staged_table import staged_header, table_folder
+from zarrtrace.store.staged_table import refuse_staged_table
 
 
 def open_table(
@@ -54,18 +54,8 @@ def open_table(
     path = locate(path, storage_options)
     try:
         table = read_table(path)
-    except NotATraceError as error:
-        if path.exists() or not is_staged(path):
-            raise
-        raise IncompleteError(
-            f"{path}: not complete: its samples are still being written",
-            why="The extraction was interrupted, or is still running.",
-            remedy="Run the same 'zarrtrace extract' again to resume it.",
-        ) from error
+    except NotATraceError:
+        refuse_staged_table(path)
+        raise
     check_sizes(table)
     return lazy_dataset(path, table, chunks)
-
-
-def is_staged(path: Location) -> bool:
-    """Whether a table is being written that will be at a path."""
-    return staged_header(table_folder(path.resolved())) is not None
