@@ -354,7 +354,8 @@ def test_whole_numbers_of_csv_that_floats_hold_are_numbers(tmp_path: Path) -> No
     [
         ("", None, "is empty"),
         ("prompt\n", 1, "holds no scenario"),
-        ("prompt;name\nx;a\n", 1, "(?s)no column 'prompt'.*separated by commas"),
+        ("prompt;name\nx;a\n", 1, "(?s)by semicolons, not by commas.*Save .* with commas"),
+        ("name\tprompt\na\tx\n", 1, "(?s)by tabs, not by commas.*Save .* with commas"),
         (",prompt\n0,x\n", 1, "(?s)column '' has no name.*index=False"),
         ("prompt,name\nx,a\n\nHello, world,b\n", 4, "3 cells, and the header has 2"),
         ('prompt\n"x\n', 2, "not valid CSV"),
@@ -372,6 +373,7 @@ def test_wrong_csv_is_refused_with_its_line(
     with pytest.raises(ScenarioError, match=message) as caught:
         load_suite(file)
     assert str(caught.value).startswith(f"{file}:{line}: " if line else f"{file}: ")
+    assert "Rename it to" not in str(caught.value)
 
 
 def test_wrong_parquet_is_refused(tmp_path: Path) -> None:

@@ -623,6 +623,14 @@ def test_damage_stays_where_it_is(run: fakes.FakeRun) -> None:
         assert get(live.url, "/data/Safe_1/attention/c/1/0/0/0")[0] == 200
 
 
+def test_a_folder_is_advised_for_the_limit_of_one_html_file(
+    whole: fakes.FakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zarrtrace.viewer.bundle.MAX_HTML_BYTES", 10_000)
+    with pytest.raises(ConfigError, match="write a folder in place of a single file"):
+        write_bundle(Layout(whole.path), tmp_path / "b.html")
+
+
 # --- commands ----------------------------------------------------------------------------------
 
 
@@ -634,12 +642,16 @@ def test_bundle_command(whole: fakes.FakeRun, tmp_path: Path) -> None:
     assert found.stdout == f"{output}\n"
     assert found.stderr.startswith("about ")
     assert [p.name for p in (output / "data").iterdir() if p.name[0] not in "@z"] == ["Safe_1"]
-    with pytest.raises(ConfigError, match="above the limit"):
-        CliRunner().invoke(
-            bundle_.command,
-            [str(whole.path), "-o", str(tmp_path / "b"), "--max-size", "1.5kB"],
-            catch_exceptions=False,
-        )
+    for name in ("b", "b.html"):
+        with pytest.raises(ConfigError, match="above the limit") as caught:
+            CliRunner().invoke(
+                bundle_.command,
+                [str(whole.path), "-o", str(tmp_path / name), "--max-size", "1.5kB"],
+                catch_exceptions=False,
+            )
+        named = re.findall("--[a-z-]+", caught.value.remedy)
+        assert {*named} <= {one for p in bundle_.command.params for one in p.opts}
+        assert "folder" not in caught.value.remedy
     bad = CliRunner().invoke(bundle_.command, [*arguments, "--max-size", "much"])
     assert bad.exit_code == 2
 

@@ -86,6 +86,7 @@ def table_entries(
 def check_header(table: str, header: Sequence[Any]) -> None:
     """Refuse a table without prompts, or with columns that cannot be metadata."""
     if "prompt" not in header and "messages" not in header:
+        _refuse_separators(table, header)
         close = closest("prompt", map(str, header))
         hint = f"Did you mean {close!r}? Rename it to 'prompt'" if close else "Name one so"
         raise ScenarioError(
@@ -107,6 +108,18 @@ def check_header(table: str, header: Sequence[Any]) -> None:
                 problem = f"cannot be metadata: {error}"
         if problem:
             raise ScenarioError(f"{table}: column {name!r} {problem}", remedy=remedy)
+
+
+def _refuse_separators(table: str, header: Sequence[Any]) -> None:
+    """Refuse a header of one cell that semicolons or tabs divide, as spreadsheets save them."""
+    only = str(header[0]) if len(header) == 1 else ""
+    for separator, named in ((";", "semicolons"), ("\t", "tabs")):
+        if separator in only:
+            raise ScenarioError(
+                f"{table}: columns are separated by {named}, not by commas",
+                why=f"Spreadsheets in some languages save CSV so: its only column is {only!r}.",
+                remedy="Save the file as CSV with commas between the columns.",
+            )
 
 
 def _entry(row: Mapping[str, Any], where: str) -> ScenarioEntry:

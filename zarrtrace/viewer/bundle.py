@@ -199,20 +199,30 @@ def _remove_left(output: Path) -> None:
             os.close(handle)
 
 
-def refuse_larger(size: int, limit: int | None) -> None:
+def refuse_larger(size: int, limit: int | None, *, is_page: bool = False) -> None:
     """Refuse a size above a limit.
+
+    Parameters
+    ----------
+    size, limit
+        Bytes; no limit if None.
+    is_page
+        Whether all of it is one HTML file.
 
     Raises
     ------
     ConfigError
     """
     if limit is not None and size > limit:
+        # A folder has no limit of its own, and is often larger: it keeps attention in full.
+        is_own = is_page and limit == MAX_HTML_BYTES
+        folder = ", or write a folder in place of a single file" if is_own else ""
         raise ConfigError(
             f"the bundle would take {size / 1e6:.1f} MB or more, above the limit of "
             f"{limit / 1e6:.1f} MB",
             why="Attention of every head takes most of it.",
-            remedy="Choose fewer --scenarios or --layers, raise --max-size, or write a folder "
-            "in place of a single file.",
+            remedy="Choose fewer scenarios (--scenario) or layers (--layers), or raise --max-size"
+            f"{folder}.",
         )
 
 
@@ -310,7 +320,7 @@ def page_of(
         if file not in PAGE_FILES:
             files[file] = base64.b64encode(content).decode()
             total += len(files[file])
-            refuse_larger(total, limit)
+            refuse_larger(total, limit, is_page=True)
     page = single_page(files, view)
-    refuse_larger(len(page), limit)
+    refuse_larger(len(page), limit, is_page=True)
     return page
