@@ -332,7 +332,8 @@ def test_the_widget_answers_with_files_of_the_bundle(
     view = zt.open_run(run.path).zt.view()
     sent: list[tuple[dict[str, Any], list[bytes]]] = []
     monkeypatch.setattr(view, "send", lambda said, buffers=(): sent.append((said, [*buffers])))
-    layout = Layout(run.path)
+    layout = Layout(run.path, is_live=True)
+    assert json.loads(layout.index)["source"]["arguments"] == repr(str(run.path))
     good = "data/Safe_1/attention/c/1/0/0/0"
     for number, path in enumerate(["index.json", good, "../zarr.json", "data/Safe_1/nothing"]):
         view._handle_custom_msg({"id": number, "path": path}, [])

@@ -119,6 +119,21 @@ def test_two_saes_of_a_layer_are_both_there(tmp_path: Path) -> None:
         np.testing.assert_array_equal(group[name][:], truth[name], err_msg=name)
 
 
+def test_a_live_view_knows_where_the_run_is_and_a_bundle_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakes.make_run(tmp_path, name="runs/uni")
+    monkeypatch.chdir(tmp_path)
+    with contextlib.closing(Server("runs/uni")) as server:
+        live = json.loads(server.layout.index)
+    assert live["source"] == {"call": "open_run", "arguments": "'runs/uni'"}
+    write_bundle(Layout(tmp_path / "runs" / "uni"), "bundle")
+    for file in fakes.files_in(tmp_path / "bundle").values():
+        text = gzip.decompress(file) if file[:2] == b"\x1f\x8b" else file
+        assert str(tmp_path).encode() not in text
+    assert "source" not in json.loads((tmp_path / "bundle" / "index.json").read_text())
+
+
 def test_plain_zarr_reads_a_bundle(tmp_path: Path) -> None:
     run = fakes.make_run(tmp_path, scenarios=("Long",), tokens=300, features=40)
     write_bundle(Layout(run.path), tmp_path / "bundle")

@@ -93,6 +93,28 @@ def test_the_drawer_shows_the_strongest_tokens(
         assert fragment(page, f"scenario={name}&layer={LAYER}&token={at}&feature={FEATURE}")
 
 
+def test_silent_features_are_told_from_those_of_special_tokens(
+    tmp_path: Path,
+    look: Open,  # noqa: F811
+) -> None:
+    run = fakes.make_run(tmp_path, features=40, active=0.15)
+    build_index(run.path, special=True)
+    fires = np.concatenate(
+        [run.truth[name]["features"][LAYER - 1] != 0 for name in fakes.SCENARIOS]
+    ).reshape(len(fakes.SCENARIOS), -1, 40)
+    is_quiet = ~fires[:, 1:].any((0, 1))  # token 0 is the special one
+    silent = int(np.flatnonzero(is_quiet & ~fires[:, 0].any(0))[0])
+    special = int(np.flatnonzero(is_quiet & fires[:, 0].any(0))[0])
+    with Server(run.path) as live:
+        for feature, firing, words in (
+            (silent, "none of 14 tokens", "at no word of these scenarios"),
+            (special, "special tokens only", "at no token but special ones"),
+        ):
+            page = look(live.url, scenario="Safe_1", layer=LAYER, feature=feature)
+            assert page.locator("#uses-of").inner_text() == f"It fires at {firing}."
+            assert words in page.locator("#words").inner_text()
+
+
 def test_features_without_label_have_their_words(
     indexed: fakes.FakeRun,
     look: Open,  # noqa: F811

@@ -1003,7 +1003,7 @@ def test_what_is_copied_as_python_reads_what_is_shown(
     addresses: dict[str, str], whole: fakes.FakeRun, look: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(whole.path.parent)
-    page = look(addresses["server"], scenario="Risky_2", layer=2, head=1, token=5, feature=3)
+    page = look(addresses["file"], scenario="Risky_2", layer=2, head=1, token=5, feature=3)
     ds = zt.open_trace(whole.path / "Risky_2").load()
     attention, mean = ds.attention, ds.attention_mean
     places = {
@@ -1019,6 +1019,19 @@ def test_what_is_copied_as_python_reads_what_is_shown(
     np.testing.assert_array_equal(_read(page, "heads-panel"), attention.sel(layer=2))
     np.testing.assert_array_equal(_read(page, "layers-panel"), mean)
     np.testing.assert_array_equal(_read(page, "feature-panel"), ds.features.sel(feature=3))
+
+
+def test_python_opens_a_live_run_where_the_user_found_it(
+    tmp_path: Path, look: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by the name of its folder alone; a trace that stands alone is no run."""
+    run = fakes.make_run(tmp_path, name="runs/uni")
+    monkeypatch.chdir(tmp_path)
+    for path in ("runs/uni", "runs/uni/Safe_1"):
+        with Server(path) as live:
+            page = look(live.url, scenario="Safe_1", layer=2, head=1)
+            found = _read(page, "large-panel")
+        np.testing.assert_array_equal(found, run.truth["Safe_1"]["attention"][1, 1])
 
 
 def _read(page: Any, panel: str) -> Any:

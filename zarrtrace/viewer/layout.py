@@ -58,6 +58,9 @@ class Layout:
         Whether attention is rounded to 8 bits, which the page says.
     seals
         The seal that a trace must have, by name, if it was opened before.
+    is_live
+        Whether the page is read where the run is: its index then holds `path` as it was given,
+        for lines of Python. A bundle travels, and tells no paths of the machine it is from.
 
     Raises
     ------
@@ -75,9 +78,10 @@ class Layout:
         layers: Sequence[int] | None = None,
         eight_bit: bool = False,
         seals: Mapping[str, str | None] | None = None,
+        is_live: bool = False,
     ) -> None:
         self.path = locate(path)
-        self.eight_bit = eight_bit
+        self.eight_bit, self._is_live = eight_bit, is_live
         self.traces = Traces(self.path, scenarios=scenarios, layers=layers, seals=seals)
         self._arrays_of = lru_cache(maxsize=LISTED)(self._describe_arrays)
         self._lock = threading.Lock()
@@ -120,7 +124,18 @@ class Layout:
             run["labels"] = self._labelled
         if self._contexts.described:
             run["strongest"] = self._contexts.described
+        if self._is_live:
+            run["source"] = self._source()
         return _compact(run)
+
+    def _source(self) -> dict[str, str]:
+        """Return the function of zarrtrace that opens the path, and its arguments."""
+        options = dict(self.path.options)
+        given = f", storage_options={options!r}" if options else ""
+        return {
+            "call": "open_run" if self.traces.is_run else "open_trace",
+            "arguments": f"{str(self.path)!r}{given}",
+        }
 
     @cached_property
     def _labelled(self) -> dict[str, list[int]]:

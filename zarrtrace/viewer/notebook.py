@@ -105,7 +105,7 @@ def show(
     IntegrityError
         If a trace was replaced since it was opened.
     """
-    layout = Layout(path, scenarios=[*seals], layers=layers, seals=seals)
+    layout = Layout(path, scenarios=[*seals], layers=layers, seals=seals, is_live=True)
     traces = layout.traces
     chosen = {name: number for name, number in choice.items() if number is not None}
     _check_choice(traces[scenario], scenario, chosen)

@@ -81,7 +81,7 @@ class Server:
         port: int = 0,
         scenarios: Sequence[str] | None = None,
     ) -> None:
-        self.layout = Layout(path, scenarios=scenarios)
+        self.layout = Layout(path, scenarios=scenarios, is_live=True)
         self.loopback = _is_loopback(host)
         self.prefix = f"/{secrets.token_urlsafe(16)}/"
         self._made: OrderedDict[str, bytes] = OrderedDict()

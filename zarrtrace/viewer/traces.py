@@ -76,10 +76,10 @@ class Traces(Mapping[str, xr.Dataset]):
         seals: Mapping[str, str | None] | None = None,
     ) -> None:
         self._path, self._layers, self._seals = path, layers, seals or {}
-        self._is_run = kind_of(path) == "run"
+        self.is_run = kind_of(path) == "run"
         known = (
             [*read_run(path).attributes.scenarios]
-            if self._is_run
+            if self.is_run
             else [read_trace(path).attributes.name]
         )
         names = [*chosen_names(known, scenarios)]
@@ -151,7 +151,7 @@ class Traces(Mapping[str, xr.Dataset]):
 
     def _present(self, names: Sequence[str]) -> tuple[dict[str, None], dict[str, tuple[int, ...]]]:
         """Return names of stored traces, and missing layers by name."""
-        if not self._is_run:
+        if not self.is_run:
             return dict.fromkeys(names), {}
         published = set(self._path.present(names))
         absent = [name for name in names if name not in published]
@@ -161,7 +161,7 @@ class Traces(Mapping[str, xr.Dataset]):
         return {name: None for name in names if name in published or name in missing}, missing
 
     def _open_all(self) -> dict[str, xr.Dataset]:
-        if not self._is_run:
+        if not self.is_run:
             return {name: self._chosen(name, self._open_alone()) for name in self._names}
         run = open_run(self._path, scenarios=[*self._names], missing="nan")
         found = {name: run[name].to_dataset() for name in self._names if name in run.children}

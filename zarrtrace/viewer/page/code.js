@@ -6,9 +6,11 @@ import { index, scenario, view, zoomed } from "./state.js";
 /** @param {string} text */
 const quoted = (text) => JSON.stringify(text);
 
-/** The trace of the scenario; its path is not known to the page. */
+/** The trace of the scenario. A bundle does not know where the run is, only its name. */
 function opened() {
-  return `import zarrtrace as zt\n\nds = zt.open_run(${quoted(index.title)})[${quoted(view.scenario)}].to_dataset()\n`;
+  const { call, arguments: given } = index.source ?? { call: "open_run", arguments: quoted(index.title) };
+  const chosen = call === "open_run" ? `[${quoted(view.scenario)}].to_dataset()` : "";
+  return `import zarrtrace as zt\n\nds = zt.${call}(${given})${chosen}\n`;
 }
 
 /** The dimensions of layers and queries of an array of attention, as the store calls them. @param {string} name */

@@ -199,7 +199,14 @@ async function showWords() {
       setNumber(/** @type {HTMLDataElement} */ (shown), row.score);
       return row.score / most;
     });
-    if (!rows.length) out.append(element("li", { class: "none" }, "it fires at no token but special ones"));
+    if (!rows.length) {
+      const layer = view.layer;
+      const uses = (await readUses("features", layer, feature).catch(() => null))?.features[feature];
+      if (feature !== view.feature || layer !== view.layer || out.childElementCount) return;
+      out.append(element("li", { class: "none" }, uses && !uses.activations.length
+        ? "it fires at no token but special ones"
+        : "it fires at no word of these scenarios; special tokens are not counted"));
+    }
   } catch (error) {
     out.replaceChildren(element("li", { class: "none" }, String(error instanceof Error ? error.message : error)));
   }

@@ -50,6 +50,7 @@
  * @property {Record<string, Record<string, string>>} sources of the scenarios that were read
  * @property {Record<string, number[]>} [labels] layers whose features have labels, by array
  * @property {Strongest} [strongest] absent if the run has no index
+ * @property {{call: string, arguments: string}} [source] how Python opens the run; absent from bundles
  * @property {Record<string, ArrayInfo>} run
  *
  * @typedef {Object} Strongest what the index of features holds
