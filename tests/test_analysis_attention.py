@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import dask
@@ -321,6 +322,19 @@ def test_missing_layers_and_lengths_and_spans():
     only = analysis.attention_to(run, "choices")
     assert only.scenario.values.tolist() == list(planted.SCENARIOS[:3])
     assert only.sel(scenario="Risky_2").isnull().all()
+
+
+def test_the_sentence_counts_scenarios_that_have_the_span(run):
+    names = [*run.children]
+    data = planted.as_run({name: trace_of(run, name) for name in names})
+    for name in names[1:]:
+        spans = data[name].attrs["spans"]
+        data[name].attrs["spans"] = {one: of for one, of in spans.items() if one != "goal"}
+    said = analysis.attention_to(data, ["goal", "balance"]).attrs["findings"]
+    assert re.search(rf"to goal in layer \d+ \([^)]*, in 1 of {len(names)} scenarios\)", said)
+    assert re.search(rf"to balance in layer \d+ \([^)]*over {len(names)} scenarios\)", said)
+    alone = analysis.attention_to(data, ["goal"]).attrs["findings"]
+    assert alone.endswith(f"a token), in 1 of {len(names)} scenarios.")
 
 
 def test_a_span_that_no_scenario_has(run):

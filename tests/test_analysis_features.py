@@ -122,6 +122,39 @@ class TestTrajectory:
         assert np.isnan(found.sel(scenario="S3")).to_numpy().tolist() == [False, False, True]
         assert not np.isnan(found.sel(scenario="S0")).any()
 
+    def test_the_sentence_counts_scenarios_that_have_a_value(self, run: xr.DataTree) -> None:
+        names = [*run.children]
+        lack = {name: synthetic.without_span(run[name].to_dataset(), "goal") for name in names[1:]}
+        goal = run[names[0]]["features"][0, spans_of(run[names[0]])["goal"]]
+        feature = int(np.argmax(abs(goal.to_numpy()).max(0)))
+        found = feature_trajectory(synthetic.change(run, **lack), (1, feature), at="goal")
+        said = found.attrs["findings"]
+        assert said.startswith(f"Activation, in 1 of {len(names)} scenarios: feature 1:{feature} ")
+        assert said.endswith(" (active in 1 of 1 scenarios).")
+        assert "mean over" not in said
+
+    def test_a_layer_without_sae_is_not_silent(self, tmp_path: Path) -> None:
+        made = fakes.make_run(tmp_path, without_sae=(2,), active=0.9)
+        found = feature_trajectory(open_run(made.path), [(1, 3), (2, 3)])
+        assert "feature 2:3 not known, because layer 2 has no SAE." in found.attrs["findings"]
+        assert "silent" not in found.attrs["findings"]
+
+    @pytest.mark.parametrize("reduce", ["mean", "max", "none"])
+    def test_float16_stores_give_float32(self, tmp_path: Path, reduce: Any) -> None:
+        made = fakes.make_run(tmp_path, feature_dtype="float16", active=0.9)
+        run = open_run(made.path)
+        found = feature_trajectory(run, [(1, 3), (2, 5)], at="balance", reduce=reduce)
+        assert found.dtype == np.float32
+        lazy = feature_trajectory(
+            open_run(made.path, chunks={}), [(1, 3), (2, 5)], at="balance", reduce=reduce
+        )
+        assert lazy.dtype == lazy.compute().dtype == np.float32
+        if reduce == "mean":
+            ds = run["Safe_1"].to_dataset()
+            values = ds["features"].to_numpy()[0, spans_of(ds)["balance"], 3]
+            exact = values.mean(dtype=np.float64).astype(np.float32)
+            np.testing.assert_allclose(found.sel(scenario="Safe_1")[0], exact, rtol=1e-6)
+
     @pytest.mark.parametrize(
         ("features", "at", "error", "message"),
         [

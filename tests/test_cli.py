@@ -43,6 +43,11 @@ def test_help_lists_every_command() -> None:
         assert call(name, "--help").returncode == 0
 
 
+def test_min_count_of_words_says_what_is_counted() -> None:
+    found = " ".join(call("analyze", "word-associations", "--help").stdout.split())
+    assert "words at which the feature fires less often" in found
+
+
 def test_version() -> None:
     assert call("--version").stdout.startswith("zarrtrace 0.")
 

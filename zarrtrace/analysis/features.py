@@ -296,7 +296,7 @@ def _by_place(
         kwargs={"cells": cells, "shape": (len(names), len(places)), "reduce": reduce},
         input_core_dims=[[SAMPLE, "feature"]],
         output_core_dims=[["scenario", "place", "feature"]],
-        output_dtypes=[chosen.dtype],
+        output_dtypes=[np.promote_types(chosen.dtype, np.float32)],
         exclude_dims={"feature"},
         dask="parallelized",
         dask_gufunc_kwargs={
@@ -332,9 +332,10 @@ def _reduced_by_place(
     reduce: Reduce,
 ) -> np.ndarray:
     """``(…, sample, f)`` → ``(…, scenario, place, f)``; NaN where a scenario has not the place."""
-    out = np.full((*values.shape[:-2], *shape, values.shape[-1]), np.nan, values.dtype)
+    kind = np.promote_types(values.dtype, np.float32)  # a mean in float16 is off in its 4th digit
+    out = np.full((*values.shape[:-2], *shape, values.shape[-1]), np.nan, kind)
     for numbers, place, rows in cells:
-        here = values[..., rows, :]
+        here = values[..., rows, :].astype(kind, copy=False)
         if reduce == "mean":
             out[..., numbers, place, :] = here.mean(-2)
         else:

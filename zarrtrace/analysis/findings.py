@@ -33,32 +33,35 @@ def with_findings(result: _Result) -> _Result:
 
 
 def _attention_to(result: xr.DataArray) -> str:
-    by_source = _by(_mean(result), "source")
+    by_source = _by(_mean(result), "source")[:_NAMED]
+    over, own = _over([(result, peak) for _, peak in by_source])
     per_token = '"reduce": "mean"' in str(result.attrs.get("parameters"))
     unit = " a token" if per_token else ""
     parts = [
-        f"to {source or _one(result, 'source')} in {_at(values)} ({_number(values)}{unit})"
-        for source, values in by_source[:_NAMED]
+        f"to {source or _one(result, 'source')} in {_at(values)} ({_number(values)}{unit}{few})"
+        for (source, values), few in zip(by_source, own, strict=True)
     ]
     if not parts:
         return "No attention is stored at these places."
     target = (
         "the targets attend" if "target" in result.dims else _one(result, "target") + " attends"
     )
-    return _sentence(f"{target} most {_joined(parts)}{_over(result)}")
+    return _sentence(f"{target} most {_joined(parts)}{over}")
 
 
 def _through_layers(result: xr.DataArray) -> str:
-    mean = _mean(result.isel(layer=-1))
+    last = result.isel(layer=-1)
+    by_source = _by(_mean(last), "source")[:_NAMED]
+    over, own = _over([(last, peak) for _, peak in by_source])
     parts = [
-        f"{source or _one(result, 'source')} {_number(values)}"
-        for source, values in _by(mean, "source")[:_NAMED]
+        f"{source or _one(result, 'source')} {_number(values)}{few and f' ({few[2:]})'}"
+        for (source, values), few in zip(by_source, own, strict=True)
     ]
     layers = result["layer"].values
     name = str(result.attrs["analysis"]).removeprefix("attention_")
     return (
         f"Attention {name} through layers {layers[0]} to {layers[-1]}"
-        f"{_over(result)}: {_joined(parts) or 'nothing is known'}."
+        f"{over}: {_joined(parts) or 'nothing is known'}."
     )
 
 
@@ -67,22 +70,37 @@ def _feature_trajectory(result: xr.DataArray) -> str:
     pairs = mean if "pair" in mean.dims else mean.expand_dims("pair")
     strongest = pairs if pairs.ndim == 1 else abs(pairs).max([d for d in pairs.dims if d != "pair"])
     order = np.argsort(-np.nan_to_num(abs(np.asarray(strongest))), kind="stable")
-    parts = []
-    for number in order[:_NAMED].tolist():
-        values = pairs.isel(pair=number)
-        active = result.isel(pair=number) if "pair" in result.dims else result
-        is_silent = not bool((active.fillna(0) != 0).any())
-        of = "silent" if is_silent else _number(values) + _where(values)
-        parts.append(f"feature {_pair(values)} {of}" + ("" if is_silent else _firing_in(active)))
-    return _sentence(f"activation{_over(result)}: {_joined(parts)}")
+    named = [
+        (result.isel(pair=number) if "pair" in result.dims else result, pairs.isel(pair=number))
+        for number in order[:_NAMED].tolist()
+    ]
+    over, own = _over(named)
+    parts = [
+        f"feature {_pair(mean)} {_activation(one, mean, few.removeprefix(', '))}"
+        for (one, mean), few in zip(named, own, strict=True)
+    ]
+    return _sentence(f"activation{over}: {_joined(parts)}")
 
 
-def _firing_in(values: xr.DataArray) -> str:
-    if "scenario" not in values.dims:
-        return ""
-    others = [dim for dim in values.dims if dim != "scenario"]
-    fires = ((values != 0) & values.notnull()).any(others)
-    return f" (active in {int(fires.sum())} of {values.sizes['scenario']} scenarios)"
+def _activation(values: xr.DataArray, mean: xr.DataArray, few: str) -> str:
+    """Say how strong a feature is, and in how many of the scenarios that have a value."""
+    known = values.notnull()
+    if not bool(known.any()):
+        # Other reasons stand in the result: layers not stored, or NaN that the model computed.
+        is_told = "missing" in values.attrs or "nonfinite" in values.attrs
+        no_sae = f", because layer {int(values['layer'])} has no SAE"
+        return "not known" + ("" if is_told else no_sae)
+    fires = known & (values != 0)
+    details = [few]
+    strength = "silent"
+    if bool(fires.any()):
+        strength = _number(mean) + _where(mean)
+        if "scenario" in values.dims:
+            others = [dim for dim in values.dims if dim != "scenario"]
+            counts = (int(of.any(others).sum()) for of in (fires, known))
+            details.append("active in {} of {} scenarios".format(*counts))
+    said = "; ".join(filter(None, details))
+    return strength + (f" ({said})" if said else "")
 
 
 def _pathway_features(result: xr.Dataset) -> str:
@@ -106,16 +124,18 @@ def _pathway_features(result: xr.Dataset) -> str:
 
 def _head_roles(result: xr.DataArray) -> str:
     mean = _mean(result)
+    roles = ("induction", "duplicate_token", "previous_token", "first_token")
+    over, own = _over([(result, mean.sel(role=role)) for role in roles])
     parts = []
-    for role in ("induction", "duplicate_token", "previous_token", "first_token"):
+    for role, few in zip(roles, own, strict=True):
         values = mean.sel(role=role)
         name = role.replace("_token", "-token")
         parts.append(
-            f"{name} {_at(values)} ({_number(values)})"
+            f"{name} {_at(values)} ({_number(values)}{few})"
             if bool(values.notnull().any())
             else f"{name} not known, because no token repeats"
         )
-    return f"Strongest heads, with the share of attention that fits{_over(result)}: " + (
+    return f"Strongest heads, with the share of attention that fits{over}: " + (
         _joined(parts) + "."
     )
 
@@ -196,9 +216,30 @@ def _mean(result: xr.DataArray) -> xr.DataArray:
     return result.mean("scenario", skipna=True) if "scenario" in result.dims else result
 
 
-def _over(result: xr.DataArray) -> str:
-    n = result.sizes.get("scenario", 1)
-    return f", mean over {n} scenarios" if n > 1 else ""
+def _over(peaks: list[tuple[xr.DataArray, xr.DataArray]]) -> tuple[str, list[str]]:
+    """Say over how many scenarios means are: at once if equally many, else of each.
+
+    Parameters
+    ----------
+    peaks
+        A result and its mean; a sentence names the cell where that is largest.
+    """
+    own = [_over_scenarios(result, mean) for result, mean in peaks]
+    if len({*filter(None, own)}) == 1:
+        return max(own), [""] * len(own)
+    return "", own
+
+
+def _over_scenarios(result: xr.DataArray, mean: xr.DataArray) -> str:
+    total = result.sizes.get("scenario", 1)
+    if total == 1 or not bool(mean.notnull().any()):
+        return ""
+    peak = _peak(mean)
+    cell = {dim: peak[dim].item() for dim in result.dims if dim in peak.coords}
+    known = int(result.sel(cell).notnull().sum("scenario").max())
+    if known == 1:
+        return f", in 1 of {total} scenarios"
+    return f", mean over {known}" + ("" if known == total else f" of {total}") + " scenarios"
 
 
 def _by(values: xr.DataArray, dim: str) -> list[tuple[str, xr.DataArray]]:

@@ -267,7 +267,7 @@ ANALYSES: dict[str, Analysis] = {
                 type=click.IntRange(1),
                 default=1,
                 show_default=True,
-                help="Leave out words that stand in the prompts less often.",
+                help="Leave out words at which the feature fires less often.",
             ),
             _option("--strip", is_flag=True, help="Take ' bet' and 'bet' for one word."),
             _option(
