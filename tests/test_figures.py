@@ -630,6 +630,22 @@ def test_integrated_view(run: xr.DataTree, ds: xr.Dataset) -> None:
         assert "  ".join(labels.token_label(word) for word in best) in drawn
 
 
+def test_integrated_view_draws_the_strongest_over_all_layers(ds: xr.Dataset) -> None:
+    """Also where several of them are in one layer."""
+    found = analysis.pathway_features(ds, "balance", top=FEATURES)
+    score = found["score"].fillna(0).to_series().abs().sort_values(ascending=False)[:6]
+    expected = {(layer, int(found["feature"].sel(layer=layer, rank=rank)))
+                for layer, rank in score[score > 0].index}  # fmt: skip
+    assert len({layer for layer, _ in expected}) < len(expected) == 6
+    below = panels(figures.integrated_view(ds, sources=["balance"], count=6))[1]
+    names = [label.get_text() for label in below.get_yticklabels()]
+    drawn = [tuple(map(int, name.removeprefix("L").split(" · "))) for name in names]
+    assert {*drawn} == expected
+    assert [layer for layer, _ in drawn] == sorted(layer for layer, _ in drawn)
+    below = panels(figures.integrated_view(ds.sel(layer=[3]), count=12))[1]
+    assert len(below.get_yticklabels()) == 12
+
+
 def test_integrated_view_names_what_the_decision_attends_to(ds: xr.Dataset) -> None:
     above = panels(figures.integrated_view(ds))[0]
     norm = above.get_images()[0].norm

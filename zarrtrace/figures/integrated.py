@@ -82,7 +82,8 @@ def integrated_view(
     sources
         Spans whose pathways to draw; all but the decision if None.
     count
-        Number of features, shared out among the spans.
+        Number of features, shared out among the spans: of each the strongest over all layers,
+        several of one layer where they are.
     special
         Whether activations at special tokens (BOS, chat markers) are drawn and scale a feature's
         row, too.
@@ -164,15 +165,16 @@ def integrated_view(
 
 
 def _pathway_rows(ds: xr.Dataset, names: Sequence[str], count: int) -> list[tuple[str, int, int]]:
-    """Return the strongest (span, layer, feature) of each span."""
+    """Return the strongest (span, layer, feature) of each span, by layer."""
     each = max(1, count // max(1, len(names)))
     rows: list[tuple[str, int, int]] = []
     for name in names:
-        found = pathway_features(ds, name, top=1)
-        score = np.abs(np.nan_to_num(np.asarray(found["score"].isel(rank=0))))
-        best = np.argsort(-score, kind="stable")[:each]
-        layers, features = np.asarray(found["layer"]), np.asarray(found["feature"].isel(rank=0))
-        rows += [(name, int(layers[i]), int(features[i])) for i in sorted(best) if score[i] > 0]
+        found = pathway_features(ds, name, top=each).transpose("layer", "rank", ...)
+        score = np.abs(np.nan_to_num(np.asarray(found["score"])))
+        best = sorted(np.argsort(-score, axis=None, kind="stable")[:each].tolist())
+        layers, features = np.asarray(found["layer"]), np.asarray(found["feature"])
+        cells = [np.unravel_index(i, score.shape) for i in best]
+        rows += [(name, int(layers[at[0]]), int(features[at])) for at in cells if score[at] > 0]
     return rows
 
 
