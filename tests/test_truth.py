@@ -114,7 +114,7 @@ def test_viewer_does_not_mix_two_runs(run: fakes.FakeRun) -> None:
             except urllib.error.HTTPError as error:
                 return error.code, error.read()
 
-        truth = Layout(run.path)
+        truth = Layout(run.path, is_live=True)
         files = [name for name in truth.files() if "/c/" in name]
         old = {name: (200, truth.read(name)) for name in ("index.json", *files)}
         before = {name: get(name) for name in ("index.json", *files[::2])}

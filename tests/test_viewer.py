@@ -98,7 +98,12 @@ def test_live_server_and_bundle_are_equal_byte_for_byte(tmp_path: Path, sizes: d
     assert sorted(files) == sorted(layout.files())
     assert abs(expected.files - len(files)) <= 1
     assert expected.bytes == pytest.approx(written, rel=0.5)
+    # A live view says where the run is, too.
+    index = files.pop("index.json")
     with Server(run.path) as live:
+        found = json.loads(get(live.url, "/index.json")[2])
+        assert found.pop("source")["arguments"] == repr(str(run.path))
+        assert found == json.loads(index)
         for name, content in files.items():
             assert get(live.url, f"/{name}")[::2] == (200, content), name
 
@@ -535,7 +540,7 @@ def test_the_page_and_its_headers(server: Server, whole: fakes.FakeRun) -> None:
     assert not any(name.lower().startswith("access-control") for name in headers)
     status, headers, body = get(server.url, "/index.json", method="HEAD")
     assert (status, body) == (200, b"")
-    assert int(headers["Content-Length"]) == len(Layout(whole.path).index)
+    assert int(headers["Content-Length"]) == len(Layout(whole.path, is_live=True).index)
     assert get(server.url, "/", method="POST")[0] == 501
 
 

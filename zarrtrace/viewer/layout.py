@@ -44,7 +44,7 @@ _TEXTS = ("@labels", "@strongest", "@scenarios", "@listing")
 
 
 class Layout:
-    """Files of a run's bundle, the same bytes for every producer.
+    """Files of a run's bundle, the same bytes for every producer; a live index has a source.
 
     Parameters
     ----------
