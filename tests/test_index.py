@@ -19,11 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import zarrtrace as zt
-from zarrtrace.errors import ConfigError, IntegrityError, LockedError, StoreError
+from zarrtrace.card import write_card
+from zarrtrace.errors import ConfigError, IntegrityError, LockedError, NotATraceError, StoreError
 from zarrtrace.format.index_layout import index_layout
 from zarrtrace.index import build_index, find_feature
 from zarrtrace.index.counting import FeatureCounts
-from zarrtrace.store import kind_of, locked, summarize, verify
+from zarrtrace.store import kind_of, locked, summarize, summary, verify
 from zarrtrace.store.chunks import encode_file
 from zarrtrace.store.metadata import read_index_group
 from zarrtrace.store.seal import sealed_group
@@ -164,6 +165,23 @@ def test_readers_take_the_index_for_no_scenario(run: fakes.FakeRun) -> None:
     fakes.make_run(run.path.parent)
     assert (run.path / "zarr.json").read_bytes() == metadata
     assert build_index(run.path).how == "unchanged"
+
+
+def test_an_index_is_no_trace(run: fakes.FakeRun) -> None:
+    build_index(run.path)
+    said = rf"(?s)run/index: is the index of a run, not .*Give the run: {run.path}\."
+    for read in (kind_of, summarize, verify, write_card, zt.open_run, zt.open_trace):
+        with pytest.raises(NotATraceError, match=said):
+            read(run.path / "index")  # type: ignore[operator]
+
+
+def test_a_trace_that_is_gone_is_not_counted(
+    run: fakes.FakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It is removed between the look at its kind and the look at its arrays.
+    monkeypatch.setattr(summary, "kind_of", lambda _: "trace")
+    found = summarize(run.path / "gone")
+    assert (found.complete, found.scenarios_complete) == (False, 0)
 
 
 def test_find(tmp_path: Path) -> None:

@@ -34,8 +34,6 @@ from zarrtrace.store.metadata import (
     read_scenario,
     read_table,
     read_trace,
-    refuse_foreign,
-    refuse_kind,
 )
 from zarrtrace.store.open import open_run, open_trace
 from zarrtrace.store.publish import old_of, put_in_place
@@ -50,6 +48,7 @@ from zarrtrace.store.summary import (
 )
 from zarrtrace.store.table_writer import TableWriter
 from zarrtrace.store.tables import open_table
+from zarrtrace.store.target import refuse_foreign, refuse_kind
 from zarrtrace.store.trace_writer import TraceWriter, is_untouched
 from zarrtrace.store.verification import verify
 from zarrtrace.store.write import trace_plan, write_trace

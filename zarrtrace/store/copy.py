@@ -37,12 +37,12 @@ from zarrtrace.store.metadata import (
     read_scenario,
     read_table,
     read_trace,
-    refuse_foreign,
 )
 from zarrtrace.store.publish import publish_folder
 from zarrtrace.store.run_writer import lock_run
 from zarrtrace.store.staged import staging_folder
 from zarrtrace.store.staged_table import refuse_staged_table
+from zarrtrace.store.target import refuse_foreign
 
 Progress = Callable[[int, int], None]
 

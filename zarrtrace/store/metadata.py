@@ -201,48 +201,11 @@ def kind_of(path: Address) -> Literal["run", "trace", "table"]:
         If it is none of them.
     FormatVersionError, IntegrityError
     """
-    _, group = _load(locate(path), "run or a trace")
-    kind = group["attributes"]["kind"]
-    return kind if kind in ("run", "table") else "trace"
-
-
-def refuse_foreign(path: Location) -> None:
-    """Refuse to write where something exists that is not a run, or where nothing can be written.
-
-    Raises
-    ------
-    ConfigError, NotATraceError, FormatVersionError, IntegrityError
-    """
-    path.writable_backend()  # raises if it is read only
-    is_file = path.is_file()
-    if not is_file and not (path.is_folder() and any(True for _ in path.children())):
-        return
-    if is_file or (path.path is not None and not (path / "zarr.json").is_file()):
-        why = "It is a file; a run is a folder." if is_file else "It has no zarr.json."
-        raise _not_ours(path, "run or trace", why)
-    kind_of(path)
-
-
-def refuse_kind(path: Location, wanted: Literal["run", "table"], *, overwrite: bool) -> None:
-    """Refuse to write a run where a table is, or a table where a run is, unless to replace it.
-
-    Raises
-    ------
-    NotATraceError, FormatVersionError, IntegrityError
-    """
-    if not (path / "zarr.json").is_file():
-        return
-    kind = kind_of(path)
-    if kind == wanted or (overwrite and kind != "trace"):
-        return
-    names = {"run": "a run", "table": "a table", "trace": "a trace"}
-    replacing = ", or replace it with --overwrite" if kind != "trace" else ""
-    raise NotATraceError(
-        f"{path}: is {names[kind]}, not {names[wanted]}",
-        why=f"This command writes {names[wanted]}, with --layout "
-        f"{'traces' if wanted == 'run' else 'table'}.",
-        remedy=f"Choose another --output{replacing}.",
-    )
+    _, group = _load(location := locate(path), "run or a trace")
+    kind: Literal["run", "trace", "table"] = group["attributes"]["kind"]
+    if kind not in ("run", "trace", "table"):
+        raise _other_kind(location, kind, "run or a trace")
+    return kind
 
 
 def _not_there(path: Location, wanted: str) -> NotATraceError:
@@ -268,17 +231,14 @@ def _not_there(path: Location, wanted: str) -> NotATraceError:
     remedy = _ELSEWHERE if not runs else f"It holds runs or traces: {', '.join(runs[:5])}."
     if len(runs) == 1:
         remedy = f"Did you mean {runs[0]!r}?"
-    return _not_ours(path, "run or trace", "It has no zarr.json.", remedy)
+    return not_ours(path, "run or trace", "It has no zarr.json.", remedy)
 
 
 def _read(path: Location, wanted: Kind, *, by_seal: bool = False) -> Group[Any]:
     content, group = _load(path, wanted)
     file, plain = path / "zarr.json", group["attributes"]
     if plain["kind"] != wanted:
-        raise NotATraceError(
-            f"{path}: is a {plain['kind']}, not a {wanted}",
-            remedy=_OTHER_KIND.get(plain["kind"], "Give the folder of the run."),
-        )
+        raise _other_kind(path, plain["kind"], wanted)
     if not seal_holds(content):
         raise IntegrityError(
             f"{file}: not the metadata that was written",
@@ -323,7 +283,7 @@ def _load(path: Location, wanted: str) -> tuple[bytes, dict[str, Any]]:
         raise damaged(file, f"attribute kind: {plain.get('kind')!r}")
     if not is_known or "format_version" not in plain:
         why = "Its zarr.json lacks the attributes 'kind' and 'format_version'."
-        raise _not_ours(path, wanted, why)
+        raise not_ours(path, wanted, why)
     version = plain["format_version"]
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise FormatVersionError(
@@ -338,7 +298,16 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _not_ours(path: Location, wanted: str, why: str, remedy: str = _ELSEWHERE) -> NotATraceError:
+def _other_kind(path: Location, kind: str, wanted: str) -> NotATraceError:
+    """Return the error that says which kind of group is in a place, and what to give instead."""
+    if kind == "index":
+        what = f"{path}: is the index of a run, not a {wanted}"
+        return NotATraceError(what, remedy=f"Give the run: {path.parent}.")
+    return NotATraceError(f"{path}: is a {kind}, not a {wanted}", remedy=_OTHER_KIND[kind])
+
+
+def not_ours(path: Location, wanted: str, why: str, remedy: str = _ELSEWHERE) -> NotATraceError:
+    """Return the error that says that something else is in a place."""
     what = f"{path}: exists, but is not a zarrtrace {wanted}"
     return NotATraceError(what, why=why, remedy=remedy)
 

@@ -28,13 +28,13 @@ from zarrtrace.store.metadata import (
     kind_of,
     read_run,
     read_trace,
-    refuse_foreign,
     repeated_nodes,
 )
 from zarrtrace.store.nodes import Nodes
 from zarrtrace.store.publish import beside, exchange_folders, publish_folder, remove
 from zarrtrace.store.seal import sealed_group
 from zarrtrace.store.staged import staging_folder
+from zarrtrace.store.target import refuse_foreign
 from zarrtrace.store.trace_writer import TraceWriter
 
 #: A run of more traces holds no copy of their metadata: it would be large, and slow to read.

@@ -198,7 +198,8 @@ def summarize(
     path = locate(path)
     if kind_of(path) == "trace":
         trace = _trace(path, in_run=False)
-        return _summary(path, (trace,), scenarios=1, complete=1, missing=())
+        complete = int(trace is not None and trace.complete)
+        return _summary(path, (trace,), scenarios=1, complete=complete, missing=())
     run = read_run(path).attributes  # refuses a table
     if not (run.complete or path.backend.listable):
         first = None  # only reading them tells which are there

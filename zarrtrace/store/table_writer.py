@@ -24,12 +24,13 @@ from zarrtrace.storage import Address, disk, locate
 from zarrtrace.store.chunks import encode_rows
 from zarrtrace.store.damage import check_sizes, find_damage
 from zarrtrace.store.journal import JOURNAL
-from zarrtrace.store.metadata import Group, kind_of, read_table, refuse_foreign, refuse_kind
+from zarrtrace.store.metadata import Group, kind_of, read_table
 from zarrtrace.store.publish import old_of, publish_folder
 from zarrtrace.store.run_writer import LockedRun, remove_run
 from zarrtrace.store.staged_table import StagedTable, staged_header, table_folder
 from zarrtrace.store.table_plan import arrays_of, described
 from zarrtrace.store.table_rows import TableRows, nan_nonzeros
+from zarrtrace.store.target import refuse_foreign, refuse_kind
 
 _SAME_SIZES = "Give every record the sizes that the table was created with."
 
