@@ -15,6 +15,7 @@ import sys
 import threading
 import traceback
 import urllib.parse
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,16 +25,29 @@ import dask
 import fakes
 import numpy as np
 import pytest
+import zarr
 from click.testing import CliRunner
+from command_line import call
+from sample_tables import plan_of, values_of, write_table
 
 import zarrtrace as zt
 from zarrtrace.card import write_card
 from zarrtrace.cli import group
-from zarrtrace.errors import LockedError, NoSpaceError, RemoteError, StoreError, ZarrtraceError
+from zarrtrace.demo import copy_tutorials
+from zarrtrace.errors import (
+    ConfigError,
+    LockedError,
+    NoSpaceError,
+    RemoteError,
+    StoreError,
+    ZarrtraceError,
+)
+from zarrtrace.figures.page import draw_run
+from zarrtrace.imports import import_hidden
 from zarrtrace.index import build_index
 from zarrtrace.npz import export_npz, import_npz
 from zarrtrace.storage import Location, locate
-from zarrtrace.store import RunWriter, copy_run, summarize, verify
+from zarrtrace.store import RunWriter, TableWriter, copy_run, summarize, verify
 from zarrtrace.viewer.bundle import plan, write_bundle
 
 
@@ -375,6 +389,7 @@ def test_files_beside_an_output_are_left_alone(tmp_path: Path, run: fakes.FakeRu
     build_index(run.path)
     build_index(run.path, rebuild=True)
     assert (run.path / "thesis.partial").read_text() == "thesis"
+    (run.path / "thesis.partial").unlink()  # a run that holds it is not replaced
     fakes.make_run(home, seed=5, overwrite=True)
     copy_run(run.path, home / "copy")
     found = {name: content for name, content in fakes.files_in(home).items() if name[0] == "."}
@@ -757,3 +772,116 @@ def test_azure_is_read(run: fakes.FakeRun) -> None:
         opened = zt.open_trace("az://container/a/run/Safe_1", storage_options=options)
         for name, expected in run.truth["Safe_1"].items():
             np.testing.assert_array_equal(opened[name].values, expected)
+
+
+# --- in a run ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("below", ["new", "Safe_1/new", "index/new", "no/such/folder/new"])
+def test_nothing_is_written_into_a_run(run: fakes.FakeRun, tmp_path: Path, below: str) -> None:
+    """At any depth, through a link, too: it would be deleted with the run."""
+    build_index(run.path)
+    (tmp_path / "link").symlink_to(run.path)
+    source = fakes.make_run(tmp_path, name="source").path
+    exported = export_npz(source, tmp_path / "npz").parent
+    np.save(tmp_path / "hidden_states.npy", np.ones((4, 2, 8), "float32"))
+    rows = np.ones((1, 8), "float32")
+    table = plan_of()
+    before = fakes.files_in(run.path)
+    writers: dict[str, Callable[[Path], Any]] = {
+        "run": lambda to: RunWriter(to, ["a"], {}).__enter__(),
+        "table": lambda to: TableWriter(to, table).__enter__(),
+        "trace": lambda to: zt.write_trace(to, "a", tokens=([1], ["a"]), residual={0: rows}),
+        "extract": lambda to: zt.extract(to, quiet=True),
+        "repair": lambda to: zt.extract(to, quiet=True, repair=True),
+        "extract_table": lambda to: zt.extract(to, layout="table", quiet=True),
+        "npz": lambda to: import_npz(exported, to),
+        "hidden": lambda to: import_hidden(tmp_path / "hidden_states.npy", to, layers=(0, 1)),
+        "copy": lambda to: copy_run(source, to),
+        "copy_trace": lambda to: copy_run(source / "Safe_1", to),
+        "bundle": lambda to: write_bundle(plan(source, to)[0], to),
+        "page": lambda to: write_bundle(plan(source, to)[0], to.with_suffix(".html")),
+        "tutorial": copy_tutorials,
+        "export": lambda to: zt.export(source, to),
+        "rows": lambda to: zt.export(source, to, to="coo"),
+        "figures": lambda to: draw_run(source, to),
+    }
+    for folder in (run.path, tmp_path / "link"):
+        for name, write in writers.items():
+            with pytest.raises(ConfigError, match=r"(?s)is in a (run|trace).*outside that folder"):
+                pytest.fail(f"{name}: {write(folder / below)}")
+    assert fakes.files_in(run.path) == before
+
+
+def test_commands_write_nothing_into_a_run(run: fakes.FakeRun, tmp_path: Path) -> None:
+    source = fakes.make_run(tmp_path, name="source").path
+    inside = run.path / "Safe_1" / "new"
+    before = fakes.files_in(run.path)
+    for line in (
+        ("extract", "-o", inside),
+        ("extract", "-o", inside, "--layout", "table"),
+        ("copy", source, inside),
+        ("bundle", source, "-o", inside),
+        ("tutorial", "-o", inside),
+        ("export", source, "-o", inside),
+        ("figures", source, "-o", inside),
+        ("analyze", "decision", source, "-o", inside.with_suffix(".csv")),
+    ):
+        done = call(*line)
+        assert done.returncode == 2, line
+        assert "is in a trace" in done.stderr, line
+    assert fakes.files_in(run.path) == before
+
+
+def test_a_group_of_another_program_may_hold_a_run(tmp_path: Path) -> None:
+    zarr.create_group(tmp_path, zarr_format=3, attributes={"kind": "mine"})
+    run = fakes.make_run(tmp_path).path
+    copy_run(run, tmp_path / "copy")
+    assert verify(tmp_path / "copy") == []
+
+
+def test_a_lost_trace_is_copied_back_into_its_run(run: fakes.FakeRun, tmp_path: Path) -> None:
+    copy_run(run.path, tmp_path / "copy")
+    shutil.rmtree(run.trace)
+    copy_run(tmp_path / "copy" / "Safe_1", run.trace)
+    assert verify(run.path) == []
+
+
+def test_a_run_in_a_run_of_an_object_store_is_refused() -> None:
+    address = f"memory://{uuid.uuid4().hex}/run"
+    with RunWriter(address, [], {}) as writer:
+        writer.finish()
+    with (
+        pytest.raises(ConfigError, match="is in a run"),
+        RunWriter(f"{address}/other", [], {}),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["run", "table"])
+def test_overwrite_deletes_no_file_of_others(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "old"
+    table = plan_of(9)
+    if kind == "run":
+        fakes.make_run(tmp_path, name="old")
+    else:
+        write_table(folder, table, values_of(3, 9, 300, 12))
+    (folder / "exp2").mkdir()
+    (folder / "notes.txt").write_text("mine")
+    (folder / ".zarr.json.zarrtrace-partial").write_text("of a writer that was killed")
+    before = fakes.files_in(folder)
+    said = f"(?s)does not belong to the {kind}: exp2, notes.txt\n.*Move it away"
+    layout: Any = "traces" if kind == "run" else "table"
+    for write in (
+        lambda: RunWriter(folder, ["a"], {}, overwrite=True).__enter__(),
+        lambda: TableWriter(folder, table, overwrite=True).__enter__(),
+        lambda: zt.extract(folder, layout=layout, overwrite=True, quiet=True),
+    ):
+        with pytest.raises(StoreError, match=said):
+            write()
+    assert fakes.files_in(folder) == before
+    (folder / "notes.txt").unlink()
+    (folder / "exp2").rmdir()
+    with RunWriter(folder, [], {}, overwrite=True) as writer:
+        writer.finish()
+    assert verify(folder) == []

@@ -16,7 +16,6 @@ from zarrtrace.cli.shared import (
     output_option,
     overwrite_option,
     quiet_option,
-    refuse_run,
     run_argument,
     say,
     scenario_option,
@@ -88,7 +87,6 @@ def command(
     """
     from zarrtrace.exports import export
 
-    refuse_run(output)
     with bar("export", quiet=quiet, unit="file" if to == "npz" else "row") as progress:
         written = export(
             run,

@@ -142,14 +142,14 @@ def _count_and_check_output(
 def _check_output(given: dict[str, Any], names: list[str] | None) -> None:
     """Refuse what is there; `names` are those of a run's scenarios, None for a table."""
     output: Location = given["output"]
-    if output.path is None or given["repair"] or not output.path.exists():
+    if output.path is None:
         return  # in an object store this may take long, and is done later
     from zarrtrace.identity import refuse_other_scenarios
-    from zarrtrace.store import read_run, refuse_foreign, refuse_kind
+    from zarrtrace.store import check_target, read_run
 
-    refuse_foreign(output)
-    refuse_kind(output, "run" if names is not None else "table", overwrite=given["overwrite"])
-    if names is not None and not given["overwrite"] and (output / "zarr.json").is_file():
+    how = {name: given[name] for name in ("overwrite", "repair")}
+    check_target(output, "run" if names is not None else "table", **how)
+    if names is not None and not any(how.values()) and (output / "zarr.json").is_file():
         run = read_run(output).attributes
         if given["generate"] is not None or "generation" in run.config:
             _check_generation(given, output, run.config)

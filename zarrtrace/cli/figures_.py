@@ -14,7 +14,6 @@ from zarrtrace.cli.shared import (
     bar,
     output_option,
     quiet_option,
-    refuse_run,
     refuse_table,
     run_argument,
     say,
@@ -98,7 +97,6 @@ def command(
     from zarrtrace.store import read_run
 
     output = output or _beside(run)
-    refuse_run(output)
     refuse_table(
         run,
         "The figures draw attention, and a table has none.",

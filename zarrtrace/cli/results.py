@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import click
 
 from zarrtrace.cli.feature_names import Namer
-from zarrtrace.cli.shared import refuse_run
 from zarrtrace.cli.tables import Choice, Layout, rows_of
 
 if TYPE_CHECKING:
@@ -20,6 +19,8 @@ _ENDINGS = (".csv", ".parquet", ".nc", ".json")
 
 def check_output(output: Path, choice: Choice) -> None:
     """Refuse a file that cannot be written, before minutes of work."""
+    from zarrtrace.store import refuse_inside
+
     if output.suffix not in _ENDINGS:
         raise click.UsageError(f"--output must end in one of {', '.join(_ENDINGS)}.")
     if output.suffix == ".nc" and choice != Choice():
@@ -29,7 +30,7 @@ def check_output(output: Path, choice: Choice) -> None:
         )
     if not output.parent.is_dir():
         raise click.UsageError(f"--output {output}: there is no folder {output.parent}.")
-    refuse_run(output)
+    refuse_inside(output)
     if output.is_dir():
         raise click.UsageError(f"--output {output}: is a folder; give a file.")
 

@@ -257,12 +257,6 @@ def _cluster(address: str) -> Iterator[None]:
         yield
 
 
-def refuse_run(output: Path) -> None:
-    """Refuse to write among the files of a run or a trace, which then would not be its own."""
-    if (output / "zarr.json").exists() or (output.parent / "zarr.json").exists():
-        raise click.UsageError(f"--output {output}: is in a run, which holds nothing else.")
-
-
 def one_of(given: Mapping[str, Any]) -> None:
     """Refuse more than one of some options."""
     named = [name for name, value in given.items() if value is not None]

@@ -6,6 +6,7 @@
 import shutil
 from pathlib import Path
 
+from zarrtrace import store
 from zarrtrace.errors import UsageError
 
 _FOLDER = Path(__file__).parent
@@ -50,8 +51,9 @@ def copy_tutorials(folder: str | Path) -> list[Path]:
     Raises
     ------
     UsageError
-        A file of that name is there; then nothing is copied.
+        A file of that name is there, or the folder is in a run; then nothing is copied.
     """
+    store.refuse_inside(folder)
     copies = {source: Path(folder) / source.name for source in tutorial_paths()}
     for copy in copies.values():
         if copy.exists() or copy.is_symlink():

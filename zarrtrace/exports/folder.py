@@ -13,6 +13,7 @@ from typing import IO
 from zarrtrace.errors import ConfigError, NoSpaceError, StoreError
 from zarrtrace.storage import disk
 from zarrtrace.storage.locks import take_lock
+from zarrtrace.store import refuse_inside
 
 
 @contextlib.contextmanager
@@ -61,11 +62,7 @@ def writing(file: Path) -> Iterator[IO[bytes]]:
 
 
 def _refuse(output: Path, patterns: Sequence[str], *, overwrite: bool) -> None:
-    if any((folder / "zarr.json").exists() for folder in (output, output.parent)):
-        raise ConfigError(
-            f"{output}: is in a run, which holds nothing else",
-            remedy="Choose another folder for the export.",
-        )
+    refuse_inside(output)
     if output.exists() and not output.is_dir():
         raise ConfigError(
             f"{output}: is not a folder", remedy="Choose a folder, or a name that is not taken."

@@ -33,8 +33,7 @@ from zarrtrace.scenarios import Scenario, trace_name
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import (
     RunWriter,
-    refuse_foreign,
-    refuse_kind,
+    check_target,
     remove_continuations,
 )
 
@@ -83,9 +82,7 @@ def extract_on_cluster(
         As for :func:`zarrtrace.extraction.extract_run`, from whichever worker it comes.
     """
     output = locate(output)
-    if not repair:
-        refuse_foreign(output)
-        refuse_kind(output, "run", overwrite=overwrite)
+    check_target(output, "run", overwrite=overwrite, repair=repair)
     asked = as_before(output, options or Options(), overwrite=overwrite)
     if asked.device.startswith("cuda:"):
         raise ConfigError(

@@ -32,9 +32,8 @@ from zarrtrace.hub import cache_if_unreachable
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import (
     RunWriter,
+    check_target,
     read_run,
-    refuse_foreign,
-    refuse_kind,
     remove_continuations,
     wait_for_writers,
 )
@@ -102,9 +101,7 @@ def extract_run(
         If `output` cannot be written, or is another run.
     """
     output = locate(output)
-    if not repair:
-        refuse_foreign(output)  # before hours of work
-        refuse_kind(output, "run", overwrite=overwrite)
+    check_target(output, "run", overwrite=overwrite, repair=repair)
     options = as_before(output, options or Options(), overwrite=overwrite)
     # While it runs, each SAE is read from the hub or its cache.
     named = options.own_model if loaded.model is None else None

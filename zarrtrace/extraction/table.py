@@ -44,9 +44,8 @@ from zarrtrace.store import (
     ContinuationFile,
     TableWriter,
     check_sizes,
+    check_target,
     read_table,
-    refuse_foreign,
-    refuse_kind,
     remove_continuations,
 )
 
@@ -175,9 +174,7 @@ def extract_table(
         the first group can be computed.
     """
     output = locate(output)
-    if not repair:
-        refuse_foreign(output)  # before hours of work
-        refuse_kind(output, "table", overwrite=overwrite)
+    check_target(output, "table", overwrite=overwrite, repair=repair)
     named = options.own_model if loaded.model is None else None
     how = {"overwrite": overwrite, "repair": repair, "accept_versions": accept_versions}
     with cache_if_unreachable(named, options.sae_release), borrowed(loaded.model):

@@ -21,7 +21,7 @@ from zarrtrace.figures.drawing import PRINT_DPI, box_of
 from zarrtrace.figures.files import metadata_of, save
 from zarrtrace.scenarios import chosen_names
 from zarrtrace.storage import Address, Location, locate
-from zarrtrace.store import open_run, read_run
+from zarrtrace.store import open_run, read_run, refuse_inside
 
 #: Callable that gets ``done, total`` and the name of the figure that was drawn last.
 Progress = Callable[[int, int, str], None]
@@ -78,11 +78,12 @@ def draw_run(
     ScenarioError
         If the run has no such scenario.
     ConfigError
-        If a format is another one.
+        If a format is another one, or `output` is in a run.
     NotATraceError, FormatVersionError, IncompleteError, IntegrityError
         As for :func:`zarrtrace.open_run`.
     """
     path, output = locate(path), Path(output)
+    refuse_inside(output)
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
         raise ConfigError(

@@ -19,7 +19,7 @@ from zarrtrace.npz.files import DType, Progress, converted, replacing, run_jobs,
 from zarrtrace.npz.metadata import KEYS, Metadata, Origin, ScenarioMetadata, write_metadata
 from zarrtrace.scenarios import DECISION, chosen_names, name_of
 from zarrtrace.storage import Address, Location, locate
-from zarrtrace.store import kind_of, open_run, open_trace
+from zarrtrace.store import kind_of, open_run, open_trace, refuse_inside
 from zarrtrace.suggestions import did_you_mean
 
 
@@ -87,7 +87,8 @@ def export_npz(
     IncompleteError
         If layers or scenarios of the run are missing.
     ConfigError, ScenarioError
-        If a scenario or layer is not in the run, or it has neither attention nor features.
+        If a scenario or layer is not in the run, or it has neither attention nor features, or
+        `output` is in a run.
     NPZError
         If `output` holds layer files that this export would not write, or cannot be written.
     """
@@ -96,6 +97,7 @@ def export_npz(
             f"output_dtype {output_dtype!r} is unknown", remedy="Give 'float16' or 'float32'."
         )
     output = Path(output)
+    refuse_inside(output)
     traces = _traces(locate(run), scenarios)
     chosen = _choose_layers(traces, layers)
     metadata = _metadata(traces, chosen, timestamp or datetime.now())

@@ -48,7 +48,7 @@ from zarrtrace.store.summary import (
 )
 from zarrtrace.store.table_writer import TableWriter
 from zarrtrace.store.tables import open_table
-from zarrtrace.store.target import refuse_foreign, refuse_kind
+from zarrtrace.store.target import check_target, refuse_inside
 from zarrtrace.store.trace_writer import TraceWriter, is_untouched
 from zarrtrace.store.verification import verify
 from zarrtrace.store.write import trace_plan, write_trace
@@ -73,6 +73,7 @@ __all__ = [
     "TraceWriter",
     "attention_problem",
     "check_sizes",
+    "check_target",
     "copy_run",
     "digest_of",
     "is_untouched",
@@ -98,8 +99,7 @@ __all__ = [
     "read_table",
     "read_token_texts",
     "read_trace",
-    "refuse_foreign",
-    "refuse_kind",
+    "refuse_inside",
     "remove_continuations",
     "staging_folder",
     "stored_continuations",

@@ -42,7 +42,7 @@ from zarrtrace.store.publish import publish_folder
 from zarrtrace.store.run_writer import lock_run
 from zarrtrace.store.staged import staging_folder
 from zarrtrace.store.staged_table import refuse_staged_table
-from zarrtrace.store.target import refuse_foreign
+from zarrtrace.store.target import refuse_foreign, refuse_inside
 
 Progress = Callable[[int, int], None]
 
@@ -108,6 +108,8 @@ def copy_run(source: Address, target: Address, *, progress: Progress | None = No
 
     Raises
     ------
+    ConfigError
+        If `target` is in a run.
     ConfigMismatchError
         If another run is at `target`.
     IncompleteError
@@ -121,6 +123,8 @@ def copy_run(source: Address, target: Address, *, progress: Progress | None = No
     source, target = locate(source), locate(target).resolved()
     kind = _kind_of(source)
     is_run = kind == "run"
+    if not (kind == "trace" and _is_of_run(target)):
+        refuse_inside(target, may_be_one=True)
     _refuse_other(source, target, kind)
     sizes, missing = _sizes(source) if is_run else ({"": _bytes_of(_READ[kind](source))}, ())
     if kind != "trace":
@@ -167,6 +171,13 @@ def _sizes(run: Location) -> tuple[dict[str, int], tuple[str, ...]]:
             remedy="Run the same 'zarrtrace extract' again to resume it, then copy.",
         )
     return sizes, tuple(name for name in names if name not in sizes)
+
+
+def _is_of_run(trace: Location) -> bool:
+    """Whether a run names the trace: a copy may take the place of one that is lost."""
+    with contextlib.suppress(StoreError):
+        return trace.name in read_run(trace.parent).attributes.scenarios
+    return False
 
 
 def _in_run(run: Location, name: str) -> _Piece:

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from zarrtrace.errors import IntegrityError, StoreError
+from zarrtrace.format.attributes import RunAttributes
 from zarrtrace.format.index_layout import IndexAttributes
 from zarrtrace.format.layout import INDEX, LABELLED, STAGED
 from zarrtrace.format.table_layout import TableAttributes
@@ -250,16 +251,25 @@ def _said(error: BaseException) -> str:
     return what.rpartition(": ")[2] or type(error).__name__
 
 
+def unknown_entries(group: Group[Any]) -> list[str]:
+    """Name what is in the folder of a run, a trace or a table and does not belong to it."""
+    if not group.path.backend.listable:
+        return []
+    attributes = group.attributes
+    own = attributes.scenarios if isinstance(attributes, RunAttributes) else group.nodes
+    beside = OF_RUN if isinstance(attributes, RunAttributes | TableAttributes) else (_METADATA,)
+    known = {*own, *beside}
+    return [child.name for child in group.path.children() if child.name not in known]
+
+
 def _unknown_files(group: Group[Any], problem: Callable[..., Problem]) -> Iterator[Problem]:
     """Name what is in the group's folders and does not belong there."""
     if not group.path.backend.listable:
         return
     is_table = isinstance(group.attributes, TableAttributes)
     said = f"does not belong to the {'table' if is_table else 'trace'}"
-    known = {*group.nodes, *(OF_RUN if is_table else (_METADATA,))}
-    for child in group.path.children():
-        if child.name not in known:
-            yield problem(array=child.name, message=said)
+    for name in unknown_entries(group):
+        yield problem(array=name, message=said)
     for name, files in group.checksums.items():
         for child in (group.path / name).children():
             if child.name not in files and child.name != _METADATA:

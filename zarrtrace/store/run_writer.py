@@ -34,7 +34,7 @@ from zarrtrace.store.nodes import Nodes
 from zarrtrace.store.publish import beside, exchange_folders, publish_folder, remove
 from zarrtrace.store.seal import sealed_group
 from zarrtrace.store.staged import staging_folder
-from zarrtrace.store.target import refuse_foreign
+from zarrtrace.store.target import refuse_foreign, refuse_inside, refuse_strangers
 from zarrtrace.store.trace_writer import TraceWriter
 
 #: A run of more traces holds no copy of their metadata: it would be large, and slow to read.
@@ -53,6 +53,7 @@ class LockedRun(ABC):
     _final: Location
 
     def __enter__(self) -> Self:
+        refuse_inside(self._final, may_be_one=True)
         with disk.explained(self._final):
             self._lock = lock_run(self._final)
             try:
@@ -92,8 +93,12 @@ class RunWriter(LockedRun):
 
     Raises
     ------
+    ConfigError
+        If `path` is in another run.
     NotATraceError
         If `path` exists and is not a run.
+    StoreError
+        If files would be deleted with a run that do not belong to it.
     IntegrityError
         If the run's metadata is damaged, and `repair` is false.
     ConfigMismatchError
@@ -136,6 +141,7 @@ class RunWriter(LockedRun):
                 return
             if was_replaced and previous is not None and _is_same(previous, self._attributes):
                 return
+            refuse_strangers(self._final)
             self.path = self._new
             if self._successor() is not None:
                 return

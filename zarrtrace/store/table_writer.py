@@ -30,7 +30,7 @@ from zarrtrace.store.run_writer import LockedRun, remove_run
 from zarrtrace.store.staged_table import StagedTable, staged_header, table_folder
 from zarrtrace.store.table_plan import arrays_of, described
 from zarrtrace.store.table_rows import TableRows, nan_nonzeros
-from zarrtrace.store.target import refuse_foreign, refuse_kind
+from zarrtrace.store.target import refuse_foreign, refuse_kind, refuse_strangers
 
 _SAME_SIZES = "Give every record the sizes that the table was created with."
 
@@ -66,7 +66,9 @@ class TableWriter(LockedRun):
     LockedError
         If another process is writing it.
     ConfigError
-        If the plan contradicts itself.
+        If the plan contradicts itself, or `path` is in a run.
+    StoreError
+        If files would be deleted with a table that do not belong to it.
     """
 
     def __init__(
@@ -102,6 +104,8 @@ class TableWriter(LockedRun):
             elif self._resumes_existing(replaced=was_replaced):
                 check_sizes(read_table(self._final))
                 self.is_published = True
+            if not self.is_published:
+                refuse_strangers(self._final)
         if not self.is_published:
             self._begin(source)
         self._rows = {

@@ -11,7 +11,7 @@ from zarrtrace.format.attributes import RunAttributes
 from zarrtrace.format.layout import INDEX, LABELLED
 from zarrtrace.format.table_layout import TableAttributes
 from zarrtrace.storage import Address, Location, locate
-from zarrtrace.store.damage import OF_RUN, Problem, find_damage
+from zarrtrace.store.damage import Problem, find_damage, unknown_entries
 from zarrtrace.store.index_arrays import stale_scenarios
 from zarrtrace.store.label_file import check_labels
 from zarrtrace.store.metadata import (
@@ -66,7 +66,7 @@ def verify(path: Address, *, progress: Progress | None = None) -> list[Problem]:
     return [
         *_traces(path, names, progress),
         *_consolidated(run),
-        *_unknown(path, names),
+        *_unknown(run),
         *_index(run),
         *_labels(path),
     ]
@@ -118,13 +118,9 @@ def _consolidated(run: Group[RunAttributes]) -> Iterator[Problem]:
                 yield Problem(scenario=scenario, message=message)
 
 
-def _unknown(path: Location, names: Sequence[str]) -> Iterator[Problem]:
-    if not path.backend.listable:
-        return
-    known = {*names, *OF_RUN}
-    for child in path.children():
-        if child.name not in known:
-            yield Problem(scenario=None, message=f"{child.name} does not belong to the run")
+def _unknown(run: Group[RunAttributes]) -> Iterator[Problem]:
+    for name in unknown_entries(run):
+        yield Problem(scenario=None, message=f"{name} does not belong to the run")
 
 
 def _index(run: Group[RunAttributes] | Group[TableAttributes]) -> Iterator[Problem]:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from zarrtrace.errors import ConfigError, StoreError
 from zarrtrace.storage import Address, disk, locate
 from zarrtrace.storage.locks import take_lock
-from zarrtrace.store import old_of, put_in_place
+from zarrtrace.store import old_of, put_in_place, refuse_inside
 from zarrtrace.viewer.layout import Layout, sample
 from zarrtrace.viewer.page_files import DATA_ELEMENT, PAGE_FILES, page_file, single_page
 from zarrtrace.viewer.traces import MOST_SCENARIOS
@@ -128,10 +128,12 @@ def write_bundle(
     Raises
     ------
     ConfigError
-        If `output` exists (and is no bundle, or `overwrite` is not set) or the limit is passed.
+        If `output` exists (and is no bundle, or `overwrite` is not set) or is in a run, or the
+        limit is passed.
     NoSpaceError
         If the disk is full.
     """
+    refuse_inside(output)
     output = Path(locate(output).resolved())
     _remove_left(output)
     _check_output(output, overwrite=overwrite)
