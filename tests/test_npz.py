@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+import zarrtrace as zt
 from zarrtrace.errors import (
     ConfigError,
     ConfigMismatchError,
@@ -346,7 +348,7 @@ def test_same_bytes_again_over_an_old_export_and_with_any_number_of_threads(
 ) -> None:
     export_npz(default_run, tmp_path / "out", timestamp=WHEN, threads=1)
     before = npz_files(tmp_path / "out")
-    export_npz(default_run, tmp_path / "out", timestamp=WHEN, threads=5)
+    export_npz(default_run, tmp_path / "out", timestamp=WHEN, threads=5, overwrite=True)
     assert npz_files(tmp_path / "out") == before
 
 
@@ -417,8 +419,30 @@ def test_layer_files_of_another_export_are_refused(tmp_path: Path, default_run: 
     export_npz(default_run, tmp_path / "out", timestamp=WHEN)
     before = npz_files(tmp_path / "out")
     with pytest.raises(NPZError, match=r"(?s)4 layer files.*layer_.*remove"):
-        export_npz(default_run, tmp_path / "out", layers=[1], timestamp=WHEN)
+        export_npz(default_run, tmp_path / "out", layers=[1], timestamp=WHEN, overwrite=True)
     assert npz_files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("left", ["all", "metadata", "layers"])
+def test_an_export_that_is_there_is_replaced_only_if_asked(
+    tmp_path: Path, default_run: Path, left: str
+) -> None:
+    out, later = tmp_path / "out", WHEN.replace(year=2026)
+    old = zt.export(default_run, out)
+    if left == "layers":  # as an export that was interrupted leaves them
+        old.unlink()
+    if left == "metadata":
+        for folder in (one for one in out.iterdir() if one.is_dir()):
+            shutil.rmtree(folder)
+    (out / "notes.txt").write_text("mine")
+    before = npz_files(out)
+    with pytest.raises(ConfigError, match=r"(?s)holds an export already: .*--overwrite"):
+        zt.export(default_run, out)
+    assert npz_files(out) == before
+    new = export_npz(default_run, out, timestamp=later, overwrite=True)
+    assert [*out.glob("metadata*")] == [new]
+    assert (out / "notes.txt").read_text() == "mine"
+    npz_assert_holds(out, npz_values())
 
 
 def test_layers_with_nothing_to_export_are_refused(tmp_path: Path) -> None:
@@ -526,7 +550,7 @@ def test_killed_export_leaves_whole_files_only(tmp_path: Path, default_run: Path
         scenario, layer = name.removesuffix(".npz").split("/layer_")
         npz_assert_file(out / name, values[scenario][int(layer)])
 
-    export_npz(default_run, out, timestamp=WHEN)
+    export_npz(default_run, out, timestamp=WHEN, overwrite=True)
     npz_assert_holds(out, values)
     export_npz(default_run, tmp_path / "whole", timestamp=WHEN)
     assert npz_files(out) == npz_files(tmp_path / "whole")
@@ -715,7 +739,8 @@ def test_some_layers_only(tmp_path: Path) -> None:
 def test_the_newest_of_metadata_files_that_agree(tmp_path: Path, default_run: Path) -> None:
     values = npz_values()
     export_npz(default_run, tmp_path / "out", timestamp=WHEN)
-    export_npz(default_run, tmp_path / "out", timestamp=WHEN.replace(year=2026))
+    later = export_npz(default_run, tmp_path / "new", timestamp=WHEN.replace(year=2026))
+    shutil.copy(later, tmp_path / "out")
     import_npz(tmp_path / "out", tmp_path / "again")
     assert list(open_run(tmp_path / "again").children) == list(values)
 

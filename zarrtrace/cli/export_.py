@@ -14,7 +14,6 @@ from zarrtrace.cli.shared import (
     bar,
     layers_option,
     output_option,
-    overwrite_option,
     quiet_option,
     run_argument,
     say,
@@ -65,7 +64,12 @@ if TYPE_CHECKING:
     type=click.Choice(["float32", "float16"]),
     help="Convert values.  [default: as stored]",
 )
-@overwrite_option
+@option(
+    "--overwrite",
+    group=OUTPUT,
+    is_flag=True,
+    help="Replace an export in the same format that is there, or was interrupted.",
+)
 @threads_option
 @quiet_option
 def command(

@@ -119,6 +119,7 @@ def export(
             scenarios=scenarios,
             layers=layers,
             output_dtype=output_dtype,
+            overwrite=overwrite,
             threads=threads,
             progress=progress,
         )

@@ -49,6 +49,7 @@ def export_npz(
     scenarios: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
     output_dtype: DType | None = None,
+    overwrite: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
     timestamp: datetime | None = None,
@@ -64,12 +65,15 @@ def export_npz(
     run
         Folder of a complete run or trace, or its address.
     output
-        Folder to write into; files of the same name are replaced, each at once.
+        Folder to write into.
     scenarios, layers
         Scenarios and layers to export; by default all.
     output_dtype
         Convert both arrays; by default each keeps its own. Features too small for float16 become
         its smallest number, and not 0.
+    overwrite
+        Replace an export that is there, or was interrupted: its metadata file is removed first,
+        and each layer file replaced at once.
     threads
         By default one a CPU. Each holds one array of one layer at a time.
     progress
@@ -88,7 +92,7 @@ def export_npz(
         If layers or scenarios of the run are missing.
     ConfigError, ScenarioError
         If a scenario or layer is not in the run, or it has neither attention nor features, or
-        `output` is in a run.
+        `output` is in a run, or holds an export and `overwrite` is false.
     NPZError
         If `output` holds layer files that this export would not write, or cannot be written.
     """
@@ -106,8 +110,10 @@ def export_npz(
         for trace in traces
         for layer in chosen
     }
-    _refuse_stale(output, jobs)
+    old = _refuse_stale(output, jobs, overwrite=overwrite)
     with writing(output):
+        for file in old:  # it would name layers that are another export's meanwhile
+            file.unlink()
         for trace in traces:
             (output / trace.metadata.scenario).mkdir(parents=True, exist_ok=True)
     run_jobs(
@@ -210,16 +216,28 @@ def _metadata(traces: Sequence[_Trace], layers: Sequence[int], when: datetime) -
     )
 
 
-def _refuse_stale(output: Path, planned: Mapping[Path, object]) -> None:
+def _refuse_stale(
+    output: Path, planned: Mapping[Path, object], *, overwrite: bool
+) -> Sequence[Path]:
+    """Refuse another export's files, all or those that would stay; return its metadata files."""
     with writing(output):
-        stale = sorted(file for file in output.glob("*/layer_*.npz") if file not in planned)
-    if stale:
+        layers = sorted(output.glob("*/layer_*.npz"))
+        metadata = sorted(output.glob("metadata_L*.json"))
+    if (there := [*metadata, *layers]) and not overwrite:
+        more = f" and {len(there) - 1} more files" if len(there) > 1 else ""
+        raise ConfigError(
+            f"{output}: holds an export already: {there[0].relative_to(output)}{more}",
+            why="It was made earlier, or interrupted.",
+            remedy="Choose another folder, or replace these files with --overwrite.",
+        )
+    if stale := [file for file in layers if file not in planned]:
         raise NPZError(
             f"{output}: has {len(stale)} layer files that this export would not write, "
             f"such as {stale[0].relative_to(output)}",
             why="They are another export's, and would look like part of this one.",
             remedy="Choose another folder, or remove those files first.",
         )
+    return metadata
 
 
 def _export_layer(file: Path, trace: _Trace, layer: int, dtype: DType | None) -> None:
