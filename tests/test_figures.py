@@ -913,6 +913,43 @@ def test_the_set_of_a_run(tmp_path: Path) -> None:
     assert "?" not in _texts_of(figures.locality(found))
 
 
+def test_only_figures_replace_figures(
+    shared_run: fakes.FakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for of in ("OF_RUN", "OF_SCENARIO"):  # one figure over scenarios, one of each
+        monkeypatch.setattr(catalogue, of, getattr(catalogue, of)[:1])
+    names = list(shared_run.truth)
+    out, mine = tmp_path / "out", tmp_path / "mine"
+
+    def draw(**how: Any) -> Path:
+        return figures.draw_run(
+            shared_run.path, out, scenarios=names[:1], formats=["png", "pdf"], dpi=30, **how
+        )
+
+    page = draw()
+    assert draw() == page
+    files = sorted(out.iterdir())
+    assert [file.suffix for file in files].count(".png") == 2
+    assert [file.suffix for file in files].count(".pdf") == 2
+    (out / "notes.html").write_text("mine")
+    mine.write_text("mine")
+    for file in files:
+        content = file.read_bytes()
+        for put in (lambda file: file.write_text("mine"), lambda file: file.symlink_to(mine)):
+            file.unlink()
+            put(file)
+            before = fakes.files_in(tmp_path)
+            with pytest.raises(ConfigError, match=rf"(?s){file.name}.*not written.*--overwrite"):
+                draw()
+            assert fakes.files_in(tmp_path) == before
+        file.unlink()
+        file.write_bytes(content)
+    page.write_text("mine")
+    draw(overwrite=True)
+    assert page.read_text() != "mine"
+    assert (out / "notes.html").read_text() == mine.read_text() == "mine"
+
+
 @pytest.mark.long
 def test_bands_are_drawn_if_the_suite_states_them(tmp_path: Path) -> None:
     names = ("Risky_1", "Risky_2", "Safe_1", "Safe_2")

@@ -77,6 +77,12 @@ class _Formats(click.ParamType[tuple[str, ...]]):
     show_default=True,
     help="Resolution of PNGs, and of images within PDFs.",
 )
+@option(
+    "--overwrite",
+    group=OUTPUT,
+    is_flag=True,
+    help="Replace files, too, that this command did not write.",
+)
 @quiet_option
 def command(
     run: Location,
@@ -85,6 +91,7 @@ def command(
     formats: tuple[str, ...],
     dpi: int,
     special: bool,  # noqa: FBT001
+    overwrite: bool,  # noqa: FBT001
     quiet: bool,  # noqa: FBT001 -- click passes flags so
 ) -> None:
     """Draw RUN: attention, features, pathways and contrasts, and an index.html that shows them.
@@ -113,6 +120,7 @@ def command(
             formats=formats,
             dpi=dpi,
             special=special,
+            overwrite=overwrite,
             workers=os.cpu_count() or 1,
             progress=progress,
         )

@@ -17,6 +17,28 @@ from zarrtrace.analysis.traces import Data
 from zarrtrace.errors import ConfigError
 from zarrtrace.figures.drawing import PRINT_DPI, box_of, styled
 
+#: What a page of figures holds, and no other page.
+PAGE_MARK = '<meta name="generator" content="zarrtrace figures">'
+# What :func:`save` writes into each picture, near the beginning of a PNG, at the end of a PDF.
+_MARKS = {
+    ".html": PAGE_MARK.encode(),
+    ".png": b"Software\0zarrtrace ",
+    ".pdf": b"/Creator (zarrtrace ",
+}
+_PNG_HEAD_BYTES = 2**16
+
+
+def is_own(file: Path) -> bool:
+    """Whether zarrtrace wrote a page or a picture; a link is none, and is not followed."""
+    if file.is_symlink() or not file.is_file():
+        return False
+    try:
+        with file.open("rb") as opened:
+            head = opened.read(_PNG_HEAD_BYTES if file.suffix == ".png" else -1)
+    except OSError:
+        return False
+    return _MARKS[file.suffix] in head
+
 
 def metadata_of(data: Data | xr.DataArray) -> dict[str, str]:
     """Return model, SAE release, scenarios and versions of what a figure shows.

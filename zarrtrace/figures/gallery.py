@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote, urlencode
 
+from zarrtrace.figures.files import PAGE_MARK
 from zarrtrace.text import html_text
 
 _STYLE = """
@@ -61,6 +62,7 @@ def opening(title: str, metadata: Mapping[str, str], note: str, sections: Sequen
         [
             "<!doctype html>",
             '<html lang="en"><head><meta charset="utf-8">',
+            PAGE_MARK,
             f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{html_text(title)}</title>",

@@ -18,7 +18,7 @@ from zarrtrace.analysis.traces import traces
 from zarrtrace.errors import ConfigError, ZarrtraceError
 from zarrtrace.figures import catalogue, gallery
 from zarrtrace.figures.drawing import PRINT_DPI, box_of
-from zarrtrace.figures.files import metadata_of, save
+from zarrtrace.figures.files import is_own, metadata_of, save
 from zarrtrace.scenarios import chosen_names
 from zarrtrace.storage import Address, Location, locate
 from zarrtrace.store import open_run, read_run, refuse_inside
@@ -43,6 +43,7 @@ def draw_run(
     formats: Sequence[str] = DEFAULT_FORMATS,
     dpi: float = PRINT_DPI,
     special: bool = False,
+    overwrite: bool = False,
     workers: int = 1,
     progress: Progress | None = None,
 ) -> Path:
@@ -53,7 +54,8 @@ def draw_run(
     path
         Folder of the run.
     output
-        Folder to write to; it is made if it does not exist. Files of the same name are replaced.
+        Folder to write to; it is made if it does not exist. Figures that zarrtrace drew there
+        earlier are replaced by those of the same name.
     scenarios
         Scenarios to draw one by one; if None all of them, or :data:`MOST_DRAWN` evenly spaced ones.
         Figures over scenarios take all, or ``catalogue.MOST_COMPARED`` evenly spaced ones.
@@ -63,6 +65,8 @@ def draw_run(
         Dots per inch of the PNGs, and of the images within the PDFs.
     special
         Whether to draw activations at special tokens (BOS, chat markers) and count their words.
+    overwrite
+        Replace files of the same name that zarrtrace did not write.
     workers
         Number of processes at most; small runs are drawn in this one.
     progress
@@ -78,7 +82,8 @@ def draw_run(
     ScenarioError
         If the run has no such scenario.
     ConfigError
-        If a format is another one, or `output` is in a run.
+        If a format is another one, `output` is in a run, or files there would be replaced that
+        zarrtrace did not write, and `overwrite` is false.
     NotATraceError, FormatVersionError, IncompleteError, IntegrityError
         As for :func:`zarrtrace.open_run`.
     """
@@ -98,8 +103,10 @@ def draw_run(
     )
     catalogue.forget()
     run = catalogue.open_compared(path)
-    output.mkdir(parents=True, exist_ok=True)
     tasks = _tasks(names, has_bands="bands" in run.attrs)
+    if not overwrite:
+        _refuse_others(output, tasks, formats)
+    output.mkdir(parents=True, exist_ok=True)
     draw = functools.partial(
         _draw, path, str(output), formats=tuple(dict.fromkeys(formats)), dpi=dpi, special=special
     )
@@ -157,6 +164,20 @@ def _tasks(scenarios: Sequence[str], *, has_bands: bool) -> list[_Task]:
         for name, stem in zip(scenarios, _stems(scenarios), strict=True)
         for drawing in catalogue.OF_SCENARIO
     ]
+
+
+def _refuse_others(output: Path, tasks: Sequence[_Task], formats: Sequence[str]) -> None:
+    """Refuse to replace a page or a picture that zarrtrace did not write."""
+    there = {file.name: file for file in output.glob("*")}
+    names = ["index.html", *(f"{task.stem}.{ending}" for task in tasks for ending in formats)]
+    others = [name for name in names if name in there and not is_own(there[name])]
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise ConfigError(
+            f"{output / others[0]}{more}: there already, and not written by 'zarrtrace figures'",
+            why="Figures have the names of their scenarios, and the page is called index.html.",
+            remedy="Choose another --output, or replace these files with --overwrite.",
+        )
 
 
 # --- drawing -----------------------------------------------------------------------------------
