@@ -11,7 +11,7 @@ from typing import IO, Literal
 
 import numpy as np
 
-from zarrtrace.errors import NPZError, ZarrtraceError
+from zarrtrace.errors import NoSpaceError, NPZError, ZarrtraceError
 from zarrtrace.machine import cpus
 from zarrtrace.precision import keep_firing
 from zarrtrace.storage import disk
@@ -42,7 +42,9 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise disk.no_space(path, error) from error
+            full = disk.no_space(path, error)
+            remedy = "Make room, and run the same command again with --overwrite."
+            raise NoSpaceError(full.what, why=full.why, remedy=remedy) from error
         raise NPZError(
             f"{path}: cannot be written: {error.strerror or error}",
             remedy="Choose a folder that you may write to.",
