@@ -31,6 +31,7 @@ import zarrtrace as zt
 from zarrtrace import cli
 from zarrtrace.cli import analyze_, main
 from zarrtrace.storage import locate
+from zarrtrace.store import refuse_inside
 
 COMMAND = [sys.executable, "-m", "zarrtrace"]
 
@@ -596,7 +597,7 @@ def test_figures_are_drawn_beside_the_run(
     drawn: list[Path] = []
 
     def draw(_run: object, output: Path, **_: object) -> Path:
-        drawn.append(output)
+        drawn.append(output.resolve())
         return output / "index.html"
 
     monkeypatch.setattr("zarrtrace.figures.draw_run", draw)
@@ -604,6 +605,20 @@ def test_figures_are_drawn_beside_the_run(
     assert call("figures", ".", cwd=run.path).returncode == 0
     beside = run.path.with_name(f"{run.path.name}-figures")
     assert drawn == [beside, beside]
+    drawn.clear()
+    for given, folder in (
+        (run.trace, None),
+        ("Safe_1", run.path),
+        (".", run.trace),
+        (f"{run.path.name}/Safe_1", run.path.parent),
+    ):
+        assert call("figures", given, cwd=folder).returncode == 0
+    beside = beside.with_name(f"{beside.name}-Safe_1")
+    assert drawn == [beside] * 4
+    refuse_inside(beside)
+    said = call("figures", run.trace, "--scenario", "Risky_2").stderr
+    assert "Risky_2" in said
+    assert "Safe_1" in said
     assert "Give --output" in call("figures", "s3://bucket/run").stderr
 
 

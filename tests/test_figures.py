@@ -32,7 +32,7 @@ import zarrtrace as zt
 from zarrtrace import analysis, figures
 from zarrtrace.cli import shared
 from zarrtrace.cli.figures_ import command
-from zarrtrace.errors import ConfigError, ScenarioError
+from zarrtrace.errors import ConfigError, NotATraceError, ScenarioError
 from zarrtrace.figures import catalogue, drawing, features, integrated, labels, page
 from zarrtrace.storage import locate
 
@@ -1049,6 +1049,21 @@ def test_groups(run: xr.DataTree) -> None:
 
 def test_strongest_layer(ds: xr.Dataset) -> None:
     assert catalogue.strongest_layer(ds) == 3
+
+
+def test_a_trace_is_drawn_as_a_scenario_of_its_run(
+    shared_run: fakes.FakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for of in ("OF_RUN", "OF_SCENARIO"):
+        monkeypatch.setattr(catalogue, of, getattr(catalogue, of)[:1])
+    figures.draw_run(shared_run.path, tmp_path / "run", scenarios=["Safe_1"], dpi=30)
+    figures.draw_run(shared_run.trace, tmp_path / "trace", dpi=30)
+    assert fakes.files_in(tmp_path / "trace") == fakes.files_in(tmp_path / "run")
+    with pytest.raises(ScenarioError, match="Risky_2"):
+        figures.draw_run(shared_run.trace, tmp_path / "other", scenarios=["Risky_2"])
+    zt.store.copy_run(shared_run.trace, tmp_path / "alone" / "Safe_1")
+    with pytest.raises(NotATraceError, match="is a trace, not a run"):
+        figures.draw_run(tmp_path / "alone" / "Safe_1", tmp_path / "other")
 
 
 def test_unknown_scenario_and_format(shared_run: fakes.FakeRun, tmp_path: Path) -> None:

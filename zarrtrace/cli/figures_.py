@@ -98,25 +98,29 @@ def command(
 
     Prints the name of the page. It says which figures could not be drawn, and why. At most
     50 scenarios are drawn one by one, and 1,000 compared: evenly spaced ones, as the page says.
+    RUN/SCENARIO stands for RUN --scenario SCENARIO, and is drawn into RUN-figures-SCENARIO.
     """
     from zarrtrace.figures import draw_run
-    from zarrtrace.figures.page import sampled
+    from zarrtrace.figures.page import run_of, sampled
     from zarrtrace.store import read_run
 
-    output = output or _beside(run)
+    if output is None and run.path is None:
+        raise click.UsageError(f"Give --output: nothing is drawn into an object store ({run}).")
     refuse_table(
         run,
         "The figures draw attention, and a table has none.",
         "'zarrtrace analyze contrast', for example, takes tables; zarrtrace.figures draws such a "
         "result.",
     )
-    if not quiet and (note := sampled(read_run(run).attributes.scenarios, scenarios or None)):
+    given, (run, names) = run, run_of(run, scenarios or None)
+    output = output or _beside(run, names[0] if names and run is not given else None)
+    if not quiet and (note := sampled(read_run(run).attributes.scenarios, names)):
         say(note, err=True)
     with bar("figures", quiet=quiet, unit="figure") as progress:
         page = draw_run(
             run,
             output,
-            scenarios=scenarios or None,
+            scenarios=names,
             formats=formats,
             dpi=dpi,
             special=special,
@@ -127,9 +131,8 @@ def command(
     say(str(page))
 
 
-def _beside(run: Location) -> Path:
-    """Return the folder for figures of a run on a disk."""
-    if run.path is None:
-        raise click.UsageError(f"Give --output: nothing is drawn into an object store ({run}).")
-    folder = run.path if run.path.name not in ("", "..") else run.path.resolve()
-    return folder.with_name(f"{folder.name}-figures")
+def _beside(run: Location, scenario: str | None) -> Path:
+    """Return the folder for figures of a run on a disk, or of one of its traces."""
+    path = Path(run)
+    folder = path if path.name not in ("", "..") else path.resolve()
+    return folder.with_name(f"{folder.name}-figures" + (f"-{scenario}" if scenario else ""))

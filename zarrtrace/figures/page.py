@@ -15,13 +15,13 @@ from pathlib import Path
 import xarray as xr
 
 from zarrtrace.analysis.traces import traces
-from zarrtrace.errors import ConfigError, ZarrtraceError
+from zarrtrace.errors import ConfigError, NotATraceError, ZarrtraceError
 from zarrtrace.figures import catalogue, gallery
 from zarrtrace.figures.drawing import PRINT_DPI, box_of
 from zarrtrace.figures.files import is_own, metadata_of, save
 from zarrtrace.scenarios import chosen_names
 from zarrtrace.storage import Address, Location, locate
-from zarrtrace.store import open_run, read_run, refuse_inside
+from zarrtrace.store import kind_of, open_run, read_run, refuse_inside
 
 #: Callable that gets ``done, total`` and the name of the figure that was drawn last.
 Progress = Callable[[int, int, str], None]
@@ -52,7 +52,7 @@ def draw_run(
     Parameters
     ----------
     path
-        Folder of the run.
+        Folder of the run, or of one of its traces, which is then the scenario to draw one by one.
     output
         Folder to write to; it is made if it does not exist. Figures that zarrtrace drew there
         earlier are replaced by those of the same name.
@@ -95,6 +95,7 @@ def draw_run(
             f"cannot write figures as {unknown[0]!r}" if unknown else "no format was given",
             remedy=f"There are: {', '.join(FORMATS)}.",
         )
+    path, scenarios = run_of(path, scenarios)
     known = read_run(path).attributes.scenarios
     names = (
         catalogue.evenly_spaced(known, MOST_DRAWN)
@@ -120,6 +121,23 @@ def draw_run(
     note = sampled(known, scenarios)
     page.write_text(_page(run, names, results, note, at=str(path)), encoding="utf-8")
     return page
+
+
+def run_of(
+    path: Location, scenarios: Sequence[str] | None
+) -> tuple[Location, Sequence[str] | None]:
+    """Return a run and the scenarios to draw one by one; of a trace its run and its name."""
+    if kind_of(path) != "trace":
+        return path, scenarios
+    is_named = path.path is None or path.path.name not in ("", "..")
+    trace = path if is_named else path.resolved()
+    try:
+        names = read_run(trace.parent).attributes.scenarios
+    except NotATraceError:  # a copy of a trace stands alone, and is refused as no run
+        return path, scenarios
+    if trace.name not in names:
+        return path, scenarios
+    return trace.parent, chosen_names([trace.name], scenarios)
 
 
 def sampled(names: Sequence[str], chosen: Sequence[str] | None) -> str:
