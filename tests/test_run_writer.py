@@ -126,6 +126,7 @@ def test_python_looks_for_no_garbage_while_a_run_is_opened(
     shared_run: fakes.FakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     meanwhile = []
+    gc.enable()  # another test may have imported what disables it
 
     def chosen(names: tuple[str, ...], _: object) -> tuple[str, ...]:
         meanwhile.append(gc.isenabled())
