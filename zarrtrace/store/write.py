@@ -77,7 +77,8 @@ def write_trace(
     attention_positions
         Token positions of the rows of attention, if it has fewer: some of `positions`.
     spans
-        Token positions by name. Other spans of `scenario` are found by their characters.
+        Token positions by name (letters, digits and ``_``). Other spans of `scenario` are found by
+        their characters.
     offsets
         Characters ``(start, end)`` of the prompt for which each token stands; ``(0, 0)`` for none.
         By default found from the texts, if these put together end with the prompt.
