@@ -26,8 +26,10 @@ import fakes
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
 
-# Until all tests are collected: nearly all that importing makes stays.
-gc.disable()
+# Until all tests are collected: nearly all that importing makes stays. Not gc.disable(), because
+# Dask asks while it is imported whether the collector is enabled, and would always disable it.
+_THRESHOLD = gc.get_threshold()
+gc.set_threshold(0)
 
 settings.register_profile(
     "zarrtrace",
@@ -109,7 +111,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_finish() -> None:
     """Look for garbage again, but not among what is there."""
     gc.freeze()
-    gc.enable()
+    gc.set_threshold(*_THRESHOLD)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

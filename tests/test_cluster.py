@@ -393,7 +393,7 @@ from zarrtrace.extraction import Options, fork_server
 def look(there):
     blocked = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
     modules = [name in sys.modules for name in ("torch", "zarrtrace.extraction.worker")]
-    garbage = gc.isenabled(), gc.get_freeze_count() > 100_000
+    garbage = gc.get_threshold()[0] > 0, gc.get_freeze_count() > 100_000
     there.send([*modules, os.environ["OMP_NUM_THREADS"], blocked, *garbage])
 
 if __name__ == "__main__":

@@ -54,18 +54,18 @@ from zarrtrace.machine import no_garbage
 class Torch:
     def find_spec(self, name, *_):
         if name == "torch":
-            print(gc.isenabled())
+            print(gc.get_threshold()[0] > 0)
             raise ModuleNotFoundError(name=name)
 
 sys.meta_path.insert(0, Torch())
 for call in (capture_package, lambda: sae_source(Options(), NOTHING_LOADED, None)):
     with contextlib.suppress(ConfigError, ModuleNotFoundError):
         call()
-    print(gc.isenabled())
-gc.disable()
+    print(gc.get_threshold()[0] > 0)
+gc.set_threshold(0)
 with no_garbage():
     pass
-print(gc.isenabled())
+print(gc.get_threshold()[0] > 0)
 """
 
 

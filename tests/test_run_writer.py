@@ -126,18 +126,32 @@ def test_python_looks_for_no_garbage_while_a_run_is_opened(
     shared_run: fakes.FakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     meanwhile = []
-    gc.enable()  # another test may have imported what disables it
 
     def chosen(names: tuple[str, ...], _: object) -> tuple[str, ...]:
-        meanwhile.append(gc.isenabled())
+        meanwhile.append((gc.get_threshold()[0], gc.isenabled()))
         return names
 
     monkeypatch.setattr("zarrtrace.store.open.chosen_names", chosen)
+    before = gc.get_threshold()
     assert len(open_run(shared_run.path).children) == len(fakes.SCENARIOS)
     with pytest.raises(NotATraceError):
         open_run(shared_run.path / "elsewhere")
-    assert meanwhile == [False]
-    assert gc.isenabled()
+    assert meanwhile == [(0, True)]
+    assert gc.get_threshold() == before
+    assert before[0] > 0
+
+
+def test_dask_imported_while_a_run_is_opened_leaves_the_collector_on(
+    shared_run: fakes.FakeRun,
+) -> None:
+    code = f"""
+import gc, sys, zarrtrace
+tree = zarrtrace.open_run({str(shared_run.path)!r}, chunks="auto")
+assert "dask.array" in sys.modules
+tree["Safe_1"].attention[:1, 0].compute()
+print(gc.isenabled(), gc.get_threshold()[0] > 0)
+"""
+    assert in_subprocess(code).split() == ["True", "True"]
 
 
 def test_another_configuration_is_refused_by_name(run: fakes.FakeRun) -> None:
