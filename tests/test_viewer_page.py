@@ -1024,7 +1024,7 @@ def test_what_is_copied_as_python_reads_what_is_shown(
 def test_python_opens_a_live_run_where_the_user_found_it(
     tmp_path: Path, look: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The name of its folder would not do; a trace that stands alone is no run."""
+    """The path is the one that the user gave; a single trace is opened with open_trace."""
     run = fakes.make_run(tmp_path, name="runs/uni")
     monkeypatch.chdir(tmp_path)
     for path in ("runs/uni", "runs/uni/Safe_1"):
